@@ -1,0 +1,56 @@
+# Everything runs in .venv, which the first target that needs it makes. PYTHON may name another interpreter (3.10 or newer).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# constraints.txt pins torch to a build without CUDA where one is on offer; the package itself does not.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help demo test test-all lint types docs bench clean
+
+help: ## What there is to make.
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/demo ## Train, forget, edit, measure: LiNeS on handwritten digits, about two minutes.
+	$(BIN)/python demo/digits.py
+
+test: $(VENV)/dev ## The default suite, under five minutes.
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/dev ## Every test, the slow ones too.
+	$(BIN)/python -m pytest
+
+slow: $(VENV)/dev ## The slow tests alone.
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/dev ## Style and format.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/dev ## Types.
+	$(BIN)/mypy
+
+docs: $(VENV)/dev ## Write docs/cli.md anew from --help.
+	$(BIN)/python docs/generate.py
+
+bench: $(VENV)/dev ## Measure lines against the disk and the plain script (QUICK=1: a small model).
+	$(BIN)/python benchmarks/edit.py $(if $(QUICK),--quick)
+
+clean: ## Remove what was installed and built.
+	rm -rf $(VENV) demo/out benchmarks/work build *.egg-info
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and alone: with it in place, no other package asks for another build of it.
+$(VENV)/torch: $(VENV)/bin/python constraints.txt
+	$(INSTALL) torch
+	@touch $@
+
+$(VENV)/demo: $(VENV)/torch pyproject.toml
+	$(INSTALL) -e '.[demo]'
+	@touch $@
+
+$(VENV)/dev: $(VENV)/torch pyproject.toml
+	$(INSTALL) -e '.[dev]'
+	@touch $@

@@ -1,0 +1,228 @@
+"""The safetensors header: reading, checking and laying out, without torch and without the data.
+
+A file is `u64 N | N bytes of JSON | data`. The JSON maps each tensor's name to its dtype, shape and byte range in
+the data. Everything a reader could be misled by is checked here, so that the rest of lines trusts the offsets it is
+given.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lines_cli.errors import CheckpointError
+
+HEADER_LIMIT = 100_000_000
+"""Bytes; the format's own bound on the JSON."""
+
+_LENGTH = struct.Struct("<Q")
+
+# Narrowest first: the order of the format's reference writer, which sorts by this (widest first), then by name.
+_DTYPE_BITS = {
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2FNUZ": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E8M0": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
+_DTYPE_RANK = {dtype: rank for rank, dtype in enumerate(_DTYPE_BITS)}
+
+FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+"""The dtypes whose entries are edited."""
+EXACT_DTYPES = frozenset({"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"})
+"""The dtypes whose entries are only ever copied."""
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes per entry of a float, integer or boolean dtype."""
+    return _DTYPE_BITS[dtype] // 8
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor as its file's header describes it.
+
+    `offset` counts bytes from the start of the file, so that it can be handed to `pread` as it is.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a safetensors file says of itself: its tensors by name in file order, and its free-form metadata."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of the safetensors file at `path`.
+
+    Raises:
+        CheckpointError: the file cannot be opened, or breaks any rule of the format: length, JSON, dtype, shape,
+            offsets that overlap, leave holes or end anywhere but at the end of the file.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                _refuse(path, f"the file holds {size} bytes, too few for a safetensors header")
+            (length,) = _LENGTH.unpack(prefix)
+            if length > HEADER_LIMIT:
+                _refuse(
+                    path,
+                    f"its first 8 bytes claim a header of {length:,} bytes; the format allows {HEADER_LIMIT:,}",
+                    _NOT_SAFETENSORS,
+                )
+            if length > size - 8:
+                _refuse(path, f"its header should be {length:,} bytes, but only {size - 8:,} follow", _INCOMPLETE)
+            raw = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return _parse(path, raw, data_start=8 + length, file_size=size)
+
+
+_NOT_SAFETENSORS = "This does not look like a safetensors file."
+_INCOMPLETE = "The file is incomplete: copy or download it again."
+
+
+def _refuse(path: Path, what: str, hint: str | None = None) -> NoReturn:
+    raise CheckpointError(f"{path}: {what}", hint=hint)
+
+
+def _parse(path: Path, raw: bytes, *, data_start: int, file_size: int) -> Header:
+    if not raw.startswith(b"{"):
+        _refuse(path, "its header does not begin with '{'", _NOT_SAFETENSORS)
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = dict(pairs)
+        if len(keys) < len(pairs):
+            seen: set[str] = set()
+            name = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            _refuse(path, f"its header names {name!r} twice")
+        return keys
+
+    try:
+        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
+    except (ValueError, RecursionError) as error:
+        _refuse(path, f"its header is not valid JSON ({error})", _NOT_SAFETENSORS)
+
+    metadata = entries.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        _refuse(path, "its __metadata__ is not a map of strings to strings")
+
+    tensors = {name: _tensor(path, name, entry, data_start) for name, entry in entries.items()}
+    in_order = dict(sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
+    expected, previous = data_start, "the header"
+    for name, info in in_order.items():
+        if info.offset != expected:
+            wrong = "overlaps" if info.offset < expected else "leaves a hole after"
+            _refuse(
+                path,
+                f"tensor {name!r} starts at byte {info.offset:,} and {wrong} {previous}, which ends at {expected:,}",
+            )
+        expected, previous = info.offset + info.nbytes, f"{name!r}"
+    if expected > file_size:
+        _refuse(path, f"its tensors end at byte {expected:,}, but the file ends at {file_size:,}", _INCOMPLETE)
+    if expected < file_size:
+        _refuse(path, f"its tensors end at byte {expected:,}, and {file_size - expected:,} unexplained bytes follow")
+    return Header(in_order, metadata)
+
+
+def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        _refuse(path, f"tensor {name!r} lacks a dtype, a shape or data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _DTYPE_BITS:
+        _refuse(path, f"tensor {name!r} has the unknown dtype {dtype!r}")
+    if not isinstance(shape, list) or not all(_is_size(n) for n in shape):
+        _refuse(path, f"tensor {name!r} has the impossible shape {shape!r}")
+    if (
+        not isinstance(offsets, list)
+        or len(offsets) != 2
+        or not all(_is_size(n) for n in offsets)
+        or offsets[0] > offsets[1]
+    ):
+        _refuse(path, f"tensor {name!r} has the impossible data_offsets {offsets!r}")
+    start, end = offsets
+    bits = math.prod(shape) * _DTYPE_BITS[dtype]
+    if bits % 8 or bits // 8 != end - start:
+        _refuse(
+            path,
+            f"tensor {name!r} is {dtype} {list(shape)}, which takes {bits / 8:,.0f} bytes, "
+            f"but its data_offsets span {end - start:,}",
+        )
+    return TensorInfo(dtype, tuple(shape), data_start + start, end - start)
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def canonical_order(tensors: Mapping[str, str]) -> list[str]:
+    """Names in the order the format's reference writer lays them out: widest dtype first, then by name.
+
+    Args:
+        tensors: name -> dtype.
+    """
+    return sorted(tensors, key=lambda name: (-_DTYPE_RANK[tensors[name]], name))
+
+
+def lay_out(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, TensorInfo]]:
+    """Compute the first bytes of a file (length and JSON) and where each tensor's data goes.
+
+    Args:
+        tensors: (name, dtype, shape), in the order the data is to stand.
+        metadata: written as `__metadata__`.
+
+    Returns:
+        The bytes before the data, a multiple of 8 long so that the data is aligned; and each tensor with its offset
+        in the file.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    placed, position = [], 0
+    for name, dtype, shape in tensors:
+        nbytes = math.prod(shape) * _DTYPE_BITS[dtype] // 8
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + nbytes]}
+        placed.append((name, dtype, shape, position, nbytes))
+        position += nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    return _LENGTH.pack(len(text)) + text, {
+        name: TensorInfo(dtype, shape, start + at, nbytes) for name, dtype, shape, at, nbytes in placed
+    }

@@ -1,0 +1,253 @@
+"""Checkpoints as their users have them: a safetensors file, a folder with one, or a folder with shards and their index.
+
+Opening one reads headers and `config.json` only. Nothing in a checkpoint is ever executed, and no path it names is
+followed out of its folder.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any, NoReturn
+
+from lines_cli.checkpoint.header import EXACT_DTYPES, FLOAT_DTYPES, TensorInfo, read_header
+from lines_cli.errors import CheckpointError, UnsupportedError, some
+
+WEIGHT_STEMS = ("model", "diffusion_pytorch_model", "open_clip_model")
+"""The names that libraries look for, in the order we do."""
+
+_SUFFIX = ".safetensors"
+_INDEX_SUFFIX = ".safetensors.index.json"
+_ADAPTER = "adapter_model.safetensors"
+_OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+_QUANTISED_NAME = re.compile(
+    r".*\.(?:qweight|qzeros|SCB|(?:nested_)?(?:absmax|quant_map)|weight_(?:packed|scale|scale_inv|shape|zero_point))$"
+    r"|.*\.quant_state\..*|.*_proj_(?:blocks|scales)$"
+)
+_LARGEST_JSON = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor and the file it lies in (a number into `Checkpoint.files`)."""
+
+    file: int
+    info: TensorInfo
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: where every tensor lies, and what its config says.
+
+    Attributes:
+        name: as its user named it.
+        path: the file or folder.
+        files: the safetensors files, all of them.
+        tensors: every tensor by name.
+        stem: what its weight files are called, `model` in `model-00001-of-00002.safetensors`.
+        config: the parsed `config.json`; empty where there is none.
+        hub_id: `org/name@commit`, for one that came from the Hub.
+    """
+
+    name: str
+    path: Path
+    files: tuple[Path, ...]
+    tensors: dict[str, StoredTensor]
+    stem: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    hub_id: str | None = None
+
+    @property
+    def folder(self) -> Path | None:
+        """The checkpoint's own folder; None for a lone file, whose neighbours are not known to belong to it."""
+        return self.path if self.path.is_dir() else None
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of tensor data."""
+        return sum(tensor.info.nbytes for tensor in self.tensors.values())
+
+    def where(self, tensor: str) -> str:
+        """The file that holds `tensor`, for a message."""
+        return str(self.files[self.tensors[tensor].file])
+
+
+def open_checkpoint(path: Path, *, name: str | None = None, hub_id: str | None = None) -> Checkpoint:
+    """Open the checkpoint at `path`: headers, index and config, no data.
+
+    Args:
+        path: a file or a folder.
+        name: what messages call it; its path unless given.
+        hub_id: where on the Hub it came from, if it did.
+
+    Raises:
+        CheckpointError: it is missing, malformed, incomplete, or its index and its shards disagree.
+        UnsupportedError: it is quantised, an adapter, or holds no safetensors.
+    """
+    name = name or str(path)
+    if path.is_dir():
+        files, stem = _weight_files(path)
+        config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{path / 'config.json'}: not a JSON object")
+    elif path.is_file():
+        files, stem, config = {path: None}, _stem_of_file(path), {}
+    else:
+        raise CheckpointError(
+            f"{path}: there is no such file or folder" if not path.exists() else f"{path}: neither a file nor a folder"
+        )
+
+    tensors: dict[str, StoredTensor] = {}
+    for number, (file, expected) in enumerate(files.items()):
+        held = read_header(file).tensors
+        if expected is not None and held.keys() != expected:
+            _refuse_shard(file, held.keys(), expected)
+        tensors.update((tensor, StoredTensor(number, info)) for tensor, info in held.items())
+    checkpoint = Checkpoint(name, path, tuple(files), tensors, stem, config, hub_id)
+    _refuse_unsupported(checkpoint)
+    return checkpoint
+
+
+def choose_weights(names: Collection[str]) -> str | None:
+    """Of a folder's file names, the one that says what its weights are: an index, or the only weight file. None if
+    no choice is clear.
+
+    A library's own names come first (`model`, `diffusion_pytorch_model`, `open_clip_model`); adapters are not weights.
+    """
+    indices = [name for name in names if name.endswith(_INDEX_SUFFIX)]
+    files = [name for name in names if name.endswith(_SUFFIX) and name != _ADAPTER]
+    for stem in WEIGHT_STEMS:
+        own = [name for name in (stem + _INDEX_SUFFIX, stem + _SUFFIX) if name in names]
+        if own:
+            return own[0] if len(own) == 1 else None
+    if len(indices) == 1:
+        return indices[0]
+    return files[0] if len(files) == 1 and not indices else None
+
+
+def shards_of(index: Path) -> dict[str, set[str]]:
+    """Read an index: shard file name -> the names of its tensors.
+
+    Raises:
+        CheckpointError: it is not an index, or a shard's name leads out of the folder.
+    """
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: no weight_map in it", hint="This is not the index of a sharded checkpoint.")
+    shards: dict[str, set[str]] = {}
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str):
+            raise CheckpointError(f"{index}: tensor {tensor!r} is mapped to {shard!r}, not to a file name")
+        if shard not in shards:
+            parts = PurePosixPath(shard)
+            if not shard or "\\" in shard or "\0" in shard or parts.is_absolute() or ".." in parts.parts:
+                raise CheckpointError(f"{index}: tensor {tensor!r} is mapped to {shard!r}, which is outside the folder")
+            shards[shard] = set()
+        shards[shard].add(tensor)
+    return shards
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file of moderate size."""
+    try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes of JSON; at most {_LARGEST_JSON:,} are read")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+
+
+def _weight_files(folder: Path) -> tuple[dict[Path, set[str] | None], str]:
+    """The folder's weight files, each with the tensors the index expects in it, and their stem."""
+    names = {entry.name for entry in folder.iterdir()}
+    chosen = choose_weights(names)
+    if chosen is None:
+        refuse_folder(str(folder), names)
+    if not chosen.endswith(_INDEX_SUFFIX):
+        return {folder / chosen: None}, chosen.removesuffix(_SUFFIX)
+    shards = shards_of(folder / chosen)
+    missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+    if missing:
+        raise CheckpointError(
+            f"{folder / chosen} names {len(missing)} of {len(shards)} shards that are not there:\n{some(missing)}",
+            hint="The checkpoint is incomplete: copy or download the missing files.",
+        )
+    return {folder / shard: tensors for shard, tensors in sorted(shards.items())}, chosen.removesuffix(_INDEX_SUFFIX)
+
+
+def refuse_folder(folder: str, names: Collection[str]) -> NoReturn:
+    """Say why there is no choice of weights among a folder's (or a repository's) file names.
+
+    Raises:
+        CheckpointError: several sets of weights, or none.
+        UnsupportedError: an adapter, or weights in another format only.
+    """
+    weights = sorted(name for name in names if name.endswith((_SUFFIX, _INDEX_SUFFIX)) and name != _ADAPTER)
+    if weights:
+        raise CheckpointError(
+            f"{folder} holds several sets of weights, and which one is meant is not clear:\n{some(weights)}",
+            hint="Give the .safetensors file itself, or move the others away.",
+        )
+    if _ADAPTER in names:
+        raise UnsupportedError(
+            f"{folder} is a PEFT adapter, not a whole checkpoint",
+            hint="Fold it into its base first (peft: merge_and_unload, then save_pretrained), and give that folder.",
+        )
+    other = sorted(name for name in names if name.endswith(_OTHER_FORMATS))
+    if other:
+        raise UnsupportedError(
+            f"{folder} holds no safetensors, but weights in another format:\n{some(other)}",
+            hint="Load it with the library that wrote it and save it as safetensors (transformers: save_pretrained).",
+        )
+    raise CheckpointError(
+        f"{folder} holds no .safetensors file", hint="Give a checkpoint: a .safetensors file or a folder with one."
+    )
+
+
+def _stem_of_file(path: Path) -> str:
+    """A lone file's stem where a library would look for it, else `model`."""
+    stem = path.name.removesuffix(_SUFFIX)
+    return stem if stem in WEIGHT_STEMS else WEIGHT_STEMS[0]
+
+
+def _refuse_shard(file: Path, held: Collection[str], expected: set[str]) -> None:
+    if lacking := sorted(expected.difference(held)):
+        raise CheckpointError(f"{file} lacks {len(lacking)} tensors that the index expects in it:\n{some(lacking)}")
+    extra = sorted(set(held) - expected)
+    raise CheckpointError(
+        f"{file} holds {len(extra)} tensors that the index does not map to it:\n{some(extra)}",
+        hint="The index and the shards are not of one save: copy or download the checkpoint again.",
+    )
+
+
+def _refuse_unsupported(checkpoint: Checkpoint) -> None:
+    dequantise = (
+        "Give the checkpoint it was quantised from, or dequantise it first; a sum of quantised codes means nothing."
+    )
+    quantisation = checkpoint.config.get("quantization_config")
+    if quantisation:
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+        raise UnsupportedError(
+            f"{checkpoint.name} is quantised: its config.json has a quantization_config ({method or 'unnamed method'})",
+            hint=dequantise,
+        )
+    for tensor, stored in checkpoint.tensors.items():
+        dtype = stored.info.dtype
+        codes = dtype in EXACT_DTYPES and dtype.endswith("8") and tensor.endswith(".weight")
+        if codes or _QUANTISED_NAME.fullmatch(tensor):
+            raise UnsupportedError(
+                f"{checkpoint.where(tensor)} is quantised: it holds {tensor} ({dtype})", hint=dequantise
+            )
+        if dtype not in FLOAT_DTYPES and dtype not in EXACT_DTYPES:
+            kind = "quantised" if dtype.startswith("F") else "of a kind lines does not edit"
+            raise UnsupportedError(
+                f"{checkpoint.where(tensor)} is {kind}: tensor {tensor} is {dtype}",
+                hint=dequantise if dtype.startswith("F") else None,
+            )

@@ -1,0 +1,79 @@
+"""The command line: which commands there are, and the one place where an exception becomes a message and an exit
+code.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from lines_cli import __version__
+from lines_cli.commands.edit import edit
+from lines_cli.errors import LinesError
+
+EXIT_CODES = {
+    0: "done; or, with --dry-run, it would work",
+    1: "a bug in lines: please report it with the traceback",
+    2: "the command line or the recipe says something impossible",
+    3: "an input cannot be found or read, or is of a kind lines does not edit",
+    4: "the inputs do not fit together, or depth cannot be decided from the names",
+    5: "NaN or Inf in an input, or a value that the output dtype cannot hold",
+    6: "the destination exists, is an input, or cannot be written",
+    130: "interrupted (Ctrl-C); nothing is left behind",
+}
+"""What the process ends with."""
+
+app = typer.Typer(
+    name="lines",
+    help="Edit model checkpoints so that a fine-tune keeps what it learnt and stops forgetting what its base knew.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _guarded(command: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(command)
+    def guarded(**options: Any) -> None:
+        from lines_cli import console
+
+        try:
+            command(**options)
+        except LinesError as error:
+            console.refuse(error.message, error.hint)
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt:
+            console.refuse("interrupted; nothing was left behind")
+            raise typer.Exit(130) from None
+        except MemoryError:
+            console.refuse("out of memory", "Fewer --workers need less: each holds its own buffers.")
+            raise typer.Exit(1) from None
+
+    return guarded
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"lines {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _lines(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.command("edit")(_guarded(edit))
+
+
+def main() -> None:
+    """The console script."""
+    app()

@@ -1,0 +1,180 @@
+"""Options that commands share, each declared once: its flag, its help, its panel. An option that is not given is
+None.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+SCALING = "Scaling over depth"
+DISAGREEMENTS = "When the inputs disagree"
+OUTPUT = "Output"
+RUNNING = "Running"
+
+Base = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="BASE",
+        show_default=False,
+        help="The pre-trained checkpoint: a .safetensors file, a folder, or a Hub id (org/name, org/name@revision).",
+    ),
+]
+FineTune = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="FT",
+        show_default=False,
+        help="The fine-tuned checkpoint, in any of the same forms; it may be sharded differently.",
+    ),
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        show_default=False,
+        help="A recipe in YAML, such as an output's lines_recipe.yaml, instead of BASE, FT and what it covers.",
+    ),
+]
+
+Alpha = Annotated[
+    float | None,
+    typer.Option(
+        "--alpha",
+        show_default="0.1",
+        rich_help_panel=SCALING,
+        help="Coefficient of the first block, and of everything outside the blocks.",
+    ),
+]
+Beta = Annotated[
+    float | None,
+    typer.Option(
+        "--beta",
+        show_default="1 - alpha",
+        rich_help_panel=SCALING,
+        help="What depth adds: the last block's coefficient is alpha + beta.",
+    ),
+]
+Gamma = Annotated[
+    float | None,
+    typer.Option(
+        "--gamma",
+        show_default="1",
+        rich_help_panel=SCALING,
+        help="Multiplies every coefficient (WiSE-FT's mixing weight).",
+    ),
+]
+Layers = Annotated[
+    str | None,
+    typer.Option(
+        "--layers",
+        metavar="REGEX",
+        show_default=False,
+        rich_help_panel=SCALING,
+        help="Where a name holds its layer's number, if that cannot be found: "
+        "group `index`, and group `stack` for more than one stack.",
+    ),
+]
+
+Missing = Annotated[
+    Literal["copy", "skip"] | None,
+    typer.Option(
+        "--missing",
+        show_default="an error",
+        rich_help_panel=DISAGREEMENTS,
+        help="A tensor that one side lacks: copy it from the other, or skip it.",
+    ),
+]
+Resize = Annotated[
+    Literal["ft", "base"] | None,
+    typer.Option(
+        "--resize",
+        show_default="an error",
+        rich_help_panel=DISAGREEMENTS,
+        help="Token embeddings and heads with different numbers of rows: keep the rows of ft or of base. "
+        "Shared rows are edited, rows that only the kept side has are copied, all others dropped.",
+    ),
+]
+AllowNonfinite = Annotated[
+    bool,
+    typer.Option(
+        "--allow-nonfinite",
+        show_default="an error",
+        rich_help_panel=DISAGREEMENTS,
+        help="Let NaN, Inf and overflow through, and say where they are.",
+    ),
+]
+
+Output = Annotated[
+    Path,
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="OUT",
+        rich_help_panel=OUTPUT,
+        help="A folder that loads as it is, with config and tokenizer; or one file, if it ends in .safetensors.",
+    ),
+]
+Dtype = Annotated[
+    Literal["float64", "float32", "float16", "bfloat16"] | None,
+    typer.Option(
+        "--dtype",
+        show_default="the fine-tune's, tensor by tensor",
+        rich_help_panel=OUTPUT,
+        help="Write every float tensor as this.",
+    ),
+]
+MaxShardSize = Annotated[
+    str | None,
+    typer.Option(
+        "--max-shard-size",
+        metavar="SIZE",
+        show_default="5GB",
+        rich_help_panel=OUTPUT,
+        help="Most bytes of tensors per file of a folder: 500MB, 5GB (decimal), 2GiB.",
+    ),
+]
+Force = Annotated[
+    bool, typer.Option("--force", rich_help_panel=OUTPUT, help="Replace an existing output, once the new one is whole.")
+]
+
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        min=1,
+        show_default="one per core, up to 4",
+        rich_help_panel=RUNNING,
+        help="Threads that read, compute and write.",
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="auto|cpu|cuda[:N]",
+        rich_help_panel=RUNNING,
+        help="Where to compute; auto is CUDA where there is one. The bytes are the same.",
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", rich_help_panel=RUNNING, help="Print the plan, its bytes and its peak memory; write nothing."
+    ),
+]
+Json = Annotated[
+    bool, typer.Option("--json", rich_help_panel=RUNNING, help="Print the summary (or the plan) as JSON on stdout.")
+]
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        "-q",
+        rich_help_panel=RUNNING,
+        help="No progress and no summary; errors and --json are still printed.",
+    ),
+]

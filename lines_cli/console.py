@@ -1,0 +1,140 @@
+"""What a person sees: tables and JSON on stdout, progress, hints and errors on stderr. The only user of rich."""
+
+from __future__ import annotations
+
+import json as json_format
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from lines_cli.engine import Outcome, Track
+    from lines_cli.plan import Plan, Resources
+
+# Names come from strangers' files: nothing that is printed is read as rich markup.
+_out = Console(markup=False, highlight=False, emoji=False)
+_err = Console(markup=False, highlight=False, emoji=False, stderr=True)
+
+
+def refuse(message: str, hint: str | None = None) -> None:
+    """Say why the run ends, and what to do next."""
+    _err.print(Text.assemble(("error: ", "bold red"), _printable(message)), soft_wrap=True)
+    if hint:
+        _err.print(Text.assemble(("hint: ", "bold"), _printable(hint)), soft_wrap=True)
+
+
+def progress(total: int, *, quiet: bool) -> Track:
+    """A wrapper for a stream of byte counts that draws a bar on stderr; draws nothing where stderr is no terminal."""
+    if quiet or not _err.is_terminal:
+        return iter
+
+    def track(done: Iterable[int]) -> Iterator[int]:
+        columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=_err, transient=True) as bar:
+            task = bar.add_task("", total=total)
+            for nbytes in done:
+                bar.advance(task, nbytes)
+                yield nbytes
+
+    return track
+
+
+def show_plan(plan: Plan, resources: Resources, *, json: bool) -> None:
+    """What would be done, for `--dry-run`."""
+    if json:
+        _print_json({"dry_run": True, **plan.summary(), "peak_memory": resources.peak_memory})
+        return
+    _stacks(plan)
+    _out.print(f"read    {size(plan.bytes_read)}")
+    files = f"{len(plan.outputs)} files" if len(plan.outputs) > 1 else plan.outputs[0].name
+    _out.print(f"write   {size(plan.bytes_written)} to {_printable(str(plan.output))} ({files})", soft_wrap=True)
+    if plan.sidecars:
+        _out.print("beside  " + ", ".join(_printable(sidecar.name) for sidecar in plan.sidecars))
+    _out.print(
+        f"memory  about {size(resources.peak_memory)} at most, "
+        f"{size(resources.buffer_bytes)} of it buffers of {resources.threads} workers"
+    )
+    _notes(plan.notes)
+    _err.print("Nothing was written (--dry-run).", style="dim")
+
+
+def show_outcome(plan: Plan, outcome: Outcome, *, json: bool, quiet: bool) -> None:
+    """What was done."""
+    if json:
+        _print_json(
+            {"dry_run": False, **plan.summary(), "nonfinite": outcome.nonfinite, "seconds": round(outcome.seconds, 3)}
+        )
+    if json or quiet:
+        return
+    _stacks(plan)
+    rate = (plan.bytes_read + plan.bytes_written) / max(outcome.seconds, 1e-9)
+    _out.print(
+        f"read {size(plan.bytes_read)}, wrote {size(plan.bytes_written)} in {outcome.seconds:.1f} s ({size(rate)}/s)"
+    )
+    _out.print(f"output  {_printable(str(plan.output))}", style="bold", soft_wrap=True)
+    _notes(plan.notes)
+    for found in outcome.nonfinite.values():
+        _err.print(Text.assemble(("warning: ", "bold yellow"), _printable(found)), soft_wrap=True)
+
+
+def size(nbytes: float) -> str:
+    """Bytes as people say them, decimal: `3.1 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"
+
+
+def _stacks(plan: Plan) -> None:
+    summary = plan.summary()
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    table.add_column("stack", overflow="fold")
+    for heading in ("layers", "tensors", "parameters", "first", "last"):
+        table.add_column(heading, justify="right")
+    for stack in summary["stacks"]:
+        numbers = (
+            f"{stack['layers']}",
+            f"{stack['tensors']:,}",
+            _count(stack["parameters"]),
+            f"{stack['first']:.4g}",
+            f"{stack['last']:.4g}",
+        )
+        table.add_row(_printable(stack["name"]) or "(no prefix)", *numbers)
+    outside = summary["outside"]
+    value = f"{outside['coefficient']:.4g}"
+    table.add_row("outside the blocks", "", f"{outside['tensors']:,}", _count(outside["parameters"]), value, value)
+    _out.print(table)
+    edited, copied = summary["edited"], summary["copied"]
+    _out.print(
+        f"edited {edited['tensors']:,} tensors ({_count(edited['parameters'])} parameters), "
+        f"copied {copied['tensors']:,} ({_count(copied['parameters'])})"
+    )
+
+
+def _count(number: int) -> str:
+    for unit in ("", " K", " M", " B"):
+        if number < 1000:
+            return f"{number}" if not unit else f"{number:.3g}{unit}"
+        number = number / 1000  # type: ignore[assignment]
+    return f"{number:.3g} T"
+
+
+def _notes(notes: Iterable[str]) -> None:
+    for note in notes:
+        _err.print(Text.assemble(("note: ", "bold"), _printable(note)), soft_wrap=True)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    _out.file.write(json_format.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _printable(text: str) -> str:
+    """Text without control characters other than line breaks, so that a name cannot steer the terminal."""
+    return "".join(
+        character if character.isprintable() or character == "\n" else f"\\x{ord(character):02x}" for character in text
+    )

@@ -1,0 +1,441 @@
+"""Where a tensor stands: its stack of blocks, and its place in it, read off tensor names.
+
+Coefficients grow with depth, so a parameter on the wrong layer spoils everything after it. One general rule, no
+list of architectures:
+
+1. Every whole-number segment of a dotted name is a candidate: what stands before it is a prefix, the number an index.
+   `layer1.0.conv1` is read as `layer` 1, too.
+2. A prefix is a stack if its last segment is a name for layers (`layers`, `h`, `blocks`, `stages`, ...), its indices
+   are near-contiguous, and its layers share at least one child name. Only where no prefix is called so may a plain
+   `nn.Sequential` be the stack.
+3. The outermost stack wins; what lies deeper belongs to its layer (`encoder.block.5.layer.0` to block 5,
+   `layers.30.experts.3` to layer 30).
+4. Stages that hold alike blocks (`layers.s.blocks.b`, `layer1.0`) count through, stage by stage.
+5. Stacks that run one after the other count on (`double_blocks` then `single_blocks`; `down_blocks`, `mid_block`,
+   `up_blocks`); all others (the towers of CLIP, encoder and decoder) have a depth of their own.
+6. Routed experts, projectors, embedders, prediction heads are never stacks; an index at or beyond the layers that the
+   config counts is outside (multi-token prediction).
+
+A regular expression from the user overrules all of it. Nothing here reads a file or needs torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lines_cli.errors import DepthError, RecipeError, some
+
+_LAYER_NAME = re.compile(r"(?:.*_)?(?:layers?|h|blocks?|resblocks?|stages?)")
+_NUMBERED_NAME = re.compile(r"((?:\w+_)?(?:layer|block|stage)_?)(0|[1-9]\d*)")
+_NEVER = re.compile(
+    r".*(?:embed|expert|projector|projection|connector|merger|resampler|adapter|predictor|qformer|prenet|postnet|downsample|classifier|lora).*"
+    r"|conv_layers?|linear_layers?|.*_?mlps?|.*_?heads?|mtp|(?:.*_)?refiner"
+)
+_SERIAL = (  # how prefixes end that run one after the other; what is not named here runs on its own
+    ("double_blocks", "single_blocks"),
+    ("transformer_blocks", "single_transformer_blocks"),
+    ("transformer.layers", "global_transformer.layers"),
+    ("down_blocks", "mid_block", "up_blocks"),
+    ("input_blocks", "middle_block", "output_blocks"),
+)
+_ONE_UNIT = frozenset({"mid_block", "middle_block"})  # of these, what has no number of its own
+_SHARED_LAYERS = "layer_groups"
+_CONFIG_COUNTS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "num_decoder_layers",
+    "encoder_layers",
+    "decoder_layers",
+    "depth",
+)
+_OTHER_TOWER = re.compile(r"vis|image|audio|speech|encoder")
+_MOST_EXTRA_LAYERS = 4  # multi-token prediction adds a few layers behind the counted ones, never a second model
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One tensor's place: its stack's name and the layer's position in it, from 0 (the paper's l is `index + 1`)."""
+
+    stack: str
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """A run of residual blocks. `name` is its dotted prefix, `layers` its L."""
+
+    name: str
+    layers: int
+
+
+@dataclass(frozen=True, slots=True)
+class DepthMap:
+    """Which tensor stands where. A name that `places` lacks is outside the blocks.
+
+    `notes` are what a person should know of how it was decided.
+    """
+
+    stacks: tuple[Stack, ...]
+    places: dict[str, Place]
+    notes: tuple[str, ...] = ()
+
+
+def find_depth(names: Iterable[str], *, config: Mapping[str, Any] | None = None, layers: str | None = None) -> DepthMap:
+    """Map tensor names to stacks and layers.
+
+    Args:
+        names: every tensor name of the checkpoint.
+        config: its parsed `config.json`, against which the number of layers is checked.
+        layers: a regular expression that overrules detection, searched in every name: group `index` is the layer's
+            number, the optional group `stack` the stack's name.
+
+    Raises:
+        DepthError: no reading, or no single one; the message lists what was found.
+        RecipeError: `layers` is not a usable expression.
+    """
+    names = list(names)
+    if layers is not None:
+        return _by_pattern(names, layers)
+    shared = [name for name in names if _SHARED_LAYERS in name]
+    if shared:
+        raise DepthError(
+            f"{shared[0]}: the layers of this model share their weights (as ALBERT's do), "
+            "so a weight has no depth of its own",
+            hint="Scale all of it alike with --beta 0, or place the layers yourself with --layers REGEX.",
+        )
+    candidates = _candidates(names)
+    found = _outermost(candidates)
+    if not found:
+        raise DepthError(
+            f"no stack of layers could be found in {len(names):,} tensor names. {_survey(candidates)}", hint=LAYERS_HINT
+        )
+
+    notes: list[str] = []
+    lanes = _lanes(found, names)
+    places: dict[str, Place] = {}
+    stacks: list[Stack] = []
+    for lane in lanes:
+        stack_name, units = lane.name, lane.units
+        limit = _counted_by_config(lane, len(lanes), config, notes)
+        for index, tensors in enumerate(units[:limit]):
+            for tensor in tensors:
+                places[tensor] = Place(stack_name, index)
+        stacks.append(Stack(stack_name, min(limit, len(units))))
+    return DepthMap(tuple(stacks), places, tuple(notes))
+
+
+LAYERS_HINT = (
+    "Say where the layer's number stands: --layers REGEX, with a group `index` and, for more than one stack, a group "
+    r"`stack`, as in --layers '^(?P<stack>\w+)\.cell(?P<index>\d+)\.'"
+)
+
+
+def _by_pattern(names: list[str], pattern: str) -> DepthMap:
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise RecipeError(f"--layers {pattern!r} is not a regular expression: {error}") from error
+    if "index" not in expression.groupindex:
+        raise RecipeError(f"--layers {pattern!r} has no group `index`", hint=LAYERS_HINT)
+    found: dict[str, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name in names:
+        match = expression.search(name)
+        if match is None or match["index"] is None:
+            continue
+        if not match["index"].isdecimal():
+            raise RecipeError(
+                f"--layers {pattern!r}: in {name} the group `index` is {match['index']!r}, not a whole number"
+            )
+        stack = match["stack"] if "stack" in expression.groupindex else "layers"
+        found[stack or "layers"][int(match["index"])].append(name)
+    if not found:
+        raise DepthError(f"--layers {pattern!r} matches none of {len(names):,} tensor names, such as\n{some(names, 4)}")
+    places = {
+        name: Place(stack, position)
+        for stack, by_index in found.items()
+        for position, index in enumerate(sorted(by_index))
+        for name in by_index[index]
+    }
+    return DepthMap(tuple(Stack(stack, len(by_index)) for stack, by_index in found.items()), places)
+
+
+# --- candidates: every prefix that is followed by a number ---
+
+
+@dataclass(slots=True)
+class _Candidate:
+    """A prefix and, for each index behind it, the rest of every name (`tails`)."""
+
+    prefix: tuple[str, ...]
+    tails: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
+    numbered: bool = False  # `layer1`, `layer2`: the number is part of the segment
+
+    @property
+    def name(self) -> str:
+        return ".".join(self.prefix).rstrip("_")
+
+    @property
+    def called_layers(self) -> bool:
+        own = bool(self.prefix) and _LAYER_NAME.fullmatch(self.prefix[-1].rstrip("_")) is not None
+        return own and not any(_NEVER.fullmatch(segment) for segment in self.prefix)
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether indices and children look like layers of one kind."""
+        indices = sorted(self.tails)
+        if len(indices) == 1:
+            return self.called_layers and indices == [0] and not self.numbered
+        if indices[-1] - indices[0] + 1 > 3 * len(indices):
+            return False
+        seen = Counter(tail for tails in self.tails.values() for tail in set(tails))
+        return max(seen.values()) > 1
+
+    @property
+    def may_be_sequential(self) -> bool:
+        """A plain `nn.Sequential`, `0.weight`, `net.2.bias`: taken for a stack only where nothing is called layers."""
+        return len(self.tails) > 1 and not any(_NEVER.fullmatch(segment) for segment in self.prefix)
+
+    def tensor(self, index: int, tail: str) -> str:
+        if self.numbered:
+            head = ".".join((*self.prefix[:-1], f"{self.prefix[-1]}{index}"))
+        else:
+            head = ".".join((*self.prefix, str(index)))
+        return f"{head}.{tail}" if tail else head
+
+
+def _candidates(names: Iterable[str]) -> dict[tuple[str, ...], _Candidate]:
+    candidates: dict[tuple[str, ...], _Candidate] = {}
+
+    def add(prefix: tuple[str, ...], index: int, tail: str, *, numbered: bool) -> None:
+        candidate = candidates.get(prefix)
+        if candidate is None:
+            candidate = candidates[prefix] = _Candidate(prefix, numbered=numbered)
+        if candidate.numbered == numbered:
+            candidate.tails[index].append(tail)
+
+    for name in names:
+        segments = tuple(name.split("."))
+        for at, segment in enumerate(segments):
+            if segment.isdecimal() and len(segment) < 7:
+                add(segments[:at], int(segment), ".".join(segments[at + 1 :]), numbered=False)
+            elif match := _NUMBERED_NAME.fullmatch(segment):
+                add((*segments[:at], match[1]), int(match[2]), ".".join(segments[at + 1 :]), numbered=True)
+    return candidates
+
+
+def _outermost(candidates: Mapping[tuple[str, ...], _Candidate]) -> list[_Candidate]:
+    """The stacks that lie inside no other, in the order their first names came."""
+    called = [candidate for candidate in candidates.values() if candidate.called_layers and candidate.is_stack]
+    chosen = called or [
+        candidate for candidate in candidates.values() if candidate.may_be_sequential and candidate.is_stack
+    ]
+    kept: list[_Candidate] = []
+    for candidate in sorted(chosen, key=lambda c: len(c.prefix)):
+        if not any(_lies_within(candidate.prefix, outer) for outer in kept):
+            kept.append(candidate)
+    order = {id(candidate): rank for rank, candidate in enumerate(chosen)}
+    return sorted(kept, key=lambda c: order[id(c)])
+
+
+def _lies_within(prefix: tuple[str, ...], outer: _Candidate) -> bool:
+    if outer.numbered:
+        at = len(outer.prefix) - 1
+        inside = len(prefix) > at and prefix[:at] == outer.prefix[:at] and _NUMBERED_NAME.fullmatch(prefix[at])
+        return bool(inside and inside[1] == outer.prefix[at])
+    at = len(outer.prefix)
+    return len(prefix) > at and prefix[:at] == outer.prefix and prefix[at].isdecimal()
+
+
+def _survey(candidates: Mapping[tuple[str, ...], _Candidate]) -> str:
+    """What numbered prefixes there are, for an error message."""
+    if not candidates:
+        return "No name has a number in it."
+    lines = []
+    for candidate in sorted(candidates.values(), key=lambda c: -sum(map(len, c.tails.values()))):
+        indices = sorted(candidate.tails)
+        shown = ", ".join(map(str, indices[:4])) + (f", ... {indices[-1]}" if len(indices) > 4 else "")
+        lines.append(
+            f"{candidate.name or '(no prefix)'}: {sum(map(len, candidate.tails.values())):,} tensors at {shown}"
+        )
+    return "Numbered prefixes:\n" + some(lines)
+
+
+# --- lanes: stacks with their layers in the order they run ---
+
+
+@dataclass(slots=True)
+class _Lane:
+    """A stack ready to be counted: the tensors of each unit, first to last."""
+
+    name: str
+    units: list[list[str]]
+    indices: list[int] | None = None  # the numbers in the names, where each unit has one
+
+
+def _lanes(found: list[_Candidate], names: list[str]) -> list[_Lane]:
+    """The stacks that were found, those that run one after the other joined into one."""
+    waiting = {candidate.name: candidate for candidate in found}
+    lanes: list[_Lane] = []
+    for candidate in found:
+        if candidate.name not in waiting:
+            continue
+        members = _serial_members(candidate, waiting, names)
+        if len(members) > 1:
+            for name in members:
+                for inner in [other for other in waiting if other == name or other.startswith(f"{name}.")]:
+                    del waiting[inner]
+            lanes.append(_Lane("+".join(members), [unit for units in members.values() for unit in units]))
+            continue
+        _refuse_a_part(candidate)
+        del waiting[candidate.name]
+        units = _units(candidate)
+        counted = sorted(candidate.tails) if len(units) == len(candidate.tails) else None
+        lanes.append(_Lane(candidate.name, units, counted))
+    return lanes
+
+
+def _serial_members(
+    candidate: _Candidate, waiting: Mapping[str, _Candidate], names: list[str]
+) -> dict[str, list[list[str]]]:
+    """The stacks that run in a row with `candidate`, itself among them: name -> units, first to last."""
+    for words in _SERIAL:
+        ending = next((word for word in words if f".{candidate.name}".endswith(f".{word}")), None)
+        if ending is None:
+            continue
+        parent = candidate.name.removesuffix(ending)
+        members: dict[str, list[list[str]]] = {}
+        for word in words:
+            name = parent + word
+            if word in _ONE_UNIT:
+                if middle := [tensor for tensor in names if tensor.startswith(f"{name}.")]:
+                    members[name] = [middle]
+            elif name in waiting:
+                members[name] = _units(waiting[name])
+        if len(members) > 1:
+            return members
+    return {}
+
+
+def _refuse_a_part(candidate: _Candidate) -> None:
+    first = min(candidate.tails)
+    if first > 1:
+        raise DepthError(
+            f"{candidate.name} starts at layer {first}: this is a part of a model, and depth is counted over the whole",
+            hint="Give the whole checkpoint (all shards, with their index), or place the layers with --layers REGEX.",
+        )
+
+
+def _units(candidate: _Candidate) -> list[list[str]]:
+    """The tensors of each layer in order; stages that hold alike blocks are counted through."""
+    inner = _inner_blocks(candidate)
+    if inner is None:
+        return [[candidate.tensor(index, tail) for tail in candidate.tails[index]] for index in sorted(candidate.tails)]
+
+    stages = sorted(candidate.tails)
+    loose: dict[str, set[int]] = defaultdict(set)  # stage-level modules in no block -> the stages that have one
+    for stage in stages:
+        for tail in candidate.tails[stage]:
+            if _split_inner(tail, inner) is None:
+                loose[tail.split(".")[0]].add(stage)
+    units: list[list[str]] = []
+    for stage in stages:
+        blocks: dict[int, list[str]] = defaultdict(list)
+        for tail in candidate.tails[stage]:
+            if (split := _split_inner(tail, inner)) is not None:
+                blocks[split[0]].append(candidate.tensor(stage, tail))
+        ordered = [blocks[index] for index in sorted(blocks)] or [[]]
+        for tail in candidate.tails[stage]:
+            if _split_inner(tail, inner) is None:
+                # A downsampling that the first stage has and the last lacks closes its stage; otherwise it opens it.
+                having = loose[tail.split(".")[0]]
+                closes = stages[0] in having and stages[-1] not in having
+                ordered[-1 if closes else 0].append(candidate.tensor(stage, tail))
+        units.extend(ordered)
+    return units
+
+
+def _inner_blocks(candidate: _Candidate) -> str | None:
+    """The name of the blocks within each stage (empty for `layer1.0`), or None if the candidate's layers are no
+    stages.
+    """
+    inner_names = {tail.split(".")[0] for tails in candidate.tails.values() for tail in tails}
+    options = [name for name in sorted(inner_names) if _LAYER_NAME.fullmatch(name) and not _NEVER.fullmatch(name)]
+    if any(name.isdecimal() for name in inner_names):
+        options.append("")
+    for name in options:
+        stages: list[dict[int, set[str]]] = []
+        for tails in candidate.tails.values():
+            blocks: dict[int, set[str]] = defaultdict(set)
+            for tail in tails:
+                if (split := _split_inner(tail, name)) is not None:
+                    blocks[split[0]].add(split[1])
+            stages.append(blocks)
+        several = [blocks for blocks in stages if len(blocks) > 1]
+        if several and all(stages) and all(_alike(blocks.values()) for blocks in several):
+            return name
+    return None
+
+
+def _split_inner(tail: str, inner: str) -> tuple[int, str] | None:
+    """`blocks.3.norm.weight` -> (3, `norm.weight`) for the inner name `blocks`."""
+    if inner:
+        if not tail.startswith(f"{inner}."):
+            return None
+        tail = tail[len(inner) + 1 :]
+    number, _, rest = tail.partition(".")
+    return (int(number), rest) if number.isdecimal() else None
+
+
+def _alike(children: Iterable[set[str]]) -> bool:
+    """Whether blocks are of one kind: at least half of all child names stand in every block."""
+    sets = list(children)
+    return 2 * len(set.intersection(*sets)) >= len(set.union(*sets))
+
+
+# --- the config's word on the number of layers ---
+
+
+def _config_counts(config: Mapping[str, Any]) -> dict[str, int]:
+    """Every number of layers that a config gives, nested configs included: dotted key -> count."""
+    counts: dict[str, int] = {}
+    for key, value in config.items():
+        if key in _CONFIG_COUNTS and type(value) is int and value > 0:
+            counts[key] = value
+        elif isinstance(value, Mapping) and key.endswith("config"):
+            counts.update((f"{key}.{inner}", count) for inner, count in _config_counts(value).items())
+    return counts
+
+
+def _counted_by_config(lane: _Lane, lanes: int, config: Mapping[str, Any] | None, notes: list[str]) -> int:
+    """How many of the lane's units are layers of the stack: all, unless the config counts fewer and the rest are extra.
+
+    Which count speaks of which lane is plain only where there is one lane, or where a nested config is the language
+    model's.
+    """
+    total = len(lane.units)
+    counts = _config_counts(config or {})
+    if lane.indices is None or total in counts.values():
+        return total
+    if lanes > 1:
+        speaks_of_text = not _OTHER_TOWER.search(lane.name)
+        counts = {key: count for key, count in counts.items() if key.startswith("text_config.") and speaks_of_text}
+    extra = [(count, key) for key, count in counts.items() if count < total <= count + _MOST_EXTRA_LAYERS]
+    if extra:
+        count, key = max(extra)
+        notes.append(f"{lane.name}: {key} is {count}, so the layers from {count} on are outside the stack")
+        return sum(index < count for index in lane.indices)
+    if counts:
+        said = ", ".join(f"{key} {count}" for key, count in counts.items())
+        if len(counts) == 1 and total < min(counts.values()):
+            raise DepthError(
+                f"{lane.name} holds {total} layers, but the config says {said}",
+                hint="Is the checkpoint complete? If it is, say where the layer's number stands with --layers REGEX.",
+            )
+        notes.append(f"{lane.name} holds {total} layers; the config says {said}")
+    return total

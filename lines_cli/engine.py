@@ -1,0 +1,296 @@
+"""Plan -> bytes. Knows tensors, files and workers; knows no command, no recipe format and no screen.
+
+A few workers take chunks of the plan in file order. Each owns a device and its buffers, so memory is bounded by
+workers x chunk, whatever the model's size: `pread` the chunk from both inputs, compute, `pwrite` it where the plan
+says. No chunk depends on another, so the bytes do not depend on how many workers there are or how large the chunks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lines_cli.arithmetic import TORCH_DTYPES, add_scaled_task_vector, cast, compute_dtype, extremes, first_nonfinite
+from lines_cli.checkpoint.header import itemsize
+from lines_cli.checkpoint.positional import read_into, write_from
+from lines_cli.checkpoint.writer import Staging, naming
+from lines_cli.errors import CheckpointError, DataError, RecipeError
+from lines_cli.plan import Piece, Plan, Resources, Slice, TensorPlan
+
+Track = Callable[[Iterable[int]], Iterable[int]]
+"""Wraps the stream of finished byte counts, to show progress; `iter` shows nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run did.
+
+    Attributes:
+        seconds: from opening the inputs to the output being in place.
+        nonfinite: tensors in which NaN, Inf or an overflow was let through (`allow_nonfinite`), and what was found
+            first.
+    """
+
+    seconds: float
+    nonfinite: dict[str, str]
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the first CUDA device where there is one, else the CPU.
+
+    Raises:
+        RecipeError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RecipeError(f"--device {name}: not a device", hint="Say auto, cpu, cuda, or cuda:N.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise RecipeError(f"--device {name}: lines computes on cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RecipeError(
+            f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here"
+        )
+    return device
+
+
+def run(plan: Plan, resources: Resources | None = None, *, force: bool = False, track: Track = iter) -> Outcome:
+    """Carry out a plan: write every file beside the destination, then rename it into place. Any failure leaves no
+    trace.
+
+    Args:
+        plan: from `make_plan`.
+        resources: workers, device, chunk; they change speed and memory, never the bytes.
+        force: replace an existing output, once the new one is whole.
+        track: wraps the stream of written byte counts.
+
+    Raises:
+        DataError: NaN or Inf in an input, or an overflow in the output dtype.
+        CheckpointError: an input ends early or cannot be read.
+        OutputError: the destination cannot be written.
+    """
+    started = time.perf_counter()
+    resources = resources or Resources()
+    device = choose_device(resources.device)
+    with Staging(plan.output) as staging, _opened(plan.inputs) as sources:
+        targets = []
+        for file in plan.outputs:
+            targets.append(staging.create(file.name, file.nbytes))
+            with naming(plan.output):
+                write_from(targets[-1], file.head, 0)
+        crew = _Crew(plan, sources, targets, device, resources.chunk)
+        for _ in track(crew.work(resources.threads)):
+            pass
+        for sidecar in plan.sidecars:
+            staging.add(sidecar)
+        staging.publish(force=force)
+    return Outcome(time.perf_counter() - started, crew.nonfinite)
+
+
+@contextmanager
+def _opened(paths: Iterable[Path]) -> Iterator[list[int]]:
+    """The inputs' file descriptors, for the length of a `with` block."""
+    fds: list[int] = []
+    try:
+        for path in paths:
+            try:
+                fds.append(os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)))
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+        yield fds
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Part of a piece: entries `first` to `first + numel` of it."""
+
+    tensor: TensorPlan
+    piece: Piece
+    first: int
+    numel: int
+
+
+def _chunks(plan: Plan, size: int) -> Iterator[_Chunk]:
+    for tensor in plan.tensors:
+        for piece in tensor.pieces:
+            for first in range(0, piece.numel, size):
+                yield _Chunk(tensor, piece, first, min(size, piece.numel - first))
+
+
+class _Crew:
+    """The workers of one run and what they share: the chunks still to do, and the first failure."""
+
+    def __init__(self, plan: Plan, sources: list[int], targets: list[int], device: torch.device, chunk: int) -> None:
+        self.plan, self.sources, self.targets, self.device, self.chunk = plan, sources, targets, device, chunk
+        self.nonfinite: dict[str, str] = {}
+        self._chunks = _chunks(plan, chunk)
+        self._take = threading.Lock()
+        self._stop = threading.Event()
+        self._done: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
+
+    def work(self, workers: int) -> Iterator[int]:
+        """Run the workers; yields the size of every chunk written. The first failure stops all of them and is
+        raised here.
+        """
+        threads = [threading.Thread(target=self._worker, name=f"lines-worker-{n}", daemon=True) for n in range(workers)]
+        for thread in threads:
+            thread.start()
+        try:
+            running = workers
+            while running:
+                item = self._done.get()
+                if isinstance(item, BaseException):
+                    raise item
+                if item is None:
+                    running -= 1
+                else:
+                    yield item
+        finally:
+            self._stop.set()
+            for thread in threads:
+                thread.join()
+
+    def _worker(self) -> None:
+        try:
+            torch.set_num_threads(1)  # for this thread alone; the workers are the parallelism
+            bench = _Bench(self.device, self.chunk)
+            with torch.inference_mode():
+                while not self._stop.is_set():
+                    with self._take:
+                        chunk = next(self._chunks, None)
+                    if chunk is None:
+                        break
+                    self._done.put(self._one(bench, chunk))
+            self._done.put(None)
+        except BaseException as error:  # noqa: BLE001 - handed over to the thread that waits, which raises it
+            self._done.put(error)
+
+    def _one(self, bench: _Bench, chunk: _Chunk) -> int:
+        """Make one chunk of the output; returns its bytes."""
+        tensor, piece, numel = chunk.tensor, chunk.piece, chunk.numel
+        base = self._read(bench.base, piece.base, chunk)
+        ft = self._read(bench.ft, piece.ft, chunk)
+        only = base if ft is None else ft if base is None else None
+        if only is not None and only.dtype == tensor.info.dtype:
+            raw = only.raw
+            if only.dtype in TORCH_DTYPES:
+                self._check(chunk, base, ft, extremes(only.values()))
+        else:
+            stored = TORCH_DTYPES[tensor.info.dtype]
+            result = bench.out.device_view(numel, stored)
+            if base is not None and ft is not None:
+                compute = compute_dtype(TORCH_DTYPES[base.dtype], TORCH_DTYPES[ft.dtype])
+                exact = bench.result.device_view(numel, compute)
+                scratch = bench.scratch.device_view(numel, compute)
+                add_scaled_task_vector(base.values(), ft.values(), piece.coefficient, scratch=scratch, result=exact)
+            else:
+                assert only is not None
+                exact = only.values()
+            self._check(chunk, base, ft, extremes(exact))
+            cast(exact, result)
+            raw = bench.out.to_host(numel * itemsize(tensor.info.dtype))
+        start = tensor.info.offset + (piece.start + chunk.first) * itemsize(tensor.info.dtype)
+        with naming(self.plan.output):
+            write_from(self.targets[tensor.file], raw, start)
+        return len(raw)
+
+    def _read(self, buffer: _Buffer, source: Slice | None, chunk: _Chunk) -> _Loaded | None:
+        if source is None:
+            return None
+        width = itemsize(source.dtype)
+        view = buffer.host(chunk.numel * width)
+        path = self.plan.inputs[source.file]
+        try:
+            got = read_into(self.sources[source.file], view, source.offset + chunk.first * width)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+        if got < len(view):
+            raise CheckpointError(
+                f"{path}: ends in the middle of tensor {chunk.tensor.name}; it was whole when its header was read"
+            )
+        return _Loaded(buffer, source.dtype, chunk.numel, view)
+
+    def _check(self, chunk: _Chunk, base: _Loaded | None, ft: _Loaded | None, extreme: torch.Tensor) -> None:
+        """Find NaN, Inf and overflow by the extremes of what is about to be written: rounding is monotonic."""
+        stored = torch.empty(2, dtype=TORCH_DTYPES[chunk.tensor.info.dtype], device=extreme.device)
+        cast(extreme, stored)
+        if bool(stored.isfinite().all()):
+            return
+        found = self._what_is_wrong(chunk, base, ft)
+        if not self.plan.recipe.allow_nonfinite:
+            raise DataError(found, hint="--allow-nonfinite lets such values through.")
+        self.nonfinite.setdefault(chunk.tensor.name, found)
+
+    def _what_is_wrong(self, chunk: _Chunk, base: _Loaded | None, ft: _Loaded | None) -> str:
+        name = chunk.tensor.name
+        for loaded, source in ((base, chunk.piece.base), (ft, chunk.piece.ft)):
+            if loaded is not None and source is not None and (bad := first_nonfinite(loaded.values())):
+                at = chunk.piece.start + chunk.first + bad[0]
+                return f"{self.plan.inputs[source.file]}: tensor {name} holds {bad[1]}, first at entry {at:,}"
+        return f"tensor {name}: a value is beyond what {chunk.tensor.info.dtype}, its output dtype, can hold"
+
+
+# --- buffers ---
+
+
+class _Buffer:
+    """Reusable bytes on the host and, for CUDA, as many on the device; on the CPU the two are one."""
+
+    def __init__(self, device: torch.device, nbytes: int) -> None:
+        on_gpu = device.type == "cuda"
+        self._host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=on_gpu)
+        self._device = torch.empty(nbytes, dtype=torch.uint8, device=device) if on_gpu else self._host
+        self._memory = memoryview((ctypes.c_char * nbytes).from_address(self._host.data_ptr())).cast("B")
+
+    def host(self, nbytes: int) -> memoryview:
+        """The first bytes on the host, to read a file into or write a file from."""
+        return self._memory[:nbytes]
+
+    def device_view(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """The first entries on the device, as `dtype`."""
+        return self._device[: numel * dtype.itemsize].view(dtype)
+
+    def to_device(self, nbytes: int) -> None:
+        if self._device is not self._host:
+            self._device[:nbytes].copy_(self._host[:nbytes])
+
+    def to_host(self, nbytes: int) -> memoryview:
+        if self._device is not self._host:
+            self._host[:nbytes].copy_(self._device[:nbytes])
+        return self.host(nbytes)
+
+
+class _Bench:
+    """What one worker works on: its device and its buffers, made once and used for every chunk."""
+
+    def __init__(self, device: torch.device, chunk: int) -> None:
+        self.base, self.ft, self.out, self.scratch, self.result = (_Buffer(device, chunk * 8) for _ in range(5))
+
+
+@dataclass(slots=True)
+class _Loaded:
+    """A chunk of one input, read into a buffer."""
+
+    buffer: _Buffer
+    dtype: str
+    numel: int
+    raw: memoryview
+
+    def values(self) -> torch.Tensor:
+        """[numel], on the worker's device."""
+        self.buffer.to_device(len(self.raw))
+        return self.buffer.device_view(self.numel, TORCH_DTYPES[self.dtype])

@@ -1,0 +1,86 @@
+"""Every way lines refuses, and the exit code each family of refusals ends with.
+
+    LinesError
+    |-- RecipeError          2   an option or a recipe key says something impossible
+    |-- CheckpointError      3   an input cannot be found or read
+    |   |-- HubError
+    |   `-- UnsupportedError     readable, but a kind of checkpoint lines does not edit (quantised, adapter, pickle)
+    |-- MismatchError        4   two inputs disagree (names, shapes), or with each other's config
+    |   `-- DepthError           no single reading of which tensor stands at which depth
+    |-- DataError            5   the numbers themselves: NaN, Inf, overflow
+    `-- OutputError          6   the destination: exists, is an input, cannot be written, no space
+
+A message names the file, the tensor and both sides of the disagreement; `hint` is the next step, where there is
+one. `cli.py` is the only place that turns these into text and an exit code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+
+class LinesError(Exception):
+    """A refusal with a message for the person who ran the command.
+
+    Args:
+        message: what is wrong, naming the file and the tensor.
+        hint: what to do next.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class RecipeError(LinesError):
+    """What was asked for is impossible, whatever the checkpoints hold."""
+
+    exit_code = 2
+
+
+class CheckpointError(LinesError):
+    """An input is missing, malformed or truncated."""
+
+    exit_code = 3
+
+
+class HubError(CheckpointError):
+    """The Hugging Face Hub could not give what was asked of it."""
+
+
+class UnsupportedError(CheckpointError):
+    """A well-formed input of a kind that lines does not edit."""
+
+
+class MismatchError(LinesError):
+    """The inputs do not fit together."""
+
+    exit_code = 4
+
+
+class DepthError(MismatchError):
+    """Tensor names leave open which tensor stands at which depth."""
+
+
+class DataError(LinesError):
+    """A NaN or Inf in an input, or a value the output dtype cannot hold."""
+
+    exit_code = 5
+
+
+class OutputError(LinesError):
+    """The destination is in the way, is an input, or cannot be written."""
+
+    exit_code = 6
+
+
+def some(names: Sequence[str], limit: int = 8) -> str:
+    """The first `limit` names, one to an indented line, and how many more there are."""
+    shown = [f"  {name}" for name in names[:limit]]
+    if len(names) > limit:
+        shown.append(f"  ... and {len(names) - limit:,} more")
+    return "\n".join(shown)

@@ -1,0 +1,276 @@
+"""A checkpoint's name -> where it lies: a path as it is, or a Hub id fetched through the Hub's own client and cache.
+
+The client decides on endpoint, token, cache, offline mode and progress bars (HF_ENDPOINT, HF_TOKEN, HF_HOME,
+HF_HUB_OFFLINE, ...). Of a repository only what an edit reads is fetched: one set of safetensors weights, and the files
+that an output folder takes over. It is imported only once a name is no path: importing it takes longer than reading a
+header.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from lines_cli.checkpoint.reader import WEIGHT_STEMS, choose_weights, refuse_folder, shards_of
+from lines_cli.checkpoint.sidecars import is_carried
+from lines_cli.errors import CheckpointError, HubError, LinesError, some
+
+_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9_][\w.-]*/[\w.-]+)(?:@(?P<revision>.*))?", re.ASCII | re.DOTALL)
+_NOT_IN_A_REVISION = re.compile(r"[\s\x00-\x1f\x7f\\:?*~^\[]|\.\.|//|^[/-]|/$|^$")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Where a checkpoint lies.
+
+    Attributes:
+        path: the file or folder.
+        name: as its user named it.
+        hub_id: `org/name@commit`, for one that came from the Hub.
+    """
+
+    path: Path
+    name: str
+    hub_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What is wanted of the Hub: the name as given, and its parts. A revision of None is the default branch."""
+
+    name: str
+    repo: str
+    revision: str | None
+
+    def at(self, snapshot: Path) -> Located:
+        """The client keeps a commit's files in a folder named after the commit."""
+        return Located(snapshot, self.name, f"{self.repo}@{snapshot.name}")
+
+
+def locate(name: str) -> Located:
+    """Find a checkpoint by path or, where there is no such path, by its Hub id `org/name[@revision]`.
+
+    Args:
+        name: as a person or a recipe gives it. `~` is expanded.
+
+    Raises:
+        CheckpointError: it is neither a path that exists nor a Hub id, or the repository holds no clear set of weights.
+        HubError: the Hub does not have it, does not give it to this user, or cannot be reached.
+    """
+    path = os.path.expanduser(name)
+    if os.path.exists(path):
+        return Located(Path(path), name, None)
+    match = _HUB_ID.fullmatch(name)
+    if match is None:
+        hint = "A model on the Hugging Face Hub is named org/name or org/name@revision."
+        raise CheckpointError(
+            f"{name}: there is no such file or folder", hint=None if name.startswith(("/", ".", "~")) else hint
+        )
+    revision = match["revision"]
+    if revision is not None and _NOT_IN_A_REVISION.search(revision):
+        raise HubError(
+            f"{name}: {revision!r} is no revision of a Hub repository, and there is no such file or folder here",
+            hint="After the @ stands a branch, a tag or a commit: org/name@main.",
+        )
+    return _fetch(_Asked(name, match["repo"], revision))
+
+
+def _fetch(asked: _Asked) -> Located:
+    """Fetch what is not in the cache yet. One commit, whatever is pushed meanwhile."""
+    from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+
+    with _explained(asked):
+        try:
+            info = HfApi().model_info(asked.repo, revision=asked.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        except Exception as error:
+            if why := _unreachable(error):
+                return _from_cache(asked, why)
+            raise
+        commit, names = info.sha or "", {file.rfilename for file in info.siblings or ()}
+        if not _COMMIT.fullmatch(commit):
+            raise HubError(f"{asked.name}: the Hub names no commit for {asked.repo}, but {commit!r}")
+        chosen = _choose(asked, names)
+
+        # Asked for by branch, so that the cache notes the branch's commit and finds it again offline.
+        first = Path(hf_hub_download(asked.repo, chosen, revision=asked.revision))
+        if first.parent.name != commit:  # pushed to since
+            first = Path(hf_hub_download(asked.repo, chosen, revision=commit))
+        wanted = _wanted(asked, names, first)
+        exactly = [glob.escape(name) for name in wanted]
+        snapshot = Path(snapshot_download(asked.repo, revision=commit, allow_patterns=exactly))
+        if lacking := _lacking(snapshot, wanted):  # the client makes do with part of a snapshot if the Hub fails midway
+            raise HubError(
+                f"{asked.name}: {len(lacking)} of {len(wanted)} files did not arrive:\n{some(lacking)}",
+                hint="Run it again: what is in the cache already is not fetched again.",
+            )
+        return asked.at(snapshot)
+
+
+def _from_cache(asked: _Asked, why: str) -> Located:
+    """What an earlier run fetched, if it is all there.
+
+    The client keeps a listing of the commits it fetched (from huggingface_hub 2 on). Where it has none, nobody knows
+    what else the repository holds, so only weights under a library's own name are taken for the repository's weights.
+
+    Args:
+        asked: what is wanted.
+        why: why the Hub cannot be asked.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    absent = HubError(
+        f"{asked.name}: no such file or folder here, and no copy of {asked.repo} in the Hub's cache; {why}",
+        hint="Check the path; or run it once with a connection, and the cache serves from then on.",
+    )
+    try:
+        snapshot = Path(
+            snapshot_download(asked.repo, revision=asked.revision, allow_patterns=[], local_files_only=True)
+        )
+    except LocalEntryNotFoundError as error:
+        raise absent from error
+    names = _cached_listing(asked.repo, snapshot.name)
+    if names is None:
+        names = {file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*") if file.is_file()}
+        chosen = choose_weights({name for name in names if "/" not in name})
+        if chosen is None or chosen.partition(".")[0] not in WEIGHT_STEMS:
+            raise absent
+    else:
+        chosen = _choose(asked, names)
+    index = snapshot / chosen
+    wanted = _wanted(asked, names | {chosen}, index) if index.is_file() else [chosen]
+    if lacking := _lacking(snapshot, wanted):
+        raise HubError(
+            f"{asked.name}: the copy in the Hub's cache is incomplete, and {why}; it lacks:\n{some(lacking)}",
+            hint=f"Run it once with a connection; or give the folder as it is: {snapshot}",
+        )
+    return asked.at(snapshot)
+
+
+def _cached_listing(repo: str, commit: str) -> set[str] | None:
+    """The names of all files of a commit, if the client remembers them."""
+    try:
+        from huggingface_hub import get_cached_repo_tree
+        from huggingface_hub.errors import CachedRepoTreeNotFoundError
+    except ImportError:
+        return None
+    try:
+        return {file.path for file in get_cached_repo_tree(repo, revision=commit)}
+    except CachedRepoTreeNotFoundError:
+        return None
+
+
+def _choose(asked: _Asked, names: Collection[str]) -> str:
+    """The index or the weight file that the repository's weights hang on."""
+    top = {name for name in names if "/" not in name}
+    return choose_weights(top) or refuse_folder(f"{asked.name} (on the Hub)", top)
+
+
+def _wanted(asked: _Asked, names: Collection[str], chosen: Path) -> list[str]:
+    """The files to fetch, `chosen` (which is here already) among them. None leads out of the snapshot's folder."""
+    shards = list(shards_of(chosen)) if chosen.name.endswith(".index.json") else []
+    if missing := sorted(set(shards).difference(names)):
+        raise CheckpointError(
+            f"{asked.name}: its {chosen.name} names {len(missing)} shards that {asked.repo} does not hold:"
+            f"\n{some(missing)}"
+        )
+    wanted = [chosen.name, *shards, *sorted(name for name in names if is_carried(name))]
+    for name in wanted:
+        if "\\" in name or "\0" in name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise HubError(f"{asked.name}: refused, for it lists a file outside its own folder: {name!r}")
+    return wanted
+
+
+def _lacking(snapshot: Path, wanted: Collection[str]) -> list[str]:
+    return [name for name in wanted if not (snapshot / name).is_file()]
+
+
+@contextmanager
+def _explained(asked: _Asked) -> Iterator[None]:
+    """Turn whatever the client raises into a HubError."""
+    try:
+        yield
+    except LinesError:
+        raise
+    except Exception as error:
+        raise _explain(error, asked) from error
+
+
+def _explain(error: Exception, asked: _Asked) -> HubError:
+    from huggingface_hub import constants, errors
+
+    log_in = "log in (hf auth login) or set HF_TOKEN"
+    name, page = asked.name, f"{constants.ENDPOINT}/{asked.repo}"
+    if why := _unreachable(error):
+        return HubError(
+            f"{name}: no such file or folder here, and {why}", hint="Check the path, or the connection, and try again."
+        )
+    for cause in _chain(error):
+        match cause:
+            case errors.GatedRepoError():
+                return HubError(
+                    f"{name}: {asked.repo} is gated, and this login has no access to it",
+                    hint=f"Accept its terms at {page}, then {log_in}.",
+                )
+            case errors.RepositoryNotFoundError():
+                return HubError(
+                    f"{name}: no such file or folder here, and the Hub shows no model {asked.repo}",
+                    hint=f"Check the spelling; if it is private, {log_in}.",
+                )
+            case errors.RevisionNotFoundError():
+                return HubError(
+                    f"{name}: {asked.repo} is on the Hub, but has no revision {asked.revision or 'main'!r}",
+                    hint=f"Its branches and tags: {page}/tree/main",
+                )
+            case errors.HFValidationError():
+                return HubError(f"{name}: there is no such file or folder, and no Hub id is written like that")
+            case errors.HfHubHTTPError():
+                status = getattr(cause.response, "status_code", "an error")
+                if status in (401, 403):
+                    return HubError(f"{name}: the Hub refuses access to {asked.repo} ({status})", hint=f"To {log_in}.")
+                return HubError(f"{name}: the Hub answered {status} for {asked.repo}: {_one_line(cause)}")
+            case OSError(errno=int(), strerror=str(reason)):
+                return HubError(
+                    f"{name}: cannot be kept in the Hub's cache ({cause.filename or constants.HF_HUB_CACHE}): {reason}",
+                    hint="HF_HOME or HF_HUB_CACHE names another place for it.",
+                )
+    return HubError(f"{name}: {asked.repo} could not be fetched: {type(error).__name__}: {_one_line(error)}")
+
+
+def _unreachable(error: BaseException) -> str | None:
+    """Why the Hub could not be asked; None if it did answer, or never had to.
+
+    The client's HTTP library has changed with its versions (requests, httpx, httpx2), so its errors are known by where
+    they come from.
+    """
+    from huggingface_hub import constants, errors
+
+    for cause in _chain(error):
+        if isinstance(cause, errors.OfflineModeIsEnabled):
+            return "the Hub is offline (HF_HUB_OFFLINE is set)"
+        if isinstance(cause, errors.HfHubHTTPError):
+            status = getattr(cause.response, "status_code", 0)
+            return f"the Hub has a failure of its own ({status})" if status >= 500 else None
+        library = type(cause).__module__.partition(".")[0]
+        if library.startswith(("httpx", "httpcore", "requests", "urllib3")) or isinstance(
+            cause, ConnectionError | TimeoutError
+        ):
+            return f"{constants.ENDPOINT} cannot be reached ({type(cause).__name__}: {_one_line(cause)})"
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it was raised from, the last first."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _one_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")

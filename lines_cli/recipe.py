@@ -1,0 +1,155 @@
+"""What was asked, as one frozen value: from the command line or a YAML file, and back into YAML.
+
+The keys are mergekit's where mergekit has them; `lines:` adds the scaling over depth. One fine-tune on one base is
+task arithmetic with one task vector, so that is what an edit's recipe says.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from lines_cli import __version__
+from lines_cli.errors import RecipeError
+from lines_cli.schedule import LinearSchedule
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    **{f"{p}B": 1000**n for n, p in enumerate("KMGT", 1)},
+    **{f"{p}IB": 1024**n for n, p in enumerate("KMGT", 1)},
+}
+
+
+def parse_size(text: str | int) -> int:
+    """`5GB` -> 5_000_000_000. KB, MB, GB, TB are decimal, as everywhere on the Hub; KiB to TiB are binary."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(text).strip())
+    if match is None or match[2].upper() not in _UNITS or not (size := int(float(match[1]) * _UNITS[match[2].upper()])):
+        raise ValueError(f"{text!r} is not a size: write 5GB, 500MB, or a number of bytes")
+    return size
+
+
+Size = Annotated[int, BeforeValidator(parse_size)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+DtypeName = Literal["float64", "float32", "float16", "bfloat16"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Scaling(_Part):
+    """The `lines:` key: how the task vector is scaled over depth. `beta` is 1 - alpha unless it is given."""
+
+    alpha: Finite = 0.1
+    beta: Finite = Field(default_factory=lambda given: 1 - given["alpha"])
+    gamma: Finite = 1.0
+    layers: str | None = None
+
+    @property
+    def schedule(self) -> LinearSchedule:
+        return LinearSchedule(self.alpha, self.beta, self.gamma)
+
+
+class Source(_Part):
+    """One entry of `models:`."""
+
+    model: str
+
+
+class Recipe(_Part):
+    """One result: the inputs, the scaling, and how disagreements between the inputs are settled.
+
+    Attributes:
+        base_model: the pre-trained checkpoint: a path or a Hub id, `org/name[@revision]`.
+        models: the fine-tune.
+        lines: the scaling over depth.
+        dtype: what every float tensor is written as; None keeps the fine-tune's own, tensor by tensor.
+        missing: a tensor that one side lacks is an `error`, a `copy` of the side that has it, or left out (`skip`).
+        resize: token embeddings and heads with differing numbers of rows are an `error`, or take the rows of the
+            fine-tune (`ft`) or the `base`.
+        allow_nonfinite: let NaN and Inf through.
+        max_shard_size: bytes of tensors per file of the output folder.
+    """
+
+    merge_method: Literal["task_arithmetic"] = "task_arithmetic"
+    base_model: str
+    models: tuple[Source]
+    lines: Scaling = Scaling()
+    dtype: DtypeName | None = None
+    missing: Literal["error", "copy", "skip"] = "error"
+    resize: Literal["error", "ft", "base"] = "error"
+    allow_nonfinite: bool = False
+    max_shard_size: Size = parse_size("5GB")
+
+    @property
+    def fine_tune(self) -> str:
+        return self.models[0].model
+
+
+def make_recipe(values: dict[str, Any], *, where: str) -> Recipe:
+    """Check plain values and freeze them.
+
+    Args:
+        values: the recipe as YAML has it.
+        where: what a message should call their origin.
+
+    Raises:
+        RecipeError: an unknown key or an impossible value.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        problems = []
+        for problem in error.errors():
+            if problem["type"] == "default_factory_not_called":  # beta, because alpha is wrong: said once is enough
+                continue
+            key = ".".join(str(part) for part in problem["loc"])
+            problems.append(
+                f"{key}: {problem['msg']}" + ("" if problem["type"] == "missing" else f" (got {problem['input']!r})")
+            )
+        raise RecipeError(f"{where}: " + "; ".join(problems)) from error
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe from YAML. Relative paths in it count from the file's folder.
+
+    Raises:
+        RecipeError: the file cannot be read, is not YAML, or says something impossible.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: not a recipe: expected keys such as base_model and models")
+    recipe = make_recipe(values, where=str(path))
+    models = tuple(source.model_copy(update={"model": _beside(path.parent, source.model)}) for source in recipe.models)
+    return recipe.model_copy(update={"base_model": _beside(path.parent, recipe.base_model), "models": models})
+
+
+def _beside(folder: Path, name: str) -> str:
+    """A path that exists in `folder` as seen from here; any other name as it is."""
+    return str(folder / name) if not os.path.isabs(name) and (folder / name).exists() else name
+
+
+def dump_recipe(recipe: Recipe, *, base_model: str, fine_tune: str) -> str:
+    """The recipe as YAML that gives the same result again.
+
+    Args:
+        recipe: what was run.
+        base_model, fine_tune: the inputs as they are to be written: seen from where the file will stand, a Hub id
+            with its commit.
+    """
+    values = recipe.model_dump(mode="json", exclude_none=True)
+    values["base_model"] = base_model
+    values["models"] = [{"model": fine_tune}]
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return f"# Written by lines {__version__}. To run it again: lines edit --config lines_recipe.yaml -o OUT\n{text}"
