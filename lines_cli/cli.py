@@ -32,6 +32,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: it reads well without colour, and starts faster
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 

@@ -12,8 +12,8 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from lines_cli.checkpoint.header import itemsize
 from lines_cli.checkpoint.positional import read_into, write_from
 from lines_cli.checkpoint.writer import Staging, naming
 from lines_cli.errors import CheckpointError, DataError, RecipeError
-from lines_cli.plan import Piece, Plan, Resources, Slice, TensorPlan
+from lines_cli.plan import BUFFERS_PER_WORKER, Piece, Plan, Resources, Slice, TensorPlan
 
 Track = Callable[[Iterable[int]], Iterable[int]]
 """Wraps the stream of finished byte counts, to show progress; `iter` shows nothing."""
@@ -89,13 +89,15 @@ def run(plan: Plan, resources: Resources | None = None, *, force: bool = False, 
             targets.append(staging.create(file.name, file.nbytes))
             with naming(plan.output):
                 write_from(targets[-1], file.head, 0)
-        crew = _Crew(plan, sources, targets, device, resources.chunk)
-        for _ in track(crew.work(resources.threads)):
-            pass
+        workers = _Workers(plan, sources, targets, device, resources.chunk)
+        # Closing stops and joins the threads, whatever interrupts this one, before the files they write are closed.
+        with closing(workers.run(resources.threads)) as written:
+            for _ in track(written):
+                pass
         for sidecar in plan.sidecars:
             staging.add(sidecar)
         staging.publish(force=force)
-    return Outcome(time.perf_counter() - started, crew.nonfinite)
+    return Outcome(time.perf_counter() - started, workers.nonfinite)
 
 
 @contextmanager
@@ -131,7 +133,7 @@ def _chunks(plan: Plan, size: int) -> Iterator[_Chunk]:
                 yield _Chunk(tensor, piece, first, min(size, piece.numel - first))
 
 
-class _Crew:
+class _Workers:
     """The workers of one run and what they share: the chunks still to do, and the first failure."""
 
     def __init__(self, plan: Plan, sources: list[int], targets: list[int], device: torch.device, chunk: int) -> None:
@@ -142,15 +144,15 @@ class _Crew:
         self._stop = threading.Event()
         self._done: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
 
-    def work(self, workers: int) -> Iterator[int]:
+    def run(self, number: int) -> Generator[int, None, None]:
         """Run the workers; yields the size of every chunk written. The first failure stops all of them and is
         raised here.
         """
-        threads = [threading.Thread(target=self._worker, name=f"lines-worker-{n}", daemon=True) for n in range(workers)]
-        for thread in threads:
-            thread.start()
+        threads = [threading.Thread(target=self._worker, name=f"lines-worker-{n}", daemon=True) for n in range(number)]
         try:
-            running = workers
+            for thread in threads:
+                thread.start()
+            running = number
             while running:
                 item = self._done.get()
                 if isinstance(item, BaseException):
@@ -162,51 +164,56 @@ class _Crew:
         finally:
             self._stop.set()
             for thread in threads:
-                thread.join()
+                if thread.ident is not None:
+                    thread.join()
+            torch.set_num_threads(torch.get_num_threads())  # the workers' setting is the default of new threads, too
 
     def _worker(self) -> None:
         try:
             torch.set_num_threads(1)  # for this thread alone; the workers are the parallelism
-            bench = _Bench(self.device, self.chunk)
+            buffers = _Buffers(self.device, self.chunk)
             with torch.inference_mode():
                 while not self._stop.is_set():
                     with self._take:
                         chunk = next(self._chunks, None)
                     if chunk is None:
                         break
-                    self._done.put(self._one(bench, chunk))
+                    self._done.put(self._one(buffers, chunk))
             self._done.put(None)
         except BaseException as error:  # noqa: BLE001 - handed over to the thread that waits, which raises it
             self._done.put(error)
 
-    def _one(self, bench: _Bench, chunk: _Chunk) -> int:
+    def _one(self, buffers: _Buffers, chunk: _Chunk) -> int:
         """Make one chunk of the output; returns its bytes."""
-        tensor, piece, numel = chunk.tensor, chunk.piece, chunk.numel
-        base = self._read(bench.base, piece.base, chunk)
-        ft = self._read(bench.ft, piece.ft, chunk)
-        only = base if ft is None else ft if base is None else None
-        if only is not None and only.dtype == tensor.info.dtype:
-            raw = only.raw
-            if only.dtype in TORCH_DTYPES:
-                self._check(chunk, base, ft, extremes(only.values()))
+        dtype = chunk.tensor.info.dtype
+        base = self._read(buffers.base, chunk.piece.base, chunk)
+        ft = self._read(buffers.ft, chunk.piece.ft, chunk)
+        if base is not None and ft is not None:
+            values = self._combine(buffers, chunk, base, ft)
+            raw = None
         else:
-            stored = TORCH_DTYPES[tensor.info.dtype]
-            result = bench.out.device_view(numel, stored)
-            if base is not None and ft is not None:
-                compute = compute_dtype(TORCH_DTYPES[base.dtype], TORCH_DTYPES[ft.dtype])
-                exact = bench.result.device_view(numel, compute)
-                scratch = bench.scratch.device_view(numel, compute)
-                add_scaled_task_vector(base.values(), ft.values(), piece.coefficient, scratch=scratch, result=exact)
-            else:
-                assert only is not None
-                exact = only.values()
-            self._check(chunk, base, ft, extremes(exact))
-            cast(exact, result)
-            raw = bench.out.to_host(numel * itemsize(tensor.info.dtype))
-        start = tensor.info.offset + (piece.start + chunk.first) * itemsize(tensor.info.dtype)
+            only = base or ft
+            assert only is not None
+            values = only.values() if only.dtype in TORCH_DTYPES else None
+            raw = only.raw if only.dtype == dtype else None
+        if values is not None:
+            self._check(chunk, base, ft, extremes(values))
+        if raw is None:
+            assert values is not None
+            cast(values, buffers.out.device_view(chunk.numel, TORCH_DTYPES[dtype]))
+            raw = buffers.out.to_host(chunk.numel * itemsize(dtype))
+        start = chunk.tensor.info.offset + (chunk.piece.start + chunk.first) * itemsize(dtype)
         with naming(self.plan.output):
-            write_from(self.targets[tensor.file], raw, start)
+            write_from(self.targets[chunk.tensor.file], raw, start)
         return len(raw)
+
+    def _combine(self, buffers: _Buffers, chunk: _Chunk, base: _Loaded, ft: _Loaded) -> torch.Tensor:
+        """The formula on one chunk: [numel], in the compute dtype."""
+        dtype = compute_dtype(TORCH_DTYPES[base.dtype], TORCH_DTYPES[ft.dtype])
+        result = buffers.result.device_view(chunk.numel, dtype)
+        scratch = buffers.scratch.device_view(chunk.numel, dtype)
+        add_scaled_task_vector(base.values(), ft.values(), chunk.piece.coefficient, scratch=scratch, result=result)
+        return result
 
     def _read(self, buffer: _Buffer, source: Slice | None, chunk: _Chunk) -> _Loaded | None:
         if source is None:
@@ -274,11 +281,13 @@ class _Buffer:
         return self.host(nbytes)
 
 
-class _Bench:
-    """What one worker works on: its device and its buffers, made once and used for every chunk."""
+class _Buffers:
+    """One worker's, made once and used for every chunk: two inputs, the output, and two for the arithmetic."""
 
     def __init__(self, device: torch.device, chunk: int) -> None:
-        self.base, self.ft, self.out, self.scratch, self.result = (_Buffer(device, chunk * 8) for _ in range(5))
+        self.base, self.ft, self.out, self.scratch, self.result = (
+            _Buffer(device, chunk * 8) for _ in range(BUFFERS_PER_WORKER)
+        )
 
 
 @dataclass(slots=True)

@@ -102,21 +102,24 @@ def _fetch(asked: _Asked) -> Located:
         if first.parent.name != commit:  # pushed to since
             first = Path(hf_hub_download(asked.repo, chosen, revision=commit))
         wanted = _wanted(asked, names, first)
-        exactly = [glob.escape(name) for name in wanted]
-        snapshot = Path(snapshot_download(asked.repo, revision=commit, allow_patterns=exactly))
-        if lacking := _lacking(snapshot, wanted):  # the client makes do with part of a snapshot if the Hub fails midway
+        if missing := sorted(set(wanted) - names):
+            raise CheckpointError(f"{asked.name}: its {chosen} names shards that {asked.repo} lacks:\n{some(missing)}")
+        if _lacking(first.parent, wanted) or _cached_listing(asked.repo, commit) is None:
+            exactly = [glob.escape(name) for name in wanted]
+            snapshot_download(asked.repo, revision=commit, allow_patterns=exactly)
+        if lacking := _lacking(first.parent, wanted):  # where the Hub fails midway the client makes do with what it has
             raise HubError(
                 f"{asked.name}: {len(lacking)} of {len(wanted)} files did not arrive:\n{some(lacking)}",
                 hint="Run it again: what is in the cache already is not fetched again.",
             )
-        return asked.at(snapshot)
+        return asked.at(first.parent)
 
 
 def _from_cache(asked: _Asked, why: str) -> Located:
     """What an earlier run fetched, if it is all there.
 
-    The client keeps a listing of the commits it fetched (from huggingface_hub 2 on). Where it has none, nobody knows
-    what else the repository holds, so only weights under a library's own name are taken for the repository's weights.
+    The client remembers what the commits that it fetched hold (not before huggingface_hub 1.x). Of any other snapshot
+    nobody knows what it lacks: only weights under a library's own name can then be taken for the repository's weights.
 
     Args:
         asked: what is wanted.
@@ -125,36 +128,35 @@ def _from_cache(asked: _Asked, why: str) -> Located:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    absent = HubError(
-        f"{asked.name}: no such file or folder here, and no copy of {asked.repo} in the Hub's cache; {why}",
-        hint="Check the path; or run it once with a connection, and the cache serves from then on.",
-    )
-    try:
+    def refusal(problem: str, way_out: str) -> HubError:
+        once = "Run it once with a connection, and the cache serves from then on"
+        return HubError(f"{asked.name}: {problem}; {why}", hint=f"{once}; or {way_out}.")
+
+    try:  # no patterns: the snapshot's folder, however full
         snapshot = Path(
             snapshot_download(asked.repo, revision=asked.revision, allow_patterns=[], local_files_only=True)
         )
     except LocalEntryNotFoundError as error:
-        raise absent from error
+        absent = f"no such file or folder here, and no copy of {asked.repo} in the Hub's cache"
+        raise refusal(absent, "check the path") from error
+    as_it_is = f"give the folder as it is: {snapshot}"
     names = _cached_listing(asked.repo, snapshot.name)
     if names is None:
         names = {file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*") if file.is_file()}
         chosen = choose_weights({name for name in names if "/" not in name})
         if chosen is None or chosen.partition(".")[0] not in WEIGHT_STEMS:
-            raise absent
+            raise refusal("whether the copy in the Hub's cache is complete is not known", as_it_is)
     else:
         chosen = _choose(asked, names)
-    index = snapshot / chosen
-    wanted = _wanted(asked, names | {chosen}, index) if index.is_file() else [chosen]
+    first = snapshot / chosen
+    wanted = _wanted(asked, names, first) if first.is_file() else [chosen]
     if lacking := _lacking(snapshot, wanted):
-        raise HubError(
-            f"{asked.name}: the copy in the Hub's cache is incomplete, and {why}; it lacks:\n{some(lacking)}",
-            hint=f"Run it once with a connection; or give the folder as it is: {snapshot}",
-        )
+        raise refusal(f"the copy in the Hub's cache lacks {', '.join(lacking[:3])}", as_it_is)
     return asked.at(snapshot)
 
 
 def _cached_listing(repo: str, commit: str) -> set[str] | None:
-    """The names of all files of a commit, if the client remembers them."""
+    """The names of all files of a commit, if the client remembers them (`snapshot_download` makes it)."""
     try:
         from huggingface_hub import get_cached_repo_tree
         from huggingface_hub.errors import CachedRepoTreeNotFoundError
@@ -174,12 +176,7 @@ def _choose(asked: _Asked, names: Collection[str]) -> str:
 
 def _wanted(asked: _Asked, names: Collection[str], chosen: Path) -> list[str]:
     """The files to fetch, `chosen` (which is here already) among them. None leads out of the snapshot's folder."""
-    shards = list(shards_of(chosen)) if chosen.name.endswith(".index.json") else []
-    if missing := sorted(set(shards).difference(names)):
-        raise CheckpointError(
-            f"{asked.name}: its {chosen.name} names {len(missing)} shards that {asked.repo} does not hold:"
-            f"\n{some(missing)}"
-        )
+    shards = shards_of(chosen) if chosen.name.endswith(".index.json") else ()
     wanted = [chosen.name, *shards, *sorted(name for name in names if is_carried(name))]
     for name in wanted:
         if "\\" in name or "\0" in name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
@@ -237,7 +234,7 @@ def _explain(error: Exception, asked: _Asked) -> HubError:
                 return HubError(f"{name}: the Hub answered {status} for {asked.repo}: {_one_line(cause)}")
             case OSError(errno=int(), strerror=str(reason)):
                 return HubError(
-                    f"{name}: cannot be kept in the Hub's cache ({cause.filename or constants.HF_HUB_CACHE}): {reason}",
+                    f"{name}: the Hub's cache cannot be used: {cause.filename or constants.HF_HUB_CACHE}: {reason}",
                     hint="HF_HOME or HF_HUB_CACHE names another place for it.",
                 )
     return HubError(f"{name}: {asked.repo} could not be fetched: {type(error).__name__}: {_one_line(error)}")

@@ -32,8 +32,12 @@ def edit(
 ) -> None:
     """Scale a fine-tune's update over depth, so that it forgets less (LiNeS).
 
-    Every block l = 1..L gets base + c(l) * (ft - base), with c(l) = alpha + beta * (l-1)/(L-1): shallow blocks stay
-    near the base, deep blocks keep the fine-tune. The result is streamed to disk and appears whole or not at all.
+    \b
+    Block l = 1..L becomes  base + c(l) * (ft - base),
+                 where  c(l) = alpha + beta * (l-1) / (L-1).
+
+    Shallow blocks stay near the base, which keeps what it knew; deep blocks keep what the fine-tune learnt. The result
+    is streamed to disk in bounded memory, and appears whole or not at all.
     """
     from lines_cli import console
     from lines_cli.checkpoint.writer import check_destination

@@ -9,11 +9,6 @@ from typing import Annotated, Literal
 
 import typer
 
-SCALING = "Scaling over depth"
-DISAGREEMENTS = "When the inputs disagree"
-OUTPUT = "Output"
-RUNNING = "Running"
-
 Base = Annotated[
     str | None,
     typer.Argument(
@@ -45,7 +40,6 @@ Alpha = Annotated[
     typer.Option(
         "--alpha",
         show_default="0.1",
-        rich_help_panel=SCALING,
         help="Coefficient of the first block, and of everything outside the blocks.",
     ),
 ]
@@ -54,7 +48,6 @@ Beta = Annotated[
     typer.Option(
         "--beta",
         show_default="1 - alpha",
-        rich_help_panel=SCALING,
         help="What depth adds: the last block's coefficient is alpha + beta.",
     ),
 ]
@@ -63,7 +56,6 @@ Gamma = Annotated[
     typer.Option(
         "--gamma",
         show_default="1",
-        rich_help_panel=SCALING,
         help="Multiplies every coefficient (WiSE-FT's mixing weight).",
     ),
 ]
@@ -73,7 +65,6 @@ Layers = Annotated[
         "--layers",
         metavar="REGEX",
         show_default=False,
-        rich_help_panel=SCALING,
         help="Where a name holds its layer's number, if that cannot be found: "
         "group `index`, and group `stack` for more than one stack.",
     ),
@@ -84,7 +75,6 @@ Missing = Annotated[
     typer.Option(
         "--missing",
         show_default="an error",
-        rich_help_panel=DISAGREEMENTS,
         help="A tensor that one side lacks: copy it from the other, or skip it.",
     ),
 ]
@@ -93,7 +83,6 @@ Resize = Annotated[
     typer.Option(
         "--resize",
         show_default="an error",
-        rich_help_panel=DISAGREEMENTS,
         help="Token embeddings and heads with different numbers of rows: keep the rows of ft or of base. "
         "Shared rows are edited, rows that only the kept side has are copied, all others dropped.",
     ),
@@ -103,7 +92,6 @@ AllowNonfinite = Annotated[
     typer.Option(
         "--allow-nonfinite",
         show_default="an error",
-        rich_help_panel=DISAGREEMENTS,
         help="Let NaN, Inf and overflow through, and say where they are.",
     ),
 ]
@@ -114,7 +102,6 @@ Output = Annotated[
         "-o",
         "--output",
         metavar="OUT",
-        rich_help_panel=OUTPUT,
         help="A folder that loads as it is, with config and tokenizer; or one file, if it ends in .safetensors.",
     ),
 ]
@@ -123,7 +110,6 @@ Dtype = Annotated[
     typer.Option(
         "--dtype",
         show_default="the fine-tune's, tensor by tensor",
-        rich_help_panel=OUTPUT,
         help="Write every float tensor as this.",
     ),
 ]
@@ -133,13 +119,10 @@ MaxShardSize = Annotated[
         "--max-shard-size",
         metavar="SIZE",
         show_default="5GB",
-        rich_help_panel=OUTPUT,
         help="Most bytes of tensors per file of a folder: 500MB, 5GB (decimal), 2GiB.",
     ),
 ]
-Force = Annotated[
-    bool, typer.Option("--force", rich_help_panel=OUTPUT, help="Replace an existing output, once the new one is whole.")
-]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output, once the new one is whole.")]
 
 Workers = Annotated[
     int | None,
@@ -147,7 +130,6 @@ Workers = Annotated[
         "--workers",
         min=1,
         show_default="one per core, up to 4",
-        rich_help_panel=RUNNING,
         help="Threads that read, compute and write.",
     ),
 ]
@@ -156,25 +138,19 @@ Device = Annotated[
     typer.Option(
         "--device",
         metavar="auto|cpu|cuda[:N]",
-        rich_help_panel=RUNNING,
         help="Where to compute; auto is CUDA where there is one. The bytes are the same.",
     ),
 ]
 DryRun = Annotated[
     bool,
-    typer.Option(
-        "--dry-run", rich_help_panel=RUNNING, help="Print the plan, its bytes and its peak memory; write nothing."
-    ),
+    typer.Option("--dry-run", help="Print the plan, its bytes and its peak memory; write nothing."),
 ]
-Json = Annotated[
-    bool, typer.Option("--json", rich_help_panel=RUNNING, help="Print the summary (or the plan) as JSON on stdout.")
-]
+Json = Annotated[bool, typer.Option("--json", help="Print the summary (or the plan) as JSON on stdout.")]
 Quiet = Annotated[
     bool,
     typer.Option(
         "--quiet",
         "-q",
-        rich_help_panel=RUNNING,
         help="No progress and no summary; errors and --json are still printed.",
     ),
 ]

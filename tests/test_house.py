@@ -1,0 +1,126 @@
+"""The promises about the code itself: imports point down, the screen and torch stay where they belong, docs are fresh."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "lines_cli"
+
+# A module may import from the rows below its own, never from its own row or above.
+LAYERS = [
+    {"__main__"},
+    {"cli"},
+    {"commands.edit"},
+    {"commands.options", "console"},
+    {"engine"},
+    {"plan"},
+    {"pairing", "recipe", "hub", "arithmetic", "depth"},
+    {"checkpoint.writer"},
+    {"checkpoint.sidecars"},
+    {"checkpoint.reader", "schedule"},
+    {"checkpoint.header", "checkpoint.positional"},
+    {"errors"},
+]
+RANK = {module: rank for rank, row in enumerate(LAYERS) for module in row}
+
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in PACKAGE.rglob("*.py")
+    if path.name != "__init__.py"
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports at run time, wherever in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body.clear()
+        elif isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+def test_every_module_has_a_place() -> None:
+    """A new module is given its place among the layers."""
+    assert MODULES.keys() == RANK.keys()
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_point_down(module: str) -> None:
+    """No module knows one above it."""
+    below = {name.removeprefix("lines_cli.") for name in imports(MODULES[module]) if name.startswith("lines_cli.")}
+    upward = {name for name in below if name in RANK and RANK[name] <= RANK[module]}
+    assert not upward
+
+
+@pytest.mark.parametrize(
+    ("dependency", "homes"),
+    [
+        ("rich", {"console"}),
+        ("typer", {"cli", "commands.options"}),
+        ("huggingface_hub", {"hub"}),
+        ("torch", {"arithmetic", "engine"}),
+        ("pydantic", {"recipe"}),
+    ],
+)
+def test_each_dependency_has_one_home(dependency: str, homes: set[str]) -> None:
+    """Of what is imported from outside, each package is known to few modules."""
+    users = {module for module, path in MODULES.items() if any(n.split(".")[0] == dependency for n in imports(path))}
+    assert users == homes
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["edit", "--help"], ["--version"]])
+def test_help_loads_no_torch(arguments: list[str]) -> None:
+    """`lines --help` answers at once: it loads neither torch nor anything else that is slow."""
+    program = (
+        "import sys\n"
+        "from lines_cli.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print(*sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr)"
+    )
+    run = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+    assert run.stdout
+    assert not {"torch", "numpy", "huggingface_hub", "yaml", "rich"} & set(run.stderr.split())
+
+
+def test_dry_run_loads_no_torch(tmp_path: Path) -> None:
+    """Planning needs headers, not tensors."""
+    header = b'{"h.0.w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    for side in ("base", "ft"):
+        path = tmp_path / f"{side}.safetensors"
+        path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0\0\0")
+    program = "import sys\nfrom lines_cli.cli import app\napp(standalone_mode=False)\nassert 'torch' not in sys.modules"
+    command = [sys.executable, "-c", program, "edit", "base.safetensors", "ft.safetensors", "-o", "out", "--dry-run"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert "h" in run.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_line_reference_is_fresh() -> None:
+    """docs/cli.md says what --help says; `make docs` writes it anew."""
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        from generate import PAGE, app_commands, cli_reference
+    finally:
+        sys.path.remove(str(ROOT / "docs"))
+    assert PAGE.read_text(encoding="utf-8") == cli_reference()
+    assert all(f"lines {name}" in (ROOT / "README.md").read_text(encoding="utf-8") for name in app_commands())
+
+
+def test_pages_link_to_what_exists() -> None:
+    """No link between the project's own pages is broken."""
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
