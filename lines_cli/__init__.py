@@ -1,9 +1,48 @@
-"""lines: edit and merge model checkpoints so that a model keeps what it learnt and stops forgetting what it knew.
+"""lines: edit model checkpoints so that a model keeps what it learnt and stops forgetting what it knew (LiNeS).
 
-import lines_cli as lines
+    from pathlib import Path
+    import lines_cli as lines
 
-recipe = lines.edit_recipe("base", "ft", alpha=0.1, beta=0.9)
-with lines.open_inputs(recipe) as (base, ft): ...
+    recipe = lines.edit_recipe("base", "ft", alpha=0.1)
+    plan = lines.make_plan(recipe, *lines.open_inputs(recipe), Path("out"))
+    lines.run(plan)
+
+Every refusal is a `LinesError`. Importing this module loads nothing else; the first use of a name does.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lines_cli.depth import DepthMap as DepthMap
+    from lines_cli.depth import find_depth as find_depth
+    from lines_cli.engine import Outcome as Outcome
+    from lines_cli.engine import run as run
+    from lines_cli.errors import LinesError as LinesError
+    from lines_cli.plan import Plan as Plan
+    from lines_cli.plan import Resources as Resources
+    from lines_cli.plan import make_plan as make_plan
+    from lines_cli.plan import open_inputs as open_inputs
+    from lines_cli.recipe import Recipe as Recipe
+    from lines_cli.recipe import edit_recipe as edit_recipe
+    from lines_cli.recipe import load_recipe as load_recipe
+
 __version__ = "0.1.0"
+
+_HOMES = {
+    "depth": ("DepthMap", "find_depth"),
+    "engine": ("Outcome", "run"),
+    "errors": ("LinesError",),
+    "plan": ("Plan", "Resources", "make_plan", "open_inputs"),
+    "recipe": ("Recipe", "edit_recipe", "load_recipe"),
+}
+__all__ = ["__version__", *(name for names in _HOMES.values() for name in names)]  # noqa: PLE0604 - all are strings
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"lines_cli.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -22,7 +22,7 @@ import torch
 from lines_cli.arithmetic import TORCH_DTYPES, add_scaled_task_vector, cast, compute_dtype, extremes, first_nonfinite
 from lines_cli.checkpoint.header import itemsize
 from lines_cli.checkpoint.positional import read_into, write_from
-from lines_cli.checkpoint.writer import Staging, naming
+from lines_cli.checkpoint.writer import Staging, check_destination, naming
 from lines_cli.errors import CheckpointError, DataError, RecipeError
 from lines_cli.plan import BUFFERS_PER_WORKER, Piece, Plan, Resources, Slice, TensorPlan
 
@@ -78,11 +78,12 @@ def run(plan: Plan, resources: Resources | None = None, *, force: bool = False, 
     Raises:
         DataError: NaN or Inf in an input, or an overflow in the output dtype.
         CheckpointError: an input ends early or cannot be read.
-        OutputError: the destination cannot be written.
+        OutputError: the destination is taken, is an input, or cannot be written.
     """
     started = time.perf_counter()
     resources = resources or Resources()
     device = choose_device(resources.device)
+    check_destination(plan.output, inputs=plan.read_paths, nbytes=plan.bytes_written, force=force)
     with Staging(plan.output) as staging, _opened(plan.inputs) as sources:
         targets = []
         for file in plan.outputs:
@@ -189,8 +190,8 @@ class _Workers:
         base = self._read(buffers.base, chunk.piece.base, chunk)
         ft = self._read(buffers.ft, chunk.piece.ft, chunk)
         if base is not None and ft is not None:
-            values = self._combine(buffers, chunk, base, ft)
-            raw = None
+            values: torch.Tensor | None = self._combine(buffers, chunk, base, ft)
+            raw: memoryview | None = None
         else:
             only = base or ft
             assert only is not None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,7 +31,7 @@ def parse_size(text: str | int) -> int:
     """`5GB` -> 5_000_000_000. KB, MB, GB, TB are decimal, as everywhere on the Hub; KiB to TiB are binary."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(text).strip())
     if match is None or match[2].upper() not in _UNITS or not (size := int(float(match[1]) * _UNITS[match[2].upper()])):
-        raise ValueError(f"{text!r} is not a size: write 5GB, 500MB, or a number of bytes")
+        raise ValueError("a size is written 5GB, 500MB, or as a number of bytes")
     return size
 
 
@@ -105,15 +106,40 @@ def make_recipe(values: dict[str, Any], *, where: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        problems = []
-        for problem in error.errors():
-            if problem["type"] == "default_factory_not_called":  # beta, because alpha is wrong: said once is enough
-                continue
-            key = ".".join(str(part) for part in problem["loc"])
-            problems.append(
-                f"{key}: {problem['msg']}" + ("" if problem["type"] == "missing" else f" (got {problem['input']!r})")
-            )
-        raise RecipeError(f"{where}: " + "; ".join(problems)) from error
+        problems = [_problem(dict(details)) for details in error.errors()]
+        raise RecipeError(f"{where}: " + "; ".join(problem for problem in problems if problem)) from error
+
+
+def _problem(details: dict[str, Any]) -> str | None:
+    """What one of pydantic's complaints means to whoever wrote the recipe; None if another one says it already."""
+    key = ".".join(str(part) for part in details["loc"])
+    match details["type"]:
+        case "default_factory_not_called":  # beta has no default because alpha is wrong
+            return None
+        case "missing":
+            return f"{key} is missing"
+        case "extra_forbidden":
+            known = [*Recipe.model_fields, *(f"lines.{name}" for name in Scaling.model_fields)]
+            near = get_close_matches(key, known, n=1, cutoff=0.5)
+            return f"{key} is not a key of a recipe" + (f"; did you mean {near[0]}?" if near else "")
+        case _:
+            return f"{key}: {details['msg'].removeprefix('Value error, ')} (got {details['input']!r})"
+
+
+def edit_recipe(base: str, ft: str, **options: Any) -> Recipe:
+    """The recipe of `lines edit BASE FT` with the given options, each named as on the command line.
+
+    Args:
+        base, ft: the two checkpoints: a path or a Hub id.
+        options: `alpha`, `beta`, `gamma`, `layers`; `dtype`, `missing`, `resize`, `allow_nonfinite`, `max_shard_size`.
+            One that is None keeps its default.
+
+    Raises:
+        RecipeError: an unknown option or an impossible value.
+    """
+    given = {key: value for key, value in options.items() if value is not None}
+    scaling = {key: given.pop(key) for key in Scaling.model_fields if key in given}
+    return make_recipe({"base_model": base, "models": [{"model": ft}], "lines": scaling, **given}, where="recipe")
 
 
 def load_recipe(path: Path) -> Recipe:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lines_cli.commands import options as opt
+
+if TYPE_CHECKING:
+    from lines_cli.recipe import Recipe
 
 
 def edit(
@@ -43,20 +46,25 @@ def edit(
     from lines_cli.checkpoint.writer import check_destination
     from lines_cli.plan import Resources, make_plan, open_inputs
 
-    scaling = {"alpha": alpha, "beta": beta, "gamma": gamma, "layers": layers}
-    settings = {
-        "missing": missing,
-        "resize": resize,
-        "allow_nonfinite": allow_nonfinite or None,
-        "dtype": dtype,
-        "max_shard_size": max_shard_size,
-    }
-    recipe = _recipe(base, ft, config, scaling, settings)
+    recipe = _recipe(
+        base,
+        ft,
+        config,
+        alpha=alpha,
+        beta=beta,
+        gamma=gamma,
+        layers=layers,
+        missing=missing,
+        resize=resize,
+        allow_nonfinite=allow_nonfinite or None,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+    )
     resources = Resources(workers=workers, device=device)
 
     plan = make_plan(recipe, *open_inputs(recipe), output)
-    check_destination(output, inputs=plan.read_paths, nbytes=plan.bytes_written, force=force)
     if dry_run:
+        check_destination(plan.output, inputs=plan.read_paths, nbytes=plan.bytes_written, force=force)
         console.show_plan(plan, resources, json=json)
         return
 
@@ -66,21 +74,14 @@ def edit(
     console.show_outcome(plan, outcome, json=json, quiet=quiet)
 
 
-def _recipe(
-    base: str | None, ft: str | None, config: Path | None, scaling: dict[str, Any], settings: dict[str, Any]
-) -> Any:
+def _recipe(base: str | None, ft: str | None, config: Path | None, **options: Any) -> Recipe:
     """The recipe that the command line spells out, or the file it names; never a mixture."""
     from lines_cli.errors import RecipeError
-    from lines_cli.recipe import load_recipe, make_recipe
+    from lines_cli.recipe import edit_recipe, load_recipe
 
-    scaling = {key: value for key, value in scaling.items() if value is not None}
-    settings = {key: value for key, value in settings.items() if value is not None}
     if config is not None:
-        given = (
-            ["BASE"] * (base is not None)
-            + ["FT"] * (ft is not None)
-            + [f"--{key.replace('_', '-')}" for key in (*scaling, *settings)]
-        )
+        given = [name for name, value in (("BASE", base), ("FT", ft)) if value is not None]
+        given += [f"--{key.replace('_', '-')}" for key, value in options.items() if value is not None]
         if given:
             raise RecipeError(
                 f"--config {config} already says what {', '.join(given)} would say",
@@ -92,6 +93,4 @@ def _recipe(
             "two checkpoints are needed: lines edit BASE FT -o OUT",
             hint="Or a recipe: lines edit --config lines_recipe.yaml -o OUT",
         )
-    return make_recipe(
-        {"base_model": base, "models": [{"model": ft}], "lines": scaling, **settings}, where="command line"
-    )
+    return edit_recipe(base, ft, **options)
