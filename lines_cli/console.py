@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from lines_cli.engine import Outcome, Track
     from lines_cli.plan import Plan, Resources
 
+_MOST_NAMES = 16
+
 # Names come from strangers' files: nothing that is printed is read as rich markup.
 _out = Console(markup=False, highlight=False, emoji=False)
 _err = Console(markup=False, highlight=False, emoji=False, stderr=True)
@@ -46,9 +48,10 @@ def progress(total: int, *, quiet: bool) -> Track:
 def show_plan(plan: Plan, resources: Resources, *, json: bool) -> None:
     """What would be done, for `--dry-run`."""
     if json:
-        _print_json({"dry_run": True, **plan.summary(), "peak_memory": resources.peak_memory})
+        _print_json({"dry_run": True, **plan.summary(), "peak_memory": resources.peak_memory, "map": plan.map()})
         return
     _stacks(plan)
+    _outside(plan)
     _out.print(f"read    {size(plan.bytes_read)}")
     files = f"{len(plan.outputs)} files" if len(plan.outputs) > 1 else plan.outputs[0].name
     _out.print(f"write   {size(plan.bytes_written)} to {_printable(str(plan.output))} ({files})", soft_wrap=True)
@@ -106,14 +109,36 @@ def _stacks(plan: Plan) -> None:
         )
         table.add_row(_printable(stack["name"]) or "(no prefix)", *numbers)
     outside = summary["outside"]
-    value = f"{outside['coefficient']:.4g}"
-    table.add_row("outside the blocks", "", f"{outside['tensors']:,}", _count(outside["parameters"]), value, value)
+    ends = (f"{outside['first']:.4g}", f"{outside['last']:.4g}")
+    table.add_row("outside the blocks", "", f"{outside['tensors']:,}", _count(outside["parameters"]), *ends)
     _out.print(table)
     edited, copied = summary["edited"], summary["copied"]
     _out.print(
         f"edited {edited['tensors']:,} tensors ({_count(edited['parameters'])} parameters), "
         f"copied {copied['tensors']:,} ({_count(copied['parameters'])})"
     )
+
+
+def _outside(plan: Plan) -> None:
+    """The tensors outside the blocks, and those whose coefficient a filter gives."""
+    lines = [f"{tensor.coefficient:>8.4g}  {tensor.name}" for tensor in plan.tensors if tensor.place is None]
+    for title, shown in (("outside", lines), ("filtered", _filtered(plan))):
+        if shown:
+            _out.print(f"{title}:")
+            for line in [
+                *shown[:_MOST_NAMES],
+                *([f"     ...  {len(shown) - _MOST_NAMES:,} more"] * (len(shown) > _MOST_NAMES)),
+            ]:
+                _out.print(_printable(line), soft_wrap=True)
+
+
+def _filtered(plan: Plan) -> list[str]:
+    counts: dict[tuple[str, float], int] = {}
+    for tensor in plan.tensors:
+        rule = next((rule for rule in plan.rules.filters if rule[0] in tensor.name or rule[0] == "*"), None)
+        if rule is not None:
+            counts[rule] = counts.get(rule, 0) + 1
+    return [f"{value:>8.4g}  {pattern}: {count:,} tensors" for (pattern, value), count in counts.items()]
 
 
 def _count(number: int) -> str:

@@ -25,7 +25,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from lines_cli.errors import DepthError, RecipeError, some
 
@@ -74,6 +74,29 @@ class Stack:
     layers: int
 
 
+Side = Literal["before", "after"]
+"""On which side of the blocks a tensor outside them stands."""
+
+# Words in the names of what follows the blocks (final norm, head, pooler), and of what does not, though it has a norm
+# or an output of its own (embeddings, stems, and the projectors that feed one tower's output into another).
+_AFTER = re.compile(
+    r"(?:.*_)?(?:norm|layernorm|ln)(?:_?(?:f|final|post|out))?|ln_f|(?:final|post)_?.*norm.*|.*head.*|lm_.*|.*classifier.*"
+    r"|score|.*pool.*|.*predict.*|.*_out|.*output.*|embed_out|.*logit.*|(?:text|visual)_projection|proj|fc\d*|generator.*"
+)
+_NOT_AFTER = re.compile(
+    r"embeddings?|.*embed(?:der|ding)?s?_.*|.*_emb(?:ed)?(?:der|ding)?s?|patch.*|stem.*|conv_stem|.*_in|pre_.*|.*_pre"
+    r"|.*(?:projector|merger|connector|resampler|qformer|adapter).*|feature_.*"
+)
+
+
+def side_of(name: str) -> Side:
+    """Whether a tensor outside the blocks stands before or behind them; before, where the name does not tell."""
+    segments = name.split(".")[:-1] or [name]
+    if any(_NOT_AFTER.fullmatch(segment) and segment != "embed_out" for segment in segments):
+        return "before"
+    return "after" if any(_AFTER.fullmatch(segment) for segment in [*segments, name]) else "before"
+
+
 @dataclass(frozen=True, slots=True)
 class DepthMap:
     """Which tensor stands where. A name that `places` lacks is outside the blocks.
@@ -84,6 +107,25 @@ class DepthMap:
     stacks: tuple[Stack, ...]
     places: dict[str, Place]
     notes: tuple[str, ...] = ()
+
+    @property
+    def layers(self) -> dict[str, int]:
+        """Each stack's L, by name."""
+        return {stack.name: stack.layers for stack in self.stacks}
+
+    def select(self, part: str) -> str:
+        """The name of the one stack that `part` names: its whole prefix, or any run of segments of it.
+
+        Raises:
+            RecipeError: no stack, or several.
+        """
+        matching = [stack.name for stack in self.stacks if f".{part}." in f".{stack.name}."]
+        exact = [name for name in matching if name == part]
+        if len(exact or matching) == 1:
+            return (exact or matching)[0]
+        what = "names several stacks" if matching else "names no stack"
+        found = matching or [stack.name for stack in self.stacks]
+        raise RecipeError(f"stack {part!r} {what}; there are:\n{some(found)}")
 
 
 def find_depth(names: Iterable[str], *, config: Mapping[str, Any] | None = None, layers: str | None = None) -> DepthMap:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from lines_cli.checkpoint.header import TensorInfo
@@ -130,6 +130,15 @@ def _tied_partner(name: str, info: TensorInfo, side: Checkpoint) -> str | None:
     embeddings = [other for other in alike if _module(other) in _TOKEN_EMBEDDINGS] or alike
     same_rows = [other for other in embeddings if side.tensors[other].info.shape == info.shape] or embeddings
     return same_rows[0] if len(same_rows) == 1 else None
+
+
+def tied_embedding(name: str, names: Iterable[str], side: Checkpoint) -> str | None:
+    """The token embedding among `names` that `side`'s config ties the head `name` to, where both are stored."""
+    if _module(name) not in _TOKEN_HEADS or name not in side.tensors or not _says_tied(side.config):
+        return None
+    shape = side.tensors[name].info.shape
+    embeddings = (other for other in names if _module(other) in _TOKEN_EMBEDDINGS and other in side.tensors)
+    return next((other for other in embeddings if side.tensors[other].info.shape == shape), None)
 
 
 def _module(name: str) -> str:

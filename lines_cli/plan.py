@@ -20,10 +20,11 @@ from lines_cli.checkpoint.header import EXACT_DTYPES, TensorInfo, canonical_orde
 from lines_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from lines_cli.checkpoint.sidecars import RECIPE, Sidecar, carry_over, index_file, model_card
 from lines_cli.depth import DepthMap, Place, find_depth
-from lines_cli.errors import DepthError, MismatchError, some
+from lines_cli.errors import DepthError, MismatchError, RecipeError, some
 from lines_cli.hub import locate
-from lines_cli.pairing import Pair, is_vocabulary, pair_tensors
+from lines_cli.pairing import Pair, is_vocabulary, pair_tensors, tied_embedding
 from lines_cli.recipe import Recipe, dump_recipe
+from lines_cli.schedule import Rules
 
 FILE_METADATA = {"format": "pt"}
 
@@ -108,6 +109,7 @@ class Plan:
         outputs: the weight files to write.
         tensors: every output tensor, in file order.
         depth: stacks and places.
+        rules: what decided the coefficients.
         sidecars: the other files of an output folder; empty for a single file.
         notes: what a person should know of how disagreements were settled.
     """
@@ -120,6 +122,7 @@ class Plan:
     outputs: tuple[OutputFile, ...]
     tensors: tuple[TensorPlan, ...]
     depth: DepthMap
+    rules: Rules
     sidecars: tuple[Sidecar, ...]
     notes: tuple[str, ...]
 
@@ -150,16 +153,29 @@ class Plan:
         return sum(file.nbytes for file in self.outputs)
 
     def coefficients(self) -> list[tuple[str, int, float, float]]:
-        """Each stack's name, number of layers, first and last coefficient."""
-        rule = self.recipe.lines.schedule
+        """Each stack's name, number of layers, first and last coefficient (filters apart)."""
+        value = self.rules.inside_value
         return [
-            (s.name, s.layers, rule.inside(0, s.layers), rule.inside(s.layers - 1, s.layers)) for s in self.depth.stacks
+            (s.name, s.layers, value(s.name, 0, s.layers), value(s.name, s.layers - 1, s.layers))
+            for s in self.depth.stacks
         ]
 
     @property
     def parameters(self) -> int:
         """Entries of all output tensors."""
         return sum(tensor.info.numel for tensor in self.tensors)
+
+    def map(self) -> list[dict[str, Any]]:
+        """Every output tensor's stack (None outside the blocks), layer and coefficient, as plain values."""
+        return [
+            {
+                "name": tensor.name,
+                "stack": tensor.place.stack if tensor.place else None,
+                "index": tensor.place.index if tensor.place else None,
+                "coefficient": tensor.coefficient,
+            }
+            for tensor in self.tensors
+        ]
 
     def summary(self) -> dict[str, Any]:
         """The plan in numbers, as plain values that JSON can hold (docs/cli.md describes the keys)."""
@@ -179,7 +195,11 @@ class Plan:
                 {"name": name, "layers": layers, "first": first, "last": last, **counts(by_stack[name])}
                 for name, layers, first, last in self.coefficients()
             ],
-            "outside": {"coefficient": self.recipe.lines.schedule.outside(), **counts(by_stack[None])},
+            "outside": {
+                "first": self.rules.outside_value("before"),
+                "last": self.rules.outside_value("after"),
+                **counts(by_stack[None]),
+            },
             "edited": counts(tensor for tensor in self.tensors if tensor.edited),
             "copied": counts(tensor for tensor in self.tensors if not tensor.edited),
             "bytes": {"read": self.bytes_read, "written": self.bytes_written},
@@ -248,7 +268,8 @@ def make_plan(recipe: Recipe, base: Checkpoint, ft: Checkpoint, output: Path) ->
     notes: list[str] = []
     pairs = pair_tensors(base, ft, recipe.missing, notes)
     depth = _depth(recipe, base, ft, notes)
-    drafts = _draft(recipe, base, ft, depth, pairs)
+    rules = recipe.lines.rules(depth)
+    drafts = _draft(recipe, base, ft, depth, rules, pairs)
 
     tensors = {draft.name: draft for draft in drafts}
     files = _shards({name: (draft.dtype, draft.shape) for name, draft in tensors.items()}, recipe, ft, output)
@@ -269,6 +290,7 @@ def make_plan(recipe: Recipe, base: Checkpoint, ft: Checkpoint, output: Path) ->
         tuple(outputs),
         tuple(planned),
         depth,
+        rules,
         (),
         (*notes, *depth.notes),
     )
@@ -282,9 +304,9 @@ def _depth(recipe: Recipe, base: Checkpoint, ft: Checkpoint, notes: list[str]) -
     try:
         return find_depth(names, config=ft.config or base.config, layers=recipe.lines.layers)
     except DepthError as error:
-        if recipe.lines.schedule.needs_depth:
+        if recipe.lines.needs_depth:
             raise
-        notes.append(f"one coefficient for all, since beta is 0: {error.message.splitlines()[0]}")
+        notes.append(f"depth is unknown, and makes no difference with one coefficient for all: {error.message}")
         return DepthMap((), {})
 
 
@@ -305,19 +327,23 @@ class _Draft:
 
 
 def _draft(
-    recipe: Recipe, base: Checkpoint, ft: Checkpoint, depth: DepthMap, pairs: Mapping[str, Pair]
+    recipe: Recipe, base: Checkpoint, ft: Checkpoint, depth: DepthMap, rules: Rules, pairs: Mapping[str, Pair]
 ) -> list[_Draft]:
     """What makes each output tensor.
 
     Raises:
         MismatchError: shapes or dtypes differ and the recipe does not say what to do; names them all.
+        RecipeError: a filter matches no tensor.
     """
-    layers = {stack.name: stack.layers for stack in depth.stacks}
-    rule = recipe.lines.schedule
+    layers = depth.layers
+    for pattern, _ in rules.filters:
+        if pattern != "*" and not any(pattern in name for name in pairs):
+            raise RecipeError(f"filter {pattern!r} matches none of {len(pairs):,} tensor names")
     drafts = []
     for name, (in_base, in_ft) in pairs.items():
         place = depth.places.get(name)
-        coefficient = rule.inside(place.index, layers[place.stack]) if place else rule.outside()
+        tied_to = tied_embedding(name, pairs, ft) if place is None else None  # one weight has one coefficient
+        coefficient = rules.coefficient(tied_to or name, place, layers)
         b = _slice(base, in_base, first_file=0)
         f = _slice(ft, in_ft, first_file=len(base.files))
         drafts.append(_draft_one(recipe, name, coefficient, b, f, may_resize=place is None and is_vocabulary(name)))
@@ -456,7 +482,8 @@ def _with_sidecars(plan: Plan, rows: Mapping[int, int]) -> Plan:
     """
     recipe, base, ft = plan.recipe, plan.base, plan.ft
     carried, notes = carry_over(base, ft, dtype=recipe.dtype, rows=rows, keep_base_rows=recipe.resize == "base")
-    inside, outside = plan.coefficients(), recipe.lines.schedule.outside()
+    inside = plan.coefficients()
+    outside = (plan.rules.outside_value("before"), plan.rules.outside_value("after"))
     text = dump_recipe(recipe, base_model=_seen_from(plan.output, base), fine_tune=_seen_from(plan.output, ft))
     card = model_card(base, ft, title=plan.output.resolve().name, how=_CARD_TEXT, coefficients=inside, outside=outside)
     sidecars = [*carried, card, Sidecar(RECIPE, content=text.encode())]
@@ -477,6 +504,6 @@ def _seen_from(folder: Path, checkpoint: Checkpoint) -> str:
 
 
 _CARD_TEXT = """A fine-tuned model whose update to its base was scaled over depth by
-[LiNeS](https://arxiv.org/abs/2410.17146): `base + c(l) * (fine-tune - base)`, with a coefficient `c` that grows
-linearly from the first block to the last. Shallow blocks stay near the base, which
-keeps what it knew; deep blocks keep what the fine-tune learnt."""
+[LiNeS](https://arxiv.org/abs/2410.17146): `base + c(l) * (fine-tune - base)`, with a coefficient `c` that depends on
+the depth of a block. Shallow blocks stay near the base, which keeps what it knew; deep blocks keep what the fine-tune
+learnt."""

@@ -6,6 +6,7 @@ task arithmetic with one task vector, so that is what an edit's recipe says.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from difflib import get_close_matches
@@ -13,11 +14,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from lines_cli import __version__
+from lines_cli.depth import DepthMap
 from lines_cli.errors import RecipeError
-from lines_cli.schedule import LinearSchedule
+from lines_cli.schedule import Constant, Linear, Listed, Outside, Power, Rules, Schedule
 
 _UNITS = {
     "": 1,
@@ -44,17 +55,120 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+Fixed = Literal["keep", "base"]
+_FIXED = {"keep": 1.0, "base": 0.0}
+
+
+def _parse_schedule(value: Any) -> Any:
+    """`linear`, `constant`, `power:2`; or a list of numbers, also as `0.1,0.6,1.0`."""
+    if isinstance(value, str) and value in ("linear", "constant"):
+        return value
+    try:
+        if isinstance(value, str) and value.startswith("power:"):
+            if 0 < float(value.removeprefix("power:")) < float("inf"):
+                return value
+        else:
+            numbers = tuple(float(number) for number in (value.split(",") if isinstance(value, str) else value))
+            if numbers and all(map(math.isfinite, numbers)):
+                return numbers
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(
+        "a schedule is linear, constant, power:P with P above 0, or a list of coefficients as in 0.1,0.6,1"
+    )
+
+
+def _parse_stack(value: Any) -> Any:
+    if isinstance(value, (dict, Ends)) or (isinstance(value, str) and value in _FIXED):
+        return value
+    raise ValueError("a stack is keep, base, or its alpha and beta, as in --stack NAME=0.1,0.9")
+
+
+def _parse_filter(value: Any) -> Any:
+    try:
+        return value if isinstance(value, str) and value in _FIXED else float(value)
+    except (TypeError, ValueError):
+        raise ValueError("a filter gives a number, keep or base") from None
+
+
+class Ends(_Part):
+    """A stack's own alpha and beta."""
+
+    alpha: Finite
+    beta: Finite = Field(default_factory=lambda given: 1 - given["alpha"])
+
+
 class Scaling(_Part):
-    """The `lines:` key: how the task vector is scaled over depth. `beta` is 1 - alpha unless it is given."""
+    """The `lines:` key: how the task vector is scaled over depth.
+
+    Attributes:
+        alpha, beta: the coefficient of the first layer, and what depth adds to it; beta is 1 - alpha unless given.
+        gamma: multiplies what a schedule gives.
+        schedule: `linear`, `power:P`, `constant`, or the coefficients themselves, first layer to last.
+        outside: what tensors outside the blocks get (`Rules.outside`).
+        layers: a regular expression that overrules the detection of depth (`find_depth`).
+        stacks: a stack by its name, or any part of it that names no other: `keep` (coefficient 1), `base` (0), or ends
+            of its own.
+        filter: part of a tensor's name -> coefficient; the first that matches has the last word.
+    """
 
     alpha: Finite = 0.1
     beta: Finite = Field(default_factory=lambda given: 1 - given["alpha"])
     gamma: Finite = 1.0
+    schedule: Annotated[str | tuple[Finite, ...], BeforeValidator(_parse_schedule)] = "linear"
+    outside: Outside = "alpha"
     layers: str | None = None
+    stacks: dict[str, Annotated[Fixed | Ends, BeforeValidator(_parse_stack)]] = Field(default_factory=dict)
+    filter: dict[str, Annotated[Fixed | Finite, BeforeValidator(_parse_filter)]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_way_to_say_it(self) -> Scaling:
+        if isinstance(self.schedule, tuple):
+            if named := sorted({"alpha", "beta"} & self.model_fields_set):
+                raise ValueError(
+                    f"the schedule lists the coefficients themselves; {' and '.join(named)} cannot be given too"
+                )
+            if any(isinstance(value, Ends) for value in self.stacks.values()):
+                raise ValueError(
+                    "with a schedule that lists coefficients, a stack can be keep or base, not alpha and beta"
+                )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_does_not_apply(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = serialize(self)
+        unsaid = {"alpha", "beta"} if isinstance(self.schedule, tuple) else set()
+        unsaid |= {key for key in ("stacks", "filter") if not values[key]}
+        return {key: value for key, value in values.items() if key not in unsaid}
 
     @property
-    def schedule(self) -> LinearSchedule:
-        return LinearSchedule(self.alpha, self.beta, self.gamma)
+    def needs_depth(self) -> bool:
+        """Whether it matters where a tensor stands at all."""
+        return bool(self.stacks) or self.outside != "alpha" or not self._schedule(self.alpha, self.beta).flat
+
+    def rules(self, depth: DepthMap) -> Rules:
+        """What decides every coefficient, for the stacks of a model.
+
+        Raises:
+            RecipeError: `stacks` names a stack that is not there, or several at once.
+        """
+        stacks = {
+            depth.select(part): self._schedule(value.alpha, value.beta) if isinstance(value, Ends) else _FIXED[value]
+            for part, value in self.stacks.items()
+        }
+        filters = tuple(
+            (part, _FIXED[value] if isinstance(value, str) else value) for part, value in self.filter.items()
+        )
+        return Rules(self._schedule(self.alpha, self.beta), self.gamma, self.outside, stacks, filters)
+
+    def _schedule(self, alpha: float, beta: float) -> Schedule:
+        if isinstance(self.schedule, tuple):
+            return Listed(self.schedule)
+        if self.schedule == "constant":
+            return Constant(alpha, beta)
+        if self.schedule.startswith("power:"):
+            return Power(alpha, beta, float(self.schedule.removeprefix("power:")))
+        return Linear(alpha, beta)
 
 
 class Source(_Part):
@@ -123,7 +237,8 @@ def _problem(details: dict[str, Any]) -> str | None:
             near = get_close_matches(key, known, n=1, cutoff=0.5)
             return f"{key} is not a key of a recipe" + (f"; did you mean {near[0]}?" if near else "")
         case _:
-            return f"{key}: {details['msg'].removeprefix('Value error, ')} (got {details['input']!r})"
+            got = "" if isinstance(details["input"], dict) else f" (got {details['input']!r})"
+            return f"{key}: {details['msg'].removeprefix('Value error, ')}{got}"
 
 
 def edit_recipe(base: str, ft: str, **options: Any) -> Recipe:
@@ -131,8 +246,7 @@ def edit_recipe(base: str, ft: str, **options: Any) -> Recipe:
 
     Args:
         base, ft: the two checkpoints: a path or a Hub id.
-        options: `alpha`, `beta`, `gamma`, `layers`; `dtype`, `missing`, `resize`, `allow_nonfinite`, `max_shard_size`.
-            One that is None keeps its default.
+        options: the fields of `Scaling` and of `Recipe`. One that is None keeps its default.
 
     Raises:
         RecipeError: an unknown option or an impossible value.

@@ -200,7 +200,7 @@ def model_card(
     title: str,
     how: str,
     coefficients: Iterable[tuple[str, int, float, float]],
-    outside: float,
+    outside: tuple[float, float],
 ) -> Sidecar:
     """A model card for the Hub: front matter, what was done, and with which coefficients.
 
@@ -209,14 +209,14 @@ def model_card(
         title: the model's name.
         how: one paragraph on what was done.
         coefficients: per stack its name, layers, first and last coefficient.
-        outside: the coefficient outside the blocks.
+        outside: the coefficients outside the blocks, before and behind them.
     """
     inputs = [_public_name(base), _public_name(ft)]
     front = {"base_model": inputs, "base_model_relation": "merge", "tags": ["lines", "merge", "task-arithmetic"]}
     if library := _library(ft):
         front["library_name"] = library
     rows = [f"| {_code(name)} | {layers} | {first:.6g} | {last:.6g} |" for name, layers, first, last in coefficients]
-    rows.append(f"| outside the blocks | | {outside:.6g} | {outside:.6g} |")
+    rows.append(f"| outside the blocks | | {outside[0]:.6g} | {outside[1]:.6g} |")
     text = f"""---
 {yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---
 

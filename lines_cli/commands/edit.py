@@ -20,6 +20,10 @@ def edit(
     alpha: opt.Alpha = None,
     beta: opt.Beta = None,
     gamma: opt.Gamma = None,
+    schedule: opt.Schedule = None,
+    outside: opt.Outside = None,
+    stack: opt.Stack = None,
+    filter: opt.Filter = None,  # noqa: A002 - the option's name
     layers: opt.Layers = None,
     missing: opt.Missing = None,
     resize: opt.Resize = None,
@@ -53,6 +57,10 @@ def edit(
         alpha=alpha,
         beta=beta,
         gamma=gamma,
+        schedule=schedule,
+        outside=outside,
+        stacks=_pairs("--stack", stack),
+        filter=_pairs("--filter", filter),
         layers=layers,
         missing=missing,
         resize=resize,
@@ -94,3 +102,17 @@ def _recipe(base: str | None, ft: str | None, config: Path | None, **options: An
             hint="Or a recipe: lines edit --config lines_recipe.yaml -o OUT",
         )
     return edit_recipe(base, ft, **options)
+
+
+def _pairs(flag: str, given: list[str] | None) -> dict[str, Any] | None:
+    """`NAME=keep`, `NAME=0.5` and `NAME=alpha,beta` as the recipe has them."""
+    from lines_cli.errors import RecipeError
+
+    pairs: dict[str, Any] = {}
+    for text in given or ():
+        name, equals, value = text.rpartition("=")
+        ends = value.split(",")
+        if not equals or not name or name in pairs:
+            raise RecipeError(f"{flag} {text}: expected {flag} NAME=VALUE, and each NAME once")
+        pairs[name] = {"alpha": ends[0], "beta": ends[1]} if len(ends) == 2 else value
+    return pairs or None

@@ -59,6 +59,45 @@ Gamma = Annotated[
         help="Multiplies every coefficient (WiSE-FT's mixing weight).",
     ),
 ]
+Schedule = Annotated[
+    str | None,
+    typer.Option(
+        "--schedule",
+        metavar="RULE",
+        show_default="linear",
+        help="How the coefficient grows with depth: linear, power:P, constant; or the coefficients themselves, "
+        "first layer to last, as in 0.1,0.6,1.0.",
+    ),
+]
+Outside = Annotated[
+    Literal["alpha", "position", "base", "keep"] | None,
+    typer.Option(
+        "--outside",
+        show_default="alpha",
+        help="What lies outside the blocks gets alpha; alpha before them and alpha + beta behind them (position); "
+        "0 (base); or 1 (keep).",
+    ),
+]
+Stack = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--stack",
+        metavar="NAME=RULE",
+        show_default=False,
+        help="One stack's own alpha,beta; or keep (coefficient 1), or base (0). NAME is any part of its name that no "
+        "other has. Repeatable.",
+    ),
+]
+Filter = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--filter",
+        metavar="PATTERN=VALUE",
+        show_default=False,
+        help="The coefficient of every tensor whose name contains PATTERN: a number, keep or base. The last word over "
+        "all; of several, the first that matches. Repeatable.",
+    ),
+]
 Layers = Annotated[
     str | None,
     typer.Option(
