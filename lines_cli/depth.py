@@ -25,6 +25,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from lines_cli.errors import DepthError, RecipeError, some
@@ -80,24 +81,17 @@ Side = Literal["before", "after"]
 # Words in the names of what follows the blocks (final norm, head, pooler), and of what does not, though it has a norm
 # or an output of its own (embeddings, stems, and the projectors that feed one tower's output into another).
 _AFTER = re.compile(
-    r"(?:.*_)?(?:norm|layernorm|ln)(?:_?(?:f|final|post|out))?|ln_f|(?:final|post)_?.*norm.*|.*head.*|lm_.*|.*classifier.*"
-    r"|score|.*pool.*|.*predict.*|.*_out|.*output.*|embed_out|.*logit.*|(?:text|visual)_projection|proj|fc\d*|generator.*"
+    r"(?:.*_)?(?:norm|layernorm|ln)(?:_?(?:f|final|post|out))?|(?:final|post)_?.*norm.*|final_layer|score|proj|fc\d*|out"
+    r"|.*head.*|lm_.*|vocab_.*|.*classifier.*|.*pool.*|.*predict.*|.*_out(?:_\d+)?|.*output.*|.*logit.*|generator.*|postnet"
+    r"|.*_postnet|(?:text|visual)_projection"
 )
 _NOT_AFTER = re.compile(
-    r"embeddings?|.*embed(?:der|ding)?s?_.*|.*_emb(?:ed)?(?:der|ding)?s?|patch.*|stem.*|conv_stem|.*_in|pre_.*|.*_pre"
+    r"embeddings?|.*embed(?:der|ding)?s?_.*|.*_emb(?:ed)?(?:der|ding)?s?|patch.*|.*stem.*|.*_in|pre_.*|.*_pre|prenet"
     r"|.*(?:projector|merger|connector|resampler|qformer|adapter).*|feature_.*"
 )
 
 
-def side_of(name: str) -> Side:
-    """Whether a tensor outside the blocks stands before or behind them; before, where the name does not tell."""
-    segments = name.split(".")[:-1] or [name]
-    if any(_NOT_AFTER.fullmatch(segment) and segment != "embed_out" for segment in segments):
-        return "before"
-    return "after" if any(_AFTER.fullmatch(segment) for segment in [*segments, name]) else "before"
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DepthMap:
     """Which tensor stands where. A name that `places` lacks is outside the blocks.
 
@@ -108,10 +102,20 @@ class DepthMap:
     places: dict[str, Place]
     notes: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def layers(self) -> dict[str, int]:
         """Each stack's L, by name."""
         return {stack.name: stack.layers for stack in self.stacks}
+
+    def side_of(self, name: str) -> Side:
+        """On which side of the blocks a tensor outside them stands; before them, where its name does not tell."""
+        if any(name.startswith(f"{stack.name}.") for stack in self.stacks):
+            return "after"  # an index beyond the stack's layers
+        *modules, last = name.split(".")
+        words = modules if last in ("weight", "bias") and modules else [*modules, last]
+        if any(_NOT_AFTER.fullmatch(word) and word != "embed_out" for word in words if not word.startswith("vocab_")):
+            return "before"
+        return "after" if any(_AFTER.fullmatch(word) for word in words) else "before"
 
     def select(self, part: str) -> str:
         """The name of the one stack that `part` names: its whole prefix, or any run of segments of it.

@@ -335,7 +335,6 @@ def _draft(
         MismatchError: shapes or dtypes differ and the recipe does not say what to do; names them all.
         RecipeError: a filter matches no tensor.
     """
-    layers = depth.layers
     for pattern, _ in rules.filters:
         if pattern != "*" and not any(pattern in name for name in pairs):
             raise RecipeError(f"filter {pattern!r} matches none of {len(pairs):,} tensor names")
@@ -343,7 +342,7 @@ def _draft(
     for name, (in_base, in_ft) in pairs.items():
         place = depth.places.get(name)
         tied_to = tied_embedding(name, pairs, ft) if place is None else None  # one weight has one coefficient
-        coefficient = rules.coefficient(tied_to or name, place, layers)
+        coefficient = rules.coefficient(tied_to or name, depth)
         b = _slice(base, in_base, first_file=0)
         f = _slice(ft, in_ft, first_file=len(base.files))
         drafts.append(_draft_one(recipe, name, coefficient, b, f, may_resize=place is None and is_vocabulary(name)))

@@ -220,13 +220,15 @@ def make_recipe(values: dict[str, Any], *, where: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        problems = [_problem(dict(details)) for details in error.errors()]
+        # Of the two readings of a stack, fixed or with ends, only the one that was meant is worth a complaint.
+        relevant = [details for details in error.errors() if not str(details["loc"][-1]).startswith("literal[")]
+        problems = [_problem(dict(details)) for details in relevant]
         raise RecipeError(f"{where}: " + "; ".join(problem for problem in problems if problem)) from error
 
 
 def _problem(details: dict[str, Any]) -> str | None:
     """What one of pydantic's complaints means to whoever wrote the recipe; None if another one says it already."""
-    key = ".".join(str(part) for part in details["loc"])
+    key = ".".join(str(part) for part in details["loc"] if part != "Ends")
     match details["type"]:
         case "default_factory_not_called":  # beta has no default because alpha is wrong
             return None

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from lines_cli.depth import Place, Side, side_of
+from lines_cli.depth import DepthMap, Side
 
 Outside = Literal["alpha", "position", "base", "keep"]
 
@@ -122,20 +122,15 @@ class Rules:
     stacks: Mapping[str, Schedule | float] = field(default_factory=dict)
     filters: tuple[tuple[str, float], ...] = ()
 
-    def coefficient(self, name: str, place: Place | None, layers: Mapping[str, int]) -> float:
-        """The coefficient of one tensor, in float64.
-
-        Args:
-            name: the tensor's.
-            place: its stack and layer; None outside the blocks.
-            layers: each stack's number of layers.
-        """
+    def coefficient(self, name: str, depth: DepthMap) -> float:
+        """The coefficient of one tensor, in float64."""
         for pattern, value in self.filters:
             if pattern in name or pattern == "*":
                 return value
+        place = depth.places.get(name)
         if place is None:
-            return self.outside_value(side_of(name))
-        return self.inside_value(place.stack, place.index, layers[place.stack])
+            return self.outside_value(depth.side_of(name))
+        return self.inside_value(place.stack, place.index, depth.layers[place.stack])
 
     def inside_value(self, stack: str, index: int, layers: int) -> float:
         """The coefficient of a layer, filters apart."""
