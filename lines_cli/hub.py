@@ -11,6 +11,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,11 +54,12 @@ class _Asked:
         return Located(snapshot, self.name, f"{self.repo}@{snapshot.name}")
 
 
-def locate(name: str) -> Located:
+def locate(name: str, *, quiet: bool = False) -> Located:
     """Find a checkpoint by path or, where there is no such path, by its Hub id `org/name[@revision]`.
 
     Args:
         name: as a person or a recipe gives it. `~` is expanded.
+        quiet: no progress bars; there are none where stderr is no terminal, either.
 
     Raises:
         CheckpointError: it is neither a path that exists nor a Hub id, or the repository holds no clear set of weights.
@@ -78,6 +80,10 @@ def locate(name: str) -> Located:
             f"{name}: {revision!r} is no revision of a Hub repository, and there is no such file or folder here",
             hint="After the @ stands a branch, a tag or a commit: org/name@main.",
         )
+    if quiet or not sys.stderr.isatty():
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()
     return _fetch(_Asked(name, match["repo"], revision))
 
 
@@ -195,7 +201,7 @@ def _explained(asked: _Asked) -> Iterator[None]:
         yield
     except LinesError:
         raise
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the client's libraries, and so their errors, change with its versions
         raise _explain(error, asked) from error
 
 

@@ -245,13 +245,13 @@ BUFFERS_PER_WORKER = 5
 """Two inputs and the output as they are stored, and two for the arithmetic between."""
 
 
-def open_inputs(recipe: Recipe) -> tuple[Checkpoint, Checkpoint]:
-    """Open the recipe's base and fine-tune, fetching from the Hub what is no path.
+def open_inputs(recipe: Recipe, *, quiet: bool = False) -> tuple[Checkpoint, Checkpoint]:
+    """Open the recipe's base and fine-tune, fetching from the Hub what is no path; `quiet` without progress bars.
 
     Raises:
         CheckpointError: one cannot be found or read.
     """
-    base, ft = (locate(name) for name in (recipe.base_model, recipe.fine_tune))
+    base, ft = (locate(name, quiet=quiet) for name in (recipe.base_model, recipe.fine_tune))
     return (
         open_checkpoint(base.path, name=base.name, hub_id=base.hub_id),
         open_checkpoint(ft.path, name=ft.name, hub_id=ft.hub_id),

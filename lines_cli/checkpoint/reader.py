@@ -28,6 +28,7 @@ _QUANTISED_NAME = re.compile(
     r".*\.(?:qweight|qzeros|SCB|(?:nested_)?(?:absmax|quant_map)|weight_(?:packed|scale|scale_inv|shape|zero_point))$"
     r"|.*\.quant_state\..*|.*_proj_(?:blocks|scales)$"
 )
+_SHARD = re.compile(r".*-\d{5}-of-\d{5}\.safetensors")
 _LARGEST_JSON = 64 * 2**20
 
 
@@ -170,6 +171,11 @@ def _weight_files(folder: Path) -> tuple[dict[Path, set[str] | None], str]:
     chosen = choose_weights(names)
     if chosen is None:
         refuse_folder(str(folder), names)
+    if _SHARD.fullmatch(chosen):
+        raise CheckpointError(
+            f"{folder} holds {chosen}, which is one shard of several, and no index",
+            hint="The checkpoint is incomplete: copy or download the other shards and the .safetensors.index.json.",
+        )
     if not chosen.endswith(_INDEX_SUFFIX):
         return {folder / chosen: None}, chosen.removesuffix(_SUFFIX)
     shards = shards_of(folder / chosen)

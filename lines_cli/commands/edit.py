@@ -70,7 +70,7 @@ def edit(
     )
     resources = Resources(workers=workers, device=device)
 
-    plan = make_plan(recipe, *open_inputs(recipe), output)
+    plan = make_plan(recipe, *open_inputs(recipe, quiet=quiet), output)
     if dry_run:
         check_destination(plan.output, inputs=plan.read_paths, nbytes=plan.bytes_written, force=force)
         console.show_plan(plan, resources, json=json)
