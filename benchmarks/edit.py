@@ -7,10 +7,11 @@ The contenders run in turn, round after round, as whole processes:
 
     floor    cat base > /dev/null; cp ft out; sync out: both inputs read, one output written and made durable
     lines    lines edit base ft -o out, which flushes its output to the disk before it names it
-    plain    load both with safetensors, loop over the tensors, save, sync
+    plain    load both with safetensors, loop over the tensors, save, sync (benchmarks/plain.py)
 
-What is quoted are medians and the ratio to the floor of the same round. Importing torch costs the same whoever does it, and is timed by itself in every
-round: `net` is the time without it. This process stays small and imports no torch, because a child's peak resident memory starts from its parent's.
+What is quoted are medians and the ratio to the floor of the same round. Importing torch costs the same whoever does it,
+and is timed by itself in every round: `net` is the time without it. This process stays small and imports no torch,
+because a child's peak resident memory starts from its parent's.
 """
 
 from __future__ import annotations
@@ -29,62 +30,6 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 LINES = Path(sys.executable).with_name("lines")
-
-MAKE_MODEL = """
-import json, sys, torch
-from pathlib import Path
-from safetensors.torch import save_file
-folder, seed, noise, layers, width = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
-folder.mkdir(parents=True)
-shapes = {"model.embed_tokens.weight": (32000, width), "model.norm.weight": (width,), "lm_head.weight": (32000, width)}
-block = {"self_attn.q_proj": (width, width), "self_attn.k_proj": (width, width), "self_attn.v_proj": (width, width),
-         "self_attn.o_proj": (width, width), "mlp.gate_proj": (3 * width, width), "mlp.up_proj": (3 * width, width),
-         "mlp.down_proj": (width, 3 * width), "input_layernorm": (width,), "post_attention_layernorm": (width,)}
-for i in range(layers):
-    shapes.update({f"model.layers.{i}.{name}.weight": shape for name, shape in block.items()})
-shards, held = [[]], 0
-for name, shape in shapes.items():
-    size = 2 * torch.Size(shape).numel()
-    if held + size > 1_000_000_000:
-        shards.append([]); held = 0
-    shards[-1].append(name); held += size
-weight_map = {}
-for number, names in enumerate(shards, 1):
-    file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-    tensors = {}
-    for name in names:
-        g = torch.Generator().manual_seed(sum(map(ord, name)))
-        value = torch.randn(shapes[name], generator=g) * 0.02
-        if noise:
-            value += noise * torch.randn(shapes[name], generator=torch.Generator().manual_seed(seed + sum(map(ord, name))))
-        tensors[name] = value.bfloat16()
-        weight_map[name] = file
-    save_file(tensors, folder / file, {"format": "pt"})
-size = sum(2 * torch.Size(shape).numel() for shape in shapes.values())
-(folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}))
-(folder / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": layers, "torch_dtype": "bfloat16"}))
-"""
-
-PLAIN_SCRIPT = """
-import os, re, sys, torch
-from pathlib import Path
-from safetensors.torch import load_file, save_file
-base_dir, ft_dir, out = map(Path, sys.argv[1:4])
-layers = int(sys.argv[4])
-base, ft = {}, {}
-for folder, tensors in ((base_dir, base), (ft_dir, ft)):
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors.update(load_file(file))
-merged = {}
-for name, b in base.items():
-    match = re.search(r"layers\\.(\\d+)\\.", name)
-    c = 0.1 + 0.9 * int(match[1]) / (layers - 1) if match else 0.1
-    b32 = b.float()
-    merged[name] = (b32 + c * (ft[name].float() - b32)).bfloat16()
-out.mkdir()
-save_file(merged, out / "model.safetensors", {"format": "pt"})
-os.sync()
-"""
 
 
 @dataclass
@@ -112,9 +57,9 @@ def timed(command: list[str]) -> tuple[float, float]:
 
 
 def settle(inputs: list[Path], gigabytes: int) -> None:
-    """Bring the machine to the same state before every run: dirty pages out, free memory really there, inputs cached."""
+    """The same state before every run: dirty pages written, free memory really there, inputs cached."""
     subprocess.run(["sync"], check=True)
-    subprocess.run([sys.executable, "-c", f"b = bytearray({gigabytes} * 10**9)"], check=True)
+    subprocess.run([sys.executable, "-c", f"bytearray(b'x') * ({gigabytes} * 10**9)"], check=True)
     for _ in range(2):
         for path in inputs:
             with open(path, "rb", buffering=0) as file:
@@ -133,13 +78,12 @@ def main() -> None:
 
     work = HERE / "work"
     base, ft, out = work / f"base-{layers}-{width}", work / f"ft-{layers}-{width}", work / "out"
-    for folder, seed, noise in ((base, 0, 0.0), (ft, 1, 0.002)):
+    for folder, noise in ((base, 0.0), (ft, 0.002)):
         if not (folder / "config.json").exists():
             shutil.rmtree(folder, ignore_errors=True)
             print(f"making {folder.name} ...", flush=True)
-            subprocess.run(
-                [sys.executable, "-c", MAKE_MODEL, str(folder), str(seed), str(noise), str(layers), str(width)], check=True
-            )
+            program = [sys.executable, str(HERE / "make_model.py")]
+            subprocess.run([*program, str(folder), str(layers), str(width), str(noise)], check=True)
     weights = [sorted(folder.glob("*.safetensors")) for folder in (base, ft)]
     size = sum(path.stat().st_size for path in weights[1])
 
@@ -148,13 +92,16 @@ def main() -> None:
         Contender("import torch", [sys.executable, "-c", "import torch"]),
         Contender("floor", ["sh", "-c", floor]),
         Contender("lines", [str(LINES), "edit", str(base), str(ft), "-o", str(out), "--device", "cpu", "--quiet"]),
-        Contender("plain", [sys.executable, "-c", PLAIN_SCRIPT, str(base), str(ft), str(out), str(layers)]),
+        Contender("plain", [sys.executable, str(HERE / "plain.py"), str(base), str(ft), str(out)]),
     ]
     for number in range(rounds + 1):  # the first round only warms up
         for contender in contenders:
             shutil.rmtree(out, ignore_errors=True)
             settle(weights[0] + weights[1], 1 if options.quick else 8)
             seconds, peak = timed(contender.command)
+            if contender.name in ("lines", "plain"):
+                written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+                assert abs(written - size) < 1e6, f"{contender.name} wrote {written:,} bytes of {size:,}"
             if number:
                 contender.seconds.append(seconds)
                 contender.peak_mb.append(peak)
@@ -179,10 +126,8 @@ def main() -> None:
         }
         rows.append(row)
         s = contender.seconds
-        print(
-            f"{contender.name:14}{statistics.median(s):8.2f}s{min(s):7.2f}s{max(s):7.2f}s{statistics.median(net):7.2f}s"
-            f"{ratio:10.2f}x{max(contender.peak_mb):7.0f} MB"
-        )
+        times = f"{statistics.median(s):8.2f}s{min(s):7.2f}s{max(s):7.2f}s{statistics.median(net):7.2f}s"
+        print(f"{contender.name:14}{times}{ratio:10.2f}x{max(contender.peak_mb):7.0f} MB")
     if options.save:
         report = {"model_bytes": size, "rounds": rounds, "machine": describe_machine(), "results": rows}
         (HERE / "results-edit.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -194,7 +139,8 @@ def describe_machine() -> str:
     torch = subprocess.run(
         [sys.executable, "-c", "import torch; print(torch.__version__)"], capture_output=True, text=True, check=True
     ).stdout.strip()
-    return f"{os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}, Python {platform.python_version()}, torch {torch}"
+    python = platform.python_version()
+    return f"{os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}, Python {python}, torch {torch}"
 
 
 if __name__ == "__main__":
