@@ -11,6 +11,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
+from lines_cli.errors import printable
+
 if TYPE_CHECKING:
     from lines_cli.engine import Outcome, Track
     from lines_cli.plan import Plan, Resources
@@ -155,11 +157,9 @@ def _notes(notes: Iterable[str]) -> None:
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    _out.file.write(json_format.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    _out.file.write(json_format.dumps(value, indent=2).replace("\x7f", "\\u007f") + "\n")  # escaped, all but DEL
 
 
 def _printable(text: str) -> str:
-    """Text without control characters other than line breaks, so that a name cannot steer the terminal."""
-    return "".join(
-        character if character.isprintable() or character == "\n" else f"\\x{ord(character):02x}" for character in text
-    )
+    """Text that cannot steer the terminal: line breaks are kept, and what follows one is indented."""
+    return "\n  ".join(printable(line.removeprefix("  ")) for line in text.split("\n"))

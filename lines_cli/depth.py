@@ -31,7 +31,7 @@ from typing import Any, Literal
 from lines_cli.errors import DepthError, RecipeError, some
 
 _LAYER_NAME = re.compile(r"(?:.*_)?(?:layers?|h|blocks?|resblocks?|stages?)")
-_NUMBERED_NAME = re.compile(r"((?:\w+_)?(?:layer|block|stage)_?)(0|[1-9]\d*)")
+_NUMBERED_NAME = re.compile(r"((?:\w+_)?(?:layer|block|stage)_?)(\d{1,6})", re.ASCII)
 _NEVER = re.compile(
     r".*(?:embed|expert|projector|projection|connector|merger|resampler|adapter|predictor|qformer|prenet|postnet|downsample|classifier|lora).*"
     r"|conv_layers?|linear_layers?|.*_?mlps?|.*_?heads?|mtp|(?:.*_)?refiner"
@@ -194,14 +194,17 @@ def _by_pattern(names: list[str], pattern: str) -> DepthMap:
         match = expression.search(name)
         if match is None or match["index"] is None:
             continue
-        if not match["index"].isdecimal():
+        if not _is_index(match["index"]):
             raise RecipeError(
-                f"--layers {pattern!r}: in {name} the group `index` is {match['index']!r}, not a whole number"
+                f"--layers {pattern!r}: in {name!r} the group `index` is {match['index']!r}, not a whole number"
             )
         stack = match["stack"] if "stack" in expression.groupindex else "layers"
         found[stack or "layers"][int(match["index"])].append(name)
     if not found:
-        raise DepthError(f"--layers {pattern!r} matches none of {len(names):,} tensor names, such as\n{some(names, 4)}")
+        raise DepthError(
+            f"--layers {pattern!r} matches none of {len(names):,} tensor names, such as\n{some(names, 4)}",
+            hint=LAYERS_HINT,
+        )
     places = {
         name: Place(stack, position)
         for stack, by_index in found.items()
@@ -216,10 +219,10 @@ def _by_pattern(names: list[str], pattern: str) -> DepthMap:
 
 @dataclass(slots=True)
 class _Candidate:
-    """A prefix and, for each index behind it, the rest of every name (`tails`)."""
+    """A prefix and, for each index behind it, what follows it in every name, and that name."""
 
     prefix: tuple[str, ...]
-    tails: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
+    tails: dict[int, list[tuple[str, str]]] = field(default_factory=lambda: defaultdict(list))
     numbered: bool = False  # `layer1`, `layer2`: the number is part of the segment
 
     @property
@@ -239,7 +242,7 @@ class _Candidate:
             return self.called_layers and indices == [0] and not self.numbered
         if indices[-1] - indices[0] + 1 > 3 * len(indices):
             return False
-        seen = Counter(tail for tails in self.tails.values() for tail in set(tails))
+        seen = Counter(child for tails in self.tails.values() for child in {tail for tail, _ in tails})
         return max(seen.values()) > 1
 
     @property
@@ -247,32 +250,30 @@ class _Candidate:
         """A plain `nn.Sequential`, `0.weight`, `net.2.bias`: taken for a stack only where nothing is called layers."""
         return len(self.tails) > 1 and not any(_NEVER.fullmatch(segment) for segment in self.prefix)
 
-    def tensor(self, index: int, tail: str) -> str:
-        if self.numbered:
-            head = ".".join((*self.prefix[:-1], f"{self.prefix[-1]}{index}"))
-        else:
-            head = ".".join((*self.prefix, str(index)))
-        return f"{head}.{tail}" if tail else head
-
 
 def _candidates(names: Iterable[str]) -> dict[tuple[str, ...], _Candidate]:
     candidates: dict[tuple[str, ...], _Candidate] = {}
 
-    def add(prefix: tuple[str, ...], index: int, tail: str, *, numbered: bool) -> None:
+    def add(name: str, prefix: tuple[str, ...], index: int, tail: str, *, numbered: bool) -> None:
         candidate = candidates.get(prefix)
         if candidate is None:
             candidate = candidates[prefix] = _Candidate(prefix, numbered=numbered)
         if candidate.numbered == numbered:
-            candidate.tails[index].append(tail)
+            candidate.tails[index].append((tail, name))
 
     for name in names:
         segments = tuple(name.split("."))
         for at, segment in enumerate(segments):
-            if segment.isdecimal() and len(segment) < 7:
-                add(segments[:at], int(segment), ".".join(segments[at + 1 :]), numbered=False)
+            if _is_index(segment):
+                add(name, segments[:at], int(segment), ".".join(segments[at + 1 :]), numbered=False)
             elif match := _NUMBERED_NAME.fullmatch(segment):
-                add((*segments[:at], match[1]), int(match[2]), ".".join(segments[at + 1 :]), numbered=True)
+                add(name, (*segments[:at], match[1]), int(match[2]), ".".join(segments[at + 1 :]), numbered=True)
     return candidates
+
+
+def _is_index(text: str) -> bool:
+    """A whole number that could count layers: 0 to 999,999, zeros before it allowed."""
+    return text.isdecimal() and text.isascii() and len(text) <= 6
 
 
 def _outermost(candidates: Mapping[tuple[str, ...], _Candidate]) -> list[_Candidate]:
@@ -381,27 +382,28 @@ def _units(candidate: _Candidate) -> list[list[str]]:
     """The tensors of each layer in order; stages that hold alike blocks are counted through."""
     inner = _inner_blocks(candidate)
     if inner is None:
-        return [[candidate.tensor(index, tail) for tail in candidate.tails[index]] for index in sorted(candidate.tails)]
+        return [[name for _, name in candidate.tails[index]] for index in sorted(candidate.tails)]
 
     stages = sorted(candidate.tails)
     loose: dict[str, set[int]] = defaultdict(set)  # stage-level modules in no block -> the stages that have one
     for stage in stages:
-        for tail in candidate.tails[stage]:
+        for tail, _ in candidate.tails[stage]:
             if _split_inner(tail, inner) is None:
                 loose[tail.split(".")[0]].add(stage)
     units: list[list[str]] = []
     for stage in stages:
+        split = [(_split_inner(tail, inner), tail, name) for tail, name in candidate.tails[stage]]
         blocks: dict[int, list[str]] = defaultdict(list)
-        for tail in candidate.tails[stage]:
-            if (split := _split_inner(tail, inner)) is not None:
-                blocks[split[0]].append(candidate.tensor(stage, tail))
+        for block, _, name in split:
+            if block is not None:
+                blocks[block[0]].append(name)
         ordered = [blocks[index] for index in sorted(blocks)] or [[]]
-        for tail in candidate.tails[stage]:
-            if _split_inner(tail, inner) is None:
+        for block, tail, name in split:
+            if block is None:
                 # A downsampling that the first stage has and the last lacks closes its stage; otherwise it opens it.
                 having = loose[tail.split(".")[0]]
                 closes = stages[0] in having and stages[-1] not in having
-                ordered[-1 if closes else 0].append(candidate.tensor(stage, tail))
+                ordered[-1 if closes else 0].append(name)
         units.extend(ordered)
     return units
 
@@ -410,15 +412,15 @@ def _inner_blocks(candidate: _Candidate) -> str | None:
     """The name of the blocks within each stage (empty for `layer1.0`), or None if the candidate's layers are no
     stages.
     """
-    inner_names = {tail.split(".")[0] for tails in candidate.tails.values() for tail in tails}
+    inner_names = {tail.split(".")[0] for tails in candidate.tails.values() for tail, _ in tails}
     options = [name for name in sorted(inner_names) if _LAYER_NAME.fullmatch(name) and not _NEVER.fullmatch(name)]
-    if any(name.isdecimal() for name in inner_names):
+    if any(_is_index(name) for name in inner_names):
         options.append("")
     for name in options:
         stages: list[dict[int, set[str]]] = []
         for tails in candidate.tails.values():
             blocks: dict[int, set[str]] = defaultdict(set)
-            for tail in tails:
+            for tail, _ in tails:
                 if (split := _split_inner(tail, name)) is not None:
                     blocks[split[0]].add(split[1])
             stages.append(blocks)
@@ -435,7 +437,7 @@ def _split_inner(tail: str, inner: str) -> tuple[int, str] | None:
             return None
         tail = tail[len(inner) + 1 :]
     number, _, rest = tail.partition(".")
-    return (int(number), rest) if number.isdecimal() else None
+    return (int(number), rest) if _is_index(number) else None
 
 
 def _alike(children: Iterable[set[str]]) -> bool:

@@ -23,7 +23,7 @@ from lines_cli.arithmetic import TORCH_DTYPES, add_scaled_task_vector, cast, com
 from lines_cli.checkpoint.header import itemsize
 from lines_cli.checkpoint.positional import read_into, write_from
 from lines_cli.checkpoint.writer import Staging, check_destination, naming
-from lines_cli.errors import CheckpointError, DataError, RecipeError
+from lines_cli.errors import CheckpointError, DataError, RecipeError, printable
 from lines_cli.plan import BUFFERS_PER_WORKER, Piece, Plan, Resources, Slice, TensorPlan
 
 Track = Callable[[Iterable[int]], Iterable[int]]
@@ -52,12 +52,7 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise RecipeError(f"--device {name}: not a device", hint="Say auto, cpu, cuda, or cuda:N.") from error
-    if device.type not in ("cpu", "cuda"):
-        raise RecipeError(f"--device {name}: lines computes on cpu or cuda")
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise RecipeError(
             f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here"
@@ -228,7 +223,8 @@ class _Workers:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
         if got < len(view):
             raise CheckpointError(
-                f"{path}: ends in the middle of tensor {chunk.tensor.name}; it was whole when its header was read"
+                f"{path}: ends in the middle of tensor {printable(chunk.tensor.name)}; it was whole a moment ago",
+                hint="Something shortened it meanwhile. Run it again when the file is at rest.",
             )
         return _Loaded(buffer, source.dtype, chunk.numel, view)
 
@@ -248,8 +244,10 @@ class _Workers:
         for loaded, source in ((base, chunk.piece.base), (ft, chunk.piece.ft)):
             if loaded is not None and source is not None and (bad := first_nonfinite(loaded.values())):
                 at = chunk.piece.start + chunk.first + bad[0]
-                return f"{self.plan.inputs[source.file]}: tensor {name} holds {bad[1]}, first at entry {at:,}"
-        return f"tensor {name}: a value is beyond what {chunk.tensor.info.dtype}, its output dtype, can hold"
+                return (
+                    f"{self.plan.inputs[source.file]}: tensor {printable(name)} holds {bad[1]}, first at entry {at:,}"
+                )
+        return f"tensor {printable(name)}: a value is beyond what {chunk.tensor.info.dtype}, its output dtype, can hold"
 
 
 # --- buffers ---

@@ -78,9 +78,14 @@ class OutputError(LinesError):
     exit_code = 6
 
 
+def printable(text: str) -> str:
+    """A name from a stranger's file as one line without control characters, so that it cannot steer a terminal."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def some(names: Sequence[str], limit: int = 8) -> str:
     """The first `limit` names, one to an indented line, and how many more there are."""
-    shown = [f"  {name}" for name in names[:limit]]
+    shown = [f"  {printable(name)}" for name in names[:limit]]
     if len(names) > limit:
         shown.append(f"  ... and {len(names) - limit:,} more")
     return "\n".join(shown)

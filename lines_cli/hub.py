@@ -71,9 +71,9 @@ def locate(name: str, *, quiet: bool = False) -> Located:
     match = _HUB_ID.fullmatch(name)
     if match is None:
         hint = "A model on the Hugging Face Hub is named org/name or org/name@revision."
-        raise CheckpointError(
-            f"{name}: there is no such file or folder", hint=None if name.startswith(("/", ".", "~")) else hint
-        )
+        if name.startswith(("/", ".", "~")):
+            hint = "Check the path: give a .safetensors file, or a folder that holds a checkpoint."
+        raise CheckpointError(f"{name}: there is no such file or folder", hint=hint)
     revision = match["revision"]
     if revision is not None and _NOT_IN_A_REVISION.search(revision):
         raise HubError(
@@ -81,7 +81,7 @@ def locate(name: str, *, quiet: bool = False) -> Located:
             hint="After the @ stands a branch, a tag or a commit: org/name@main.",
         )
     if quiet or not sys.stderr.isatty():
-        from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()
     return _fetch(_Asked(name, match["repo"], revision))
@@ -201,7 +201,7 @@ def _explained(asked: _Asked) -> Iterator[None]:
         yield
     except LinesError:
         raise
-    except Exception as error:  # noqa: BLE001 - the client's libraries, and so their errors, change with its versions
+    except Exception as error:
         raise _explain(error, asked) from error
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from lines_cli.checkpoint.header import TensorInfo
 from lines_cli.checkpoint.reader import Checkpoint
-from lines_cli.errors import MismatchError, some
+from lines_cli.errors import MismatchError, printable, some
 
 # Modules with a row per vocabulary entry, by the name of the module that holds the weight or bias.
 _TOKEN_EMBEDDINGS = frozenset(
@@ -57,11 +57,15 @@ def pair_tensors(
         if partner := _tied_partner(name, ft.tensors[name].info, base):
             pairs[name] = (partner, name)
             only_ft.remove(name)
-            notes.append(f"{name} is not in the base, whose config ties it to {partner}: that is its base value")
+            notes.append(
+                f"{printable(name)} is not in the base, whose config ties it to {printable(partner)}, used for it"
+            )
     for name in list(only_base):
         if partner := _tied_partner(name, base.tensors[name].info, ft):
             only_base.remove(name)
-            notes.append(f"{name} is not in the fine-tune, whose config ties it to {partner}: left out, as there")
+            notes.append(
+                f"{printable(name)} is not in the fine-tune, whose config ties it to {printable(partner)}: left out"
+            )
 
     left = len(only_ft) + len(only_base)
     if left and missing == "error":
@@ -79,7 +83,10 @@ def pair_tensors(
             f"({len(only_ft):,} fine-tune, {len(only_base):,} base)"
         )
     if not pairs:
-        raise MismatchError(f"{base.name} and {ft.name} have no tensor in common")
+        raise MismatchError(
+            f"{base.name} and {ft.name} have no tensor in common",
+            hint="Are they of one model?",
+        )
     return pairs
 
 

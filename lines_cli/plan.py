@@ -19,8 +19,9 @@ from typing import Any
 from lines_cli.checkpoint.header import EXACT_DTYPES, TensorInfo, canonical_order, itemsize, lay_out
 from lines_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from lines_cli.checkpoint.sidecars import RECIPE, Sidecar, carry_over, index_file, model_card
+from lines_cli.checkpoint.writer import is_one_file
 from lines_cli.depth import DepthMap, Place, find_depth
-from lines_cli.errors import DepthError, MismatchError, RecipeError, some
+from lines_cli.errors import DepthError, MismatchError, RecipeError, printable, some
 from lines_cli.hub import locate
 from lines_cli.pairing import Pair, is_vocabulary, pair_tensors, tied_embedding
 from lines_cli.recipe import Recipe, dump_recipe
@@ -127,10 +128,6 @@ class Plan:
     notes: tuple[str, ...]
 
     @property
-    def one_file(self) -> bool:
-        return self.output.suffix == ".safetensors"
-
-    @property
     def read_paths(self) -> tuple[Path, ...]:
         """Everything the output must not replace: the inputs as they were named, and all their files."""
         return (self.base.path, self.ft.path, *self.inputs)
@@ -222,6 +219,10 @@ class Resources:
     device: str = "auto"
     chunk: int = 512 * 1024
 
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise RecipeError(f"--device {self.device}: not a device", hint="Say auto, cpu, cuda, or cuda:N.")
+
     @property
     def threads(self) -> int:
         """How many workers there will be."""
@@ -294,7 +295,7 @@ def make_plan(recipe: Recipe, base: Checkpoint, ft: Checkpoint, output: Path) ->
         (),
         (*notes, *depth.notes),
     )
-    if plan.one_file:
+    if is_one_file(output):
         return plan
     return _with_sidecars(plan, dict(draft.rows for draft in drafts if draft.rows))
 
@@ -343,10 +344,15 @@ def _draft(
         place = depth.places.get(name)
         tied_to = tied_embedding(name, pairs, ft) if place is None else None  # one weight has one coefficient
         coefficient = rules.coefficient(tied_to or name, depth)
+        if not math.isfinite(to_float32(coefficient)):
+            raise RecipeError(
+                f"the coefficient of {printable(name)} is {coefficient:g}, beyond what float32 can hold",
+                hint="Check alpha, beta and gamma: coefficients usually lie between 0 and 2.",
+            )
         b = _slice(base, in_base, first_file=0)
         f = _slice(ft, in_ft, first_file=len(base.files))
         drafts.append(_draft_one(recipe, name, coefficient, b, f, may_resize=place is None and is_vocabulary(name)))
-    misfits = [f"{draft.name}: {draft.misfit}" for draft in drafts if draft.misfit]
+    misfits = [f"{printable(draft.name)}: {draft.misfit}" for draft in drafts if draft.misfit]
     if misfits:
         raise MismatchError(
             f"{len(misfits):,} tensors do not fit between {base.name} and {ft.name} (base first):\n{some(misfits)}",
@@ -442,9 +448,12 @@ def to_float32(value: float) -> float:
 # --- the output's files ---
 
 
-def _natural(name: str) -> list[tuple[int, int | str]]:
+def _natural(name: str) -> list[tuple[int, str]]:
     """Sort key: `layers.2` before `layers.10`."""
-    return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", name)]
+    parts = re.split(r"(\d+)", name)
+    return [(len(part.lstrip("0")), part.lstrip("0")) if odd % 2 else (0, part) for odd, part in enumerate(parts)] + [
+        (0, name)
+    ]
 
 
 def _shards(
@@ -460,13 +469,13 @@ def _shards(
     for name in sorted(tensors, key=_natural):
         dtype, shape = tensors[name]
         nbytes = math.prod(shape) * itemsize(dtype)
-        if output.suffix != ".safetensors" and groups[-1] and held + nbytes > recipe.max_shard_size:
+        if not is_one_file(output) and groups[-1] and held + nbytes > recipe.max_shard_size:
             groups.append([])
             held = 0
         groups[-1].append(name)
         held += nbytes
     if len(groups) == 1:
-        names = [output.name if output.suffix == ".safetensors" else f"{ft.stem}.safetensors"]
+        names = [output.name if is_one_file(output) else f"{ft.stem}.safetensors"]
     else:
         names = [f"{ft.stem}-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
     return {
@@ -484,7 +493,14 @@ def _with_sidecars(plan: Plan, rows: Mapping[int, int]) -> Plan:
     inside = plan.coefficients()
     outside = (plan.rules.outside_value("before"), plan.rules.outside_value("after"))
     text = dump_recipe(recipe, base_model=_seen_from(plan.output, base), fine_tune=_seen_from(plan.output, ft))
-    card = model_card(base, ft, title=plan.output.resolve().name, how=_CARD_TEXT, coefficients=inside, outside=outside)
+    card = model_card(
+        base,
+        ft,
+        title=os.path.basename(os.path.abspath(plan.output)),
+        how=_CARD_TEXT,
+        coefficients=inside,
+        outside=outside,
+    )
     sidecars = [*carried, card, Sidecar(RECIPE, content=text.encode())]
     if len(plan.outputs) > 1:
         weight_map = {tensor.name: plan.outputs[tensor.file].name for tensor in plan.tensors}
@@ -499,7 +515,9 @@ def _seen_from(folder: Path, checkpoint: Checkpoint) -> str:
     """
     if checkpoint.hub_id:
         return checkpoint.hub_id
-    return str(checkpoint.path) if checkpoint.path.is_absolute() else os.path.relpath(checkpoint.path, folder)
+    if checkpoint.path.is_absolute():
+        return str(checkpoint.path)
+    return os.path.relpath(os.path.abspath(checkpoint.path), os.path.realpath(folder))
 
 
 _CARD_TEXT = """A fine-tuned model whose update to its base was scaled over depth by

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from decimal import Decimal
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -40,14 +41,26 @@ _UNITS = {
 
 def parse_size(text: str | int) -> int:
     """`5GB` -> 5_000_000_000. KB, MB, GB, TB are decimal, as everywhere on the Hub; KiB to TiB are binary."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(text).strip())
-    if match is None or match[2].upper() not in _UNITS or not (size := int(float(match[1]) * _UNITS[match[2].upper()])):
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?)\s*([A-Za-z]*)", str(text).strip())
+    if (
+        match is None
+        or match[2].upper() not in _UNITS
+        or not (size := int(Decimal(match[1]) * _UNITS[match[2].upper()]))
+    ):
         raise ValueError("a size is written 5GB, 500MB, or as a number of bytes")
     return size
 
 
 Size = Annotated[int, BeforeValidator(parse_size)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _no_flag(value: Any) -> Any:
+    if isinstance(value, bool):  # YAML reads yes, no, on and off as these, and Python reads these as 1 and 0
+        raise ValueError("expected a number")
+    return value
+
+
+Finite = Annotated[float, BeforeValidator(_no_flag), Field(allow_inf_nan=False)]
 DtypeName = Literal["float64", "float32", "float16", "bfloat16"]
 
 
@@ -268,7 +281,7 @@ def load_recipe(path: Path) -> Recipe:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise RecipeError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: not a recipe: expected keys such as base_model and models")
@@ -278,8 +291,17 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def _beside(folder: Path, name: str) -> str:
-    """A path that exists in `folder` as seen from here; any other name as it is."""
-    return str(folder / name) if not os.path.isabs(name) and (folder / name).exists() else name
+    """A path that counts from `folder`, as seen from here; what can only be a Hub id, or an absolute path, as it is."""
+    name = os.path.expanduser(name)
+    beside = os.path.join(folder, name)
+    if os.path.isabs(name) or os.path.lexists(beside) or name.count("/") != 1 or name.startswith("."):
+        return beside
+    if os.path.lexists(name):
+        raise RecipeError(
+            f"{name}: not beside the recipe in {folder}, but in the current folder",
+            hint="Paths in a recipe count from its own folder: correct the path, or give it as an absolute one.",
+        )
+    return name
 
 
 def dump_recipe(recipe: Recipe, *, base_model: str, fine_tune: str) -> str:
@@ -293,5 +315,5 @@ def dump_recipe(recipe: Recipe, *, base_model: str, fine_tune: str) -> str:
     values = recipe.model_dump(mode="json", exclude_none=True)
     values["base_model"] = base_model
     values["models"] = [{"model": fine_tune}]
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(values, sort_keys=False)
     return f"# Written by lines {__version__}. To run it again: lines edit --config lines_recipe.yaml -o OUT\n{text}"

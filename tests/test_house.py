@@ -1,4 +1,4 @@
-"""The promises about the code itself: imports point down, the screen and torch stay where they belong, docs are fresh."""
+"""What is promised of the code itself: imports point down, dependencies stay where they belong, docs are fresh."""
 
 from __future__ import annotations
 

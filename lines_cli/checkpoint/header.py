@@ -110,15 +110,19 @@ def read_header(path: Path) -> Header:
                 _refuse(path, f"its header should be {length:,} bytes, but only {size - 8:,} follow", _INCOMPLETE)
             raw = file.read(length)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise CheckpointError(
+            f"{path}: cannot be read: {error.strerror or error}", hint="Is it a file, and may you read it?"
+        ) from error
     return _parse(path, raw, data_start=8 + length, file_size=size)
 
 
 _NOT_SAFETENSORS = "This does not look like a safetensors file."
 _INCOMPLETE = "The file is incomplete: copy or download it again."
+_DAMAGED = "The file is damaged, or was not written as safetensors: copy or download it again."
+_MOST_BITS = 8 * 2**63
 
 
-def _refuse(path: Path, what: str, hint: str | None = None) -> NoReturn:
+def _refuse(path: Path, what: str, hint: str = _DAMAGED) -> NoReturn:
     raise CheckpointError(f"{path}: {what}", hint=hint)
 
 
@@ -139,12 +143,23 @@ def _parse(path: Path, raw: bytes, *, data_start: int, file_size: int) -> Header
     except (ValueError, RecursionError) as error:
         _refuse(path, f"its header is not valid JSON ({error})", _NOT_SAFETENSORS)
 
-    metadata = entries.pop("__metadata__", None) or {}
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         _refuse(path, "its __metadata__ is not a map of strings to strings")
 
+    if b"\\u" in raw:  # only an escape can smuggle in what UTF-8 does not have
+        for name in (*entries, *metadata, *metadata.values()):
+            if any("\ud800" <= character <= "\udfff" for character in name):
+                _refuse(path, f"its header holds {name!r}, which is no text (half a character)")
     tensors = {name: _tensor(path, name, entry, data_start) for name, entry in entries.items()}
     in_order = dict(sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
+    _check_layout(path, in_order, data_start, file_size)
+    return Header(in_order, metadata)
+
+
+def _check_layout(path: Path, in_order: Mapping[str, TensorInfo], data_start: int, file_size: int) -> None:
+    """Tensors fill the file from the header to its end: no hole, no overlap, nothing behind them."""
     expected, previous = data_start, "the header"
     for name, info in in_order.items():
         if info.offset != expected:
@@ -158,7 +173,6 @@ def _parse(path: Path, raw: bytes, *, data_start: int, file_size: int) -> Header
         _refuse(path, f"its tensors end at byte {expected:,}, but the file ends at {file_size:,}", _INCOMPLETE)
     if expected < file_size:
         _refuse(path, f"its tensors end at byte {expected:,}, and {file_size - expected:,} unexplained bytes follow")
-    return Header(in_order, metadata)
 
 
 def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
@@ -177,11 +191,15 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     ):
         _refuse(path, f"tensor {name!r} has the impossible data_offsets {offsets!r}")
     start, end = offsets
-    bits = math.prod(shape) * _DTYPE_BITS[dtype]
+    bits = _DTYPE_BITS[dtype]
+    for n in shape if 0 not in shape else (0,):
+        bits *= n
+        if bits > _MOST_BITS:
+            _refuse(path, f"tensor {name!r} is {dtype} of a shape that no file could hold, beginning {shape[:4]}")
     if bits % 8 or bits // 8 != end - start:
         _refuse(
             path,
-            f"tensor {name!r} is {dtype} {list(shape)}, which takes {bits / 8:,.0f} bytes, "
+            f"tensor {name!r} is {dtype} {shape[:8]}, which takes {bits // 8:,} bytes, "
             f"but its data_offsets span {end - start:,}",
         )
     return TensorInfo(dtype, tuple(shape), data_start + start, end - start)

@@ -7,6 +7,7 @@ followed out of its folder.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 from lines_cli.checkpoint.header import EXACT_DTYPES, FLOAT_DTYPES, TensorInfo, read_header
-from lines_cli.errors import CheckpointError, UnsupportedError, some
+from lines_cli.errors import CheckpointError, UnsupportedError, printable, some
 
 WEIGHT_STEMS = ("model", "diffusion_pytorch_model", "open_clip_model")
 """The names that libraries look for, in the order we do."""
@@ -28,7 +29,9 @@ _QUANTISED_NAME = re.compile(
     r".*\.(?:qweight|qzeros|SCB|(?:nested_)?(?:absmax|quant_map)|weight_(?:packed|scale|scale_inv|shape|zero_point))$"
     r"|.*\.quant_state\..*|.*_proj_(?:blocks|scales)$"
 )
-_SHARD = re.compile(r".*-\d{5}-of-\d{5}\.safetensors")
+_SHARD = re.compile(r".*-(\d{5})-of-(\d{5})\.safetensors")
+_UNREADABLE = "Ask whoever owns it for permission to read it."
+_NOT_JSON = "The file is damaged: copy or download it again."
 _LARGEST_JSON = 64 * 2**20
 
 
@@ -90,17 +93,17 @@ def open_checkpoint(path: Path, *, name: str | None = None, hub_id: str | None =
         UnsupportedError: it is quantised, an adapter, or holds no safetensors.
     """
     name = name or str(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         files, stem = _weight_files(path)
         config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
         if not isinstance(config, dict):
-            raise CheckpointError(f"{path / 'config.json'}: not a JSON object")
-    elif path.is_file():
+            raise CheckpointError(f"{path / 'config.json'}: not a JSON object", hint=_NOT_JSON)
+    elif os.path.isfile(path):
+        _refuse_lone_shard(path.parent, path.name)
         files, stem, config = {path: None}, _stem_of_file(path), {}
     else:
-        raise CheckpointError(
-            f"{path}: there is no such file or folder" if not path.exists() else f"{path}: neither a file nor a folder"
-        )
+        what = "neither a file nor a folder" if os.path.lexists(path) else "there is no such file or folder"
+        raise CheckpointError(f"{path}: {what}", hint="Give a .safetensors file, or a folder that holds a checkpoint.")
 
     tensors: dict[str, StoredTensor] = {}
     for number, (file, expected) in enumerate(files.items()):
@@ -143,11 +146,16 @@ def shards_of(index: Path) -> dict[str, set[str]]:
     shards: dict[str, set[str]] = {}
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str):
-            raise CheckpointError(f"{index}: tensor {tensor!r} is mapped to {shard!r}, not to a file name")
+            raise CheckpointError(
+                f"{index}: tensor {tensor!r} is mapped to {shard!r}, not to a file name", hint=_NOT_JSON
+            )
         if shard not in shards:
             parts = PurePosixPath(shard)
             if not shard or "\\" in shard or "\0" in shard or parts.is_absolute() or ".." in parts.parts:
-                raise CheckpointError(f"{index}: tensor {tensor!r} is mapped to {shard!r}, which is outside the folder")
+                raise CheckpointError(
+                    f"{index}: tensor {tensor!r} is mapped to {shard!r}, which is outside the folder",
+                    hint="Shards stand beside their index: do not trust this checkpoint, or write its index anew.",
+                )
             shards[shard] = set()
         shards[shard].add(tensor)
     return shards
@@ -156,26 +164,26 @@ def shards_of(index: Path) -> dict[str, set[str]]:
 def read_json(path: Path) -> Any:
     """Parse a JSON file of moderate size."""
     try:
-        if path.stat().st_size > _LARGEST_JSON:
-            raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes of JSON; at most {_LARGEST_JSON:,} are read")
+        size = path.stat().st_size
+        if size > _LARGEST_JSON:
+            raise CheckpointError(f"{path}: {size:,} bytes of JSON; at most {_LARGEST_JSON:,} are read", hint=_NOT_JSON)
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}", hint=_UNREADABLE) from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+        raise CheckpointError(f"{path}: not valid JSON ({error})", hint=_NOT_JSON) from error
 
 
 def _weight_files(folder: Path) -> tuple[dict[Path, set[str] | None], str]:
     """The folder's weight files, each with the tensors the index expects in it, and their stem."""
-    names = {entry.name for entry in folder.iterdir()}
+    try:
+        names = set(os.listdir(folder))
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read: {error.strerror}", hint=_UNREADABLE) from error
     chosen = choose_weights(names)
     if chosen is None:
         refuse_folder(str(folder), names)
-    if _SHARD.fullmatch(chosen):
-        raise CheckpointError(
-            f"{folder} holds {chosen}, which is one shard of several, and no index",
-            hint="The checkpoint is incomplete: copy or download the other shards and the .safetensors.index.json.",
-        )
+    _refuse_lone_shard(folder, chosen)
     if not chosen.endswith(_INDEX_SUFFIX):
         return {folder / chosen: None}, chosen.removesuffix(_SUFFIX)
     shards = shards_of(folder / chosen)
@@ -196,6 +204,11 @@ def refuse_folder(folder: str, names: Collection[str]) -> NoReturn:
         UnsupportedError: an adapter, or weights in another format only.
     """
     weights = sorted(name for name in names if name.endswith((_SUFFIX, _INDEX_SUFFIX)) and name != _ADAPTER)
+    if weights and all(_SHARD.fullmatch(name) for name in weights):
+        raise CheckpointError(
+            f"{folder} holds shards, but no index that says which belong together:\n{some(weights)}",
+            hint="Copy or download the .safetensors.index.json that belongs to them.",
+        )
     if weights:
         raise CheckpointError(
             f"{folder} holds several sets of weights, and which one is meant is not clear:\n{some(weights)}",
@@ -217,19 +230,35 @@ def refuse_folder(folder: str, names: Collection[str]) -> NoReturn:
     )
 
 
+def _refuse_lone_shard(folder: Path, file: str) -> None:
+    """A shard is a part of a model, and depth is counted over the whole."""
+    if match := _SHARD.fullmatch(file):
+        if match[1] == match[2] == "00001":
+            return
+        raise CheckpointError(
+            f"{folder / file} is one shard of several, by its name, and there is no index",
+            hint="Give the folder with all of its shards and their .safetensors.index.json.",
+        )
+
+
 def _stem_of_file(path: Path) -> str:
     """A lone file's stem where a library would look for it, else `model`."""
     stem = path.name.removesuffix(_SUFFIX)
     return stem if stem in WEIGHT_STEMS else WEIGHT_STEMS[0]
 
 
+_NOT_ONE_SAVE = "The index and the shards are not of one save: copy or download the checkpoint again."
+
+
 def _refuse_shard(file: Path, held: Collection[str], expected: set[str]) -> None:
     if lacking := sorted(expected.difference(held)):
-        raise CheckpointError(f"{file} lacks {len(lacking)} tensors that the index expects in it:\n{some(lacking)}")
+        raise CheckpointError(
+            f"{file} lacks {len(lacking)} tensors that the index expects in it:\n{some(lacking)}", hint=_NOT_ONE_SAVE
+        )
     extra = sorted(set(held) - expected)
     raise CheckpointError(
         f"{file} holds {len(extra)} tensors that the index does not map to it:\n{some(extra)}",
-        hint="The index and the shards are not of one save: copy or download the checkpoint again.",
+        hint=_NOT_ONE_SAVE,
     )
 
 
@@ -249,11 +278,11 @@ def _refuse_unsupported(checkpoint: Checkpoint) -> None:
         codes = dtype in EXACT_DTYPES and dtype.endswith("8") and tensor.endswith(".weight")
         if codes or _QUANTISED_NAME.fullmatch(tensor):
             raise UnsupportedError(
-                f"{checkpoint.where(tensor)} is quantised: it holds {tensor} ({dtype})", hint=dequantise
+                f"{checkpoint.where(tensor)} is quantised: it holds {printable(tensor)} ({dtype})", hint=dequantise
             )
         if dtype not in FLOAT_DTYPES and dtype not in EXACT_DTYPES:
             kind = "quantised" if dtype.startswith("F") else "of a kind lines does not edit"
             raise UnsupportedError(
-                f"{checkpoint.where(tensor)} is {kind}: tensor {tensor} is {dtype}",
+                f"{checkpoint.where(tensor)} is {kind}: tensor {printable(tensor)} is {dtype}",
                 hint=dequantise if dtype.startswith("F") else None,
             )

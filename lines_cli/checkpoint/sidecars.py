@@ -18,77 +18,33 @@ from typing import Any
 import yaml
 
 from lines_cli.checkpoint.reader import Checkpoint, read_json
+from lines_cli.errors import printable
 
 CONFIG = "config.json"
 RECIPE = "lines_recipe.yaml"
 MODEL_CARD = "README.md"
 
-TOKENIZER_FILES = (
-    *(
-        "*tokenizer*.json",
-        "*vocab*.json",
-        "vocab*.txt",
-        "*merges.txt",
-        "*.model",
-        "*.spm",
-        "*.tiktoken",
-        "*.bpe",
-        "bpe.codes",
-        "tekken.json",
-    ),
-    *(
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "spiece.*",
-        "chat_template*",
-        "additional_chat_templates/*.jinja",
-        "tokenizer*.py",
-    ),
+TOKENIZER_FILES = tuple(
+    """
+    *tokenizer*.json *vocab*.json vocab*.txt *merges.txt *.model *.spm *.tiktoken *.bpe bpe.codes spiece.* tekken.json
+    special_tokens_map.json added_tokens.json normalizer.json chat_template* additional_chat_templates/*.jinja
+    tokenization_*.py
+    """.split()
 )
 CARRIED_FILES = (
     *TOKENIZER_FILES,
-    *(
-        "*config*.json",
-        "*processor*.json",
-        "modules.json",
-        "*_Pooling/config.json",
-        "*.jinja",
-        "configuration_*.py",
-        "modeling_*.py",
-        "*processing_*.py",
-    ),
-    *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
+    *"*config*.json *processor*.json modules.json *_Pooling/config.json *.jinja *.py".split(),
+    *"LICENSE* LICENCE* NOTICE* USE_POLICY*".split(),
 )
 """Patterns of file names, relative to the folder, that an output folder takes over from an input."""
 
-NEVER_CARRIED = (
-    *(
-        "*.safetensors",
-        "*.index*.json",
-        "*.bin",
-        "*.pt",
-        "*.pth",
-        "*.ckpt",
-        "*.pkl",
-        "*.pickle",
-        "*.joblib",
-        "*.h5",
-        "*.msgpack",
-        "*.onnx",
-        "*.gguf",
-    ),
-    *(
-        "*.np[yz]",
-        "training_args*",
-        "trainer_*",
-        "optimizer*",
-        "scheduler*",
-        "rng_state*",
-        "adapter_*",
-        "zero_*",
-        "*results*.json",
-    ),
+NEVER_CARRIED = tuple(
+    """
+    *.safetensors *.index*.json *.bin *.pt *.pth *.ckpt *.pkl *.pickle *.joblib *.h5 *.msgpack *.onnx *.gguf *.np[yz]
+    training_args* trainer_* optimizer* scheduler* rng_state* adapter_* zero_* *results*.json
+    """.split()
 )
+"""Weights, pickles and training state, whatever pattern above they match."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +69,12 @@ def carried_files(folder: Path, patterns: Iterable[str] = CARRIED_FILES) -> dict
 
 def is_carried(name: str, patterns: Iterable[str] = CARRIED_FILES) -> bool:
     """Whether an output folder takes over a file of this name, which is relative to its folder."""
-    return _matches(name, patterns) and not _matches(name.rpartition("/")[2], NEVER_CARRIED)
+    return _matches(name, patterns) and not never_carried(name)
+
+
+def never_carried(name: str) -> bool:
+    """Whether it is weights, a pickle or training state by its name."""
+    return _matches(name.rpartition("/")[2], NEVER_CARRIED)
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
@@ -126,7 +87,7 @@ def carry_over(
 ) -> tuple[list[Sidecar], list[str]]:
     """The carried-over files of an output folder, and what to say of them.
 
-    They are the fine-tune's; the base's where the fine-tune is a lone file or has no config. `config.json` follows
+    They are the fine-tune's; where it is a lone file or has no config, the base's fill the gaps. `config.json` follows
     what changed:
 
     Args:
@@ -140,8 +101,9 @@ def carry_over(
     base_files = carried_files(base.folder) if base.folder else {}
     files = ft_files
     if CONFIG not in ft_files and CONFIG in base_files:
-        files = base_files
-        notes.append("the fine-tune has no config.json: config and tokenizer are the base's")
+        files = base_files | ft_files
+        borrowed = sorted(files.keys() - ft_files.keys())
+        notes.append(f"the fine-tune has no config.json; from the base come {', '.join(map(printable, borrowed))}")
     elif not files:
         notes.append("neither input is a folder with a config.json: the output folder holds weights only")
     if rows:
@@ -161,7 +123,7 @@ def carry_over(
         if config == original:
             sidecars.append(Sidecar(CONFIG, source=files[CONFIG]))
         else:
-            sidecars.append(Sidecar(CONFIG, content=json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"))
+            sidecars.append(Sidecar(CONFIG, content=json.dumps(config, indent=2).encode() + b"\n"))
     return sidecars, notes
 
 
@@ -188,9 +150,7 @@ def index_file(stem: str, weight_map: Mapping[str, str], *, nbytes: int, paramet
         "metadata": {"total_size": nbytes, "total_parameters": parameters},
         "weight_map": dict(sorted(weight_map.items())),
     }
-    return Sidecar(
-        f"{stem}.safetensors.index.json", content=json.dumps(index, indent=2, ensure_ascii=False).encode() + b"\n"
-    )
+    return Sidecar(f"{stem}.safetensors.index.json", content=json.dumps(index, indent=2).encode() + b"\n")
 
 
 def model_card(
@@ -218,7 +178,7 @@ def model_card(
     rows = [f"| {_code(name)} | {layers} | {first:.6g} | {last:.6g} |" for name, layers, first, last in coefficients]
     rows.append(f"| outside the blocks | | {outside[0]:.6g} | {outside[1]:.6g} |")
     text = f"""---
-{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---
+{yaml.safe_dump(front, sort_keys=False)}---
 
 # {_plain(title)}
 

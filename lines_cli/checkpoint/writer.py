@@ -13,8 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from lines_cli.checkpoint.sidecars import RECIPE, Sidecar
-from lines_cli.errors import OutputError
+from lines_cli.checkpoint.sidecars import MODEL_CARD, RECIPE, Sidecar, is_carried, never_carried
+from lines_cli.errors import CheckpointError, OutputError, some
+
+
+def is_one_file(output: Path) -> bool:
+    """Whether a destination is one file rather than a folder; its name alone decides."""
+    return output.suffix == ".safetensors"
 
 
 def check_destination(output: Path, *, inputs: Iterable[Path], nbytes: int, force: bool) -> None:
@@ -27,58 +32,80 @@ def check_destination(output: Path, *, inputs: Iterable[Path], nbytes: int, forc
         force: an existing checkpoint may be replaced.
 
     Raises:
-        OutputError
+        OutputError: with what is in the way.
     """
-    target = output.resolve()
-    for path in inputs:
-        source = path.resolve()
-        if source == target or target in source.parents:
+    with naming(output):
+        target = output.resolve(strict=False)
+        for path in inputs:
+            # A link to an input is in the way, too: replacing the folder that holds it would remove the link.
+            for source in (path.resolve(), path.parent.resolve() / path.name):
+                if source == target or target in source.parents:
+                    raise OutputError(
+                        f"{output}: the output would replace an input, {path}",
+                        hint="Choose another destination with -o.",
+                    )
+        if os.path.ismount(target):
             raise OutputError(
-                f"{output}: the output would replace an input, {path}", hint="Choose another destination with -o."
+                f"{output} is where a disk is mounted", hint="Give a folder within it, which can be renamed."
             )
-    if _is_taken(output):
-        if not force:
+        if _is_taken(output):
+            if not force:
+                hint = "Choose another destination with -o, or replace it with --force."
+                raise OutputError(f"{output} exists", hint=hint)
+            _refuse_to_replace(output)
+        parent = next(parent for parent in target.parents if os.path.lexists(parent))
+        if not parent.is_dir():
+            raise OutputError(f"{output}: {parent} is not a folder", hint="Choose another destination with -o.")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise OutputError(f"{output}: no permission to write in {parent}", hint=_ELSEWHERE)
+        free = shutil.disk_usage(parent).free
+        if nbytes > free:
             raise OutputError(
-                f"{output} exists", hint="Choose another destination with -o, or replace it with --force."
+                f"{output}: {nbytes:,} bytes are to be written, and {parent} has room for {free:,}", hint=_ELSEWHERE
             )
-        _refuse_to_replace(output)
-    parent = _existing_parent(target)
-    if not os.access(parent, os.W_OK):
-        raise OutputError(f"{output}: no permission to write in {parent}")
-    free = shutil.disk_usage(parent).free
-    if nbytes > free:
-        raise OutputError(
-            f"{output}: {nbytes:,} bytes are to be written, and {parent} has room for {free:,}",
-            hint="Free some space, or choose another disk.",
-        )
+
+
+_ELSEWHERE = "Make room or get permission there, or choose another destination with -o."
 
 
 def _is_taken(output: Path) -> bool:
-    if output.is_dir() and output.suffix != ".safetensors":
-        return any(output.iterdir())
+    if os.path.isdir(output) and not is_one_file(output):
+        return bool(os.listdir(output))
     return os.path.lexists(output)
 
 
 def _refuse_to_replace(output: Path) -> None:
     """`--force` replaces a checkpoint, never a folder of other things."""
-    if output.suffix == ".safetensors":
-        if not output.is_file():
-            raise OutputError(f"{output} is not a file, and will not be replaced by one")
+    if is_one_file(output):
+        if not os.path.isfile(output):
+            raise OutputError(
+                f"{output} is not a file, and will not be replaced by one", hint="Choose another destination with -o."
+            )
         return
-    if not output.is_dir():
+    if not os.path.isdir(output):
         raise OutputError(
-            f"{output} is a file, and will not be replaced by a folder",
-            hint="To write one file, let its name end in .safetensors.",
+            f"{output} is {'a file' if os.path.isfile(output) else 'no folder'}, and will not be replaced by a folder",
+            hint="Choose another destination with -o. To write one file, let its name end in .safetensors.",
         )
-    names = {path.name for path in output.iterdir()}
+    names = os.listdir(output)
     if RECIPE not in names and not any(name.endswith(".safetensors") for name in names):
+        raise OutputError(f"{output} holds no checkpoint; --force will not delete it", hint=_NOT_DELETED)
+    foreign = sorted(name for name in names if not _belongs_to_a_checkpoint(output, name))
+    if foreign:
         raise OutputError(
-            f"{output} holds no checkpoint; --force will not delete it", hint="Choose another destination with -o."
+            f"{output} holds more than a checkpoint; --force will not delete\n{some(foreign)}", hint=_NOT_DELETED
         )
 
 
-def _existing_parent(target: Path) -> Path:
-    return next(parent for parent in target.parents if parent.is_dir())
+_NOT_DELETED = "Move away what is to be kept, or choose another destination with -o."
+
+
+def _belongs_to_a_checkpoint(folder: Path, name: str) -> bool:
+    """Whether one would expect it in a checkpoint's folder, a folder of tokenizer or pooling files included."""
+    path = folder / name
+    if path.is_dir() and not path.is_symlink():
+        return all(is_carried(f"{name}/{inner}") for inner in os.listdir(path))
+    return name in (MODEL_CARD, RECIPE, ".gitattributes") or is_carried(name) or never_carried(name)
 
 
 class Staging:
@@ -91,7 +118,8 @@ class Staging:
     def __init__(self, output: Path) -> None:
         self.output = output
         self._target = output.resolve()
-        self._folder = self._target.parent / f".{self._target.name}.lines-{secrets.token_hex(4)}"
+        own_name = os.fsencode(self._target.name)[:200].decode(errors="ignore")  # the whole must fit in a file name
+        self._folder = self._target.parent / f".{own_name}.lines-{secrets.token_hex(4)}"
         self._open: dict[str, int] = {}
         self._made: list[Path] = []
         self._published = False
@@ -99,8 +127,12 @@ class Staging:
     def __enter__(self) -> Staging:
         with naming(self.output):
             self._made = [parent for parent in self._target.parents if not parent.exists()]
-            self._folder.parent.mkdir(parents=True, exist_ok=True)
-            self._folder.mkdir()
+            try:
+                self._folder.parent.mkdir(parents=True, exist_ok=True)
+                self._folder.mkdir()
+            except BaseException:
+                self._remove()
+                raise
         return self
 
     def create(self, name: str, nbytes: int) -> int:
@@ -112,15 +144,25 @@ class Staging:
         return fd
 
     def add(self, sidecar: Sidecar) -> None:
-        """Write one of the files beside the weights."""
+        """Write one of the files beside the weights.
+
+        Raises:
+            CheckpointError: what it is to be a copy of cannot be read.
+        """
+        content = sidecar.content
+        if sidecar.source is not None:
+            try:
+                content = sidecar.source.read_bytes()
+            except OSError as error:
+                raise CheckpointError(
+                    f"{sidecar.source}: cannot be read: {error.strerror or error}", hint="May you read it?"
+                ) from error
+        assert content is not None
         with naming(self.output):
             path = self._folder / sidecar.name
             path.parent.mkdir(exist_ok=True)
-            if sidecar.source is not None:
-                shutil.copyfile(sidecar.source, path)
-            with open(path, "r+b" if sidecar.source else "wb") as file:
-                if sidecar.content is not None:
-                    file.write(sidecar.content)
+            with open(path, "wb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
 
@@ -135,24 +177,25 @@ class Staging:
                 raise OutputError(
                     f"{self.output} came into being while its replacement was written", hint="Replace it with --force."
                 )
-            if self._target.suffix == ".safetensors":
-                os.replace(self._folder / self._target.name, self._target)
+            if is_one_file(self.output):
+                os.replace(self._folder / self.output.name, self._target)
+                self._published = True
                 self._folder.rmdir()
             else:
                 self._replace_folder()
-            self._published = True
             _sync_folder(self._target.parent)
 
     def _replace_folder(self) -> None:
-        if not self._target.exists():
-            os.rename(self._folder, self._target)
-            return
+        """Rename the new folder into place; one that is there stays whole until then, and comes back if that fails."""
         aside = self._folder.with_name(f"{self._folder.name}.old")
-        os.rename(self._target, aside)
+        if os.path.lexists(self._target):
+            os.rename(self._target, aside)
         try:
             os.rename(self._folder, self._target)
-        except OSError:
-            os.rename(aside, self._target)
+            self._published = True
+        except BaseException:
+            if aside.exists() and not self._target.exists():
+                os.rename(aside, self._target)
             raise
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -165,8 +208,11 @@ class Staging:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._close()
-        if self._published:
-            return
+        if not self._published:
+            self._remove()
+
+    def _remove(self) -> None:
+        """Leave no trace: neither the staging folder nor the parents that were made for it."""
         shutil.rmtree(self._folder, ignore_errors=True)
         for parent in self._made:  # innermost first
             try:
@@ -195,10 +241,17 @@ def naming(output: Path) -> Iterator[None]:
     """Turn the system's refusals while writing into an `OutputError` that names the destination."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OutputError(
-                f"{output}: no space left ({error.strerror}); nothing was kept",
-                hint="Free some space, or choose another disk with -o.",
-            ) from error
-        raise OutputError(f"{output}: cannot be written: {error.strerror or error}") from error
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "loop" not in str(error):  # how pathlib before 3.13 speaks of links
+            raise
+        number = error.errno if isinstance(error, OSError) else errno.ELOOP
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OutputError(f"{output}: no space left ({_said(error)}); nothing was kept", hint=_ELSEWHERE) from error
+        if number in (errno.EMFILE, errno.ENFILE):
+            hint = "Allow more open files (ulimit -n), or write fewer shards with a larger --max-shard-size."
+            raise OutputError(f"{output}: too many files are open at once", hint=hint) from error
+        raise OutputError(f"{output}: cannot be written: {_said(error)}", hint=_ELSEWHERE) from error
+
+
+def _said(error: OSError | RuntimeError) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)

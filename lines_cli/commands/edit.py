@@ -48,6 +48,7 @@ def edit(
     """
     from lines_cli import console
     from lines_cli.checkpoint.writer import check_destination
+    from lines_cli.errors import RecipeError
     from lines_cli.plan import Resources, make_plan, open_inputs
 
     recipe = _recipe(
@@ -69,8 +70,10 @@ def edit(
         max_shard_size=max_shard_size,
     )
     resources = Resources(workers=workers, device=device)
+    if not output:
+        raise RecipeError("-o is empty", hint="Name a folder, or a file that ends in .safetensors.")
 
-    plan = make_plan(recipe, *open_inputs(recipe, quiet=quiet), output)
+    plan = make_plan(recipe, *open_inputs(recipe, quiet=quiet), Path(output))
     if dry_run:
         check_destination(plan.output, inputs=plan.read_paths, nbytes=plan.bytes_written, force=force)
         console.show_plan(plan, resources, json=json)

@@ -136,7 +136,7 @@ AllowNonfinite = Annotated[
 ]
 
 Output = Annotated[
-    Path,
+    str,
     typer.Option(
         "-o",
         "--output",
