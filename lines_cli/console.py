@@ -73,6 +73,8 @@ def show_outcome(plan: Plan, outcome: Outcome, *, json: bool, quiet: bool) -> No
         _print_json(
             {"dry_run": False, **plan.summary(), "nonfinite": outcome.nonfinite, "seconds": round(outcome.seconds, 3)}
         )
+    for found in outcome.nonfinite.values():
+        _err.print(Text.assemble(("warning: ", "bold yellow"), _printable(found)), soft_wrap=True)
     if json or quiet:
         return
     _stacks(plan)
@@ -82,8 +84,6 @@ def show_outcome(plan: Plan, outcome: Outcome, *, json: bool, quiet: bool) -> No
     )
     _out.print(f"output  {_printable(str(plan.output))}", style="bold", soft_wrap=True)
     _notes(plan.notes)
-    for found in outcome.nonfinite.values():
-        _err.print(Text.assemble(("warning: ", "bold yellow"), _printable(found)), soft_wrap=True)
 
 
 def size(nbytes: float) -> str:

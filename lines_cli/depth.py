@@ -26,16 +26,21 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 from typing import Any, Literal
 
 from lines_cli.errors import DepthError, RecipeError, some
 
 _LAYER_NAME = re.compile(r"(?:.*_)?(?:layers?|h|blocks?|resblocks?|stages?)")
 _NUMBERED_NAME = re.compile(r"((?:\w+_)?(?:layer|block|stage)_?)(\d{1,6})", re.ASCII)
+# Numbered lists under these names are no layers of the network: parts that stand side by side, or small networks
+# before, between and behind the stacks.
 _NEVER = re.compile(
-    r".*(?:embed|expert|projector|projection|connector|merger|resampler|adapter|predictor|qformer|prenet|postnet|downsample|classifier|lora).*"
-    r"|conv_layers?|linear_layers?|.*_?mlps?|.*_?heads?|mtp|(?:.*_)?refiner"
+    r".*(?:expert|projector|projection|connector|merger|aligner|resampler|sampling|adapter|predictor|classifier|lora).*"
+    r"|.*_proj|qformer|prenet|.*postnet|conv_layers?|linear_layers?|downsample.*|.*_?mlps?|.*_?heads?|.*norms?|mtp(?:_.*)?"
+    r"|(?:.*_)?refiner(?:_.*)?"
 )
+_EMBEDDER = re.compile(r".*embed(?:s|der|ders|ding|dings)?")
 _SERIAL = (  # how prefixes end that run one after the other; what is not named here runs on its own
     ("double_blocks", "single_blocks"),
     ("transformer_blocks", "single_transformer_blocks"),
@@ -82,7 +87,7 @@ Side = Literal["before", "after"]
 # or an output of its own (embeddings, stems, and the projectors that feed one tower's output into another).
 _AFTER = re.compile(
     r"(?:.*_)?(?:norm|layernorm|ln)(?:_?(?:f|final|post|out))?|(?:final|post)_?.*norm.*|final_layer|score|proj|fc\d*|out"
-    r"|.*head.*|lm_.*|vocab_.*|.*classifier.*|.*pool.*|.*predict.*|.*_out(?:_\d+)?|.*output.*|.*logit.*|generator.*|postnet"
+    r"|.*head.*|lm_.*|vocab_.*|.*classifier.*|.*pool.*|.*pred|.*predict.*|.*_out(?:_\d+)?|.*output.*|.*logit.*|generator.*|postnet"
     r"|.*_postnet|(?:text|visual)_projection"
 )
 _NOT_AFTER = re.compile(
@@ -162,18 +167,12 @@ def find_depth(names: Iterable[str], *, config: Mapping[str, Any] | None = None,
             f"no stack of layers could be found in {len(names):,} tensor names. {_survey(candidates)}", hint=LAYERS_HINT
         )
 
-    notes: list[str] = []
     lanes = _lanes(found, names)
-    places: dict[str, Place] = {}
-    stacks: list[Stack] = []
-    for lane in lanes:
-        stack_name, units = lane.name, lane.units
-        limit = _counted_by_config(lane, len(lanes), config, notes)
-        for index, tensors in enumerate(units[:limit]):
-            for tensor in tensors:
-                places[tensor] = Place(stack_name, index)
-        stacks.append(Stack(stack_name, min(limit, len(units))))
-    return DepthMap(tuple(stacks), places, tuple(notes))
+    notes = _check_against_config(lanes, config or {})
+    places = {
+        tensor: Place(lane.name, index) for lane in lanes for index, unit in enumerate(lane.units) for tensor in unit
+    }
+    return DepthMap(tuple(Stack(lane.name, len(lane.units)) for lane in lanes), places, tuple(notes))
 
 
 LAYERS_HINT = (
@@ -222,6 +221,7 @@ class _Candidate:
     """A prefix and, for each index behind it, what follows it in every name, and that name."""
 
     prefix: tuple[str, ...]
+    common: int  # how many leading segments all names of the checkpoint share: a wrapper's name, which says nothing
     tails: dict[int, list[tuple[str, str]]] = field(default_factory=lambda: defaultdict(list))
     numbered: bool = False  # `layer1`, `layer2`: the number is part of the segment
 
@@ -230,9 +230,19 @@ class _Candidate:
         return ".".join(self.prefix).rstrip("_")
 
     @property
+    def may_be_stack(self) -> bool:
+        """Whether no name on the way to it rules that out."""
+        if len(self.prefix) <= self.common:  # all there is
+            return True
+        own = self.prefix[-1:]
+        if any(_NEVER.fullmatch(segment) for segment in (*self.prefix[self.common : -1], *own)):
+            return False
+        return not any(_EMBEDDER.fullmatch(segment) for segment in (*self.prefix[self.common : -1][-1:], *own))
+
+    @property
     def called_layers(self) -> bool:
         own = bool(self.prefix) and _LAYER_NAME.fullmatch(self.prefix[-1].rstrip("_")) is not None
-        return own and not any(_NEVER.fullmatch(segment) for segment in self.prefix)
+        return own and self.may_be_stack
 
     @property
     def is_stack(self) -> bool:
@@ -245,19 +255,17 @@ class _Candidate:
         seen = Counter(child for tails in self.tails.values() for child in {tail for tail, _ in tails})
         return max(seen.values()) > 1
 
-    @property
-    def may_be_sequential(self) -> bool:
-        """A plain `nn.Sequential`, `0.weight`, `net.2.bias`: taken for a stack only where nothing is called layers."""
-        return len(self.tails) > 1 and not any(_NEVER.fullmatch(segment) for segment in self.prefix)
-
 
 def _candidates(names: Iterable[str]) -> dict[tuple[str, ...], _Candidate]:
     candidates: dict[tuple[str, ...], _Candidate] = {}
+    names = list(names)
+    pairs = zip(min(names).split("."), max(names).split("."), strict=False) if names else ()
+    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     def add(name: str, prefix: tuple[str, ...], index: int, tail: str, *, numbered: bool) -> None:
         candidate = candidates.get(prefix)
         if candidate is None:
-            candidate = candidates[prefix] = _Candidate(prefix, numbered=numbered)
+            candidate = candidates[prefix] = _Candidate(prefix, common, numbered=numbered)
         if candidate.numbered == numbered:
             candidate.tails[index].append((tail, name))
 
@@ -277,26 +285,31 @@ def _is_index(text: str) -> bool:
 
 
 def _outermost(candidates: Mapping[tuple[str, ...], _Candidate]) -> list[_Candidate]:
-    """The stacks that lie inside no other, in the order their first names came."""
-    called = [candidate for candidate in candidates.values() if candidate.called_layers and candidate.is_stack]
-    chosen = called or [
-        candidate for candidate in candidates.values() if candidate.may_be_sequential and candidate.is_stack
-    ]
+    """The stacks that lie inside no other. A plain `nn.Sequential` is one only where nothing is called layers."""
+    stacks = [candidate for candidate in candidates.values() if candidate.may_be_stack and candidate.is_stack]
+    chosen = [candidate for candidate in stacks if candidate.called_layers] or stacks
     kept: list[_Candidate] = []
     for candidate in sorted(chosen, key=lambda c: len(c.prefix)):
-        if not any(_lies_within(candidate.prefix, outer) for outer in kept):
+        if not any(_index_within(candidate.prefix, outer) is not None for outer in kept):
             kept.append(candidate)
-    order = {id(candidate): rank for rank, candidate in enumerate(chosen)}
-    return sorted(kept, key=lambda c: order[id(c)])
+    # Several of them under different numbers of one list (`conformer.0.ffw_layer`, `conformer.1.ffw_layer`): that list
+    # is the stack, whatever it is called.
+    for outer in sorted(candidates.values(), key=lambda c: len(c.prefix)):
+        inner = {id(c): _index_within(c.prefix, outer) for c in kept}
+        if outer.may_be_stack and len({index for index in inner.values() if index is not None}) > 1:
+            kept = [outer, *(c for c in kept if inner[id(c)] is None)]
+    return sorted(kept, key=lambda c: c.prefix)
 
 
-def _lies_within(prefix: tuple[str, ...], outer: _Candidate) -> bool:
+def _index_within(prefix: tuple[str, ...], outer: _Candidate) -> int | None:
+    """The index of `outer` under which `prefix` lies; None if it does not."""
+    at = len(outer.prefix) - outer.numbered
+    if len(prefix) <= at or prefix[:at] != outer.prefix[:at]:
+        return None
     if outer.numbered:
-        at = len(outer.prefix) - 1
-        inside = len(prefix) > at and prefix[:at] == outer.prefix[:at] and _NUMBERED_NAME.fullmatch(prefix[at])
-        return bool(inside and inside[1] == outer.prefix[at])
-    at = len(outer.prefix)
-    return len(prefix) > at and prefix[:at] == outer.prefix and prefix[at].isdecimal()
+        match = _NUMBERED_NAME.fullmatch(prefix[at])
+        return int(match[2]) if match and match[1] == outer.prefix[at] else None
+    return int(prefix[at]) if _is_index(prefix[at]) else None
 
 
 def _survey(candidates: Mapping[tuple[str, ...], _Candidate]) -> str:
@@ -318,33 +331,37 @@ def _survey(candidates: Mapping[tuple[str, ...], _Candidate]) -> str:
 
 @dataclass(slots=True)
 class _Lane:
-    """A stack ready to be counted: the tensors of each unit, first to last."""
+    """A stack ready to be counted.
+
+    Attributes:
+        name: what it is called.
+        units: the tensors of each layer, first to last.
+        lists: the numbered lists it consists of; more than one where they run one after the other.
+    """
 
     name: str
     units: list[list[str]]
-    indices: list[int] | None = None  # the numbers in the names, where each unit has one
+    lists: list[_Candidate]
 
 
 def _lanes(found: list[_Candidate], names: list[str]) -> list[_Lane]:
     """The stacks that were found, those that run one after the other joined into one."""
-    waiting = {candidate.name: candidate for candidate in found}
     lanes: list[_Lane] = []
+    waiting = {candidate.name: candidate for candidate in found}
     for candidate in found:
-        if candidate.name not in waiting:
-            continue
         members = _serial_members(candidate, waiting, names)
         if len(members) > 1:
-            for name in members:
-                for inner in [other for other in waiting if other == name or other.startswith(f"{name}.")]:
-                    del waiting[inner]
-            lanes.append(_Lane("+".join(members), [unit for units in members.values() for unit in units]))
-            continue
+            lists = [waiting[name] for name in members if name in waiting]
+            lanes.append(_Lane("+".join(members), [unit for units in members.values() for unit in units], lists))
+            waiting = {
+                name: other
+                for name, other in waiting.items()
+                if not any(f"{name}.".startswith(f"{member}.") for member in members)
+            }
+    lanes += [_Lane(name, _units(candidate), [candidate]) for name, candidate in waiting.items()]
+    for candidate in (candidate for lane in lanes for candidate in lane.lists):
         _refuse_a_part(candidate)
-        del waiting[candidate.name]
-        units = _units(candidate)
-        counted = sorted(candidate.tails) if len(units) == len(candidate.tails) else None
-        lanes.append(_Lane(candidate.name, units, counted))
-    return lanes
+    return sorted(lanes, key=lambda lane: lane.name)
 
 
 def _serial_members(
@@ -353,7 +370,7 @@ def _serial_members(
     """The stacks that run in a row with `candidate`, itself among them: name -> units, first to last."""
     for words in _SERIAL:
         ending = next((word for word in words if f".{candidate.name}".endswith(f".{word}")), None)
-        if ending is None:
+        if ending is None or candidate.name not in waiting:
             continue
         parent = candidate.name.removesuffix(ending)
         members: dict[str, list[list[str]]] = {}
@@ -425,7 +442,7 @@ def _inner_blocks(candidate: _Candidate) -> str | None:
                     blocks[split[0]].add(split[1])
             stages.append(blocks)
         several = [blocks for blocks in stages if len(blocks) > 1]
-        if several and all(stages) and all(_alike(blocks.values()) for blocks in several):
+        if several and 2 * sum(map(bool, stages)) > len(stages) and all(_alike(blocks.values()) for blocks in several):
             return name
     return None
 
@@ -451,39 +468,71 @@ def _alike(children: Iterable[set[str]]) -> bool:
 
 def _config_counts(config: Mapping[str, Any]) -> dict[str, int]:
     """Every number of layers that a config gives, nested configs included: dotted key -> count."""
-    counts: dict[str, int] = {}
+    counts = {key: n for key, n in config.items() if key in _CONFIG_COUNTS and type(n) is int and n > 0}
+    if len(counts) > 1:
+        counts.pop(
+            "num_hidden_layers", None
+        )  # where a family has names of its own, transformers' common one repeats them
     for key, value in config.items():
-        if key in _CONFIG_COUNTS and type(value) is int and value > 0:
-            counts[key] = value
-        elif isinstance(value, Mapping) and key.endswith("config"):
+        if isinstance(value, Mapping) and key.endswith("config") and not _NEVER.fullmatch(key.removesuffix("_config")):
             counts.update((f"{key}.{inner}", count) for inner, count in _config_counts(value).items())
     return counts
 
 
-def _counted_by_config(lane: _Lane, lanes: int, config: Mapping[str, Any] | None, notes: list[str]) -> int:
-    """How many of the lane's units are layers of the stack: all, unless the config counts fewer and the rest are extra.
+def _check_against_config(lanes: list[_Lane], config: Mapping[str, Any]) -> list[str]:
+    """Hold the stacks against the numbers of layers that the config gives; returns what a person should know.
 
-    Which count speaks of which lane is plain only where there is one lane, or where a nested config is the language
+    Layers that a config does not count (multi-token prediction) are taken off the end of their stack.
+
+    Raises:
+        DepthError: the model's one stack has fewer layers than its config says.
+    """
+    counts = _config_counts(config)
+    notes = [note for lane in lanes for note in _gaps(lane)]
+    for lane in lanes:
+        counted = _counted_layers(lane, len(lanes), counts)
+        if counted is not None:
+            key, count = counted
+            inside = sum(index < count for index in lane.lists[0].tails)
+            notes.append(f"{lane.name}: {key} is {count}, so the layers from {count} on are outside the stack")
+            lane.units = lane.units[:inside]
+    found = Counter(n for lane in lanes for n in {len(lane.units), *(len(part.tails) for part in lane.lists)})
+    unmet = {key: count for key, count in counts.items() if not found[count]}
+    repeated = Counter(counts.values()) - found if len(lanes) > 1 else Counter()
+    if not unmet and not repeated:
+        return notes
+    said = ", ".join(f"{key} is {count}" for key, count in (unmet or counts).items())
+    stacks = " and ".join(f"{lane.name} has {len(lane.units)} layers" for lane in lanes)
+    if len(lanes) == 1 and len(set(counts.values())) == 1 and len(lanes[0].units) < min(counts.values()):
+        raise DepthError(
+            f"{lanes[0].name} holds {len(lanes[0].units)} layers, but in the config {said}",
+            hint="Is the checkpoint complete? If it is, say where the layer's number stands with --layers REGEX.",
+        )
+    return [*notes, f"in the config {said}; by the names {stacks}"]
+
+
+def _gaps(lane: _Lane) -> list[str]:
+    """Numbers that a list called layers leaves out, which may be layers that the file lacks."""
+    notes = []
+    for part in lane.lists:
+        missing = [index for index in range(min(part.tails), max(part.tails)) if index not in part.tails]
+        if missing and part.called_layers:
+            shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+            notes.append(f"{part.name} holds nothing at {shown}; its layers are counted without")
+    return notes
+
+
+def _counted_layers(lane: _Lane, lanes: int, counts: Mapping[str, int]) -> tuple[str, int] | None:
+    """The config's key and count of a stack that holds a few layers more than it counts.
+
+    Which count speaks of which stack is plain only where there is one stack, or where a nested config is the language
     model's.
     """
     total = len(lane.units)
-    counts = _config_counts(config or {})
-    if lane.indices is None or total in counts.values():
-        return total
+    if len(lane.lists) > 1 or total != len(lane.lists[0].tails) or total in counts.values():
+        return None
     if lanes > 1:
-        speaks_of_text = not _OTHER_TOWER.search(lane.name)
-        counts = {key: count for key, count in counts.items() if key.startswith("text_config.") and speaks_of_text}
-    extra = [(count, key) for key, count in counts.items() if count < total <= count + _MOST_EXTRA_LAYERS]
-    if extra:
-        count, key = max(extra)
-        notes.append(f"{lane.name}: {key} is {count}, so the layers from {count} on are outside the stack")
-        return sum(index < count for index in lane.indices)
-    if counts:
-        said = ", ".join(f"{key} {count}" for key, count in counts.items())
-        if len(counts) == 1 and total < min(counts.values()):
-            raise DepthError(
-                f"{lane.name} holds {total} layers, but the config says {said}",
-                hint="Is the checkpoint complete? If it is, say where the layer's number stands with --layers REGEX.",
-            )
-        notes.append(f"{lane.name} holds {total} layers; the config says {said}")
-    return total
+        of_text = not _OTHER_TOWER.search(lane.name)
+        counts = {key: count for key, count in counts.items() if key.startswith("text_config.") and of_text}
+    fitting = [(count, key) for key, count in counts.items() if count < total <= count + _MOST_EXTRA_LAYERS]
+    return max(fitting)[::-1] if fitting else None

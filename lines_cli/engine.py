@@ -234,20 +234,23 @@ class _Workers:
         cast(extreme, stored)
         if bool(stored.isfinite().all()):
             return
-        found = self._what_is_wrong(chunk, base, ft)
+        found, hint = self._what_is_wrong(chunk, base, ft)
         if not self.plan.recipe.allow_nonfinite:
-            raise DataError(found, hint="--allow-nonfinite lets such values through.")
+            raise DataError(found, hint=hint)
         self.nonfinite.setdefault(chunk.tensor.name, found)
 
-    def _what_is_wrong(self, chunk: _Chunk, base: _Loaded | None, ft: _Loaded | None) -> str:
-        name = chunk.tensor.name
+    def _what_is_wrong(self, chunk: _Chunk, base: _Loaded | None, ft: _Loaded | None) -> tuple[str, str]:
+        """What the output would hold that no model should, and the way out."""
+        tensor = f"tensor {printable(chunk.tensor.name)}"
         for loaded, source in ((base, chunk.piece.base), (ft, chunk.piece.ft)):
             if loaded is not None and source is not None and (bad := first_nonfinite(loaded.values())):
-                at = chunk.piece.start + chunk.first + bad[0]
-                return (
-                    f"{self.plan.inputs[source.file]}: tensor {printable(name)} holds {bad[1]}, first at entry {at:,}"
-                )
-        return f"tensor {printable(name)}: a value is beyond what {chunk.tensor.info.dtype}, its output dtype, can hold"
+                where = f"first at entry {chunk.piece.start + chunk.first + bad[0]:,}"
+                found = f"{self.plan.inputs[source.file]}: {tensor} holds {bad[1]}, {where}"
+                return found, "--allow-nonfinite lets such values through."
+        return (
+            f"{tensor}: a value is beyond what {chunk.tensor.info.dtype}, its output dtype, can hold",
+            "Write a wider --dtype, or let infinities through with --allow-nonfinite.",
+        )
 
 
 # --- buffers ---

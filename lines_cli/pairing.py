@@ -4,73 +4,63 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
-from lines_cli.checkpoint.header import TensorInfo
 from lines_cli.checkpoint.reader import Checkpoint
 from lines_cli.errors import MismatchError, printable, some
+from lines_cli.recipe import Recipe
 
-# Modules with a row per vocabulary entry, by the name of the module that holds the weight or bias.
+# Modules with a row per vocabulary entry, by their names; and words that say an embedding is of something else.
 _TOKEN_EMBEDDINGS = frozenset(
-    {
-        "embed_tokens",
-        "wte",
-        "word_embeddings",
-        "word_embedding",
-        "tok_embeddings",
-        "token_embedding",
-        "embed_in",
-        "shared",
-        "embeddings",
-        "embedding",
-    }
+    "embed_tokens embed_tokens_per_layer wte word_embeddings word_embedding tok_embeddings token_embedding embed_in "
+    "shared embeddings embedding".split()
 )
 _TOKEN_HEADS = frozenset(
-    {"lm_head", "embed_out", "output", "output_layer", "decoder", "predictions", "proj_out", "generator_lm_head"}
+    "lm_head lm_heads lm_loss embed_out output output_layer decoder predictions proj_out vocab_projector "
+    "generator_lm_head final_logits_bias".split()
 )
+_NOT_OF_TOKENS = re.compile(r"pos|tile|patch|type|class|time")
 
 Pair = tuple[str | None, str | None]
 """The names that one output tensor is read from: in the base, in the fine-tune."""
 
 
-def pair_tensors(
-    base: Checkpoint, ft: Checkpoint, missing: Literal["error", "copy", "skip"], notes: list[str]
-) -> dict[str, Pair]:
+def pair_tensors(base: Checkpoint, ft: Checkpoint, recipe: Recipe, notes: list[str]) -> dict[str, Pair]:
     """Pair the tensors of the two sides by name; see through tied weights; settle or refuse what is left over.
 
     Args:
         base, ft: the two sides.
-        missing: what becomes of a tensor that one side lacks and that is not tied.
+        recipe: says what becomes of a tensor that one side lacks and that is not tied.
         notes: gets a line for everything that a person should know of.
 
     Returns:
         Output tensor name -> where it is read from.
 
     Raises:
-        MismatchError: tensors are missing on one side, and `missing` is `error`.
+        MismatchError: tensors are missing on one side, and the recipe calls that an error.
     """
     pairs: dict[str, Pair] = {name: (name, name) for name in ft.tensors if name in base.tensors}
     only_ft = [name for name in ft.tensors if name not in base.tensors]
     only_base = [name for name in base.tensors if name not in ft.tensors]
 
     for name in list(only_ft):
-        if partner := _tied_partner(name, ft.tensors[name].info, base):
+        if partner := _tied_partner(name, lacking=base, having=ft, resize=recipe.resize != "error"):
             pairs[name] = (partner, name)
             only_ft.remove(name)
             notes.append(
                 f"{printable(name)} is not in the base, whose config ties it to {printable(partner)}, used for it"
             )
     for name in list(only_base):
-        if partner := _tied_partner(name, base.tensors[name].info, ft):
+        if partner := _tied_partner(name, lacking=ft, having=base, resize=recipe.resize != "error"):
             only_base.remove(name)
             notes.append(
                 f"{printable(name)} is not in the fine-tune, whose config ties it to {printable(partner)}: left out"
             )
 
     left = len(only_ft) + len(only_base)
-    if left and missing == "error":
+    if left and recipe.missing == "error":
         raise _missing(base, ft, only_base, only_ft)
-    if left and missing == "copy":
+    if left and recipe.missing == "copy":
         pairs.update({name: (None, name) for name in only_ft})
         pairs.update({name: (name, None) for name in only_base})
         notes.append(
@@ -123,20 +113,33 @@ def _shifted(base: Checkpoint, ft: Checkpoint) -> str | None:
     return None
 
 
-def _tied_partner(name: str, info: TensorInfo, side: Checkpoint) -> str | None:
-    """The tensor that `side`, which lacks `name`, uses in its place, if its config ties head and token embedding."""
-    if not is_vocabulary(name) or not _says_tied(side.config):
+def _tied_partner(name: str, *, lacking: Checkpoint, having: Checkpoint, resize: bool) -> str | None:
+    """The tensor that stands for `name` in the side that lacks it, because there the two are one weight.
+
+    That is so where its config (or, of a lone file, the other side's) ties head and token embedding; and always between
+    the token embeddings of an encoder-decoder and its `shared` one. `resize` allows another number of rows.
+    """
+    if not is_vocabulary(name):
         return None
+    shape = having.tensors[name].info.shape
     alike = [
         other
-        for other, stored in side.tensors.items()
-        if is_vocabulary(other)
-        and len(stored.info.shape) == len(info.shape)
-        and stored.info.shape[1:] == info.shape[1:]
+        for other, stored in lacking.tensors.items()
+        if is_vocabulary(other) and _same_but_rows(stored.info.shape, shape)
     ]
-    embeddings = [other for other in alike if _module(other) in _TOKEN_EMBEDDINGS] or alike
-    same_rows = [other for other in embeddings if side.tensors[other].info.shape == info.shape] or embeddings
-    return same_rows[0] if len(same_rows) == 1 else None
+    same = [other for other in alike if lacking.tensors[other].info.shape == shape]
+    fitting = same or (alike if resize and _module(name) in _TOKEN_HEADS else [])
+    shared = [other for other in fitting if _module(other) == "shared"]
+    if shared and _module(name) == "embed_tokens":
+        return shared[0]
+    if not _says_tied(lacking.config or having.config):
+        return None
+    embeddings = [other for other in fitting if _module(other) in _TOKEN_EMBEDDINGS] or fitting
+    return embeddings[0] if len(embeddings) == 1 else shared[0] if shared else None
+
+
+def _same_but_rows(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    return len(a) == len(b) and a[1:] == b[1:]
 
 
 def tied_embedding(name: str, names: Iterable[str], side: Checkpoint) -> str | None:
@@ -149,12 +152,16 @@ def tied_embedding(name: str, names: Iterable[str], side: Checkpoint) -> str | N
 
 
 def _module(name: str) -> str:
-    return name.rsplit(".", 2)[-2] if "." in name else ""
+    """The module that a weight or bias belongs to, without a number at its end; a bare parameter is its own."""
+    *modules, last = name.split(".")
+    if last not in ("weight", "bias"):
+        return last if last == "final_logits_bias" else ""
+    return next((module for module in reversed(modules) if not module.isdecimal()), "")
 
 
 def is_vocabulary(name: str) -> bool:
     """Whether a tensor has a row per vocabulary entry: a token embedding, or a head over tokens, or its bias."""
-    return _module(name) in _TOKEN_EMBEDDINGS | _TOKEN_HEADS
+    return _module(name) in _TOKEN_EMBEDDINGS | _TOKEN_HEADS and not _NOT_OF_TOKENS.search(name)
 
 
 def _says_tied(config: Mapping[str, Any]) -> bool:

@@ -267,7 +267,7 @@ def make_plan(recipe: Recipe, base: Checkpoint, ft: Checkpoint, output: Path) ->
         DepthError: which tensor stands at which depth cannot be decided.
     """
     notes: list[str] = []
-    pairs = pair_tensors(base, ft, recipe.missing, notes)
+    pairs = pair_tensors(base, ft, recipe, notes)
     depth = _depth(recipe, base, ft, notes)
     rules = recipe.lines.rules(depth)
     drafts = _draft(recipe, base, ft, depth, rules, pairs)
@@ -355,7 +355,7 @@ def _draft(
     misfits = [f"{printable(draft.name)}: {draft.misfit}" for draft in drafts if draft.misfit]
     if misfits:
         raise MismatchError(
-            f"{len(misfits):,} tensors do not fit between {base.name} and {ft.name} (base first):\n{some(misfits)}",
+            f"{len(misfits):,} tensor(s) do not fit between {base.name} and {ft.name} (base first):\n{some(misfits)}",
             hint="Rows of token embeddings and their heads can be settled with --resize ft or --resize base; "
             "any other difference means that the fine-tune is of another model, or its module was replaced.",
         )

@@ -106,10 +106,13 @@ def carry_over(
         notes.append(f"the fine-tune has no config.json; from the base come {', '.join(map(printable, borrowed))}")
     elif not files:
         notes.append("neither input is a folder with a config.json: the output folder holds weights only")
+    ids: Mapping[str, Any] | None = None
     if rows:
         kept, other = (base, ft) if keep_base_rows else (ft, base)
-        tokenizer = carried_files(kept.folder, TOKENIZER_FILES) if kept.folder else {}
-        files = {name: path for name, path in files.items() if not _matches(name, TOKENIZER_FILES)} | tokenizer
+        of_rows = (*TOKENIZER_FILES, "generation_config.json")  # token ids, all of them
+        tokenizer = carried_files(kept.folder, of_rows) if kept.folder else {}
+        files = {name: path for name, path in files.items() if not _matches(name, of_rows)} | tokenizer
+        ids = kept.config
         if not tokenizer:
             notes.append(
                 f"no tokenizer goes with the {next(iter(rows.values())):,} rows kept: "
@@ -119,7 +122,7 @@ def carry_over(
     sidecars = [Sidecar(name, source=path) for name, path in files.items() if name != CONFIG]
     if CONFIG in files:
         original = read_json(files[CONFIG])
-        config = _follow(original, dtype=dtype, rows=rows)
+        config = _follow(original, dtype=dtype, rows=rows, ids=ids)
         if config == original:
             sidecars.append(Sidecar(CONFIG, source=files[CONFIG]))
         else:
@@ -127,8 +130,18 @@ def carry_over(
     return sidecars, notes
 
 
-def _follow(config: Any, *, dtype: str | None, rows: Mapping[int, int], top: bool = True) -> Any:
-    """A config whose dtype and vocabulary are those of the new weights, in its nested configs too."""
+def _follow(
+    config: Any, *, dtype: str | None, rows: Mapping[int, int], ids: Mapping[str, Any] | None, top: bool = True
+) -> Any:
+    """A config whose dtype and vocabulary are those of the new weights, in its nested configs too.
+
+    Args:
+        config: as it was.
+        dtype: what the weights are now; None if that did not change.
+        rows: numbers of vocabulary rows that became another number.
+        ids: where the ids of special tokens come from, if not from `config`.
+        top: whether it is the outermost.
+    """
     if not isinstance(config, dict):
         return config
     changed = dict(config)
@@ -137,8 +150,12 @@ def _follow(config: Any, *, dtype: str | None, rows: Mapping[int, int], top: boo
             changed[key] = dtype
         elif key == "vocab_size" and value in rows:
             changed[key] = rows[value]
+        elif ids is not None and key.endswith(("_token_id", "_token_ids")):
+            changed[key] = ids.get(key)
         elif key.endswith("config") and isinstance(value, dict):
-            changed[key] = _follow(value, dtype=dtype, rows=rows, top=False)
+            inner = ids.get(key) if ids is not None else None
+            nested = inner if isinstance(inner, Mapping) else ids
+            changed[key] = _follow(value, dtype=dtype, rows=rows, ids=nested, top=False)
     if top and dtype and "model_type" in config and not {"dtype", "torch_dtype"} & config.keys():
         changed["torch_dtype"] = dtype
     return changed

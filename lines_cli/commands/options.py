@@ -168,6 +168,7 @@ Workers = Annotated[
     typer.Option(
         "--workers",
         min=1,
+        max=64,
         show_default="one per core, up to 4",
         help="Threads that read, compute and write.",
     ),
