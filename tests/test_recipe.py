@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from conftest import run_lines, write_checkpoint
 from lines_cli.errors import RecipeError
 from lines_cli.recipe import Recipe, dump_recipe, edit_recipe, load_recipe, make_recipe, parse_size
 
+CONFIGS = Path(__file__).parent.parent / "configs"
 PLAIN: dict[str, Any] = {"base_model": "base", "models": [{"model": "ft"}]}
 
 
@@ -245,3 +247,15 @@ def test_what_is_not_beside_the_file_is_not_looked_for_elsewhere(
     ran = run_lines("edit", "--config", path, "-o", tmp_path / "out", "--dry-run")
     assert (ran.code, ran.out, ran.trace) == (3, "", "")
     assert name in ran.err
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
+def test_the_configs_run(name: str, tmp_path: Path) -> None:
+    """Every file in configs/ runs as it is on a base and a fine-tune beside it, and its comment says how."""
+    shutil.copy(CONFIGS / name, tmp_path / name)
+    names = [f"{stack}.block.{i}.w" for stack in ("encoder", "decoder") for i in range(3)]
+    for side, value in (("base", 0.0), ("ft", 1.0)):
+        write_checkpoint(tmp_path / side, {name: torch.full((2,), value) for name in names})
+    ran = run_lines("edit", "--config", tmp_path / name, "-o", tmp_path / "out")
+    assert (ran.code, ran.trace) == (0, ""), ran.err
+    assert f"lines edit --config {name} -o out" in (CONFIGS / name).read_text(encoding="utf-8")

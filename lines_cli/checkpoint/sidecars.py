@@ -213,7 +213,7 @@ def model_card(
 [`{RECIPE}`]({RECIPE}) beside this card runs it again: `lines edit --config {RECIPE} -o OUT`.
 
 LiNeS: Wang et al., *LiNeS: Post-training Layer Scaling Prevents Forgetting and Enhances Model Merging*, ICLR 2025,
-    arXiv:2410.17146.
+arXiv:2410.17146.
 """
     return Sidecar(MODEL_CARD, content=text.encode())
 
