@@ -188,9 +188,9 @@ class Staging:
     def _replace_folder(self) -> None:
         """Rename the new folder into place; one that is there stays whole until then, and comes back if that fails."""
         aside = self._folder.with_name(f"{self._folder.name}.old")
-        if os.path.lexists(self._target):
-            os.rename(self._target, aside)
         try:
+            if os.path.lexists(self._target):
+                os.rename(self._target, aside)
             os.rename(self._folder, self._target)
             self._published = True
         except BaseException:
