@@ -261,7 +261,8 @@ def print_table(rows: dict[str, Marks], target: str) -> None:
 def print_reading(pre: Marks, tuned: Marks, default: Marks, chosen: Marks, constant: Marks) -> None:
     """Say what the table shows, whatever it shows."""
     right = tuned.target / 100
-    noise = 2 * 100 * (right * (1 - right) / SPLITS["test"]) ** 0.5  # two standard errors
+    error = 100 * (right * (1 - right) / SPLITS["test"]) ** 0.5  # one standard error, in points
+    noise = 2 * error
     lost = pre.control - tuned.control
 
     def against_tuned(edited: Marks) -> str:
@@ -272,9 +273,9 @@ def print_reading(pre: Marks, tuned: Marks, default: Marks, chosen: Marks, const
     target, control = chosen.target - constant.target, chosen.control - constant.control
     if max(abs(target), abs(control)) <= noise:
         verdict = "about as good"
-    elif min(target, control) >= -noise:
+    elif min(target, control) >= -error:  # better at one, and no worse at the other
         verdict = "LiNeS is ahead here"
-    elif max(target, control) <= noise:
+    elif max(target, control) <= error:
         verdict = "constant scaling is ahead here"
     else:
         verdict = "a different trade, not a better one"
@@ -286,8 +287,9 @@ What an edit then changes:
   lines edit, alpha chosen      {against_tuned(chosen)}
 LiNeS minus constant scaling:   target {target:+.1f}, controls {control:+.1f}: {verdict}
 
-This is a toy: {SPLITS["test"]} test images and one seed, so {noise:.1f} points (two standard errors) are noise.
-Try --seed 1 or another --target. For real models see the paper, arXiv 2410.17146.""")
+This is a toy: {SPLITS["test"]} test images and one seed. Less than {noise:.1f} points (two standard errors) is noise;
+which edit is ahead can change with --seed and --target: try some.
+For real models see the paper, arXiv 2410.17146.""")
 
 
 if __name__ == "__main__":
