@@ -175,7 +175,7 @@ class Plan:
         ]
 
     def summary(self) -> dict[str, Any]:
-        """The plan in numbers, as plain values that JSON can hold (docs/cli.md describes the keys)."""
+        """The plan in numbers, as plain values that JSON can hold (docs/json.md describes them)."""
 
         def counts(tensors: Iterable[TensorPlan]) -> dict[str, int]:
             numels = [tensor.info.numel for tensor in tensors]

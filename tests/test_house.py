@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import run_lines, write_checkpoint
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lines_cli"
@@ -127,3 +129,12 @@ def test_pages_link_to_what_exists() -> None:
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_json_is_documented(tmp_path: Path) -> None:
+    """docs/json.md names every key that --json prints, and no other."""
+    for side in ("base", "ft"):
+        write_checkpoint(tmp_path / side, {f"h.{i}.w": torch.ones(2) for i in range(2)})
+    arguments = ["edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / "out", "--json"]
+    printed = run_lines(*arguments, "--dry-run").json.keys() | run_lines(*arguments).json.keys()
+    assert set(re.findall(r"^\| `(\w+)`", (ROOT / "docs" / "json.md").read_text(encoding="utf-8"), re.M)) == printed

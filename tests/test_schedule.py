@@ -21,6 +21,8 @@ import yaml
 from conftest import Ran, run_lines, snapshot, write_checkpoint
 from safetensors.torch import load_file
 
+import lines_cli as lines
+
 FIXED = {"keep": 1.0, "base": 0.0}
 DTYPES = (torch.float64, torch.float32, torch.float64, torch.int32)
 
@@ -238,10 +240,10 @@ def refused(ran: Ran, *words: str, code: int = 2) -> None:
     assert "function-" not in ran.err, "the message speaks of pydantic's inside"
 
 
-def in_yaml(paths: tuple[Path, Path], lines: str) -> Ran:
+def in_yaml(paths: tuple[Path, Path], asked: str) -> Ran:
     """A dry run of a recipe with these lines under `lines:`."""
     file = paths[0].parent / "recipe.yaml"
-    file.write_text(f"base_model: {paths[0]}\nmodels: [{{model: {paths[1]}}}]\nlines:\n  {lines}\n")
+    file.write_text(f"base_model: {paths[0]}\nmodels: [{{model: {paths[1]}}}]\nlines:\n  {asked}\n")
     return run_lines("edit", "--config", file, "-o", paths[0].parent / "not written", "--dry-run", "--json")
 
 
@@ -290,7 +292,7 @@ def test_any_combination_gives_what_the_rules_say(key: str, saved: dict[str, tup
     the summary's first and last values are those of the map.
     """
     model = MODELS[key]
-    for asked in options_of(key, 20):
+    for asked in options_of(key, 30):
         said = summary(saved[key], *flags(asked))
         places = {row["name"]: (row["stack"], row["index"]) for row in said["map"]}
         outside = {name: (None, None) for name, place in model.places.items() if isinstance(place, str)}
@@ -320,7 +322,7 @@ def test_a_run_writes_its_map_and_its_recipe_writes_it_again(
     """Every tensor holds the coefficient of the dry run's map (an integer: the base's where that is 0, else the
     fine-tune's), and the folder's own lines_recipe.yaml gives all its weights again, bit for bit.
     """
-    for number, asked in enumerate(options_of(key, 4)):
+    for number, asked in enumerate(options_of(key, 6)):
         out, again = tmp_path / f"{number}", tmp_path / f"{number} again"
         got = written(out, *saved[key], *flags(asked))
         plan = planned(saved[key], *flags(asked))
@@ -519,7 +521,7 @@ IMPOSSIBLE = {
     "a stack's infinite end": ("{stacks: {layers: {alpha: .inf}}}", "stacks.layers.alpha"),
     "a pattern given twice": ("{filter: {norm: 0.1, norm: 0.2}}", "norm"),
     "an empty pattern": ("{filter: {'': 0.5}}", "filter"),
-    "no day": ("{schedule: 2024-99-99}", "2024-99-99"),
+    "no day": ("{schedule: 2024-99-99}", "recipe.yaml"),
     "a flag for outside": ("{outside: no}", "'alpha', 'position', 'base' or 'keep'"),
     "another outside": ("{outside: middle}", "'alpha', 'position', 'base' or 'keep'"),
     "the flag's name": ("{stack: {layers: keep}}", "mean lines.stacks"),
@@ -555,6 +557,24 @@ def test_yaml_and_flags_say_the_same(text: str, options: list[str], saved: dict[
     ran = in_yaml(saved["decoder"], text)
     assert ran.code == 0, ran.err
     assert {row["name"]: row["coefficient"] for row in ran.json["map"]} == planned(saved["decoder"], *options)
+
+
+def test_python_and_flags_say_the_same(saved: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    """`edit_recipe` takes the same options as plain values: tuples and whole numbers, numpy's too."""
+    paths = saved["encoder and decoder"]
+    for options, given in (
+        ({"schedule": (0, 0.5, 1), "outside": "position"}, ["--schedule", "0,0.5,1", "--outside", "position"]),
+        ({"schedule": np.linspace(0.25, 1, 4), "gamma": np.float64(0.5)}, ["--schedule", "0.25,1", "--gamma", 0.5]),
+        ({"schedule": "0.5", "stacks": {"decoder": "base"}}, ["--schedule", "0.5", "--stack", "decoder=base"]),
+        (
+            {"stacks": {"decoder": {"alpha": 0, "beta": 2}}, "filter": {"norm": 1, "*": "base"}},
+            ["--stack", "decoder=0,2", "--filter", "norm=keep", "--filter", "*=0"],
+        ),
+    ):
+        recipe = lines.edit_recipe(*map(str, paths), **options)
+        plan = lines.make_plan(recipe, *lines.open_inputs(recipe), tmp_path / "out")
+        got = {row["name"]: row["coefficient"] for row in plan.map()}
+        assert got == {name: close(c) for name, c in planned(paths, *given).items()}
 
 
 # --- outside the blocks ---
@@ -774,9 +794,8 @@ def test_on_which_side_a_name_stands(family: str, tmp_path: Path) -> None:
 
 def test_the_table_is_long_enough() -> None:
     """At least 100 real names outside the blocks are held to a side."""
-    assert (
-        len({name for family in FAMILIES.values() for name in f"{family['before']} {family['after']}".split()}) >= 100
-    )
+    names = {name for family in FAMILIES.values() for key in ("before", "after") for name in family[key].split()}
+    assert len(names) >= 100
 
 
 MISLEADING = [  # where each stands in its model's forward pass, as transformers, open_clip or colpali run it
@@ -799,10 +818,10 @@ MISLEADING = [  # where each stands in its model's forward pass, as transformers
 ]
 
 
-@pytest.mark.parametrize(("family", "block", "name", "expected"), MISLEADING, ids=[row[2] for row in MISLEADING])
-def test_on_which_side_a_misleading_name_stands(
-    family: str, block: str, name: str, expected: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    ("block", "name", "expected"), [pytest.param(*row[1:], id=f"{row[0]} {row[2]}") for row in MISLEADING]
+)
+def test_on_which_side_a_misleading_name_stands(block: str, name: str, expected: str, tmp_path: Path) -> None:
     """Heads, final norms and prediction layers stand behind the blocks, and what feeds a tower before them, though
     their names hold a word for the other side or for none.
     """
@@ -869,14 +888,16 @@ def test_a_filter_is_not_said_to_have_worked_where_it_has_not(saved: dict[str, t
 
 
 @pytest.mark.parametrize(
-    ("names", "config", "options"),
+    ("prefix", "names", "config", "options"),
     [
         (
+            "encoder.block",
             ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "shared.weight", "lm_head.weight"],
             {"model_type": "t5", "tie_word_embeddings": True},
             ["--filter", "shared=0.5"],
         ),
         (
+            "model.layers",
             ["model.embed_tokens.weight", "model.layers.2.embed_tokens.weight", "lm_head.weight"],
             {**TIED, "num_hidden_layers": 2},
             ["--outside", "position"],
@@ -885,13 +906,10 @@ def test_a_filter_is_not_said_to_have_worked_where_it_has_not(saved: dict[str, t
     ids=["t5", "prediction layer"],
 )
 def test_sharding_does_not_choose_the_embedding_of_a_tied_head(
-    names: list[str], config: dict[str, Any], options: list[str], tmp_path: Path
+    prefix: str, names: list[str], config: dict[str, Any], options: list[str], tmp_path: Path
 ) -> None:
     """However the fine-tune is sharded, and in whatever order, the head's coefficient is the same."""
-    body = list(
-        stack("model.layers" if "model_type" in config and config["model_type"] != "t5" else "encoder.block", 2)
-    )
-    tensors = {name: torch.ones(2) for name in [*names, *body]}
+    tensors = {name: torch.ones(2) for name in [*names, *stack(prefix, 2)]}
     base = write_checkpoint(tmp_path / "base", {name: torch.zeros(2) for name in tensors}, config=config)
     found = set()
     for number, order in enumerate((list(tensors), list(tensors)[::-1])):
@@ -1213,14 +1231,14 @@ def test_the_recipe_says_it_as_it_was_said(saved: dict[str, tuple[Path, Path]], 
     given = ("--stack", "decoder=0.25,0.5", "--stack", "encoder=keep", "--filter", "z=0.5", "--filter", "a=base")
     paths = sides(tmp_path, [*MODELS["encoder and decoder"].places, "z.a"])
     written(tmp_path / "out", *paths, "--outside", "position", "--schedule", "power:2", *given)
-    lines = yaml.safe_load((tmp_path / "out" / "lines_recipe.yaml").read_text())["lines"]
-    assert (lines["outside"], lines["schedule"]) == ("position", "power:2")
-    assert lines["stacks"] == {"decoder": {"alpha": 0.25, "beta": 0.5}, "encoder": "keep"}
-    assert list(lines["filter"].items()) == [("z", 0.5), ("a", "base")]
+    asked = yaml.safe_load((tmp_path / "out" / "lines_recipe.yaml").read_text())["lines"]
+    assert (asked["outside"], asked["schedule"]) == ("position", "power:2")
+    assert asked["stacks"] == {"decoder": {"alpha": 0.25, "beta": 0.5}, "encoder": "keep"}
+    assert list(asked["filter"].items()) == [("z", 0.5), ("a", "base")]
     written(tmp_path / "list", *paths, "--schedule", "0.1,0.7")
-    lines = yaml.safe_load((tmp_path / "list" / "lines_recipe.yaml").read_text())["lines"]
-    assert lines["schedule"] == [0.1, 0.7]
-    assert not {"alpha", "beta", "stacks", "filter"} & lines.keys()
+    asked = yaml.safe_load((tmp_path / "list" / "lines_recipe.yaml").read_text())["lines"]
+    assert asked["schedule"] == [0.1, 0.7]
+    assert not {"alpha", "beta", "stacks", "filter"} & asked.keys()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
