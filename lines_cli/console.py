@@ -113,6 +113,10 @@ def _stacks(plan: Plan) -> None:
     outside = summary["outside"]
     ends = (f"{outside['first']:.4g}", f"{outside['last']:.4g}")
     table.add_row("outside the blocks", "", f"{outside['tensors']:,}", _count(outside["parameters"]), *ends)
+    for rule in summary["filters"]:
+        value = f"{rule['coefficient']:.4g}"
+        name = f"names with {printable(rule['pattern'])}"
+        table.add_row(name, "", f"{rule['tensors']:,}", _count(rule["parameters"]), value, value)
     _out.print(table)
     edited, copied = summary["edited"], summary["copied"]
     _out.print(
@@ -122,25 +126,14 @@ def _stacks(plan: Plan) -> None:
 
 
 def _outside(plan: Plan) -> None:
-    """The tensors outside the blocks, and those whose coefficient a filter gives."""
-    lines = [f"{tensor.coefficient:>8.4g}  {tensor.name}" for tensor in plan.tensors if tensor.place is None]
-    for title, shown in (("outside", lines), ("filtered", _filtered(plan))):
-        if shown:
-            _out.print(f"{title}:")
-            for line in [
-                *shown[:_MOST_NAMES],
-                *([f"     ...  {len(shown) - _MOST_NAMES:,} more"] * (len(shown) > _MOST_NAMES)),
-            ]:
-                _out.print(_printable(line), soft_wrap=True)
-
-
-def _filtered(plan: Plan) -> list[str]:
-    counts: dict[tuple[str, float], int] = {}
-    for tensor in plan.tensors:
-        rule = next((rule for rule in plan.rules.filters if rule[0] in tensor.name or rule[0] == "*"), None)
-        if rule is not None:
-            counts[rule] = counts.get(rule, 0) + 1
-    return [f"{value:>8.4g}  {pattern}: {count:,} tensors" for (pattern, value), count in counts.items()]
+    """The tensors outside the blocks, each with its coefficient."""
+    lines = [f"{tensor.coefficient:>8.4g}  {printable(tensor.name)}" for tensor in plan.tensors if tensor.place is None]
+    if lines:
+        _out.print("outside:")
+    for line in lines[:_MOST_NAMES]:
+        _out.print(line, soft_wrap=True)
+    if len(lines) > _MOST_NAMES:
+        _out.print(f"     ...  {len(lines) - _MOST_NAMES:,} more (all in --json)")
 
 
 def _count(number: int) -> str:

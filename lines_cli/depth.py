@@ -85,14 +85,15 @@ Side = Literal["before", "after"]
 
 # Words in the names of what follows the blocks (final norm, head, pooler), and of what does not, though it has a norm
 # or an output of its own (embeddings, stems, and the projectors that feed one tower's output into another).
-_AFTER = re.compile(
-    r"(?:.*_)?(?:norm|layernorm|ln)(?:_?(?:f|final|post|out))?|(?:final|post)_?.*norm.*|final_layer|score|proj|fc\d*|out"
-    r"|.*head.*|lm_.*|vocab_.*|.*classifier.*|.*pool.*|.*pred|.*predict.*|.*_out(?:_\d+)?|.*output.*|.*logit.*|generator.*|postnet"
-    r"|.*_postnet|(?:text|visual)_projection"
-)
+_SURELY_AFTER = re.compile(r"mtp(?:_.*)?|attn_?pool|pre_classifier|.*unembed.*|embed_out|vocab_.*")
 _NOT_AFTER = re.compile(
     r"embeddings?|.*embed(?:der|ding)?s?_.*|.*_emb(?:ed)?(?:der|ding)?s?|patch.*|.*stem.*|.*_in|pre_.*|.*_pre|prenet"
-    r"|.*(?:projector|merger|connector|resampler|qformer|adapter).*|feature_.*"
+    r"|.*(?:projector|merger|connector|aligner|resampler|qformer|adapter).*|feature_.*|per_layer_.*|post_conv_.*"
+)
+_AFTER = re.compile(
+    r"(?:.*_)?(?:norm|layernorm|ln)(?:_?(?:f|final|post|out|after))?|(?:final|post)_?.*norm.*|final_layer|score|proj"
+    r"|fc\d*|out|.*head.*|lm_.*|.*classifier.*|.*pool.*|.*pred|.*predict.*|.*_out(?:_\d+)?|.*output.*|.*logit.*"
+    r"|generator.*|.*postnet|(?:text|visual|audio)_projection|.*(?:text|vision)_proj|seq_relationship|.*summary"
 )
 
 
@@ -114,27 +115,33 @@ class DepthMap:
 
     def side_of(self, name: str) -> Side:
         """On which side of the blocks a tensor outside them stands; before them, where its name does not tell."""
-        if any(name.startswith(f"{stack.name}.") for stack in self.stacks):
-            return "after"  # an index beyond the stack's layers
+        for stack in self.stacks:
+            inside, prefix, rest = name.partition(f"{stack.name}.")
+            if prefix and not inside and _is_index(rest.partition(".")[0]):
+                return "after"  # a layer beyond those that the config counts
         *modules, last = name.split(".")
         words = modules if last in ("weight", "bias") and modules else [*modules, last]
-        if any(_NOT_AFTER.fullmatch(word) and word != "embed_out" for word in words if not word.startswith("vocab_")):
+        if words == ["decoder"] or any(_SURELY_AFTER.fullmatch(word) for word in words):
+            return "after"
+        if any(_NOT_AFTER.fullmatch(word) for word in words):
             return "before"
         return "after" if any(_AFTER.fullmatch(word) for word in words) else "before"
 
     def select(self, part: str) -> str:
-        """The name of the one stack that `part` names: its whole prefix, or any run of segments of it.
+        """The name of the one stack that `part` names: its whole prefix, or any run of segments of it (of each of its
+        prefixes, where several are joined).
 
         Raises:
             RecipeError: no stack, or several.
         """
-        matching = [stack.name for stack in self.stacks if f".{part}." in f".{stack.name}."]
-        exact = [name for name in matching if name == part]
-        if len(exact or matching) == 1:
-            return (exact or matching)[0]
+        names = [stack.name for stack in self.stacks]
+        if part in names:
+            return part
+        matching = [name for name in names if all(f".{part}." in f".{joined}." for joined in name.split("+"))]
+        if len(matching) == 1:
+            return matching[0]
         what = "names several stacks" if matching else "names no stack"
-        found = matching or [stack.name for stack in self.stacks]
-        raise RecipeError(f"stack {part!r} {what}; there are:\n{some(found)}")
+        raise RecipeError(f"stack {part!r} {what}; there are:\n{some(matching or names)}")
 
 
 def find_depth(names: Iterable[str], *, config: Mapping[str, Any] | None = None, layers: str | None = None) -> DepthMap:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from lines_cli.checkpoint.reader import Checkpoint
@@ -142,13 +142,14 @@ def _same_but_rows(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     return len(a) == len(b) and a[1:] == b[1:]
 
 
-def tied_embedding(name: str, names: Iterable[str], side: Checkpoint) -> str | None:
-    """The token embedding among `names` that `side`'s config ties the head `name` to, where both are stored."""
-    if _module(name) not in _TOKEN_HEADS or name not in side.tensors or not _says_tied(side.config):
+def tied_embedding(name: str, side: Checkpoint, config: Mapping[str, Any]) -> str | None:
+    """The token embedding that `config` ties the head `name` to, where `side` stores both."""
+    if _module(name) not in _TOKEN_HEADS or name not in side.tensors or not _says_tied(config):
         return None
     shape = side.tensors[name].info.shape
-    embeddings = (other for other in names if _module(other) in _TOKEN_EMBEDDINGS and other in side.tensors)
-    return next((other for other in embeddings if side.tensors[other].info.shape == shape), None)
+    alike = [other for other in side.tensors if _module(other) in _TOKEN_EMBEDDINGS and is_vocabulary(other)]
+    embeddings = [other for other in alike if side.tensors[other].info.shape == shape]
+    return min(embeddings, key=lambda other: (_module(other) != "shared", other.count("."), other), default=None)
 
 
 def _module(name: str) -> str:

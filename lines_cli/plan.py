@@ -73,7 +73,8 @@ class TensorPlan:
         file: the output file (a number into `Plan.outputs`).
         info: dtype, shape, offset in that file, bytes.
         place: its stack and layer; None outside the blocks.
-        coefficient: lambda times gamma, in float64, before rounding to the compute dtype.
+        coefficient: in float64, before rounding to the compute dtype.
+        filter: the pattern that decided it, if one did.
     """
 
     name: str
@@ -81,6 +82,7 @@ class TensorPlan:
     info: TensorInfo
     place: Place | None
     coefficient: float
+    filter: str | None
     pieces: tuple[Piece, ...]
 
     @property
@@ -197,6 +199,10 @@ class Plan:
                 "last": self.rules.outside_value("after"),
                 **counts(by_stack[None]),
             },
+            "filters": [
+                {"pattern": pattern, "coefficient": value, **counts(t for t in self.tensors if t.filter == pattern)}
+                for pattern, value in self.rules.filters
+            ],
             "edited": counts(tensor for tensor in self.tensors if tensor.edited),
             "copied": counts(tensor for tensor in self.tensors if not tensor.edited),
             "bytes": {"read": self.bytes_read, "written": self.bytes_written},
@@ -280,7 +286,8 @@ def make_plan(recipe: Recipe, base: Checkpoint, ft: Checkpoint, output: Path) ->
         outputs.append(OutputFile(file, head, len(head) + sum(info.nbytes for info in infos.values())))
         for name, info in infos.items():
             draft = tensors[name]
-            planned.append(TensorPlan(name, number, info, depth.places.get(name), draft.coefficient, draft.pieces))
+            place = depth.places.get(name)
+            planned.append(TensorPlan(name, number, info, place, draft.coefficient, draft.filter, draft.pieces))
 
     plan = Plan(
         recipe,
@@ -324,6 +331,7 @@ class _Draft:
     coefficient: float
     pieces: tuple[Piece, ...] = ()
     rows: tuple[int, int] | None = None  # numbers of vocabulary rows, where they differ: the other side's, the kept
+    filter: str | None = None
     misfit: str | None = None
 
 
@@ -342,16 +350,18 @@ def _draft(
     drafts = []
     for name, (in_base, in_ft) in pairs.items():
         place = depth.places.get(name)
-        tied_to = tied_embedding(name, pairs, ft) if place is None else None  # one weight has one coefficient
-        coefficient = rules.coefficient(tied_to or name, depth)
+        # A head that is tied to its embedding is one weight with it, and has one coefficient.
+        counts_as = (place is None and tied_embedding(name, ft, ft.config or base.config)) or name
+        coefficient = rules.coefficient(counts_as, depth)
         if not math.isfinite(to_float32(coefficient)):
             raise RecipeError(
                 f"the coefficient of {printable(name)} is {coefficient:g}, beyond what float32 can hold",
-                hint="Check alpha, beta and gamma: coefficients usually lie between 0 and 2.",
+                hint="Coefficients usually lie between 0 and 2.",
             )
         b = _slice(base, in_base, first_file=0)
         f = _slice(ft, in_ft, first_file=len(base.files))
-        drafts.append(_draft_one(recipe, name, coefficient, b, f, may_resize=place is None and is_vocabulary(name)))
+        draft = _draft_one(recipe, name, coefficient, b, f, may_resize=place is None and is_vocabulary(name))
+        drafts.append(replace(draft, filter=rules.filter_of(counts_as) if b and f else None))
     misfits = [f"{printable(draft.name)}: {draft.misfit}" for draft in drafts if draft.misfit]
     if misfits:
         raise MismatchError(
@@ -500,6 +510,7 @@ def _with_sidecars(plan: Plan, rows: Mapping[int, int]) -> Plan:
         how=_CARD_TEXT,
         coefficients=inside,
         outside=outside,
+        filters=plan.rules.filters,
     )
     sidecars = [*carried, card, Sidecar(RECIPE, content=text.encode())]
     if len(plan.outputs) > 1:

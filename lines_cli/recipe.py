@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -81,10 +82,13 @@ def _parse_schedule(value: Any) -> Any:
             if 0 < float(value.removeprefix("power:")) < float("inf"):
                 return value
         else:
-            numbers = tuple(float(number) for number in (value.split(",") if isinstance(value, str) else value))
+            if isinstance(value, (str, int, float)):
+                value = str(value).split(",")
+            parts = () if isinstance(value, (dict, set, bytes)) else value
+            numbers = tuple(float(_no_flag(part)) for part in parts)
             if numbers and all(map(math.isfinite, numbers)):
                 return numbers
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     raise ValueError(
         "a schedule is linear, constant, power:P with P above 0, or a list of coefficients as in 0.1,0.6,1"
@@ -98,10 +102,20 @@ def _parse_stack(value: Any) -> Any:
 
 
 def _parse_filter(value: Any) -> Any:
+    if isinstance(value, str) and value in _FIXED:
+        return value
     try:
-        return value if isinstance(value, str) and value in _FIXED else float(value)
-    except (TypeError, ValueError):
-        raise ValueError("a filter gives a number, keep or base") from None
+        if math.isfinite(number := float(_no_flag(value))):
+            return number
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError("a filter gives a number, keep or base")
+
+
+def _named(key: str) -> str:
+    if not key:
+        raise ValueError("an empty name would match everything; say * for that")
+    return key
 
 
 class Ends(_Part):
@@ -132,7 +146,9 @@ class Scaling(_Part):
     outside: Outside = "alpha"
     layers: str | None = None
     stacks: dict[str, Annotated[Fixed | Ends, BeforeValidator(_parse_stack)]] = Field(default_factory=dict)
-    filter: dict[str, Annotated[Fixed | Finite, BeforeValidator(_parse_filter)]] = Field(default_factory=dict)
+    filter: dict[Annotated[str, AfterValidator(_named)], Annotated[Fixed | Finite, BeforeValidator(_parse_filter)]] = (
+        Field(default_factory=dict)
+    )
 
     @model_validator(mode="after")
     def _one_way_to_say_it(self) -> Scaling:
@@ -165,10 +181,12 @@ class Scaling(_Part):
         Raises:
             RecipeError: `stacks` names a stack that is not there, or several at once.
         """
-        stacks = {
-            depth.select(part): self._schedule(value.alpha, value.beta) if isinstance(value, Ends) else _FIXED[value]
-            for part, value in self.stacks.items()
-        }
+        stacks: dict[str, Schedule | float] = {}
+        for part, value in self.stacks.items():
+            name = depth.select(part)
+            if name in stacks:
+                raise RecipeError(f"stack {part!r} is {name!r}, which is named already", hint="Name each stack once.")
+            stacks[name] = self._schedule(value.alpha, value.beta) if isinstance(value, Ends) else _FIXED[value]
         filters = tuple(
             (part, _FIXED[value] if isinstance(value, str) else value) for part, value in self.filter.items()
         )
@@ -271,6 +289,23 @@ def edit_recipe(base: str, ft: str, **options: Any) -> Recipe:
     return make_recipe({"base_model": base, "models": [{"model": ft}], "lines": scaling, **given}, where="recipe")
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain YAML in which no key stands twice, since one of the two would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A dict, as usual."""
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str):
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key!r} stands twice", key_node.start_mark
+                    )
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe from YAML. Relative paths in it count from the file's folder.
 
@@ -278,10 +313,10 @@ def load_recipe(path: Path) -> Recipe:
         RecipeError: the file cannot be read, is not YAML, or says something impossible.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: not a recipe: expected keys such as base_model and models")

@@ -23,11 +23,11 @@ class Schedule(Protocol):
 
     @property
     def first(self) -> float:
-        """The value at the shallow end, which is also the reference's value outside the blocks."""
+        """alpha, or the first value of a list; also the reference's value outside the blocks."""
 
     @property
     def last(self) -> float:
-        """The value at the deep end."""
+        """The value of the last layer."""
 
     @property
     def flat(self) -> bool:
@@ -36,13 +36,17 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """LiNeS's layer-increasing scaling: `alpha + beta * (l - 1) / (L - 1)` (arXiv 2410.17146, eq. 2)."""
+    """LiNeS's layer-increasing scaling: `alpha + beta * (l - 1) / (L - 1)` (arXiv 2410.17146, eq. 2).
+
+    Evaluated from left to right in float64. The last layer is alpha + beta, without the detour that could miss it by
+    the last bit, so that a sum of 0 or 1 copies.
+    """
 
     alpha: float
     beta: float
 
     def at(self, index: int, layers: int) -> float:
-        return self.last if layers == 1 else self.alpha + self.beta * index / (layers - 1)
+        return self.last if index == layers - 1 else self.alpha + self.beta * index / (layers - 1)
 
     @property
     def first(self) -> float:
@@ -64,7 +68,7 @@ class Power(Linear):
     exponent: float
 
     def at(self, index: int, layers: int) -> float:
-        return self.last if layers == 1 else self.alpha + self.beta * (index / (layers - 1)) ** self.exponent
+        return self.last if index == layers - 1 else self.alpha + self.beta * (index / (layers - 1)) ** self.exponent
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +88,7 @@ class Listed:
     def at(self, index: int, layers: int) -> float:
         if layers == 1 or len(self.values) == 1:
             return self.last
-        position = index / (layers - 1) * (len(self.values) - 1)
+        position = index * (len(self.values) - 1) / (layers - 1)
         left = min(int(position), len(self.values) - 2)
         share = position - left
         return (1 - share) * self.values[left] + share * self.values[left + 1]
@@ -124,13 +128,17 @@ class Rules:
 
     def coefficient(self, name: str, depth: DepthMap) -> float:
         """The coefficient of one tensor, in float64."""
-        for pattern, value in self.filters:
-            if pattern in name or pattern == "*":
-                return value
+        pattern = self.filter_of(name)
+        if pattern is not None:
+            return dict(self.filters)[pattern]
         place = depth.places.get(name)
         if place is None:
             return self.outside_value(depth.side_of(name))
         return self.inside_value(place.stack, place.index, depth.layers[place.stack])
+
+    def filter_of(self, name: str) -> str | None:
+        """The pattern that decides a tensor's coefficient, if one does."""
+        return next((pattern for pattern, _ in self.filters if pattern in name or pattern == "*"), None)
 
     def inside_value(self, stack: str, index: int, layers: int) -> float:
         """The coefficient of a layer, filters apart."""

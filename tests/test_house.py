@@ -137,4 +137,7 @@ def test_json_is_documented(tmp_path: Path) -> None:
         write_checkpoint(tmp_path / side, {f"h.{i}.w": torch.ones(2) for i in range(2)})
     arguments = ["edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / "out", "--json"]
     printed = run_lines(*arguments, "--dry-run").json.keys() | run_lines(*arguments).json.keys()
-    assert set(re.findall(r"^\| `(\w+)`", (ROOT / "docs" / "json.md").read_text(encoding="utf-8"), re.M)) == printed
+    assert (
+        set(re.findall(r"^\| `(\w+)`", (ROOT / "docs" / "json.md").read_text(encoding="utf-8"), re.MULTILINE))
+        == printed
+    )

@@ -178,6 +178,7 @@ def model_card(
     how: str,
     coefficients: Iterable[tuple[str, int, float, float]],
     outside: tuple[float, float],
+    filters: Iterable[tuple[str, float]],
 ) -> Sidecar:
     """A model card for the Hub: front matter, what was done, and with which coefficients.
 
@@ -187,6 +188,7 @@ def model_card(
         how: one paragraph on what was done.
         coefficients: per stack its name, layers, first and last coefficient.
         outside: the coefficients outside the blocks, before and behind them.
+        filters: parts of names, and the coefficient of the tensors that have them.
     """
     inputs = [_public_name(base), _public_name(ft)]
     front = {"base_model": inputs, "base_model_relation": "merge", "tags": ["lines", "merge", "task-arithmetic"]}
@@ -194,6 +196,7 @@ def model_card(
         front["library_name"] = library
     rows = [f"| {_code(name)} | {layers} | {first:.6g} | {last:.6g} |" for name, layers, first, last in coefficients]
     rows.append(f"| outside the blocks | | {outside[0]:.6g} | {outside[1]:.6g} |")
+    rows += [f"| names with {_code(pattern)} | | {value:.6g} | {value:.6g} |" for pattern, value in filters]
     text = f"""---
 {yaml.safe_dump(front, sort_keys=False)}---
 

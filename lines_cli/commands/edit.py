@@ -92,7 +92,11 @@ def _recipe(base: str | None, ft: str | None, config: Path | None, **options: An
 
     if config is not None:
         given = [name for name, value in (("BASE", base), ("FT", ft)) if value is not None]
-        given += [f"--{key.replace('_', '-')}" for key, value in options.items() if value is not None]
+        given += [
+            f"--{key.replace('_', '-').replace('stacks', 'stack')}"
+            for key, value in options.items()
+            if value is not None
+        ]
         if given:
             raise RecipeError(
                 f"--config {config} already says what {', '.join(given)} would say",

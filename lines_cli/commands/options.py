@@ -56,7 +56,7 @@ Gamma = Annotated[
     typer.Option(
         "--gamma",
         show_default="1",
-        help="Multiplies every coefficient (WiSE-FT's mixing weight).",
+        help="Multiplies the coefficients that alpha and beta give (WiSE-FT's mixing weight).",
     ),
 ]
 Schedule = Annotated[
