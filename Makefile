@@ -1,4 +1,4 @@
-# Everything runs in .venv, which the first target that needs it makes. PYTHON may name another interpreter (3.10 or newer).
+# Everything runs in .venv, which the first target that needs it makes. PYTHON may name another interpreter (3.11 or newer).
 
 PYTHON ?= python3
 VENV := .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # constraints.txt pins torch to a build without CUDA where one is on offer; the package itself does not.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-all lint types docs bench clean
+.PHONY: help demo test test-all slow lint types docs bench clean
 
 help: ## What there is to make.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12

@@ -5,6 +5,9 @@ code.
 from __future__ import annotations
 
 import functools
+import io
+import signal
+import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -15,14 +18,14 @@ from lines_cli.commands.edit import edit
 from lines_cli.errors import LinesError
 
 EXIT_CODES = {
-    0: "done; or, with --dry-run, it would work",
+    0: "done; or, with --dry-run, nothing that headers can tell stands against it",
     1: "a bug in lines: please report it with the traceback",
     2: "the command line or the recipe says something impossible",
     3: "an input cannot be found or read, or is of a kind lines does not edit",
     4: "the inputs do not fit together, or depth cannot be decided from the names",
     5: "NaN or Inf in an input, or a value that the output dtype cannot hold",
     6: "the destination exists, is an input, or cannot be written",
-    130: "interrupted (Ctrl-C); nothing is left behind",
+    130: "interrupted (Ctrl-C); nothing half-written is left behind (129: SIGHUP, 143: SIGTERM)",
 }
 """What the process ends with."""
 
@@ -47,9 +50,10 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
         except LinesError as error:
             console.refuse(error.message, error.hint)
             raise typer.Exit(error.exit_code) from error
-        except KeyboardInterrupt:
-            console.refuse("interrupted; nothing was left behind")
-            raise typer.Exit(130) from None
+        except KeyboardInterrupt as interrupt:
+            number = interrupt.number if isinstance(interrupt, _Signalled) else signal.SIGINT
+            console.refuse(f"interrupted ({number.name}); nothing half-written was left behind")
+            raise typer.Exit(128 + number) from None
         except MemoryError:
             console.refuse("out of memory", "Fewer --workers need less: each holds its own buffers.")
             raise typer.Exit(1) from None
@@ -75,6 +79,24 @@ def _lines(
 app.command("edit")(_guarded(edit))
 
 
+class _Signalled(KeyboardInterrupt):
+    """Another signal that asks the process to end: it is cleaned up after as Ctrl-C is."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__()
+        self.number = number
+
+
+def _end(number: int, _: object) -> None:
+    raise _Signalled(signal.Signals(number))
+
+
 def main() -> None:
     """The console script."""
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _end)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks
     app()

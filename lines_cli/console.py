@@ -50,7 +50,7 @@ def progress(total: int, *, quiet: bool) -> Track:
 def show_plan(plan: Plan, resources: Resources, *, json: bool) -> None:
     """What would be done, for `--dry-run`."""
     if json:
-        _print_json({"dry_run": True, **plan.summary(), "peak_memory": resources.peak_memory, "map": plan.map()})
+        _print_json({"dry_run": True, **plan.summary(), "peak_memory": plan.peak_memory(resources), "map": plan.map()})
         return
     _stacks(plan)
     _outside(plan)
@@ -60,8 +60,8 @@ def show_plan(plan: Plan, resources: Resources, *, json: bool) -> None:
     if plan.sidecars:
         _out.print("beside  " + ", ".join(_printable(sidecar.name) for sidecar in plan.sidecars))
     _out.print(
-        f"memory  about {size(resources.peak_memory)} at most, "
-        f"{size(resources.buffer_bytes)} of it buffers of {resources.threads} workers"
+        f"memory  about {size(plan.peak_memory(resources))}, without CUDA; "
+        f"{size(plan.buffer_bytes(resources))} of it buffers of {resources.threads} workers"
     )
     _notes(plan.notes)
     _err.print("Nothing was written (--dry-run).", style="dim")

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
@@ -176,6 +176,9 @@ def find_depth(names: Iterable[str], *, config: Mapping[str, Any] | None = None,
 
     lanes = _lanes(found, names)
     notes = _check_against_config(lanes, config or {})
+    if not any(part.called_layers for lane in lanes for part in lane.lists):
+        taken = " and ".join(f"{lane.name or 'the numbers at the front'} ({len(lane.units)})" for lane in lanes)
+        notes.append(f"no list is called layers or blocks; taken for layers: {taken}. --layers REGEX says otherwise")
     places = {
         tensor: Place(lane.name, index) for lane in lanes for index, unit in enumerate(lane.units) for tensor in unit
     }
@@ -296,16 +299,35 @@ def _outermost(candidates: Mapping[tuple[str, ...], _Candidate]) -> list[_Candid
     stacks = [candidate for candidate in candidates.values() if candidate.may_be_stack and candidate.is_stack]
     chosen = [candidate for candidate in stacks if candidate.called_layers] or stacks
     kept: list[_Candidate] = []
+    within: dict[tuple[str, ...], _Candidate] = {}
     for candidate in sorted(chosen, key=lambda c: len(c.prefix)):
-        if not any(_index_within(candidate.prefix, outer) is not None for outer in kept):
+        if not any(
+            outer is not None and _index_within(candidate.prefix, outer) is not None
+            for outer in (within.get(stem) for stem in _stems(candidate.prefix))
+        ):
             kept.append(candidate)
+            within[candidate.prefix] = candidate
     # Several of them under different numbers of one list (`conformer.0.ffw_layer`, `conformer.1.ffw_layer`): that list
     # is the stack, whatever it is called.
-    for outer in sorted(candidates.values(), key=lambda c: len(c.prefix)):
-        inner = {id(c): _index_within(c.prefix, outer) for c in kept}
-        if outer.may_be_stack and len({index for index in inner.values() if index is not None}) > 1:
-            kept = [outer, *(c for c in kept if inner[id(c)] is None)]
+    inside: dict[tuple[str, ...], set[int]] = defaultdict(set)
+    for candidate in kept:
+        for stem in _stems(candidate.prefix):
+            if stem in candidates and (index := _index_within(candidate.prefix, candidates[stem])) is not None:
+                inside[stem].add(index)
+    for stem in sorted((stem for stem, found in inside.items() if len(found) > 1), key=len):
+        outer = candidates[stem]
+        if outer.may_be_stack and any(_index_within(c.prefix, outer) is not None for c in kept):
+            kept = [outer, *(c for c in kept if _index_within(c.prefix, outer) is None)]
     return sorted(kept, key=lambda c: c.prefix)
+
+
+def _stems(prefix: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """The prefixes of lists that `prefix` may lie in."""
+    for at, segment in enumerate(prefix):
+        if _is_index(segment):
+            yield prefix[:at]
+        elif match := _NUMBERED_NAME.fullmatch(segment):
+            yield (*prefix[:at], match[1])
 
 
 def _index_within(prefix: tuple[str, ...], outer: _Candidate) -> int | None:

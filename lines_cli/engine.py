@@ -1,8 +1,8 @@
 """Plan -> bytes. Knows tensors, files and workers; knows no command, no recipe format and no screen.
 
-A few workers take chunks of the plan in file order. Each owns a device and its buffers, so memory is bounded by
-workers x chunk, whatever the model's size: `pread` the chunk from both inputs, compute, `pwrite` it where the plan
-says. No chunk depends on another, so the bytes do not depend on how many workers there are or how large the chunks.
+A few workers take chunks of the plan in file order. Each has buffers of its own, so memory is bounded by workers x
+chunk, whatever the model's size: `pread` the chunk from both inputs, compute on the run's device, `pwrite` it where
+the plan says. No chunk depends on another, so how many workers there are and how large the chunks changes no byte.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lines_cli.checkpoint.header import itemsize
 from lines_cli.checkpoint.positional import read_into, write_from
 from lines_cli.checkpoint.writer import Staging, check_destination, naming
 from lines_cli.errors import CheckpointError, DataError, RecipeError, printable
-from lines_cli.plan import BUFFERS_PER_WORKER, Piece, Plan, Resources, Slice, TensorPlan
+from lines_cli.plan import Piece, Plan, Resources, Slice, TensorPlan
 
 Track = Callable[[Iterable[int]], Iterable[int]]
 """Wraps the stream of finished byte counts, to show progress; `iter` shows nothing."""
@@ -167,6 +167,8 @@ class _Workers:
     def _worker(self) -> None:
         try:
             torch.set_num_threads(1)  # for this thread alone; the workers are the parallelism
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
             buffers = _Buffers(self.device, self.chunk)
             with torch.inference_mode():
                 while not self._stop.is_set():
@@ -206,8 +208,7 @@ class _Workers:
     def _combine(self, buffers: _Buffers, chunk: _Chunk, base: _Loaded, ft: _Loaded) -> torch.Tensor:
         """The formula on one chunk: [numel], in the compute dtype."""
         dtype = compute_dtype(TORCH_DTYPES[base.dtype], TORCH_DTYPES[ft.dtype])
-        result = buffers.result.device_view(chunk.numel, dtype)
-        scratch = buffers.scratch.device_view(chunk.numel, dtype)
+        result, scratch = buffers.result(chunk.numel, dtype), buffers.scratch(chunk.numel, dtype)
         add_scaled_task_vector(base.values(), ft.values(), chunk.piece.coefficient, scratch=scratch, result=result)
         return result
 
@@ -274,22 +275,38 @@ class _Buffer:
         return self._device[: numel * dtype.itemsize].view(dtype)
 
     def to_device(self, nbytes: int) -> None:
+        """Copy the first bytes from the host; returns when they have arrived."""
         if self._device is not self._host:
             self._device[:nbytes].copy_(self._host[:nbytes])
 
     def to_host(self, nbytes: int) -> memoryview:
+        """The first bytes, copied from the device; returns when they have arrived."""
         if self._device is not self._host:
             self._host[:nbytes].copy_(self._device[:nbytes])
         return self.host(nbytes)
 
 
 class _Buffers:
-    """One worker's, made once and used for every chunk: two inputs, the output, and two for the arithmetic."""
+    """One worker's, made once and used for every chunk: two inputs, the output, and two for the arithmetic.
+
+    Raises:
+        MemoryError: there is not enough memory, on the host or on the device.
+    """
 
     def __init__(self, device: torch.device, chunk: int) -> None:
-        self.base, self.ft, self.out, self.scratch, self.result = (
-            _Buffer(device, chunk * 8) for _ in range(BUFFERS_PER_WORKER)
-        )
+        try:
+            self.base, self.ft, self.out = (_Buffer(device, chunk * 8) for _ in range(3))
+            self._scratch, self._result = (torch.empty(chunk * 8, dtype=torch.uint8, device=device) for _ in range(2))
+        except RuntimeError as error:  # torch's way to say it
+            raise MemoryError(str(error)) from error
+
+    def scratch(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """[numel] of `dtype` on the device, to be overwritten."""
+        return self._scratch[: numel * dtype.itemsize].view(dtype)
+
+    def result(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """[numel] of `dtype` on the device, to be overwritten."""
+        return self._result[: numel * dtype.itemsize].view(dtype)
 
 
 @dataclass(slots=True)

@@ -57,21 +57,19 @@ def pair_tensors(base: Checkpoint, ft: Checkpoint, recipe: Recipe, notes: list[s
                 f"{printable(name)} is not in the fine-tune, whose config ties it to {printable(partner)}: left out"
             )
 
-    left = len(only_ft) + len(only_base)
-    if left and recipe.missing == "error":
+    if (only_ft or only_base) and recipe.missing == "error":
         raise _missing(base, ft, only_base, only_ft)
-    if left and recipe.missing == "copy":
+    if recipe.missing in ("copy", "ft"):
         pairs.update({name: (None, name) for name in only_ft})
+    if recipe.missing == "copy":
         pairs.update({name: (name, None) for name in only_base})
-        notes.append(
-            f"{left:,} tensors stand on one side only and are copied as they are "
-            f"({len(only_ft):,} fine-tune, {len(only_base):,} base)"
-        )
-    elif left:
-        notes.append(
-            f"{left:,} tensors stand on one side only and are left out "
-            f"({len(only_ft):,} fine-tune, {len(only_base):,} base)"
-        )
+    for names, side, kept in (
+        (only_ft, "fine-tune", recipe.missing in ("copy", "ft")),
+        (only_base, "base", recipe.missing == "copy"),
+    ):
+        if names:
+            done = "copied as they are" if kept else "left out"
+            notes.append(f"{len(names):,} tensor(s) of the {side} alone, {done}:\n{some(sorted(names))}")
     if not pairs:
         raise MismatchError(
             f"{base.name} and {ft.name} have no tensor in common",
@@ -88,7 +86,12 @@ def _missing(base: Checkpoint, ft: Checkpoint, only_base: list[str], only_ft: li
                 f"{len(names):,} of {len(there.tensors):,} in {there.name} that {not_there.name} lacks:\n"
                 f"{some(sorted(names))}"
             )
-    hint = "--missing copy takes each from the side that has it; --missing skip leaves them out."
+    hint = (
+        "--missing ft gives the fine-tune's set of tensors (as for a new head); --missing copy takes each from the "
+        "side that has it; --missing skip leaves them out."
+    )
+    if len(only_ft) == len(ft.tensors):
+        hint = "No tensor is on both sides. Are they of one model?"
     prefix = _shifted(base, ft)
     if prefix is not None:
         hint = (
@@ -132,7 +135,7 @@ def _tied_partner(name: str, *, lacking: Checkpoint, having: Checkpoint, resize:
     shared = [other for other in fitting if _module(other) == "shared"]
     if shared and _module(name) == "embed_tokens":
         return shared[0]
-    if not _says_tied(lacking.config or having.config):
+    if _module(name) not in _TOKEN_HEADS or not _says_tied(lacking.config or having.config):
         return None
     embeddings = [other for other in fitting if _module(other) in _TOKEN_EMBEDDINGS] or fitting
     return embeddings[0] if len(embeddings) == 1 else shared[0] if shared else None

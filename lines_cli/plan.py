@@ -10,7 +10,7 @@ import math
 import os
 import re
 import struct
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -146,6 +146,20 @@ class Plan:
         )
         return sum(numel * itemsize(source.dtype) for numel, source in sources)
 
+    def buffer_bytes(self, resources: Resources) -> int:
+        """Bytes of the workers' buffers: two inputs and the output as they are stored, and two for the arithmetic."""
+        widths = {itemsize(source.dtype) for t in self.tensors for p in t.pieces for source in (p.base, p.ft) if source}
+        widest = max(widths, default=0)
+        written = max((itemsize(tensor.info.dtype) for tensor in self.tensors), default=0)
+        return resources.threads * resources.chunk * (2 * widest + written + 2 * max(widest, 4))
+
+    def peak_memory(self, resources: Resources) -> int:
+        """About how much resident memory a run takes at most, in bytes, on the CPU.
+
+        Python with torch imported (measured with torch's CPU build), the plan (measured, per tensor), the buffers.
+        """
+        return _PYTHON_WITH_TORCH + _PER_TENSOR * len(self.tensors) + self.buffer_bytes(resources)
+
     @property
     def bytes_written(self) -> int:
         """Bytes of the output's weight files."""
@@ -226,6 +240,10 @@ class Resources:
     chunk: int = 512 * 1024
 
     def __post_init__(self) -> None:
+        if (self.workers is not None and self.workers < 1) or self.chunk < 1:
+            raise RecipeError(
+                f"{self.workers} workers and chunks of {self.chunk} entries: at least one of each is needed"
+            )
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise RecipeError(f"--device {self.device}: not a device", hint="Say auto, cpu, cuda, or cuda:N.")
 
@@ -235,21 +253,9 @@ class Resources:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return self.workers or max(1, min(4, cores))
 
-    @property
-    def buffer_bytes(self) -> int:
-        """Most bytes that the workers' buffers take: five each, of up to 8 bytes per entry."""
-        return self.threads * self.chunk * BUFFERS_PER_WORKER * 8
 
-    @property
-    def peak_memory(self) -> int:
-        """Expected peak of resident memory, in bytes: Python with torch imported (measured with torch's CPU
-        build), and the buffers.
-        """
-        return 230_000_000 + self.buffer_bytes
-
-
-BUFFERS_PER_WORKER = 5
-"""Two inputs and the output as they are stored, and two for the arithmetic between."""
+_PYTHON_WITH_TORCH = 230_000_000
+_PER_TENSOR = 3_000
 
 
 def open_inputs(recipe: Recipe, *, quiet: bool = False) -> tuple[Checkpoint, Checkpoint]:
@@ -499,7 +505,9 @@ def _with_sidecars(plan: Plan, rows: Mapping[int, int]) -> Plan:
     written last.
     """
     recipe, base, ft = plan.recipe, plan.base, plan.ft
-    carried, notes = carry_over(base, ft, dtype=recipe.dtype, rows=rows, keep_base_rows=recipe.resize == "base")
+    carried, notes = carry_over(
+        base, ft, dtype=recipe.dtype, stored=_most_common_dtype(plan), rows=rows, keep_base_rows=recipe.resize == "base"
+    )
     inside = plan.coefficients()
     outside = (plan.rules.outside_value("before"), plan.rules.outside_value("after"))
     text = dump_recipe(recipe, base_model=_seen_from(plan.output, base), fine_tune=_seen_from(plan.output, ft))
@@ -518,6 +526,16 @@ def _with_sidecars(plan: Plan, rows: Mapping[int, int]) -> Plan:
         nbytes = sum(tensor.info.nbytes for tensor in plan.tensors)
         sidecars.append(index_file(ft.stem, weight_map, nbytes=nbytes, parameters=plan.parameters))
     return replace(plan, sidecars=tuple(sidecars), notes=(*plan.notes, *notes))
+
+
+def _most_common_dtype(plan: Plan) -> str | None:
+    """What most of the output's float entries are stored as, as configs name it."""
+    names = {stored: name for name, stored in _STORED.items()}
+    entries = Counter[str]()
+    for tensor in plan.tensors:
+        if tensor.info.dtype in names:
+            entries[names[tensor.info.dtype]] += tensor.info.numel
+    return entries.most_common(1)[0][0] if entries else None
 
 
 def _seen_from(folder: Path, checkpoint: Checkpoint) -> str:

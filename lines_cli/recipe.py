@@ -216,7 +216,8 @@ class Recipe(_Part):
         models: the fine-tune.
         lines: the scaling over depth.
         dtype: what every float tensor is written as; None keeps the fine-tune's own, tensor by tensor.
-        missing: a tensor that one side lacks is an `error`, a `copy` of the side that has it, or left out (`skip`).
+        missing: a tensor that one side lacks is an `error`; taken if it is the fine-tune's (`ft`); a `copy` of
+            whichever side has it; or left out (`skip`).
         resize: token embeddings and heads with differing numbers of rows are an `error`, or take the rows of the
             fine-tune (`ft`) or the `base`.
         allow_nonfinite: let NaN and Inf through.
@@ -228,7 +229,7 @@ class Recipe(_Part):
     models: tuple[Source]
     lines: Scaling = Scaling()
     dtype: DtypeName | None = None
-    missing: Literal["error", "copy", "skip"] = "error"
+    missing: Literal["error", "ft", "copy", "skip"] = "error"
     resize: Literal["error", "ft", "base"] = "error"
     allow_nonfinite: bool = False
     max_shard_size: Size = parse_size("5GB")

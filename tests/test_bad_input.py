@@ -684,9 +684,12 @@ def test_an_interrupt_stops_the_workers_first(tmp_path: Path, monkeypatch: pytes
     assert alive == [[]]
 
 
-@pytest.mark.parametrize("existing", [False, True])
-def test_ctrl_c_in_the_middle_of_a_write(existing: bool, tmp_path: Path) -> None:
-    """SIGINT to a run that is writing 256 MB: exit code 130, a word on stderr, and the disk as it was."""
+@pytest.mark.parametrize(
+    ("number", "existing"),
+    [(signal.SIGINT, False), (signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGHUP, True)],
+)
+def test_a_signal_in_the_middle_of_a_write(number: signal.Signals, existing: bool, tmp_path: Path) -> None:
+    """A run of 256 MB that is asked to end: exit code 128 + signal, a word on stderr, and the disk as it was."""
     header = {
         f"layers.{i}.w": {"dtype": "F32", "shape": [2**24], "data_offsets": [i << 26, (i + 1) << 26]} for i in range(4)
     }
@@ -709,9 +712,42 @@ def test_ctrl_c_in_the_middle_of_a_write(existing: bool, tmp_path: Path) -> None
             assert time.monotonic() < until
             time.sleep(0.002)
         time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (130, "")
+    assert (process.returncode, out) == (128 + number, "")
     assert "interrupted" in err
     assert "Traceback" not in err
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_ctrl_c_while_torch_loads(tmp_path: Path) -> None:
+    """Ctrl-C in the first second is heard, though importing torch would swallow it."""
+    for side in ("base", "ft"):
+        write_checkpoint(tmp_path / side, tensors())
+    program = (
+        "import os, signal, sys, threading\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "class Press:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'torch.nn': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Press())\n"
+        "from lines_cli.cli import main; main()"
+    )
+    command = [sys.executable, "-c", program, "edit", "base", "ft", "-o", "out"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (130, "")
+    assert "interrupted" in ran.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "ft"]
+
+
+def test_an_input_by_another_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An input reached by another mount, or spelt in other letters where case does not count, is not replaced."""
+    base, ft, *_ = pair()(tmp_path)
+    alias = write_checkpoint(tmp_path / "alias", tensors())
+    same = os.path.samefile
+    monkeypatch.setattr(os.path, "samefile", lambda a, b: {Path(a), Path(b)} == {alias, Path(ft)} or same(a, b))
+    before = snapshot(tmp_path)
+    ran = run_lines("edit", base, ft, "-o", alias, "--force")
+    assert (ran.code, ran.trace) == (6, "")
+    assert "replace an input" in ran.err
+    assert snapshot(tmp_path) == before

@@ -310,3 +310,9 @@ def test_one_coefficient_needs_no_depth(tmp_path: Path) -> None:
     ran = run_lines("edit", *sides, "-o", tmp_path / "out.safetensors", "--alpha", 0.25, "--beta", 0)
     assert ran.code == 0
     assert [tensor.tolist() for tensor in load_file(tmp_path / "out.safetensors").values()] == [[0.25] * 3]
+
+
+def test_a_close_decision_is_said() -> None:
+    """Where no list is called layers and a plain Sequential is taken, a note says so."""
+    assert "net (3)" in " ".join(find_depth([f"net.{i}.weight" for i in (0, 2, 4)]).notes)
+    assert not find_depth([f"layers.{i}.weight" for i in range(3)]).notes

@@ -375,3 +375,45 @@ def test_the_command_line_says_the_same(tmp_path: Path) -> None:
     assert_same(load_file(out), {name: by_formula(base[name], ft[name], c[name], torch.float64) for name in base})
     with safe_open(out, "pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+# --- how bytes are moved ---
+
+
+def four_dtypes(seed: int) -> Tensors:
+    """Twelve layers, three of each float dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        f"layers.{i}.w": torch.randn(3001, generator=generator).to([*FLOATS.values()][i % len(FLOATS)])
+        for i in range(12)
+    }
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_without_positional_reads_the_bytes_are_the_same(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where preadv and pwrite are missing, seeking and reading under a lock gives the same file."""
+    sides = saved(tmp_path, four_dtypes(0), four_dtypes(1))
+    resources = {"workers": workers, "chunk": 500}
+    plain = edit(*sides, tmp_path / "plain.safetensors", resources).read_bytes()
+    monkeypatch.setattr("lines_cli.checkpoint.positional._HAS_POSITIONAL", False)
+    assert edit(*sides, tmp_path / "seeking.safetensors", resources).read_bytes() == plain
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_gives_the_bytes_of_the_cpu(tmp_path: Path) -> None:
+    """The device changes no byte."""
+    sides = saved(tmp_path, four_dtypes(0), four_dtypes(1))
+    on_cpu = edit(*sides, tmp_path / "cpu.safetensors").read_bytes()
+    recipe = lines.edit_recipe(*map(str, sides))
+    plan = lines.make_plan(recipe, *lines.open_inputs(recipe), tmp_path / "cuda.safetensors")
+    lines.run(plan, lines.Resources(device="cuda", chunk=500))
+    assert (tmp_path / "cuda.safetensors").read_bytes() == on_cpu
+
+
+@pytest.mark.parametrize("settings", [{"workers": 0}, {"workers": -1}, {"chunk": 0}, {"device": "abacus"}])
+def test_impossible_resources_are_refused(settings: dict[str, Any]) -> None:
+    """No workers, no chunk or no such device is an error, not a run that never ends."""
+    with pytest.raises(lines.LinesError):
+        lines.Resources(**settings)

@@ -27,7 +27,7 @@ import torch
 before = peak()
 resources = lines.Resources(workers=2, device="cpu")
 lines.run(plan, resources)
-print(peak() - before, resources.buffer_bytes)
+print(peak() - before, plan.buffer_bytes(resources))
 """
 
 

@@ -523,3 +523,12 @@ def test_quiet(tmp_path: Path) -> None:
     ran = run_lines("edit", base, ft, "-o", tmp_path / "out", "--force")
     assert (ran.code, ran.err) == (0, "")
     assert str(tmp_path / "out") in ran.out
+
+
+def test_a_borrowed_config_follows_the_weights(tmp_path: Path) -> None:
+    """A lone fine-tune in bfloat16 takes the base's config, which then says bfloat16."""
+    config = {"model_type": "tiny", "torch_dtype": "float32"}
+    base = write_checkpoint(tmp_path / "base", {"layers.0.w": torch.zeros(4)}, config=config)
+    ft = write_checkpoint(tmp_path / "ft.safetensors", {"layers.0.w": torch.ones(4).bfloat16()})
+    edit(base, ft, "-o", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"

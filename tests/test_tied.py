@@ -313,3 +313,31 @@ def test_a_resized_model_loads(family: str, keep: str, tmp_path: Path) -> None:
     rows = {"base": 64, "ft": 66}[keep]
     assert loaded.get_input_embeddings().weight.shape[0] == rows
     assert loaded.config.get_text_config().vocab_size == rows
+
+
+# --- the fine-tune's set of tensors ---
+
+
+def test_missing_ft_gives_the_fine_tune_s_set(tmp_path: Path) -> None:
+    """With a new head in place of the base's, --missing ft keeps the one and leaves the other out, and says which."""
+    base = {"bert.encoder.layer.0.w": torch.zeros(2), "cls.predictions.transform.dense.bias": torch.zeros(2)}
+    ft = {"bert.encoder.layer.0.w": torch.ones(2), "classifier.weight": torch.ones(3, 2)}
+    sides = [write_checkpoint(tmp_path / side, tensors) for side, tensors in (("base", base), ("ft", ft))]
+    ran = run_lines("edit", *sides, "-o", tmp_path / "out", "--missing", "ft")
+    assert (ran.code, ran.trace) == (0, "")
+    assert "classifier.weight" in ran.err
+    assert "cls.predictions.transform.dense.bias" in ran.err
+    out = load_file(tmp_path / "out" / "model.safetensors")
+    assert out.keys() == ft.keys()
+    assert torch.equal(out["classifier.weight"], ft["classifier.weight"])
+
+
+def test_a_renamed_embedding_is_not_tied(tmp_path: Path) -> None:
+    """Only a head, or a copy of `shared`, can be one weight with a token embedding of another name."""
+    config = {"model_type": "x", "tie_word_embeddings": True}
+    layers = {f"h.{i}.w": torch.ones(2) for i in range(2)}
+    for side, name in (("base", "wte.weight"), ("ft", "embed_tokens.weight")):
+        write_checkpoint(tmp_path / side, {**layers, name: torch.ones(4, 2)}, config=config)
+    ran = run_lines("edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / "out")
+    assert ran.code == 4
+    assert "wte.weight" in ran.err

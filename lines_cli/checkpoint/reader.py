@@ -30,6 +30,7 @@ _QUANTISED_NAME = re.compile(
     r"|.*\.quant_state\..*|.*_proj_(?:blocks|scales)$"
 )
 _SHARD = re.compile(r".*-(\d{5})-of-(\d{5})\.safetensors")
+_CONVERT = "Load it with the library that wrote it and save it as safetensors (transformers: save_pretrained)."
 _UNREADABLE = "Ask whoever owns it for permission to read it."
 _NOT_JSON = "The file is damaged: copy or download it again."
 _LARGEST_JSON = 64 * 2**20
@@ -100,6 +101,8 @@ def open_checkpoint(path: Path, *, name: str | None = None, hub_id: str | None =
             raise CheckpointError(f"{path / 'config.json'}: not a JSON object", hint=_NOT_JSON)
     elif os.path.isfile(path):
         _refuse_lone_shard(path.parent, path.name)
+        if path.name.endswith(_OTHER_FORMATS):
+            raise UnsupportedError(f"{path} is no safetensors file, by its name", hint=_CONVERT)
         files, stem, config = {path: None}, _stem_of_file(path), {}
     else:
         what = "neither a file nor a folder" if os.path.lexists(path) else "there is no such file or folder"
@@ -223,7 +226,7 @@ def refuse_folder(folder: str, names: Collection[str]) -> NoReturn:
     if other:
         raise UnsupportedError(
             f"{folder} holds no safetensors, but weights in another format:\n{some(other)}",
-            hint="Load it with the library that wrote it and save it as safetensors (transformers: save_pretrained).",
+            hint=_CONVERT,
         )
     raise CheckpointError(
         f"{folder} holds no .safetensors file", hint="Give a checkpoint: a .safetensors file or a folder with one."

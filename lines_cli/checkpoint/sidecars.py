@@ -83,7 +83,13 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def carry_over(
-    base: Checkpoint, ft: Checkpoint, *, dtype: str | None, rows: Mapping[int, int], keep_base_rows: bool
+    base: Checkpoint,
+    ft: Checkpoint,
+    *,
+    dtype: str | None,
+    stored: str | None,
+    rows: Mapping[int, int],
+    keep_base_rows: bool,
 ) -> tuple[list[Sidecar], list[str]]:
     """The carried-over files of an output folder, and what to say of them.
 
@@ -92,7 +98,8 @@ def carry_over(
 
     Args:
         base, ft: the inputs.
-        dtype: what the weights were cast to (`bfloat16`); None where they keep theirs.
+        dtype: what the weights were cast to (`bfloat16`); None where they keep the fine-tune's.
+        stored: what most of the output's float entries are stored as, for a config that is not the fine-tune's.
         rows: numbers of vocabulary rows that became another number.
         keep_base_rows: those rows are now the base's, so its tokenizer goes with them.
     """
@@ -102,6 +109,7 @@ def carry_over(
     files = ft_files
     if CONFIG not in ft_files and CONFIG in base_files:
         files = base_files | ft_files
+        dtype = dtype or stored
         borrowed = sorted(files.keys() - ft_files.keys())
         notes.append(f"the fine-tune has no config.json; from the base come {', '.join(map(printable, borrowed))}")
     elif not files:
@@ -148,7 +156,7 @@ def _follow(
     for key, value in config.items():
         if key in ("dtype", "torch_dtype") and dtype and isinstance(value, str):
             changed[key] = dtype
-        elif key == "vocab_size" and value in rows:
+        elif key == "vocab_size" and type(value) is int and value in rows:
             changed[key] = rows[value]
         elif ids is not None and key.endswith(("_token_id", "_token_ids")):
             changed[key] = ids.get(key)

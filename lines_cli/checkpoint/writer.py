@@ -39,11 +39,13 @@ def check_destination(output: Path, *, inputs: Iterable[Path], nbytes: int, forc
         for path in inputs:
             # A link to an input is in the way, too: replacing the folder that holds it would remove the link.
             for source in (path.resolve(), path.parent.resolve() / path.name):
-                if source == target or target in source.parents:
+                if any(_is_same(target, way) for way in (source, *source.parents)):
                     raise OutputError(
                         f"{output}: the output would replace an input, {path}",
                         hint="Choose another destination with -o.",
                     )
+        if target == Path.cwd():
+            raise OutputError(f"{output} is the current folder", hint="Give a folder within it, or beside it.")
         if os.path.ismount(target):
             raise OutputError(
                 f"{output} is where a disk is mounted", hint="Give a folder within it, which can be renamed."
@@ -63,6 +65,14 @@ def check_destination(output: Path, *, inputs: Iterable[Path], nbytes: int, forc
             raise OutputError(
                 f"{output}: {nbytes:,} bytes are to be written, and {parent} has room for {free:,}", hint=_ELSEWHERE
             )
+
+
+def _is_same(target: Path, way: Path) -> bool:
+    """Whether two paths lead to one place, be it by another spelling, another mount or another case of letters."""
+    try:
+        return target == way or os.path.samefile(target, way)
+    except OSError:
+        return False
 
 
 _ELSEWHERE = "Make room or get permission there, or choose another destination with -o."

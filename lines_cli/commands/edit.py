@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,16 +77,32 @@ def edit(
     if not output:
         raise RecipeError("-o is empty", hint="Name a folder, or a file that ends in .safetensors.")
 
+    named = [Path(os.path.expanduser(name)) for name in (recipe.base_model, recipe.fine_tune)]
+    check_destination(Path(output), inputs=named, nbytes=0, force=force)  # before anything is fetched
     plan = make_plan(recipe, *open_inputs(recipe, quiet=quiet), Path(output))
     if dry_run:
         check_destination(plan.output, inputs=plan.read_paths, nbytes=plan.bytes_written, force=force)
         console.show_plan(plan, resources, json=json)
         return
 
-    from lines_cli.engine import run
+    with _interruptible_import():
+        from lines_cli.engine import run
 
     outcome = run(plan, resources, force=force, track=console.progress(plan.bytes_written, quiet=quiet))
     console.show_outcome(plan, outcome, json=json, quiet=quiet)
+
+
+@contextmanager
+def _interruptible_import() -> Iterator[None]:
+    """Hold Ctrl-C back until an import is over: torch's swallows it, or dies of it."""
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def _recipe(base: str | None, ft: str | None, config: Path | None, **options: Any) -> Recipe:

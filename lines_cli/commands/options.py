@@ -84,8 +84,8 @@ Stack = Annotated[
         "--stack",
         metavar="NAME=RULE",
         show_default=False,
-        help="One stack's own alpha,beta; or keep (coefficient 1), or base (0). NAME is any part of its name that no "
-        "other has. Repeatable.",
+        help="One stack's own alpha,beta; or keep (coefficient 1), or base (0). NAME is any dotted part of its name "
+        "that no other has. Repeatable.",
     ),
 ]
 Filter = Annotated[
@@ -110,11 +110,12 @@ Layers = Annotated[
 ]
 
 Missing = Annotated[
-    Literal["copy", "skip"] | None,
+    Literal["ft", "copy", "skip"] | None,
     typer.Option(
         "--missing",
         show_default="an error",
-        help="A tensor that one side lacks: copy it from the other, or skip it.",
+        help="A tensor that one side lacks: keep the fine-tune's set of tensors, as for a new head (ft); copy it from "
+        "the side that has it; or skip it.",
     ),
 ]
 Resize = Annotated[
