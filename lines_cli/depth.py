@@ -499,9 +499,7 @@ def _config_counts(config: Mapping[str, Any]) -> dict[str, int]:
     """Every number of layers that a config gives, nested configs included: dotted key -> count."""
     counts = {key: n for key, n in config.items() if key in _CONFIG_COUNTS and type(n) is int and n > 0}
     if len(counts) > 1:
-        counts.pop(
-            "num_hidden_layers", None
-        )  # where a family has names of its own, transformers' common one repeats them
+        counts.pop("num_hidden_layers", None)  # repeats what the family's own key says
     for key, value in config.items():
         if isinstance(value, Mapping) and key.endswith("config") and not _NEVER.fullmatch(key.removesuffix("_config")):
             counts.update((f"{key}.{inner}", count) for inner, count in _config_counts(value).items())
@@ -522,7 +520,8 @@ def _check_against_config(lanes: list[_Lane], config: Mapping[str, Any]) -> list
         counted = _counted_layers(lane, len(lanes), counts)
         if counted is not None:
             key, count = counted
-            inside = sum(index < count for index in lane.lists[0].tails)
+            indices = lane.lists[0].tails
+            inside = sum(index - min(indices) < count for index in indices)
             notes.append(f"{lane.name}: {key} is {count}, so the layers from {count} on are outside the stack")
             lane.units = lane.units[:inside]
     found = Counter(n for lane in lanes for n in {len(lane.units), *(len(part.tails) for part in lane.lists)})

@@ -25,11 +25,14 @@ Pair = tuple[str | None, str | None]
 """The names that one output tensor is read from: in the base, in the fine-tune."""
 
 
-def pair_tensors(base: Checkpoint, ft: Checkpoint, recipe: Recipe, notes: list[str]) -> dict[str, Pair]:
+def pair_tensors(
+    base: Checkpoint, ft: Checkpoint, in_base: Mapping[str, str], recipe: Recipe, notes: list[str]
+) -> dict[str, Pair]:
     """Pair the tensors of the two sides by name; see through tied weights; settle or refuse what is left over.
 
     Args:
         base, ft: the two sides.
+        in_base: the base's tensors by the fine-tune's names for them (`names_in_base`).
         recipe: says what becomes of a tensor that one side lacks and that is not tied.
         notes: gets a line for everything that a person should know of.
 
@@ -39,19 +42,20 @@ def pair_tensors(base: Checkpoint, ft: Checkpoint, recipe: Recipe, notes: list[s
     Raises:
         MismatchError: tensors are missing on one side, and the recipe calls that an error.
     """
-    pairs: dict[str, Pair] = {name: (name, name) for name in ft.tensors if name in base.tensors}
-    only_ft = [name for name in ft.tensors if name not in base.tensors]
-    only_base = [name for name in base.tensors if name not in ft.tensors]
+    pairs: dict[str, Pair] = {name: (in_base[name], name) for name in ft.tensors if name in in_base}
+    only_ft = [name for name in ft.tensors if name not in in_base]
+    only_base = [name for name in in_base if name not in ft.tensors]
+    resize = recipe.resize != "error"
 
     for name in list(only_ft):
-        if partner := _tied_partner(name, lacking=base, having=ft, resize=recipe.resize != "error"):
+        if partner := _tied_partner(name, lacking=base, having=ft, resize=resize):
             pairs[name] = (partner, name)
             only_ft.remove(name)
             notes.append(
                 f"{printable(name)} is not in the base, whose config ties it to {printable(partner)}, used for it"
             )
     for name in list(only_base):
-        if partner := _tied_partner(name, lacking=ft, having=base, resize=recipe.resize != "error"):
+        if partner := _tied_partner(in_base[name], lacking=ft, having=base, resize=resize):
             only_base.remove(name)
             notes.append(
                 f"{printable(name)} is not in the fine-tune, whose config ties it to {printable(partner)}: left out"
@@ -62,7 +66,7 @@ def pair_tensors(base: Checkpoint, ft: Checkpoint, recipe: Recipe, notes: list[s
     if recipe.missing in ("copy", "ft"):
         pairs.update({name: (None, name) for name in only_ft})
     if recipe.missing == "copy":
-        pairs.update({name: (name, None) for name in only_base})
+        pairs.update({name: (in_base[name], None) for name in only_base})
     for names, side, kept in (
         (only_ft, "fine-tune", recipe.missing in ("copy", "ft")),
         (only_base, "base", recipe.missing == "copy"),
@@ -92,27 +96,37 @@ def _missing(base: Checkpoint, ft: Checkpoint, only_base: list[str], only_ft: li
     )
     if len(only_ft) == len(ft.tensors):
         hint = "No tensor is on both sides. Are they of one model?"
-    prefix = _shifted(base, ft)
-    if prefix is not None:
-        hint = (
-            f"But for the prefix {prefix!r} most would match: one side was saved from inside a wrapper. "
-            "Save both from the same class."
-        )
     return MismatchError("\n".join(parts), hint=hint)
 
 
-def _shifted(base: Checkpoint, ft: Checkpoint) -> str | None:
-    """The prefix that one side's names have and the other's lack, if that is the difference between them."""
-    for shorter, longer in ((base, ft), (ft, base)):
-        if not shorter.tensors:
-            continue
-        name = next(iter(shorter.tensors))
-        for other in longer.tensors:
-            if other.endswith(f".{name}"):
-                prefix = other.removesuffix(name)
-                shared = sum(f"{prefix}{name}" in longer.tensors for name in shorter.tensors)
-                if 2 * shared > len(shorter.tensors):
-                    return prefix
+def names_in_base(base: Checkpoint, ft: Checkpoint, notes: list[str]) -> dict[str, str]:
+    """The base's tensors by the names that the fine-tune has for them.
+
+    A model saved by itself and one saved inside another (GPT-2's `h.0` and `transformer.h.0`) differ by one prefix, as
+    transformers, too, sees on loading. It is taken off or put on where most names match with it, and not without it.
+    """
+    direct = sum(name in base.tensors for name in ft.tensors)
+    if 2 * direct < min(len(base.tensors), len(ft.tensors)):
+        for longer, shorter, where in ((ft, base, "fine-tune"), (base, ft, "base")):
+            prefix = _common_prefix(longer, shorter)
+            if prefix:
+                notes.append(
+                    f"names of the {where} begin with {prefix!r}, those of the other side do not: paired without"
+                )
+                if longer is ft:
+                    return {f"{prefix}{name}": name for name in base.tensors}
+                return {name.removeprefix(prefix): name for name in base.tensors}
+    return {name: name for name in base.tensors}
+
+
+def _common_prefix(longer: Checkpoint, shorter: Checkpoint) -> str | None:
+    """The prefix with which most names of `shorter` are names of `longer`."""
+    sample = max(shorter.tensors, key=len, default="")
+    for other in longer.tensors:
+        if sample and other.endswith(f".{sample}"):
+            prefix = other.removesuffix(sample)
+            if 2 * sum(f"{prefix}{name}" in longer.tensors for name in shorter.tensors) > len(shorter.tensors):
+                return prefix
     return None
 
 

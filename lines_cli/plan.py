@@ -23,7 +23,7 @@ from lines_cli.checkpoint.writer import is_one_file
 from lines_cli.depth import DepthMap, Place, find_depth
 from lines_cli.errors import DepthError, MismatchError, RecipeError, printable, some
 from lines_cli.hub import locate
-from lines_cli.pairing import Pair, is_vocabulary, pair_tensors, tied_embedding
+from lines_cli.pairing import Pair, is_vocabulary, names_in_base, pair_tensors, tied_embedding
 from lines_cli.recipe import Recipe, dump_recipe
 from lines_cli.schedule import Rules
 
@@ -279,8 +279,9 @@ def make_plan(recipe: Recipe, base: Checkpoint, ft: Checkpoint, output: Path) ->
         DepthError: which tensor stands at which depth cannot be decided.
     """
     notes: list[str] = []
-    pairs = pair_tensors(base, ft, recipe, notes)
-    depth = _depth(recipe, base, ft, notes)
+    in_base = names_in_base(base, ft, notes)
+    pairs = pair_tensors(base, ft, in_base, recipe, notes)
+    depth = _depth(recipe, base, ft, [*ft.tensors, *in_base], notes)
     rules = recipe.lines.rules(depth)
     drafts = _draft(recipe, base, ft, depth, rules, pairs)
 
@@ -313,10 +314,9 @@ def make_plan(recipe: Recipe, base: Checkpoint, ft: Checkpoint, output: Path) ->
     return _with_sidecars(plan, dict(draft.rows for draft in drafts if draft.rows))
 
 
-def _depth(recipe: Recipe, base: Checkpoint, ft: Checkpoint, notes: list[str]) -> DepthMap:
-    names = dict.fromkeys([*ft.tensors, *base.tensors])
+def _depth(recipe: Recipe, base: Checkpoint, ft: Checkpoint, names: Iterable[str], notes: list[str]) -> DepthMap:
     try:
-        return find_depth(names, config=ft.config or base.config, layers=recipe.lines.layers)
+        return find_depth(dict.fromkeys(names), config=ft.config or base.config, layers=recipe.lines.layers)
     except DepthError as error:
         if recipe.lines.needs_depth:
             raise

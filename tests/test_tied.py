@@ -341,3 +341,33 @@ def test_a_renamed_embedding_is_not_tied(tmp_path: Path) -> None:
     ran = run_lines("edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / "out")
     assert ran.code == 4
     assert "wte.weight" in ran.err
+
+
+# --- saved by itself, or inside another ---
+
+
+@pytest.mark.parametrize("wrapped", ["base", "ft"])
+def test_a_model_saved_inside_another_is_paired(wrapped: str, tmp_path: Path) -> None:
+    """GPT-2 as the Hub has it, `h.0`, and a fine-tune with `transformer.h.0` are one; the output is named as the latter."""
+    names = ["wte.weight", "ln_f.weight", *(f"h.{i}.attn.weight" for i in range(3))]
+    for side, value in (("base", 0.0), ("ft", 1.0)):
+        prefix = "transformer." if side == wrapped else ""
+        write_checkpoint(tmp_path / side, {f"{prefix}{name}": torch.full((2, 2), value) for name in names})
+    ran = run_lines("edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / "out")
+    assert (ran.code, ran.trace) == (0, ""), ran.err
+    assert "'transformer.'" in ran.err
+    out = load_file(tmp_path / "out" / "model.safetensors")
+    prefix = "transformer." if wrapped == "ft" else ""
+    assert out.keys() == {f"{prefix}{name}" for name in names}
+    found = [float(out[f"{prefix}h.{i}.attn.weight"][0, 0]) for i in range(3)]
+    assert found == pytest.approx([0.1, 0.55, 1.0])
+
+
+def test_half_a_match_is_no_prefix(tmp_path: Path) -> None:
+    """Names that match as they are, are not moved, whatever else would match with a prefix."""
+    shared = {f"h.{i}.w": torch.ones(2) for i in range(3)}
+    write_checkpoint(tmp_path / "base", {**shared, "x.h.0.w": torch.ones(2)})
+    write_checkpoint(tmp_path / "ft", shared)
+    ran = run_lines("edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / "out")
+    assert ran.code == 4
+    assert "x.h.0.w" in ran.err
