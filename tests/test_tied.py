@@ -348,7 +348,7 @@ def test_a_renamed_embedding_is_not_tied(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrapped", ["base", "ft"])
 def test_a_model_saved_inside_another_is_paired(wrapped: str, tmp_path: Path) -> None:
-    """GPT-2 as the Hub has it, `h.0`, and a fine-tune with `transformer.h.0` are one; the output has the latter names."""
+    """GPT-2 as the Hub has it, `h.0`, and a fine-tune with `transformer.h.0` are one; names are the fine-tune's."""
     names = ["wte.weight", "ln_f.weight", *(f"h.{i}.attn.weight" for i in range(3))]
     for side, value in (("base", 0.0), ("ft", 1.0)):
         prefix = "transformer." if side == wrapped else ""
