@@ -37,7 +37,7 @@ bench: $(VENV)/dev ## Measure lines against the disk and the plain script (QUICK
 	$(BIN)/python benchmarks/edit.py $(if $(QUICK),--quick)
 
 clean: ## Remove what was installed and built.
-	rm -rf $(VENV) demo/out benchmarks/work build *.egg-info
+	rm -rf $(VENV) demo/out benchmarks/models build *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

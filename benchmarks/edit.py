@@ -76,7 +76,7 @@ def main() -> None:
     layers, width = (12, 1024) if options.quick else (28, 2048)
     rounds = options.rounds or (3 if options.quick else 5)
 
-    work = HERE / "work"
+    work = HERE / "models"
     base, ft, out = work / f"base-{layers}-{width}", work / f"ft-{layers}-{width}", work / "out"
     for folder, noise in ((base, 0.0), (ft, 0.002)):
         if not (folder / "config.json").exists():

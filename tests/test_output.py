@@ -435,7 +435,7 @@ def weights(out: Path) -> dict[str, bytes | str | None]:
 @pytest.mark.parametrize("form", ["relative", "absolute"])
 def test_the_recipe_repeats_the_run(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`lines edit --config out/lines_recipe.yaml` gives the same bytes, from another working directory too."""
-    work = tmp_path / "work"
+    work = tmp_path / "desk"
     two(work, config={"model_type": "tiny", "dtype": "bfloat16"})
     monkeypatch.chdir(work)
     here = Path() if form == "relative" else work
@@ -445,7 +445,7 @@ def test_the_recipe_repeats_the_run(form: str, tmp_path: Path, monkeypatch: pyte
 
     (tmp_path / "far" / "away").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "far")
-    edit("--config", "../work/sub/out/lines_recipe.yaml", "-o", "away/again")
+    edit("--config", "../desk/sub/out/lines_recipe.yaml", "-o", "away/again")
     assert weights(Path("away/again")) == first
     edit("--config", "away/again/lines_recipe.yaml", "-o", tmp_path / "third")
     assert weights(tmp_path / "third") == first
@@ -455,7 +455,7 @@ def test_the_recipe_repeats_the_run(form: str, tmp_path: Path, monkeypatch: pyte
 
 def test_inputs_and_output_can_move_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the inputs were given by relative paths, the recipe holds after all of it was moved elsewhere."""
-    work = tmp_path / "work"
+    work = tmp_path / "desk"
     two(work)
     monkeypatch.chdir(work)
     edit("base", "./ft", "-o", "runs/1/out", *FLAGS)
@@ -469,14 +469,14 @@ def test_inputs_and_output_can_move_together(tmp_path: Path, monkeypatch: pytest
 
 def test_the_recipe_of_an_output_behind_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An output below a linked folder names its inputs by a way that leads to them."""
-    work = tmp_path / "work"
+    work = tmp_path / "desk"
     two(work)
     (tmp_path / "disk2" / "deep" / "er").mkdir(parents=True)
     (work / "linked").symlink_to(tmp_path / "disk2" / "deep" / "er")
     monkeypatch.chdir(work)
     edit("base", "ft", "-o", "linked/out", *FLAGS)
     monkeypatch.chdir(tmp_path)
-    edit("--config", "work/linked/out/lines_recipe.yaml", "-o", "again")
+    edit("--config", "desk/linked/out/lines_recipe.yaml", "-o", "again")
     assert weights(tmp_path / "again") == weights(work / "linked" / "out")
 
 

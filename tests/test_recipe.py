@@ -233,17 +233,17 @@ def test_what_is_not_beside_the_file_stays_as_it_is(name: str, tmp_path: Path) -
     assert load_recipe(path).base_model == name
 
 
-@pytest.mark.parametrize("name", ["./base", "base", "../work/base"])
+@pytest.mark.parametrize("name", ["./base", "base", "../desk/base"])
 def test_what_is_not_beside_the_file_is_not_looked_for_elsewhere(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A path that is missing beside the recipe is not replaced by one that happens to fit the working directory."""
     tensors = {f"layers.{i}.w": torch.ones(2) for i in range(2)}
-    write_checkpoint(tmp_path / "work" / "base", tensors)
+    write_checkpoint(tmp_path / "desk" / "base", tensors)
     write_checkpoint(tmp_path / "moved" / "far" / "ft", tensors)
     path = tmp_path / "moved" / "far" / "recipe.yaml"
     path.write_text(yaml.safe_dump({"base_model": name, "models": [{"model": "ft"}]}))
-    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "desk")
     ran = run_lines("edit", "--config", path, "-o", tmp_path / "out", "--dry-run")
     assert (ran.code, ran.out, ran.trace) == (3, "", "")
     assert name in ran.err
