@@ -254,7 +254,7 @@ class Resources:
         return self.workers or max(1, min(4, cores))
 
 
-_PYTHON_WITH_TORCH = 230_000_000
+_PYTHON_WITH_TORCH = 250_000_000  # resident, with all that lines imports
 _PER_TENSOR = 3_000
 
 
