@@ -20,7 +20,7 @@ from lines_cli.errors import LinesError
 
 EXIT_CODES = {
     0: "done; or, with --dry-run, nothing that headers can tell stands against it",
-    1: "a bug in lines: please report it with the traceback",
+    1: "out of memory; or a bug in lines: please report it with the traceback",
     2: "the command line or the recipe says something impossible",
     3: "an input cannot be found or read, or is of a kind lines does not edit",
     4: "the inputs do not fit together, or depth cannot be decided from the names",
@@ -98,8 +98,9 @@ def main() -> None:
     # objects, takes a tenth of the time that importing torch takes, and doubles that of planning 100,000 tensors.
     gc.disable()
     for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _end)
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _end)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks

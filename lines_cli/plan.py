@@ -277,6 +277,7 @@ def make_plan(recipe: Recipe, base: Checkpoint, ft: Checkpoint, output: Path) ->
     Raises:
         MismatchError: names, shapes or dtypes of the two sides do not fit and the recipe does not say what to do.
         DepthError: which tensor stands at which depth cannot be decided.
+        RecipeError: a stack or a filter names nothing there, or a coefficient is beyond float32.
     """
     notes: list[str] = []
     in_base = names_in_base(base, ft, notes)

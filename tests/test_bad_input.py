@@ -751,3 +751,23 @@ def test_an_input_by_another_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (ran.code, ran.trace) == (6, "")
     assert "replace an input" in ran.err
     assert snapshot(tmp_path) == before
+
+
+def test_what_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
+    """A run whose parent ignores SIGHUP and SIGINT, as nohup and a script's background do, is not ended by them."""
+    for side in ("base", "ft"):
+        write_checkpoint(tmp_path / side, tensors())
+    program = (
+        "import os, signal, sys\n"
+        "numbers = (signal.SIGHUP, signal.SIGINT)\n"
+        "for number in numbers: signal.signal(number, signal.SIG_IGN)\n"
+        "class Send:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'torch.nn': [os.kill(os.getpid(), number) for number in numbers]\n"
+        "sys.meta_path.insert(0, Send())\n"
+        "from lines_cli.cli import main; main()"
+    )
+    command = [sys.executable, "-c", program, "edit", "base", "ft", "-o", "out"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "out" / "model.safetensors").exists()

@@ -1,8 +1,7 @@
 """Whole reads and writes at an offset, however short the system's own may be.
 
-Threads may share a file descriptor as long as nobody relies on its position: `preadv` and `pwrite` do not. Where
-    they are missing, a lock
-around seek-and-read does the same, one call at a time.
+Threads may share a file descriptor as long as nobody relies on its position: `preadv` and `pwrite` do not. Where they
+are missing, a lock around seek-and-read does the same, one call at a time.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """What stands beside the weights in a checkpoint folder: carried over, adapted where the weights changed it, or
 written anew.
 
-Carried over is what a loader needs: config, tokenizer, generation config, chat template, processor, custom model
-    code, licence. Never weights, pickles or
-training state, whatever they are called.
+Carried over is what a loader needs: config, tokenizer, generation config, chat template, processor, custom model code,
+licence. Never weights, pickles or training state, whatever they are called.
 """
 
 from __future__ import annotations

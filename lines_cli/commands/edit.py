@@ -95,6 +95,9 @@ def edit(
 @contextmanager
 def _interruptible_import() -> Iterator[None]:
     """Hold Ctrl-C back until an import is over: torch's swallows it, or dies of it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script
+        yield
+        return
     pressed = []
     before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
     try:
