@@ -115,7 +115,9 @@ def names_in_base(base: Checkpoint, ft: Checkpoint, notes: list[str]) -> dict[st
                 )
                 if longer is ft:
                     return {f"{prefix}{name}": name for name in base.tensors}
-                return {name.removeprefix(prefix): name for name in base.tensors}
+                # A name that stands there with and without the prefix keeps it, so that neither is lost.
+                bare = {name: name.removeprefix(prefix) for name in base.tensors}
+                return {name if own != name and own in base.tensors else own: name for name, own in bare.items()}
     return {name: name for name in base.tensors}
 
 

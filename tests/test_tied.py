@@ -371,3 +371,14 @@ def test_half_a_match_is_no_prefix(tmp_path: Path) -> None:
     ran = run_lines("edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / "out")
     assert ran.code == 4
     assert "x.h.0.w" in ran.err
+
+
+def test_a_prefix_taken_off_loses_no_tensor(tmp_path: Path) -> None:
+    """A base that has one name with and without the prefix has a tensor too many, which is said, not dropped."""
+    names = [f"h.{i}.attn.weight" for i in range(4)]
+    base = {f"transformer.{name}": torch.zeros(2) for name in names} | {names[0]: torch.zeros(2)}
+    write_checkpoint(tmp_path / "base", base)
+    write_checkpoint(tmp_path / "ft", {name: torch.ones(2) for name in names})
+    ran = run_lines("edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / "out")
+    assert (ran.code, ran.trace) == (4, "")
+    assert "transformer.h.0.attn.weight" in ran.err
