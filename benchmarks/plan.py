@@ -51,7 +51,7 @@ def main() -> None:
         recipe = edit_recipe(*map(str, sides))
         inputs = open_inputs(recipe)
         print(f"open_inputs   {timed(lambda: open_inputs(recipe), rounds)}")
-        print(f"make_plan     {timed(lambda: make_plan(recipe, *inputs, Path(folder) / 'out'), rounds)}")
+        print(f"make_plan     {timed(lambda: make_plan(recipe, inputs, Path(folder) / 'out'), rounds)}")
 
 
 if __name__ == "__main__":

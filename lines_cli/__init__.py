@@ -4,7 +4,7 @@
     import lines_cli as lines
 
     recipe = lines.edit_recipe("base", "ft", alpha=0.1)
-    plan = lines.make_plan(recipe, *lines.open_inputs(recipe), Path("out"))
+    plan = lines.make_plan(recipe, lines.open_inputs(recipe), Path("out"))
     lines.run(plan)
 
 Every refusal is a `LinesError`. Importing this module loads nothing else; the first use of a name does.
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from lines_cli.engine import run as run
     from lines_cli.errors import LinesError as LinesError
     from lines_cli.plan import Plan as Plan
-    from lines_cli.plan import Resources as Resources
     from lines_cli.plan import make_plan as make_plan
     from lines_cli.plan import open_inputs as open_inputs
     from lines_cli.recipe import Recipe as Recipe
     from lines_cli.recipe import edit_recipe as edit_recipe
-    from lines_cli.recipe import load_recipe as load_recipe
+    from lines_cli.recipe_file import load_recipe as load_recipe
+    from lines_cli.resources import Resources as Resources
 
 __version__ = "0.1.0"
 
@@ -35,8 +35,10 @@ _HOMES = {
     "depth": ("DepthMap", "find_depth"),
     "engine": ("Outcome", "run"),
     "errors": ("LinesError",),
-    "plan": ("Plan", "Resources", "make_plan", "open_inputs"),
-    "recipe": ("Recipe", "edit_recipe", "load_recipe"),
+    "plan": ("Plan", "make_plan", "open_inputs"),
+    "recipe": ("Recipe", "edit_recipe"),
+    "recipe_file": ("load_recipe",),
+    "resources": ("Resources",),
 }
 __all__ = ["__version__", *(name for names in _HOMES.values() for name in names)]  # noqa: PLE0604 - all are strings
 

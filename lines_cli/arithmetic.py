@@ -1,11 +1,11 @@
 """What happens to the numbers: the formula, its rounding, and the search for NaN and Inf. Plain functions over
 torch tensors.
 
-    delta  = f32(ft) - f32(base)
-    scaled = c * delta
+    tau_i  = f32(model_i) - f32(base)
+    scaled = c * merged
     out    = round(f32(base) + scaled)
 
-Three operations, each rounded to float32 (float64 where a source is float64), then one rounding to the output
+where `merged` is one model's task vector, or what a method makes of several. Three operations, each rounded to float32 (float64 where a source is float64), then one rounding to the output
 dtype. They are kept apart: a fused `lerp`, or arithmetic in bfloat16, gives other bits (measured: up to 9 % of
 float32 entries). A kernel per operation also keeps CUDA from fusing them.
 """
@@ -23,28 +23,22 @@ TORCH_DTYPES = {
 """Float dtypes of safetensors as torch names them."""
 
 
-def compute_dtype(*stored: torch.dtype) -> torch.dtype:
-    """The dtype that arithmetic on these sources runs in."""
-    return torch.float64 if torch.float64 in stored else torch.float32
+def task_vector(fine_tuned: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """`fine_tuned - base` (arXiv 2410.17146, section 2): [n] each, in the compute dtype; overwrites the first."""
+    return fine_tuned.sub_(base)
 
 
-def add_scaled_task_vector(
-    base: torch.Tensor, ft: torch.Tensor, coefficient: float, *, scratch: torch.Tensor, result: torch.Tensor
-) -> None:
-    """`result = base + coefficient * (ft - base)` (LiNeS, arXiv 2410.17146, eq. 1 and 2, for one block).
+def add_scaled(base: torch.Tensor, task_vector: torch.Tensor, coefficient: float) -> torch.Tensor:
+    """`base + coefficient * task_vector` (LiNeS, arXiv 2410.17146, eq. 1 and 2, for one block).
 
     Args:
-        base: [n], any float dtype: pre-trained entries.
-        ft: [n], any float dtype: the same entries, fine-tuned.
+        base: [n], pre-trained entries, in the compute dtype.
+        task_vector: [n], the same; overwritten with the result.
         coefficient: c(l), exact in the compute dtype.
-        scratch: [n], compute dtype; overwritten with the base.
-        result: [n], compute dtype; overwritten.
     """
-    scratch.copy_(base)
-    result.copy_(ft)
-    result.sub_(scratch)
-    result.mul_(coefficient)
-    result.add_(scratch)
+    if coefficient != 1:  # which would change nothing
+        task_vector.mul_(coefficient)
+    return task_vector.add_(base)
 
 
 def cast(values: torch.Tensor, out: torch.Tensor) -> None:
@@ -84,3 +78,21 @@ def first_nonfinite(values: torch.Tensor) -> tuple[int, str] | None:
         return None
     at = int(bad[0])
     return at, "NaN" if bool(values[at].isnan()) else "Inf"
+
+
+def block_sums(values: torch.Tensor, block: int) -> list[float]:
+    """The sum of every `block` entries of `values` [n], in float64; the last block may be short.
+
+    Halves are added to halves, entry by entry, so that the order of the additions is the same on every processor and
+    device. `block` is a power of two.
+    """
+    whole = -(-values.numel() // block) * block
+    sums = values.new_zeros(whole, dtype=torch.float64)
+    sums[: values.numel()] = values
+    sums = sums.view(whole // block, block)
+    width = block
+    while width > 1:
+        width //= 2
+        sums = sums[:, :width] + sums[:, width : 2 * width]
+    summed: list[float] = sums[:, 0].tolist()
+    return summed

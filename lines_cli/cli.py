@@ -16,6 +16,7 @@ import typer
 
 from lines_cli import __version__
 from lines_cli.commands.edit import edit
+from lines_cli.commands.merge import merge
 from lines_cli.errors import LinesError
 
 EXIT_CODES = {
@@ -32,7 +33,7 @@ EXIT_CODES = {
 
 app = typer.Typer(
     name="lines",
-    help="Edit model checkpoints so that a fine-tune keeps what it learnt and stops forgetting what its base knew.",
+    help="Edit and merge model checkpoints so that a model keeps what it learnt and stops forgetting what it knew.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -78,6 +79,7 @@ def _lines(
 
 
 app.command("edit")(_guarded(edit))
+app.command("merge")(_guarded(merge))
 
 
 class _Signalled(KeyboardInterrupt):

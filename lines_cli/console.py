@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -14,8 +14,10 @@ from rich.text import Text
 from lines_cli.errors import printable
 
 if TYPE_CHECKING:
-    from lines_cli.engine import Outcome, Track
-    from lines_cli.plan import Plan, Resources
+    from lines_cli.engine import Outcome
+    from lines_cli.measure import Track
+    from lines_cli.plan import Plan
+    from lines_cli.resources import Resources
 
 _MOST_NAMES = 16
 
@@ -31,20 +33,24 @@ def refuse(message: str, hint: str | None = None) -> None:
         _err.print(Text.assemble(("hint: ", "bold"), _printable(hint)), soft_wrap=True)
 
 
-def progress(total: int, *, quiet: bool) -> Track:
-    """A wrapper for a stream of byte counts that draws a bar on stderr; draws nothing where stderr is no terminal."""
-    if quiet or not _err.is_terminal:
-        return iter
+def progress(*, quiet: bool) -> Track:
+    """A wrapper for each pass's stream of byte counts that draws a bar on stderr; draws nothing where stderr is no
+    terminal.
+    """
 
-    def track(done: Iterable[int]) -> Iterator[int]:
-        columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=_err, transient=True) as bar:
-            task = bar.add_task("", total=total)
-            for nbytes in done:
-                bar.advance(task, nbytes)
-                yield nbytes
+    def track(title: str, total: int, done: Iterable[int]) -> Iterable[int]:
+        return done if quiet or not _err.is_terminal else _bar(title, total, done)
 
     return track
+
+
+def _bar(title: str, total: int, done: Iterable[int]) -> Iterator[int]:
+    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_err, transient=True) as bar:
+        task = bar.add_task("", total=total)
+        for nbytes in done:
+            bar.advance(task, nbytes)
+            yield nbytes
 
 
 def show_plan(plan: Plan, resources: Resources, *, json: bool) -> None:
@@ -52,8 +58,12 @@ def show_plan(plan: Plan, resources: Resources, *, json: bool) -> None:
     if json:
         _print_json({"dry_run": True, **plan.summary(), "peak_memory": plan.peak_memory(resources), "map": plan.map()})
         return
+    _models(plan, ())
+    _alpha(plan)
     _stacks(plan)
     _outside(plan)
+    if plan.passes:
+        _out.print(f"measure {size(plan.bytes_measured)}, once for each of: {', '.join(plan.passes)}")
     _out.print(f"read    {size(plan.bytes_read)}")
     files = f"{len(plan.outputs)} files" if len(plan.outputs) > 1 else plan.outputs[0].name
     _out.print(f"write   {size(plan.bytes_written)} to {_printable(str(plan.output))} ({files})", soft_wrap=True)
@@ -67,16 +77,24 @@ def show_plan(plan: Plan, resources: Resources, *, json: bool) -> None:
     _err.print("Nothing was written (--dry-run).", style="dim")
 
 
-def show_outcome(plan: Plan, outcome: Outcome, *, json: bool, quiet: bool) -> None:
+def show_outcome(outcome: Outcome, *, json: bool, quiet: bool) -> None:
     """What was done."""
+    plan = outcome.plan
     if json:
-        _print_json(
-            {"dry_run": False, **plan.summary(), "nonfinite": outcome.nonfinite, "seconds": round(outcome.seconds, 3)}
-        )
+        summary = plan.summary()
+        for number, model in enumerate(summary["models"]):
+            model["norm"] = outcome.norms[number] if outcome.norms else None
+            model["kept"] = outcome.kept[number] if outcome.kept else model["kept"]
+        told = {"nonfinite": outcome.nonfinite, "differing": outcome.differing, "seconds": round(outcome.seconds, 3)}
+        _print_json({"dry_run": False, **summary, **told})
     for found in outcome.nonfinite.values():
-        _err.print(Text.assemble(("warning: ", "bold yellow"), _printable(found)), soft_wrap=True)
+        _warn(found)
+    for name, files in outcome.differing.items():
+        _warn(f"{name} holds whole numbers, which are copied, and they differ in {', '.join(files)}")
     if json or quiet:
         return
+    _models(plan, outcome.norms, outcome.kept)
+    _alpha(plan)
     _stacks(plan)
     rate = (plan.bytes_read + plan.bytes_written) / max(outcome.seconds, 1e-9)
     _out.print(
@@ -86,6 +104,10 @@ def show_outcome(plan: Plan, outcome: Outcome, *, json: bool, quiet: bool) -> No
     _notes(plan.notes)
 
 
+def _warn(text: str) -> None:
+    _err.print(Text.assemble(("warning: ", "bold yellow"), _printable(text)), soft_wrap=True)
+
+
 def size(nbytes: float) -> str:
     """Bytes as people say them, decimal: `3.1 GB`."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -93,6 +115,50 @@ def size(nbytes: float) -> str:
             return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.3g} {unit}"
         nbytes /= 1000
     return f"{nbytes:.3g} TB"
+
+
+def _models(plan: Plan, norms: Sequence[float], kept: Sequence[float] = ()) -> None:
+    """The models of a merge: weight, density, share of entries kept, and the L2 norm of the task vector."""
+    models = plan.models()
+    if len(models) == 1 and plan.sides.of_an_edit:
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    table.add_column(plan.recipe.merge_method, overflow="fold")
+    for heading in ("weight", "density", "kept", "norm"):
+        table.add_column(heading, justify="right")
+    for number, model in enumerate(models):
+        share = kept[number] if kept else model["kept"]
+        table.add_row(
+            _printable(model["model"]),
+            _span(model["weight"]),
+            _span(model["density"]),
+            "" if share is None else f"{share:.2%}",
+            f"{norms[number]:.4g}" if norms else "",
+        )
+    _out.print(table)
+
+
+def _span(ends: list[float] | None) -> str:
+    if ends is None:
+        return ""
+    return f"{ends[0]:.4g}" if ends[0] == ends[1] else f"{ends[0]:.4g} to {ends[1]:.4g}"
+
+
+def _alpha(plan: Plan) -> None:
+    """How alpha was chosen, where the recipe leaves it open."""
+    if plan.recipe.lines is None or not plan.recipe.lines.needs_alpha:
+        return
+    models, norms, alpha = len(plan.recipe.merged), plan.statistics.norms, plan.alpha
+    if alpha is None:
+        _out.print(f"alpha   auto: 1/{models} * L1 norm of the sum / L1 norm of the merged task vector, to be measured")
+    elif norms is None:
+        _out.print(f"alpha   {alpha:.6g} = 1/{models}: the merged task vector is the sum")
+    else:
+        _out.print(
+            f"alpha   {alpha:.6g} = 1/{models} * {norms.total:.6g} / {norms.merged:.6g}: L1 norms of the sum and of the "
+            "merged task vector",
+            soft_wrap=True,
+        )
 
 
 def _stacks(plan: Plan) -> None:
@@ -106,12 +172,12 @@ def _stacks(plan: Plan) -> None:
             f"{stack['layers']}",
             f"{stack['tensors']:,}",
             _count(stack["parameters"]),
-            f"{stack['first']:.4g}",
-            f"{stack['last']:.4g}",
+            _coefficient(stack["first"]),
+            _coefficient(stack["last"]),
         )
         table.add_row(_printable(stack["name"]) or "(no prefix)", *numbers)
     outside = summary["outside"]
-    ends = (f"{outside['first']:.4g}", f"{outside['last']:.4g}")
+    ends = (_coefficient(outside["first"]), _coefficient(outside["last"]))
     table.add_row("outside the blocks", "", f"{outside['tensors']:,}", _count(outside["parameters"]), *ends)
     for rule in summary["filters"]:
         value = f"{rule['coefficient']:.4g}"
@@ -125,9 +191,17 @@ def _stacks(plan: Plan) -> None:
     )
 
 
+def _coefficient(value: float | None) -> str:
+    return "auto" if value is None else f"{value:.4g}"
+
+
 def _outside(plan: Plan) -> None:
     """The tensors outside the blocks, each with its coefficient."""
-    lines = [f"{tensor.coefficient:>8.4g}  {printable(tensor.name)}" for tensor in plan.tensors if tensor.place is None]
+    lines = [
+        f"{_coefficient(place['coefficient']):>8}  {printable(place['name'])}"
+        for place in plan.map()
+        if place["stack"] is None
+    ]
     if lines:
         _out.print("outside:")
     for line in lines[:_MOST_NAMES]:

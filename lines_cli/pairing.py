@@ -1,9 +1,11 @@
-"""Which tensor of the base belongs to which of the fine-tune: by name, through tied weights; and what is left over."""
+"""Which tensors of the inputs belong together: by name, through tied weights; and what is left over."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lines_cli.checkpoint.reader import Checkpoint
@@ -21,104 +23,195 @@ _TOKEN_HEADS = frozenset(
 )
 _NOT_OF_TOKENS = re.compile(r"pos|tile|patch|type|class|time")
 
-Pair = tuple[str | None, str | None]
-"""The names that one output tensor is read from: in the base, in the fine-tune."""
+Names = tuple[str | None, ...]
+"""The names that one output tensor is read from, one for each side; None for a side that lacks it."""
 
 
-def pair_tensors(
-    base: Checkpoint, ft: Checkpoint, in_base: Mapping[str, str], recipe: Recipe, notes: list[str]
-) -> dict[str, Pair]:
-    """Pair the tensors of the two sides by name; see through tied weights; settle or refuse what is left over.
+@dataclass(frozen=True)
+class Sides:
+    """The inputs of a merge in the order of their files: the base, if there is one, and the models.
+
+    Attributes:
+        checkpoints: all of them.
+        has_base: whether the first is the base.
+        lead: the number of the one that the output is like: its names, dtypes, integers and config.
+        of_an_edit: whether they are a base and one fine-tune that the output is like, and are called so.
+    """
+
+    checkpoints: tuple[Checkpoint, ...]
+    has_base: bool
+    lead: int
+    of_an_edit: bool
+
+    @property
+    def leading(self) -> Checkpoint:
+        return self.checkpoints[self.lead]
+
+    @property
+    def models(self) -> tuple[Checkpoint, ...]:
+        """Those that are merged."""
+        return self.checkpoints[1 if self.has_base else 0 :]
+
+    def called(self, side: int) -> str:
+        """What a message calls one of them."""
+        if self.has_base and side == 0:
+            return "the base"
+        return "the fine-tune" if self.of_an_edit else self.checkpoints[side].name
+
+    def config_of(self, side: int) -> Mapping[str, Any]:
+        """Its config; of a lone file, the leading side's or the first that there is."""
+        known = (self.checkpoints[side].config, self.leading.config, *(c.config for c in self.checkpoints))
+        return next((config for config in known if config), {})
+
+
+def pair_tensors(sides: Sides, own: Sequence[Mapping[str, str]], recipe: Recipe, notes: list[str]) -> dict[str, Names]:
+    """Pair the tensors of all sides by name; see through tied weights; settle or refuse what is left over.
 
     Args:
-        base, ft: the two sides.
-        in_base: the base's tensors by the fine-tune's names for them (`names_in_base`).
-        recipe: says what becomes of a tensor that one side lacks and that is not tied.
+        sides: the inputs.
+        own: for each side, its tensors by the leading side's names for them (`aligned_names`).
+        recipe: says what becomes of a tensor that some side lacks and that is not tied.
         notes: gets a line for everything that a person should know of.
 
     Returns:
-        Output tensor name -> where it is read from.
+        Output tensor name -> where it is read from. A row with a None is copied from the first that is not.
 
     Raises:
         MismatchError: tensors are missing on one side, and the recipe calls that an error.
     """
-    pairs: dict[str, Pair] = {name: (in_base[name], name) for name in ft.tensors if name in in_base}
-    only_ft = [name for name in ft.tensors if name not in in_base]
-    only_base = [name for name in in_base if name not in ft.tensors]
+    rows: dict[str, Names] = {}
+    incomplete: dict[str, Names] = {}
     resize = recipe.resize != "error"
+    for name in dict.fromkeys(name for side in (own[sides.lead], *own) for name in side):
+        row: Names = tuple(names.get(name) for names in own)
+        if row[sides.lead] is not None:
+            row = _through_ties(sides, name, row, resize=resize, notes=notes)
+        elif partner := _tied_in_lead(sides, row, resize=resize):
+            whose = sides.called(sides.lead)
+            notes.append(f"{printable(name)} is not in {whose}, whose config ties it to {printable(partner)}: left out")
+            continue
+        (incomplete if None in row else rows)[name] = row
 
-    for name in list(only_ft):
-        if partner := _tied_partner(name, lacking=base, having=ft, resize=resize):
-            pairs[name] = (partner, name)
-            only_ft.remove(name)
-            notes.append(
-                f"{printable(name)} is not in the base, whose config ties it to {printable(partner)}, used for it"
-            )
-    for name in list(only_base):
-        if partner := _tied_partner(in_base[name], lacking=ft, having=base, resize=resize):
-            only_base.remove(name)
-            notes.append(
-                f"{printable(name)} is not in the fine-tune, whose config ties it to {printable(partner)}: left out"
-            )
-
-    if (only_ft or only_base) and recipe.missing == "error":
-        raise _missing(base, ft, only_base, only_ft)
-    if recipe.missing in ("copy", "ft"):
-        pairs.update({name: (None, name) for name in only_ft})
+    if incomplete and recipe.missing == "error":
+        raise _missing(sides, own, incomplete)
+    _note_incomplete(sides, incomplete, recipe, notes)
     if recipe.missing == "copy":
-        pairs.update({name: (in_base[name], None) for name in only_base})
-    for names, side, kept in (
-        (only_ft, "fine-tune", recipe.missing in ("copy", "ft")),
-        (only_base, "base", recipe.missing == "copy"),
-    ):
-        if names:
-            done = "copied as they are" if kept else "left out"
-            notes.append(f"{len(names):,} tensor(s) of the {side} alone, {done}:\n{some(sorted(names))}")
-    if not pairs:
-        raise MismatchError(
-            f"{base.name} and {ft.name} have no tensor in common",
-            hint="Are they of one model?",
-        )
-    return pairs
+        rows.update(incomplete)
+    elif recipe.missing == "ft":
+        rows.update({name: row for name, row in incomplete.items() if _is_in_a_model(sides, row)})
+    if not rows:
+        names = " and ".join(checkpoint.name for checkpoint in sides.checkpoints)
+        raise MismatchError(f"{names} have no tensor in common", hint="Are they of one model?")
+    return rows
 
 
-def _missing(base: Checkpoint, ft: Checkpoint, only_base: list[str], only_ft: list[str]) -> MismatchError:
-    parts = ["the two sides do not hold the same tensors."]
-    for names, there, not_there in ((only_base, base, ft), (only_ft, ft, base)):
-        if names:
-            parts.append(
-                f"{len(names):,} of {len(there.tensors):,} in {there.name} that {not_there.name} lacks:\n"
-                f"{some(sorted(names))}"
+def _is_in_a_model(sides: Sides, row: Names) -> bool:
+    return any(name is not None for name in row[1 if sides.has_base else 0 :])
+
+
+def _having(sides: Sides, row: Names) -> tuple[Checkpoint, str]:
+    """The first side that has a tensor, the leading one before all others, and its name there."""
+    for side in (sides.lead, *range(len(row))):
+        if (name := row[side]) is not None:
+            return sides.checkpoints[side], name
+    raise AssertionError
+
+
+def _through_ties(sides: Sides, name: str, row: Names, *, resize: bool, notes: list[str]) -> Names:
+    """The row with each gap filled by the tensor that is the same weight there."""
+    if None not in row:
+        return row
+    filled = list(row)
+    having, there = _having(sides, row)
+    for side, lacking in enumerate(sides.checkpoints):
+        if row[side] is None and (partner := _tied_partner(there, lacking=lacking, having=having, resize=resize)):
+            filled[side] = partner
+            whose = sides.called(side)
+            notes.append(
+                f"{printable(name)} is not in {whose}, whose config ties it to {printable(partner)}, used for it"
             )
+    return tuple(filled)
+
+
+def _tied_in_lead(sides: Sides, row: Names, *, resize: bool) -> str | None:
+    """The tensor that the leading side has instead, because there the two are one weight."""
+    having, there = _having(sides, row)
+    return _tied_partner(there, lacking=sides.leading, having=having, resize=resize)
+
+
+def _note_incomplete(sides: Sides, incomplete: Mapping[str, Names], recipe: Recipe, notes: list[str]) -> None:
+    by_owners: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    for name, row in incomplete.items():
+        by_owners[tuple(side for side, there in enumerate(row) if there is not None)].append(name)
+    for owners, names in by_owners.items():
+        kept = recipe.missing == "copy" or (recipe.missing == "ft" and _is_in_a_model(sides, incomplete[names[0]]))
+        whose = " and ".join(sides.called(side) for side in owners)
+        done = "left out" if not kept else "copied as they are"
+        if kept and len(owners) > 1:
+            done += f" from {sides.called(owners[0])}"
+        notes.append(f"{len(names):,} tensor(s) of {whose} alone, {done}:\n{some(sorted(names))}")
+
+
+def _missing(sides: Sides, own: Sequence[Mapping[str, str]], incomplete: Mapping[str, Names]) -> MismatchError:
+    two = len(sides.checkpoints) == 2
+    parts = [f"the {'two sides' if two else 'inputs'} do not hold the same tensors."]
+    lacking: dict[tuple[int, int], list[str]] = defaultdict(list)
+    for name, row in incomplete.items():
+        owner = next(side for side, there in enumerate(row) if there is not None)
+        for side, there in enumerate(row):
+            if there is None:
+                lacking[owner, side].append(name)
+    for (owner, side), names in sorted(lacking.items()):
+        holder, lacker = sides.checkpoints[owner], sides.checkpoints[side]
+        parts.append(
+            f"{len(names):,} of {len(holder.tensors):,} in {holder.name} that {lacker.name} lacks:\n"
+            f"{some(sorted(names))}"
+        )
     hint = (
         "--missing ft gives the fine-tune's set of tensors (as for a new head); --missing copy takes each from the "
         "side that has it; --missing skip leaves them out."
     )
-    if len(only_ft) == len(ft.tensors):
+    if not sides.of_an_edit:
+        hint = (
+            "In the recipe, missing: copy takes such a tensor as it is from the base, or from the first model that has "
+            "it; missing: ft does so for those that a model has; missing: skip leaves them out."
+        )
+    if len(incomplete) == len(set().union(*own)):
         hint = "No tensor is on both sides. Are they of one model?"
     return MismatchError("\n".join(parts), hint=hint)
 
 
-def names_in_base(base: Checkpoint, ft: Checkpoint, notes: list[str]) -> dict[str, str]:
-    """The base's tensors by the names that the fine-tune has for them.
+def aligned_names(sides: Sides, notes: list[str]) -> list[dict[str, str]]:
+    """For each side, its own names by the leading side's names for the same tensors."""
+    return [
+        {name: name for name in sides.leading.tensors}
+        if side == sides.lead
+        else _names_in(checkpoint, sides, side, notes)
+        for side, checkpoint in enumerate(sides.checkpoints)
+    ]
+
+
+def _names_in(other: Checkpoint, sides: Sides, side: int, notes: list[str]) -> dict[str, str]:
+    """The tensors of one side by the names that the leading one has for them.
 
     A model saved by itself and one saved inside another (GPT-2's `h.0` and `transformer.h.0`) differ by one prefix, as
     transformers, too, sees on loading. It is taken off or put on where most names match with it, and not without it.
     """
-    direct = sum(name in base.tensors for name in ft.tensors)
-    if 2 * direct < min(len(base.tensors), len(ft.tensors)):
-        for longer, shorter, where in ((ft, base, "fine-tune"), (base, ft, "base")):
+    lead = sides.leading
+    direct = sum(name in other.tensors for name in lead.tensors)
+    if 2 * direct < min(len(other.tensors), len(lead.tensors)):
+        for longer, shorter, where in ((lead, other, sides.lead), (other, lead, side)):
             prefix = _common_prefix(longer, shorter)
             if prefix:
-                notes.append(
-                    f"names of the {where} begin with {prefix!r}, those of the other side do not: paired without"
-                )
-                if longer is ft:
-                    return {f"{prefix}{name}": name for name in base.tensors}
+                others = "those of the other side" if len(sides.checkpoints) == 2 else f"those of {shorter.name}"
+                whose = sides.called(where)
+                notes.append(f"names of {whose} begin with {prefix!r}, {others} do not: paired without")
+                if longer is lead:
+                    return {f"{prefix}{name}": name for name in other.tensors}
                 # A name that stands there with and without the prefix keeps it, so that neither is lost.
-                bare = {name: name.removeprefix(prefix) for name in base.tensors}
-                return {name if own != name and own in base.tensors else own: name for name, own in bare.items()}
-    return {name: name for name in base.tensors}
+                bare = {name: name.removeprefix(prefix) for name in other.tensors}
+                return {name if own != name and own in other.tensors else own: name for name, own in bare.items()}
+    return {name: name for name in other.tensors}
 
 
 def _common_prefix(longer: Checkpoint, shorter: Checkpoint) -> str | None:

@@ -126,29 +126,31 @@ class Rules:
     stacks: Mapping[str, Schedule | float] = field(default_factory=dict)
     filters: tuple[tuple[str, float], ...] = ()
 
-    def coefficient(self, name: str, depth: DepthMap) -> float:
-        """The coefficient of one tensor, in float64."""
+    def coefficient(self, name: str, depth: DepthMap, *, scale: float = 1.0) -> float:
+        """The coefficient of one tensor, in float64. `scale` multiplies gamma: a merge's `lambda` for the tensor."""
         pattern = self.filter_of(name)
         if pattern is not None:
             return dict(self.filters)[pattern]
         place = depth.places.get(name)
         if place is None:
-            return self.outside_value(depth.side_of(name))
-        return self.inside_value(place.stack, place.index, depth.layers[place.stack])
+            return self.outside_value(depth.side_of(name), scale=scale)
+        return self.inside_value(place.stack, place.index, depth.layers[place.stack], scale=scale)
 
     def filter_of(self, name: str) -> str | None:
         """The pattern that decides a tensor's coefficient, if one does."""
         return next((pattern for pattern, _ in self.filters if pattern in name or pattern == "*"), None)
 
-    def inside_value(self, stack: str, index: int, layers: int) -> float:
+    def inside_value(self, stack: str, index: int, layers: int, *, scale: float = 1.0) -> float:
         """The coefficient of a layer, filters apart."""
         rule = self.stacks.get(stack, self.schedule)
-        return rule if isinstance(rule, float) else self.gamma * rule.at(index, layers)
+        return rule if isinstance(rule, float) else self.gamma * scale * rule.at(index, layers)
 
-    def outside_value(self, side: Side) -> float:
+    def outside_value(self, side: Side, *, scale: float = 1.0) -> float:
         """The coefficient of what lies outside the blocks, on one side of them, filters apart."""
         if self.outside in ("base", "keep"):
             return 0.0 if self.outside == "base" else 1.0
-        return self.gamma * (
-            self.schedule.last if self.outside == "position" and side == "after" else self.schedule.first
+        return (
+            self.gamma
+            * scale
+            * (self.schedule.last if self.outside == "position" and side == "after" else self.schedule.first)
         )

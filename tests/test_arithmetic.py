@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lines_cli.arithmetic import add_scaled_task_vector, cast, compute_dtype, extremes, first_nonfinite
+from lines_cli.arithmetic import add_scaled, block_sums, cast, extremes, first_nonfinite, task_vector
 
 FORMATS = {torch.float16: (11, -14, 15), torch.bfloat16: (8, -126, 127), torch.float32: (24, -126, 127)}
 """Bits of the significand, least and greatest exponent (IEEE 754, and bfloat16 as the upper half of a float32)."""
@@ -94,16 +94,28 @@ def test_infinity_and_nan_survive_a_cast(dtype: torch.dtype) -> None:
 def test_each_operation_is_rounded(base: torch.dtype, ft: torch.dtype, coefficient: float) -> None:
     """Subtract, multiply, add: each rounded to the compute dtype, none fused with another."""
     compute = torch.float64 if torch.float64 in (base, ft) else torch.float32
-    assert compute_dtype(base, ft) == compute
     b, f = wide(4).clamp(-6e4, 6e4).to(base), wide(5).clamp(-6e4, 6e4).to(ft)
-    scratch, result = torch.empty(len(b), dtype=compute), torch.empty(len(b), dtype=compute)
     scalar = float(np.float32(coefficient))
-    add_scaled_task_vector(b, f, scalar, scratch=scratch, result=result)
+    result = add_scaled(b.to(compute), task_vector(f.to(compute, copy=True), b.to(compute)), scalar)
 
     exact_b, exact_f = b.to(compute).numpy(), f.to(compute).numpy()
     delta = exact_f - exact_b
     scaled = exact_f.dtype.type(scalar) * delta
     assert result.numpy().tobytes() == (exact_b + scaled).tobytes()
+
+
+@pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 1000])
+def test_block_sums_add_halves_to_halves(count: int) -> None:
+    """Every block's sum, in float64, by a tree of additions that numpy repeats to the bit; short blocks end in zeros."""
+    values = wide(6, count).clamp(-1e30, 1e30).to(torch.float32)
+    expected = []
+    for start in range(0, count, 16):
+        block = np.zeros(16)
+        block[: len(values[start : start + 16])] = values[start : start + 16].numpy()
+        while len(block) > 1:
+            block = block[: len(block) // 2] + block[len(block) // 2 :]
+        expected.append(float(block[0]))
+    assert block_sums(values, 16) == expected
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ from lines_cli import engine
 from lines_cli.checkpoint import writer
 from lines_cli.checkpoint.reader import open_checkpoint
 from lines_cli.errors import CheckpointError
-from lines_cli.plan import Resources, make_plan
+from lines_cli.plan import make_plan, sides_of
+from lines_cli.resources import Resources
 from lines_cli.recipe import make_recipe
 
 
@@ -185,8 +186,6 @@ F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 CASES: dict[str, Case] = {
     # What was asked for is impossible: 2
-    "no arguments but -o": Case(lambda tmp: ("-o", tmp / "out"), 2, ["BASE FT"]),
-    "no FT": Case(lambda tmp: (tmp / "base", "-o", tmp / "out"), 2, ["BASE FT"]),
     "alpha NaN": Case(pair("--alpha", "nan"), 2, ["alpha", "finite", "nan"]),
     "alpha Inf": Case(pair("--alpha", "inf"), 2, ["alpha", "finite", "inf"]),
     "beta NaN": Case(pair("--beta", "nan"), 2, ["beta", "finite", "nan"]),
@@ -209,12 +208,8 @@ CASES: dict[str, Case] = {
     "recipe a list": Case(recipe("- a"), 2, ["recipe.yaml", "base_model"]),
     "recipe empty": Case(recipe(""), 2, ["recipe.yaml", "base_model"]),
     "recipe without models": Case(recipe("base_model: base"), 2, ["recipe.yaml", "models"]),
-    "recipe of two fine-tunes": Case(
-        recipe("base_model: base\nmodels: [{model: ft}, {model: ft}]"), 2, ["recipe.yaml", "models"]
-    ),
     "recipe with an unknown key": Case(recipe(RUNS + "lines: {alhpa: 0.1}"), 2, ["recipe.yaml", "alhpa"]),
     "recipe with NaN": Case(recipe(RUNS + "lines: {alpha: .nan}"), 2, ["recipe.yaml", "alpha", "nan"]),
-    "recipe and options": Case(recipe(RUNS, "--alpha", "0.2"), 2, ["recipe.yaml", "--alpha"]),
     # An input cannot be read, or is of another kind: 3
     "base missing": Case(lambda tmp: (tmp / "absent", tmp, "-o", tmp / "out"), 3, ["absent", "no such"]),
     "ft missing": Case(
@@ -359,7 +354,7 @@ def test_refused(case: Case, tmp_path: Path) -> None:
     """The exit code, a message with names and a next step on stderr, nothing on stdout, nothing changed on the disk."""
     arguments = list(case.build(tmp_path))
     before = snapshot(tmp_path)
-    ran = run_lines("edit", *arguments)
+    ran = run_lines("merge" if "--config" in arguments else "edit", *arguments)
     assert not ran.trace
     assert (ran.code, ran.out) == (case.code, "")
     assert ran.err.startswith("error: ")
@@ -386,7 +381,8 @@ def test_no_output_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("build", [pair(), to(lambda tmp: tmp / "new" / "out.safetensors"), recipe(RUNS)])
 def test_the_rest_of_the_table_is_sound(build: Callable[[Path], Iterable[object]], tmp_path: Path) -> None:
     """What the cases above spoil works when it is not spoilt."""
-    ran = run_lines("edit", *build(tmp_path))
+    arguments = list(build(tmp_path))
+    ran = run_lines("merge" if "--config" in arguments else "edit", *arguments)
     assert (ran.code, ran.trace) == (0, "")
 
 
@@ -636,9 +632,9 @@ def test_an_input_that_changes_after_planning(change: str, tmp_path: Path) -> No
     """An input cut short or deleted between planning and writing is named, with the tensor, and nothing is left."""
     base, ft, _, output = pair()(tmp_path)
     asked = make_recipe({"base_model": str(base), "models": [{"model": str(ft)}]}, where="test")
-    plan = make_plan(asked, open_checkpoint(Path(base)), open_checkpoint(Path(ft)), Path(output))
+    plan = make_plan(asked, sides_of(asked, open_checkpoint(Path(base)), open_checkpoint(Path(ft))), Path(output))
     file = Path(ft) / "model.safetensors"
-    last = max(plan.ft.tensors, key=lambda name: plan.ft.tensors[name].info.offset)
+    last = max(plan.sides.models[0].tensors, key=lambda name: plan.sides.models[0].tensors[name].info.offset)
     if change == "truncated":
         os.truncate(file, file.stat().st_size - 1)
     else:
@@ -658,7 +654,7 @@ def test_an_interrupt_stops_the_workers_first(tmp_path: Path, monkeypatch: pytes
     """Ctrl-C while progress is drawn: no worker is at work any more when the files are closed and removed."""
     base, ft, _, output = pair()(tmp_path)
     asked = make_recipe({"base_model": str(base), "models": [{"model": str(ft)}]}, where="test")
-    plan = make_plan(asked, open_checkpoint(Path(base)), open_checkpoint(Path(ft)), Path(output))
+    plan = make_plan(asked, sides_of(asked, open_checkpoint(Path(base)), open_checkpoint(Path(ft))), Path(output))
     write = engine.write_from
     alive: list[list[str]] = []
 
@@ -666,7 +662,7 @@ def test_an_interrupt_stops_the_workers_first(tmp_path: Path, monkeypatch: pytes
         time.sleep(0.02)
         write(*args)
 
-    def interrupted(done: Iterable[int]) -> Iterator[int]:
+    def interrupted(title: str, total: int, done: Iterable[int]) -> Iterator[int]:
         for nbytes in done:
             yield nbytes
             raise KeyboardInterrupt

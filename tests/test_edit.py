@@ -28,7 +28,7 @@ Tensors = dict[str, torch.Tensor]
 def edit(base: Path, ft: Path, out: Path, resources: Mapping[str, Any] | None = None, **options: Any) -> Path:
     """`lines edit BASE FT -o OUT` by way of the Python API."""
     recipe = lines.edit_recipe(str(base), str(ft), **options)
-    plan = lines.make_plan(recipe, *lines.open_inputs(recipe), out)
+    plan = lines.make_plan(recipe, lines.open_inputs(recipe), out)
     lines.run(plan, lines.Resources(device="cpu", **(resources or {})))
     return out
 
@@ -340,7 +340,7 @@ def test_a_run_again_changes_no_byte(inputs: tuple[Path, Path, dict[str, str]], 
     files = {path.name: path.read_bytes() for path in first.iterdir()}
     assert {path.name: path.read_bytes() for path in second.iterdir()} == files
     recipe = lines.load_recipe(first / "lines_recipe.yaml")
-    plan = lines.make_plan(recipe, *lines.open_inputs(recipe), tmp_path / "again")
+    plan = lines.make_plan(recipe, lines.open_inputs(recipe), tmp_path / "again")
     lines.run(plan)
     assert digests(tmp_path / "again") == digests(first)
 
@@ -407,7 +407,7 @@ def test_cuda_gives_the_bytes_of_the_cpu(tmp_path: Path) -> None:
     sides = saved(tmp_path, four_dtypes(0), four_dtypes(1))
     on_cpu = edit(*sides, tmp_path / "cpu.safetensors").read_bytes()
     recipe = lines.edit_recipe(*map(str, sides))
-    plan = lines.make_plan(recipe, *lines.open_inputs(recipe), tmp_path / "cuda.safetensors")
+    plan = lines.make_plan(recipe, lines.open_inputs(recipe), tmp_path / "cuda.safetensors")
     lines.run(plan, lines.Resources(device="cuda", chunk=500))
     assert (tmp_path / "cuda.safetensors").read_bytes() == on_cpu
 

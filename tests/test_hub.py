@@ -375,7 +375,7 @@ def test_edit_takes_hub_ids_and_pins_them(hub: HubServer, user: User) -> None:
     assert recipe["base_model"] == f"org/base@{base}"
     assert recipe["models"] == [{"model": f"org/ft@{ft}"}]
     assert (out / "tokenizer.json").is_file()
-    again = ["edit", "--config", "out/lines_recipe.yaml", "-o", "again"]
+    again = ["merge", "--config", "out/lines_recipe.yaml", "-o", "again"]
     done = user.runs("-m", "lines_cli", *again, HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr
     assert (out.with_name("again") / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()

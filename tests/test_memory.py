@@ -22,7 +22,7 @@ def peak():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
 recipe = lines.edit_recipe(sys.argv[1], sys.argv[2])
-plan = lines.make_plan(recipe, *lines.open_inputs(recipe), Path(sys.argv[3]))
+plan = lines.make_plan(recipe, lines.open_inputs(recipe), Path(sys.argv[3]))
 import torch
 before = peak()
 resources = lines.Resources(workers=2, device="cpu")

@@ -12,7 +12,8 @@ import yaml
 from conftest import run_lines, write_checkpoint
 
 from lines_cli.errors import RecipeError
-from lines_cli.recipe import Recipe, dump_recipe, edit_recipe, load_recipe, make_recipe, parse_size
+from lines_cli.recipe import Recipe, edit_recipe, make_recipe, parse_size
+from lines_cli.recipe_file import dump_recipe, load_recipe
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PLAIN: dict[str, Any] = {"base_model": "base", "models": [{"model": "ft"}]}
@@ -70,20 +71,29 @@ def test_no_sizes(text: str) -> None:
     ],
 )
 def test_beta_is_what_alpha_leaves(given: dict[str, Any], alpha: float, beta: float) -> None:
-    """beta is 1 - alpha unless it is given, in Python and in YAML."""
-    scaling = make_recipe({**PLAIN, "lines": given}, where="test").lines
-    assert (scaling.alpha, scaling.beta, scaling.gamma) == (alpha, beta, 1.0)
+    """In an edit beta is 1 - alpha unless it is given."""
     scaling = edit_recipe("base", "ft", **given).lines
-    assert (scaling.alpha, scaling.beta) == (alpha, beta)
+    assert scaling is not None
+    assert (scaling.alpha, scaling.beta, scaling.gamma) == (alpha, beta, 1.0)
+
+
+def test_in_a_recipe_alpha_is_measured_and_beta_is_said() -> None:
+    """`lines:` of a recipe has alpha: auto by default, and no beta; without `lines:` nothing is scaled over depth."""
+    scaling = make_recipe({**PLAIN, "lines": {"beta": 0.4}}, where="test").lines
+    assert scaling is not None
+    assert (scaling.alpha, scaling.beta) == ("auto", 0.4)
+    assert make_recipe(PLAIN, where="test").lines is None
+    with pytest.raises(RecipeError, match="beta is missing"):
+        make_recipe({**PLAIN, "lines": {"alpha": 0.4}}, where="test")
 
 
 # --- refusals ---
 
 WRONG: dict[str, tuple[Any, list[str]]] = {
-    "empty": ({}, ["base_model", "models"]),
+    "empty": ({}, ["models"]),
+    "no base": ({"models": [{"model": "ft"}]}, ["base_model"]),
     "no models": ({"base_model": "base"}, ["models"]),
     "models empty": ({**PLAIN, "models": []}, ["models"]),
-    "two models": ({**PLAIN, "models": [{"model": "a"}, {"model": "b"}]}, ["models"]),
     "models a name": ({**PLAIN, "models": "ft"}, ["models", "ft"]),
     "model without a name": ({**PLAIN, "models": [{}]}, ["models.0.model"]),
     "weights of a model": ({**PLAIN, "models": [{"model": "ft", "weight": 1}]}, ["weight"]),
@@ -93,7 +103,7 @@ WRONG: dict[str, tuple[Any, list[str]]] = {
     "misspelt below": ({**PLAIN, "lines": {"alhpa": 0.1}}, ["lines.alhpa", "mean lines.alpha"]),
     "nothing like it": ({**PLAIN, "xyzzy": 1}, ["xyzzy"]),
     "a number for a key": ({**PLAIN, 1: 2}, ["1"]),
-    "another method": ({**PLAIN, "merge_method": "ties"}, ["merge_method", "ties"]),
+    "another method": ({**PLAIN, "merge_method": "tiles"}, ["merge_method", "tiles", "mean ties"]),
     "another dtype": ({**PLAIN, "dtype": "int8"}, ["dtype", "int8"]),
     "missing guessed": ({**PLAIN, "missing": "guess"}, ["missing", "guess"]),
     "NaN": ({**PLAIN, "lines": {"alpha": float("nan")}}, ["lines.alpha", "nan", "finite"]),
@@ -165,12 +175,18 @@ def test_refuses_what_cannot_be_opened(tmp_path: Path) -> None:
 FULL: list[dict[str, Any]] = [
     {},
     {"lines": {"alpha": 0.1 + 0.2, "beta": 1e-17, "gamma": -2.5}},
-    {"lines": {"alpha": 1e-5}},  # YAML's floats want a dot: 1.0e-05
-    {"lines": {"layers": r"^(?P<stack>[\w ]+): \"(?P<index>\d+)'#"}},
+    {"lines": {"alpha": 1e-5, "beta": 0.5}},  # YAML's floats want a dot: 1.0e-05
+    {"lines": {"beta": 0, "layers": r"^(?P<stack>[\w ]+): \"(?P<index>\d+)'#"}},
     {"dtype": "bfloat16", "missing": "copy", "resize": "base", "allow_nonfinite": True},
-    {"lines": {"schedule": "power:2.5", "outside": "position", "gamma": 0.5}},
+    {"lines": {"beta": 1, "schedule": "power:2.5", "outside": "position", "gamma": 0.5}},
     {"lines": {"schedule": [0.1, 0.6, 1], "filter": {"norm": 0.5, ".*": "keep", "*": "base"}}},
-    {"lines": {"stacks": {"a": {"alpha": 0.2}, "b.c": {"alpha": 0.2, "beta": 0.1}, "d": "keep"}}},
+    {
+        "lines": {
+            "alpha": "auto",
+            "beta": 0.5,
+            "stacks": {"a": {"alpha": 0.2}, "b.c": {"alpha": 0.2, "beta": 0.1}, "d": "keep"},
+        }
+    },
     {"max_shard_size": "2GiB"},
     {"max_shard_size": 9007199254740993},
 ]
@@ -183,7 +199,7 @@ def test_round_trip(settings: dict[str, Any], name: str, tmp_path: Path) -> None
     """A recipe that was written is read again as the same value, to the last bit; its paths count from its folder."""
     recipe = make_recipe({**PLAIN, **settings, "base_model": name}, where="test")
     path = tmp_path / "recipe.yaml"
-    path.write_bytes(dump_recipe(recipe, base_model=name, fine_tune="ft").encode())
+    path.write_bytes(dump_recipe(recipe, named={}).encode())
     counted = {
         "base_model": name if name.startswith("org/") else f"{tmp_path}/{name}",
         "models": [{"model": f"{tmp_path}/ft"}],
@@ -195,7 +211,7 @@ def test_round_trip(settings: dict[str, Any], name: str, tmp_path: Path) -> None
 def test_what_is_written_is_plain_yaml() -> None:
     """The keys are mergekit's where mergekit has them, and beta stands there spelt out."""
     recipe = edit_recipe("base", "ft", alpha=0.25, dtype="float32")
-    values = yaml.safe_load(dump_recipe(recipe, base_model="../base", fine_tune="org/ft@main"))
+    values = yaml.safe_load(dump_recipe(recipe, named={"base": "../base", "ft": "org/ft@main"}))
     assert values["merge_method"] == "task_arithmetic"
     assert values["base_model"] == "../base"
     assert values["models"] == [{"model": "org/ft@main"}]
@@ -244,7 +260,7 @@ def test_what_is_not_beside_the_file_is_not_looked_for_elsewhere(
     path = tmp_path / "moved" / "far" / "recipe.yaml"
     path.write_text(yaml.safe_dump({"base_model": name, "models": [{"model": "ft"}]}))
     monkeypatch.chdir(tmp_path / "desk")
-    ran = run_lines("edit", "--config", path, "-o", tmp_path / "out", "--dry-run")
+    ran = run_lines("merge", "--config", path, "-o", tmp_path / "out", "--dry-run")
     assert (ran.code, ran.out, ran.trace) == (3, "", "")
     assert name in ran.err
 
@@ -256,6 +272,6 @@ def test_the_configs_run(name: str, tmp_path: Path) -> None:
     names = [f"{stack}.block.{i}.w" for stack in ("encoder", "decoder") for i in range(3)]
     for side, value in (("base", 0.0), ("ft", 1.0)):
         write_checkpoint(tmp_path / side, {name: torch.full((2,), value) for name in names})
-    ran = run_lines("edit", "--config", tmp_path / name, "-o", tmp_path / "out")
+    ran = run_lines("merge", "--config", tmp_path / name, "-o", tmp_path / "out")
     assert (ran.code, ran.trace) == (0, ""), ran.err
-    assert f"lines edit --config {name} -o out" in (CONFIGS / name).read_text(encoding="utf-8")
+    assert f"lines merge --config {name} -o out" in (CONFIGS / name).read_text(encoding="utf-8")

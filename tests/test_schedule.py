@@ -218,7 +218,7 @@ def planned(paths: tuple[Path, Path], *options: object) -> dict[str, float]:
 
 def written(out: Path, *arguments: object) -> dict[str, torch.Tensor]:
     """The tensors that `lines edit ARGUMENTS -o OUT` writes."""
-    ran = run_lines("edit", *arguments, "-o", out, "--device", "cpu", "--quiet")
+    ran = run_lines("merge" if "--config" in arguments else "edit", *arguments, "-o", out, "--device", "cpu", "--quiet")
     assert (ran.code, ran.out, ran.trace) == (0, "", ""), ran.err
     tensors: dict[str, torch.Tensor] = {}
     for file in [out] if out.is_file() else sorted(out.glob("*.safetensors")):
@@ -243,8 +243,19 @@ def refused(ran: Ran, *words: str, code: int = 2) -> None:
 def in_yaml(paths: tuple[Path, Path], asked: str) -> Ran:
     """A dry run of a recipe with these lines under `lines:`."""
     file = paths[0].parent / "recipe.yaml"
-    file.write_text(f"base_model: {paths[0]}\nmodels: [{{model: {paths[1]}}}]\nlines:\n  {asked}\n")
-    return run_lines("edit", "--config", file, "-o", paths[0].parent / "not written", "--dry-run", "--json")
+    try:
+        said = yaml.safe_load(f"  {asked}")
+    except (yaml.YAMLError, ValueError):
+        said = {}
+    listed = isinstance(said.get("schedule"), (list, int, float)) or "," in str(said.get("schedule", ""))
+    if not listed:  # what an edit would add
+        alpha = said.get("alpha", 0.1)
+        rest = {"alpha": 0.1, "beta": 1 - alpha if isinstance(alpha, (int, float)) else 0.9}
+        added = [f"{key}: {value!r}" for key, value in rest.items() if key not in said]
+        asked = "{" + ", ".join([*added, asked[1:]]) if asked.startswith("{") else "\n  ".join([*added, asked])
+    text = f"base_model: {paths[0]}\nmodels: [{{model: {paths[1]}}}]\nlike: ft\nlines:\n  {asked}\n"
+    file.write_text(text)
+    return run_lines("merge", "--config", file, "-o", paths[0].parent / "not written", "--dry-run", "--json")
 
 
 # --- all of it at once ---
@@ -572,7 +583,7 @@ def test_python_and_flags_say_the_same(saved: dict[str, tuple[Path, Path]], tmp_
         ),
     ):
         recipe = lines.edit_recipe(*map(str, paths), **options)
-        plan = lines.make_plan(recipe, *lines.open_inputs(recipe), tmp_path / "out")
+        plan = lines.make_plan(recipe, lines.open_inputs(recipe), tmp_path / "out")
         got = {row["name"]: row["coefficient"] for row in plan.map()}
         assert got == {name: close(c) for name, c in planned(paths, *given).items()}
 
@@ -1135,21 +1146,6 @@ def test_names_from_the_user_s_expression(tmp_path: Path) -> None:
     given = ("--layers", r"(?P<stack>left|right)_cell(?P<index>\d+)", "--stack", "left=base", "--filter", "cell1=0.5")
     got = planned(sides(tmp_path, names), *given)
     assert [got[name] for name in names] == [0, 0.5, 0, 0.1, 0.5, 1]
-
-
-def test_a_recipe_and_an_option_are_not_mixed(saved: dict[str, tuple[Path, Path]]) -> None:
-    """Every option of this page beside --config is refused by the name it has on the command line."""
-    in_yaml(saved["decoder"], "{}")
-    file = saved["decoder"][0].parent / "recipe.yaml"
-    for option, text in (
-        ("schedule", "linear"),
-        ("outside", "keep"),
-        ("filter", "norm=keep"),
-        ("stack", "layers=keep"),
-    ):
-        ran = run_lines("edit", "--config", file, "-o", file.parent / "out", f"--{option}", text)
-        refused(ran, "--config")
-        assert re.search(rf"--{option}\b", ran.err), ran.err
 
 
 # --- what is said of it ---

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from typing import Any
 import yaml
 
 from lines_cli.checkpoint.reader import Checkpoint, read_json
-from lines_cli.errors import printable
+from lines_cli.errors import CheckpointError, printable
 
 CONFIG = "config.json"
 RECIPE = "lines_recipe.yaml"
 MODEL_CARD = "README.md"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
 
 TOKENIZER_FILES = tuple(
     """
@@ -82,59 +83,100 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def carry_over(
-    base: Checkpoint,
-    ft: Checkpoint,
+    inputs: Sequence[Checkpoint],
     *,
+    called: Sequence[str],
     dtype: str | None,
     stored: str | None,
     rows: Mapping[int, int],
-    keep_base_rows: bool,
+    rows_of: Checkpoint,
+    tokenizer: Checkpoint | None = None,
+    chat_template: Checkpoint | None = None,
 ) -> tuple[list[Sidecar], list[str]]:
     """The carried-over files of an output folder, and what to say of them.
 
-    They are the fine-tune's; where it is a lone file or has no config, the base's fill the gaps. `config.json` follows
-    what changed:
+    They are those of the first input; where it is a lone file or has no config, the next one that has a config fills the
+    gaps. `config.json` follows what changed:
 
     Args:
-        base, ft: the inputs.
-        dtype: what the weights were cast to (`bfloat16`); None where they keep the fine-tune's.
-        stored: what most of the output's float entries are stored as, for a config that is not the fine-tune's.
+        inputs: the one that the output is like, then the others.
+        called: what to call each.
+        dtype: what the weights were cast to (`bfloat16`); None where they keep their own.
+        stored: what most of the output's float entries are stored as, for a config of another input.
         rows: numbers of vocabulary rows that became another number.
-        keep_base_rows: those rows are now the base's, so its tokenizer goes with them.
+        rows_of: the input whose number of rows that is: where there are any, its tokenizer goes with them.
+        tokenizer, chat_template: the inputs to take these from, if they are named.
+
+    Raises:
+        CheckpointError: an input that is named for its tokenizer or chat template has none.
     """
     notes: list[str] = []
-    ft_files = carried_files(ft.folder) if ft.folder else {}
-    base_files = carried_files(base.folder) if base.folder else {}
-    files = ft_files
-    if CONFIG not in ft_files and CONFIG in base_files:
-        files = base_files | ft_files
-        dtype = dtype or stored
-        borrowed = sorted(files.keys() - ft_files.keys())
-        notes.append(f"the fine-tune has no config.json; from the base come {', '.join(map(printable, borrowed))}")
-    elif not files:
-        notes.append("neither input is a folder with a config.json: the output folder holds weights only")
+    own = carried_files(inputs[0].folder) if inputs[0].folder else {}
+    files = own
+    if CONFIG not in own:
+        for other, name in zip(inputs[1:], called[1:], strict=True):
+            others = carried_files(other.folder) if other.folder else {}
+            if CONFIG in others:
+                files = others | own
+                dtype = dtype or stored
+                borrowed = ", ".join(map(printable, sorted(files.keys() - own.keys())))
+                notes.append(f"{called[0]} has no config.json; from {name} come {borrowed}")
+                break
+        else:
+            if not own:
+                which = "neither input" if len(inputs) == 2 else "no input"
+                notes.append(f"{which} is a folder with a config.json: the output folder holds weights only")
     ids: Mapping[str, Any] | None = None
-    if rows:
-        kept, other = (base, ft) if keep_base_rows else (ft, base)
+    if rows or tokenizer is not None:
+        kept = tokenizer or rows_of
         of_rows = (*TOKENIZER_FILES, "generation_config.json")  # token ids, all of them
-        tokenizer = carried_files(kept.folder, of_rows) if kept.folder else {}
-        files = {name: path for name, path in files.items() if not _matches(name, of_rows)} | tokenizer
+        theirs = carried_files(kept.folder, of_rows) if kept.folder else {}
+        files = {name: path for name, path in files.items() if not _matches(name, of_rows)} | theirs
         ids = kept.config
-        if not tokenizer:
+        if tokenizer is not None and not any(_matches(name, TOKENIZER_FILES) for name in theirs):
+            raise CheckpointError(
+                f"tokenizer_source: {tokenizer.name} has no tokenizer", hint="Name an input that has one, or none."
+            )
+        if not theirs:
             notes.append(
                 f"no tokenizer goes with the {next(iter(rows.values())):,} rows kept: "
-                f"{kept.name} has none, and {other.name}'s has other rows"
+                f"{kept.name} has none, and that of the others has other rows"
             )
 
-    sidecars = [Sidecar(name, source=path) for name, path in files.items() if name != CONFIG]
+    written: dict[str, bytes] = {}
+    if chat_template is not None:
+        files, written = _with_chat_template(files, chat_template)
     if CONFIG in files:
         original = read_json(files[CONFIG])
         config = _follow(original, dtype=dtype, rows=rows, ids=ids)
-        if config == original:
-            sidecars.append(Sidecar(CONFIG, source=files[CONFIG]))
-        else:
-            sidecars.append(Sidecar(CONFIG, content=json.dumps(config, indent=2).encode() + b"\n"))
-    return sidecars, notes
+        if config != original:
+            written[CONFIG] = json.dumps(config, indent=2).encode() + b"\n"
+    sidecars = [
+        Sidecar(name, content=written[name]) if name in written else Sidecar(name, source=path)
+        for name, path in files.items()
+    ]
+    return sorted(sidecars, key=lambda sidecar: sidecar.name == CONFIG), notes
+
+
+def _with_chat_template(files: Mapping[str, Path], source: Checkpoint) -> tuple[dict[str, Path], dict[str, bytes]]:
+    """The files with another input's chat template: in files of its own, or in the tokenizer's config."""
+    patterns = ("chat_template*", "additional_chat_templates/*.jinja")
+    theirs = carried_files(source.folder, patterns) if source.folder else {}
+    inside = None
+    if source.folder and (source.folder / _TOKENIZER_CONFIG).is_file():
+        inside = read_json(source.folder / _TOKENIZER_CONFIG).get("chat_template")
+    if not theirs and inside is None:
+        raise CheckpointError(
+            f"chat_template: {source.name} has no chat template", hint="Name an input that has one, or none."
+        )
+    merged = {name: path for name, path in files.items() if not _matches(name, patterns)} | theirs
+    if _TOKENIZER_CONFIG not in merged:
+        return merged, {}
+    config = dict(read_json(merged[_TOKENIZER_CONFIG]))
+    config.pop("chat_template", None)
+    if inside is not None:
+        config["chat_template"] = inside
+    return merged, {_TOKENIZER_CONFIG: json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"}
 
 
 def _follow(
@@ -177,55 +219,86 @@ def index_file(stem: str, weight_map: Mapping[str, str], *, nbytes: int, paramet
     return Sidecar(f"{stem}.safetensors.index.json", content=json.dumps(index, indent=2).encode() + b"\n")
 
 
-def model_card(
-    base: Checkpoint,
-    ft: Checkpoint,
-    *,
-    title: str,
-    how: str,
-    coefficients: Iterable[tuple[str, int, float, float]],
-    outside: tuple[float, float],
-    filters: Iterable[tuple[str, float]],
-) -> Sidecar:
-    """A model card for the Hub: front matter, what was done, and with which coefficients.
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What a model card says.
 
-    Args:
-        base, ft: the inputs.
+    Attributes:
         title: the model's name.
-        how: one paragraph on what was done.
+        method: the merge method's name.
+        about: what that is, in a line.
+        base, models: the inputs.
+        like: the one that the output is like.
+        scaled: whether the update is scaled over depth.
         coefficients: per stack its name, layers, first and last coefficient.
         outside: the coefficients outside the blocks, before and behind them.
         filters: parts of names, and the coefficient of the tensors that have them.
     """
-    inputs = [_public_name(base), _public_name(ft)]
-    front = {"base_model": inputs, "base_model_relation": "merge", "tags": ["lines", "merge", "task-arithmetic"]}
-    if library := _library(ft):
+
+    title: str
+    method: str
+    about: str
+    base: Checkpoint | None
+    models: Sequence[Checkpoint]
+    like: Checkpoint
+    scaled: bool
+    coefficients: Iterable[tuple[str, int, float, float]]
+    outside: tuple[float, float]
+    filters: Iterable[tuple[str, float]]
+
+
+def model_card(card: Card) -> Sidecar:
+    """A model card for the Hub: front matter, what was done, and with which coefficients."""
+    inputs = list(dict.fromkeys(_public_name(c) for c in (*((card.base,) if card.base else ()), *card.models)))
+    tags = ["lines", "merge", card.method.replace("_", "-")]
+    front = {"base_model": inputs, "base_model_relation": "merge", "tags": tags}
+    if library := _library(card.like):
         front["library_name"] = library
-    rows = [f"| {_code(name)} | {layers} | {first:.6g} | {last:.6g} |" for name, layers, first, last in coefficients]
-    rows.append(f"| outside the blocks | | {outside[0]:.6g} | {outside[1]:.6g} |")
-    rows += [f"| names with {_code(pattern)} | | {value:.6g} | {value:.6g} |" for pattern, value in filters]
+    one = card.base is not None and len(card.models) == 1
+    models = [f"| base | {_code(_public_name(card.base))} |"] if card.base else []
+    models += [f"| {'fine-tune' if one else 'model'} | {_code(_public_name(model))} |" for model in card.models]
+    rows = [
+        f"| {_code(name)} | {layers} | {first:.6g} | {last:.6g} |" for name, layers, first, last in card.coefficients
+    ]
+    rows.append(f"| outside the blocks | | {card.outside[0]:.6g} | {card.outside[1]:.6g} |")
+    rows += [f"| names with {_code(pattern)} | | {value:.6g} | {value:.6g} |" for pattern, value in card.filters]
+    table = ["", "| stack | layers | first coefficient | last coefficient |", "|---|---|---|---|", *rows]
     text = f"""---
 {yaml.safe_dump(front, sort_keys=False)}---
 
-# {_plain(title)}
+# {_plain(card.title)}
 
-{how}
+{_ONE_SCALED if one and card.scaled else _how(card)}
 
 | | model |
 |---|---|
-| base | {_code(inputs[0])} |
-| fine-tune | {_code(inputs[1])} |
+{chr(10).join(models)}
+{chr(10).join(table if card.base else [])}
 
-| stack | layers | first coefficient | last coefficient |
-|---|---|---|---|
-{chr(10).join(rows)}
+[`{RECIPE}`]({RECIPE}) beside this card runs it again: `lines merge --config {RECIPE} -o OUT`.
+{_SOURCE if card.scaled else ""}"""
+    return Sidecar(MODEL_CARD, content=text.encode())
 
-[`{RECIPE}`]({RECIPE}) beside this card runs it again: `lines edit --config {RECIPE} -o OUT`.
 
+_ONE_SCALED = """A fine-tuned model whose update to its base was scaled over depth by
+[LiNeS](https://arxiv.org/abs/2410.17146): `base + c(l) * (fine-tune - base)`, with a coefficient `c` that depends on
+the depth of a block. Shallow blocks stay near the base, which keeps what it knew; deep blocks keep what the fine-tune
+learnt."""
+
+_SOURCE = """
 LiNeS: Wang et al., *LiNeS: Post-training Layer Scaling Prevents Forgetting and Enhances Model Merging*, ICLR 2025,
 arXiv:2410.17146.
 """
-    return Sidecar(MODEL_CARD, content=text.encode())
+
+
+def _how(card: Card) -> str:
+    how = f"{len(card.models)} models, merged by `{card.method}`. {card.about}"
+    if card.scaled:
+        how += (
+            "\nThe merged task vector was scaled over depth by [LiNeS](https://arxiv.org/abs/2410.17146):\n"
+            "`base + c(l) * merged task vector`, with a coefficient `c` that depends on the depth of a block."
+        )
+    return how
 
 
 def _public_name(checkpoint: Checkpoint) -> str:

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lines_cli.commands import options as opt
-
-if TYPE_CHECKING:
-    from lines_cli.recipe import Recipe
+from lines_cli.commands.carry_out import carry_out
 
 
 def edit(
-    base: opt.Base = None,
-    ft: opt.FineTune = None,
+    base: opt.Base,
+    ft: opt.FineTune,
     *,
     output: opt.Output,
-    config: opt.Config = None,
     alpha: opt.Alpha = None,
     beta: opt.Beta = None,
     gamma: opt.Gamma = None,
@@ -50,15 +42,12 @@ def edit(
     Shallow blocks stay near the base, which keeps what it knew; deep blocks keep what the fine-tune learnt. The result
     is streamed to disk in bounded memory, and appears whole or not at all.
     """
-    from lines_cli import console
-    from lines_cli.checkpoint.writer import check_destination
-    from lines_cli.errors import RecipeError
-    from lines_cli.plan import Resources, make_plan, open_inputs
+    from lines_cli.recipe import edit_recipe
+    from lines_cli.resources import Resources
 
-    recipe = _recipe(
+    recipe = edit_recipe(
         base,
         ft,
-        config,
         alpha=alpha,
         beta=beta,
         gamma=gamma,
@@ -74,64 +63,7 @@ def edit(
         max_shard_size=max_shard_size,
     )
     resources = Resources(workers=workers, device=device)
-    if not output:
-        raise RecipeError("-o is empty", hint="Name a folder, or a file that ends in .safetensors.")
-
-    named = [Path(os.path.expanduser(name)) for name in (recipe.base_model, recipe.fine_tune)]
-    check_destination(Path(output), inputs=named, nbytes=0, force=force)  # before anything is fetched
-    plan = make_plan(recipe, *open_inputs(recipe, quiet=quiet), Path(output))
-    if dry_run:
-        check_destination(plan.output, inputs=plan.read_paths, nbytes=plan.bytes_written, force=force)
-        console.show_plan(plan, resources, json=json)
-        return
-
-    with _interruptible_import():
-        from lines_cli.engine import run
-
-    outcome = run(plan, resources, force=force, track=console.progress(plan.bytes_written, quiet=quiet))
-    console.show_outcome(plan, outcome, json=json, quiet=quiet)
-
-
-@contextmanager
-def _interruptible_import() -> Iterator[None]:
-    """Hold Ctrl-C back until an import is over: torch's swallows it, or dies of it."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script
-        yield
-        return
-    pressed = []
-    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed:
-        raise KeyboardInterrupt
-
-
-def _recipe(base: str | None, ft: str | None, config: Path | None, **options: Any) -> Recipe:
-    """The recipe that the command line spells out, or the file it names; never a mixture."""
-    from lines_cli.errors import RecipeError
-    from lines_cli.recipe import edit_recipe, load_recipe
-
-    if config is not None:
-        given = [name for name, value in (("BASE", base), ("FT", ft)) if value is not None]
-        given += [
-            f"--{key.replace('_', '-').replace('stacks', 'stack')}"
-            for key, value in options.items()
-            if value is not None
-        ]
-        if given:
-            raise RecipeError(
-                f"--config {config} already says what {', '.join(given)} would say",
-                hint="Edit the file, or leave it out.",
-            )
-        return load_recipe(config)
-    if base is None or ft is None:
-        raise RecipeError(
-            "two checkpoints are needed: lines edit BASE FT -o OUT",
-            hint="Or a recipe: lines edit --config lines_recipe.yaml -o OUT",
-        )
-    return edit_recipe(base, ft, **options)
+    carry_out(recipe, output, resources, force=force, dry_run=dry_run, json=json, quiet=quiet)
 
 
 def _pairs(flag: str, given: list[str] | None) -> dict[str, Any] | None:

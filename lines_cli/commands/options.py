@@ -10,28 +10,34 @@ from typing import Annotated, Literal
 import typer
 
 Base = Annotated[
-    str | None,
+    str,
     typer.Argument(
         metavar="BASE",
-        show_default=False,
         help="The pre-trained checkpoint: a .safetensors file, a folder, or a Hub id (org/name, org/name@revision).",
     ),
 ]
 FineTune = Annotated[
-    str | None,
+    str,
     typer.Argument(
         metavar="FT",
-        show_default=False,
         help="The fine-tuned checkpoint, in any of the same forms; it may be sharded differently.",
     ),
 ]
 Config = Annotated[
-    Path | None,
+    Path,
     typer.Option(
         "--config",
         metavar="FILE",
+        help="The recipe, in YAML. Relative paths in it count from its own folder.",
+    ),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
         show_default=False,
-        help="A recipe in YAML, such as an output's lines_recipe.yaml, instead of BASE, FT and what it covers.",
+        help="Overrule the recipe, as in --set lines.beta=0.4 or --set models.0.parameters.weight=0.3. Repeatable.",
     ),
 ]
 
@@ -142,6 +148,16 @@ Output = Annotated[
         "-o",
         "--output",
         metavar="OUT",
+        help="A folder that loads as it is, with config and tokenizer; or one file, if it ends in .safetensors.",
+    ),
+]
+MaybeOutput = Annotated[
+    str | None,
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="OUT",
+        show_default="the recipe's output",
         help="A folder that loads as it is, with config and tokenizer; or one file, if it ends in .safetensors.",
     ),
 ]

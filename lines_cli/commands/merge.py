@@ -1,0 +1,49 @@
+"""`lines merge`: many task vectors into one model, from one YAML."""
+
+from __future__ import annotations
+
+from lines_cli.commands import options as opt
+from lines_cli.commands.carry_out import carry_out
+
+
+def merge(
+    *,
+    config: opt.Config,
+    output: opt.MaybeOutput = None,
+    sets: opt.Set = None,
+    force: opt.Force = False,
+    workers: opt.Workers = None,
+    device: opt.Device = "auto",
+    dry_run: opt.DryRun = False,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Merge models, and scale what they learnt together over depth (LiNeS).
+
+    \b
+    The recipe says how, in mergekit's keys where mergekit has them:
+
+    \b
+      merge_method: ties     # average, task_arithmetic, ties, consensus, dare_linear,
+      base_model: base       #   dare_ties, linear, slerp, passthrough
+      models:
+        - {model: ft-math, parameters: {weight: 1.0}}
+        - {model: ft-code, parameters: {weight: 1.0}}
+      parameters: {density: 0.2}
+      lines: {alpha: auto, beta: 0.5}
+
+    An output's lines_recipe.yaml is such a recipe, too: it makes the same files again.
+    """
+    from lines_cli.errors import RecipeError
+    from lines_cli.recipe_file import load_recipe
+    from lines_cli.resources import Resources
+
+    recipe = load_recipe(config, sets or ())
+    destination = output if output is not None else recipe.output
+    if destination is None:
+        raise RecipeError(
+            f"{config} names no output",
+            hint="Say where with -o OUT, or with output: in the recipe.",
+        )
+    resources = Resources(workers=workers, device=device)
+    carry_out(recipe, destination, resources, force=force, dry_run=dry_run, json=json, quiet=quiet)

@@ -1,0 +1,105 @@
+"""Weighted sums: of task vectors (model soups, task arithmetic) and of whole weights (linear, SLERP, passthrough).
+
+Like every method these are plain functions on a run of entries: one tensor [n] of float32 (float64 where an input is)
+for each model, in recipe order, and keywords named as in the recipe. They may overwrite what they are given. Sums are
+taken in recipe order, each operation rounded: `((w1 * tau1) + w2 * tau2) + ...`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NEGLIGIBLE = 1e-8
+"""A sum of weights nearer to 0 than this is not divided by, as in mergekit."""
+
+
+def weighted_sum(vectors: Sequence[Tensor], weight: Sequence[float], *, overwrite: bool = True) -> Tensor:
+    """`((w1 * v1) + w2 * v2) + ...`: [n]. Unless `overwrite`, the vectors stay as they are."""
+    total = vectors[0] if overwrite else vectors[0].clone()
+    if weight[0] != 1:
+        total.mul_(weight[0])
+    for vector, w in zip(vectors[1:], weight[1:], strict=True):
+        total.add_(vector if w == 1 else vector.mul_(w) if overwrite else vector * w)
+    return total
+
+
+def sparse(task_vectors: Sequence[Tensor], masks: Sequence[Tensor] | None) -> Sequence[Tensor]:
+    """The task vectors where their masks (1 or 0, [n] each) are 1; 0 elsewhere. NaN and Inf show through any mask."""
+    for task_vector, mask in zip(task_vectors, masks or (), strict=masks is not None):
+        task_vector.mul_(mask)
+    return task_vectors
+
+
+def average(task_vectors: Sequence[Tensor], *, masks: Sequence[Tensor] | None = None) -> Tensor:
+    """`(tau_1 + ... + tau_N) / N`: a uniform model soup (Wortsman 2022, arXiv 2203.05482), as a task vector."""
+    del masks
+    total = weighted_sum(task_vectors, [1.0] * len(task_vectors))
+    return total if len(task_vectors) == 1 else total.div_(len(task_vectors))
+
+
+def task_arithmetic(
+    task_vectors: Sequence[Tensor],
+    *,
+    masks: Sequence[Tensor] | None = None,
+    weight: Sequence[float],
+    normalize: bool = False,
+) -> Tensor:
+    """`sum(w_i * tau_i)` (Ilharco 2023, arXiv 2212.04089, section 2), over `sum(w_i)` with `normalize`."""
+    return _over(weighted_sum(sparse(task_vectors, masks), weight), weight, normalize=normalize)
+
+
+def linear(
+    weights: Sequence[Tensor], *, masks: Sequence[Tensor] | None = None, weight: Sequence[float], normalize: bool = True
+) -> Tensor:
+    """`sum(w_i * theta_i) / sum(w_i)`: the weighted average of whole weights, without a base; the sum alone unless
+    `normalize`.
+    """
+    del masks
+    return _over(weighted_sum(weights, weight), weight, normalize=normalize)
+
+
+def _over(total: Tensor, weight: Sequence[float], *, normalize: bool) -> Tensor:
+    divisor = sum(weight)
+    return total.div_(divisor) if normalize and divisor != 1 and abs(divisor) >= NEGLIGIBLE else total
+
+
+def slerp(weights: Sequence[Tensor], *, masks: Sequence[Tensor] | None = None, shares: tuple[float, float]) -> Tensor:
+    """`s0 * theta_1 + s1 * theta_2` with `shares` from `slerp_shares`: spherical linear interpolation between two
+    tensors (Shoemake 1985).
+    """
+    del masks
+    return weighted_sum(weights, shares)
+
+
+_NEARLY_PARALLEL = 0.9995
+
+
+def slerp_shares(t: float, *, dot: float, norms: tuple[float, float]) -> tuple[float, float]:
+    """The shares of two tensors at `t` of the way from the first (0) to the second (1), along the arc between them:
+    `sin((1 - t) * phi) / sin(phi)` and `sin(t * phi) / sin(phi)` for the angle phi.
+
+    Args:
+        t: 0 to 1.
+        dot: the sum over all entries of their products.
+        norms: of each. Where one is 0, or the two are nearly parallel, the line takes the place of the arc, at
+            mergekit's bound.
+    """
+    lengths = [norm if norm > NEGLIGIBLE else 1.0 for norm in norms]
+    cosine = max(-1.0, min(1.0, dot / lengths[0] / lengths[1]))
+    if abs(cosine) > _NEARLY_PARALLEL:
+        return 1 - t, t
+    phi = math.acos(cosine)
+    return math.sin((1 - t) * phi) / math.sin(phi), math.sin(t * phi) / math.sin(phi)
+
+
+def passthrough(
+    weights: Sequence[Tensor], *, masks: Sequence[Tensor] | None = None, scale: Sequence[float | None]
+) -> Tensor:
+    """The one model's weights, times `scale` if there is one."""
+    del masks
+    return weights[0] if scale[0] is None else weights[0].mul_(scale[0])
