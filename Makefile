@@ -30,7 +30,7 @@ lint: $(VENV)/dev ## Style and format.
 types: $(VENV)/dev ## Types.
 	$(BIN)/mypy
 
-docs: $(VENV)/dev ## Write docs/cli.md anew from --help.
+docs: $(VENV)/dev ## Write docs/cli.md and docs/methods.md anew from the code.
 	$(BIN)/python docs/generate.py
 
 bench: $(VENV)/dev ## Measure lines against the disk and the plain script (QUICK=1: a small model).

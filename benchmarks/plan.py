@@ -14,8 +14,8 @@ from pathlib import Path
 
 from lines_cli.checkpoint.header import lay_out
 from lines_cli.depth import find_depth
-from lines_cli.plan import make_plan, open_inputs
-from lines_cli.recipe import edit_recipe
+from lines_cli.planning import make_plan, open_inputs
+from lines_cli.recipe_check import edit_recipe
 
 EXPERTS = [
     f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight"

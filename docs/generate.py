@@ -1,4 +1,5 @@
-"""Write docs/cli.md from the commands' own help, so that the two cannot differ (a test holds that the page is fresh).
+"""Write docs/cli.md from the commands' own help, and docs/methods.md from the table of methods, so that they cannot
+differ (a test holds that the pages are fresh).
 
 python docs/generate.py
 """
@@ -11,8 +12,10 @@ import typer.main
 from typer.testing import CliRunner
 
 from lines_cli.cli import EXIT_CODES, app
+from lines_cli.methods import METHODS, Method
+from lines_cli.parameters import Parameter
 
-PAGE = Path(__file__).with_name("cli.md")
+HERE = Path(__file__).parent
 
 
 def cli_reference() -> str:
@@ -23,6 +26,56 @@ def cli_reference() -> str:
     codes = "\n".join(f"| {code} | {meaning} |" for code, meaning in EXIT_CODES.items())
     parts += ["## Exit codes", f"| code | meaning |\n|---|---|\n{codes}"]
     return "\n\n".join(parts) + "\n"
+
+
+_WRITTEN = (
+    "Written by `make docs` from the table of methods: change the code, not this page. How a recipe says them, and "
+    "what they are to the bit, is in [merge.md](merge.md)."
+)
+
+
+def methods_reference() -> str:
+    """The page of merge methods, as Markdown."""
+    parts = [
+        "# Merge methods",
+        _WRITTEN,
+        *(_method(name, method) for name, method in METHODS.items()),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _method(name: str, method: Method) -> str:
+    least, most = method.models
+    models = f"{least}" if least == most else f"{least} or more"
+    takes = f"Takes {method.takes}{', so it needs a base' if method.takes == 'task vectors' else ''}; models: {models}."
+    rows = [
+        f"| `{key}` | {_values(known)} | {_default(known)} | {_about(known)} |"
+        for key, known in method.parameters.items()
+    ]
+    table = "\n".join(["| parameter | values | default | what it is |", "|---|---|---|---|", *rows])
+    return f"## `{name}`\n\n{method.about} {takes}\n\n{table}"
+
+
+def _values(parameter: Parameter) -> str:
+    return parameter.expected().removeprefix("a ").removeprefix("number from ")
+
+
+def _default(parameter: Parameter) -> str:
+    if parameter.default is None:
+        return ""
+    return f"{parameter.default:g}" if isinstance(parameter.default, float) else f"`{str(parameter.default).lower()}`"
+
+
+def _about(parameter: Parameter) -> str:
+    more = [
+        text
+        for text, holds in (
+            ("may differ by model", parameter.per_model),
+            ("may vary over depth and names", parameter.varies),
+        )
+        if holds
+    ]
+    return parameter.about + (f" ({'; '.join(more)})" if more else "")
 
 
 def app_commands() -> list[str]:
@@ -36,5 +89,9 @@ def help_of(command: list[str]) -> str:
     return result.stdout.strip()
 
 
+PAGES = {HERE / "cli.md": cli_reference, HERE / "methods.md": methods_reference}
+
+
 if __name__ == "__main__":
-    PAGE.write_text(cli_reference(), encoding="utf-8")
+    for page, text in PAGES.items():
+        page.write_text(text(), encoding="utf-8")

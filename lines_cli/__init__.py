@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from lines_cli.engine import run as run
     from lines_cli.errors import LinesError as LinesError
     from lines_cli.plan import Plan as Plan
-    from lines_cli.plan import make_plan as make_plan
-    from lines_cli.plan import open_inputs as open_inputs
+    from lines_cli.planning import make_plan as make_plan
+    from lines_cli.planning import open_inputs as open_inputs
     from lines_cli.recipe import Recipe as Recipe
-    from lines_cli.recipe import edit_recipe as edit_recipe
+    from lines_cli.recipe_check import edit_recipe as edit_recipe
     from lines_cli.recipe_file import load_recipe as load_recipe
     from lines_cli.resources import Resources as Resources
 
@@ -35,8 +35,10 @@ _HOMES = {
     "depth": ("DepthMap", "find_depth"),
     "engine": ("Outcome", "run"),
     "errors": ("LinesError",),
-    "plan": ("Plan", "make_plan", "open_inputs"),
-    "recipe": ("Recipe", "edit_recipe"),
+    "plan": ("Plan",),
+    "planning": ("make_plan", "open_inputs"),
+    "recipe": ("Recipe",),
+    "recipe_check": ("edit_recipe",),
     "recipe_file": ("load_recipe",),
     "resources": ("Resources",),
 }

@@ -5,9 +5,10 @@ torch tensors.
     scaled = c * merged
     out    = round(f32(base) + scaled)
 
-where `merged` is one model's task vector, or what a method makes of several. Three operations, each rounded to float32 (float64 where a source is float64), then one rounding to the output
-dtype. They are kept apart: a fused `lerp`, or arithmetic in bfloat16, gives other bits (measured: up to 9 % of
-float32 entries). A kernel per operation also keeps CUDA from fusing them.
+where `merged` is one model's task vector, or what a method makes of several. Three operations, each rounded to float32
+(float64 where a source is float64), then one rounding to the output dtype. They are kept apart: a fused `lerp`, or
+arithmetic in bfloat16, gives other bits (measured: up to 9 % of float32 entries). A kernel per operation also keeps
+CUDA from fusing them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ TORCH_DTYPES = {
 
 
 def task_vector(fine_tuned: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-    """`fine_tuned - base` (arXiv 2410.17146, section 2): [n] each, in the compute dtype; overwrites the first."""
+    """`fine_tuned - base` (Ilharco 2023, arXiv 2212.04089): [n] each, in the compute dtype; overwrites the first."""
     return fine_tuned.sub_(base)
 
 
@@ -84,15 +85,16 @@ def block_sums(values: torch.Tensor, block: int) -> list[float]:
     """The sum of every `block` entries of `values` [n], in float64; the last block may be short.
 
     Halves are added to halves, entry by entry, so that the order of the additions is the same on every processor and
-    device. `block` is a power of two.
+    device. `block` is a power of two above 1.
     """
-    whole = -(-values.numel() // block) * block
-    sums = values.new_zeros(whole, dtype=torch.float64)
-    sums[: values.numel()] = values
-    sums = sums.view(whole // block, block)
-    width = block
+    blocks = -(-values.numel() // block)
+    if blocks * block > values.numel():
+        values = torch.nn.functional.pad(values, (0, blocks * block - values.numel()))
+    values = values.view(blocks, block)
+    width = block // 2
+    sums = values[:, :width].to(torch.float64).add_(values[:, width:])
     while width > 1:
         width //= 2
-        sums = sums[:, :width] + sums[:, width : 2 * width]
+        sums = sums[:, :width].add_(sums[:, width : 2 * width])
     summed: list[float] = sums[:, 0].tolist()
     return summed

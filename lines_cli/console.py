@@ -129,7 +129,7 @@ def _models(plan: Plan, norms: Sequence[float], kept: Sequence[float] = ()) -> N
     for number, model in enumerate(models):
         share = kept[number] if kept else model["kept"]
         table.add_row(
-            _printable(model["model"]),
+            _printable(model["model"].removeprefix("./")),
             _span(model["weight"]),
             _span(model["density"]),
             "" if share is None else f"{share:.2%}",
@@ -155,8 +155,8 @@ def _alpha(plan: Plan) -> None:
         _out.print(f"alpha   {alpha:.6g} = 1/{models}: the merged task vector is the sum")
     else:
         _out.print(
-            f"alpha   {alpha:.6g} = 1/{models} * {norms.total:.6g} / {norms.merged:.6g}: L1 norms of the sum and of the "
-            "merged task vector",
+            f"alpha   {alpha:.6g} = 1/{models} * {norms.total:.6g} / {norms.merged:.6g}: "
+            "L1 norms of the sum and of the merged task vector",
             soft_wrap=True,
         )
 

@@ -21,7 +21,8 @@ from lines_cli.checkpoint.positional import write_from
 from lines_cli.checkpoint.writer import Staging, check_destination, naming
 from lines_cli.errors import DataError, printable
 from lines_cli.measure import Track, measure, untracked
-from lines_cli.plan import Plan, resolve, to_float32
+from lines_cli.plan import Plan
+from lines_cli.planning import resolve, to_float32
 from lines_cli.resources import Resources
 from lines_cli.workers import ALLOW_NONFINITE, Chunk, Pool, Worker, choose_device, chunks_of, opened
 
@@ -37,8 +38,8 @@ class Outcome:
             first.
         norms: for each model the L2 norm of its task vector over all that was merged; empty where none was taken.
         kept: for each model the share of entries that were kept; empty where none are dropped.
-        differing: integer and boolean tensors that are not the same in all inputs -> the inputs that differ from the one
-            that was copied.
+        differing: integer and boolean tensors that are not the same in all inputs -> the inputs that differ from the
+            one that was copied.
     """
 
     plan: Plan

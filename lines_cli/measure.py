@@ -162,7 +162,7 @@ class _Measuring:
         numel = sum(piece.numel for tensor in self.tensors for piece in tensor.pieces if piece.models)
         density = self.tensors[0].values["density"]
         windows = {model: Window.over(0, _ALL_BITS) for model in self.models if density[model] != 1}
-        kept = {model: numel for model in self.models}
+        kept = dict.fromkeys(self.models, numel)
         for _ in range(ROUNDS):
             counts: dict[Worker, dict[int, torch.Tensor]] = defaultdict(dict)
 

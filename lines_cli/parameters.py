@@ -49,7 +49,7 @@ class Parameter:
         if not isinstance(setting, list):
             return self._one(setting)
         if not self.varies:
-            raise ValueError(f"expected one value, not a list: {self._expected()}")
+            raise ValueError(f"expected one value, not a list: {self.expected()}")
         if not setting:
             raise ValueError("an empty list says nothing")
         if not any(isinstance(part, dict) for part in setting):
@@ -69,19 +69,20 @@ class Parameter:
         if self.choices:
             if isinstance(value, (str, bool)) and value in self.choices:
                 return self.choices[value]
-            raise ValueError(f"expected {self._expected()} (got {value!r})")
+            raise ValueError(f"expected {self.expected()} (got {value!r})")
         if isinstance(value, bool):
-            raise ValueError(f"expected {self._expected()} (got {value!r})")
+            raise ValueError(f"expected {self.expected()} (got {value!r})")
         try:
             number = float(value)
         except (TypeError, ValueError, OverflowError):
-            raise ValueError(f"expected {self._expected()} (got {value!r})") from None
+            raise ValueError(f"expected {self.expected()} (got {value!r})") from None
         inside = math.isfinite(number) and self.low <= number <= self.high
         if not inside or (self.whole and not number.is_integer()):
-            raise ValueError(f"expected {self._expected()} (got {value!r})")
+            raise ValueError(f"expected {self.expected()} (got {value!r})")
         return number
 
-    def _expected(self) -> str:
+    def expected(self) -> str:
+        """What it can be, in words."""
         if self.choices:
             words = [str(choice).lower() if isinstance(choice, bool) else choice for choice in self.choices]
             return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

@@ -1,4 +1,4 @@
-"""Recipes as YAML files: read with the line of every key at hand, and written so that they give the same result again."""
+"""Recipes as YAML files: read with the line of every key, and written so that they give the same result again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import yaml
 
 from lines_cli import __version__
 from lines_cli.errors import RecipeError
-from lines_cli.recipe import Place, Recipe, dotted, make_recipe
+from lines_cli.recipe import Recipe
+from lines_cli.recipe_check import Place, dotted, make_recipe
 
 
 class _Loader(yaml.SafeLoader):

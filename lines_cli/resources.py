@@ -11,7 +11,7 @@ from lines_cli.errors import RecipeError
 BLOCK = 64 * 1024
 """Entries whose sum is taken in one go when a norm is measured; no chunk that is measured cuts one."""
 
-_IN_CACHE = 4 * 1024 * 1024  # entries of all models together
+_IN_CACHE = 1024 * 1024  # entries of all models together
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,11 +21,12 @@ import torch
 from lines_cli.arithmetic import TORCH_DTYPES, first_nonfinite, task_vector
 from lines_cli.checkpoint.header import itemsize
 from lines_cli.checkpoint.positional import read_into
+from lines_cli.draft import Piece, Slice
 from lines_cli.errors import CheckpointError, DataError, RecipeError, printable
 from lines_cli.methods import Values
 from lines_cli.methods.dare import Where, random_masks
 from lines_cli.methods.ties import magnitude_masks
-from lines_cli.plan import Piece, Plan, Slice, TensorPlan
+from lines_cli.plan import Plan, TensorPlan
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -95,9 +96,10 @@ class Worker:
 
     def __init__(self, plan: Plan, sources: list[int], device: torch.device, chunk: int) -> None:
         self.plan, self.sources, self.device = plan, sources, device
-        width = 8 if any(tensor.in_float64 for tensor in plan.tensors) else 4
+        width = 8 if plan.in_float64 else 4
+        stored, written = plan.widths
         try:
-            self.raw, self.out = (_Buffer(device, chunk * 8) for _ in range(2))
+            self.raw, self.out = _Buffer(device, chunk * stored), _Buffer(device, chunk * max(stored, written))
             self._held = [
                 torch.empty(chunk * width, dtype=torch.uint8, device=device) for _ in range(len(plan.recipe.merged) + 1)
             ]

@@ -106,7 +106,7 @@ def test_each_operation_is_rounded(base: torch.dtype, ft: torch.dtype, coefficie
 
 @pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 1000])
 def test_block_sums_add_halves_to_halves(count: int) -> None:
-    """Every block's sum, in float64, by a tree of additions that numpy repeats to the bit; short blocks end in zeros."""
+    """Every block's sum, in float64, by a tree of additions that numpy repeats to the bit; zeros fill a short block."""
     values = wide(6, count).clamp(-1e30, 1e30).to(torch.float32)
     expected = []
     for start in range(0, count, 16):

@@ -27,9 +27,9 @@ from lines_cli import engine
 from lines_cli.checkpoint import writer
 from lines_cli.checkpoint.reader import open_checkpoint
 from lines_cli.errors import CheckpointError
-from lines_cli.plan import make_plan, sides_of
+from lines_cli.planning import make_plan, sides_of
+from lines_cli.recipe_check import make_recipe
 from lines_cli.resources import Resources
-from lines_cli.recipe import make_recipe
 
 
 def tensors(seed: int = 0, **changes: torch.Tensor | None) -> dict[str, torch.Tensor]:

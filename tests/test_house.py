@@ -25,8 +25,11 @@ LAYERS = [
     {"engine"},
     {"measure"},
     {"workers"},
+    {"planning"},
     {"plan"},
+    {"draft"},
     {"pairing", "recipe_file"},
+    {"recipe_check"},
     {"recipe", "hub", "arithmetic"},
     {"methods"},
     {"methods.dare"},
@@ -86,7 +89,7 @@ def test_imports_point_down(module: str) -> None:
         ("typer", {"cli", "commands.options"}),
         ("huggingface_hub", {"hub"}),
         ("torch", {"arithmetic", "engine", "measure", "methods.dare", "methods.ties", "workers"}),
-        ("pydantic", {"recipe"}),
+        ("pydantic", {"recipe", "recipe_check"}),
     ],
 )
 def test_each_dependency_has_one_home(dependency: str, homes: set[str]) -> None:
@@ -95,7 +98,7 @@ def test_each_dependency_has_one_home(dependency: str, homes: set[str]) -> None:
     assert users == homes
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["edit", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["edit", "--help"], ["merge", "--help"], ["--version"]])
 def test_help_loads_no_torch(arguments: list[str]) -> None:
     """`lines --help` answers at once: it loads neither torch nor anything else that is slow."""
     program = (
@@ -123,14 +126,15 @@ def test_dry_run_loads_no_torch(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_line_reference_is_fresh() -> None:
-    """docs/cli.md says what --help says; `make docs` writes it anew."""
+def test_the_references_are_fresh() -> None:
+    """docs/cli.md says what --help says, docs/methods.md what the table says; `make docs` writes them anew."""
     sys.path.insert(0, str(ROOT / "docs"))
     try:
-        from generate import PAGE, app_commands, cli_reference
+        from generate import PAGES, app_commands
     finally:
         sys.path.remove(str(ROOT / "docs"))
-    assert PAGE.read_text(encoding="utf-8") == cli_reference()
+    for page, text in PAGES.items():
+        assert page.read_text(encoding="utf-8") == text()
     assert all(f"lines {name}" in (ROOT / "README.md").read_text(encoding="utf-8") for name in app_commands())
 
 

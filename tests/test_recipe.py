@@ -12,7 +12,8 @@ import yaml
 from conftest import run_lines, write_checkpoint
 
 from lines_cli.errors import RecipeError
-from lines_cli.recipe import Recipe, edit_recipe, make_recipe, parse_size
+from lines_cli.recipe import Recipe, parse_size
+from lines_cli.recipe_check import edit_recipe, make_recipe
 from lines_cli.recipe_file import dump_recipe, load_recipe
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -267,11 +268,12 @@ def test_what_is_not_beside_the_file_is_not_looked_for_elsewhere(
 
 @pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
 def test_the_configs_run(name: str, tmp_path: Path) -> None:
-    """Every file in configs/ runs as it is on a base and a fine-tune beside it, and its comment says how."""
+    """Every file in configs/ runs as it is on the checkpoints that it names, and its comment says how."""
     shutil.copy(CONFIGS / name, tmp_path / name)
     names = [f"{stack}.block.{i}.w" for stack in ("encoder", "decoder") for i in range(3)]
-    for side, value in (("base", 0.0), ("ft", 1.0)):
-        write_checkpoint(tmp_path / side, {name: torch.full((2,), value) for name in names})
+    said = yaml.safe_load((CONFIGS / name).read_text(encoding="utf-8"))
+    for number, side in enumerate([said["base_model"], *(source["model"] for source in said["models"])]):
+        write_checkpoint(tmp_path / side, {name: torch.arange(number, number + 2.0) ** 2 for name in names})
     ran = run_lines("merge", "--config", tmp_path / name, "-o", tmp_path / "out")
     assert (ran.code, ran.trace) == (0, ""), ran.err
     assert f"lines merge --config {name} -o out" in (CONFIGS / name).read_text(encoding="utf-8")

@@ -95,8 +95,8 @@ def carry_over(
 ) -> tuple[list[Sidecar], list[str]]:
     """The carried-over files of an output folder, and what to say of them.
 
-    They are those of the first input; where it is a lone file or has no config, the next one that has a config fills the
-    gaps. `config.json` follows what changed:
+    They are those of the first input; where it is a lone file or has no config, the next one that has a config fills
+    the gaps. `config.json` follows what changed:
 
     Args:
         inputs: the one that the output is like, then the others.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ def carry_out(
     from lines_cli import console
     from lines_cli.checkpoint.writer import check_destination
     from lines_cli.errors import RecipeError
-    from lines_cli.plan import make_plan, open_inputs
+    from lines_cli.planning import make_plan, open_inputs
 
     if not output:
         raise RecipeError("-o is empty", hint="Name a folder, or a file that ends in .safetensors.")
@@ -37,8 +38,22 @@ def carry_out(
     with _interruptible_import():
         from lines_cli.engine import run
 
+    _keep_freed_memory()
     outcome = run(plan, resources, force=force, track=console.progress(quiet=quiet))
     console.show_outcome(outcome, json=json, quiet=quiet)
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library keep freed memory for the next chunk, where it would hand it back to the system each time: then
+    every temporary of 1 MiB is 300 page faults, and TIES takes three times as long. Only glibc can be told.
+    """
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_MMAP_THRESHOLD, 32 * 2**20)
+        libc.mallopt(_TRIM_THRESHOLD, 128 * 2**20)
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 @contextmanager

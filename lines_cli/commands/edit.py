@@ -42,7 +42,7 @@ def edit(
     Shallow blocks stay near the base, which keeps what it knew; deep blocks keep what the fine-tune learnt. The result
     is streamed to disk in bounded memory, and appears whole or not at all.
     """
-    from lines_cli.recipe import edit_recipe
+    from lines_cli.recipe_check import edit_recipe
     from lines_cli.resources import Resources
 
     recipe = edit_recipe(

@@ -82,12 +82,18 @@ _TRIM = Parameter(
     varies=False,
     choices={"global": "global", "tensor": "tensor"},
 )
-_AGREEMENT = Parameter(
-    None,
-    "over the models that agree with the sign: their weighted mean, their sum, or the largest",
-    varies=False,
-    choices={"mean": "mean", "sum": "sum", "max": "max"},
-)
+
+
+def _agreement_parameter(unless_said: str) -> Parameter:
+    return Parameter(
+        None,
+        f"over the models that agree with the sign: their weighted mean, their sum, or the largest; {unless_said} "
+        "unless said",
+        varies=False,
+        choices={"mean": "mean", "sum": "sum", "max": "max"},
+    )
+
+
 _RESCALE = Parameter(
     "density",
     "what is kept is divided by the density, as published; or restores the tensor's L1 norm (l1 or true, as in "
@@ -165,6 +171,7 @@ METHODS: Mapping[str, Method] = {
         average,
         "The mean of the task vectors: a uniform model soup (Wortsman 2022).",
         parameters={"lambda": _LAMBDA},
+        told=lambda *_: {},
     ),
     "task_arithmetic": Method(
         task_arithmetic,
@@ -187,7 +194,7 @@ METHODS: Mapping[str, Method] = {
             "weight": _WEIGHT,
             "density": _DENSITY,
             "trim": _TRIM,
-            "agreement": _AGREEMENT,
+            "agreement": _agreement_parameter("the mean"),
             "normalize": _MAYBE_NORMALIZE,
             "lambda": _LAMBDA,
         },
@@ -229,7 +236,7 @@ METHODS: Mapping[str, Method] = {
     "dare_ties": Method(
         dare_ties,
         "TIES over randomly dropped and rescaled task vectors (DARE, Yu 2024).",
-        parameters={**_RANDOM, "agreement": _AGREEMENT, "normalize": _MAYBE_NORMALIZE},
+        parameters={**_RANDOM, "agreement": _agreement_parameter("the sum"), "normalize": _MAYBE_NORMALIZE},
         told=_dare_ties_told,
         masks="random",
         conflict=_agreement_or_normalize,

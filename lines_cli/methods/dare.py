@@ -32,7 +32,7 @@ class Where:
 def random_masks(
     task_vectors: Sequence[Tensor], *, density: Sequence[float], seed: float, where: Where
 ) -> list[Tensor] | None:
-    """1 with probability `density`, else 0 (eq. 3).
+    """1 with probability `density`, else 0: the drop of DARE.
 
     Args:
         task_vectors: N of [n]; only their number, length, dtype and device count.
@@ -81,7 +81,7 @@ def dare_linear(
     factor: Sequence[float],
     normalize: bool = False,
 ) -> Tensor:
-    """Task arithmetic over what is left of each task vector, rescaled by its `factor` (eq. 4)."""
+    """Task arithmetic over what is left of each task vector, rescaled by its `factor`."""
     return task_arithmetic(_rescaled(task_vectors, masks, factor), weight=weight, normalize=normalize)
 
 

@@ -74,7 +74,8 @@ def ties(
     assert merged is not None
     if divisor is None:
         return merged
-    return merged.div_(divisor.masked_fill_(divisor.abs() < NEGLIGIBLE, 1))
+    nothing = divisor.abs().lt_(NEGLIGIBLE)  # 1.0 and 0.0; to fill by a mask takes five times as long
+    return merged.div_(divisor.mul_(1 - nothing).add_(nothing))
 
 
 def signs(
@@ -101,9 +102,9 @@ def consensus(
     on: Literal["sum", "ties"] = "sum",
     majority: int = 1,
 ) -> Tensor:
-    """Keep an entry of the merged task vector where at least `k` models' TALL masks agree on it (sections 3 and 4).
+    """Keep an entry of the merged task vector where at least `k` models' TALL masks agree on it.
 
-    `mask_i = |tau_i| > |tau_merged - tau_i| * mask_lambda_i`, on the task vectors as they are, without weights and trim.
+    `mask_i = |tau_i| > |tau_merged - tau_i| * mask_lambda_i`, on the task vectors as they are, without weights or trim.
 
     Args:
         task_vectors: N of [n].

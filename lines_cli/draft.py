@@ -1,0 +1,186 @@
+"""Headers in, drafts out: what every output tensor will be made of, before its coefficient and its place are known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from lines_cli.checkpoint.header import EXACT_DTYPES, TensorInfo, itemsize
+from lines_cli.checkpoint.reader import Checkpoint
+from lines_cli.depth import DepthMap
+from lines_cli.errors import MismatchError, RecipeError, printable, some
+from lines_cli.methods import Values
+from lines_cli.pairing import Names, Sides, is_vocabulary, tied_embedding
+from lines_cli.recipe import Recipe
+from lines_cli.schedule import Rules
+
+STORED = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""Float dtypes as recipes and configs name them, and as safetensors does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A run of entries in an input: which file (a number into `Plan.inputs`), where its bytes start, and how to
+    read them.
+    """
+
+    file: int
+    offset: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run of entries of one output tensor, made by one operation.
+
+    Either they are a copy, cast to the output dtype; or they are merged: `base + coefficient * merged task vector`, or,
+    without a base, the merged weights.
+
+    Attributes:
+        start: the first entry, within the output tensor.
+        numel: how many.
+        copy: where the entries come from as they are.
+        base, models: where those come from that are merged, the models in recipe order.
+        compare: of a copy: where the same entries are expected to stand, too.
+    """
+
+    start: int
+    numel: int
+    copy: Slice | None = None
+    base: Slice | None = None
+    models: tuple[Slice, ...] = ()
+    compare: tuple[Slice, ...] = ()
+
+    @property
+    def sources(self) -> tuple[Slice, ...]:
+        """Everything that is read for it."""
+        return tuple(source for source in (self.copy, self.base, *self.models, *self.compare) if source is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """An output tensor before its place in a file is known; `misfit` says why it cannot be made."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...] = ()
+    rows: tuple[int, int] | None = None  # numbers of vocabulary rows, where they differ: another side's, the kept
+    counts_as: str = ""
+    values: Values = field(default_factory=dict)
+    filter: str | None = None
+    paired: bool = True
+    misfit: str | None = None
+
+
+def draft_tensors(
+    recipe: Recipe, sides: Sides, depth: DepthMap, rules: Rules, rows: Mapping[str, Names]
+) -> list[Draft]:
+    """What makes each output tensor.
+
+    Raises:
+        MismatchError: shapes or dtypes differ and the recipe does not say what to do; names them all.
+        RecipeError: a filter matches no tensor.
+    """
+    for pattern in (*(pattern for pattern, _ in rules.filters), *sorted(recipe.filters)):
+        if pattern != "*" and not any(pattern in name for name in rows):
+            raise RecipeError(f"filter {pattern!r} matches none of {len(rows):,} tensor names")
+    first_files = [0]
+    for checkpoint in sides.checkpoints:
+        first_files.append(first_files[-1] + len(checkpoint.files))
+    config = sides.config_of(sides.lead)
+    values_for = _Values(recipe, depth)
+
+    drafts = []
+    for name, row in rows.items():
+        place = depth.places.get(name)
+        # A head that is tied to its embedding is one weight with it, and has one coefficient.
+        embedding = tied_embedding(name, sides.leading, config) if place is None else None
+        counts_as = name if embedding is None else embedding
+        stored = [
+            _slice(checkpoint, there, first) if there is not None else None
+            for checkpoint, there, first in zip(sides.checkpoints, row, first_files, strict=False)
+        ]
+        draft = _draft_one(recipe, sides, name, stored, may_resize=place is None and is_vocabulary(name))
+        decided_by = rules.filter_of(counts_as) if None not in row else None
+        drafts.append(replace(draft, filter=decided_by, counts_as=counts_as, values=values_for(counts_as)))
+    misfits = [f"{printable(draft.name)}: {draft.misfit}" for draft in drafts if draft.misfit]
+    if misfits:
+        between = " and ".join(checkpoint.name for checkpoint in sides.checkpoints)
+        said = "--resize ft or --resize base" if sides.of_an_edit else "resize: base or resize: ft in the recipe"
+        raise MismatchError(
+            f"{len(misfits):,} tensor(s) do not fit between {between} "
+            f"({'base first' if sides.has_base else 'in that order'}):\n{some(misfits)}",
+            hint=f"Rows of token embeddings and their heads can be settled with {said}; "
+            "any other difference means that the fine-tune is of another model, or its module was replaced.",
+        )
+    return drafts
+
+
+class _Values:
+    """The method's parameters by tensor; tensors for which they are the same share one value."""
+
+    def __init__(self, recipe: Recipe, depth: DepthMap) -> None:
+        self._recipe, self._depth, self._filters = recipe, depth, sorted(recipe.filters)
+        self._known: dict[tuple[float, tuple[bool, ...]], Values] = {}
+
+    def __call__(self, name: str) -> Values:
+        place, position = self._depth.places.get(name), 0.0
+        if place is not None:
+            last = self._depth.layers[place.stack] - 1
+            position = place.index / last if last else 1.0
+        key = (position, tuple(part in name for part in self._filters))
+        if key not in self._known:
+            self._known[key] = self._recipe.values(name, position)
+        return self._known[key]
+
+
+def _slice(side: Checkpoint, name: str, first_file: int) -> tuple[Slice, TensorInfo]:
+    stored = side.tensors[name]
+    return Slice(first_file + stored.file, stored.info.offset, stored.info.dtype), stored.info
+
+
+def _draft_one(
+    recipe: Recipe, sides: Sides, name: str, stored: Sequence[tuple[Slice, TensorInfo] | None], *, may_resize: bool
+) -> Draft:
+    def dtype(stored: str) -> str:
+        return STORED[recipe.dtype] if recipe.dtype and stored not in EXACT_DTYPES else stored
+
+    present = [side for side in stored if side is not None]
+    if len(present) < len(stored):  # not merged: as it is in the first that has it
+        source, info = present[0]
+        return Draft(name, dtype(info.dtype), info.shape, (Piece(0, info.numel, copy=source),), paired=False)
+    slices, infos = [source for source, _ in present], [info for _, info in present]
+    lead = infos[sides.lead]
+    draft = Draft(name, dtype(lead.dtype), lead.shape)
+    base, models = (slices[0], slices[1:]) if sides.has_base else (None, slices)
+
+    dtypes = list(dict.fromkeys(info.dtype for info in infos))
+    if len(dtypes) > 1 and EXACT_DTYPES.intersection(dtypes):
+        return replace(draft, misfit=f"{' and '.join(dtypes)}, of which one cannot be computed with")
+    if len({info.shape for info in infos}) == 1:
+        return replace(draft, pieces=(Piece(0, lead.numel, base=base, models=tuple(models)),))
+
+    shapes = " and ".join(str(list(info.shape)) for info in infos)
+    axis = _row_axis([info.shape for info in infos]) if may_resize else None
+    if axis is None:
+        return replace(draft, misfit=shapes)
+    if recipe.resize == "error":
+        return replace(draft, misfit=f"{shapes}, which {'--resize' if sides.of_an_edit else 'resize:'} would settle")
+    keeping = 0 if recipe.resize == "base" else len(slices) - len(models)
+    kept, source = infos[keeping], slices[keeping]
+    shared = min(info.numel for info in infos)
+    pieces = [Piece(0, shared, base=base, models=tuple(models))]
+    if kept.numel > shared:  # rows that only the kept side surely has: as they are there
+        rest = replace(source, offset=source.offset + shared * itemsize(source.dtype))
+        pieces.append(Piece(shared, kept.numel - shared, copy=rest))
+    other = next(info.shape[axis] for info in infos if info.shape != kept.shape)
+    return replace(draft, shape=kept.shape, pieces=tuple(pieces), rows=(other, kept.shape[axis]))
+
+
+def _row_axis(shapes: Sequence[tuple[int, ...]]) -> int | None:
+    """The one axis on which shapes differ, if only ones stand before it: then rows are runs of entries."""
+    if len({len(shape) for shape in shapes}) != 1:
+        return None
+    differing = [axis for axis, sizes in enumerate(zip(*shapes, strict=True)) if len(set(sizes)) > 1]
+    return differing[0] if len(differing) == 1 and all(n == 1 for n in shapes[0][: differing[0]]) else None
