@@ -17,10 +17,10 @@ demo: $(VENV)/demo ## Train, forget, edit, measure: LiNeS on handwritten digits,
 test: $(VENV)/dev ## The default suite, under five minutes.
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: $(VENV)/dev ## Every test, the slow ones too.
+test-all: $(VENV)/peers ## Every test, the slow ones too.
 	$(BIN)/python -m pytest
 
-slow: $(VENV)/dev ## The slow tests alone.
+slow: $(VENV)/peers ## The slow tests alone; installs mergekit to compare with.
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/dev ## Style and format.
@@ -53,4 +53,8 @@ $(VENV)/demo: $(VENV)/torch pyproject.toml
 
 $(VENV)/dev: $(VENV)/torch pyproject.toml
 	$(INSTALL) -e '.[dev]'
+	@touch $@
+
+$(VENV)/peers: $(VENV)/dev
+	$(INSTALL) -e '.[peers]'
 	@touch $@

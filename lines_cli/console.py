@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_format
 from collections.abc import Iterable, Iterator, Sequence
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -83,7 +84,7 @@ def show_outcome(outcome: Outcome, *, json: bool, quiet: bool) -> None:
     if json:
         summary = plan.summary()
         for number, model in enumerate(summary["models"]):
-            model["norm"] = outcome.norms[number] if outcome.norms else None
+            model["norm"] = outcome.norms[number] if outcome.norms and isfinite(outcome.norms[number]) else None
             model["kept"] = outcome.kept[number] if outcome.kept else model["kept"]
         told = {"nonfinite": outcome.nonfinite, "differing": outcome.differing, "seconds": round(outcome.seconds, 3)}
         _print_json({"dry_run": False, **summary, **told})
@@ -224,7 +225,8 @@ def _notes(notes: Iterable[str]) -> None:
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    _out.file.write(json_format.dumps(value, indent=2).replace("\x7f", "\\u007f") + "\n")  # escaped, all but DEL
+    text = json_format.dumps(value, indent=2, allow_nan=False)
+    _out.file.write(text.replace("\x7f", "\\u007f") + "\n")  # escaped is all but DEL
 
 
 def _printable(text: str) -> str:

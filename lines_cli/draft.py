@@ -65,7 +65,7 @@ class Draft:
     dtype: str
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...] = ()
-    rows: tuple[int, int] | None = None  # numbers of vocabulary rows, where they differ: another side's, the kept
+    rows: tuple[frozenset[int], int] | None = None  # numbers of vocabulary rows, where they differ: others', the kept
     counts_as: str = ""
     values: Values = field(default_factory=dict)
     filter: str | None = None
@@ -82,9 +82,12 @@ def draft_tensors(
         MismatchError: shapes or dtypes differ and the recipe does not say what to do; names them all.
         RecipeError: a filter matches no tensor.
     """
-    for pattern in (*(pattern for pattern, _ in rules.filters), *sorted(recipe.filters)):
+    for pattern, _ in rules.filters:
         if pattern != "*" and not any(pattern in name for name in rows):
-            raise RecipeError(f"filter {pattern!r} matches none of {len(rows):,} tensor names")
+            some_name = printable(next(iter(rows)))
+            raise RecipeError(
+                f"lines.filter: {pattern!r} matches none of {len(rows):,} tensor names, such as {some_name}"
+            )
     first_files = [0]
     for checkpoint in sides.checkpoints:
         first_files.append(first_files[-1] + len(checkpoint.files))
@@ -104,6 +107,13 @@ def draft_tensors(
         draft = _draft_one(recipe, sides, name, stored, may_resize=place is None and is_vocabulary(name))
         decided_by = rules.filter_of(counts_as) if None not in row else None
         drafts.append(replace(draft, filter=decided_by, counts_as=counts_as, values=values_for(counts_as)))
+    for key, parameter in recipe.method.parameters.items():
+        silent = [draft.name for draft in drafts if parameter.required and draft.paired and draft.values[key] is None]
+        if silent:
+            raise RecipeError(
+                f"parameters.{key} says nothing of {len(silent):,} tensors, such as {printable(silent[0])}",
+                hint="Add `- value: NUMBER` as its last entry, for all that no filter matches.",
+            )
     misfits = [f"{printable(draft.name)}: {draft.misfit}" for draft in drafts if draft.misfit]
     if misfits:
         between = " and ".join(checkpoint.name for checkpoint in sides.checkpoints)
@@ -174,8 +184,8 @@ def _draft_one(
     if kept.numel > shared:  # rows that only the kept side surely has: as they are there
         rest = replace(source, offset=source.offset + shared * itemsize(source.dtype))
         pieces.append(Piece(shared, kept.numel - shared, copy=rest))
-    other = next(info.shape[axis] for info in infos if info.shape != kept.shape)
-    return replace(draft, shape=kept.shape, pieces=tuple(pieces), rows=(other, kept.shape[axis]))
+    others = frozenset(info.shape[axis] for info in infos if info.shape != kept.shape)
+    return replace(draft, shape=kept.shape, pieces=tuple(pieces), rows=(others, kept.shape[axis]))
 
 
 def _row_axis(shapes: Sequence[tuple[int, ...]]) -> int | None:

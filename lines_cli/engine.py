@@ -193,7 +193,7 @@ class _Write:
         if found is None:
             name, dtype = printable(chunk.tensor.name), chunk.tensor.info.dtype
             found = f"tensor {name}: a value is beyond what {dtype}, its output dtype, can hold"
-            hint = "Write a wider --dtype, or let infinities through with --allow-nonfinite."
+            hint = f"Write a wider dtype. {ALLOW_NONFINITE}"
         if not self.plan.recipe.allow_nonfinite:
             raise DataError(found, hint=hint)
         self.nonfinite.setdefault(chunk.tensor.name, found)

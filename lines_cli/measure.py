@@ -18,7 +18,7 @@ from lines_cli.arithmetic import block_sums, task_vector
 from lines_cli.layout import natural
 from lines_cli.methods.sums import sparse, weighted_sum
 from lines_cli.methods.ties import signs
-from lines_cli.plan import ROUNDS, Needs, Norms, Plan, Statistics, TensorPlan
+from lines_cli.plan import BINS, ROUNDS, Needs, Norms, Plan, Statistics, TensorPlan
 from lines_cli.resources import BLOCK, Resources
 from lines_cli.workers import Chunk, Pool, Worker, chunks_of
 
@@ -65,14 +65,13 @@ def measure(plan: Plan, sources: list[int], device: torch.device, resources: Res
 
 # --- the k-th largest magnitude ---
 
-_BINS = 2**16
 _ALL_BITS = 2**31
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
     """Where a threshold is looked for: among the float32 magnitudes whose bits, read as a whole number, lie from `low`
-    on, in `_BINS` bins of `2**shift` each. Magnitudes sort as their bits do.
+    on, in `BINS` bins of `2**shift` each. Magnitudes sort as their bits do.
     """
 
     low: int
@@ -82,15 +81,15 @@ class Window:
     def over(cls, low: int, high: int) -> Window:
         """The finest that covers the bits from `low` to below `high`."""
         shift = 0
-        while _BINS << shift < high - low:
+        while BINS << shift < high - low:
             shift += 1
         return cls(low, shift)
 
     def count(self, task_vector: torch.Tensor) -> torch.Tensor:
         """[1 + bins + 1]: how many entries of [n] lie below the window, in each of its bins, and above it."""
         bits = task_vector.abs().to(torch.float32).view(torch.int32)
-        bins = bits.sub_(self.low).bitwise_right_shift_(self.shift).clamp_(-1, _BINS).add_(1)
-        return torch.bincount(bins, minlength=_BINS + 2)
+        bins = bits.sub_(self.low).bitwise_right_shift_(self.shift).clamp_(-1, BINS).add_(1)
+        return torch.bincount(bins, minlength=BINS + 2)
 
     def narrowed(self, counts: torch.Tensor, k: int) -> tuple[Window, int]:
         """The bin that holds the k-th largest entry, as a window; and how many entries lie in it or above. If it is one
@@ -98,7 +97,7 @@ class Window:
         """
         from_above = counts.flip(0).cumsum(0)  # above, then bin by bin downwards
         at = int((from_above >= k).nonzero()[0])  # the window covers everything, so it is neither first nor last
-        low = self.low + (_BINS - at << self.shift)
+        low = self.low + (BINS - at << self.shift)
         return Window.over(low, low + (1 << self.shift)), int(from_above[at])
 
     def magnitude(self) -> float:
@@ -153,9 +152,10 @@ class _Measuring:
             for _ in self.track(title, times * plan.bytes_measured, (tally(result) for result in results)):
                 pass
 
-    def chunks(self) -> Iterable[Chunk]:
-        """Everything that is merged."""
-        return chunks_of(self.tensors, self.chunk)
+    def chunks(self, tensors: Iterable[TensorPlan] | None = None) -> Iterable[Chunk]:
+        """Everything that is merged, of all tensors or of some."""
+        chunks = chunks_of(self.tensors if tensors is None else tensors, self.chunk)
+        return (chunk for chunk in chunks if chunk.piece.models)
 
     def global_thresholds(self) -> None:
         """The k-th largest magnitude of each model's whole task vector, by two rounds of counting."""
@@ -173,10 +173,10 @@ class _Measuring:
                 return chunk.nbytes
 
             self.one_pass(self.chunks(), count, lambda nbytes: nbytes)
-            for model, window in windows.items():
+            for model, window in windows.items() if numel else ():
                 total = torch.stack([own[model] for own in counts.values() if own]).sum(0)
                 windows[model], kept[model] = window.narrowed(total, _kept(density[model], numel))
-        thresholds = {(model, None): window.magnitude() for model, window in windows.items()}
+        thresholds = {(model, None): window.magnitude() for model, window in windows.items() if numel}
         self.found(thresholds=thresholds, kept=tuple((kept[model], numel) for model in self.models))
 
     def thresholds_by_tensor(self) -> None:
@@ -191,10 +191,9 @@ class _Measuring:
             found: dict[int, int] = {}
             for _ in range(ROUNDS):
                 counts: dict[int, torch.Tensor] = {}
-                for chunk in chunks_of([tensor], self.chunk):
-                    if chunk.piece.models:
-                        for model, fresh in _count(worker, chunk, windows).items():
-                            counts[model] = counts[model].add_(fresh) if model in counts else fresh
+                for chunk in self.chunks([tensor]):
+                    for model, fresh in _count(worker, chunk, windows).items():
+                        counts[model] = counts[model].add_(fresh) if model in counts else fresh
                 for model, window in windows.items():
                     windows[model], found[model] = window.narrowed(counts[model], _kept(density[model], numel))
             return tensor, {model: (window.magnitude(), found[model]) for model, window in windows.items()}
@@ -209,7 +208,7 @@ class _Measuring:
                 kept[model] += number
                 if magnitude is not None:
                     thresholds[model, tensor.name] = magnitude
-            return ROUNDS * sum(chunk.nbytes for chunk in chunks_of([tensor], self.chunk))
+            return ROUNDS * sum(chunk.nbytes for chunk in self.chunks([tensor]))
 
         self.one_pass(self.tensors, select, tally, times=ROUNDS)
         self.found(thresholds=thresholds, kept=tuple((number, total) for number in kept))
@@ -309,7 +308,7 @@ def _elect(worker: Worker, chunk: Chunk, needs: Needs) -> _Election:
         vectors, masks = list(sparse(vectors, masks)), None
     balance, contested = 0, False
     if needs.majority:
-        elected, waiting = signs(vectors, masks=masks, weight=told["weight"])
+        elected, waiting = signs(vectors, masks=masks, weight=told["weight"], factor=told.get("factor", ()))
         balance, contested = int(elected.sum(dtype=torch.float64)), bool(waiting != 0)
     if not needs.norms:
         return _Election(chunk.nbytes, balance)

@@ -207,7 +207,12 @@ def _names_in(other: Checkpoint, sides: Sides, side: int, notes: list[str]) -> d
                 whose = sides.called(where)
                 notes.append(f"names of {whose} begin with {prefix!r}, {others} do not: paired without")
                 if longer is lead:
-                    return {f"{prefix}{name}": name for name in other.tensors}
+                    with_it = {name: f"{prefix}{name}" for name in other.tensors}
+                    # A name that the leading side has, and has only without the prefix, stands for itself.
+                    return {
+                        name if name in lead.tensors and there not in lead.tensors else there: name
+                        for name, there in with_it.items()
+                    }
                 # A name that stands there with and without the prefix keeps it, so that neither is lost.
                 bare = {name: name.removeprefix(prefix) for name in other.tensors}
                 return {name if own != name and own in other.tensors else own: name for name, own in bare.items()}
@@ -216,13 +221,18 @@ def _names_in(other: Checkpoint, sides: Sides, side: int, notes: list[str]) -> d
 
 def _common_prefix(longer: Checkpoint, shorter: Checkpoint) -> str | None:
     """The prefix with which most names of `shorter` are names of `longer`."""
-    sample = max(shorter.tensors, key=len, default="")
-    for other in longer.tensors:
-        if sample and other.endswith(f".{sample}"):
+    tried: set[str] = set()
+    for sample in sorted(shorter.tensors, key=len, reverse=True)[:_SAMPLES]:
+        for other in longer.tensors:
             prefix = other.removesuffix(sample)
-            if 2 * sum(f"{prefix}{name}" in longer.tensors for name in shorter.tensors) > len(shorter.tensors):
-                return prefix
+            if other.endswith(f".{sample}") and prefix not in tried:
+                tried.add(prefix)
+                if 2 * sum(f"{prefix}{name}" in longer.tensors for name in shorter.tensors) > len(shorter.tensors):
+                    return prefix
     return None
+
+
+_SAMPLES = 32  # long names, any of which may be one side's own
 
 
 def _tied_partner(name: str, *, lacking: Checkpoint, having: Checkpoint, resize: bool) -> str | None:

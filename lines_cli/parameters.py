@@ -27,6 +27,7 @@ class Parameter:
         low, high: the bounds of a number.
         whole: only whole numbers.
         choices: for anything but a number: what may be written -> what it means.
+        required: it has no default, and has to be said.
     """
 
     default: Value
@@ -37,6 +38,7 @@ class Parameter:
     high: float = math.inf
     whole: bool = False
     choices: Mapping[str | bool, Value] = field(default_factory=dict)
+    required: bool = False
 
     def check(self, setting: Any) -> Any:
         """A setting as it will be evaluated: numbers as float, choices as what they mean.
@@ -67,8 +69,8 @@ class Parameter:
 
     def _one(self, value: Any) -> Value:
         if self.choices:
-            if isinstance(value, (str, bool)) and value in self.choices:
-                return self.choices[value]
+            if isinstance(value, (str, bool, int, float)) and value in self.choices:  # 1 is true, as in mergekit
+                return self.choices[value]  # type: ignore[index]
             raise ValueError(f"expected {self.expected()} (got {value!r})")
         if isinstance(value, bool):
             raise ValueError(f"expected {self.expected()} (got {value!r})")

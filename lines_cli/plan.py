@@ -199,12 +199,12 @@ class Plan:
     @property
     def bytes_read(self) -> int:
         """Bytes of tensor data read from the inputs by the last pass, the one that writes."""
-        return _bytes_of(self.tensors)
+        return _bytes_of(piece for tensor in self.tensors for piece in tensor.pieces)
 
     @property
     def bytes_measured(self) -> int:
         """Bytes of tensor data that one measuring pass reads."""
-        return _bytes_of(tensor for tensor in self.tensors if tensor.edited)
+        return _bytes_of(piece for tensor in self.tensors for piece in tensor.pieces if piece.models)
 
     def buffer_bytes(self, resources: Resources) -> int:
         """Bytes of the workers' buffers: an input and the output as they are stored, and what the arithmetic needs."""
@@ -212,8 +212,11 @@ class Plan:
         stored, written = self.widths
         wide = 8 if self.in_float64 else 4
         own = 0 if models == 1 else _TEMPORARIES
+        if self.recipe.method.masks:
+            own += 3 * models  # masks, and what is kept, and what is weighted of it
+        counts = models * 8 * BINS if self.needs.thresholds else 0
         entry = stored + max(stored, written) + (models + 1 + own) * wide
-        return resources.threads * resources.chunk_for(models) * entry
+        return resources.threads * (resources.chunk_for(models) * entry + counts)
 
     @cached_property
     def in_float64(self) -> bool:
@@ -338,15 +341,12 @@ def _known(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _bytes_of(tensors: Iterable[TensorPlan]) -> int:
-    return sum(
-        piece.numel * itemsize(source.dtype)
-        for tensor in tensors
-        for piece in tensor.pieces
-        for source in piece.sources
-    )
+def _bytes_of(pieces: Iterable[Piece]) -> int:
+    return sum(piece.numel * itemsize(source.dtype) for piece in pieces for source in piece.sources)
 
 
+BINS = 2**16
+"""Into how many bins magnitudes are counted at a time."""
 ROUNDS = 2
 """How often magnitudes are counted until a threshold is known to the bit."""
 

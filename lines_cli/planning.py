@@ -52,7 +52,8 @@ def sides_of(recipe: Recipe, *checkpoints: Checkpoint) -> Sides:
     """The inputs in their roles: the base first, if the recipe subtracts one, then the models of `recipe.merged`."""
     has_base = recipe.subtracts_base
     first_model = 1 if has_base else 0
-    lead = 0
+    named = [source.model for source in recipe.merged]
+    lead = 0 if has_base or recipe.base_model not in named else named.index(str(recipe.base_model))
     if recipe.like == "ft":
         lead = first_model
     return Sides(checkpoints, has_base, lead, recipe.like == "ft" and len(checkpoints) == 2 and has_base)
@@ -71,6 +72,11 @@ def make_plan(recipe: Recipe, sides: Sides, output: Path) -> Plan:
     rows = pair_tensors(sides, own, recipe, notes)
     depth = _depth(recipe, sides, [name for names in own for name in names], notes)
     rules = (recipe.lines or _UNSCALED).rules(depth)
+    notes += [
+        f"filter {part!r} among the parameters is part of no tensor name, and says nothing"
+        for part in sorted(recipe.filters)
+        if not any(part in name for name in rows)
+    ]
     drafts = {draft.name: draft for draft in draft_tensors(recipe, sides, depth, rules, rows)}
 
     files, placed = lay_out_files(
@@ -107,7 +113,7 @@ def make_plan(recipe: Recipe, sides: Sides, output: Path) -> Plan:
         Statistics(),
         (),
         (*notes, *depth.notes),
-        dict(draft.rows for draft in drafts.values() if draft.rows),
+        {other: draft.rows[1] for draft in drafts.values() if draft.rows for other in sorted(draft.rows[0])},
     )
     return _decided(plan)
 
@@ -124,7 +130,8 @@ def resolve(plan: Plan, statistics: Statistics) -> Plan:
         raise MismatchError(
             f"alpha: auto cannot be measured: the merged task vector's L1 norm is {norms.merged:g}, the sum's "
             f"{norms.total:g}",
-            hint="Are the models the same as their base? Else give lines.alpha as a number.",
+            hint="The models are the same as their base, or the method keeps nothing of them. "
+            "Else give lines.alpha as a number.",
         )
     return _decided(replace(plan, needs=Needs(), statistics=statistics))
 
@@ -150,13 +157,15 @@ def _depth(recipe: Recipe, sides: Sides, names: Iterable[str], notes: list[str])
         layers = recipe.lines.layers if recipe.lines else None
         depth = find_depth(dict.fromkeys(names), config=sides.config_of(sides.lead), layers=layers)
     except DepthError as error:
+        if any(source.layer_range for source in recipe.models):
+            raise RecipeError(f"layer_range cannot be checked: {error.message}", hint=error.hint) from error
         if (recipe.lines and recipe.lines.needs_depth) or recipe.parameters_vary:
             raise
         notes.append(f"depth is unknown, and makes no difference with one coefficient for all: {error.message}")
         return DepthMap((), {})
     for source in recipe.models:
         if source.layer_range and all(source.layer_range != (0, stack.layers) for stack in depth.stacks):
-            there = " and ".join(f"{stack.name} of {stack.layers}" for stack in depth.stacks)
+            there = " and ".join(f"{stack.name!r} of {stack.layers}" for stack in depth.stacks)
             raise RecipeError(
                 f"layer_range {list(source.layer_range)} of {source.model} is not a whole stack; there is {there}",
                 hint="lines merges whole models; it does not stack parts of them.",
@@ -172,7 +181,7 @@ def _needs(recipe: Recipe, tensors: Sequence[TensorPlan]) -> Needs:
     plain_sum = method.sums and all(not v["normalize"] and set(v["weight"]) == {1} for v in values)
     return Needs(
         thresholds=method.masks == "magnitude" and drops,
-        l1=method.masks == "random" and drops and any(v["rescale"] == "l1" for v in values),
+        l1=drops and any(v.get("rescale") == "l1" for v in values),
         products=recipe.merge_method == "slerp",
         majority=len(recipe.merged) > 1 and any(method.elects(v) for v in values),
         norms=auto and not plain_sum and bool(values),

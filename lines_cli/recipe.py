@@ -230,6 +230,15 @@ class Scaling(_Part):
         return Linear(alpha, beta)
 
 
+def _a_name(name: str) -> str:
+    if not name or "\0" in name:
+        raise ValueError("expected a path or a Hub id")
+    return name
+
+
+InputName = Annotated[str, AfterValidator(_a_name)]
+
+
 class Source(_Part):
     """One entry of `models:`.
 
@@ -239,7 +248,7 @@ class Source(_Part):
         layer_range: of a source of mergekit's `slices`; only a whole stack can be meant.
     """
 
-    model: str
+    model: InputName
     parameters: dict[str, Any] = Field(default_factory=dict)
     layer_range: tuple[int, int] | None = Field(default=None, exclude=True)
 
@@ -276,7 +285,7 @@ class Recipe(_Part):
     """
 
     merge_method: str = "task_arithmetic"
-    base_model: str | None = None
+    base_model: InputName | None = None
     models: tuple[Source, ...] = Field(min_length=1)
     parameters: dict[str, Any] = Field(default_factory=dict)
     lines: Scaling | None = None
@@ -288,7 +297,7 @@ class Recipe(_Part):
     resize: Literal["error", "ft", "base"] = "error"
     allow_nonfinite: bool = False
     max_shard_size: Size = parse_size("5GB")
-    output: str | None = Field(default=None, exclude=True)
+    output: InputName | None = Field(default=None, exclude=True)
     notes: tuple[str, ...] = Field(default=(), exclude=True)
 
     @property

@@ -2,78 +2,95 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import (
-    ValidationError,
-)
+from pydantic import ValidationError
 
 from lines_cli.errors import RecipeError
 from lines_cli.methods import METHODS
 from lines_cli.parameters import values_of
-from lines_cli.recipe import Recipe, Scaling, parse_schedule
+from lines_cli.recipe import DtypeName, Recipe, Scaling, parse_schedule
 
 Place = tuple[str | int, ...]
 """Where a key stands in a recipe: `("models", 0, "parameters", "weight")`."""
 
 
-def make_recipe(values: Any, *, where: str, line: Mapping[Place, int] | None = None) -> Recipe:
+def make_recipe(values: Mapping[Any, Any], *, where: str, at: Mapping[Place, str] | None = None) -> Recipe:
     """Check plain values and freeze them.
 
     Args:
         values: the recipe as YAML has it.
         where: what a message should call their origin.
-        line: the line of every key there, if it is a file.
+        at: for every key, where it was said: `line 7`, or the `--set` that said it.
 
     Raises:
         RecipeError: an unknown key or an impossible value.
     """
-    problems: list[tuple[Place, str]] = []
+    problems: list[Problem] = []
     notes: list[str] = []
-    values, lines_of = _without_aliases(dict(values), problems, notes)
+    own, said_at = _in_our_keys(values, problems, notes)
     recipe: Recipe | None = None
     try:
-        recipe = Recipe.model_validate({**values, "notes": notes})
+        recipe = Recipe.model_validate({**own, "notes": notes})
     except ValidationError as error:
-        # Of the two readings of a stack, fixed or with ends, only the one that was meant is worth a complaint.
-        relevant = [details for details in error.errors() if not _other_reading(details)]
-        problems += [problem for details in relevant if (problem := _problem(dict(details)))]
+        problems += _problems(error, said_at)
     if recipe is not None and not problems:
-        recipe = _with_parameters(recipe, problems)
+        recipe = _with_parameters(recipe, problems, said_at)
     if recipe is None or problems:
-        raise RecipeError(f"{where}: " + "; ".join(_at(lines_of(place), line) + what for place, what in problems))
+        raise RecipeError(f"{where}: " + "; ".join(_at(place, at or {}) + what for place, what in problems))
     return recipe
 
 
-def _at(place: Place, line: Mapping[Place, int] | None) -> str:
+Problem = tuple[Place, str]
+SaidAt = Callable[[Place], Place]
+"""For a place in our own keys, the place that the recipe's writer knows."""
+
+
+def _at(place: Place, at: Mapping[Place, str]) -> str:
     """`line 7: ` for a key of a file: its own line, or that of what should hold it."""
-    while line and place and place not in line:
+    while place and place not in at:
         place = place[:-1]
-    return f"line {line[place]}: " if line and place in line else ""
+    return f"{at[place]}: " if place else ""
 
 
-def _other_reading(details: Any) -> bool:
-    return str(details["loc"][-1]).startswith("literal[")
+def _problems(error: ValidationError, said_at: SaidAt) -> list[Problem]:
+    """What pydantic's complaints mean to whoever wrote the recipe."""
+    found: list[Problem] = []
+    everything = error.errors()
+    for details in everything:
+        place = said_at(tuple(part for part in details["loc"] if part != "Ends"))
+        key, given, kind = dotted(place), details["input"], details["type"]
+        # Of the two readings of a stack, fixed or with ends, only the one that was meant is worth a complaint; beta has
+        # no default where alpha is wrong; and there are too few models where one is wrong.
+        if str(details["loc"][-1]).startswith("literal[") or kind == "default_factory_not_called":
+            continue
+        if kind == "too_short" and any(other["loc"][:1] == ("models",) for other in everything if other != details):
+            continue
+        if kind == "extra_forbidden":
+            found.append((place, f"{key} is not a key of a recipe{_nearest(place)}"))
+        elif kind == "missing":
+            found.append((place, f"{key} is missing"))
+        else:
+            got = "nothing stands there" if given is None else f"got {given!r}"
+            shown = "" if isinstance(given, (dict, list)) else f" ({got})"
+            found.append((place, f"{key}: {_expected(kind, place, details['msg'])}{shown}"))
+    return found
 
 
-def _problem(details: dict[str, Any]) -> tuple[Place, str] | None:
-    """What one of pydantic's complaints means to whoever wrote the recipe; None if another one says it already."""
-    place: Place = tuple(part for part in details["loc"] if part != "Ends")
-    key = dotted(place)
-    match details["type"]:
-        case "default_factory_not_called":  # beta has no default because alpha is wrong
-            return None
-        case "missing":
-            return place, f"{key} is missing"
-        case "extra_forbidden":
-            return place, f"{key} is not a key of a recipe{_nearest(key)}"
-        case _:
-            given = details["input"]
-            got = "" if isinstance(given, (dict, list)) else f" (got {given!r})"
-            return place, f"{key}: {details['msg'].removeprefix('Value error, ')}{got}"
+def _expected(kind: str, place: Place, message: str) -> str:
+    last = place[-1] if place else ""
+    if kind == "too_short":
+        return "none is named"
+    if kind in ("tuple_type", "list_type"):
+        return "expected a list, as in `- model: PATH`"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        like = "expected `- model: PATH`" if isinstance(last, int) else "expected keys and values"
+        return "expected keys such as alpha and beta" if last == "lines" else like
+    if kind == "string_type":
+        return "expected text"
+    return message.removeprefix("Value error, ").replace("Input should be", "expected")
 
 
 def dotted(place: Place) -> str:
@@ -81,114 +98,158 @@ def dotted(place: Place) -> str:
     return ".".join(map(str, place))
 
 
-_KNOWN_KEYS = (
-    *(name for name in Recipe.model_fields if name != "notes"),
-    *("out_dtype", "tokenizer", "slices"),
-    *(f"lines.{name}" for name in Scaling.model_fields),
-    *("models.model", "models.parameters"),
-)
+_TOP = (*(name for name in Recipe.model_fields if name != "notes"), "out_dtype", "tokenizer", "slices")
+_PARAMETERS = sorted({name for row in METHODS.values() for name in row.parameters})
 
 
-def _nearest(key: str, method: str | None = None) -> str:
-    """Which known key may have been meant; a parameter of a method first, if it stands in the wrong place."""
-    bare = re.sub(r"\.\d+", "", key)
-    last = bare.rpartition(".")[2]
-    parameters = sorted({name for row in METHODS.values() for name in row.parameters})
-    if method is None and last in parameters:
-        return f"; a method's {last} stands under parameters"
-    if last in Scaling.model_fields and not bare.startswith("lines."):
-        return f"; did you mean lines.{last}?"
-    if method is not None and (near := get_close_matches(last, METHODS[method].parameters, n=1, cutoff=0.5)):
-        return f"; did you mean {near[0]}?"
-    near = get_close_matches(bare, _KNOWN_KEYS, n=1, cutoff=0.5)
+def _nearest(place: Place) -> str:
+    """Which known key may have been meant, and where it stands."""
+    *above, last = (part for part in place if not isinstance(part, int))
+    word, inside_lines = str(last), above[:1] == ["lines"]
+    if word in _PARAMETERS:
+        return f"; a method's {word} stands under parameters"
+    if inside_lines:
+        near = get_close_matches(word, Scaling.model_fields, n=1, cutoff=0.5)
+        return f"; did you mean lines.{near[0]}?" if near else ""
+    if word in Scaling.model_fields:
+        return f"; did you mean lines.{word}?"
+    near = get_close_matches(word, ("model", "parameters") if above else _TOP, n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _without_aliases(
-    values: dict[Any, Any], problems: list[tuple[Place, str]], notes: list[str]
-) -> tuple[dict[Any, Any], Any]:
-    """The recipe in our own keys: what mergekit says in another way is said in ours.
-
-    Returns:
-        The values; and, for a place among them, the place it had.
-    """
-    values = dict(values)
-    moved: dict[str, Place] = {}
-    out_dtype = values.pop("out_dtype", None)
-    if out_dtype is not None:
-        moved["dtype"] = ("out_dtype",)
-        values["dtype"] = out_dtype
-    tokenizer = values.pop("tokenizer", None)
-    if tokenizer is not None:
-        if not isinstance(tokenizer, dict) or tokenizer.keys() - {"source"} or "source" not in tokenizer:
+def _in_our_keys(values: Mapping[Any, Any], problems: list[Problem], notes: list[str]) -> tuple[dict[Any, Any], SaidAt]:
+    """The recipe in our own keys: what mergekit says otherwise is said in ours, what it lets be empty is left out."""
+    own = {key: value for key, value in values.items() if value is not None or key not in _MAY_BE_EMPTY}
+    if "notes" in own:
+        problems.append((("notes",), f"notes is not a key of a recipe{_nearest(('notes',))}"))
+        del own["notes"]
+    moved: dict[Place, Place] = {}
+    if "out_dtype" in own:
+        if own.get("dtype", "float32") not in get_args(DtypeName):
+            problems.append((("dtype",), f"dtype: expected {' or '.join(get_args(DtypeName))} (got {own['dtype']!r})"))
+        own["dtype"] = own.pop("out_dtype")
+        moved["dtype",] = ("out_dtype",)
+    if "tokenizer" in own:
+        tokenizer = own.pop("tokenizer")
+        if not isinstance(tokenizer, dict) or tokenizer.keys() != {"source"}:
             problems.append((("tokenizer",), "tokenizer: only {source: ...} is understood; tokens are not rearranged"))
-        elif values.get("tokenizer_source") is not None:
+        elif "tokenizer_source" in own:
             problems.append((("tokenizer",), "tokenizer and tokenizer_source say the same thing: leave one out"))
         else:
-            moved["tokenizer_source"] = ("tokenizer", "source")
-            values["tokenizer_source"] = tokenizer["source"]
-    if "slices" in values:
-        moved["models"] = ("slices", 0, "sources")
-        _take_slices(values, problems, notes)
+            own["tokenizer_source"] = tokenizer["source"]
+            moved["tokenizer_source",] = ("tokenizer", "source")
+    if "slices" in own:
+        _take_slices(own, moved, problems, notes)
+    elif isinstance(own.get("models"), list):
+        for number, source in enumerate(own["models"]):
+            if isinstance(source, dict) and "layer_range" in source:
+                what = "layer_range belongs to the sources of slices; models are merged whole"
+                problems.append((("models", number, "layer_range"), f"models.{number}.{what}"))
+    if isinstance(own.get("models"), list):
+        own["models"] = [
+            {key: value for key, value in source.items() if key != "parameters" or value is not None}
+            if isinstance(source, dict)
+            else source
+            for source in own["models"]
+        ]
 
-    def place_of(place: Place) -> Place:
-        return (*moved[str(place[0])], *place[1:]) if place and place[0] in moved else place
+    def said_at(place: Place) -> Place:
+        for length in range(len(place), 0, -1):
+            if place[:length] in moved:
+                return (*moved[place[:length]], *place[length:])
+        return place
 
-    return values, place_of
+    return own, said_at
 
 
-def _take_slices(values: dict[Any, Any], problems: list[tuple[Place, str]], notes: list[str]) -> None:
+_MAY_BE_EMPTY = frozenset(
+    "base_model dtype out_dtype tokenizer_source tokenizer chat_template parameters slices models output".split()
+)
+
+
+def _take_slices(own: dict[Any, Any], moved: dict[Place, Place], problems: list[Problem], notes: list[str]) -> None:
     """Read mergekit's `slices`, where it says no more than `models` does: one slice with the whole of every model."""
-    slices = values.pop("slices")
-    if "models" in values:
-        problems.append((("slices",), "slices and models are two ways to say it: leave one out"))
-        return
+    slices = own.pop("slices")
     one = slices[0] if isinstance(slices, list) and len(slices) == 1 else None
-    if not isinstance(one, dict) or one.keys() - {"sources", "parameters"} or not isinstance(one.get("sources"), list):
+    place: Place = ("slices",)
+    what = ""
+    if "models" in own:
+        what = "slices and models are two ways to say it: leave one out"
+    elif not isinstance(one, dict) or not isinstance(one.get("sources"), list):
         what = "slices: only one slice, of whole models, is understood; stacking parts of models is another tool's work"
-        problems.append((("slices",), what))
-        values["models"] = [{"model": "unknown"}]
+    elif unknown := sorted(map(str, one.keys() - {"sources", "parameters"})):
+        place = ("slices", 0, unknown[0])
+        what = f"{dotted(place)} is not understood; a slice has sources and parameters"
+    elif not isinstance(one.get("parameters") or {}, dict):
+        place = ("slices", 0, "parameters")
+        what = f"{dotted(place)}: expected keys and values (got {one['parameters']!r})"
+    if what or one is None:
+        problems.append((place, what))
+        own.setdefault("models", [{"model": "of a slice"}])
         return
-    values["models"] = one["sources"]
-    if isinstance(one.get("parameters"), dict):
-        above = values.get("parameters")
-        values["parameters"] = {**(above if isinstance(above, dict) else {}), **one["parameters"]}
+    own["models"] = one["sources"]
+    moved["models",] = ("slices", 0, "sources")
+    top = own.get("parameters")
+    for key, setting in (one.get("parameters") or {}).items():
+        if isinstance(top, dict) and key in top:
+            setting = _then(setting, top[key])  # noqa: PLW2901 - what the slice leaves open
+        own["parameters"] = {**(own.get("parameters") or {}), key: setting}
+        moved["parameters", key] = ("slices", 0, "parameters", key)
     notes.append("slices: one slice of whole models, read as models")
+
+
+def _then(first: Any, second: Any) -> Any:
+    """One setting that says what the first says, and where that says nothing what the second does."""
+    conditions = [
+        setting
+        if isinstance(setting, list) and any(isinstance(part, dict) for part in setting)
+        else [{"value": setting}]
+        for setting in (([part] if isinstance(part, dict) else part) for part in (first, second))
+    ]
+    return [*conditions[0], *conditions[1]]
 
 
 # --- what pydantic cannot check: the method's own terms ---
 
 
-def _with_parameters(recipe: Recipe, problems: list[tuple[Place, str]]) -> Recipe | None:
+def _with_parameters(recipe: Recipe, problems: list[Problem], said_at: SaidAt) -> Recipe | None:
     """The recipe with its parameters checked and frozen; problems are added to the list."""
     if recipe.merge_method not in METHODS:
-        near = get_close_matches(recipe.merge_method, METHODS, n=1, cutoff=0.4)
+        near = get_close_matches(recipe.merge_method.lower(), METHODS, n=1, cutoff=0.6)
         there_are = f"there are {', '.join(METHODS)}"
         mean = f"did you mean {near[0]}? " if near else ""
-        problems.append(
-            (("merge_method",), f"merge_method: no method is called {recipe.merge_method!r}; {mean}{there_are}")
-        )
+        what = f"merge_method: no method is called {recipe.merge_method!r}; {mean}{there_are}"
+        problems.append((("merge_method",), what))
         return None
     notes = list(recipe.notes)
-    top = _checked(recipe.parameters, ("parameters",), recipe.merge_method, problems, notes, of_model=False)
+
+    def checked(said: dict[str, Any], place: Place, *, of_model: bool) -> dict[str, Any]:
+        settings = {}
+        for key, setting in said.items():
+            here = said_at((*place, key))
+            if setting is None:
+                continue
+            if key in _IGNORED and recipe.merge_method in _IGNORED[key]:
+                notes.append(f"{key} is accepted, as in mergekit, and does nothing here")
+            elif wrong := _misplaced(key, here, recipe.merge_method, of_model=of_model):
+                problems.append((here, wrong))
+            else:
+                try:
+                    settings[key] = METHODS[recipe.merge_method].parameters[key].check(setting)
+                except ValueError as error:
+                    problems.append((here, f"{dotted(here)}: {error}"))
+        return settings
+
+    top = checked(recipe.parameters, ("parameters",), of_model=False)
     models = tuple(
         source.model_copy(
-            update={
-                "parameters": _checked(
-                    source.parameters,
-                    ("models", number, "parameters"),
-                    recipe.merge_method,
-                    problems,
-                    notes,
-                    of_model=True,
-                )
-            }
+            update={"parameters": checked(source.parameters, ("models", number, "parameters"), of_model=True)}
         )
         for number, source in enumerate(recipe.models)
     )
     names = {source.model for source in models} | {recipe.base_model}
     for key in ("tokenizer_source", "chat_template"):
-        problems += _wrong_source(key, getattr(recipe, key), names)
+        problems += _wrong_source(key, getattr(recipe, key), names, said_at)
     recipe = recipe.model_copy(update={"parameters": top, "models": models})
     _check_models(recipe, problems)
     if not problems:
@@ -198,39 +259,32 @@ def _with_parameters(recipe: Recipe, problems: list[tuple[Place, str]]) -> Recip
     return recipe.model_copy(update={"notes": tuple(dict.fromkeys(notes))})
 
 
-def _checked(
-    said: dict[str, Any],
-    place: Place,
-    method: str,
-    problems: list[tuple[Place, str]],
-    notes: list[str],
-    *,
-    of_model: bool,
-) -> dict[str, Any]:
+_IGNORED = {"int8_mask": frozenset(METHODS), "rescale": frozenset({"task_arithmetic"})}
+"""What mergekit has and we need not: key -> the methods that may say it."""
+
+
+def _misplaced(key: str, here: Place, method: str, *, of_model: bool) -> str | None:
+    """Why a key cannot stand among a method's parameters, if it cannot."""
     known = METHODS[method].parameters
-    checked: dict[str, Any] = {}
-    for key, setting in said.items():
-        here = (*place, key)
-        if key == "int8_mask":
-            notes.append("int8_mask is accepted and does nothing: masks never leave the processor's cache")
-        elif key not in known:
-            elsewhere = [name for name, row in METHODS.items() if key in row.parameters]
-            of = f"; {', '.join(elsewhere)} {'has' if len(elsewhere) == 1 else 'have'} it" if elsewhere else ""
-            problems.append((here, f"{dotted(here)} is not a parameter of {method}{of or _nearest(str(key), method)}"))
-        elif of_model and not known[key].per_model:
-            problems.append(
-                (here, f"{dotted(here)} is not said of one model, but of all: move it to the top's parameters")
-            )
-        else:
-            try:
-                checked[key] = known[key].check(setting)
-            except ValueError as error:
-                problems.append((here, f"{dotted(here)}: {error}"))
-    return checked
+    if key in known:
+        if of_model and not known[key].per_model:
+            return f"{dotted(here)} is said of all models, not of one: move it to the top's parameters"
+        return None
+    elsewhere = [name for name, row in METHODS.items() if key in row.parameters]
+    near = get_close_matches(key, known, n=1, cutoff=0.5)
+    if key in _TOP:
+        more = f"; {key} stands at the top, beside parameters"
+    elif key in Scaling.model_fields:
+        more = f"; did you mean lines.{key}?"
+    elif elsewhere:
+        more = f"; {', '.join(elsewhere)} {'has' if len(elsewhere) == 1 else 'have'} it"
+    else:
+        more = f"; did you mean {near[0]}?" if near else ""
+    return f"{dotted(here)} is not a parameter of {method}{more}"
 
 
-def _wrong_source(key: str, value: str | None, names: set[str | None]) -> Iterator[tuple[Place, str]]:
-    if value is None or (value == "base" and None not in names) or value in names:
+def _wrong_source(key: str, value: str | None, names: set[str | None], said_at: SaidAt) -> Iterator[Problem]:
+    if value is None or (value == "base" and None not in names) or (value != "base" and value in names):
         return
     if value == "union":
         what = f"{key}: union would rearrange every embedding; take the base's or one model's tokenizer"
@@ -238,10 +292,10 @@ def _wrong_source(key: str, value: str | None, names: set[str | None]) -> Iterat
         what = f"{key}: base, but there is no base_model"
     else:
         what = f"{key}: {value!r} is neither base nor one of the models"
-    yield (key,), what
+    yield said_at((key,)), what
 
 
-def _check_models(recipe: Recipe, problems: list[tuple[Place, str]]) -> None:
+def _check_models(recipe: Recipe, problems: list[Problem]) -> None:
     """Refuse a number of models that the method cannot take, and a base where none applies or where one is needed."""
     method, name = recipe.method, recipe.merge_method
     number, (least, most) = len(recipe.merged), method.models
@@ -251,14 +305,13 @@ def _check_models(recipe: Recipe, problems: list[tuple[Place, str]]) -> None:
     if most is not None and number > most:
         problems.append((("models",), f"models: {name} takes {most}{beside}, and there {_are(number)}"))
     if recipe.base_model is None and recipe.subtracts_base:
-        why = f"{name} merges task vectors" if method.takes == "task vectors" else "lines: scales a task vector"
-        problems.append((("base_model",), f"base_model is missing: {why}, the differences to a base"))
-    if recipe.base_model is not None and not recipe.subtracts_base and name != "slerp":
+        why = f"{name} merges task vectors" if method.takes == "task vectors" else "lines: scales task vectors"
+        what = f"base_model is missing: {why}, the differences to a base; add base_model: PATH"
+        problems.append((("base_model",), what))
+    is_one_of_them = any(source.model == recipe.base_model for source in recipe.merged)
+    if recipe.base_model is not None and not recipe.subtracts_base and not is_one_of_them:
         what = f"base_model: {name} has no use for a base without lines:"
         problems.append((("base_model",), f"{what}; leave it out, or list it under models"))
-    is_one_of_them = any(source.model == recipe.base_model for source in recipe.merged)
-    if recipe.base_model is not None and name == "slerp" and not recipe.subtracts_base and not is_one_of_them:
-        problems.append((("base_model",), "base_model: without lines: it has to be one of the two models of slerp"))
     if recipe.resize == "base" and recipe.base_model is None:
         problems.append((("resize",), "resize: base, but there is no base_model"))
 
@@ -267,27 +320,32 @@ def _are(number: int) -> str:
     return "is 1" if number == 1 else f"are {number}"
 
 
-def _check_values(recipe: Recipe, problems: list[tuple[Place, str]], notes: list[str]) -> None:
+def _check_values(recipe: Recipe, problems: list[Problem], notes: list[str]) -> None:
     """Refuse values that contradict each other; say where the reading is not mergekit's."""
-    values = recipe.values("", 0.0)
-    if contradiction := recipe.method.conflict(values):
+    method, parameters = recipe.method, recipe.method.parameters
+    said = {key: tuple(value for setting in recipe.settings(key) for value in values_of(setting)) for key in parameters}
+    if contradiction := method.conflict({key: found or (parameters[key].default,) for key, found in said.items()}):
         problems.append((("parameters",), f"parameters: {contradiction}"))
-    for key, parameter in recipe.method.parameters.items():
-        if parameter.default is None and not parameter.choices and not parameter.per_model:
-            said = list(recipe.settings(key))
-            if not said:
-                problems.append((("parameters",), f"parameters.{key} is missing: {parameter.about}"))
-    densities = [value for setting in recipe.settings("density") for value in values_of(setting)]
-    trims = recipe.method.masks == "magnitude" and any(density != 1 for density in densities)
+    for key, parameter in parameters.items():
+        if parameter.required and not said[key]:
+            problems.append((("parameters",), f"parameters.{key} is missing: {parameter.about}"))
+    drops = any(density != 1 for density in said.get("density", ()))
     varying = _varies(recipe, "density")
-    if trims and varying and recipe.parameters.get("trim") == "global":
-        what = "one density for the whole model is needed to trim globally; trim: tensor takes one for each"
-        problems.append((("parameters", "trim"), f"parameters.trim: {what}"))
-    if trims and "trim" not in recipe.parameters:
-        here = "tensor by tensor, as its density varies" if varying else "over the whole model, as published"
-        notes.append(f"trims {here}; mergekit trims tensor by tensor (trim: tensor)")
-    if recipe.method.masks == "random" and "rescale" not in recipe.parameters and any(d != 1 for d in densities):
-        notes.append("divides what is kept by the density, as published; mergekit restores the L1 norm (rescale: l1)")
+    if method.masks == "magnitude" and drops:
+        if varying and recipe.parameters.get("trim") == "global":
+            what = "one density for the whole model is needed to trim globally; trim: tensor takes one for each"
+            problems.append((("parameters", "trim"), f"parameters.trim: {what}"))
+        elif varying and "trim" not in recipe.parameters:
+            notes.append("density varies, so each tensor is trimmed by itself (trim: tensor), as in mergekit")
+        elif "trim" not in recipe.parameters:
+            notes.append("trims over the whole model, as published; mergekit trims each tensor (trim: tensor)")
+    if method.masks == "random" and "rescale" not in recipe.parameters and drops:
+        notes.append("multiplies what is kept by 1/density, as published; mergekit restores the L1 norm (rescale: l1)")
+    k, models = recipe.values("", 0.0).get("k", 0.0), len(recipe.merged)
+    if k > models:
+        notes.append(f"k: {k:g} masks have to agree, and there {_are(models)}: no entry is kept, which gives the base")
+    if recipe.dtype in ("bfloat16", "float16") and recipe.like == "base":
+        notes.append(f"{recipe.dtype} is what the output is written in; the arithmetic is float32 all the same")
 
 
 def _varies(recipe: Recipe, key: str) -> bool:

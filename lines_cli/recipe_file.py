@@ -16,20 +16,26 @@ from lines_cli.recipe_check import Place, dotted, make_recipe
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain YAML in which no key stands twice, since one of the two would be lost without a word."""
+    """Plain YAML in which every key is text (`on`, too, which YAML 1.1 reads as true), and none stands twice, since one
+    of the two would be lost without a word.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """A dict, as usual."""
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str):
-                if key in seen:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE_KEY:
+                key.tag = _TEXT
+                if key.value in seen:
                     raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key!r} stands twice", key_node.start_mark
+                        None, None, f"the key {key.value!r} stands twice", key.start_mark
                     )
-                seen.add(key)
+                seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+_TEXT, _MERGE_KEY = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
+_MOST_VALUES = 100_000
 
 
 def load_recipe(path: Path, sets: Iterable[str] = ()) -> Recipe:
@@ -45,86 +51,120 @@ def load_recipe(path: Path, sets: Iterable[str] = ()) -> Recipe:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        values = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-        line = dict(_lines(yaml.compose(text, Loader=_Loader), ()))
+        values = _own(yaml.load(text, Loader=_Loader))  # noqa: S506 - a SafeLoader
+        at = dict(_lines(yaml.compose(text, Loader=_Loader), (), set()))
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except _NO_YAML as error:
         raise RecipeError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: not a recipe: expected keys such as base_model and models")
     for text in sets:
-        _set(values, text, line)
-    return _beside_file(make_recipe(values, where=str(path), line=line), path.parent)
+        _set(values, text, at)
+    return make_recipe(_seen_from(path.parent, values), where=str(path), at=at)
 
 
-def _lines(node: yaml.Node | None, place: Place) -> Iterable[tuple[Place, int]]:
-    """Every key's line, from 1, by its place."""
+_NO_YAML = (yaml.YAMLError, ValueError, RecursionError)
+
+
+def _own(value: Any, budget: list[int] | None = None) -> Any:
+    """A copy in which nothing is shared, as anchors and aliases would have it; a small file cannot make it large."""
+    budget = [_MOST_VALUES] if budget is None else budget
+    budget[0] -= 1
+    if budget[0] < 0:
+        raise ValueError(f"more than {_MOST_VALUES:,} values")
+    if isinstance(value, dict):
+        return {key: _own(inner, budget) for key, inner in value.items()}
+    return [_own(inner, budget) for inner in value] if isinstance(value, list) else value
+
+
+def _lines(node: yaml.Node | None, place: Place, seen: set[int]) -> Iterable[tuple[Place, str]]:
+    """Every key's line, from 1, by its place; what an alias repeats is left out."""
+    if id(node) in seen:
+        return
+    seen.add(id(node))
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            here = (*place, key.value)
-            yield here, key.start_mark.line + 1
-            yield from _lines(value, here)
+            here = (*place, str(key.value))
+            yield here, f"line {key.start_mark.line + 1}"
+            yield from _lines(value, here, seen)
     elif isinstance(node, yaml.SequenceNode):
         for number, item in enumerate(node.value):
-            yield (*place, number), item.start_mark.line + 1
-            yield from _lines(item, (*place, number))
+            yield (*place, number), f"line {item.start_mark.line + 1}"
+            yield from _lines(item, (*place, number), seen)
 
 
-def _set(values: dict[Any, Any], text: str, line: dict[Place, int]) -> None:
-    """Overrule one value, making the mappings on the way to it; its line is no longer the file's."""
+def _set(values: dict[Any, Any], text: str, at: dict[Place, str]) -> None:
+    """Overrule one value, making the mappings on the way to it."""
     key, equals, raw = text.partition("=")
     parts = key.split(".")
     if not equals or not all(parts):
         raise RecipeError(f"--set {text}: expected --set KEY=VALUE, as in --set lines.beta=0.4")
     try:
-        value = yaml.load(raw, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {text}: {raw!r} is not valid YAML: {error}") from error
+        value = _own(yaml.load(raw, Loader=_Loader))  # noqa: S506 - a SafeLoader
+    except _NO_YAML as error:
+        raise RecipeError(f"--set {text[:200]}: the value is not valid YAML: {error}") from error
     inside: Any = values
     place: Place = ()
-    for at, part in enumerate(parts):
-        last = at == len(parts) - 1
+    for number, part in enumerate(parts, 1):
+        last = number == len(parts)
+        step: Any = part
         if isinstance(inside, list):
             if not part.isdecimal() or int(part) >= len(inside):
                 there_are = f"{dotted(place)} is a list of {len(inside)}, numbered from 0"
                 raise RecipeError(f"--set {text}: {there_are}, and {part!r} is none of them")
-            step: Any = int(part)
-        elif isinstance(inside, dict):
-            step = part
-            if not last and not isinstance(inside.get(part), (dict, list)):
-                inside[part] = {}
-        else:
-            raise RecipeError(f"--set {text}: {dotted(place)} is {inside!r}, which holds no {part!r}")
+            step = int(part)
+        elif not last and inside.get(part) is None:
+            inside[part] = {}
         place = (*place, step)
         if last:
             inside[step] = value
-        else:
+        elif isinstance(inside[step], (dict, list)):
             inside = inside[step]
-    for known in [known for known in line if known[: len(place)] == place]:
-        del line[known]
+        else:
+            raise RecipeError(f"--set {text}: {dotted(place)} is {inside[step]!r}, which holds no {parts[number]!r}")
+    for known in [known for known in at if known[: len(place)] == place]:
+        del at[known]
+    at[place] = f"--set {text}"
 
 
-def _beside_file(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with its paths as they are seen from here; one input goes by one name."""
-    given: list[str] = []
+def _seen_from(folder: Path, values: dict[Any, Any]) -> dict[Any, Any]:
+    """The values with their paths as they are seen from here; one input goes by one name."""
+    names: list[str] = []
 
-    def resolved(name: str) -> str:
+    def resolved(name: Any) -> Any:
+        if not isinstance(name, str) or not name or "\0" in name:
+            return name  # which will be refused
         path = _beside(folder, name)
-        for known in given:
+        for known in names:
             if os.path.exists(path) and os.path.exists(known) and os.path.samefile(path, known):
                 return known
-        given.append(path)
+        names.append(path)
         return path
 
-    def named(name: str | None) -> str | None:
-        return name if name is None or name == "base" else resolved(name)
+    def of_models(sources: Any) -> None:
+        for source in sources if isinstance(sources, list) else ():
+            if isinstance(source, dict) and "model" in source:
+                source["model"] = resolved(source["model"])
 
-    base = recipe.base_model if recipe.base_model is None else resolved(recipe.base_model)
-    models = tuple(source.model_copy(update={"model": resolved(source.model)}) for source in recipe.models)
-    output = recipe.output and os.path.join(folder, os.path.expanduser(recipe.output))
-    of = {"tokenizer_source": named(recipe.tokenizer_source), "chat_template": named(recipe.chat_template)}
-    return recipe.model_copy(update={"base_model": base, "models": models, "output": output, **of})
+    def one_of_them(holder: Any, key: str) -> None:
+        name = holder.get(key) if isinstance(holder, dict) else None
+        if isinstance(name, str) and name != "base" and name and "\0" not in name:
+            known = list(names)
+            path = resolved(name)
+            holder[key] = path if path in known else name
+
+    if "base_model" in values:
+        values["base_model"] = resolved(values["base_model"])
+    of_models(values.get("models"))
+    slices = values.get("slices")
+    for one in slices if isinstance(slices, list) else ():
+        of_models(one.get("sources") if isinstance(one, dict) else None)
+    for holder, key in ((values, "tokenizer_source"), (values, "chat_template"), (values.get("tokenizer"), "source")):
+        one_of_them(holder, key)
+    if isinstance(values.get("output"), str) and values["output"]:
+        values["output"] = os.path.join(folder, os.path.expanduser(values["output"]))
+    return values
 
 
 def _beside(folder: Path, name: str) -> str:

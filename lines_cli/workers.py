@@ -187,7 +187,7 @@ class Worker:
             raise DataError(found, hint=ALLOW_NONFINITE)
 
 
-ALLOW_NONFINITE = "--allow-nonfinite (in a recipe allow_nonfinite: true) lets such values through."
+ALLOW_NONFINITE = "allow_nonfinite: true in the recipe (--allow-nonfinite of lines edit) lets such values through."
 
 
 class Pool(Generic[Item, Result]):

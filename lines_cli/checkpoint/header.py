@@ -93,6 +93,8 @@ def read_header(path: Path) -> Header:
         CheckpointError: the file cannot be opened, or breaks any rule of the format: length, JSON, dtype, shape,
             offsets that overlap, leave holes or end anywhere but at the end of the file.
     """
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+        _refuse(path, "not a file", _NOT_SAFETENSORS)
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size

@@ -22,7 +22,7 @@ from lines_cli.errors import CheckpointError, printable
 CONFIG = "config.json"
 RECIPE = "lines_recipe.yaml"
 MODEL_CARD = "README.md"
-_TOKENIZER_CONFIG = "tokenizer_config.json"
+_TOKENIZER_CONFIG, _CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
 TOKENIZER_FILES = tuple(
     """
@@ -132,7 +132,7 @@ def carry_over(
         of_rows = (*TOKENIZER_FILES, "generation_config.json")  # token ids, all of them
         theirs = carried_files(kept.folder, of_rows) if kept.folder else {}
         files = {name: path for name, path in files.items() if not _matches(name, of_rows)} | theirs
-        ids = kept.config
+        ids = kept.config or None
         if tokenizer is not None and not any(_matches(name, TOKENIZER_FILES) for name in theirs):
             raise CheckpointError(
                 f"tokenizer_source: {tokenizer.name} has no tokenizer", hint="Name an input that has one, or none."
@@ -171,7 +171,16 @@ def _with_chat_template(files: Mapping[str, Path], source: Checkpoint) -> tuple[
         )
     merged = {name: path for name, path in files.items() if not _matches(name, patterns)} | theirs
     if _TOKENIZER_CONFIG not in merged:
-        return merged, {}
+        if inside is None or not source.folder:
+            return merged, {}
+        if not isinstance(inside, str):
+            raise CheckpointError(
+                f"chat_template: {source.name} has several templates in its {_TOKENIZER_CONFIG}, and the output has no "
+                "such file to put them in",
+                hint="Take its tokenizer as well: tokenizer_source.",
+            )
+        merged[_CHAT_TEMPLATE] = source.folder / _TOKENIZER_CONFIG
+        return merged, {_CHAT_TEMPLATE: inside.encode()}
     config = dict(read_json(merged[_TOKENIZER_CONFIG]))
     config.pop("chat_template", None)
     if inside is not None:

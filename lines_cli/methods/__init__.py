@@ -53,7 +53,7 @@ class Method:
         models: least and greatest number; None for no bound.
         masks: how entries are chosen to be kept: by `magnitude`, above a threshold; at `random`; or all are.
         elects: whether a zero sum takes the sign of the majority, which then has to be counted.
-        conflict: what values contradict each other, in words.
+        conflict: what contradicts itself, in words, given every value that is said of each parameter.
         sums: whether with weights of 1 the result is the sum of the task vectors, to the bit.
         alone_is_itself: whether one model, with nothing dropped and a weight of 1, comes back as it is.
     """
@@ -96,18 +96,26 @@ def _agreement_parameter(unless_said: str) -> Parameter:
 
 _RESCALE = Parameter(
     "density",
-    "what is kept is divided by the density, as published; or restores the tensor's L1 norm (l1 or true, as in "
+    "what is kept is multiplied by 1/density, as published; or restores the tensor's L1 norm (l1 or true, as in "
     "mergekit); or stays (false)",
     varies=False,
     choices={"density": "density", "l1": "l1", True: "l1", False: False},
 )
+_RESCALE_TRIMMED = Parameter(
+    False,
+    "restore the tensor's L1 norm after trimming (l1 or true), as mergekit can",
+    varies=False,
+    choices={False: False, "l1": "l1", True: "l1"},
+)
 _SEED = Parameter(0.0, "of the random choice", varies=False, low=0, high=2**53, whole=True)
 
 
-def _agreement_or_normalize(values: Values) -> str | None:
-    agreement, normalize = values["agreement"], values["normalize"]
+def _agreement_or_normalize(said: Values) -> str | None:
+    (agreement, *_), (normalize, *_) = said["agreement"], said["normalize"]
     if agreement is not None and normalize is not None and (agreement == "mean") != normalize:
-        return f"agreement: {agreement} and normalize: {str(normalize).lower()} contradict each other"
+        return (
+            f"agreement: {agreement} and normalize: {str(normalize).lower()} contradict each other; leave normalize out"
+        )
     return None
 
 
@@ -118,8 +126,8 @@ def _agreement(values: Values, *, default: str) -> str:
 
 
 def _ties_told(values: Values, measured: Measured) -> Values:
-    agreement = _agreement(values, default="mean")
-    return {"weight": values["weight"], "agreement": agreement, "majority": measured.majority}
+    told = {"weight": values["weight"], "agreement": _agreement(values, default="mean")}
+    return {**told, "majority": measured.majority, "factor": _factors(values, measured)}
 
 
 def _consensus_told(values: Values, measured: Measured) -> Values:
@@ -127,8 +135,8 @@ def _consensus_told(values: Values, measured: Measured) -> Values:
     return {**told, "majority": measured.majority}
 
 
-def _consensus_conflict(values: Values) -> str | None:
-    if values["on"] == "sum" and any(density != 1 for density in values["density"]):
+def _consensus_conflict(said: Values) -> str | None:
+    if said["on"][0] == "sum" and any(density != 1 for density in said["density"]):
         return "density trims what on: ties merges; with on: sum nothing is trimmed"
     return None
 
@@ -137,9 +145,9 @@ def _factors(values: Values, measured: Measured) -> tuple[float, ...]:
     """What each model's kept entries are multiplied by."""
     if values["rescale"] == "density":
         return tuple(1 / density if density else 1.0 for density in values["density"])
-    if values["rescale"] == "l1":
+    if values["rescale"] == "l1" and measured.l1:
         return tuple(before / after if after else 1.0 for before, after in measured.l1)
-    return (1.0,) * len(values["density"])
+    return (1.0,) * len(values["density"])  # nothing is dropped, or what is kept stays
 
 
 def _dare_linear_told(values: Values, measured: Measured) -> Values:
@@ -194,6 +202,7 @@ METHODS: Mapping[str, Method] = {
             "weight": _WEIGHT,
             "density": _DENSITY,
             "trim": _TRIM,
+            "rescale": _RESCALE_TRIMMED,
             "agreement": _agreement_parameter("the mean"),
             "normalize": _MAYBE_NORMALIZE,
             "lambda": _LAMBDA,
@@ -254,7 +263,7 @@ METHODS: Mapping[str, Method] = {
         slerp,
         "The way from one model to another along an arc (Shoemake 1985).",
         takes="weights",
-        parameters={"t": Parameter(None, "how far from the first (0) to the second (1)", low=0, high=1)},
+        parameters={"t": Parameter(None, "how far from the first (0) to the second (1)", low=0, high=1, required=True)},
         told=_slerp_told,
         models=(2, 2),
         alone_is_itself=False,

@@ -82,7 +82,7 @@ def dare_linear(
     normalize: bool = False,
 ) -> Tensor:
     """Task arithmetic over what is left of each task vector, rescaled by its `factor`."""
-    return task_arithmetic(_rescaled(task_vectors, masks, factor), weight=weight, normalize=normalize)
+    return task_arithmetic(sparse(task_vectors, masks, factor), weight=weight, normalize=normalize)
 
 
 def dare_ties(
@@ -94,13 +94,4 @@ def dare_ties(
     agreement: Agreement = "sum",
 ) -> Tensor:
     """TIES over what is left of each task vector, rescaled by its `factor`; a zero sum counts as plus."""
-    return ties(_rescaled(task_vectors, masks, factor), weight=weight, agreement=agreement)
-
-
-def _rescaled(
-    task_vectors: Sequence[Tensor], masks: Sequence[Tensor] | None, factor: Sequence[float]
-) -> Sequence[Tensor]:
-    for tau, by in zip(sparse(task_vectors, masks), factor, strict=True):
-        if by != 1:
-            tau.mul_(by)
-    return task_vectors
+    return ties(sparse(task_vectors, masks, factor), weight=weight, agreement=agreement)

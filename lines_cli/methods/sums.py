@@ -28,10 +28,17 @@ def weighted_sum(vectors: Sequence[Tensor], weight: Sequence[float], *, overwrit
     return total
 
 
-def sparse(task_vectors: Sequence[Tensor], masks: Sequence[Tensor] | None) -> Sequence[Tensor]:
-    """The task vectors where their masks (1 or 0, [n] each) are 1; 0 elsewhere. NaN and Inf show through any mask."""
+def sparse(
+    task_vectors: Sequence[Tensor], masks: Sequence[Tensor] | None, factor: Sequence[float] = ()
+) -> Sequence[Tensor]:
+    """The task vectors where their masks (1 or 0, [n] each) are 1, times their factors; 0 elsewhere. NaN and Inf show
+    through any mask.
+    """
     for task_vector, mask in zip(task_vectors, masks or (), strict=masks is not None):
         task_vector.mul_(mask)
+    for task_vector, by in zip(task_vectors, factor, strict=bool(factor)):
+        if by != 1:
+            task_vector.mul_(by)
     return task_vectors
 
 
@@ -39,7 +46,8 @@ def average(task_vectors: Sequence[Tensor], *, masks: Sequence[Tensor] | None = 
     """`(tau_1 + ... + tau_N) / N`: a uniform model soup (Wortsman 2022, arXiv 2203.05482), as a task vector."""
     del masks
     total = weighted_sum(task_vectors, [1.0] * len(task_vectors))
-    return total if len(task_vectors) == 1 else total.div_(len(task_vectors))
+    # By a tensor: by a number, CUDA multiplies with its reciprocal, which has other bits.
+    return total if len(task_vectors) == 1 else total.div_(total.new_full((), len(task_vectors)))
 
 
 def task_arithmetic(
@@ -64,8 +72,12 @@ def linear(
 
 
 def _over(total: Tensor, weight: Sequence[float], *, normalize: bool) -> Tensor:
-    divisor = sum(weight)
-    return total.div_(divisor) if normalize and divisor != 1 and abs(divisor) >= NEGLIGIBLE else total
+    if not normalize:
+        return total
+    divisor = total.new_zeros(())  # summed in the same dtype
+    for w in weight:
+        divisor = divisor + w
+    return total if divisor == 1 or divisor.abs() < NEGLIGIBLE else total.div_(divisor)
 
 
 def slerp(weights: Sequence[Tensor], *, masks: Sequence[Tensor] | None = None, shares: tuple[float, float]) -> Tensor:
@@ -86,8 +98,8 @@ def slerp_shares(t: float, *, dot: float, norms: tuple[float, float]) -> tuple[f
     Args:
         t: 0 to 1.
         dot: the sum over all entries of their products.
-        norms: of each. Where one is 0, or the two are nearly parallel, the line takes the place of the arc, at
-            mergekit's bound.
+        norms: of each; where one is 0 the angle counts as a right one. Where the two are nearly parallel, at mergekit's
+            bound, the line takes the place of the arc.
     """
     lengths = [norm if norm > NEGLIGIBLE else 1.0 for norm in norms]
     cosine = max(-1.0, min(1.0, dot / lengths[0] / lengths[1]))

@@ -40,6 +40,7 @@ def ties(
     weight: Sequence[float],
     agreement: Agreement = "mean",
     majority: int = 1,
+    factor: Sequence[float] = (),
 ) -> Tensor:
     """Trim, elect a sign for each entry, merge the models that agree with it (section 4.2).
 
@@ -50,8 +51,9 @@ def ties(
         agreement: over the models whose weighted entry has the elected sign: `sum(w_i tau_i) / sum(w_i)`, the sum
             alone, or the entry of the largest magnitude.
         majority: the sign that an entry takes whose sum is zero; 0 counts as minus, as in the reference code.
+        factor: N; what a model's kept entries are multiplied by, before the weights.
     """
-    taus = sparse(task_vectors, masks)
+    taus = sparse(task_vectors, masks, factor)
     for tau, w in zip(taus, weight, strict=True):
         if w != 1:
             tau.mul_(w)
@@ -59,9 +61,10 @@ def ties(
     elected = (total.ge_(0) if majority > 0 else total.gt_(0)).mul_(2).sub_(1)  # 1.0 and 0.0 to +1 and -1
 
     if agreement == "max":
-        largest = taus[0].mul_(elected).clamp_(min=0)
+        # abs_ takes the sign off zeros: which of 0.0 and -0.0 is the maximum depends on where in a chunk they stand.
+        largest = taus[0].mul_(elected).clamp_(min=0).abs_()
         for tau in taus[1:]:
-            largest = largest.maximum(tau.mul_(elected).clamp_(min=0))
+            largest = largest.maximum(tau.mul_(elected).clamp_(min=0).abs_())
         return largest.mul_(elected)
     merged = divisor = None
     for tau, w in zip(taus, weight, strict=True):
@@ -79,13 +82,17 @@ def ties(
 
 
 def signs(
-    task_vectors: Sequence[Tensor], *, masks: Sequence[Tensor] | None = None, weight: Sequence[float]
+    task_vectors: Sequence[Tensor],
+    *,
+    masks: Sequence[Tensor] | None = None,
+    weight: Sequence[float],
+    factor: Sequence[float] = (),
 ) -> tuple[Tensor, Tensor]:
     """How elections go, without changing what is given: each entry's sign (-1, 0 or 1; [n]); and a number that is 0 if
     no model that is not zero waits for the decision of a zero sum.
     """
-    kept = [tau * mask for tau, mask in zip(task_vectors, masks, strict=True)] if masks else task_vectors
-    taus = [tau * w for tau, w in zip(kept, weight, strict=True)]
+    taus = sparse([tau.clone() for tau in task_vectors], masks, factor)
+    taus = [tau.mul_(w) for tau, w in zip(taus, weight, strict=True)]
     elected = weighted_sum(taus, [1.0] * len(taus), overwrite=False).sign_().nan_to_num_()
     undecided = 1 - elected.abs()
     waiting = [(tau.mul_(undecided)).abs_().amax() for tau in taus if tau.numel()]
