@@ -1,6 +1,7 @@
-"""Make a synthetic Llama-shaped checkpoint in bf16, in shards of 1 GB: `make_model.py FOLDER LAYERS WIDTH NOISE`.
+"""Make a synthetic Llama-shaped checkpoint in bf16, in shards of 1 GB: make_model.py FOLDER LAYERS WIDTH NOISE [SEED].
 
-The same layers and width give the same weights; NOISE > 0 adds a fine-tune's update of that size to them.
+The same layers and width give the same weights; NOISE > 0 adds a fine-tune's update of that size to them, and another
+SEED gives another update.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def shapes(layers: int, width: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def make(folder: Path, layers: int, width: int, noise: float) -> None:
+def make(folder: Path, layers: int, width: int, noise: float, seed: int = 0) -> None:
     """Write the checkpoint, with its index and a small config."""
     folder.mkdir(parents=True)
     groups: list[list[str]] = [[]]
@@ -55,6 +56,8 @@ def make(folder: Path, layers: int, width: int, noise: float) -> None:
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             value = 0.02 * torch.randn(wanted[name], generator=generator)
             if noise:
+                if seed:
+                    generator.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
                 value += noise * torch.randn(wanted[name], generator=generator)
             tensors[name] = value.bfloat16()
             weight_map[name] = file
@@ -66,4 +69,4 @@ def make(folder: Path, layers: int, width: int, noise: float) -> None:
 
 
 if __name__ == "__main__":
-    make(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))
+    make(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]), *map(int, sys.argv[5:6]))

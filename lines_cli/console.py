@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from math import isfinite
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,11 @@ def refuse(message: str, hint: str | None = None) -> None:
         _err.print(Text.assemble(("hint: ", "bold"), _printable(hint)), soft_wrap=True)
 
 
+def remark(text: str) -> None:
+    """Say something by the way."""
+    _notes([text])
+
+
 def progress(*, quiet: bool) -> Track:
     """A wrapper for each pass's stream of byte counts that draws a bar on stderr; draws nothing where stderr is no
     terminal.
@@ -59,12 +65,13 @@ def show_plan(plan: Plan, resources: Resources, *, json: bool) -> None:
     if json:
         _print_json({"dry_run": True, **plan.summary(), "peak_memory": plan.peak_memory(resources), "map": plan.map()})
         return
-    _models(plan, ())
+    _models(plan)
     _alpha(plan)
     _stacks(plan)
     _outside(plan)
     if plan.passes:
-        _out.print(f"measure {size(plan.bytes_measured)}, once for each of: {', '.join(plan.passes)}")
+        several = (f"{what} ({times} times)" if times > 1 else what for what, times in _counted(plan.passes).items())
+        _out.print(f"measure {', '.join(several)}: {size(plan.bytes_measured)} each time", soft_wrap=True)
     _out.print(f"read    {size(plan.bytes_read)}")
     files = f"{len(plan.outputs)} files" if len(plan.outputs) > 1 else plan.outputs[0].name
     _out.print(f"write   {size(plan.bytes_written)} to {_printable(str(plan.output))} ({files})", soft_wrap=True)
@@ -78,13 +85,21 @@ def show_plan(plan: Plan, resources: Resources, *, json: bool) -> None:
     _err.print("Nothing was written (--dry-run).", style="dim")
 
 
+def _counted(passes: Iterable[tuple[str, int]]) -> dict[str, int]:
+    counted: dict[str, int] = {}
+    for what, times in passes:
+        counted[what] = counted.get(what, 0) + times
+    return counted
+
+
 def show_outcome(outcome: Outcome, *, json: bool, quiet: bool) -> None:
     """What was done."""
     plan = outcome.plan
     if json:
         summary = plan.summary()
         for number, model in enumerate(summary["models"]):
-            model["norm"] = outcome.norms[number] if outcome.norms and isfinite(outcome.norms[number]) else None
+            norm = outcome.norms[number] if outcome.norms else None
+            model["norm"] = norm if norm is not None and isfinite(norm) else None
             model["kept"] = outcome.kept[number] if outcome.kept else model["kept"]
         told = {"nonfinite": outcome.nonfinite, "differing": outcome.differing, "seconds": round(outcome.seconds, 3)}
         _print_json({"dry_run": False, **summary, **told})
@@ -97,10 +112,10 @@ def show_outcome(outcome: Outcome, *, json: bool, quiet: bool) -> None:
     _models(plan, outcome.norms, outcome.kept)
     _alpha(plan)
     _stacks(plan)
-    rate = (plan.bytes_read + plan.bytes_written) / max(outcome.seconds, 1e-9)
-    _out.print(
-        f"read {size(plan.bytes_read)}, wrote {size(plan.bytes_written)} in {outcome.seconds:.1f} s ({size(rate)}/s)"
-    )
+    rate = (outcome.bytes_read + plan.bytes_written) / max(outcome.seconds, 1e-9)
+    passes = f" in {outcome.passes} passes" if outcome.passes > 1 else ""
+    written = f"wrote {size(plan.bytes_written)} in {outcome.seconds:.1f} s ({size(rate)}/s)"
+    _out.print(f"read {size(outcome.bytes_read)}{passes}, {written}")
     _out.print(f"output  {_printable(str(plan.output))}", style="bold", soft_wrap=True)
     _notes(plan.notes)
 
@@ -118,30 +133,36 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.3g} TB"
 
 
-def _models(plan: Plan, norms: Sequence[float], kept: Sequence[float] = ()) -> None:
-    """The models of a merge: weight, density, share of entries kept, and the L2 norm of the task vector."""
+def _models(plan: Plan, norms: Sequence[float] = (), kept: Sequence[float] = ()) -> None:
+    """The models of a merge: what is said of each, the share of entries kept, and the L2 norm of the task vector."""
     models = plan.models()
     if len(models) == 1 and plan.sides.of_an_edit:
         return
+    for number, model in enumerate(models):
+        model["kept"] = kept[number] if kept else model["kept"]
+        model["norm"] = norms[number] if norms else None
+    columns = [key for key in models[0] if key != "model" and any(model[key] is not None for model in models)]
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     table.add_column(plan.recipe.merge_method, overflow="fold")
-    for heading in ("weight", "density", "kept", "norm"):
-        table.add_column(heading, justify="right")
-    for number, model in enumerate(models):
-        share = kept[number] if kept else model["kept"]
-        table.add_row(
-            _printable(model["model"].removeprefix("./")),
-            _span(model["weight"]),
-            _span(model["density"]),
-            "" if share is None else f"{share:.2%}",
-            f"{norms[number]:.4g}" if norms else "",
-        )
+    for column in columns:
+        table.add_column(column, justify="right")
+    shown = {"kept": "{:.2%}".format, "norm": "{:.4g}".format}
+    for model in models:
+        cells = ["" if model[key] is None else shown.get(key, _span)(model[key]) for key in columns]
+        table.add_row(_printable(os.path.normpath(model["model"])), *cells)
     _out.print(table)
+    if settings := plan.settings():
+        said = (
+            f"{key} {_span(value) if isinstance(value, list) else _plain(value)}" for key, value in settings.items()
+        )
+        _out.print(f"with    {', '.join(said)}", soft_wrap=True)
 
 
-def _span(ends: list[float] | None) -> str:
-    if ends is None:
-        return ""
+def _plain(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value).lower()
+
+
+def _span(ends: list[float]) -> str:
     return f"{ends[0]:.4g}" if ends[0] == ends[1] else f"{ends[0]:.4g} to {ends[1]:.4g}"
 
 
@@ -149,9 +170,10 @@ def _alpha(plan: Plan) -> None:
     """How alpha was chosen, where the recipe leaves it open."""
     if plan.recipe.lines is None or not plan.recipe.lines.needs_alpha:
         return
-    models, norms, alpha = len(plan.recipe.merged), plan.statistics.norms, plan.alpha
+    models, norms, alpha = plan.number_of_models, plan.statistics.norms, plan.alpha
     if alpha is None:
-        _out.print(f"alpha   auto: 1/{models} * L1 norm of the sum / L1 norm of the merged task vector, to be measured")
+        what = "L1 norm of the sum / L1 norm of the merged task vector"
+        _out.print(f"alpha   auto: 1/{models} * {what}, to be measured", soft_wrap=True)
     elif norms is None:
         _out.print(f"alpha   {alpha:.6g} = 1/{models}: the merged task vector is the sum")
     else:

@@ -113,6 +113,16 @@ class DepthMap:
         """Each stack's L, by name."""
         return {stack.name: stack.layers for stack in self.stacks}
 
+    def position_of(self, name: str) -> float:
+        """How deep a tensor's layer lies in its stack: 0 for the first to 1 for the last, 1 for the only one; 0 outside
+        the blocks.
+        """
+        place = self.places.get(name)
+        if place is None:
+            return 0.0
+        last = self.layers[place.stack] - 1
+        return place.index / last if last else 1.0
+
     def side_of(self, name: str) -> Side:
         """On which side of the blocks a tensor outside them stands; before them, where its name does not tell."""
         for stack in self.stacks:

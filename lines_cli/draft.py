@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 from lines_cli.checkpoint.header import EXACT_DTYPES, TensorInfo, itemsize
 from lines_cli.checkpoint.reader import Checkpoint
@@ -62,14 +63,14 @@ class Draft:
     """An output tensor before its place in a file is known; `misfit` says why it cannot be made."""
 
     name: str
+    counts_as: str  # the name that decides its coefficient and parameters: its own, or the embedding's it is tied to
+    values: Values  # the method's parameters for it
     dtype: str
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...] = ()
+    filter: str | None = None  # the pattern that decides its coefficient, if one does
     rows: tuple[frozenset[int], int] | None = None  # numbers of vocabulary rows, where they differ: others', the kept
-    counts_as: str = ""
-    values: Values = field(default_factory=dict)
-    filter: str | None = None
-    paired: bool = True
+    paired: bool = True  # whether all inputs have it; otherwise it is a copy of the one that does
     misfit: str | None = None
 
 
@@ -104,9 +105,17 @@ def draft_tensors(
             _slice(checkpoint, there, first) if there is not None else None
             for checkpoint, there, first in zip(sides.checkpoints, row, first_files, strict=False)
         ]
-        draft = _draft_one(recipe, sides, name, stored, may_resize=place is None and is_vocabulary(name))
-        decided_by = rules.filter_of(counts_as) if None not in row else None
-        drafts.append(replace(draft, filter=decided_by, counts_as=counts_as, values=values_for(counts_as)))
+        begun = partial(Draft, name, counts_as, values_for(counts_as))
+        drafts.append(
+            _draft_one(
+                recipe,
+                sides,
+                stored,
+                begun,
+                decided_by=rules.filter_of(counts_as),
+                may_resize=place is None and is_vocabulary(name),
+            )
+        )
     for key, parameter in recipe.method.parameters.items():
         silent = [draft.name for draft in drafts if parameter.required and draft.paired and draft.values[key] is None]
         if silent:
@@ -135,10 +144,7 @@ class _Values:
         self._known: dict[tuple[float, tuple[bool, ...]], Values] = {}
 
     def __call__(self, name: str) -> Values:
-        place, position = self._depth.places.get(name), 0.0
-        if place is not None:
-            last = self._depth.layers[place.stack] - 1
-            position = place.index / last if last else 1.0
+        position = self._depth.position_of(name)
         key = (position, tuple(part in name for part in self._filters))
         if key not in self._known:
             self._known[key] = self._recipe.values(name, position)
@@ -151,7 +157,13 @@ def _slice(side: Checkpoint, name: str, first_file: int) -> tuple[Slice, TensorI
 
 
 def _draft_one(
-    recipe: Recipe, sides: Sides, name: str, stored: Sequence[tuple[Slice, TensorInfo] | None], *, may_resize: bool
+    recipe: Recipe,
+    sides: Sides,
+    stored: Sequence[tuple[Slice, TensorInfo] | None],
+    begun: Callable[..., Draft],
+    *,
+    decided_by: str | None,
+    may_resize: bool,
 ) -> Draft:
     def dtype(stored: str) -> str:
         return STORED[recipe.dtype] if recipe.dtype and stored not in EXACT_DTYPES else stored
@@ -159,33 +171,34 @@ def _draft_one(
     present = [side for side in stored if side is not None]
     if len(present) < len(stored):  # not merged: as it is in the first that has it
         source, info = present[0]
-        return Draft(name, dtype(info.dtype), info.shape, (Piece(0, info.numel, copy=source),), paired=False)
+        return begun(dtype(info.dtype), info.shape, (Piece(0, info.numel, copy=source),), paired=False)
     slices, infos = [source for source, _ in present], [info for _, info in present]
     lead = infos[sides.lead]
-    draft = Draft(name, dtype(lead.dtype), lead.shape)
-    base, models = (slices[0], slices[1:]) if sides.has_base else (None, slices)
+    drafted = partial(begun, dtype(lead.dtype), filter=decided_by)
+    base, models = (slices[0], tuple(slices[1:])) if sides.has_base else (None, tuple(slices))
 
     dtypes = list(dict.fromkeys(info.dtype for info in infos))
     if len(dtypes) > 1 and EXACT_DTYPES.intersection(dtypes):
-        return replace(draft, misfit=f"{' and '.join(dtypes)}, of which one cannot be computed with")
+        return drafted(lead.shape, misfit=f"{' and '.join(dtypes)}, of which one cannot be computed with")
     if len({info.shape for info in infos}) == 1:
-        return replace(draft, pieces=(Piece(0, lead.numel, base=base, models=tuple(models)),))
+        return drafted(lead.shape, (Piece(0, lead.numel, base=base, models=models),))
 
     shapes = " and ".join(str(list(info.shape)) for info in infos)
     axis = _row_axis([info.shape for info in infos]) if may_resize else None
     if axis is None:
-        return replace(draft, misfit=shapes)
+        return drafted(lead.shape, misfit=shapes)
     if recipe.resize == "error":
-        return replace(draft, misfit=f"{shapes}, which {'--resize' if sides.of_an_edit else 'resize:'} would settle")
+        settles = "--resize" if sides.of_an_edit else "resize:"
+        return drafted(lead.shape, misfit=f"{shapes}, which {settles} would settle")
     keeping = 0 if recipe.resize == "base" else len(slices) - len(models)
     kept, source = infos[keeping], slices[keeping]
     shared = min(info.numel for info in infos)
-    pieces = [Piece(0, shared, base=base, models=tuple(models))]
+    pieces = [Piece(0, shared, base=base, models=models)]
     if kept.numel > shared:  # rows that only the kept side surely has: as they are there
         rest = replace(source, offset=source.offset + shared * itemsize(source.dtype))
         pieces.append(Piece(shared, kept.numel - shared, copy=rest))
     others = frozenset(info.shape[axis] for info in infos if info.shape != kept.shape)
-    return replace(draft, shape=kept.shape, pieces=tuple(pieces), rows=(others, kept.shape[axis]))
+    return drafted(kept.shape, tuple(pieces), rows=(others, kept.shape[axis]))
 
 
 def _row_axis(shapes: Sequence[tuple[int, ...]]) -> int | None:

@@ -24,7 +24,7 @@ from lines_cli.measure import Track, measure, untracked
 from lines_cli.plan import Plan
 from lines_cli.planning import resolve, to_float32
 from lines_cli.resources import Resources
-from lines_cli.workers import ALLOW_NONFINITE, Chunk, Pool, Worker, choose_device, chunks_of, opened
+from lines_cli.workers import ALLOW_NONFINITE, Chunk, Pool, Worker, choose_device, chunks_of, keep_freed_memory, opened
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,9 @@ class Outcome:
 
     Attributes:
         plan: what was carried out: the plan, with what was measured in it.
-        seconds: from opening the inputs to the output being in place.
+        seconds: from opening the inputs to the output being in place, measuring included.
+        passes: how often the inputs were read, wholly or in part.
+        bytes_read: of tensor data, by all passes.
         nonfinite: tensors in which NaN, Inf or an overflow was let through (`allow_nonfinite`), and what was found
             first.
         norms: for each model the L2 norm of its task vector over all that was merged; empty where none was taken.
@@ -44,6 +46,8 @@ class Outcome:
 
     plan: Plan
     seconds: float
+    passes: int
+    bytes_read: int
     nonfinite: dict[str, str]
     norms: tuple[float, ...]
     kept: tuple[float, ...]
@@ -52,7 +56,7 @@ class Outcome:
 
 def run(plan: Plan, resources: Resources | None = None, *, force: bool = False, track: Track = untracked) -> Outcome:
     """Carry a plan out: measure, write, publish. On any failure the destination is as it was, and staging leaves no
-    trace.
+    trace. In this process glibc keeps freed memory from then on, and the limit of open files is raised as is needed.
 
     Args:
         plan: from `make_plan`.
@@ -69,9 +73,12 @@ def run(plan: Plan, resources: Resources | None = None, *, force: bool = False, 
     started = time.perf_counter()
     resources = resources or Resources()
     device = choose_device(resources.device)
+    keep_freed_memory()
     check_destination(plan.output, inputs=plan.read_paths, nbytes=plan.bytes_written, force=force)
     with Staging(plan.output) as staging, opened(plan.inputs) as sources:
         number = len(plan.passes) + 1
+        times = sum(times for _, times in plan.passes)
+        measured = times * plan.bytes_measured
         if plan.needs:
             plan = resolve(plan, measure(plan, sources, device, resources, track))
         targets = []
@@ -80,7 +87,7 @@ def run(plan: Plan, resources: Resources | None = None, *, force: bool = False, 
             with naming(plan.output):
                 write_from(targets[-1], file.head, 0)
         job = _Write(plan, targets)
-        size = resources.chunk_for(len(plan.recipe.merged))
+        size = resources.chunk_for(plan.number_of_models)
         pool = Pool(lambda: Worker(plan, sources, device, size), chunks_of(plan.tensors, size), job, device)
         # Closing stops and joins the threads, whatever interrupts this one, before the files they write are closed.
         with closing(pool.in_order(resources.threads)) as results:
@@ -93,7 +100,7 @@ def run(plan: Plan, resources: Resources | None = None, *, force: bool = False, 
         for sidecar in plan.sidecars:
             staging.add(sidecar)
         staging.publish(force=force)
-    return job.outcome(time.perf_counter() - started)
+    return job.outcome(time.perf_counter() - started, 1 + times, measured + plan.bytes_read)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,45 +112,48 @@ class _Written:
     squares: tuple[float, ...] = ()
     kept: tuple[float, ...] = ()
     differing: tuple[str, ...] = ()
+    nonfinite: str | None = None
 
 
 class _Write:
     """The job of making a chunk of the output and writing it; and the sum of what is to be told of all of them."""
 
     def __init__(self, plan: Plan, targets: list[int]) -> None:
-        self.plan, self.targets = plan, targets
+        self.plan, self.targets, self.models = plan, targets, plan.number_of_models
+        self.draws = plan.recipe.method.masks == "random"
         self.nonfinite: dict[str, str] = {}
         self.differing: dict[str, dict[str, None]] = defaultdict(dict)
-        models = len(plan.recipe.merged)
-        self.squares, self.kept, self.entries = [0.0] * models, [0.0] * models, 0
+        self.squares, self.kept, self.entries = [0.0] * self.models, [0.0] * self.models, 0
 
     def __call__(self, worker: Worker, chunk: Chunk) -> _Written:
         """Make one chunk of the output."""
-        dtype = chunk.tensor.info.dtype
+        dtype, copy = chunk.tensor.info.dtype, chunk.piece.copy
         squares: tuple[float, ...] = ()
         kept: tuple[float, ...] = ()
         differing: tuple[str, ...] = ()
         raw: memoryview | None = None
         values: torch.Tensor | None = None
-        if chunk.piece.copy is None:
+        if copy is None:
             values, squares, kept = self._merge(worker, chunk)
         else:
-            loaded = worker.read(chunk, chunk.piece.copy)
+            loaded = worker.read(chunk, copy)
             values = loaded.values() if loaded.dtype in TORCH_DTYPES else None
             raw = loaded.raw if loaded.dtype == dtype else None
             differing = self._compare(worker, chunk, loaded.raw)
-        if values is not None:
-            self._check(worker, chunk, extremes(values))
+            if self.draws and chunk.tensor.draft.paired and chunk.tensor.coefficient != 0:  # one model, all of it
+                kept = (float(chunk.numel),) * self.models
+        nonfinite = self._check(worker, chunk, extremes(values)) if values is not None else None
+        if nonfinite is not None and copy is not None:  # looking for it read other inputs into the same buffer
+            loaded = worker.read(chunk, copy)
+            values, raw = loaded.values(), raw and loaded.raw
         if raw is None:
             assert values is not None
             cast(values, worker.out.device_view(chunk.numel, TORCH_DTYPES[dtype]))
             raw = worker.out.to_host(chunk.numel * itemsize(dtype))
-        elif values is not None and chunk.piece.copy is not None and self.nonfinite:
-            raw = worker.read(chunk, chunk.piece.copy).raw  # looking for what is not finite read other inputs into it
         start = chunk.tensor.info.offset + (chunk.piece.start + chunk.first) * itemsize(dtype)
         with naming(self.plan.output):
             write_from(self.targets[chunk.tensor.file], raw, start)
-        return _Written(chunk, len(raw), squares, kept, differing)
+        return _Written(chunk, len(raw), squares, kept, differing, nonfinite)
 
     def _merge(self, worker: Worker, chunk: Chunk) -> tuple[torch.Tensor, tuple[float, ...], tuple[float, ...]]:
         """The merged entries [numel] in the compute dtype; each model's squared norm and number of entries kept."""
@@ -155,7 +165,9 @@ class _Write:
             if len(vectors) > 1:
                 squares = tuple(float(torch.dot(tau, tau)) for tau in vectors)
             masks = worker.masks(chunk, vectors)
-            if masks is not None:
+            if self.draws and masks is None:
+                kept = (float(chunk.numel),) * self.models
+            elif self.draws and masks is not None:
                 kept = tuple(float(mask.sum(dtype=torch.float64)) for mask in masks)
             merged = worker.merge(chunk, vectors, masks)
         else:
@@ -183,12 +195,19 @@ class _Write:
             if worker.read(chunk, source, worker.out).raw != copied
         )
 
-    def _check(self, worker: Worker, chunk: Chunk, extreme: torch.Tensor) -> None:
-        """Find NaN, Inf and overflow by the extremes of what is about to be written: rounding is monotonic."""
+    def _check(self, worker: Worker, chunk: Chunk, extreme: torch.Tensor) -> str | None:
+        """Find NaN, Inf and overflow by the extremes of what is about to be written: rounding is monotonic.
+
+        Returns:
+            What was found and let through.
+
+        Raises:
+            DataError: what was found, where that is not allowed.
+        """
         stored = torch.empty(2, dtype=TORCH_DTYPES[chunk.tensor.info.dtype], device=extreme.device)
         cast(extreme, stored)
         if bool(stored.isfinite().all()):
-            return
+            return None
         found, hint = worker.nonfinite(chunk), ALLOW_NONFINITE
         if found is None:
             name, dtype = printable(chunk.tensor.name), chunk.tensor.info.dtype
@@ -196,27 +215,34 @@ class _Write:
             hint = f"Write a wider dtype. {ALLOW_NONFINITE}"
         if not self.plan.recipe.allow_nonfinite:
             raise DataError(found, hint=hint)
-        self.nonfinite.setdefault(chunk.tensor.name, found)
+        return found
 
     def tally(self, written: _Written) -> int:
-        """Add a chunk to what will be told; its bytes."""
+        """Add a chunk, in the order of the plan, to what will be told; its bytes."""
+        name = written.chunk.tensor.name
         for model, square in enumerate(written.squares):
             self.squares[model] += square
         for model, kept in enumerate(written.kept):
             self.kept[model] += kept
-        self.entries += written.chunk.numel if written.squares or written.kept else 0
+        self.entries += written.chunk.numel if written.kept else 0
         for path in written.differing:
-            self.differing[written.chunk.tensor.name][path] = None
+            self.differing[name][path] = None
+        if written.nonfinite is not None:
+            self.nonfinite.setdefault(name, written.nonfinite)
         return written.nbytes
 
-    def outcome(self, seconds: float) -> Outcome:
+    def outcome(self, seconds: float, passes: int, bytes_read: int) -> Outcome:
         """What the whole run did."""
-        drops = self.plan.recipe.method.masks is not None and self.entries and any(self.kept)
+        shares = [model["kept"] for model in self.plan.models()] if self.plan.statistics.kept else []
+        if self.draws and self.entries:
+            shares = [kept / self.entries for kept in self.kept]
         return Outcome(
             self.plan,
             seconds,
+            passes,
+            bytes_read,
             self.nonfinite,
             tuple(math.sqrt(square) for square in self.squares) if any(self.squares) else (),
-            tuple(kept / self.entries for kept in self.kept) if drops else (),
+            tuple(share for share in shares if share is not None),
             {name: tuple(paths) for name, paths in self.differing.items()},
         )

@@ -118,7 +118,7 @@ class _Measuring:
     ) -> None:
         self.plan, self.sources, self.device, self.track = plan, sources, device, track
         self.threads = resources.threads
-        self.models = range(len(plan.recipe.merged))
+        self.models = range(plan.number_of_models)
         self.chunk = resources.chunk_for(len(self.models), whole_blocks=True)
         self.tensors = sorted((tensor for tensor in plan.tensors if tensor.edited), key=lambda t: natural(t.name))
         self.titles = iter(enumerate(plan.passes, 1))
@@ -133,8 +133,6 @@ class _Measuring:
         items: Iterable[Item],
         job: Callable[[Worker, Item], Result],
         tally: Callable[[Result], int],
-        *,
-        times: int = 1,
     ) -> None:
         """Do a job to every item, and tally the results in the order of the items.
 
@@ -142,9 +140,8 @@ class _Measuring:
             items: chunks or tensors.
             job: in a worker's thread; gives something small.
             tally: in this thread; gives the bytes that were read.
-            times: how often the job reads what it is given.
         """
-        number, what = next(self.titles)
+        number, (what, times) = next(self.titles)
         plan = self.plan
         pool = Pool(lambda: Worker(plan, self.sources, self.device, self.chunk), items, job, self.device)
         title = f"measuring {what} {number}/{self.last}"
@@ -210,7 +207,7 @@ class _Measuring:
                     thresholds[model, tensor.name] = magnitude
             return ROUNDS * sum(chunk.nbytes for chunk in self.chunks([tensor]))
 
-        self.one_pass(self.tensors, select, tally, times=ROUNDS)
+        self.one_pass(self.tensors, select, tally)
         self.found(thresholds=thresholds, kept=tuple((number, total) for number in kept))
 
     def l1_norms(self) -> None:

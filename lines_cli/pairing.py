@@ -147,6 +147,8 @@ def _note_incomplete(sides: Sides, incomplete: Mapping[str, Names], recipe: Reci
         kept = recipe.missing == "copy" or (recipe.missing == "ft" and _is_in_a_model(sides, incomplete[names[0]]))
         whose = " and ".join(sides.called(side) for side in owners)
         done = "left out" if not kept else "copied as they are"
+        if not kept and sides.lead in owners:
+            done += ", though the output's config has a place for them: a loader may fill it at random"
         if kept and len(owners) > 1:
             done += f" from {sides.called(owners[0])}"
         notes.append(f"{len(names):,} tensor(s) of {whose} alone, {done}:\n{some(sorted(names))}")

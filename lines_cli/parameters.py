@@ -81,7 +81,7 @@ class Parameter:
         inside = math.isfinite(number) and self.low <= number <= self.high
         if not inside or (self.whole and not number.is_integer()):
             raise ValueError(f"expected {self.expected()} (got {value!r})")
-        return number
+        return int(number) if self.whole else number
 
     def expected(self) -> str:
         """What it can be, in words."""

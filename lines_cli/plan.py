@@ -17,7 +17,7 @@ from typing import Any
 from lines_cli.checkpoint.header import TensorInfo, itemsize
 from lines_cli.checkpoint.sidecars import Sidecar
 from lines_cli.depth import DepthMap, Place
-from lines_cli.draft import Piece
+from lines_cli.draft import Draft, Piece
 from lines_cli.layout import OutputFile
 from lines_cli.methods import Measured, Values
 from lines_cli.pairing import Sides
@@ -31,39 +31,37 @@ class TensorPlan:
     """One output tensor: what it is, where it goes, what makes it.
 
     Attributes:
-        name: the output's name for it.
+        draft: its name, parameters, and sources, before anything was measured.
         file: the output file (a number into `Plan.outputs`).
         info: dtype, shape, offset in that file, bytes.
         place: its stack and layer; None outside the blocks.
-        counts_as: the name that decides its coefficient and parameters: its own, or that of the embedding it is tied
-            to.
-        values: the method's parameters for it.
         coefficient: in float64, before rounding to the compute dtype; NaN until what it depends on has been measured.
-        filter: the pattern that decided it, if one did.
-        pieces: what it is made of.
-        paired: whether all inputs have it; otherwise it is a copy of the one that does.
+        in_float64: whether its arithmetic runs in float64, because an input does; else in float32.
+        pieces: what it is made of, now that the coefficient is known.
     """
 
-    name: str
+    draft: Draft
     file: int
     info: TensorInfo
     place: Place | None
-    counts_as: str
-    values: Values
     coefficient: float
-    filter: str | None
+    in_float64: bool
     pieces: tuple[Piece, ...]
-    paired: bool
+
+    @property
+    def name(self) -> str:
+        """The output's name for it."""
+        return self.draft.name
+
+    @property
+    def values(self) -> Values:
+        """The method's parameters for it."""
+        return self.draft.values
 
     @property
     def edited(self) -> bool:
         """Whether any entry is computed; otherwise all are copied (or cast)."""
         return any(piece.models for piece in self.pieces)
-
-    @property
-    def in_float64(self) -> bool:
-        """Whether its arithmetic runs in float64, because an input does; else in float32."""
-        return any(s.dtype == "F64" for piece in self.pieces if piece.models for s in piece.sources)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +103,9 @@ class Statistics:
     l1: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
     products: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
     norms: Norms | None = None
+
+
+NOTHING_MEASURED = Statistics()
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,20 +169,26 @@ class Plan:
         return _known(self.rules.schedule.first)
 
     @property
-    def passes(self) -> tuple[str, ...]:
-        """The passes that measure what the plan needs, by what they measure; each reads everything that is merged."""
+    def passes(self) -> tuple[tuple[str, int], ...]:
+        """What is measured, pass by pass, and how often a pass reads everything that is merged."""
         needs = self.needs
-        found = ["thresholds"] * ROUNDS if needs.thresholds and self.trims_globally else []
-        found += ["thresholds"] if needs.thresholds and not self.trims_globally else []
-        found += ["L1 norms"] if needs.l1 else []
-        found += ["angles"] if needs.products else []
+        found: list[tuple[str, int]] = []
+        if needs.thresholds:
+            found = [("thresholds", 1)] * ROUNDS if self.trims_globally else [("thresholds", ROUNDS)]
+        found += [("L1 norms", 1)] if needs.l1 else []
+        found += [("angles", 1)] if needs.products else []
         last = [word for word, needed in (("signs", needs.majority), ("norms", needs.norms)) if needed]
-        return (*found, " and ".join(last)) if last else tuple(found)
+        return (*found, (" and ".join(last), 1)) if last else tuple(found)
 
     @property
     def trims_globally(self) -> bool:
         """Whether there is one threshold for all of a model's tensors."""
         return any(tensor.values.get("trim") == "global" for tensor in self.tensors if tensor.edited)
+
+    @cached_property
+    def number_of_models(self) -> int:
+        """N: how many models are merged."""
+        return len(self.recipe.merged)
 
     def told(self, tensor: TensorPlan) -> Values:
         """What the method is told of a tensor: the keywords of its function, masks apart."""
@@ -189,12 +196,13 @@ class Plan:
 
     def measured(self, tensor: TensorPlan) -> Measured:
         """What was measured for a tensor's merge."""
-        found, models = self.statistics, range(len(self.recipe.merged))
-        whole = tensor.values.get("trim") == "global"
-        thresholds = tuple(found.thresholds.get((model, None if whole else tensor.name)) for model in models)
-        return Measured(
-            thresholds, found.majority, found.l1.get(tensor.name, ()), found.products.get(tensor.name, (0.0, 0.0, 0.0))
-        )
+        found, name = self.statistics, tensor.name
+        if found is NOTHING_MEASURED:
+            return Measured()
+        whole = None if tensor.values.get("trim") == "global" else name
+        thresholds = tuple(found.thresholds.get((model, whole)) for model in range(self.number_of_models))
+        products = found.products.get(name, (0.0, 0.0, 0.0))
+        return Measured(thresholds, found.majority, found.l1.get(name, ()), products)
 
     @property
     def bytes_read(self) -> int:
@@ -208,12 +216,12 @@ class Plan:
 
     def buffer_bytes(self, resources: Resources) -> int:
         """Bytes of the workers' buffers: an input and the output as they are stored, and what the arithmetic needs."""
-        models = len(self.recipe.merged)
+        models = self.number_of_models
         stored, written = self.widths
         wide = 8 if self.in_float64 else 4
         own = 0 if models == 1 else _TEMPORARIES
         if self.recipe.method.masks:
-            own += 3 * models  # masks, and what is kept, and what is weighted of it
+            own += 4 * models  # masks, and what is kept, and what is weighted of it
         counts = models * 8 * BINS if self.needs.thresholds else 0
         entry = stored + max(stored, written) + (models + 1 + own) * wide
         return resources.threads * (resources.chunk_for(models) * entry + counts)
@@ -282,23 +290,39 @@ class Plan:
         ]
 
     def models(self) -> list[dict[str, Any]]:
-        """Every merged model's name, the least and the greatest weight and density, and the share of entries kept."""
-        merged = [tensor.values for tensor in self.tensors if tensor.edited]
-
-        def span(key: str, model: int) -> list[float] | None:
-            told = {values[key][model] for values in merged if isinstance(values.get(key), tuple)} - {None}
-            return [min(told), max(told)] if told else None
-
+        """Every merged model's name, the span of each parameter that models have, and the share of entries kept."""
+        per_model = [key for key, known in self.recipe.method.parameters.items() if known.per_model]
         kept = self.statistics.kept
         return [
             {
                 "model": source.model,
-                "weight": span("weight", model),
-                "density": span("density", model),
+                **{key: self._span([values[key][model] for values in self._values]) for key in per_model},
                 "kept": kept[model][0] / kept[model][1] if kept and kept[model][1] else None,
+                "norm": None,
             }
             for model, source in enumerate(self.recipe.merged)
         ]
+
+    def settings(self) -> dict[str, Any]:
+        """The method's parameters that are said of all models, those that the recipe says: a value, or its span."""
+        said = {key for key in self.recipe.method.parameters if key in self.recipe.parameters}
+        values = {key: [values[key] for values in self._values] for key in said}
+        spans = {key: self._span(found) for key, found in values.items() if not isinstance(found[0], tuple)}
+        return {key: span[0] if span and span[0] == span[-1] else span for key, span in spans.items()}
+
+    @cached_property
+    def _values(self) -> list[Values]:
+        """The different parameters that tensors have."""
+        paired = (tensor.draft for tensor in self.tensors if tensor.draft.paired)
+        return list({id(draft.values): draft.values for draft in paired}.values()) or [self.recipe.values("", 0.0)]
+
+    @staticmethod
+    def _span(values: list[Any]) -> list[Any] | None:
+        """The least and the greatest; of words and flags the one there is."""
+        told = [value for value in values if value is not None]
+        if not told:
+            return None
+        return told[:1] if isinstance(told[0], (str, bool)) else [min(told), max(told)]
 
     def summary(self) -> dict[str, Any]:
         """The plan in numbers, as plain values that JSON can hold (docs/json.md describes them)."""
@@ -316,6 +340,7 @@ class Plan:
             "files": [file.name for file in self.outputs],
             "recipe": self.recipe.model_dump(mode="json", exclude_none=True),
             "models": self.models(),
+            "parameters": self.settings(),
             "alpha": self.alpha,
             "norms": {"sum": norms.total, "merged": norms.merged} if norms else None,
             "stacks": [
@@ -327,12 +352,17 @@ class Plan:
                 **counts(by_stack[None]),
             },
             "filters": [
-                {"pattern": pattern, "coefficient": value, **counts(t for t in self.tensors if t.filter == pattern)}
+                {
+                    "pattern": pattern,
+                    "coefficient": value * self._scale(0.0),
+                    **counts(t for t in self.tensors if t.draft.filter == pattern),
+                }
                 for pattern, value in self.rules.filters
             ],
             "edited": counts(tensor for tensor in self.tensors if tensor.edited),
             "copied": counts(tensor for tensor in self.tensors if not tensor.edited),
             "bytes": {"read": self.bytes_read, "written": self.bytes_written},
+            "passes": [{"measures": what, "bytes": times * self.bytes_measured} for what, times in self.passes],
             "notes": list(self.notes),
         }
 

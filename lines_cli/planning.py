@@ -10,7 +10,7 @@ import math
 import os
 import struct
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,12 +19,13 @@ from lines_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from lines_cli.checkpoint.sidecars import RECIPE, Card, Sidecar, carry_over, index_file, model_card
 from lines_cli.checkpoint.writer import is_one_file
 from lines_cli.depth import DepthMap, find_depth
-from lines_cli.draft import STORED, Piece, draft_tensors
+from lines_cli.draft import STORED, Draft, Piece, draft_tensors
 from lines_cli.errors import DepthError, MismatchError, RecipeError, printable
 from lines_cli.hub import locate
 from lines_cli.layout import lay_out_files
+from lines_cli.methods import Values
 from lines_cli.pairing import Sides, aligned_names, is_vocabulary, pair_tensors
-from lines_cli.plan import Needs, Plan, Statistics, TensorPlan
+from lines_cli.plan import NOTHING_MEASURED, Needs, Plan, Statistics, TensorPlan
 from lines_cli.recipe import Recipe, Scaling
 from lines_cli.recipe_file import dump_recipe
 from lines_cli.schedule import Rules
@@ -77,7 +78,19 @@ def make_plan(recipe: Recipe, sides: Sides, output: Path) -> Plan:
         for part in sorted(recipe.filters)
         if not any(part in name for name in rows)
     ]
+    if any(isinstance(setting, list) and isinstance(setting[0], dict) for setting in recipe.settings("lambda")):
+        notes.append("lambda differs by name; the coefficients shown are those of names that no filter of it matches")
     drafts = {draft.name: draft for draft in draft_tensors(recipe, sides, depth, rules, rows)}
+    resized = {other: draft.rows[1] for draft in drafts.values() if draft.rows for other in sorted(draft.rows[0])}
+    if resized:
+        keeping = sides.called(0 if recipe.resize == "base" or not sides.has_base else 1)
+        shared = min(*resized, *resized.values())
+        kept = ", ".join(f"{rows:,}" for rows in sorted(set(resized.values())))
+        others = " and ".join(f"{rows:,}" for rows in sorted(resized))
+        notes.append(
+            f"token embeddings and heads keep the {kept} rows of {keeping} (others: {others}): the first {shared:,} "
+            "are merged, the rest is as it is there; what only others have is dropped"
+        )
 
     files, placed = lay_out_files(
         {name: (draft.dtype, draft.shape) for name, draft in drafts.items()},
@@ -85,20 +98,10 @@ def make_plan(recipe: Recipe, sides: Sides, output: Path) -> Plan:
         one_file=output.name if is_one_file(output) else None,
         max_shard_size=recipe.max_shard_size,
     )
-    planned = tuple(
-        TensorPlan(
-            name,
-            number,
-            info,
-            depth.places.get(name),
-            drafts[name].counts_as,
-            drafts[name].values,
-            math.nan,
-            drafts[name].filter,
-            drafts[name].pieces,
-            drafts[name].paired,
-        )
+    tensors = tuple(
+        TensorPlan(draft, number, info, depth.places.get(name), math.nan, _in_float64(draft), draft.pieces)
         for name, number, info in placed
+        for draft in (drafts[name],)
     )
     plan = Plan(
         recipe,
@@ -106,16 +109,17 @@ def make_plan(recipe: Recipe, sides: Sides, output: Path) -> Plan:
         tuple(file for checkpoint in sides.checkpoints for file in checkpoint.files),
         output,
         tuple(files),
-        planned,
+        tensors,
         depth,
         rules,
-        _needs(recipe, planned),
-        Statistics(),
+        _needs(recipe, depth, rules, drafts.values()),
+        NOTHING_MEASURED,
         (),
         (*notes, *depth.notes),
-        {other: draft.rows[1] for draft in drafts.values() if draft.rows for other in sorted(draft.rows[0])},
+        resized,
     )
-    return _decided(plan)
+    plan = _decided(plan)
+    return plan if is_one_file(output) else _with_sidecars(plan)
 
 
 def resolve(plan: Plan, statistics: Statistics) -> Plan:
@@ -123,17 +127,24 @@ def resolve(plan: Plan, statistics: Statistics) -> Plan:
 
     Raises:
         RecipeError: a coefficient is beyond float32.
-        MismatchError: alpha cannot be measured, because nothing was merged.
+        MismatchError: alpha cannot be measured, because nothing was merged, or something is not finite.
     """
     norms = statistics.norms
-    if norms is not None and (norms.merged == 0 or not math.isfinite(norms.total / norms.merged)):
+    if norms is not None and not (0 < norms.merged < math.inf and norms.total < math.inf):
         raise MismatchError(
             f"alpha: auto cannot be measured: the merged task vector's L1 norm is {norms.merged:g}, the sum's "
             f"{norms.total:g}",
             hint="The models are the same as their base, or the method keeps nothing of them. "
-            "Else give lines.alpha as a number.",
+            "Else give lines.alpha as a number."
+            if norms.merged == 0
+            else "Are there NaN, Inf or immense weights among the inputs? Else give lines.alpha as a number.",
         )
-    return _decided(replace(plan, needs=Needs(), statistics=statistics))
+    plan = _decided(replace(plan, needs=Needs(), statistics=statistics))
+    if norms is not None and norms.alpha > _MUCH:
+        what = f"alpha: auto is {norms.alpha:.4g}: next to the sum of the task vectors hardly anything was merged"
+        plan = replace(plan, notes=(*plan.notes, f"{what}. Is a density too low, or do the models cancel out?"))
+    rewritten = {sidecar.name: sidecar for sidecar in _with_numbers(plan)}
+    return replace(plan, sidecars=tuple(rewritten.get(sidecar.name, sidecar) for sidecar in plan.sidecars))
 
 
 def _decided(plan: Plan) -> Plan:
@@ -141,11 +152,13 @@ def _decided(plan: Plan) -> Plan:
     alpha = None
     if plan.recipe.lines is not None and plan.recipe.lines.needs_alpha and not plan.needs.norms:
         norms = plan.statistics.norms
-        alpha = norms.alpha if norms else 1 / len(plan.recipe.merged)  # the merged task vector is the sum
+        alpha = norms.alpha if norms else 1 / plan.number_of_models  # the merged task vector is the sum
     rules = (plan.recipe.lines or _UNSCALED).rules(plan.depth, alpha=alpha)
-    tensors = tuple(_with_coefficient(plan, rules, tensor) for tensor in plan.tensors)
-    plan = replace(plan, rules=rules, tensors=tensors)
-    return plan if is_one_file(plan.output) else _with_sidecars(plan)
+    plan = replace(plan, rules=rules)
+    return replace(plan, tensors=tuple(_with_coefficient(plan, tensor) for tensor in plan.tensors))
+
+
+_MUCH = 3.0  # alpha lies below 1 in the paper's uses
 
 
 _UNSCALED = Scaling(alpha=1.0, beta=0.0)
@@ -173,46 +186,60 @@ def _depth(recipe: Recipe, sides: Sides, names: Iterable[str], notes: list[str])
     return depth
 
 
-def _needs(recipe: Recipe, tensors: Sequence[TensorPlan]) -> Needs:
+def _needs(recipe: Recipe, depth: DepthMap, rules: Rules, drafts: Iterable[Draft]) -> Needs:
+    """What has to be measured. `rules` give NaN where a coefficient depends on alpha, and alpha is not known."""
     method = recipe.method
-    values = list({id(tensor.values): tensor.values for tensor in tensors if tensor.edited}.values())
+    merged = [draft for draft in drafts if draft.paired and not _is_exact(draft)]
+    values = list({id(draft.values): draft.values for draft in merged}.values())
     drops = any(density != 1 for v in values for density in v.get("density", ()))
-    auto = recipe.lines is not None and recipe.lines.needs_alpha
     plain_sum = method.sums and all(not v["normalize"] and set(v["weight"]) == {1} for v in values)
     return Needs(
         thresholds=method.masks == "magnitude" and drops,
         l1=drops and any(v.get("rescale") == "l1" for v in values),
-        products=recipe.merge_method == "slerp",
+        products=recipe.merge_method == "slerp" and bool(merged),
         majority=len(recipe.merged) > 1 and any(method.elects(v) for v in values),
-        norms=auto and not plain_sum and bool(values),
+        norms=not plain_sum and any(math.isnan(_coefficient(depth, rules, draft)) for draft in merged),
     )
+
+
+def _in_float64(draft: Draft) -> bool:
+    return any(source.dtype == "F64" for piece in draft.pieces if piece.models for source in piece.sources)
+
+
+def _is_exact(draft: Draft) -> bool:
+    return any(source.dtype in EXACT_DTYPES for piece in draft.pieces for source in piece.models[:1])
 
 
 # --- what follows from the coefficients ---
 
 
-def _with_coefficient(plan: Plan, rules: Rules, tensor: TensorPlan) -> TensorPlan:
+def _coefficient(depth: DepthMap, rules: Rules, draft: Draft) -> float:
+    """c(l), in float64; NaN if it depends on an alpha that is not known."""
+    return rules.coefficient(draft.counts_as, depth, scale=draft.values.get("lambda", 1.0))
+
+
+def _with_coefficient(plan: Plan, tensor: TensorPlan) -> TensorPlan:
     """The tensor with its coefficient, and with the copies that follow from it."""
-    if not tensor.paired:
-        return replace(tensor, coefficient=0.0 if _is_of_base(plan, tensor) else 1.0)
-    scale = tensor.values.get("lambda", 1.0)
-    coefficient = rules.coefficient(tensor.counts_as, plan.depth, scale=scale)
-    if not math.isnan(coefficient) and not math.isfinite(to_float32(coefficient)):
+    draft = tensor.draft
+    if not draft.paired:
+        return replace(tensor, coefficient=0.0 if _is_of_base(plan, draft) else 1.0)
+    coefficient = _coefficient(plan.depth, plan.rules, draft)
+    rounded = coefficient if tensor.in_float64 else to_float32(coefficient)
+    if math.isinf(rounded):
         raise RecipeError(
             f"the coefficient of {printable(tensor.name)} is {coefficient:g}, beyond what float32 can hold",
             hint="Coefficients usually lie between 0 and 2.",
         )
-    rounded = coefficient if tensor.in_float64 else to_float32(coefficient)
-    pieces = tuple(_decide(plan, tensor, piece, rounded) for piece in tensor.pieces)
-    return replace(tensor, coefficient=coefficient, pieces=pieces)
+    pieces = tuple(_decide(plan, draft, piece, rounded) for piece in draft.pieces)
+    return TensorPlan(draft, tensor.file, tensor.info, tensor.place, coefficient, tensor.in_float64, pieces)
 
 
-def _is_of_base(plan: Plan, tensor: TensorPlan) -> bool:
+def _is_of_base(plan: Plan, draft: Draft) -> bool:
     files_of_base = len(plan.sides.checkpoints[0].files) if plan.sides.has_base else 0
-    return all(source.file < files_of_base for piece in tensor.pieces for source in piece.sources)
+    return all(source.file < files_of_base for piece in draft.pieces for source in piece.sources)
 
 
-def _decide(plan: Plan, tensor: TensorPlan, piece: Piece, coefficient: float) -> Piece:
+def _decide(plan: Plan, draft: Draft, piece: Piece, coefficient: float) -> Piece:
     """What is done for entries that all inputs have. Where it comes to what one of them holds they are a copy; the
     formula is not exact there.
 
@@ -230,21 +257,16 @@ def _decide(plan: Plan, tensor: TensorPlan, piece: Piece, coefficient: float) ->
         return piece
     if piece.base is not None and coefficient == 0:
         return Piece(piece.start, piece.numel, copy=piece.base)
-    if (piece.base is None or coefficient == 1) and _is_alone(plan, tensor):
+    if (piece.base is None or coefficient == 1) and _is_alone(plan.recipe, draft.values):
         return Piece(piece.start, piece.numel, copy=piece.models[0])
     return piece
 
 
-def _is_alone(plan: Plan, tensor: TensorPlan) -> bool:
+def _is_alone(recipe: Recipe, values: Values) -> bool:
     """Whether merging gives the one model there is as it is."""
-    values = tensor.values
     nothing_done = all(share == 1 for key in ("weight", "density") for share in values.get(key, ()))
-    return (
-        len(plan.recipe.merged) == 1
-        and plan.recipe.method.alone_is_itself
-        and nothing_done
-        and (values.get("scale") in (None, (None,), (1.0,)))
-    )
+    unscaled = values.get("scale") in (None, (None,), (1.0,))
+    return len(recipe.merged) == 1 and recipe.method.alone_is_itself and nothing_done and unscaled
 
 
 def to_float32(value: float) -> float:
@@ -264,35 +286,51 @@ def _with_sidecars(plan: Plan) -> Plan:
     written last.
     """
     recipe, sides = plan.recipe, plan.sides
-    by_name = dict(zip((source.model for source in recipe.merged), sides.models, strict=True))
-    if recipe.base_model is not None and sides.has_base:
-        by_name[recipe.base_model] = sides.checkpoints[0]
+    by_name = _by_name(plan)
 
-    def named_source(name: str | None) -> Checkpoint | None:
+    def named(name: str | None) -> Checkpoint | None:
         return by_name[str(recipe.base_model) if name == "base" else name] if name is not None else None
 
-    first_model = 1 if sides.has_base else 0
-    keeping = 0 if recipe.resize == "base" else first_model
-    tokenizer = named_source(recipe.tokenizer_source)
+    tokenizer = named(recipe.tokenizer_source)
     if tokenizer is not None and (other_rows := plan.rows.keys() & _vocabularies(tokenizer)):
         raise RecipeError(
             f"tokenizer_source: {tokenizer.name} has {min(other_rows):,} rows of token embeddings, and "
             f"resize: {recipe.resize} keeps {plan.rows[min(other_rows)]:,}",
             hint="Take the tokenizer of the input whose rows are kept.",
         )
+    order = [sides.lead, *(number for number in range(len(sides.checkpoints)) if number != sides.lead)]
     carried, notes = carry_over(
-        [sides.leading, *(c for number, c in enumerate(sides.checkpoints) if number != sides.lead)],
-        called=[sides.called(sides.lead), *(sides.called(n) for n in range(len(sides.checkpoints)) if n != sides.lead)],
+        [sides.checkpoints[number] for number in order],
+        called=[sides.called(number) for number in order],
         dtype=recipe.dtype,
         stored=_most_common_dtype(plan),
         rows=plan.rows,
-        rows_of=sides.checkpoints[keeping],
+        rows_of=sides.checkpoints[0] if recipe.resize == "base" else sides.models[0],
         tokenizer=tokenizer,
-        chat_template=named_source(recipe.chat_template),
+        chat_template=named(recipe.chat_template),
     )
-    named = {name: _seen_from(plan.output, checkpoint) for name, checkpoint in by_name.items()}
-    norms = plan.statistics.norms
-    why = f"(1/{norms.models}) * {norms.total!r} / {norms.merged!r}" if norms else f"1/{len(recipe.merged)}"
+    sidecars = [*carried, *_with_numbers(plan)]
+    if len(plan.outputs) > 1:
+        weight_map = {tensor.name: plan.outputs[tensor.file].name for tensor in plan.tensors}
+        nbytes = sum(tensor.info.nbytes for tensor in plan.tensors)
+        sidecars.append(index_file(sides.leading.stem, weight_map, nbytes=nbytes, parameters=plan.parameters))
+    return replace(plan, sidecars=tuple(sidecars), notes=(*plan.notes, *notes))
+
+
+def _by_name(plan: Plan) -> dict[str, Checkpoint]:
+    """The inputs by their names in the recipe."""
+    recipe, sides = plan.recipe, plan.sides
+    named = dict(zip((source.model for source in recipe.merged), sides.models, strict=True))
+    if recipe.base_model is not None and sides.has_base:
+        named[recipe.base_model] = sides.checkpoints[0]
+    return named
+
+
+def _with_numbers(plan: Plan) -> tuple[Sidecar, Sidecar]:
+    """The sidecars that say what was measured: the model card, and the recipe with everything resolved."""
+    recipe, sides, norms = plan.recipe, plan.sides, plan.statistics.norms
+    named = {name: _seen_from(plan.output, checkpoint) for name, checkpoint in _by_name(plan).items()}
+    why = f"(1/{norms.models}) * {norms.total!r} / {norms.merged!r}" if norms else f"1/{plan.number_of_models}"
     text = dump_recipe(recipe, named=named, alpha=plan.alpha, why=why)
     card = model_card(
         Card(
@@ -302,18 +340,14 @@ def _with_sidecars(plan: Plan) -> Plan:
             base=sides.checkpoints[0] if sides.has_base else None,
             models=sides.models,
             like=sides.leading,
+            alone=_is_alone(recipe, recipe.values("", 0.0)),
             scaled=recipe.lines is not None,
             coefficients=plan.coefficients(),
             outside=plan.outside(),
             filters=plan.rules.filters,
         )
     )
-    sidecars = [*carried, card, Sidecar(RECIPE, content=text.encode())]
-    if len(plan.outputs) > 1:
-        weight_map = {tensor.name: plan.outputs[tensor.file].name for tensor in plan.tensors}
-        nbytes = sum(tensor.info.nbytes for tensor in plan.tensors)
-        sidecars.append(index_file(sides.leading.stem, weight_map, nbytes=nbytes, parameters=plan.parameters))
-    return replace(plan, sidecars=tuple(sidecars), notes=tuple(dict.fromkeys((*plan.notes, *notes))))
+    return card, Sidecar(RECIPE, content=text.encode())
 
 
 def _vocabularies(checkpoint: Checkpoint) -> set[int]:

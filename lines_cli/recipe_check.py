@@ -89,7 +89,9 @@ def _expected(kind: str, place: Place, message: str) -> str:
         like = "expected `- model: PATH`" if isinstance(last, int) else "expected keys and values"
         return "expected keys such as alpha and beta" if last == "lines" else like
     if kind == "string_type":
-        return "expected text"
+        return "expected a path or a Hub id" if last == "model" else "expected text"
+    if kind == "float_parsing":
+        return "expected a number"
     return message.removeprefix("Value error, ").replace("Input should be", "expected")
 
 
@@ -113,7 +115,7 @@ def _nearest(place: Place) -> str:
         return f"; did you mean lines.{near[0]}?" if near else ""
     if word in Scaling.model_fields:
         return f"; did you mean lines.{word}?"
-    near = get_close_matches(word, ("model", "parameters") if above else _TOP, n=1, cutoff=0.5)
+    near = get_close_matches(word, ("model", "parameters") if above else _TOP, n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
 
 
@@ -138,6 +140,9 @@ def _in_our_keys(values: Mapping[Any, Any], problems: list[Problem], notes: list
         else:
             own["tokenizer_source"] = tokenizer["source"]
             moved["tokenizer_source",] = ("tokenizer", "source")
+    if own.get("chat_template") == "auto":
+        del own["chat_template"]
+        notes.append("chat_template: auto takes that of the tokenizer, as without it")
     if "slices" in own:
         _take_slices(own, moved, problems, notes)
     elif isinstance(own.get("models"), list):
@@ -291,7 +296,7 @@ def _wrong_source(key: str, value: str | None, names: set[str | None], said_at: 
     elif value == "base":
         what = f"{key}: base, but there is no base_model"
     else:
-        what = f"{key}: {value!r} is neither base nor one of the models"
+        what = f"{key}: {value!r} is neither base nor one of the models, from one of which it is taken"
     yield said_at((key,)), what
 
 
@@ -336,15 +341,22 @@ def _check_values(recipe: Recipe, problems: list[Problem], notes: list[str]) -> 
             what = "one density for the whole model is needed to trim globally; trim: tensor takes one for each"
             problems.append((("parameters", "trim"), f"parameters.trim: {what}"))
         elif varying and "trim" not in recipe.parameters:
-            notes.append("density varies, so each tensor is trimmed by itself (trim: tensor), as in mergekit")
-        elif "trim" not in recipe.parameters:
+            notes.append("density varies, so each tensor is trimmed by itself (trim: tensor)")
+        elif "trim" not in recipe.parameters and recipe.merge_method == "ties":
             notes.append("trims over the whole model, as published; mergekit trims each tensor (trim: tensor)")
+        if recipe.merge_method == "task_arithmetic":
+            notes.append("keeps each task vector's largest entries, as density says; mergekit ignores it here")
     if method.masks == "random" and "rescale" not in recipe.parameters and drops:
         notes.append("multiplies what is kept by 1/density, as published; mergekit restores the L1 norm (rescale: l1)")
     k, models = recipe.values("", 0.0).get("k", 0.0), len(recipe.merged)
     if k > models:
         notes.append(f"k: {k:g} masks have to agree, and there {_are(models)}: no entry is kept, which gives the base")
-    if recipe.dtype in ("bfloat16", "float16") and recipe.like == "base":
+    names = [source.model for source in recipe.merged]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    notes += [f"{name} is merged {names.count(name)} times" for name in twice]
+    if method.takes == "task vectors" and names == [recipe.base_model] and recipe.like == "base":
+        notes.append("the only model is the base itself: its task vector is zero")
+    if recipe.dtype in ("bfloat16", "float16") and recipe.like == "base" and method.takes == "task vectors":
         notes.append(f"{recipe.dtype} is what the output is written in; the arithmetic is float32 all the same")
 
 

@@ -56,12 +56,13 @@ def load_recipe(path: Path, sets: Iterable[str] = ()) -> Recipe:
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror or error}") from error
     except _NO_YAML as error:
-        raise RecipeError(f"{path}: not valid YAML: {error}") from error
+        what = str(error).replace('in "<unicode string>", ', "")
+        raise RecipeError(f"{path}: not valid YAML: {what}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: not a recipe: expected keys such as base_model and models")
     for text in sets:
         _set(values, text, at)
-    return make_recipe(_seen_from(path.parent, values), where=str(path), at=at)
+    return make_recipe(_with_paths(path.parent, values), where=str(path), at=at)
 
 
 _NO_YAML = (yaml.YAMLError, ValueError, RecursionError)
@@ -128,7 +129,7 @@ def _set(values: dict[Any, Any], text: str, at: dict[Place, str]) -> None:
     at[place] = f"--set {text}"
 
 
-def _seen_from(folder: Path, values: dict[Any, Any]) -> dict[Any, Any]:
+def _with_paths(folder: Path, values: dict[Any, Any]) -> dict[Any, Any]:
     """The values with their paths as they are seen from here; one input goes by one name."""
     names: list[str] = []
 
@@ -136,6 +137,11 @@ def _seen_from(folder: Path, values: dict[Any, Any]) -> dict[Any, Any]:
         if not isinstance(name, str) or not name or "\0" in name:
             return name  # which will be refused
         path = _beside(folder, name)
+        if "+" in name and not os.path.lexists(path):
+            raise RecipeError(
+                f"{name}: no such file or folder; if a LoRA adapter is meant, it is not folded in here",
+                hint="Fold it into its base first (peft: merge_and_unload, save_pretrained), and give that folder.",
+            )
         for known in names:
             if os.path.exists(path) and os.path.exists(known) and os.path.samefile(path, known):
                 return known
@@ -172,7 +178,8 @@ def _beside(folder: Path, name: str) -> str:
     name = os.path.expanduser(name)
     beside = os.path.join(folder, name)
     if os.path.isabs(name) or os.path.lexists(beside) or name.count("/") != 1 or name.startswith("."):
-        return beside
+        # What is a path stays one: `conf/base` would be looked for on the Hub.
+        return beside if os.path.isabs(beside) or beside.startswith(".") else os.path.join(".", beside)
     if os.path.lexists(name):
         raise RecipeError(
             f"{name}: not beside the recipe in {folder}, but in the current folder",

@@ -21,8 +21,8 @@ class Resources:
     Attributes:
         workers: threads; None is one per core, up to 4 (more only queue up at the disk).
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        chunk: entries per step. The default makes 2 MiB of float32, which stays in a core's cache together with its
-            sources.
+        chunk: most entries per step. The default makes 2 MiB of float32, which stays in a core's cache together with
+            its sources; with three models and more it is less (`chunk_for`).
     """
 
     workers: int | None = None

@@ -127,10 +127,10 @@ class Rules:
     filters: tuple[tuple[str, float], ...] = ()
 
     def coefficient(self, name: str, depth: DepthMap, *, scale: float = 1.0) -> float:
-        """The coefficient of one tensor, in float64. `scale` multiplies gamma: a merge's `lambda` for the tensor."""
+        """The coefficient of one tensor, in float64, times `scale`: a merge's `lambda` for the tensor."""
         pattern = self.filter_of(name)
         if pattern is not None:
-            return dict(self.filters)[pattern]
+            return scale * dict(self.filters)[pattern]
         place = depth.places.get(name)
         if place is None:
             return self.outside_value(depth.side_of(name), scale=scale)
@@ -143,12 +143,12 @@ class Rules:
     def inside_value(self, stack: str, index: int, layers: int, *, scale: float = 1.0) -> float:
         """The coefficient of a layer, filters apart."""
         rule = self.stacks.get(stack, self.schedule)
-        return rule if isinstance(rule, float) else self.gamma * scale * rule.at(index, layers)
+        return scale * rule if isinstance(rule, float) else self.gamma * scale * rule.at(index, layers)
 
     def outside_value(self, side: Side, *, scale: float = 1.0) -> float:
         """The coefficient of what lies outside the blocks, on one side of them, filters apart."""
         if self.outside in ("base", "keep"):
-            return 0.0 if self.outside == "base" else 1.0
+            return 0.0 if self.outside == "base" else scale
         return (
             self.gamma
             * scale

@@ -662,16 +662,34 @@ def test_files_beside_are_the_base_s(method: str, has_base: bool, tmp_path: Path
 @pytest.mark.parametrize("source", ["base", "a", "b"])
 @pytest.mark.parametrize("key", ["tokenizer_source", "tokenizer"])
 def test_the_tokenizer_of_a_named_input(key: str, source: str, tmp_path: Path) -> None:
-    """The tokenizer, its chat template and the token ids are the named input's; all else stays the base's."""
+    """The tokenizer and its chat template are the named input's, and so are token ids; all else stays the base's."""
     sides = ("base", "a", "b")
     configs = {s: {"model_type": s, "bos_token_id": n} for n, s in enumerate(sides)}
     write(tmp_path, configs=configs, **{s: tensors(i) for i, s in enumerate(sides)})
     beside(tmp_path, *sides)
     ran = merge(tmp_path, **{key: source if key == "tokenizer_source" else {"source": source}})
     assert ran.code == 0, ran.err
-    assert whose(tmp_path) == dict.fromkeys(BESIDE, source)
+    assert whose(tmp_path) == dict.fromkeys(BESIDE, source) | {"generation_config.json": "base"}
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config == {"model_type": "base", "bos_token_id": sides.index(source)}
+
+
+def test_ids_of_special_tokens_are_those_that_the_tokenizer_s_model_has(tmp_path: Path) -> None:
+    """Ids that the named input has are set, also new ones; ids that it lacks go; the base's other settings stay."""
+    configs = {
+        "base": {"model_type": "x", "pad_token_id": 0, "bos_token_id": 1},
+        "a": {"bos_token_id": 5, "eos_token_id": 7},
+    }
+    write(tmp_path, configs=configs, base=tensors(0), a=tensors(1), b=tensors(2))
+    beside(tmp_path, "base", "a")
+    (tmp_path / "base" / "generation_config.json").write_text('{"temperature": 0.1, "pad_token_id": 0}')
+    (tmp_path / "a" / "generation_config.json").write_text('{"temperature": 0.9, "eos_token_id": [7, 8]}')
+    assert merge(tmp_path, tokenizer_source="a").code == 0
+    written = {
+        name: json.loads((tmp_path / "out" / name).read_text()) for name in ("config.json", "generation_config.json")
+    }
+    assert written["config.json"] == {"model_type": "x", "bos_token_id": 5, "eos_token_id": 7}
+    assert written["generation_config.json"] == {"temperature": 0.1, "eos_token_id": [7, 8]}
 
 
 def test_a_tokenizer_of_a_folder_without_config(tmp_path: Path) -> None:
@@ -1452,3 +1470,148 @@ def test_memory_is_flat(tmp_path: Path) -> None:
 def test_memory_is_flat_at_size(case: str, tensors: int, tmp_path: Path) -> None:
     """Merging three models of 400 MB takes as much memory as three of 100 MB, and less than 400 MB in all."""
     flat(tmp_path, tensors, (100 * MB, 400 * MB), LARGE[case])
+
+
+# --- what is told of it ---
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_linear"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_share_kept_where_density_varies(method: str, number: int, tmp_path: Path) -> None:
+    """The share of entries kept counts tensors of density 1, too, whatever becomes of them."""
+    base = {f"layers.{i}.{name}": torch.zeros(100) for i in range(2) for name in ("a", "b")}
+    write(tmp_path, base=base, **{m: {name: torch.randn(100) for name in base} for m in "ab"[:number]})
+    parameters = {"density": [{"filter": ".a", "value": 0.5}, {"value": 1}]}
+    ran = merge(tmp_path, "--json", models="ab"[:number], merge_method=method, parameters=parameters)
+    for model in ran.json["models"]:
+        assert model["kept"] == pytest.approx(0.75, abs=0.1 if method == "dare_linear" else 0)
+
+
+def test_a_head_and_its_embedding_lose_the_same_entries(tmp_path: Path) -> None:
+    """DARE draws once for a head and the embedding that it is tied to: they stay one weight."""
+    config = {"model_type": "llama", "tie_word_embeddings": True, "num_hidden_layers": 2}
+    models = {}
+    for number, side in enumerate(("base", "a", "b")):
+        shared = torch.randn(50, 4, generator=torch.Generator().manual_seed(number))
+        models[side] = {f"model.layers.{i}.w": torch.randn(3) for i in range(2)}
+        models[side] |= {"model.embed_tokens.weight": shared, "lm_head.weight": shared.clone()}
+    write(tmp_path, configs=dict.fromkeys(models, config), **models)
+    assert merge(tmp_path, merge_method="dare_linear", parameters={"density": 0.5}).code == 0
+    got = output(tmp_path)
+    assert torch.equal(got["lm_head.weight"], got["model.embed_tokens.weight"])
+    assert not torch.equal(got["lm_head.weight"], models["base"]["lm_head.weight"])
+
+
+@pytest.mark.parametrize("gamma", [0, 1])
+@pytest.mark.parametrize("like", ["base", "ft"])
+def test_integers_do_not_depend_on_how_alpha_is_known(gamma: int, like: str, tmp_path: Path) -> None:
+    """A buffer is the same whether alpha is measured or said, and when the output's own recipe is run again."""
+    sides = {s: {**tensors(n), "steps": torch.tensor([n])} for n, s in enumerate(("base", "a", "b"))}
+    write(tmp_path, **sides)
+    recipe = {"like": like, "parameters": {"weight": 0.9}}
+    for out, alpha in (("measured", "auto"), ("said", 0.5)):
+        assert merge(tmp_path, out=out, lines={"alpha": alpha, "beta": 0, "gamma": gamma}, **recipe).code == 0
+    again = run_lines("merge", "--config", tmp_path / "measured" / "lines_recipe.yaml", "-o", tmp_path / "again")
+    assert again.code == 0
+    found = {out: int(output(tmp_path, out)["steps"]) for out in ("measured", "said", "again")}
+    assert set(found.values()) == {1 if like == "ft" and gamma else 0}
+
+
+def test_an_infinite_norm_is_no_alpha(tmp_path: Path) -> None:
+    """Weights beyond all bounds make the merged norm infinite: refused, rather than scaled to nothing."""
+    write(tmp_path, base=tensors(0), a=tensors(1), b=tensors(2))
+    ran = merge(tmp_path, lines={"beta": 0}, parameters={"weight": 1e39})
+    refused(ran, 4, "alpha: auto", "immense")
+    assert not (tmp_path / "out").exists()
+
+
+def test_alpha_is_not_measured_where_nothing_rests_on_it(tmp_path: Path) -> None:
+    """Models that equal their base are no hindrance where every coefficient is fixed."""
+    write(tmp_path, base=tensors(0), a=tensors(0), b=tensors(0))
+    scaling = {"beta": 1, "outside": "keep", "stacks": {"layers": {"alpha": 0.5, "beta": 0.5}}}
+    ran = merge(tmp_path, "--json", merge_method="average", lines=scaling)
+    assert (ran.code, ran.json["norms"]) == (0, None)
+
+
+def test_lambda_multiplies_fixed_coefficients(tmp_path: Path) -> None:
+    """What `outside`, `stacks` or `filter` fix is scaled by lambda, as everything is; gamma is not for them."""
+    write(tmp_path, base=tensors(0), a=tensors(1), b=tensors(2))
+    scaling = {"alpha": 1, "beta": 0, "gamma": 2, "outside": "keep", "filter": {"layers.1": 0.25}}
+    ran = merge(tmp_path, "--dry-run", "--json", parameters={"lambda": 0.5}, lines=scaling)
+    found = {row["name"]: row["coefficient"] for row in ran.json["map"]}
+    expected = {"layers.0.w": 1, "layers.1.w": 0.125, "layers.2.w": 1, "embed_tokens.weight": 0.5, "norm": 0.5}
+    assert found == expected
+    assert ran.json["filters"][0]["coefficient"] == 0.125
+    assert ran.json["outside"]["first"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ({"merge_method": "ties", "parameters": {"density": 0.5}}, ["trim: tensor"]),
+        ({"merge_method": "consensus", "parameters": {"k": 3}}, ["k: 3", "there are 2"]),
+        ({"parameters": {"density": 0.5}}, ["mergekit ignores it"]),
+        ({"merge_method": "dare_ties", "parameters": {"density": 0.5}}, ["rescale: l1"]),
+        ({"dtype": "bfloat16"}, ["bfloat16", "arithmetic is float32"]),
+        ({"models": "aa"}, ["merged 2 times"]),
+        ({"parameters": {"lambda": [{"filter": "w", "value": 2}]}}, ["lambda differs by name"]),
+        ({"merge_method": "ties", "parameters": {"density": 0}, "lines": {"beta": 0}}, ["alpha: auto is", "density"]),
+    ],
+)
+def test_what_a_note_says(recipe: dict[str, Any], words: list[str], tmp_path: Path) -> None:
+    """What a reader of the recipe might not expect is said in a note."""
+    write(tmp_path, base=tensors(0), a=tensors(1), b=tensors(2))
+    ran = merge(tmp_path, **recipe)
+    assert ran.code == 0
+    assert [word for word in words if word not in ran.err] == [], ran.err
+
+
+def test_rows_that_are_dropped_are_told(tmp_path: Path) -> None:
+    """Whose rows of the embedding are kept, and that others go, is said."""
+    write(tmp_path, base=tensors(0), a=tensors(1), b=tensors(2, rows=9))
+    ran = merge(tmp_path, resize="ft")
+    assert ran.code == 0
+    assert [word for word in ("6 rows", "9", "dropped") if word not in ran.err] == []
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        ({}, "scaled over depth by"),
+        ({"merge_method": "dare_linear", "parameters": {"density": 0.5}}, "One model, merged by `dare_linear`"),
+        ({"lines": None}, "One model, merged by `task_arithmetic`"),
+    ],
+)
+def test_the_card_of_one_model(recipe: dict[str, Any], says: str, tmp_path: Path) -> None:
+    """The model card describes a scaled fine-tune as one only where nothing else was done to it."""
+    write(tmp_path, base=tensors(0), a=tensors(1))
+    assert merge(tmp_path, models="a", **{"lines": {"alpha": 0.5, "beta": 0.5}} | recipe).code == 0
+    assert says in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_more_files_than_a_process_may_open_at_first(tmp_path: Path) -> None:
+    """The soft limit of open files is raised as far as is needed."""
+    write_checkpoint(tmp_path / "base", {f"layers.{i}.w": torch.zeros(2) for i in range(60)}, shards=60)
+    for model in "ab":
+        write_checkpoint(tmp_path / model, {f"layers.{i}.w": torch.ones(2) for i in range(60)}, shards=60)
+    text = yaml.safe_dump({"base_model": "base", "models": [{"model": "a"}, {"model": "b"}]})
+    (tmp_path / "merge.yaml").write_text(text)
+    program = (
+        "import resource\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))\n"
+        "from lines_cli.cli import main; main()"
+    )
+    command = [sys.executable, "-c", program, "merge", "--config", "merge.yaml", "-o", "out", "--device", "cpu"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_a_path_below_a_folder_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that counts from the recipe's folder is looked for there, not as conf/base on the Hub."""
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "merge.yaml").write_text("base_model: base\nmodels: [{model: ft}]\n")
+    monkeypatch.chdir(tmp_path)
+    ran = run_lines("merge", "--config", "conf/merge.yaml", "-o", "out")
+    assert (ran.code, ran.trace) == (3, "")
+    assert "conf/base" in ran.err
+    assert "hub" not in ran.err.lower()

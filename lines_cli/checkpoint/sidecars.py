@@ -22,6 +22,7 @@ from lines_cli.errors import CheckpointError, printable
 CONFIG = "config.json"
 RECIPE = "lines_recipe.yaml"
 MODEL_CARD = "README.md"
+GENERATION = "generation_config.json"
 _TOKENIZER_CONFIG, _CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
 TOKENIZER_FILES = tuple(
@@ -129,11 +130,10 @@ def carry_over(
     ids: Mapping[str, Any] | None = None
     if rows or tokenizer is not None:
         kept = tokenizer or rows_of
-        of_rows = (*TOKENIZER_FILES, "generation_config.json")  # token ids, all of them
-        theirs = carried_files(kept.folder, of_rows) if kept.folder else {}
-        files = {name: path for name, path in files.items() if not _matches(name, of_rows)} | theirs
+        theirs = carried_files(kept.folder, TOKENIZER_FILES) if kept.folder else {}
+        files = {name: path for name, path in files.items() if not _matches(name, TOKENIZER_FILES)} | theirs
         ids = kept.config or None
-        if tokenizer is not None and not any(_matches(name, TOKENIZER_FILES) for name in theirs):
+        if tokenizer is not None and not theirs:
             raise CheckpointError(
                 f"tokenizer_source: {tokenizer.name} has no tokenizer", hint="Name an input that has one, or none."
             )
@@ -146,11 +146,16 @@ def carry_over(
     written: dict[str, bytes] = {}
     if chat_template is not None:
         files, written = _with_chat_template(files, chat_template)
+    changed = {}
     if CONFIG in files:
-        original = read_json(files[CONFIG])
-        config = _follow(original, dtype=dtype, rows=rows, ids=ids)
-        if config != original:
-            written[CONFIG] = json.dumps(config, indent=2).encode() + b"\n"
+        changed[CONFIG] = _follow(read_json(files[CONFIG]), dtype=dtype, rows=rows, ids=ids)
+    if GENERATION in files and ids is not None:
+        own_ids = (tokenizer or rows_of).folder
+        source = own_ids / GENERATION if own_ids and (own_ids / GENERATION).is_file() else None
+        changed[GENERATION] = _with_ids(read_json(files[GENERATION]), read_json(source) if source else ids)
+    for name, content in changed.items():
+        if content != read_json(files[name]):
+            written[name] = json.dumps(content, indent=2).encode() + b"\n"
     sidecars = [
         Sidecar(name, content=written[name]) if name in written else Sidecar(name, source=path)
         for name, path in files.items()
@@ -202,14 +207,12 @@ def _follow(
     """
     if not isinstance(config, dict):
         return config
-    changed = dict(config)
+    changed = dict(config) if ids is None else _with_ids(config, ids, add=top)
     for key, value in config.items():
         if key in ("dtype", "torch_dtype") and dtype and isinstance(value, str):
             changed[key] = dtype
         elif key == "vocab_size" and type(value) is int and value in rows:
             changed[key] = rows[value]
-        elif ids is not None and key.endswith(("_token_id", "_token_ids")):
-            changed[key] = ids.get(key)
         elif key.endswith("config") and isinstance(value, dict):
             inner = ids.get(key) if ids is not None else None
             nested = inner if isinstance(inner, Mapping) else ids
@@ -217,6 +220,22 @@ def _follow(
     if top and dtype and "model_type" in config and not {"dtype", "torch_dtype"} & config.keys():
         changed["torch_dtype"] = dtype
     return changed
+
+
+def _with_ids(config: Any, source: Any, *, add: bool = True) -> dict[str, Any]:
+    """A config whose ids of special tokens are those of another one: what that has, and only that.
+
+    Args:
+        config, source: parsed JSON.
+        add: also those that `config` did not have.
+    """
+    ids = {key: value for key, value in dict(source).items() if key.endswith(("_token_id", "_token_ids"))}
+    kept = {
+        key: ids.get(key, value)
+        for key, value in dict(config).items()
+        if key in ids or not key.endswith(("_token_id", "_token_ids"))
+    }
+    return kept | ids if add else kept
 
 
 def index_file(stem: str, weight_map: Mapping[str, str], *, nbytes: int, parameters: int) -> Sidecar:
@@ -238,7 +257,8 @@ class Card:
         about: what that is, in a line.
         base, models: the inputs.
         like: the one that the output is like.
-        scaled: whether the update is scaled over depth.
+        alone: whether the merged task vector is that of one fine-tune, as it is.
+        scaled: whether it is scaled over depth.
         coefficients: per stack its name, layers, first and last coefficient.
         outside: the coefficients outside the blocks, before and behind them.
         filters: parts of names, and the coefficient of the tensors that have them.
@@ -250,6 +270,7 @@ class Card:
     base: Checkpoint | None
     models: Sequence[Checkpoint]
     like: Checkpoint
+    alone: bool
     scaled: bool
     coefficients: Iterable[tuple[str, int, float, float]]
     outside: tuple[float, float]
@@ -277,7 +298,7 @@ def model_card(card: Card) -> Sidecar:
 
 # {_plain(card.title)}
 
-{_ONE_SCALED if one and card.scaled else _how(card)}
+{_ONE_SCALED if card.alone and card.base and card.scaled else _how(card)}
 
 | | model |
 |---|---|
@@ -301,7 +322,8 @@ arXiv:2410.17146.
 
 
 def _how(card: Card) -> str:
-    how = f"{len(card.models)} models, merged by `{card.method}`. {card.about}"
+    models = "One model" if len(card.models) == 1 else f"{len(card.models)} models"
+    how = f"{models}, merged by `{card.method}`. {card.about}"
     if card.scaled:
         how += (
             "\nThe merged task vector was scaled over depth by [LiNeS](https://arxiv.org/abs/2410.17146):\n"

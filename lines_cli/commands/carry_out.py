@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,22 +37,11 @@ def carry_out(
     with _interruptible_import():
         from lines_cli.engine import run
 
-    _keep_freed_memory()
     outcome = run(plan, resources, force=force, track=console.progress(quiet=quiet))
-    console.show_outcome(outcome, json=json, quiet=quiet)
-
-
-def _keep_freed_memory() -> None:
-    """Let the C library keep freed memory for the next chunk, where it would hand it back to the system each time: then
-    every temporary of 1 MiB is 300 page faults, and TIES takes three times as long. Only glibc can be told.
-    """
-    with suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_MMAP_THRESHOLD, 32 * 2**20)
-        libc.mallopt(_TRIM_THRESHOLD, 128 * 2**20)
-
-
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
+    try:
+        console.show_outcome(outcome, json=json, quiet=quiet)
+    except KeyboardInterrupt:
+        console.remark(f"interrupted while it was told; {output} is whole")
 
 
 @contextmanager

@@ -263,7 +263,15 @@ METHODS: Mapping[str, Method] = {
         slerp,
         "The way from one model to another along an arc (Shoemake 1985).",
         takes="weights",
-        parameters={"t": Parameter(None, "how far from the first (0) to the second (1)", low=0, high=1, required=True)},
+        parameters={
+            "t": Parameter(
+                None,
+                "how far from the first (0; the base, if it is one of the two) to the second (1)",
+                low=0,
+                high=1,
+                required=True,
+            )
+        },
         told=_slerp_told,
         models=(2, 2),
         alone_is_itself=False,
