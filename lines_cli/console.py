@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lines_cli.resources import Resources
 
 _MOST_NAMES = 16
+_MOST_DEPTHS = 7
 
 # Names come from strangers' files: nothing that is printed is read as rich markup.
 _out = Console(markup=False, highlight=False, emoji=False)
@@ -207,6 +208,14 @@ def _stacks(plan: Plan) -> None:
         name = f"names with {printable(rule['pattern'])}"
         table.add_row(name, "", f"{rule['tensors']:,}", _count(rule["parameters"]), value, value)
     _out.print(table)
+    for stack in summary["stacks"]:
+        values = stack["coefficients"]
+        if len(set(values)) > 2:  # more than the first and the last, which the table has
+            shown = sorted({round(at * (len(values) - 1) / (_MOST_DEPTHS - 1)) for at in range(_MOST_DEPTHS)})
+            depths = "  ".join(f"{index}: {values[index]:.3g}" for index in shown)
+            _out.print(
+                f"by layer  {depths}" + (f"  ({printable(stack['name'])})" if len(summary["stacks"]) > 1 else "")
+            )
     edited, copied = summary["edited"], summary["copied"]
     _out.print(
         f"edited {edited['tensors']:,} tensors ({_count(edited['parameters'])} parameters), "

@@ -97,6 +97,11 @@ _AFTER = re.compile(
 )
 
 
+def position(index: int, layers: int) -> float:
+    """How deep a layer lies: 0 for the first of a stack to 1 for the last; 1 for the only one."""
+    return index / (layers - 1) if layers > 1 else 1.0
+
+
 @dataclass(frozen=True)
 class DepthMap:
     """Which tensor stands where. A name that `places` lacks is outside the blocks.
@@ -114,14 +119,9 @@ class DepthMap:
         return {stack.name: stack.layers for stack in self.stacks}
 
     def position_of(self, name: str) -> float:
-        """How deep a tensor's layer lies in its stack: 0 for the first to 1 for the last, 1 for the only one; 0 outside
-        the blocks.
-        """
+        """How deep a tensor's layer lies in its stack (`position`); 0 outside the blocks."""
         place = self.places.get(name)
-        if place is None:
-            return 0.0
-        last = self.layers[place.stack] - 1
-        return place.index / last if last else 1.0
+        return 0.0 if place is None else position(place.index, self.layers[place.stack])
 
     def side_of(self, name: str) -> Side:
         """On which side of the blocks a tensor outside them stands; before them, where its name does not tell."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from lines_cli.checkpoint.header import TensorInfo, itemsize
 from lines_cli.checkpoint.sidecars import Sidecar
-from lines_cli.depth import DepthMap, Place
+from lines_cli.depth import DepthMap, Place, position
 from lines_cli.draft import Draft, Piece
 from lines_cli.layout import OutputFile
 from lines_cli.methods import Measured, Values
@@ -249,15 +249,16 @@ class Plan:
         """Bytes of the output's weight files."""
         return sum(file.nbytes for file in self.outputs)
 
-    def coefficients(self) -> list[tuple[str, int, float, float]]:
-        """Each stack's name, number of layers, first and last coefficient (filters apart)."""
+    def coefficients(self) -> list[tuple[str, list[float]]]:
+        """Each stack's name, and the coefficient of each of its layers (filters apart)."""
         value = self.rules.inside_value
         return [
             (
                 stack.name,
-                stack.layers,
-                value(stack.name, 0, stack.layers, scale=self._scale(0.0 if stack.layers > 1 else 1.0)),
-                value(stack.name, stack.layers - 1, stack.layers, scale=self._scale(1.0)),
+                [
+                    value(stack.name, index, stack.layers, scale=self._scale(position(index, stack.layers)))
+                    for index in range(stack.layers)
+                ],
             )
             for stack in self.depth.stacks
         ]
@@ -344,8 +345,15 @@ class Plan:
             "alpha": self.alpha,
             "norms": {"sum": norms.total, "merged": norms.merged} if norms else None,
             "stacks": [
-                {"name": name, "layers": layers, "first": _known(first), "last": _known(last), **counts(by_stack[name])}
-                for name, layers, first, last in self.coefficients()
+                {
+                    "name": name,
+                    "layers": len(values),
+                    "first": _known(values[0]),
+                    "last": _known(values[-1]),
+                    "coefficients": [_known(value) for value in values],
+                    **counts(by_stack[name]),
+                }
+                for name, values in self.coefficients()
             ],
             "outside": {
                 **dict(zip(("first", "last"), map(_known, self.outside()), strict=True)),

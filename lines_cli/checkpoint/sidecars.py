@@ -259,7 +259,7 @@ class Card:
         like: the one that the output is like.
         alone: whether the merged task vector is that of one fine-tune, as it is.
         scaled: whether it is scaled over depth.
-        coefficients: per stack its name, layers, first and last coefficient.
+        coefficients: per stack its name and the coefficient of each layer.
         outside: the coefficients outside the blocks, before and behind them.
         filters: parts of names, and the coefficient of the tensors that have them.
     """
@@ -272,7 +272,7 @@ class Card:
     like: Checkpoint
     alone: bool
     scaled: bool
-    coefficients: Iterable[tuple[str, int, float, float]]
+    coefficients: Iterable[tuple[str, Sequence[float]]]
     outside: tuple[float, float]
     filters: Iterable[tuple[str, float]]
 
@@ -288,7 +288,7 @@ def model_card(card: Card) -> Sidecar:
     models = [f"| base | {_code(_public_name(card.base))} |"] if card.base else []
     models += [f"| {'fine-tune' if one else 'model'} | {_code(_public_name(model))} |" for model in card.models]
     rows = [
-        f"| {_code(name)} | {layers} | {first:.6g} | {last:.6g} |" for name, layers, first, last in card.coefficients
+        f"| {_code(name)} | {len(values)} | {values[0]:.6g} | {values[-1]:.6g} |" for name, values in card.coefficients
     ]
     rows.append(f"| outside the blocks | | {card.outside[0]:.6g} | {card.outside[1]:.6g} |")
     rows += [f"| names with {_code(pattern)} | | {value:.6g} | {value:.6g} |" for pattern, value in card.filters]
