@@ -17,10 +17,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 
-from timing import HERE, LINES, MODELS, Contender, describe_machine, make_model, rounds_of, settle, table
+from timing import HERE, LINES, MODELS, Contender, describe_machine, make_model, rounds_of, table
 
 
 def main() -> None:
@@ -47,18 +46,8 @@ def main() -> None:
         Contender("plain", plain, imports_torch=True),
     ]
 
-    def before() -> None:
-        shutil.rmtree(out, ignore_errors=True)
-        settle(weights[0] + weights[1], 1 if options.quick else 8)
-
-    def after(contender: Contender) -> None:
-        written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-        assert not contender.imports_torch or abs(written - size) < 1e6, (
-            f"{contender.name} wrote {written:,} of {size:,}"
-        )
-
-    rounds_of(contenders, rounds, before=before, after=after)
-    shutil.rmtree(out, ignore_errors=True)
+    hold = 1 if options.quick else 8
+    rounds_of(contenders, rounds, inputs=weights[0] + weights[1], out=out, size=size, hold=hold)
     print(f"\n{size / 1e9:.2f} GB bf16 in {len(weights[1])} shards, {rounds} rounds, {describe_machine()}")
     rows = table(contenders)
     if options.save:

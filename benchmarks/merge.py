@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
 
-from timing import HERE, LINES, MODELS, Contender, describe_machine, make_model, rounds_of, settle, table
+from timing import HERE, LINES, MODELS, Contender, describe_machine, make_model, rounds_of, table
 
 RECIPES = {
     "average": "merge_method: average",
@@ -68,18 +67,8 @@ def main() -> None:
         command = [str(LINES), "merge", "--config", str(recipe(name, base, models)), "-o", str(out)]
         contenders.append(Contender(name, [*command, "--device", "cpu", "--quiet"], imports_torch=True))
 
-    def before() -> None:
-        shutil.rmtree(out, ignore_errors=True)
-        settle(weights, 1 if options.quick else 4)
-
-    def after(contender: Contender) -> None:
-        written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-        assert not contender.imports_torch or abs(written - size) < 1e6, (
-            f"{contender.name} wrote {written:,} of {size:,}"
-        )
-
-    rounds_of(contenders, rounds, before=before, after=after)
-    shutil.rmtree(out, ignore_errors=True)
+    hold = 1 if options.quick else 4
+    rounds_of(contenders, rounds, inputs=weights, out=out, size=size, hold=hold)
     print(f"\n3 models of {size / 1e9:.2f} GB bf16 and their base, {rounds} rounds, {describe_machine()}")
     rows = table(contenders)
     if options.save:

@@ -13,7 +13,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,27 +58,31 @@ def settle(inputs: list[Path], gigabytes: int) -> None:
                     pass
 
 
-def rounds_of(
-    contenders: list[Contender], rounds: int, *, before: Callable[[], None], after: Callable[[Contender], None]
-) -> None:
+def rounds_of(contenders: list[Contender], rounds: int, *, inputs: list[Path], out: Path, size: int, hold: int) -> None:
     """Run all contenders, round after round; the first round only warms up.
 
     Args:
         contenders: what runs, in turn; their figures are added to them.
         rounds: how often, warm-up apart.
-        before: makes the same state before every run.
-        after: checks what a run left.
+        inputs: the files that are read, in the page cache before every run.
+        out: the folder that a run makes.
+        size: bytes of weights that it is to hold after the run of a contender that imports torch.
+        hold: gigabytes of memory to touch and release before every run.
     """
     for number in range(rounds + 1):
         for contender in contenders:
-            before()
+            shutil.rmtree(out, ignore_errors=True)
+            settle(inputs, hold)
             seconds, peak = timed(contender.command)
-            after(contender)
+            written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+            if contender.imports_torch:
+                assert abs(written - size) < 1e6, f"{contender.name} wrote {written:,} bytes of {size:,}"
             if number:
                 contender.seconds.append(seconds)
                 contender.peak_mb.append(peak)
         shown = ", ".join(f"{c.name} {c.seconds[-1]:.2f} s" for c in contenders if c.seconds)
         print(f"round {number} of {rounds}: {shown or 'warm-up'}", flush=True)
+    shutil.rmtree(out, ignore_errors=True)
 
 
 def table(contenders: list[Contender]) -> list[dict[str, Any]]:

@@ -99,15 +99,19 @@ def _parse_stack(value: Any) -> Any:
     raise ValueError("a stack is keep, base, or its alpha and beta, as in --stack NAME=0.1,0.9")
 
 
-def _parse_filter(value: Any) -> Any:
-    if isinstance(value, str) and value in _FIXED:
-        return value
+def _finite(value: Any, expected: str) -> float:
     try:
         if math.isfinite(number := float(_no_flag(value))):
             return number
     except (TypeError, ValueError, OverflowError):
         pass
-    raise ValueError("a filter gives a number, keep or base")
+    raise ValueError(expected)
+
+
+def _parse_filter(value: Any) -> Any:
+    if isinstance(value, str) and value in _FIXED:
+        return value
+    return _finite(value, "a filter gives a number, keep or base")
 
 
 def _named(key: str) -> str:
@@ -129,12 +133,7 @@ Auto = Literal["auto"]
 def _parse_alpha(value: Any) -> float | Auto:
     if value == "auto":
         return "auto"
-    try:
-        if math.isfinite(number := float(_no_flag(value))):
-            return number
-    except (TypeError, ValueError, OverflowError):
-        pass
-    raise ValueError("expected a finite number, or auto")
+    return _finite(value, "expected a finite number, or auto")
 
 
 class Scaling(_Part):
