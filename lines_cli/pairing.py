@@ -155,8 +155,9 @@ def _note_incomplete(sides: Sides, incomplete: Mapping[str, Names], recipe: Reci
 
 
 def _missing(sides: Sides, own: Sequence[Mapping[str, str]], incomplete: Mapping[str, Names]) -> MismatchError:
-    two = len(sides.checkpoints) == 2
-    parts = [f"the {'two sides' if two else 'inputs'} do not hold the same tensors."]
+    strangers = len(incomplete) == len(set().union(*own))
+    which = "two sides" if len(sides.checkpoints) == 2 else "inputs"
+    parts = [f"the {which} {'have no tensor in common' if strangers else 'do not hold the same tensors'}."]
     lacking: dict[tuple[int, int], list[str]] = defaultdict(list)
     for name, row in incomplete.items():
         owner = next(side for side, there in enumerate(row) if there is not None)
@@ -167,7 +168,7 @@ def _missing(sides: Sides, own: Sequence[Mapping[str, str]], incomplete: Mapping
         holder, lacker = sides.checkpoints[owner], sides.checkpoints[side]
         parts.append(
             f"{len(names):,} of {len(holder.tensors):,} in {holder.name} that {lacker.name} lacks:\n"
-            f"{some(sorted(names))}"
+            f"{some(sorted(names), 2 if strangers else 8)}"
         )
     hint = (
         "--missing ft gives the fine-tune's set of tensors (as for a new head); --missing copy takes each from the "
@@ -178,7 +179,7 @@ def _missing(sides: Sides, own: Sequence[Mapping[str, str]], incomplete: Mapping
             "In the recipe, missing: copy takes such a tensor as it is from the base, or from the first model that has "
             "it; missing: ft does so for those that a model has; missing: skip leaves them out."
         )
-    if len(incomplete) == len(set().union(*own)):
+    if strangers:
         hint = "No tensor is on both sides. Are they of one model?"
     return MismatchError("\n".join(parts), hint=hint)
 

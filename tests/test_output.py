@@ -434,7 +434,7 @@ def weights(out: Path) -> dict[str, bytes | str | None]:
 
 @pytest.mark.parametrize("form", ["relative", "absolute"])
 def test_the_recipe_repeats_the_run(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`lines edit --config out/lines_recipe.yaml` gives the same bytes, from another working directory too."""
+    """`lines merge --config out/lines_recipe.yaml` gives the same bytes, from another working directory too."""
     work = tmp_path / "desk"
     two(work, config={"model_type": "tiny", "dtype": "bfloat16"})
     monkeypatch.chdir(work)

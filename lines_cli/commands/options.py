@@ -208,6 +208,6 @@ Quiet = Annotated[
     typer.Option(
         "--quiet",
         "-q",
-        help="No progress and no summary; errors and --json are still printed.",
+        help="No progress and no summary; errors, a --dry-run's plan and --json are still printed.",
     ),
 ]
