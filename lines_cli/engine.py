@@ -140,8 +140,8 @@ class _Write:
             values = loaded.values() if loaded.dtype in TORCH_DTYPES else None
             raw = loaded.raw if loaded.dtype == dtype else None
             differing = self._compare(worker, chunk, loaded.raw)
-            if self.draws and chunk.tensor.draft.paired and chunk.tensor.coefficient != 0:  # one model, all of it
-                kept = (float(chunk.numel),) * self.models
+            if self.draws and values is not None and any(copy in d.models for d in chunk.tensor.draft.pieces):
+                kept = (float(chunk.numel),)  # to be merged, but one model with nothing dropped is itself
         nonfinite = self._check(worker, chunk, extremes(values)) if values is not None else None
         if nonfinite is not None and copy is not None:  # looking for it read other inputs into the same buffer
             loaded = worker.read(chunk, copy)

@@ -268,6 +268,11 @@ class Plan:
         scale = self._scale(0.0)
         return self.rules.outside_value("before", scale=scale), self.rules.outside_value("after", scale=scale)
 
+    def filters(self) -> list[tuple[str, float]]:
+        """The patterns that fix coefficients, and the coefficient of each."""
+        scale = self._scale(0.0)
+        return [(pattern, scale * value) for pattern, value in self.rules.filters]
+
     def _scale(self, position: float) -> float:
         """`lambda` at a place in the depth, 0 to 1."""
         scale: float = self.recipe.values("", position).get("lambda", 1.0)
@@ -306,7 +311,7 @@ class Plan:
 
     def settings(self) -> dict[str, Any]:
         """The method's parameters that are said of all models, those that the recipe says: a value, or its span."""
-        said = {key for key in self.recipe.method.parameters if key in self.recipe.parameters}
+        said = [key for key in self.recipe.method.parameters if key in self.recipe.parameters]
         values = {key: [values[key] for values in self._values] for key in said}
         spans = {key: self._span(found) for key, found in values.items() if not isinstance(found[0], tuple)}
         return {key: span[0] if span and span[0] == span[-1] else span for key, span in spans.items()}
@@ -362,10 +367,10 @@ class Plan:
             "filters": [
                 {
                     "pattern": pattern,
-                    "coefficient": value * self._scale(0.0),
+                    "coefficient": value,
                     **counts(t for t in self.tensors if t.draft.filter == pattern),
                 }
-                for pattern, value in self.rules.filters
+                for pattern, value in self.filters()
             ],
             "edited": counts(tensor for tensor in self.tensors if tensor.edited),
             "copied": counts(tensor for tensor in self.tensors if not tensor.edited),

@@ -196,7 +196,7 @@ def _needs(recipe: Recipe, depth: DepthMap, rules: Rules, drafts: Iterable[Draft
     return Needs(
         thresholds=method.masks == "magnitude" and drops,
         l1=drops and any(v.get("rescale") == "l1" for v in values),
-        products=recipe.merge_method == "slerp" and bool(merged),
+        products=method.between_two and bool(merged),
         majority=len(recipe.merged) > 1 and any(method.elects(v) for v in values),
         norms=not plain_sum and any(math.isnan(_coefficient(depth, rules, draft)) for draft in merged),
     )
@@ -344,7 +344,7 @@ def _with_numbers(plan: Plan) -> tuple[Sidecar, Sidecar]:
             scaled=recipe.lines is not None,
             coefficients=plan.coefficients(),
             outside=plan.outside(),
-            filters=plan.rules.filters,
+            filters=plan.filters(),
         )
     )
     return card, Sidecar(RECIPE, content=text.encode())

@@ -308,11 +308,11 @@ class Recipe(_Part):
     def merged(self) -> tuple[Source, ...]:
         """The models whose tensors are merged. A base listed among others has no task vector, and is left out."""
         if self.method.takes == "weights":
-            return self._slerped if self.merge_method == "slerp" else self.models
+            return self._two if self.method.between_two else self.models
         return tuple(source for source in self.models if source.model != self.base_model) or self.models
 
     @property
-    def _slerped(self) -> tuple[Source, ...]:
+    def _two(self) -> tuple[Source, ...]:
         """As in mergekit, the base is the first of the two, where it is one of them, or the only other there is."""
         own = tuple(source for source in self.models if source.model == self.base_model)
         others = tuple(source for source in self.models if source.model != self.base_model)

@@ -1480,7 +1480,9 @@ def test_memory_is_flat_at_size(case: str, tensors: int, tmp_path: Path) -> None
 def test_the_share_kept_where_density_varies(method: str, number: int, tmp_path: Path) -> None:
     """The share of entries kept counts tensors of density 1, too, whatever becomes of them."""
     base = {f"layers.{i}.{name}": torch.zeros(100) for i in range(2) for name in ("a", "b")}
-    write(tmp_path, base=base, **{m: {name: torch.randn(100) for name in base} for m in "ab"[:number]})
+    buffer = {"layers.0.steps": torch.arange(500)}  # whole numbers are no part of it
+    models = {m: {name: torch.randn(100) for name in base} | buffer for m in "ab"[:number]}
+    write(tmp_path, base=base | buffer, **models)
     parameters = {"density": [{"filter": ".a", "value": 0.5}, {"value": 1}]}
     ran = merge(tmp_path, "--json", models="ab"[:number], merge_method=method, parameters=parameters)
     for model in ran.json["models"]:
@@ -1543,6 +1545,14 @@ def test_lambda_multiplies_fixed_coefficients(tmp_path: Path) -> None:
     assert found == expected
     assert ran.json["filters"][0]["coefficient"] == 0.125
     assert ran.json["outside"]["first"] == 0.5
+
+
+def test_the_card_has_the_coefficients_that_were_applied(tmp_path: Path) -> None:
+    """A filter's coefficient is told as it is applied, lambda included."""
+    write(tmp_path, base=tensors(0), a=tensors(1), b=tensors(2))
+    scaling = {"alpha": 1, "beta": 0, "filter": {"layers.1": 0.25}}
+    assert merge(tmp_path, parameters={"lambda": 0.5}, lines=scaling).code == 0
+    assert "| names with `layers.1` | | 0.125 | 0.125 |" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

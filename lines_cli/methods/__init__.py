@@ -51,6 +51,8 @@ class Method:
         parameters: what its recipe may say, by name.
         told: a tensor's values, and what was measured, as keywords of `merge`.
         models: least and greatest number; None for no bound.
+        between_two: whether it goes from one model to another: the angles between their tensors are measured, and a
+            base that is one of the two is the first.
         masks: how entries are chosen to be kept: by `magnitude`, above a threshold; at `random`; or all are.
         elects: whether a zero sum takes the sign of the majority, which then has to be counted.
         conflict: what contradicts itself, in words, given every value that is said of each parameter.
@@ -64,6 +66,7 @@ class Method:
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     told: Callable[[Values, Measured], Values] = _as_said
     models: tuple[int, int | None] = (1, None)
+    between_two: bool = False
     masks: Literal["magnitude", "random"] | None = None
     elects: Callable[[Values], bool] = lambda _: False
     conflict: Callable[[Values], str | None] = lambda _: None
@@ -274,6 +277,7 @@ METHODS: Mapping[str, Method] = {
         },
         told=_slerp_told,
         models=(2, 2),
+        between_two=True,
         alone_is_itself=False,
     ),
     "passthrough": Method(
