@@ -767,3 +767,13 @@ def test_what_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_nothing_is_said_of_a_numpy_that_is_not_needed(tmp_path: Path) -> None:
+    """Where numpy is not installed, as after a plain `pip install`, torch's warning of it does not reach the user."""
+    for side in ("base", "ft"):
+        write_checkpoint(tmp_path / side, tensors())
+    program = "import sys; sys.modules['numpy'] = None\nfrom lines_cli.cli import main; main()"
+    command = [sys.executable, "-c", program, "edit", "base", "ft", "-o", "out", "--beta", "0.5", "--quiet"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +35,8 @@ def carry_out(
         console.show_plan(plan, resources, json=json)
         return
 
-    with _interruptible_import():
+    with _interruptible_import(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's; nothing here needs it
         from lines_cli.engine import run
 
     outcome = run(plan, resources, force=force, track=console.progress(quiet=quiet))
