@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -77,18 +77,13 @@ class Draft:
 def draft_tensors(
     recipe: Recipe, sides: Sides, depth: DepthMap, rules: Rules, rows: Mapping[str, Names]
 ) -> list[Draft]:
-    """What makes each output tensor.
+    """What makes each output tensor. Those whose shapes or dtypes differ, and of which the recipe does not say what to
+    do, are misfits (`refuse_misfits`).
 
     Raises:
-        MismatchError: shapes or dtypes differ and the recipe does not say what to do; names them all.
         RecipeError: a filter matches no tensor.
     """
-    for pattern, _ in rules.filters:
-        if pattern != "*" and not any(pattern in name for name in rows):
-            some_name = printable(next(iter(rows)))
-            raise RecipeError(
-                f"lines.filter: {pattern!r} matches none of {len(rows):,} tensor names, such as {some_name}"
-            )
+    refuse_idle_filters(rules, rows)
     first_files = [0]
     for checkpoint in sides.checkpoints:
         first_files.append(first_files[-1] + len(checkpoint.files))
@@ -123,6 +118,15 @@ def draft_tensors(
                 f"parameters.{key} says nothing of {len(silent):,} tensors, such as {printable(silent[0])}",
                 hint="Add `- value: NUMBER` as its last entry, for all that no filter matches.",
             )
+    return drafts
+
+
+def refuse_misfits(drafts: Sequence[Draft], sides: Sides) -> None:
+    """Refuse inputs that do not fit together.
+
+    Raises:
+        MismatchError: names every misfit.
+    """
     misfits = [f"{printable(draft.name)}: {draft.misfit}" for draft in drafts if draft.misfit]
     if misfits:
         between = " and ".join(checkpoint.name for checkpoint in sides.checkpoints)
@@ -133,7 +137,20 @@ def draft_tensors(
             hint=f"Rows of token embeddings and their heads can be settled with {said}; "
             "any other difference means that the fine-tune is of another model, or its module was replaced.",
         )
-    return drafts
+
+
+def refuse_idle_filters(rules: Rules, names: Collection[str]) -> None:
+    """Refuse a filter of coefficients that says nothing.
+
+    Raises:
+        RecipeError: it matches none of the tensor names.
+    """
+    for pattern, _ in rules.filters:
+        if pattern != "*" and not any(pattern in name for name in names):
+            some_name = printable(next(iter(names)))
+            raise RecipeError(
+                f"lines.filter: {pattern!r} matches none of {len(names):,} tensor names, such as {some_name}"
+            )
 
 
 class _Values:

@@ -24,7 +24,16 @@ from lines_cli.measure import Track, measure, untracked
 from lines_cli.plan import Plan
 from lines_cli.planning import resolve, to_float32
 from lines_cli.resources import Resources
-from lines_cli.workers import ALLOW_NONFINITE, Chunk, Pool, Worker, choose_device, chunks_of, keep_freed_memory, opened
+from lines_cli.workers import (
+    ALLOW_NONFINITE,
+    PlanChunk,
+    Pool,
+    Worker,
+    choose_device,
+    chunks_of,
+    keep_freed_memory,
+    opened,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +116,7 @@ def run(plan: Plan, resources: Resources | None = None, *, force: bool = False, 
 class _Written:
     """What is to be told of a chunk that was written."""
 
-    chunk: Chunk
+    chunk: PlanChunk
     nbytes: int
     squares: tuple[float, ...] = ()
     kept: tuple[float, ...] = ()
@@ -125,7 +134,7 @@ class _Write:
         self.differing: dict[str, dict[str, None]] = defaultdict(dict)
         self.squares, self.kept, self.entries = [0.0] * self.models, [0.0] * self.models, 0
 
-    def __call__(self, worker: Worker, chunk: Chunk) -> _Written:
+    def __call__(self, worker: Worker, chunk: PlanChunk) -> _Written:
         """Make one chunk of the output."""
         dtype, copy = chunk.tensor.info.dtype, chunk.piece.copy
         squares: tuple[float, ...] = ()
@@ -155,7 +164,7 @@ class _Write:
             write_from(self.targets[chunk.tensor.file], raw, start)
         return _Written(chunk, len(raw), squares, kept, differing, nonfinite)
 
-    def _merge(self, worker: Worker, chunk: Chunk) -> tuple[torch.Tensor, tuple[float, ...], tuple[float, ...]]:
+    def _merge(self, worker: Worker, chunk: PlanChunk) -> tuple[torch.Tensor, tuple[float, ...], tuple[float, ...]]:
         """The merged entries [numel] in the compute dtype; each model's squared norm and number of entries kept."""
         method = self.plan.recipe.method
         squares: tuple[float, ...] = ()
@@ -182,12 +191,12 @@ class _Write:
         return add_scaled(base, merged, self._coefficient(chunk)), squares, kept
 
     @staticmethod
-    def _coefficient(chunk: Chunk) -> float:
+    def _coefficient(chunk: PlanChunk) -> float:
         """Rounded to the dtype that the arithmetic runs in."""
         exact = chunk.tensor.coefficient
         return exact if chunk.tensor.in_float64 else to_float32(exact)
 
-    def _compare(self, worker: Worker, chunk: Chunk, copied: memoryview) -> tuple[str, ...]:
+    def _compare(self, worker: Worker, chunk: PlanChunk, copied: memoryview) -> tuple[str, ...]:
         """Which inputs hold something else than what is copied."""
         return tuple(
             str(self.plan.inputs[source.file])
@@ -195,7 +204,7 @@ class _Write:
             if worker.read(chunk, source, worker.out).raw != copied
         )
 
-    def _check(self, worker: Worker, chunk: Chunk, extreme: torch.Tensor) -> str | None:
+    def _check(self, worker: Worker, chunk: PlanChunk, extreme: torch.Tensor) -> str | None:
         """Find NaN, Inf and overflow by the extremes of what is about to be written: rounding is monotonic.
 
         Returns:

@@ -20,7 +20,7 @@ from lines_cli.methods.sums import sparse, weighted_sum
 from lines_cli.methods.ties import signs
 from lines_cli.plan import BINS, ROUNDS, Needs, Norms, Plan, Statistics, TensorPlan
 from lines_cli.resources import BLOCK, Resources
-from lines_cli.workers import Chunk, Pool, Worker, chunks_of
+from lines_cli.workers import PlanChunk, Pool, Worker, chunks_of
 
 Track = Callable[[str, int, Iterable[int]], Iterable[int]]
 """Wraps the stream of byte counts of one pass, to show progress: the pass's title, its total, the stream."""
@@ -149,7 +149,7 @@ class _Measuring:
             for _ in self.track(title, times * plan.bytes_measured, (tally(result) for result in results)):
                 pass
 
-    def chunks(self, tensors: Iterable[TensorPlan] | None = None) -> Iterable[Chunk]:
+    def chunks(self, tensors: Iterable[TensorPlan] | None = None) -> Iterable[PlanChunk]:
         """Everything that is merged, of all tensors or of some."""
         chunks = chunks_of(self.tensors if tensors is None else tensors, self.chunk)
         return (chunk for chunk in chunks if chunk.piece.models)
@@ -163,7 +163,7 @@ class _Measuring:
         for _ in range(ROUNDS):
             counts: dict[Worker, dict[int, torch.Tensor]] = defaultdict(dict)
 
-            def count(worker: Worker, chunk: Chunk) -> int:
+            def count(worker: Worker, chunk: PlanChunk) -> int:
                 own = counts[worker]  # noqa: B023 - the pass is over before the next round
                 for model, fresh in _count(worker, chunk, windows).items():
                     own[model] = own[model].add_(fresh) if model in own else fresh
@@ -214,7 +214,7 @@ class _Measuring:
         """Each tensor's L1 norm in each model, of the whole task vector and of what is left after dropping."""
         sums: dict[str, list[list[float]]] = {}
 
-        def job(worker: Worker, chunk: Chunk) -> tuple[Chunk, list[tuple[list[float], list[float]]]]:
+        def job(worker: Worker, chunk: PlanChunk) -> tuple[PlanChunk, list[tuple[list[float], list[float]]]]:
             _, vectors = worker.task_vectors(chunk)
             _refuse_nonfinite(worker, chunk, vectors)
             masks = worker.masks(chunk, vectors)
@@ -222,7 +222,7 @@ class _Measuring:
             after = [block_sums(tau.abs_(), BLOCK) for tau in sparse(vectors, masks)] if masks else before
             return chunk, list(zip(before, after, strict=True))
 
-        def tally(result: tuple[Chunk, list[tuple[list[float], list[float]]]]) -> int:
+        def tally(result: tuple[PlanChunk, list[tuple[list[float], list[float]]]]) -> int:
             chunk, by_model = result
             totals = sums.setdefault(chunk.tensor.name, [[0.0, 0.0] for _ in self.models])
             for total, (before, after) in zip(totals, by_model, strict=True):
@@ -237,13 +237,13 @@ class _Measuring:
         """What the angle between two models' tensors follows from: their dot product and squared norms."""
         sums: dict[str, list[float]] = {}
 
-        def job(worker: Worker, chunk: Chunk) -> tuple[Chunk, list[list[float]]]:
+        def job(worker: Worker, chunk: PlanChunk) -> tuple[PlanChunk, list[list[float]]]:
             _, weights = worker.inputs(chunk)
             _refuse_nonfinite(worker, chunk, weights)
             a, b = (tensor.to(torch.float64) for tensor in weights)
             return chunk, [block_sums(product, BLOCK) for product in (a * b, a * a, b * b)]
 
-        def tally(result: tuple[Chunk, list[list[float]]]) -> int:
+        def tally(result: tuple[PlanChunk, list[list[float]]]) -> int:
             chunk, products = result
             totals = sums.setdefault(chunk.tensor.name, [0.0, 0.0, 0.0])
             for number, blocks in enumerate(products):
@@ -287,7 +287,7 @@ class _Election:
     with_minus: Sequence[float] = ()
 
 
-def _elect(worker: Worker, chunk: Chunk, needs: Needs) -> _Election:
+def _elect(worker: Worker, chunk: PlanChunk, needs: Needs) -> _Election:
     plan, tensor = worker.plan, chunk.tensor
     method, told = plan.recipe.method, dict(plan.told(tensor))
     base, vectors = worker.inputs(chunk)
@@ -322,14 +322,14 @@ def _majority(needs: Needs, sign: int) -> dict[str, int]:
     return {"majority": sign} if needs.majority else {}
 
 
-def _count(worker: Worker, chunk: Chunk, windows: dict[int, Window]) -> dict[int, torch.Tensor]:
+def _count(worker: Worker, chunk: PlanChunk, windows: dict[int, Window]) -> dict[int, torch.Tensor]:
     """Where each model's entries lie, as seen from its window; on the CPU."""
     _, vectors = worker.task_vectors(chunk)
     _refuse_nonfinite(worker, chunk, vectors)
     return {model: window.count(vectors[model]).cpu() for model, window in windows.items()}
 
 
-def _refuse_nonfinite(worker: Worker, chunk: Chunk, tensors: Sequence[torch.Tensor]) -> None:
+def _refuse_nonfinite(worker: Worker, chunk: PlanChunk, tensors: Sequence[torch.Tensor]) -> None:
     if not all(bool(torch.stack(torch.aminmax(tensor)).isfinite().all()) for tensor in tensors):
         worker.refuse_nonfinite(chunk)
 

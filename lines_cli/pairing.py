@@ -79,9 +79,41 @@ def pair_tensors(sides: Sides, own: Sequence[Mapping[str, str]], recipe: Recipe,
     Raises:
         MismatchError: tensors are missing on one side, and the recipe calls that an error.
     """
+    rows, incomplete = match_names(sides, own, resize=recipe.resize != "error", notes=notes)
+    if incomplete and recipe.missing == "error":
+        raise _missing(sides, own, incomplete)
+    _note_incomplete(sides, incomplete, recipe, notes)
+    if recipe.missing == "copy":
+        rows.update(incomplete)
+    elif recipe.missing == "ft":
+        rows.update({name: row for name, row in incomplete.items() if _is_in_a_model(sides, row)})
+    if not rows:
+        raise strangers(sides)
+    return rows
+
+
+def strangers(sides: Sides) -> MismatchError:
+    """What is said of inputs of which no tensor is in all."""
+    names = " and ".join(checkpoint.name for checkpoint in sides.checkpoints)
+    return MismatchError(f"{names} have no tensor in common", hint="Are they of one model?")
+
+
+def match_names(
+    sides: Sides, own: Sequence[Mapping[str, str]], *, resize: bool, notes: list[str]
+) -> tuple[dict[str, Names], dict[str, Names]]:
+    """Pair the tensors of all sides by name, and through tied weights.
+
+    Args:
+        sides: the inputs.
+        own: for each side, its tensors by the leading side's names for them (`aligned_names`).
+        resize: whether tied weights may differ in their number of rows.
+        notes: gets a line for every tie that was used.
+
+    Returns:
+        Tensor name -> where it is read from: of those that all sides have, and of the others.
+    """
     rows: dict[str, Names] = {}
     incomplete: dict[str, Names] = {}
-    resize = recipe.resize != "error"
     for name in dict.fromkeys(name for side in (own[sides.lead], *own) for name in side):
         row: Names = tuple(names.get(name) for names in own)
         if row[sides.lead] is not None:
@@ -91,18 +123,7 @@ def pair_tensors(sides: Sides, own: Sequence[Mapping[str, str]], recipe: Recipe,
             notes.append(f"{printable(name)} is not in {whose}, whose config ties it to {printable(partner)}: left out")
             continue
         (incomplete if None in row else rows)[name] = row
-
-    if incomplete and recipe.missing == "error":
-        raise _missing(sides, own, incomplete)
-    _note_incomplete(sides, incomplete, recipe, notes)
-    if recipe.missing == "copy":
-        rows.update(incomplete)
-    elif recipe.missing == "ft":
-        rows.update({name: row for name, row in incomplete.items() if _is_in_a_model(sides, row)})
-    if not rows:
-        names = " and ".join(checkpoint.name for checkpoint in sides.checkpoints)
-        raise MismatchError(f"{names} have no tensor in common", hint="Are they of one model?")
-    return rows
+    return rows, incomplete
 
 
 def _is_in_a_model(sides: Sides, row: Names) -> bool:
@@ -257,7 +278,7 @@ def _tied_partner(name: str, *, lacking: Checkpoint, having: Checkpoint, resize:
     shared = [other for other in fitting if _module(other) == "shared"]
     if shared and _module(name) == "embed_tokens":
         return shared[0]
-    if _module(name) not in _TOKEN_HEADS or not _says_tied(lacking.config or having.config):
+    if _module(name) not in _TOKEN_HEADS or not says_tied(lacking.config or having.config):
         return None
     embeddings = [other for other in fitting if _module(other) in _TOKEN_EMBEDDINGS] or fitting
     return embeddings[0] if len(embeddings) == 1 else shared[0] if shared else None
@@ -269,7 +290,7 @@ def _same_but_rows(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
 
 def tied_embedding(name: str, side: Checkpoint, config: Mapping[str, Any]) -> str | None:
     """The token embedding that `config` ties the head `name` to, where `side` stores both."""
-    if _module(name) not in _TOKEN_HEADS or name not in side.tensors or not _says_tied(config):
+    if _module(name) not in _TOKEN_HEADS or name not in side.tensors or not says_tied(config):
         return None
     shape = side.tensors[name].info.shape
     alike = [other for other in side.tensors if _module(other) in _TOKEN_EMBEDDINGS and is_vocabulary(other)]
@@ -290,7 +311,7 @@ def is_vocabulary(name: str) -> bool:
     return _module(name) in _TOKEN_EMBEDDINGS | _TOKEN_HEADS and not _NOT_OF_TOKENS.search(name)
 
 
-def _says_tied(config: Mapping[str, Any]) -> bool:
+def says_tied(config: Mapping[str, Any]) -> bool:
     """Whether a config ties the head to the token embedding.
 
     transformers before 5 leaves `tie_word_embeddings` out where it is true, its default; from 5 on it is written.

@@ -19,7 +19,7 @@ from lines_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from lines_cli.checkpoint.sidecars import RECIPE, Card, Sidecar, carry_over, index_file, model_card
 from lines_cli.checkpoint.writer import is_one_file
 from lines_cli.depth import DepthMap, find_depth
-from lines_cli.draft import STORED, Draft, Piece, draft_tensors
+from lines_cli.draft import STORED, Draft, Piece, draft_tensors, refuse_misfits
 from lines_cli.errors import DepthError, MismatchError, RecipeError, printable
 from lines_cli.hub import locate
 from lines_cli.layout import lay_out_files
@@ -80,7 +80,9 @@ def make_plan(recipe: Recipe, sides: Sides, output: Path) -> Plan:
     ]
     if any(isinstance(setting, list) and isinstance(setting[0], dict) for setting in recipe.settings("lambda")):
         notes.append("lambda differs by name; the coefficients shown are those of names that no filter of it matches")
-    drafts = {draft.name: draft for draft in draft_tensors(recipe, sides, depth, rules, rows)}
+    drafted = draft_tensors(recipe, sides, depth, rules, rows)
+    refuse_misfits(drafted, sides)
+    drafts = {draft.name: draft for draft in drafted}
     resized = {other: draft.rows[1] for draft in drafts.values() if draft.rows for other in sorted(draft.rows[0])}
     if resized:
         keeping = sides.called(0 if recipe.resize == "base" or not sides.has_base else 1)

@@ -11,11 +11,11 @@ import errno
 import os
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
@@ -31,6 +31,7 @@ from lines_cli.plan import Plan, TensorPlan
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Thread = TypeVar("Thread", bound="Reader")
 
 
 def choose_device(name: str) -> torch.device:
@@ -97,11 +98,30 @@ def keep_freed_memory() -> None:
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
+class Streamed(Protocol):
+    """A tensor that is read piece by piece: what a plan makes, or what is only looked at."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+
+    @property
+    def in_float64(self) -> bool:
+        """Whether its entries are widened to float64; else to float32."""
+
+    @property
+    def pieces(self) -> Sequence[Piece]:
+        """Where its entries come from."""
+
+
+Tensor = TypeVar("Tensor", bound=Streamed)
+
+
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(Generic[Tensor]):
     """Part of a piece: entries `first` to `first + numel` of it."""
 
-    tensor: TensorPlan
+    tensor: Tensor
     piece: Piece
     first: int
     numel: int
@@ -112,7 +132,10 @@ class Chunk:
         return sum(self.numel * itemsize(source.dtype) for source in self.piece.sources)
 
 
-def chunks_of(tensors: Iterable[TensorPlan], size: int) -> Iterator[Chunk]:
+PlanChunk = Chunk[TensorPlan]
+
+
+def chunks_of(tensors: Iterable[Tensor], size: int) -> Iterator[Chunk[Tensor]]:
     """All of the tensors' pieces, in steps of at most `size` entries."""
     for tensor in tensors:
         for piece in tensor.pieces:
@@ -120,69 +143,46 @@ def chunks_of(tensors: Iterable[TensorPlan], size: int) -> Iterator[Chunk]:
                 yield Chunk(tensor, piece, first, min(size, piece.numel - first))
 
 
-class Worker:
-    """One thread's buffers, and what it reads and computes with them.
+class Reader:
+    """One thread's buffers: reads a chunk's entries in any input, and holds them widened.
+
+    Args:
+        paths: the inputs.
+        sources: the same, opened.
+        device: where entries are held.
+        chunk: most entries of one.
+        stored: bytes of the widest entry, as inputs store it.
+        width: bytes of the widest, as it is held.
+        held: from how many inputs entries are held at a time.
 
     Raises:
         MemoryError: there is not enough memory for the buffers, on the host or on the device.
     """
 
-    def __init__(self, plan: Plan, sources: list[int], device: torch.device, chunk: int) -> None:
-        self.plan, self.sources, self.device = plan, sources, device
-        self._told: tuple[TensorPlan, Values] | None = None  # of the last tensor
-        width = 8 if plan.in_float64 else 4
-        stored, written = plan.widths
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        sources: Sequence[int],
+        device: torch.device,
+        *,
+        chunk: int,
+        stored: int,
+        width: int,
+        held: int,
+    ) -> None:
+        self.paths, self.sources = paths, sources
         try:
-            self.raw, self.out = _Buffer(device, chunk * stored), _Buffer(device, chunk * max(stored, written))
-            self._held = [
-                torch.empty(chunk * width, dtype=torch.uint8, device=device) for _ in range(plan.number_of_models + 1)
-            ]
+            self.raw = Buffer(device, chunk * stored)
+            self._held = [torch.empty(chunk * width, dtype=torch.uint8, device=device) for _ in range(held)]
         except RuntimeError as error:  # torch's way to say it
             raise MemoryError(str(error)) from error
 
-    def inputs(self, chunk: Chunk) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-        """What is merged: the base's entries, if there is a base, and each model's; [numel] each, in the compute dtype,
-        to be overwritten.
-        """
+    def held(self, chunk: Chunk[Tensor]) -> list[torch.Tensor]:
+        """A place for the chunk's entries in each input: [numel] each, in the dtype they are widened to."""
         dtype = torch.float64 if chunk.tensor.in_float64 else torch.float32
-        held = [buffer[: chunk.numel * dtype.itemsize].view(dtype) for buffer in self._held]
-        base = None
-        if chunk.piece.base is not None:
-            base = held[0].copy_(self.read(chunk, chunk.piece.base).values())
-        models = [
-            into.copy_(self.read(chunk, source).values())
-            for into, source in zip(held[1:], chunk.piece.models, strict=False)
-        ]
-        return base, models
+        return [buffer[: chunk.numel * dtype.itemsize].view(dtype) for buffer in self._held]
 
-    def task_vectors(self, chunk: Chunk) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The base's entries, and what each model changed of them: `f32(model) - f32(base)`, rounded."""
-        base, models = self.inputs(chunk)
-        assert base is not None
-        return base, [task_vector(model, base) for model in models]
-
-    def masks(self, chunk: Chunk, task_vectors: list[torch.Tensor]) -> list[torch.Tensor] | None:
-        """Which entries of each model are kept, where the method drops some."""
-        tensor, kind = chunk.tensor, self.plan.recipe.method.masks
-        if kind == "magnitude" and self.plan.statistics.thresholds:
-            return magnitude_masks(task_vectors, threshold=self.plan.measured(tensor).threshold)
-        if kind == "random":  # a head and the embedding it is tied to are one weight, and lose the same entries
-            values, where = tensor.values, Where(tensor.draft.counts_as, chunk.piece.start + chunk.first)
-            return random_masks(task_vectors, density=values["density"], seed=values["seed"], where=where)
-        return None
-
-    def merge(
-        self, chunk: Chunk, tensors: list[torch.Tensor], masks: list[torch.Tensor] | None, told: Values | None = None
-    ) -> torch.Tensor:
-        """What the method makes of them: [numel]. It may overwrite them."""
-        if told is None:
-            if self._told is None or self._told[0] is not chunk.tensor:
-                self._told = chunk.tensor, self.plan.told(chunk.tensor)
-            told = self._told[1]
-        merged: torch.Tensor = self.plan.recipe.method.merge(tensors, masks=masks, **told)
-        return merged
-
-    def read(self, chunk: Chunk, source: Slice, buffer: _Buffer | None = None) -> Loaded:
+    def read(self, chunk: Chunk[Tensor], source: Slice, buffer: Buffer | None = None) -> Loaded:
         """A chunk's entries in one input, as they are stored.
 
         Raises:
@@ -191,7 +191,7 @@ class Worker:
         buffer = buffer or self.raw
         width = itemsize(source.dtype)
         view = buffer.host(chunk.numel * width)
-        path = self.plan.inputs[source.file]
+        path = self.paths[source.file]
         try:
             got = read_into(self.sources[source.file], view, source.offset + chunk.first * width)
         except OSError as error:
@@ -203,7 +203,71 @@ class Worker:
             )
         return Loaded(buffer, source.dtype, chunk.numel, view)
 
-    def nonfinite(self, chunk: Chunk) -> str | None:
+
+class Worker(Reader):
+    """One thread's buffers, and what it computes of a plan with them.
+
+    Raises:
+        MemoryError: there is not enough memory for the buffers, on the host or on the device.
+    """
+
+    def __init__(self, plan: Plan, sources: list[int], device: torch.device, chunk: int) -> None:
+        stored, written = plan.widths
+        width, held = 8 if plan.in_float64 else 4, plan.number_of_models + 1
+        super().__init__(plan.inputs, sources, device, chunk=chunk, stored=stored, width=width, held=held)
+        self.plan = plan
+        self._told: tuple[TensorPlan, Values] | None = None  # of the last tensor
+        try:
+            self.out = Buffer(device, chunk * max(stored, written))
+        except RuntimeError as error:
+            raise MemoryError(str(error)) from error
+
+    def inputs(self, chunk: PlanChunk) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        """What is merged: the base's entries, if there is a base, and each model's; [numel] each, in the compute dtype,
+        to be overwritten.
+        """
+        held = self.held(chunk)
+        base = None
+        if chunk.piece.base is not None:
+            base = held[0].copy_(self.read(chunk, chunk.piece.base).values())
+        models = [
+            into.copy_(self.read(chunk, source).values())
+            for into, source in zip(held[1:], chunk.piece.models, strict=False)
+        ]
+        return base, models
+
+    def task_vectors(self, chunk: PlanChunk) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The base's entries, and what each model changed of them: `f32(model) - f32(base)`, rounded."""
+        base, models = self.inputs(chunk)
+        assert base is not None
+        return base, [task_vector(model, base) for model in models]
+
+    def masks(self, chunk: PlanChunk, task_vectors: list[torch.Tensor]) -> list[torch.Tensor] | None:
+        """Which entries of each model are kept, where the method drops some."""
+        tensor, kind = chunk.tensor, self.plan.recipe.method.masks
+        if kind == "magnitude" and self.plan.statistics.thresholds:
+            return magnitude_masks(task_vectors, threshold=self.plan.measured(tensor).threshold)
+        if kind == "random":  # a head and the embedding it is tied to are one weight, and lose the same entries
+            values, where = tensor.values, Where(tensor.draft.counts_as, chunk.piece.start + chunk.first)
+            return random_masks(task_vectors, density=values["density"], seed=values["seed"], where=where)
+        return None
+
+    def merge(
+        self,
+        chunk: PlanChunk,
+        tensors: list[torch.Tensor],
+        masks: list[torch.Tensor] | None,
+        told: Values | None = None,
+    ) -> torch.Tensor:
+        """What the method makes of them: [numel]. It may overwrite them."""
+        if told is None:
+            if self._told is None or self._told[0] is not chunk.tensor:
+                self._told = chunk.tensor, self.plan.told(chunk.tensor)
+            told = self._told[1]
+        merged: torch.Tensor = self.plan.recipe.method.merge(tensors, masks=masks, **told)
+        return merged
+
+    def nonfinite(self, chunk: PlanChunk) -> str | None:
         """Which of a chunk's inputs holds NaN or Inf, and where; None if none does."""
         for source in chunk.piece.sources:
             loaded = self.read(chunk, source)
@@ -214,7 +278,7 @@ class Worker:
                 return f"{path}: tensor {name} holds {bad[1]}, first at entry {at:,}"
         return None
 
-    def refuse_nonfinite(self, chunk: Chunk) -> None:
+    def refuse_nonfinite(self, chunk: PlanChunk) -> None:
         """Refuse a chunk in whose inputs something is not finite, unless that is allowed.
 
         Raises:
@@ -227,7 +291,7 @@ class Worker:
 ALLOW_NONFINITE = "allow_nonfinite: true in the recipe (--allow-nonfinite of lines edit) lets such values through."
 
 
-class Pool(Generic[Item, Result]):
+class Pool(Generic[Thread, Item, Result]):
     """Threads that do one job to every item of a stream.
 
     Args:
@@ -239,9 +303,9 @@ class Pool(Generic[Item, Result]):
 
     def __init__(
         self,
-        new_worker: Callable[[], Worker],
+        new_worker: Callable[[], Thread],
         items: Iterable[Item],
-        job: Callable[[Worker, Item], Result],
+        job: Callable[[Thread, Item], Result],
         device: torch.device,
     ) -> None:
         self._new_worker, self._job, self._device = new_worker, job, device
@@ -301,7 +365,7 @@ class Pool(Generic[Item, Result]):
             self._done.put(error)
 
 
-class _Buffer:
+class Buffer:
     """Reusable bytes on the host and, for CUDA, as many on the device; on the CPU the two are one."""
 
     def __init__(self, device: torch.device, nbytes: int) -> None:
@@ -334,7 +398,7 @@ class _Buffer:
 class Loaded:
     """A chunk of one input, read into a buffer."""
 
-    buffer: _Buffer
+    buffer: Buffer
     dtype: str
     numel: int
     raw: memoryview
@@ -343,3 +407,9 @@ class Loaded:
         """[numel], as stored, on the worker's device."""
         self.buffer.to_device(len(self.raw))
         return self.buffer.device_view(self.numel, TORCH_DTYPES[self.dtype])
+
+    def bits(self) -> int:
+        """The sum of the stored bytes, read as whole numbers of 8 bytes, modulo 2**64; once `values` were asked for."""
+        whole, rest = divmod(len(self.raw), 8)
+        total = int(self.buffer.device_view(whole, torch.int64).sum()) + int.from_bytes(self.raw[8 * whole :], "little")
+        return total % 2**64

@@ -81,13 +81,16 @@ class Checkpoint:
         return str(self.files[self.tensors[tensor].file])
 
 
-def open_checkpoint(path: Path, *, name: str | None = None, hub_id: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: Path, *, name: str | None = None, hub_id: str | None = None, to_look_at: bool = False
+) -> Checkpoint:
     """Open the checkpoint at `path`: headers, index and config, no data.
 
     Args:
         path: a file or a folder.
         name: what messages call it; its path unless given.
         hub_id: where on the Hub it came from, if it did.
+        to_look_at: not to compute with, so that it may be quantised.
 
     Raises:
         CheckpointError: it is missing, malformed, incomplete, or its index and its shards disagree.
@@ -115,7 +118,8 @@ def open_checkpoint(path: Path, *, name: str | None = None, hub_id: str | None =
             _refuse_shard(file, held.keys(), expected)
         tensors.update((tensor, StoredTensor(number, info)) for tensor, info in held.items())
     checkpoint = Checkpoint(name, path, tuple(files), tensors, stem, config, hub_id)
-    _refuse_unsupported(checkpoint)
+    if not to_look_at and (unsupported := unsupported_in(checkpoint)):
+        raise unsupported
     return checkpoint
 
 
@@ -265,14 +269,15 @@ def _refuse_shard(file: Path, held: Collection[str], expected: set[str]) -> None
     )
 
 
-def _refuse_unsupported(checkpoint: Checkpoint) -> None:
+def unsupported_in(checkpoint: Checkpoint) -> UnsupportedError | None:
+    """Why it cannot be computed with: it is quantised, or holds a tensor of a dtype that there is no arithmetic for."""
     dequantise = (
         "Give the checkpoint it was quantised from, or dequantise it first; a sum of quantised codes means nothing."
     )
     quantisation = checkpoint.config.get("quantization_config")
     if quantisation:
         method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
-        raise UnsupportedError(
+        return UnsupportedError(
             f"{checkpoint.name} is quantised: its config.json has a quantization_config ({method or 'unnamed method'})",
             hint=dequantise,
         )
@@ -280,12 +285,13 @@ def _refuse_unsupported(checkpoint: Checkpoint) -> None:
         dtype = stored.info.dtype
         codes = dtype in EXACT_DTYPES and dtype.endswith("8") and tensor.endswith(".weight")
         if codes or _QUANTISED_NAME.fullmatch(tensor):
-            raise UnsupportedError(
+            return UnsupportedError(
                 f"{checkpoint.where(tensor)} is quantised: it holds {printable(tensor)} ({dtype})", hint=dequantise
             )
         if dtype not in FLOAT_DTYPES and dtype not in EXACT_DTYPES:
             kind = "quantised" if dtype.startswith("F") else "of a kind lines does not edit"
-            raise UnsupportedError(
+            return UnsupportedError(
                 f"{checkpoint.where(tensor)} is {kind}: tensor {printable(tensor)} is {dtype}",
                 hint=dequantise if dtype.startswith("F") else None,
             )
+    return None
