@@ -16,6 +16,7 @@ import typer
 
 from lines_cli import __version__
 from lines_cli.commands.edit import edit
+from lines_cli.commands.inspect import inspect
 from lines_cli.commands.merge import merge
 from lines_cli.errors import LinesError
 
@@ -25,7 +26,7 @@ EXIT_CODES = {
     2: "the command line or the recipe says something impossible",
     3: "an input cannot be found or read, or is of a kind lines does not edit",
     4: "the inputs do not fit together, or depth cannot be decided from the names",
-    5: "NaN or Inf in an input, or a value that the output dtype cannot hold",
+    5: "NaN or Inf in an input, or a value that the output dtype cannot hold; or lines inspect --check found something",
     6: "the destination exists, is an input, or cannot be written",
     130: "interrupted (Ctrl-C); nothing half-written is left behind (129: SIGHUP, 143: SIGTERM)",
 }
@@ -80,6 +81,7 @@ def _lines(
 
 app.command("edit")(_guarded(edit))
 app.command("merge")(_guarded(merge))
+app.command("inspect")(_guarded(inspect))
 
 
 class _Signalled(KeyboardInterrupt):

@@ -14,11 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from lines_cli.errors import printable
+from lines_cli.tables import Bar, Cell, Section, count, sections, size
 
 if TYPE_CHECKING:
     from lines_cli.engine import Outcome
     from lines_cli.measure import Track
     from lines_cli.plan import Plan
+    from lines_cli.report import Report
     from lines_cli.resources import Resources
 
 _MOST_NAMES = 16
@@ -121,17 +123,50 @@ def show_outcome(outcome: Outcome, *, json: bool, quiet: bool) -> None:
     _notes(plan.notes)
 
 
+def show_report(told: Report, *, json: bool, full: bool) -> None:
+    """What was inspected."""
+    if json:
+        _print_json(told)
+        return
+    for at, section in enumerate(sections(told, full=full)):
+        if at:
+            _out.print()
+        _section(section)
+    _notes(told["notes"])
+
+
+def _section(section: Section) -> None:
+    _out.print(_printable(section.title), style="bold", soft_wrap=True)
+    width = max((len(word) for word, _ in section.facts), default=0)
+    for word, text in section.facts:
+        indented = _printable(text).replace("\n", "\n" + " " * (width + 1)) if word else _printable(text)
+        _out.print(f"{word:<{width}}   {indented}" if word else indented, soft_wrap=True)
+    for title, content in section.tables:
+        if title:
+            _out.print()
+            _out.print(_printable(title), style="bold", soft_wrap=True)
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for at, heading in enumerate(content.headings):
+            table.add_column(heading, justify="right" if at and heading else "left", overflow="fold")
+        for row in content.rows:
+            table.add_row(*map(_cell, row))
+        _out.print(table)
+
+
+def _cell(cell: Cell) -> str:
+    if not isinstance(cell, Bar):
+        return _printable(cell)
+    eighths = round(cell.share * _BAR * 8)
+    if not _out.encoding.lower().startswith("utf"):
+        return "#" * round(eighths / 8)
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+
+
+_BAR = 14  # characters
+
+
 def _warn(text: str) -> None:
     _err.print(Text.assemble(("warning: ", "bold yellow"), _printable(text)), soft_wrap=True)
-
-
-def size(nbytes: float) -> str:
-    """Bytes as people say them, decimal: `3.1 GB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} TB"
 
 
 def _models(plan: Plan, norms: Sequence[float] = (), kept: Sequence[float] = ()) -> None:
@@ -195,18 +230,18 @@ def _stacks(plan: Plan) -> None:
         numbers = (
             f"{stack['layers']}",
             f"{stack['tensors']:,}",
-            _count(stack["parameters"]),
+            count(stack["parameters"]),
             _coefficient(stack["first"]),
             _coefficient(stack["last"]),
         )
         table.add_row(_printable(stack["name"]) or "(no prefix)", *numbers)
     outside = summary["outside"]
     ends = (_coefficient(outside["first"]), _coefficient(outside["last"]))
-    table.add_row("outside the blocks", "", f"{outside['tensors']:,}", _count(outside["parameters"]), *ends)
+    table.add_row("outside the blocks", "", f"{outside['tensors']:,}", count(outside["parameters"]), *ends)
     for rule in summary["filters"]:
         value = f"{rule['coefficient']:.4g}"
         name = f"names with {printable(rule['pattern'])}"
-        table.add_row(name, "", f"{rule['tensors']:,}", _count(rule["parameters"]), value, value)
+        table.add_row(name, "", f"{rule['tensors']:,}", count(rule["parameters"]), value, value)
     _out.print(table)
     for stack in summary["stacks"]:
         values = stack["coefficients"]
@@ -218,8 +253,8 @@ def _stacks(plan: Plan) -> None:
             )
     edited, copied = summary["edited"], summary["copied"]
     _out.print(
-        f"edited {edited['tensors']:,} tensors ({_count(edited['parameters'])} parameters), "
-        f"copied {copied['tensors']:,} ({_count(copied['parameters'])})"
+        f"edited {edited['tensors']:,} tensors ({count(edited['parameters'])} parameters), "
+        f"copied {copied['tensors']:,} ({count(copied['parameters'])})"
     )
 
 
@@ -240,14 +275,6 @@ def _outside(plan: Plan) -> None:
         _out.print(line, soft_wrap=True)
     if len(lines) > _MOST_NAMES:
         _out.print(f"     ...  {len(lines) - _MOST_NAMES:,} more (all in --json)")
-
-
-def _count(number: int) -> str:
-    for unit in ("", " K", " M", " B"):
-        if number < 1000:
-            return f"{number}" if not unit else f"{number:.3g}{unit}"
-        number = number / 1000  # type: ignore[assignment]
-    return f"{number:.3g} T"
 
 
 def _notes(notes: Iterable[str]) -> None:

@@ -410,6 +410,6 @@ class Loaded:
 
     def bits(self) -> int:
         """The sum of the stored bytes, read as whole numbers of 8 bytes, modulo 2**64; once `values` were asked for."""
-        whole, rest = divmod(len(self.raw), 8)
+        whole = len(self.raw) // 8
         total = int(self.buffer.device_view(whole, torch.int64).sum()) + int.from_bytes(self.raw[8 * whole :], "little")
         return total % 2**64

@@ -19,12 +19,16 @@ PACKAGE = ROOT / "lines_cli"
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"commands.edit", "commands.merge"},
+    {"commands.edit", "commands.inspect", "commands.merge"},
     {"commands.options", "commands.carry_out"},
-    {"console"},
-    {"engine"},
+    {"console", "plot"},
+    {"page"},
+    {"tables"},
+    {"report"},
+    {"comparison", "engine"},
     {"measure"},
     {"workers"},
+    {"inspection"},
     {"planning"},
     {"plan"},
     {"draft"},
@@ -37,7 +41,7 @@ LAYERS = [
     {"methods.sums"},
     {"parameters", "resources"},
     {"schedule"},
-    {"depth"},
+    {"depth", "kinds"},
     {"checkpoint.writer"},
     {"checkpoint.sidecars"},
     {"checkpoint.reader", "layout"},
@@ -86,9 +90,10 @@ def test_imports_point_down(module: str) -> None:
     ("dependency", "homes"),
     [
         ("rich", {"console"}),
+        ("matplotlib", {"plot"}),
         ("typer", {"cli", "commands.options"}),
         ("huggingface_hub", {"hub"}),
-        ("torch", {"arithmetic", "engine", "measure", "methods.dare", "methods.ties", "workers"}),
+        ("torch", {"arithmetic", "comparison", "engine", "measure", "methods.dare", "methods.ties", "workers"}),
         ("pydantic", {"recipe", "recipe_check"}),
     ],
 )
@@ -98,7 +103,9 @@ def test_each_dependency_has_one_home(dependency: str, homes: set[str]) -> None:
     assert users == homes
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["edit", "--help"], ["merge", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["edit", "--help"], ["merge", "--help"], ["inspect", "--help"], ["--version"]]
+)
 def test_help_loads_no_torch(arguments: list[str]) -> None:
     """`lines --help` answers at once: it loads neither torch nor anything else that is slow."""
     program = (
@@ -155,3 +162,14 @@ def test_json_is_documented(tmp_path: Path) -> None:
         set(re.findall(r"^\| `(\w+)`", (ROOT / "docs" / "json.md").read_text(encoding="utf-8"), re.MULTILINE))
         == printed
     )
+
+
+def test_the_python_api_is_what_it_is() -> None:
+    """Every public name is the same thing each time it is asked for, and no module stands in its way."""
+    import types
+
+    import lines_cli
+
+    for name in lines_cli.__all__:
+        assert getattr(lines_cli, name) is getattr(lines_cli, name)
+        assert not isinstance(getattr(lines_cli, name), types.ModuleType)

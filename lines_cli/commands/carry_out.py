@@ -35,8 +35,7 @@ def carry_out(
         console.show_plan(plan, resources, json=json)
         return
 
-    with _interruptible_import(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's; nothing here needs it
+    with interruptible_import():
         from lines_cli.engine import run
 
     outcome = run(plan, resources, force=force, track=console.progress(quiet=quiet))
@@ -47,16 +46,26 @@ def carry_out(
 
 
 @contextmanager
-def _interruptible_import() -> Iterator[None]:
-    """Hold Ctrl-C back until an import is over: torch's swallows it, or dies of it."""
+def interruptible_import() -> Iterator[None]:
+    """Hold Ctrl-C back until the import of torch is over, which swallows it, or dies of it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script
-        yield
+        with _without_numpy():
+            yield
         return
     pressed = []
     before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
     try:
-        yield
+        with _without_numpy():
+            yield
     finally:
         signal.signal(signal.SIGINT, before)
     if pressed:
         raise KeyboardInterrupt
+
+
+@contextmanager
+def _without_numpy() -> Iterator[None]:
+    """Keep torch's warning of a missing numpy from the user; nothing here needs it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+        yield

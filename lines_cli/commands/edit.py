@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lines_cli.commands import options as opt
 from lines_cli.commands.carry_out import carry_out
 
@@ -53,8 +51,8 @@ def edit(
         gamma=gamma,
         schedule=schedule,
         outside=outside,
-        stacks=_pairs("--stack", stack),
-        filter=_pairs("--filter", filter),
+        stacks=opt.pairs("--stack", stack),
+        filter=opt.pairs("--filter", filter),
         layers=layers,
         missing=missing,
         resize=resize,
@@ -64,17 +62,3 @@ def edit(
     )
     resources = Resources(workers=workers, device=device)
     carry_out(recipe, output, resources, force=force, dry_run=dry_run, json=json, quiet=quiet)
-
-
-def _pairs(flag: str, given: list[str] | None) -> dict[str, Any] | None:
-    """`NAME=keep`, `NAME=0.5` and `NAME=alpha,beta` as the recipe has them."""
-    from lines_cli.errors import RecipeError
-
-    pairs: dict[str, Any] = {}
-    for text in given or ():
-        name, equals, value = text.rpartition("=")
-        ends = value.split(",")
-        if not equals or not name or name in pairs:
-            raise RecipeError(f"{flag} {text}: expected {flag} NAME=VALUE, and each NAME once")
-        pairs[name] = {"alpha": ends[0], "beta": ends[1]} if len(ends) == 2 else value
-    return pairs or None

@@ -5,7 +5,7 @@ None.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -23,6 +23,43 @@ FineTune = Annotated[
         help="The fine-tuned checkpoint, in any of the same forms; it may be sharded differently.",
     ),
 ]
+Checkpoints = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="CHECKPOINT...",
+        help="What to inspect, in any of the forms that lines edit takes; with --base one fine-tune or several.",
+    ),
+]
+Against = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="BASE",
+        show_default=False,
+        help="What they were fine-tuned from: reads all weights, and tells what changed.",
+    ),
+]
+Tensors = Annotated[bool, typer.Option("--tensors", help="List every tensor.")]
+Full = Annotated[bool, typer.Option("--full", help="Show every layer of a deep model, and every name of a long list.")]
+Check = Annotated[
+    bool,
+    typer.Option(
+        "--check",
+        help="Read all weights, and fail (exit code 5) on NaN, Inf, values that a narrower dtype cannot hold, tensors "
+        "of zeros, duplicates, and files of an output of lines that are not as it wrote them.",
+    ),
+]
+Plot = Annotated[
+    Path | None,
+    typer.Option(
+        "--plot",
+        metavar="FILE",
+        show_default=False,
+        help="Also draw it: FILE ends in .svg or .png, or in .html for a page with the figures and tables. Needs "
+        'matplotlib: pip install "lines-cli[plot]".',
+    ),
+]
+
 Config = Annotated[
     Path,
     typer.Option(
@@ -211,3 +248,17 @@ Quiet = Annotated[
         help="No progress and no summary; errors, a --dry-run's plan and --json are still printed.",
     ),
 ]
+
+
+def pairs(flag: str, given: list[str] | None) -> dict[str, Any] | None:
+    """`NAME=keep`, `NAME=0.5` and `NAME=alpha,beta` as the recipe has them."""
+    from lines_cli.errors import RecipeError
+
+    pairs: dict[str, Any] = {}
+    for text in given or ():
+        name, equals, value = text.rpartition("=")
+        ends = value.split(",")
+        if not equals or not name or name in pairs:
+            raise RecipeError(f"{flag} {text}: expected {flag} NAME=VALUE, and each NAME once")
+        pairs[name] = {"alpha": ends[0], "beta": ends[1]} if len(ends) == 2 else value
+    return pairs or None

@@ -1,0 +1,208 @@
+"""Streams a base and its fine-tunes, or one checkpoint alone, and sums up what `lines inspect` tells of the numbers:
+what changed, how several changes go together, and what a checkpoint holds that it should not.
+
+Everything is summed in float64, chunk by chunk in the order of the spans, in bounded memory: how many workers there are
+makes no difference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import closing
+from itertools import combinations
+from time import perf_counter
+
+import torch
+
+from lines_cli.arithmetic import task_vector
+from lines_cli.checkpoint.header import itemsize
+from lines_cli.checkpoint.positional import read_into
+from lines_cli.inspection import Change, Findings, Inspection, Joint, Seen, Span
+from lines_cli.measure import Track, untracked
+from lines_cli.resources import Resources
+from lines_cli.workers import Chunk, Pool, Reader, choose_device, chunks_of, keep_freed_memory, opened
+
+_Found = tuple[list[Seen], tuple[Change, ...], "Joint | None"]
+"""What a chunk adds: for each source what it holds, for each fine-tune what it changed, and how these go together."""
+
+
+def compare(
+    inspection: Inspection, resources: Resources | None = None, *, files: bool = False, track: Track = untracked
+) -> Findings:
+    """Read every float entry once, and say what was found. In this process glibc keeps freed memory from then on, and
+    the limit of open files is raised as is needed.
+
+    Args:
+        inspection: what to read; without a base nothing is compared.
+        resources: workers, device, chunk.
+        files: also hold the files of an output of ours against its recipe.
+        track: wraps the stream of byte counts.
+
+    Raises:
+        CheckpointError: an input ends early or cannot be read.
+    """
+    started = perf_counter()
+    resources = resources or Resources()
+    device = choose_device(resources.device)
+    keep_freed_memory()
+    spans = inspection.spans()
+    sources = [(piece.numel, source) for span in spans for piece in span.pieces for source in piece.sources]
+    held = len(inspection.checkpoints)
+    stored = max((itemsize(source.dtype) for _, source in sources), default=1)
+    size = resources.chunk_for(held, whole_blocks=True)
+    changes: dict[str, tuple[Change, ...]] = {}
+    joint: dict[str, Joint] = {}
+    seen: dict[tuple[int, str], Seen] = {}
+    total = sum(numel * itemsize(source.dtype) for numel, source in sources)
+
+    def tally(result: tuple[Chunk[Span], _Found]) -> int:
+        chunk, (holds, changed, together) = result
+        name = chunk.tensor.name
+        for counts_for, fresh in zip(chunk.tensor.counts_for, holds, strict=True):
+            if counts_for is not None:
+                seen[counts_for] = seen.get(counts_for, Seen()) + fresh
+        if changed:
+            before = changes.get(name, (Change(),) * len(changed))
+            changes[name] = tuple(a + b for a, b in zip(before, changed, strict=True))
+        if together is not None:
+            joint[name] = joint[name] + together if name in joint else together
+        return chunk.nbytes
+
+    with opened(inspection.inputs) as fds:
+
+        def reader() -> Reader:
+            return Reader(inspection.inputs, fds, device, chunk=size, stored=stored, width=8, held=held)
+
+        pool = Pool(reader, chunks_of(spans, size), lambda worker, chunk: (chunk, _look(worker, chunk)), device)
+        title = "comparing" if inspection.has_base else "checking"
+        with closing(pool.in_order(resources.threads)) as results:
+            for _ in track(title, total, (tally(result) for result in results)):
+                pass
+        same = _same(inspection, seen, fds)
+    return Findings(changes, joint, seen, same, bytes_read=total, seconds=perf_counter() - started)
+
+
+def _look(worker: Reader, chunk: Chunk[Span]) -> _Found:
+    holds: list[Seen] = []
+    values: list[torch.Tensor] = []
+    for source, into in zip(chunk.piece.sources, worker.held(chunk), strict=False):
+        loaded = worker.read(chunk, source)
+        values.append(into.copy_(loaded.values()))
+        holds.append(_seen(values[-1], loaded.bits()))
+    if not chunk.tensor.compares:
+        return holds, (), None
+    base, *models = values
+    finite = not any(found.nan or found.inf for found in holds)
+    changes = tuple(_change(task_vector(model, base), base, finite=finite) for model in models)
+    return holds, changes, _joint(models) if len(models) > 1 else None
+
+
+def _seen(values: torch.Tensor, bits: int) -> Seen:
+    """What [n] entries in float64 hold."""
+    low, high = _extremes(values)
+    nan = inf = 0
+    if not math.isfinite(low + high):
+        nan, inf = int(values.isnan().sum()), int(values.isinf().sum())
+        low, high = _extremes(values[values.isfinite()])
+    return Seen(values.numel(), nan, inf, low, high, bits)
+
+
+def _extremes(values: torch.Tensor) -> tuple[float, float]:
+    if values.numel() == 0:
+        return math.inf, -math.inf
+    low, high = torch.stack(torch.aminmax(values)).tolist()
+    return low, high
+
+
+def _change(update: torch.Tensor, base: torch.Tensor, *, finite: bool) -> Change:
+    """What [n] entries of an update sum up to; entries that are not finite are set to zero, and left out."""
+    numel = update.numel()
+    if not finite:
+        left_out = ~update.isfinite()
+        base = base.masked_fill(left_out, 0)
+        update.masked_fill_(left_out, 0)
+        numel -= int(left_out.sum())
+    low, high = _extremes(update)
+    changed = int(torch.count_nonzero(update))
+    return Change(numel, _dot(update, update), _dot(base, base), numel - changed, max(-low, high, 0.0))
+
+
+def _joint(updates: list[torch.Tensor]) -> Joint:
+    """How several updates of [n] entries go together. The updates are overwritten."""
+    products = tuple(_dot(a, b) for a, b in combinations(updates, 2))
+    total = updates[0] + updates[1]
+    for update in updates[2:]:
+        total += update
+    sum_squares, sum_l1 = _dot(total, total), float(total.abs_().sum())
+    signs = [update.sign_() for update in updates]
+    most, least = signs[0].clone(), signs[0].clone()
+    for sign in signs[1:]:
+        torch.maximum(most, sign, out=most)
+        torch.minimum(least, sign, out=least)
+    apart = most.sub_(least)  # 2 where signs disagree, else 0 or 1
+    disagreeing = (_dot(apart, apart) - float(apart.sum())) / 2
+    agreement = [_dot(a, b) for a, b in combinations(signs, 2)]  # agreeing less opposed
+    for sign in signs:
+        sign.abs_()
+    both = [_dot(a, b) for a, b in combinations(signs, 2)]  # agreeing and opposed
+    opposed = tuple(round((b - a) / 2) for a, b in zip(agreement, both, strict=True))
+    return Joint(total.numel(), products, opposed, round(disagreeing), sum_squares, sum_l1)
+
+
+def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(torch.dot(a, b))
+
+
+# --- duplicates ---
+
+
+def _same(
+    inspection: Inspection, seen: Mapping[tuple[int, str], Seen], files: list[int]
+) -> dict[int, tuple[tuple[str, str], ...]]:
+    """For each checkpoint, the tensors that hold the same bytes as another, with the first that does.
+
+    Left out are tensors of zeros, which are told of as such, and of one dimension whose entries are all the same: new
+    norms and biases.
+    """
+    places = [
+        (side, file) for side, checkpoint in enumerate(inspection.checkpoints) for file in range(len(checkpoint.files))
+    ]
+    fds = dict(zip(places, files, strict=True))
+    alike: dict[tuple[int, str, tuple[int, ...], int], list[str]] = defaultdict(list)
+    for (side, name), found in seen.items():
+        info = inspection.checkpoints[side].tensors[name].info
+        constant = found.low == found.high and not found.nan and not found.inf
+        if found.numel and not (constant and (found.high == 0 or len(info.shape) < 2)):
+            alike[side, info.dtype, info.shape, found.bits].append(name)
+    same: dict[int, tuple[tuple[str, str], ...]] = {}
+    for (side, *_), names in alike.items():
+        stored = inspection.checkpoints[side].tensors
+        firsts: list[str] = []
+        for name in names:
+            this = stored[name]
+            for first in firsts:
+                other = stored[first]
+                ends = (fds[side, this.file], this.info.offset), (fds[side, other.file], other.info.offset)
+                if _equal(*ends, this.info.nbytes):
+                    same[side] = (*same.get(side, ()), (name, first))
+                    break
+            else:
+                firsts.append(name)
+    return same
+
+
+def _equal(a: tuple[int, int], b: tuple[int, int], nbytes: int) -> bool:
+    """Whether two runs of bytes, each in an open file from an offset on, are the same."""
+    buffers = bytearray(_STEP), bytearray(_STEP)
+    for at in range(0, nbytes, _STEP):
+        views = [memoryview(buffer)[: min(_STEP, nbytes - at)] for buffer in buffers]
+        for (fd, offset), view in zip((a, b), views, strict=True):
+            read_into(fd, view, offset + at)
+        if views[0] != views[1]:
+            return False
+    return True
+
+
+_STEP = 2**20
