@@ -23,6 +23,14 @@ TORCH_DTYPES = {
 }
 """Float dtypes of safetensors as torch names them."""
 
+FLOAT8 = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}
+"""Those of 8 bits: they can be widened, and that is all."""
+
 
 def task_vector(fine_tuned: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     """`fine_tuned - base` (Ilharco 2023, arXiv 2212.04089): [n] each, in the compute dtype; overwrites the first."""

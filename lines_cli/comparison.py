@@ -19,7 +19,9 @@ import torch
 from lines_cli.arithmetic import task_vector
 from lines_cli.checkpoint.header import itemsize
 from lines_cli.checkpoint.positional import read_into
-from lines_cli.inspection import Change, Findings, Inspection, Joint, Seen, Span
+from lines_cli.findings import Change, Findings, Joint, Seen
+from lines_cli.inspection import Inspection, Span
+from lines_cli.layout import natural
 from lines_cli.measure import Track, untracked
 from lines_cli.resources import Resources
 from lines_cli.workers import Chunk, Pool, Reader, choose_device, chunks_of, keep_freed_memory, opened
@@ -94,9 +96,16 @@ def _look(worker: Reader, chunk: Chunk[Span]) -> _Found:
     if not chunk.tensor.compares:
         return holds, (), None
     base, *models = values
-    finite = not any(found.nan or found.inf for found in holds)
-    changes = tuple(_change(task_vector(model, base), base, finite=finite) for model in models)
-    return holds, changes, _joint(models) if len(models) > 1 else None
+    changes, bad = zip(*(_change(task_vector(model, base), base) for model in models), strict=True)
+    if len(models) == 1:
+        return holds, changes, None
+    numel = chunk.numel
+    squares = tuple(change.squares for change in changes)
+    if any(left_out is not None for left_out in bad):
+        everywhere = torch.stack([left_out for left_out in bad if left_out is not None]).any(0)
+        numel -= int(everywhere.sum())
+        squares = tuple(_dot(update, update) for update in (model.masked_fill_(everywhere, 0) for model in models))
+    return holds, changes, _joint(models, numel, squares)
 
 
 def _seen(values: torch.Tensor, bits: int) -> Seen:
@@ -116,21 +125,21 @@ def _extremes(values: torch.Tensor) -> tuple[float, float]:
     return low, high
 
 
-def _change(update: torch.Tensor, base: torch.Tensor, *, finite: bool) -> Change:
-    """What [n] entries of an update sum up to; entries that are not finite are set to zero, and left out."""
-    numel = update.numel()
-    if not finite:
+def _change(update: torch.Tensor, base: torch.Tensor) -> tuple[Change, torch.Tensor | None]:
+    """What [n] entries of an update sum up to, and which of them are not finite: these are set to zero and left out."""
+    numel, left_out = update.numel(), None
+    low, high = _extremes(update)
+    if numel and not math.isfinite(low + high):
         left_out = ~update.isfinite()
         base = base.masked_fill(left_out, 0)
-        update.masked_fill_(left_out, 0)
         numel -= int(left_out.sum())
-    low, high = _extremes(update)
-    changed = int(torch.count_nonzero(update))
-    return Change(numel, _dot(update, update), _dot(base, base), numel - changed, max(-low, high, 0.0))
+        low, high = _extremes(update.masked_fill_(left_out, 0))
+    unchanged = numel - int(torch.count_nonzero(update))
+    return Change(numel, _dot(update, update), _dot(base, base), unchanged, max(-low, high, 0.0)), left_out
 
 
-def _joint(updates: list[torch.Tensor]) -> Joint:
-    """How several updates of [n] entries go together. The updates are overwritten."""
+def _joint(updates: list[torch.Tensor], numel: int, squares: tuple[float, ...]) -> Joint:
+    """How several updates of [n] entries go together; `numel` of them count. The updates are overwritten."""
     products = tuple(_dot(a, b) for a, b in combinations(updates, 2))
     total = updates[0] + updates[1]
     for update in updates[2:]:
@@ -148,7 +157,7 @@ def _joint(updates: list[torch.Tensor]) -> Joint:
         sign.abs_()
     both = [_dot(a, b) for a, b in combinations(signs, 2)]  # agreeing and opposed
     opposed = tuple(round((b - a) / 2) for a, b in zip(agreement, both, strict=True))
-    return Joint(total.numel(), products, opposed, round(disagreeing), sum_squares, sum_l1)
+    return Joint(numel, squares, products, opposed, round(disagreeing), sum_squares, sum_l1)
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -159,9 +168,9 @@ def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def _same(
-    inspection: Inspection, seen: Mapping[tuple[int, str], Seen], files: list[int]
-) -> dict[int, tuple[tuple[str, str], ...]]:
-    """For each checkpoint, the tensors that hold the same bytes as another, with the first that does.
+    inspection: Inspection, seen: Mapping[tuple[int, str], Seen], fds: list[int]
+) -> dict[int, tuple[tuple[str, ...], ...]]:
+    """For each checkpoint, the tensors that hold the same bytes as others: groups of them, in the order of their names.
 
     Left out are tensors of zeros, which are told of as such, and of one dimension whose entries are all the same: new
     norms and biases.
@@ -169,27 +178,28 @@ def _same(
     places = [
         (side, file) for side, checkpoint in enumerate(inspection.checkpoints) for file in range(len(checkpoint.files))
     ]
-    fds = dict(zip(places, files, strict=True))
+    fd_of = dict(zip(places, fds, strict=True))
     alike: dict[tuple[int, str, tuple[int, ...], int], list[str]] = defaultdict(list)
-    for (side, name), found in seen.items():
-        info = inspection.checkpoints[side].tensors[name].info
+    for side, name in sorted(seen, key=lambda key: natural(key[1])):
+        found, info = seen[side, name], inspection.checkpoints[side].tensors[name].info
         constant = found.low == found.high and not found.nan and not found.inf
         if found.numel and not (constant and (found.high == 0 or len(info.shape) < 2)):
             alike[side, info.dtype, info.shape, found.bits].append(name)
-    same: dict[int, tuple[tuple[str, str], ...]] = {}
+    same: dict[int, tuple[tuple[str, ...], ...]] = {}
     for (side, *_), names in alike.items():
         stored = inspection.checkpoints[side].tensors
-        firsts: list[str] = []
+        groups: list[list[str]] = []
         for name in names:
             this = stored[name]
-            for first in firsts:
-                other = stored[first]
-                ends = (fds[side, this.file], this.info.offset), (fds[side, other.file], other.info.offset)
+            for group in groups:
+                other = stored[group[0]]
+                ends = (fd_of[side, this.file], this.info.offset), (fd_of[side, other.file], other.info.offset)
                 if _equal(*ends, this.info.nbytes):
-                    same[side] = (*same.get(side, ()), (name, first))
+                    group.append(name)
                     break
             else:
-                firsts.append(name)
+                groups.append([name])
+        same[side] = (*same.get(side, ()), *(tuple(group) for group in groups if len(group) > 1))
     return same
 
 

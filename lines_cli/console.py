@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lines_cli.errors import printable
-from lines_cli.tables import Bar, Cell, Section, count, sections, size
+from lines_cli.tables import Bar, Cell, Section, coefficient, count, sections, size
+from lines_cli.tables import Table as Columns
 
 if TYPE_CHECKING:
     from lines_cli.engine import Outcome
@@ -136,33 +137,51 @@ def show_report(told: Report, *, json: bool, full: bool) -> None:
 
 
 def _section(section: Section) -> None:
-    _out.print(_printable(section.title), style="bold", soft_wrap=True)
+    _line(section.title, style="bold")
     width = max((len(word) for word, _ in section.facts), default=0)
-    for word, text in section.facts:
-        indented = _printable(text).replace("\n", "\n" + " " * (width + 1)) if word else _printable(text)
-        _out.print(f"{word:<{width}}   {indented}" if word else indented, soft_wrap=True)
-    for title, content in section.tables:
+    for word, lines in section.facts:
+        for at, line in enumerate(lines):
+            before = f"{'' if at else word:<{width}}   " if word else ""
+            _line(before + line)
+    for title, table in section.tables:
         if title:
             _out.print()
-            _out.print(_printable(title), style="bold", soft_wrap=True)
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for at, heading in enumerate(content.headings):
-            table.add_column(heading, justify="right" if at and heading else "left", overflow="fold")
-        for row in content.rows:
-            table.add_row(*map(_cell, row))
-        _out.print(table)
+            _line(title, style="bold")
+        _columns(table)
+
+
+def _columns(table: Columns) -> None:
+    """A table, as wide as it has to be; a first column that would not fit is broken, never a number."""
+    rows = [[_cell(cell) for cell in row] for row in (table.headings, *table.rows)]
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    bars = [not heading for heading in table.headings]
+    widths = [_BAR if bar and at else width for at, (bar, width) in enumerate(zip(bars, widths, strict=True))]
+    rest = sum(widths[1:]) + 2 * (len(widths) - 1)
+    first = max(_NARROWEST, min(widths[0], _out.width - rest))
+    for number, row in enumerate(rows):
+        cells = [cell.ljust(w) if bar else cell.rjust(w) for cell, w, bar in zip(row, widths, bars, strict=True)][1:]
+        name = [row[0][at : at + first] for at in range(0, len(row[0]), first)] or [""]
+        line = "  ".join([name[0].ljust(min(first, widths[0])), *cells]).rstrip()
+        _line(line, style=None if number else "bold")
+        for more in name[1:]:
+            _line(more)
+
+
+_BAR, _NARROWEST = 12, 12  # characters
+
+
+def _line(text: str, *, style: str | None = None) -> None:
+    """One line that is never broken."""
+    _out.print(printable(text), style=style, soft_wrap=True)
 
 
 def _cell(cell: Cell) -> str:
     if not isinstance(cell, Bar):
-        return _printable(cell)
+        return printable(cell)
     eighths = round(cell.share * _BAR * 8)
     if not _out.encoding.lower().startswith("utf"):
         return "#" * round(eighths / 8)
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
-
-
-_BAR = 14  # characters
 
 
 def _warn(text: str) -> None:
@@ -259,7 +278,7 @@ def _stacks(plan: Plan) -> None:
 
 
 def _coefficient(value: float | None) -> str:
-    return "auto" if value is None else f"{value:.4g}"
+    return "auto" if value is None else coefficient(value)
 
 
 def _outside(plan: Plan) -> None:

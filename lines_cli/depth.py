@@ -195,6 +195,29 @@ def find_depth(names: Iterable[str], *, config: Mapping[str, Any] | None = None,
     return DepthMap(tuple(Stack(lane.name, len(lane.units)) for lane in lanes), places, tuple(notes))
 
 
+def pattern_of(stack: Stack, depth: DepthMap) -> str | None:
+    """How the names of a stack's tensors begin, with what counts its layers in braces: `model.layers.{l}`, or
+    `layers.{s}.blocks.{l}` where stages are counted through. None where the stack's name is no prefix of theirs.
+    """
+    names = [name for name, place in depth.places.items() if place.stack == stack.name]
+    begins, layers = [], 0
+    for prefix in stack.name.split("+"):
+        numbered = re.compile(rf"(?P<begin>{re.escape(prefix)}[._]?)(?P<number>\d+)(?P<rest>\..*)")
+        found = [match for name in names if (match := numbered.match(name))]
+        if not found:
+            return None
+        numbers = {match["number"] for match in found}
+        layers += len(numbers)
+        inner = [match["begin"] for each in found if (match := _INNER_NUMBER.match(each["rest"]))]
+        begins.append((found[0]["begin"], inner[0] if inner else ""))
+    if layers == stack.layers:
+        return " + ".join(f"{begin}{{l}}" for begin, _ in begins)
+    return " + ".join(f"{begin}{{s}}{inner}{{l}}" if inner else f"{begin}{{l}}" for begin, inner in begins)
+
+
+_INNER_NUMBER = re.compile(r"(?P<begin>\.(?:\w+\.)?)\d+(?:\.|$)")
+
+
 LAYERS_HINT = (
     "Say where the layer's number stands: --layers REGEX, with a group `index` and, for more than one stack, a group "
     r"`stack`, as in --layers '^(?P<stack>\w+)\.cell(?P<index>\d+)\.'"

@@ -88,7 +88,7 @@ def draft_tensors(
     for checkpoint in sides.checkpoints:
         first_files.append(first_files[-1] + len(checkpoint.files))
     config = sides.config_of(sides.lead)
-    values_for = _Values(recipe, depth)
+    values_for = TensorValues(recipe, depth)
 
     drafts = []
     for name, row in rows.items():
@@ -147,13 +147,11 @@ def refuse_idle_filters(rules: Rules, names: Collection[str]) -> None:
     """
     for pattern, _ in rules.filters:
         if pattern != "*" and not any(pattern in name for name in names):
-            some_name = printable(next(iter(names)))
-            raise RecipeError(
-                f"lines.filter: {pattern!r} matches none of {len(names):,} tensor names, such as {some_name}"
-            )
+            such_as = f", such as {printable(next(iter(names)))}" if names else ""
+            raise RecipeError(f"lines.filter: {pattern!r} matches none of {len(names):,} tensor names{such_as}")
 
 
-class _Values:
+class TensorValues:
     """The method's parameters by tensor; tensors for which they are the same share one value."""
 
     def __init__(self, recipe: Recipe, depth: DepthMap) -> None:

@@ -1,31 +1,31 @@
 """What `lines inspect` looks at, as far as headers tell: a checkpoint's tensors, each with its place, its kind and the
 coefficient that LiNeS would give it; and with a base, which entries are to be compared.
 
-Nothing here reads tensor data or needs torch. What is found in the numbers (`Findings`) is for `comparison` to measure.
+Nothing here reads tensor data or needs torch.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from lines_cli.checkpoint.header import EXACT_DTYPES, FLOAT_DTYPES, TensorInfo
+from lines_cli.checkpoint.header import EXACT_DTYPES, FLOAT8_DTYPES, FLOAT_DTYPES, TensorInfo
 from lines_cli.checkpoint.reader import Checkpoint, open_checkpoint, unsupported_in
 from lines_cli.checkpoint.sidecars import RECIPE
-from lines_cli.depth import DepthMap, Place, Side, Stack, find_depth
-from lines_cli.draft import Draft, Piece, Slice, draft_tensors, refuse_idle_filters
-from lines_cli.errors import DepthError, LinesError, RecipeError, printable, some
+from lines_cli.depth import DepthMap, Place, Side, find_depth
+from lines_cli.draft import Draft, Piece, Slice, TensorValues, draft_tensors, refuse_idle_filters
+from lines_cli.errors import DepthError, LinesError, MismatchError, RecipeError, printable, some
 from lines_cli.hub import locate
 from lines_cli.kinds import Kind, kind_of
 from lines_cli.layout import natural
 from lines_cli.pairing import Names, Sides, aligned_names, match_names, says_tied, strangers, tied_embedding
-from lines_cli.planning import sides_of
+from lines_cli.planning import UNSCALED, refuse_beyond_range, sides_of, to_float32
 from lines_cli.recipe import Recipe, Scaling
 from lines_cli.recipe_check import edit_recipe, make_recipe
 from lines_cli.recipe_file import load_recipe
@@ -42,7 +42,7 @@ class Part:
         place: its stack and layer; None outside the blocks.
         side: where it stands outside the blocks; None inside.
         kind: what it is a parameter of.
-        coefficient: what LiNeS would scale its update by, in float64.
+        coefficient: what its update is scaled by, in float64; NaN where that is not known.
     """
 
     name: str
@@ -75,6 +75,10 @@ class Span:
         return self.pieces[0].base is not None
 
 
+Origin = Literal["asked", "output", "merge"]
+"""Whose coefficients are told: those that were asked for, an output's own, or those of a merge that is planned."""
+
+
 @dataclass(frozen=True, slots=True)
 class Compared:
     """A tensor that the base and every fine-tune have: its name in each, and where their common entries lie."""
@@ -91,29 +95,36 @@ class Inspection:
     Attributes:
         checkpoints: the base, if there is one; then what is inspected.
         has_base: whether there is one.
+        recipe: what decides the coefficients: of an output its own; else what is asked, or an edit's defaults.
+        of: where that recipe comes from.
         depth: stacks and places; no stack where depth cannot be decided.
-        scaling: alpha, beta and the like.
-        rules: what decides the coefficients.
+        rules: the coefficients, with alpha where it is known.
         parts: every tensor of the (first) inspected checkpoint.
         compared: what the fine-tunes are compared with the base by.
+        not_compared: tensors that are not, each with the reason in words.
+        resized: whether only a part of the rows is compared of some.
         made_by: the recipe of an output of ours.
-        tied: whether the config ties the head to the token embedding; and such heads that are stored all the same,
-            each with its embedding.
+        says_tied: whether the config ties the head to the token embedding.
+        stored_heads: heads that are stored all the same, each with its embedding.
         quantised: why it cannot be computed with.
         notes: what a person should know.
     """
 
     checkpoints: tuple[Checkpoint, ...]
     has_base: bool
+    recipe: Recipe
+    of: Origin
     depth: DepthMap
-    scaling: Scaling
     rules: Rules
-    parts: tuple[Part, ...]
-    compared: tuple[Compared, ...]
-    made_by: Recipe | None
-    tied: tuple[bool, dict[str, str]]
-    quantised: str | None
-    notes: tuple[str, ...]
+    parts: tuple[Part, ...] = ()
+    compared: tuple[Compared, ...] = ()
+    not_compared: Mapping[str, str] = field(default_factory=dict)
+    resized: bool = False
+    made_by: Recipe | None = None
+    says_tied: bool = False
+    stored_heads: Mapping[str, str] = field(default_factory=dict)
+    quantised: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def models(self) -> tuple[Checkpoint, ...]:
@@ -124,6 +135,27 @@ class Inspection:
     def checkpoint(self) -> Checkpoint:
         """What is inspected; of several fine-tunes the first."""
         return self.models[0]
+
+    @property
+    def scaling(self) -> Scaling:
+        """alpha, beta and the like; of a recipe without LiNeS 1 throughout."""
+        return self.recipe.lines or UNSCALED
+
+    @property
+    def knows_coefficients(self) -> bool:
+        """Whether depth is known, or makes no difference."""
+        return bool(self.depth.stacks) or not (self.scaling.needs_depth or self.recipe.parameters_vary)
+
+    def with_alpha(self, alpha: float) -> Inspection:
+        """The same with an alpha that was measured."""
+        rules = self.scaling.rules(self.depth, alpha=alpha)
+        inspection = replace(self, rules=rules)
+        return replace(inspection, parts=tuple(_parts(inspection)))
+
+    def config_of(self, side: int) -> Mapping[str, Any]:
+        """A checkpoint's config; of a lone file, the inspected one's or the first that there is."""
+        configs = (self.checkpoints[side].config, self.checkpoint.config, *(c.config for c in self.checkpoints))
+        return next((config for config in configs if config), {})
 
     @cached_property
     def inputs(self) -> tuple[Path, ...]:
@@ -147,130 +179,19 @@ class Inspection:
         first = 0
         for side, checkpoint in enumerate(self.checkpoints):
             for name, stored in checkpoint.tensors.items():
-                if (side, name) not in told and stored.info.dtype in FLOAT_DTYPES:
+                if (side, name) not in told and stored.info.dtype in FLOAT_DTYPES | FLOAT8_DTYPES:
                     source = Slice(first + stored.file, stored.info.offset, stored.info.dtype)
                     spans.append(Span(name, (Piece(0, stored.info.numel, copy=source),), ((side, name),)))
             first += len(checkpoint.files)
         return spans
 
 
-# --- what the numbers say ---
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """What one fine-tune changed: sums in float64 over the entries that are finite on both sides. Two of them add up.
-
-    Attributes:
-        numel: how many those are.
-        squares: of the update: the sum of `(ft - base)**2`.
-        base_squares: the same of the base's entries.
-        unchanged: how many entries are equal.
-        largest: the greatest `|ft - base|`.
-    """
-
-    numel: int = 0
-    squares: float = 0.0
-    base_squares: float = 0.0
-    unchanged: int = 0
-    largest: float = 0.0
-
-    def __add__(self, other: Change) -> Change:
-        return Change(
-            self.numel + other.numel,
-            self.squares + other.squares,
-            self.base_squares + other.base_squares,
-            self.unchanged + other.unchanged,
-            max(self.largest, other.largest),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Joint:
-    """How the updates of several fine-tunes go together. Where one is not finite it counts as zero. Two of them add up.
-
-    Attributes:
-        numel: entries.
-        products: for each pair of models, (0, 1), (0, 2), ..., (1, 2), ...: the dot product of their updates.
-        opposed: for each pair, how many entries one increases and the other decreases.
-        disagreeing: how many entries any one increases and any other decreases.
-        sum_squares, sum_l1: of the sum of all updates: the sum of squares and of magnitudes.
-    """
-
-    numel: int
-    products: tuple[float, ...]
-    opposed: tuple[int, ...]
-    disagreeing: int
-    sum_squares: float
-    sum_l1: float
-
-    def __add__(self, other: Joint) -> Joint:
-        return Joint(
-            self.numel + other.numel,
-            tuple(a + b for a, b in zip(self.products, other.products, strict=True)),
-            tuple(a + b for a, b in zip(self.opposed, other.opposed, strict=True)),
-            self.disagreeing + other.disagreeing,
-            self.sum_squares + other.sum_squares,
-            self.sum_l1 + other.sum_l1,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """What entries of one checkpoint hold. Two of them add up.
-
-    Attributes:
-        numel: how many.
-        nan, inf: how many are not finite.
-        low, high: the least and the greatest of those that are; inf and -inf if none is.
-        bits: the sum of their bytes, read as whole numbers: equal tensors have equal ones.
-    """
-
-    numel: int = 0
-    nan: int = 0
-    inf: int = 0
-    low: float = math.inf
-    high: float = -math.inf
-    bits: int = 0
-
-    def __add__(self, other: Seen) -> Seen:
-        return Seen(
-            self.numel + other.numel,
-            self.nan + other.nan,
-            self.inf + other.inf,
-            min(self.low, other.low),
-            max(self.high, other.high),
-            self.bits + other.bits,
-        )
-
-
-@dataclass(frozen=True)
-class Findings:
-    """What was measured.
-
-    Attributes:
-        changes: tensor -> what each fine-tune changed of it.
-        joint: tensor -> how they go together; empty for one fine-tune.
-        seen: (checkpoint, tensor) -> what it holds; checkpoints as in `Inspection.checkpoints`.
-        same: for each checkpoint, tensors that hold the same bytes, each with the first that does.
-        changed_files: for each checkpoint, files that are not as its recipe recorded -> how they differ.
-        bytes_read, seconds: of the pass.
-    """
-
-    changes: Mapping[str, tuple[Change, ...]] = field(default_factory=dict)
-    joint: Mapping[str, Joint] = field(default_factory=dict)
-    seen: Mapping[tuple[int, str], Seen] = field(default_factory=dict)
-    same: Mapping[int, tuple[tuple[str, str], ...]] = field(default_factory=dict)
-    changed_files: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
-    bytes_read: int = 0
-    seconds: float = 0.0
-
-
-# --- opening ---
+Named = str | Path
+"""A checkpoint, as its user names it."""
 
 
 def open_inspection(
-    models: Sequence[str], *, base: str | None = None, quiet: bool = False, **scaling: Any
+    models: Named | Sequence[Named], *, base: Named | None = None, quiet: bool = False, **scaling: Any
 ) -> Inspection:
     """Open what is to be inspected: headers, configs, recipes.
 
@@ -278,66 +199,165 @@ def open_inspection(
         models: one checkpoint; or with a base its fine-tunes, one or several.
         base: what they were fine-tuned from.
         quiet: no progress bars while fetching from the Hub.
-        scaling: the fields of `Scaling`. One that is None keeps its default; if all are, an output of ours keeps those
-            of its recipe.
+        scaling: the fields of `Scaling`. One that is None keeps its default: an edit's, or for several fine-tunes those
+            of a merge by task arithmetic, alpha `auto` (which is 1/N) and beta 0.5. If all are None, an output of ours
+            is told with those of its recipe.
 
     Raises:
         CheckpointError: one cannot be found or read.
         UnsupportedError: with a base: one is quantised.
-        MismatchError: with a base: no tensor is in all of them.
+        MismatchError: with a base: nothing in them can be compared.
         RecipeError: an impossible option; several checkpoints, and no base.
     """
-    if base is None and len(models) > 1:
+    if unknown := scaling.keys() - Scaling.model_fields.keys():
+        raise RecipeError(f"{', '.join(sorted(unknown))}: no field of the scaling")
+    names = [str(model) for model in ([models] if isinstance(models, (str, Path)) else models)]
+    if base is None and len(names) != 1:
         raise RecipeError(
-            f"{len(models)} checkpoints, and no base to compare them with",
+            f"{len(names)} checkpoints, and no base to compare them with",
             hint="Name it with --base BASE; or inspect them one at a time.",
         )
-    if base in models:
-        raise RecipeError(f"{base} is the base, and is also to be compared with it", hint="Name it once.")
-    opened = [_opened(name, to_look_at=base is None, quiet=quiet) for name in (*([base] if base else ()), *models)]
-    lead = opened[1 if base else 0]
-    notes: list[str] = []
-    made_by = _recipe_of(lead, notes)
-    chosen = edit_recipe(base or models[0], models[0], **scaling).lines
-    assert chosen is not None
-    if base is None and made_by and made_by.lines and all(value is None for value in scaling.values()):
-        chosen = made_by.lines
-
     if base is None:
-        depth = _depth(lead.tensors, lead.config, chosen, notes)
-        rules = chosen.rules(depth)
-        refuse_idle_filters(rules, lead.tensors)
-        compared: list[Compared] = []
-        config = lead.config
-    else:
-        recipe = _comparing(base, models, chosen)
-        sides = sides_of(recipe, *opened)
-        own = aligned_names(sides, notes)
-        rows = _rows(sides, own, notes)
-        config = sides.config_of(sides.lead)
-        depth = _depth((name for names in own for name in names), config, chosen, notes)
-        rules = chosen.rules(depth)
-        compared = _compared(sides, draft_tensors(recipe, sides, depth, rules, rows), rows, notes)
-    heads = {name: tied for name in lead.tensors if (tied := tied_embedding(name, lead, config)) is not None}
-    quantised = unsupported_in(lead)
-    return Inspection(
-        tuple(opened),
-        base is not None,
-        depth,
-        chosen,
-        rules,
-        tuple(_parts(lead, depth, rules, heads)),
-        tuple(compared),
-        made_by,
-        (says_tied(config), heads),
-        quantised.message if quantised else None,
-        (*notes, *depth.notes),
-    )
+        return _alone(names[0], scaling, quiet=quiet)
+    given = {key: value for key, value in scaling.items() if value is not None}
+    if len(names) > 1 and not {"alpha", "schedule"} & given.keys():
+        given = {"alpha": "auto", "beta": 0.5} | given
+    wanted = edit_recipe(str(base), names[0], **given).lines
+    sources = [{"model": name} for name in names]
+    recipe = make_recipe({"base_model": str(base), "models": sources, "lines": wanted}, where="inspect")
+    return _against(str(base), names, recipe, "asked", quiet=quiet)
+
+
+def open_merge(recipe: Recipe, *, quiet: bool = False) -> Inspection:
+    """Open what a recipe merges, to see what that would come to.
+
+    Args:
+        recipe: of a merge, or of an edit; with a base.
+        quiet: no progress bars while fetching from the Hub.
+
+    Raises:
+        RecipeError: it has no base.
+        LinesError: as `open_inspection`.
+    """
+    if recipe.base_model is None:
+        raise RecipeError("the recipe has no base_model, so there is nothing to compare its models with")
+    names = [source.model for source in recipe.merged if source.model != recipe.base_model]
+    return _against(recipe.base_model, names, recipe, "merge", quiet=quiet)
 
 
 def _opened(name: str, *, to_look_at: bool, quiet: bool) -> Checkpoint:
     found = locate(name, quiet=quiet)
     return open_checkpoint(found.path, name=found.name, hub_id=found.hub_id, to_look_at=to_look_at)
+
+
+def _alone(name: str, scaling: Mapping[str, Any], *, quiet: bool) -> Inspection:
+    asked = edit_recipe(name, name, **scaling)
+    checkpoint = _opened(name, to_look_at=True, quiet=quiet)
+    notes: list[str] = []
+    made_by = _recipe_of(checkpoint, notes)
+    quantised = unsupported_in(checkpoint)
+
+    def told(recipe: Recipe, of: Origin) -> Inspection:
+        depth = _depth(checkpoint.tensors, checkpoint.config, recipe, notes)
+        rules = _rules(recipe, depth)
+        refuse_idle_filters(rules, checkpoint.tensors)
+        return _complete(
+            Inspection(
+                checkpoints=(checkpoint,),
+                has_base=False,
+                recipe=recipe,
+                of=of,
+                depth=depth,
+                rules=rules,
+                made_by=made_by,
+                says_tied=says_tied(checkpoint.config),
+                stored_heads=_heads(checkpoint, checkpoint.config),
+                quantised=quantised.message if quantised else None,
+                notes=(*notes, *depth.notes),
+            )
+        )
+
+    if made_by is not None and all(value is None for value in scaling.values()):
+        try:
+            return told(made_by, "output")
+        except RecipeError as error:
+            notes.append(f"its recipe does not fit its tensors: {error.message}")
+    return told(asked, "asked")
+
+
+def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, quiet: bool) -> Inspection:
+    opened = [_opened(name, to_look_at=False, quiet=quiet) for name in (base, *names)]
+    _refuse_twice(opened)
+    notes: list[str] = []
+    pairing = _pairing(base, names, recipe)
+    sides = sides_of(pairing, *opened)
+    own = aligned_names(sides, notes)
+    rows, not_compared = _rows(sides, own, notes)
+    config = sides.config_of(sides.lead)
+    depth = _depth((name for names in own for name in names), config, recipe, notes)
+    rules = _rules(recipe, depth)
+    drafts = draft_tensors(pairing, sides, depth, rules, rows)
+    not_compared |= {draft.name: f"{draft.misfit} (base first)" for draft in drafts if draft.misfit}
+    fitting = [draft for draft in drafts if not draft.misfit]
+    compared = _compared(sides, fitting, rows, notes)
+    if not compared:
+        everything = some([f"{name}: {why}" for name, why in not_compared.items()])
+        raise MismatchError(
+            f"nothing can be compared between {' and '.join(checkpoint.name for checkpoint in opened)}\n{everything}",
+            hint="Are they of one model?",
+        )
+    _note_dtypes(sides, compared, notes)
+    made_by = _recipe_of(sides.leading, notes) if len(names) == 1 else None
+    if made_by is not None and of == "asked":
+        notes.append(f"{sides.leading.name} is an output of lines; what is told as scaled is scaled once more")
+    return _complete(
+        Inspection(
+            checkpoints=tuple(opened),
+            has_base=True,
+            recipe=recipe,
+            of=of,
+            depth=depth,
+            rules=rules,
+            compared=tuple(compared),
+            not_compared=not_compared,
+            resized=any(draft.rows for draft in fitting),
+            made_by=made_by,
+            says_tied=says_tied(config),
+            stored_heads=_heads(sides.leading, config),
+            notes=(*notes, *depth.notes),
+        )
+    )
+
+
+def _complete(inspection: Inspection) -> Inspection:
+    """With every tensor's place, kind and coefficient."""
+    return replace(inspection, parts=tuple(_parts(inspection)))
+
+
+def _parts(inspection: Inspection) -> Iterator[Part]:
+    """Every tensor; a head that is tied to its embedding has that one's coefficient, as in an edit."""
+    checkpoint, depth, rules = inspection.checkpoint, inspection.depth, inspection.rules
+    values_for = TensorValues(inspection.recipe, depth)
+    kinds: dict[tuple[str, bool], Kind] = {}
+    for name in sorted(checkpoint.tensors, key=natural):
+        place, info = depth.places.get(name), checkpoint.tensors[name].info
+        alike = (_LAYER_NUMBER.sub(".0.", name), place is not None)
+        if alike not in kinds:
+            kinds[alike] = kind_of(name, inside=place is not None)
+        coefficient = math.nan
+        if inspection.knows_coefficients:
+            counts_as = name if place else inspection.stored_heads.get(name, name)
+            coefficient = rules.coefficient(counts_as, depth, scale=values_for(counts_as).get("lambda", 1.0))
+            refuse_beyond_range(name, coefficient if info.dtype == "F64" else to_float32(coefficient))
+        yield Part(name, info, place, None if place else depth.side_of(name), kinds[alike], coefficient)
+
+
+_LAYER_NUMBER = re.compile(r"\.\d+\.")
+
+
+def _heads(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, str]:
+    """The heads that are tied to an embedding and stored all the same."""
+    return {name: tied for name in checkpoint.tensors if (tied := tied_embedding(name, checkpoint, config)) is not None}
 
 
 def _recipe_of(checkpoint: Checkpoint, notes: list[str]) -> Recipe | None:
@@ -352,80 +372,70 @@ def _recipe_of(checkpoint: Checkpoint, notes: list[str]) -> Recipe | None:
         return None
 
 
-def _depth(names: Iterable[str], config: Mapping[str, Any], scaling: Scaling, notes: list[str]) -> DepthMap:
+def _depth(names: Iterable[str], config: Mapping[str, Any], recipe: Recipe, notes: list[str]) -> DepthMap:
     try:
-        return find_depth(dict.fromkeys(names), config=config, layers=scaling.layers)
+        return find_depth(dict.fromkeys(names), config=config, layers=recipe.lines.layers if recipe.lines else None)
     except DepthError as error:
         notes.append(f"depth is unknown: {error.message}\n{error.hint or ''}".strip())
         return DepthMap((), {})
 
 
-def _comparing(base: str, models: Sequence[str], scaling: Scaling) -> Recipe:
-    """The recipe that scales each fine-tune's update: what they have in common is paired as an edit would."""
-    sources = [{"model": model} for model in models]
+def _rules(recipe: Recipe, depth: DepthMap) -> Rules:
+    """The coefficients. `alpha: auto` is 1/N where the merged task vector is the sum; else it is to be measured."""
+    plain = recipe.method.sums and not recipe.parameters and not any(source.parameters for source in recipe.merged)
+    return (recipe.lines or UNSCALED).rules(depth, alpha=1 / len(recipe.merged) if plain else None)
+
+
+def _refuse_twice(opened: Sequence[Checkpoint]) -> None:
+    paths: dict[str, str] = {}
+    for checkpoint in opened:
+        path = os.path.realpath(checkpoint.path)
+        if path in paths:
+            raise RecipeError(f"{paths[path]} and {checkpoint.name} are one checkpoint", hint="Name it once.")
+        paths[path] = checkpoint.name
+
+
+def _pairing(base: str, names: Sequence[str], recipe: Recipe) -> Recipe:
+    """The recipe by which tensors are paired: whatever they have in common, by the fine-tunes' names."""
+    sources = [{"model": name} for name in names]
     settled = {"like": "ft", "resize": "ft", "missing": "skip"}
-    return make_recipe({"base_model": base, "models": sources, "lines": scaling, **settled}, where="inspect")
+    return make_recipe({"base_model": base, "models": sources, "lines": recipe.lines, **settled}, where="inspect")
 
 
-def _rows(sides: Sides, own: Sequence[Mapping[str, str]], notes: list[str]) -> dict[str, Names]:
-    """The tensors that all have; a note tells of the others."""
+def _rows(sides: Sides, own: Sequence[Mapping[str, str]], notes: list[str]) -> tuple[dict[str, Names], dict[str, str]]:
+    """The tensors that all have, with their names in each; and those that some lack, with who has them."""
     rows, incomplete = match_names(sides, own, resize=True, notes=notes)
     if not rows:
         raise strangers(sides)
-    by_owners: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    lacking = {}
     for name, row in incomplete.items():
-        by_owners[tuple(side for side, there in enumerate(row) if there is not None)].append(name)
-    for owners, names in by_owners.items():
-        whose = " and ".join(sides.called(side) for side in owners)
-        notes.append(f"{len(names):,} tensor(s) of {whose} alone, not compared:\n{some(sorted(names))}")
-    return rows
+        owners = (sides.called(side) for side, there in enumerate(row) if there is not None)
+        lacking[name] = f"in {' and '.join(owners)} alone"
+    return rows, lacking
 
 
 def _compared(sides: Sides, drafts: Sequence[Draft], rows: Mapping[str, Names], notes: list[str]) -> list[Compared]:
-    """Where the entries lie that all have; a note tells of tensors that do not fit."""
-    if misfits := [f"{printable(draft.name)}: {draft.misfit}" for draft in drafts if draft.misfit]:
-        notes.append(f"{len(misfits):,} tensor(s) that do not fit, not compared (base first):\n{some(misfits)}")
+    """Where the float entries lie that all have."""
     for draft in drafts:
-        if draft.rows and not draft.misfit:
+        if draft.rows:
             others = " and ".join(f"{number:,}" for number in sorted(draft.rows[0]))
             what = f"{draft.rows[1]:,} rows in {sides.called(1)}, {others} in others"
             notes.append(f"{printable(draft.name)}: {what}; those that all have are compared")
-    pieces = {draft.name: draft.pieces[0] for draft in drafts if not draft.misfit}
     return [
-        Compared(name, rows[name], piece)
-        for name, piece in pieces.items()
-        if not any(source.dtype in EXACT_DTYPES for source in piece.sources)
+        Compared(draft.name, rows[draft.name], draft.pieces[0])
+        for draft in drafts
+        if not any(source.dtype in EXACT_DTYPES for source in draft.pieces[0].sources)
     ]
 
 
-def _parts(checkpoint: Checkpoint, depth: DepthMap, rules: Rules, heads: Mapping[str, str]) -> Iterator[Part]:
-    """Every tensor; a head that is tied to its embedding has that one's coefficient, as in an edit."""
-    for name in sorted(checkpoint.tensors, key=natural):
-        place = depth.places.get(name)
-        side = None if place else depth.side_of(name)
-        coefficient = rules.coefficient(name if place else heads.get(name, name), depth)
-        info = checkpoint.tensors[name].info
-        yield Part(name, info, place, side, kind_of(name, inside=place is not None), coefficient)
-
-
-def pattern_of(stack: Stack, depth: DepthMap) -> str | None:
-    """How the names of a stack's tensors begin, with what counts its layers in braces: `model.layers.{l}`, or
-    `layers.{s}.blocks.{l}` where stages are counted through. None where the stack's name is no prefix of theirs.
-    """
-    names = [name for name, place in depth.places.items() if place.stack == stack.name]
-    begins, layers = [], 0
-    for prefix in stack.name.split("+"):
-        numbered = re.compile(rf"(?P<begin>{re.escape(prefix)}[._]?)(?P<number>\d+)(?P<rest>\..*)")
-        found = [match for name in names if (match := numbered.match(name))]
-        if not found:
-            return None
-        numbers = {match["number"] for match in found}
-        layers += len(numbers)
-        inner = [match["begin"] for each in found if (match := _INNER_NUMBER.match(each["rest"]))]
-        begins.append((found[0]["begin"], inner[0] if inner else ""))
-    if layers == stack.layers:
-        return " + ".join(f"{begin}{{l}}" for begin, _ in begins)
-    return " + ".join(f"{begin}{{s}}{inner}{{l}}" if inner else f"{begin}{{l}}" for begin, inner in begins)
-
-
-_INNER_NUMBER = re.compile(r"(?P<begin>\.(?:\w+\.)?)\d+(?:\.|$)")
+def _note_dtypes(sides: Sides, compared: Sequence[Compared], notes: list[str]) -> None:
+    """Say so where the base was stored in another dtype: then rounding counts as change."""
+    for at, checkpoint in enumerate(sides.models):
+        pairs = {
+            (tensor.piece.base.dtype, tensor.piece.models[at].dtype)
+            for tensor in compared
+            if tensor.piece.base is not None
+        }
+        differing = sorted({f"{ours} on {theirs}" for theirs, ours in pairs if ours != theirs})
+        if differing:
+            notes.append(f"{checkpoint.name} is {', '.join(differing)}: rounding counts as change")

@@ -5,13 +5,16 @@ from __future__ import annotations
 from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
+from typing import TYPE_CHECKING
 
 import yaml
 
 from lines_cli import __version__
 from lines_cli.errors import printable
-from lines_cli.report import Report
 from lines_cli.tables import Bar, Cell, Section, Table, sections
+
+if TYPE_CHECKING:
+    from lines_cli.report import Report
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 62rem; margin: 2rem auto;
@@ -59,8 +62,8 @@ def page(told: Report, figures: Sequence[tuple[str, bytes]]) -> str:
 
 
 def _text(text: str) -> str:
-    """Any name as harmless text; line breaks are kept."""
-    return escape("\n".join(printable(line) for line in text.split("\n")))
+    """Any name as harmless text, on one line."""
+    return escape(printable(text))
 
 
 def _figure(caption: str, svg: bytes) -> str:
@@ -69,7 +72,8 @@ def _figure(caption: str, svg: bytes) -> str:
 
 
 def _facts(section: Section) -> str:
-    rows = "".join(f"<dt>{_text(word)}</dt><dd>{_text(text)}</dd>" for word, text in section.facts)
+    facts = ((word, "\n".join(map(_text, lines))) for word, lines in section.facts)
+    rows = "".join(f"<dt>{_text(word)}</dt><dd>{text}</dd>" for word, text in facts)
     return f"<dl>{rows}</dl>" if rows else ""
 
 
@@ -95,24 +99,17 @@ def _cell(cell: Cell) -> str:
 def _recipe(told: Report) -> list[str]:
     """The recipe that made what is inspected, or that would make what is shown as scaled."""
     title, recipe = "The recipe that made it", told["recipe"]
-    if told.get("fine_tunes"):
-        models = [{"model": tune["model"]} for tune in told["fine_tunes"]]
-        title = "The recipe that scales it so" if len(models) == 1 else "A recipe that merges them so scaled"
-        recipe = {
-            "merge_method": "task_arithmetic",
-            "base_model": told["base"],
-            "models": models,
-            "lines": told["lines"],
-        }
-        if len(models) == 1:
-            recipe["like"] = "ft"
+    if "merge" in told:
+        several = len(told["fine_tunes"]) > 1
+        title, recipe = f"The recipe that {'merges' if several else 'scales'} so", told["merge"]
     if recipe is None:
         return []
-    return [f"<h2>{title}</h2>\n<pre>{_text(yaml.safe_dump(recipe, sort_keys=False, width=100))}</pre>"]
+    lines = yaml.safe_dump(recipe, sort_keys=False, width=100).splitlines()
+    return [f"<h2>{title}</h2>", "<pre>" + "\n".join(map(_text, lines)) + "</pre>"]
 
 
 def _notes(notes: Sequence[str]) -> list[str]:
     if not notes:
         return []
-    items = "".join(f"<li>{_text(note)}</li>" for note in notes)
+    items = "".join(f"<li>{'<br>'.join(map(_text, note.splitlines()))}</li>" for note in notes)
     return [f"<h2>Notes</h2>\n<ul>{items}</ul>"]

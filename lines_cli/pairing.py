@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -296,6 +296,17 @@ def tied_embedding(name: str, side: Checkpoint, config: Mapping[str, Any]) -> st
     alike = [other for other in side.tensors if _module(other) in _TOKEN_EMBEDDINGS and is_vocabulary(other)]
     embeddings = [other for other in alike if side.tensors[other].info.shape == shape]
     return min(embeddings, key=lambda other: (_module(other) != "shared", other.count("."), other), default=None)
+
+
+def tied_copies(names: Collection[str], side: Checkpoint, config: Mapping[str, Any]) -> set[str]:
+    """Of tensors that hold the same, those that do so by design: heads that are tied to an embedding among them, and
+    the token embeddings of an encoder-decoder beside its `shared` one.
+    """
+    embeddings = [name for name in names if _module(name) in _TOKEN_EMBEDDINGS and is_vocabulary(name)]
+    tied = {name for name in names if embeddings and tied_embedding(name, side, config) is not None}
+    if any(_module(name) == "shared" for name in embeddings):
+        tied |= {name for name in embeddings if _module(name) == "embed_tokens"}
+    return tied
 
 
 def _module(name: str) -> str:

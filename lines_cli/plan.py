@@ -251,32 +251,16 @@ class Plan:
 
     def coefficients(self) -> list[tuple[str, list[float]]]:
         """Each stack's name, and the coefficient of each of its layers (filters apart)."""
-        value = self.rules.inside_value
-        return [
-            (
-                stack.name,
-                [
-                    value(stack.name, index, stack.layers, scale=self._scale(position(index, stack.layers)))
-                    for index in range(stack.layers)
-                ],
-            )
-            for stack in self.depth.stacks
-        ]
+        return layer_coefficients(self.recipe, self.rules, self.depth)
 
     def outside(self) -> tuple[float, float]:
         """The coefficients outside the blocks, before and behind them (filters apart)."""
-        scale = self._scale(0.0)
-        return self.rules.outside_value("before", scale=scale), self.rules.outside_value("after", scale=scale)
+        return outside_coefficients(self.recipe, self.rules)
 
     def filters(self) -> list[tuple[str, float]]:
         """The patterns that fix coefficients, and the coefficient of each."""
-        scale = self._scale(0.0)
+        scale = _lambda(self.recipe, 0.0)
         return [(pattern, scale * value) for pattern, value in self.rules.filters]
-
-    def _scale(self, position: float) -> float:
-        """`lambda` at a place in the depth, 0 to 1."""
-        scale: float = self.recipe.values("", position).get("lambda", 1.0)
-        return scale
 
     @property
     def parameters(self) -> int:
@@ -378,6 +362,34 @@ class Plan:
             "passes": [{"measures": what, "bytes": times * self.bytes_measured} for what, times in self.passes],
             "notes": list(self.notes),
         }
+
+
+def layer_coefficients(recipe: Recipe, rules: Rules, depth: DepthMap) -> list[tuple[str, list[float]]]:
+    """Each stack's name, and the coefficient of each of its layers (filters apart); NaN where alpha is not known."""
+    return [
+        (
+            stack.name,
+            [
+                rules.inside_value(
+                    stack.name, index, stack.layers, scale=_lambda(recipe, position(index, stack.layers))
+                )
+                for index in range(stack.layers)
+            ],
+        )
+        for stack in depth.stacks
+    ]
+
+
+def outside_coefficients(recipe: Recipe, rules: Rules) -> tuple[float, float]:
+    """The coefficients outside the blocks, before and behind them (filters apart)."""
+    scale = _lambda(recipe, 0.0)
+    return rules.outside_value("before", scale=scale), rules.outside_value("after", scale=scale)
+
+
+def _lambda(recipe: Recipe, at: float) -> float:
+    """The scale of what is merged, at a place in the depth, 0 to 1."""
+    scale: float = recipe.values("", at).get("lambda", 1.0)
+    return scale
 
 
 def _known(value: float) -> float | None:

@@ -72,7 +72,7 @@ def make_plan(recipe: Recipe, sides: Sides, output: Path) -> Plan:
     own = aligned_names(sides, notes)
     rows = pair_tensors(sides, own, recipe, notes)
     depth = _depth(recipe, sides, [name for names in own for name in names], notes)
-    rules = (recipe.lines or _UNSCALED).rules(depth)
+    rules = (recipe.lines or UNSCALED).rules(depth)
     notes += [
         f"filter {part!r} among the parameters is part of no tensor name, and says nothing"
         for part in sorted(recipe.filters)
@@ -155,7 +155,7 @@ def _decided(plan: Plan) -> Plan:
     if plan.recipe.lines is not None and plan.recipe.lines.needs_alpha and not plan.needs.norms:
         norms = plan.statistics.norms
         alpha = norms.alpha if norms else 1 / plan.number_of_models  # the merged task vector is the sum
-    rules = (plan.recipe.lines or _UNSCALED).rules(plan.depth, alpha=alpha)
+    rules = (plan.recipe.lines or UNSCALED).rules(plan.depth, alpha=alpha)
     plan = replace(plan, rules=rules)
     return replace(plan, tensors=tuple(_with_coefficient(plan, tensor) for tensor in plan.tensors))
 
@@ -163,7 +163,7 @@ def _decided(plan: Plan) -> Plan:
 _MUCH = 3.0  # alpha lies below 1 in the paper's uses
 
 
-_UNSCALED = Scaling(alpha=1.0, beta=0.0)
+UNSCALED = Scaling(alpha=1.0, beta=0.0)
 """What the merged task vector is scaled by where the recipe has no `lines:`, lambda apart."""
 
 
@@ -227,13 +227,22 @@ def _with_coefficient(plan: Plan, tensor: TensorPlan) -> TensorPlan:
         return replace(tensor, coefficient=0.0 if _is_of_base(plan, draft) else 1.0)
     coefficient = _coefficient(plan.depth, plan.rules, draft)
     rounded = coefficient if tensor.in_float64 else to_float32(coefficient)
-    if math.isinf(rounded):
-        raise RecipeError(
-            f"the coefficient of {printable(tensor.name)} is {coefficient:g}, beyond what float32 can hold",
-            hint="Coefficients usually lie between 0 and 2.",
-        )
+    refuse_beyond_range(tensor.name, rounded)
     pieces = tuple(_decide(plan, draft, piece, rounded) for piece in draft.pieces)
     return TensorPlan(draft, tensor.file, tensor.info, tensor.place, coefficient, tensor.in_float64, pieces)
+
+
+def refuse_beyond_range(name: str, coefficient: float) -> None:
+    """Refuse a tensor's coefficient that is infinite once it is rounded.
+
+    Raises:
+        RecipeError: it is.
+    """
+    if math.isinf(coefficient):
+        raise RecipeError(
+            f"the coefficient of {printable(name)} is beyond what float32 can hold",
+            hint="Coefficients usually lie between 0 and 2.",
+        )
 
 
 def _is_of_base(plan: Plan, draft: Draft) -> bool:

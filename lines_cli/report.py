@@ -1,5 +1,5 @@
-"""What `lines inspect` tells, as plain values that JSON can hold (docs/json.md describes them). Tables and figures show
-what stands here, and nothing else.
+"""What `lines inspect` tells, as plain values that JSON can hold (docs/inspect.md describes them). Tables and figures
+show what stands here, and nothing else.
 """
 
 from __future__ import annotations
@@ -12,10 +12,15 @@ from itertools import combinations
 from operator import add
 from typing import Any, TypeVar
 
+from lines_cli.checkpoint.header import FLOAT8_DTYPES, FLOAT_DTYPES
 from lines_cli.checkpoint.reader import Checkpoint
-from lines_cli.inspection import Change, Findings, Inspection, Joint, Part, Seen, pattern_of
+from lines_cli.depth import pattern_of
+from lines_cli.findings import Change, Findings, Joint, Seen
+from lines_cli.inspection import Inspection, Part
 from lines_cli.kinds import KINDS
-from lines_cli.pairing import tied_embedding
+from lines_cli.layout import natural
+from lines_cli.pairing import tied_copies
+from lines_cli.plan import Norms, layer_coefficients, outside_coefficients
 
 Report = dict[str, Any]
 """Nested dicts and lists of plain values."""
@@ -37,6 +42,8 @@ def make_report(inspection: Inspection, findings: Findings | None = None, *, ten
         findings: what the numbers tell, if they were read.
         tensors: also every single tensor.
     """
+    if findings is not None and findings.norms is not None and inspection.scaling.needs_alpha and findings.norms.merged:
+        inspection = inspection.with_alpha(findings.norms.alpha)
     changes = [_changes(findings, model) for model in range(len(inspection.models))] if findings else []
     one = changes[0] if inspection.has_base and len(changes) == 1 else None
 
@@ -53,10 +60,13 @@ def make_report(inspection: Inspection, findings: Findings | None = None, *, ten
             dtype: _counts(parts) for dtype, parts in sorted(_grouped(inspection, lambda part: part.info.dtype).items())
         },
         **_groups(inspection, own),
-        "tied": {"config": inspection.tied[0], "stored": [list(pair) for pair in inspection.tied[1].items()]},
+        "tied": {
+            "config": inspection.says_tied,
+            "stored": [list(pair) for pair in inspection.stored_heads.items()],
+        },
         "quantised": inspection.quantised,
         "recipe": inspection.made_by.model_dump(mode="json", exclude_none=True) if inspection.made_by else None,
-        "lines": inspection.scaling.model_dump(mode="json", exclude_none=True),
+        "scaling": _scaling(inspection),
         "notes": list(inspection.notes),
     }
     if tensors:
@@ -64,9 +74,11 @@ def make_report(inspection: Inspection, findings: Findings | None = None, *, ten
     if findings is None:
         return told
     if inspection.has_base:
+        told["not_compared"] = [{"tensor": name, "why": why} for name, why in inspection.not_compared.items()]
         told["fine_tunes"] = [_fine_tune(inspection, findings, model) for model in range(len(inspection.models))]
-        told["together"] = _together(inspection, findings) if findings.joint else None
-    told["health"] = [_health(findings, side, checkpoint) for side, checkpoint in enumerate(inspection.checkpoints)]
+        told["merge"] = _merge(inspection)
+        told["together"] = _together(inspection, findings) if len(changes) > 1 else None
+    told["health"] = [_health(inspection, findings, side) for side in range(len(inspection.checkpoints))]
     told["bytes_read"], told["seconds"] = findings.bytes_read, round(findings.seconds, 3)
     return told
 
@@ -87,6 +99,38 @@ _PROBLEMS = {
     "zero": "tensors of zeros",
     "same": "tensors that are another's duplicate",
     "changed_files": "files that are not as lines wrote them",
+}
+
+
+def _scaling(inspection: Inspection) -> Report:
+    """Where the coefficients come from: the `lines:` of a recipe, and what alpha is if that says auto."""
+    recipe = inspection.recipe
+    alpha = None if isinstance(inspection.scaling.schedule, tuple) else _finite(inspection.rules.schedule.first)
+    return {
+        "of": inspection.of,
+        "lines": recipe.lines.model_dump(mode="json", exclude_none=True) if recipe.lines else None,
+        "lambda": recipe.parameters.get("lambda"),
+        "alpha": alpha,
+    }
+
+
+def _merge(inspection: Inspection) -> Report:
+    """The recipe that would give what is told as scaled; of several fine-tunes the merge of them."""
+    recipe: Report = inspection.recipe.model_dump(mode="json", exclude_none=True)
+    if inspection.of == "asked":
+        recipe["like"] = "ft" if len(inspection.models) == 1 else "base"
+        if inspection.resized:
+            recipe["resize"] = "ft"
+        if inspection.not_compared:
+            recipe["missing"] = "ft"
+    return {key: value for key, value in recipe.items() if key == "like" or value not in ({}, *_UNSAID.get(key, ()))}
+
+
+_UNSAID: dict[str, tuple[Any, ...]] = {
+    "allow_nonfinite": (False,),
+    "missing": ("error",),
+    "resize": ("error",),
+    "max_shard_size": (5_000_000_000,),
 }
 
 
@@ -117,12 +161,13 @@ def _groups(inspection: Inspection, numbers: Numbers) -> Report:
     stacks = _grouped(inspection, lambda part: part.place and part.place.stack)
     sides = _grouped(inspection, lambda part: part.side)
     kinds = _grouped(inspection, lambda part: part.kind)
-    value = inspection.rules.inside_value
-    by_layer = {
-        (stack.name, index): value(stack.name, index, stack.layers)
-        for stack in inspection.depth.stacks
-        for index in range(stack.layers)
-    }
+    by_layer: dict[tuple[str, int], float | None] = {}
+    known = inspection.knows_coefficients
+    for stack, values in layer_coefficients(inspection.recipe, inspection.rules, inspection.depth):
+        by_layer.update({(stack, index): _finite(value) for index, value in enumerate(values)})
+    before, after = (
+        _finite(value) if known else None for value in outside_coefficients(inspection.recipe, inspection.rules)
+    )
     places = {(place.stack, place.index): parts for place, parts in layers.items() if place}
     return {
         "stacks": [
@@ -142,8 +187,8 @@ def _groups(inspection: Inspection, numbers: Numbers) -> Report:
         ],
         "outside": {
             **numbers(stacks[None]),
-            "before": {"coefficient": inspection.rules.outside_value("before"), **numbers(sides["before"])},
-            "after": {"coefficient": inspection.rules.outside_value("after"), **numbers(sides["after"])},
+            "before": {"coefficient": before, **numbers(sides["before"])},
+            "after": {"coefficient": after, **numbers(sides["after"])},
         },
         "kinds": [{"kind": kind, **numbers(kinds[kind])} for kind in KINDS if kinds[kind]],
     }
@@ -169,7 +214,7 @@ def _tensor(part: Part) -> Report:
         "index": part.place.index if part.place else None,
         "side": part.side,
         "kind": part.kind,
-        "coefficient": part.coefficient,
+        "coefficient": _finite(part.coefficient),
     }
 
 
@@ -182,15 +227,18 @@ def _changes(findings: Findings, model: int) -> Numbers:
     def numbers(parts: Sequence[Part]) -> Report:
         known = [(part, findings.changes[part.name][model]) for part in parts if part.name in findings.changes]
         whole = reduce(add, (change for _, change in known), Change())
-        scaled = math.sqrt(sum(part.coefficient**2 * change.squares for part, change in known))
-        base, norm = math.sqrt(whole.base_squares), math.sqrt(whole.squares)
+        base, norm = _norm(whole.base_squares), _norm(whole.squares)
+        scaled = _norm(sum(part.coefficient * part.coefficient * change.squares for part, change in known))
+        if whole.squares == 0 and whole.unchanged < whole.numel:
+            norm = scaled = None  # so small that float64 cannot hold their squares
         told = {
-            "update_norm": _finite(norm),
+            "update_norm": norm,
             "relative_norm": _ratio(norm, base),
             "unchanged": _ratio(whole.unchanged, whole.numel),
             "largest": _finite(whole.largest),
-            "scaled_norm": _finite(scaled),
+            "scaled_norm": scaled,
             "scaled_relative_norm": _ratio(scaled, base),
+            "scaled_largest": _finite(max((abs(part.coefficient) * c.largest for part, c in known), default=0.0)),
         }
         return told if whole.numel else dict.fromkeys(told)
 
@@ -205,7 +253,7 @@ def _fine_tune(inspection: Inspection, findings: Findings, model: int) -> Report
 
     def squares(third: Callable[[float], bool], *, scaled: bool) -> float:
         return sum(
-            changes[part.name].squares * (part.coefficient**2 if scaled else 1)
+            changes[part.name].squares * (part.coefficient * part.coefficient if scaled else 1)
             for part in parts
             if part.place and third((part.place.index + 0.5) / inspection.depth.layers[part.place.stack])
         )
@@ -239,62 +287,90 @@ def _together(inspection: Inspection, findings: Findings) -> Report:
     models = len(inspection.models)
 
     def numbers(parts: Sequence[Part]) -> Report:
-        names = [part.name for part in parts if part.name in findings.joint]
-        if not names:
-            return _interference(None, [0.0] * models)
-        joint = reduce(add, (findings.joint[name] for name in names))
-        norms = [math.sqrt(sum(findings.changes[name][model].squares for name in names)) for model in range(models)]
-        return _interference(joint, norms)
+        known = [(findings.joint[part.name], part.coefficient) for part in parts if part.name in findings.joint]
+        entries = sum(joint.numel for joint, _ in known)
+        opposed = [sum(pair) for pair in zip(*(joint.opposed for joint, _ in known), strict=True)]
+        told = {
+            "disagreement": _ratio(sum(joint.disagreeing for joint, _ in known), entries),
+            "opposed": _matrix(models, [_ratio(pair, entries) for pair in opposed], same=0.0 if entries else None),
+            **_sums(models, [(joint, 1.0) for joint, _ in known]),
+        }
+        return told | {f"scaled_{key}": value for key, value in _sums(models, known).items()}
 
-    l1 = sum(joint.sum_l1 for joint in findings.joint.values())
-    groups = _groups(inspection, numbers)
     return {
         "models": [model.name for model in inspection.models],
         **numbers(inspection.parts),
-        # For task arithmetic, whose merged task vector is the sum.
-        "auto": {
-            "method": "task_arithmetic",
-            "alpha": _ratio(l1, models * l1),
-            "sum": _finite(l1),
-            "merged": _finite(l1),
-        },
-        **{key: groups[key] for key in ("stacks", "layers", "outside", "kinds")},
+        "auto": _auto(inspection, findings),
+        **_groups(inspection, numbers),
     }
 
 
-def _interference(joint: Joint | None, norms: Sequence[float]) -> Report:
-    models = len(norms)
-    cosine: list[list[float | None]] = [
-        [1.0 if norms[a] and a == b else None for b in range(models)] for a in range(models)
-    ]
-    opposed: list[list[float | None]] = [[0.0 if a == b else None for b in range(models)] for a in range(models)]
+def _sums(models: int, known: Sequence[tuple[Joint, float]]) -> Report:
+    """How the updates of several tensors go together, each tensor's times a coefficient."""
+    squared = [(joint, factor * factor) for joint, factor in known if joint.numel]
+    if not squared:
+        return {"cosine": _matrix(models, (), same=None), "norm_of_sum": None, "sum_of_norms": None}
+    norms = [math.sqrt(sum(square * joint.squares[model] for joint, square in squared)) for model in range(models)]
+    cosines = []
     for pair, (a, b) in enumerate(combinations(range(models), 2)):
-        cosine[a][b] = cosine[b][a] = _ratio(joint.products[pair], norms[a] * norms[b]) if joint else None
-        opposed[a][b] = opposed[b][a] = _ratio(joint.opposed[pair], joint.numel) if joint else None
+        ratio = _ratio(sum(square * joint.products[pair] for joint, square in squared), norms[a] * norms[b])
+        cosines.append(None if ratio is None else max(-1.0, min(1.0, ratio)))
+    cosine = _matrix(models, cosines, same=1.0)
+    for model, norm in enumerate(norms):
+        cosine[model][model] = 1.0 if norm and math.isfinite(norm) else None
     return {
         "cosine": cosine,
-        "opposed": opposed,
-        "disagreement": _ratio(joint.disagreeing, joint.numel) if joint else None,
-        "norm_of_sum": _finite(math.sqrt(joint.sum_squares)) if joint else None,
-        "sum_of_norms": _finite(sum(norms)) if joint else None,
+        "norm_of_sum": _norm(sum(square * joint.sum_squares for joint, square in squared)),
+        "sum_of_norms": _finite(sum(norms)),
+    }
+
+
+def _matrix(models: int, pairs: Sequence[float | None], *, same: float | None) -> list[list[float | None]]:
+    """Models by models, from a value for each pair and one for a model with itself."""
+    found: list[list[float | None]] = [[same if a == b else None for b in range(models)] for a in range(models)]
+    for (a, b), value in zip(combinations(range(models), 2), pairs, strict=False):
+        found[a][b] = found[b][a] = value
+    return found
+
+
+def _auto(inspection: Inspection, findings: Findings) -> Report:
+    """What `alpha: auto` of the recipe would be, and the L1 norms behind it."""
+    recipe, models = inspection.recipe, len(inspection.models)
+    norms = findings.norms
+    if norms is None:  # the merged task vector is the sum
+        l1 = sum(joint.sum_l1 for joint in findings.joint.values())
+        norms = Norms(l1, l1, models)
+    alpha = norms.alpha if norms.merged and math.isfinite(norms.merged) else None
+    return {
+        "method": recipe.merge_method,
+        "alpha": alpha,
+        "sum": _finite(norms.total),
+        "merged": _finite(norms.merged),
     }
 
 
 # --- health ---
 
 
-def _health(findings: Findings, side: int, checkpoint: Checkpoint) -> Report:
-    seen = {name: found for (where, name), found in findings.seen.items() if where == side}
-    same = [
-        (name, first)
-        for name, first in findings.same.get(side, ())
-        if tied_embedding(name, checkpoint, checkpoint.config) != first
-        and tied_embedding(first, checkpoint, checkpoint.config) != name
+def _health(inspection: Inspection, findings: Findings, side: int) -> Report:
+    checkpoint, config = inspection.checkpoints[side], inspection.config_of(side)
+    names = sorted((name for where, name in findings.seen if where == side), key=natural)
+    seen = {name: findings.seen[side, name] for name in names}
+    others = [
+        stored.info.dtype
+        for stored in checkpoint.tensors.values()
+        if stored.info.dtype not in FLOAT_DTYPES | FLOAT8_DTYPES
     ]
+    same = []
+    for group in findings.same.get(side, ()):
+        tied = tied_copies(group, checkpoint, config)
+        first, *others = [name for name in group if name not in tied] or group[:1]
+        same += [(name, first) for name in others]
     beyond = {name: _cannot_hold(checkpoint.tensors[name].info.dtype, found) for name, found in seen.items()}
     return {
         "checkpoint": checkpoint.name,
         "tensors": len(seen),
+        "not_looked_into": dict(sorted(Counter(others).items())),
         "nonfinite": [
             {"tensor": name, "nan": found.nan, "inf": found.inf}
             for name, found in seen.items()
@@ -322,8 +398,12 @@ def _cannot_hold(dtype: str, found: Seen) -> list[str]:
     return [narrower for narrower in _NARROWER.get(dtype, ()) if _largest(found) >= OVERFLOWS[narrower]]
 
 
-def _ratio(part: float, whole: float) -> float | None:
-    return _finite(part / whole) if whole else None
+def _ratio(part: float | None, whole: float | None) -> float | None:
+    return _finite(part / whole) if part is not None and whole and math.isfinite(whole) else None
+
+
+def _norm(squares: float) -> float | None:
+    return _finite(math.sqrt(squares))
 
 
 def _finite(value: float) -> float | None:

@@ -1,18 +1,23 @@
 """A report as tables and sentences: what a terminal and a page of HTML show alike. Plain values; nothing is drawn here.
 
-Names come from strangers' files: whoever shows them makes them harmless.
+Every cell, title and line of a fact is one line of text. Names in them come from strangers' files: whoever shows them
+makes them harmless.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lines_cli.report import Report
+if TYPE_CHECKING:
+    from lines_cli.report import Report
 
 FOLDED = 12
 """Most rows that a stack has, unless all are asked for."""
+_ABREAST = 8  # fine-tunes that have a column each, unless all are asked for
+_MOST_NAMES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,18 +32,22 @@ Cell = str | Bar
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows under headings. The first column is text, the others are numbers, the last may be bars."""
+    """Rows under headings. The first column is text, the others are numbers; one without a heading holds bars."""
 
     headings: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
 
 
+Fact = tuple[str, tuple[str, ...]]
+"""A word (or none), and lines of text."""
+
+
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A heading (or none), sentences with a word before each, and tables with what is to say of each."""
+    """A heading, facts, and tables with a title (or none) each."""
 
     title: str
-    facts: tuple[tuple[str, str], ...] = ()
+    facts: tuple[Fact, ...] = ()
     tables: tuple[tuple[str, Table], ...] = ()
 
 
@@ -47,7 +56,7 @@ def sections(told: Report, *, full: bool = False) -> list[Section]:
 
     Args:
         told: from `lines_cli.report.make_report`.
-        full: every layer and name, however many.
+        full: every layer, fine-tune and name, however many.
     """
     found = [_headers(told, full=full)]
     fine_tunes = told.get("fine_tunes", [])
@@ -55,8 +64,9 @@ def sections(told: Report, *, full: bool = False) -> list[Section]:
         found.append(_fine_tune(told, fine_tunes[0], full=full))
     elif fine_tunes:
         found.append(_fine_tunes(told, fine_tunes, full=full))
-        if told["together"]:
-            found.append(_together(told["together"], full=full))
+        found.append(_together(told["together"], full=full))
+    if told.get("not_compared"):
+        found.append(_not_compared(told["not_compared"], full=full))
     if "map" in told:
         found.append(_map(told["map"]))
     if "health" in told:
@@ -68,76 +78,72 @@ def sections(told: Report, *, full: bool = False) -> list[Section]:
 
 
 def _headers(told: Report, *, full: bool) -> Section:
-    files = told["files"]
-    held = "1 file" if len(files) == 1 else f"{len(files)} files"
-    dtypes = told["dtypes"]
-    by_dtype = ", ".join(
-        dtype if len(dtypes) == 1 else f"{dtype} {size(counts['bytes'])}" for dtype, counts in dtypes.items()
-    )
-    counts = f"{told['tensors']:,} tensors, {count(told['parameters'])} parameters, {size(told['bytes'])} ({by_dtype})"
-    facts = [("", f"{held}, {counts}")]
-    if told["base"] is not None:
-        facts.append(("base", told["base"]))
-    tied = told["tied"]
-    facts += [("tied", f"{head} to {embedding}, by config.json; both are stored") for head, embedding in tied["stored"]]
-    if tied["config"] and not tied["stored"]:
-        facts.append(("tied", "the head to the token embedding, by config.json"))
-    if told["quantised"]:
-        facts.append(("quantised", told["quantised"]))
-    if told["recipe"]:
-        facts.append(("recipe", _recipe(told["recipe"])))
+    facts = [_held(told), *_known(told)]
     rows = [
         (
             stack["name"] or "(no prefix)",
             f"{stack['layers']}",
             *_amounts(stack),
-            _coefficient(stack["first"]),
-            _coefficient(stack["last"]),
+            coefficient(stack["first"]),
+            coefficient(stack["last"]),
         )
         for stack in told["stacks"]
     ]
-    outside = told["outside"]
-    for side, where in (("before", "outside, before"), ("after", "outside, behind")):
-        if outside[side]["tensors"]:
-            value = _coefficient(outside[side]["coefficient"])
-            rows.append((where, "", *_amounts(outside[side]), value, value))
+    for side, where in _SIDES:
+        group = told["outside"][side]
+        if group["tensors"]:
+            value = coefficient(group["coefficient"])
+            rows.append((f"outside, {where}", "", *_amounts(group), value, value))
     tables = [("", Table(("stack", "layers", "tensors", "parameters", "bytes", "first", "last"), tuple(rows)))]
     if not told.get("fine_tunes"):
         tables += [_layers_of(told, stack, full=full) for stack in told["stacks"]]
-    names = [f"{stack['names']}" for stack in told["stacks"] if stack["names"]]
-    facts += [("names", ", ".join(names))] if names else []
-    facts.append(("LiNeS", _scaling(told["lines"])))
     return Section(told["checkpoint"], tuple(facts), tuple(tables))
 
 
-def _amounts(counts: Report) -> tuple[str, str, str]:
-    return f"{counts['tensors']:,}", count(counts["parameters"]), size(counts["bytes"])
+_SIDES = (("before", "before"), ("after", "behind"))
 
 
-def _layers_of(told: Report, stack: Report, *, full: bool) -> tuple[str, Table]:
-    layers = [layer for layer in told["layers"] if layer["stack"] == stack["name"]]
-    most = max((abs(layer["coefficient"]) for layer in layers), default=0)
-    shown, more = _folded(layers, full=full)
-    rows = tuple(
-        (
-            f"{layer['index']}",
-            *_amounts(layer),
-            _coefficient(layer["coefficient"]),
-            _bar(abs(layer["coefficient"]), most),
-        )
-        for layer in shown
+def _held(told: Report) -> Fact:
+    files, dtypes = told["files"], told["dtypes"]
+    by_dtype = ", ".join(
+        dtype if len(dtypes) == 1 else f"{dtype} {size(counts['bytes'])}" for dtype, counts in dtypes.items()
     )
-    return _titled(stack, more), Table(("layer", "tensors", "parameters", "bytes", "c", ""), rows)
+    held = f"{len(files)} file{'s' if len(files) > 1 else ''}, {told['tensors']:,} tensors"
+    amounts = f"{count(told['parameters'])} parameters, {size(told['bytes'])}{f' ({by_dtype})' if by_dtype else ''}"
+    others = len(told.get("fine_tunes", ())) - 1
+    return "", (f"{held}, {amounts}", *(["(the first of several, whose headers these are)"] if others > 0 else []))
 
 
-def _titled(stack: Report, more: str) -> str:
-    return f"{stack['name'] or '(no prefix)'}{more}"
+def _known(told: Report) -> Iterable[Fact]:
+    if told["base"] is not None:
+        yield "base", (told["base"],)
+    tied = told["tied"]
+    if tied["stored"]:
+        yield "tied", tuple(f"{head} to {to}, by config.json; both are stored" for head, to in tied["stored"])
+    elif tied["config"]:
+        yield "tied", ("the head to the token embedding, by config.json",)
+    if told["quantised"]:
+        yield "quantised", (told["quantised"],)
+    if names := [stack["names"] for stack in told["stacks"] if stack["names"]]:
+        yield "names", (", ".join(names),)
+    if told["recipe"]:
+        yield "recipe", (_recipe(told["recipe"]),)
+    yield "LiNeS", (_scaling(told["scaling"]),)
 
 
-def _scaling(lines: Report) -> str:
-    """How the coefficients were chosen."""
-    said = [f"{key} {_plain(lines[key])}" for key in ("alpha", "beta", "gamma") if key in lines]
-    said += [f"{key} {_plain(lines[key])}" for key in ("schedule", "outside")]
+def _scaling(scaling: Report) -> str:
+    """How the coefficients are chosen, and by whom."""
+    of = {"output": "as in its recipe: ", "merge": "as in the recipe: ", "asked": ""}[scaling["of"]]
+    if scaling["lines"] is None:
+        return f"{of}none; every coefficient is lambda, {_plain(scaling['lambda'] or 1.0)}"
+    text = of + _lines(scaling["lines"])
+    if scaling["lines"].get("alpha") == "auto":
+        text += "; auto is to be measured" if scaling["alpha"] is None else f"; auto is {number(scaling['alpha'])}"
+    return text if scaling["lambda"] is None else f"{text}; times lambda, {_plain(scaling['lambda'])}"
+
+
+def _lines(lines: Report) -> str:
+    said = [f"{key} {_plain(lines[key])}" for key in ("alpha", "beta", "gamma", "schedule", "outside") if key in lines]
     said += [
         f"{key} {name}={_plain(value)}" for key in ("stacks", "filter") for name, value in lines.get(key, {}).items()
     ]
@@ -145,13 +151,12 @@ def _scaling(lines: Report) -> str:
 
 
 def _recipe(recipe: Report) -> str:
-    models = ", ".join(source["model"] for source in recipe["models"])
+    models = ", ".join(os.path.normpath(source["model"]) for source in recipe["models"])
     text = f"{recipe['merge_method']} of {models}"
-    text += f" on {recipe['base_model']}" if "base_model" in recipe else ""
+    text += f" on {os.path.normpath(recipe['base_model'])}" if "base_model" in recipe else ""
     said = [f"{key} {_plain(value)}" for key, value in recipe.get("parameters", {}).items()]
     said += [f"dtype {recipe['dtype']}"] if "dtype" in recipe else []
-    lines = f"; LiNeS with {_scaling(recipe['lines'])}" if "lines" in recipe else "; no LiNeS"
-    return text + (f" with {', '.join(said)}" if said else "") + lines
+    return text + (f" with {', '.join(said)}" if said else "")
 
 
 def _plain(value: Any) -> str:
@@ -162,62 +167,99 @@ def _plain(value: Any) -> str:
     return number(value) if isinstance(value, float) else str(value)
 
 
-# --- one fine-tune ---
+def _amounts(counts: Report) -> tuple[str, str, str]:
+    return f"{counts['tensors']:,}", count(counts["parameters"]), size(counts["bytes"])
 
-_CHANGES = ("update", "relative", "unchanged", "largest", "c", "scaled", "")
+
+def _layers_of(told: Report, stack: Report, *, full: bool) -> tuple[str, Table]:
+    layers = _of(told["layers"], stack)
+    most = max((abs(layer["coefficient"] or 0) for layer in layers), default=0)
+    shown, more = _folded(layers, full=full)
+    rows = tuple(
+        (
+            f"{layer['index']}",
+            *_amounts(layer),
+            coefficient(layer["coefficient"]),
+            _bar(abs(layer["coefficient"] or 0), most),
+        )
+        for layer in shown
+    )
+    return _titled(stack, more), Table(("layer", "tensors", "parameters", "bytes", "c", ""), rows)
+
+
+def _of(rows: Sequence[Report], stack: Report) -> list[Report]:
+    return [row for row in rows if row["stack"] == stack["name"]]
+
+
+def _titled(stack: Report, more: str) -> str:
+    return f"{stack['name'] or '(no prefix)'}{more}"
+
+
+# --- one fine-tune ---
 
 
 def _fine_tune(told: Report, tune: Report, *, full: bool) -> Section:
     most = max((layer["relative_norm"] or 0 for layer in tune["layers"]), default=0)
 
-    def row(name: str, group: Report, coefficient: float | None, *, barred: bool = True) -> tuple[Cell, ...]:
-        bar = _bar(group["relative_norm"] or 0, most) if barred else Bar(0)
-        cells = (number(group["update_norm"]), share(group["relative_norm"]), share(group["unchanged"]))
-        value = "" if coefficient is None else _coefficient(coefficient)
-        return (name, *cells, number(group["largest"]), value, number(group["scaled_norm"]), bar)
+    def row(name: str, group: Report, value: str) -> tuple[Cell, ...]:
+        shares = (share(group["relative_norm"]), _bar(group["relative_norm"] or 0, most), share(group["unchanged"]))
+        return (
+            name,
+            number(group["update_norm"]),
+            *shares,
+            number(group["largest"]),
+            value,
+            number(group["scaled_norm"]),
+        )
 
+    headings = ("update", "relative", "", "unchanged", "largest", "c", "scaled")
     tables = []
     for stack in tune["stacks"]:
-        shown, more = _folded([layer for layer in tune["layers"] if layer["stack"] == stack["name"]], full=full)
-        rows = [row(f"{layer['index']}", layer, layer["coefficient"]) for layer in shown]
-        rows.append(row("all", stack, None, barred=False))
-        tables.append((_titled(stack, more), Table(("layer", *_CHANGES), tuple(rows))))
-    rest = [
-        row(where, tune["outside"][side], tune["outside"][side]["coefficient"], barred=False)
-        for side, where in (("before", "before"), ("after", "behind"))
+        shown, more = _folded(_of(tune["layers"], stack), full=full)
+        rows = [row(f"{layer['index']}", layer, coefficient(layer["coefficient"])) for layer in shown]
+        rows.append(row("all", stack, ""))
+        tables.append((_titled(stack, more), Table(("layer", *headings), tuple(rows))))
+    outside = [
+        row(where, tune["outside"][side], coefficient(tune["outside"][side]["coefficient"]))
+        for side, where in _SIDES
         if told["outside"][side]["tensors"]
     ]
-    if rest:
-        tables.append(("outside the blocks", Table(("", *_CHANGES[:-1]), tuple(cells[:-1] for cells in rest))))
-    kinds = [row(kind["kind"], kind, None, barred=False) for kind in tune["kinds"]]
-    headings = ("", *_CHANGES[:4], _CHANGES[5])
-    tables.append(("by kind", Table(headings, tuple((*cells[:5], cells[6]) for cells in kinds))))
-    return Section(f"update of {tune['model']}", _changed(tune), tuple(tables))
+    if outside:
+        tables.append(("outside the blocks", Table(("", *headings), tuple(outside))))
+    kinds = tuple(row(kind["kind"], kind, "") for kind in tune["kinds"])
+    tables.append(("by kind", Table(("", *headings), kinds)))
+    return Section(f"update of {tune['model']}", tuple(_changed(tune)), tuple(tables))
 
 
-def _changed(tune: Report) -> tuple[tuple[str, str], ...]:
+def _changed(tune: Report) -> Iterable[Fact]:
     compared = tune["compared"]
     left_out = f"; {compared['left_out']:,} entries that are not finite left out" if compared["left_out"] else ""
-    largest = f"{number(tune['largest'])} in {tune['largest_in']}" if tune["largest_in"] else "nothing"
-    first, last = share(tune["first_third"]), share(tune["last_third"])
-    scaled = f"norm {number(tune['scaled_norm'])}, {share(tune['scaled_relative_norm'])} of the base's"
-    scaled_first, scaled_last = share(tune["scaled_first_third"]), share(tune["scaled_last_third"])
-    return (
-        ("compared", f"{compared['tensors']:,} tensors, {count(compared['parameters'])} parameters{left_out}"),
-        ("update", f"norm {number(tune['update_norm'])}, {share(tune['relative_norm'])} of the base's"),
-        ("unchanged", f"{share(tune['unchanged'])} of the entries; largest change {largest}"),
-        ("depth", f"{first} of the squared norm in the first third of the layers, {last} in the last"),
-        ("scaled", f"{scaled}; {scaled_first} in the first third, {scaled_last} in the last"),
+    yield "compared", (f"{compared['tensors']:,} tensors, {count(compared['parameters'])} parameters{left_out}",)
+    yield "update", (f"norm {number(tune['update_norm'])}, {share(tune['relative_norm'])} of the base's",)
+    largest = (
+        "" if tune["largest_in"] is None else f"; largest change {number(tune['largest'])} in {tune['largest_in']}"
     )
+    yield "unchanged", (f"{share(tune['unchanged'])} of the entries{largest}",)
+    first, last = share(tune["first_third"]), share(tune["last_third"])
+    yield "depth", (f"{first} of the squared norm in the first third of the layers, {last} in the last",)
+    norm = f"norm {number(tune['scaled_norm'])}, {share(tune['scaled_relative_norm'])} of the base's"
+    first, last = share(tune["scaled_first_third"]), share(tune["scaled_last_third"])
+    yield "scaled", (f"{norm}; {first} in the first third, {last} in the last",)
 
 
 # --- several ---
 
 
+def _numbered(models: Sequence[str]) -> list[str]:
+    return [f"{at} {os.path.basename(os.path.normpath(model))}" for at, model in enumerate(models, 1)]
+
+
 def _fine_tunes(told: Report, tunes: Sequence[Report], *, full: bool) -> Section:
-    rows = [
+    names = _numbered([tune["model"] for tune in tunes])
+    facts = tuple((f"{at}", (tune["model"],)) for at, tune in enumerate(tunes, 1))
+    rows = tuple(
         (
-            f"{at} {tune['model']}",
+            name,
             number(tune["update_norm"]),
             share(tune["relative_norm"]),
             share(tune["unchanged"]),
@@ -225,122 +267,153 @@ def _fine_tunes(told: Report, tunes: Sequence[Report], *, full: bool) -> Section
             share(tune["last_third"]),
             number(tune["scaled_norm"]),
         )
-        for at, tune in enumerate(tunes, 1)
-    ]
+        for name, tune in zip(names, tunes, strict=True)
+    )
     headings = ("fine-tune", "update", "relative", "unchanged", "first 1/3", "last 1/3", "scaled")
-    tables = [("", Table(headings, tuple(rows)))]
-    numbered = [str(at) for at in range(1, len(tunes) + 1)]
+    tables = [("", Table(headings, rows))]
+    columns, cells = _abreast(len(tunes), share, full=full)
     for at, stack in enumerate(told["stacks"]):
-        layers = [layer for layer in told["layers"] if layer["stack"] == stack["name"]]
-        own = [[layer for layer in tune["layers"] if layer["stack"] == stack["name"]] for tune in tunes]
-        shown, more = _folded(list(zip(layers, *own, strict=True)), full=full)
-        rows_of = [
-            (
-                f"{layer['index']}",
-                _coefficient(layer["coefficient"]),
-                *(share(each["relative_norm"]) for each in changes),
-            )
-            for layer, *changes in shown
+        layers = list(zip(*(_of(tune["layers"], stack) for tune in tunes), strict=True))
+        shown, more = _folded(layers, full=full)
+        found = [
+            (f"{each[0]['index']}", coefficient(each[0]["coefficient"]), *cells([row["relative_norm"] for row in each]))
+            for each in shown
         ]
-        rows_of.append(("all", "", *(share(tune["stacks"][at]["relative_norm"]) for tune in tunes)))
+        found.append(("all", "", *cells([tune["stacks"][at]["relative_norm"] for tune in tunes])))
         title = f"update relative to the weights, {_titled(stack, more)}"
-        tables.append((title, Table(("layer", "c", *numbered), tuple(rows_of))))
-    kinds = [
-        (kind["kind"], *(share(tune["kinds"][at]["relative_norm"]) for tune in tunes))
+        tables.append((title, Table(("layer", "c", *columns), tuple(found))))
+    kinds = tuple(
+        (kind["kind"], *cells([tune["kinds"][at]["relative_norm"] for tune in tunes]))
         for at, kind in enumerate(tunes[0]["kinds"])
-    ]
-    tables.append(("update relative to the weights, by kind", Table(("", *numbered), tuple(kinds))))
-    return Section(f"updates of {len(tunes)} fine-tunes", (), tuple(tables))
+    )
+    tables.append(("update relative to the weights, by kind", Table(("", *columns), kinds)))
+    return Section(f"updates of {len(tunes)} fine-tunes", facts, tuple(tables))
+
+
+Say = Callable[[float | None], str]
+
+
+def _abreast(models: int, say: Say, *, full: bool) -> tuple[list[str], Callable[[Sequence[float | None]], list[str]]]:
+    """Columns for a number of models: one each; of very many their least, mean and greatest value."""
+    if full or models <= _ABREAST:
+        return [str(at) for at in range(1, models + 1)], lambda values: [say(value) for value in values]
+    return ["lowest", "mean", "highest"], lambda values: [say(value) for value in _spread(values)]
+
+
+def _spread(values: Sequence[float | None]) -> tuple[float | None, float | None, float | None]:
+    known = [value for value in values if value is not None]
+    return (min(known), sum(known) / len(known), max(known)) if known else (None, None, None)
 
 
 def _together(together: Report, *, full: bool) -> Section:
     models = together["models"]
-    numbered = [str(at) for at in range(1, len(models) + 1)]
-    auto = together["auto"]
-    alpha = "not defined: nothing changed"
-    if auto["alpha"] is not None:
-        norms = f"{number(auto['sum'])} / {number(auto['merged'])}"
-        alpha = (
-            f"alpha {number(auto['alpha'])} = 1/{len(models)} * {norms}, L1 norms of the sum and of the merged vector"
-        )
-        alpha += " (task arithmetic, which merges the sum; of other methods lines merge tells it)"
-    facts = (
-        ("signs", f"{share(together['disagreement'])} of the entries are increased by one and decreased by another"),
-        ("sum", f"norm {number(together['norm_of_sum'])}; the norms sum up to {number(together['sum_of_norms'])}"),
-        ("auto", alpha),
-    )
-    cosines = tuple(
-        (f"{at} {model}", *(_cosine(value) for value in row))
-        for at, (model, row) in enumerate(zip(models, together["cosine"], strict=True), 1)
-    )
-    tables = [("cosine similarity of the updates", Table(("", *numbered), cosines))]
+    columns, cells = _abreast(len(models), _cosine, full=full)
+    cosines = []
+    for at, (name, row) in enumerate(zip(_numbered(models), together["cosine"], strict=True)):
+        others = row if full or len(models) <= _ABREAST else [value for to, value in enumerate(row) if to != at]
+        cosines.append((name, *cells(others)))
+    tables = [("cosine similarity of the updates", Table(("", *columns), tuple(cosines)))]
+    headings = ("layer", "cosine", "lowest", "disagree", "", "norm of sum", "sum of norms")
     for stack in together["stacks"]:
-        shown, more = _folded([layer for layer in together["layers"] if layer["stack"] == stack["name"]], full=full)
+        shown, more = _folded(_of(together["layers"], stack), full=full)
         rows = [_interference(f"{layer['index']}", layer) for layer in shown]
         rows.append(_interference("all", stack))
-        headings = ("layer", "cosine", "lowest", "disagree", "norm of sum", "sum of norms", "")
         tables.append((_titled(stack, more), Table(headings, tuple(rows))))
-    return Section("how they interfere", facts, tuple(tables))
+    kinds = tuple(_interference(kind["kind"], kind) for kind in together["kinds"])
+    tables.append(("by kind", Table(("", *headings[1:]), kinds)))
+    return Section("how they interfere", tuple(_interfering(together)), tuple(tables))
+
+
+def _interfering(together: Report) -> Iterable[Fact]:
+    models, auto = len(together["models"]), together["auto"]
+    by_chance = share(1 - 2 ** (1 - models))
+    disagree = f"{share(together['disagreement'])} of the entries are increased by one and decreased by another"
+    yield "signs", (f"{disagree} (of unrelated changes {by_chance} would be)",)
+    for key, what in (("", "sum"), ("scaled_", "scaled")):
+        norms = number(together[f"{key}norm_of_sum"]), number(together[f"{key}sum_of_norms"])
+        yield what, (f"norm {norms[0]}, where the norms of all add up to {norms[1]}",)
+    alpha = "cannot be told"
+    if auto["alpha"] is not None:
+        alpha = f"alpha {number(auto['alpha'])} = 1/{models} * {number(auto['sum'])} / {number(auto['merged'])}"
+        alpha += f", the L1 norms of the sum and of what {auto['method']} merges"
+    yield "auto", (alpha,)
 
 
 def _interference(name: str, group: Report) -> tuple[Cell, ...]:
-    pairs = [value for at, row in enumerate(group["cosine"]) for value in row[:at] if value is not None]
-    mean = sum(pairs) / len(pairs) if pairs else None
+    lowest, mean, _ = _spread([value for at, row in enumerate(group["cosine"]) for value in row[:at]])
     return (
         name,
         _cosine(mean),
-        _cosine(min(pairs, default=None)),
+        _cosine(lowest),
         share(group["disagreement"]),
+        _bar(group["disagreement"] or 0, 1),
         number(group["norm_of_sum"]),
         number(group["sum_of_norms"]),
-        _bar(group["disagreement"] or 0, 1),
     )
 
 
 def _cosine(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    return "-" if value is None else f"{round(value, 3) + 0.0:.3f}"
 
 
-# --- every tensor; health ---
+# --- every tensor; what is left; health ---
 
 
 def _map(tensors: Sequence[Report]) -> Section:
-    changed = "update_norm" in tensors[0] if tensors else False
+    changed = bool(tensors) and "update_norm" in tensors[0]
     rows = tuple(
         (
             tensor["name"],
             tensor["dtype"],
             "x".join(map(str, tensor["shape"])) or "scalar",
-            f"{tensor['index']}" if tensor["index"] is not None else tensor["side"].replace("after", "behind"),
+            f"{tensor['index']}" if tensor["index"] is not None else dict(_SIDES)[tensor["side"]],
             tensor["kind"],
-            _coefficient(tensor["coefficient"]),
-            *((number(tensor["update_norm"]), share(tensor["relative_norm"])) if changed else ()),
+            coefficient(tensor["coefficient"]),
+            *(
+                (number(tensor["update_norm"]), share(tensor["relative_norm"]), number(tensor["scaled_norm"]))
+                if changed
+                else ()
+            ),
         )
         for tensor in tensors
     )
-    headings = ("tensor", "dtype", "shape", "layer", "kind", "c", *(("update", "relative") if changed else ()))
+    headings = (
+        "tensor",
+        "dtype",
+        "shape",
+        "layer",
+        "kind",
+        "c",
+        *(("update", "relative", "scaled") if changed else ()),
+    )
     return Section("tensors", (), (("", Table(headings, rows)),))
 
 
+def _not_compared(tensors: Sequence[Report], *, full: bool) -> Section:
+    by_reason: dict[str, list[str]] = {}
+    for tensor in tensors:
+        by_reason.setdefault(tensor["why"], []).append(tensor["tensor"])
+    facts = [("", (f"{why}:", *(f"  {line}" for line in _names(names, full=full)))) for why, names in by_reason.items()]
+    return Section("not compared", tuple(facts))
+
+
 def _health(told: Sequence[Report], *, full: bool) -> Section:
-    facts: list[tuple[str, str]] = []
-
-    def several(what: str, found: Sequence[Any], say: Callable[[Any], str]) -> None:
-        shown = found if full else found[:_MOST_NAMES]
-        more = [f"... and {len(found) - len(shown):,} more (--full)"] if len(found) > len(shown) else []
-        if found:
-            facts.append((what, "\n".join([*map(say, shown), *more])))
-
+    facts: list[Fact] = []
     for health in told:
-        facts.append(("", f"{health['checkpoint']}: {health['tensors']:,} float tensors"))
-        before = len(facts)
-        several("NaN, Inf", health["nonfinite"], lambda e: f"{e['tensor']}: {e['nan']:,} NaN, {e['inf']:,} Inf")
-        several("range", health["beyond"], _beyond)
-        several("zero", health["zero"], str)
-        several("same", health["same"], lambda e: f"{e['tensor']} is {e['as']}")
-        several("changed", list(health["changed_files"].items()), lambda e: f"{e[0]}: {e[1]}")
-        if len(facts) == before:
-            facts[-1] = ("", f"{facts[-1][1]}, nothing wrong")
+        ways: tuple[tuple[str, Sequence[Any], Callable[[Any], str]], ...] = (
+            ("NaN, Inf", health["nonfinite"], lambda e: f"{e['tensor']}: {e['nan']:,} NaN, {e['inf']:,} Inf"),
+            ("range", health["beyond"], _beyond),
+            ("zero", health["zero"], str),
+            ("same", health["same"], lambda e: f"{e['tensor']} is {e['as']}"),
+            ("changed", list(health["changed_files"].items()), lambda e: f"{e[0]}: {e[1]}"),
+        )
+        found = [(what, _names([say(each) for each in things], full=full)) for what, things, say in ways if things]
+        rest = [f"{number:,} {dtype}" for dtype, number in health["not_looked_into"].items()]
+        looked = f"{health['checkpoint']}: {health['tensors']:,} float tensors"
+        looked += (
+            f", nothing wrong in {'them' if health['tensors'] > 1 else 'it'}" if health["tensors"] and not found else ""
+        )
+        facts += [("", (looked + (f"; not looked into: {', '.join(rest)}" if rest else ""),)), *found]
     return Section("health", tuple(facts))
 
 
@@ -348,7 +421,11 @@ def _beyond(entry: Report) -> str:
     return f"{entry['tensor']}: {number(entry['largest'])} is beyond {' and '.join(entry['dtypes'])}"
 
 
-_MOST_NAMES = 8
+def _names(names: Sequence[str], *, full: bool) -> tuple[str, ...]:
+    """A name to a line: some of many, unless all are asked for."""
+    shown = names if full else names[:_MOST_NAMES]
+    more = [f"... and {len(names) - len(shown):,} more (--full)"] if len(names) > len(shown) else []
+    return (*shown, *more)
 
 
 # --- numbers in words ---
@@ -366,13 +443,13 @@ def _bar(value: float, most: float) -> Bar:
     return Bar(min(1.0, value / most) if most else 0.0)
 
 
-def _coefficient(value: float) -> str:
-    return f"{value:.4g}"
-
-
-def number(value: float | None) -> str:
-    """Four digits; `-` where there is none."""
+def coefficient(value: float | None) -> str:
+    """Four digits; `-` where it is not known."""
     return "-" if value is None else f"{value:.4g}"
+
+
+number = coefficient
+"""Four digits; `-` where there is none."""
 
 
 def share(value: float | None) -> str:
@@ -390,16 +467,16 @@ def share(value: float | None) -> str:
 def size(nbytes: float) -> str:
     """Bytes as people say them, decimal: `3.1 GB`."""
     for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
+        if nbytes < 999.5:
             return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.3g} {unit}"
         nbytes /= 1000
     return f"{nbytes:.3g} TB"
 
 
-def count(number: float) -> str:
+def count(parameters: float) -> str:
     """A number of parameters as people say it: `1.53 B`."""
     for unit in ("", " K", " M", " B"):
-        if number < 1000:
-            return f"{number}" if not unit else f"{number:.3g}{unit}"
-        number = number / 1000
-    return f"{number:.3g} T"
+        if parameters < 999.5:
+            return f"{parameters:.3g}{unit}"
+        parameters /= 1000
+    return f"{parameters:.3g} T"

@@ -19,7 +19,7 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
-from lines_cli.arithmetic import TORCH_DTYPES, first_nonfinite, task_vector
+from lines_cli.arithmetic import FLOAT8, TORCH_DTYPES, first_nonfinite, task_vector
 from lines_cli.checkpoint.header import itemsize
 from lines_cli.checkpoint.positional import read_into
 from lines_cli.draft import Piece, Slice
@@ -406,7 +406,7 @@ class Loaded:
     def values(self) -> torch.Tensor:
         """[numel], as stored, on the worker's device."""
         self.buffer.to_device(len(self.raw))
-        return self.buffer.device_view(self.numel, TORCH_DTYPES[self.dtype])
+        return self.buffer.device_view(self.numel, (TORCH_DTYPES | FLOAT8)[self.dtype])
 
     def bits(self) -> int:
         """The sum of the stored bytes, read as whole numbers of 8 bytes, modulo 2**64; once `values` were asked for."""

@@ -52,6 +52,8 @@ _DTYPE_RANK = {dtype: rank for rank, dtype in enumerate(_DTYPE_BITS)}
 
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 """The dtypes whose entries are edited."""
+FLOAT8_DTYPES = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
+"""The dtypes of quantised weights whose entries are floats, too: only looked at."""
 EXACT_DTYPES = frozenset({"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"})
 """The dtypes whose entries are only ever copied."""
 
