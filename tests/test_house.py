@@ -40,6 +40,7 @@ LAYERS = [
     {"depth"},
     {"checkpoint.writer"},
     {"checkpoint.sidecars"},
+    {"checkpoint.digest"},
     {"checkpoint.reader", "layout"},
     {"checkpoint.header", "checkpoint.positional"},
     {"errors"},
