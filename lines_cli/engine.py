@@ -16,13 +16,14 @@ from dataclasses import dataclass
 import torch
 
 from lines_cli.arithmetic import TORCH_DTYPES, add_scaled, cast, extremes, task_vector
+from lines_cli.checkpoint.digest import FileRecord, GrowingDigest
 from lines_cli.checkpoint.header import itemsize
 from lines_cli.checkpoint.positional import write_from
-from lines_cli.checkpoint.writer import Staging, check_destination, naming
+from lines_cli.checkpoint.writer import Staging, check_destination, is_one_file, naming
 from lines_cli.errors import DataError, printable
 from lines_cli.measure import Track, measure, untracked
 from lines_cli.plan import Plan
-from lines_cli.planning import resolve, to_float32
+from lines_cli.planning import contents_beside, resolve, to_float32
 from lines_cli.resources import Resources
 from lines_cli.workers import (
     ALLOW_NONFINITE,
@@ -92,9 +93,11 @@ def run(plan: Plan, resources: Resources | None = None, *, force: bool = False, 
             plan = resolve(plan, measure(plan, sources, device, resources, track))
         targets = []
         for file in plan.outputs:
-            targets.append(staging.create(file.name, file.nbytes))
+            fd = staging.create(file.name, file.nbytes)
+            # A lone file has no recipe beside it that could record its digest.
+            targets.append(_Target(fd, None if is_one_file(plan.output) else GrowingDigest(fd, file.nbytes)))
             with naming(plan.output):
-                write_from(targets[-1], file.head, 0)
+                targets[-1].write(file.head, 0)
         job = _Write(plan, targets)
         size = resources.chunk_for(plan.number_of_models)
         pool = Pool(lambda: Worker(plan, sources, device, size), chunks_of(plan.tensors, size), job, device)
@@ -106,10 +109,23 @@ def run(plan: Plan, resources: Resources | None = None, *, force: bool = False, 
                 (job.tally(result) for result in results),
             ):
                 pass
-        for sidecar in plan.sidecars:
-            staging.add(sidecar)
+        for name, content in contents_beside(plan, job.records()):
+            staging.add(name, content)
         staging.publish(force=force)
     return job.outcome(time.perf_counter() - started, 1 + times, measured + plan.bytes_read)
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """A weight file in the making, and its digest where one is taken."""
+
+    fd: int
+    digest: GrowingDigest | None
+
+    def write(self, view: memoryview | bytes, offset: int) -> None:
+        write_from(self.fd, view, offset)
+        if self.digest is not None:
+            self.digest.wrote(offset, offset + len(view))
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +143,7 @@ class _Written:
 class _Write:
     """The job of making a chunk of the output and writing it; and the sum of what is to be told of all of them."""
 
-    def __init__(self, plan: Plan, targets: list[int]) -> None:
+    def __init__(self, plan: Plan, targets: list[_Target]) -> None:
         self.plan, self.targets, self.models = plan, targets, plan.number_of_models
         self.draws = plan.recipe.method.masks == "random"
         self.nonfinite: dict[str, str] = {}
@@ -161,7 +177,7 @@ class _Write:
             raw = worker.out.to_host(chunk.numel * itemsize(dtype))
         start = chunk.tensor.info.offset + (chunk.piece.start + chunk.first) * itemsize(dtype)
         with naming(self.plan.output):
-            write_from(self.targets[chunk.tensor.file], raw, start)
+            self.targets[chunk.tensor.file].write(raw, start)
         return _Written(chunk, len(raw), squares, kept, differing, nonfinite)
 
     def _merge(self, worker: Worker, chunk: PlanChunk) -> tuple[torch.Tensor, tuple[float, ...], tuple[float, ...]]:
@@ -239,6 +255,11 @@ class _Write:
         if written.nonfinite is not None:
             self.nonfinite.setdefault(name, written.nonfinite)
         return written.nbytes
+
+    def records(self) -> dict[str, FileRecord]:
+        """What was written into each file of which a digest was taken."""
+        files = zip(self.plan.outputs, self.targets, strict=True)
+        return {file.name: target.digest.record() for file, target in files if target.digest is not None}
 
     def outcome(self, seconds: float, passes: int, bytes_read: int) -> Outcome:
         """What the whole run did."""

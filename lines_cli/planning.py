@@ -10,13 +10,14 @@ import math
 import os
 import struct
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from lines_cli.checkpoint.digest import FileRecord, record_of
 from lines_cli.checkpoint.header import EXACT_DTYPES
 from lines_cli.checkpoint.reader import Checkpoint, open_checkpoint
-from lines_cli.checkpoint.sidecars import RECIPE, Card, Sidecar, carry_over, index_file, model_card
+from lines_cli.checkpoint.sidecars import MODEL_CARD, RECIPE, Card, Sidecar, carry_over, index_file, model_card
 from lines_cli.checkpoint.writer import is_one_file
 from lines_cli.depth import DepthMap, find_depth
 from lines_cli.draft import STORED, Draft, Piece, draft_tensors, refuse_misfits
@@ -27,7 +28,7 @@ from lines_cli.methods import Values
 from lines_cli.pairing import Sides, aligned_names, is_vocabulary, pair_tensors
 from lines_cli.plan import NOTHING_MEASURED, Needs, Plan, Statistics, TensorPlan
 from lines_cli.recipe import Recipe, Scaling
-from lines_cli.recipe_file import dump_recipe
+from lines_cli.recipe_file import dump_files, dump_recipe
 from lines_cli.schedule import Rules
 
 
@@ -326,6 +327,30 @@ def _with_sidecars(plan: Plan) -> Plan:
         nbytes = sum(tensor.info.nbytes for tensor in plan.tensors)
         sidecars.append(index_file(sides.leading.stem, weight_map, nbytes=nbytes, parameters=plan.parameters))
     return replace(plan, sidecars=tuple(sidecars), notes=(*plan.notes, *notes))
+
+
+def contents_beside(plan: Plan, written: Mapping[str, FileRecord]) -> Iterator[tuple[str, bytes]]:
+    """Name and content of every file beside the weights, in the order to write them: the recipe now records what was
+    written into all the others. Not into the model card, which is there for people to edit.
+
+    Args:
+        plan: a resolved one.
+        written: what was written into the weight files.
+
+    Raises:
+        CheckpointError: a file that is carried over cannot be read.
+    """
+    records = dict(written)
+    for sidecar in plan.sidecars:  # what is known already, as the index is, which is written behind the recipe
+        if sidecar.content is not None and sidecar.name not in (RECIPE, MODEL_CARD):
+            records[sidecar.name] = record_of(sidecar.content)
+    for sidecar in plan.sidecars:
+        content = sidecar.read()
+        if sidecar.source is not None:
+            records[sidecar.name] = record_of(content)
+        elif sidecar.name == RECIPE:
+            content += dump_files(records).encode()
+        yield sidecar.name, content
 
 
 def _by_name(plan: Plan) -> dict[str, Checkpoint]:

@@ -24,6 +24,7 @@ from pydantic import (
     model_validator,
 )
 
+from lines_cli.checkpoint.digest import FileRecord
 from lines_cli.depth import DepthMap
 from lines_cli.errors import RecipeError
 from lines_cli.methods import METHODS, Method, Values
@@ -256,6 +257,14 @@ class Source(_Part):
         return {key: value for key, value in serialize(self).items() if key == "model" or value}
 
 
+def _parse_record(value: Any) -> FileRecord:
+    if isinstance(value, dict) and value.keys() == {"bytes", "digest"}:
+        nbytes, digest = value["bytes"], value["digest"]
+        if type(nbytes) is int and nbytes >= 0 and isinstance(digest, str):
+            return FileRecord(nbytes, digest)
+    raise ValueError("expected what lines writes of a file, {bytes: NUMBER, digest: TEXT}")
+
+
 Like = Literal["base", "ft"]
 
 
@@ -280,6 +289,7 @@ class Recipe(_Part):
         allow_nonfinite: let NaN and Inf through.
         max_shard_size: bytes of tensors per file of the output folder.
         output: the destination, unless the command line names another.
+        files: of an output's own recipe: what was written into each of its files. It plays no part in the result.
         notes: what a person should know of how the recipe was read.
     """
 
@@ -297,6 +307,7 @@ class Recipe(_Part):
     allow_nonfinite: bool = False
     max_shard_size: Size = parse_size("5GB")
     output: InputName | None = Field(default=None, exclude=True)
+    files: dict[str, Annotated[FileRecord, PlainValidator(_parse_record)]] = Field(default_factory=dict, exclude=True)
     notes: tuple[str, ...] = Field(default=(), exclude=True)
 
     @property

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from lines_cli import __version__
+from lines_cli.checkpoint.digest import FileRecord
 from lines_cli.errors import RecipeError
 from lines_cli.recipe import Recipe
 from lines_cli.recipe_check import Place, dotted, make_recipe
@@ -215,3 +216,10 @@ def dump_recipe(recipe: Recipe, *, named: Mapping[str, str], alpha: float | None
     text = yaml.safe_dump(values, sort_keys=False, width=1_000)
     again = "lines merge --config lines_recipe.yaml -o OUT"
     return f"# Written by lines {__version__}. To run it again: {again}\n{measured}{text}"
+
+
+def dump_files(files: Mapping[str, FileRecord]) -> str:
+    """The recipe's `files` as YAML, to stand behind a dumped recipe."""
+    values = {name: {"bytes": files[name].nbytes, "digest": files[name].digest} for name in sorted(files)}
+    text = yaml.safe_dump({"files": values}, sort_keys=False, width=1_000)
+    return f"# What was written beside this file. It plays no part when the recipe is run again.\n{text}"

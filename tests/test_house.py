@@ -44,6 +44,7 @@ LAYERS = [
     {"depth", "kinds"},
     {"checkpoint.writer"},
     {"checkpoint.sidecars"},
+    {"checkpoint.digest"},
     {"checkpoint.reader", "layout"},
     {"checkpoint.header", "checkpoint.positional"},
     {"errors"},

@@ -1231,12 +1231,25 @@ def test_a_read_that_fails(
     assert snapshot(tmp_path) == before
 
 
-def test_how_often_inputs_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The numbers above cover all passes: each reads every tensor of every input once."""
+@pytest.mark.parametrize(("out", "read_back"), [("out.safetensors", 0), ("out", 1)])
+def test_how_often_inputs_are_read(out: str, read_back: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers above cover all passes: each reads every tensor of every input once. A folder's weights are read back
+    for their digest: of this one there is one block.
+    """
     write(tmp_path, base=tensors(0), a=tensors(1), b=tensors(2))
     reads = Reads(monkeypatch)
-    assert merge(tmp_path, "--workers", 1, **PASSES).code == 0
-    assert reads.calls == READS
+    assert merge(tmp_path, "--workers", 1, out=out, **PASSES).code == 0
+    assert reads.calls == READS + read_back
+
+
+def test_an_output_that_cannot_be_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that does not give back what was written to it is the destination's failure, and nothing is left."""
+    write(tmp_path, base=tensors(0), a=tensors(1), b=tensors(2))
+    with monkeypatch.context() as patch:
+        Reads(patch, READS + 1, OSError(errno.EIO, "Input/output error"))
+        ran = merge(tmp_path, "--workers", 1, **PASSES)
+    refused(ran, 6, str(tmp_path / "out"), "Input/output error")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "base", "merge.yaml"]
 
 
 @pytest.mark.parametrize("side", ["base", "a", "b"])

@@ -157,8 +157,7 @@ def shards_of(index: Path) -> dict[str, set[str]]:
                 f"{index}: tensor {tensor!r} is mapped to {shard!r}, not to a file name", hint=_NOT_JSON
             )
         if shard not in shards:
-            parts = PurePosixPath(shard)
-            if not shard or "\\" in shard or "\0" in shard or parts.is_absolute() or ".." in parts.parts:
+            if leads_out(shard):
                 raise CheckpointError(
                     f"{index}: tensor {tensor!r} is mapped to {shard!r}, which is outside the folder",
                     hint="Shards stand beside their index: do not trust this checkpoint, or write its index anew.",
@@ -166,6 +165,12 @@ def shards_of(index: Path) -> dict[str, set[str]]:
             shards[shard] = set()
         shards[shard].add(tensor)
     return shards
+
+
+def leads_out(name: str) -> bool:
+    """Whether a file name from a stranger's file is none within the folder that the file stands in."""
+    parts = PurePosixPath(name)
+    return not name or "\\" in name or "\0" in name or parts.is_absolute() or ".." in parts.parts
 
 
 def read_json(path: Path) -> Any:

@@ -56,6 +56,22 @@ class Sidecar:
     source: Path | None = None
     content: bytes | None = None
 
+    def read(self) -> bytes:
+        """Its content.
+
+        Raises:
+            CheckpointError: what it is to be a copy of cannot be read.
+        """
+        if self.source is None:
+            assert self.content is not None
+            return self.content
+        try:
+            return self.source.read_bytes()
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.source}: cannot be read: {error.strerror or error}", hint="May you read it?"
+            ) from error
+
 
 def carried_files(folder: Path, patterns: Iterable[str] = CARRIED_FILES) -> dict[str, Path]:
     """The files of `folder` that an output folder takes over: name relative to it -> where it is."""

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from lines_cli.checkpoint.sidecars import MODEL_CARD, RECIPE, Sidecar, is_carried, never_carried
-from lines_cli.errors import CheckpointError, OutputError, some
+from lines_cli.checkpoint.sidecars import MODEL_CARD, RECIPE, is_carried, never_carried
+from lines_cli.errors import OutputError, some
 
 
 def is_one_file(output: Path) -> bool:
@@ -146,30 +146,17 @@ class Staging:
         return self
 
     def create(self, name: str, nbytes: int) -> int:
-        """Create a file of `nbytes` and return its descriptor, open for writing until `publish`."""
+        """Create a file of `nbytes` and return its descriptor, open for reading and writing until `publish`."""
         with naming(self.output):
             fd = os.open(self._folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
             self._open[name] = fd
             os.ftruncate(fd, nbytes)
         return fd
 
-    def add(self, sidecar: Sidecar) -> None:
-        """Write one of the files beside the weights.
-
-        Raises:
-            CheckpointError: what it is to be a copy of cannot be read.
-        """
-        content = sidecar.content
-        if sidecar.source is not None:
-            try:
-                content = sidecar.source.read_bytes()
-            except OSError as error:
-                raise CheckpointError(
-                    f"{sidecar.source}: cannot be read: {error.strerror or error}", hint="May you read it?"
-                ) from error
-        assert content is not None
+    def add(self, name: str, content: bytes) -> None:
+        """Write one of the files beside the weights."""
         with naming(self.output):
-            path = self._folder / sidecar.name
+            path = self._folder / name
             path.parent.mkdir(exist_ok=True)
             with open(path, "wb") as file:
                 file.write(content)
