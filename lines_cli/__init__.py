@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from lines_cli.engine import Outcome as Outcome
     from lines_cli.engine import run as run
     from lines_cli.errors import LinesError as LinesError
+    from lines_cli.findings import Findings as Findings
     from lines_cli.inspection import Inspection as Inspection
     from lines_cli.inspection import open_inspection as open_inspection
+    from lines_cli.inspection import open_merge as open_merge
     from lines_cli.plan import Plan as Plan
     from lines_cli.planning import make_plan as make_plan
     from lines_cli.planning import open_inputs as open_inputs
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from lines_cli.recipe_check import edit_recipe as edit_recipe
     from lines_cli.recipe_file import load_recipe as load_recipe
     from lines_cli.report import make_report as make_report
+    from lines_cli.report import problems as problems
     from lines_cli.resources import Resources as Resources
 
 __version__ = "0.1.0"
@@ -40,13 +43,14 @@ _HOMES = {
     "depth": ("DepthMap", "find_depth"),
     "engine": ("Outcome", "run"),
     "errors": ("LinesError",),
-    "inspection": ("Inspection", "open_inspection"),
+    "findings": ("Findings",),
+    "inspection": ("Inspection", "open_inspection", "open_merge"),
     "plan": ("Plan",),
     "planning": ("make_plan", "open_inputs"),
     "recipe": ("Recipe",),
     "recipe_check": ("edit_recipe",),
     "recipe_file": ("load_recipe",),
-    "report": ("make_report",),
+    "report": ("make_report", "problems"),
     "resources": ("Resources",),
 }
 __all__ = ["__version__", *(name for names in _HOMES.values() for name in names)]  # noqa: PLE0604 - all are strings

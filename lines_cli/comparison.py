@@ -8,26 +8,31 @@ makes no difference.
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 from time import perf_counter
 
 import torch
 
 from lines_cli.arithmetic import task_vector
+from lines_cli.checkpoint.digest import altered
 from lines_cli.checkpoint.header import itemsize
 from lines_cli.checkpoint.positional import read_into
+from lines_cli.checkpoint.sidecars import RECIPE
+from lines_cli.errors import RecipeError
 from lines_cli.findings import Change, Findings, Joint, Seen
-from lines_cli.inspection import Inspection, Span
+from lines_cli.inspection import Inspection, Span, recipe_of
 from lines_cli.layout import natural
-from lines_cli.measure import Track, untracked
+from lines_cli.measure import Track, measure, untracked
+from lines_cli.plan import Plan
+from lines_cli.planning import make_plan, open_inputs
 from lines_cli.resources import Resources
 from lines_cli.workers import Chunk, Pool, Reader, choose_device, chunks_of, keep_freed_memory, opened
-
-_Found = tuple[list[Seen], tuple[Change, ...], "Joint | None"]
-"""What a chunk adds: for each source what it holds, for each fine-tune what it changed, and how these go together."""
 
 
 def compare(
@@ -37,53 +42,116 @@ def compare(
     the limit of open files is raised as is needed.
 
     Args:
-        inspection: what to read; without a base nothing is compared.
+        inspection: what to read; without a base nothing is compared. Of a merge that is planned (`open_merge`) the
+            norms behind `alpha: auto` are measured, too, in passes of their own.
         resources: workers, device, chunk.
-        files: also hold the files of an output of ours against its recipe.
-        track: wraps the stream of byte counts.
+        files: also hold the files of an output of ours against the digests in its recipe.
+        track: wraps the stream of byte counts of each pass.
 
     Raises:
         CheckpointError: an input ends early or cannot be read.
+        LinesError: of a merge that is planned, whatever `lines merge` would refuse.
     """
     started = perf_counter()
     resources = resources or Resources()
     device = choose_device(resources.device)
     keep_freed_memory()
+    merge = _merge(inspection) if inspection.of == "merge" else None  # refuses before anything is read
+    sums = _Sums()
+    _stream(inspection, resources, device, track, sums)
+    norms = None
+    if merge is not None:
+        with opened(merge.inputs) as fds:
+            norms = measure(merge, fds, device, resources, track).norms
+    return Findings(
+        changes=sums.changes,
+        joint=sums.joint,
+        seen=sums.seen,
+        same=sums.same,
+        norms=norms,
+        changed_files=_changed_files(inspection) if files else {},
+        bytes_read=sums.bytes_read,
+        seconds=perf_counter() - started,
+    )
+
+
+def _merge(inspection: Inspection) -> Plan | None:
+    """The plan of the merge with alpha to be measured; None where alpha follows from the number of models."""
+    recipe = inspection.recipe
+    lines = inspection.scaling.model_copy(update={"alpha": "auto", "schedule": "linear", "beta": 0.0, "stacks": {}})
+    recipe = recipe.model_copy(update={"lines": lines.model_copy(update={"filter": {}, "outside": "alpha"})})
+    plan = make_plan(recipe, open_inputs(recipe, quiet=True), Path("inspected.safetensors"))
+    return plan if plan.needs.norms else None
+
+
+def _changed_files(inspection: Inspection) -> dict[int, dict[str, str]]:
+    """For each output of ours, the files that are not as its recipe recorded."""
+    changed = {}
+    for side, checkpoint in enumerate(inspection.checkpoints):
+        try:
+            recipe = recipe_of(checkpoint)
+        except RecipeError as error:
+            changed[side] = {RECIPE: f"cannot be read: {error.message}"}
+            continue
+        if recipe is not None and checkpoint.folder is not None:
+            changed[side] = altered(checkpoint.folder, recipe.files)
+    return changed
+
+
+@dataclass(slots=True)
+class _Found:
+    """What a chunk adds: for each source what it holds, for each fine-tune what it changed, how these go together."""
+
+    chunk: Chunk[Span]
+    holds: list[Seen]
+    changes: tuple[Change, ...] = ()
+    joint: Joint | None = None
+
+
+class _Sums:
+    """The sums over what was read so far."""
+
+    def __init__(self) -> None:
+        self.changes: dict[str, tuple[Change, ...]] = {}
+        self.joint: dict[str, Joint] = {}
+        self.seen: dict[tuple[int, str], Seen] = {}
+        self.same: dict[int, list[tuple[str, ...]]] = {}
+        self.bytes_read = 0
+
+    def add(self, found: _Found) -> int:
+        """Add a chunk, in the order of the spans; its bytes."""
+        span, name = found.chunk.tensor, found.chunk.tensor.name
+        for counts_for, holds in zip(span.counts_for, found.holds, strict=True):
+            if counts_for is not None:
+                self.seen[counts_for] = self.seen.get(counts_for, Seen()) + holds
+        if found.changes:
+            before = self.changes.get(name, (Change(),) * len(found.changes))
+            self.changes[name] = tuple(a + b for a, b in zip(before, found.changes, strict=True))
+        if found.joint is not None:
+            self.joint[name] = self.joint[name] + found.joint if name in self.joint else found.joint
+        self.bytes_read += found.chunk.nbytes
+        return found.chunk.nbytes
+
+
+def _stream(inspection: Inspection, resources: Resources, device: torch.device, track: Track, sums: _Sums) -> None:
+    """Read everything once, and sum it up."""
     spans = inspection.spans()
     sources = [(piece.numel, source) for span in spans for piece in span.pieces for source in piece.sources]
     held = len(inspection.checkpoints)
     stored = max((itemsize(source.dtype) for _, source in sources), default=1)
     size = resources.chunk_for(held, whole_blocks=True)
-    changes: dict[str, tuple[Change, ...]] = {}
-    joint: dict[str, Joint] = {}
-    seen: dict[tuple[int, str], Seen] = {}
     total = sum(numel * itemsize(source.dtype) for numel, source in sources)
-
-    def tally(result: tuple[Chunk[Span], _Found]) -> int:
-        chunk, (holds, changed, together) = result
-        name = chunk.tensor.name
-        for counts_for, fresh in zip(chunk.tensor.counts_for, holds, strict=True):
-            if counts_for is not None:
-                seen[counts_for] = seen.get(counts_for, Seen()) + fresh
-        if changed:
-            before = changes.get(name, (Change(),) * len(changed))
-            changes[name] = tuple(a + b for a, b in zip(before, changed, strict=True))
-        if together is not None:
-            joint[name] = joint[name] + together if name in joint else together
-        return chunk.nbytes
-
     with opened(inspection.inputs) as fds:
 
         def reader() -> Reader:
             return Reader(inspection.inputs, fds, device, chunk=size, stored=stored, width=8, held=held)
 
-        pool = Pool(reader, chunks_of(spans, size), lambda worker, chunk: (chunk, _look(worker, chunk)), device)
+        pool = Pool(reader, chunks_of(spans, size), _look, device)
         title = "comparing" if inspection.has_base else "checking"
         with closing(pool.in_order(resources.threads)) as results:
-            for _ in track(title, total, (tally(result) for result in results)):
+            for _ in track(title, total, (sums.add(found) for found in results)):
                 pass
-        same = _same(inspection, seen, fds)
-    return Findings(changes, joint, seen, same, bytes_read=total, seconds=perf_counter() - started)
+        sums.same = _same(inspection, sums.seen, fds)
 
 
 def _look(worker: Reader, chunk: Chunk[Span]) -> _Found:
@@ -94,18 +162,17 @@ def _look(worker: Reader, chunk: Chunk[Span]) -> _Found:
         values.append(into.copy_(loaded.values()))
         holds.append(_seen(values[-1], loaded.bits()))
     if not chunk.tensor.compares:
-        return holds, (), None
+        return _Found(chunk, holds)
     base, *models = values
     changes, bad = zip(*(_change(task_vector(model, base), base) for model in models), strict=True)
     if len(models) == 1:
-        return holds, changes, None
-    numel = chunk.numel
-    squares = tuple(change.squares for change in changes)
+        return _Found(chunk, holds, changes)
+    numel, squares = chunk.numel, tuple(change.squares for change in changes)
     if any(left_out is not None for left_out in bad):
-        everywhere = torch.stack([left_out for left_out in bad if left_out is not None]).any(0)
-        numel -= int(everywhere.sum())
-        squares = tuple(_dot(update, update) for update in (model.masked_fill_(everywhere, 0) for model in models))
-    return holds, changes, _joint(models, numel, squares)
+        in_any = torch.stack([left_out for left_out in bad if left_out is not None]).any(0)
+        numel -= int(in_any.sum())
+        squares = tuple(_dot(update, update) for update in (model.masked_fill_(in_any, 0) for model in models))
+    return _Found(chunk, holds, changes, _joint(models, numel, squares))
 
 
 def _seen(values: torch.Tensor, bits: int) -> Seen:
@@ -169,11 +236,11 @@ def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def _same(
     inspection: Inspection, seen: Mapping[tuple[int, str], Seen], fds: list[int]
-) -> dict[int, tuple[tuple[str, ...], ...]]:
+) -> dict[int, list[tuple[str, ...]]]:
     """For each checkpoint, the tensors that hold the same bytes as others: groups of them, in the order of their names.
 
-    Left out are tensors of zeros, which are told of as such, and of one dimension whose entries are all the same: new
-    norms and biases.
+    Left out are tensors of zeros, which are told of as such; of one dimension whose entries are all the same, new norms
+    and biases; and buffers that every layer has.
     """
     places = [
         (side, file) for side, checkpoint in enumerate(inspection.checkpoints) for file in range(len(checkpoint.files))
@@ -183,9 +250,10 @@ def _same(
     for side, name in sorted(seen, key=lambda key: natural(key[1])):
         found, info = seen[side, name], inspection.checkpoints[side].tensors[name].info
         constant = found.low == found.high and not found.nan and not found.inf
-        if found.numel and not (constant and (found.high == 0 or len(info.shape) < 2)):
+        told_elsewhere = constant and (found.high == 0 or len(info.shape) < 2)
+        if found.numel and not told_elsewhere and not _BUFFER.fullmatch(name):
             alike[side, info.dtype, info.shape, found.bits].append(name)
-    same: dict[int, tuple[tuple[str, ...], ...]] = {}
+    same: dict[int, list[tuple[str, ...]]] = defaultdict(list)
     for (side, *_), names in alike.items():
         stored = inspection.checkpoints[side].tensors
         groups: list[list[str]] = []
@@ -199,13 +267,17 @@ def _same(
                     break
             else:
                 groups.append([name])
-        same[side] = (*same.get(side, ()), *(tuple(group) for group in groups if len(group) > 1))
+        same[side] += [tuple(group) for group in groups if len(group) > 1]
     return same
+
+
+# Rotary frequencies and causal masks, which older checkpoints store once for every layer.
+_BUFFER = re.compile(r"(?:.*\.)?(?:inv_freq|masked_bias|attn\.bias|attention\.bias|relative_position_index)")
 
 
 def _equal(a: tuple[int, int], b: tuple[int, int], nbytes: int) -> bool:
     """Whether two runs of bytes, each in an open file from an offset on, are the same."""
-    buffers = bytearray(_STEP), bytearray(_STEP)
+    buffers = bytearray(min(_STEP, nbytes)), bytearray(min(_STEP, nbytes))
     for at in range(0, nbytes, _STEP):
         views = [memoryview(buffer)[: min(_STEP, nbytes - at)] for buffer in buffers]
         for (fd, offset), view in zip((a, b), views, strict=True):

@@ -5,7 +5,7 @@ layers and models. Plain values, without torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lines_cli.plan import Norms
@@ -118,7 +118,7 @@ class Findings:
     changes: Mapping[str, tuple[Change, ...]] = field(default_factory=dict)
     joint: Mapping[str, Joint] = field(default_factory=dict)
     seen: Mapping[tuple[int, str], Seen] = field(default_factory=dict)
-    same: Mapping[int, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
+    same: Mapping[int, Sequence[tuple[str, ...]]] = field(default_factory=dict)
     norms: Norms | None = None
     changed_files: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
     bytes_read: int = 0

@@ -254,7 +254,7 @@ def _alone(name: str, scaling: Mapping[str, Any], *, quiet: bool) -> Inspection:
     asked = edit_recipe(name, name, **scaling)
     checkpoint = _opened(name, to_look_at=True, quiet=quiet)
     notes: list[str] = []
-    made_by = _recipe_of(checkpoint, notes)
+    made_by = _made_by(checkpoint, notes)
     quantised = unsupported_in(checkpoint)
 
     def told(recipe: Recipe, of: Origin) -> Inspection:
@@ -307,7 +307,7 @@ def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, qui
             hint="Are they of one model?",
         )
     _note_dtypes(sides, compared, notes)
-    made_by = _recipe_of(sides.leading, notes) if len(names) == 1 else None
+    made_by = _made_by(sides.leading, notes) if len(names) == 1 else None
     if made_by is not None and of == "asked":
         notes.append(f"{sides.leading.name} is an output of lines; what is told as scaled is scaled once more")
     return _complete(
@@ -360,13 +360,19 @@ def _heads(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, str]:
     return {name: tied for name in checkpoint.tensors if (tied := tied_embedding(name, checkpoint, config)) is not None}
 
 
-def _recipe_of(checkpoint: Checkpoint, notes: list[str]) -> Recipe | None:
-    """The recipe in the folder of an output of ours."""
+def recipe_of(checkpoint: Checkpoint) -> Recipe | None:
+    """The recipe in the folder of an output of ours; None where there is none.
+
+    Raises:
+        RecipeError: it cannot be read.
+    """
     path = checkpoint.folder / RECIPE if checkpoint.folder else None
-    if path is None or not path.is_file():
-        return None
+    return load_recipe(path) if path is not None and path.is_file() else None
+
+
+def _made_by(checkpoint: Checkpoint, notes: list[str]) -> Recipe | None:
     try:
-        return load_recipe(path)
+        return recipe_of(checkpoint)
     except LinesError as error:
         notes.append(f"its recipe cannot be read: {error.message}")
         return None

@@ -10,7 +10,7 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
@@ -19,12 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from lines_cli.errors import OutputError, RecipeError, printable
 from lines_cli.page import page
-from lines_cli.report import Report
 
 try:
     import matplotlib as mpl
     from matplotlib.figure import Figure, SubFigure
-    from matplotlib.ticker import MaxNLocator
 except ModuleNotFoundError as error:
     if error.name != "matplotlib":
         raise
@@ -35,10 +33,14 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from lines_cli.report import Report
+
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
 _MARKERS = "osD^vPX*"
-_GREY, _PALE = "0.35", "#9ecae1"
-_WIDTH, _ROW = 9.0, 2.7  # inches
+_GREY, _LIGHT, _PALE = "0.35", "0.88", "#9ecae1"
+_WIDTH, _ROW = 9.0, 2.5  # inches
+_MOST_BARS, _MOST_PAIRED = 8, 8  # fine-tunes with bars of their own, and with a row for each pair of them
+_LONGEST = 28  # characters of a name
 _STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -66,25 +68,33 @@ class Drawing:
 
     Args:
         path: ends in .svg, .png or .html.
-        inputs: files that it must not replace.
 
     Raises:
         RecipeError: it ends in something else.
-        OutputError: it cannot be written there, or is an input.
+        OutputError: it cannot be written there.
     """
 
-    def __init__(self, path: Path, *, inputs: Sequence[Path] = ()) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        if path.suffix not in (".svg", ".png", ".html"):
+        self._form = path.suffix.lower().removeprefix(".")
+        self._staged = path.with_name(f".lines-{os.getpid()}.part")
+        if self._form not in ("svg", "png", "html"):
             raise RecipeError(
                 f"--plot {path}: drawn is SVG, PNG or HTML", hint="Name a file that ends in .svg, .png or .html."
             )
-        if not path.parent.is_dir():
-            raise OutputError(f"--plot {path}: there is no folder {path.parent}", hint="Make it first.")
-        if path.is_dir() or any(path.exists() and path.samefile(file) for file in inputs):
-            raise OutputError(
-                f"--plot {path}: {'a folder' if path.is_dir() else 'an input'}", hint="Name another file."
-            )
+        if os.path.isdir(path):
+            raise OutputError(f"--plot {path}: a folder", hint="Name a file.")
+        self._write(b"")  # whether that works is better known before the weights are read
+        os.unlink(self._staged)
+
+    def spare(self, inputs: Iterable[Path]) -> None:
+        """Refuse to replace any of the inputs.
+
+        Raises:
+            OutputError: the file is one.
+        """
+        if any(self.path.exists() and self.path.samefile(file) for file in inputs):
+            raise OutputError(f"--plot {self.path}: an input", hint="Name another file.")
 
     def save(self, told: Report) -> None:
         """Draw and write it; the file appears whole or not at all, and replaces an older one.
@@ -92,22 +102,34 @@ class Drawing:
         Raises:
             OutputError: it cannot be written.
         """
-        with mpl.rc_context(_STYLE), warnings.catch_warnings():
+        with mpl.rc_context(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a glyph that the font lacks is drawn as a box
+            mpl.rcdefaults()  # whatever a user prefers elsewhere
+            mpl.rcParams.update(_STYLE)
             shown = panels(told)
-            if self.path.suffix == ".html":
-                figures = [(panel.title, _render([panel], "svg")) for panel in shown]
-                content = page(told, figures).encode()
+            if self._form == "html":
+                content = page(told, [(panel.title, _render([panel], "svg")) for panel in shown]).encode()
             else:
-                content = _render(shown, self.path.suffix[1:])
-        staged = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+                content = _render(shown, self._form)
+        self._write(content)
         try:
-            staged.write_bytes(content)
-            os.replace(staged, self.path)
+            os.replace(self._staged, self.path)
         except OSError as error:
-            with suppress(OSError):
-                staged.unlink()
-            raise OutputError(f"--plot {self.path}: cannot be written: {error.strerror or error}") from error
+            raise self._refusal(error) from error
+
+    def _write(self, content: bytes) -> None:
+        try:
+            self._staged.write_bytes(content)
+        except OSError as error:
+            raise self._refusal(error) from error
+
+    def _refusal(self, error: OSError) -> OutputError:
+        with suppress(OSError):
+            self._staged.unlink()
+        return OutputError(
+            f"--plot {self.path}: cannot be written: {error.strerror or error}",
+            hint="Name a file in a folder that exists and that you may write to.",
+        )
 
 
 def _render(shown: Sequence[Panel], form: str) -> bytes:
@@ -118,6 +140,11 @@ def _render(shown: Sequence[Panel], form: str) -> bytes:
     for panel, part in zip(shown, below, strict=True):
         part.suptitle(panel.title)
         panel.draw(part)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axes in figure.axes:  # the layout's last digits differ from run to run
+        left, bottom, width, height = (round(edge, 4) for edge in axes.get_position().bounds)
+        axes.set_position((left, bottom, width, height))
     buffer = io.BytesIO()
     figure.savefig(buffer, format=form, metadata={"Date": None} if form == "svg" else {"Software": None})
     return buffer.getvalue()
@@ -128,37 +155,35 @@ def panels(told: Report) -> list[Panel]:
     tunes = told.get("fine_tunes", [])
     stacks = [stack["name"] for stack in told["stacks"]]
     if not stacks:
-        what = "No stack of layers was found: there is no depth to draw over"
-        return [Panel(what, 1.0, lambda _: None)]
-    rows = math.ceil(len(stacks) / 2) * _ROW + 0.9
+        return [Panel("No stack of layers was found: there is no depth to draw over", 1.0, lambda _: None)]
+    names = _short_names([tune["model"] for tune in tunes])
+    rows = math.ceil(len(stacks) / 2) * _ROW + 0.7 + 0.2 * math.ceil(len(names) / 3)
     if not tunes:
         return [Panel("Parameters and coefficients by depth", rows, lambda part: _parameters(part, told, stacks))]
-    names = _short_names([tune["model"] for tune in tunes])
+    bars = min(len(tunes), _MOST_BARS)
+    title = "Before and after LiNeS" + (f" (the first {bars} of {len(tunes)})" if bars < len(tunes) else "")
+    height = math.ceil(bars * len(stacks) / 2) * _ROW * 0.85 + 0.9
     found = [
         Panel("Norm of the update by depth", rows, lambda part: _updates(part, told, stacks, names)),
-        Panel(
-            "Before and after LiNeS", len(tunes) * _ROW + 0.9, lambda part: _before_and_after(part, told, stacks, names)
-        ),
+        Panel(title, height, lambda part: _before_and_after(part, told, stacks, names[:bars])),
     ]
     if together := told.get("together"):
-        side = 0.45 * len(names) + 2.2
-        pairs = len(list(combinations(names, 2)))
-        strip = 0.28 * (pairs + 1) + 1.3
+        lines = len(_strip_rows(names)) + 1
+        strips = len(stacks) * (0.16 * max(lines, 5) + 0.9) + 0.8
         found += [
-            Panel("Whole models, pair by pair", side, lambda part: _matrices(part, together, names)),
-            Panel("Layer by layer, pair by pair", 2 * strip + 0.3, lambda part: _strips(part, together, stacks, names)),
+            Panel("Whole models", min(0.4 * len(names) + 1.6, 4.4), lambda part: _matrices(part, together, names)),
+            Panel("Layer by layer", strips, lambda part: _strips(part, together, stacks, names)),
         ]
     return found
 
 
 def _short_names(models: Sequence[str]) -> list[str]:
-    """The last part of each path, not too long; numbered where there are several."""
+    """The last part of each path, its middle cut out if it is long; numbered where there are several."""
     last = [printable(os.path.basename(os.path.normpath(model))) for model in models]
-    cut = [name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…" for name in last]
+    cut = [
+        name if len(name) <= _LONGEST else f"{name[: _LONGEST // 2 - 3]}…{name[-_LONGEST // 2 - 2 :]}" for name in last
+    ]
     return [f"{at} {name}" for at, name in enumerate(cut, 1)] if len(cut) > 1 else cut
-
-
-_LONGEST = 28
 
 
 def _of(rows: Sequence[Report], stack: str) -> list[Report]:
@@ -170,34 +195,46 @@ def _values(rows: Sequence[Report], key: str) -> list[float]:
 
 
 def _grid(part: Figure | SubFigure, number: int) -> list[Axes]:
-    """Axes two abreast, for each of a number of stacks."""
+    """A number of axes, two abreast."""
     columns = min(2, number)
-    rows = math.ceil(number / columns)
-    axes: list[Axes] = list(part.subplots(rows, columns, squeeze=False).flat)
+    axes: list[Axes] = list(part.subplots(math.ceil(number / columns), columns, squeeze=False).flat)
     for spare in axes[number:]:
         spare.set_visible(False)
     return axes[:number]
 
 
-def _layers(axes: Axes, stack: str | None, number: int) -> None:
-    """Layers from left to right, under their stack's name."""
-    if stack is not None:
-        axes.set_title(printable(stack) or "(no prefix)")
+def _over_layers(axes: Axes, title: str, number: int, *, ticks: int = 9) -> None:
+    """Layers from left to right, the first and the last among those that are numbered."""
+    axes.set_title(title)
     axes.set_xlabel("layer")
     axes.set_xlim(-0.6, number - 0.4)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    step = max(1, math.ceil((number - 1) / ticks))
+    axes.set_xticks([at for at in range(0, number - 1, step) if number - 1 - at > step / 2] + [number - 1])
+
+
+def _called(stack: str) -> str:
+    return printable(stack) or "(no prefix)"
+
+
+def _from_zero(axes: Axes, values: Iterable[float]) -> None:
+    most = max((value for value in values if math.isfinite(value)), default=0.0)
+    axes.set_ylim(0, most * 1.08 or 1.0)
 
 
 def _coefficients(axes: Axes, layers: Sequence[Report]) -> Any:
-    """The coefficient's line over what is drawn, on a scale of its own at the right."""
+    """The coefficient's line, on a scale of its own at the right, behind whatever else is drawn."""
     values = _values(layers, "coefficient")
+    known = [value for value in values if math.isfinite(value)]
     right = axes.twinx()
-    (line,) = right.plot(range(len(values)), values, color=_GREY, linestyle="--", linewidth=1.5, label="coefficient")
-    right.set_ylim(min(0.0, *values) * 1.08, max(0.0, *values) * 1.08 or 1.0)
+    right.fill_between(range(len(values)), values, color=_LIGHT, linewidth=0)
+    (line,) = right.plot(range(len(values)), values, color=_GREY, linestyle="--", linewidth=1.2, label="coefficient")
+    right.set_ylim(min(0.0, *known, 0.0) * 1.08, max(0.0, *known, 0.0) * 1.08 or 1.0)
     right.set_ylabel("coefficient", color=_GREY)
     right.spines["right"].set_visible(True)
     right.spines["right"].set_color(_GREY)
     right.tick_params(axis="y", colors=_GREY)
+    axes.set_zorder(right.get_zorder() + 1)
+    axes.patch.set_visible(False)
     return line
 
 
@@ -209,9 +246,9 @@ def _legend(part: Figure | SubFigure, handles: Sequence[Any]) -> None:
 def _parameters(part: Figure | SubFigure, told: Report, stacks: Sequence[str]) -> None:
     for axes, stack in zip(_grid(part, len(stacks)), stacks, strict=True):
         layers = _of(told["layers"], stack)
-        bars = axes.bar(range(len(layers)), _values(layers, "parameters"), color=_PALE, label="parameters")
+        bars = axes.bar(range(len(layers)), _values(layers, "parameters"), width=0.5, color=_PALE, label="parameters")
         axes.set_ylabel("parameters")
-        _layers(axes, stack, len(layers))
+        _over_layers(axes, _called(stack), len(layers))
         line = _coefficients(axes, layers)
     _legend(part, [bars, line])
 
@@ -219,101 +256,124 @@ def _parameters(part: Figure | SubFigure, told: Report, stacks: Sequence[str]) -
 def _updates(part: Figure | SubFigure, told: Report, stacks: Sequence[str], names: Sequence[str]) -> None:
     handles: list[Any] = []
     for axes, stack in zip(_grid(part, len(stacks)), stacks, strict=True):
-        handles = []
+        handles, every = [], []
         for at, (tune, name) in enumerate(zip(told["fine_tunes"], names, strict=True)):
-            layers = _of(tune["layers"], stack)
-            style: dict[str, Any] = {
-                "color": _COLOURS[at % 8],
-                "marker": _MARKERS[at % 8],
-                "markevery": max(1, len(layers) // 12),
-            }
-            norms = _values(layers, "update_norm")
-            dashes = "-" if at < 8 else ":"
-            handles += axes.plot(norms, label=name, markersize=4, linewidth=1.5, linestyle=dashes, **style)
-        axes.set_ylim(bottom=0)
+            norms = _values(_of(tune["layers"], stack), "update_norm")
+            style: dict[str, Any] = {"color": _COLOURS[at % 8], "marker": _MARKERS[at % 8]}
+            style |= {"markevery": max(1, len(norms) // 12), "linestyle": ("-", ":", "-.")[at // 8 % 3]}
+            handles += axes.plot(norms, label=name, markersize=4, linewidth=1.5, **style)
+            every += norms
+        _from_zero(axes, every)
         axes.set_ylabel("norm of the update")
-        _layers(axes, stack, len(_of(told["layers"], stack)))
+        _over_layers(axes, _called(stack), len(norms))
         handles.append(_coefficients(axes, _of(told["layers"], stack)))
     _legend(part, handles)
 
 
 def _before_and_after(part: Figure | SubFigure, told: Report, stacks: Sequence[str], names: Sequence[str]) -> None:
-    grid = part.subplots(len(names), len(stacks), squeeze=False, sharex="col", sharey="row")
-    for at, (row, tune, name) in enumerate(zip(grid, told["fine_tunes"], names, strict=True)):
-        for axes, stack in zip(row, stacks, strict=True):
-            layers = _of(tune["layers"], stack)
-            before = axes.bar(range(len(layers)), _values(layers, "update_norm"), color=_PALE, label="before")
-            scaled = _values(layers, "scaled_norm")
-            after = axes.bar(range(len(layers)), scaled, width=0.45, color=_COLOURS[0], label="after LiNeS")
-            _layers(axes, None if at else stack, len(layers))
-            axes.label_outer()
-        row[0].set_ylabel(f"{name}\nnorm of the update" if len(names) > 1 else "norm of the update")
+    shown = [(at, stack) for at in range(len(names)) for stack in stacks]
+    for axes, (at, stack) in zip(_grid(part, len(shown)), shown, strict=True):
+        layers = _of(told["fine_tunes"][at]["layers"], stack)
+        norms, places = _values(layers, "update_norm"), range(len(layers))
+        before = axes.bar(places, norms, color=_PALE, label="before")
+        after = axes.bar(places, _values(layers, "scaled_norm"), width=0.45, color=_COLOURS[0], label="after LiNeS")
+        _from_zero(axes, [*norms, *_values(layers, "scaled_norm")])
+        parts = ([names[at]] if len(names) > 1 else []) + (
+            [_called(stack)] if len(stacks) > 1 or len(names) == 1 else []
+        )
+        _over_layers(axes, ", ".join(parts), len(layers))
+        axes.set_ylabel("norm of the update")
     _legend(part, [before, after])
+
+
+def _cosine_scale(together: Report) -> dict[str, Any]:
+    """One scale for all cosines between two models: symmetric, and no finer than a quarter."""
+    groups = [together, *together["layers"]]
+    found = [
+        abs(value)
+        for group in groups
+        for at, row in enumerate(group["cosine"])
+        for value in row[:at]
+        if value is not None
+    ]
+    most = max([0.25, *found])
+    return {"cmap": "PuOr_r", "vmin": -most, "vmax": most}
+
+
+_SHARE_SCALE = {"cmap": "Blues", "vmin": 0, "vmax": 100}
 
 
 def _matrices(part: Figure | SubFigure, together: Report, names: Sequence[str]) -> None:
     left, right = part.subplots(1, 2)
     cosine = [[math.nan if value is None else value for value in row] for row in together["cosine"]]
     opposed = [[math.nan if value is None else 100 * value for value in row] for row in together["opposed"]]
-    _heat(left, cosine, "cosine similarity", names, 2, cmap="PuOr_r", vmin=-1, vmax=1)
-    most = max((value for row in opposed for value in row if value == value), default=0)  # noqa: PLR0124 - NaN is not
-    title = "entries with opposed signs, %"
-    _heat(right, opposed, title, names, 1, cmap="Blues", vmin=0, vmax=max(most, 1))
+    for values in (cosine, opposed):
+        for at in range(len(names)):
+            values[at][at] = math.nan  # a model and itself
+    _heat(left, cosine, "cosine similarity", names, 2, _cosine_scale(together))
+    _heat(right, opposed, "entries with opposed signs, %", names, 1, _SHARE_SCALE)
     right.set_yticklabels([])
 
 
-def _heat(axes: Axes, values: list[list[float]], title: str, names: Sequence[str], digits: int, **scale: Any) -> None:
+def _heat(
+    axes: Axes, values: list[list[float]], title: str, names: Sequence[str], digits: int, scale: dict[str, Any]
+) -> None:
+    axes.set_facecolor(_LIGHT)
     image = axes.imshow(values, aspect="equal", **scale)
     axes.set_title(title)
-    numbers = [name.partition(" ")[0] for name in names]
-    axes.set_xticks(range(len(names)), numbers)
+    axes.set_xticks(range(len(names)), [name.partition(" ")[0] for name in names])
     axes.set_yticks(range(len(names)), names)
     axes.tick_params(length=0)
+    if len(names) > 12:  # no room for numbers
+        return
     for y, row in enumerate(values):
         for x, value in enumerate(row):
             if math.isfinite(value):
-                dark = sum(image.cmap(float(image.norm(value)))[:3]) < 1.5  # type: ignore[arg-type]
-                size = 8 if len(names) <= 8 else 6
-                axes.text(
-                    x,
-                    y,
-                    f"{round(value, digits) + 0.0:.{digits}f}",
-                    ha="center",
-                    va="center",
-                    size=size,
-                    color="white" if dark else "black",
-                )
+                colour = "white" if _luminance(image.cmap(float(image.norm(value)))) < 0.3 else "black"  # type: ignore[arg-type]
+                text = f"{round(value, digits) + 0.0:.{digits}f}"
+                axes.text(x, y, text, ha="center", va="center", size=8 if len(names) <= 6 else 6, color=colour)
+
+
+def _luminance(colour: Sequence[float]) -> float:
+    """Relative luminance of an sRGB colour (WCAG 2.1), 0 to 1."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def _strip_rows(names: Sequence[str]) -> list[tuple[str, list[tuple[int, int]]]]:
+    """What each row of a strip is: a pair of models; of very many, one model and all others."""
+    models = range(len(names))
+    if len(names) <= _MOST_PAIRED:
+        return [(f"{a + 1}, {b + 1}", [(a, b)]) for a, b in combinations(models, 2)]
+    return [(f"{a + 1}", [(a, b) for b in models if b != a]) for a in models]
 
 
 def _strips(part: Figure | SubFigure, together: Report, stacks: Sequence[str], names: Sequence[str]) -> None:
-    """For each pair of models a row, for each layer a column."""
-    pairs = list(combinations(range(len(names)), 2))
-    widths = [max(4, len(_of(together["layers"], stack))) for stack in stacks]
-    grid = part.subplots(2, len(stacks), squeeze=False, width_ratios=widths)
-    labels = [f"{a + 1}, {b + 1}" for a, b in pairs]
-    for row, key, title, factor in zip(
-        grid, ("cosine", "opposed"), ("cosine", "opposed signs, %"), (1, 100), strict=True
+    """For each pair of models a row, for each layer a column; cosines to the left, opposed signs to the right."""
+    rows = _strip_rows(names)
+    grid = part.subplots(len(stacks), 2, squeeze=False)
+    titles = ("cosine", "opposed signs, %") if len(names) <= _MOST_PAIRED else ("mean cosine", "mean opposed signs, %")
+    for at, (key, title, factor, scale) in enumerate(
+        (("cosine", titles[0], 1, _cosine_scale(together)), ("opposed", titles[1], 100, _SHARE_SCALE))
     ):
-        found = []
-        for stack in stacks:
-            layers = _of(together["layers"], stack)
-            table = [[layer[key][a][b] for layer in layers] for a, b in pairs]
-            if key == "opposed":
-                table.append([layer["disagreement"] for layer in layers])
-            found.append([[math.nan if value is None else factor * value for value in line] for line in table])
-        every = [abs(v) for table in found for line in table for v in line if math.isfinite(v)]
-        most = max(every, default=0.0) or 1.0
-        scale: dict[str, Any] = {"cmap": "Blues", "vmin": 0, "vmax": most}
-        if key == "cosine":
-            most = min(1.0, max(most, 0.1))
-            scale = {"cmap": "PuOr_r", "vmin": -most, "vmax": most}
-        for axes, stack, table in zip(row, stacks, found, strict=True):
+        for line, stack in zip(grid, stacks, strict=True):
+            axes, layers = line[at], _of(together["layers"], stack)
+            values = [[_mean([layer[key][a][b] for a, b in pairs]) for layer in layers] for _, pairs in rows]
+            labels = [label for label, _ in rows]
+            if key == "opposed" and len(names) > 2:
+                values.append([_mean([layer["disagreement"]]) for layer in layers])
+                labels.append("any")
+            axes.set_facecolor(_LIGHT)
+            table = [[factor * value for value in row] for row in values]
             image = axes.imshow(table, aspect="auto", interpolation="nearest", **scale)
-            _layers(axes, stack if key == "cosine" else None, len(table[0]))
-            axes.set_xlim(-0.5, len(table[0]) - 0.5)
-            axes.set_yticks(range(len(table)), [*labels, "any"][: len(table)])
+            _over_layers(axes, f"{title}, {_called(stack)}" if len(stacks) > 1 else title, len(layers), ticks=6)
+            axes.set_xlim(-0.5, len(layers) - 0.5)
+            axes.set_yticks(range(len(labels)), labels, size=9 if len(labels) <= 8 else 6)
+            axes.set_ylabel("models")
             axes.tick_params(length=0)
-            if key == "cosine":
-                axes.set_xlabel("")
-        part.colorbar(image, ax=list(row), label=title, fraction=0.04, pad=0.01)
-        row[0].set_ylabel("models")
+        part.colorbar(image, ax=list(grid[:, at]), fraction=0.05, pad=0.02)
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else math.nan

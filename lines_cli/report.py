@@ -42,8 +42,8 @@ def make_report(inspection: Inspection, findings: Findings | None = None, *, ten
         findings: what the numbers tell, if they were read.
         tensors: also every single tensor.
     """
-    if findings is not None and findings.norms is not None and inspection.scaling.needs_alpha and findings.norms.merged:
-        inspection = inspection.with_alpha(findings.norms.alpha)
+    if findings is not None and inspection.of == "merge" and inspection.scaling.needs_alpha:
+        inspection = inspection.with_alpha(_alpha(inspection, findings.norms))
     changes = [_changes(findings, model) for model in range(len(inspection.models))] if findings else []
     one = changes[0] if inspection.has_base and len(changes) == 1 else None
 
@@ -333,6 +333,13 @@ def _matrix(models: int, pairs: Sequence[float | None], *, same: float | None) -
     return found
 
 
+def _alpha(inspection: Inspection, norms: Norms | None) -> float:
+    """What `alpha: auto` is. Nothing was measured where the merged task vector is the sum."""
+    if norms is None:
+        return 1 / len(inspection.models)
+    return norms.alpha if norms.merged and math.isfinite(norms.merged) else math.nan
+
+
 def _auto(inspection: Inspection, findings: Findings) -> Report:
     """What `alpha: auto` of the recipe would be, and the L1 norms behind it."""
     recipe, models = inspection.recipe, len(inspection.models)
@@ -340,10 +347,9 @@ def _auto(inspection: Inspection, findings: Findings) -> Report:
     if norms is None:  # the merged task vector is the sum
         l1 = sum(joint.sum_l1 for joint in findings.joint.values())
         norms = Norms(l1, l1, models)
-    alpha = norms.alpha if norms.merged and math.isfinite(norms.merged) else None
     return {
         "method": recipe.merge_method,
-        "alpha": alpha,
+        "alpha": _finite(_alpha(inspection, norms)),
         "sum": _finite(norms.total),
         "merged": _finite(norms.merged),
     }

@@ -226,8 +226,9 @@ def _fine_tune(told: Report, tune: Report, *, full: bool) -> Section:
     ]
     if outside:
         tables.append(("outside the blocks", Table(("", *headings), tuple(outside))))
-    kinds = tuple(row(kind["kind"], kind, "") for kind in tune["kinds"])
-    tables.append(("by kind", Table(("", *headings), kinds)))
+    kinds = (row(kind["kind"], kind, "") for kind in tune["kinds"])
+    without_c = tuple((*cells[:6], cells[7]) for cells in kinds)
+    tables.append(("by kind", Table(("", *headings[:5], headings[6]), without_c)))
     return Section(f"update of {tune['model']}", tuple(_changed(tune)), tuple(tables))
 
 

@@ -28,7 +28,7 @@ LAYERS = [
     {"comparison", "engine"},
     {"measure"},
     {"workers"},
-    {"inspection"},
+    {"findings", "inspection"},
     {"planning"},
     {"plan"},
     {"draft"},

@@ -24,9 +24,10 @@ FineTune = Annotated[
     ),
 ]
 Checkpoints = Annotated[
-    list[str],
+    list[str] | None,
     typer.Argument(
-        metavar="CHECKPOINT...",
+        metavar="[CHECKPOINT]...",
+        show_default=False,
         help="What to inspect, in any of the forms that lines edit takes; with --base one fine-tune or several.",
     ),
 ]
@@ -39,6 +40,27 @@ Against = Annotated[
         help="What they were fine-tuned from: reads all weights, and tells what changed.",
     ),
 ]
+MergeToInspect = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        show_default=False,
+        help="Inspect the models of this recipe against its base, with its coefficients; and measure what alpha: auto "
+        "is with its method.",
+    ),
+]
+AlphaOrAuto = Annotated[
+    str | None,
+    typer.Option(
+        "--alpha",
+        metavar="FLOAT",
+        show_default="0.1; of several fine-tunes auto, which is 1/N",
+        help="Coefficient of the first block, and of everything outside the blocks.",
+    ),
+]
+JsonReport = Annotated[bool, typer.Option("--json", help="Print everything as one JSON object on stdout.")]
+NoProgress = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Tensors = Annotated[bool, typer.Option("--tensors", help="List every tensor.")]
 Full = Annotated[bool, typer.Option("--full", help="Show every layer of a deep model, and every name of a long list.")]
 Check = Annotated[
