@@ -25,7 +25,7 @@ from lines_cli.hub import locate
 from lines_cli.kinds import Kind, kind_of
 from lines_cli.layout import natural
 from lines_cli.pairing import Names, Sides, aligned_names, match_names, says_tied, strangers, tied_embedding
-from lines_cli.planning import UNSCALED, refuse_beyond_range, sides_of, to_float32
+from lines_cli.planning import UNSCALED, rounded_coefficient, sides_of
 from lines_cli.recipe import Recipe, Scaling
 from lines_cli.recipe_check import edit_recipe, make_recipe
 from lines_cli.recipe_file import load_recipe
@@ -348,7 +348,7 @@ def _parts(inspection: Inspection) -> Iterator[Part]:
         if inspection.knows_coefficients:
             counts_as = name if place else inspection.stored_heads.get(name, name)
             coefficient = rules.coefficient(counts_as, depth, scale=values_for(counts_as).get("lambda", 1.0))
-            refuse_beyond_range(name, coefficient if info.dtype == "F64" else to_float32(coefficient))
+            rounded_coefficient(name, coefficient, in_float64=info.dtype == "F64")  # refuses what an edit would
         yield Part(name, info, place, None if place else depth.side_of(name), kinds[alike], coefficient)
 
 

@@ -227,23 +227,24 @@ def _with_coefficient(plan: Plan, tensor: TensorPlan) -> TensorPlan:
     if not draft.paired:
         return replace(tensor, coefficient=0.0 if _is_of_base(plan, draft) else 1.0)
     coefficient = _coefficient(plan.depth, plan.rules, draft)
-    rounded = coefficient if tensor.in_float64 else to_float32(coefficient)
-    refuse_beyond_range(tensor.name, rounded)
+    rounded = rounded_coefficient(tensor.name, coefficient, in_float64=tensor.in_float64)
     pieces = tuple(_decide(plan, draft, piece, rounded) for piece in draft.pieces)
     return TensorPlan(draft, tensor.file, tensor.info, tensor.place, coefficient, tensor.in_float64, pieces)
 
 
-def refuse_beyond_range(name: str, coefficient: float) -> None:
-    """Refuse a tensor's coefficient that is infinite once it is rounded.
+def rounded_coefficient(name: str, coefficient: float, *, in_float64: bool) -> float:
+    """A tensor's coefficient as its arithmetic has it.
 
     Raises:
-        RecipeError: it is.
+        RecipeError: that is infinite.
     """
-    if math.isinf(coefficient):
+    rounded = coefficient if in_float64 else to_float32(coefficient)
+    if math.isinf(rounded):
         raise RecipeError(
-            f"the coefficient of {printable(name)} is beyond what float32 can hold",
+            f"the coefficient of {printable(name)} is {coefficient:g}, beyond what float32 can hold",
             hint="Coefficients usually lie between 0 and 2.",
         )
+    return rounded
 
 
 def _is_of_base(plan: Plan, draft: Draft) -> bool:
