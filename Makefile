@@ -36,6 +36,7 @@ docs: $(VENV)/dev ## Write docs/cli.md and docs/methods.md anew from the code.
 bench: $(VENV)/dev ## Measure lines against the disk and the plain script (QUICK=1: small models).
 	$(BIN)/python benchmarks/edit.py $(if $(QUICK),--quick)
 	$(BIN)/python benchmarks/merge.py $(if $(QUICK),--quick)
+	$(BIN)/python benchmarks/inspection.py $(if $(QUICK),--quick)
 
 clean: ## Remove what was installed and built.
 	rm -rf $(VENV) demo/out benchmarks/models build *.egg-info
