@@ -31,6 +31,7 @@ from lines_cli.layout import natural
 from lines_cli.measure import Track, measure, untracked
 from lines_cli.plan import Plan
 from lines_cli.planning import make_plan, open_inputs
+from lines_cli.recipe import Scaling
 from lines_cli.resources import Resources
 from lines_cli.workers import Chunk, Pool, Reader, choose_device, chunks_of, keep_freed_memory, opened
 
@@ -69,7 +70,7 @@ def compare(
         seen=sums.seen,
         same=sums.same,
         norms=norms,
-        changed_files=_changed_files(inspection) if files else {},
+        files=_files(inspection) if files else {},
         bytes_read=sums.bytes_read,
         seconds=perf_counter() - started,
     )
@@ -77,25 +78,24 @@ def compare(
 
 def _merge(inspection: Inspection) -> Plan | None:
     """The plan of the merge with alpha to be measured; None where alpha follows from the number of models."""
-    recipe = inspection.recipe
-    lines = inspection.scaling.model_copy(update={"alpha": "auto", "schedule": "linear", "beta": 0.0, "stacks": {}})
-    recipe = recipe.model_copy(update={"lines": lines.model_copy(update={"filter": {}, "outside": "alpha"})})
+    lines = Scaling(alpha="auto", beta=0.0, layers=inspection.scaling.layers)
+    recipe = inspection.recipe.model_copy(update={"lines": lines})
     plan = make_plan(recipe, open_inputs(recipe, quiet=True), Path("inspected.safetensors"))
     return plan if plan.needs.norms else None
 
 
-def _changed_files(inspection: Inspection) -> dict[int, dict[str, str]]:
-    """For each output of ours, the files that are not as its recipe recorded."""
-    changed = {}
+def _files(inspection: Inspection) -> dict[int, tuple[int, dict[str, str]]]:
+    """For each output of ours how many files its recipe recorded, and those that are no longer so."""
+    found: dict[int, tuple[int, dict[str, str]]] = {}
     for side, checkpoint in enumerate(inspection.checkpoints):
         try:
             recipe = recipe_of(checkpoint)
         except RecipeError as error:
-            changed[side] = {RECIPE: f"cannot be read: {error.message}"}
+            found[side] = 0, {RECIPE: f"cannot be read: {error.message}"}
             continue
-        if recipe is not None and checkpoint.folder is not None:
-            changed[side] = altered(checkpoint.folder, recipe.files)
-    return changed
+        if recipe is not None and recipe.files and checkpoint.folder is not None:
+            found[side] = len(recipe.files), altered(checkpoint.folder, recipe.files)
+    return found
 
 
 @dataclass(slots=True)

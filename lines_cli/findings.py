@@ -111,7 +111,7 @@ class Findings:
         seen: (checkpoint, tensor) -> what it holds; checkpoints as in `Inspection.checkpoints`.
         same: for each checkpoint, groups of tensors that hold the same bytes.
         norms: what a merge's `alpha: auto` rests on, where that was measured.
-        changed_files: for each checkpoint, files that are not as its recipe recorded -> how they differ.
+        files: for each output of ours how many files its recipe recorded, and those that differ -> how.
         bytes_read, seconds: of the pass.
     """
 
@@ -120,6 +120,6 @@ class Findings:
     seen: Mapping[tuple[int, str], Seen] = field(default_factory=dict)
     same: Mapping[int, Sequence[tuple[str, ...]]] = field(default_factory=dict)
     norms: Norms | None = None
-    changed_files: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
+    files: Mapping[int, tuple[int, Mapping[str, str]]] = field(default_factory=dict)
     bytes_read: int = 0
     seconds: float = 0.0

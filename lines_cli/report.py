@@ -372,6 +372,7 @@ def _health(inspection: Inspection, findings: Findings, side: int) -> Report:
         tied = tied_copies(group, checkpoint, config)
         first, *others = [name for name in group if name not in tied] or group[:1]
         same += [(name, first) for name in others]
+    recorded, changed = findings.files.get(side, (None, {}))
     beyond = {name: _cannot_hold(checkpoint.tensors[name].info.dtype, found) for name, found in seen.items()}
     return {
         "checkpoint": checkpoint.name,
@@ -391,7 +392,8 @@ def _health(inspection: Inspection, findings: Findings, side: int) -> Report:
             name for name, found in seen.items() if found.low == found.high == 0 and not found.nan and not found.inf
         ],
         "same": [{"tensor": name, "as": first} for name, first in same],
-        "changed_files": dict(findings.changed_files.get(side, {})),
+        "recorded_files": recorded,
+        "changed_files": dict(changed),
     }
 
 

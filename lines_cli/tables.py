@@ -411,9 +411,10 @@ def _health(told: Sequence[Report], *, full: bool) -> Section:
         found = [(what, _names([say(each) for each in things], full=full)) for what, things, say in ways if things]
         rest = [f"{number:,} {dtype}" for dtype, number in health["not_looked_into"].items()]
         looked = f"{health['checkpoint']}: {health['tensors']:,} float tensors"
-        looked += (
-            f", nothing wrong in {'them' if health['tensors'] > 1 else 'it'}" if health["tensors"] and not found else ""
-        )
+        if health["recorded_files"]:
+            looked += f" and {health['recorded_files']:,} files"
+        if (health["tensors"] or health["recorded_files"]) and not found:
+            looked += ", nothing wrong in them"
         facts += [("", (looked + (f"; not looked into: {', '.join(rest)}" if rest else ""),)), *found]
     return Section("health", tuple(facts))
 
