@@ -26,7 +26,7 @@ from lines_cli.kinds import Kind, kind_of
 from lines_cli.layout import natural
 from lines_cli.pairing import Names, Sides, aligned_names, match_names, says_tied, strangers, tied_embedding
 from lines_cli.planning import UNSCALED, rounded_coefficient, sides_of
-from lines_cli.recipe import Recipe, Scaling
+from lines_cli.recipe import Like, Recipe, Scaling
 from lines_cli.recipe_check import edit_recipe, make_recipe
 from lines_cli.recipe_file import load_recipe
 from lines_cli.schedule import Rules
@@ -95,11 +95,13 @@ class Inspection:
     Attributes:
         checkpoints: the base, if there is one; then what is inspected.
         has_base: whether there is one.
+        lead: the number of the one whose headers are told: the first that is inspected; of a merge that is planned the
+            one that its output is like.
         recipe: what decides the coefficients: of an output its own; else what is asked, or an edit's defaults.
         of: where that recipe comes from.
         depth: stacks and places; no stack where depth cannot be decided.
         rules: the coefficients, with alpha where it is known.
-        parts: every tensor of the (first) inspected checkpoint.
+        parts: every tensor of the leading checkpoint.
         compared: what the fine-tunes are compared with the base by.
         not_compared: tensors that are not, each with the reason in words.
         resized: whether only a part of the rows is compared of some.
@@ -112,6 +114,7 @@ class Inspection:
 
     checkpoints: tuple[Checkpoint, ...]
     has_base: bool
+    lead: int
     recipe: Recipe
     of: Origin
     depth: DepthMap
@@ -133,8 +136,8 @@ class Inspection:
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """What is inspected; of several fine-tunes the first."""
-        return self.models[0]
+        """The one whose headers are told."""
+        return self.checkpoints[self.lead]
 
     @property
     def scaling(self) -> Scaling:
@@ -242,6 +245,8 @@ def open_merge(recipe: Recipe, *, quiet: bool = False) -> Inspection:
     if recipe.base_model is None:
         raise RecipeError("the recipe has no base_model, so there is nothing to compare its models with")
     names = [source.model for source in recipe.merged if source.model != recipe.base_model]
+    if not names:
+        raise RecipeError("the recipe's only model is its base: there is nothing to compare")
     return _against(recipe.base_model, names, recipe, "merge", quiet=quiet)
 
 
@@ -265,6 +270,7 @@ def _alone(name: str, scaling: Mapping[str, Any], *, quiet: bool) -> Inspection:
             Inspection(
                 checkpoints=(checkpoint,),
                 has_base=False,
+                lead=0,
                 recipe=recipe,
                 of=of,
                 depth=depth,
@@ -289,7 +295,7 @@ def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, qui
     opened = [_opened(name, to_look_at=False, quiet=quiet) for name in (base, *names)]
     _refuse_twice(opened)
     notes: list[str] = []
-    pairing = _pairing(base, names, recipe)
+    pairing = _pairing(base, names, recipe, recipe.like if of == "merge" else "ft")
     sides = sides_of(pairing, *opened)
     own = aligned_names(sides, notes)
     rows, not_compared = _rows(sides, own, notes)
@@ -307,13 +313,14 @@ def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, qui
             hint="Are they of one model?",
         )
     _note_dtypes(sides, compared, notes)
-    made_by = _made_by(sides.leading, notes) if len(names) == 1 else None
+    made_by = _made_by(opened[1], notes) if len(names) == 1 else None
     if made_by is not None and of == "asked":
-        notes.append(f"{sides.leading.name} is an output of lines; what is told as scaled is scaled once more")
+        notes.append(f"{opened[1].name} is an output of lines; what is told as scaled is scaled once more")
     return _complete(
         Inspection(
             checkpoints=tuple(opened),
             has_base=True,
+            lead=sides.lead,
             recipe=recipe,
             of=of,
             depth=depth,
@@ -339,6 +346,8 @@ def _parts(inspection: Inspection) -> Iterator[Part]:
     checkpoint, depth, rules = inspection.checkpoint, inspection.depth, inspection.rules
     values_for = TensorValues(inspection.recipe, depth)
     kinds: dict[tuple[str, bool], Kind] = {}
+    wide = {tensor.name for tensor in inspection.compared if any(s.dtype == "F64" for s in tensor.piece.sources)}
+    wide |= {name for name, stored in checkpoint.tensors.items() if stored.info.dtype == "F64"}
     for name in sorted(checkpoint.tensors, key=natural):
         place, info = depth.places.get(name), checkpoint.tensors[name].info
         alike = (_LAYER_NUMBER.sub(".0.", name), place is not None)
@@ -348,7 +357,7 @@ def _parts(inspection: Inspection) -> Iterator[Part]:
         if inspection.knows_coefficients:
             counts_as = name if place else inspection.stored_heads.get(name, name)
             coefficient = rules.coefficient(counts_as, depth, scale=values_for(counts_as).get("lambda", 1.0))
-            rounded_coefficient(name, coefficient, in_float64=info.dtype == "F64")  # refuses what an edit would
+            rounded_coefficient(name, coefficient, in_float64=name in wide)  # refuses what an edit would
         yield Part(name, info, place, None if place else depth.side_of(name), kinds[alike], coefficient)
 
 
@@ -401,10 +410,12 @@ def _refuse_twice(opened: Sequence[Checkpoint]) -> None:
         paths[path] = checkpoint.name
 
 
-def _pairing(base: str, names: Sequence[str], recipe: Recipe) -> Recipe:
-    """The recipe by which tensors are paired: whatever they have in common, by the fine-tunes' names."""
+def _pairing(base: str, names: Sequence[str], recipe: Recipe, like: Like) -> Recipe:
+    """The recipe by which tensors are paired: whatever they have in common, by the names of the first fine-tune or of
+    the base.
+    """
     sources = [{"model": name} for name in names]
-    settled = {"like": "ft", "resize": "ft", "missing": "skip"}
+    settled = {"like": like, "resize": "ft", "missing": "skip"}
     return make_recipe({"base_model": base, "models": sources, "lines": recipe.lines, **settled}, where="inspect")
 
 

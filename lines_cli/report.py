@@ -105,7 +105,8 @@ _PROBLEMS = {
 def _scaling(inspection: Inspection) -> Report:
     """Where the coefficients come from: the `lines:` of a recipe, and what alpha is if that says auto."""
     recipe = inspection.recipe
-    alpha = None if isinstance(inspection.scaling.schedule, tuple) else _finite(inspection.rules.schedule.first)
+    listed = isinstance(inspection.scaling.schedule, tuple)
+    alpha = None if listed or recipe.lines is None else _finite(inspection.rules.schedule.first)
     return {
         "of": inspection.of,
         "lines": recipe.lines.model_dump(mode="json", exclude_none=True) if recipe.lines else None,
@@ -228,9 +229,10 @@ def _changes(findings: Findings, model: int) -> Numbers:
         known = [(part, findings.changes[part.name][model]) for part in parts if part.name in findings.changes]
         whole = reduce(add, (change for _, change in known), Change())
         base, norm = _norm(whole.base_squares), _norm(whole.squares)
-        scaled = _norm(sum(part.coefficient * part.coefficient * change.squares for part, change in known))
-        if whole.squares == 0 and whole.unchanged < whole.numel:
-            norm = scaled = None  # so small that float64 cannot hold their squares
+        scaled = _finite(math.hypot(*(part.coefficient * math.sqrt(change.squares) for part, change in known)))
+        if _vanishes(whole):
+            norm = scaled = None
+        largest = [abs(part.coefficient) * change.largest for part, change in known]
         told = {
             "update_norm": norm,
             "relative_norm": _ratio(norm, base),
@@ -238,11 +240,19 @@ def _changes(findings: Findings, model: int) -> Numbers:
             "largest": _finite(whole.largest),
             "scaled_norm": scaled,
             "scaled_relative_norm": _ratio(scaled, base),
-            "scaled_largest": _finite(max((abs(part.coefficient) * c.largest for part, c in known), default=0.0)),
+            "scaled_largest": max(largest, default=0.0) if all(map(math.isfinite, largest)) else None,
         }
         return told if whole.numel else dict.fromkeys(told)
 
     return numbers
+
+
+def _vanishes(change: Change) -> bool:
+    """Whether it is so small that float64 cannot hold its squares."""
+    return change.squares < _LEAST_SQUARES and change.unchanged < change.numel
+
+
+_LEAST_SQUARES = 1e-290  # below, they lose digits
 
 
 def _fine_tune(inspection: Inspection, findings: Findings, model: int) -> Report:
@@ -295,7 +305,12 @@ def _together(inspection: Inspection, findings: Findings) -> Report:
             "opposed": _matrix(models, [_ratio(pair, entries) for pair in opposed], same=0.0 if entries else None),
             **_sums(models, [(joint, 1.0) for joint, _ in known]),
         }
-        return told | {f"scaled_{key}": value for key, value in _sums(models, known).items()}
+        told |= {f"scaled_{key}": value for key, value in _sums(models, known).items()}
+        for model in range(models):
+            changes = (findings.changes[part.name][model] for part in parts if part.name in findings.joint)
+            if _vanishes(reduce(add, changes, Change())):
+                told |= dict.fromkeys(("norm_of_sum", "sum_of_norms", "scaled_norm_of_sum", "scaled_sum_of_norms"))
+        return told
 
     return {
         "models": [model.name for model in inspection.models],
@@ -310,7 +325,7 @@ def _sums(models: int, known: Sequence[tuple[Joint, float]]) -> Report:
     squared = [(joint, factor * factor) for joint, factor in known if joint.numel]
     if not squared:
         return {"cosine": _matrix(models, (), same=None), "norm_of_sum": None, "sum_of_norms": None}
-    norms = [math.sqrt(sum(square * joint.squares[model] for joint, square in squared)) for model in range(models)]
+    norms = [math.hypot(*(f * math.sqrt(joint.squares[m]) for joint, f in known)) for m in range(models)]
     cosines = []
     for pair, (a, b) in enumerate(combinations(range(models), 2)):
         ratio = _ratio(sum(square * joint.products[pair] for joint, square in squared), norms[a] * norms[b])
