@@ -110,8 +110,9 @@ def _held(told: Report) -> Fact:
     )
     held = f"{len(files)} file{'s' if len(files) > 1 else ''}, {told['tensors']:,} tensors"
     amounts = f"{count(told['parameters'])} parameters, {size(told['bytes'])}{f' ({by_dtype})' if by_dtype else ''}"
-    others = len(told.get("fine_tunes", ())) - 1
-    return "", (f"{held}, {amounts}", *(["(the first of several, whose headers these are)"] if others > 0 else []))
+    tunes = len(told.get("fine_tunes", ()))
+    whose = "the base" if told["checkpoint"] == told["base"] else f"the first of {tunes} fine-tunes"
+    return "", (f"{held}, {amounts}", *([f"(headers of {whose})"] if tunes > 1 else []))
 
 
 def _known(told: Report) -> Iterable[Fact]:
