@@ -200,19 +200,27 @@ def pattern_of(stack: Stack, depth: DepthMap) -> str | None:
     `layers.{s}.blocks.{l}` where stages are counted through. None where the stack's name is no prefix of theirs.
     """
     names = [name for name, place in depth.places.items() if place.stack == stack.name]
-    begins, layers = [], 0
-    for prefix in stack.name.split("+"):
+    begins: list[tuple[str, str | None]] = []
+    layers = 0
+    prefixes = stack.name.split("+")
+    for prefix in prefixes:
         numbered = re.compile(rf"(?P<begin>{re.escape(prefix)}[._]?)(?P<number>\d+)(?P<rest>\..*)")
         found = [match for name in names if (match := numbered.match(name))]
+        if not found and len(prefixes) > 1 and any(name.startswith(f"{prefix}.") for name in names):
+            begins.append((prefix, None))  # a single unit, as a U-Net's middle
+            layers += 1
+            continue
         if not found:
             return None
         numbers = {match["number"] for match in found}
         layers += len(numbers)
         inner = [match["begin"] for each in found if (match := _INNER_NUMBER.match(each["rest"]))]
         begins.append((found[0]["begin"], inner[0] if inner else ""))
-    if layers == stack.layers:
-        return " + ".join(f"{begin}{{l}}" for begin, _ in begins)
-    return " + ".join(f"{begin}{{s}}{inner}{{l}}" if inner else f"{begin}{{l}}" for begin, inner in begins)
+    counted = layers == stack.layers
+    return " + ".join(
+        begin if inner is None else f"{begin}{{s}}{inner}{{l}}" if inner and not counted else f"{begin}{{l}}"
+        for begin, inner in begins
+    )
 
 
 _INNER_NUMBER = re.compile(r"(?P<begin>\.(?:\w+\.)?)\d+(?:\.|$)")

@@ -77,15 +77,21 @@ class Drawing:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._form = path.suffix.lower().removeprefix(".")
-        self._staged = path.with_name(f".lines-{os.getpid()}.part")
         if self._form not in ("svg", "png", "html"):
             raise RecipeError(
                 f"--plot {path}: drawn is SVG, PNG or HTML", hint="Name a file that ends in .svg, .png or .html."
             )
         if os.path.isdir(path):
             raise OutputError(f"--plot {path}: a folder", hint="Name a file.")
+        self._staged = path.with_name(f".lines-{os.getpid()}.part")
         self._write(b"")  # whether that works is better known before the weights are read
         os.unlink(self._staged)
+        try:
+            os.lstat(path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:  # such as a name that is too long
+            raise self._refusal(error) from error
 
     def spare(self, inputs: Iterable[Path]) -> None:
         """Refuse to replace any of the inputs.
@@ -161,7 +167,9 @@ def panels(told: Report) -> list[Panel]:
     if not tunes:
         return [Panel("Parameters and coefficients by depth", rows, lambda part: _parameters(part, told, stacks))]
     bars = min(len(tunes), _MOST_BARS)
-    title = "Before and after LiNeS" + (f" (the first {bars} of {len(tunes)})" if bars < len(tunes) else "")
+    title = f"Before and after {'LiNeS' if told['scaling']['lines'] else 'scaling'}" + (
+        f" (the first {bars} of {len(tunes)})" if bars < len(tunes) else ""
+    )
     height = math.ceil(bars * len(stacks) / 2) * _ROW * 0.85 + 0.9
     found = [
         Panel("Norm of the update by depth", rows, lambda part: _updates(part, told, stacks, names)),
@@ -221,20 +229,23 @@ def _from_zero(axes: Axes, values: Iterable[float]) -> None:
     axes.set_ylim(0, most * 1.08 or 1.0)
 
 
-def _coefficients(axes: Axes, layers: Sequence[Report]) -> Any:
-    """The coefficient's line, on a scale of its own at the right, behind whatever else is drawn."""
+def _coefficients(axes: Axes, layers: Sequence[Report], *, behind: bool) -> Any:
+    """The coefficient's line, on a scale of its own at the right: over whatever else is drawn, or behind it."""
     values = _values(layers, "coefficient")
     known = [value for value in values if math.isfinite(value)]
     right = axes.twinx()
-    right.fill_between(range(len(values)), values, color=_LIGHT, linewidth=0)
-    (line,) = right.plot(range(len(values)), values, color=_GREY, linestyle="--", linewidth=1.2, label="coefficient")
-    right.set_ylim(min(0.0, *known, 0.0) * 1.08, max(0.0, *known, 0.0) * 1.08 or 1.0)
+    style: dict[str, Any] = {"color": _GREY, "linestyle": "--", "linewidth": 1.2, "label": "coefficient"}
+    (line,) = right.plot(range(len(values)), values, marker="_" if len(values) == 1 else None, markersize=20, **style)
+    # More room above it than above the norms, or else their greatest values would lie on each other.
+    right.set_ylim(min(0.0, *known, 0.0) * 1.08, max(0.0, *known, 0.0) * 1.18 or 1.0)
     right.set_ylabel("coefficient", color=_GREY)
     right.spines["right"].set_visible(True)
     right.spines["right"].set_color(_GREY)
     right.tick_params(axis="y", colors=_GREY)
-    axes.set_zorder(right.get_zorder() + 1)
-    axes.patch.set_visible(False)
+    if behind:
+        right.fill_between(range(len(values)), values, color=_LIGHT, linewidth=0)
+        axes.set_zorder(right.get_zorder() + 1)
+        axes.patch.set_visible(False)
     return line
 
 
@@ -249,7 +260,7 @@ def _parameters(part: Figure | SubFigure, told: Report, stacks: Sequence[str]) -
         bars = axes.bar(range(len(layers)), _values(layers, "parameters"), width=0.5, color=_PALE, label="parameters")
         axes.set_ylabel("parameters")
         _over_layers(axes, _called(stack), len(layers))
-        line = _coefficients(axes, layers)
+        line = _coefficients(axes, layers, behind=False)
     _legend(part, [bars, line])
 
 
@@ -266,18 +277,22 @@ def _updates(part: Figure | SubFigure, told: Report, stacks: Sequence[str], name
         _from_zero(axes, every)
         axes.set_ylabel("norm of the update")
         _over_layers(axes, _called(stack), len(norms))
-        handles.append(_coefficients(axes, _of(told["layers"], stack)))
+        handles.append(_coefficients(axes, _of(told["layers"], stack), behind=True))
     _legend(part, handles)
 
 
 def _before_and_after(part: Figure | SubFigure, told: Report, stacks: Sequence[str], names: Sequence[str]) -> None:
     shown = [(at, stack) for at in range(len(names)) for stack in stacks]
+    rows = [row for tune in told["fine_tunes"][: len(names)] for row in tune["layers"]]
+    most = {
+        stack: [n for key in ("update_norm", "scaled_norm") for n in _values(_of(rows, stack), key)] for stack in stacks
+    }
     for axes, (at, stack) in zip(_grid(part, len(shown)), shown, strict=True):
         layers = _of(told["fine_tunes"][at]["layers"], stack)
         norms, places = _values(layers, "update_norm"), range(len(layers))
         before = axes.bar(places, norms, color=_PALE, label="before")
         after = axes.bar(places, _values(layers, "scaled_norm"), width=0.45, color=_COLOURS[0], label="after LiNeS")
-        _from_zero(axes, [*norms, *_values(layers, "scaled_norm")])
+        _from_zero(axes, most[stack])
         parts = ([names[at]] if len(names) > 1 else []) + (
             [_called(stack)] if len(stacks) > 1 or len(names) == 1 else []
         )

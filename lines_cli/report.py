@@ -407,7 +407,7 @@ def _health(inspection: Inspection, findings: Findings, side: int) -> Report:
             name for name, found in seen.items() if found.low == found.high == 0 and not found.nan and not found.inf
         ],
         "same": [{"tensor": name, "as": first} for name, first in same],
-        "recorded_files": recorded,
+        "recorded_files": recorded or None,
         "changed_files": dict(changed),
     }
 
