@@ -229,8 +229,8 @@ def _from_zero(axes: Axes, values: Iterable[float]) -> None:
     axes.set_ylim(0, most * 1.08 or 1.0)
 
 
-def _coefficients(axes: Axes, layers: Sequence[Report], *, behind: bool) -> Any:
-    """The coefficient's line, on a scale of its own at the right: over whatever else is drawn, or behind it."""
+def _coefficients(axes: Axes, layers: Sequence[Report]) -> Any:
+    """The coefficient's line, on a scale of its own at the right, over whatever else is drawn."""
     values = _values(layers, "coefficient")
     known = [value for value in values if math.isfinite(value)]
     right = axes.twinx()
@@ -242,10 +242,7 @@ def _coefficients(axes: Axes, layers: Sequence[Report], *, behind: bool) -> Any:
     right.spines["right"].set_visible(True)
     right.spines["right"].set_color(_GREY)
     right.tick_params(axis="y", colors=_GREY)
-    if behind:
-        right.fill_between(range(len(values)), values, color=_LIGHT, linewidth=0)
-        axes.set_zorder(right.get_zorder() + 1)
-        axes.patch.set_visible(False)
+    right.fill_between(range(len(values)), values, color=_GREY, alpha=0.12, linewidth=0)
     return line
 
 
@@ -260,7 +257,7 @@ def _parameters(part: Figure | SubFigure, told: Report, stacks: Sequence[str]) -
         bars = axes.bar(range(len(layers)), _values(layers, "parameters"), width=0.5, color=_PALE, label="parameters")
         axes.set_ylabel("parameters")
         _over_layers(axes, _called(stack), len(layers))
-        line = _coefficients(axes, layers, behind=False)
+        line = _coefficients(axes, layers)
     _legend(part, [bars, line])
 
 
@@ -277,7 +274,7 @@ def _updates(part: Figure | SubFigure, told: Report, stacks: Sequence[str], name
         _from_zero(axes, every)
         axes.set_ylabel("norm of the update")
         _over_layers(axes, _called(stack), len(norms))
-        handles.append(_coefficients(axes, _of(told["layers"], stack), behind=True))
+        handles.append(_coefficients(axes, _of(told["layers"], stack)))
     _legend(part, handles)
 
 
