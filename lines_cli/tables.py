@@ -200,9 +200,7 @@ def _titled(stack: Report, more: str) -> str:
 
 
 def _fine_tune(told: Report, tune: Report, *, full: bool) -> Section:
-    most = max((layer["relative_norm"] or 0 for layer in tune["layers"]), default=0)
-
-    def row(name: str, group: Report, value: str) -> tuple[Cell, ...]:
+    def row(name: str, group: Report, value: str, *, most: float) -> tuple[Cell, ...]:
         shares = (share(group["relative_norm"]), _bar(group["relative_norm"] or 0, most), share(group["unchanged"]))
         return (
             name,
@@ -213,21 +211,26 @@ def _fine_tune(told: Report, tune: Report, *, full: bool) -> Section:
             number(group["scaled_norm"]),
         )
 
+    def largest(groups: Iterable[Report]) -> float:
+        return max((group["relative_norm"] or 0.0 for group in groups), default=0.0)
+
     headings = ("update", "relative", "", "unchanged", "largest", "c", "scaled")
     tables = []
+    of_layers = largest(tune["layers"])
+    of_outside = largest(tune["outside"][side] for side, _ in _SIDES)
     for stack in tune["stacks"]:
         shown, more = _folded(_of(tune["layers"], stack), full=full)
-        rows = [row(f"{layer['index']}", layer, coefficient(layer["coefficient"])) for layer in shown]
-        rows.append(row("all", stack, ""))
+        rows = [row(f"{layer['index']}", layer, coefficient(layer["coefficient"]), most=of_layers) for layer in shown]
+        rows.append(row("all", stack, "", most=of_layers))
         tables.append((_titled(stack, more), Table(("layer", *headings), tuple(rows))))
     outside = [
-        row(where, tune["outside"][side], coefficient(tune["outside"][side]["coefficient"]))
+        row(where, tune["outside"][side], coefficient(tune["outside"][side]["coefficient"]), most=of_outside)
         for side, where in _SIDES
         if told["outside"][side]["tensors"]
     ]
     if outside:
         tables.append(("outside the blocks", Table(("", *headings), tuple(outside))))
-    kinds = (row(kind["kind"], kind, "") for kind in tune["kinds"])
+    kinds = (row(kind["kind"], kind, "", most=largest(tune["kinds"])) for kind in tune["kinds"])
     without_c = tuple((*cells[:6], cells[7]) for cells in kinds)
     tables.append(("by kind", Table(("", *headings[:5], headings[6]), without_c)))
     return Section(f"update of {tune['model']}", tuple(_changed(tune)), tuple(tables))

@@ -1932,3 +1932,18 @@ def test_bars_do_not_disturb(outputs: Path) -> None:
     quiet, silent = run("--quiet")
     assert (quiet, b"comparing" in silent) == (out, False)
     assert out.decode() == ok("--config", outputs / "r.yaml").out.replace(f"{outputs}/", "./")
+
+
+def test_bars_have_the_scale_of_their_table(tmp_path: Path) -> None:
+    """The longest bar of a table fills its column, and no other does, however much larger other tables' values are."""
+    base = {f"h.{i}.{part}": torch.ones(4) for i in range(2) for part in ("attn.w", "mlp.w")} | {
+        "wte.weight": torch.ones(4)
+    }
+    grown = {"h.0.attn.w": 1.01, "h.0.mlp.w": 1.0, "h.1.attn.w": 1.02, "h.1.mlp.w": 1.0, "wte.weight": 3.0}
+    write_checkpoint(tmp_path / "base", base)
+    write_checkpoint(tmp_path / "ft", {name: tensor * grown[name] for name, tensor in base.items()})
+    lines = run_lines("inspect", tmp_path / "ft", "--base", tmp_path / "base").out.splitlines()
+    bars = {line.split()[0]: line.count("█") for line in lines if "%" in line and "norm" not in line}
+    assert bars["1"] == bars["embedding"] == bars["before"] == 12
+    assert bars["0"] == 6
+    assert bars["attention"] == bars["mlp"] == 0

@@ -26,7 +26,7 @@ FineTune = Annotated[
 Checkpoints = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[CHECKPOINT]...",
+        metavar="CHECKPOINT",
         show_default=False,
         help="What to inspect, in any of the forms that lines edit takes; with --base one fine-tune or several.",
     ),
