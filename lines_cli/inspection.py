@@ -263,7 +263,8 @@ def _alone(name: str, scaling: Mapping[str, Any], *, quiet: bool) -> Inspection:
     quantised = unsupported_in(checkpoint)
 
     def told(recipe: Recipe, of: Origin) -> Inspection:
-        depth = _depth(checkpoint.tensors, checkpoint.config, recipe, notes)
+        of_depth: list[str] = []
+        depth = _depth(checkpoint.tensors, checkpoint.config, recipe, of_depth)
         rules = _rules(recipe, depth)
         refuse_idle_filters(rules, checkpoint.tensors)
         return _complete(
@@ -279,7 +280,7 @@ def _alone(name: str, scaling: Mapping[str, Any], *, quiet: bool) -> Inspection:
                 says_tied=says_tied(checkpoint.config),
                 stored_heads=_heads(checkpoint, checkpoint.config),
                 quantised=quantised.message if quantised else None,
-                notes=(*notes, *depth.notes),
+                notes=(*notes, *of_depth, *depth.notes),
             )
         )
 

@@ -1,4 +1,4 @@
-"""What `edit` and `merge` have in common: recipe -> plan -> run -> report."""
+"""What `edit` and `merge` have in common, recipe -> plan -> run -> report; and how all commands import torch."""
 
 from __future__ import annotations
 
