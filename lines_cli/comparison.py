@@ -32,8 +32,8 @@ from lines_cli.measure import Track, measure, untracked
 from lines_cli.plan import Plan
 from lines_cli.planning import make_plan, open_inputs
 from lines_cli.recipe import Scaling
-from lines_cli.resources import Resources
-from lines_cli.workers import Chunk, Pool, Reader, choose_device, chunks_of, keep_freed_memory, opened
+from lines_cli.resources import Resources, Room
+from lines_cli.workers import Chunk, Crew, Pool, Reader, items_of, keep_freed_memory, opened
 
 
 def compare(
@@ -55,15 +55,16 @@ def compare(
     """
     started = perf_counter()
     resources = resources or Resources()
-    device = choose_device(resources.device)
+    crew = Crew(resources)
     keep_freed_memory()
     merge = _merge(inspection) if inspection.of == "merge" else None  # refuses before anything is read
     sums = _Sums()
-    _stream(inspection, resources, device, track, sums)
+    with crew.bounded():
+        _stream(inspection, crew, track, sums)
     norms = None
     if merge is not None:
-        with opened(merge.inputs) as fds:
-            norms = measure(merge, fds, device, resources, track).norms
+        with opened(merge.inputs) as fds, crew.bounded():
+            norms = measure(merge, fds, crew, track).statistics.norms
     return Findings(
         changes=sums.changes,
         joint=sums.joint,
@@ -133,25 +134,28 @@ class _Sums:
         return found.chunk.nbytes
 
 
-def _stream(inspection: Inspection, resources: Resources, device: torch.device, track: Track, sums: _Sums) -> None:
+def _stream(inspection: Inspection, crew: Crew, track: Track, sums: _Sums) -> None:
     """Read everything once, and sum it up."""
-    spans = inspection.spans()
-    sources = [(piece.numel, source) for span in spans for piece in span.pieces for source in piece.sources]
-    held = len(inspection.checkpoints)
-    stored = max((itemsize(source.dtype) for _, source in sources), default=1)
-    size = resources.chunk_for(held, whole_blocks=True)
-    total = sum(numel * itemsize(source.dtype) for numel, source in sources)
+    pieces = [(span, piece) for span in inspection.spans() for piece in span.pieces]
+    stored = max((itemsize(source.dtype) for _, piece in pieces for source in piece.sources), default=1)
+    room = Room(stored=stored, written=0, width=8, held=len(inspection.checkpoints), temporaries=_TEMPORARIES)
+    size = crew.chunk(room, whole_blocks=True)
+    items = list(items_of(pieces))
+    total = sum(chunk.nbytes for item in items for chunk in item)
     with opened(inspection.inputs) as fds:
 
-        def reader() -> Reader:
-            return Reader(inspection.inputs, fds, device, chunk=size, stored=stored, width=8, held=held)
+        def look(worker: Reader, item: list[Chunk[Span]]) -> list[_Found]:
+            return [_look(worker, chunk) for chunk in worker.cut(item)]
 
-        pool = Pool(reader, chunks_of(spans, size), _look, device)
+        pool = Pool(lambda device: Reader(inspection.inputs, fds, device, chunk=size, room=room), items, look, crew)
         title = "comparing" if inspection.has_base else "checking"
-        with closing(pool.in_order(resources.threads)) as results:
-            for _ in track(title, total, (sums.add(found) for found in results)):
+        with closing(pool.in_order()) as results:
+            for _ in track(title, total, (sum(map(sums.add, found)) for found in results)):
                 pass
         sums.same = _same(inspection, sums.seen, fds)
+
+
+_TEMPORARIES = 4  # chunks that are made beside what is held
 
 
 def _look(worker: Reader, chunk: Chunk[Span]) -> _Found:

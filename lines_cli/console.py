@@ -74,8 +74,7 @@ def show_plan(plan: Plan, resources: Resources, *, json: bool) -> None:
     _stacks(plan)
     _outside(plan)
     if plan.passes:
-        several = (f"{what} ({times} times)" if times > 1 else what for what, times in _counted(plan.passes).items())
-        _out.print(f"measure {', '.join(several)}: {size(plan.bytes_measured)} each time", soft_wrap=True)
+        _out.print(f"measure {', '.join(plan.passes)}: {size(plan.bytes_measured)} each time", soft_wrap=True)
     _out.print(f"read    {size(plan.bytes_read)}")
     files = f"{len(plan.outputs)} files" if len(plan.outputs) > 1 else plan.outputs[0].name
     _out.print(f"write   {size(plan.bytes_written)} to {_printable(str(plan.output))} ({files})", soft_wrap=True)
@@ -87,13 +86,6 @@ def show_plan(plan: Plan, resources: Resources, *, json: bool) -> None:
     )
     _notes(plan.notes)
     _err.print("Nothing was written (--dry-run).", style="dim")
-
-
-def _counted(passes: Iterable[tuple[str, int]]) -> dict[str, int]:
-    counted: dict[str, int] = {}
-    for what, times in passes:
-        counted[what] = counted.get(what, 0) + times
-    return counted
 
 
 def show_outcome(outcome: Outcome, *, json: bool, quiet: bool) -> None:

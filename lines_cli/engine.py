@@ -1,8 +1,9 @@
 """Plan -> bytes. Knows tensors, files and workers; knows no command, no recipe format and no screen.
 
-What the plan needs to know of the numbers is measured first. Then a few workers take chunks of the plan in file order:
-`pread` the chunk from all inputs, compute on the run's device, `pwrite` it where the plan says. No chunk depends on
-another, so how many workers there are and how large the chunks changes no byte.
+What the plan needs to know of the numbers is measured first. Then a few workers take spans of the output files, whole
+blocks of their digests: for each chunk in it `pread` all inputs, compute on the worker's device, hash and `pwrite` the
+result while it is in cache. No chunk depends on another, so how many workers there are and how large the chunks changes
+no byte.
 """
 
 from __future__ import annotations
@@ -10,31 +11,22 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
 import torch
 
-from lines_cli.arithmetic import TORCH_DTYPES, add_scaled, cast, extremes, task_vector
-from lines_cli.checkpoint.digest import FileRecord, GrowingDigest
+from lines_cli.arithmetic import TORCH_DTYPES, add_scaled, cast, is_finite, task_vector
+from lines_cli.checkpoint.digest import BLOCK, FileRecord, GrowingDigest, RangeWriter
 from lines_cli.checkpoint.header import itemsize
-from lines_cli.checkpoint.positional import write_from
 from lines_cli.checkpoint.writer import Staging, check_destination, is_one_file, naming
 from lines_cli.errors import DataError, printable
-from lines_cli.measure import Track, measure, untracked
-from lines_cli.plan import Plan
+from lines_cli.measure import Measurement, Track, measure, untracked
+from lines_cli.plan import Plan, TensorPlan
 from lines_cli.planning import contents_beside, resolve, to_float32
 from lines_cli.resources import Resources
-from lines_cli.workers import (
-    ALLOW_NONFINITE,
-    PlanChunk,
-    Pool,
-    Worker,
-    choose_device,
-    chunks_of,
-    keep_freed_memory,
-    opened,
-)
+from lines_cli.workers import ALLOW_NONFINITE, Chunk, Crew, PlanChunk, Pool, Worker, keep_freed_memory, opened
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,37 +74,74 @@ def run(plan: Plan, resources: Resources | None = None, *, force: bool = False, 
     """
     started = time.perf_counter()
     resources = resources or Resources()
-    device = choose_device(resources.device)
+    crew = Crew(resources)
     keep_freed_memory()
     check_destination(plan.output, inputs=plan.read_paths, nbytes=plan.bytes_written, force=force)
-    with Staging(plan.output) as staging, opened(plan.inputs) as sources:
-        number = len(plan.passes) + 1
-        times = sum(times for _, times in plan.passes)
-        measured = times * plan.bytes_measured
+    with Staging(plan.output) as staging, opened(plan.inputs) as sources, crew.bounded():
+        measurement = measure(plan, sources, crew, track)
         if plan.needs:
-            plan = resolve(plan, measure(plan, sources, device, resources, track))
+            plan = resolve(plan, measurement.statistics)
         targets = []
         for file in plan.outputs:
             fd = staging.create(file.name, file.nbytes)
             # A lone file has no recipe beside it that could record its digest.
-            targets.append(_Target(fd, None if is_one_file(plan.output) else GrowingDigest(fd, file.nbytes)))
-            with naming(plan.output):
-                targets[-1].write(file.head, 0)
+            targets.append(_Target(fd, None if is_one_file(plan.output) else GrowingDigest(file.nbytes)))
         job = _Write(plan, targets)
-        size = resources.chunk_for(plan.number_of_models)
-        pool = Pool(lambda: Worker(plan, sources, device, size), chunks_of(plan.tensors, size), job, device)
+        size = crew.chunk(plan.room)
+        span = BLOCK * (_BLOCKS_ON_CUDA if crew.apart else 1)
+        pool = Pool(lambda device: Worker(plan, sources, device, size), spans_of(plan, span), job, crew)
+        number = len(plan.passes) + 1
+        title = f"writing {number}/{number}" if number > 1 else "writing"
         # Closing stops and joins the threads, whatever interrupts this one, before the files they write are closed.
-        with closing(pool.in_order(resources.threads)) as results:
-            for _ in track(
-                f"writing {number}/{number}" if number > 1 else "writing",
-                plan.bytes_written,
-                (job.tally(result) for result in results),
-            ):
+        with closing(pool.in_order()) as results:
+            for _ in track(title, plan.bytes_written, (job.tally(result) for result in results)):
                 pass
         for name, content in contents_beside(plan, job.records()):
             staging.add(name, content)
         staging.publish(force=force)
-    return job.outcome(time.perf_counter() - started, 1 + times, measured + plan.bytes_read)
+    return job.outcome(time.perf_counter() - started, measurement)
+
+
+_BLOCKS_ON_CUDA = 8  # of a file that a worker makes in one go there, where chunks are larger
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Part of an output file, from `start` up to `end`, and the chunks that make it, in order.
+
+    It is cut without regard to tensors: an entry that lies across a cut is made on both sides of it.
+    """
+
+    file: int
+    start: int
+    end: int
+    chunks: tuple[PlanChunk, ...]
+
+
+def spans_of(plan: Plan, size: int) -> Iterator[Span]:
+    """All of the output files, in steps of `size` bytes."""
+    by_file: dict[int, list[TensorPlan]] = defaultdict(list)
+    for tensor in plan.tensors:
+        by_file[tensor.file].append(tensor)
+    for number, file in enumerate(plan.outputs):
+        start, chunks = 0, []
+        for tensor in by_file[number]:
+            width = itemsize(tensor.info.dtype)
+            for piece in tensor.pieces:
+                at = tensor.info.offset + piece.start * width
+                done = 0
+                while done < piece.numel:
+                    end = min(piece.numel, max(done, -(-(start + size - at) // width)))
+                    if end > done:
+                        chunks.append(Chunk(tensor, piece, done, end - done))
+                    done = end
+                    if at + end * width >= start + size:
+                        yield Span(number, start, start + size, tuple(chunks))
+                        start, chunks = start + size, []
+                        if at + end * width > start and end:
+                            done = end - 1
+        if start < file.nbytes:
+            yield Span(number, start, file.nbytes, tuple(chunks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,26 +151,20 @@ class _Target:
     fd: int
     digest: GrowingDigest | None
 
-    def write(self, view: memoryview | bytes, offset: int) -> None:
-        write_from(self.fd, view, offset)
-        if self.digest is not None:
-            self.digest.wrote(offset, offset + len(view))
-
 
 @dataclass(frozen=True, slots=True)
-class _Written:
-    """What is to be told of a chunk that was written."""
+class _Made:
+    """What is to be told of a chunk that was made."""
 
     chunk: PlanChunk
-    nbytes: int
     squares: tuple[float, ...] = ()
-    kept: tuple[float, ...] = ()
+    kept: Sequence[float] = ()
     differing: tuple[str, ...] = ()
     nonfinite: str | None = None
 
 
 class _Write:
-    """The job of making a chunk of the output and writing it; and the sum of what is to be told of all of them."""
+    """The job of making a span of the output and writing it; and the sum of what is to be told of all of them."""
 
     def __init__(self, plan: Plan, targets: list[_Target]) -> None:
         self.plan, self.targets, self.models = plan, targets, plan.number_of_models
@@ -150,61 +173,74 @@ class _Write:
         self.differing: dict[str, dict[str, None]] = defaultdict(dict)
         self.squares, self.kept, self.entries = [0.0] * self.models, [0.0] * self.models, 0
 
-    def __call__(self, worker: Worker, chunk: PlanChunk) -> _Written:
-        """Make one chunk of the output."""
+    def __call__(self, worker: Worker, span: Span) -> tuple[int, list[_Made]]:
+        """Make one span: its bytes, and what is to be told of its chunks."""
+        target, told = self.targets[span.file], []
+        writer = RangeWriter(target.fd, span.start, target.digest)
+        with naming(self.plan.output):
+            writer.write(self.plan.outputs[span.file].head[span.start : span.end])
+        for chunk in worker.cut(span.chunks):
+            raw, made = self._make(worker, chunk)
+            if made is not None:
+                told.append(made)
+            info = chunk.tensor.info
+            at = info.offset + (chunk.piece.start + chunk.first) * itemsize(info.dtype)
+            with naming(self.plan.output):
+                writer.write(raw[writer.at - at : span.end - at])
+        assert writer.at == span.end, "the chunks of a span do not fill it"
+        with naming(self.plan.output):
+            writer.close()
+        return span.end - span.start, told
+
+    def _make(self, worker: Worker, chunk: PlanChunk) -> tuple[memoryview, _Made | None]:
+        """One chunk as it is to be written, in a buffer of the worker's; and what is to be told of it."""
         dtype, copy = chunk.tensor.info.dtype, chunk.piece.copy
         squares: tuple[float, ...] = ()
-        kept: tuple[float, ...] = ()
+        kept: Sequence[float] = ()
         differing: tuple[str, ...] = ()
+        nonfinite: str | None = None
         raw: memoryview | None = None
-        values: torch.Tensor | None = None
         if copy is None:
             values, squares, kept = self._merge(worker, chunk)
         else:
             loaded = worker.read(chunk, copy)
-            values = loaded.values() if loaded.dtype in TORCH_DTYPES else None
-            raw = loaded.raw if loaded.dtype == dtype else None
-            differing = self._compare(worker, chunk, loaded.raw)
-            if self.draws and values is not None and any(copy in d.models for d in chunk.tensor.draft.pieces):
+            if chunk.piece.compare:
+                differing = self._compare(worker, chunk, loaded.raw)
+            if self.draws and loaded.dtype in TORCH_DTYPES and any(copy in d.models for d in chunk.tensor.draft.pieces):
                 kept = (float(chunk.numel),)  # to be merged, but one model with nothing dropped is itself
-        nonfinite = self._check(worker, chunk, extremes(values)) if values is not None else None
-        if nonfinite is not None and copy is not None:  # looking for it read other inputs into the same buffer
-            loaded = worker.read(chunk, copy)
-            values, raw = loaded.values(), raw and loaded.raw
+            if loaded.dtype == dtype:
+                raw = loaded.raw
+            if dtype in TORCH_DTYPES:
+                values = loaded.values()
         if raw is None:
-            assert values is not None
-            cast(values, worker.out.device_view(chunk.numel, TORCH_DTYPES[dtype]))
+            stored = worker.out.device_view(chunk.numel, TORCH_DTYPES[dtype])
+            cast(values, stored)
+            values = stored
+        if dtype in TORCH_DTYPES and not is_finite(values):
+            nonfinite = self._say_nonfinite(worker, chunk)
+            if raw is not None:  # looking for it read other inputs into the same buffer
+                assert copy is not None
+                raw = worker.read(chunk, copy).raw
+        if raw is None:
             raw = worker.out.to_host(chunk.numel * itemsize(dtype))
-        start = chunk.tensor.info.offset + (chunk.piece.start + chunk.first) * itemsize(dtype)
-        with naming(self.plan.output):
-            self.targets[chunk.tensor.file].write(raw, start)
-        return _Written(chunk, len(raw), squares, kept, differing, nonfinite)
+        told = squares or kept or differing or nonfinite
+        return raw, _Made(chunk, squares, kept, differing, nonfinite) if told else None
 
-    def _merge(self, worker: Worker, chunk: PlanChunk) -> tuple[torch.Tensor, tuple[float, ...], tuple[float, ...]]:
+    def _merge(self, worker: Worker, chunk: PlanChunk) -> tuple[torch.Tensor, tuple[float, ...], Sequence[float]]:
         """The merged entries [numel] in the compute dtype; each model's squared norm and number of entries kept."""
-        method = self.plan.recipe.method
-        squares: tuple[float, ...] = ()
-        kept: tuple[float, ...] = ()
-        if method.takes == "task vectors":
+        coefficient = self._coefficient(chunk)
+        if self.plan.recipe.method.takes == "task vectors":
             base, vectors = worker.task_vectors(chunk)
+            squares: tuple[float, ...] = ()
             if len(vectors) > 1:
                 squares = tuple(float(torch.dot(tau, tau)) for tau in vectors)
-            masks = worker.masks(chunk, vectors)
-            if self.draws and masks is None:
-                kept = (float(chunk.numel),) * self.models
-            elif self.draws and masks is not None:
-                kept = tuple(float(mask.sum(dtype=torch.float64)) for mask in masks)
-            merged = worker.merge(chunk, vectors, masks)
-        else:
-            maybe_base, weights = worker.inputs(chunk)
-            merged = worker.merge(chunk, weights, None)
-            if maybe_base is None:
-                return merged, (), ()
-            base = maybe_base
-            if self._coefficient(chunk) == 1:  # exactly what was merged
-                return merged, (), ()
-            merged = task_vector(merged, base)
-        return add_scaled(base, merged, self._coefficient(chunk)), squares, kept
+            kept = worker.drop(chunk, vectors)
+            return add_scaled(base, worker.merge(chunk, vectors), coefficient), squares, kept or ()
+        maybe_base, weights = worker.inputs(chunk)
+        merged = worker.merge(chunk, weights)
+        if maybe_base is None or coefficient == 1:  # exactly what was merged
+            return merged, (), ()
+        return add_scaled(maybe_base, task_vector(merged, maybe_base), coefficient), (), ()
 
     @staticmethod
     def _coefficient(chunk: PlanChunk) -> float:
@@ -220,19 +256,12 @@ class _Write:
             if worker.read(chunk, source, worker.out).raw != copied
         )
 
-    def _check(self, worker: Worker, chunk: PlanChunk, extreme: torch.Tensor) -> str | None:
-        """Find NaN, Inf and overflow by the extremes of what is about to be written: rounding is monotonic.
-
-        Returns:
-            What was found and let through.
+    def _say_nonfinite(self, worker: Worker, chunk: PlanChunk) -> str:
+        """Say what is not finite of a chunk that is about to be written, where that is let through.
 
         Raises:
             DataError: what was found, where that is not allowed.
         """
-        stored = torch.empty(2, dtype=TORCH_DTYPES[chunk.tensor.info.dtype], device=extreme.device)
-        cast(extreme, stored)
-        if bool(stored.isfinite().all()):
-            return None
         found, hint = worker.nonfinite(chunk), ALLOW_NONFINITE
         if found is None:
             name, dtype = printable(chunk.tensor.name), chunk.tensor.info.dtype
@@ -242,26 +271,28 @@ class _Write:
             raise DataError(found, hint=hint)
         return found
 
-    def tally(self, written: _Written) -> int:
-        """Add a chunk, in the order of the plan, to what will be told; its bytes."""
-        name = written.chunk.tensor.name
-        for model, square in enumerate(written.squares):
-            self.squares[model] += square
-        for model, kept in enumerate(written.kept):
-            self.kept[model] += kept
-        self.entries += written.chunk.numel if written.kept else 0
-        for path in written.differing:
-            self.differing[name][path] = None
-        if written.nonfinite is not None:
-            self.nonfinite.setdefault(name, written.nonfinite)
-        return written.nbytes
+    def tally(self, written: tuple[int, list[_Made]]) -> int:
+        """Add a span, in the order of the files, to what will be told; its bytes."""
+        nbytes, chunks = written
+        for made in chunks:
+            name = made.chunk.tensor.name
+            for model, square in enumerate(made.squares):
+                self.squares[model] += square
+            for model, kept in enumerate(made.kept):
+                self.kept[model] += kept
+            self.entries += made.chunk.numel if made.kept else 0
+            for path in made.differing:
+                self.differing[name][path] = None
+            if made.nonfinite is not None:
+                self.nonfinite.setdefault(name, made.nonfinite)
+        return nbytes
 
     def records(self) -> dict[str, FileRecord]:
         """What was written into each file of which a digest was taken."""
         files = zip(self.plan.outputs, self.targets, strict=True)
         return {file.name: target.digest.record() for file, target in files if target.digest is not None}
 
-    def outcome(self, seconds: float, passes: int, bytes_read: int) -> Outcome:
+    def outcome(self, seconds: float, measurement: Measurement) -> Outcome:
         """What the whole run did."""
         shares = [model["kept"] for model in self.plan.models()] if self.plan.statistics.kept else []
         if self.draws and self.entries:
@@ -269,8 +300,8 @@ class _Write:
         return Outcome(
             self.plan,
             seconds,
-            passes,
-            bytes_read,
+            1 + measurement.passes,
+            measurement.bytes_read + self.plan.bytes_read,
             self.nonfinite,
             tuple(math.sqrt(square) for square in self.squares) if any(self.squares) else (),
             tuple(share for share in shares if share is not None),

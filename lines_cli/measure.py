@@ -6,21 +6,22 @@ depends on chunks, workers, or the way inputs and output are sharded.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 
-from lines_cli.arithmetic import block_sums, task_vector
+from lines_cli.arithmetic import block_sums, is_finite, task_vector
+from lines_cli.draft import Piece
 from lines_cli.layout import natural
-from lines_cli.methods.sums import sparse, weighted_sum
-from lines_cli.methods.ties import signs
-from lines_cli.plan import BINS, ROUNDS, Needs, Norms, Plan, Statistics, TensorPlan
-from lines_cli.resources import BLOCK, Resources
-from lines_cli.workers import PlanChunk, Pool, Worker, chunks_of
+from lines_cli.methods.sums import weighted_sum
+from lines_cli.methods.ties import signs, trim
+from lines_cli.plan import BINS, Needs, Norms, Plan, Statistics, TensorPlan
+from lines_cli.resources import BLOCK
+from lines_cli.workers import Chunk, Crew, PlanChunk, Pool, Worker, items_of
 
 Track = Callable[[str, int, Iterable[int]], Iterable[int]]
 """Wraps the stream of byte counts of one pass, to show progress: the pass's title, its total, the stream."""
@@ -34,21 +35,29 @@ def untracked(_title: str, _total: int, done: Iterable[int]) -> Iterable[int]:
     return done
 
 
-def measure(plan: Plan, sources: list[int], device: torch.device, resources: Resources, track: Track) -> Statistics:
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What was found, how often everything was read for it, and how many bytes in all."""
+
+    statistics: Statistics
+    passes: int
+    bytes_read: int
+
+
+def measure(plan: Plan, sources: list[int], crew: Crew, track: Track) -> Measurement:
     """Measure what `plan.needs`; each pass may use what those before it found.
 
     Args:
         plan: not yet resolved.
         sources: the open inputs, as in `plan.inputs`.
-        device: where to compute.
-        resources: workers and chunk.
+        crew: the devices to compute on.
         track: wraps the stream of byte counts of each pass.
 
     Raises:
         DataError: NaN or Inf in an input.
         CheckpointError: an input ends early or cannot be read.
     """
-    measuring = _Measuring(plan, sources, device, resources, track)
+    measuring = _Measuring(plan, sources, crew, track)
     needs = plan.needs
     if needs.thresholds and plan.trims_globally:
         measuring.global_thresholds()
@@ -60,22 +69,32 @@ def measure(plan: Plan, sources: list[int], device: torch.device, resources: Res
         measuring.angles()
     if needs.majority or needs.norms:
         measuring.signs_and_norms()
-    return measuring.plan.statistics
+    return Measurement(measuring.plan.statistics, measuring.passes, measuring.bytes_read)
 
 
 # --- the k-th largest magnitude ---
+#
+# Magnitudes sort as their bits do, read as whole numbers. A sample says roughly where the threshold lies; then all
+# entries are counted: those above a narrow window around that place, and in the window each number of bits by itself.
+# If the threshold turns out to lie elsewhere, it is looked for there.
 
 _ALL_BITS = 2**31
+_INF_BITS = 0x7F80_0000
+_RUN = 2048  # entries of a sample that stand side by side: a page of 16-bit floats
+_SLACK = 16.0  # standard deviations of a sample of independent entries; those of a model are not quite
+_ROWS = 16
+_MANY = 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Where a threshold is looked for: among the float32 magnitudes whose bits, read as a whole number, lie from `low`
-    on, in `BINS` bins of `2**shift` each. Magnitudes sort as their bits do.
+    """Where a threshold is looked for: among the float32 magnitudes whose bits, as a whole number, lie from `low` on,
+    in `bins` bins of `2**shift` each.
     """
 
     low: int
     shift: int
+    bins: int
 
     @classmethod
     def over(cls, low: int, high: int) -> Window:
@@ -83,26 +102,111 @@ class Window:
         shift = 0
         while BINS << shift < high - low:
             shift += 1
-        return cls(low, shift)
+        return cls(low, shift, -(-(high - low) // (1 << shift)))
 
-    def count(self, task_vector: torch.Tensor) -> torch.Tensor:
-        """[1 + bins + 1]: how many entries of [n] lie below the window, in each of its bins, and above it."""
-        bits = task_vector.abs().to(torch.float32).view(torch.int32)
-        bins = bits.sub_(self.low).bitwise_right_shift_(self.shift).clamp_(-1, BINS).add_(1)
-        return torch.bincount(bins, minlength=BINS + 2)
+    @property
+    def high(self) -> int:
+        """The first number of bits above it."""
+        return self.low + (self.bins << self.shift)
 
-    def narrowed(self, counts: torch.Tensor, k: int) -> tuple[Window, int]:
-        """The bin that holds the k-th largest entry, as a window; and how many entries lie in it or above. If it is one
-        value wide (`found`), that is the threshold, and the number of entries kept.
-        """
-        from_above = counts.flip(0).cumsum(0)  # above, then bin by bin downwards
-        at = int((from_above >= k).nonzero()[0])  # the window covers everything, so it is neither first nor last
-        low = self.low + (BINS - at << self.shift)
-        return Window.over(low, low + (1 << self.shift)), int(from_above[at])
+    @property
+    def found(self) -> bool:
+        """Whether it is one value wide."""
+        return self.shift == 0 and self.bins == 1
 
+    @property
+    def is_narrow(self) -> bool:
+        """Whether few entries may be expected in it, and it is known of each what it is."""
+        return self.shift == 0 and self.high <= _INF_BITS
+
+    @property
     def magnitude(self) -> float:
         """The least magnitude in it."""
-        return float(torch.tensor([self.low], dtype=torch.int32).view(torch.float32))
+        return _magnitude(self.low)
+
+    def look(self, task_vector: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Entries of [n] that may lie in the window, as numbers of bits from its low end on; and how many lie above
+        it, NaN among them.
+        """
+        size = task_vector.abs().to(torch.float32)
+        if not self.is_narrow:
+            return size.view(torch.int32).sub_(self.low), 0
+        low, high = _magnitude(self.low), _magnitude(self.high)
+        below = torch.empty_like(size)
+        above = size.numel() - int(torch.lt(size, high, out=below).sum())
+        # Entry i stands with entries i + n/16, i + 2n/16, ... in a column. Where none of a column is near the window,
+        # none is looked at: entry by entry it takes ten times as long to pick some of them out.
+        width = size.numel() // _ROWS
+        columns = size[: width * _ROWS].view(_ROWS, width)
+        middle, half = (high + low) / 2, (high - low) * 0.51
+        nearest = torch.sub(columns, middle, out=below[: width * _ROWS].view(_ROWS, width)).abs_().amin(0)
+        near = columns.index_select(1, nearest.gt_(half).eq_(0).nonzero().flatten())  # or has NaN in its column
+        rest = size[width * _ROWS :]
+        return torch.cat([near.flatten(), rest]).view(torch.int32).sub_(self.low), above
+
+    def around(self, counts: torch.Tensor, share: float) -> Window:
+        """Where the threshold of all entries probably lies, given the counts of a sample of them."""
+        total = int(counts.sum())
+        rank, slack = share * total, _SLACK * math.sqrt(total * share * (1 - share)) + 1
+        from_above = counts.flip(0).cumsum(0)
+        first = int((from_above >= rank - slack).nonzero()[0])
+        last = int((from_above >= min(total, rank + slack)).nonzero()[0])
+        return Window.over(max(0, self._low_of(last)), min(_ALL_BITS, self._low_of(first - 1)))
+
+    def narrowed(self, counts: torch.Tensor, k: int) -> tuple[Window, int]:
+        """Where the k-th largest entry lies: in one of the bins, or outside; and how many entries lie there or above.
+
+        Args:
+            counts: [bins + 1]: how many lie in each bin, and above all.
+            k: 1 or more, and no more than there are entries.
+        """
+        from_above = counts.flip(0).cumsum(0)  # above, then bin by bin downwards
+        at = int((from_above < k).sum())
+        if at == 0:
+            return Window.over(self.high, _ALL_BITS), 0
+        if at > self.bins:
+            return Window.over(0, self.low), 0
+        low = self._low_of(at)
+        return Window.over(low, low + (1 << self.shift)), int(from_above[at])
+
+    def _low_of(self, place: int) -> int:
+        """Where the bin begins that has this place from above, the first being 1."""
+        return self.low + (self.bins - place << self.shift)
+
+
+def _magnitude(bits: int) -> float:
+    return float(torch.tensor([bits], dtype=torch.int32).view(torch.float32))
+
+
+class _Counter:
+    """One worker's counts of one model's magnitudes, seen through a window."""
+
+    def __init__(self, window: Window) -> None:
+        self.window = window
+        self._counts = torch.zeros(window.bins + 1, dtype=torch.int64)
+        self._waiting: list[torch.Tensor] = []
+
+    def add(self, seen: tuple[torch.Tensor, int]) -> None:
+        """Count what `Window.look` gave."""
+        self._waiting.append(seen[0])
+        self._counts[-1] += seen[1]
+        if sum(len(bits) for bits in self._waiting) >= _MANY:
+            self._count()
+
+    def counts(self) -> torch.Tensor:
+        """[bins + 1]: how many lie in each bin, and above all; on the CPU."""
+        self._count()
+        return self._counts
+
+    def _count(self) -> None:
+        bins = self.window.bins
+        if self._waiting:
+            places = torch.cat(self._waiting).bitwise_right_shift_(self.window.shift).clamp_(-1, bins).add_(1)
+            counts = torch.bincount(places, minlength=bins + 2)[1:].cpu()
+            if self.window.is_narrow:
+                counts[-1] = 0  # `look` has told of all that lie above
+            self._counts = self._counts + counts
+            self._waiting = []
 
 
 def _kept(density: float, numel: int) -> int:
@@ -113,144 +217,181 @@ def _kept(density: float, numel: int) -> int:
 class _Measuring:
     """The passes over one plan, and what they have found so far."""
 
-    def __init__(
-        self, plan: Plan, sources: list[int], device: torch.device, resources: Resources, track: Track
-    ) -> None:
-        self.plan, self.sources, self.device, self.track = plan, sources, device, track
-        self.threads = resources.threads
+    def __init__(self, plan: Plan, sources: list[int], crew: Crew, track: Track) -> None:
+        self.plan, self.sources, self.crew, self.track = plan, sources, crew, track
         self.models = range(plan.number_of_models)
-        self.chunk = resources.chunk_for(len(self.models), whole_blocks=True)
         self.tensors = sorted((tensor for tensor in plan.tensors if tensor.edited), key=lambda t: natural(t.name))
-        self.titles = iter(enumerate(plan.passes, 1))
-        self.last = len(plan.passes) + 1
+        self.passes = self.bytes_read = 0
 
     def found(self, **statistics: Any) -> None:
         """Keep what a pass found."""
         self.plan = replace(self.plan, statistics=replace(self.plan.statistics, **statistics))
 
-    def one_pass(
+    def one_pass(self, what: str, job: Callable[[Worker, PlanChunk], Result], tally: Callable[[Result], None]) -> None:
+        """Do a job to everything that is merged, and tally the results in the order of the tensors' names.
+
+        Args:
+            what: is measured.
+            job: in a worker's thread, with one chunk; gives something small.
+            tally: in this thread.
+        """
+
+        def of_item(worker: Worker, item: list[PlanChunk]) -> tuple[int, list[Result]]:
+            return sum(chunk.nbytes for chunk in item), [job(worker, chunk) for chunk in worker.cut(item)]
+
+        def add(result: tuple[int, list[Result]]) -> int:
+            for of_chunk in result[1]:
+                tally(of_chunk)
+            return result[0]
+
+        self.stream(what, items_of(_merged(self.tensors)), of_item, add)
+
+    def stream(
         self,
+        what: str,
         items: Iterable[Item],
         job: Callable[[Worker, Item], Result],
         tally: Callable[[Result], int],
+        *,
+        total: int | None = None,
     ) -> None:
-        """Do a job to every item, and tally the results in the order of the items.
+        """Do a job to every item, and tally the results in the order of the items; `tally` gives the bytes read.
 
         Args:
-            items: chunks or tensors.
-            job: in a worker's thread; gives something small.
-            tally: in this thread; gives the bytes that were read.
+            what: is measured.
+            items: of work.
+            job: in a worker's thread.
+            tally: in this thread.
+            total: bytes to read; everything that is merged, unless said: then it is a pass.
         """
-        number, (what, times) = next(self.titles)
         plan = self.plan
-        pool = Pool(lambda: Worker(plan, self.sources, self.device, self.chunk), items, job, self.device)
-        title = f"measuring {what} {number}/{self.last}"
-        with closing(pool.in_order(self.threads)) as results:
-            for _ in self.track(title, times * plan.bytes_measured, (tally(result) for result in results)):
-                pass
-
-    def chunks(self, tensors: Iterable[TensorPlan] | None = None) -> Iterable[PlanChunk]:
-        """Everything that is merged, of all tensors or of some."""
-        chunks = chunks_of(self.tensors if tensors is None else tensors, self.chunk)
-        return (chunk for chunk in chunks if chunk.piece.models)
+        size = self.crew.chunk(plan.room, whole_blocks=True)
+        pool = Pool(lambda device: Worker(plan, self.sources, device, size), items, job, self.crew)
+        title = f"measuring {what}"
+        if total is None:
+            self.passes += 1
+            title += f" {plan.passes.index(what) + 1}/{len(plan.passes) + 1}"
+        with closing(pool.in_order()) as results:
+            for nbytes in self.track(title, total or plan.bytes_measured, (tally(result) for result in results)):
+                self.bytes_read += nbytes
 
     def global_thresholds(self) -> None:
-        """The k-th largest magnitude of each model's whole task vector, by two rounds of counting."""
-        numel = sum(piece.numel for tensor in self.tensors for piece in tensor.pieces if piece.models)
+        """The k-th largest magnitude of each model's whole task vector."""
+        pieces = list(_merged(self.tensors))
+        numel = sum(piece.numel for _, piece in pieces)
         density = self.tensors[0].values["density"]
-        windows = {model: Window.over(0, _ALL_BITS) for model in self.models if density[model] != 1}
+        windows = {model: _EVERYWHERE for model in self.models if density[model] != 1 and numel}
         kept = dict.fromkeys(self.models, numel)
-        for _ in range(ROUNDS):
-            counts: dict[Worker, dict[int, torch.Tensor]] = defaultdict(dict)
-
-            def count(worker: Worker, chunk: PlanChunk) -> int:
-                own = counts[worker]  # noqa: B023 - the pass is over before the next round
-                for model, fresh in _count(worker, chunk, windows).items():
-                    own[model] = own[model].add_(fresh) if model in own else fresh
-                return chunk.nbytes
-
-            self.one_pass(self.chunks(), count, lambda nbytes: nbytes)
-            for model, window in windows.items() if numel else ():
-                total = torch.stack([own[model] for own in counts.values() if own]).sum(0)
-                windows[model], kept[model] = window.narrowed(total, _kept(density[model], numel))
-        thresholds = {(model, None): window.magnitude() for model, window in windows.items() if numel}
+        if sample := _sample(pieces, one_in=64, most=2**15):
+            counts = self.count(_batches(sample), windows, total=sum(chunk.nbytes for chunk in sample))
+            for model, found in counts.items():
+                windows[model] = windows[model].around(found, density[model])
+        while sought := {model: window for model, window in windows.items() if not window.found}:
+            for model, found in self.count(items_of(pieces), sought).items():
+                windows[model], kept[model] = windows[model].narrowed(found, _kept(density[model], numel))
+        thresholds = {(model, None): window.magnitude for model, window in windows.items()}
         self.found(thresholds=thresholds, kept=tuple((kept[model], numel) for model in self.models))
 
+    def count(
+        self, items: Iterable[list[PlanChunk]], windows: dict[int, Window], *, total: int | None = None
+    ) -> dict[int, torch.Tensor]:
+        """Each model's magnitudes, counted through its window."""
+        counters: dict[Worker, dict[int, _Counter]] = {}
+
+        def job(worker: Worker, item: list[PlanChunk]) -> int:
+            if worker not in counters:
+                counters[worker] = {model: _Counter(window) for model, window in windows.items()}
+            _count(worker, item, counters[worker])
+            return sum(chunk.nbytes for chunk in item)
+
+        self.stream("thresholds", items, job, lambda nbytes: nbytes, total=total)
+        return {
+            model: torch.stack([own[model].counts() for own in counters.values()]).sum(0)
+            for model in windows
+            if counters
+        }
+
     def thresholds_by_tensor(self) -> None:
-        """The k-th largest magnitude of each tensor of each model; a worker counts a tensor twice over."""
+        """The k-th largest magnitude of each tensor of each model; a worker looks at a tensor as often as it must."""
         thresholds: dict[tuple[int, str | None], float] = {}
         kept, total = [0] * len(self.models), 0
 
-        def select(worker: Worker, tensor: TensorPlan) -> tuple[TensorPlan, dict[int, tuple[float, int]]]:
+        def select(worker: Worker, tensor: TensorPlan) -> _Selected:
             density = tensor.values["density"]
-            numel = sum(piece.numel for piece in tensor.pieces if piece.models)
-            windows = {model: Window.over(0, _ALL_BITS) for model in self.models if density[model] != 1 and numel}
-            found: dict[int, int] = {}
-            for _ in range(ROUNDS):
-                counts: dict[int, torch.Tensor] = {}
-                for chunk in self.chunks([tensor]):
-                    for model, fresh in _count(worker, chunk, windows).items():
-                        counts[model] = counts[model].add_(fresh) if model in counts else fresh
-                for model, window in windows.items():
-                    windows[model], found[model] = window.narrowed(counts[model], _kept(density[model], numel))
-            return tensor, {model: (window.magnitude(), found[model]) for model, window in windows.items()}
+            pieces = list(_merged([tensor]))
+            numel = sum(piece.numel for _, piece in pieces)
+            windows = {model: _EVERYWHERE for model in self.models if density[model] != 1 and numel}
+            number, nbytes = {}, 0
 
-        def tally(result: tuple[TensorPlan, dict[int, tuple[float, int]]]) -> int:
+            def count(items: Iterable[list[PlanChunk]], sought: dict[int, Window]) -> dict[int, torch.Tensor]:
+                nonlocal nbytes
+                counters = {model: _Counter(window) for model, window in sought.items()}
+                for item in items:
+                    _count(worker, item, counters)
+                    nbytes += sum(chunk.nbytes for chunk in item)
+                return {model: counter.counts() for model, counter in counters.items()}
+
+            if sample := _sample(pieces, one_in=16, most=2**12):
+                for model, found in count(_batches(sample), windows).items():
+                    windows[model] = windows[model].around(found, density[model])
+            while sought := {model: window for model, window in windows.items() if not window.found}:
+                for model, found in count(items_of(pieces), sought).items():
+                    windows[model], number[model] = windows[model].narrowed(found, _kept(density[model], numel))
+            found_at = {model: (window.magnitude, number[model]) for model, window in windows.items()}
+            return _Selected(tensor, numel, found_at, nbytes)
+
+        def tally(result: _Selected) -> int:
             nonlocal total
-            tensor, found = result
-            numel = sum(piece.numel for piece in tensor.pieces if piece.models)
-            total += numel
+            total += result.numel
             for model in self.models:
-                magnitude, number = found.get(model, (None, numel))
+                magnitude, number = result.found.get(model, (None, result.numel))
                 kept[model] += number
                 if magnitude is not None:
-                    thresholds[model, tensor.name] = magnitude
-            return ROUNDS * sum(chunk.nbytes for chunk in self.chunks([tensor]))
+                    thresholds[model, result.tensor.name] = magnitude
+            return result.nbytes
 
-        self.one_pass(self.tensors, select, tally)
+        self.stream("thresholds", self.tensors, select, tally)
         self.found(thresholds=thresholds, kept=tuple((number, total) for number in kept))
 
     def l1_norms(self) -> None:
         """Each tensor's L1 norm in each model, of the whole task vector and of what is left after dropping."""
         sums: dict[str, list[list[float]]] = {}
 
-        def job(worker: Worker, chunk: PlanChunk) -> tuple[PlanChunk, list[tuple[list[float], list[float]]]]:
+        def job(worker: Worker, chunk: PlanChunk) -> tuple[str, list[tuple[list[float], list[float]]]]:
             _, vectors = worker.task_vectors(chunk)
             _refuse_nonfinite(worker, chunk, vectors)
-            masks = worker.masks(chunk, vectors)
             before = [block_sums(tau.abs(), BLOCK) for tau in vectors]
-            after = [block_sums(tau.abs_(), BLOCK) for tau in sparse(vectors, masks)] if masks else before
-            return chunk, list(zip(before, after, strict=True))
+            worker.drop(chunk, vectors)
+            after = [block_sums(tau.abs_(), BLOCK) for tau in vectors]
+            return chunk.tensor.name, list(zip(before, after, strict=True))
 
-        def tally(result: tuple[PlanChunk, list[tuple[list[float], list[float]]]]) -> int:
-            chunk, by_model = result
-            totals = sums.setdefault(chunk.tensor.name, [[0.0, 0.0] for _ in self.models])
+        def tally(result: tuple[str, list[tuple[list[float], list[float]]]]) -> None:
+            name, by_model = result
+            totals = sums.setdefault(name, [[0.0, 0.0] for _ in self.models])
             for total, (before, after) in zip(totals, by_model, strict=True):
                 for side, blocks in enumerate((before, after)):
                     total[side] = _added(total[side], blocks)
-            return chunk.nbytes
 
-        self.one_pass(self.chunks(), job, tally)
+        self.one_pass("L1 norms", job, tally)
         self.found(l1={name: tuple((before, after) for before, after in totals) for name, totals in sums.items()})
 
     def angles(self) -> None:
         """What the angle between two models' tensors follows from: their dot product and squared norms."""
         sums: dict[str, list[float]] = {}
 
-        def job(worker: Worker, chunk: PlanChunk) -> tuple[PlanChunk, list[list[float]]]:
+        def job(worker: Worker, chunk: PlanChunk) -> tuple[str, list[list[float]]]:
             _, weights = worker.inputs(chunk)
             _refuse_nonfinite(worker, chunk, weights)
             a, b = (tensor.to(torch.float64) for tensor in weights)
-            return chunk, [block_sums(product, BLOCK) for product in (a * b, a * a, b * b)]
+            return chunk.tensor.name, [block_sums(product, BLOCK) for product in (a * b, a * a, b * b)]
 
-        def tally(result: tuple[PlanChunk, list[list[float]]]) -> int:
-            chunk, products = result
-            totals = sums.setdefault(chunk.tensor.name, [0.0, 0.0, 0.0])
+        def tally(result: tuple[str, list[list[float]]]) -> None:
+            name, products = result
+            totals = sums.setdefault(name, [0.0, 0.0, 0.0])
             for number, blocks in enumerate(products):
                 totals[number] = _added(totals[number], blocks)
-            return chunk.nbytes
 
-        self.one_pass(self.chunks(), job, tally)
+        self.one_pass("angles", job, tally)
         self.found(products={name: (dot, first, second) for name, (dot, first, second) in sums.items()})
 
     def signs_and_norms(self) -> None:
@@ -262,25 +403,73 @@ class _Measuring:
         needs = self.plan.needs
         balance, total, merged = 0, 0.0, [0.0, 0.0]
 
-        def tally(result: _Election) -> int:
+        def tally(result: _Election) -> None:
             nonlocal balance, total
             balance += result.balance
             total = _added(total, result.total)
             merged[0] = _added(merged[0], result.with_plus)
             merged[1] = _added(merged[1], result.with_minus)
-            return result.nbytes
 
-        self.one_pass(self.chunks(), lambda worker, chunk: _elect(worker, chunk, needs), tally)
+        self.one_pass(self.plan.passes[-1], lambda worker, chunk: _elect(worker, chunk, needs), tally)
         majority = (balance > 0) - (balance < 0) if needs.majority else 1
         norms = Norms(total, merged[0] if majority > 0 else merged[1], len(self.models)) if needs.norms else None
         self.found(majority=majority, norms=norms)
+
+
+_EVERYWHERE = Window.over(0, _ALL_BITS)
+_WORTH_A_SAMPLE = 2**18  # entries
+
+
+@dataclass(frozen=True, slots=True)
+class _Selected:
+    """A tensor's entries, for each model that is trimmed its threshold and how many are kept, and the bytes read."""
+
+    tensor: TensorPlan
+    numel: int
+    found: dict[int, tuple[float, int]]
+    nbytes: int
+
+
+def _merged(tensors: Iterable[TensorPlan]) -> Iterator[tuple[TensorPlan, Piece]]:
+    """What is not copied."""
+    return ((tensor, piece) for tensor in tensors for piece in tensor.pieces if piece.models)
+
+
+def _sample(pieces: list[tuple[TensorPlan, Piece]], *, one_in: int, most: int) -> list[PlanChunk]:
+    """Runs of entries at regular distances: one in so many, but no more than `most` runs."""
+    numel = sum(piece.numel for _, piece in pieces)
+    if numel < _WORTH_A_SAMPLE:
+        return []
+    step = _RUN * max(one_in, -(-numel // (_RUN * most))) + _RUN // 4 + 1  # so as not to step from row to row
+    chunks, at = [], 0
+    for tensor, piece in pieces:
+        while at < piece.numel:
+            chunks.append(Chunk(tensor, piece, at, min(_RUN, piece.numel - at)))
+            at += step
+        at -= piece.numel
+    return chunks
+
+
+def _batches(chunks: list[PlanChunk]) -> Iterator[list[PlanChunk]]:
+    """A sample as items of work."""
+    return (chunks[first : first + 64] for first in range(0, len(chunks), 64))
+
+
+def _count(worker: Worker, item: Iterable[PlanChunk], counters: dict[int, _Counter]) -> None:
+    """Count all of an item, or, if that fails, nothing."""
+    seen = []
+    for chunk in worker.cut(item):
+        _, vectors = worker.task_vectors(chunk)
+        _refuse_nonfinite(worker, chunk, vectors)
+        seen += [(counter, counter.window.look(vectors[model])) for model, counter in counters.items()]
+    for counter, found in seen:
+        counter.add(found)
 
 
 @dataclass(frozen=True, slots=True)
 class _Election:
     """A chunk's part in the signs and norms; sums by block."""
 
-    nbytes: int
     balance: int = 0
     total: Sequence[float] = ()
     with_plus: Sequence[float] = ()
@@ -288,49 +477,50 @@ class _Election:
 
 
 def _elect(worker: Worker, chunk: PlanChunk, needs: Needs) -> _Election:
-    plan, tensor = worker.plan, chunk.tensor
-    method, told = plan.recipe.method, dict(plan.told(tensor))
+    method, told = worker.plan.recipe.method, worker.told(chunk.tensor)
     base, vectors = worker.inputs(chunk)
     _refuse_nonfinite(worker, chunk, vectors)
     assert base is not None
     if method.takes == "weights":
-        total = weighted_sum([weights - base for weights in vectors], [1.0] * len(vectors))
-        merged = task_vector(worker.merge(chunk, vectors, None, told), base)
+        total = _sum([weights - base for weights in vectors])
+        merged = task_vector(worker.merge(chunk, vectors), base)
         sums = block_sums(merged.abs_(), BLOCK)
-        return _Election(chunk.nbytes, 0, block_sums(total.abs_(), BLOCK), sums, sums)
+        return _Election(0, block_sums(total.abs_(), BLOCK), sums, sums)
 
     vectors = [task_vector(model, base) for model in vectors]
-    masks = worker.masks(chunk, vectors)
-    if method.sums:  # its own trim is part of what is given
-        vectors, masks = list(sparse(vectors, masks)), None
+    whole: Sequence[float] = ()
+    if needs.norms and not method.sums:  # where the trim is part of what is given, it is summed after it
+        whole = block_sums(_sum(vectors).abs_(), BLOCK)
+    worker.drop(chunk, vectors)
     balance, contested = 0, False
     if needs.majority:
-        elected, waiting = signs(vectors, masks=masks, weight=told["weight"], factor=told.get("factor", ()))
-        balance, contested = int(elected.sum(dtype=torch.float64)), bool(waiting != 0)
+        trimmed, factor = vectors, told.get("factor", ())
+        if method.trims_itself:
+            trimmed = list(trim([tau.clone() for tau in vectors], threshold=told["threshold"]))
+        elected, contested = signs(trimmed, weight=told["weight"], factor=factor, waiting=needs.norms)
+        balance = int(elected.sum(dtype=torch.float64))
     if not needs.norms:
-        return _Election(chunk.nbytes, balance)
-    total = weighted_sum(vectors, [1.0] * len(vectors), overwrite=False)
+        return _Election(balance)
+    if method.sums:
+        whole = block_sums(_sum(vectors).abs_(), BLOCK)
     again = [tau.clone() for tau in vectors] if contested else []
-    with_plus = block_sums(worker.merge(chunk, vectors, masks, told | _majority(needs, 1)).abs_(), BLOCK)
+    with_plus = block_sums(worker.merge(chunk, vectors, {**told, **_majority(needs, 1)}).abs_(), BLOCK)
     with_minus = with_plus
     if contested:
-        with_minus = block_sums(worker.merge(chunk, again, masks, told | _majority(needs, -1)).abs_(), BLOCK)
-    return _Election(chunk.nbytes, balance, block_sums(total.abs_(), BLOCK), with_plus, with_minus)
+        with_minus = block_sums(worker.merge(chunk, again, {**told, **_majority(needs, -1)}).abs_(), BLOCK)
+    return _Election(balance, whole, with_plus, with_minus)
+
+
+def _sum(vectors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return weighted_sum(vectors, [1.0] * len(vectors), overwrite=False)
 
 
 def _majority(needs: Needs, sign: int) -> dict[str, int]:
     return {"majority": sign} if needs.majority else {}
 
 
-def _count(worker: Worker, chunk: PlanChunk, windows: dict[int, Window]) -> dict[int, torch.Tensor]:
-    """Where each model's entries lie, as seen from its window; on the CPU."""
-    _, vectors = worker.task_vectors(chunk)
-    _refuse_nonfinite(worker, chunk, vectors)
-    return {model: window.count(vectors[model]).cpu() for model, window in windows.items()}
-
-
 def _refuse_nonfinite(worker: Worker, chunk: PlanChunk, tensors: Sequence[torch.Tensor]) -> None:
-    if not all(bool(torch.stack(torch.aminmax(tensor)).isfinite().all()) for tensor in tensors):
+    if not all(is_finite(tensor) for tensor in tensors):
         worker.refuse_nonfinite(chunk)
 
 

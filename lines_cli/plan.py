@@ -22,7 +22,7 @@ from lines_cli.layout import OutputFile
 from lines_cli.methods import Measured, Values
 from lines_cli.pairing import Sides
 from lines_cli.recipe import Recipe
-from lines_cli.resources import Resources
+from lines_cli.resources import Resources, Room
 from lines_cli.schedule import Rules
 
 
@@ -169,16 +169,16 @@ class Plan:
         return _known(self.rules.schedule.first)
 
     @property
-    def passes(self) -> tuple[tuple[str, int], ...]:
-        """What is measured, pass by pass, and how often a pass reads everything that is merged."""
+    def passes(self) -> tuple[str, ...]:
+        """What is measured, pass by pass over everything that is merged. A pass for thresholds has to be made again
+        where the sample that said where to look was no good one.
+        """
         needs = self.needs
-        found: list[tuple[str, int]] = []
-        if needs.thresholds:
-            found = [("thresholds", 1)] * ROUNDS if self.trims_globally else [("thresholds", ROUNDS)]
-        found += [("L1 norms", 1)] if needs.l1 else []
-        found += [("angles", 1)] if needs.products else []
+        found = ["thresholds"] if needs.thresholds else []
+        found += ["L1 norms"] if needs.l1 else []
+        found += ["angles"] if needs.products else []
         last = [word for word, needed in (("signs", needs.majority), ("norms", needs.norms)) if needed]
-        return (*found, (" and ".join(last), 1)) if last else tuple(found)
+        return (*found, " and ".join(last)) if last else tuple(found)
 
     @property
     def trims_globally(self) -> bool:
@@ -214,17 +214,22 @@ class Plan:
         """Bytes of tensor data that one measuring pass reads."""
         return _bytes_of(piece for tensor in self.tensors for piece in tensor.pieces if piece.models)
 
-    def buffer_bytes(self, resources: Resources) -> int:
-        """Bytes of the workers' buffers: an input and the output as they are stored, and what the arithmetic needs."""
+    @cached_property
+    def room(self) -> Room:
+        """What one entry takes of a worker's buffers."""
         models = self.number_of_models
         stored, written = self.widths
-        wide = 8 if self.in_float64 else 4
-        own = 0 if models == 1 else _TEMPORARIES
-        if self.recipe.method.masks:
-            own += 4 * models  # masks, and what is kept, and what is weighted of it
-        counts = models * 8 * BINS if self.needs.thresholds else 0
-        entry = stored + max(stored, written) + (models + 1 + own) * wide
-        return resources.threads * (resources.chunk_for(models) * entry + counts)
+        drops = self.recipe.method.masks is not None
+        temporaries = (0 if models == 1 else _TEMPORARIES) + (2 * models if drops else 0)
+        return Room(stored, written, 8 if self.in_float64 else 4, models + 1, temporaries)
+
+    def buffer_bytes(self, resources: Resources) -> int:
+        """Bytes of the workers' buffers on the CPU: an input and the output as they are stored, and what the arithmetic
+        needs.
+        """
+        models = self.number_of_models
+        counts = models * BYTES_COUNTING if self.needs.thresholds else 0
+        return resources.threads * (resources.chunk_for(models) * self.room.nbytes() + counts)
 
     @cached_property
     def in_float64(self) -> bool:
@@ -359,7 +364,7 @@ class Plan:
             "edited": counts(tensor for tensor in self.tensors if tensor.edited),
             "copied": counts(tensor for tensor in self.tensors if not tensor.edited),
             "bytes": {"read": self.bytes_read, "written": self.bytes_written},
-            "passes": [{"measures": what, "bytes": times * self.bytes_measured} for what, times in self.passes],
+            "passes": [{"measures": what, "bytes": self.bytes_measured} for what in self.passes],
             "notes": list(self.notes),
         }
 
@@ -400,10 +405,10 @@ def _bytes_of(pieces: Iterable[Piece]) -> int:
     return sum(piece.numel * itemsize(source.dtype) for piece in pieces for source in piece.sources)
 
 
-BINS = 2**16
+BINS = 2**17
 """Into how many bins magnitudes are counted at a time."""
-ROUNDS = 2
-"""How often magnitudes are counted until a threshold is known to the bit."""
+BYTES_COUNTING = 24 * BINS
+"""What a worker takes for each model whose magnitudes it counts."""
 
 _PYTHON_WITH_TORCH = 250_000_000  # resident, with all that lines imports
 _PER_TENSOR = 3_000

@@ -11,7 +11,9 @@ from lines_cli.errors import RecipeError
 BLOCK = 64 * 1024
 """Entries whose sum is taken in one go when a norm is measured; no chunk that is measured cuts one."""
 
-_IN_CACHE = 1024 * 1024  # entries of all models together
+_IN_CACHE = 512 * 1024  # entries of all models together, on the CPU
+_ON_CUDA = 4 * 2**20  # entries: there a step has to be worth its launches
+_WORKERS = 4  # more only queue up at the disk, or at one GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,36 +21,71 @@ class Resources:
     """What a run may use; none of it changes a byte of the output.
 
     Attributes:
-        workers: threads; None is one per core, up to 4 (more only queue up at the disk).
-        device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        chunk: most entries per step. The default makes 2 MiB of float32, which stays in a core's cache together with
-            its sources; with three models and more it is less (`chunk_for`).
+        workers: threads; None is one per core, up to 4 (more only queue up at the disk), and 4 for each CUDA device.
+        device: `auto`, `cpu`, `cuda`, `cuda:N`, or several as in `cuda:0,cuda:1`.
+        gpu_memory: most bytes on each CUDA device; None is a sixteenth of the device's, up to 2 GiB.
+        chunk: most entries per step; None is what stays in a core's cache (`chunk_for`), or what suits the device.
     """
 
     workers: int | None = None
     device: str = "auto"
-    chunk: int = 512 * 1024
+    gpu_memory: int | None = None
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
-        if (self.workers is not None and self.workers < 1) or self.chunk < 1:
+        said = {"workers": self.workers, "gpu_memory": self.gpu_memory, "chunk": self.chunk}
+        for what, number in said.items():
+            if number is not None and number < 1:
+                raise RecipeError(f"{what}: {number}; at least 1 is needed")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?(,cuda:\d+)*", self.device):
             raise RecipeError(
-                f"{self.workers} workers and chunks of {self.chunk} entries: at least one of each is needed"
+                f"--device {self.device}: not a device", hint="Say auto, cpu, cuda, cuda:N, or cuda:0,cuda:1."
             )
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise RecipeError(f"--device {self.device}: not a device", hint="Say auto, cpu, cuda, or cuda:N.")
 
     @property
     def threads(self) -> int:
-        """How many workers there will be."""
+        """How many workers there will be on the CPU."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return self.workers or max(1, min(4, cores))
+        return self.workers or max(1, min(_WORKERS, cores))
 
-    def chunk_for(self, models: int, *, whole_blocks: bool = False) -> int:
-        """Entries per step with that many models: fewer where there are many, so that memory stays bounded.
+    def threads_on_cuda(self, devices: int) -> int:
+        """How many workers there will be on that many CUDA devices: while one waits for the disk, others compute."""
+        return max(devices, self.workers or _WORKERS * devices)
+
+    def chunk_for(self, models: int, *, fits: int | None = None, whole_blocks: bool = False) -> int:
+        """Entries per step. On the CPU fewer where there are many models, so that a chunk of each, and what is computed
+        of them, stays in a core's cache.
 
         Args:
             models: how many are merged.
+            fits: on a device of its own memory: how many entries have room in a worker's share of it.
             whole_blocks: a multiple of BLOCK, for what is measured block by block.
         """
-        chunk = min(self.chunk, max(BLOCK, _IN_CACHE // max(1, models) // BLOCK * BLOCK))
+        if fits is None:
+            chunk = self.chunk or max(BLOCK, _IN_CACHE // (models + 1) // BLOCK * BLOCK)
+        else:
+            chunk = min(self.chunk or _ON_CUDA, fits)
         return max(BLOCK, chunk // BLOCK * BLOCK) if whole_blocks else chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What one entry of a chunk takes of a worker's buffers.
+
+    Attributes:
+        stored: bytes of the widest entry, as inputs store it.
+        written: bytes of the widest, as the output stores it; 0 where nothing is written.
+        width: bytes of the widest, as it is computed with.
+        held: from how many inputs entries are held at a time.
+        temporaries: how many more of that width a method makes meanwhile.
+    """
+
+    stored: int
+    written: int
+    width: int
+    held: int
+    temporaries: int = 0
+
+    def nbytes(self, *, slots: int = 1) -> int:
+        """Bytes where it computes; with `slots` inputs on their way there at a time."""
+        return slots * self.stored + self.written + (self.held + self.temporaries) * self.width

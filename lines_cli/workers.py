@@ -1,7 +1,9 @@
-"""The threads that stream a plan's inputs: each has buffers of its own and takes one chunk after another.
+"""The threads that stream a plan's inputs: each has a device and buffers of its own and takes one item of work after
+another.
 
-Memory is bounded by workers x chunk x models, whatever the model's size. What is done with a chunk is a job's business:
-the engine's writes it, the measuring passes count or sum over it.
+Memory is bounded by workers x chunk x models, whatever the model's size. What is done with an item is a job's business:
+the engine's writes it, the measuring passes count or sum over it. On CUDA every worker has a stream: while one waits
+for the disk, others copy and compute, and a worker reads the next input while the last one is on its way to the device.
 """
 
 from __future__ import annotations
@@ -26,28 +28,98 @@ from lines_cli.draft import Piece, Slice
 from lines_cli.errors import CheckpointError, DataError, RecipeError, printable
 from lines_cli.methods import Values
 from lines_cli.methods.dare import Where, random_masks
-from lines_cli.methods.ties import magnitude_masks
+from lines_cli.methods.ties import trim
 from lines_cli.plan import Plan, TensorPlan
+from lines_cli.resources import BLOCK, Resources, Room
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Thread = TypeVar("Thread", bound="Reader")
 
 
-def choose_device(name: str) -> torch.device:
+def choose_devices(name: str) -> tuple[torch.device, ...]:
     """`auto` is the first CUDA device where there is one, else the CPU.
 
     Raises:
         RecipeError: no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RecipeError(
-            f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here"
-        )
-    return device
+        return (torch.device("cuda:0" if torch.cuda.is_available() else "cpu"),)
+    if name == "cpu":
+        return (torch.device("cpu"),)
+    there, devices = torch.cuda.device_count(), {torch.device(one).index or 0: None for one in name.split(",")}
+    if max(devices) >= there:
+        raise RecipeError(f"--device {name}: torch {torch.__version__} sees {there} CUDA devices here")
+    return tuple(torch.device("cuda", index) for index in devices)
+
+
+def apart(device: torch.device) -> bool:
+    """Whether a device has memory of its own, into which everything has to be copied."""
+    return device.type != "cpu"
+
+
+class Crew:
+    """Which device each worker of a run computes on.
+
+    Args:
+        resources: what was asked.
+
+    Raises:
+        RecipeError: there is no such device here.
+    """
+
+    def __init__(self, resources: Resources) -> None:
+        self.resources, self.devices = resources, choose_devices(resources.device)
+        self.apart = apart(self.devices[0])
+        number = resources.threads_on_cuda(len(self.devices)) if self.apart else resources.threads
+        self.members = [self.devices[n % len(self.devices)] for n in range(number)]
+
+    def chunk(self, room: Room, *, whole_blocks: bool = False) -> int:
+        """Entries per step.
+
+        Args:
+            room: what one entry takes.
+            whole_blocks: a multiple of BLOCK.
+
+        Raises:
+            RecipeError: the share of a device's memory is too small for any.
+        """
+        fits = None
+        if self.apart:
+            most, entry = self._gpu_memory(), room.nbytes(slots=SLOTS)
+            workers = -(-len(self.members) // len(self.devices))
+            fits = most // workers // entry
+            if fits < BLOCK:
+                raise RecipeError(
+                    f"--gpu-memory {most:,}: {workers} workers on a device need {workers * BLOCK * entry:,} bytes",
+                    hint="Allow more, or run fewer --workers.",
+                )
+        return self.resources.chunk_for(room.held - 1, fits=fits, whole_blocks=whole_blocks)
+
+    def _gpu_memory(self) -> int:
+        """Bytes that a run may take of each device."""
+        total = min(_total_memory(device) for device in self.devices)
+        return min(total, self.resources.gpu_memory or min(total // 16, 2 * 2**30))
+
+    @contextmanager
+    def bounded(self) -> Iterator[None]:
+        """Within it torch's allocator takes no more of any CUDA device than the run may have, whatever a method makes
+        meanwhile: beyond that it reports to be out of memory, and chunks are halved.
+        """
+        devices = self.devices if self.apart and torch.cuda.is_available() else ()
+        try:
+            for device in devices:
+                taken = torch.cuda.memory_reserved(device)  # by whoever called us
+                share = (taken + self._gpu_memory()) / _total_memory(device)
+                torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+            yield
+        finally:
+            for device in devices:
+                torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def _total_memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 @contextmanager
@@ -129,58 +201,105 @@ class Chunk(Generic[Tensor]):
     @property
     def nbytes(self) -> int:
         """Bytes that are read for it."""
-        return sum(self.numel * itemsize(source.dtype) for source in self.piece.sources)
+        return self.numel * sum(itemsize(source.dtype) for source in self.piece.sources)
+
+    def cut(self, size: int) -> Iterator[Chunk[Tensor]]:
+        """The same entries in steps of at most `size`, which end at multiples of it: so no random draw is made twice,
+        and no block is summed in parts.
+        """
+        first, end = self.first, self.first + self.numel
+        if first // size == (end - 1) // size:
+            yield self
+            return
+        while first < end:
+            until = min(end, (first // size + 1) * size)
+            yield Chunk(self.tensor, self.piece, first, until - first)
+            first = until
 
 
 PlanChunk = Chunk[TensorPlan]
 
+_ITEM = 2**20  # entries: what a worker takes at a time, so that small tensors do not queue one by one
 
-def chunks_of(tensors: Iterable[Tensor], size: int) -> Iterator[Chunk[Tensor]]:
-    """All of the tensors' pieces, in steps of at most `size` entries."""
-    for tensor in tensors:
-        for piece in tensor.pieces:
-            for first in range(0, piece.numel, size):
-                yield Chunk(tensor, piece, first, min(size, piece.numel - first))
+
+def items_of(pieces: Iterable[tuple[Tensor, Piece]]) -> Iterator[list[Chunk[Tensor]]]:
+    """All entries of some tensors' pieces, in order, some at a time: one item of work after another."""
+    item: list[Chunk[Tensor]] = []
+    held = 0
+    for tensor, piece in pieces:
+        for first in range(0, piece.numel, _ITEM):
+            item.append(Chunk(tensor, piece, first, min(_ITEM, piece.numel - first)))
+            held += item[-1].numel
+            if held >= _ITEM:
+                yield item
+                item, held = [], 0
+    if item:
+        yield item
+
+
+SLOTS = 2  # inputs that are on their way to a device at a time
 
 
 class Reader:
-    """One thread's buffers: reads a chunk's entries in any input, and holds them widened.
+    """One thread's device and buffers: reads a chunk's entries in any input, and holds them widened.
 
     Args:
         paths: the inputs.
         sources: the same, opened.
-        device: where entries are held.
+        device: where entries are held. A CUDA device gets a stream of this thread's own.
         chunk: most entries of one.
-        stored: bytes of the widest entry, as inputs store it.
-        width: bytes of the widest, as it is held.
-        held: from how many inputs entries are held at a time.
+        room: what one entry takes.
 
     Raises:
         MemoryError: there is not enough memory for the buffers, on the host or on the device.
     """
 
     def __init__(
-        self,
-        paths: Sequence[Path],
-        sources: Sequence[int],
-        device: torch.device,
-        *,
-        chunk: int,
-        stored: int,
-        width: int,
-        held: int,
+        self, paths: Sequence[Path], sources: Sequence[int], device: torch.device, *, chunk: int, room: Room
     ) -> None:
-        self.paths, self.sources = paths, sources
+        self.paths, self.sources, self.device, self.chunk, self._room = paths, sources, device, chunk, room
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call] # this thread's
+        self._allocate()
+
+    def _allocate(self) -> None:
+        room, device, chunk = self._room, self.device, self.chunk
         try:
-            self.raw = Buffer(device, chunk * stored)
-            self._held = [torch.empty(chunk * width, dtype=torch.uint8, device=device) for _ in range(held)]
-        except RuntimeError as error:  # torch's way to say it
+            self._raw = [Buffer(device, chunk * room.stored) for _ in range(SLOTS if apart(device) else 1)]
+            self.out = Buffer(device, chunk * room.written)
+            self._held = [torch.empty(chunk * room.width, dtype=torch.uint8, device=device) for _ in range(room.held)]
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # torch's way to say it of the host
             raise MemoryError(str(error)) from error
+
+    def halve(self, why: str) -> None:
+        """Go on with chunks of half the size, because the device is out of memory.
+
+        Raises:
+            MemoryError: they are as small as may be.
+        """
+        self._raw, self._held, self.out = [], [], Buffer(self.device, 0)
+        while True:
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if self.chunk < 2 * BLOCK:
+                raise MemoryError(f"{self.device}: {why}")
+            self.chunk = self.chunk // 2 // BLOCK * BLOCK
+            with suppress(torch.cuda.OutOfMemoryError):
+                return self._allocate()
+
+    def cut(self, chunks: Iterable[Chunk[Tensor]]) -> Iterator[Chunk[Tensor]]:
+        """The same entries, in steps that fit the buffers."""
+        for chunk in chunks:
+            yield from chunk.cut(self.chunk)
 
     def held(self, chunk: Chunk[Tensor]) -> list[torch.Tensor]:
         """A place for the chunk's entries in each input: [numel] each, in the dtype they are widened to."""
         dtype = torch.float64 if chunk.tensor.in_float64 else torch.float32
-        return [buffer[: chunk.numel * dtype.itemsize].view(dtype) for buffer in self._held]
+        nbytes = chunk.numel * dtype.itemsize
+        return [buffer[:nbytes].view(dtype) for buffer in self._held]
 
     def read(self, chunk: Chunk[Tensor], source: Slice, buffer: Buffer | None = None) -> Loaded:
         """A chunk's entries in one input, as they are stored.
@@ -188,9 +307,11 @@ class Reader:
         Raises:
             CheckpointError: the file cannot be read, or is shorter than it was.
         """
-        buffer = buffer or self.raw
+        if buffer is None:
+            buffer = self._raw[0]
+            self._raw.append(self._raw.pop(0))  # the next input goes into the next one
         width = itemsize(source.dtype)
-        view = buffer.host(chunk.numel * width)
+        view = buffer.to_fill(chunk.numel * width)
         path = self.paths[source.file]
         try:
             got = read_into(self.sources[source.file], view, source.offset + chunk.first * width)
@@ -205,22 +326,16 @@ class Reader:
 
 
 class Worker(Reader):
-    """One thread's buffers, and what it computes of a plan with them.
+    """One thread's device and buffers, and what it computes of a plan with them.
 
     Raises:
         MemoryError: there is not enough memory for the buffers, on the host or on the device.
     """
 
     def __init__(self, plan: Plan, sources: list[int], device: torch.device, chunk: int) -> None:
-        stored, written = plan.widths
-        width, held = 8 if plan.in_float64 else 4, plan.number_of_models + 1
-        super().__init__(plan.inputs, sources, device, chunk=chunk, stored=stored, width=width, held=held)
+        super().__init__(plan.inputs, sources, device, chunk=chunk, room=plan.room)
         self.plan = plan
         self._told: tuple[TensorPlan, Values] | None = None  # of the last tensor
-        try:
-            self.out = Buffer(device, chunk * max(stored, written))
-        except RuntimeError as error:
-            raise MemoryError(str(error)) from error
 
     def inputs(self, chunk: PlanChunk) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """What is merged: the base's entries, if there is a base, and each model's; [numel] each, in the compute dtype,
@@ -242,30 +357,36 @@ class Worker(Reader):
         assert base is not None
         return base, [task_vector(model, base) for model in models]
 
-    def masks(self, chunk: PlanChunk, task_vectors: list[torch.Tensor]) -> list[torch.Tensor] | None:
-        """Which entries of each model are kept, where the method drops some."""
-        tensor, kind = chunk.tensor, self.plan.recipe.method.masks
-        if kind == "magnitude" and self.plan.statistics.thresholds:
-            return magnitude_masks(task_vectors, threshold=self.plan.measured(tensor).threshold)
-        if kind == "random":  # a head and the embedding it is tied to are one weight, and lose the same entries
-            values, where = tensor.values, Where(tensor.draft.counts_as, chunk.piece.start + chunk.first)
-            return random_masks(task_vectors, density=values["density"], seed=values["seed"], where=where)
-        return None
+    def drop(self, chunk: PlanChunk, task_vectors: list[torch.Tensor]) -> list[float] | None:
+        """Set entries to zero, in place, where the method drops some: those below a threshold, or random ones.
 
-    def merge(
-        self,
-        chunk: PlanChunk,
-        tensors: list[torch.Tensor],
-        masks: list[torch.Tensor] | None,
-        told: Values | None = None,
-    ) -> torch.Tensor:
+        Returns:
+            How many entries of each model are kept, where they are drawn.
+        """
+        tensor, method = chunk.tensor, self.plan.recipe.method
+        if method.masks == "magnitude" and self.plan.statistics.thresholds and not method.trims_itself:
+            trim(task_vectors, threshold=self.plan.measured(tensor).threshold)
+        if method.masks != "random":
+            return None
+        # A head and the embedding it is tied to are one weight, and lose the same entries.
+        values, where = tensor.values, Where(tensor.draft.counts_as, chunk.piece.start + chunk.first)
+        masks = random_masks(task_vectors, density=values["density"], seed=values["seed"], where=where)
+        kept = [float(chunk.numel) if mask is None else float(mask.sum()) for mask in masks]
+        for tau, mask in zip(task_vectors, masks, strict=True):
+            if mask is not None:
+                tau.mul_(mask)
+        return kept
+
+    def merge(self, chunk: PlanChunk, tensors: list[torch.Tensor], told: Values | None = None) -> torch.Tensor:
         """What the method makes of them: [numel]. It may overwrite them."""
-        if told is None:
-            if self._told is None or self._told[0] is not chunk.tensor:
-                self._told = chunk.tensor, self.plan.told(chunk.tensor)
-            told = self._told[1]
-        merged: torch.Tensor = self.plan.recipe.method.merge(tensors, masks=masks, **told)
+        merged: torch.Tensor = self.plan.recipe.method.merge(tensors, **(told or self.told(chunk.tensor)))
         return merged
+
+    def told(self, tensor: TensorPlan) -> Values:
+        """What the method is told of a tensor."""
+        if self._told is None or self._told[0] is not tensor:
+            self._told = tensor, self.plan.told(tensor)
+        return self._told[1]
 
     def nonfinite(self, chunk: PlanChunk) -> str | None:
         """Which of a chunk's inputs holds NaN or Inf, and where; None if none does."""
@@ -295,32 +416,35 @@ class Pool(Generic[Thread, Item, Result]):
     """Threads that do one job to every item of a stream.
 
     Args:
-        new_worker: makes a thread's worker, in that thread.
+        new_worker: makes a thread's worker, in that thread, given its device.
         items: what there is to do, in order.
-        job: what is done with each.
-        device: where workers compute.
+        job: what is done with each; it can be done again, from the start.
+        crew: the device of each thread.
     """
 
     def __init__(
         self,
-        new_worker: Callable[[], Thread],
+        new_worker: Callable[[torch.device], Thread],
         items: Iterable[Item],
         job: Callable[[Thread, Item], Result],
-        device: torch.device,
+        crew: Crew,
     ) -> None:
-        self._new_worker, self._job, self._device = new_worker, job, device
+        self._new_worker, self._job, self._crew = new_worker, job, crew
         self._items = enumerate(items)
         self._take = threading.Lock()
         self._stop = threading.Event()
         self._done: queue.SimpleQueue[tuple[int, Result] | BaseException | None] = queue.SimpleQueue()
 
-    def run(self, threads: int) -> Generator[tuple[int, Result], None, None]:
+    def run(self) -> Generator[tuple[int, Result], None, None]:
         """Run it; yields every item's number and result as it is done. The first failure stops all and is raised."""
-        workers = [threading.Thread(target=self._work, name=f"lines-worker-{n}", daemon=True) for n in range(threads)]
+        workers = [
+            threading.Thread(target=self._work, args=[device], name=f"lines-worker-{n}", daemon=True)
+            for n, device in enumerate(self._crew.members)
+        ]
         try:
             for worker in workers:
                 worker.start()
-            running = threads
+            running = len(workers)
             while running:
                 found = self._done.get()
                 if isinstance(found, BaseException):
@@ -336,46 +460,60 @@ class Pool(Generic[Thread, Item, Result]):
                     worker.join()
             torch.set_num_threads(torch.get_num_threads())  # the workers' setting is the default of new threads, too
 
-    def in_order(self, threads: int) -> Generator[Result, None, None]:
+    def in_order(self) -> Generator[Result, None, None]:
         """Run it; yields the results in the order of the items, so that sums do not depend on who was faster."""
         early: dict[int, Result] = {}
         due = 0
-        with closing(self.run(threads)) as results:
+        with closing(self.run()) as results:
             for number, result in results:
                 early[number] = result
                 while due in early:
                     yield early.pop(due)
                     due += 1
 
-    def _work(self) -> None:
+    def _work(self, device: torch.device) -> None:
         try:
             torch.set_num_threads(1)  # for this thread alone; the workers are the parallelism
-            if self._device.type == "cuda":
-                torch.cuda.set_device(self._device)
             with torch.inference_mode():
-                worker = self._new_worker()
+                worker = self._new_worker(device)
                 while not self._stop.is_set():
                     with self._take:
                         item = next(self._items, None)
                     if item is None:
                         break
-                    self._done.put((item[0], self._job(worker, item[1])))
+                    self._done.put((item[0], self._do(worker, item[1])))
             self._done.put(None)
         except BaseException as error:  # noqa: BLE001 - handed over to the thread that waits, which raises it
             self._done.put(error)
 
+    def _do(self, worker: Thread, item: Item) -> Result:
+        """Do the job to one item; in smaller steps, if the device has no memory for it."""
+        while True:
+            try:
+                return self._job(worker, item)
+            except torch.cuda.OutOfMemoryError as error:
+                why = str(error)
+            worker.halve(why)  # here, where no traceback holds the tensors of the attempt any more
+
 
 class Buffer:
-    """Reusable bytes on the host and, for CUDA, as many on the device; on the CPU the two are one."""
+    """Reusable bytes on the host and, where a device has memory of its own, as many there; on the CPU the two are one.
+
+    Host memory is pinned for CUDA, and copies take their turn in the thread's stream: `to_fill` waits until the last
+    one to the device has left, `to_host` until its own has arrived.
+    """
 
     def __init__(self, device: torch.device, nbytes: int) -> None:
-        on_gpu = device.type == "cuda"
-        self._host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=on_gpu)
-        self._device = torch.empty(nbytes, dtype=torch.uint8, device=device) if on_gpu else self._host
+        on_cuda = device.type == "cuda"
+        nbytes = max(nbytes, 1)
+        self._host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=on_cuda)
+        self._device = torch.empty(nbytes, dtype=torch.uint8, device=device) if apart(device) else self._host
         self._memory = memoryview((ctypes.c_char * nbytes).from_address(self._host.data_ptr())).cast("B")
+        self._moved = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]
 
-    def host(self, nbytes: int) -> memoryview:
-        """The first bytes on the host, to read a file into or write a file from."""
+    def to_fill(self, nbytes: int) -> memoryview:
+        """The first bytes on the host, to read a file into."""
+        self._wait()
         return self._memory[:nbytes]
 
     def device_view(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
@@ -383,15 +521,26 @@ class Buffer:
         return self._device[: numel * dtype.itemsize].view(dtype)
 
     def to_device(self, nbytes: int) -> None:
-        """Copy the first bytes from the host; returns when they have arrived."""
+        """Copy the first bytes from the host, before whatever the thread's stream does next."""
         if self._device is not self._host:
-            self._device[:nbytes].copy_(self._host[:nbytes])
+            self._device[:nbytes].copy_(self._host[:nbytes], non_blocking=True)
+            self._record()
 
     def to_host(self, nbytes: int) -> memoryview:
-        """The first bytes, copied from the device; returns when they have arrived."""
+        """The first bytes, copied from the device after all that the thread's stream was given; they have arrived."""
         if self._device is not self._host:
-            self._host[:nbytes].copy_(self._device[:nbytes])
-        return self.host(nbytes)
+            self._host[:nbytes].copy_(self._device[:nbytes], non_blocking=True)
+            self._record()
+            self._wait()
+        return self._memory[:nbytes]
+
+    def _record(self) -> None:
+        if self._moved is not None:
+            self._moved.record()
+
+    def _wait(self) -> None:
+        if self._moved is not None:
+            self._moved.synchronize()
 
 
 @dataclass(slots=True)

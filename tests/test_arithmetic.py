@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lines_cli.arithmetic import add_scaled, block_sums, cast, extremes, first_nonfinite, task_vector
+from lines_cli.arithmetic import add_scaled, block_sums, cast, first_nonfinite, is_finite, task_vector
 
 FORMATS = {torch.float16: (11, -14, 15), torch.bfloat16: (8, -126, 127), torch.float32: (24, -126, 127)}
 """Bits of the significand, least and greatest exponent (IEEE 754, and bfloat16 as the upper half of a float32)."""
@@ -118,24 +118,26 @@ def test_block_sums_add_halves_to_halves(count: int) -> None:
     assert block_sums(values, 16) == expected
 
 
-@pytest.mark.parametrize(
-    ("values", "found"),
-    [([1.0, -2.0, 3.0], (-2.0, 3.0)), ([-0.5], (-0.5, -0.5)), ([], (0.0, 0.0)), ([math.inf, 1.0], (1.0, math.inf))],
-)
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_extremes(dtype: torch.dtype, values: list[float], found: tuple[float, float]) -> None:
-    """The least and the greatest entry, in every float dtype; nothing has zeros."""
-    assert tuple(extremes(torch.tensor(values, dtype=dtype)).tolist()) == found
+@pytest.mark.parametrize("numel", [0, 1, 100, 70_001])
+def test_what_is_finite_is_said_to_be(dtype: torch.dtype, numel: int) -> None:
+    """Also where the sum overflows."""
+    assert is_finite(torch.linspace(-2, 3, numel).to(dtype))
+    assert is_finite(torch.full((numel,), torch.finfo(dtype).max, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("at", [0, 1, 17, 99])
-def test_a_nan_shows_in_the_extremes_and_is_found(dtype: torch.dtype, at: int) -> None:
-    """One NaN anywhere makes both extremes NaN, and the exact search names its position."""
+def test_what_is_not_finite_is_found(dtype: torch.dtype, at: int) -> None:
+    """One NaN or Inf anywhere, or two that cancel; the exact search names its position."""
     values = torch.ones(100, dtype=dtype)
     assert first_nonfinite(values) is None
     values[at] = math.nan
-    assert extremes(values).isnan().all()
+    assert not is_finite(values)
     assert first_nonfinite(values) == (at, "NaN")
+    values[at], values[(at + 1) % 100] = math.inf, -math.inf
+    assert not is_finite(values)
+    values[(at + 1) % 100] = 1
+    assert not is_finite(values)
     values[at] = -math.inf
     assert first_nonfinite(values) == (at, "Inf")

@@ -2,7 +2,8 @@
 is held against.
 
 A model is a dict of tensors. Task vectors are float32 (float64 where an input is), and so is every operation on them,
-one after the other. Masks multiply, as they do in the released code of TIES, TALL masks and DARE.
+one after the other. Masks multiply, as they do in the released code of TIES, TALL masks and DARE; what a trim leaves out
+is 0, not -0.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def trimmed(taus: Sequence[Tensors], density: Sequence[float], trim: str) -> lis
         whole = threshold(list(tau.values()), share)
         at = {name: whole if trim == "global" else threshold([tau[name]], share) for name in tau if tau[name].numel()}
         mask = {name: tau[name].abs().to(torch.float32) >= at[name] for name in at}
-        kept.append({name: tau[name] * mask[name] if name in mask and share != 1 else tau[name] for name in tau})
+        kept.append({name: tau[name] * mask[name] + 0.0 if name in mask and share != 1 else tau[name] for name in tau})
     return kept
 
 
@@ -159,14 +160,20 @@ def consensus(
     return by_name(taus, masked)
 
 
-def drawn(seed: int, model: int, name: str, numel: int) -> Tensor:
-    """A number in [0, 1) for every entry: a generator for each (seed, model, tensor, block of 65,536 entries)."""
+def drawn(seed: int, model: int, name: str, numel: int, density: float) -> Tensor:
+    """Which entries are kept: a generator for each (seed, model, tensor, block of 65,536 entries) gives 64 bits for four
+    entries. Which of the two neighbouring multiples of 2**-16 stands for the density, 32 bits more decide per block.
+    """
     blocks = []
     for block in range(-(-numel // BLOCK)):
-        key = blake2b(f"{seed}\0{model}\0{block}\0{name}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key, "little", signed=True))
-        blocks.append(torch.rand(BLOCK, generator=generator))
-    return torch.cat([*blocks, torch.empty(0)])[:numel]
+        key = blake2b(f"{seed}\0{model}\0{block}\0{name}".encode(), digest_size=12).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
+        numbers = torch.empty(BLOCK // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+        quarters = torch.stack([numbers >> shift & 0xFFFF for shift in (0, 16, 32, 48)], 1).flatten()
+        signed = torch.where(quarters < 2**15, quarters, quarters - 2**16)
+        steps = math.floor(density * 2**16 + int.from_bytes(key[8:], "little") / 2**32)
+        blocks.append(signed + 2**15 < steps)
+    return torch.cat([*blocks, torch.empty(0, dtype=torch.bool)])[:numel]
 
 
 def by_halves(values: Tensor) -> float:
@@ -191,7 +198,7 @@ def dropped(taus: Sequence[Tensors], density: Sequence[float], rescale: Rescale,
     def left(model: int, name: str, tau: Tensor, share: float) -> Tensor:
         if share == 1:
             return tau
-        kept = tau * (drawn(seed, model, name, tau.numel()) < share).view(tau.shape)
+        kept = tau * drawn(seed, model, name, tau.numel(), share).view(tau.shape)
         factor = 1.0
         if rescale == "density" and share:
             factor = 1 / share

@@ -1,22 +1,21 @@
 """What a file held when it was written, as a line of text, so that it can be told later whether it still does.
 
 A *tree digest* is the SHA-256 of the SHA-256 digests of a file's consecutive blocks, the last of which may be short.
-Its blocks can be hashed by several threads and in any order, each while it is in the page cache; a plain digest of a
-large file would be one thread's work after all else is done.
+Its blocks can be hashed by several threads and in any order, each on its way to the file; a plain digest of a large
+file would be one thread's work after all else is done.
 """
 
 from __future__ import annotations
 
 import os
 import stat
-import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from lines_cli.checkpoint.positional import read_into
+from lines_cli.checkpoint.positional import read_into, start_writeback, write_from
 from lines_cli.checkpoint.reader import leads_out
 from lines_cli.errors import CheckpointError
 
@@ -24,7 +23,7 @@ BLOCK = 4 * 2**20
 """Bytes of a block."""
 
 _KIND = "sha256-tree-4MiB:"  # names the algorithm and the block: another of either is another kind
-_PIECE = 2**18  # bytes read at a time, so that they are in the core's cache when they are hashed
+_PIECE = 2**18  # bytes at a time, so that they are in the core's cache when they are hashed
 _THREADS = 4
 
 
@@ -60,42 +59,86 @@ def file_digest(path: Path) -> str:
 
 
 class GrowingDigest:
-    """The tree digest of a file that several threads are writing, each range of it in whatever order.
-
-    Every byte is written exactly once, so a block is whole when as many bytes of it were written as it has. It is then
-    read back, out of the page cache, and hashed by the thread that completed it.
+    """The tree digest of a file whose blocks are written by several threads, in whatever order.
 
     Args:
-        fd: the file, open for reading, too.
-        nbytes: its size in the end.
+        nbytes: the file's size in the end.
     """
 
-    def __init__(self, fd: int, nbytes: int) -> None:
-        self._fd, self._nbytes = fd, nbytes
-        self._missing = [min(BLOCK, nbytes - start) for start in range(0, nbytes, BLOCK)]
-        self._digests = [b""] * len(self._missing)
-        self._counting = threading.Lock()
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes = nbytes
+        self._blocks = [b""] * -(-nbytes // BLOCK)
 
-    def wrote(self, start: int, end: int) -> None:
-        """Take account of the bytes from `start` up to `end`, which have been written.
-
-        Raises:
-            OSError: they cannot be read back.
-        """
-        whole = []
-        with self._counting:
-            for block in range(start // BLOCK, -(-end // BLOCK)):
-                self._missing[block] -= min(end, (block + 1) * BLOCK) - max(start, block * BLOCK)
-                assert self._missing[block] >= 0, "a byte was written twice"
-                if not self._missing[block]:
-                    whole.append(block)
-        for block in whole:
-            self._digests[block] = _of_block(self._fd, block * BLOCK, self._nbytes)
+    def wrote(self, start: int, digest: bytes) -> None:
+        """Take account of the block from `start` on, which has been written, and of its digest."""
+        self._blocks[start // BLOCK] = digest
 
     def record(self) -> FileRecord:
         """What was written, when all of it is."""
-        assert not any(self._missing), "a byte was not written"
-        return FileRecord(self._nbytes, _root(self._digests))
+        assert all(self._blocks), "a block was not written"
+        return FileRecord(self._nbytes, _root(self._blocks))
+
+
+class RangeWriter:
+    """Writes part of a file, from the start of a block on, front to back, and hashes it on its way, while it is in the
+    core's cache.
+
+    Args:
+        fd: the file.
+        start: where to begin, a multiple of BLOCK.
+        digest: of the whole file; None where none is taken.
+    """
+
+    def __init__(self, fd: int, start: int, digest: GrowingDigest | None) -> None:
+        self._fd, self._start, self._digest = fd, start, digest
+        self._at = start
+        self._waiting = bytearray()  # small tensors, to be written together
+        self._hash = sha256()
+
+    @property
+    def at(self) -> int:
+        """Where in the file the next byte goes."""
+        return self._at + len(self._waiting)
+
+    def write(self, view: memoryview | bytes) -> None:
+        """Put these bytes next."""
+        if len(view) < _PIECE:
+            self._waiting += view
+            if len(self._waiting) >= _PIECE:
+                self._flush()
+        else:
+            self._flush()
+            self._put(memoryview(view))
+
+    def close(self) -> None:
+        """Write what is left, and have the system begin to move all of it to the disk."""
+        self._flush()
+        if self._at % BLOCK:
+            self._end_block()
+        start_writeback(self._fd, self._start, self._at - self._start)
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._put(memoryview(self._waiting))
+            self._waiting = bytearray()
+
+    def _put(self, view: memoryview) -> None:
+        write_from(self._fd, view, self._at)
+        if self._digest is None:
+            self._at += len(view)
+            return
+        while view:
+            part = view[: BLOCK - self._at % BLOCK]
+            self._hash.update(part)
+            self._at += len(part)
+            view = view[len(part) :]
+            if self._at % BLOCK == 0:
+                self._end_block()
+
+    def _end_block(self) -> None:
+        if self._digest is not None:
+            self._digest.wrote((self._at - 1) // BLOCK * BLOCK, self._hash.digest())
+            self._hash = sha256()
 
 
 def altered(folder: Path, files: Mapping[str, FileRecord]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import suppress
 
 _HAS_POSITIONAL = hasattr(os, "preadv") and hasattr(os, "pwrite")
 _position = threading.Lock()
@@ -45,3 +46,13 @@ def write_from(fd: int, view: memoryview | bytes, offset: int) -> None:
             with _position:
                 os.lseek(fd, offset + done, os.SEEK_SET)
                 done += os.write(fd, view[done:])
+
+
+def start_writeback(fd: int, offset: int, nbytes: int) -> None:
+    """Have the system begin to move these bytes of a file to the disk, so that the last `fsync` finds little left.
+
+    Linux does so when it is advised that they are not needed; what it has not moved yet stays in the page cache.
+    """
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):  # a filesystem may know no advice
+            os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)

@@ -45,7 +45,7 @@ class Method:
     """One row.
 
     Attributes:
-        merge: the function: N tensors, `masks`, and the keywords that `told` gives, to one tensor.
+        merge: the function: N tensors, from which entries were dropped, and the keywords that `told` gives, to one.
         about: what it is, in a line, with its source.
         takes: task vectors, which need a base; or whole weights.
         parameters: what its recipe may say, by name.
@@ -54,6 +54,7 @@ class Method:
         between_two: whether it goes from one model to another: the angles between their tensors are measured, and a
             base that is one of the two is the first.
         masks: how entries are chosen to be kept: by `magnitude`, above a threshold; at `random`; or all are.
+        trims_itself: whether the function is given the whole task vectors, and trims what it merges.
         elects: whether a zero sum takes the sign of the majority, which then has to be counted.
         conflict: what contradicts itself, in words, given every value that is said of each parameter.
         sums: whether with weights of 1 the result is the sum of the task vectors, to the bit.
@@ -68,6 +69,7 @@ class Method:
     models: tuple[int, int | None] = (1, None)
     between_two: bool = False
     masks: Literal["magnitude", "random"] | None = None
+    trims_itself: bool = False
     elects: Callable[[Values], bool] = lambda _: False
     conflict: Callable[[Values], str | None] = lambda _: None
     sums: bool = False
@@ -135,7 +137,7 @@ def _ties_told(values: Values, measured: Measured) -> Values:
 
 def _consensus_told(values: Values, measured: Measured) -> Values:
     told = {key: values[key] for key in ("weight", "mask_lambda", "k", "on")}
-    return {**told, "majority": measured.majority}
+    return {**told, "threshold": measured.threshold, "majority": measured.majority}
 
 
 def _consensus_conflict(said: Values) -> str | None:
@@ -234,6 +236,7 @@ METHODS: Mapping[str, Method] = {
         },
         told=_consensus_told,
         masks="magnitude",
+        trims_itself=True,
         elects=lambda values: values["on"] == "ties" and values["trim"] == "global",
         conflict=_consensus_conflict,
         alone_is_itself=False,

@@ -20,54 +20,40 @@ NEGLIGIBLE = 1e-8
 
 def weighted_sum(vectors: Sequence[Tensor], weight: Sequence[float], *, overwrite: bool = True) -> Tensor:
     """`((w1 * v1) + w2 * v2) + ...`: [n]. Unless `overwrite`, the vectors stay as they are."""
-    total = vectors[0] if overwrite else vectors[0].clone()
-    if weight[0] != 1:
-        total.mul_(weight[0])
-    for vector, w in zip(vectors[1:], weight[1:], strict=True):
-        total.add_(vector if w == 1 else vector.mul_(w) if overwrite else vector * w)
+    first, *others = (v if w == 1 else v.mul_(w) if overwrite else v * w for v, w in zip(vectors, weight, strict=True))
+    if not others:
+        return first if overwrite or weight[0] != 1 else first.clone()
+    total = first.add_(others[0]) if overwrite else first + others[0]
+    for vector in others[1:]:
+        total.add_(vector)
     return total
 
 
-def sparse(
-    task_vectors: Sequence[Tensor], masks: Sequence[Tensor] | None, factor: Sequence[float] = ()
-) -> Sequence[Tensor]:
-    """The task vectors where their masks (1 or 0, [n] each) are 1, times their factors; 0 elsewhere. NaN and Inf show
-    through any mask.
-    """
-    for task_vector, mask in zip(task_vectors, masks or (), strict=masks is not None):
-        task_vector.mul_(mask)
-    for task_vector, by in zip(task_vectors, factor, strict=bool(factor)):
-        if by != 1:
-            task_vector.mul_(by)
+def scaled(task_vectors: Sequence[Tensor], *factors: Sequence[float]) -> Sequence[Tensor]:
+    """The task vectors, each times its factors, one after the other; overwritten."""
+    for factor in factors:
+        for task_vector, by in zip(task_vectors, factor, strict=True):
+            if by != 1:
+                task_vector.mul_(by)
     return task_vectors
 
 
-def average(task_vectors: Sequence[Tensor], *, masks: Sequence[Tensor] | None = None) -> Tensor:
+def average(task_vectors: Sequence[Tensor]) -> Tensor:
     """`(tau_1 + ... + tau_N) / N`: a uniform model soup (Wortsman 2022, arXiv 2203.05482), as a task vector."""
-    del masks
     total = weighted_sum(task_vectors, [1.0] * len(task_vectors))
     # By a tensor: by a number, CUDA multiplies with its reciprocal, which has other bits.
     return total if len(task_vectors) == 1 else total.div_(total.new_full((), len(task_vectors)))
 
 
-def task_arithmetic(
-    task_vectors: Sequence[Tensor],
-    *,
-    masks: Sequence[Tensor] | None = None,
-    weight: Sequence[float],
-    normalize: bool = False,
-) -> Tensor:
+def task_arithmetic(task_vectors: Sequence[Tensor], *, weight: Sequence[float], normalize: bool = False) -> Tensor:
     """`sum(w_i * tau_i)` (Ilharco 2023, arXiv 2212.04089, section 2), over `sum(w_i)` with `normalize`."""
-    return _over(weighted_sum(sparse(task_vectors, masks), weight), weight, normalize=normalize)
+    return _over(weighted_sum(task_vectors, weight), weight, normalize=normalize)
 
 
-def linear(
-    weights: Sequence[Tensor], *, masks: Sequence[Tensor] | None = None, weight: Sequence[float], normalize: bool = True
-) -> Tensor:
+def linear(weights: Sequence[Tensor], *, weight: Sequence[float], normalize: bool = True) -> Tensor:
     """`sum(w_i * theta_i) / sum(w_i)`: the weighted average of whole weights, without a base; the sum alone unless
     `normalize`.
     """
-    del masks
     return _over(weighted_sum(weights, weight), weight, normalize=normalize)
 
 
@@ -80,11 +66,10 @@ def _over(total: Tensor, weight: Sequence[float], *, normalize: bool) -> Tensor:
     return total if divisor == 1 or divisor.abs() < NEGLIGIBLE else total.div_(divisor)
 
 
-def slerp(weights: Sequence[Tensor], *, masks: Sequence[Tensor] | None = None, shares: tuple[float, float]) -> Tensor:
+def slerp(weights: Sequence[Tensor], *, shares: tuple[float, float]) -> Tensor:
     """`s0 * theta_1 + s1 * theta_2` with `shares` from `slerp_shares`: spherical linear interpolation between two
     tensors (Shoemake 1985).
     """
-    del masks
     return weighted_sum(weights, shares)
 
 
@@ -109,9 +94,6 @@ def slerp_shares(t: float, *, dot: float, norms: tuple[float, float]) -> tuple[f
     return math.sin((1 - t) * phi) / math.sin(phi), math.sin(t * phi) / math.sin(phi)
 
 
-def passthrough(
-    weights: Sequence[Tensor], *, masks: Sequence[Tensor] | None = None, scale: Sequence[float | None]
-) -> Tensor:
+def passthrough(weights: Sequence[Tensor], *, scale: Sequence[float | None]) -> Tensor:
     """The one model's weights, times `scale` if there is one."""
-    del masks
     return weights[0] if scale[0] is None else weights[0].mul_(scale[0])

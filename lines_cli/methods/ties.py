@@ -4,10 +4,11 @@ disagree.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from lines_cli.methods.sums import NEGLIGIBLE, sparse, weighted_sum
+from lines_cli.methods.sums import NEGLIGIBLE, scaled, weighted_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,48 +16,52 @@ if TYPE_CHECKING:
 Agreement = Literal["mean", "sum", "max"]
 
 
-def magnitude_masks(task_vectors: Sequence[Tensor], *, threshold: Sequence[float | None]) -> list[Tensor] | None:
-    """1 where an entry's magnitude is at least the threshold of its model, else 0: the trim of TIES (section 4.2, step
-    1). Every entry that lies exactly on the threshold is kept.
+def trim(task_vectors: Sequence[Tensor], *, threshold: Sequence[float | None]) -> Sequence[Tensor]:
+    """Set to 0 what is smaller in magnitude than the threshold of its model: the trim of TIES (section 4.2, step 1).
+    Every entry that lies exactly on the threshold is kept. NaN and Inf stay.
 
     Args:
-        task_vectors: N of [n].
-        threshold: N magnitudes in float32; None keeps all. If all are None there are no masks.
+        task_vectors: N of [n]; overwritten.
+        threshold: N magnitudes in float32, to which those of float64 are rounded; None keeps all.
     """
     import torch
 
-    if all(magnitude is None for magnitude in threshold):
-        return None
-    return [
-        torch.ones_like(tau) if t is None else tau.abs().to(torch.float32).ge_(t).to(tau.dtype)
-        for tau, t in zip(task_vectors, threshold, strict=True)
-    ]
+    for tau, least in zip(task_vectors, threshold, strict=True):
+        if not least:
+            continue
+        if tau.dtype == torch.float32:
+            torch.hardshrink(tau, _before(least), out=tau)  # keeps what is larger than the number before
+        else:  # adding 0 takes the sign off zeros
+            tau.mul_(tau.abs().to(torch.float32).ge_(least)).add_(0.0)
+    return task_vectors
+
+
+def _before(magnitude: float) -> float:
+    """The next smaller float32 of one above 0."""
+    (bits,) = struct.unpack("<I", struct.pack("<f", magnitude))
+    (before,) = struct.unpack("<f", struct.pack("<I", bits - 1))
+    return float(before)
 
 
 def ties(
     task_vectors: Sequence[Tensor],
     *,
-    masks: Sequence[Tensor] | None = None,
     weight: Sequence[float],
     agreement: Agreement = "mean",
     majority: int = 1,
-    factor: Sequence[float] = (),
+    factor: Sequence[float],
 ) -> Tensor:
-    """Trim, elect a sign for each entry, merge the models that agree with it (section 4.2).
+    """Elect a sign for each entry, merge the models that agree with it (section 4.2, steps 2 and 3).
 
     Args:
-        task_vectors: N of [n]; trimmed by `masks`, then weighted.
-        masks: N of [n], 1 where an entry is kept.
+        task_vectors: N of [n], trimmed.
         weight: N.
         agreement: over the models whose weighted entry has the elected sign: `sum(w_i tau_i) / sum(w_i)`, the sum
             alone, or the entry of the largest magnitude.
         majority: the sign that an entry takes whose sum is zero; 0 counts as minus, as in the reference code.
         factor: N; what a model's kept entries are multiplied by, before the weights.
     """
-    taus = sparse(task_vectors, masks, factor)
-    for tau, w in zip(taus, weight, strict=True):
-        if w != 1:
-            tau.mul_(w)
+    taus = scaled(task_vectors, factor, weight)
     total = weighted_sum(taus, [1.0] * len(taus), overwrite=False)
     elected = (total.ge_(0) if majority > 0 else total.gt_(0)).mul_(2).sub_(1)  # 1.0 and 0.0 to +1 and -1
 
@@ -66,47 +71,53 @@ def ties(
         for tau in taus[1:]:
             largest = largest.maximum(tau.mul_(elected).clamp_(min=0).abs_())
         return largest.mul_(elected)
-    merged = divisor = None
-    for tau, w in zip(taus, weight, strict=True):
-        agrees = (tau * elected).gt_(0)
-        part = tau.mul_(agrees)
-        merged = part if merged is None else merged.add_(part)
+    merged = taus[0]
+    divisor = None
+    for model, (tau, w) in enumerate(zip(taus, weight, strict=True)):
+        agrees = (tau * elected).gt_(0)  # 1.0 and 0.0
+        tau.mul_(agrees)
+        if model:
+            merged.add_(tau)
         if agreement == "mean":
             agrees.mul_(w)
             divisor = agrees if divisor is None else divisor.add_(agrees)
-    assert merged is not None
     if divisor is None:
         return merged
+    if min(weight) >= NEGLIGIBLE:  # then it is 0, where nothing is merged, or at least that
+        return merged.div_(divisor.clamp_(min=min(weight)))
     nothing = divisor.abs().lt_(NEGLIGIBLE)  # 1.0 and 0.0; to fill by a mask takes five times as long
     return merged.div_(divisor.mul_(1 - nothing).add_(nothing))
 
 
 def signs(
-    task_vectors: Sequence[Tensor],
-    *,
-    masks: Sequence[Tensor] | None = None,
-    weight: Sequence[float],
-    factor: Sequence[float] = (),
-) -> tuple[Tensor, Tensor]:
-    """How elections go, without changing what is given: each entry's sign (-1, 0 or 1; [n]); and a number that is 0 if
-    no model that is not zero waits for the decision of a zero sum.
+    task_vectors: Sequence[Tensor], *, weight: Sequence[float], factor: Sequence[float] = (), waiting: bool = False
+) -> tuple[Tensor, bool]:
+    """How elections go: each entry's sign (-1, 0 or 1; [n]); and, if that is asked (`waiting`), whether a model that is
+    not zero waits for the decision of a zero sum.
+
+    Args:
+        task_vectors: N of [n], trimmed; left as they are.
+        weight, factor: as `ties` has them.
+        waiting: whether to look for such models.
     """
-    taus = sparse([tau.clone() for tau in task_vectors], masks, factor)
-    taus = [tau.mul_(w) for tau, w in zip(taus, weight, strict=True)]
+    taus = task_vectors
+    if any(by != 1 for by in (*weight, *factor)):
+        taus = scaled([tau.clone() for tau in task_vectors], *([factor] if factor else []), weight)
     elected = weighted_sum(taus, [1.0] * len(taus), overwrite=False).sign_().nan_to_num_()
+    if not waiting:
+        return elected, False
     undecided = 1 - elected.abs()
-    waiting = [(tau.mul_(undecided)).abs_().amax() for tau in taus if tau.numel()]
-    return elected, sum(waiting, start=elected.new_zeros(()))
+    return elected, any(bool((tau * undecided).count_nonzero()) for tau in taus)
 
 
 def consensus(
     task_vectors: Sequence[Tensor],
     *,
-    masks: Sequence[Tensor] | None = None,
     weight: Sequence[float],
     mask_lambda: Sequence[float],
     k: float = 2,
     on: Literal["sum", "ties"] = "sum",
+    threshold: Sequence[float | None] = (),
     majority: int = 1,
 ) -> Tensor:
     """Keep an entry of the merged task vector where at least `k` models' TALL masks agree on it.
@@ -115,17 +126,18 @@ def consensus(
 
     Args:
         task_vectors: N of [n].
-        masks: N of [n]: the trim of the TIES that `on: ties` merges with.
         weight: N, for the merged task vector.
         mask_lambda: N; the smaller, the more a model keeps.
         k: 0 keeps all, more than N nothing.
         on: the merged task vector is the weighted sum, or TIES with agreement by sum.
+        threshold: for `on: ties`, of its trim (`trim`); none keep all.
         majority: for `on: ties`.
     """
     if on == "ties":
-        merged = ties(
-            [tau.clone() for tau in task_vectors], masks=masks, weight=weight, agreement="sum", majority=majority
-        )
+        trimmed = [tau.clone() for tau in task_vectors]
+        if threshold:
+            trim(trimmed, threshold=threshold)
+        merged = ties(trimmed, weight=weight, factor=[1.0] * len(trimmed), agreement="sum", majority=majority)
     else:
         merged = weighted_sum(task_vectors, weight, overwrite=False)
     votes = merged.new_zeros(merged.shape)
