@@ -19,7 +19,7 @@ from lines_cli.draft import Piece
 from lines_cli.layout import natural
 from lines_cli.methods.sums import weighted_sum
 from lines_cli.methods.ties import signs, trim
-from lines_cli.plan import BINS, Needs, Norms, Plan, Statistics, TensorPlan
+from lines_cli.plan import Needs, Norms, Plan, Statistics, TensorPlan
 from lines_cli.resources import BLOCK
 from lines_cli.workers import Chunk, Crew, PlanChunk, Pool, Worker, items_of
 
@@ -74,50 +74,39 @@ def measure(plan: Plan, sources: list[int], crew: Crew, track: Track) -> Measure
 
 # --- the k-th largest magnitude ---
 #
-# Magnitudes sort as their bits do, read as whole numbers. A sample says roughly where the threshold lies; then all
-# entries are counted: those above a narrow window around that place, and in the window each number of bits by itself.
-# If the threshold turns out to lie elsewhere, it is looked for there.
+# Magnitudes sort as their bits do, read as whole numbers. A sample says roughly where the threshold lies; then one look
+# at all entries counts those above a narrow window around that place, and collects those in it. Where these are too
+# many, they are counted bin by bin, which is exact, too, if a bin is one number wide. If the threshold turns out to lie
+# elsewhere, or in a bin that is wider, it is looked for there.
 
 _ALL_BITS = 2**31
 _INF_BITS = 0x7F80_0000
-_RUN = 2048  # entries of a sample that stand side by side: a page of 16-bit floats
+_COLLECTED = 2**17  # entries of a model that a worker collects before it counts them
+_EXACT = 2**18  # numbers in a window that each have a bin of their own: 2 MiB
+_RUN = 4096  # entries of a sample that stand side by side
 _SLACK = 16.0  # standard deviations of a sample of independent entries; those of a model are not quite
-_ROWS = 16
-_MANY = 2**20
+_ROWS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Where a threshold is looked for: among the float32 magnitudes whose bits, as a whole number, lie from `low` on,
-    in `bins` bins of `2**shift` each.
+    """Where a threshold is looked for: the float32 magnitudes whose bits, as a whole number, lie from `low` on and
+    below `high`.
     """
 
     low: int
-    shift: int
-    bins: int
-
-    @classmethod
-    def over(cls, low: int, high: int) -> Window:
-        """The finest that covers the bits from `low` to below `high`."""
-        shift = 0
-        while BINS << shift < high - low:
-            shift += 1
-        return cls(low, shift, -(-(high - low) // (1 << shift)))
-
-    @property
-    def high(self) -> int:
-        """The first number of bits above it."""
-        return self.low + (self.bins << self.shift)
+    high: int
 
     @property
     def found(self) -> bool:
-        """Whether it is one value wide."""
-        return self.shift == 0 and self.bins == 1
+        """Whether it is one number wide."""
+        return self.high - self.low == 1
 
     @property
-    def is_narrow(self) -> bool:
-        """Whether few entries may be expected in it, and it is known of each what it is."""
-        return self.shift == 0 and self.high <= _INF_BITS
+    def shift(self) -> int:
+        """The binary logarithm of a bin's width: 0 in a window in which each number has a bin, else there are 2**16."""
+        width = self.high - self.low
+        return 0 if width <= _EXACT else (width - 1).bit_length() - 16
 
     @property
     def magnitude(self) -> float:
@@ -125,88 +114,98 @@ class Window:
         return _magnitude(self.low)
 
     def look(self, task_vector: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """Entries of [n] that may lie in the window, as numbers of bits from its low end on; and how many lie above
-        it, NaN among them.
+        """The entries of [n] that lie in the window, as numbers of bits from its low end on, and how many lie above it;
+        NaN lies above all else.
         """
         size = task_vector.abs().to(torch.float32)
-        if not self.is_narrow:
-            return size.view(torch.int32).sub_(self.low), 0
-        low, high = _magnitude(self.low), _magnitude(self.high)
+        bits = size.view(torch.int32)
+        if self.high == _ALL_BITS:
+            return (bits if self.low == 0 else bits[bits >= self.low]) - self.low, 0
+        if self.high > _INF_BITS:
+            return bits[(bits >= self.low) & (bits < self.high)] - self.low, int((bits >= self.high).sum())
+        high, low = _magnitude(self.high), self.magnitude
         below = torch.empty_like(size)
         above = size.numel() - int(torch.lt(size, high, out=below).sum())
-        # Entry i stands with entries i + n/16, i + 2n/16, ... in a column. Where none of a column is near the window,
-        # none is looked at: entry by entry it takes ten times as long to pick some of them out.
+        # Entry i stands with entries i + n/8, i + 2n/8, ... in a column. Where none of a column is near the window,
+        # none is looked at: to pick some out entry by entry takes ten times as long.
         width = size.numel() // _ROWS
         columns = size[: width * _ROWS].view(_ROWS, width)
         middle, half = (high + low) / 2, (high - low) * 0.51
         nearest = torch.sub(columns, middle, out=below[: width * _ROWS].view(_ROWS, width)).abs_().amin(0)
-        near = columns.index_select(1, nearest.gt_(half).eq_(0).nonzero().flatten())  # or has NaN in its column
-        rest = size[width * _ROWS :]
-        return torch.cat([near.flatten(), rest]).view(torch.int32).sub_(self.low), above
-
-    def around(self, counts: torch.Tensor, share: float) -> Window:
-        """Where the threshold of all entries probably lies, given the counts of a sample of them."""
-        total = int(counts.sum())
-        rank, slack = share * total, _SLACK * math.sqrt(total * share * (1 - share)) + 1
-        from_above = counts.flip(0).cumsum(0)
-        first = int((from_above >= rank - slack).nonzero()[0])
-        last = int((from_above >= min(total, rank + slack)).nonzero()[0])
-        return Window.over(max(0, self._low_of(last)), min(_ALL_BITS, self._low_of(first - 1)))
-
-    def narrowed(self, counts: torch.Tensor, k: int) -> tuple[Window, int]:
-        """Where the k-th largest entry lies: in one of the bins, or outside; and how many entries lie there or above.
-
-        Args:
-            counts: [bins + 1]: how many lie in each bin, and above all.
-            k: 1 or more, and no more than there are entries.
-        """
-        from_above = counts.flip(0).cumsum(0)  # above, then bin by bin downwards
-        at = int((from_above < k).sum())
-        if at == 0:
-            return Window.over(self.high, _ALL_BITS), 0
-        if at > self.bins:
-            return Window.over(0, self.low), 0
-        low = self._low_of(at)
-        return Window.over(low, low + (1 << self.shift)), int(from_above[at])
-
-    def _low_of(self, place: int) -> int:
-        """Where the bin begins that has this place from above, the first being 1."""
-        return self.low + (self.bins - place << self.shift)
+        near = columns.index_select(1, nearest.gt_(half).eq_(0).nonzero().flatten())  # or there is NaN in the column
+        bits = torch.cat([near.flatten(), size[width * _ROWS :]]).view(torch.int32)
+        return bits[(bits >= self.low) & (bits < self.high)] - self.low, above
 
 
 def _magnitude(bits: int) -> float:
     return float(torch.tensor([bits], dtype=torch.int32).view(torch.float32))
 
 
-class _Counter:
-    """One worker's counts of one model's magnitudes, seen through a window."""
+class Counter:
+    """What was seen of magnitudes through a window: how many lie above, and what lies in it; in bounded memory."""
 
     def __init__(self, window: Window) -> None:
-        self.window = window
-        self._counts = torch.zeros(window.bins + 1, dtype=torch.int64)
-        self._waiting: list[torch.Tensor] = []
+        self.window, self.above = window, 0
+        self._bits: list[torch.Tensor] = []  # collected so far
+        self._collected = 0
+        self._bins: torch.Tensor | None = None  # how many of those before lie in each bin
 
-    def add(self, seen: tuple[torch.Tensor, int]) -> None:
-        """Count what `Window.look` gave."""
-        self._waiting.append(seen[0])
-        self._counts[-1] += seen[1]
-        if sum(len(bits) for bits in self._waiting) >= _MANY:
-            self._count()
+    def add(self, bits: torch.Tensor, above: int) -> None:
+        """Take account of what `Window.look` gave."""
+        self.above += above
+        self._bits.append(bits)
+        self._collected += bits.numel()
+        if self._collected > _COLLECTED:
+            self._bins, self._bits, self._collected = self._binned(torch.cat(self._bits)), [], 0
 
-    def counts(self) -> torch.Tensor:
-        """[bins + 1]: how many lie in each bin, and above all; on the CPU."""
-        self._count()
-        return self._counts
+    def join(self, other: Counter) -> None:
+        """Take account of what another saw through the same window."""
+        self.above += other.above
+        if other._bins is not None:
+            self._bins = other._bins if self._bins is None else self._bins + other._bins
+        self._bits += other._bits
+        self._collected += other._collected
 
-    def _count(self) -> None:
-        bins = self.window.bins
-        if self._waiting:
-            places = torch.cat(self._waiting).bitwise_right_shift_(self.window.shift).clamp_(-1, bins).add_(1)
-            counts = torch.bincount(places, minlength=bins + 2)[1:].cpu()
-            if self.window.is_narrow:
-                counts[-1] = 0  # `look` has told of all that lie above
-            self._counts = self._counts + counts
-            self._waiting = []
+    def ranked(self, k: int) -> tuple[Window, int]:
+        """In which window the k-th largest entry lies; and, unless that lies outside this one, how many entries lie
+        there or above. A window of one number is the answer.
+
+        Args:
+            k: 1 or more, and no more than there are entries.
+        """
+        if self.above >= k:
+            return Window(self.window.high, _ALL_BITS), 0
+        bits = torch.cat([*self._bits, torch.empty(0, dtype=torch.int32)])
+        from_above = self.above + self._binned(bits).flip(0).cumsum(0)
+        at = int((from_above < k).sum())
+        if at == len(from_above):
+            return Window(0, self.window.low), 0
+        shift = self.window.shift
+        low = len(from_above) - 1 - at << shift
+        found = Window(self.window.low + low, min(self.window.high, self.window.low + low + (1 << shift)))
+        number = int(from_above[at])
+        if self._bins is None and not found.found:  # all are at hand: those of the bin can be put in order
+            inside = bits[(bits >= low) & (bits < low + (1 << shift))].sort().values
+            least = inside[number - k]
+            low = self.window.low + int(least)
+            return Window(low, low + 1), number - int((inside < least).sum())
+        return found, number
+
+    def around(self, share: float) -> Window:
+        """Where the threshold of all entries probably lies, if those seen, through a window on everything, are a sample
+        of them.
+        """
+        seen = self._collected + (int(self._bins.sum()) if self._bins is not None else 0)
+        slack = _SLACK * math.sqrt(seen * share * (1 - share)) + 1
+        lowest, _ = self.ranked(min(seen, math.ceil(share * seen + slack)))
+        highest, _ = self.ranked(max(1, math.floor(share * seen - slack)))
+        return Window(lowest.low, highest.high)
+
+    def _binned(self, bits: torch.Tensor) -> torch.Tensor:
+        """[bins]: how many lie in each, these and those that were counted before."""
+        shift = self.window.shift
+        bins = torch.bincount(bits >> shift, minlength=(self.window.high - self.window.low - 1 >> shift) + 1)
+        return bins if self._bins is None else self._bins + bins
 
 
 def _kept(density: float, numel: int) -> int:
@@ -282,34 +281,33 @@ class _Measuring:
         density = self.tensors[0].values["density"]
         windows = {model: _EVERYWHERE for model in self.models if density[model] != 1 and numel}
         kept = dict.fromkeys(self.models, numel)
-        if sample := _sample(pieces, one_in=64, most=2**15):
-            counts = self.count(_batches(sample), windows, total=sum(chunk.nbytes for chunk in sample))
-            for model, found in counts.items():
-                windows[model] = windows[model].around(found, density[model])
+        if sample := _sample(pieces, one_in=64, most=2**14):
+            counters = self.count(_batches(sample), windows, total=sum(chunk.nbytes for chunk in sample))
+            windows = {model: counter.around(density[model]) for model, counter in counters.items()}
         while sought := {model: window for model, window in windows.items() if not window.found}:
-            for model, found in self.count(items_of(pieces), sought).items():
-                windows[model], kept[model] = windows[model].narrowed(found, _kept(density[model], numel))
+            for model, counter in self.count(items_of(pieces), sought).items():
+                windows[model], kept[model] = counter.ranked(_kept(density[model], numel))
         thresholds = {(model, None): window.magnitude for model, window in windows.items()}
         self.found(thresholds=thresholds, kept=tuple((kept[model], numel) for model in self.models))
 
     def count(
         self, items: Iterable[list[PlanChunk]], windows: dict[int, Window], *, total: int | None = None
-    ) -> dict[int, torch.Tensor]:
-        """Each model's magnitudes, counted through its window."""
-        counters: dict[Worker, dict[int, _Counter]] = {}
+    ) -> dict[int, Counter]:
+        """What is seen of each model's magnitudes through its window."""
+        by_worker: dict[Worker, dict[int, Counter]] = {}
 
         def job(worker: Worker, item: list[PlanChunk]) -> int:
-            if worker not in counters:
-                counters[worker] = {model: _Counter(window) for model, window in windows.items()}
-            _count(worker, item, counters[worker])
+            if worker not in by_worker:
+                by_worker[worker] = {model: Counter(window) for model, window in windows.items()}
+            _count(worker, item, by_worker[worker])
             return sum(chunk.nbytes for chunk in item)
 
         self.stream("thresholds", items, job, lambda nbytes: nbytes, total=total)
-        return {
-            model: torch.stack([own[model].counts() for own in counters.values()]).sum(0)
-            for model in windows
-            if counters
-        }
+        counters = {model: Counter(window) for model, window in windows.items()}
+        for own in by_worker.values():
+            for model, counter in own.items():
+                counters[model].join(counter)
+        return counters
 
     def thresholds_by_tensor(self) -> None:
         """The k-th largest magnitude of each tensor of each model; a worker looks at a tensor as often as it must."""
@@ -323,20 +321,20 @@ class _Measuring:
             windows = {model: _EVERYWHERE for model in self.models if density[model] != 1 and numel}
             number, nbytes = {}, 0
 
-            def count(items: Iterable[list[PlanChunk]], sought: dict[int, Window]) -> dict[int, torch.Tensor]:
+            def count(items: Iterable[list[PlanChunk]], sought: dict[int, Window]) -> dict[int, Counter]:
                 nonlocal nbytes
-                counters = {model: _Counter(window) for model, window in sought.items()}
+                counters = {model: Counter(window) for model, window in sought.items()}
                 for item in items:
                     _count(worker, item, counters)
                     nbytes += sum(chunk.nbytes for chunk in item)
-                return {model: counter.counts() for model, counter in counters.items()}
+                return counters
 
             if sample := _sample(pieces, one_in=16, most=2**12):
-                for model, found in count(_batches(sample), windows).items():
-                    windows[model] = windows[model].around(found, density[model])
+                for model, counter in count(_batches(sample), windows).items():
+                    windows[model] = counter.around(density[model])
             while sought := {model: window for model, window in windows.items() if not window.found}:
-                for model, found in count(items_of(pieces), sought).items():
-                    windows[model], number[model] = windows[model].narrowed(found, _kept(density[model], numel))
+                for model, counter in count(items_of(pieces), sought).items():
+                    windows[model], number[model] = counter.ranked(_kept(density[model], numel))
             found_at = {model: (window.magnitude, number[model]) for model, window in windows.items()}
             return _Selected(tensor, numel, found_at, nbytes)
 
@@ -416,7 +414,7 @@ class _Measuring:
         self.found(majority=majority, norms=norms)
 
 
-_EVERYWHERE = Window.over(0, _ALL_BITS)
+_EVERYWHERE = Window(0, _ALL_BITS)
 _WORTH_A_SAMPLE = 2**18  # entries
 
 
@@ -452,18 +450,20 @@ def _sample(pieces: list[tuple[TensorPlan, Piece]], *, one_in: int, most: int) -
 
 def _batches(chunks: list[PlanChunk]) -> Iterator[list[PlanChunk]]:
     """A sample as items of work."""
-    return (chunks[first : first + 64] for first in range(0, len(chunks), 64))
+    return (chunks[first : first + 16] for first in range(0, len(chunks), 16))
 
 
-def _count(worker: Worker, item: Iterable[PlanChunk], counters: dict[int, _Counter]) -> None:
+def _count(worker: Worker, item: Iterable[PlanChunk], counters: dict[int, Counter]) -> None:
     """Count all of an item, or, if that fails, nothing."""
     seen = []
     for chunk in worker.cut(item):
         _, vectors = worker.task_vectors(chunk)
         _refuse_nonfinite(worker, chunk, vectors)
-        seen += [(counter, counter.window.look(vectors[model])) for model, counter in counters.items()]
-    for counter, found in seen:
-        counter.add(found)
+        for model, counter in counters.items():
+            bits, above = counter.window.look(vectors[model])
+            seen.append((counter, bits.cpu(), above))
+    for counter, bits, above in seen:
+        counter.add(bits, above)
 
 
 @dataclass(frozen=True, slots=True)

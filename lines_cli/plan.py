@@ -405,9 +405,7 @@ def _bytes_of(pieces: Iterable[Piece]) -> int:
     return sum(piece.numel * itemsize(source.dtype) for piece in pieces for source in piece.sources)
 
 
-BINS = 2**17
-"""Into how many bins magnitudes are counted at a time."""
-BYTES_COUNTING = 24 * BINS
+BYTES_COUNTING = 6 * 2**20
 """What a worker takes for each model whose magnitudes it counts."""
 
 _PYTHON_WITH_TORCH = 250_000_000  # resident, with all that lines imports

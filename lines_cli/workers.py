@@ -159,15 +159,17 @@ def _allow_open_files(number: int) -> None:
 
 def keep_freed_memory() -> None:
     """Let the C library keep freed memory for the next chunk, where it would hand it back to the system each time: then
-    every temporary of 1 MiB is 300 page faults, and TIES takes three times as long. Only glibc can be told.
+    every temporary of 1 MiB is 300 page faults, and TIES takes three times as long. What one thread freed, others may
+    use (one arena), or else it takes 30 MB more. Only glibc can be told.
     """
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(_MMAP_THRESHOLD, 32 * 2**20)
         libc.mallopt(_TRIM_THRESHOLD, 128 * 2**20)
+        libc.mallopt(_ARENA_MAX, 1)
 
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # malloc.h
 
 
 class Streamed(Protocol):
