@@ -950,10 +950,8 @@ def test_odd_tensors_with_every_method(case: str, tmp_path: Path) -> None:
     got = output(tmp_path)
     assert {n: t.shape for n, t in got.items()} == {n: t.shape for n, t in models[0].items()}
     ran = merge(tmp_path, out="auto", **{**recipe, "lines": AUTO, "base_model": "base"})
-    nothing = "nothing" in case or case in (
-        "consensus",
-        "task_arithmetic, weight 0",
-    )  # the merged vector is 0, or may be: alpha cannot be measured
+    # The merged vector is 0, or may be, as where random draws keep none of twelve entries: alpha cannot be measured.
+    nothing = "nothing" in case or "dare" in case or case in ("consensus", "task_arithmetic, weight 0")
     assert ran.code in ((0, 4) if nothing else (0,)), ran.err
 
 
@@ -1202,12 +1200,12 @@ class Reads:
         return self.real(*args)
 
 
-READS = 4 * 3 * 5
-"""Two passes for thresholds, one for signs and norms, one that writes; three inputs of five tensors."""
+READS = 3 * 3 * 5
+"""One pass for thresholds, one for signs and norms, one that writes; three inputs of five tensors."""
 
 
 @pytest.mark.parametrize(("out", "existing"), [("deep/er/out", False), ("out", True), ("out.safetensors", True)])
-@pytest.mark.parametrize("at", [1, 14, 31, 45, 46, READS])
+@pytest.mark.parametrize("at", [1, 14, 16, 30, 31, READS])
 @pytest.mark.parametrize(
     "error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()], ids=["EIO", "Ctrl-C"]
 )
@@ -1231,25 +1229,13 @@ def test_a_read_that_fails(
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize(("out", "read_back"), [("out.safetensors", 0), ("out", 1)])
-def test_how_often_inputs_are_read(out: str, read_back: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The numbers above cover all passes: each reads every tensor of every input once. A folder's weights are read back
-    for their digest: of this one there is one block.
-    """
+@pytest.mark.parametrize("out", ["out.safetensors", "out"])
+def test_how_often_inputs_are_read(out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers above cover all passes: each reads every tensor of every input once. Nothing else is read."""
     write(tmp_path, base=tensors(0), a=tensors(1), b=tensors(2))
     reads = Reads(monkeypatch)
     assert merge(tmp_path, "--workers", 1, out=out, **PASSES).code == 0
-    assert reads.calls == READS + read_back
-
-
-def test_an_output_that_cannot_be_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that does not give back what was written to it is the destination's failure, and nothing is left."""
-    write(tmp_path, base=tensors(0), a=tensors(1), b=tensors(2))
-    with monkeypatch.context() as patch:
-        Reads(patch, READS + 1, OSError(errno.EIO, "Input/output error"))
-        ran = merge(tmp_path, "--workers", 1, **PASSES)
-    refused(ran, 6, str(tmp_path / "out"), "Input/output error")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "base", "merge.yaml"]
+    assert reads.calls == READS
 
 
 @pytest.mark.parametrize("side", ["base", "a", "b"])

@@ -2,8 +2,8 @@
 is held against.
 
 A model is a dict of tensors. Task vectors are float32 (float64 where an input is), and so is every operation on them,
-one after the other. Masks multiply, as they do in the released code of TIES, TALL masks and DARE; what a trim leaves out
-is 0, not -0.
+one after the other. Masks multiply, as they do in the released code of TIES, TALL masks and DARE; what a trim leaves
+out is 0, not -0.
 """
 
 from __future__ import annotations
@@ -161,8 +161,8 @@ def consensus(
 
 
 def drawn(seed: int, model: int, name: str, numel: int, density: float) -> Tensor:
-    """Which entries are kept: a generator for each (seed, model, tensor, block of 65,536 entries) gives 64 bits for four
-    entries. Which of the two neighbouring multiples of 2**-16 stands for the density, 32 bits more decide per block.
+    """Which entries are kept: a generator for each (seed, model, tensor, block of 65,536 entries) gives 64 bits for
+    four entries. Which of two neighbouring multiples of 2**-16 stands for the density, 32 bits more decide by block.
     """
     blocks = []
     for block in range(-(-numel // BLOCK)):

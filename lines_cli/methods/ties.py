@@ -22,11 +22,11 @@ def trim(task_vectors: Sequence[Tensor], *, threshold: Sequence[float | None]) -
 
     Args:
         task_vectors: N of [n]; overwritten.
-        threshold: N magnitudes in float32, to which those of float64 are rounded; None keeps all.
+        threshold: N magnitudes in float32, to which those of float64 are rounded; None keeps all, as does no threshold.
     """
     import torch
 
-    for tau, least in zip(task_vectors, threshold, strict=True):
+    for tau, least in zip(task_vectors, threshold, strict=bool(threshold)):
         if not least:
             continue
         if tau.dtype == torch.float32:
@@ -130,13 +130,11 @@ def consensus(
         mask_lambda: N; the smaller, the more a model keeps.
         k: 0 keeps all, more than N nothing.
         on: the merged task vector is the weighted sum, or TIES with agreement by sum.
-        threshold: for `on: ties`, of its trim (`trim`); none keep all.
+        threshold: for `on: ties`, of its trim (`trim`).
         majority: for `on: ties`.
     """
     if on == "ties":
-        trimmed = [tau.clone() for tau in task_vectors]
-        if threshold:
-            trim(trimmed, threshold=threshold)
+        trimmed = trim([tau.clone() for tau in task_vectors], threshold=threshold)
         merged = ties(trimmed, weight=weight, factor=[1.0] * len(trimmed), agreement="sum", majority=majority)
     else:
         merged = weighted_sum(task_vectors, weight, overwrite=False)
