@@ -57,8 +57,11 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
             number = interrupt.number if isinstance(interrupt, _Signalled) else signal.SIGINT
             console.refuse(f"interrupted ({number.name}); nothing half-written was left behind")
             raise typer.Exit(128 + number) from None
-        except MemoryError:
-            console.refuse("out of memory", "Fewer --workers need less: each holds its own buffers.")
+        except MemoryError as error:
+            console.refuse(
+                ": ".join(filter(None, ("out of memory", str(error)))),
+                "Fewer --workers need less: each holds its own buffers.",
+            )
             raise typer.Exit(1) from None
 
     return guarded

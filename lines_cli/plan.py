@@ -219,8 +219,9 @@ class Plan:
         """What one entry takes of a worker's buffers."""
         models = self.number_of_models
         stored, written = self.widths
-        drops = self.recipe.method.masks is not None
-        temporaries = (0 if models == 1 else _TEMPORARIES) + (2 * models if drops else 0)
+        temporaries = 0 if models == 1 else _TEMPORARIES
+        temporaries += models if self.recipe.method.masks == "random" else 0
+        temporaries += _COUNTING if self.needs.thresholds else 0
         return Room(stored, written, 8 if self.in_float64 else 4, models + 1, temporaries)
 
     def buffer_bytes(self, resources: Resources) -> int:
@@ -410,4 +411,5 @@ BYTES_COUNTING = 6 * 2**20
 
 _PYTHON_WITH_TORCH = 250_000_000  # resident, with all that lines imports
 _PER_TENSOR = 3_000
+_COUNTING = 3  # chunks that looking for a threshold needs beside the task vectors
 _TEMPORARIES = 5  # chunks that a method may need beside its task vectors

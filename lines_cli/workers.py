@@ -267,16 +267,18 @@ class Reader:
 
     def _allocate(self) -> None:
         room, device, chunk = self._room, self.device, self.chunk
+        slots = SLOTS if apart(device) else 1
         try:
-            self._raw = [Buffer(device, chunk * room.stored) for _ in range(SLOTS if apart(device) else 1)]
+            self._raw = [Buffer(device, chunk * room.stored) for _ in range(slots)]
             self.out = Buffer(device, chunk * room.written)
             self._held = [torch.empty(chunk * room.width, dtype=torch.uint8, device=device) for _ in range(room.held)]
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:  # torch's way to say it of the host
-            raise MemoryError(str(error)) from error
+            nbytes = chunk * room.nbytes(slots=slots)
+            raise MemoryError(f"a worker's buffers are {nbytes:,} bytes") from error
 
-    def halve(self, why: str) -> None:
+    def halve(self) -> None:
         """Go on with chunks of half the size, because the device is out of memory.
 
         Raises:
@@ -287,7 +289,7 @@ class Reader:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             if self.chunk < 2 * BLOCK:
-                raise MemoryError(f"{self.device}: {why}")
+                raise MemoryError(f"{self.device} has no room for chunks of {self.chunk:,} entries")
             self.chunk = self.chunk // 2 // BLOCK * BLOCK
             with suppress(torch.cuda.OutOfMemoryError):
                 return self._allocate()
@@ -491,11 +493,9 @@ class Pool(Generic[Thread, Item, Result]):
     def _do(self, worker: Thread, item: Item) -> Result:
         """Do the job to one item; in smaller steps, if the device has no memory for it."""
         while True:
-            try:
+            with suppress(torch.cuda.OutOfMemoryError):
                 return self._job(worker, item)
-            except torch.cuda.OutOfMemoryError as error:
-                why = str(error)
-            worker.halve(why)  # here, where no traceback holds the tensors of the attempt any more
+            worker.halve()  # here, where no traceback holds the tensors of the attempt any more
 
 
 class Buffer:

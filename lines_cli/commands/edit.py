@@ -27,6 +27,7 @@ def edit(
     force: opt.Force = False,
     workers: opt.Workers = None,
     device: opt.Device = "auto",
+    gpu_memory: opt.GpuMemory = None,
     dry_run: opt.DryRun = False,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -41,7 +42,6 @@ def edit(
     is streamed to disk in bounded memory, and appears whole or not at all.
     """
     from lines_cli.recipe_check import edit_recipe
-    from lines_cli.resources import Resources
 
     recipe = edit_recipe(
         base,
@@ -60,5 +60,5 @@ def edit(
         dtype=dtype,
         max_shard_size=max_shard_size,
     )
-    resources = Resources(workers=workers, device=device)
+    resources = opt.resources(workers, device, gpu_memory)
     carry_out(recipe, output, resources, force=force, dry_run=dry_run, json=json, quiet=quiet)

@@ -33,6 +33,7 @@ def inspect(
     quiet: opt.NoProgress = False,
     workers: opt.Workers = None,
     device: opt.Device = "auto",
+    gpu_memory: opt.GpuMemory = None,
 ) -> None:
     """Show what a checkpoint is, what a fine-tune changed, and what LiNeS would leave of it.
 
@@ -47,9 +48,8 @@ def inspect(
     from lines_cli import console
     from lines_cli.errors import DataError
     from lines_cli.report import make_report, problems
-    from lines_cli.resources import Resources
 
-    resources = Resources(workers=workers, device=device)
+    resources = opt.resources(workers, device, gpu_memory)
     drawing = None
     if plot is not None:
         from lines_cli.plot import Drawing

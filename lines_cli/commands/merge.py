@@ -14,6 +14,7 @@ def merge(
     force: opt.Force = False,
     workers: opt.Workers = None,
     device: opt.Device = "auto",
+    gpu_memory: opt.GpuMemory = None,
     dry_run: opt.DryRun = False,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -36,7 +37,6 @@ def merge(
     """
     from lines_cli.errors import RecipeError
     from lines_cli.recipe_file import load_recipe
-    from lines_cli.resources import Resources
 
     recipe = load_recipe(config, sets or ())
     destination = output if output is not None else recipe.output
@@ -45,5 +45,5 @@ def merge(
             f"{config} names no output",
             hint="Say where with -o OUT, or with output: in the recipe.",
         )
-    resources = Resources(workers=workers, device=device)
+    resources = opt.resources(workers, device, gpu_memory)
     carry_out(recipe, destination, resources, force=force, dry_run=dry_run, json=json, quiet=quiet)

@@ -5,9 +5,12 @@ None.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from lines_cli.resources import Resources
 
 Base = Annotated[
     str,
@@ -245,7 +248,7 @@ Workers = Annotated[
         "--workers",
         min=1,
         max=64,
-        show_default="one per core, up to 4",
+        show_default="one per core, up to 4; 4 per GPU",
         help="Threads that read, compute and write.",
     ),
 ]
@@ -253,8 +256,18 @@ Device = Annotated[
     str,
     typer.Option(
         "--device",
-        metavar="auto|cpu|cuda[:N]",
-        help="Where to compute; auto is CUDA where there is one. The bytes are the same.",
+        metavar="auto|cpu|cuda[:N],...",
+        help="Where to compute; auto is the first GPU where there is one, cuda:0,cuda:1 shares the work out. The bytes "
+        "are the same.",
+    ),
+]
+GpuMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu-memory",
+        metavar="SIZE",
+        show_default="a sixteenth of it, up to 2GiB",
+        help="Most memory to take of each GPU.",
     ),
 ]
 DryRun = Annotated[
@@ -284,3 +297,16 @@ def pairs(flag: str, given: list[str] | None) -> dict[str, Any] | None:
             raise RecipeError(f"{flag} {text}: expected {flag} NAME=VALUE, and each NAME once")
         pairs[name] = {"alpha": ends[0], "beta": ends[1]} if len(ends) == 2 else value
     return pairs or None
+
+
+def resources(workers: int | None, device: str, gpu_memory: str | None) -> Resources:
+    """What a run may use, from its flags."""
+    from lines_cli.errors import RecipeError
+    from lines_cli.recipe import parse_size
+    from lines_cli.resources import Resources
+
+    try:
+        most = None if gpu_memory is None else parse_size(gpu_memory)
+    except ValueError as error:
+        raise RecipeError(f"--gpu-memory {gpu_memory}: {error}") from error
+    return Resources(workers=workers, device=device, gpu_memory=most)
