@@ -98,7 +98,7 @@ class Window:
     high: int
 
     @property
-    def found(self) -> bool:
+    def is_one(self) -> bool:
         """Whether it is one number wide."""
         return self.high - self.low == 1
 
@@ -167,8 +167,8 @@ class Counter:
         self._collected += other._collected
 
     def ranked(self, k: int) -> tuple[Window, int]:
-        """In which window the k-th largest entry lies; and, unless that lies outside this one, how many entries lie
-        there or above. A window of one number is the answer.
+        """In which window the k-th largest entry lies; and how many entries lie there or above, 0 if it is outside this
+        one. Inside, a window of one number is the answer.
 
         Args:
             k: 1 or more, and no more than there are entries.
@@ -184,7 +184,7 @@ class Counter:
         low = len(from_above) - 1 - at << shift
         found = Window(self.window.low + low, min(self.window.high, self.window.low + low + (1 << shift)))
         number = int(from_above[at])
-        if self._bins is None and not found.found:  # all are at hand: those of the bin can be put in order
+        if self._bins is None and not found.is_one:  # all are at hand: those of the bin can be put in order
             inside = bits[(bits >= low) & (bits < low + (1 << shift))].sort().values
             least = inside[number - k]
             low = self.window.low + int(least)
@@ -284,10 +284,12 @@ class _Measuring:
         if sample := _sample(pieces, one_in=64, most=2**14):
             counters = self.count(_batches(sample), windows, total=sum(chunk.nbytes for chunk in sample))
             windows = {model: counter.around(density[model]) for model, counter in counters.items()}
-        while sought := {model: window for model, window in windows.items() if not window.found}:
-            for model, counter in self.count(items_of(pieces), sought).items():
+        thresholds: dict[tuple[int, str | None], float] = {}
+        while windows:
+            for model, counter in self.count(items_of(pieces), windows).items():
                 windows[model], kept[model] = counter.ranked(_kept(density[model], numel))
-        thresholds = {(model, None): window.magnitude for model, window in windows.items()}
+                if kept[model] and windows[model].is_one:
+                    thresholds[model, None] = windows.pop(model).magnitude
         self.found(thresholds=thresholds, kept=tuple((kept[model], numel) for model in self.models))
 
     def count(
@@ -319,7 +321,8 @@ class _Measuring:
             pieces = list(_merged([tensor]))
             numel = sum(piece.numel for _, piece in pieces)
             windows = {model: _EVERYWHERE for model in self.models if density[model] != 1 and numel}
-            number, nbytes = {}, 0
+            selected: dict[int, tuple[float, int]] = {}
+            nbytes = 0
 
             def count(items: Iterable[list[PlanChunk]], sought: dict[int, Window]) -> dict[int, Counter]:
                 nonlocal nbytes
@@ -332,11 +335,12 @@ class _Measuring:
             if sample := _sample(pieces, one_in=16, most=2**12):
                 for model, counter in count(_batches(sample), windows).items():
                     windows[model] = counter.around(density[model])
-            while sought := {model: window for model, window in windows.items() if not window.found}:
-                for model, counter in count(items_of(pieces), sought).items():
-                    windows[model], number[model] = counter.ranked(_kept(density[model], numel))
-            found_at = {model: (window.magnitude, number[model]) for model, window in windows.items()}
-            return _Selected(tensor, numel, found_at, nbytes)
+            while windows:
+                for model, counter in count(items_of(pieces), windows).items():
+                    windows[model], number = counter.ranked(_kept(density[model], numel))
+                    if number and windows[model].is_one:
+                        selected[model] = windows.pop(model).magnitude, number
+            return _Selected(tensor, numel, selected, nbytes)
 
         def tally(result: _Selected) -> int:
             nonlocal total
