@@ -81,9 +81,10 @@ def measure(plan: Plan, sources: list[int], crew: Crew, track: Track) -> Measure
 
 _ALL_BITS = 2**31
 _INF_BITS = 0x7F80_0000
-_COLLECTED = 2**17  # entries of a model that a worker collects before it counts them
+_COLLECTED = 2**18  # entries of a model that a worker collects before it counts them
 _EXACT = 2**18  # numbers in a window that each have a bin of their own: 2 MiB
 _RUN = 4096  # entries of a sample that stand side by side
+_RUNS = 2**11
 _SLACK = 16.0  # standard deviations of a sample of independent entries; those of a model are not quite
 _ROWS = 8
 
@@ -281,7 +282,7 @@ class _Measuring:
         density = self.tensors[0].values["density"]
         windows = {model: _EVERYWHERE for model in self.models if density[model] != 1 and numel}
         kept = dict.fromkeys(self.models, numel)
-        if sample := _sample(pieces, one_in=64, most=2**14):
+        if sample := _sample(pieces):
             counters = self.count(_batches(sample), windows, total=sum(chunk.nbytes for chunk in sample))
             windows = {model: counter.around(density[model]) for model, counter in counters.items()}
         thresholds: dict[tuple[int, str | None], float] = {}
@@ -332,7 +333,7 @@ class _Measuring:
                     nbytes += sum(chunk.nbytes for chunk in item)
                 return counters
 
-            if sample := _sample(pieces, one_in=16, most=2**12):
+            if sample := _sample(pieces):
                 for model, counter in count(_batches(sample), windows).items():
                     windows[model] = counter.around(density[model])
             while windows:
@@ -437,12 +438,12 @@ def _merged(tensors: Iterable[TensorPlan]) -> Iterator[tuple[TensorPlan, Piece]]
     return ((tensor, piece) for tensor in tensors for piece in tensor.pieces if piece.models)
 
 
-def _sample(pieces: list[tuple[TensorPlan, Piece]], *, one_in: int, most: int) -> list[PlanChunk]:
-    """Runs of entries at regular distances: one in so many, but no more than `most` runs."""
+def _sample(pieces: list[tuple[TensorPlan, Piece]]) -> list[PlanChunk]:
+    """Runs of entries at regular distances: an eighth of all, or, where that is more than enough, `_RUNS`."""
     numel = sum(piece.numel for _, piece in pieces)
     if numel < _WORTH_A_SAMPLE:
         return []
-    step = _RUN * max(one_in, -(-numel // (_RUN * most))) + _RUN // 4 + 1  # so as not to step from row to row
+    step = _RUN * max(8, -(-numel // (_RUN * _RUNS))) + _RUN // 4 + 1  # so as not to step from row to row
     chunks, at = [], 0
     for tensor, piece in pieces:
         while at < piece.numel:

@@ -36,9 +36,8 @@ def between(low: float, high: float) -> torch.Tensor:
 def unseen() -> torch.Tensor:
     """Where a sample may look there is almost nothing: it says that the threshold is far below where it lies."""
     values = normal()
-    for step in (measure._RUN * 64, measure._RUN * 16):
-        for at in range(0, NUMEL, step + measure._RUN // 4 + 1):
-            values[at : at + measure._RUN] *= 1e-6
+    for at in range(0, NUMEL, 8 * measure._RUN + measure._RUN // 4 + 1):
+        values[at : at + measure._RUN] *= 1e-6
     return values
 
 
@@ -99,7 +98,7 @@ def sorted_out(magnitudes: torch.Tensor, density: float) -> tuple[float, int]:
 def test_of_the_whole_model(kind: str, density: float, tmp_path: Path) -> None:
     """One large tensor and two small ones, in one order; exactly, ties included."""
     values = KINDS[kind]()
-    model = {"b": values, "a": normal(2)[:1000].clamp(-1, 1) * values.abs().max(), "c": torch.ones(3)}
+    model = {"a": values, "b": normal(2)[:1000].clamp(-1, 1) * values.abs().max(), "c": torch.ones(3)}
     outcome = thresholds(tmp_path, [model], parameters={"density": density})
     found, number = sorted_out(torch.cat([tensor.abs() for tensor in model.values()]), density)
     statistics = outcome.plan.statistics
@@ -149,13 +148,13 @@ def test_float64_is_ordered_as_float32(tmp_path: Path) -> None:
 
 
 def test_one_pass_as_a_rule(tmp_path: Path) -> None:
-    """Two fine-tunes of one kind or another: their thresholds are known after everything was read once. The sample that
-    says where to look is one entry in sixty.
+    """Two fine-tunes of one kind or another: their thresholds are known after everything was read once, and a sample
+    that says where to look.
     """
     models = [{"a": normal(), "b": normal(1) * 3}, {"a": normal(2).bfloat16().float(), "b": normal(3).pow(3)}]
     outcome = thresholds(tmp_path, models, parameters={"density": 0.2})
     assert outcome.passes == 2
-    assert outcome.bytes_read < 2.05 * outcome.plan.bytes_read
+    assert outcome.bytes_read < 2.2 * outcome.plan.bytes_read
 
 
 def test_another_pass_where_the_sample_misleads(tmp_path: Path) -> None:
