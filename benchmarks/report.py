@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -315,7 +316,7 @@ def _section(case: dict[str, Any]) -> str:
     rounds = f"{case['rounds']} rounds." if case["rounds"] > 1 else "One round."
     share = case.get("in_page_cache")
     cached = f"Only {share:.0%} of the inputs were in the page cache." if share and 0.01 < share < 0.99 else ""
-    words = " ".join(filter(None, [case["about"], rounds, cached]))
+    words = textwrap.fill(" ".join(filter(None, [case["about"], rounds, cached])), 120)
     return f"### {case['title']}\n\n{words}\n\n{_case_table(case)}\n"
 
 
@@ -324,7 +325,7 @@ def _machines(found: Found) -> list[str]:
     cases: dict[str, list[str]] = {}
     days: dict[str, set[str]] = {}
     for name, case in found.items():
-        told = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in case["machine"].items())
+        told = "; ".join(f"{key.replace('_gib', ' (GiB)')}: {value}" for key, value in case["machine"].items())
         cases.setdefault(told, []).append(name)
         days.setdefault(told, set()).add(case["date"])
     whole = len(cases) == 1
@@ -336,8 +337,14 @@ def _machines(found: Found) -> list[str]:
 
 def _commands(found: Found) -> str:
     """What was run: enough to run any of it by hand."""
-    text = ["As they ran, in benchmarks/models, `lines` and `python` of the virtual environment.\n", "```"]
+    text = [
+        "As they ran, in benchmarks/models, with `lines` and `python` of the virtual environment. Floors are alike: only the",
+        "first case's are shown; all of them, and the recipes, are in [results.json](results.json).\n",
+        "```sh",
+    ]
+    shown = set()
     for name, case in found.items():
         text.append(f"# {name}")
-        text += [f"{contender['name']}: {contender['command']}" for contender in case["contenders"]]
-    return "\n".join([*text, "```", "", "The recipes are in [results.json](results.json).", ""])
+        text += [each["command"] for each in case["contenders"] if each["name"] not in shown]
+        shown = {IMPORT, FLOOR, DIGESTS}
+    return "\n".join([*text, "```", ""])
