@@ -338,8 +338,8 @@ def _machines(found: Found) -> list[str]:
 def _commands(found: Found) -> str:
     """What was run: enough to run any of it by hand."""
     text = [
-        "As they ran, in benchmarks/models, with `lines` and `python` of the virtual environment. Floors are alike: only the",
-        "first case's are shown; all of them, and the recipes, are in [results.json](results.json).\n",
+        "As they ran, in benchmarks/models, `lines` and `python` being the virtual environment's. Floors are alike and",
+        "shown once; all commands and the recipes are in [results.json](results.json).\n",
         "```sh",
     ]
     shown = set()
