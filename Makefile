@@ -33,13 +33,11 @@ types: $(VENV)/dev ## Types.
 docs: $(VENV)/dev ## Write docs/cli.md and docs/methods.md anew from the code.
 	$(BIN)/python docs/generate.py
 
-bench: $(VENV)/dev ## Measure lines against the disk and the plain script (QUICK=1: small models).
-	$(BIN)/python benchmarks/edit.py $(if $(QUICK),--quick)
-	$(BIN)/python benchmarks/merge.py $(if $(QUICK),--quick)
-	$(BIN)/python benchmarks/inspection.py $(if $(QUICK),--quick)
+bench: $(VENV)/dev benchmarks/.venv-peers/done ## Measure lines against the disk and its peers (QUICK=1: small models, not saved).
+	$(BIN)/python benchmarks/run.py $(if $(QUICK),--quick,--save)
 
 clean: ## Remove what was installed and built.
-	rm -rf $(VENV) demo/out benchmarks/models build *.egg-info
+	rm -rf $(VENV) demo/out benchmarks/models benchmarks/.venv-peers build *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -59,4 +57,11 @@ $(VENV)/dev: $(VENV)/torch pyproject.toml
 
 $(VENV)/peers: $(VENV)/dev
 	$(INSTALL) -e '.[peers]'
+	@touch $@
+
+# In an environment of their own, so that what they need is nobody else's. Without them, benchmarks/run.py leaves them out.
+benchmarks/.venv-peers/done: constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt mergekit==0.1.5 sd-mecha==1.1.8
 	@touch $@

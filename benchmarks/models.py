@@ -1,0 +1,163 @@
+"""The synthetic checkpoints that the benchmarks read, in benchmarks/models. Made when a case first needs them.
+
+    python models.py ft1 llama-28-2048 bf16      # one of them, by hand: ROLE SHAPE DTYPE
+
+Values are normal, standard deviation 0.02, and a fine-tune adds an update of 0.002 to its base. They are cut out of
+one stretch of PERIOD random numbers, which makes a model as fast as the disk takes it: nothing that is timed looks at
+whether numbers come again 33 MB later.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from timing import WORK
+
+from lines_cli.checkpoint.header import lay_out
+
+PERIOD = 16_777_259  # a prime, so that no stride finds the repetition
+SHARD = 1_000_000_000
+VOCABULARY = 32_000
+DTYPES = {"bf16": ("BF16", "bfloat16", 2), "fp32": ("F32", "float32", 4)}
+
+
+@dataclass(frozen=True)
+class Model:
+    """One checkpoint: `base`, or a fine-tune of it (`ft1`, `ft2`, ...), of some shape and dtype.
+
+    Shapes are `llama-LAYERS-WIDTH`; `tiny-COUNT`, tensors of 64 entries in one file; `huge-MEGABYTES`, one tensor;
+    and `headers-COUNT`, tensors of no entries in 50 shards.
+    """
+
+    role: str
+    shape: str
+    dtype: str = "bf16"
+
+    @property
+    def name(self) -> str:
+        """The folder in benchmarks/models."""
+        return f"{self.role}-{self.shape}-{self.dtype}"
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted((WORK / self.name).glob("*.safetensors"))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights."""
+        return DTYPES[self.dtype][2] * sum(math.prod(shape) for shape in self.tensors().values())
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's shape, by name."""
+        kind, *numbers = self.shape.split("-")
+        if kind == "llama":
+            return _llama(int(numbers[0]), int(numbers[1]))
+        if kind == "huge":
+            return {"model.layers.0.mlp.down_proj.weight": (1000 * int(numbers[0]) // DTYPES[self.dtype][2], 1000)}
+        shape = (8, 8) if kind == "tiny" else (0,)
+        parts = [f"mlp.experts.{expert}.{part}_proj" for expert in range(99) for part in ("gate", "up", "down")]
+        return {f"model.layers.{i // 297}.{parts[i % 297]}.weight": shape for i in range(int(numbers[0]))}
+
+    def shards(self) -> list[list[str]]:
+        """The names of the tensors of each file."""
+        tensors = self.tensors()
+        if self.shape.startswith("headers"):
+            return [list(tensors)[shard::50] for shard in range(50)]
+        groups: list[list[str]] = [[]]
+        held = 0
+        for name, shape in tensors.items():
+            size = DTYPES[self.dtype][2] * math.prod(shape)
+            if held and held + size > SHARD:
+                groups.append([])
+                held = 0
+            groups[-1].append(name)
+            held += size
+        return groups
+
+    def make(self) -> None:
+        """Write it, unless it is there."""
+        folder = WORK / self.name
+        if not (folder / "config.json").exists():
+            print(f"making {self.name}, {self.nbytes / 1e9:.2f} GB", flush=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            # Whoever times other processes imports no torch: that is done by a process of its own.
+            subprocess.run([sys.executable, __file__, self.role, self.shape, self.dtype], check=True)
+
+
+def _llama(layers: int, width: int) -> dict[str, tuple[int, ...]]:
+    block: dict[str, tuple[int, ...]] = {
+        **{f"self_attn.{name}_proj": (width, width) for name in "qkvo"},
+        **{f"mlp.{name}_proj": (3 * width, width) for name in ("gate", "up")},
+        "mlp.down_proj": (width, 3 * width),
+        "input_layernorm": (width,),
+        "post_attention_layernorm": (width,),
+    }
+    return {
+        "model.embed_tokens.weight": (VOCABULARY, width),
+        **{f"model.layers.{i}.{name}.weight": shape for i in range(layers) for name, shape in block.items()},
+        "model.norm.weight": (width,),
+        "lm_head.weight": (VOCABULARY, width),
+    }
+
+
+def _config(model: Model) -> dict[str, object]:
+    """What mergekit and lines want to know of a model: a Llama's config, also for shapes that are none."""
+    kind, *numbers = model.shape.split("-")
+    layers, width = map(int, numbers) if kind == "llama" else (-(-len(model.tensors()) // 297), 64)
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": VOCABULARY,
+        "hidden_size": width,
+        "intermediate_size": 3 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": max(1, width // 64),
+        "num_key_value_heads": max(1, width // 64),
+        "tie_word_embeddings": False,
+        "dtype": DTYPES[model.dtype][1],
+    }
+
+
+def _values(role: str, dtype: str) -> memoryview:
+    """The bytes of the stretch of numbers that a model is cut out of."""
+    import torch
+
+    values = 0.02 * torch.randn(PERIOD, generator=torch.Generator().manual_seed(0))
+    if role != "base":
+        values += 0.002 * torch.randn(PERIOD, generator=torch.Generator().manual_seed(zlib.crc32(role.encode())))
+    return values.to(getattr(torch, DTYPES[dtype][1])).view(torch.uint8).numpy().data
+
+
+def _write(model: Model) -> None:
+    folder = WORK / model.name
+    folder.mkdir(parents=True)
+    in_header, _, width = DTYPES[model.dtype]
+    values, tensors, shards = _values(model.role, model.dtype), model.tensors(), model.shards()
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        weight_map.update(dict.fromkeys(names, file))
+        head, _ = lay_out([(name, in_header, tensors[name]) for name in names], {"format": "pt"})
+        with open(folder / file, "wb") as out:
+            out.write(head)
+            for name in names:
+                # The same tensor starts at the same place in the base's numbers and in its fine-tunes'.
+                start, left = zlib.crc32(name.encode()) % PERIOD * width, math.prod(tensors[name]) * width
+                while left:
+                    left -= out.write(values[start : start + left])
+                    start = 0
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": model.nbytes}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(_config(model), indent=2))
+
+
+if __name__ == "__main__":
+    _write(Model(*sys.argv[1:4]))
