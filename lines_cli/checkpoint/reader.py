@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from lines_cli.checkpoint.header import EXACT_DTYPES, FLOAT_DTYPES, TensorInfo, read_header
 from lines_cli.errors import CheckpointError, UnsupportedError, printable, some
@@ -25,10 +25,13 @@ _SUFFIX = ".safetensors"
 _INDEX_SUFFIX = ".safetensors.index.json"
 _ADAPTER = "adapter_model.safetensors"
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
-_QUANTISED_NAME = re.compile(
-    r".*\.(?:qweight|qzeros|SCB|(?:nested_)?(?:absmax|quant_map)|weight_(?:packed|scale|scale_inv|shape|zero_point))$"
-    r"|.*\.quant_state\..*|.*_proj_(?:blocks|scales)$"
+_QUANTISED_ENDINGS = tuple(
+    """
+    .qweight .qzeros .SCB .absmax .quant_map .nested_absmax .nested_quant_map
+    .weight_packed .weight_scale .weight_scale_inv .weight_shape .weight_zero_point _proj_blocks _proj_scales
+    """.split()
 )
+_QUANTISED_CODES = frozenset({"I8", "U8"})
 _SHARD = re.compile(r".*-(\d{5})-of-(\d{5})\.safetensors")
 _CONVERT = "Load it with the library that wrote it and save it as safetensors (transformers: save_pretrained)."
 _UNREADABLE = "Ask whoever owns it for permission to read it."
@@ -36,8 +39,7 @@ _NOT_JSON = "The file is damaged: copy or download it again."
 _LARGEST_JSON = 64 * 2**20
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """A tensor and the file it lies in (a number into `Checkpoint.files`)."""
 
     file: int
@@ -116,7 +118,7 @@ def open_checkpoint(
         held = read_header(file).tensors
         if expected is not None and held.keys() != expected:
             _refuse_shard(file, held.keys(), expected)
-        tensors.update((tensor, StoredTensor(number, info)) for tensor, info in held.items())
+        tensors.update({tensor: StoredTensor(number, info) for tensor, info in held.items()})
     checkpoint = Checkpoint(name, path, tuple(files), tensors, stem, config, hub_id)
     if not to_look_at and (unsupported := unsupported_in(checkpoint)):
         raise unsupported
@@ -288,8 +290,8 @@ def unsupported_in(checkpoint: Checkpoint) -> UnsupportedError | None:
         )
     for tensor, stored in checkpoint.tensors.items():
         dtype = stored.info.dtype
-        codes = dtype in EXACT_DTYPES and dtype.endswith("8") and tensor.endswith(".weight")
-        if codes or _QUANTISED_NAME.fullmatch(tensor):
+        codes = dtype in _QUANTISED_CODES and tensor.endswith(".weight")
+        if codes or tensor.endswith(_QUANTISED_ENDINGS) or ".quant_state." in tensor:
             return UnsupportedError(
                 f"{checkpoint.where(tensor)} is quantised: it holds {printable(tensor)} ({dtype})", hint=dequantise
             )
