@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from lines_cli.checkpoint.reader import Checkpoint
@@ -114,8 +115,12 @@ def match_names(
     """
     rows: dict[str, Names] = {}
     incomplete: dict[str, Names] = {}
-    for name in dict.fromkeys(name for side in (own[sides.lead], *own) for name in side):
-        row: Names = tuple(names.get(name) for names in own)
+    ordered = dict.fromkeys(chain(own[sides.lead], *own))
+    row: Names
+    for name, row in zip(ordered, zip(*(map(names.get, ordered) for names in own), strict=True), strict=True):
+        if None not in row:
+            rows[name] = row
+            continue
         if row[sides.lead] is not None:
             row = _through_ties(sides, name, row, resize=resize, notes=notes)
         elif partner := _tied_in_lead(sides, row, resize=resize):
@@ -140,8 +145,6 @@ def _having(sides: Sides, row: Names) -> tuple[Checkpoint, str]:
 
 def _through_ties(sides: Sides, name: str, row: Names, *, resize: bool, notes: list[str]) -> Names:
     """The row with each gap filled by the tensor that is the same weight there."""
-    if None not in row:
-        return row
     filled = list(row)
     having, there = _having(sides, row)
     for side, lacking in enumerate(sides.checkpoints):

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lines_cli.checkpoint.header import TensorInfo, itemsize
 from lines_cli.checkpoint.sidecars import Sidecar
@@ -26,8 +26,7 @@ from lines_cli.resources import Resources
 from lines_cli.schedule import Rules
 
 
-@dataclass(frozen=True, slots=True)
-class TensorPlan:
+class TensorPlan(NamedTuple):
     """One output tensor: what it is, where it goes, what makes it.
 
     Attributes:

@@ -225,7 +225,7 @@ def _with_coefficient(plan: Plan, tensor: TensorPlan) -> TensorPlan:
     """The tensor with its coefficient, and with the copies that follow from it."""
     draft = tensor.draft
     if not draft.paired:
-        return replace(tensor, coefficient=0.0 if _is_of_base(plan, draft) else 1.0)
+        return tensor._replace(coefficient=0.0 if _is_of_base(plan, draft) else 1.0)
     coefficient = _coefficient(plan.depth, plan.rules, draft)
     rounded = rounded_coefficient(tensor.name, coefficient, in_float64=tensor.in_float64)
     pieces = tuple(_decide(plan, draft, piece, rounded) for piece in draft.pieces)
