@@ -14,6 +14,7 @@ import struct
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -244,16 +245,19 @@ def lay_out(
         The bytes before the data, a multiple of 8 long so that the data is aligned; and each tensor with its offset
         in the file.
     """
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    placed, position = [], 0
-    for name, dtype, shape in tensors:
-        nbytes = math.prod(shape) * _DTYPE_BITS[dtype] // 8
-        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + nbytes]}
-        placed.append((name, dtype, shape, position, nbytes))
-        position += nbytes
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    return _LENGTH.pack(len(text)) + text, {
-        name: TensorInfo(dtype, shape, start + at, nbytes) for name, dtype, shape, at, nbytes in placed
+    rows = list(tensors)
+    sizes = [math.prod(shape) * _DTYPE_BITS[dtype] // 8 for _, dtype, shape in rows]
+    ends = list(accumulate(sizes))
+    encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+    entries = [f'"__metadata__":{encode(dict(metadata))}'] if metadata else []
+    for (name, dtype, shape), nbytes, end in zip(rows, sizes, ends, strict=True):
+        numbers = ",".join(map(str, shape))
+        where = f"[{end - nbytes},{end}]"
+        entries.append(f'{encode(name)}:{{"dtype":"{dtype}","shape":[{numbers}],"data_offsets":{where}}}')
+    text = f"{{{','.join(entries)}}}".encode()
+    padding = -len(text) % 8
+    start = 8 + len(text) + padding
+    return b"".join([_LENGTH.pack(start - 8), text, b" " * padding]), {
+        name: TensorInfo(dtype, shape, start + end - nbytes, nbytes)
+        for (name, dtype, shape), nbytes, end in zip(rows, sizes, ends, strict=True)
     }
