@@ -65,6 +65,7 @@ class Draft(NamedTuple):
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...] = ()
     filter: str | None = None  # the pattern that decides its coefficient, if one does
+    in_float64: bool = False  # whether it is computed in float64, because an input is stored so
     rows: tuple[frozenset[int], int] | None = None  # numbers of vocabulary rows, where they differ: others', the kept
     paired: bool = True  # whether all inputs have it; otherwise it is a copy of the one that does
     misfit: str | None = None
@@ -103,7 +104,7 @@ def draft_tensors(
                 recipe,
                 sides,
                 (name, counts_as, values_for(counts_as)),
-                slices,
+                tuple(slices),
                 infos,
                 decided_by=rules.filter_of(counts_as),
                 may_resize=place is None and is_vocabulary(name),
@@ -168,7 +169,7 @@ def _draft_one(
     recipe: Recipe,
     sides: Sides,
     begun: tuple[str, str, Values],
-    slices: Sequence[Slice],
+    slices: tuple[Slice, ...],
     infos: Sequence[TensorInfo],
     *,
     decided_by: str | None,
@@ -180,15 +181,19 @@ def _draft_one(
         return Draft(*begun, _written_as(recipe, info.dtype), info.shape, (whole,), paired=False)
     lead = infos[sides.lead]
     dtype = _written_as(recipe, lead.dtype)
-    base, models = (slices[0], tuple(slices[1:])) if sides.has_base else (None, tuple(slices))
+    base, models = (slices[0], slices[1:]) if sides.has_base else (None, slices)
+    if all([info.shape == lead.shape and info.dtype == lead.dtype for info in infos]):
+        whole = Piece(0, lead.numel, None, base, models)
+        return Draft(*begun, dtype, lead.shape, (whole,), decided_by, lead.dtype == "F64")
 
-    dtypes = dict.fromkeys([info.dtype for info in infos])
+    dtypes = dict.fromkeys(info.dtype for info in infos)
+    in_float64 = "F64" in dtypes
     if len(dtypes) > 1 and not EXACT_DTYPES.isdisjoint(dtypes):
         misfit = f"{' and '.join(dtypes)}, of which one cannot be computed with"
         return Draft(*begun, dtype, lead.shape, filter=decided_by, misfit=misfit)
     if len({info.shape for info in infos}) == 1:
         whole = Piece(0, lead.numel, base=base, models=models)
-        return Draft(*begun, dtype, lead.shape, (whole,), decided_by)
+        return Draft(*begun, dtype, lead.shape, (whole,), decided_by, in_float64)
 
     misfit = " and ".join(str(list(info.shape)) for info in infos)
     axis = _row_axis([info.shape for info in infos]) if may_resize else None
@@ -204,7 +209,7 @@ def _draft_one(
         rest = Slice(source.file, source.offset + shared * itemsize(source.dtype), source.dtype)
         pieces.append(Piece(shared, kept.numel - shared, copy=rest))
     others = frozenset(info.shape[axis] for info in infos if info.shape != kept.shape)
-    return Draft(*begun, dtype, kept.shape, tuple(pieces), decided_by, rows=(others, kept.shape[axis]))
+    return Draft(*begun, dtype, kept.shape, tuple(pieces), decided_by, in_float64, (others, kept.shape[axis]))
 
 
 def _written_as(recipe: Recipe, dtype: str) -> str:

@@ -35,7 +35,6 @@ class TensorPlan(NamedTuple):
         info: dtype, shape, offset in that file, bytes.
         place: its stack and layer; None outside the blocks.
         coefficient: in float64, before rounding to the compute dtype; NaN until what it depends on has been measured.
-        in_float64: whether its arithmetic runs in float64, because an input does; else in float32.
         pieces: what it is made of, now that the coefficient is known.
     """
 
@@ -44,7 +43,6 @@ class TensorPlan(NamedTuple):
     info: TensorInfo
     place: Place | None
     coefficient: float
-    in_float64: bool
     pieces: tuple[Piece, ...]
 
     @property
@@ -56,6 +54,11 @@ class TensorPlan(NamedTuple):
     def values(self) -> Values:
         """The method's parameters for it."""
         return self.draft.values
+
+    @property
+    def in_float64(self) -> bool:
+        """Whether its arithmetic runs in float64, because an input does; else in float32."""
+        return self.draft.in_float64
 
     @property
     def edited(self) -> bool:

@@ -102,9 +102,8 @@ def make_plan(recipe: Recipe, sides: Sides, output: Path) -> Plan:
         max_shard_size=recipe.max_shard_size,
     )
     tensors = tuple(
-        TensorPlan(draft, number, info, depth.places.get(name), math.nan, _in_float64(draft), draft.pieces)
+        TensorPlan(drafts[name], number, info, depth.places.get(name), math.nan, drafts[name].pieces)
         for name, number, info in placed
-        for draft in (drafts[name],)
     )
     plan = Plan(
         recipe,
@@ -192,7 +191,7 @@ def _depth(recipe: Recipe, sides: Sides, names: Iterable[str], notes: list[str])
 def _needs(recipe: Recipe, depth: DepthMap, rules: Rules, drafts: Iterable[Draft]) -> Needs:
     """What has to be measured. `rules` give NaN where a coefficient depends on alpha, and alpha is not known."""
     method = recipe.method
-    merged = [draft for draft in drafts if draft.paired and not _is_exact(draft)]
+    merged = [draft for draft in drafts if draft.paired and draft.dtype not in EXACT_DTYPES]
     values = list({id(draft.values): draft.values for draft in merged}.values())
     drops = any(density != 1 for v in values for density in v.get("density", ()))
     plain_sum = method.sums and all(not v["normalize"] and set(v["weight"]) == {1} for v in values)
@@ -205,14 +204,6 @@ def _needs(recipe: Recipe, depth: DepthMap, rules: Rules, drafts: Iterable[Draft
     )
 
 
-def _in_float64(draft: Draft) -> bool:
-    return any(source.dtype == "F64" for piece in draft.pieces if piece.models for source in piece.sources)
-
-
-def _is_exact(draft: Draft) -> bool:
-    return any(source.dtype in EXACT_DTYPES for piece in draft.pieces for source in piece.models[:1])
-
-
 # --- what follows from the coefficients ---
 
 
@@ -223,13 +214,11 @@ def _coefficient(depth: DepthMap, rules: Rules, draft: Draft) -> float:
 
 def _with_coefficient(plan: Plan, tensor: TensorPlan) -> TensorPlan:
     """The tensor with its coefficient, and with the copies that follow from it."""
-    draft = tensor.draft
+    draft, file, info, place, _, _ = tensor
     if not draft.paired:
-        return tensor._replace(coefficient=0.0 if _is_of_base(plan, draft) else 1.0)
+        return TensorPlan(draft, file, info, place, 0.0 if _is_of_base(plan, draft) else 1.0, draft.pieces)
     coefficient = _coefficient(plan.depth, plan.rules, draft)
-    rounded = rounded_coefficient(tensor.name, coefficient, in_float64=tensor.in_float64)
-    pieces = tuple(_decide(plan, draft, piece, rounded) for piece in draft.pieces)
-    return TensorPlan(draft, tensor.file, tensor.info, tensor.place, coefficient, tensor.in_float64, pieces)
+    return TensorPlan(draft, file, info, place, coefficient, _decide(plan, draft, coefficient))
 
 
 def rounded_coefficient(name: str, coefficient: float, *, in_float64: bool) -> float:
@@ -252,27 +241,34 @@ def _is_of_base(plan: Plan, draft: Draft) -> bool:
     return all(source.file < files_of_base for piece in draft.pieces for source in piece.sources)
 
 
-def _decide(plan: Plan, draft: Draft, piece: Piece, coefficient: float) -> Piece:
+def _decide(plan: Plan, draft: Draft, coefficient: float) -> tuple[Piece, ...]:
     """What is done for entries that all inputs have. Where it comes to what one of them holds they are a copy; the
     formula is not exact there.
 
     Integers and booleans have no task vector: they are those of the input that the output is like, and of the base
     where the coefficient is 0. In a merge the others are compared.
     """
+    rounded = rounded_coefficient(draft.name, coefficient, in_float64=draft.in_float64)
+    if draft.dtype in EXACT_DTYPES:
+        return tuple(_copied_whole(plan.sides, piece, of_base=rounded == 0) for piece in draft.pieces)
+    if plan.needs:  # measured is what the inputs hold, whatever becomes of it
+        return draft.pieces
+    has_base = plan.sides.has_base
+    if has_base and rounded == 0:
+        return tuple(Piece(piece.start, piece.numel, piece.copy or piece.base) for piece in draft.pieces)
+    if (not has_base or rounded == 1) and _is_alone(plan.recipe, draft.values):
+        return tuple(Piece(piece.start, piece.numel, piece.copy or piece.models[0]) for piece in draft.pieces)
+    return draft.pieces
+
+
+def _copied_whole(sides: Sides, piece: Piece, *, of_base: bool) -> Piece:
+    """Integers or booleans: a copy of one input's."""
     if piece.copy is not None:
         return piece
     slices = (*((piece.base,) if piece.base else ()), *piece.models)
-    if slices[0].dtype in EXACT_DTYPES:
-        copied = piece.base if coefficient == 0 and piece.base else slices[plan.sides.lead]
-        others = () if plan.sides.of_an_edit else tuple(source for source in slices if source is not copied)
-        return Piece(piece.start, piece.numel, copy=copied, compare=others)
-    if plan.needs:  # measured is what the inputs hold, whatever becomes of it
-        return piece
-    if piece.base is not None and coefficient == 0:
-        return Piece(piece.start, piece.numel, copy=piece.base)
-    if (piece.base is None or coefficient == 1) and _is_alone(plan.recipe, draft.values):
-        return Piece(piece.start, piece.numel, copy=piece.models[0])
-    return piece
+    copied = piece.base if of_base and piece.base else slices[sides.lead]
+    others = () if sides.of_an_edit else tuple(source for source in slices if source is not copied)
+    return Piece(piece.start, piece.numel, copy=copied, compare=others)
 
 
 def _is_alone(recipe: Recipe, values: Values) -> bool:
