@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from lines_cli.checkpoint.header import EXACT_DTYPES, TensorInfo, itemsize
-from lines_cli.depth import DepthMap
+from lines_cli.depth import DepthMap, Place
 from lines_cli.errors import MismatchError, RecipeError, printable, some
 from lines_cli.methods import Values
 from lines_cli.pairing import Names, Sides, is_vocabulary, tied_embedding
@@ -81,9 +81,10 @@ def draft_tensors(
         RecipeError: a filter matches no tensor.
     """
     refuse_idle_filters(rules, rows)
-    first_files = [0]
+    held, first_file = [], 0
     for checkpoint in sides.checkpoints:
-        first_files.append(first_files[-1] + len(checkpoint.files))
+        held.append((checkpoint.tensors, first_file))
+        first_file += len(checkpoint.files)
     config = sides.config_of(sides.lead)
     values_for = TensorValues(recipe, depth)
 
@@ -94,9 +95,9 @@ def draft_tensors(
         embedding = tied_embedding(name, sides.leading, config) if place is None else None
         counts_as = name if embedding is None else embedding
         slices, infos = [], []
-        for checkpoint, first_file, there in zip(sides.checkpoints, first_files, row, strict=False):
+        for (tensors, first_file), there in zip(held, row):  # noqa: B905 - as many by `Names`; strictness takes time
             if there is not None:
-                file, info = checkpoint.tensors[there]
+                file, info = tensors[there]
                 slices.append(Slice(first_file + file, info.offset, info.dtype))
                 infos.append(info)
         drafts.append(
@@ -155,14 +156,14 @@ class TensorValues:
 
     def __init__(self, recipe: Recipe, depth: DepthMap) -> None:
         self._recipe, self._depth, self._filters = recipe, depth, sorted(recipe.filters)
-        self._known: dict[tuple[float, tuple[bool, ...]], Values] = {}
+        self._known: dict[tuple[Place | None, tuple[bool, ...]], Values] = {}
 
     def __call__(self, name: str) -> Values:
-        position = self._depth.position_of(name)
-        key = (position, tuple([part in name for part in self._filters]))
-        if key not in self._known:
-            self._known[key] = self._recipe.values(name, position)
-        return self._known[key]
+        key = (self._depth.places.get(name), tuple([part in name for part in self._filters]))
+        values = self._known.get(key)
+        if values is None:
+            values = self._known[key] = self._recipe.values(name, self._depth.position_of(name))
+        return values
 
 
 def _draft_one(

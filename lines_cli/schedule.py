@@ -138,7 +138,10 @@ class Rules:
 
     def filter_of(self, name: str) -> str | None:
         """The pattern that decides a tensor's coefficient, if one does."""
-        return next((pattern for pattern, _ in self.filters if pattern in name or pattern == "*"), None)
+        for pattern, _ in self.filters:
+            if pattern in name or pattern == "*":
+                return pattern
+        return None
 
     def inside_value(self, stack: str, index: int, layers: int, *, scale: float = 1.0) -> float:
         """The coefficient of a layer, filters apart."""
