@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lines_cli.checkpoint.digest import FileRecord, record_of
-from lines_cli.checkpoint.header import EXACT_DTYPES
+from lines_cli.checkpoint.header import EXACT_DTYPES, TensorInfo
 from lines_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from lines_cli.checkpoint.sidecars import MODEL_CARD, RECIPE, Card, Sidecar, carry_over, index_file, model_card
 from lines_cli.checkpoint.writer import is_one_file
@@ -101,17 +101,13 @@ def make_plan(recipe: Recipe, sides: Sides, output: Path) -> Plan:
         one_file=output.name if is_one_file(output) else None,
         max_shard_size=recipe.max_shard_size,
     )
-    tensors = tuple(
-        TensorPlan(drafts[name], number, info, depth.places.get(name), math.nan, drafts[name].pieces)
-        for name, number, info in placed
-    )
     plan = Plan(
         recipe,
         sides,
         tuple(file for checkpoint in sides.checkpoints for file in checkpoint.files),
         output,
         tuple(files),
-        tensors,
+        (),
         depth,
         rules,
         _needs(recipe, depth, rules, drafts.values()),
@@ -120,7 +116,7 @@ def make_plan(recipe: Recipe, sides: Sides, output: Path) -> Plan:
         (*notes, *depth.notes),
         resized,
     )
-    plan = _decided(plan)
+    plan = _decided(plan, ((drafts[name], number, info) for name, number, info in placed))
     return plan if is_one_file(output) else _with_sidecars(plan)
 
 
@@ -141,7 +137,8 @@ def resolve(plan: Plan, statistics: Statistics) -> Plan:
             if norms.merged == 0
             else "Are there NaN, Inf or immense weights among the inputs? Else give lines.alpha as a number.",
         )
-    plan = _decided(replace(plan, needs=Needs(), statistics=statistics))
+    placed = ((tensor.draft, tensor.file, tensor.info) for tensor in plan.tensors)
+    plan = _decided(replace(plan, needs=Needs(), statistics=statistics), placed)
     if norms is not None and norms.alpha > _MUCH:
         what = f"alpha: auto is {norms.alpha:.4g}: next to the sum of the task vectors hardly anything was merged"
         plan = replace(plan, notes=(*plan.notes, f"{what}. Is a density too low, or do the models cancel out?"))
@@ -149,15 +146,20 @@ def resolve(plan: Plan, statistics: Statistics) -> Plan:
     return replace(plan, sidecars=tuple(rewritten.get(sidecar.name, sidecar) for sidecar in plan.sidecars))
 
 
-def _decided(plan: Plan) -> Plan:
-    """The plan with the coefficients that are known, and the operations that follow from them."""
+def _decided(plan: Plan, placed: Iterable[tuple[Draft, int, TensorInfo]]) -> Plan:
+    """The plan with the coefficients that are known, and the operations that follow from them.
+
+    Args:
+        plan: with whatever tensors.
+        placed: its tensors, each with the number of its file and its place there.
+    """
     alpha = None
     if plan.recipe.lines is not None and plan.recipe.lines.needs_alpha and not plan.needs.norms:
         norms = plan.statistics.norms
         alpha = norms.alpha if norms else 1 / plan.number_of_models  # the merged task vector is the sum
     rules = (plan.recipe.lines or UNSCALED).rules(plan.depth, alpha=alpha)
     plan = replace(plan, rules=rules)
-    return replace(plan, tensors=tuple(_with_coefficient(plan, tensor) for tensor in plan.tensors))
+    return replace(plan, tensors=tuple([_decide(plan, draft, file, info) for draft, file, info in placed]))
 
 
 _MUCH = 3.0  # alpha lies below 1 in the paper's uses
@@ -212,13 +214,14 @@ def _coefficient(depth: DepthMap, rules: Rules, draft: Draft) -> float:
     return rules.coefficient(draft.counts_as, depth, scale=draft.values.get("lambda", 1.0))
 
 
-def _with_coefficient(plan: Plan, tensor: TensorPlan) -> TensorPlan:
-    """The tensor with its coefficient, and with the copies that follow from it."""
-    draft, file, info, place, _, _ = tensor
+def _decide(plan: Plan, draft: Draft, file: int, info: TensorInfo) -> TensorPlan:
+    """A tensor with its coefficient, and with the copies that follow from it."""
+    place = plan.depth.places.get(draft.name)
     if not draft.paired:
         return TensorPlan(draft, file, info, place, 0.0 if _is_of_base(plan, draft) else 1.0, draft.pieces)
     coefficient = _coefficient(plan.depth, plan.rules, draft)
-    return TensorPlan(draft, file, info, place, coefficient, _decide(plan, draft, coefficient))
+    rounded = rounded_coefficient(draft.name, coefficient, in_float64=draft.in_float64)
+    return TensorPlan(draft, file, info, place, coefficient, _pieces(plan, draft, rounded))
 
 
 def rounded_coefficient(name: str, coefficient: float, *, in_float64: bool) -> float:
@@ -241,22 +244,21 @@ def _is_of_base(plan: Plan, draft: Draft) -> bool:
     return all(source.file < files_of_base for piece in draft.pieces for source in piece.sources)
 
 
-def _decide(plan: Plan, draft: Draft, coefficient: float) -> tuple[Piece, ...]:
+def _pieces(plan: Plan, draft: Draft, coefficient: float) -> tuple[Piece, ...]:
     """What is done for entries that all inputs have. Where it comes to what one of them holds they are a copy; the
     formula is not exact there.
 
     Integers and booleans have no task vector: they are those of the input that the output is like, and of the base
     where the coefficient is 0. In a merge the others are compared.
     """
-    rounded = rounded_coefficient(draft.name, coefficient, in_float64=draft.in_float64)
     if draft.dtype in EXACT_DTYPES:
-        return tuple(_copied_whole(plan.sides, piece, of_base=rounded == 0) for piece in draft.pieces)
+        return tuple(_copied_whole(plan.sides, piece, of_base=coefficient == 0) for piece in draft.pieces)
     if plan.needs:  # measured is what the inputs hold, whatever becomes of it
         return draft.pieces
     has_base = plan.sides.has_base
-    if has_base and rounded == 0:
+    if has_base and coefficient == 0:
         return tuple(Piece(piece.start, piece.numel, piece.copy or piece.base) for piece in draft.pieces)
-    if (not has_base or rounded == 1) and _is_alone(plan.recipe, draft.values):
+    if (not has_base or coefficient == 1) and _is_alone(plan.recipe, draft.values):
         return tuple(Piece(piece.start, piece.numel, piece.copy or piece.models[0]) for piece in draft.pieces)
     return draft.pieces
 
