@@ -26,7 +26,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from typing import Any, Literal
 
 from lines_cli.errors import DepthError, RecipeError, some
@@ -320,6 +320,7 @@ def _candidates(names: Iterable[str]) -> dict[tuple[str, ...], _Candidate]:
     def lists_of(begin: str) -> list[tuple[list[tuple[str, str]], int]]:
         """The lists that a name which begins so is counted in, and where in the name its tail behind each starts."""
         segments = tuple(begin.split("."))
+        lengths = list(accumulate(map(len, segments)))
         found = []
         for at, prefix, index in _numbers(segments):
             numbered = len(prefix) > at
@@ -327,7 +328,7 @@ def _candidates(names: Iterable[str]) -> dict[tuple[str, ...], _Candidate]:
             if candidate is None:
                 candidate = candidates[prefix] = _Candidate(prefix, common, numbered=numbered)
             if candidate.numbered == numbered:
-                found.append((candidate.tails[index], sum(map(len, segments[: at + 1])) + at + 1))
+                found.append((candidate.tails[index], lengths[at] + at + 1))
         return found
 
     known: dict[str, list[tuple[list[tuple[str, str]], int]]] = {}

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lines_cli.checkpoint.digest import FileRecord, record_of
-from lines_cli.checkpoint.header import EXACT_DTYPES, TensorInfo
+from lines_cli.checkpoint.header import EXACT_DTYPES, Known, TensorInfo
 from lines_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from lines_cli.checkpoint.sidecars import MODEL_CARD, RECIPE, Card, Sidecar, carry_over, index_file, model_card
 from lines_cli.checkpoint.writer import is_one_file
@@ -39,11 +39,12 @@ def open_inputs(recipe: Recipe, *, quiet: bool = False) -> Sides:
         CheckpointError: one cannot be found or read.
     """
     opened: dict[str, Checkpoint] = {}
+    known: Known = {}
 
     def opening(name: str) -> Checkpoint:
         if name not in opened:
             found = locate(name, quiet=quiet)
-            opened[name] = open_checkpoint(found.path, name=found.name, hub_id=found.hub_id)
+            opened[name] = open_checkpoint(found.path, name=found.name, hub_id=found.hub_id, known=known)
         return opened[name]
 
     base = [opening(recipe.base_model)] if recipe.base_model is not None and recipe.subtracts_base else []

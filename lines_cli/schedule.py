@@ -46,7 +46,7 @@ class Linear:
     beta: float
 
     def at(self, index: int, layers: int) -> float:
-        return self.last if index == layers - 1 else self.alpha + self.beta * index / (layers - 1)
+        return self.alpha + (self.beta if index == layers - 1 else self.beta * index / (layers - 1))
 
     @property
     def first(self) -> float:

@@ -89,8 +89,17 @@ class Header:
     metadata: dict[str, str]
 
 
-def read_header(path: Path) -> Header:
+Known = dict[tuple[bytes, int], Header]
+"""Headers by their bytes and their file's size, which is all that they are checked by."""
+
+
+def read_header(path: Path, known: Known | None = None) -> Header:
     """Read and check the header of the safetensors file at `path`.
+
+    Args:
+        path: the file.
+        known: headers that were read before; gets this one. Checkpoints of one model mostly have the same, byte for
+            byte, and then share what was made of it.
 
     Raises:
         CheckpointError: the file cannot be opened, or breaks any rule of the format: length, JSON, dtype, shape,
@@ -118,7 +127,11 @@ def read_header(path: Path) -> Header:
         raise CheckpointError(
             f"{path}: cannot be read: {error.strerror or error}", hint="Is it a file, and may you read it?"
         ) from error
-    return _parse(path, raw, data_start=8 + length, file_size=size)
+    known = {} if known is None else known
+    header = known.get((raw, size))
+    if header is None:
+        header = known[raw, size] = _parse(path, raw, data_start=8 + length, file_size=size)
+    return header
 
 
 _NOT_SAFETENSORS = "This does not look like a safetensors file."

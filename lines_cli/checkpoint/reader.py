@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, NoReturn
 
-from lines_cli.checkpoint.header import EXACT_DTYPES, FLOAT_DTYPES, TensorInfo, read_header
+from lines_cli.checkpoint.header import EXACT_DTYPES, FLOAT_DTYPES, Known, TensorInfo, read_header
 from lines_cli.errors import CheckpointError, UnsupportedError, printable, some
 
 WEIGHT_STEMS = ("model", "diffusion_pytorch_model", "open_clip_model")
@@ -84,7 +84,12 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    path: Path, *, name: str | None = None, hub_id: str | None = None, to_look_at: bool = False
+    path: Path,
+    *,
+    name: str | None = None,
+    hub_id: str | None = None,
+    to_look_at: bool = False,
+    known: Known | None = None,
 ) -> Checkpoint:
     """Open the checkpoint at `path`: headers, index and config, no data.
 
@@ -93,6 +98,7 @@ def open_checkpoint(
         name: what messages call it; its path unless given.
         hub_id: where on the Hub it came from, if it did.
         to_look_at: not to compute with, so that it may be quantised.
+        known: headers of checkpoints that were opened before (`read_header`).
 
     Raises:
         CheckpointError: it is missing, malformed, incomplete, or its index and its shards disagree.
@@ -115,7 +121,7 @@ def open_checkpoint(
 
     tensors: dict[str, StoredTensor] = {}
     for number, (file, expected) in enumerate(files.items()):
-        held = read_header(file).tensors
+        held = read_header(file, known).tensors
         if expected is not None and held.keys() != expected:
             _refuse_shard(file, held.keys(), expected)
         tensors.update({tensor: StoredTensor(number, info) for tensor, info in held.items()})
