@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from lines_cli.checkpoint.header import EXACT_DTYPES, TensorInfo, itemsize
+from lines_cli.checkpoint.reader import no_collecting
 from lines_cli.depth import DepthMap, Place
 from lines_cli.errors import MismatchError, RecipeError, printable, some
 from lines_cli.methods import Values
@@ -71,6 +72,7 @@ class Draft(NamedTuple):
     misfit: str | None = None
 
 
+@no_collecting()
 def draft_tensors(
     recipe: Recipe, sides: Sides, depth: DepthMap, rules: Rules, rows: Mapping[str, Names]
 ) -> list[Draft]:
@@ -183,7 +185,7 @@ def _draft_one(
     lead = infos[sides.lead]
     dtype = _written_as(recipe, lead.dtype)
     base, models = (slices[0], slices[1:]) if sides.has_base else (None, slices)
-    if all([info.shape == lead.shape and info.dtype == lead.dtype for info in infos]):
+    if not [info for info in infos if info.shape != lead.shape or info.dtype != lead.dtype]:
         whole = Piece(0, lead.numel, None, base, models)
         return Draft(*begun, dtype, lead.shape, (whole,), decided_by, lead.dtype == "F64")
 

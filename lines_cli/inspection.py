@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lines_cli.checkpoint.header import EXACT_DTYPES, FLOAT8_DTYPES, FLOAT_DTYPES, Known, TensorInfo
-from lines_cli.checkpoint.reader import Checkpoint, open_checkpoint, unsupported_in
+from lines_cli.checkpoint.reader import Checkpoint, no_collecting, open_checkpoint, unsupported_in
 from lines_cli.checkpoint.sidecars import RECIPE
 from lines_cli.depth import DepthMap, Place, Side, find_depth
 from lines_cli.draft import Draft, Piece, Slice, TensorValues, draft_tensors, refuse_idle_filters
@@ -338,6 +338,7 @@ def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, qui
     )
 
 
+@no_collecting()
 def _complete(inspection: Inspection) -> Inspection:
     """With every tensor's place, kind and coefficient."""
     return replace(inspection, parts=tuple(_parts(inspection)))
@@ -368,6 +369,8 @@ _LAYER_NUMBER = re.compile(r"\.\d+\.")
 
 def _heads(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, str]:
     """The heads that are tied to an embedding and stored all the same."""
+    if not says_tied(config):
+        return {}
     return {name: tied for name in checkpoint.tensors if (tied := tied_embedding(name, checkpoint, config)) is not None}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -116,18 +116,18 @@ def match_names(
     rows: dict[str, Names] = {}
     incomplete: dict[str, Names] = {}
     ordered = dict.fromkeys(chain(own[sides.lead], *own))
-    row: Names
-    for name, row in zip(ordered, zip(*(map(names.get, ordered) for names in own), strict=True), strict=True):
+    stored: Iterable[Names] = zip(*(map(names.get, ordered) for names in own), strict=True)
+    for name, row in zip(ordered, stored, strict=True):
         if None not in row:
             rows[name] = row
-            continue
-        if row[sides.lead] is not None:
-            row = _through_ties(sides, name, row, resize=resize, notes=notes)
+        elif row[sides.lead] is not None:
+            filled = _through_ties(sides, name, row, resize=resize, notes=notes)
+            (incomplete if None in filled else rows)[name] = filled
         elif partner := _tied_in_lead(sides, row, resize=resize):
             whose = sides.called(sides.lead)
             notes.append(f"{printable(name)} is not in {whose}, whose config ties it to {printable(partner)}: left out")
-            continue
-        (incomplete if None in row else rows)[name] = row
+        else:
+            incomplete[name] = row
     return rows, incomplete
 
 

@@ -12,11 +12,12 @@ import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from lines_cli.checkpoint.digest import FileRecord, record_of
 from lines_cli.checkpoint.header import EXACT_DTYPES, Known, TensorInfo
-from lines_cli.checkpoint.reader import Checkpoint, open_checkpoint
+from lines_cli.checkpoint.reader import Checkpoint, no_collecting, open_checkpoint
 from lines_cli.checkpoint.sidecars import MODEL_CARD, RECIPE, Card, Sidecar, carry_over, index_file, model_card
 from lines_cli.checkpoint.writer import is_one_file
 from lines_cli.depth import DepthMap, find_depth
@@ -62,6 +63,7 @@ def sides_of(recipe: Recipe, *checkpoints: Checkpoint) -> Sides:
     return Sides(checkpoints, has_base, lead, recipe.like == "ft" and len(checkpoints) == 2 and has_base)
 
 
+@no_collecting()
 def make_plan(recipe: Recipe, sides: Sides, output: Path) -> Plan:
     """Decide every byte of the output, as far as it does not depend on the numbers in the inputs.
 
@@ -73,7 +75,7 @@ def make_plan(recipe: Recipe, sides: Sides, output: Path) -> Plan:
     notes: list[str] = list(recipe.notes)
     own = aligned_names(sides, notes)
     rows = pair_tensors(sides, own, recipe, notes)
-    depth = _depth(recipe, sides, [name for names in own for name in names], notes)
+    depth = _depth(recipe, sides, chain.from_iterable(own), notes)
     rules = (recipe.lines or UNSCALED).rules(depth)
     notes += [
         f"filter {part!r} among the parameters is part of no tensor name, and says nothing"
@@ -121,6 +123,7 @@ def make_plan(recipe: Recipe, sides: Sides, output: Path) -> Plan:
     return plan if is_one_file(output) else _with_sidecars(plan)
 
 
+@no_collecting()
 def resolve(plan: Plan, statistics: Statistics) -> Plan:
     """The plan with what was measured in it: every coefficient a number, every operation decided.
 
