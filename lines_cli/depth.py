@@ -26,7 +26,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from typing import Any, Literal
 
 from lines_cli.errors import DepthError, RecipeError, some
@@ -189,9 +189,10 @@ def find_depth(names: Iterable[str], *, config: Mapping[str, Any] | None = None,
     if not any(part.called_layers for lane in lanes for part in lane.lists):
         taken = " and ".join(f"{lane.name or 'the numbers at the front'} ({len(lane.units)})" for lane in lanes)
         notes.append(f"no list is called layers or blocks; taken for layers: {taken}. --layers REGEX says otherwise")
-    places = {
-        tensor: Place(lane.name, index) for lane in lanes for index, unit in enumerate(lane.units) for tensor in unit
-    }
+    places: dict[str, Place] = {}
+    for lane in lanes:
+        for index, unit in enumerate(lane.units):
+            places.update(dict.fromkeys(unit, Place(lane.name, index)))
     return DepthMap(tuple(Stack(lane.name, len(lane.units)) for lane in lanes), places, tuple(notes))
 
 
@@ -255,12 +256,10 @@ def _by_pattern(names: list[str], pattern: str) -> DepthMap:
             f"--layers {pattern!r} matches none of {len(names):,} tensor names, such as\n{some(names, 4)}",
             hint=LAYERS_HINT,
         )
-    places = {
-        name: Place(stack, position)
-        for stack, by_index in found.items()
-        for position, index in enumerate(sorted(by_index))
-        for name in by_index[index]
-    }
+    places: dict[str, Place] = {}
+    for stack, by_index in found.items():
+        for position, index in enumerate(sorted(by_index)):
+            places.update(dict.fromkeys(by_index[index], Place(stack, position)))
     return DepthMap(tuple(Stack(stack, len(by_index)) for stack, by_index in found.items()), places)
 
 
@@ -303,8 +302,13 @@ class _Candidate:
             return self.called_layers and indices == [0] and not self.numbered
         if indices[-1] - indices[0] + 1 > 3 * len(indices):
             return False
-        seen = Counter(child for tails in self.tails.values() for child in {tail for tail, _ in tails})
-        return max(seen.values()) > 1
+        seen: set[str] = set()
+        for tails in self.tails.values():
+            children = {tail for tail, _ in tails}
+            if not seen.isdisjoint(children):
+                return True
+            seen |= children
+        return False
 
 
 def _candidates(names: Iterable[str]) -> dict[tuple[str, ...], _Candidate]:
@@ -313,21 +317,46 @@ def _candidates(names: Iterable[str]) -> dict[tuple[str, ...], _Candidate]:
     pairs = zip(min(names).split("."), max(names).split("."), strict=False) if names else ()
     common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
-    def add(name: str, prefix: tuple[str, ...], index: int, tail: str, *, numbered: bool) -> None:
-        candidate = candidates.get(prefix)
-        if candidate is None:
-            candidate = candidates[prefix] = _Candidate(prefix, common, numbered=numbered)
-        if candidate.numbered == numbered:
-            candidate.tails[index].append((tail, name))
+    def lists_of(begin: str) -> list[tuple[list[tuple[str, str]], int]]:
+        """The lists that a name which begins so is counted in, and where in the name its tail behind each starts."""
+        segments = tuple(begin.split("."))
+        lengths = list(accumulate(map(len, segments)))
+        found = []
+        for at, prefix, index in _numbers(segments):
+            numbered = len(prefix) > at
+            candidate = candidates.get(prefix)
+            if candidate is None:
+                candidate = candidates[prefix] = _Candidate(prefix, common, numbered=numbered)
+            if candidate.numbered == numbered:
+                found.append((candidate.tails[index], lengths[at] + at + 1))
+        return found
 
+    known: dict[str, list[tuple[list[tuple[str, str]], int]]] = {}
     for name in names:
-        segments = tuple(name.split("."))
-        for at, segment in enumerate(segments):
-            if _is_index(segment):
-                add(name, segments[:at], int(segment), ".".join(segments[at + 1 :]), numbered=False)
-            elif match := _NUMBERED_NAME.fullmatch(segment):
-                add(name, (*segments[:at], match[1]), int(match[2]), ".".join(segments[at + 1 :]), numbered=True)
+        if match := _BEGIN.match(name):
+            begin = match[0]
+            lists = known.get(begin)
+            if lists is None:
+                lists = known[begin] = lists_of(begin)
+            for tails, at in lists:
+                tails.append((name[at:], name))
     return candidates
+
+
+_BEGIN = re.compile(r".*[0-9](?=\.|\Z)", re.DOTALL)  # a name up to its last segment with a number at the end
+
+
+def _numbers(segments: tuple[str, ...]) -> Iterator[tuple[int, tuple[str, ...], int]]:
+    """Which segments count something: where each stands, the prefix of its list, and the number. A prefix is as long
+    as what stands before the segment, or longer by the name in `layer1`.
+    """
+    for at, segment in enumerate(segments):
+        if not segment[-1:].isdigit():
+            continue  # what most are is seen fastest
+        if _is_index(segment):
+            yield at, segments[:at], int(segment)
+        elif match := _NUMBERED_NAME.fullmatch(segment):
+            yield at, (*segments[:at], match[1]), int(match[2])
 
 
 def _is_index(text: str) -> bool:
@@ -364,11 +393,7 @@ def _outermost(candidates: Mapping[tuple[str, ...], _Candidate]) -> list[_Candid
 
 def _stems(prefix: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     """The prefixes of lists that `prefix` may lie in."""
-    for at, segment in enumerate(prefix):
-        if _is_index(segment):
-            yield prefix[:at]
-        elif match := _NUMBERED_NAME.fullmatch(segment):
-            yield (*prefix[:at], match[1])
+    return (stem for _, stem, _ in _numbers(prefix))
 
 
 def _index_within(prefix: tuple[str, ...], outer: _Candidate) -> int | None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 from lines_cli.checkpoint.header import EXACT_DTYPES, TensorInfo, itemsize
-from lines_cli.checkpoint.reader import Checkpoint
-from lines_cli.depth import DepthMap
+from lines_cli.checkpoint.reader import no_collecting
+from lines_cli.depth import DepthMap, Place
 from lines_cli.errors import MismatchError, RecipeError, printable, some
 from lines_cli.methods import Values
 from lines_cli.pairing import Names, Sides, is_vocabulary, tied_embedding
@@ -19,8 +18,7 @@ STORED = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF1
 """Float dtypes as recipes and configs name them, and as safetensors does."""
 
 
-@dataclass(frozen=True, slots=True)
-class Slice:
+class Slice(NamedTuple):
     """A run of entries in an input: which file (a number into `Plan.inputs`), where its bytes start, and how to
     read them.
     """
@@ -30,8 +28,7 @@ class Slice:
     dtype: str
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A run of entries of one output tensor, made by one operation.
 
     Either they are a copy, cast to the output dtype; or they are merged: `base + coefficient * merged task vector`, or,
@@ -55,11 +52,11 @@ class Piece:
     @property
     def sources(self) -> tuple[Slice, ...]:
         """Everything that is read for it."""
-        return tuple(source for source in (self.copy, self.base, *self.models, *self.compare) if source is not None)
+        single = (self.copy,) if self.copy is not None else ()
+        return (*single, *((self.base,) if self.base is not None else ()), *self.models, *self.compare)
 
 
-@dataclass(frozen=True, slots=True)
-class Draft:
+class Draft(NamedTuple):
     """An output tensor before its place in a file is known; `misfit` says why it cannot be made."""
 
     name: str
@@ -69,11 +66,13 @@ class Draft:
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...] = ()
     filter: str | None = None  # the pattern that decides its coefficient, if one does
+    in_float64: bool = False  # whether it is computed in float64, because an input is stored so
     rows: tuple[frozenset[int], int] | None = None  # numbers of vocabulary rows, where they differ: others', the kept
     paired: bool = True  # whether all inputs have it; otherwise it is a copy of the one that does
     misfit: str | None = None
 
 
+@no_collecting()
 def draft_tensors(
     recipe: Recipe, sides: Sides, depth: DepthMap, rules: Rules, rows: Mapping[str, Names]
 ) -> list[Draft]:
@@ -84,9 +83,10 @@ def draft_tensors(
         RecipeError: a filter matches no tensor.
     """
     refuse_idle_filters(rules, rows)
-    first_files = [0]
+    held, first_file = [], 0
     for checkpoint in sides.checkpoints:
-        first_files.append(first_files[-1] + len(checkpoint.files))
+        held.append((checkpoint.tensors, first_file))
+        first_file += len(checkpoint.files)
     config = sides.config_of(sides.lead)
     values_for = TensorValues(recipe, depth)
 
@@ -96,17 +96,19 @@ def draft_tensors(
         # A head that is tied to its embedding is one weight with it, and has one coefficient.
         embedding = tied_embedding(name, sides.leading, config) if place is None else None
         counts_as = name if embedding is None else embedding
-        stored = [
-            _slice(checkpoint, there, first) if there is not None else None
-            for checkpoint, there, first in zip(sides.checkpoints, row, first_files, strict=False)
-        ]
-        begun = partial(Draft, name, counts_as, values_for(counts_as))
+        slices, infos = [], []
+        for (tensors, first_file), there in zip(held, row):  # noqa: B905 - as many by `Names`; strictness takes time
+            if there is not None:
+                file, info = tensors[there]
+                slices.append(Slice(first_file + file, info.offset, info.dtype))
+                infos.append(info)
         drafts.append(
             _draft_one(
                 recipe,
                 sides,
-                stored,
-                begun,
+                (name, counts_as, values_for(counts_as)),
+                tuple(slices),
+                infos,
                 decided_by=rules.filter_of(counts_as),
                 may_resize=place is None and is_vocabulary(name),
             )
@@ -156,64 +158,66 @@ class TensorValues:
 
     def __init__(self, recipe: Recipe, depth: DepthMap) -> None:
         self._recipe, self._depth, self._filters = recipe, depth, sorted(recipe.filters)
-        self._known: dict[tuple[float, tuple[bool, ...]], Values] = {}
+        self._known: dict[tuple[Place | None, tuple[bool, ...]], Values] = {}
 
     def __call__(self, name: str) -> Values:
-        position = self._depth.position_of(name)
-        key = (position, tuple(part in name for part in self._filters))
-        if key not in self._known:
-            self._known[key] = self._recipe.values(name, position)
-        return self._known[key]
-
-
-def _slice(side: Checkpoint, name: str, first_file: int) -> tuple[Slice, TensorInfo]:
-    stored = side.tensors[name]
-    return Slice(first_file + stored.file, stored.info.offset, stored.info.dtype), stored.info
+        key = (self._depth.places.get(name), tuple([part in name for part in self._filters]))
+        values = self._known.get(key)
+        if values is None:
+            values = self._known[key] = self._recipe.values(name, self._depth.position_of(name))
+        return values
 
 
 def _draft_one(
     recipe: Recipe,
     sides: Sides,
-    stored: Sequence[tuple[Slice, TensorInfo] | None],
-    begun: Callable[..., Draft],
+    begun: tuple[str, str, Values],
+    slices: tuple[Slice, ...],
+    infos: Sequence[TensorInfo],
     *,
     decided_by: str | None,
     may_resize: bool,
 ) -> Draft:
-    def dtype(stored: str) -> str:
-        return STORED[recipe.dtype] if recipe.dtype and stored not in EXACT_DTYPES else stored
-
-    present = [side for side in stored if side is not None]
-    if len(present) < len(stored):  # not merged: as it is in the first that has it
-        source, info = present[0]
-        return begun(dtype(info.dtype), info.shape, (Piece(0, info.numel, copy=source),), paired=False)
-    slices, infos = [source for source, _ in present], [info for _, info in present]
+    """One draft: of the sides that have the tensor (`slices` and `infos` are theirs), what they hold put together."""
+    if len(infos) < len(sides.checkpoints):  # not merged: as it is in the first that has it
+        info, whole = infos[0], Piece(0, infos[0].numel, copy=slices[0])
+        return Draft(*begun, _written_as(recipe, info.dtype), info.shape, (whole,), paired=False)
     lead = infos[sides.lead]
-    drafted = partial(begun, dtype(lead.dtype), filter=decided_by)
-    base, models = (slices[0], tuple(slices[1:])) if sides.has_base else (None, tuple(slices))
+    dtype = _written_as(recipe, lead.dtype)
+    base, models = (slices[0], slices[1:]) if sides.has_base else (None, slices)
+    if not [info for info in infos if info.shape != lead.shape or info.dtype != lead.dtype]:
+        whole = Piece(0, lead.numel, None, base, models)
+        return Draft(*begun, dtype, lead.shape, (whole,), decided_by, lead.dtype == "F64")
 
-    dtypes = list(dict.fromkeys(info.dtype for info in infos))
-    if len(dtypes) > 1 and EXACT_DTYPES.intersection(dtypes):
-        return drafted(lead.shape, misfit=f"{' and '.join(dtypes)}, of which one cannot be computed with")
+    dtypes = dict.fromkeys(info.dtype for info in infos)
+    in_float64 = "F64" in dtypes
+    if len(dtypes) > 1 and not EXACT_DTYPES.isdisjoint(dtypes):
+        misfit = f"{' and '.join(dtypes)}, of which one cannot be computed with"
+        return Draft(*begun, dtype, lead.shape, filter=decided_by, misfit=misfit)
     if len({info.shape for info in infos}) == 1:
-        return drafted(lead.shape, (Piece(0, lead.numel, base=base, models=models),))
+        whole = Piece(0, lead.numel, base=base, models=models)
+        return Draft(*begun, dtype, lead.shape, (whole,), decided_by, in_float64)
 
-    shapes = " and ".join(str(list(info.shape)) for info in infos)
+    misfit = " and ".join(str(list(info.shape)) for info in infos)
     axis = _row_axis([info.shape for info in infos]) if may_resize else None
-    if axis is None:
-        return drafted(lead.shape, misfit=shapes)
-    if recipe.resize == "error":
-        settles = "--resize" if sides.of_an_edit else "resize:"
-        return drafted(lead.shape, misfit=f"{shapes}, which {settles} would settle")
+    if axis is None or recipe.resize == "error":
+        if axis is not None:
+            misfit += f", which {'--resize' if sides.of_an_edit else 'resize:'} would settle"
+        return Draft(*begun, dtype, lead.shape, filter=decided_by, misfit=misfit)
     keeping = 0 if recipe.resize == "base" else len(slices) - len(models)
     kept, source = infos[keeping], slices[keeping]
     shared = min(info.numel for info in infos)
     pieces = [Piece(0, shared, base=base, models=models)]
     if kept.numel > shared:  # rows that only the kept side surely has: as they are there
-        rest = replace(source, offset=source.offset + shared * itemsize(source.dtype))
+        rest = Slice(source.file, source.offset + shared * itemsize(source.dtype), source.dtype)
         pieces.append(Piece(shared, kept.numel - shared, copy=rest))
     others = frozenset(info.shape[axis] for info in infos if info.shape != kept.shape)
-    return drafted(kept.shape, tuple(pieces), rows=(others, kept.shape[axis]))
+    return Draft(*begun, dtype, kept.shape, tuple(pieces), decided_by, in_float64, (others, kept.shape[axis]))
+
+
+def _written_as(recipe: Recipe, dtype: str) -> str:
+    """What entries stored so are stored as in the output."""
+    return STORED[recipe.dtype] if recipe.dtype and dtype not in EXACT_DTYPES else dtype
 
 
 def _row_axis(shapes: Sequence[tuple[int, ...]]) -> int | None:

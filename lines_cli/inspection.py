@@ -15,8 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from lines_cli.checkpoint.header import EXACT_DTYPES, FLOAT8_DTYPES, FLOAT_DTYPES, TensorInfo
-from lines_cli.checkpoint.reader import Checkpoint, open_checkpoint, unsupported_in
+from lines_cli.checkpoint.header import EXACT_DTYPES, FLOAT8_DTYPES, FLOAT_DTYPES, Known, TensorInfo
+from lines_cli.checkpoint.reader import Checkpoint, no_collecting, open_checkpoint, unsupported_in
 from lines_cli.checkpoint.sidecars import RECIPE
 from lines_cli.depth import DepthMap, Place, Side, find_depth
 from lines_cli.draft import Draft, Piece, Slice, TensorValues, draft_tensors, refuse_idle_filters
@@ -250,9 +250,9 @@ def open_merge(recipe: Recipe, *, quiet: bool = False) -> Inspection:
     return _against(recipe.base_model, names, recipe, "merge", quiet=quiet)
 
 
-def _opened(name: str, *, to_look_at: bool, quiet: bool) -> Checkpoint:
+def _opened(name: str, *, to_look_at: bool, quiet: bool, known: Known | None = None) -> Checkpoint:
     found = locate(name, quiet=quiet)
-    return open_checkpoint(found.path, name=found.name, hub_id=found.hub_id, to_look_at=to_look_at)
+    return open_checkpoint(found.path, name=found.name, hub_id=found.hub_id, to_look_at=to_look_at, known=known)
 
 
 def _alone(name: str, scaling: Mapping[str, Any], *, quiet: bool) -> Inspection:
@@ -293,7 +293,8 @@ def _alone(name: str, scaling: Mapping[str, Any], *, quiet: bool) -> Inspection:
 
 
 def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, quiet: bool) -> Inspection:
-    opened = [_opened(name, to_look_at=False, quiet=quiet) for name in (base, *names)]
+    known: Known = {}
+    opened = [_opened(name, to_look_at=False, quiet=quiet, known=known) for name in (base, *names)]
     _refuse_twice(opened)
     notes: list[str] = []
     pairing = _pairing(base, names, recipe, recipe.like if of == "merge" else "ft")
@@ -337,6 +338,7 @@ def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, qui
     )
 
 
+@no_collecting()
 def _complete(inspection: Inspection) -> Inspection:
     """With every tensor's place, kind and coefficient."""
     return replace(inspection, parts=tuple(_parts(inspection)))
@@ -367,6 +369,8 @@ _LAYER_NUMBER = re.compile(r"\.\d+\.")
 
 def _heads(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, str]:
     """The heads that are tied to an embedding and stored all the same."""
+    if not says_tied(config):
+        return {}
     return {name: tied for name in checkpoint.tensors if (tied := tied_embedding(name, checkpoint, config)) is not None}
 
 

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from lines_cli.checkpoint.header import TensorInfo, canonical_order, itemsize, lay_out
 
@@ -23,10 +24,16 @@ class OutputFile:
 
 def natural(name: str) -> list[tuple[int, str]]:
     """Sort key: `layers.2` before `layers.10`."""
-    parts = re.split(r"(\d+)", name)
-    return [(len(part.lstrip("0")), part.lstrip("0")) if odd % 2 else (0, part) for odd, part in enumerate(parts)] + [
-        (0, name)
-    ]
+    return [*map(_part, _NUMBERS.split(name)), (0, name)]
+
+
+_NUMBERS = re.compile(r"(\d+)")
+
+
+@lru_cache(maxsize=4096)  # the names of a model are made of few parts; and what is the same thing compares at once
+def _part(part: str) -> tuple[int, str]:
+    digits = part.lstrip("0")
+    return (len(digits), digits) if part.isdecimal() else (0, part)
 
 
 def lay_out_files(

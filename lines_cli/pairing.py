@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from lines_cli.checkpoint.reader import Checkpoint
@@ -114,15 +115,19 @@ def match_names(
     """
     rows: dict[str, Names] = {}
     incomplete: dict[str, Names] = {}
-    for name in dict.fromkeys(name for side in (own[sides.lead], *own) for name in side):
-        row: Names = tuple(names.get(name) for names in own)
-        if row[sides.lead] is not None:
-            row = _through_ties(sides, name, row, resize=resize, notes=notes)
+    ordered = dict.fromkeys(chain(own[sides.lead], *own))
+    stored: Iterable[Names] = zip(*(map(names.get, ordered) for names in own), strict=True)
+    for name, row in zip(ordered, stored, strict=True):
+        if None not in row:
+            rows[name] = row
+        elif row[sides.lead] is not None:
+            filled = _through_ties(sides, name, row, resize=resize, notes=notes)
+            (incomplete if None in filled else rows)[name] = filled
         elif partner := _tied_in_lead(sides, row, resize=resize):
             whose = sides.called(sides.lead)
             notes.append(f"{printable(name)} is not in {whose}, whose config ties it to {printable(partner)}: left out")
-            continue
-        (incomplete if None in row else rows)[name] = row
+        else:
+            incomplete[name] = row
     return rows, incomplete
 
 
@@ -140,8 +145,6 @@ def _having(sides: Sides, row: Names) -> tuple[Checkpoint, str]:
 
 def _through_ties(sides: Sides, name: str, row: Names, *, resize: bool, notes: list[str]) -> Names:
     """The row with each gap filled by the tensor that is the same weight there."""
-    if None not in row:
-        return row
     filled = list(row)
     having, there = _having(sides, row)
     for side, lacking in enumerate(sides.checkpoints):

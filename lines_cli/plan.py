@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lines_cli.checkpoint.header import TensorInfo, itemsize
 from lines_cli.checkpoint.sidecars import Sidecar
@@ -26,8 +26,7 @@ from lines_cli.resources import Resources, Room
 from lines_cli.schedule import Rules
 
 
-@dataclass(frozen=True, slots=True)
-class TensorPlan:
+class TensorPlan(NamedTuple):
     """One output tensor: what it is, where it goes, what makes it.
 
     Attributes:
@@ -36,7 +35,6 @@ class TensorPlan:
         info: dtype, shape, offset in that file, bytes.
         place: its stack and layer; None outside the blocks.
         coefficient: in float64, before rounding to the compute dtype; NaN until what it depends on has been measured.
-        in_float64: whether its arithmetic runs in float64, because an input does; else in float32.
         pieces: what it is made of, now that the coefficient is known.
     """
 
@@ -45,7 +43,6 @@ class TensorPlan:
     info: TensorInfo
     place: Place | None
     coefficient: float
-    in_float64: bool
     pieces: tuple[Piece, ...]
 
     @property
@@ -57,6 +54,11 @@ class TensorPlan:
     def values(self) -> Values:
         """The method's parameters for it."""
         return self.draft.values
+
+    @property
+    def in_float64(self) -> bool:
+        """Whether its arithmetic runs in float64, because an input does; else in float32."""
+        return self.draft.in_float64
 
     @property
     def edited(self) -> bool:

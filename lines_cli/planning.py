@@ -12,11 +12,12 @@ import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from lines_cli.checkpoint.digest import FileRecord, record_of
-from lines_cli.checkpoint.header import EXACT_DTYPES
-from lines_cli.checkpoint.reader import Checkpoint, open_checkpoint
+from lines_cli.checkpoint.header import EXACT_DTYPES, Known, TensorInfo
+from lines_cli.checkpoint.reader import Checkpoint, no_collecting, open_checkpoint
 from lines_cli.checkpoint.sidecars import MODEL_CARD, RECIPE, Card, Sidecar, carry_over, index_file, model_card
 from lines_cli.checkpoint.writer import is_one_file
 from lines_cli.depth import DepthMap, find_depth
@@ -39,11 +40,12 @@ def open_inputs(recipe: Recipe, *, quiet: bool = False) -> Sides:
         CheckpointError: one cannot be found or read.
     """
     opened: dict[str, Checkpoint] = {}
+    known: Known = {}
 
     def opening(name: str) -> Checkpoint:
         if name not in opened:
             found = locate(name, quiet=quiet)
-            opened[name] = open_checkpoint(found.path, name=found.name, hub_id=found.hub_id)
+            opened[name] = open_checkpoint(found.path, name=found.name, hub_id=found.hub_id, known=known)
         return opened[name]
 
     base = [opening(recipe.base_model)] if recipe.base_model is not None and recipe.subtracts_base else []
@@ -61,6 +63,7 @@ def sides_of(recipe: Recipe, *checkpoints: Checkpoint) -> Sides:
     return Sides(checkpoints, has_base, lead, recipe.like == "ft" and len(checkpoints) == 2 and has_base)
 
 
+@no_collecting()
 def make_plan(recipe: Recipe, sides: Sides, output: Path) -> Plan:
     """Decide every byte of the output, as far as it does not depend on the numbers in the inputs.
 
@@ -72,7 +75,7 @@ def make_plan(recipe: Recipe, sides: Sides, output: Path) -> Plan:
     notes: list[str] = list(recipe.notes)
     own = aligned_names(sides, notes)
     rows = pair_tensors(sides, own, recipe, notes)
-    depth = _depth(recipe, sides, [name for names in own for name in names], notes)
+    depth = _depth(recipe, sides, chain.from_iterable(own), notes)
     rules = (recipe.lines or UNSCALED).rules(depth)
     notes += [
         f"filter {part!r} among the parameters is part of no tensor name, and says nothing"
@@ -101,18 +104,13 @@ def make_plan(recipe: Recipe, sides: Sides, output: Path) -> Plan:
         one_file=output.name if is_one_file(output) else None,
         max_shard_size=recipe.max_shard_size,
     )
-    tensors = tuple(
-        TensorPlan(draft, number, info, depth.places.get(name), math.nan, _in_float64(draft), draft.pieces)
-        for name, number, info in placed
-        for draft in (drafts[name],)
-    )
     plan = Plan(
         recipe,
         sides,
         tuple(file for checkpoint in sides.checkpoints for file in checkpoint.files),
         output,
         tuple(files),
-        tensors,
+        (),
         depth,
         rules,
         _needs(recipe, depth, rules, drafts.values()),
@@ -121,10 +119,11 @@ def make_plan(recipe: Recipe, sides: Sides, output: Path) -> Plan:
         (*notes, *depth.notes),
         resized,
     )
-    plan = _decided(plan)
+    plan = _decided(plan, ((drafts[name], number, info) for name, number, info in placed))
     return plan if is_one_file(output) else _with_sidecars(plan)
 
 
+@no_collecting()
 def resolve(plan: Plan, statistics: Statistics) -> Plan:
     """The plan with what was measured in it: every coefficient a number, every operation decided.
 
@@ -142,7 +141,8 @@ def resolve(plan: Plan, statistics: Statistics) -> Plan:
             if norms.merged == 0
             else "Are there NaN, Inf or immense weights among the inputs? Else give lines.alpha as a number.",
         )
-    plan = _decided(replace(plan, needs=Needs(), statistics=statistics))
+    placed = ((tensor.draft, tensor.file, tensor.info) for tensor in plan.tensors)
+    plan = _decided(replace(plan, needs=Needs(), statistics=statistics), placed)
     if norms is not None and norms.alpha > _MUCH:
         what = f"alpha: auto is {norms.alpha:.4g}: next to the sum of the task vectors hardly anything was merged"
         plan = replace(plan, notes=(*plan.notes, f"{what}. Is a density too low, or do the models cancel out?"))
@@ -150,15 +150,20 @@ def resolve(plan: Plan, statistics: Statistics) -> Plan:
     return replace(plan, sidecars=tuple(rewritten.get(sidecar.name, sidecar) for sidecar in plan.sidecars))
 
 
-def _decided(plan: Plan) -> Plan:
-    """The plan with the coefficients that are known, and the operations that follow from them."""
+def _decided(plan: Plan, placed: Iterable[tuple[Draft, int, TensorInfo]]) -> Plan:
+    """The plan with the coefficients that are known, and the operations that follow from them.
+
+    Args:
+        plan: with whatever tensors.
+        placed: its tensors, each with the number of its file and its place there.
+    """
     alpha = None
     if plan.recipe.lines is not None and plan.recipe.lines.needs_alpha and not plan.needs.norms:
         norms = plan.statistics.norms
         alpha = norms.alpha if norms else 1 / plan.number_of_models  # the merged task vector is the sum
     rules = (plan.recipe.lines or UNSCALED).rules(plan.depth, alpha=alpha)
     plan = replace(plan, rules=rules)
-    return replace(plan, tensors=tuple(_with_coefficient(plan, tensor) for tensor in plan.tensors))
+    return replace(plan, tensors=tuple([_decide(plan, draft, file, info) for draft, file, info in placed]))
 
 
 _MUCH = 3.0  # alpha lies below 1 in the paper's uses
@@ -192,7 +197,7 @@ def _depth(recipe: Recipe, sides: Sides, names: Iterable[str], notes: list[str])
 def _needs(recipe: Recipe, depth: DepthMap, rules: Rules, drafts: Iterable[Draft]) -> Needs:
     """What has to be measured. `rules` give NaN where a coefficient depends on alpha, and alpha is not known."""
     method = recipe.method
-    merged = [draft for draft in drafts if draft.paired and not _is_exact(draft)]
+    merged = [draft for draft in drafts if draft.paired and draft.dtype not in EXACT_DTYPES]
     values = list({id(draft.values): draft.values for draft in merged}.values())
     drops = any(density != 1 for v in values for density in v.get("density", ()))
     plain_sum = method.sums and all(not v["normalize"] and set(v["weight"]) == {1} for v in values)
@@ -205,14 +210,6 @@ def _needs(recipe: Recipe, depth: DepthMap, rules: Rules, drafts: Iterable[Draft
     )
 
 
-def _in_float64(draft: Draft) -> bool:
-    return any(source.dtype == "F64" for piece in draft.pieces if piece.models for source in piece.sources)
-
-
-def _is_exact(draft: Draft) -> bool:
-    return any(source.dtype in EXACT_DTYPES for piece in draft.pieces for source in piece.models[:1])
-
-
 # --- what follows from the coefficients ---
 
 
@@ -221,15 +218,14 @@ def _coefficient(depth: DepthMap, rules: Rules, draft: Draft) -> float:
     return rules.coefficient(draft.counts_as, depth, scale=draft.values.get("lambda", 1.0))
 
 
-def _with_coefficient(plan: Plan, tensor: TensorPlan) -> TensorPlan:
-    """The tensor with its coefficient, and with the copies that follow from it."""
-    draft = tensor.draft
+def _decide(plan: Plan, draft: Draft, file: int, info: TensorInfo) -> TensorPlan:
+    """A tensor with its coefficient, and with the copies that follow from it."""
+    place = plan.depth.places.get(draft.name)
     if not draft.paired:
-        return replace(tensor, coefficient=0.0 if _is_of_base(plan, draft) else 1.0)
+        return TensorPlan(draft, file, info, place, 0.0 if _is_of_base(plan, draft) else 1.0, draft.pieces)
     coefficient = _coefficient(plan.depth, plan.rules, draft)
-    rounded = rounded_coefficient(tensor.name, coefficient, in_float64=tensor.in_float64)
-    pieces = tuple(_decide(plan, draft, piece, rounded) for piece in draft.pieces)
-    return TensorPlan(draft, tensor.file, tensor.info, tensor.place, coefficient, tensor.in_float64, pieces)
+    rounded = rounded_coefficient(draft.name, coefficient, in_float64=draft.in_float64)
+    return TensorPlan(draft, file, info, place, coefficient, _pieces(plan, draft, rounded))
 
 
 def rounded_coefficient(name: str, coefficient: float, *, in_float64: bool) -> float:
@@ -252,27 +248,33 @@ def _is_of_base(plan: Plan, draft: Draft) -> bool:
     return all(source.file < files_of_base for piece in draft.pieces for source in piece.sources)
 
 
-def _decide(plan: Plan, draft: Draft, piece: Piece, coefficient: float) -> Piece:
+def _pieces(plan: Plan, draft: Draft, coefficient: float) -> tuple[Piece, ...]:
     """What is done for entries that all inputs have. Where it comes to what one of them holds they are a copy; the
     formula is not exact there.
 
     Integers and booleans have no task vector: they are those of the input that the output is like, and of the base
     where the coefficient is 0. In a merge the others are compared.
     """
+    if draft.dtype in EXACT_DTYPES:
+        return tuple(_copied_whole(plan.sides, piece, of_base=coefficient == 0) for piece in draft.pieces)
+    if plan.needs:  # measured is what the inputs hold, whatever becomes of it
+        return draft.pieces
+    has_base = plan.sides.has_base
+    if has_base and coefficient == 0:
+        return tuple(Piece(piece.start, piece.numel, piece.copy or piece.base) for piece in draft.pieces)
+    if (not has_base or coefficient == 1) and _is_alone(plan.recipe, draft.values):
+        return tuple(Piece(piece.start, piece.numel, piece.copy or piece.models[0]) for piece in draft.pieces)
+    return draft.pieces
+
+
+def _copied_whole(sides: Sides, piece: Piece, *, of_base: bool) -> Piece:
+    """Integers or booleans: a copy of one input's."""
     if piece.copy is not None:
         return piece
     slices = (*((piece.base,) if piece.base else ()), *piece.models)
-    if slices[0].dtype in EXACT_DTYPES:
-        copied = piece.base if coefficient == 0 and piece.base else slices[plan.sides.lead]
-        others = () if plan.sides.of_an_edit else tuple(source for source in slices if source is not copied)
-        return Piece(piece.start, piece.numel, copy=copied, compare=others)
-    if plan.needs:  # measured is what the inputs hold, whatever becomes of it
-        return piece
-    if piece.base is not None and coefficient == 0:
-        return Piece(piece.start, piece.numel, copy=piece.base)
-    if (piece.base is None or coefficient == 1) and _is_alone(plan.recipe, draft.values):
-        return Piece(piece.start, piece.numel, copy=piece.models[0])
-    return piece
+    copied = piece.base if of_base and piece.base else slices[sides.lead]
+    others = () if sides.of_an_edit else tuple(source for source in slices if source is not copied)
+    return Piece(piece.start, piece.numel, copy=copied, compare=others)
 
 
 def _is_alone(recipe: Recipe, values: Values) -> bool:

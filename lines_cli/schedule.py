@@ -46,7 +46,7 @@ class Linear:
     beta: float
 
     def at(self, index: int, layers: int) -> float:
-        return self.last if index == layers - 1 else self.alpha + self.beta * index / (layers - 1)
+        return self.alpha + (self.beta if index == layers - 1 else self.beta * index / (layers - 1))
 
     @property
     def first(self) -> float:
@@ -138,7 +138,10 @@ class Rules:
 
     def filter_of(self, name: str) -> str | None:
         """The pattern that decides a tensor's coefficient, if one does."""
-        return next((pattern for pattern, _ in self.filters if pattern in name or pattern == "*"), None)
+        for pattern, _ in self.filters:
+            if pattern in name or pattern == "*":
+                return pattern
+        return None
 
     def inside_value(self, stack: str, index: int, layers: int, *, scale: float = 1.0) -> float:
         """The coefficient of a layer, filters apart."""

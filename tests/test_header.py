@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,7 @@ LEGAL = {
     "no tensors": ({}, b""),
     "spaces behind": (b'{"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}     ', b"x"),
     "null metadata": ({"__metadata__": None}, b""),
+    "metadata like a tensor": ({"__metadata__": {"dtype": "F32", "shape": "[2]", "data_offsets": "[0,8]"}}, b""),
     "any order": (
         {"z": {"dtype": "U8", "shape": [3], "data_offsets": [2, 5]}, "a": entry(dtype="U8", data_offsets=[0, 2])},
         b"12345",
@@ -157,6 +159,11 @@ MALFORMED: dict[str, tuple[object, bytes, list[str]]] = {
     "metadata false": ({"__metadata__": False}, b"", ["__metadata__"]),
     "metadata of numbers": ({"__metadata__": {"format": 1}}, b"", ["__metadata__"]),
     "metadata nested": ({"__metadata__": {"format": {}}}, b"", ["__metadata__"]),
+    "metadata a tensor": ({"__metadata__": entry()}, b"8" * 8, ["__metadata__"]),
+    "metadata of tensors": ({"__metadata__": {"format": entry()}}, b"8" * 8, ["__metadata__"]),
+    "one tensor without a name": (entry(), b"8" * 8, ["not name"]),
+    "a tensor for a dtype": ({"w": entry(dtype=entry())}, b"8" * 8, ["'w'", "dtype"]),
+    "a tensor within a shape": ({"w": entry(shape=[entry()])}, b"8" * 8, ["'w'", "shape"]),
     "tensor null": ({"w": None}, b"", ["'w'"]),
     "tensor a list": ({"w": [1, 2]}, b"", ["'w'"]),
     "tensor a string": ({"w": "dtype shape data_offsets"}, b"", ["'w'"]),
@@ -259,6 +266,18 @@ def test_a_long_shape_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as refused:
         read_header(path)
     assert len(refused.value.message) < 1000
+
+
+def test_tensors_within_tensors_are_refused_at_once(tmp_path: Path) -> None:
+    """What is wrong with an entry is written out once it is told, not at each of 500 levels of one within the other."""
+    inner: object = [1] * 1_000_000
+    for _ in range(500):
+        inner = entry(shape=inner)
+    path = write_raw(tmp_path / "bad.safetensors", {"__metadata__": {"format": inner}})
+    started = time.process_time()
+    with pytest.raises(CheckpointError, match="__metadata__"):
+        read_header(path)
+    assert time.process_time() - started < 3
 
 
 def test_never_laxer_than_the_reference(tmp_path: Path) -> None:

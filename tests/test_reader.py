@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable
@@ -13,7 +14,8 @@ import torch
 from conftest import Ran, run_lines, write_checkpoint, write_raw
 from safetensors.torch import save_file
 
-from lines_cli.checkpoint.reader import Checkpoint, open_checkpoint
+from lines_cli.checkpoint.header import Known
+from lines_cli.checkpoint.reader import Checkpoint, no_collecting, open_checkpoint
 from lines_cli.errors import CheckpointError, LinesError, UnsupportedError
 
 
@@ -26,6 +28,37 @@ def small() -> dict[str, torch.Tensor]:
         "mask": torch.tensor([True, False, True]),
         "none": torch.zeros(0, 4),
     }
+
+
+def test_the_garbage_collector_is_held_back_and_no_longer() -> None:
+    """It is as it was afterwards: enabled or not, and also where something was refused."""
+    assert gc.isenabled()
+    for enabled in (True, False):
+        (gc.enable if enabled else gc.disable)()
+        try:
+            with no_collecting():
+                assert not gc.isenabled()
+            assert gc.isenabled() == enabled
+            with pytest.raises(CheckpointError):
+                open_checkpoint(Path("absent"))
+            assert gc.isenabled() == enabled
+        finally:
+            gc.enable()
+
+
+def test_headers_that_are_the_same_are_shared(tmp_path: Path) -> None:
+    """Of two files with one header each holds its own bytes; one that ends too early is refused all the same."""
+    twin = {name: torch.zeros_like(tensor) for name, tensor in small().items()}
+    paths = [write_checkpoint(tmp_path / f"{i}.safetensors", tensors) for i, tensors in enumerate((small(), twin))]
+    known: Known = {}
+    ours, other = (open_checkpoint(path, known=known) for path in paths)
+    assert_holds(ours, small())
+    assert_holds(other, twin)
+    assert len(known) == 1
+    assert all(ours.tensors[name].info is other.tensors[name].info for name in twin)
+    paths[1].write_bytes(paths[1].read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=str(paths[1])):
+        open_checkpoint(paths[1], known=known)
 
 
 def assert_holds(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor]) -> None:

@@ -11,10 +11,12 @@ import json
 import math
 import os
 import struct
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from lines_cli.errors import CheckpointError
 
@@ -63,8 +65,7 @@ def itemsize(dtype: str) -> int:
     return _DTYPE_BITS[dtype] // 8
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """One tensor as its file's header describes it.
 
     `offset` counts bytes from the start of the file, so that it can be handed to `pread` as it is.
@@ -88,8 +89,17 @@ class Header:
     metadata: dict[str, str]
 
 
-def read_header(path: Path) -> Header:
+Known = dict[tuple[bytes, int], Header]
+"""Headers by their bytes and their file's size, which is all that they are checked by."""
+
+
+def read_header(path: Path, known: Known | None = None) -> Header:
     """Read and check the header of the safetensors file at `path`.
+
+    Args:
+        path: the file.
+        known: headers that were read before; gets this one. Checkpoints of one model mostly have the same, byte for
+            byte, and then share what was made of it.
 
     Raises:
         CheckpointError: the file cannot be opened, or breaks any rule of the format: length, JSON, dtype, shape,
@@ -117,7 +127,11 @@ def read_header(path: Path) -> Header:
         raise CheckpointError(
             f"{path}: cannot be read: {error.strerror or error}", hint="Is it a file, and may you read it?"
         ) from error
-    return _parse(path, raw, data_start=8 + length, file_size=size)
+    known = {} if known is None else known
+    header = known.get((raw, size))
+    if header is None:
+        header = known[raw, size] = _parse(path, raw, data_start=8 + length, file_size=size)
+    return header
 
 
 _NOT_SAFETENSORS = "This does not look like a safetensors file."
@@ -134,18 +148,22 @@ def _parse(path: Path, raw: bytes, *, data_start: int, file_size: int) -> Header
     if not raw.startswith(b"{"):
         _refuse(path, "its header does not begin with '{'", _NOT_SAFETENSORS)
 
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def parsed(pairs: list[tuple[str, Any]]) -> dict[str, Any] | TensorInfo:
+        """A JSON object; at once as a tensor if it describes one, so that a large header never is a heap of dicts."""
         keys = dict(pairs)
         if len(keys) < len(pairs):
             seen: set[str] = set()
             name = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
             _refuse(path, f"its header names {name!r} twice")
-        return keys
+        tensor = _tensor(keys, data_start)
+        return tensor if isinstance(tensor, TensorInfo) else keys
 
     try:
-        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
+        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=parsed)
     except (ValueError, RecursionError) as error:
         _refuse(path, f"its header is not valid JSON ({error})", _NOT_SAFETENSORS)
+    if isinstance(entries, TensorInfo):
+        _refuse(path, "its header describes one tensor, and does not name it")
 
     metadata = entries.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata
@@ -156,8 +174,11 @@ def _parse(path: Path, raw: bytes, *, data_start: int, file_size: int) -> Header
         for name in (*entries, *metadata, *metadata.values()):
             if any("\ud800" <= character <= "\udfff" for character in name):
                 _refuse(path, f"its header holds {name!r}, which is no text (half a character)")
-    tensors = {name: _tensor(path, name, entry, data_start) for name, entry in entries.items()}
-    in_order = dict(sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
+    for name, tensor in entries.items():
+        if not isinstance(tensor, TensorInfo):
+            wrong, *with_it = _tensor(tensor, data_start)
+            _refuse(path, f"tensor {name!r} {wrong.format(*with_it)}")
+    in_order = dict(sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
     _check_layout(path, in_order, data_start, file_size)
     return Header(in_order, metadata)
 
@@ -179,38 +200,40 @@ def _check_layout(path: Path, in_order: Mapping[str, TensorInfo], data_start: in
         _refuse(path, f"its tensors end at byte {expected:,}, and {file_size - expected:,} unexplained bytes follow")
 
 
-def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
-    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        _refuse(path, f"tensor {name!r} lacks a dtype, a shape or data_offsets")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+def _tensor(entry: Any, data_start: int) -> TensorInfo | tuple[Any, ...]:
+    """The tensor that an entry of a header describes; or what is wrong with the entry, as a format and its arguments:
+    it may be long, and is not written out until it is told.
+    """
+    try:
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (KeyError, TypeError):
+        return ("lacks a dtype, a shape or data_offsets",)
     if not isinstance(dtype, str) or dtype not in _DTYPE_BITS:
-        _refuse(path, f"tensor {name!r} has the unknown dtype {dtype!r}")
-    if not isinstance(shape, list) or not all(_is_size(n) for n in shape):
-        _refuse(path, f"tensor {name!r} has the impossible shape {shape!r}")
-    if (
-        not isinstance(offsets, list)
-        or len(offsets) != 2
-        or not all(_is_size(n) for n in offsets)
-        or offsets[0] > offsets[1]
-    ):
-        _refuse(path, f"tensor {name!r} has the impossible data_offsets {offsets!r}")
+        return "has the unknown dtype {!r}", dtype
+    if not _are_sizes(shape):
+        return "has the impossible shape {!r}", shape
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        return "has the impossible data_offsets {!r}", offsets
     start, end = offsets
     bits = _DTYPE_BITS[dtype]
     for n in shape if 0 not in shape else (0,):
         bits *= n
         if bits > _MOST_BITS:
-            _refuse(path, f"tensor {name!r} is {dtype} of a shape that no file could hold, beginning {shape[:4]}")
+            return "is {} of a shape that no file could hold, beginning {}", dtype, shape[:4]
     if bits % 8 or bits // 8 != end - start:
-        _refuse(
-            path,
-            f"tensor {name!r} is {dtype} {shape[:8]}, which takes {bits // 8:,} bytes, "
-            f"but its data_offsets span {end - start:,}",
-        )
-    return TensorInfo(dtype, tuple(shape), data_start + start, end - start)
+        takes = "is {} {}, which takes {:,} bytes, but its data_offsets span {:,}"
+        return takes, dtype, shape[:8], bits // 8, end - start
+    return TensorInfo(sys.intern(dtype), tuple(shape), data_start + start, end - start)
 
 
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
+def _are_sizes(values: Any) -> bool:
+    """Whether it is a list of whole numbers that could each count something in a file."""
+    if not isinstance(values, list):
+        return False
+    for n in values:  # noqa: SIM110 - all() with a generator takes three times as long
+        if type(n) is not int or not 0 <= n < 2**63:
+            return False
+    return True
 
 
 def canonical_order(tensors: Mapping[str, str]) -> list[str]:
@@ -235,16 +258,19 @@ def lay_out(
         The bytes before the data, a multiple of 8 long so that the data is aligned; and each tensor with its offset
         in the file.
     """
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    placed, position = [], 0
-    for name, dtype, shape in tensors:
-        nbytes = math.prod(shape) * _DTYPE_BITS[dtype] // 8
-        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + nbytes]}
-        placed.append((name, dtype, shape, position, nbytes))
-        position += nbytes
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    return _LENGTH.pack(len(text)) + text, {
-        name: TensorInfo(dtype, shape, start + at, nbytes) for name, dtype, shape, at, nbytes in placed
+    rows = list(tensors)
+    sizes = [math.prod(shape) * _DTYPE_BITS[dtype] // 8 for _, dtype, shape in rows]
+    ends = list(accumulate(sizes))
+    encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+    entries = [f'"__metadata__":{encode(dict(metadata))}'] if metadata else []
+    for (name, dtype, shape), nbytes, end in zip(rows, sizes, ends, strict=True):
+        numbers = ",".join(map(str, shape))
+        where = f"[{end - nbytes},{end}]"
+        entries.append(f'{encode(name)}:{{"dtype":"{dtype}","shape":[{numbers}],"data_offsets":{where}}}')
+    text = f"{{{','.join(entries)}}}".encode()
+    padding = -len(text) % 8
+    start = 8 + len(text) + padding
+    return b"".join([_LENGTH.pack(start - 8), text, b" " * padding]), {
+        name: TensorInfo(dtype, shape, start + end - nbytes, nbytes)
+        for (name, dtype, shape), nbytes, end in zip(rows, sizes, ends, strict=True)
     }
