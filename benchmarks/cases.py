@@ -329,7 +329,7 @@ class Suite:
             [Contender("plan.py", program, reads=False, writes=False, prints=True)],
             writes=0,
             rounds=1,
-            about="In one process, step by step; `open_inputs` reads two headers.",
+            about="In one process, step by step; `open_inputs` reads the headers.",
         )
 
     # --- what they are made of ---

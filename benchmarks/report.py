@@ -242,7 +242,7 @@ def targets(found: Found) -> str:
     ]
     peaks = [_peak(case, edit, "resident_mb") or 0 for case in _by_size(found)]
     planning = _named(found.get("planning", NOTHING), "plan.py").get("steps", {})
-    planned = [sum(planning[step][0] for step in ("open_inputs", "make_plan"))] if planning else []
+    planned = planning.get("edit: total", [])
     rows = [
         Target("`edit`: at most 1.15 times floor + digests", 1.15, ratios("edit", edit, DIGESTS)),
         Target("`task_arithmetic` of three: at most 1.3 times", 1.3, ratios("three", sum_of, DIGESTS)),
@@ -284,7 +284,7 @@ def targets(found: Found) -> str:
             for kind in ("resident", "anonymous")
             for shares in [memory_above_torch(case, name, f"{kind}_mb")]
         ),
-        Target("planning 100,000 tensors (`open_inputs` and `make_plan`): at most 2 s", 2, planned),
+        Target("planning an edit of 100,000 tensors, from headers on: at most 2 s", 2, planned),
     ]
     return _table(["target", "measured", "reached"], [row.row() for row in rows])
 

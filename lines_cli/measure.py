@@ -143,29 +143,40 @@ def _magnitude(bits: int) -> float:
 
 
 class Counter:
-    """What was seen of magnitudes through a window: how many lie above, and what lies in it; in bounded memory."""
+    """What was seen of magnitudes through a window: how many lie above, and what lies in it; in bounded memory.
 
-    def __init__(self, window: Window) -> None:
+    Args:
+        window: what is looked through.
+        room: how many entries are collected before they are counted bin by bin.
+    """
+
+    def __init__(self, window: Window, room: int = _COLLECTED) -> None:
         self.window, self.above = window, 0
-        self._bits: list[torch.Tensor] = []  # collected so far
+        # One piece of memory from the start: many small ones between large temporaries would tear holes into the heap.
+        self._held = torch.empty(room, dtype=torch.int32)
         self._collected = 0
         self._bins: torch.Tensor | None = None  # how many of those before lie in each bin
+
+    @property
+    def bits(self) -> torch.Tensor:
+        """[n]: what was collected, as numbers of bits from the window's low end on."""
+        return self._held[: self._collected]
 
     def add(self, bits: torch.Tensor, above: int) -> None:
         """Take account of what `Window.look` gave."""
         self.above += above
-        self._bits.append(bits)
-        self._collected += bits.numel()
-        if self._collected > _COLLECTED:
-            self._bins, self._bits, self._collected = self._binned(torch.cat(self._bits)), [], 0
+        until = self._collected + bits.numel()
+        if until > len(self._held):
+            self._bins, self._collected = self._binned(torch.cat([self.bits, bits])), 0
+        else:
+            self._held[self._collected : until] = bits
+            self._collected = until
 
     def join(self, other: Counter) -> None:
         """Take account of what another saw through the same window."""
-        self.above += other.above
         if other._bins is not None:
             self._bins = other._bins if self._bins is None else self._bins + other._bins
-        self._bits += other._bits
-        self._collected += other._collected
+        self.add(other.bits, other.above)
 
     def ranked(self, k: int) -> tuple[Window, int]:
         """In which window the k-th largest entry lies; and how many entries lie there or above, 0 if it is outside this
@@ -176,8 +187,7 @@ class Counter:
         """
         if self.above >= k:
             return Window(self.window.high, _ALL_BITS), 0
-        bits = torch.cat([*self._bits, torch.empty(0, dtype=torch.int32)])
-        from_above = self.above + self._binned(bits).flip(0).cumsum(0)
+        from_above = self.above + self._binned(self.bits).flip(0).cumsum(0)
         at = int((from_above < k).sum())
         if at == len(from_above):
             return Window(0, self.window.low), 0
@@ -186,7 +196,7 @@ class Counter:
         found = Window(self.window.low + low, min(self.window.high, self.window.low + low + (1 << shift)))
         number = int(from_above[at])
         if self._bins is None and not found.is_one:  # all are at hand: those of the bin can be put in order
-            inside = bits[(bits >= low) & (bits < low + (1 << shift))].sort().values
+            inside = self.bits[(self.bits >= low) & (self.bits < low + (1 << shift))].sort().values
             least = inside[number - k]
             low = self.window.low + int(least)
             return Window(low, low + 1), number - int((inside < least).sum())
@@ -306,7 +316,8 @@ class _Measuring:
             return sum(chunk.nbytes for chunk in item)
 
         self.stream("thresholds", items, job, lambda nbytes: nbytes, total=total)
-        counters = {model: Counter(window) for model, window in windows.items()}
+        room = _COLLECTED * max(1, len(by_worker))
+        counters = {model: Counter(window, room) for model, window in windows.items()}
         for own in by_worker.values():
             for model, counter in own.items():
                 counters[model].join(counter)
