@@ -82,6 +82,13 @@ def is_finite(values: torch.Tensor) -> bool:
     return math.isfinite(float(values.sum())) or bool(values.isfinite().all())
 
 
+def dot(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The sum of the products of [n] and [n], in their dtype; on CUDA without the workspaces of cuBLAS, which count
+    towards the memory of every stream.
+    """
+    return float(torch.dot(a, b) if a.device.type == "cpu" else (a * b).sum())
+
+
 def first_nonfinite(values: torch.Tensor) -> tuple[int, str] | None:
     """The position of the first NaN or Inf in `values` [n], and which it is."""
     bad = (~values.isfinite()).nonzero()

@@ -19,7 +19,7 @@ from time import perf_counter
 
 import torch
 
-from lines_cli.arithmetic import task_vector
+from lines_cli.arithmetic import dot, task_vector
 from lines_cli.checkpoint.digest import altered
 from lines_cli.checkpoint.header import itemsize
 from lines_cli.checkpoint.positional import read_into
@@ -175,7 +175,7 @@ def _look(worker: Reader, chunk: Chunk[Span]) -> _Found:
     if any(left_out is not None for left_out in bad):
         in_any = torch.stack([left_out for left_out in bad if left_out is not None]).any(0)
         numel -= int(in_any.sum())
-        squares = tuple(_dot(update, update) for update in (model.masked_fill_(in_any, 0) for model in models))
+        squares = tuple(dot(update, update) for update in (model.masked_fill_(in_any, 0) for model in models))
     return _Found(chunk, holds, changes, _joint(models, numel, squares))
 
 
@@ -206,33 +206,29 @@ def _change(update: torch.Tensor, base: torch.Tensor) -> tuple[Change, torch.Ten
         numel -= int(left_out.sum())
         low, high = _extremes(update.masked_fill_(left_out, 0))
     unchanged = numel - int(torch.count_nonzero(update))
-    return Change(numel, _dot(update, update), _dot(base, base), unchanged, max(-low, high, 0.0)), left_out
+    return Change(numel, dot(update, update), dot(base, base), unchanged, max(-low, high, 0.0)), left_out
 
 
 def _joint(updates: list[torch.Tensor], numel: int, squares: tuple[float, ...]) -> Joint:
     """How several updates of [n] entries go together; `numel` of them count. The updates are overwritten."""
-    products = tuple(_dot(a, b) for a, b in combinations(updates, 2))
+    products = tuple(dot(a, b) for a, b in combinations(updates, 2))
     total = updates[0] + updates[1]
     for update in updates[2:]:
         total += update
-    sum_squares, sum_l1 = _dot(total, total), float(total.abs_().sum())
+    sum_squares, sum_l1 = dot(total, total), float(total.abs_().sum())
     signs = [update.sign_() for update in updates]
     most, least = signs[0].clone(), signs[0].clone()
     for sign in signs[1:]:
         torch.maximum(most, sign, out=most)
         torch.minimum(least, sign, out=least)
     apart = most.sub_(least)  # 2 where signs disagree, else 0 or 1
-    disagreeing = (_dot(apart, apart) - float(apart.sum())) / 2
-    agreement = [_dot(a, b) for a, b in combinations(signs, 2)]  # agreeing less opposed
+    disagreeing = (dot(apart, apart) - float(apart.sum())) / 2
+    agreement = [dot(a, b) for a, b in combinations(signs, 2)]  # agreeing less opposed
     for sign in signs:
         sign.abs_()
-    both = [_dot(a, b) for a, b in combinations(signs, 2)]  # agreeing and opposed
+    both = [dot(a, b) for a, b in combinations(signs, 2)]  # agreeing and opposed
     opposed = tuple(round((b - a) / 2) for a, b in zip(agreement, both, strict=True))
     return Joint(numel, squares, products, opposed, round(disagreeing), sum_squares, sum_l1)
-
-
-def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float(torch.dot(a, b))
 
 
 # --- duplicates ---

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lines_cli.arithmetic import TORCH_DTYPES, add_scaled, cast, is_finite, task_vector
+from lines_cli.arithmetic import TORCH_DTYPES, add_scaled, cast, dot, is_finite, task_vector
 from lines_cli.checkpoint.digest import BLOCK, FileRecord, GrowingDigest, RangeWriter
 from lines_cli.checkpoint.header import itemsize
 from lines_cli.checkpoint.writer import Staging, check_destination, is_one_file, naming
@@ -109,7 +109,7 @@ _BLOCKS_ON_CUDA = 8  # of a file that a worker makes in one go there, where chun
 class Span:
     """Part of an output file, from `start` up to `end`, and the chunks that make it, in order.
 
-    It is cut without regard to tensors: an entry that lies across a cut is made on both sides of it.
+    It is cut without regard to tensors, yet never within an entry: a file begins with the widest, at a multiple of 8.
     """
 
     file: int
@@ -129,17 +129,16 @@ def spans_of(plan: Plan, size: int) -> Iterator[Span]:
             width = itemsize(tensor.info.dtype)
             for piece in tensor.pieces:
                 at = tensor.info.offset + piece.start * width
+                assert at % width == 0, "an entry lies across a cut"
                 done = 0
                 while done < piece.numel:
-                    end = min(piece.numel, max(done, -(-(start + size - at) // width)))
+                    end = min(piece.numel, max(done, (start + size - at) // width))
                     if end > done:
                         chunks.append(Chunk(tensor, piece, done, end - done))
                     done = end
                     if at + end * width >= start + size:
                         yield Span(number, start, start + size, tuple(chunks))
                         start, chunks = start + size, []
-                        if at + end * width > start and end:
-                            done = end - 1
         if start < file.nbytes:
             yield Span(number, start, file.nbytes, tuple(chunks))
 
@@ -183,10 +182,8 @@ class _Write:
             raw, made = self._make(worker, chunk)
             if made is not None:
                 told.append(made)
-            info = chunk.tensor.info
-            at = info.offset + (chunk.piece.start + chunk.first) * itemsize(info.dtype)
             with naming(self.plan.output):
-                writer.write(raw[writer.at - at : span.end - at])
+                writer.write(raw)
         assert writer.at == span.end, "the chunks of a span do not fill it"
         with naming(self.plan.output):
             writer.close()
@@ -233,7 +230,7 @@ class _Write:
             base, vectors = worker.task_vectors(chunk)
             squares: tuple[float, ...] = ()
             if len(vectors) > 1:
-                squares = tuple(float(torch.dot(tau, tau)) for tau in vectors)
+                squares = tuple(dot(tau, tau) for tau in vectors)
             kept = worker.drop(chunk, vectors)
             return add_scaled(base, worker.merge(chunk, vectors), coefficient), squares, kept or ()
         maybe_base, weights = worker.inputs(chunk)

@@ -131,7 +131,8 @@ class Window:
         # none is looked at: to pick some out entry by entry takes ten times as long.
         width = size.numel() // _ROWS
         columns = size[: width * _ROWS].view(_ROWS, width)
-        middle, half = (high + low) / 2, (high - low) * 0.51
+        middle = _magnitude((self.high + self.low) // 2)  # a float32: a number between two would be rounded
+        half = max(high - middle, middle - low) * (1 + 1e-6)
         nearest = torch.sub(columns, middle, out=below[: width * _ROWS].view(_ROWS, width)).abs_().amin(0)
         near = columns.index_select(1, nearest.gt_(half).eq_(0).nonzero().flatten())  # or there is NaN in the column
         bits = torch.cat([near.flatten(), size[width * _ROWS :]]).view(torch.int32)
@@ -208,9 +209,10 @@ class Counter:
         """
         seen = self._collected + (int(self._bins.sum()) if self._bins is not None else 0)
         slack = _SLACK * math.sqrt(seen * share * (1 - share)) + 1
-        lowest, _ = self.ranked(min(seen, math.ceil(share * seen + slack)))
-        highest, _ = self.ranked(max(1, math.floor(share * seen - slack)))
-        return Window(lowest.low, highest.high)
+        first, last = math.floor(share * seen - slack), math.ceil(share * seen + slack)
+        low = self.ranked(last)[0].low if last <= seen else 0
+        high = self.ranked(first)[0].high if first >= 1 else _ALL_BITS
+        return Window(low, high)
 
     def _binned(self, bits: torch.Tensor) -> torch.Tensor:
         """[bins]: how many lie in each, these and those that were counted before."""

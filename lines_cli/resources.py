@@ -23,7 +23,7 @@ class Resources:
     Attributes:
         workers: threads; None is one per core, up to 4 (more only queue up at the disk), and 4 for each CUDA device.
         device: `auto`, `cpu`, `cuda`, `cuda:N`, or several as in `cuda:0,cuda:1`.
-        gpu_memory: most bytes on each CUDA device; None is a sixteenth of the device's, up to 2 GiB.
+        gpu_memory: most bytes on each CUDA device; None is an eighth of the device's, up to 2 GiB.
         chunk: most entries per step; None is what stays in a core's cache (`chunk_for`), or what suits the device.
     """
 
@@ -64,7 +64,7 @@ class Resources:
         if fits is None:
             chunk = self.chunk or max(BLOCK, _IN_CACHE // (models + 1) // BLOCK * BLOCK)
         else:
-            chunk = min(self.chunk or _ON_CUDA, fits)
+            chunk = min(self.chunk or _ON_CUDA, fits // BLOCK * BLOCK)
         return max(BLOCK, chunk // BLOCK * BLOCK) if whole_blocks else chunk
 
 

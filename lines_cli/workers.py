@@ -47,7 +47,8 @@ def choose_devices(name: str) -> tuple[torch.device, ...]:
         return (torch.device("cuda:0" if torch.cuda.is_available() else "cpu"),)
     if name == "cpu":
         return (torch.device("cpu"),)
-    there, devices = torch.cuda.device_count(), {torch.device(one).index or 0: None for one in name.split(",")}
+    there = torch.cuda.device_count()
+    devices = dict.fromkeys(int(one.partition(":")[2] or 0) for one in name.split(","))
     if max(devices) >= there:
         raise RecipeError(f"--device {name}: torch {torch.__version__} sees {there} CUDA devices here")
     return tuple(torch.device("cuda", index) for index in devices)
@@ -88,10 +89,11 @@ class Crew:
         if self.apart:
             most, entry = self._gpu_memory(), room.nbytes(slots=SLOTS)
             workers = -(-len(self.members) // len(self.devices))
-            fits = most // workers // entry
+            fits = (most // workers - _ROUNDED_UP) // entry
             if fits < BLOCK:
                 raise RecipeError(
-                    f"--gpu-memory {most:,}: {workers} workers on a device need {workers * BLOCK * entry:,} bytes",
+                    f"--gpu-memory {most:,}: {workers} workers on a device need "
+                    f"{workers * (BLOCK * entry + _ROUNDED_UP):,} bytes",
                     hint="Allow more, or run fewer --workers.",
                 )
         return self.resources.chunk_for(room.held - 1, fits=fits, whole_blocks=whole_blocks)
@@ -99,7 +101,7 @@ class Crew:
     def _gpu_memory(self) -> int:
         """Bytes that a run may take of each device."""
         total = min(_total_memory(device) for device in self.devices)
-        return min(total, self.resources.gpu_memory or min(total // 16, 2 * 2**30))
+        return min(total, self.resources.gpu_memory or min(total // 8, 2 * 2**30))
 
     @contextmanager
     def bounded(self) -> Iterator[None]:
@@ -116,6 +118,10 @@ class Crew:
         finally:
             for device in devices:
                 torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+_ROUNDED_UP = 40 * 2**20
+"""Bytes of a device that torch's allocator takes for each worker beyond what it is asked for: it rounds to 20 MiB."""
 
 
 def _total_memory(device: torch.device) -> int:
@@ -263,20 +269,31 @@ class Reader:
         if device.type == "cuda":
             torch.cuda.set_device(device)
             torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call] # this thread's
-        self._allocate()
+        self._raw: list[Buffer] = []
+        self._held: list[torch.Tensor] = []
+        self._out: list[Buffer] = []
+        if not self._allocate():
+            self.halve()
 
-    def _allocate(self) -> None:
+    @property
+    def out(self) -> Buffer:
+        """Where a chunk of the output is put."""
+        return self._out[0]
+
+    def _allocate(self) -> bool:
+        """Take the memory for the buffers, if the device has it."""
         room, device, chunk = self._room, self.device, self.chunk
         slots = SLOTS if apart(device) else 1
         try:
             self._raw = [Buffer(device, chunk * room.stored) for _ in range(slots)]
-            self.out = Buffer(device, chunk * room.written)
+            self._out = [Buffer(device, chunk * room.written)]
             self._held = [torch.empty(chunk * room.width, dtype=torch.uint8, device=device) for _ in range(room.held)]
         except torch.cuda.OutOfMemoryError:
-            raise
+            return False
         except RuntimeError as error:  # torch's way to say it of the host
             nbytes = chunk * room.nbytes(slots=slots)
             raise MemoryError(f"a worker's buffers are {nbytes:,} bytes") from error
+        return True
 
     def halve(self) -> None:
         """Go on with chunks of half the size, because the device is out of memory.
@@ -284,15 +301,15 @@ class Reader:
         Raises:
             MemoryError: they are as small as may be.
         """
-        self._raw, self._held, self.out = [], [], Buffer(self.device, 0)
         while True:
+            self._raw, self._held, self._out = [], [], []
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             if self.chunk < 2 * BLOCK:
                 raise MemoryError(f"{self.device} has no room for chunks of {self.chunk:,} entries")
             self.chunk = self.chunk // 2 // BLOCK * BLOCK
-            with suppress(torch.cuda.OutOfMemoryError):
-                return self._allocate()
+            if self._allocate():
+                return
 
     def cut(self, chunks: Iterable[Chunk[Tensor]]) -> Iterator[Chunk[Tensor]]:
         """The same entries, in steps that fit the buffers."""
@@ -511,7 +528,7 @@ class Buffer:
         self._host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=on_cuda)
         self._device = torch.empty(nbytes, dtype=torch.uint8, device=device) if apart(device) else self._host
         self._memory = memoryview((ctypes.c_char * nbytes).from_address(self._host.data_ptr())).cast("B")
-        self._moved = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]
+        self._moved = torch.cuda.Event(blocking=True) if on_cuda else None  # type: ignore[no-untyped-call]
 
     def to_fill(self, nbytes: int) -> memoryview:
         """The first bytes on the host, to read a file into."""

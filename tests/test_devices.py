@@ -71,7 +71,7 @@ def test_memory_of_its_own_changes_no_byte(
     """What goes through buffers of host and device, filled in turn, is what goes through one."""
     models(tmp_path)
     plain = merged(tmp_path, "plain", METHODS[method], Resources(device="cpu"))
-    own_memory(GB)
+    own_memory(8 * GB)
     assert merged(tmp_path, "apart", METHODS[method], Resources(device="cpu", workers=number, chunk=BLOCK)) == plain
 
 
@@ -86,14 +86,14 @@ def test_edits_and_inspection_with_memory_of_its_own(tmp_path: Path, own_memory:
         return (tmp_path / out / "model.safetensors").read_bytes(), replace(findings, seconds=0.0)
 
     plain = told("plain")
-    own_memory(GB)
+    own_memory(8 * GB)
     assert told("apart") == plain
 
 
 @pytest.mark.parametrize("chunk", [BLOCK, 5 * BLOCK])
 def test_buffers_take_what_was_accounted_for(chunk: int, tmp_path: Path, own_memory: Callable[[int], None]) -> None:
     """A worker's buffers on a device are those of `Room`, temporaries apart."""
-    own_memory(GB)
+    own_memory(8 * GB)
     models(tmp_path)
     recipe = lines.edit_recipe(str(tmp_path / "base"), str(tmp_path / "a"))
     plan = lines.make_plan(recipe, lines.open_inputs(recipe), tmp_path / "out")
@@ -102,23 +102,23 @@ def test_buffers_take_what_was_accounted_for(chunk: int, tmp_path: Path, own_mem
     assert sum(tensor.nbytes for tensor in taken) == chunk * plan.room.nbytes(slots=workers.SLOTS)
 
 
-@pytest.mark.parametrize("gpu_memory", [None, 100_000_000, 3_000_000_000])
+@pytest.mark.parametrize("gpu_memory", [None, 500_000_000, 3_000_000_000])
 @pytest.mark.parametrize("number", [None, 1, 7])
 def test_all_workers_together_stay_within_the_gpu_memory(
     gpu_memory: int | None, number: int | None, own_memory: Callable[[int], None]
 ) -> None:
-    """A sixteenth of the device unless said, never more than 2 GiB; temporaries of the methods included."""
+    """An eighth of the device unless said, never more than 2 GiB; temporaries of the methods included."""
     own_memory(8 * GB)
     room = Room(stored=2, written=2, width=4, held=4, temporaries=9)
     crew = Crew(Resources(device="cpu", gpu_memory=gpu_memory, workers=number))
     taken = len(crew.members) * crew.chunk(room, whole_blocks=True) * room.nbytes(slots=workers.SLOTS)
     assert len(crew.members) == (number or 4)
-    assert taken <= (gpu_memory or 8 * GB // 16)
+    assert taken <= (gpu_memory or 8 * GB // 8)
 
 
 def test_too_little_gpu_memory_is_refused(own_memory: Callable[[int], None], tmp_path: Path) -> None:
     """With what is needed, and what to do; nothing is written."""
-    own_memory(GB)
+    own_memory(8 * GB)
     models(tmp_path)
     before = snapshot(tmp_path)
     ran = run_lines("edit", tmp_path / "base", tmp_path / "a", "-o", tmp_path / "out", "--gpu-memory", "1MB")
@@ -165,6 +165,25 @@ def test_out_of_memory_halves_the_chunk(method: str, tmp_path: Path, monkeypatch
     assert max(full.sizes) == BLOCK
 
 
+def test_a_device_that_is_full_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers that do not fit are halved, too, before anything is done; what they held is given back first."""
+    models(tmp_path)
+    plain = merged(tmp_path, "plain", METHODS["average"], Resources(device="cpu"))
+    real, asked = torch.empty, list[int]()
+
+    def empty(*size: Any, **kw: Any) -> torch.Tensor:
+        if kw.get("dtype") == torch.uint8:
+            asked.append(size[0])
+            if size[0] > 16 * BLOCK:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return real(*size, **kw)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    resources = Resources(device="cpu", workers=2, chunk=8 * BLOCK)
+    assert merged(tmp_path, "halved", METHODS["average"], resources) == plain
+    assert max(asked) > 16 * BLOCK
+
+
 def test_too_little_memory_for_the_smallest_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It ends with the device's own words, and leaves nothing."""
     models(tmp_path)
@@ -182,7 +201,7 @@ def test_too_little_memory_for_the_smallest_chunk(tmp_path: Path, monkeypatch: p
 
 def test_devices_share_the_work(monkeypatch: pytest.MonkeyPatch, own_memory: Callable[[int], None]) -> None:
     """Several workers on each, in turn; one named twice counts once."""
-    own_memory(GB)
+    own_memory(8 * GB)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert [str(device) for device in choose_devices("cuda:2,cuda:0,cuda:2")] == ["cuda:2", "cuda:0"]
     assert [str(device) for device in choose_devices("cuda")] == ["cuda:0"]
@@ -191,7 +210,9 @@ def test_devices_share_the_work(monkeypatch: pytest.MonkeyPatch, own_memory: Cal
     assert len(Crew(Resources(device="cuda:0,cuda:2", workers=1)).members) == 2
 
 
-@pytest.mark.parametrize("device", ["cuda:7", "cuda:0,cuda:9", "gpu", "cuda:0,cpu", "cuda,", "cpu:0", ""])
+@pytest.mark.parametrize(
+    "device", ["cuda:7", "cuda:0,cuda:9", "cuda:128", "cuda:01", "gpu", "cuda:0,cpu", "cuda,", "cpu:0", ""]
+)
 def test_a_device_that_is_not_there(device: str, tmp_path: Path) -> None:
     """The word is named, and nothing is written."""
     models(tmp_path)
@@ -209,7 +230,7 @@ CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA de
 
 @CUDA
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("gpu_memory", [None, 60_000_000])
+@pytest.mark.parametrize("gpu_memory", [None, 400_000_000])
 def test_cuda_gives_the_bytes_of_the_cpu(method: str, gpu_memory: int | None, tmp_path: Path) -> None:
     """Every method, with much memory or little."""
     models(tmp_path)
@@ -223,5 +244,5 @@ def test_cuda_takes_no_more_than_it_may(tmp_path: Path) -> None:
     models(tmp_path)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_reserved()
-    merged(tmp_path, "cuda", METHODS["ties"], Resources(device="cuda", gpu_memory=60_000_000))
-    assert torch.cuda.max_memory_reserved() - before <= 60_000_000
+    merged(tmp_path, "cuda", METHODS["ties"], Resources(device="cuda", gpu_memory=400_000_000))
+    assert torch.cuda.max_memory_reserved() - before <= 400_000_000

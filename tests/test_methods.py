@@ -659,6 +659,15 @@ def test_draws_differ_by_model_tensor_block_and_seed(tmp_path: Path) -> None:
     assert float(together.abs().max()) < 6 / whole_model.BLOCK**0.5
 
 
+@pytest.mark.parametrize("density", [1e-7, 1e-5, 0.5 + 2**-17, 1 - 2**-17, 0.99999, 1 - 1e-7])
+def test_a_density_between_two_steps(density: float, tmp_path: Path) -> None:
+    """Densities that 16 bits cannot say, to the last below 1, are kept on average."""
+    size = 64 * whole_model.BLOCK
+    (mask,) = (model["a"].double() for model in draws(tmp_path, ["a"], size, 1, density=density))
+    spread = (density * (1 - density) / size) ** 0.5 + 2**-17 / 64**0.5  # of entries, and of blocks' steps
+    assert abs(float(mask.mean()) - density) < 5 * spread
+
+
 def test_draws_do_not_depend_on_the_other_models(tmp_path: Path) -> None:
     """A model's draws stay as they are when another one follows it, and when the base is listed among the models."""
     one = draws(tmp_path, ["a"], 1000, 1, density=0.4)

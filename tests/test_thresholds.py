@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from conftest import write_checkpoint
+from safetensors.torch import load_file
 
 import lines_cli as lines
 from lines_cli import measure
@@ -57,7 +58,11 @@ KINDS: dict[str, Callable[[], torch.Tensor]] = {
     "of bfloat16": lambda: normal().bfloat16().float(),
     "zeros": lambda: torch.zeros(NUMEL),
     "one number": lambda: torch.full((NUMEL,), -0.3),
+    "one number of odd bits": lambda: torch.full((NUMEL,), 0.1),
     "two numbers": lambda: normal().sign(),
+    "three neighbours": lambda: (
+        (torch.tensor(0.1).view(torch.int32) + torch.arange(NUMEL) % 3).int().view(torch.float32)
+    ),
     "mostly zeros": lambda: normal() * (normal(1) > 2),
     "heavy tails": lambda: normal().pow(9),
     "sorted": lambda: normal().sort().values,
@@ -138,6 +143,17 @@ def test_what_is_not_finite_is_largest(value: float, density: float, trim: str, 
     assert outcome.plan.statistics.kept == ((number, NUMEL),)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_where_the_threshold_is_nan_that_alone_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Inf is smaller; what is dropped is 0."""
+    values = with_some(math.nan).to(dtype)
+    values[1] = math.inf
+    thresholds(tmp_path, [{"a": values}], parameters={"density": 0.01}, allow_nonfinite=True)
+    got = load_file(tmp_path / "out.safetensors")["a"]
+    assert torch.equal(got.isnan(), values.isnan())
+    assert not got.nan_to_num().any()
+
+
 def test_float64_is_ordered_as_float32(tmp_path: Path) -> None:
     """Magnitudes are rounded before they are compared."""
     values = normal().double() * (1 + 1e-9)
@@ -148,10 +164,14 @@ def test_float64_is_ordered_as_float32(tmp_path: Path) -> None:
 
 
 def test_one_pass_as_a_rule(tmp_path: Path) -> None:
-    """Two fine-tunes of one kind or another: their thresholds are known after everything was read once, and a sample
+    """Fine-tunes of one kind or another: their thresholds are known after everything was read once, and a sample
     that says where to look.
     """
-    models = [{"a": normal(), "b": normal(1) * 3}, {"a": normal(2).bfloat16().float(), "b": normal(3).pow(3)}]
+    models = [
+        {"a": normal(), "b": normal(1) * 3},
+        {"a": normal(2).bfloat16().float(), "b": normal(3).pow(3)},
+        {"a": KINDS["one number of odd bits"](), "b": KINDS["three neighbours"]()},
+    ]
     outcome = thresholds(tmp_path, models, parameters={"density": 0.2})
     assert outcome.passes == 2
     assert outcome.bytes_read < 2.2 * outcome.plan.bytes_read

@@ -266,7 +266,7 @@ GpuMemory = Annotated[
     typer.Option(
         "--gpu-memory",
         metavar="SIZE",
-        show_default="a sixteenth of it, up to 2GiB",
+        show_default="an eighth of it, up to 2GiB",
         help="Most memory to take of each GPU.",
     ),
 ]

@@ -53,16 +53,20 @@ def _mask(like: Tensor, density: float, seed: int, model: int, where: Where) -> 
     done = 0
     while done < len(like):
         block, skip = divmod(where.first + done, BLOCK)
-        drawn, below = _draw(density, seed, model, where.tensor, block)
+        drawn, steps = _draw(density, seed, model, where.tensor, block)
         drawn = drawn[skip : skip + len(like) - done]
-        torch.lt(drawn, below, out=mask[done : done + len(drawn)])
+        part = mask[done : done + len(drawn)]
+        if steps < 2**16:
+            torch.lt(drawn, steps - 2**15, out=part)
+        else:  # the number after the last has no 16 bits
+            part.fill_(1)
         done += len(drawn)
     return mask.to(like.device)
 
 
 def _draw(density: float, seed: int, model: int, tensor: str, block: int) -> tuple[Tensor, int]:
-    """For each entry of a block one of 2**16 numbers, from -2**15 on, that are equally likely; and below which of them
-    it is kept. Always from the CPU's generator: CUDA's gives others.
+    """For each entry of a block one of 2**16 numbers, from -2**15 on, that are equally likely; and the first how many
+    of them keep it. Always from the CPU's generator: CUDA's gives others.
 
     A density lies between two of the 2**16 steps as a rule: some blocks take the one, the others the next, so that an
     entry is kept with the very probability that was asked for (within 2**-48).
@@ -74,7 +78,7 @@ def _draw(density: float, seed: int, model: int, tensor: str, block: int) -> tup
     # 64 random bits at a time, for four entries
     drawn = torch.empty(BLOCK // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
     steps = int(density * 2**16 + int.from_bytes(key[8:], "little") / 2**32)
-    return drawn.view(torch.int16), steps - 2**15
+    return drawn.view(torch.int16), steps
 
 
 def dare_linear(

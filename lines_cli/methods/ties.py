@@ -4,6 +4,7 @@ disagree.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
@@ -18,7 +19,7 @@ Agreement = Literal["mean", "sum", "max"]
 
 def trim(task_vectors: Sequence[Tensor], *, threshold: Sequence[float | None]) -> Sequence[Tensor]:
     """Set to 0 what is smaller in magnitude than the threshold of its model: the trim of TIES (section 4.2, step 1).
-    Every entry that lies exactly on the threshold is kept. NaN and Inf stay.
+    Every entry that lies exactly on the threshold is kept. NaN is larger than all else.
 
     Args:
         task_vectors: N of [n]; overwritten.
@@ -29,10 +30,12 @@ def trim(task_vectors: Sequence[Tensor], *, threshold: Sequence[float | None]) -
     for tau, least in zip(task_vectors, threshold, strict=bool(threshold)):
         if not least:
             continue
-        if tau.dtype == torch.float32:
+        if math.isnan(least):  # which is the largest
+            tau.masked_fill_(~tau.isnan(), 0)
+        elif tau.dtype == torch.float32:
             torch.hardshrink(tau, _before(least), out=tau)  # keeps what is larger than the number before
-        else:  # adding 0 takes the sign off zeros
-            tau.mul_(tau.abs().to(torch.float32).ge_(least)).add_(0.0)
+        else:
+            tau.masked_fill_(tau.abs().to(torch.float32) < least, 0)
     return task_vectors
 
 
