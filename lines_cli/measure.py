@@ -7,6 +7,7 @@ depends on chunks, workers, or the way inputs and output are sharded.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -57,8 +58,10 @@ def measure(plan: Plan, sources: list[int], crew: Crew, track: Track) -> Measure
         DataError: NaN or Inf in an input.
         CheckpointError: an input ends early or cannot be read.
     """
-    measuring = _Measuring(plan, sources, crew, track)
     needs = plan.needs
+    if not needs:
+        return Measurement(plan.statistics, 0, 0)
+    measuring = _Measuring(plan, sources, crew, track)
     if needs.thresholds and plan.trims_globally:
         measuring.global_thresholds()
     elif needs.thresholds:
@@ -140,7 +143,7 @@ class Window:
 
 
 def _magnitude(bits: int) -> float:
-    return float(torch.tensor([bits], dtype=torch.int32).view(torch.float32))
+    return float(struct.unpack("<f", struct.pack("<I", bits))[0])
 
 
 class Counter:

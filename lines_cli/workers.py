@@ -212,8 +212,8 @@ class Chunk(Generic[Tensor]):
         return self.numel * sum(itemsize(source.dtype) for source in self.piece.sources)
 
     def cut(self, size: int) -> Iterator[Chunk[Tensor]]:
-        """The same entries in steps of at most `size`, which end at multiples of it: so no random draw is made twice,
-        and no block is summed in parts.
+        """The same entries in steps of at most `size`, which end at multiples of it: so no block is summed in parts,
+        and few random draws are made twice.
         """
         first, end = self.first, self.first + self.numel
         if first // size == (end - 1) // size:

@@ -146,9 +146,9 @@ class Staging:
         return self
 
     def create(self, name: str, nbytes: int) -> int:
-        """Create a file of `nbytes` and return its descriptor, open for reading and writing until `publish`."""
+        """Create a file of `nbytes` and return its descriptor, open for writing until `publish`."""
         with naming(self.output):
-            fd = os.open(self._folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
+            fd = os.open(self._folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
             self._open[name] = fd
             os.ftruncate(fd, nbytes)
         return fd
