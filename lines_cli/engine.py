@@ -20,6 +20,7 @@ import torch
 from lines_cli.arithmetic import TORCH_DTYPES, add_scaled, cast, dot, is_finite, task_vector
 from lines_cli.checkpoint.digest import BLOCK, FileRecord, GrowingDigest, RangeWriter
 from lines_cli.checkpoint.header import itemsize
+from lines_cli.checkpoint.positional import NewFile
 from lines_cli.checkpoint.writer import Staging, check_destination, is_one_file, naming
 from lines_cli.errors import DataError, printable
 from lines_cli.measure import Measurement, Track, measure, untracked
@@ -83,9 +84,9 @@ def run(plan: Plan, resources: Resources | None = None, *, force: bool = False, 
             plan = resolve(plan, measurement.statistics)
         targets = []
         for file in plan.outputs:
-            fd = staging.create(file.name, file.nbytes)
+            new = staging.create(file.name, file.nbytes)
             # A lone file has no recipe beside it that could record its digest.
-            targets.append(_Target(fd, None if is_one_file(plan.output) else GrowingDigest(file.nbytes)))
+            targets.append(_Target(new, None if is_one_file(plan.output) else GrowingDigest(file.nbytes)))
         job = _Write(plan, targets)
         size = crew.chunk(plan.room)
         span = BLOCK * (_BLOCKS_ON_CUDA if crew.apart else 1)
@@ -147,7 +148,7 @@ def spans_of(plan: Plan, size: int) -> Iterator[Span]:
 class _Target:
     """A weight file in the making, and its digest where one is taken."""
 
-    fd: int
+    file: NewFile
     digest: GrowingDigest | None
 
 
@@ -175,7 +176,7 @@ class _Write:
     def __call__(self, worker: Worker, span: Span) -> tuple[int, list[_Made]]:
         """Make one span: its bytes, and what is to be told of its chunks."""
         target, told = self.targets[span.file], []
-        writer = RangeWriter(target.fd, span.start, target.digest)
+        writer = RangeWriter(target.file, span.start, target.digest, worker.piece)
         with naming(self.plan.output):
             writer.write(self.plan.outputs[span.file].head[span.start : span.end])
         for chunk in worker.cut(span.chunks):

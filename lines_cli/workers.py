@@ -22,8 +22,9 @@ from typing import Generic, Protocol, TypeVar
 import torch
 
 from lines_cli.arithmetic import FLOAT8, TORCH_DTYPES, first_nonfinite, task_vector
+from lines_cli.checkpoint.digest import PIECE
 from lines_cli.checkpoint.header import itemsize
-from lines_cli.checkpoint.positional import read_into
+from lines_cli.checkpoint.positional import in_whole_pages, open_to_stream, read_into
 from lines_cli.draft import Piece, Slice
 from lines_cli.errors import CheckpointError, DataError, RecipeError, printable
 from lines_cli.methods import Values
@@ -137,7 +138,7 @@ def opened(paths: Iterable[Path]) -> Iterator[list[int]]:
     try:
         for path in paths:
             try:
-                fds.append(os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)))
+                fds.append(open_to_stream(path))
             except OSError as error:
                 hint = None
                 if error.errno in (errno.EMFILE, errno.ENFILE):
@@ -356,6 +357,7 @@ class Worker(Reader):
     def __init__(self, plan: Plan, sources: list[int], device: torch.device, chunk: int) -> None:
         super().__init__(plan.inputs, sources, device, chunk=chunk, room=plan.room)
         self.plan = plan
+        self.piece = in_whole_pages(PIECE)  # of the output, on its way to the disk
         self._told: tuple[TensorPlan, Values] | None = None  # of the last tensor
 
     def inputs(self, chunk: PlanChunk) -> tuple[torch.Tensor | None, list[torch.Tensor]]:

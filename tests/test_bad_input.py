@@ -23,8 +23,9 @@ import torch
 from conftest import run_lines, snapshot, write_checkpoint, write_raw
 from safetensors.torch import load_file
 
-from lines_cli import engine
-from lines_cli.checkpoint import digest, writer
+from lines_cli import engine, workers
+from lines_cli.checkpoint import writer
+from lines_cli.checkpoint.positional import NewFile
 from lines_cli.checkpoint.reader import open_checkpoint
 from lines_cli.errors import CheckpointError
 from lines_cli.planning import make_plan, sides_of
@@ -490,15 +491,15 @@ def failing(real: Callable[..., Any], number: int, error: BaseException) -> Call
 FULL = OSError(errno.ENOSPC, "No space left on device")
 FAULTS = {
     "creating a file": (os, "ftruncate", 1, FULL),
-    "the header": (digest, "write_from", 1, FULL),
-    "the third chunk": (digest, "write_from", 4, FULL),
-    "a quota": (digest, "write_from", 4, OSError(errno.EDQUOT, "Disk quota exceeded")),
-    "a broken disk": (digest, "write_from", 4, OSError(errno.EIO, "Input/output error")),
+    "the header": (NewFile, "write", 1, FULL),
+    "the third chunk": (NewFile, "write", 4, FULL),
+    "a quota": (NewFile, "write", 4, OSError(errno.EDQUOT, "Disk quota exceeded")),
+    "a broken disk": (NewFile, "write", 4, OSError(errno.EIO, "Input/output error")),
     "writing a sidecar": (os, "fsync", 1, FULL),
     "flushing": (os, "fsync", 4, OSError(errno.EIO, "Input/output error")),
     "setting the old aside": (os, "rename", 1, OSError(errno.EBUSY, "Device or resource busy")),
     "putting the new in place": (os, "rename", 2, OSError(errno.EIO, "Input/output error")),
-    "Ctrl-C in a chunk": (digest, "write_from", 3, KeyboardInterrupt()),
+    "Ctrl-C in a chunk": (NewFile, "write", 3, KeyboardInterrupt()),
     "Ctrl-C at a sidecar": (os, "fsync", 1, KeyboardInterrupt()),
     "Ctrl-C while flushing": (os, "fsync", 4, KeyboardInterrupt()),
     "Ctrl-C before the old is aside": (os, "rename", 1, KeyboardInterrupt()),
@@ -514,7 +515,7 @@ def test_a_failure_at_any_point_keeps_the_old(
     write_checkpoint(tmp_path / "out", tensors(2), config={"old": True})
     arguments = list(pair("--force", config={"model_type": "tiny"})(tmp_path))
     before = snapshot(tmp_path)
-    monkeypatch.setattr(digest, "_PIECE", 1)  # so that small tensors are not written together
+    monkeypatch.setattr(workers, "PIECE", 16)  # so that small tensors are not written together
     monkeypatch.setattr(module, name, failing(getattr(module, name), number, error))
     ran = run_lines("edit", *arguments)
     monkeypatch.undo()
@@ -656,7 +657,7 @@ def test_an_interrupt_stops_the_workers_first(tmp_path: Path, monkeypatch: pytes
     base, ft, _, output = pair()(tmp_path)
     asked = make_recipe({"base_model": str(base), "models": [{"model": str(ft)}]}, where="test")
     plan = make_plan(asked, sides_of(asked, open_checkpoint(Path(base)), open_checkpoint(Path(ft))), Path(output))
-    write = digest.write_from
+    write = NewFile.write
     alive: list[list[str]] = []
 
     def slow(*args: Any) -> None:
@@ -674,7 +675,7 @@ def test_an_interrupt_stops_the_workers_first(tmp_path: Path, monkeypatch: pytes
         alive.append([thread.name for thread in threading.enumerate() if thread.name.startswith("lines-worker")])
         close(staging)
 
-    monkeypatch.setattr(digest, "write_from", slow)
+    monkeypatch.setattr(NewFile, "write", slow)
     monkeypatch.setattr(engine.Staging, "_close", closing)
     with pytest.raises(KeyboardInterrupt):
         engine.run(plan, Resources(workers=2, chunk=4), track=interrupted)

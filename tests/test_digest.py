@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import itertools
+import mmap
 import os
 import random
+import time
 import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +23,7 @@ from conftest import run_lines, snapshot, write_checkpoint
 
 import lines_cli as lines
 from lines_cli.checkpoint.digest import FileRecord, GrowingDigest, RangeWriter, altered, file_digest, record_of
+from lines_cli.checkpoint.positional import NewFile, in_whole_pages
 from lines_cli.errors import CheckpointError, RecipeError
 
 MIB = 2**20
@@ -77,13 +83,12 @@ def test_the_order_of_writing_makes_no_difference(size: int, blocks: int, tmp_pa
     step = blocks * 4 * MIB
     starts = list(range(0, size, step))
     chance.shuffle(starts)
-    fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
-    os.ftruncate(fd, size)
+    file = NewFile(tmp_path / "file", size)
     digest = GrowingDigest(size)
 
     def write(start: int) -> None:
         end, at = min(size, start + step), start
-        writer = RangeWriter(fd, start, digest)
+        writer = RangeWriter(file, start, digest, in_whole_pages(MIB))
         while at < end:
             until = min(end, at + random.Random(at).choice([1, 7, 5000, MIB // 4 - 1, MIB // 4, MIB, 9 * MIB]))
             writer.write(memoryview(content)[at:until])
@@ -93,19 +98,52 @@ def test_the_order_of_writing_makes_no_difference(size: int, blocks: int, tmp_pa
 
     with ThreadPoolExecutor(5) as pool:
         list(pool.map(write, starts))
-    os.close(fd)
+    file.close()
     assert (tmp_path / "file").read_bytes() == content
     assert digest.record() == FileRecord(size, tree_digest(content))
 
 
+@pytest.mark.parametrize("behaviour", ["refuses", "takes a page at a time", "takes odd numbers", "is slow"])
+def test_a_system_that_does_not_write_past_the_page_cache(
+    behaviour: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where writes past the page cache are refused, cut short or slow, the rest goes through it: the same bytes."""
+    content = random.Random(0).randbytes(9 * MIB + 5000)
+    file, calls = NewFile(tmp_path / "file", len(content)), []
+    write, slow = os.pwrite, behaviour == "is slow"
+
+    def pwrite(fd: int, view: memoryview, offset: int) -> int:
+        straight = bool(fcntl.fcntl(fd, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0))
+        calls.append(straight)
+        if straight and behaviour == "refuses":
+            raise OSError(errno.EINVAL, "Invalid argument")
+        if straight and not slow:
+            view = view[: {"takes a page at a time": mmap.PAGESIZE, "takes odd numbers": 1000}[behaviour]]
+            # only whole pages may really be written that way
+            return write(fd if len(view) % mmap.PAGESIZE == 0 else file._fds[0], view, offset)
+        return write(fd, view, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    monkeypatch.setattr(time, "perf_counter", itertools.count(step=1 if slow else 0).__next__)
+    writer = RangeWriter(file, 0, digest := GrowingDigest(len(content)), in_whole_pages(MIB))
+    writer.write(content)
+    writer.close()
+    file.sync()
+    file.close()
+    assert (tmp_path / "file").read_bytes() == content
+    assert digest.record().digest == tree_digest(content)
+    if any(calls) and behaviour in ("refuses", "is slow"):
+        assert sum(calls) == 1, "it is tried once, and then given up"
+
+
 def test_a_block_that_was_not_written_has_no_digest(tmp_path: Path) -> None:
     """A file of which a part is missing has no digest."""
-    fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    file = NewFile(tmp_path / "file", 5 * MIB)
     digest = GrowingDigest(5 * MIB)
-    writer = RangeWriter(fd, 0, digest)
+    writer = RangeWriter(file, 0, digest, in_whole_pages(MIB))
     writer.write(bytes(4 * MIB))
     writer.close()
-    os.close(fd)
+    file.close()
     with pytest.raises(AssertionError):
         digest.record()
 

@@ -15,15 +15,18 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from lines_cli.checkpoint.positional import read_into, start_writeback, write_from
+from lines_cli.checkpoint.positional import NewFile, read_into
 from lines_cli.checkpoint.reader import leads_out
 from lines_cli.errors import CheckpointError
 
 BLOCK = 4 * 2**20
 """Bytes of a block."""
 
+PIECE = 2**20
+"""Bytes that are written at a time: enough for a disk, and still in the core's cache when they are hashed."""
+
 _KIND = "sha256-tree-4MiB:"  # names the algorithm and the block: another of either is another kind
-_PIECE = 2**18  # bytes at a time, so that they are in the core's cache when they are hashed
+_READ = 2**18  # bytes that are read back at a time
 _THREADS = 4
 
 
@@ -80,64 +83,57 @@ class GrowingDigest:
 
 
 class RangeWriter:
-    """Writes part of a file, from the start of a block on, front to back, and hashes it on its way, while it is in the
-    core's cache.
+    """Writes part of a file, from the start of a block on, front to back, in pieces that are hashed while they are in
+    the core's cache.
 
     Args:
-        fd: the file.
+        file: the file.
         start: where to begin, a multiple of BLOCK.
         digest: of the whole file; None where none is taken.
+        piece: room for a piece, from `in_whole_pages`; BLOCK is a multiple of its size.
     """
 
-    def __init__(self, fd: int, start: int, digest: GrowingDigest | None) -> None:
-        self._fd, self._start, self._digest = fd, start, digest
-        self._at = start
-        self._waiting = bytearray()  # small tensors, to be written together
+    def __init__(self, file: NewFile, start: int, digest: GrowingDigest | None, piece: memoryview) -> None:
+        self._file, self._digest, self._piece = file, digest, piece
+        self._written, self._waiting = start, 0
         self._hash = sha256()
 
     @property
     def at(self) -> int:
         """Where in the file the next byte goes."""
-        return self._at + len(self._waiting)
+        return self._written + self._waiting
 
     def write(self, view: memoryview | bytes) -> None:
         """Put these bytes next."""
-        if len(view) < _PIECE:
-            self._waiting += view
-            if len(self._waiting) >= _PIECE:
+        view = memoryview(view)
+        while view:
+            taken = min(len(view), len(self._piece) - self._waiting)
+            self._piece[self._waiting : self._waiting + taken] = view[:taken]
+            self._waiting += taken
+            view = view[taken:]
+            if self._waiting == len(self._piece):
                 self._flush()
-        else:
-            self._flush()
-            self._put(memoryview(view))
 
     def close(self) -> None:
-        """Write what is left, and have the system begin to move all of it to the disk."""
-        self._flush()
-        if self._at % BLOCK:
+        """Write what is left."""
+        if self._waiting:
+            self._flush()
+        if self._written % BLOCK:
             self._end_block()
-        start_writeback(self._fd, self._start, self._at - self._start)
 
     def _flush(self) -> None:
-        if self._waiting:
-            self._put(memoryview(self._waiting))
-            self._waiting = bytearray()
-
-    def _put(self, view: memoryview) -> None:
-        write_from(self._fd, view, self._at)
-        if self._digest is None:
-            self._at += len(view)
-            return
-        while view:
-            part = view[: BLOCK - self._at % BLOCK]
-            self._hash.update(part)
-            self._at += len(part)
-            view = view[len(part) :]
-            if self._at % BLOCK == 0:
-                self._end_block()
+        piece = self._piece[: self._waiting]
+        if self._digest is not None:
+            self._hash.update(piece)
+        self._file.write(piece, self._written)
+        self._written += self._waiting
+        self._waiting = 0
+        if self._written % BLOCK == 0:
+            self._end_block()
 
     def _end_block(self) -> None:
         if self._digest is not None:
-            self._digest.wrote((self._at - 1) // BLOCK * BLOCK, self._hash.digest())
+            self._digest.wrote((self._written - 1) // BLOCK * BLOCK, self._hash.digest())
             self._hash = sha256()
 
 
@@ -181,8 +177,8 @@ def _difference(path: Path, written: FileRecord) -> str | None:
 def _of_block(fd: int, start: int, nbytes: int) -> bytes:
     """The digest of the block that begins at `start` in a file of `nbytes`."""
     digest, end = sha256(), min(start + BLOCK, nbytes)
-    buffer = memoryview(bytearray(min(_PIECE, end - start)))
-    for offset in range(start, end, _PIECE):
+    buffer = memoryview(bytearray(min(_READ, end - start)))
+    for offset in range(start, end, _READ):
         piece = buffer[: end - offset]
         digest.update(piece[: read_into(fd, piece, offset)])
     return digest.digest()

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
+from lines_cli.checkpoint.positional import NewFile
 from lines_cli.checkpoint.sidecars import MODEL_CARD, RECIPE, is_carried, never_carried
 from lines_cli.errors import OutputError, some
 
@@ -130,7 +131,7 @@ class Staging:
         self._target = output.resolve()
         own_name = os.fsencode(self._target.name)[:200].decode(errors="ignore")  # the whole must fit in a file name
         self._folder = self._target.parent / f".{own_name}.lines-{secrets.token_hex(4)}"
-        self._open: dict[str, int] = {}
+        self._open: list[NewFile] = []
         self._made: list[Path] = []
         self._published = False
 
@@ -145,13 +146,11 @@ class Staging:
                 raise
         return self
 
-    def create(self, name: str, nbytes: int) -> int:
-        """Create a file of `nbytes` and return its descriptor, open for writing until `publish`."""
+    def create(self, name: str, nbytes: int) -> NewFile:
+        """Create a file of `nbytes`, open for writing until `publish`."""
         with naming(self.output):
-            fd = os.open(self._folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
-            self._open[name] = fd
-            os.ftruncate(fd, nbytes)
-        return fd
+            self._open.append(NewFile(self._folder / name, nbytes))
+        return self._open[-1]
 
     def add(self, name: str, content: bytes) -> None:
         """Write one of the files beside the weights."""
@@ -166,8 +165,8 @@ class Staging:
     def publish(self, *, force: bool) -> None:
         """Flush everything and rename it into place."""
         with naming(self.output):
-            for fd in self._open.values():
-                os.fsync(fd)
+            for file in self._open:
+                file.sync()
             self._close()
             _sync_folder(self._folder)
             if _is_taken(self.output) and not force:
@@ -198,8 +197,7 @@ class Staging:
 
     def _close(self) -> None:
         while self._open:
-            _, fd = self._open.popitem()
-            os.close(fd)
+            self._open.pop().close()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
