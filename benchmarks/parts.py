@@ -22,7 +22,7 @@ import torch
 
 from lines_cli.arithmetic import add_scaled, is_finite, task_vector
 from lines_cli.checkpoint.positional import start_writeback
-from lines_cli.measure import Window
+from lines_cli.measure import Window, look
 from lines_cli.methods.dare import Where, random_masks
 from lines_cli.methods.ties import consensus, signs, ties, trim
 from lines_cli.workers import keep_freed_memory
@@ -108,7 +108,7 @@ def parts(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
         return random_masks(taus[:1], density=[0.2], seed=0, where=Where("t", 0))
 
     yield "copy three task vectors (to be taken off below)", repeated(fresh)
-    yield "threshold: look for one through a narrow window", repeated(lambda: window.look(taus[0]))
+    yield "threshold: look for three through narrow windows", repeated(lambda: look(taus, [window] * 3))
     yield "threshold: trim three", repeated(lambda: trim(fresh(), threshold=[threshold] * 3))
     yield "TIES: signs of three", repeated(lambda: signs(taus, weight=ones))
     yield "TIES: merge three", repeated(lambda: ties(fresh(), weight=ones, factor=ones))

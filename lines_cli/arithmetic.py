@@ -35,7 +35,9 @@ FLOAT8 = {
 
 
 def task_vector(fine_tuned: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-    """`fine_tuned - base` (Ilharco 2023, arXiv 2212.04089): [n] each, in the compute dtype; overwrites the first."""
+    """`fine_tuned - base` (Ilharco 2023, arXiv 2212.04089): [n], or [N, n] and [n], in the compute dtype; overwrites
+    the first.
+    """
     return fine_tuned.sub_(base)
 
 

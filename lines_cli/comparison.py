@@ -161,7 +161,7 @@ _TEMPORARIES = 4  # chunks that are made beside what is held
 def _look(worker: Reader, chunk: Chunk[Span]) -> _Found:
     holds: list[Seen] = []
     values: list[torch.Tensor] = []
-    for source, into in zip(chunk.piece.sources, worker.held(chunk), strict=False):
+    for source, into in zip(chunk.piece.sources, worker.held(chunk)[1], strict=False):
         loaded = worker.read(chunk, source)
         values.append(into.copy_(loaded.values()))
         holds.append(_seen(values[-1], loaded.bits()))

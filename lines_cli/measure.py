@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import cycle
 from typing import Any, TypeVar
 
 import torch
@@ -92,6 +93,10 @@ _SLACK = 16.0  # standard deviations of a sample of independent entries; those o
 _ROWS = 8
 
 
+Seen = tuple[torch.Tensor, int]
+"""The entries that lie in a window, as numbers of bits from its low end on; and how many lie above it, as NaN does."""
+
+
 @dataclass(frozen=True, slots=True)
 class Window:
     """Where a threshold is looked for: the float32 magnitudes whose bits, as a whole number, lie from `low` on and
@@ -117,29 +122,58 @@ class Window:
         """The least magnitude in it."""
         return _magnitude(self.low)
 
-    def look(self, task_vector: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """The entries of [n] that lie in the window, as numbers of bits from its low end on, and how many lie above it;
-        NaN lies above all else.
-        """
-        size = task_vector.abs().to(torch.float32)
-        bits = size.view(torch.int32)
-        if self.high == _ALL_BITS:
-            return (bits if self.low == 0 else bits[bits >= self.low]) - self.low, 0
-        if self.high > _INF_BITS:
-            return bits[(bits >= self.low) & (bits < self.high)] - self.low, int((bits >= self.high).sum())
-        high, low = _magnitude(self.high), self.magnitude
-        below = torch.empty_like(size)
-        above = size.numel() - int(torch.lt(size, high, out=below).sum())
-        # Entry i stands with entries i + n/8, i + 2n/8, ... in a column. Where none of a column is near the window,
-        # none is looked at: to pick some out entry by entry takes ten times as long.
-        width = size.numel() // _ROWS
-        columns = size[: width * _ROWS].view(_ROWS, width)
-        middle = _magnitude((self.high + self.low) // 2)  # a float32: a number between two would be rounded
-        half = max(high - middle, middle - low) * (1 + 1e-6)
-        nearest = torch.sub(columns, middle, out=below[: width * _ROWS].view(_ROWS, width)).abs_().amin(0)
-        near = columns.index_select(1, nearest.gt_(half).eq_(0).nonzero().flatten())  # or there is NaN in the column
-        bits = torch.cat([near.flatten(), size[width * _ROWS :]]).view(torch.int32)
-        return bits[(bits >= self.low) & (bits < self.high)] - self.low, above
+    @property
+    def bounds(self) -> tuple[float, float, float]:
+        """The least magnitude above it; one amidst it; and how far from that, at most, any other in it is."""
+        high, middle = _magnitude(self.high), _magnitude((self.high + self.low) // 2)
+        return high, middle, max(high - middle, middle - self.magnitude) * (1 + 1e-6)
+
+    def of(self, bits: torch.Tensor) -> torch.Tensor:
+        """Those of [n] that lie in it, as numbers from its low end on."""
+        inside = bits >= self.low
+        if self.high < _ALL_BITS:  # which no int32 can be
+            inside.logical_and_(bits < self.high)
+        return bits[inside] - self.low
+
+    def above(self, bits: torch.Tensor) -> int:
+        """How many of [n] lie above it."""
+        return 0 if self.high == _ALL_BITS else int((bits >= self.high).sum())
+
+
+def look(task_vectors: Sequence[torch.Tensor], windows: Sequence[Window]) -> tuple[list[Seen], bool]:
+    """What there is of each model in its window.
+
+    Args:
+        task_vectors: N of [n].
+        windows: N.
+
+    Returns:
+        N; and whether all entries are finite.
+    """
+    models, width = len(windows), task_vectors[0].numel() // _ROWS
+    sizes = torch.empty(models, task_vectors[0].numel(), dtype=torch.float32, device=task_vectors[0].device)
+    for tau, size in zip(task_vectors, sizes, strict=True):
+        torch.abs(tau.to(torch.float32), out=size)
+    finite = is_finite(sizes)
+    if not finite or width == 0 or any(window.high > _INF_BITS for window in windows):
+        pairs = list(zip(sizes.view(torch.int32), windows, strict=True))
+        return [(window.of(bits), window.above(bits)) for bits, window in pairs], finite
+    # All at once: with few entries to a call, the calls take longer than the work.
+    high, middle, half = sizes.new_tensor([window.bounds for window in windows]).T.unsqueeze(2)
+    below = torch.empty_like(sizes)
+    above = sizes.shape[1] - torch.lt(sizes, high, out=below).sum(1).long()
+    # Entry i stands with entries i + n/8, i + 2n/8, ... in a column. Where none of a column is near the window, none is
+    # looked at: to pick some out entry by entry takes ten times as long.
+    columns, distance = (of[:, : width * _ROWS].view(models, _ROWS, width) for of in (sizes, below))
+    nearest = torch.sub(columns, middle.unsqueeze(2), out=distance).abs_().amin(1)
+    model, column = nearest.le_(half).nonzero().unbind(1)
+    near = columns[model, :, column].view(torch.int32)  # [columns, 8], in the order of the models
+    parts = torch.split(near, torch.bincount(model, minlength=models).tolist())
+    rest = sizes[:, width * _ROWS :].view(torch.int32)
+    return [
+        (window.of(torch.cat([part.flatten(), last])), number)
+        for window, part, last, number in zip(windows, parts, rest, above.tolist(), strict=True)
+    ], True
 
 
 def _magnitude(bits: int) -> float:
@@ -167,7 +201,7 @@ class Counter:
         return self._held[: self._collected]
 
     def add(self, bits: torch.Tensor, above: int) -> None:
-        """Take account of what `Window.look` gave."""
+        """Take account of what `look` gave."""
         self.above += above
         until = self._collected + bits.numel()
         if until > len(self._held):
@@ -476,14 +510,15 @@ def _batches(chunks: list[PlanChunk]) -> Iterator[list[PlanChunk]]:
 
 def _count(worker: Worker, item: Iterable[PlanChunk], counters: dict[int, Counter]) -> None:
     """Count all of an item, or, if that fails, nothing."""
-    seen = []
+    windows = [counter.window for counter in counters.values()]
+    seen: list[Seen] = []
     for chunk in worker.cut(item):
         _, vectors = worker.task_vectors(chunk)
-        _refuse_nonfinite(worker, chunk, vectors)
-        for model, counter in counters.items():
-            bits, above = counter.window.look(vectors[model])
-            seen.append((counter, bits.cpu(), above))
-    for counter, bits, above in seen:
+        found, finite = look([vectors[model] for model in counters], windows)
+        if not finite:
+            worker.refuse_nonfinite(chunk)
+        seen += [(bits.cpu(), above) for bits, above in found]
+    for counter, (bits, above) in zip(cycle(counters.values()), seen):
         counter.add(bits, above)
 
 

@@ -223,7 +223,7 @@ class Plan:
         stored, written = self.widths
         temporaries = 0 if models == 1 else _TEMPORARIES
         temporaries += models if self.recipe.method.masks == "random" else 0
-        temporaries += _COUNTING if self.needs.thresholds else 0
+        temporaries += 2 * models + 1 if self.needs.thresholds else 0  # magnitudes, and their distance from a window
         return Room(stored, written, 8 if self.in_float64 else 4, models + 1, temporaries)
 
     def buffer_bytes(self, resources: Resources) -> int:
@@ -413,5 +413,4 @@ BYTES_COUNTING = 6 * 2**20
 
 _PYTHON_WITH_TORCH = 250_000_000  # resident, with all that lines imports
 _PER_TENSOR = 3_000
-_COUNTING = 3  # chunks that looking for a threshold needs beside the task vectors
 _TEMPORARIES = 5  # chunks that a method may need beside its task vectors

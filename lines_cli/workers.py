@@ -271,7 +271,8 @@ class Reader:
             torch.cuda.set_device(device)
             torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call] # this thread's
         self._raw: list[Buffer] = []
-        self._held: list[torch.Tensor] = []
+        self._held = torch.empty(0)
+        self._views: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None  # of what is held: the last asked for
         self._out: list[Buffer] = []
         if not self._allocate():
             self.halve()
@@ -288,7 +289,7 @@ class Reader:
         try:
             self._raw = [Buffer(device, chunk * room.stored) for _ in range(slots)]
             self._out = [Buffer(device, chunk * room.written)]
-            self._held = [torch.empty(chunk * room.width, dtype=torch.uint8, device=device) for _ in range(room.held)]
+            self._held = torch.empty(room.held, chunk * room.width, dtype=torch.uint8, device=device)
         except torch.cuda.OutOfMemoryError:
             return False
         except RuntimeError as error:  # torch's way to say it of the host
@@ -303,7 +304,7 @@ class Reader:
             MemoryError: they are as small as may be.
         """
         while True:
-            self._raw, self._held, self._out = [], [], []
+            self._raw, self._out, self._held, self._views = [], [], torch.empty(0), None
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             if self.chunk < 2 * BLOCK:
@@ -317,11 +318,15 @@ class Reader:
         for chunk in chunks:
             yield from chunk.cut(self.chunk)
 
-    def held(self, chunk: Chunk[Tensor]) -> list[torch.Tensor]:
-        """A place for the chunk's entries in each input: [numel] each, in the dtype they are widened to."""
+    def held(self, chunk: Chunk[Tensor]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """A place for the chunk's entries in each input, in the dtype they are widened to: all of it [inputs, numel],
+        and each row.
+        """
         dtype = torch.float64 if chunk.tensor.in_float64 else torch.float32
-        nbytes = chunk.numel * dtype.itemsize
-        return [buffer[:nbytes].view(dtype) for buffer in self._held]
+        if self._views is None or self._views[0].shape[1] != chunk.numel or self._views[0].dtype != dtype:
+            every = self._held.view(dtype)[:, : chunk.numel]
+            self._views = every, every.unbind()
+        return self._views
 
     def read(self, chunk: Chunk[Tensor], source: Slice, buffer: Buffer | None = None) -> Loaded:
         """A chunk's entries in one input, as they are stored.
@@ -364,21 +369,20 @@ class Worker(Reader):
         """What is merged: the base's entries, if there is a base, and each model's; [numel] each, in the compute dtype,
         to be overwritten.
         """
-        held = self.held(chunk)
-        base = None
+        _, (base, *models) = self.held(chunk)
         if chunk.piece.base is not None:
-            base = held[0].copy_(self.read(chunk, chunk.piece.base).values())
-        models = [
+            base.copy_(self.read(chunk, chunk.piece.base).values())
+        for into, source in zip(models, chunk.piece.models, strict=False):
             into.copy_(self.read(chunk, source).values())
-            for into, source in zip(held[1:], chunk.piece.models, strict=False)
-        ]
-        return base, models
+        return base if chunk.piece.base is not None else None, models[: len(chunk.piece.models)]
 
     def task_vectors(self, chunk: PlanChunk) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The base's entries, and what each model changed of them: `f32(model) - f32(base)`, rounded."""
         base, models = self.inputs(chunk)
         assert base is not None
-        return base, [task_vector(model, base) for model in models]
+        every, _ = self.held(chunk)
+        task_vector(every[1 : 1 + len(models)], base)  # of all at once
+        return base, models
 
     def drop(self, chunk: PlanChunk, task_vectors: list[torch.Tensor]) -> list[float] | None:
         """Set entries to zero, in place, where the method drops some: those below a threshold, or random ones.

@@ -98,7 +98,7 @@ def test_buffers_take_what_was_accounted_for(chunk: int, tmp_path: Path, own_mem
     recipe = lines.edit_recipe(str(tmp_path / "base"), str(tmp_path / "a"))
     plan = lines.make_plan(recipe, lines.open_inputs(recipe), tmp_path / "out")
     worker = Worker(plan, [], torch.device("cpu"), chunk)
-    taken = [*worker._held, *(buffer._device for buffer in (*worker._raw, worker.out))]
+    taken = [worker._held, *(buffer._device for buffer in (*worker._raw, worker.out))]
     assert sum(tensor.nbytes for tensor in taken) == chunk * plan.room.nbytes(slots=workers.SLOTS)
 
 
@@ -148,9 +148,9 @@ class Full:
         monkeypatch.setattr(workers, "task_vector", self)
 
     def __call__(self, fine_tuned: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-        if fine_tuned.numel() > self.most:
+        if fine_tuned.shape[-1] > self.most:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-        self.sizes.append(fine_tuned.numel())
+        self.sizes.append(fine_tuned.shape[-1])
         return arithmetic.task_vector(fine_tuned, base)
 
 
@@ -173,8 +173,8 @@ def test_a_device_that_is_full_from_the_start(tmp_path: Path, monkeypatch: pytes
 
     def empty(*size: Any, **kw: Any) -> torch.Tensor:
         if kw.get("dtype") == torch.uint8:
-            asked.append(size[0])
-            if size[0] > 16 * BLOCK:
+            asked.append(size[-1])
+            if size[-1] > 16 * BLOCK:
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
         return real(*size, **kw)
 

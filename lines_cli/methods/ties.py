@@ -103,9 +103,10 @@ def signs(
         weight, factor: as `ties` has them.
         waiting: whether to look for such models.
     """
-    taus = task_vectors
-    if any(by != 1 for by in (*weight, *factor)):
-        taus = scaled([tau.clone() for tau in task_vectors], *([factor] if factor else []), weight)
+    taus = [
+        tau if by == 1 else tau * by for tau, by in zip(task_vectors, factor or [1.0] * len(task_vectors), strict=True)
+    ]
+    taus = [tau if by == 1 else tau * by for tau, by in zip(taus, weight, strict=True)]
     elected = weighted_sum(taus, [1.0] * len(taus), overwrite=False).sign_().nan_to_num_()
     if not waiting:
         return elected, False
