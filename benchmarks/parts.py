@@ -99,7 +99,7 @@ def parts(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
     threshold = float(taus[0].abs().kthvalue(int(0.8 * CHUNK)).values)
     bits = int(torch.tensor(threshold).view(torch.int32))
     window = Window(bits - 2**16, bits + 2**16)
-    ones = [1.0] * 3
+    magnitudes, ones = torch.stack(taus).abs_(), [1.0] * 3
 
     def fresh() -> list[torch.Tensor]:
         return [tau.clone() for tau in taus]
@@ -108,7 +108,7 @@ def parts(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
         return random_masks(taus[:1], density=[0.2], seed=0, where=Where("t", 0))
 
     yield "copy three task vectors (to be taken off below)", repeated(fresh)
-    yield "threshold: look for three through narrow windows", repeated(lambda: look(taus, [window] * 3))
+    yield "threshold: look for three through narrow windows", repeated(lambda: look(magnitudes, [window] * 3))
     yield "threshold: trim three", repeated(lambda: trim(fresh(), threshold=[threshold] * 3))
     yield "TIES: signs of three", repeated(lambda: signs(taus, weight=ones))
     yield "TIES: merge three", repeated(lambda: ties(fresh(), weight=ones, factor=ones))

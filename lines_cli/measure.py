@@ -85,7 +85,7 @@ def measure(plan: Plan, sources: list[int], crew: Crew, track: Track) -> Measure
 
 _ALL_BITS = 2**31
 _INF_BITS = 0x7F80_0000
-_COLLECTED = 2**18  # entries of a model that a worker collects before it counts them
+_COLLECTED = 2**16  # entries of a model that a worker collects before it counts them
 _EXACT = 2**18  # numbers in a window that each have a bin of their own: 2 MiB
 _RUN = 4096  # entries of a sample that stand side by side
 _RUNS = 2**11
@@ -140,36 +140,33 @@ class Window:
         return 0 if self.high == _ALL_BITS else int((bits >= self.high).sum())
 
 
-def look(task_vectors: Sequence[torch.Tensor], windows: Sequence[Window]) -> tuple[list[Seen], bool]:
+def look(magnitudes: torch.Tensor, windows: Sequence[Window]) -> tuple[list[Seen], bool]:
     """What there is of each model in its window.
 
     Args:
-        task_vectors: N of [n].
+        magnitudes: [N, n], float32.
         windows: N.
 
     Returns:
         N; and whether all entries are finite.
     """
-    models, width = len(windows), task_vectors[0].numel() // _ROWS
-    sizes = torch.empty(models, task_vectors[0].numel(), dtype=torch.float32, device=task_vectors[0].device)
-    for tau, size in zip(task_vectors, sizes, strict=True):
-        torch.abs(tau.to(torch.float32), out=size)
-    finite = is_finite(sizes)
+    models, width = len(windows), magnitudes.shape[1] // _ROWS
+    finite = is_finite(magnitudes)
     if not finite or width == 0 or any(window.high > _INF_BITS for window in windows):
-        pairs = list(zip(sizes.view(torch.int32), windows, strict=True))
+        pairs = list(zip(magnitudes.view(torch.int32), windows, strict=True))
         return [(window.of(bits), window.above(bits)) for bits, window in pairs], finite
     # All at once: with few entries to a call, the calls take longer than the work.
-    high, middle, half = sizes.new_tensor([window.bounds for window in windows]).T.unsqueeze(2)
-    below = torch.empty_like(sizes)
-    above = sizes.shape[1] - torch.lt(sizes, high, out=below).sum(1).long()
+    high, middle, half = magnitudes.new_tensor([window.bounds for window in windows]).T.unsqueeze(2)
+    below = torch.empty_like(magnitudes)
+    above = magnitudes.shape[1] - torch.lt(magnitudes, high, out=below).sum(1).long()
     # Entry i stands with entries i + n/8, i + 2n/8, ... in a column. Where none of a column is near the window, none is
     # looked at: to pick some out entry by entry takes ten times as long.
-    columns, distance = (of[:, : width * _ROWS].view(models, _ROWS, width) for of in (sizes, below))
+    columns, distance = (of[:, : width * _ROWS].view(models, _ROWS, width) for of in (magnitudes, below))
     nearest = torch.sub(columns, middle.unsqueeze(2), out=distance).abs_().amin(1)
     model, column = nearest.le_(half).nonzero().unbind(1)
     near = columns[model, :, column].view(torch.int32)  # [columns, 8], in the order of the models
     parts = torch.split(near, torch.bincount(model, minlength=models).tolist())
-    rest = sizes[:, width * _ROWS :].view(torch.int32)
+    rest = magnitudes[:, width * _ROWS :].view(torch.int32)
     return [
         (window.of(torch.cat([part.flatten(), last])), number)
         for window, part, last, number in zip(windows, parts, rest, above.tolist(), strict=True)
@@ -514,7 +511,9 @@ def _count(worker: Worker, item: Iterable[PlanChunk], counters: dict[int, Counte
     seen: list[Seen] = []
     for chunk in worker.cut(item):
         _, vectors = worker.task_vectors(chunk)
-        found, finite = look([vectors[model] for model in counters], windows)
+        every = worker.held(chunk)[0][1 : 1 + len(vectors)]
+        sought = every if len(counters) == len(vectors) else every[list(counters)]
+        found, finite = look(sought.abs_().to(torch.float32), windows)
         if not finite:
             worker.refuse_nonfinite(chunk)
         seen += [(bits.cpu(), above) for bits, above in found]

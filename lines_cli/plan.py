@@ -223,7 +223,7 @@ class Plan:
         stored, written = self.widths
         temporaries = 0 if models == 1 else _TEMPORARIES
         temporaries += models if self.recipe.method.masks == "random" else 0
-        temporaries += 2 * models + 1 if self.needs.thresholds else 0  # magnitudes, and their distance from a window
+        temporaries += 2 * models + 1 if self.needs.thresholds else 0  # how far magnitudes are from a window
         return Room(stored, written, 8 if self.in_float64 else 4, models + 1, temporaries)
 
     def buffer_bytes(self, resources: Resources) -> int:

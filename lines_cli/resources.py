@@ -11,7 +11,7 @@ from lines_cli.errors import RecipeError
 BLOCK = 64 * 1024
 """Entries whose sum is taken in one go when a norm is measured; no chunk that is measured cuts one."""
 
-_IN_CACHE = 512 * 1024  # entries of all models together, on the CPU
+_IN_CACHE = 768 * 1024  # entries of all models together, on the CPU
 _ON_CUDA = 4 * 2**20  # entries: there a step has to be worth its launches
 _WORKERS = 4  # more only queue up at the disk, or at one GPU
 
