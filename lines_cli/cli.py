@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from lines_cli import __version__
+from lines_cli.commands.clean import clean
 from lines_cli.commands.edit import edit
 from lines_cli.commands.inspect import inspect
 from lines_cli.commands.merge import merge
@@ -28,7 +29,7 @@ EXIT_CODES = {
     4: "the inputs do not fit together, or depth cannot be decided from the names",
     5: "NaN or Inf in an input, or a value that the output dtype cannot hold; or lines inspect --check found something",
     6: "the destination exists, is an input, or cannot be written",
-    130: "interrupted (Ctrl-C); nothing half-written is left behind (129: SIGHUP, 143: SIGTERM)",
+    130: "interrupted (Ctrl-C); the destination is as it was (129: SIGHUP, 143: SIGTERM)",
 }
 """What the process ends with."""
 
@@ -52,19 +53,34 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
             command(**options)
         except LinesError as error:
             console.refuse(error.message, error.hint)
+            _tell_kept(error)
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as interrupt:
             number = interrupt.number if isinstance(interrupt, _Signalled) else signal.SIGINT
-            console.refuse(f"interrupted ({number.name}); nothing half-written was left behind")
+            console.refuse(f"interrupted ({number.name}); the destination is as it was")
+            _tell_kept(interrupt)
             raise typer.Exit(128 + number) from None
         except MemoryError as error:
             console.refuse(
                 ": ".join(filter(None, ("out of memory", str(error)))),
                 "Fewer --workers need less: each holds its own buffers.",
             )
+            _tell_kept(error)
             raise typer.Exit(1) from None
 
     return guarded
+
+
+def _tell_kept(error: BaseException) -> None:
+    """Say where what was finished before an error is kept, if anything is."""
+    from lines_cli import console
+    from lines_cli.errors import kept_by
+
+    if (folder := kept_by(error)) is not None:
+        console.remark(
+            f"what was finished is kept in {folder}: the same command with --resume goes on from there, "
+            "lines clean OUT removes it"
+        )
 
 
 def _version(asked: bool) -> None:
@@ -85,6 +101,7 @@ def _lines(
 app.command("edit")(_guarded(edit))
 app.command("merge")(_guarded(merge))
 app.command("inspect")(_guarded(inspect))
+app.command("clean")(_guarded(clean))
 
 
 class _Signalled(KeyboardInterrupt):

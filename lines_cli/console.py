@@ -18,6 +18,7 @@ from lines_cli.tables import Bar, Cell, Section, coefficient, count, sections, s
 from lines_cli.tables import Table as Columns
 
 if TYPE_CHECKING:
+    from lines_cli.checkpoint.staging import Leftover
     from lines_cli.engine import Outcome
     from lines_cli.measure import Track
     from lines_cli.plan import Plan
@@ -88,6 +89,22 @@ def show_plan(plan: Plan, resources: Resources, *, json: bool) -> None:
     _err.print("Nothing was written (--dry-run).", style="dim")
 
 
+def show_finished(plan: Plan, *, json: bool, quiet: bool) -> None:
+    """That there is nothing left to do."""
+    if json:
+        _print_json({"dry_run": False, **plan.summary(), "done_before": True})
+    elif not quiet:
+        remark(f"{plan.output} is finished: this recipe has written it from these inputs")
+
+
+def show_cleaned(output: str, found: Leftover | None) -> None:
+    """What was removed."""
+    if found is None:
+        remark(f"beside {output} there is nothing to remove")
+    else:
+        remark(f"removed {found.folder} ({size(found.nbytes)}, {found.told})")
+
+
 def show_outcome(outcome: Outcome, *, json: bool, quiet: bool) -> None:
     """What was done."""
     plan = outcome.plan
@@ -98,7 +115,7 @@ def show_outcome(outcome: Outcome, *, json: bool, quiet: bool) -> None:
             model["norm"] = norm if norm is not None and isfinite(norm) else None
             model["kept"] = outcome.kept[number] if outcome.kept else model["kept"]
         told = {"nonfinite": outcome.nonfinite, "differing": outcome.differing, "seconds": round(outcome.seconds, 3)}
-        _print_json({"dry_run": False, **summary, **told})
+        _print_json({"dry_run": False, **summary, "done_before": False, **told})
     for found in outcome.nonfinite.values():
         _warn(found)
     for name, files in outcome.differing.items():

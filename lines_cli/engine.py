@@ -9,25 +9,39 @@ no byte.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 
 from lines_cli.arithmetic import TORCH_DTYPES, add_scaled, cast, dot, is_finite, task_vector
-from lines_cli.checkpoint.digest import BLOCK, FileRecord, GrowingDigest, RangeWriter
+from lines_cli.checkpoint.digest import BLOCK, FileRecord, GrowingDigest, RangeWriter, file_digest
 from lines_cli.checkpoint.header import itemsize
+from lines_cli.checkpoint.journal import Journal, Part
 from lines_cli.checkpoint.positional import NewFile
-from lines_cli.checkpoint.writer import Staging, check_destination, is_one_file, naming
-from lines_cli.errors import DataError, printable
+from lines_cli.checkpoint.staging import Staging, leftover
+from lines_cli.checkpoint.writer import check_destination, naming
+from lines_cli.errors import CheckpointError, DataError, OutputError, printable
 from lines_cli.measure import Measurement, Track, measure, untracked
-from lines_cli.plan import Plan, TensorPlan
-from lines_cli.planning import contents_beside, resolve, to_float32
+from lines_cli.plan import Plan, Statistics, TensorPlan
+from lines_cli.planning import contents_beside, identity, resolve, to_float32
 from lines_cli.resources import Resources
-from lines_cli.workers import ALLOW_NONFINITE, Chunk, Crew, PlanChunk, Pool, Worker, keep_freed_memory, opened
+from lines_cli.workers import (
+    ALLOW_NONFINITE,
+    Chunk,
+    Crew,
+    PlanChunk,
+    Pool,
+    Worker,
+    keep_freed_memory,
+    opened,
+    refuse_changed,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,50 +71,120 @@ class Outcome:
     differing: dict[str, tuple[str, ...]]
 
 
-def run(plan: Plan, resources: Resources | None = None, *, force: bool = False, track: Track = untracked) -> Outcome:
-    """Carry a plan out: measure, write, publish. On any failure the destination is as it was, and staging leaves no
-    trace. In this process glibc keeps freed memory from then on, and the limit of open files is raised as is needed.
+def run(
+    plan: Plan,
+    resources: Resources | None = None,
+    *,
+    force: bool = False,
+    resume: bool = False,
+    verify: bool = False,
+    verify_inputs: bool = False,
+    track: Track = untracked,
+) -> Outcome:
+    """Carry a plan out: measure, write, publish. On any failure the destination is as it was. What is finished by then
+    is kept beside it, to `resume` from, unless what failed is an input. In this process glibc keeps freed memory from
+    then on, and the limit of open files is raised as is needed.
 
     Args:
         plan: from `make_plan`.
         resources: workers, device, chunk; they change speed and memory, never the bytes.
         force: replace an existing output, once the new one is whole.
+        resume: go on from what such a run has left that was killed, if there is anything.
+        verify: read back what was written before it is published.
+        verify_inputs: take digests of all inputs first, to record them, and to hold those against them that a run had
+            which is resumed.
         track: wraps the stream of byte counts of each pass.
 
     Raises:
         DataError: NaN or Inf in an input, or an overflow in the output dtype.
         CheckpointError: an input ends early or cannot be read.
         MismatchError: `alpha: auto` cannot be measured.
-        OutputError: the destination is taken, is an input, or cannot be written.
+        OutputError: the destination is taken, is an input, or cannot be written; another run is writing it; or what is
+            to be resumed is of another recipe, or other inputs.
     """
     started = time.perf_counter()
     resources = resources or Resources()
     crew = Crew(resources)
     keep_freed_memory()
-    check_destination(plan.output, inputs=plan.read_paths, nbytes=plan.bytes_written, force=force)
-    with Staging(plan.output) as staging, opened(plan.inputs) as sources, crew.bounded():
-        measurement = measure(plan, sources, crew, track)
+    before = leftover(plan.output)
+    needed = plan.bytes_written - (before.nbytes if before else 0)
+    check_destination(plan.output, inputs=plan.read_paths, nbytes=needed, force=force)
+    identified = identity(plan)
+    if verify_inputs:
+        identified["contents"] = _digests(plan.inputs)
+    identified["step"] = BLOCK * (_BLOCKS_ON_CUDA if crew.apart else 1)
+    with (
+        Staging(plan.output, identified, resume=resume) as staging,
+        opened(plan.inputs) as sources,
+        crew.bounded(),
+    ):
+        refuse_changed(plan.inputs, sources, plan.stamps)
+        measurement = _measured(staging, plan, sources, crew, track)
         if plan.needs:
             plan = resolve(plan, measurement.statistics)
-        targets = []
-        for file in plan.outputs:
-            new = staging.create(file.name, file.nbytes)
-            # A lone file has no recipe beside it that could record its digest.
-            targets.append(_Target(new, None if is_one_file(plan.output) else GrowingDigest(file.nbytes)))
-        job = _Write(plan, targets)
+        job = _Write(plan, [_Target(staging.create(f.name, f.nbytes), GrowingDigest(f.nbytes)) for f in plan.outputs])
+        finished = job.take_over(staging.story.parts) if staging.story else set()
         size = crew.chunk(plan.room)
-        span = BLOCK * (_BLOCKS_ON_CUDA if crew.apart else 1)
-        pool = Pool(lambda device: Worker(plan, sources, device, size), spans_of(plan, span), job, crew)
+        spans = (span for span in spans_of(plan, staging.step) if (span.file, span.start) not in finished)
+        pool = Pool(lambda device: Worker(plan, sources, device, size), spans, job, crew)
         number = len(plan.passes) + 1
         title = f"writing {number}/{number}" if number > 1 else "writing"
         # Closing stops and joins the threads, whatever interrupts this one, before the files they write are closed.
         with closing(pool.in_order()) as results:
-            for _ in track(title, plan.bytes_written, (job.tally(result) for result in results)):
+            done = (job.tally(result, staging.journal) for result in results)
+            for _ in track(title, plan.bytes_written - job.taken_over, done):
                 pass
-        for name, content in contents_beside(plan, job.records()):
+        refuse_changed(plan.inputs, sources, plan.stamps)
+        for name, content in contents_beside(plan, identified, job.records()):
             staging.add(name, content)
+        if verify:
+            _verify(staging, job.records())
         staging.publish(force=force)
     return job.outcome(time.perf_counter() - started, measurement)
+
+
+def _measured(staging: Staging, plan: Plan, sources: list[int], crew: Crew, track: Track) -> Measurement:
+    """What the plan needs to know, from the journal if it was measured before."""
+    if staging.story is not None and staging.story.measured is not None and plan.needs:
+        with suppress(KeyError, TypeError, ValueError):  # no journal of ours would
+            return Measurement(Statistics.of(staging.story.measured), 0, 0)
+    measurement = measure(plan, sources, crew, track)
+    if plan.needs:
+        with naming(plan.output):
+            staging.journal.measured(measurement.statistics.told())
+    return measurement
+
+
+def _digests(paths: Iterable[Path]) -> dict[str, str]:
+    """The digest of each input, read whole.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    found: dict[str, str] = {}
+    for path in paths:
+        try:
+            found[os.path.realpath(path)] = file_digest(path)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return found
+
+
+def _verify(staging: Staging, records: Mapping[str, FileRecord]) -> None:
+    """Read back what was written.
+
+    Raises:
+        OutputError: the disk gives something else.
+    """
+    staging.sync()
+    for name, written in records.items():
+        with naming(staging.output):
+            found = file_digest(staging.path(name))
+        if found != written.digest:
+            raise OutputError(
+                f"{staging.output}: {name} reads back as {found}, and {written.digest} was written",
+                hint="The disk, or the memory on the way to it, does not hold what it is given. Write to another.",
+            )
 
 
 _BLOCKS_ON_CUDA = 8  # of a file that a worker makes in one go there, where chunks are larger
@@ -146,21 +230,42 @@ def spans_of(plan: Plan, size: int) -> Iterator[Span]:
 
 @dataclass(frozen=True, slots=True)
 class _Target:
-    """A weight file in the making, and its digest where one is taken."""
+    """A weight file in the making, and its digest."""
 
     file: NewFile
-    digest: GrowingDigest | None
+    digest: GrowingDigest
 
 
-@dataclass(frozen=True, slots=True)
-class _Made:
-    """What is to be told of a chunk that was made."""
+@dataclass(slots=True)
+class _Told:
+    """What is to be told of a part of the output, or of all of it.
 
-    chunk: PlanChunk
-    squares: tuple[float, ...] = ()
-    kept: Sequence[float] = ()
-    differing: tuple[str, ...] = ()
-    nonfinite: str | None = None
+    Attributes:
+        squares: for each model the squared norm of its task vector.
+        kept: for each model how many entries were kept, of `entries`.
+        differing: tensors that the inputs hold different copies of -> the inputs that differ.
+        nonfinite: tensors -> what is not finite in them, let through.
+    """
+
+    squares: list[float]
+    kept: list[float]
+    entries: int = 0
+    differing: dict[str, dict[str, None]] = field(default_factory=dict)
+    nonfinite: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def nothing(cls, models: int) -> _Told:
+        """To begin with."""
+        return cls([0.0] * models, [0.0] * models)
+
+    def add(self, other: _Told) -> None:
+        """Take account of another part, which comes behind."""
+        self.squares = [a + b for a, b in zip(self.squares, other.squares, strict=True)]
+        self.kept = [a + b for a, b in zip(self.kept, other.kept, strict=True)]
+        self.entries += other.entries
+        for name, paths in other.differing.items():
+            self.differing.setdefault(name, {}).update(paths)
+        self.nonfinite = other.nonfinite | self.nonfinite
 
 
 class _Write:
@@ -169,41 +274,33 @@ class _Write:
     def __init__(self, plan: Plan, targets: list[_Target]) -> None:
         self.plan, self.targets, self.models = plan, targets, plan.number_of_models
         self.draws = plan.recipe.method.masks == "random"
-        self.nonfinite: dict[str, str] = {}
-        self.differing: dict[str, dict[str, None]] = defaultdict(dict)
-        self.squares, self.kept, self.entries = [0.0] * self.models, [0.0] * self.models, 0
+        self.told, self.taken_over = _Told.nothing(self.models), 0
 
-    def __call__(self, worker: Worker, span: Span) -> tuple[int, list[_Made]]:
-        """Make one span: its bytes, and what is to be told of its chunks."""
-        target, told = self.targets[span.file], []
+    def __call__(self, worker: Worker, span: Span) -> tuple[Span, _Told]:
+        """Make one span: itself, and what is to be told of it."""
+        target, told = self.targets[span.file], _Told.nothing(self.models)
         writer = RangeWriter(target.file, span.start, target.digest, worker.piece)
         with naming(self.plan.output):
             writer.write(self.plan.outputs[span.file].head[span.start : span.end])
         for chunk in worker.cut(span.chunks):
-            raw, made = self._make(worker, chunk)
-            if made is not None:
-                told.append(made)
+            raw = self._make(worker, chunk, told)
             with naming(self.plan.output):
                 writer.write(raw)
         assert writer.at == span.end, "the chunks of a span do not fill it"
         with naming(self.plan.output):
             writer.close()
-        return span.end - span.start, told
+        return span, told
 
-    def _make(self, worker: Worker, chunk: PlanChunk) -> tuple[memoryview, _Made | None]:
-        """One chunk as it is to be written, in a buffer of the worker's; and what is to be told of it."""
-        dtype, copy = chunk.tensor.info.dtype, chunk.piece.copy
-        squares: tuple[float, ...] = ()
-        kept: Sequence[float] = ()
-        differing: tuple[str, ...] = ()
-        nonfinite: str | None = None
+    def _make(self, worker: Worker, chunk: PlanChunk, told: _Told) -> memoryview:
+        """One chunk as it is to be written, in a buffer of the worker's; what is to be told of it is added."""
+        name, dtype, copy = chunk.tensor.name, chunk.tensor.info.dtype, chunk.piece.copy
         raw: memoryview | None = None
         if copy is None:
             values, squares, kept = self._merge(worker, chunk)
         else:
-            loaded = worker.read(chunk, copy)
-            if chunk.piece.compare:
-                differing = self._compare(worker, chunk, loaded.raw)
+            loaded, squares, kept = worker.read(chunk, copy), (), ()
+            if chunk.piece.compare and (differing := self._compare(worker, chunk, loaded.raw)):
+                told.differing.setdefault(name, {}).update(dict.fromkeys(differing))
             if self.draws and loaded.dtype in TORCH_DTYPES and any(copy in d.models for d in chunk.tensor.draft.pieces):
                 kept = (float(chunk.numel),)  # to be merged, but one model with nothing dropped is itself
             if loaded.dtype == dtype:
@@ -215,14 +312,18 @@ class _Write:
             cast(values, stored)
             values = stored
         if dtype in TORCH_DTYPES and not is_finite(values):
-            nonfinite = self._say_nonfinite(worker, chunk)
+            told.nonfinite.setdefault(name, self._say_nonfinite(worker, chunk))
             if raw is not None:  # looking for it read other inputs into the same buffer
                 assert copy is not None
                 raw = worker.read(chunk, copy).raw
         if raw is None:
             raw = worker.out.to_host(chunk.numel * itemsize(dtype))
-        told = squares or kept or differing or nonfinite
-        return raw, _Made(chunk, squares, kept, differing, nonfinite) if told else None
+        for model, square in enumerate(squares):
+            told.squares[model] += square
+        for model, number in enumerate(kept):
+            told.kept[model] += number
+        told.entries += chunk.numel if kept else 0
+        return raw
 
     def _merge(self, worker: Worker, chunk: PlanChunk) -> tuple[torch.Tensor, tuple[float, ...], Sequence[float]]:
         """The merged entries [numel] in the compute dtype; each model's squared norm and number of entries kept."""
@@ -269,39 +370,45 @@ class _Write:
             raise DataError(found, hint=hint)
         return found
 
-    def tally(self, written: tuple[int, list[_Made]]) -> int:
-        """Add a span, in the order of the files, to what will be told; its bytes."""
-        nbytes, chunks = written
-        for made in chunks:
-            name = made.chunk.tensor.name
-            for model, square in enumerate(made.squares):
-                self.squares[model] += square
-            for model, kept in enumerate(made.kept):
-                self.kept[model] += kept
-            self.entries += made.chunk.numel if made.kept else 0
-            for path in made.differing:
-                self.differing[name][path] = None
-            if made.nonfinite is not None:
-                self.nonfinite.setdefault(name, made.nonfinite)
-        return nbytes
+    def tally(self, done: tuple[Span, _Told], journal: Journal) -> int:
+        """Add a span, in the order of the files, to what will be told, and write it down; its bytes."""
+        span, told = done
+        self.told.add(told)
+        nothing = told == _Told.nothing(self.models)
+        blocks = self.targets[span.file].digest.blocks(span.start, span.end)
+        with naming(self.plan.output):
+            journal.wrote(Part(span.file, span.start, blocks, {} if nothing else asdict(told)))
+        return span.end - span.start
+
+    def take_over(self, parts: Iterable[Part]) -> set[tuple[int, int]]:
+        """Take account of what an earlier run has written; where each part begins, and in which file."""
+        for part in parts:
+            for number, block in enumerate(part.blocks):
+                self.targets[part.file].digest.wrote(part.start + BLOCK * number, block)
+            if part.told:
+                self.told.add(_Told(**part.told))
+            end = part.start + BLOCK * len(part.blocks)
+            self.taken_over += min(end, self.plan.outputs[part.file].nbytes) - part.start
+        return {(part.file, part.start) for part in parts}
 
     def records(self) -> dict[str, FileRecord]:
-        """What was written into each file of which a digest was taken."""
+        """What was written into each weight file."""
         files = zip(self.plan.outputs, self.targets, strict=True)
-        return {file.name: target.digest.record() for file, target in files if target.digest is not None}
+        return {file.name: target.digest.record() for file, target in files}
 
     def outcome(self, seconds: float, measurement: Measurement) -> Outcome:
         """What the whole run did."""
         shares = [model["kept"] for model in self.plan.models()] if self.plan.statistics.kept else []
-        if self.draws and self.entries:
-            shares = [kept / self.entries for kept in self.kept]
+        told = self.told
+        if self.draws and told.entries:
+            shares = [kept / told.entries for kept in told.kept]
         return Outcome(
             self.plan,
             seconds,
             1 + measurement.passes,
             measurement.bytes_read + self.plan.bytes_read,
-            self.nonfinite,
-            tuple(math.sqrt(square) for square in self.squares) if any(self.squares) else (),
+            told.nonfinite,
+            tuple(math.sqrt(square) for square in told.squares) if any(told.squares) else (),
             tuple(share for share in shares if share is not None),
-            {name: tuple(paths) for name, paths in self.differing.items()},
+            {name: tuple(paths) for name, paths in told.differing.items()},
         )

@@ -17,6 +17,7 @@ one. `cli.py` is the only place that turns these into text and an exit code.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -31,9 +32,21 @@ class LinesError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
+        message = "\n".join(map(_shortened, message.split("\n")))
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+
+_LONGEST_LINE = 1000
+
+
+def _shortened(line: str) -> str:
+    """A line of a message, without the middle where a stranger's name makes it very long."""
+    if len(line) <= _LONGEST_LINE:
+        return line
+    end = _LONGEST_LINE // 4
+    return f"{line[: _LONGEST_LINE - end]} [...] {line[-end:]}"
 
 
 class RecipeError(LinesError):
@@ -76,6 +89,17 @@ class OutputError(LinesError):
     """The destination is in the way, is an input, or cannot be written."""
 
     exit_code = 6
+
+
+def keep_in_mind(error: BaseException, folder: Path) -> None:
+    """Have an error say where what was finished before it is kept."""
+    error.kept = folder  # type: ignore[attr-defined]
+
+
+def kept_by(error: BaseException) -> Path | None:
+    """Where what was finished before an error is kept; None where nothing is."""
+    kept = getattr(error, "kept", None)
+    return kept if isinstance(kept, Path) else None
 
 
 def printable(text: str) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lines_cli.checkpoint.header import TensorInfo, itemsize
+from lines_cli.checkpoint.reader import Stamp
 from lines_cli.checkpoint.sidecars import Sidecar
 from lines_cli.depth import DepthMap, Place, position
 from lines_cli.draft import Draft, Piece
@@ -106,6 +107,33 @@ class Statistics:
     products: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
     norms: Norms | None = None
 
+    def told(self) -> dict[str, Any]:
+        """All of it as JSON has it, every number exactly."""
+        return {
+            "thresholds": [[*key, value] for key, value in self.thresholds.items()],
+            "kept": self.kept,
+            "majority": self.majority,
+            "l1": self.l1,
+            "products": self.products,
+            "norms": self.norms and [self.norms.total, self.norms.merged, self.norms.models],
+        }
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> Statistics:
+        """What `told` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: it gave something else.
+        """
+        return cls(
+            {(model, tensor): value for model, tensor, value in told["thresholds"]},
+            tuple((kept, of) for kept, of in told["kept"]),
+            told["majority"],
+            {name: tuple((before, after) for before, after in sums) for name, sums in told["l1"].items()},
+            {name: (dot, first, second) for name, (dot, first, second) in told["products"].items()},
+            Norms(*told["norms"]) if told["norms"] else None,
+        )
+
 
 NOTHING_MEASURED = Statistics()
 
@@ -162,6 +190,11 @@ class Plan:
     def read_paths(self) -> tuple[Path, ...]:
         """Everything the output must not replace: the inputs as they were named, and all their files."""
         return (*(checkpoint.path for checkpoint in self.sides.checkpoints), *self.inputs)
+
+    @property
+    def stamps(self) -> tuple[Stamp, ...]:
+        """The state that each of `inputs` was in when it was planned with."""
+        return tuple(stamp for checkpoint in self.sides.checkpoints for stamp in checkpoint.stamps)
 
     @property
     def alpha(self) -> float | None:
@@ -232,7 +265,7 @@ class Plan:
         """
         models = self.number_of_models
         counts = models * BYTES_COUNTING if self.needs.thresholds else 0
-        return resources.threads * (resources.chunk_for(models) * self.room.nbytes() + counts)
+        return resources.threads * (resources.chunk_for(self.room) * self.room.nbytes() + counts)
 
     @cached_property
     def in_float64(self) -> bool:

@@ -6,15 +6,19 @@ in: a plan without needs has been resolved. Nothing here reads tensor data or ne
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from hashlib import sha256
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
+from lines_cli import __version__
 from lines_cli.checkpoint.digest import FileRecord, record_of
 from lines_cli.checkpoint.header import EXACT_DTYPES, Known, TensorInfo
 from lines_cli.checkpoint.reader import Checkpoint, no_collecting, open_checkpoint
@@ -29,7 +33,7 @@ from lines_cli.methods import Values
 from lines_cli.pairing import Sides, aligned_names, is_vocabulary, pair_tensors
 from lines_cli.plan import NOTHING_MEASURED, Needs, Plan, Statistics, TensorPlan
 from lines_cli.recipe import Recipe, Scaling
-from lines_cli.recipe_file import dump_files, dump_recipe
+from lines_cli.recipe_file import dump_recipe, dump_record, load_recipe
 from lines_cli.schedule import Rules
 
 
@@ -332,12 +336,58 @@ def _with_sidecars(plan: Plan) -> Plan:
     return replace(plan, sidecars=tuple(sidecars), notes=(*plan.notes, *notes))
 
 
-def contents_beside(plan: Plan, written: Mapping[str, FileRecord]) -> Iterator[tuple[str, bytes]]:
+def identity(plan: Plan) -> dict[str, Any]:
+    """Which run a plan is, as JSON has it: all that decides a byte of its weights, for another run to compare."""
+    named = {
+        name: checkpoint.hub_id or os.path.realpath(checkpoint.path) for name, checkpoint in _by_name(plan).items()
+    }
+    return {
+        "lines": __version__,
+        "recipe": dump_recipe(plan.recipe, named=named),
+        "inputs": {os.path.realpath(path): [*stamp] for path, stamp in zip(plan.inputs, plan.stamps, strict=True)},
+        "outputs": [[file.name, file.nbytes, sha256(file.head).hexdigest()] for file in plan.outputs],
+    }
+
+
+def run_digest(run: Mapping[str, Any]) -> str:
+    """An `identity` in short."""
+    own = {key: value for key, value in run.items() if key not in ("contents", "step")}
+    return f"sha256:{sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()}"
+
+
+def is_finished(plan: Plan) -> bool:
+    """Whether the destination is a folder that this very run has written, and is all there, by its files' sizes."""
+    try:
+        recipe = load_recipe(plan.output / RECIPE)
+        sizes = {name: (plan.output / name).stat().st_size for name in recipe.files}
+    except (OSError, RecipeError):
+        return False
+    whole = bool(sizes) and all(sizes[name] == record.nbytes for name, record in recipe.files.items())
+    return whole and recipe.run == run_digest(identity(plan))
+
+
+def _inputs_read(plan: Plan, contents: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """What the recipe records of each file that was read."""
+    found: dict[str, dict[str, Any]] = {}
+    for checkpoint in plan.sides.checkpoints:
+        name = _seen_from(plan.output, checkpoint)
+        for path, stamp in zip(checkpoint.files, checkpoint.stamps, strict=True):
+            told: dict[str, Any] = {"bytes": stamp.nbytes, "mtime_ns": stamp.mtime_ns, "header": stamp.header}
+            if os.path.realpath(path) in contents:
+                told["digest"] = contents[os.path.realpath(path)]
+            found[name if path == checkpoint.path else f"{name}/{path.name}"] = told
+    return found
+
+
+def contents_beside(
+    plan: Plan, run: Mapping[str, Any], written: Mapping[str, FileRecord]
+) -> Iterator[tuple[str, bytes]]:
     """Name and content of every file beside the weights, in the order to write them: the recipe now records what was
-    written into all the others. Not into the model card, which is there for people to edit.
+    read, and written into all the others. Not into the model card, which is there for people to edit.
 
     Args:
         plan: a resolved one.
+        run: its identity.
         written: what was written into the weight files.
 
     Raises:
@@ -352,7 +402,8 @@ def contents_beside(plan: Plan, written: Mapping[str, FileRecord]) -> Iterator[t
         if sidecar.source is not None:
             records[sidecar.name] = record_of(content)
         elif sidecar.name == RECIPE:
-            content += dump_files(records).encode()
+            inputs = _inputs_read(plan, run.get("contents", {}))
+            content += dump_record(run_digest(run), inputs, records).encode()
         yield sidecar.name, content
 
 

@@ -289,7 +289,8 @@ class Recipe(_Part):
         allow_nonfinite: let NaN and Inf through.
         max_shard_size: bytes of tensors per file of the output folder.
         output: the destination, unless the command line names another.
-        files: of an output's own recipe: what was written into each of its files. It plays no part in the result.
+        run, inputs, files: of an output's own recipe: which run it was, what it read, and what it wrote into each of
+            its files. They play no part in the result.
         notes: what a person should know of how the recipe was read.
     """
 
@@ -307,6 +308,8 @@ class Recipe(_Part):
     allow_nonfinite: bool = False
     max_shard_size: Size = parse_size("5GB")
     output: InputName | None = Field(default=None, exclude=True)
+    run: str | None = Field(default=None, exclude=True)
+    inputs: dict[str, Any] = Field(default_factory=dict, exclude=True)
     files: dict[str, Annotated[FileRecord, PlainValidator(_parse_record)]] = Field(default_factory=dict, exclude=True)
     notes: tuple[str, ...] = Field(default=(), exclude=True)
 

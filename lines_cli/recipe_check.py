@@ -100,7 +100,7 @@ def dotted(place: Place) -> str:
     return ".".join(map(str, place))
 
 
-_NOT_FOR_PEOPLE = {"notes", "files"}
+_NOT_FOR_PEOPLE = {"notes", "run", "inputs", "files"}
 _TOP = (*(key for key in Recipe.model_fields if key not in _NOT_FOR_PEOPLE), "out_dtype", "tokenizer", "slices")
 _PARAMETERS = sorted({name for row in METHODS.values() for name in row.parameters})
 

@@ -218,8 +218,9 @@ def dump_recipe(recipe: Recipe, *, named: Mapping[str, str], alpha: float | None
     return f"# Written by lines {__version__}. To run it again: {again}\n{measured}{text}"
 
 
-def dump_files(files: Mapping[str, FileRecord]) -> str:
-    """The recipe's `files` as YAML, to stand behind a dumped recipe."""
-    values = {name: {"bytes": files[name].nbytes, "digest": files[name].digest} for name in sorted(files)}
-    text = yaml.safe_dump({"files": values}, sort_keys=False, width=1_000)
-    return f"# What was written beside this file. It plays no part when the recipe is run again.\n{text}"
+def dump_record(run: str, inputs: Mapping[str, Mapping[str, Any]], files: Mapping[str, FileRecord]) -> str:
+    """The recipe's `run`, `inputs` and `files` as YAML, to stand behind a dumped recipe."""
+    written = {name: {"bytes": files[name].nbytes, "digest": files[name].digest} for name in sorted(files)}
+    values = {"run": run, "inputs": {name: dict(told) for name, told in inputs.items()}, "files": written}
+    text = yaml.safe_dump(values, sort_keys=False, width=1_000)
+    return f"# What was read, and written beside this file. It plays no part when the recipe is run again.\n{text}"

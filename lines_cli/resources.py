@@ -11,7 +11,8 @@ from lines_cli.errors import RecipeError
 BLOCK = 64 * 1024
 """Entries whose sum is taken in one go when a norm is measured; no chunk that is measured cuts one."""
 
-_IN_CACHE = 768 * 1024  # entries of all models together, on the CPU
+_ON_CPU = 384 * 1024  # entries: more gain nothing
+_IN_CACHE = 13 * 2**20  # bytes that a step takes there, or somewhat more where that is fewer entries than BLOCK
 _ON_CUDA = 4 * 2**20  # entries: there a step has to be worth its launches
 _WORKERS = 4  # more only queue up at the disk, or at one GPU
 
@@ -52,17 +53,17 @@ class Resources:
         """How many workers there will be on that many CUDA devices: while one waits for the disk, others compute."""
         return max(devices, self.workers or _WORKERS * devices)
 
-    def chunk_for(self, models: int, *, fits: int | None = None, whole_blocks: bool = False) -> int:
+    def chunk_for(self, room: Room, *, fits: int | None = None, whole_blocks: bool = False) -> int:
         """Entries per step. On the CPU fewer where there are many models, so that a chunk of each, and what is computed
-        of them, stays in a core's cache.
+        of them, stays near a core's cache; yet no fewer than are worth the calls.
 
         Args:
-            models: how many are merged.
+            room: what one entry takes.
             fits: on a device of its own memory: how many entries have room in a worker's share of it.
             whole_blocks: a multiple of BLOCK, for what is measured block by block.
         """
         if fits is None:
-            chunk = self.chunk or max(BLOCK, _IN_CACHE // (models + 1) // BLOCK * BLOCK)
+            chunk = self.chunk or max(BLOCK, min(_ON_CPU, _IN_CACHE // room.nbytes()) // BLOCK * BLOCK)
         else:
             chunk = min(self.chunk or _ON_CUDA, fits // BLOCK * BLOCK)
         return max(BLOCK, chunk // BLOCK * BLOCK) if whole_blocks else chunk

@@ -25,6 +25,7 @@ from lines_cli.arithmetic import FLOAT8, TORCH_DTYPES, first_nonfinite, task_vec
 from lines_cli.checkpoint.digest import PIECE
 from lines_cli.checkpoint.header import itemsize
 from lines_cli.checkpoint.positional import in_whole_pages, open_to_stream, read_into
+from lines_cli.checkpoint.reader import Stamp
 from lines_cli.draft import Piece, Slice
 from lines_cli.errors import CheckpointError, DataError, RecipeError, printable
 from lines_cli.methods import Values
@@ -97,7 +98,7 @@ class Crew:
                     f"{workers * (BLOCK * entry + _ROUNDED_UP):,} bytes",
                     hint="Allow more, or run fewer --workers.",
                 )
-        return self.resources.chunk_for(room.held - 1, fits=fits, whole_blocks=whole_blocks)
+        return self.resources.chunk_for(room, fits=fits, whole_blocks=whole_blocks)
 
     def _gpu_memory(self) -> int:
         """Bytes that a run may take of each device."""
@@ -148,6 +149,23 @@ def opened(paths: Iterable[Path]) -> Iterator[list[int]]:
     finally:
         for fd in fds:
             os.close(fd)
+
+
+def refuse_changed(paths: Sequence[Path], fds: Sequence[int], stamps: Sequence[Stamp]) -> None:
+    """Refuse inputs that are not, or no longer, in the state in which their headers were read.
+
+    Raises:
+        CheckpointError: which file, and how it differs.
+    """
+    for path, fd, stamp in zip(paths, fds, stamps, strict=True):
+        there = os.fstat(fd)
+        if (there.st_size, there.st_mtime_ns) != (stamp.nbytes, stamp.mtime_ns):
+            what = f"its size went from {stamp.nbytes:,} to {there.st_size:,} bytes"
+            if there.st_size == stamp.nbytes:
+                what = f"it was written {abs(there.st_mtime_ns - stamp.mtime_ns) / 1e9:.3f} s after"
+            raise CheckpointError(
+                f"{path}: changed while it was being read: {what}", hint="Run it again when the file is at rest."
+            )
 
 
 def _allow_open_files(number: int) -> None:
@@ -470,7 +488,10 @@ class Pool(Generic[Thread, Item, Result]):
         ]
         try:
             for worker in workers:
-                worker.start()
+                try:
+                    worker.start()
+                except RuntimeError as error:  # Python's way to say that there is no memory for its stack
+                    raise MemoryError(str(error)) from error
             running = len(workers)
             while running:
                 found = self._done.get()
@@ -516,8 +537,14 @@ class Pool(Generic[Thread, Item, Result]):
     def _do(self, worker: Thread, item: Item) -> Result:
         """Do the job to one item; in smaller steps, if the device has no memory for it."""
         while True:
-            with suppress(torch.cuda.OutOfMemoryError):
+            try:
                 return self._job(worker, item)
+            except torch.cuda.OutOfMemoryError:
+                pass
+            except RuntimeError as error:  # torch's way to say it of the host
+                if "alloc" not in str(error):
+                    raise
+                raise MemoryError(str(error).partition("\n")[0]) from error
             worker.halve()  # here, where no traceback holds the tensors of the attempt any more
 
 

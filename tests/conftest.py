@@ -82,6 +82,11 @@ def write_raw(path: Path, header: object, data: bytes = b"", *, length: int | No
     return path
 
 
+def without_staging(found: Mapping[str, Any]) -> dict[str, Any]:
+    """A snapshot, or paths, without what interrupted runs keep beside their destination."""
+    return {name: of for name, of in found.items() if not any(part.endswith(".lines") for part in Path(name).parts)}
+
+
 def snapshot(folder: Path) -> dict[str, bytes | str | None]:
     """Everything below `folder`, hidden names too: a file's bytes, a link's target, None for a folder."""
     return {

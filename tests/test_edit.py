@@ -347,7 +347,7 @@ def test_a_run_again_changes_no_byte(inputs: tuple[Path, Path, dict[str, str]], 
 
 def test_entries_of_a_large_tensor(tmp_path: Path) -> None:
     """A tensor of several chunks of the default size is right at every entry, its odd end included."""
-    count = 2 * lines.Resources().chunk_for(1) + 12345
+    count = 2 * 384 * 1024 + 12345
     base = {
         f"layers.{i}.w": torch.randn(count, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(2)
     }

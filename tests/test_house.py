@@ -19,7 +19,7 @@ PACKAGE = ROOT / "lines_cli"
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"commands.edit", "commands.inspect", "commands.merge"},
+    {"commands.clean", "commands.edit", "commands.inspect", "commands.merge"},
     {"commands.options", "commands.carry_out"},
     {"console", "plot"},
     {"page"},
@@ -42,11 +42,12 @@ LAYERS = [
     {"parameters", "resources"},
     {"schedule"},
     {"depth", "kinds"},
+    {"checkpoint.staging"},
     {"checkpoint.writer"},
     {"checkpoint.sidecars"},
     {"checkpoint.digest"},
     {"checkpoint.reader", "layout"},
-    {"checkpoint.header", "checkpoint.positional"},
+    {"checkpoint.header", "checkpoint.journal", "checkpoint.positional"},
     {"errors"},
 ]
 RANK = {module: rank for rank, row in enumerate(LAYERS) for module in row}

@@ -1721,7 +1721,7 @@ def test_a_damaged_record(what: str, output: Path) -> None:
 def test_a_recipe_without_a_record(output: Path) -> None:
     """A recipe of an older lines recorded nothing, and one that is gone says nothing; both pass."""
     recipe = output / "lines_recipe.yaml"
-    recipe.write_text(recipe.read_text().split("# What was written")[0])
+    recipe.write_text(recipe.read_text().split("# What was read")[0])
     for _ in range(2):
         (health,) = told(output, "--check")["health"]
         assert not health["recorded_files"]

@@ -61,6 +61,26 @@ def file_digest(path: Path) -> str:
         os.close(fd)
 
 
+def intact(path: Path, blocks: Mapping[int, bytes]) -> set[int]:
+    """Which blocks of a file on disk are what they should be.
+
+    Args:
+        path: the file.
+        blocks: where a block begins -> its digest.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    try:
+        nbytes = os.fstat(fd).st_size
+        with ThreadPoolExecutor(_THREADS) as pool:
+            found = pool.map(lambda start: start < nbytes and _of_block(fd, start, nbytes) == blocks[start], blocks)
+            return {start for start, same in zip(blocks, found, strict=True) if same}
+    finally:
+        os.close(fd)
+
+
 class GrowingDigest:
     """The tree digest of a file whose blocks are written by several threads, in whatever order.
 
@@ -76,6 +96,10 @@ class GrowingDigest:
         """Take account of the block from `start` on, which has been written, and of its digest."""
         self._blocks[start // BLOCK] = digest
 
+    def blocks(self, start: int, end: int) -> tuple[bytes, ...]:
+        """The digests of the blocks from `start`, where one begins, up to `end`."""
+        return tuple(self._blocks[start // BLOCK : -(-end // BLOCK)])
+
     def record(self) -> FileRecord:
         """What was written, when all of it is."""
         assert all(self._blocks), "a block was not written"
@@ -89,11 +113,11 @@ class RangeWriter:
     Args:
         file: the file.
         start: where to begin, a multiple of BLOCK.
-        digest: of the whole file; None where none is taken.
+        digest: of the whole file.
         piece: room for a piece, from `in_whole_pages`; BLOCK is a multiple of its size.
     """
 
-    def __init__(self, file: NewFile, start: int, digest: GrowingDigest | None, piece: memoryview) -> None:
+    def __init__(self, file: NewFile, start: int, digest: GrowingDigest, piece: memoryview) -> None:
         self._file, self._digest, self._piece = file, digest, piece
         self._written, self._waiting = start, 0
         self._hash = sha256()
@@ -123,8 +147,7 @@ class RangeWriter:
 
     def _flush(self) -> None:
         piece = self._piece[: self._waiting]
-        if self._digest is not None:
-            self._hash.update(piece)
+        self._hash.update(piece)
         self._file.write(piece, self._written)
         self._written += self._waiting
         self._waiting = 0
@@ -132,9 +155,8 @@ class RangeWriter:
             self._end_block()
 
     def _end_block(self) -> None:
-        if self._digest is not None:
-            self._digest.wrote((self._written - 1) // BLOCK * BLOCK, self._hash.digest())
-            self._hash = sha256()
+        self._digest.wrote((self._written - 1) // BLOCK * BLOCK, self._hash.digest())
+        self._hash = sha256()
 
 
 def altered(folder: Path, files: Mapping[str, FileRecord]) -> dict[str, str]:

@@ -14,6 +14,7 @@ import struct
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -87,6 +88,8 @@ class Header:
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
+    digest: str
+    """The SHA-256 of its bytes, the length before it included."""
 
 
 Known = dict[tuple[bytes, int], Header]
@@ -180,7 +183,7 @@ def _parse(path: Path, raw: bytes, *, data_start: int, file_size: int) -> Header
             _refuse(path, f"tensor {name!r} {wrong.format(*with_it)}")
     in_order = dict(sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
     _check_layout(path, in_order, data_start, file_size)
-    return Header(in_order, metadata)
+    return Header(in_order, metadata, "sha256:" + sha256(_LENGTH.pack(len(raw)) + raw).hexdigest())
 
 
 def _check_layout(path: Path, in_order: Mapping[str, TensorInfo], data_start: int, file_size: int) -> None:

@@ -74,16 +74,17 @@ class NewFile:
     through the page cache, from which the system begins to move them to the disk at once.
 
     Args:
-        path: must not exist.
+        path: must not exist, unless it was begun.
         nbytes: its size.
+        begun: what is there of it is kept.
 
     Raises:
         OSError: it exists, or cannot be created.
     """
 
-    def __init__(self, path: Path, nbytes: int) -> None:
+    def __init__(self, path: Path, nbytes: int, *, begun: bool = False) -> None:
         flags = os.O_WRONLY | getattr(os, "O_CLOEXEC", 0)
-        self._fds = [os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)]
+        self._fds = [os.open(path, flags | os.O_CREAT | (0 if begun else os.O_EXCL), 0o666)]
         self._straight: int | None = None
         self._pace = 0.0  # seconds that a byte takes on its way to the disk, a running mean
         try:

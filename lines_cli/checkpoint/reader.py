@@ -48,6 +48,20 @@ class StoredTensor(NamedTuple):
     info: TensorInfo
 
 
+class Stamp(NamedTuple):
+    """What tells one state of a file from another, short of reading all of it.
+
+    Attributes:
+        nbytes: its size.
+        mtime_ns: when it was last written, in nanoseconds since 1970.
+        header: the digest of its header.
+    """
+
+    nbytes: int
+    mtime_ns: int
+    header: str
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """An opened checkpoint: where every tensor lies, and what its config says.
@@ -57,6 +71,7 @@ class Checkpoint:
         path: the file or folder.
         files: the safetensors files, all of them.
         tensors: every tensor by name.
+        stamps: the state of each file when its header was read.
         stem: what its weight files are called, `model` in `model-00001-of-00002.safetensors`.
         config: the parsed `config.json`; empty where there is none.
         hub_id: `org/name@commit`, for one that came from the Hub.
@@ -66,6 +81,7 @@ class Checkpoint:
     path: Path
     files: tuple[Path, ...]
     tensors: dict[str, StoredTensor]
+    stamps: tuple[Stamp, ...]
     stem: str
     config: Mapping[str, Any] = field(default_factory=dict)
     hub_id: str | None = None
@@ -137,15 +153,26 @@ def open_checkpoint(
         raise CheckpointError(f"{path}: {what}", hint="Give a .safetensors file, or a folder that holds a checkpoint.")
 
     tensors: dict[str, StoredTensor] = {}
+    stamps: list[Stamp] = []
     for number, (file, expected) in enumerate(files.items()):
-        held = read_header(file, known).tensors
+        there = _stat(file)  # before the header is read: what is written meanwhile shows
+        header = read_header(file, known)
+        held = header.tensors
+        stamps.append(Stamp(there.st_size, there.st_mtime_ns, header.digest))
         if expected is not None and held.keys() != expected:
             _refuse_shard(file, held.keys(), expected)
         tensors.update({tensor: StoredTensor(number, info) for tensor, info in held.items()})
-    checkpoint = Checkpoint(name, path, tuple(files), tensors, stem, config, hub_id)
+    checkpoint = Checkpoint(name, path, tuple(files), tensors, tuple(stamps), stem, config, hub_id)
     if not to_look_at and (unsupported := unsupported_in(checkpoint)):
         raise unsupported
     return checkpoint
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}", hint=_UNREADABLE) from error
 
 
 def choose_weights(names: Collection[str]) -> str | None:
@@ -224,7 +251,7 @@ def _weight_files(folder: Path) -> tuple[dict[Path, set[str] | None], str]:
     if not chosen.endswith(_INDEX_SUFFIX):
         return {folder / chosen: None}, chosen.removesuffix(_SUFFIX)
     shards = shards_of(folder / chosen)
-    missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+    missing = sorted(shard for shard in shards if not os.path.isfile(folder / shard))  # however long a name is
     if missing:
         raise CheckpointError(
             f"{folder / chosen} names {len(missing)} of {len(shards)} shards that are not there:\n{some(missing)}",

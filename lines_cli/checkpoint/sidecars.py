@@ -47,6 +47,8 @@ NEVER_CARRIED = tuple(
 )
 """Weights, pickles and training state, whatever pattern above they match."""
 
+_LARGEST = 512 * 2**20  # bytes: tokenizers have some 30 MB
+
 
 @dataclass(frozen=True, slots=True)
 class Sidecar:
@@ -66,6 +68,12 @@ class Sidecar:
             assert self.content is not None
             return self.content
         try:
+            size = self.source.stat().st_size
+            if size > _LARGEST:
+                raise CheckpointError(
+                    f"{self.source}: {size:,} bytes; at most {_LARGEST:,} are carried over beside the weights",
+                    hint="Is it what its name says? Move it away if it is not needed.",
+                )
             return self.source.read_bytes()
         except OSError as error:
             raise CheckpointError(

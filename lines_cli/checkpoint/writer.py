@@ -1,19 +1,14 @@
-"""Output that appears whole or not at all: built in a hidden sibling of the destination, flushed, and renamed
-into place.
-"""
+"""Where an output may go: what is in the way, and the system's refusals in words."""
 
 from __future__ import annotations
 
 import errno
 import os
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 
-from lines_cli.checkpoint.positional import NewFile
 from lines_cli.checkpoint.sidecars import MODEL_CARD, RECIPE, is_carried, never_carried
 from lines_cli.errors import OutputError, some
 
@@ -37,6 +32,8 @@ def check_destination(output: Path, *, inputs: Iterable[Path], nbytes: int, forc
     """
     with naming(output):
         target = output.resolve(strict=False)
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            target.lstat()  # a name may be too long for what is to be of that name
         for path in inputs:
             # A link to an input is in the way, too: replacing the folder that holds it would remove the link.
             for source in (path.resolve(), path.parent.resolve() / path.name):
@@ -51,7 +48,7 @@ def check_destination(output: Path, *, inputs: Iterable[Path], nbytes: int, forc
             raise OutputError(
                 f"{output} is where a disk is mounted", hint="Give a folder within it, which can be renamed."
             )
-        if _is_taken(output):
+        if is_taken(output):
             if not force:
                 hint = "Choose another destination with -o, or replace it with --force."
                 raise OutputError(f"{output} exists", hint=hint)
@@ -79,7 +76,8 @@ def _is_same(target: Path, way: Path) -> bool:
 _ELSEWHERE = "Make room or get permission there, or choose another destination with -o."
 
 
-def _is_taken(output: Path) -> bool:
+def is_taken(output: Path) -> bool:
+    """Whether anything stands at a destination, an empty folder apart."""
     if os.path.isdir(output) and not is_one_file(output):
         return bool(os.listdir(output))
     return os.path.lexists(output)
@@ -119,104 +117,7 @@ def _belongs_to_a_checkpoint(folder: Path, name: str) -> bool:
     return name in (MODEL_CARD, RECIPE, ".gitattributes") or is_carried(name) or never_carried(name)
 
 
-class Staging:
-    """The output in the making. Leaving the `with` block without `publish` removes all of it.
-
-    Args:
-        output: the destination, a folder; or a file, if its name ends in `.safetensors`.
-    """
-
-    def __init__(self, output: Path) -> None:
-        self.output = output
-        self._target = output.resolve()
-        own_name = os.fsencode(self._target.name)[:200].decode(errors="ignore")  # the whole must fit in a file name
-        self._folder = self._target.parent / f".{own_name}.lines-{secrets.token_hex(4)}"
-        self._open: list[NewFile] = []
-        self._made: list[Path] = []
-        self._published = False
-
-    def __enter__(self) -> Staging:
-        with naming(self.output):
-            self._made = [parent for parent in self._target.parents if not parent.exists()]
-            try:
-                self._folder.parent.mkdir(parents=True, exist_ok=True)
-                self._folder.mkdir()
-            except BaseException:
-                self._remove()
-                raise
-        return self
-
-    def create(self, name: str, nbytes: int) -> NewFile:
-        """Create a file of `nbytes`, open for writing until `publish`."""
-        with naming(self.output):
-            self._open.append(NewFile(self._folder / name, nbytes))
-        return self._open[-1]
-
-    def add(self, name: str, content: bytes) -> None:
-        """Write one of the files beside the weights."""
-        with naming(self.output):
-            path = self._folder / name
-            path.parent.mkdir(exist_ok=True)
-            with open(path, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-
-    def publish(self, *, force: bool) -> None:
-        """Flush everything and rename it into place."""
-        with naming(self.output):
-            for file in self._open:
-                file.sync()
-            self._close()
-            _sync_folder(self._folder)
-            if _is_taken(self.output) and not force:
-                raise OutputError(
-                    f"{self.output} came into being while its replacement was written", hint="Replace it with --force."
-                )
-            if is_one_file(self.output):
-                os.replace(self._folder / self.output.name, self._target)
-                self._published = True
-                self._folder.rmdir()
-            else:
-                self._replace_folder()
-            _sync_folder(self._target.parent)
-
-    def _replace_folder(self) -> None:
-        """Rename the new folder into place; one that is there stays whole until then, and comes back if that fails."""
-        aside = self._folder.with_name(f"{self._folder.name}.old")
-        try:
-            if os.path.lexists(self._target):
-                os.rename(self._target, aside)
-            os.rename(self._folder, self._target)
-            self._published = True
-        except BaseException:
-            if aside.exists() and not self._target.exists():
-                os.rename(aside, self._target)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
-
-    def _close(self) -> None:
-        while self._open:
-            self._open.pop().close()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._close()
-        if not self._published:
-            self._remove()
-
-    def _remove(self) -> None:
-        """Leave no trace: neither the staging folder nor the parents that were made for it."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-        for parent in self._made:  # innermost first
-            try:
-                parent.rmdir()
-            except OSError:
-                break
-
-
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make renames and new names in `folder` durable, where the system can."""
     try:
         fd = os.open(folder, os.O_RDONLY)
@@ -241,7 +142,7 @@ def naming(output: Path) -> Iterator[None]:
             raise
         number = error.errno if isinstance(error, OSError) else errno.ELOOP
         if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OutputError(f"{output}: no space left ({_said(error)}); nothing was kept", hint=_ELSEWHERE) from error
+            raise OutputError(f"{output}: no space left ({_said(error)})", hint=_ELSEWHERE) from error
         if number in (errno.EMFILE, errno.ENFILE):
             hint = "Allow more open files (ulimit -n), or write fewer shards with a larger --max-shard-size."
             raise OutputError(f"{output}: too many files are open at once", hint=hint) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lines_cli.commands import options as opt
-from lines_cli.commands.carry_out import carry_out
+from lines_cli.commands.carry_out import How, carry_out
 
 
 def edit(
@@ -25,6 +25,9 @@ def edit(
     dtype: opt.Dtype = None,
     max_shard_size: opt.MaxShardSize = None,
     force: opt.Force = False,
+    resume: opt.Resume = False,
+    verify: opt.Verify = False,
+    verify_inputs: opt.VerifyInputs = False,
     workers: opt.Workers = None,
     device: opt.Device = "auto",
     gpu_memory: opt.GpuMemory = None,
@@ -61,4 +64,5 @@ def edit(
         max_shard_size=max_shard_size,
     )
     resources = opt.resources(workers, device, gpu_memory)
-    carry_out(recipe, output, resources, force=force, dry_run=dry_run, json=json, quiet=quiet)
+    how = How(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)
+    carry_out(recipe, output, resources, how, dry_run=dry_run, json=json, quiet=quiet)

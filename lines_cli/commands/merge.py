@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lines_cli.commands import options as opt
-from lines_cli.commands.carry_out import carry_out
+from lines_cli.commands.carry_out import How, carry_out
 
 
 def merge(
@@ -12,6 +12,9 @@ def merge(
     output: opt.MaybeOutput = None,
     sets: opt.Set = None,
     force: opt.Force = False,
+    resume: opt.Resume = False,
+    verify: opt.Verify = False,
+    verify_inputs: opt.VerifyInputs = False,
     workers: opt.Workers = None,
     device: opt.Device = "auto",
     gpu_memory: opt.GpuMemory = None,
@@ -46,4 +49,5 @@ def merge(
             hint="Say where with -o OUT, or with output: in the recipe.",
         )
     resources = opt.resources(workers, device, gpu_memory)
-    carry_out(recipe, destination, resources, force=force, dry_run=dry_run, json=json, quiet=quiet)
+    how = How(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)
+    carry_out(recipe, destination, resources, how, dry_run=dry_run, json=json, quiet=quiet)

@@ -213,6 +213,7 @@ Output = Annotated[
         help="A folder that loads as it is, with config and tokenizer; or one file, if it ends in .safetensors.",
     ),
 ]
+Cleaned = Annotated[str, typer.Argument(metavar="OUT", help="The destination that the run was to write.")]
 MaybeOutput = Annotated[
     str | None,
     typer.Option(
@@ -241,6 +242,18 @@ MaxShardSize = Annotated[
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output, once the new one is whole.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on from what a run like this has finished that was killed or interrupted.")
+]
+Verify = Annotated[bool, typer.Option("--verify", help="Read the output back before it is put into place.")]
+VerifyInputs = Annotated[
+    bool,
+    typer.Option(
+        "--verify-inputs",
+        help="Take digests of the inputs, whole, before they are used: to record them, and, with --resume, to see that "
+        "they are those that the other run read.",
+    ),
+]
 
 Workers = Annotated[
     int | None,
