@@ -27,7 +27,7 @@ from lines_cli.checkpoint.header import itemsize
 from lines_cli.checkpoint.positional import in_whole_pages, open_to_stream, read_into
 from lines_cli.checkpoint.reader import Stamp
 from lines_cli.draft import Piece, Slice
-from lines_cli.errors import CheckpointError, DataError, RecipeError, printable
+from lines_cli.errors import CheckpointError, DataError, LinesError, RecipeError, printable
 from lines_cli.methods import Values
 from lines_cli.methods.dare import Where, random_masks
 from lines_cli.methods.ties import trim
@@ -288,6 +288,8 @@ class Reader:
         if device.type == "cuda":
             torch.cuda.set_device(device)
             torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call] # this thread's
+        self.at: str | None = None
+        """The tensor that is being worked on."""
         self._raw: list[Buffer] = []
         self._held = torch.empty(0)
         self._views: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None  # of what is held: the last asked for
@@ -334,6 +336,7 @@ class Reader:
     def cut(self, chunks: Iterable[Chunk[Tensor]]) -> Iterator[Chunk[Tensor]]:
         """The same entries, in steps that fit the buffers."""
         for chunk in chunks:
+            self.at = chunk.tensor.name
             yield from chunk.cut(self.chunk)
 
     def held(self, chunk: Chunk[Tensor]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
@@ -520,6 +523,7 @@ class Pool(Generic[Thread, Item, Result]):
                     due += 1
 
     def _work(self, device: torch.device) -> None:
+        worker = None
         try:
             torch.set_num_threads(1)  # for this thread alone; the workers are the parallelism
             with torch.inference_mode():
@@ -532,6 +536,8 @@ class Pool(Generic[Thread, Item, Result]):
                     self._done.put((item[0], self._do(worker, item[1])))
             self._done.put(None)
         except BaseException as error:  # noqa: BLE001 - handed over to the thread that waits, which raises it
+            if not isinstance(error, (LinesError, MemoryError)) and worker is not None and worker.at is not None:
+                error.args = (*error.args, f"at tensor {printable(worker.at)}")
             self._done.put(error)
 
     def _do(self, worker: Thread, item: Item) -> Result:

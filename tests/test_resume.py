@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -519,6 +521,38 @@ def test_room_that_a_dead_run_takes_is_counted(models: Path, monkeypatch: pytest
     assert run_lines(*EDIT, "--resume").code == 0
     shutil.rmtree(models / "out")
     assert run_lines(*EDIT).code == 6
+
+
+def test_a_worker_that_fails(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is wrong with one worker, the others stop, and the error names the tensor."""
+    make = engine._Write._make
+
+    def failing(self: Any, worker: Any, chunk: Any, told: Any) -> memoryview:
+        if chunk.tensor.name == "layers.2.w":
+            raise ZeroDivisionError("division by zero")
+        return make(self, worker, chunk, told)
+
+    monkeypatch.setattr(engine._Write, "_make", failing)
+    recipe = lines.edit_recipe("base", "ft")
+    plan = lines.make_plan(recipe, lines.open_inputs(recipe), Path("out"))
+    with pytest.raises(ZeroDivisionError, match=r"at tensor layers\.2\.w"):
+        engine.run(plan, lines.Resources(workers=3))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("lines-worker")]
+    monkeypatch.undo()
+    monkeypatch.chdir(models)
+    assert run_lines("edit", "base", "ft", "-o", "out", "--resume").code == 0
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
+def test_a_filesystem_without_locks(number: int, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs are not kept apart there, and work."""
+
+    def flock(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(staging.fcntl, "flock", flock)
+    stop(monkeypatch, EDIT)
+    assert run_lines(*EDIT, "--resume").code == 0
 
 
 # --- clean ---

@@ -93,7 +93,17 @@ def _as_a_guest() -> Iterator[None]:
         warnings.filterwarnings("ignore", "Failed to initialize NumPy")
         try:
             yield
-        except (ImportError, OSError) as error:
-            if not any(words in str(error) for words in ("map segment", "allocate memory")):
+        except Exception as error:
+            told = [line for line in str(error).splitlines() if "map segment" in line or "allocate memory" in line]
+            if not told and not _memory_is_limited():
                 raise
-            raise MemoryError(f"torch cannot be loaded: {error}") from error
+            raise MemoryError(f"torch cannot be loaded: {(told or [type(error).__name__])[0].strip()}") from error
+
+
+def _memory_is_limited() -> bool:
+    """Whether the process may have so much address space only: what fails then in a library may be of any kind."""
+    try:
+        import resource
+    except ImportError:
+        return False
+    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
