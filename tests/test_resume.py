@@ -576,14 +576,21 @@ def test_clean(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # --- many kills ---
 
 
-def killed_often(command: list[str], kills: int, chance: random.Random, *, between: tuple[float, float]) -> int:
+def killed_often(
+    command: list[str],
+    kills: int,
+    chance: random.Random,
+    *,
+    between: tuple[float, float],
+    program: tuple[str, str] = ("-m", "lines_cli"),
+) -> int:
     """Kill a run and its successors at random moments until one comes to its end, over and over; how many were killed
     while they were writing.
     """
     inside = 0
     old = snapshot(Path("out"))
     while inside < kills:
-        process = subprocess.Popen([sys.executable, "-m", "lines_cli", *command, "--resume"], stderr=subprocess.PIPE)
+        process = subprocess.Popen([sys.executable, *program, *command, "--resume"], stderr=subprocess.PIPE)
         before, until = finished_parts(), time.monotonic() + 120
         while finished_parts() <= before and process.poll() is None:
             assert time.monotonic() < until
@@ -605,7 +612,8 @@ def test_a_few_kills(command: list[str], models: Path, undisturbed: Callable[[li
     """Killed inside the write, the old output is whole; resumed, the bytes are those of a run that was left alone."""
     expected = undisturbed(command)
     write_checkpoint(models / "out", {"w": torch.ones(3)})
-    assert killed_often([*command, "--force"], 2, random.Random(0), between=(0, 0.002)) >= 1
+    slowly = ("-c", SLOWLY)
+    assert killed_often([*command, "--force"], 2, random.Random(0), between=(0, 0.1), program=slowly) == 2
     ran = run_lines(*command, "--force", "--resume")
     assert (ran.code, ran.trace) == (0, ""), ran.err
     assert weights(models / "out") == expected
