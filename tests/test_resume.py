@@ -303,6 +303,16 @@ def test_damaged_parts_are_made_again(
     )
 
 
+def test_what_else_is_there_is_not_published(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill right after folders were exchanged leaves the old output where the new one was: none of it comes back."""
+    stop(monkeypatch, EDIT)
+    (models / STAGING / "new" / "model-00007-of-00007.safetensors").write_bytes(b"old")
+    (models / STAGING / "new" / "folder").mkdir()
+    assert run_lines(*EDIT, "--resume").code == 0
+    assert not (models / "out" / "model-00007-of-00007.safetensors").exists()
+    assert not (models / "out" / "folder").exists()
+
+
 def test_told_once(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Integers that differ, and NaN that is let through, are told by a resumed run, too."""
     stop(monkeypatch, MERGE, after=22)

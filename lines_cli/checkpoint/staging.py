@@ -268,8 +268,9 @@ class Staging:
         """The story without the parts that are not on the disk as it says."""
         outputs = self._run["outputs"]
         parts: list[Part] = []
-        if not self._new.is_dir():
-            self._new.mkdir()
+        self._new.mkdir(exist_ok=True)
+        for entry in set(os.listdir(self._new)) - {name for name, _, _ in outputs}:
+            _remove(self._new / entry)  # what stands beside the weights is made anew; all else was of another output
         for number, (name, nbytes, _) in enumerate(outputs):
             path = self._new / name
             own = [part for part in story.parts if part.file == number]
