@@ -51,14 +51,7 @@ def file_digest(path: Path) -> str:
     Raises:
         OSError: it cannot be read.
     """
-    fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-    try:
-        nbytes = os.fstat(fd).st_size
-        # hashlib lets other threads run.
-        with ThreadPoolExecutor(_THREADS) as pool:
-            return _root(pool.map(lambda start: _of_block(fd, start, nbytes), range(0, nbytes, BLOCK)))
-    finally:
-        os.close(fd)
+    return _root(_digests(path, range(0, path.stat().st_size, BLOCK)))
 
 
 def intact(path: Path, blocks: Mapping[int, bytes]) -> set[int]:
@@ -71,12 +64,18 @@ def intact(path: Path, blocks: Mapping[int, bytes]) -> set[int]:
     Raises:
         OSError: it cannot be read.
     """
+    found = _digests(path, blocks)
+    return {start for start, digest in zip(blocks, found, strict=True) if digest == blocks[start]}
+
+
+def _digests(path: Path, starts: Iterable[int]) -> list[bytes]:
+    """The digests of the blocks that begin there."""
     fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
     try:
         nbytes = os.fstat(fd).st_size
+        # hashlib lets other threads run.
         with ThreadPoolExecutor(_THREADS) as pool:
-            found = pool.map(lambda start: start < nbytes and _of_block(fd, start, nbytes) == blocks[start], blocks)
-            return {start for start, same in zip(blocks, found, strict=True) if same}
+            return list(pool.map(lambda start: _of_block(fd, start, nbytes), starts))
     finally:
         os.close(fd)
 
@@ -199,7 +198,7 @@ def _difference(path: Path, written: FileRecord) -> str | None:
 def _of_block(fd: int, start: int, nbytes: int) -> bytes:
     """The digest of the block that begins at `start` in a file of `nbytes`."""
     digest, end = sha256(), min(start + BLOCK, nbytes)
-    buffer = memoryview(bytearray(min(_READ, end - start)))
+    buffer = memoryview(bytearray(max(0, min(_READ, end - start))))
     for offset in range(start, end, _READ):
         piece = buffer[: end - offset]
         digest.update(piece[: read_into(fd, piece, offset)])
