@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import stat
 import threading
 import time
 from contextlib import suppress
@@ -25,6 +26,37 @@ def open_to_stream(path: Path) -> int:
         with suppress(OSError):
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
     return fd
+
+
+def read_small(path: Path, most: int, *, follow: bool = True) -> bytes:
+    """The content of a small file: an index, a config, a journal, a lock. A pipe or a device is not waited for, and a
+    file that claims to be larger, or grows meanwhile, is not read.
+
+    Args:
+        path: the file.
+        most: how many bytes it may have.
+        follow: whether it may be a symbolic link.
+
+    Raises:
+        OSError: it cannot be read, is no regular file, or is larger; `strerror` says so in words.
+    """
+    if not stat.S_ISREG((path.stat() if follow else path.lstat()).st_mode):  # opening a device may do something
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | (0 if follow else getattr(os, "O_NOFOLLOW", 0))
+    fd = os.open(path, os.O_RDONLY | flags)
+    try:
+        there = os.fstat(fd)
+        if not stat.S_ISREG(there.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        if there.st_size > most:
+            raise OSError(errno.EFBIG, f"it has {there.st_size:,} bytes; at most {most:,} are read", str(path))
+        content = bytearray(there.st_size + 1)  # one more, to see whether it has grown
+        got = read_into(fd, memoryview(content), 0)
+        if got > there.st_size:
+            raise OSError(errno.EBUSY, "it grew while it was read", str(path))
+        return bytes(memoryview(content)[:got])
+    finally:
+        os.close(fd)
 
 
 def read_into(fd: int, view: memoryview, offset: int) -> int:
