@@ -1,6 +1,15 @@
 """`python -m lines_cli`, and the console script `lines`."""
 
-from lines_cli.cli import main
+from lines_cli.commands import signals
+
+
+def main() -> None:
+    """Mind signals first, then import all that the command line needs."""
+    signals.install()
+    from lines_cli.cli import main as run
+
+    run()
+
 
 if __name__ == "__main__":
     main()

@@ -15,11 +15,12 @@ from typing import Annotated, Any
 import typer
 
 from lines_cli import __version__
+from lines_cli.commands import signals
 from lines_cli.commands.clean import clean
 from lines_cli.commands.edit import edit
 from lines_cli.commands.inspect import inspect
 from lines_cli.commands.merge import merge
-from lines_cli.errors import LinesError
+from lines_cli.errors import LinesError, aftermath_of
 
 EXIT_CODES = {
     0: "done; or, with --dry-run, nothing that headers can tell stands against it",
@@ -47,40 +48,45 @@ app = typer.Typer(
 def _guarded(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def guarded(**options: Any) -> None:
-        from lines_cli import console
-
         try:
-            command(**options)
-        except LinesError as error:
-            console.refuse(error.message, error.hint)
-            _tell_kept(error)
-            raise typer.Exit(error.exit_code) from error
-        except KeyboardInterrupt as interrupt:
-            number = interrupt.number if isinstance(interrupt, _Signalled) else signal.SIGINT
-            console.refuse(f"interrupted ({number.name}); the destination is as it was")
-            _tell_kept(interrupt)
-            raise typer.Exit(128 + number) from None
-        except MemoryError as error:
-            console.refuse(
-                ": ".join(filter(None, ("out of memory", str(error)))),
-                "Fewer --workers need less: each holds its own buffers.",
-            )
-            _tell_kept(error)
-            raise typer.Exit(1) from None
+            with signals.at_work():
+                command(**options)
+        except (LinesError, KeyboardInterrupt, MemoryError) as error:
+            signals.too_late()
+            raise typer.Exit(_say(error)) from error
 
     return guarded
 
 
-def _tell_kept(error: BaseException) -> None:
-    """Say where what was finished before an error is kept, if anything is."""
+def _say(error: BaseException) -> int:
+    """Say why a command ends, and what it leaves; the exit code."""
     from lines_cli import console
-    from lines_cli.errors import kept_by
 
-    if (folder := kept_by(error)) is not None:
+    aftermath, code = aftermath_of(error), 1
+    match error:
+        case LinesError():
+            console.refuse(error.message, error.hint)
+            code = error.exit_code
+        case KeyboardInterrupt():
+            number = error.number if isinstance(error, signals.Signalled) else signal.SIGINT
+            if aftermath.in_place is not None:
+                console.remark(f"interrupted ({number.name}) when {aftermath.in_place} was in place: it is whole")
+                code = 0
+            else:
+                console.refuse(signals.interrupted(number))
+                code = 128 + number
+        case _:
+            message = ": ".join(filter(None, ("out of memory", str(error))))
+            console.refuse(message, "Fewer --workers need less: each holds its own buffers.")
+    if aftermath.in_place is not None:
+        if aftermath.kept is not None:
+            console.remark(f"what it replaced is still in {aftermath.kept}: lines clean OUT removes it")
+    elif aftermath.kept is not None:
         console.remark(
-            f"what was finished is kept in {folder}: the same command with --resume goes on from there, "
+            f"what was finished is kept in {aftermath.kept}: the same command with --resume goes on from there, "
             "lines clean OUT removes it"
         )
+    return code
 
 
 def _version(asked: bool) -> None:
@@ -104,28 +110,16 @@ app.command("inspect")(_guarded(inspect))
 app.command("clean")(_guarded(clean))
 
 
-class _Signalled(KeyboardInterrupt):
-    """Another signal that asks the process to end: it is cleaned up after as Ctrl-C is."""
-
-    def __init__(self, number: signal.Signals) -> None:
-        super().__init__()
-        self.number = number
-
-
-def _end(number: int, _: object) -> None:
-    raise _Signalled(signal.Signals(number))
-
-
 def main() -> None:
     """The console script."""
     # A run is short and makes hardly a cycle. Looking for them, again and again through torch's modules and a plan's
     # objects, takes a tenth of the time that importing torch takes, and doubles that of planning 100,000 tensors.
     gc.disable()
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-            signal.signal(number, _end)
+    signals.install()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks
-    app()
+    try:
+        app()
+    finally:
+        signals.too_late()

@@ -89,12 +89,15 @@ def show_plan(plan: Plan, resources: Resources, *, json: bool) -> None:
     _err.print("Nothing was written (--dry-run).", style="dim")
 
 
-def show_finished(plan: Plan, *, json: bool, quiet: bool) -> None:
-    """That there is nothing left to do."""
+def show_finished(plan: Plan, *, verified: bool, json: bool, quiet: bool) -> None:
+    """That there is nothing left to do; `verified` if the output was read back."""
     if json:
         _print_json({"dry_run": False, **plan.summary(), "done_before": True})
     elif not quiet:
-        remark(f"{plan.output} is finished: this recipe has written it from these inputs")
+        remark(
+            f"{plan.output} is finished: this recipe has written it from these inputs"
+            + (", and every file reads back as it was written" if verified else "")
+        )
 
 
 def show_cleaned(output: str, found: Leftover | None) -> None:
@@ -118,6 +121,7 @@ def show_outcome(outcome: Outcome, *, json: bool, quiet: bool) -> None:
         _print_json({"dry_run": False, **summary, "done_before": False, **told})
     for found in outcome.nonfinite.values():
         _warn(found)
+    _notes(outcome.remarks)
     for name, files in outcome.differing.items():
         _warn(f"{name} holds whole numbers, which are copied, and they differ in {', '.join(files)}")
     if json or quiet:

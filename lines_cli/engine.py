@@ -9,27 +9,25 @@ no byte.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
 from lines_cli.arithmetic import TORCH_DTYPES, add_scaled, cast, dot, is_finite, task_vector
-from lines_cli.checkpoint.digest import BLOCK, FileRecord, GrowingDigest, RangeWriter, file_digest
+from lines_cli.checkpoint.destination import check_destination, naming
+from lines_cli.checkpoint.digest import BLOCK, FileRecord, GrowingDigest, RangeWriter, file_digest, record_of
 from lines_cli.checkpoint.header import itemsize
 from lines_cli.checkpoint.journal import Journal, Part
 from lines_cli.checkpoint.positional import NewFile
-from lines_cli.checkpoint.staging import Staging, leftover
-from lines_cli.checkpoint.writer import check_destination, naming
-from lines_cli.errors import CheckpointError, DataError, OutputError, printable
+from lines_cli.checkpoint.staging import Staging, leftover, recover
+from lines_cli.errors import DataError, OutputError, printable
 from lines_cli.measure import Measurement, Track, measure, untracked
 from lines_cli.plan import Plan, Statistics, TensorPlan
-from lines_cli.planning import contents_beside, identity, resolve, to_float32
+from lines_cli.planning import contents_beside, digests_of, identity, replaceable, resolve, to_float32
 from lines_cli.resources import Resources
 from lines_cli.workers import (
     ALLOW_NONFINITE,
@@ -38,6 +36,7 @@ from lines_cli.workers import (
     PlanChunk,
     Pool,
     Worker,
+    allow_open_files,
     keep_freed_memory,
     opened,
     refuse_changed,
@@ -59,6 +58,7 @@ class Outcome:
         kept: for each model the share of entries that were kept; empty where none are dropped.
         differing: integer and boolean tensors that are not the same in all inputs -> the inputs that differ from the
             one that was copied.
+        remarks: what a person should know of how it ended.
     """
 
     plan: Plan
@@ -69,6 +69,7 @@ class Outcome:
     norms: tuple[float, ...]
     kept: tuple[float, ...]
     differing: dict[str, tuple[str, ...]]
+    remarks: tuple[str, ...] = ()
 
 
 def run(
@@ -81,9 +82,9 @@ def run(
     verify_inputs: bool = False,
     track: Track = untracked,
 ) -> Outcome:
-    """Carry a plan out: measure, write, publish. On any failure the destination is as it was. What is finished by then
-    is kept beside it, to `resume` from, unless what failed is an input. In this process glibc keeps freed memory from
-    then on, and the limit of open files is raised as is needed.
+    """Carry a plan out: measure, write, publish. On any failure before that the destination is as it was, and what was
+    finished is kept beside it, to `resume` from, unless an input holds NaN or has changed. In this process glibc keeps
+    freed memory from then on, and the limit of open files is raised as is needed.
 
     Args:
         plan: from `make_plan`.
@@ -107,18 +108,25 @@ def run(
     crew = Crew(resources)
     keep_freed_memory()
     before = leftover(plan.output)
+    if before is not None and before.set_aside:
+        recover(plan.output)
     needed = plan.bytes_written - (before.nbytes if before else 0)
-    check_destination(plan.output, inputs=plan.read_paths, nbytes=needed, force=force)
+    ours = replaceable(plan) if force else frozenset[str]()
+    check_destination(plan.output, inputs=plan.read_paths, nbytes=needed, force=force, ours=ours)
     identified = identity(plan)
     if verify_inputs:
-        identified["contents"] = _digests(plan.inputs)
+        identified["contents"] = digests_of(plan.inputs)
     identified["step"] = BLOCK * (_BLOCKS_ON_CUDA if crew.apart else 1)
+    allow_open_files(len(plan.inputs) + 2 * len(plan.outputs))
     with (
-        Staging(plan.output, identified, resume=resume) as staging,
+        Staging(plan.output, identified, plan.names, resume=resume) as staging,
         opened(plan.inputs) as sources,
         crew.bounded(),
     ):
+        if force:
+            staging.look_at_old(replaceable(plan))  # nobody else replaces it now
         refuse_changed(plan.inputs, sources, plan.stamps)
+        records = _carried_over(staging, plan)
         measurement = _measured(staging, plan, sources, crew, track)
         if plan.needs:
             plan = resolve(plan, measurement.statistics)
@@ -135,12 +143,25 @@ def run(
             for _ in track(title, plan.bytes_written - job.taken_over, done):
                 pass
         refuse_changed(plan.inputs, sources, plan.stamps)
-        for name, content in contents_beside(plan, identified, job.records()):
+        records |= job.records()
+        for name, content in contents_beside(plan, identified, records):
             staging.add(name, content)
         if verify:
-            _verify(staging, job.records())
+            _verify(staging, records)
         staging.publish(force=force)
-    return job.outcome(time.perf_counter() - started, measurement)
+        outcome = job.outcome(measurement)
+    return replace(outcome, seconds=time.perf_counter() - started, remarks=tuple(staging.remarks))
+
+
+def _carried_over(staging: Staging, plan: Plan) -> dict[str, FileRecord]:
+    """Copy what stands beside the weights before anything else, while it is there; what was written of each."""
+    records: dict[str, FileRecord] = {}
+    for sidecar in plan.sidecars:
+        if sidecar.source is not None:
+            content = sidecar.read()
+            staging.add(sidecar.name, content)
+            records[sidecar.name] = record_of(content)
+    return records
 
 
 def _measured(staging: Staging, plan: Plan, sources: list[int], crew: Crew, track: Track) -> Measurement:
@@ -153,21 +174,6 @@ def _measured(staging: Staging, plan: Plan, sources: list[int], crew: Crew, trac
         with naming(plan.output):
             staging.journal.measured(measurement.statistics.told())
     return measurement
-
-
-def _digests(paths: Iterable[Path]) -> dict[str, str]:
-    """The digest of each input, read whole.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    found: dict[str, str] = {}
-    for path in paths:
-        try:
-            found[os.path.realpath(path)] = file_digest(path)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    return found
 
 
 def _verify(staging: Staging, records: Mapping[str, FileRecord]) -> None:
@@ -396,15 +402,15 @@ class _Write:
         files = zip(self.plan.outputs, self.targets, strict=True)
         return {file.name: target.digest.record() for file, target in files}
 
-    def outcome(self, seconds: float, measurement: Measurement) -> Outcome:
-        """What the whole run did."""
+    def outcome(self, measurement: Measurement) -> Outcome:
+        """What the whole run did, but for how long it took."""
         shares = [model["kept"] for model in self.plan.models()] if self.plan.statistics.kept else []
         told = self.told
         if self.draws and told.entries:
             shares = [kept / told.entries for kept in told.kept]
         return Outcome(
             self.plan,
-            seconds,
+            0.0,
             1 + measurement.passes,
             measurement.bytes_read + self.plan.bytes_read,
             told.nonfinite,

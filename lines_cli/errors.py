@@ -3,6 +3,7 @@
     LinesError
     |-- RecipeError          2   an option or a recipe key says something impossible
     |-- CheckpointError      3   an input cannot be found or read
+    |   |-- ChangedInputError    it is not, or no longer, what it was when the run began
     |   |-- HubError
     |   `-- UnsupportedError     readable, but a kind of checkpoint lines does not edit (quantised, adapter, pickle)
     |-- MismatchError        4   two inputs disagree (names, shapes), or with each other's config
@@ -17,6 +18,7 @@ one. `cli.py` is the only place that turns these into text and an exit code.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -61,6 +63,10 @@ class CheckpointError(LinesError):
     exit_code = 3
 
 
+class ChangedInputError(CheckpointError):
+    """An input is not, or no longer, what it was when its header was read: what was made of it is of no use."""
+
+
 class HubError(CheckpointError):
     """The Hugging Face Hub could not give what was asked of it."""
 
@@ -91,15 +97,28 @@ class OutputError(LinesError):
     exit_code = 6
 
 
-def keep_in_mind(error: BaseException, folder: Path) -> None:
-    """Have an error say where what was finished before it is kept."""
-    error.kept = folder  # type: ignore[attr-defined]
+@dataclass(frozen=True, slots=True)
+class Aftermath:
+    """What an error leaves of the run that it ended.
+
+    Attributes:
+        kept: the folder in which what was finished is kept, to `resume` from; None where nothing is.
+        in_place: the destination, if the new output had taken its place before; None where that is as it was.
+    """
+
+    kept: Path | None = None
+    in_place: Path | None = None
 
 
-def kept_by(error: BaseException) -> Path | None:
-    """Where what was finished before an error is kept; None where nothing is."""
-    kept = getattr(error, "kept", None)
-    return kept if isinstance(kept, Path) else None
+def attach_aftermath(error: BaseException, aftermath: Aftermath) -> None:
+    """Have an error say what it leaves."""
+    error.aftermath = aftermath  # type: ignore[attr-defined]
+
+
+def aftermath_of(error: BaseException) -> Aftermath:
+    """What an error leaves; nothing, where no run had begun."""
+    found = getattr(error, "aftermath", None)
+    return found if isinstance(found, Aftermath) else Aftermath()
 
 
 def printable(text: str) -> str:

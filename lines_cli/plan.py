@@ -192,6 +192,11 @@ class Plan:
         return (*(checkpoint.path for checkpoint in self.sides.checkpoints), *self.inputs)
 
     @property
+    def names(self) -> frozenset[str]:
+        """Every file that is written, by its name relative to the destination."""
+        return frozenset((*(file.name for file in self.outputs), *(sidecar.name for sidecar in self.sidecars)))
+
+    @property
     def stamps(self) -> tuple[Stamp, ...]:
         """The state that each of `inputs` was in when it was planned with."""
         return tuple(stamp for checkpoint in self.sides.checkpoints for stamp in checkpoint.stamps)

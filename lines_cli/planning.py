@@ -19,14 +19,23 @@ from pathlib import Path
 from typing import Any
 
 from lines_cli import __version__
-from lines_cli.checkpoint.digest import FileRecord, record_of
+from lines_cli.checkpoint.destination import is_one_file
+from lines_cli.checkpoint.digest import FileRecord, altered, file_digest, record_of
 from lines_cli.checkpoint.header import EXACT_DTYPES, Known, TensorInfo
 from lines_cli.checkpoint.reader import Checkpoint, no_collecting, open_checkpoint
 from lines_cli.checkpoint.sidecars import MODEL_CARD, RECIPE, Card, Sidecar, carry_over, index_file, model_card
-from lines_cli.checkpoint.writer import is_one_file
 from lines_cli.depth import DepthMap, find_depth
 from lines_cli.draft import STORED, Draft, Piece, draft_tensors, refuse_misfits
-from lines_cli.errors import DepthError, MismatchError, RecipeError, printable
+from lines_cli.errors import (
+    ChangedInputError,
+    CheckpointError,
+    DepthError,
+    MismatchError,
+    OutputError,
+    RecipeError,
+    printable,
+    some,
+)
 from lines_cli.hub import locate
 from lines_cli.layout import lay_out_files
 from lines_cli.methods import Values
@@ -366,6 +375,71 @@ def is_finished(plan: Plan) -> bool:
     return whole and recipe.run == run_digest(identity(plan))
 
 
+def refuse_altered(plan: Plan, *, output: bool, inputs: bool) -> None:
+    """Read what a finished run has written, or what it has read, and hold that against its recipe's record.
+
+    Args:
+        plan: one that `is_finished`.
+        output, inputs: which of them.
+
+    Raises:
+        OutputError: the output is not what was written, or the record does not say what was read.
+        ChangedInputError: an input is not what was read.
+        CheckpointError: a file cannot be read.
+    """
+    recipe = load_recipe(plan.output / RECIPE)
+    if output and (differing := altered(plan.output, recipe.files)):
+        told = [f"{name} {difference}" for name, difference in differing.items()]
+        raise OutputError(
+            f"{plan.output} is finished, but is no longer what was written:\n{some(told)}",
+            hint="Write it again, with --force and without --resume.",
+        )
+    if not inputs:
+        return
+    read = _inputs_read(plan, digests_of(plan.inputs))
+    before = {name: record.get("digest") for name, record in recipe.inputs.items() if isinstance(record, dict)}
+    if not all(before.get(name) for name in read):
+        raise OutputError(
+            f"{plan.output} is finished, but was written without --verify-inputs: its recipe does not say what its "
+            "inputs held",
+            hint="Write it again with --verify-inputs and --force; or compare what it makes now: lines verify OUT.",
+        )
+    told = [
+        f"{name} holds {now['digest']}, {before[name]} was read"
+        for name, now in read.items()
+        if now["digest"] != before[name]
+    ]
+    if told:
+        raise ChangedInputError(f"{plan.output} was made from other inputs than there are now:\n{some(told)}")
+
+
+def digests_of(paths: Iterable[Path]) -> dict[str, str]:
+    """The digest of each input, read whole, by its real path.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    found: dict[str, str] = {}
+    for path in paths:
+        try:
+            found[os.path.realpath(path)] = file_digest(path)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return found
+
+
+def replaceable(plan: Plan) -> frozenset[str]:
+    """The names in the destination's folder that `--force` may replace: those that this run writes, and those that the
+    folder's own recipe says were written into it.
+    """
+    own = plan.names - {MODEL_CARD, RECIPE}  # which stand in other people's folders, too
+    try:
+        recorded = load_recipe(plan.output / RECIPE).files
+    except (OSError, RecipeError):
+        return own
+    return own | recorded.keys() | {MODEL_CARD, RECIPE} if recorded else own
+
+
 def _inputs_read(plan: Plan, contents: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """What the recipe records of each file that was read."""
     found: dict[str, dict[str, Any]] = {}
@@ -382,26 +456,23 @@ def _inputs_read(plan: Plan, contents: Mapping[str, str]) -> dict[str, dict[str,
 def contents_beside(
     plan: Plan, run: Mapping[str, Any], written: Mapping[str, FileRecord]
 ) -> Iterator[tuple[str, bytes]]:
-    """Name and content of every file beside the weights, in the order to write them: the recipe now records what was
-    read, and written into all the others. Not into the model card, which is there for people to edit.
+    """Name and content of every file beside the weights that is no copy, in the order to write them: the recipe now
+    records what was read, and written into all the others. Not into the model card, which is there for people to edit.
 
     Args:
         plan: a resolved one.
         run: its identity.
-        written: what was written into the weight files.
-
-    Raises:
-        CheckpointError: a file that is carried over cannot be read.
+        written: what was written into the weight files, and into those that are copies.
     """
     records = dict(written)
     for sidecar in plan.sidecars:  # what is known already, as the index is, which is written behind the recipe
         if sidecar.content is not None and sidecar.name not in (RECIPE, MODEL_CARD):
             records[sidecar.name] = record_of(sidecar.content)
     for sidecar in plan.sidecars:
-        content = sidecar.read()
-        if sidecar.source is not None:
-            records[sidecar.name] = record_of(content)
-        elif sidecar.name == RECIPE:
+        if sidecar.content is None:
+            continue
+        content = sidecar.content
+        if sidecar.name == RECIPE:
             inputs = _inputs_read(plan, run.get("contents", {}))
             content += dump_record(run_digest(run), inputs, records).encode()
         yield sidecar.name, content

@@ -27,7 +27,7 @@ from lines_cli.checkpoint.header import itemsize
 from lines_cli.checkpoint.positional import in_whole_pages, open_to_stream, read_into
 from lines_cli.checkpoint.reader import Stamp
 from lines_cli.draft import Piece, Slice
-from lines_cli.errors import CheckpointError, DataError, LinesError, RecipeError, printable
+from lines_cli.errors import ChangedInputError, CheckpointError, DataError, LinesError, RecipeError, printable
 from lines_cli.methods import Values
 from lines_cli.methods.dare import Where, random_masks
 from lines_cli.methods.ties import trim
@@ -134,7 +134,7 @@ def _total_memory(device: torch.device) -> int:
 def opened(paths: Iterable[Path]) -> Iterator[list[int]]:
     """The inputs' file descriptors, for the length of a `with` block."""
     paths = list(paths)
-    _allow_open_files(len(paths))
+    allow_open_files(len(paths))
     fds: list[int] = []
     try:
         for path in paths:
@@ -155,7 +155,7 @@ def refuse_changed(paths: Sequence[Path], fds: Sequence[int], stamps: Sequence[S
     """Refuse inputs that are not, or no longer, in the state in which their headers were read.
 
     Raises:
-        CheckpointError: which file, and how it differs.
+        ChangedInputError: which file, and how it differs.
     """
     for path, fd, stamp in zip(paths, fds, stamps, strict=True):
         there = os.fstat(fd)
@@ -163,19 +163,23 @@ def refuse_changed(paths: Sequence[Path], fds: Sequence[int], stamps: Sequence[S
             what = f"its size went from {stamp.nbytes:,} to {there.st_size:,} bytes"
             if there.st_size == stamp.nbytes:
                 what = f"it was written {abs(there.st_mtime_ns - stamp.mtime_ns) / 1e9:.3f} s after"
-            raise CheckpointError(
+            raise ChangedInputError(
                 f"{path}: changed while it was being read: {what}", hint="Run it again when the file is at rest."
             )
 
 
-def _allow_open_files(number: int) -> None:
-    """Raise this process's own limit of open files as far as is needed and allowed, where there is one."""
+def allow_open_files(number: int) -> None:
+    """Raise this process's own limit of open files as far as is needed and allowed, where there is one.
+
+    Args:
+        number: how many inputs and outputs are open at once.
+    """
     try:
         import resource
     except ImportError:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = number + 256  # outputs, libraries, and what the caller has open
+    wanted = number + 256  # libraries, and what the caller has open
     allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < allowed:
         with suppress(ValueError, OSError):
@@ -366,7 +370,7 @@ class Reader:
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
         if got < len(view):
-            raise CheckpointError(
+            raise ChangedInputError(
                 f"{path}: ends in the middle of tensor {printable(chunk.tensor.name)}; it was whole a moment ago",
                 hint="Something shortened it meanwhile. Run it again when the file is at rest.",
             )

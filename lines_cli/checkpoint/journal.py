@@ -1,22 +1,30 @@
 """What a run has finished, line by line, so that another can go on from there after it was killed.
 
-Line 1 says which run it is: whatever decides a byte of the output. Then come what was measured, and every part of a
-file that was written, with the digests of its blocks. Lines are appended as things are done and are not flushed: after
-a power cut the file may say more than the disk holds, which is why the blocks are held against their digests before
-anything is built on them.
+Each line is JSON and carries a checksum. The first says which run it is: whatever decides a byte of its output. Then
+come the files that it makes, what was measured, every part of a file that was written, with the digests of its blocks,
+and that the output is about to be put into place. Lines are appended as things are done and are not flushed:
+after a power cut the file may say more than the disk holds, which is why the blocks are held against their digests
+before anything is built on them. The first line whose checksum is wrong ends the story.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
+
+from lines_cli.checkpoint.positional import read_small
 
 Told = dict[str, Any]
 """What JSON can hold."""
+
+_FIRST = b'{"run":'  # what a journal begins with
+_CHECK = b',"crc32":"'  # of all that stands before it in the line
+_LARGEST = 2**30  # bytes: a terabyte of output has lines of some 30 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +45,36 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
+class Publishing:
+    """That an output was about to be put into place.
+
+    Attributes:
+        new: its device and inode.
+        old: the names of what it replaces.
+    """
+
+    new: tuple[int, int]
+    old: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Story:
     """What a journal holds.
 
     Attributes:
         run: which run it is.
+        names: the files that it makes.
         measured: what was measured; None if that was not finished.
         parts: what was written.
+        publishing: the last time that it began to put its output into place; None if it did not.
         nbytes: how much of the file can be read; the last line may be cut short.
     """
 
     run: Told
+    names: frozenset[str]
     measured: Told | None
     parts: tuple[Part, ...]
+    publishing: Publishing | None
     nbytes: int
 
 
@@ -58,6 +83,7 @@ class Journal:
 
     Args:
         path: the file.
+        names: the files that the run makes.
         run: which run it is, for a new one; None appends to what is there.
         keep: of an old one, its first so many bytes.
 
@@ -65,13 +91,19 @@ class Journal:
         OSError: it cannot be written.
     """
 
-    def __init__(self, path: Path, run: Told | None = None, *, keep: int = 0) -> None:
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_CLOEXEC", 0), 0o666)
-        os.ftruncate(self._fd, keep)
+    def __init__(self, path: Path, names: Iterable[str], run: Told | None = None, *, keep: int = 0) -> None:
+        flags = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | flags, 0o666)
         self.empty = True
         """Whether there is nothing in it that would be worth going on from."""
-        if run is not None:
-            self._append({"run": run})
+        try:
+            os.ftruncate(self._fd, keep)
+            if run is not None:
+                self._append({"run": run})
+            self._append({"names": sorted(names)})
+        except BaseException:
+            self.close()
+            raise
 
     def measured(self, told: Told) -> None:
         """What was measured."""
@@ -86,8 +118,14 @@ class Journal:
         )
         self.empty = False
 
+    def publishing(self, publishing: Publishing) -> None:
+        """That the output is about to be put into place; on the disk before that is done."""
+        self._append({"publishing": [*publishing.new], "old": sorted(publishing.old)})
+        os.fsync(self._fd)
+
     def _append(self, line: Mapping[str, Any]) -> None:
-        left = json.dumps(line, separators=(",", ":")).encode() + b"\n"
+        text = json.dumps(line, separators=(",", ":")).encode().removesuffix(b"}")
+        left = text + _CHECK + b'%08x"}\n' % crc32(text)
         while left:
             left = left[os.write(self._fd, left) :]
 
@@ -98,37 +136,53 @@ class Journal:
             self._fd = -1
 
 
+class NoJournalError(ValueError):
+    """A file in a journal's place that `lines` has not written."""
+
+
 def read_journal(path: Path) -> Story | None:
-    """What a journal holds, as far as it can be read; None if there is none, or not even its first line is whole.
+    """What a journal holds, as far as it can be read; None if there is none, or it does not say which run it is.
 
     Raises:
+        NoJournalError: it is something else.
         OSError: it cannot be read.
     """
-    run, measured, parts, nbytes = None, None, dict[tuple[int, int], Part](), 0
     try:
-        for line, end in _lines(path):
+        content = read_small(path, _LARGEST, follow=False)
+    except FileNotFoundError:
+        return None
+    if content[: len(_FIRST)] != _FIRST[: len(content)]:
+        raise NoJournalError(path)
+    run, measured, parts, publishing = None, None, dict[tuple[int, int], Part](), None
+    names: set[str] = set()
+    nbytes = 0
+    try:
+        for line, end in _lines(content):
             if run is None:
                 run = dict(line["run"])
+            elif "names" in line:
+                names.update(map(str, line["names"]))
             elif "measured" in line:
                 measured = dict(line["measured"])
+            elif "publishing" in line:
+                device, inode = line["publishing"]
+                publishing = Publishing((int(device), int(inode)), frozenset(map(str, line["old"])))
             else:
                 blocks = tuple(bytes.fromhex(block) for block in line["blocks"])
                 part = Part(int(line["file"]), int(line["start"]), blocks, dict(line.get("told", {})))
                 parts[part.file, part.start] = part  # the last word counts: one may have been made again
             nbytes = end
-    except FileNotFoundError:
-        return None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         pass  # cut short, or damaged: what comes before it holds
-    return None if run is None else Story(run, measured, tuple(parts.values()), nbytes)
+    return None if run is None else Story(run, frozenset(names), measured, tuple(parts.values()), publishing, nbytes)
 
 
-def _lines(path: Path) -> Iterator[tuple[Any, int]]:
-    """Each whole line's value, and where the line ends."""
+def _lines(content: bytes) -> Iterator[tuple[Any, int]]:
+    """Each whole line's value, as long as checksums are right, and where the line ends."""
     end = 0
-    with open(path, "rb") as file:
-        for line in file:
-            if not line.endswith(b"\n"):
-                return
-            end += len(line)
-            yield json.loads(line), end
+    while (stop := content.find(b"\n", end)) >= 0:
+        text, check, rest = content[end:stop].rpartition(_CHECK)
+        if not check or rest != b'%08x"}' % crc32(text):
+            return
+        end = stop + 1
+        yield json.loads(text + b"}"), end

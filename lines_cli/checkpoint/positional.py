@@ -49,7 +49,7 @@ def read_small(path: Path, most: int, *, follow: bool = True) -> bytes:
         if not stat.S_ISREG(there.st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
         if there.st_size > most:
-            raise OSError(errno.EFBIG, f"it has {there.st_size:,} bytes; at most {most:,} are read", str(path))
+            raise OSError(errno.EOVERFLOW, f"it has {there.st_size:,} bytes; at most {most:,} are read", str(path))
         content = bytearray(there.st_size + 1)  # one more, to see whether it has grown
         got = read_into(fd, memoryview(content), 0)
         if got > there.st_size:
@@ -115,7 +115,7 @@ class NewFile:
     """
 
     def __init__(self, path: Path, nbytes: int, *, begun: bool = False) -> None:
-        flags = os.O_WRONLY | getattr(os, "O_CLOEXEC", 0)
+        flags = os.O_WRONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
         self._fds = [os.open(path, flags | os.O_CREAT | (0 if begun else os.O_EXCL), 0o666)]
         self._straight: int | None = None
         self._pace = 0.0  # seconds that a byte takes on its way to the disk, a running mean
@@ -153,6 +153,12 @@ class NewFile:
             if self._pace > 1 / _SLOW:
                 self._straight = None
         return done
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Its device and inode: what `path` leads to as long as nobody replaces it."""
+        there = os.fstat(self._fds[0])
+        return there.st_dev, there.st_ino
 
     def sync(self) -> None:
         """Return when all of it is on the disk.

@@ -4,33 +4,58 @@ a run that was killed, and which takes the destination's place in one step.
     .out.lines/
         lock       held by the run that writes
         journal    what it has finished
-        new/       the output, taking shape
+        new/       the output, taking shape; once it is in place, what it replaced
         old/       what `--force` replaces, for the moment between two renames, where the system cannot exchange folders
+        moved/     `new` on its way to a folder that can be renamed
+
+Nothing in it is removed, replaced or written to before it is seen to be ours: a folder with these names alone, whose
+files are those that the journal names. What is replaced is removed file by file, by the names that it had when it was
+looked at.
 """
 
 from __future__ import annotations
 
-import ctypes
+import enum
 import errno
 import os
-import shutil
-import sys
+import stat
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 
+from lines_cli.checkpoint.destination import (
+    Entry,
+    Survey,
+    arrivals,
+    is_one_file,
+    is_taken,
+    naming,
+    refuse_to_replace,
+    survey,
+    sync_folder,
+)
 from lines_cli.checkpoint.digest import BLOCK, intact
-from lines_cli.checkpoint.journal import Journal, Part, Story, Told, read_journal
+from lines_cli.checkpoint.journal import Journal, NoJournalError, Part, Publishing, Story, Told, read_journal
+from lines_cli.checkpoint.lock import NAME as LOCK
+from lines_cli.checkpoint.lock import RunLock, is_locked, refusal, remove_with
 from lines_cli.checkpoint.positional import NewFile
-from lines_cli.checkpoint.writer import is_one_file, is_taken, naming, sync_folder
-from lines_cli.errors import LinesError, OutputError, keep_in_mind
+from lines_cli.checkpoint.renames import exchange, move_folder, put
+from lines_cli.errors import (
+    Aftermath,
+    ChangedInputError,
+    DataError,
+    MismatchError,
+    OutputError,
+    RecipeError,
+    attach_aftermath,
+    some,
+)
 
-try:
-    import fcntl
-except ImportError:  # no Unix: runs are not kept apart
-    fcntl = None  # type: ignore[assignment]
+_JOURNAL, _NEW, _OLD, _MOVED = "journal", "new", "old", "moved"
+_LONGEST_NAME = 240  # bytes, so that the whole fits into a file name
 
 
 def staging_of(output: Path) -> Path:
@@ -46,7 +71,126 @@ def staging_of(output: Path) -> Path:
     return target.parent / f".{name}.lines"
 
 
-_LONGEST_NAME = 240  # bytes, so that the whole fits into a file name
+# --- whose is it? ---
+
+
+def _ours(output: Path, names: Collection[str] | None = ()) -> Story | None:
+    """What the journal of a staging folder tells, once all that the folder holds is seen to be ours.
+
+    Args:
+        output: the destination, whose staging folder may be anything, or nothing.
+        names: files that a run is about to make in it; None where they are not known yet, and a run will look again.
+
+    Raises:
+        OutputError: it is a link, or holds something that is not ours.
+        OSError: it cannot be read.
+    """
+    folder = staging_of(output)
+    try:
+        there = folder.lstat()
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISDIR(there.st_mode):
+        what = "a symbolic link" if stat.S_ISLNK(there.st_mode) else "not a folder"
+        raise OutputError(
+            f"{folder} is {what}; lines keeps unfinished output in a folder of that name",
+            hint="Move it away, or choose another destination with -o.",
+        )
+    try:
+        story = read_journal(folder / _JOURNAL)
+    except NoJournalError:
+        raise _foreign(folder, [_JOURNAL]) from None
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.ELOOP):  # a link, a pipe, a folder
+            raise _foreign(folder, [_JOURNAL]) from None
+        raise
+    made, replaced = {*(names or ()), *(story.names if story else ())}, _replaced(story)
+    rooms = {_NEW: (made, replaced), _OLD: ((), replaced), _MOVED: (made, ())}
+    found = survey(folder)
+    if not os.path.lexists(output.resolve()):  # what was set aside comes back, whatever it is
+        found = {name: entry for name, entry in found.items() if not name.startswith(f"{_OLD}/")}
+    if names is None and story is None:
+        found = {name: entry for name, entry in found.items() if not name.startswith((f"{_NEW}/", f"{_MOVED}/"))}
+    foreign = [name for name, entry in found.items() if not _belongs(name, entry, rooms)]
+    if foreign:
+        raise _foreign(folder, sorted(foreign))
+    return story
+
+
+def _belongs(name: str, entry: Entry, rooms: Mapping[str, tuple[Collection[str], Collection[str]]]) -> bool:
+    """Whether what stands in a staging folder is ours.
+
+    Args:
+        name: relative to the folder.
+        entry: what it is.
+        rooms: the folders in it, each with the names of files that a run has made there, and of what it replaced.
+    """
+    room, _, inner = name.partition("/")
+    if room in (LOCK, _JOURNAL):
+        return not inner and stat.S_ISREG(entry.kind) and (room == _JOURNAL or entry.nbytes == 0)
+    if room not in rooms:
+        return False
+    made, replaced = rooms[room]
+    if stat.S_ISDIR(entry.kind):
+        return not inner or inner in replaced or any(known.startswith(f"{inner}/") for known in made)
+    return inner in replaced or (inner in made and stat.S_ISREG(entry.kind))
+
+
+def _foreign(folder: Path, names: Sequence[str]) -> OutputError:
+    return OutputError(
+        f"{folder} holds what lines did not put there:\n{some(names)}",
+        hint="lines keeps unfinished output in a folder of that name, and removes it. Move away what is to be kept; "
+        "or choose another destination with -o.",
+    )
+
+
+def _replaced(story: Story | None) -> frozenset[str]:
+    """The names of what a run was about to replace when it was stopped."""
+    return story.publishing.old if story is not None and story.publishing is not None else frozenset()
+
+
+def _is_published(story: Story | None, folder: Path) -> bool:
+    """Whether what a run was about to put into place has left the staging folder."""
+    if story is None or story.publishing is None:
+        return False
+    new = folder / _NEW
+    for path in (new, *(new.iterdir() if new.is_dir() else ())):
+        there = path.lstat() if os.path.lexists(path) else None
+        if there is not None and (there.st_dev, there.st_ino) == story.publishing.new:
+            return False
+    return True
+
+
+def _is_busy(folder: Path) -> bool:
+    """Whether a run is at work in a folder, whatever stands there."""
+    with suppress(OSError):
+        return folder.is_dir() and not folder.is_symlink() and is_locked(folder)
+    return False
+
+
+def _remove(folder: Path, names: Iterable[str]) -> None:
+    """Remove files, and folders that are empty by then, by their names; what else has come into them stays.
+
+    Raises:
+        OSError: something cannot be removed.
+    """
+    for name in sorted(names, key=lambda name: -name.count("/")):  # what is in a folder before the folder
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            with suppress(OSError):
+                path.rmdir()
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _clear(folder: Path, names: Iterable[str]) -> None:
+    """Remove files from a folder within the staging folder, and the folder, if nothing else is in it."""
+    _remove(folder, names)
+    with suppress(OSError):
+        folder.rmdir()
+
+
+# --- what an earlier run has left ---
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +202,14 @@ class Leftover:
         written: bytes of the weight files that were finished.
         total: bytes that they have in the end; 0 where that is not known.
         nbytes: what all of it takes on the disk.
+        set_aside: whether the old output is in it, and not at the destination: a run was killed between two renames.
     """
 
     folder: Path
     written: int
     total: int
     nbytes: int
+    set_aside: bool = False
 
     @property
     def told(self) -> str:
@@ -72,48 +218,103 @@ class Leftover:
 
 
 def leftover(output: Path) -> Leftover | None:
-    """What an earlier run has left of this output, if there is anything. What it had set aside is put back.
+    """What an earlier run has left of this output, if there is anything. Nothing is written to find out.
 
     Raises:
-        OutputError: a run is at work on it.
+        OutputError: a run is at work on it, or there is something else in that place.
     """
     with naming(output):
         folder = staging_of(output)
-        if not folder.is_dir():
+        if _is_busy(folder):
+            raise refusal(folder, output)
+        story = _look(output, None)
+        if not folder.exists():
             return None
-        try:
-            lock = _Lock(folder, output)
-        except FileNotFoundError:  # the run came to its end this moment
-            return None
-        try:
-            _put_back(folder, output.resolve())
-        finally:
-            lock.release()
-        story = read_journal(folder / "journal")
         total = written = 0
         if story is not None:
             with suppress(KeyError, TypeError, ValueError, IndexError):  # no journal of ours would
                 sizes = [int(size) for _, size, _ in story.run["outputs"]]
                 written = sum(min(BLOCK * len(part.blocks), sizes[part.file] - part.start) for part in story.parts)
                 total = sum(sizes)
-        return Leftover(folder, written, total, _taken_by(folder))
+        return Leftover(folder, written, total, _taken_by(folder), os.path.lexists(folder / _OLD))
+
+
+def _look(output: Path, names: Collection[str] | None) -> Story | None:
+    """As `_ours`; what changes while it is looked at is a run at work."""
+    try:
+        return _ours(output, names)
+    except OutputError:
+        if _is_busy(folder := staging_of(output)):
+            raise refusal(folder, output) from None
+        raise
+
+
+def recover(output: Path) -> None:
+    """Put back what a run had set aside that was killed between two renames, if any was.
+
+    Raises:
+        OutputError: a run is at work, or something else stands at the destination.
+    """
+    with naming(output):
+        folder = staging_of(output)
+        lock = RunLock(folder, output)
+        try:
+            _put_back(folder, output.resolve(), _ours(output))
+        finally:
+            lock.release()
 
 
 def clean(output: Path) -> Leftover | None:
     """Remove what an earlier run has left of this output.
 
     Raises:
-        OutputError: a run is at work on it.
+        OutputError: a run is at work on it, or what is there is not ours.
     """
     found = leftover(output)
     if found is not None:
         with naming(output):
-            lock = _Lock(found.folder, output)
+            lock = RunLock(found.folder, output)
             try:
-                shutil.rmtree(found.folder)
+                _put_back(found.folder, output.resolve(), _ours(output))
+                _empty(found.folder, _ours(output))
+                remove_with(lock, found.folder)
             finally:
                 lock.release()
     return found
+
+
+def _empty(folder: Path, story: Story | None, names: Collection[str] = ()) -> None:
+    """Remove all that a staging folder of ours holds, its lock apart: by the names that the journal knows."""
+    known = {*names, *(story.names if story else ()), *_replaced(story)}
+    known |= {name.rpartition("/")[0] for name in known if "/" in name}
+    for room in (_MOVED, _NEW, _OLD):
+        _clear(folder / room, known)
+    (folder / _JOURNAL).unlink(missing_ok=True)
+
+
+def _put_back(folder: Path, target: Path, story: Story | None) -> None:
+    """Bring back what was set aside, if a run was killed before its own output was in place.
+
+    Raises:
+        OutputError: something else has taken its place.
+    """
+    old = folder / _OLD
+    if not os.path.lexists(old) or (_is_published(story, folder) and os.path.lexists(target)):
+        return
+    _bring_back(old, target, _replaced(story))
+
+
+def _bring_back(old: Path, target: Path, names: Collection[str]) -> None:
+    """Move what was set aside back to the destination, where nothing stands, or the rest of it by these names."""
+    there = survey(target)
+    aside = {name for name, entry in survey(old).items() if not stat.S_ISDIR(entry.kind)}
+    others = sorted(name or str(target) for name in there if name not in names or name in aside)
+    if others:
+        raise OutputError(
+            f"{target} came into being while its old content was set aside in {old}:\n{some(others)}",
+            hint="Move one of the two away.",
+        )
+    move_folder(old, target)
 
 
 def _taken_by(folder: Path) -> int:
@@ -125,119 +326,89 @@ def _taken_by(folder: Path) -> int:
     return found
 
 
-class _Lock:
-    """Keeps a second run away from a folder.
-
-    Args:
-        folder: the staging folder.
-        output: what messages name.
-        make: the folder, if it is not there.
-
-    Raises:
-        OutputError: another run has it.
-        OSError: the folder is not there, or not to be written.
-    """
-
-    def __init__(self, folder: Path, output: Path, *, make: bool = False) -> None:
-        path = folder / "lock"
-        while True:
-            if make:
-                folder.mkdir(exist_ok=True)
-            try:
-                self._fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
-            except FileNotFoundError:
-                if make:  # the run that had it removed it this moment
-                    continue
-                raise
-            try:
-                if fcntl is not None:
-                    try:
-                        fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    except OSError as error:
-                        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                            raise OutputError(
-                                f"{output}: another run is writing it", hint=f"It is at work in {folder}. Wait for it."
-                            ) from None
-                        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL):
-                            raise  # else the filesystem has no locks
-                if _is_at(self._fd, path):  # and was not removed by the run that had it before
-                    return
-            except BaseException:
-                os.close(self._fd)
-                raise
-            os.close(self._fd)
-
-    def release(self) -> None:
-        """Let others in; once more does nothing."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+# --- the output in the making ---
 
 
-def _is_at(fd: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(fd), path.stat())
-    except FileNotFoundError:
-        return False
+class State(enum.Enum):
+    """How far an output has come."""
+
+    BEGUN = "the destination is as it was"
+    PUBLISHING = "the output is being put into place"
+    IN_PLACE = "the output is in place"
+
+
+_OF_NO_USE = (DataError, ChangedInputError, MismatchError, RecipeError)
+"""Errors after which what was finished is of no use: it is made of an input that changed, or would be refused again."""
 
 
 class Staging:
-    """The output in the making. Leaving the `with` block without `publish` keeps what is finished after a kill, an
-    interruption or a full disk, and removes all of it after anything else.
+    """The output in the making. Leaving the `with` block without `publish` keeps what is finished, and removes it where
+    it is of no use.
 
     Args:
         output: the destination, a folder; or a file, if its name ends in `.safetensors`.
         run: which run it is; among that `outputs`, each weight file's name, size and the digest of its header, and
             `step`, how many bytes of a file are written at a time, which alone may differ from a run that is resumed.
+        names: every file that will be written, relative to the destination.
         resume: go on from what a run of the same kind has left.
 
     Attributes:
         story: what such a run has left, held against its digests; None where this one begins anew.
+        state: how far it has come.
+        remarks: what a person should know of how it ended.
     """
 
-    def __init__(self, output: Path, run: Told, *, resume: bool = False) -> None:
-        self.output, self._run, self._resume = output, run, resume
+    def __init__(self, output: Path, run: Told, names: Iterable[str], *, resume: bool = False) -> None:
+        self.output, self._run, self._names, self._resume = output, run, frozenset(names), resume
         self._target, self.folder = output.resolve(), staging_of(output)
-        self._new = self.folder / "new"
+        self._new = self.folder / _NEW
         self._open: list[NewFile] = []
         self._made: list[Path] = []
-        self._published: os.stat_result | None = None  # what the new output is, once it is to be put into place
+        self._written: dict[str, tuple[int, int]] = {}  # each file's device and inode
+        self._replaces: Survey = {}
         self._journal: Journal | None = None
-        self._lock: _Lock | None = None
+        self._lock: RunLock | None = None
         self.story: Story | None = None
+        self.state = State.BEGUN
+        self.remarks: list[str] = []
 
     def __enter__(self) -> Staging:
         with naming(self.output):
             self._made = [parent for parent in self._target.parents if not parent.exists()]
+            _look(self.output, self._names)  # before anything is made in it
             fresh = not self.folder.exists()
             try:
                 self.folder.parent.mkdir(parents=True, exist_ok=True)
-                self._lock = _Lock(self.folder, self.output, make=True)
-                self._begin()
+                for parent in self._made:
+                    sync_folder(parent.parent)
+                self._lock = RunLock(self.folder, self.output, make=True)
+                found = _ours(self.output, self._names)  # now that it stands still
+                _put_back(self.folder, self._target, found)
+                self._begin(found)
             except BaseException:
                 if self._journal is not None:
                     self._journal.close()
-                if fresh and self._lock is not None:
-                    shutil.rmtree(self.folder, ignore_errors=True)
-                self._remove_parents()
                 if self._lock is not None:
+                    if fresh:
+                        _empty(self.folder, None, self._names)
+                        remove_with(self._lock, self.folder)
                     self._lock.release()
+                self._remove_parents()
                 raise
         return self
 
-    def _begin(self) -> None:
-        path = self.folder / "journal"
-        if self._resume and (story := read_journal(path)) is not None:
-            self._refuse_another(story.run)
-            self.story = self._checked(story)
-            self._journal = Journal(path, keep=story.nbytes)
+    def _begin(self, found: Story | None) -> None:
+        path = self.folder / _JOURNAL
+        if self._resume and found is not None:
+            self._refuse_another(found.run)
+            self._make_movable()
+            self.story = self._checked(found)
+            self._journal = Journal(path, self._names, keep=found.nbytes)
             self._journal.empty = not self.story.parts and self.story.measured is None
             return
-        for entry in os.listdir(self.folder):
-            if entry != "lock":
-                _remove(self.folder / entry)
+        _empty(self.folder, found, self._names)
+        self._journal = Journal(path, self._names, self._run)
         self._new.mkdir()
-        self._journal = Journal(path, self._run)
 
     def _refuse_another(self, run: Told) -> None:
         """Refuse to go on with what another recipe, or other inputs, have begun.
@@ -264,23 +435,32 @@ class Staging:
             hint="Run it without --resume to replace that, or lines clean to remove it.",
         )
 
+    def _make_movable(self) -> None:
+        """Have `new` be a folder that can be renamed: on overlayfs one that came with the image cannot."""
+        moved = self.folder / _MOVED
+        if self._new.exists():
+            move_folder(self._new, moved)
+        if moved.exists():
+            os.rename(moved, self._new)
+
     def _checked(self, story: Story) -> Story:
         """The story without the parts that are not on the disk as it says."""
         outputs = self._run["outputs"]
         parts: list[Part] = []
         self._new.mkdir(exist_ok=True)
-        for entry in set(os.listdir(self._new)) - {name for name, _, _ in outputs}:
-            _remove(self._new / entry)  # what stands beside the weights is made anew; all else was of another output
+        # What stands beside the weights is made anew; all else was of another output.
+        others = survey(self._new).keys() - {name for name, _, _ in outputs}
+        _remove(self._new, others)
         for number, (name, nbytes, _) in enumerate(outputs):
             path = self._new / name
             own = [part for part in story.parts if part.file == number]
-            if own and path.is_file() and path.stat().st_size == nbytes:
+            if own and _is_alone(path, nbytes):
                 blocks = {part.start + BLOCK * n: block for part in own for n, block in enumerate(part.blocks)}
                 whole = intact(path, blocks)
                 parts += [part for part in own if all(part.start + BLOCK * n in whole for n in range(len(part.blocks)))]
             else:
-                _remove(path)
-        return Story(story.run, story.measured, tuple(parts), story.nbytes)
+                path.unlink(missing_ok=True)
+        return Story(story.run, story.names, story.measured, tuple(parts), None, story.nbytes)
 
     @property
     def step(self) -> int:
@@ -293,21 +473,38 @@ class Staging:
         assert self._journal is not None
         return self._journal
 
+    def look_at_old(self, ours: Collection[str]) -> None:
+        """Take note of what stands at the destination, which is to be replaced.
+
+        Args:
+            ours: names that may be replaced (`refuse_to_replace`).
+
+        Raises:
+            OutputError: some of it is not ours.
+        """
+        with naming(self.output):
+            self._replaces = survey(self._target)
+            refuse_to_replace(self.output, self._replaces, ours)
+
     def create(self, name: str, nbytes: int) -> NewFile:
         """A file of `nbytes`, new or as an earlier run has left it, open for writing until `publish`."""
         with naming(self.output):
-            self._open.append(NewFile(self._new / name, nbytes, begun=self.story is not None))
-        return self._open[-1]
+            file = NewFile(self._new / name, nbytes, begun=self.story is not None)
+            self._open.append(file)
+            self._written[name] = file.identity
+        return file
 
     def add(self, name: str, content: bytes) -> None:
         """Write one of the files beside the weights."""
         with naming(self.output):
             path = self._new / name
             path.parent.mkdir(exist_ok=True)
-            with open(path, "wb") as file:
+            with open(path, "xb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
+                there = os.fstat(file.fileno())
+            self._written[name] = (there.st_dev, there.st_ino)
 
     def sync(self) -> None:
         """Return when all files are on the disk."""
@@ -319,68 +516,163 @@ class Staging:
         """Where a file stands until it is published."""
         return self._new / name
 
+    # --- into place ---
+
     def publish(self, *, force: bool) -> None:
-        """Flush everything and put it into place in one step."""
+        """Flush everything and put it into place in one step.
+
+        Raises:
+            OutputError: something has come to the destination meanwhile, or into the staging folder; or the system
+                refuses.
+        """
         self.sync()
         with naming(self.output):
             self._close_files()
-            sync_folder(self._new)
-            if is_taken(self.output) and not force:
-                raise OutputError(
-                    f"{self.output} came into being while its replacement was written", hint="Replace it with --force."
-                )
+            for folder in {self._new, *((self._new / name).parent for name in self._written)}:
+                sync_folder(folder)
+            self._refuse_torn()
+            self._refuse_arrivals(survey(self._target), force=force)
             new = self._new / self.output.name if is_one_file(self.output) else self._new
-            self._published = new.stat()
-            if is_one_file(self.output):
-                os.replace(new, self._target)
-            else:
-                self._replace_folder()
+            there = new.stat()
+            self.journal.publishing(Publishing((there.st_dev, there.st_ino), frozenset(self._replaces)))
+            self.state = State.PUBLISHING
+            self._put_into_place(new, (there.st_dev, there.st_ino))
+            self.state = State.IN_PLACE
+        try:
             sync_folder(self._target.parent)
+        except OSError as error:
+            raise OutputError(
+                f"{self.output} is in place, but the disk does not confirm it: {error.strerror or error}",
+                hint="Check the disk, and read the output back: lines inspect OUT --check.",
+            ) from error
 
-    @property
-    def _is_in_place(self) -> bool:
-        """Whether the new output stands at the destination, whatever interrupted putting it there."""
-        with suppress(OSError):
-            return self._published is not None and os.path.samestat(self._target.stat(), self._published)
-        return False
+    def _refuse_torn(self) -> None:
+        """Refuse to publish anything but the files that were written, all of them."""
+        assert self._lock is not None
+        if not self._lock.holds(self.folder / LOCK):
+            raise OutputError(f"{self.folder} was replaced while {self.output} was written", hint=_AGAIN)
+        found = {}
+        for name, entry in survey(self._new).items():
+            if not stat.S_ISDIR(entry.kind):
+                found[name] = (os.lstat(self._new / name).st_dev, entry.inode)
+        wrong = sorted(
+            name for name in found.keys() | self._written.keys() if found.get(name) != self._written.get(name)
+        )
+        if wrong:
+            raise OutputError(
+                f"{self._new} does not hold what was written into it; something else has changed it:\n{some(wrong)}",
+                hint=_AGAIN,
+            )
 
-    def _replace_folder(self) -> None:
-        """Put the new folder into place. One that is there stays whole until then, and is exchanged for the new one;
+    def _refuse_arrivals(self, now: Survey, *, force: bool) -> None:
+        """Refuse to replace what was not there when the run began, or has changed since."""
+        if not self._replaces and not is_taken(self.output):
+            return
+        if not self._replaces:
+            raise OutputError(
+                f"{self.output} came into being while its replacement was written",
+                hint=f"Move it away, or replace it{'' if force else ' with --force'}. {_GOES_ON}",
+            )
+        if new := arrivals(self._replaces, now):
+            named = [name or str(self.output) for name in new]
+            raise OutputError(
+                f"{self.output} has changed while its replacement was written; --force will not delete what is new:\n"
+                f"{some(named)}",
+                hint=f"Move it away. {_GOES_ON}",
+            )
+
+    def _put_into_place(self, new: Path, identity: tuple[int, int]) -> None:
+        """Put the new output into place. One that is there stays whole until then, and is exchanged for the new one;
         where the system cannot, it is away between two renames, and comes back if the second fails.
         """
-        if not os.path.lexists(self._target):
-            os.rename(self._new, self._target)
-        elif not exchange(self._new, self._target):
-            aside = self.folder / "old"
-            try:
-                os.rename(self._target, aside)
-                os.rename(self._new, self._target)
-            except BaseException:
-                _put_back(self.folder, self._target)
-                raise
+        try:
+            if not self._replaces or not os.path.lexists(self._target):
+                put(new, self._target)
+            elif exchange(new, self._target):
+                try:
+                    self._refuse_arrivals(survey(new), force=True)
+                except OutputError:
+                    exchange(new, self._target)
+                    raise
+            elif is_one_file(self.output):
+                os.replace(new, self._target)
+            else:
+                self._rename_twice(new)
+        except OSError as error:
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR):
+                self._refuse_arrivals(survey(self._target), force=True)
+            raise
+        finally:
+            with suppress(OSError):
+                there = self._target.lstat()
+                self.state = State.IN_PLACE if (there.st_dev, there.st_ino) == identity else State.BEGUN
+
+    def _rename_twice(self, new: Path) -> None:
+        aside = self.folder / _OLD
+        try:
+            move_folder(self._target, aside)
+            self._refuse_arrivals(survey(aside), force=True)
+            os.rename(new, self._target)
+        except BaseException:
+            if new.exists() and aside.exists():  # else it is in place, or nothing was moved
+                _bring_back(aside, self._target, self._replaces.keys())
+            raise
 
     def _close_files(self) -> None:
         while self._open:
             self._open.pop().close()
 
+    # --- the end ---
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close_files()
-        worth_it = self._journal is not None and not self._journal.empty
-        if self._journal is not None:
-            self._journal.close()
-        bad_input = isinstance(error, LinesError) and not isinstance(error, OutputError)
-        if not self._is_in_place and worth_it and not bad_input:
+        try:
+            self._close_files()
+            worth_it = self._journal is not None and not self._journal.empty
+            if self._journal is not None:
+                self._journal.close()
+            if self.state is State.IN_PLACE:
+                self._remove_old()
+            elif not worth_it or isinstance(error, _OF_NO_USE):
+                self._discard()
             if error is not None:
-                keep_in_mind(error, self.folder)
-        else:
-            in_place = self._is_in_place
-            shutil.rmtree(self.folder, ignore_errors=True)
-            if not in_place:
-                self._remove_parents()
-        if self._lock is not None:
-            self._lock.release()
+                attach_aftermath(error, self._aftermath())
+        except BaseException as another:
+            attach_aftermath(another, self._aftermath())
+            raise
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+
+    def _aftermath(self) -> Aftermath:
+        in_place = self.output if self.state is State.IN_PLACE else None
+        return Aftermath(self.folder if self.folder.exists() else None, in_place)
+
+    def _remove_old(self) -> None:
+        """What was replaced, by the names that it had; whatever else is found there stays, and is told."""
+        assert self._lock is not None
+        old = {self.output.name} if is_one_file(self.output) else self._replaces.keys()
+        try:
+            for room in (_NEW, _OLD):
+                _clear(self.folder / room, old)
+            rest = sorted(name for name in survey(self.folder) if name not in (LOCK, _JOURNAL, _NEW, _OLD))
+            if not rest:
+                (self.folder / _JOURNAL).unlink(missing_ok=True)
+                remove_with(self._lock, self.folder)
+                return
+            why = f"it holds what was not there before:\n{some(rest)}"
+        except OSError as error:
+            why = f"it cannot be removed: {error.strerror or error}"
+        self.remarks.append(f"{self.output} is in place; what it replaced is still in {self.folder}: {why}")
+
+    def _discard(self) -> None:
+        """All that was made, and the folders that were made for it."""
+        assert self._lock is not None
+        with suppress(OSError):
+            _empty(self.folder, self.story, self._names)
+            remove_with(self._lock, self.folder)
+        self._remove_parents()
 
     def _remove_parents(self) -> None:
         """Those that were made for the staging folder."""
@@ -391,39 +683,14 @@ class Staging:
                 break
 
 
-def _put_back(folder: Path, target: Path) -> None:
-    """Bring back what was set aside, if a run was killed between the two renames."""
-    if os.path.lexists(folder / "old") and not os.path.lexists(target):
-        os.rename(folder / "old", target)
+_AGAIN = "Run it again; nothing was put into place."
+_GOES_ON = "Then the same command with --resume goes on from what is finished."
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def exchange(one: Path, other: Path) -> bool:
-    """Let two paths of one filesystem change places, in one step; False where the system cannot do that.
-
-    Raises:
-        OSError: it can, and refuses.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    paths = os.fsencode(one), os.fsencode(other)
-    if sys.platform == "linux" and hasattr(libc, "renameat2"):
-        failed = libc.renameat2(_CURRENT_FOLDER, paths[0], _CURRENT_FOLDER, paths[1], _EXCHANGE)
-    elif sys.platform == "darwin" and hasattr(libc, "renamex_np"):
-        failed = libc.renamex_np(*paths, _EXCHANGE)
-    else:
+def _is_alone(path: Path, nbytes: int) -> bool:
+    """Whether it is a regular file of that size that goes by no other name: a backup may share it."""
+    try:
+        there = path.lstat()
+    except FileNotFoundError:
         return False
-    number = ctypes.get_errno()
-    if not failed:
-        return True
-    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
-        return False
-    raise OSError(number, os.strerror(number), str(one), None, str(other))
-
-
-_CURRENT_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD; RENAME_EXCHANGE and RENAME_SWAP
+    return stat.S_ISREG(there.st_mode) and there.st_size == nbytes and there.st_nlink == 1

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
+
+from lines_cli.commands import options as opt
+from lines_cli.commands import signals
+from lines_cli.errors import Aftermath, attach_aftermath
 
 if TYPE_CHECKING:
     from lines_cli.recipe import Recipe
@@ -29,26 +32,33 @@ def carry_out(
 ) -> None:
     """Plan a recipe's result, then show it (`dry_run`) or make it and say what was done."""
     from lines_cli import console
-    from lines_cli.checkpoint.staging import clean, leftover
-    from lines_cli.checkpoint.writer import check_destination
-    from lines_cli.errors import RecipeError
-    from lines_cli.planning import is_finished, make_plan, open_inputs
+    from lines_cli.checkpoint.destination import check_destination
+    from lines_cli.checkpoint.staging import clean, leftover, recover
+    from lines_cli.planning import is_finished, make_plan, open_inputs, refuse_altered, replaceable
 
-    if not output:
-        raise RecipeError("-o is empty", hint="Name a folder, or a file that ends in .safetensors.")
+    destination = opt.destination(output)
     inputs = [name for name in (recipe.base_model, *(source.model for source in recipe.models)) if name is not None]
     named = [Path(os.path.expanduser(name)) for name in inputs]
+    before = leftover(destination)
+    if before is not None and before.set_aside:
+        if dry_run:
+            console.remark(f"{destination} is set aside in {before.folder}; a run, or lines clean, puts it back")
+        else:
+            recover(destination)
     # Before anything is fetched. Whether what is there already is what is asked for, a plan will tell.
-    check_destination(Path(output), inputs=named, nbytes=0, force=how["force"] or how["resume"])
-    before = leftover(Path(output))
-    plan = make_plan(recipe, open_inputs(recipe, quiet=quiet), Path(output))
+    check_destination(destination, inputs=named, nbytes=0, force=how["force"] or how["resume"])
+    plan = make_plan(recipe, open_inputs(recipe, quiet=quiet), destination)
     if how["resume"] and is_finished(plan):
-        clean(plan.output)  # killed after its last step, it may have left the folder
-        console.show_finished(plan, json=json, quiet=quiet)
+        if how["verify"] or how["verify_inputs"]:
+            refuse_altered(plan, output=how["verify"], inputs=how["verify_inputs"])
+        if before is not None and not dry_run:
+            clean(destination)  # killed after its last step, it may have left the folder
+        console.show_finished(plan, verified=how["verify"], json=json, quiet=quiet)
         return
     if dry_run:
         needed = plan.bytes_written - (before.nbytes if before else 0)
-        check_destination(plan.output, inputs=plan.read_paths, nbytes=needed, force=how["force"])
+        ours = replaceable(plan) if how["force"] else None
+        check_destination(destination, inputs=plan.read_paths, nbytes=needed, force=how["force"], ours=ours)
         console.show_plan(plan, resources, json=json)
         return
     if before is not None and not quiet:
@@ -62,26 +72,16 @@ def carry_out(
     outcome = run(plan, resources, **how, track=console.progress(quiet=quiet))
     try:
         console.show_outcome(outcome, json=json, quiet=quiet)
-    except KeyboardInterrupt:
-        console.remark(f"interrupted while it was told; {output} is whole")
+    except KeyboardInterrupt as interrupt:
+        attach_aftermath(interrupt, Aftermath(in_place=destination))
+        raise
 
 
 @contextmanager
 def interruptible_import() -> Iterator[None]:
-    """Hold Ctrl-C back until the import of torch is over, which swallows it, or dies of it."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script
-        with _as_a_guest():
-            yield
-        return
-    pressed = []
-    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
-    try:
-        with _as_a_guest():
-            yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed:
-        raise KeyboardInterrupt
+    """Import torch: signals are held back until that is over."""
+    with signals.held_back(), _as_a_guest():
+        yield
 
 
 @contextmanager

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from lines_cli.commands import options as opt
 
 
@@ -16,6 +14,6 @@ def clean(output: opt.Cleaned, *, quiet: opt.Quiet = False) -> None:
     from lines_cli import console
     from lines_cli.checkpoint.staging import clean as remove
 
-    found = remove(Path(output))
+    found = remove(opt.destination(output))
     if not quiet:
         console.show_cleaned(output, found)

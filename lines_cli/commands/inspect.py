@@ -54,7 +54,7 @@ def inspect(
     if plot is not None:
         from lines_cli.plot import Drawing
 
-        drawing = Drawing(plot)
+        drawing = Drawing(opt.path("--plot", str(plot)))
     scaling = {
         "alpha": alpha,
         "beta": beta,
@@ -99,4 +99,4 @@ def _opened(
             "--config names the base, the models and the coefficients itself",
             hint="Leave the other options out, or change the recipe.",
         )
-    return open_merge(load_recipe(config), quiet=quiet)
+    return open_merge(load_recipe(opt.path("--config", str(config))), quiet=quiet)

@@ -41,7 +41,7 @@ def merge(
     from lines_cli.errors import RecipeError
     from lines_cli.recipe_file import load_recipe
 
-    recipe = load_recipe(config, sets or ())
+    recipe = load_recipe(opt.path("--config", str(config)), sets or ())
     destination = output if output is not None else recipe.output
     if destination is None:
         raise RecipeError(

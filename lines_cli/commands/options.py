@@ -4,6 +4,7 @@ None.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -296,6 +297,26 @@ Quiet = Annotated[
         help="No progress and no summary; errors, a --dry-run's plan and --json are still printed.",
     ),
 ]
+
+
+def path(flag: str, given: str) -> Path:
+    """A path from a flag, with `~` for the home folder: a shell leaves it as it is in `--output=~/out`."""
+    from lines_cli.errors import RecipeError
+
+    found = os.path.expanduser(given)
+    if not found:
+        raise RecipeError(f"{flag} is empty", hint="Name a folder or a file.")
+    if found.startswith("~"):
+        raise RecipeError(
+            f"{flag} {given}: there is no user {found.partition('/')[0][1:]!r} here",
+            hint=f"A name that begins with ~ is written ./{given}.",
+        )
+    return Path(found)
+
+
+def destination(given: str) -> Path:
+    """Where the output goes."""
+    return path("-o", given)
 
 
 def pairs(flag: str, given: list[str] | None) -> dict[str, Any] | None:

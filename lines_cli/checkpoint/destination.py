@@ -1,15 +1,19 @@
-"""Where an output may go: what is in the way, and the system's refusals in words."""
+"""Where an output may go: what is in the way, whose it is, and the system's refusals in words."""
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
-from collections.abc import Iterable, Iterator
+import stat
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
-from lines_cli.checkpoint.sidecars import MODEL_CARD, RECIPE, is_carried, never_carried
+from lines_cli.checkpoint.reader import WEIGHT_STEMS
+from lines_cli.checkpoint.sidecars import CONFIG, RECIPE
 from lines_cli.errors import OutputError, some
 
 
@@ -18,14 +22,18 @@ def is_one_file(output: Path) -> bool:
     return output.suffix == ".safetensors"
 
 
-def check_destination(output: Path, *, inputs: Iterable[Path], nbytes: int, force: bool) -> None:
+def check_destination(
+    output: Path, *, inputs: Iterable[Path], nbytes: int, force: bool, ours: Collection[str] | None = None
+) -> None:
     """Refuse a destination that is taken, is one of the inputs or holds one, or has too little room.
 
     Args:
         output: the folder or file to be written.
         inputs: files and folders that are read.
         nbytes: what will be written.
-        force: an existing checkpoint may be replaced.
+        force: an existing output may be replaced.
+        ours: names, relative to the folder, that `force` may replace beside weights and their config; None where that
+            is not known yet, and the folder is not looked into.
 
     Raises:
         OutputError: with what is in the way.
@@ -52,7 +60,9 @@ def check_destination(output: Path, *, inputs: Iterable[Path], nbytes: int, forc
             if not force:
                 hint = "Choose another destination with -o, or replace it with --force."
                 raise OutputError(f"{output} exists", hint=hint)
-            _refuse_to_replace(output)
+            _refuse_another_kind(output)
+            if ours is not None:
+                refuse_to_replace(output, survey(target), ours)
         parent = next(parent for parent in target.parents if os.path.lexists(parent))
         if not parent.is_dir():
             raise OutputError(f"{output}: {parent} is not a folder", hint="Choose another destination with -o.")
@@ -83,44 +93,114 @@ def is_taken(output: Path) -> bool:
     return os.path.lexists(output)
 
 
-def _refuse_to_replace(output: Path) -> None:
-    """`--force` replaces a checkpoint, never a folder of other things."""
+def _refuse_another_kind(output: Path) -> None:
+    """A folder replaces a folder, and a file replaces a file."""
     if is_one_file(output):
         if not os.path.isfile(output):
             raise OutputError(
                 f"{output} is not a file, and will not be replaced by one", hint="Choose another destination with -o."
             )
-        return
-    if not os.path.isdir(output):
+    elif not os.path.isdir(output):
         raise OutputError(
             f"{output} is {'a file' if os.path.isfile(output) else 'no folder'}, and will not be replaced by a folder",
             hint="Choose another destination with -o. To write one file, let its name end in .safetensors.",
         )
-    names = os.listdir(output)
-    if RECIPE not in names and not any(name.endswith(".safetensors") for name in names):
-        raise OutputError(f"{output} holds no checkpoint; --force will not delete it", hint=_NOT_DELETED)
-    foreign = sorted(name for name in names if not _belongs_to_a_checkpoint(output, name))
+    else:
+        names = os.listdir(output)
+        if RECIPE not in names and not any(name.endswith(".safetensors") for name in names):
+            raise OutputError(f"{output} holds no checkpoint; --force will not delete it", hint=_NOT_DELETED)
+
+
+class Entry(NamedTuple):
+    """What stands under a name, short of its content: enough to see that it is still the same."""
+
+    kind: int
+    inode: int
+    nbytes: int
+    mtime_ns: int
+
+
+Survey = Mapping[str, Entry]
+"""Everything below a folder, by its name relative to it; a file by itself has the name ''."""
+
+
+def survey(target: Path) -> Survey:
+    """What stands at a destination, links not followed; nothing where there is nothing.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    found: dict[str, Entry] = {}
+
+    def look(path: str, name: str) -> None:
+        try:
+            there = os.lstat(path)
+        except FileNotFoundError:
+            return
+        folder = stat.S_ISDIR(there.st_mode)
+        if name or not folder:
+            size_and_time = (0, 0) if folder else (there.st_size, there.st_mtime_ns)
+            found[name] = Entry(stat.S_IFMT(there.st_mode), there.st_ino, *size_and_time)
+        if folder:
+            for entry in os.listdir(path):
+                look(os.path.join(path, entry), f"{name}/{entry}" if name else entry)
+
+    look(str(target), "")
+    return found
+
+
+def arrivals(before: Survey, now: Survey) -> list[str]:
+    """What has come since, or is another file now. What has gone is not missed."""
+    return sorted(name for name, entry in now.items() if before.get(name) != entry)
+
+
+def refuse_to_replace(output: Path, there: Survey, ours: Collection[str]) -> None:
+    """`--force` replaces what `lines` writes, and nothing else.
+
+    Args:
+        output: the destination.
+        there: what stands there.
+        ours: names that this run writes, or that the folder's own recipe lists as written.
+
+    Raises:
+        OutputError: what is not ours.
+    """
+    if is_one_file(output):
+        return
+    folders = {name for name, entry in there.items() if stat.S_ISDIR(entry.kind)}
+    known = {*ours, *(name for name in there if _is_weights_or_config(name))}
+    known |= {name.rpartition("/")[0] for name in known if "/" in name}
+    foreign = {name for name, entry in there.items() if name not in known or not _is_of_its_kind(name, entry, ours)}
+    foreign = {name for name in foreign if name.rpartition("/")[0] not in foreign}  # a folder says it for its files
     if foreign:
+        named = sorted(f"{name}/" if name in folders else name for name in foreign)
         raise OutputError(
-            f"{output} holds more than a checkpoint; --force will not delete\n{some(foreign)}", hint=_NOT_DELETED
+            f"{output} holds what lines does not write; --force will not delete it:\n{some(named)}",
+            hint=_NOT_DELETED,
         )
 
 
 _NOT_DELETED = "Move away what is to be kept, or choose another destination with -o."
 
 
-def _belongs_to_a_checkpoint(folder: Path, name: str) -> bool:
-    """Whether one would expect it in a checkpoint's folder, a folder of tokenizer or pooling files included."""
-    path = folder / name
-    if path.is_dir() and not path.is_symlink():
-        return all(is_carried(f"{name}/{inner}") for inner in os.listdir(path))
-    return name in (MODEL_CARD, RECIPE, ".gitattributes") or is_carried(name) or never_carried(name)
+def _is_of_its_kind(name: str, entry: Entry, ours: Collection[str]) -> bool:
+    """Whether a file stands where we would write a file, and a folder where a folder."""
+    is_file = name in ours or _is_weights_or_config(name)
+    return stat.S_ISDIR(entry.kind) != is_file
+
+
+_WEIGHTS = re.compile(rf"(?:{'|'.join(WEIGHT_STEMS)})(?:-\d{{5}}-of-\d{{5}})?\.safetensors(?:\.index\.json)?")
+
+
+def _is_weights_or_config(name: str) -> bool:
+    """Whether every output has a file of this name, or could have: weights under a library's name, index, config."""
+    return name == CONFIG or _WEIGHTS.fullmatch(name) is not None
 
 
 def sync_folder(folder: Path) -> None:
     """Make renames and new names in `folder` durable, where the system can."""
     try:
-        fd = os.open(folder, os.O_RDONLY)
+        fd = os.open(folder, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
     except OSError:
         return
     try:

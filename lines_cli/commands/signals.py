@@ -1,0 +1,85 @@
+"""Signals that ask the process to end: Ctrl-C, SIGTERM, SIGHUP. While it starts there is nothing to clean up, and it
+ends at once; a command at work is ended by an exception; once it is done, they come too late.
+
+Nothing here may be slow to import: it is the first thing that `lines` does.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+class Signalled(KeyboardInterrupt):
+    """A signal that asks the process to end: it is cleaned up after as Ctrl-C is."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = signal.Signals(number)
+
+
+_at_work = False
+
+
+def install() -> None:
+    """Take care of these signals from now on, those apart that the parent has this process ignore, as nohup does."""
+    for number in ENDING:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _end)
+
+
+def _end(number: int, _: object) -> None:
+    if _at_work:
+        raise Signalled(number)
+    # An exception would be swallowed, or abort the process, in whatever library is being imported.
+    os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"error: {interrupted(number)}\n".encode())
+    os._exit(128 + number)
+
+
+def interrupted(number: int) -> str:
+    """What a person is told."""
+    return f"interrupted ({signal.Signals(number).name}); the destination is as it was"
+
+
+@contextmanager
+def at_work() -> Iterator[None]:
+    """Within it the signals raise `Signalled`."""
+    global _at_work  # noqa: PLW0603 - there is one process, and one command at a time in it
+    before, _at_work = _at_work, True
+    try:
+        yield
+    finally:
+        _at_work = before
+
+
+def too_late() -> None:
+    """Ignore them from now on: all is done and said, and Python only takes itself down."""
+    for number in ENDING:
+        if signal.getsignal(number) is _end:
+            signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Hold the signals back to the end of the block: the import of torch swallows exceptions, or dies of them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    before = {}
+    for number in ENDING:
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: a handler that is not Python's
+            before[number] = signal.signal(number, lambda number, _: arrived.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in arrived[:1]:
+            signal.raise_signal(number)
