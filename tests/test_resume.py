@@ -303,14 +303,18 @@ def test_damaged_parts_are_made_again(
     )
 
 
-def test_what_else_is_there_is_not_published(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kill right after folders were exchanged leaves the old output where the new one was: none of it comes back."""
-    stop(monkeypatch, EDIT)
-    (models / STAGING / "new" / "model-00007-of-00007.safetensors").write_bytes(b"old")
-    (models / STAGING / "new" / "folder").mkdir()
-    assert run_lines(*EDIT, "--resume").code == 0
-    assert not (models / "out" / "model-00007-of-00007.safetensors").exists()
-    assert not (models / "out" / "folder").exists()
+def test_killed_once_folders_were_exchanged(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the old output stands where the new one was: none of it comes back, and the next run removes it."""
+    write_checkpoint(models / "out", {"w": torch.ones(3)}, shards=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(staging.Staging, "__exit__", lambda self, *_: self._lock.release())
+        assert run_lines(*EDIT, "--force").code == 0
+    assert (models / STAGING / "new" / "model.safetensors").exists()
+    new = snapshot(models / "out")
+    ran = run_lines(*EDIT, "--resume")
+    assert (ran.code, ran.trace) == (0, "")
+    assert snapshot(models / "out") == new
+    assert not (models / STAGING).exists()
 
 
 def test_told_once(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -671,7 +675,7 @@ def test_journal_is_plain_text(models: Path, monkeypatch: pytest.MonkeyPatch) ->
     stop(monkeypatch, MERGE)
     told = [json.loads(line) for line in (models / STAGING / "journal").read_text().splitlines()]
     assert all("crc32" in line for line in told)
-    assert [list(line)[0] for line in told[:3]] == ["run", "names", "measured"]
+    assert [next(iter(line)) for line in told[:3]] == ["run", "names", "measured"]
     assert all({"file", "start", "blocks"} <= line.keys() for line in told[3:])
 
 
