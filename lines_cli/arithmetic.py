@@ -117,3 +117,19 @@ def block_sums(values: torch.Tensor, block: int) -> list[float]:
         sums = sums[:, :width].add_(sums[:, width : 2 * width])
     summed: list[float] = sums[:, 0].tolist()
     return summed
+
+
+def same_nan(values: torch.Tensor) -> None:
+    """Give every NaN of `values` [n] the same bits: quiet, positive, no payload. Which ones arithmetic gives depends on
+    the processor, and on whether an entry was computed in a vector of them.
+    """
+    bits, nan = _NAN[values.dtype]
+    values.view(bits).masked_fill_(values.isnan(), nan)
+
+
+_NAN = {
+    torch.float64: (torch.int64, 0x7FF8 << 48),
+    torch.float32: (torch.int32, 0x7FC0 << 16),
+    torch.float16: (torch.int16, 0x7E00),
+    torch.bfloat16: (torch.int16, 0x7FC0),
+}

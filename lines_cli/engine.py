@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
-from lines_cli.arithmetic import TORCH_DTYPES, add_scaled, cast, dot, is_finite, task_vector
+from lines_cli.arithmetic import TORCH_DTYPES, add_scaled, cast, dot, is_finite, same_nan, task_vector
 from lines_cli.checkpoint.destination import check_destination, naming
 from lines_cli.checkpoint.digest import BLOCK, FileRecord, GrowingDigest, RangeWriter, file_digest, record_of
 from lines_cli.checkpoint.header import itemsize
@@ -319,7 +319,9 @@ class _Write:
             values = stored
         if dtype in TORCH_DTYPES and not is_finite(values):
             told.nonfinite.setdefault(name, self._say_nonfinite(worker, chunk))
-            if raw is not None:  # looking for it read other inputs into the same buffer
+            if raw is None:
+                same_nan(values)
+            else:  # looking for it read other inputs into the same buffer
                 assert copy is not None
                 raw = worker.read(chunk, copy).raw
         if raw is None:
