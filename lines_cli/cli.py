@@ -30,7 +30,7 @@ EXIT_CODES = {
     4: "the inputs do not fit together, or depth cannot be decided from the names",
     5: "NaN or Inf in an input, or a value that the output dtype cannot hold; or lines inspect --check found something",
     6: "the destination exists, is an input, or cannot be written",
-    130: "interrupted (Ctrl-C); the destination is as it was (129: SIGHUP, 143: SIGTERM)",
+    130: "interrupted (Ctrl-C), and the destination is as it was (129: SIGHUP, 143: SIGTERM)",
 }
 """What the process ends with."""
 
