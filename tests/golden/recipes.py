@@ -68,6 +68,17 @@ def numbers(seed: str, shape: Sequence[int]) -> torch.Tensor:
 _SIGN_AND_FRACTION, _TO_ONE_BIT, _MINUS_ZERO = -(2**31) + 2**23 - 1, -(2**22), -(2**31)
 
 
+def halfway(seed: str, shape: Sequence[int]) -> torch.Tensor:
+    """float64 numbers next to the middle between two of bfloat16, or two of float16, so near that float32 does not tell
+    them from it.
+    """
+    drawn = bits(seed, shape)
+    leading = torch.where((drawn & 128) == 0, 1.0, -0.25).double()
+    middle = torch.where((drawn & 256) == 0, 2.0**-8, 2.0**-11)
+    beside = ((drawn >> 9 & 3) - 1) * 2.0**-40
+    return leading * (1 + (drawn & 127).double() / 128 + middle.double() + beside.double())
+
+
 def model(seed: str, shapes: Shapes, dtypes: Dtypes = (BF16,), base: Tensors | None = None) -> Tensors:
     """A model whose float tensors have these dtypes by turns; with a base, a fine-tune of it in which an eighth of the
     entries are as they were.
@@ -228,7 +239,9 @@ def inputs() -> dict[str, Checkpoint]:
     family("half", llama(3, 16, 30, 20), [FP16], {"a": [FP16], "b": [BF16, FP16]}, llama_config(3, 30))
     a, b = [FP16, FP32, BF16, FP32, FP64], [FP32, BF16, FP16]
     family("mixed", MIXED, [FP32, FP64, FP32, BF16, FP16, FP32, BF16], {"a": a, "b": b})
-    family("double", llama(2, 9, 11, 13), [FP64], {"a": [FP64], "b": [FP64]})
+    family("double", llama(6, 9, 11, 13), [FP64], {"a": [FP64], "b": [FP64]})
+    doubles = made["double/base"].tensors
+    made["double/halfway"] = Checkpoint({name: halfway(name, tensor.shape) for name, tensor in doubles.items()})
     family("towers", TOWERS, [FP16], {"a": [FP16], "b": [FP16]}, {"model_type": "clip"})
     family("t5", T5, [BF16], {"a": [BF16], "b": [BF16]}, {"model_type": "t5", "tie_word_embeddings": False})
     family("cells", CELLS, [FP32], {"a": [FP32]})
@@ -405,7 +418,11 @@ EDITS: dict[str, Case] = {
     "edit-mixed": edit("mixed/base", "mixed/a"),
     "edit-mixed-like-base": edit("mixed/base", "mixed/b", like="base", alpha=0),
     "edit-float16": edit("mixed/base", "mixed/a", dtype="float16"),
+    "edit-float64": edit("double/base", "double/a", alpha=0.17, beta=0.83),
+    "edit-float64-list": edit("double/base", "double/b", schedule=[0.3, 0.7, 0.1, 0.4], gamma=0.9),
     "edit-bfloat16": edit("double/base", "double/b", dtype="bfloat16"),
+    "edit-halfway-bfloat16": edit("double/base", "double/halfway", alpha=1, dtype="bfloat16"),
+    "edit-halfway-float16": edit("double/base", "double/halfway", alpha=1, dtype="float16"),
     "edit-cast-copies": edit("decoder/base", "decoder/wider", alpha=0, dtype="float16", output=FOLDER),
     "edit-missing-ft": edit("part/base", "part/a", missing="ft"),
     "edit-missing-copy": edit("part/base", "part/a", missing="copy"),
@@ -440,6 +457,9 @@ MERGES: dict[str, Case] = {
         ("decoder/code", {"weight": [1, 0]}),
         lines={**BY_DEPTH, "outside": "position", "gamma": 0.8, "filter": {"q_proj": "keep", "up_proj": 0.3}},
     ),
+    "sum-float64": merge(
+        "task_arithmetic", "double/base", "double/a", "double/b", said={"weight": BY_NAME, "lambda": [0.3, 0.9, 0.1]}
+    ),
     "sum-trimmed": merge(
         "task_arithmetic", *WEIGHTED, said={"density": 0.3, "trim": "global", "normalize": False}, dtype="float32"
     ),
@@ -459,7 +479,15 @@ MERGES: dict[str, Case] = {
         "ties", *WEIGHTED, said={"density": 0.4, "trim": "global", "agreement": "max", "normalize": False}
     ),
     "ties-mixed": merge("ties", "mixed/base", "mixed/a", "mixed/b", said={"density": 0.5}, lines=AUTO),
-    "ties-half": merge("ties", "half/base", "half/a", "half/b", said={"density": 0.5}, lines={"beta": 0.2}),
+    "ties-float64": merge("ties", "double/base", "double/a", "double/b", said={"density": 0.6}, lines=AUTO),
+    "ties-half": merge(
+        "ties",
+        "half/base",
+        ("half/a", {"weight": 0.5}),
+        ("half/b", {"weight": -0.5}),
+        said={"density": 0.5},
+        lines={"beta": 0.2},
+    ),
     "ties-missing-ft": merge("ties", "part/base", "part/a", "part/b", said={"density": 0.5}, missing="ft"),
     "ties-resize-base": merge(
         "ties", "rows/base", "rows/longer", "rows/shorter", said={"density": 0.5}, resize="base", lines=AUTO
@@ -493,7 +521,7 @@ MERGES: dict[str, Case] = {
         said={"rescale": False, "seed": 123456789, "normalize": False},
     ),
     "dare-tied": merge("dare_linear", "tied/base", "tied/both", "tied/own", said={"density": 0.6}),
-    "dare-float64": merge("dare_linear", "double/base", "double/a", "double/b", said={"density": 0.6}),
+    "dare-float64": merge("dare_linear", "double/base", "double/a", "double/b", said={"density": 0.6, "rescale": "l1"}),
     "dare-resize-ft": merge(
         "dare_linear", "rows/base", "rows/longer", "rows/shorter", said={"density": 0.5}, resize="ft"
     ),
