@@ -131,21 +131,20 @@ def survey(target: Path) -> Survey:
         OSError: a folder cannot be read.
     """
     found: dict[str, Entry] = {}
-
-    def look(path: str, name: str) -> None:
+    names = [""]
+    while names:
+        name = names.pop()
+        path = os.path.join(target, name) if name else target
         try:
             there = os.lstat(path)
         except FileNotFoundError:
-            return
-        folder = stat.S_ISDIR(there.st_mode)
-        if name or not folder:
-            size_and_time = (0, 0) if folder else (there.st_size, there.st_mtime_ns)
+            continue
+        is_folder = stat.S_ISDIR(there.st_mode)
+        if name or not is_folder:
+            size_and_time = (0, 0) if is_folder else (there.st_size, there.st_mtime_ns)
             found[name] = Entry(stat.S_IFMT(there.st_mode), there.st_ino, *size_and_time)
-        if folder:
-            for entry in os.listdir(path):
-                look(os.path.join(path, entry), f"{name}/{entry}" if name else entry)
-
-    look(str(target), "")
+        if is_folder:
+            names += [f"{name}/{entry}" if name else entry for entry in os.listdir(path)]
     return found
 
 
