@@ -35,6 +35,7 @@ LAYERS = [
     {"pairing", "recipe_file"},
     {"recipe_check"},
     {"recipe", "hub", "arithmetic"},
+    {"plain_yaml"},
     {"methods"},
     {"methods.dare"},
     {"methods.ties"},
@@ -47,7 +48,8 @@ LAYERS = [
     {"checkpoint.sidecars"},
     {"checkpoint.digest"},
     {"checkpoint.reader", "layout"},
-    {"checkpoint.header", "checkpoint.journal", "checkpoint.positional"},
+    {"checkpoint.beside", "checkpoint.header", "checkpoint.journal"},
+    {"checkpoint.positional"},
     {"errors"},
 ]
 RANK = {module: rank for rank, row in enumerate(LAYERS) for module in row}
@@ -97,6 +99,8 @@ def test_imports_point_down(module: str) -> None:
         ("huggingface_hub", {"hub"}),
         ("torch", {"arithmetic", "comparison", "engine", "measure", "methods.dare", "methods.ties", "workers"}),
         ("pydantic", {"recipe", "recipe_check"}),
+        ("yaml", {"checkpoint.sidecars", "page", "plain_yaml", "recipe_file"}),
+        ("regex", {"depth"}),
     ],
 )
 def test_each_dependency_has_one_home(dependency: str, homes: set[str]) -> None:
