@@ -40,7 +40,8 @@ _NUMBERED_NAME = re.compile(r"((?:\w+_)?(?:layer|block|stage)_?)(\d{1,6})", re.A
 _NEVER = re.compile(
     r".*(?:expert|projector|projection|connector|merger|aligner|resampler|sampling|adapter|predictor|classifier|lora).*"
     r"|.*_proj|qformer|prenet|.*postnet|conv_layers?|linear_layers?|downsample.*|.*_?mlps?|.*_?heads?|.*norms?|mtp(?:_.*)?"
-    r"|(?:.*_)?refiner(?:_.*)?"
+    r"|(?:.*_)?refiner(?:_.*)?",
+    re.DOTALL,  # with a line break in a name, `.*x.*` would try every x there is
 )
 _EMBEDDER = re.compile(r".*embed(?:s|der|ders|ding|dings)?")
 _SERIAL = (  # how prefixes end that run one after the other; what is not named here runs on its own
@@ -87,15 +88,17 @@ Side = Literal["before", "after"]
 
 # Words in the names of what follows the blocks (final norm, head, pooler), and of what does not, though it has a norm
 # or an output of its own (embeddings, stems, and the projectors that feed one tower's output into another).
-_SURELY_AFTER = re.compile(r"mtp(?:_.*)?|attn_?pool|pre_classifier|.*unembed.*|embed_out|vocab_.*")
+_SURELY_AFTER = re.compile(r"mtp(?:_.*)?|attn_?pool|pre_classifier|.*unembed.*|embed_out|vocab_.*", re.DOTALL)
 _NOT_AFTER = re.compile(
     r"embeddings?|.*embed(?:der|ding)?s?_.*|.*_emb(?:ed)?(?:der|ding)?s?|patch.*|.*stem.*|.*_in|pre_.*|.*_pre|prenet"
-    r"|.*(?:projector|merger|connector|aligner|resampler|qformer|adapter).*|feature_.*|per_layer_.*|post_conv_.*"
+    r"|.*(?:projector|merger|connector|aligner|resampler|qformer|adapter).*|feature_.*|per_layer_.*|post_conv_.*",
+    re.DOTALL,
 )
 _AFTER = re.compile(
     r"(?:.*_)?(?:norm|layernorm|ln)(?:_?(?:f|final|post|out|after))?|(?:final|post)_?.*norm.*|final_layer|score|proj"
     r"|fc\d*|out|.*head.*|lm_.*|.*classifier.*|.*pool.*|.*pred|.*predict.*|.*_out(?:_\d+)?|.*output.*|.*logit.*"
-    r"|generator.*|.*postnet|(?:text|visual|audio)_projection|.*(?:text|vision)_proj|seq_relationship|.*summary"
+    r"|generator.*|.*postnet|(?:text|visual|audio)_projection|.*(?:text|vision)_proj|seq_relationship|.*summary",
+    re.DOTALL,
 )
 
 
@@ -372,13 +375,16 @@ def _numbers(segments: tuple[str, ...]) -> Iterator[tuple[int, tuple[str, ...], 
     """Which segments count something: where each stands, the prefix of its list, and the number. A prefix is as long
     as what stands before the segment, or longer by the name in `layer1`.
     """
-    for at, segment in enumerate(segments):
+    for at, segment in enumerate(segments[:_MOST_SEGMENTS]):
         if not segment[-1:].isdigit():
             continue  # what most are is seen fastest
         if _is_index(segment):
             yield at, segments[:at], int(segment)
         elif match := _NUMBERED_NAME.fullmatch(segment):
             yield at, (*segments[:at], match[1]), int(match[2])
+
+
+_MOST_SEGMENTS = 64  # of a name that are looked at; with each a longer prefix would be kept
 
 
 def _is_index(text: str) -> bool:

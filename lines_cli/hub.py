@@ -85,9 +85,15 @@ def locate(name: str, *, quiet: bool = False) -> Located:
             f"{name}: {revision!r} is no revision of a Hub repository, and there is no such file or folder here",
             hint="After the @ stands a branch, a tag or a commit: org/name@main.",
         )
-    if quiet or not sys.stderr.isatty():
+    try:
+        from huggingface_hub import HfApi  # noqa: F401 - as much of it as there will be
         from huggingface_hub.utils.tqdm import disable_progress_bars
-
+    except ValueError as error:  # it reads its settings then; what it says of them may be part of a password
+        raise HubError(
+            f"{name}: no such file or folder here, and the Hub's client does not start with the settings it is given",
+            hint="Is HF_ENDPOINT an address, and is every other HF_ setting in the environment what it should be?",
+        ) from error
+    if quiet or not sys.stderr.isatty():
         disable_progress_bars()
     return _fetch(_Asked(name, match["repo"], revision))
 

@@ -19,7 +19,7 @@ LARGEST = 2 * 2**20
 Place = tuple[str | int, ...]
 """Where a value stands: `("models", 0, "parameters", "weight")`."""
 
-_MOST_VALUES = 100_000
+_MOST_VALUES = 50_000
 _DEEPEST = 32
 _LONGEST_NUMBER = 1000  # characters
 _LARGEST_SLOW = 2**17  # characters that the library's slow reader is given

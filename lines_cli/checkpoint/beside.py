@@ -103,7 +103,7 @@ def _inside(outer: dict[str, Any] | list[Any]) -> list[Any]:
 
 
 def _too_deep(path: Path) -> CheckpointError:
-    return CheckpointError(f"{path}: nested more than {_DEEPEST_JSON} levels deep", hint=_NOT_JSON)
+    return CheckpointError(f"{path}: JSON nested more than {_DEEPEST_JSON} levels deep", hint=_NOT_JSON)
 
 
 def read_object(path: Path) -> dict[str, Any]:
