@@ -19,7 +19,7 @@ LARGEST = 2 * 2**20
 Place = tuple[str | int, ...]
 """Where a value stands: `("models", 0, "parameters", "weight")`."""
 
-_MOST_VALUES = 50_000
+_MOST_VALUES = 100_000  # keys count, too
 _DEEPEST = 32
 _LONGEST_NUMBER = 1000  # characters
 _LARGEST_SLOW = 2**17  # characters that the library's slow reader is given
@@ -181,7 +181,11 @@ class _Composer:
         nodes: list[_Node] = []
         while not isinstance(event := next(self._events), yaml.MappingEndEvent):
             merges = isinstance(event, yaml.ScalarEvent) and event.value == "<<" and event.implicit[0] and not event.tag
-            key = self._node(event, (), depth)
+            if isinstance(event, yaml.ScalarEvent) and event.tag is event.anchor is None:  # as most are
+                key = _Node(None, text=self._text(event))
+                self._spend(event, 1)
+            else:
+                key = self._node(event, (), depth)
             if key.text is None:
                 self._refuse(event, "a key is text")
             if key.text in seen:
@@ -207,10 +211,14 @@ class _Composer:
             merged.update(mapping)
         return merged
 
-    def _scalar(self, event: yaml.ScalarEvent) -> _Node:
+    def _text(self, event: yaml.ScalarEvent) -> str:
         text: str = event.value
         if wrong := _NO_TEXT.search(text):
             self._refuse(event, f"it holds {wrong[0]!r}, which is no text")
+        return text
+
+    def _scalar(self, event: yaml.ScalarEvent) -> _Node:
+        text = self._text(event)
         tag = event.tag
         if tag is None or tag == "!":
             tag = self._resolver.resolve(yaml.ScalarNode, text, event.implicit)  # type: ignore[no-untyped-call]
