@@ -13,7 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
-from lines_cli.errors import printable
+from lines_cli.errors import printable, without_secrets
 from lines_cli.tables import Bar, Cell, Section, coefficient, count, sections, size
 from lines_cli.tables import Table as Columns
 
@@ -323,5 +323,5 @@ def _print_json(value: dict[str, Any]) -> None:
 
 
 def _printable(text: str) -> str:
-    """Text that cannot steer the terminal: line breaks are kept, and what follows one is indented."""
-    return "\n  ".join(printable(line.removeprefix("  ")) for line in text.split("\n"))
+    """Text that holds no secret and cannot steer the terminal: line breaks stay, and what follows one is indented."""
+    return "\n  ".join(printable(line.removeprefix("  ")) for line in without_secrets(text).split("\n"))

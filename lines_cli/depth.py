@@ -16,12 +16,14 @@ list of architectures:
 6. Routed experts, projectors, embedders, prediction heads are never stacks; an index at or beyond the layers that the
    config counts is outside (multi-token prediction).
 
-A regular expression from the user overrules all of it. Nothing here reads a file or needs torch.
+A regular expression from the user overrules all of it; it is searched for under a time limit, for recipes come from
+strangers, too. Nothing here reads a file or needs torch.
 """
 
 from __future__ import annotations
 
 import re
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -29,7 +31,7 @@ from functools import cached_property
 from itertools import accumulate, takewhile
 from typing import Any, Literal
 
-from lines_cli.errors import DepthError, RecipeError, some
+from lines_cli.errors import DepthError, RecipeError, printable, some
 
 _LAYER_NAME = re.compile(r"(?:.*_)?(?:layers?|h|blocks?|resblocks?|stages?)")
 _NUMBERED_NAME = re.compile(r"((?:\w+_)?(?:layer|block|stage)_?)(\d{1,6})", re.ASCII)
@@ -38,7 +40,8 @@ _NUMBERED_NAME = re.compile(r"((?:\w+_)?(?:layer|block|stage)_?)(\d{1,6})", re.A
 _NEVER = re.compile(
     r".*(?:expert|projector|projection|connector|merger|aligner|resampler|sampling|adapter|predictor|classifier|lora).*"
     r"|.*_proj|qformer|prenet|.*postnet|conv_layers?|linear_layers?|downsample.*|.*_?mlps?|.*_?heads?|.*norms?|mtp(?:_.*)?"
-    r"|(?:.*_)?refiner(?:_.*)?"
+    r"|(?:.*_)?refiner(?:_.*)?",
+    re.DOTALL,  # with a line break in a name, `.*x.*` would try every x there is
 )
 _EMBEDDER = re.compile(r".*embed(?:s|der|ders|ding|dings)?")
 _SERIAL = (  # how prefixes end that run one after the other; what is not named here runs on its own
@@ -85,15 +88,17 @@ Side = Literal["before", "after"]
 
 # Words in the names of what follows the blocks (final norm, head, pooler), and of what does not, though it has a norm
 # or an output of its own (embeddings, stems, and the projectors that feed one tower's output into another).
-_SURELY_AFTER = re.compile(r"mtp(?:_.*)?|attn_?pool|pre_classifier|.*unembed.*|embed_out|vocab_.*")
+_SURELY_AFTER = re.compile(r"mtp(?:_.*)?|attn_?pool|pre_classifier|.*unembed.*|embed_out|vocab_.*", re.DOTALL)
 _NOT_AFTER = re.compile(
     r"embeddings?|.*embed(?:der|ding)?s?_.*|.*_emb(?:ed)?(?:der|ding)?s?|patch.*|.*stem.*|.*_in|pre_.*|.*_pre|prenet"
-    r"|.*(?:projector|merger|connector|aligner|resampler|qformer|adapter).*|feature_.*|per_layer_.*|post_conv_.*"
+    r"|.*(?:projector|merger|connector|aligner|resampler|qformer|adapter).*|feature_.*|per_layer_.*|post_conv_.*",
+    re.DOTALL,
 )
 _AFTER = re.compile(
     r"(?:.*_)?(?:norm|layernorm|ln)(?:_?(?:f|final|post|out|after))?|(?:final|post)_?.*norm.*|final_layer|score|proj"
     r"|fc\d*|out|.*head.*|lm_.*|.*classifier.*|.*pool.*|.*pred|.*predict.*|.*_out(?:_\d+)?|.*output.*|.*logit.*"
-    r"|generator.*|.*postnet|(?:text|visual|audio)_projection|.*(?:text|vision)_proj|seq_relationship|.*summary"
+    r"|generator.*|.*postnet|(?:text|visual|audio)_projection|.*(?:text|vision)_proj|seq_relationship|.*summary",
+    re.DOTALL,
 )
 
 
@@ -165,7 +170,7 @@ def find_depth(names: Iterable[str], *, config: Mapping[str, Any] | None = None,
 
     Raises:
         DepthError: no reading, or no single one; the message lists what was found.
-        RecipeError: `layers` is not a usable expression.
+        RecipeError: `layers` is not a usable expression, or takes too long.
     """
     names = list(names)
     if layers is not None:
@@ -233,16 +238,36 @@ LAYERS_HINT = (
 )
 
 
+SECONDS_TO_MATCH = 3.0
+"""How long a user's expression may be searched for, in all names together."""
+_SOON = 1e-3
+_LONGEST_PATTERN = 1000
+
+
 def _by_pattern(names: list[str], pattern: str) -> DepthMap:
+    import regex  # `re`, with a limit to the time that a search may take
+
+    if len(pattern) > _LONGEST_PATTERN:
+        raise RecipeError(
+            f"--layers: an expression of {len(pattern):,} characters; at most {_LONGEST_PATTERN:,} are used"
+        )
     try:
-        expression = re.compile(pattern)
-    except re.error as error:
+        expression = regex.compile(pattern, regex.VERSION0)
+    except Exception as error:  # its own for most, but also those of Python for odd ones
         raise RecipeError(f"--layers {pattern!r} is not a regular expression: {error}") from error
     if "index" not in expression.groupindex:
         raise RecipeError(f"--layers {pattern!r} has no group `index`", hint=LAYERS_HINT)
     found: dict[str, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
+    ends = time.monotonic() + SECONDS_TO_MATCH
     for name in names:
-        match = expression.search(name)
+        try:
+            match = expression.search(name, timeout=max(ends - time.monotonic(), _SOON))
+        except TimeoutError as error:
+            raise RecipeError(
+                f"--layers {pattern!r} takes more than {SECONDS_TO_MATCH:g} s over {len(names):,} tensor names; "
+                f"the last was {printable(name[:100])}",
+                hint="Let it begin with ^, and repeat nothing that repeats itself, as (a+)+ does.",
+            ) from error
         if match is None or match["index"] is None:
             continue
         if not _is_index(match["index"]):
@@ -350,13 +375,16 @@ def _numbers(segments: tuple[str, ...]) -> Iterator[tuple[int, tuple[str, ...], 
     """Which segments count something: where each stands, the prefix of its list, and the number. A prefix is as long
     as what stands before the segment, or longer by the name in `layer1`.
     """
-    for at, segment in enumerate(segments):
+    for at, segment in enumerate(segments[:_MOST_SEGMENTS]):
         if not segment[-1:].isdigit():
             continue  # what most are is seen fastest
         if _is_index(segment):
             yield at, segments[:at], int(segment)
         elif match := _NUMBERED_NAME.fullmatch(segment):
             yield at, (*segments[:at], match[1]), int(match[2])
+
+
+_MOST_SEGMENTS = 64  # of a name that are looked at; with each a longer prefix would be kept
 
 
 def _is_index(text: str) -> bool:

@@ -13,14 +13,19 @@
 
 A message names the file, the tensor and both sides of the disagreement; `hint` is the next step, where there is
 one. `cli.py` is the only place that turns these into text and an exit code.
+
+What a library says may hold a password or a token; no message shows one (`without_secrets`).
 """
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
+from urllib.parse import quote, unquote
 
 
 class LinesError(Exception):
@@ -34,21 +39,23 @@ class LinesError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        message = "\n".join(map(_shortened, message.split("\n")))
+        message = "\n".join(_shortened(line, _LONGEST_READ) for line in message.split("\n"))
+        message = "\n".join(_shortened(line, _LONGEST_LINE) for line in without_secrets(message).split("\n"))
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = None if hint is None else without_secrets(hint)
 
 
 _LONGEST_LINE = 1000
+_LONGEST_READ = 20_000  # of what is looked through for secrets
 
 
-def _shortened(line: str) -> str:
+def _shortened(line: str, longest: int) -> str:
     """A line of a message, without the middle where a stranger's name makes it very long."""
-    if len(line) <= _LONGEST_LINE:
+    if len(line) <= longest:
         return line
-    end = _LONGEST_LINE // 4
-    return f"{line[: _LONGEST_LINE - end]} [...] {line[-end:]}"
+    end = longest // 4
+    return f"{line[: longest - end]} [...] {line[-end:]}"
 
 
 class RecipeError(LinesError):
@@ -119,6 +126,60 @@ def aftermath_of(error: BaseException) -> Aftermath:
     """What an error leaves; nothing, where no run had begun."""
     found = getattr(error, "aftermath", None)
     return found if isinstance(found, Aftermath) else Aftermath()
+
+
+_HIDDEN = "***"
+_SECRETS = (  # what stands for a secret, and what is left of it
+    (re.compile(r"(?<=://)[^\s/?#'\"<>]*@"), f"{_HIDDEN}@"),  # http://user:password@host
+    (re.compile(r"(?<=%2F%2F)[^\s/&]{0,100}?%40", re.IGNORECASE), f"{_HIDDEN}%40"),  # the same within a query
+    (
+        re.compile(
+            r"([?&;][\w.%-]{0,60}(?:token|key|secret|sig|passw|pwd|auth|credential|policy)[\w.%-]{0,60}=)[^\s&#'\"<>]+",
+            re.IGNORECASE,
+        ),
+        rf"\1{_HIDDEN}",
+    ),
+    (
+        re.compile(r"\b((?:token|secret|password|passwd|api_?key)=[\"']?)[^\s&'\",;)]+", re.IGNORECASE),
+        rf"\1{_HIDDEN}",
+    ),
+    (
+        re.compile(
+            r"\b(authorization\b[\"']?\s*[,:=]\s*(?:b(?=[\"']))?[\"']?)(?:[a-z]+\s+)?[^\s\"',;)]+", re.IGNORECASE
+        ),
+        rf"\1{_HIDDEN}",
+    ),
+    (re.compile(r"\b((?:set-)?cookie[\"']?\s*[,:=]\s*)[^\r\n]+", re.IGNORECASE), rf"\1{_HIDDEN}"),
+    (re.compile(r"\b(bearer\s+)[^\s\"',;)]{6,}", re.IGNORECASE), rf"\1{_HIDDEN}"),
+    (re.compile(r"\b([Bb]asic\s+)(?=[a-z+/]*[A-Z0-9=])[\w+/=]{6,}"), rf"\1{_HIDDEN}"),
+    (re.compile(r"(?<![A-Za-z0-9])(hf|api_org)_[A-Za-z0-9]{16,}"), rf"\1_{_HIDDEN}"),  # the Hub's tokens
+)
+_SHORTEST = 4  # characters of a password that is looked for wherever it stands
+
+
+def without_secrets(text: str) -> str:
+    """A text without the credentials in it: the user and password of a URL, tokens in its query, headers that log in,
+    the Hub's tokens; and what this process has been given as such, wherever it stands.
+    """
+    for secret in _own_secrets():
+        text = text.replace(secret, _HIDDEN)
+    for pattern, left in _SECRETS:
+        text = pattern.sub(left, text)
+    return text
+
+
+def _own_secrets() -> list[str]:
+    """The tokens and passwords in the environment, as they may be spelt; the longest first."""
+    found: set[str] = set()
+    for name, value in os.environ.items():
+        if name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+            found.add(value.strip())
+        elif name == "HF_ENDPOINT" or name.lower().endswith("_proxy"):
+            rest = value.partition("://")[2] or value
+            login = rest.partition("/")[0].rpartition("@")[0] or rest.rpartition("@")[0]
+            password = login.partition(":")[2]
+            found |= {login, password, unquote(password), quote(password, safe=""), quote(unquote(password), safe="")}
+    return sorted((secret for secret in found if len(secret) >= _SHORTEST), key=len, reverse=True)
 
 
 def printable(text: str) -> str:

@@ -4,22 +4,27 @@ The client decides on endpoint, token, cache, offline mode and progress bars (HF
 HF_HUB_OFFLINE, ...). Of a repository only what an edit reads is fetched: one set of safetensors weights, and the files
 that an output folder takes over. It is imported only once a name is no path: importing it takes longer than reading a
 header.
+
+An endpoint, a proxy and a token may be secret, and the client quotes them: what it says is shown and logged without.
 """
 
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
+from lines_cli.checkpoint.beside import leads_out
 from lines_cli.checkpoint.reader import WEIGHT_STEMS, choose_weights, refuse_folder, shards_of
 from lines_cli.checkpoint.sidecars import is_carried
-from lines_cli.errors import CheckpointError, HubError, LinesError, some
+from lines_cli.errors import CheckpointError, HubError, LinesError, some, without_secrets
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9_][\w.-]*/[\w.-]+)(?:@(?P<revision>.*))?", re.ASCII | re.DOTALL)
 _NOT_IN_A_REVISION = re.compile(r"[\s\x00-\x1f\x7f\\:?*~^\[]|\.\.|//|^[/-]|/$|^$")
@@ -80,9 +85,15 @@ def locate(name: str, *, quiet: bool = False) -> Located:
             f"{name}: {revision!r} is no revision of a Hub repository, and there is no such file or folder here",
             hint="After the @ stands a branch, a tag or a commit: org/name@main.",
         )
-    if quiet or not sys.stderr.isatty():
+    try:
+        from huggingface_hub import HfApi  # noqa: F401 - as much of it as there will be
         from huggingface_hub.utils.tqdm import disable_progress_bars
-
+    except ValueError as error:  # it reads its settings then; what it says of them may be part of a password
+        raise HubError(
+            f"{name}: no such file or folder here, and the Hub's client does not start with the settings it is given",
+            hint="Is HF_ENDPOINT an address, and is every other HF_ setting in the environment what it should be?",
+        ) from error
+    if quiet or not sys.stderr.isatty():
         disable_progress_bars()
     return _fetch(_Asked(name, match["repo"], revision))
 
@@ -185,7 +196,7 @@ def _wanted(asked: _Asked, names: Collection[str], chosen: Path) -> list[str]:
     shards = shards_of(chosen) if chosen.name.endswith(".index.json") else ()
     wanted = [chosen.name, *shards, *sorted(name for name in names if is_carried(name))]
     for name in wanted:
-        if "\\" in name or "\0" in name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        if leads_out(name):
             raise HubError(f"{asked.name}: refused, for it lists a file outside its own folder: {name!r}")
     return wanted
 
@@ -196,13 +207,50 @@ def _lacking(snapshot: Path, wanted: Collection[str]) -> list[str]:
 
 @contextmanager
 def _explained(asked: _Asked) -> Iterator[None]:
-    """Turn whatever the client raises into a HubError."""
+    """Turn whatever the client raises into a HubError, and hide what is secret in what it logs."""
     try:
-        yield
+        with _discreet():
+            yield
     except LinesError:
         raise
     except Exception as error:
         raise _explain(error, asked) from error
+
+
+@contextmanager
+def _discreet() -> Iterator[None]:
+    """Within it, logs and warnings hold no credentials."""
+
+    def hide(record: logging.LogRecord) -> bool:
+        record.msg, record.args, record.exc_info = _hidden(record.getMessage()), None, None
+        return True
+
+    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
+        sys.stderr.write(_hidden(warnings.formatwarning(message, category, filename, lineno)))
+
+    handlers = [*logging.getLogger("huggingface_hub").handlers, *logging.getLogger().handlers]
+    handlers += [logging.lastResort] if logging.lastResort else []
+    for handler in handlers:
+        handler.addFilter(hide)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show  # type: ignore[assignment]
+            yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(hide)
+
+
+_LIKE_A_TOKEN = re.compile(r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{6,}")
+
+
+def _hidden(text: str) -> str:
+    """What the client says without credentials, the token that it found in its own files among them."""
+    from huggingface_hub import get_token
+
+    if token := get_token():
+        text = text.replace(token, "***")
+    return _LIKE_A_TOKEN.sub("hf_***", without_secrets(text))
 
 
 def _explain(error: Exception, asked: _Asked) -> HubError:
@@ -276,4 +324,4 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _one_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+    return next((line.strip() for line in _hidden(str(error)).splitlines() if line.strip()), "no reason given")

@@ -15,12 +15,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from lines_cli.checkpoint.beside import beside
 from lines_cli.checkpoint.header import EXACT_DTYPES, FLOAT8_DTYPES, FLOAT_DTYPES, Known, TensorInfo
 from lines_cli.checkpoint.reader import Checkpoint, no_collecting, open_checkpoint, unsupported_in
 from lines_cli.checkpoint.sidecars import RECIPE
 from lines_cli.depth import DepthMap, Place, Side, find_depth
 from lines_cli.draft import Draft, Piece, Slice, TensorValues, draft_tensors, refuse_idle_filters
-from lines_cli.errors import DepthError, LinesError, MismatchError, RecipeError, printable, some
+from lines_cli.errors import DepthError, MismatchError, RecipeError, printable, some
 from lines_cli.hub import locate
 from lines_cli.kinds import Kind, kind_of
 from lines_cli.layout import natural
@@ -28,7 +29,7 @@ from lines_cli.pairing import Names, Sides, aligned_names, match_names, says_tie
 from lines_cli.planning import UNSCALED, rounded_coefficient, sides_of
 from lines_cli.recipe import Like, Recipe, Scaling
 from lines_cli.recipe_check import edit_recipe, make_recipe
-from lines_cli.recipe_file import load_recipe
+from lines_cli.recipe_file import load_record
 from lines_cli.schedule import Rules
 
 
@@ -264,7 +265,13 @@ def _alone(name: str, scaling: Mapping[str, Any], *, quiet: bool) -> Inspection:
 
     def told(recipe: Recipe, of: Origin) -> Inspection:
         of_depth: list[str] = []
-        depth = _depth(checkpoint.tensors, checkpoint.config, recipe, of_depth)
+        layers = recipe.lines.layers if recipe.lines else None
+        if layers is not None and of == "output":
+            if "(?P<index>" not in layers:
+                raise RecipeError(f"layers {layers!r} has no group `index`")
+            of_depth.append(f"its recipe's expression for the layers, {layers!r}, is not run; --layers REGEX runs one")
+            layers = None
+        depth = _depth(checkpoint.tensors, checkpoint.config, layers, of_depth)
         rules = _rules(recipe, depth)
         refuse_idle_filters(rules, checkpoint.tensors)
         return _complete(
@@ -302,7 +309,8 @@ def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, qui
     own = aligned_names(sides, notes)
     rows, not_compared = _rows(sides, own, notes)
     config = sides.config_of(sides.lead)
-    depth = _depth((name for names in own for name in names), config, recipe, notes)
+    layers = recipe.lines.layers if recipe.lines else None
+    depth = _depth((name for names in own for name in names), config, layers, notes)
     rules = _rules(recipe, depth)
     drafts = draft_tensors(pairing, sides, depth, rules, rows)
     not_compared |= {draft.name: f"{draft.misfit} (base first)" for draft in drafts if draft.misfit}
@@ -377,24 +385,27 @@ def _heads(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, str]:
 def recipe_of(checkpoint: Checkpoint) -> Recipe | None:
     """The recipe in the folder of an output of ours; None where there is none.
 
+    It is a record, and may be a stranger's: it is read for what it says, and nothing in it is looked up or run.
+
     Raises:
         RecipeError: it cannot be read.
+        CheckpointError: it is a link that leaves the folder.
     """
-    path = checkpoint.folder / RECIPE if checkpoint.folder else None
-    return load_recipe(path) if path is not None and path.is_file() else None
+    path = beside(checkpoint.folder, RECIPE) if checkpoint.folder else None
+    return load_record(path) if path is not None else None
 
 
 def _made_by(checkpoint: Checkpoint, notes: list[str]) -> Recipe | None:
     try:
         return recipe_of(checkpoint)
-    except LinesError as error:
+    except RecipeError as error:
         notes.append(f"its recipe cannot be read: {error.message}")
         return None
 
 
-def _depth(names: Iterable[str], config: Mapping[str, Any], recipe: Recipe, notes: list[str]) -> DepthMap:
+def _depth(names: Iterable[str], config: Mapping[str, Any], layers: str | None, notes: list[str]) -> DepthMap:
     try:
-        return find_depth(dict.fromkeys(names), config=config, layers=recipe.lines.layers if recipe.lines else None)
+        return find_depth(dict.fromkeys(names), config=config, layers=layers)
     except DepthError as error:
         notes.append(f"depth is unknown: {error.message}\n{error.hint or ''}".strip())
         return DepthMap((), {})

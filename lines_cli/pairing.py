@@ -334,5 +334,5 @@ def says_tied(config: Mapping[str, Any]) -> bool:
     for part in (config, *(part for part in nested if isinstance(part, dict))):
         if "tie_word_embeddings" in part:
             return part["tie_word_embeddings"] is True
-    version = re.match(r"\d+", str(config.get("transformers_version", "0")))
+    version = re.match(r"\d{1,9}", str(config.get("transformers_version", "0")))
     return "model_type" in config and version is not None and int(version[0]) < 5

@@ -14,6 +14,9 @@ from typing import Any
 
 Value = float | bool | str | None
 
+MOST_RULES = 1000
+"""How many entries a list of rules may have: each is tried on every tensor's name."""
+
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
@@ -54,6 +57,8 @@ class Parameter:
             raise ValueError(f"expected one value, not a list: {self.expected()}")
         if not setting:
             raise ValueError("an empty list says nothing")
+        if len(setting) > MOST_RULES:
+            raise ValueError(f"a list of {len(setting):,}; at most {MOST_RULES:,} are read")
         if not any(isinstance(part, dict) for part in setting):
             return [self._one(part) for part in setting]
         return [self._condition(part) for part in setting]

@@ -42,7 +42,7 @@ from lines_cli.methods import Values
 from lines_cli.pairing import Sides, aligned_names, is_vocabulary, pair_tensors
 from lines_cli.plan import NOTHING_MEASURED, Needs, Plan, Statistics, TensorPlan
 from lines_cli.recipe import Recipe, Scaling
-from lines_cli.recipe_file import dump_recipe, dump_record, load_recipe
+from lines_cli.recipe_file import dump_recipe, dump_record, load_record
 from lines_cli.schedule import Rules
 
 
@@ -367,7 +367,7 @@ def run_digest(run: Mapping[str, Any]) -> str:
 def is_finished(plan: Plan) -> bool:
     """Whether the destination is a folder that this very run has written, and is all there, by its files' sizes."""
     try:
-        recipe = load_recipe(plan.output / RECIPE)
+        recipe = load_record(plan.output / RECIPE)
         sizes = {name: (plan.output / name).stat().st_size for name in recipe.files}
     except (OSError, RecipeError):
         return False
@@ -387,7 +387,7 @@ def refuse_altered(plan: Plan, *, output: bool, inputs: bool) -> None:
         ChangedInputError: an input is not what was read.
         CheckpointError: a file cannot be read.
     """
-    recipe = load_recipe(plan.output / RECIPE)
+    recipe = load_record(plan.output / RECIPE)
     if output and (differing := altered(plan.output, recipe.files)):
         told = [f"{name} {difference}" for name, difference in differing.items()]
         raise OutputError(
@@ -434,7 +434,7 @@ def replaceable(plan: Plan) -> frozenset[str]:
     """
     own = plan.names - {MODEL_CARD, RECIPE}  # which stand in other people's folders, too
     try:
-        recorded = load_recipe(plan.output / RECIPE).files
+        recorded = load_record(plan.output / RECIPE).files
     except (OSError, RecipeError):
         return own
     return own | recorded.keys() | {MODEL_CARD, RECIPE} if recorded else own

@@ -28,7 +28,7 @@ from lines_cli.checkpoint.digest import FileRecord
 from lines_cli.depth import DepthMap
 from lines_cli.errors import RecipeError
 from lines_cli.methods import METHODS, Method, Values
-from lines_cli.parameters import evaluate, filters_of
+from lines_cli.parameters import MOST_RULES, evaluate, filters_of
 from lines_cli.schedule import Constant, Linear, Listed, Outside, Power, Rules, Schedule
 
 _UNITS = {
@@ -159,9 +159,11 @@ class Scaling(_Part):
     schedule: Annotated[str | tuple[Finite, ...], BeforeValidator(parse_schedule)] = "linear"
     outside: Outside = "alpha"
     layers: str | None = None
-    stacks: dict[str, Annotated[Fixed | Ends, BeforeValidator(_parse_stack)]] = Field(default_factory=dict)
+    stacks: dict[str, Annotated[Fixed | Ends, BeforeValidator(_parse_stack)]] = Field(
+        default_factory=dict, max_length=MOST_RULES
+    )
     filter: dict[Annotated[str, AfterValidator(_named)], Annotated[Fixed | Finite, BeforeValidator(_parse_filter)]] = (
-        Field(default_factory=dict)
+        Field(default_factory=dict, max_length=MOST_RULES)
     )
 
     @model_validator(mode="after")
@@ -296,7 +298,7 @@ class Recipe(_Part):
 
     merge_method: str = "task_arithmetic"
     base_model: InputName | None = None
-    models: tuple[Source, ...] = Field(min_length=1)
+    models: tuple[Source, ...] = Field(min_length=1, max_length=MOST_RULES)
     parameters: dict[str, Any] = Field(default_factory=dict)
     lines: Scaling | None = None
     dtype: DtypeName | None = None

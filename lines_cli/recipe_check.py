@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any, get_args
@@ -11,10 +12,8 @@ from pydantic import ValidationError
 from lines_cli.errors import RecipeError
 from lines_cli.methods import METHODS
 from lines_cli.parameters import values_of
+from lines_cli.plain_yaml import Place
 from lines_cli.recipe import DtypeName, Recipe, Scaling, parse_schedule
-
-Place = tuple[str | int, ...]
-"""Where a key stands in a recipe: `("models", 0, "parameters", "weight")`."""
 
 
 def make_recipe(values: Mapping[Any, Any], *, where: str, at: Mapping[Place, str] | None = None) -> Recipe:
@@ -39,9 +38,13 @@ def make_recipe(values: Mapping[Any, Any], *, where: str, at: Mapping[Place, str
     if recipe is not None and not problems:
         recipe = _with_parameters(recipe, problems, said_at)
     if recipe is None or problems:
-        raise RecipeError(f"{where}: " + "; ".join(_at(place, at or {}) + what for place, what in problems))
+        told = [_at(place, at or {}) + what for place, what in problems[:_MOST_PROBLEMS]]
+        more = f"; and {len(problems) - len(told):,} more" if len(problems) > len(told) else ""
+        raise RecipeError(f"{where}: {'; '.join(told)}{more}")
     return recipe
 
+
+_MOST_PROBLEMS = 50
 
 Problem = tuple[Place, str]
 SaidAt = Callable[[Place], Place]
@@ -58,7 +61,10 @@ def _at(place: Place, at: Mapping[Place, str]) -> str:
 def _problems(error: ValidationError, said_at: SaidAt) -> list[Problem]:
     """What pydantic's complaints mean to whoever wrote the recipe."""
     found: list[Problem] = []
-    everything = error.errors()
+    everything = error.errors(include_url=False)
+    if len(everything) > _MOST_PROBLEMS:  # each takes a while to explain
+        found.append(((), f"{len(everything):,} of its keys and values are wrong, of which the first are"))
+        everything = everything[:_MOST_PROBLEMS]
     for details in everything:
         place = said_at(tuple(part for part in details["loc"] if part != "Ends"))
         key, given, kind = dotted(place), details["input"], details["type"]
@@ -105,10 +111,15 @@ _TOP = (*(key for key in Recipe.model_fields if key not in _NOT_FOR_PEOPLE), "ou
 _PARAMETERS = sorted({name for row in METHODS.values() for name in row.parameters})
 
 
+_LONGEST_WORD = 100
+
+
 def _nearest(place: Place) -> str:
     """Which known key may have been meant, and where it stands."""
     *above, last = (part for part in place if not isinstance(part, int))
     word, inside_lines = str(last), above[:1] == ["lines"]
+    if len(word) > _LONGEST_WORD:
+        return ""
     if word in _PARAMETERS:
         return f"; a method's {word} stands under parameters"
     if inside_lines:
@@ -353,8 +364,8 @@ def _check_values(recipe: Recipe, problems: list[Problem], notes: list[str]) -> 
     if k > models:
         notes.append(f"k: {k:g} masks have to agree, and there {_are(models)}: no entry is kept, which gives the base")
     names = [source.model for source in recipe.merged]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    notes += [f"{name} is merged {names.count(name)} times" for name in twice]
+    twice = sorted((name, times) for name, times in Counter(names).items() if times > 1)
+    notes += [f"{name} is merged {times} times" for name, times in twice]
     if method.takes == "task vectors" and names == [recipe.base_model] and recipe.like == "base":
         notes.append("the only model is the base itself: its task vector is zero")
     if recipe.dtype in ("bfloat16", "float16") and recipe.like == "base" and method.takes == "task vectors":

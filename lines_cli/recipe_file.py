@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,32 +12,11 @@ import yaml
 
 from lines_cli import __version__
 from lines_cli.checkpoint.digest import FileRecord
+from lines_cli.checkpoint.positional import read_small
 from lines_cli.errors import RecipeError
+from lines_cli.plain_yaml import LARGEST, Place, YamlError, read_yaml
 from lines_cli.recipe import Recipe
-from lines_cli.recipe_check import Place, dotted, make_recipe
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain YAML in which every key is text (`on`, too, which YAML 1.1 reads as true), and none stands twice, since one
-    of the two would be lost without a word.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A dict, as usual."""
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE_KEY:
-                key.tag = _TEXT
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key.value!r} stands twice", key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_TEXT, _MERGE_KEY = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
-_MOST_VALUES = 100_000
+from lines_cli.recipe_check import dotted, make_recipe
 
 
 def load_recipe(path: Path, sets: Iterable[str] = ()) -> Recipe:
@@ -50,61 +30,51 @@ def load_recipe(path: Path, sets: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: the file cannot be read, is not YAML, or says something impossible.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = _own(yaml.load(text, Loader=_Loader))  # noqa: S506 - a SafeLoader
-        at = dict(_lines(yaml.compose(text, Loader=_Loader), (), set()))
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except _NO_YAML as error:
-        what = str(error).replace('in "<unicode string>", ', "")
-        raise RecipeError(f"{path}: not valid YAML: {what}") from error
-    if not isinstance(values, dict):
-        raise RecipeError(f"{path}: not a recipe: expected keys such as base_model and models")
+    values, at = _read(path)
     for text in sets:
         _set(values, text, at)
-    return make_recipe(_with_paths(path.parent, values), where=str(path), at=at)
+    return make_recipe(_with_paths(path.parent, values, look=True), where=str(path), at=at)
 
 
-_NO_YAML = (yaml.YAMLError, ValueError, RecursionError)
+def load_record(path: Path) -> Recipe:
+    """Read the recipe that stands in an output's folder. It may be a stranger's: that the paths in it lead anywhere is
+    not looked at.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+    """
+    values, at = _read(path)
+    return make_recipe(_with_paths(path.parent, values, look=False), where=str(path), at=at)
 
 
-def _own(value: Any, budget: list[int] | None = None) -> Any:
-    """A copy in which nothing is shared, as anchors and aliases would have it; a small file cannot make it large."""
-    budget = [_MOST_VALUES] if budget is None else budget
-    budget[0] -= 1
-    if budget[0] < 0:
-        raise ValueError(f"more than {_MOST_VALUES:,} values")
-    if isinstance(value, dict):
-        return {key: _own(inner, budget) for key, inner in value.items()}
-    return [_own(inner, budget) for inner in value] if isinstance(value, list) else value
-
-
-def _lines(node: yaml.Node | None, place: Place, seen: set[int]) -> Iterable[tuple[Place, str]]:
-    """Every key's line, from 1, by its place; what an alias repeats is left out."""
-    if id(node) in seen:
-        return
-    seen.add(id(node))
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            here = (*place, str(key.value))
-            yield here, f"line {key.start_mark.line + 1}"
-            yield from _lines(value, here, seen)
-    elif isinstance(node, yaml.SequenceNode):
-        for number, item in enumerate(node.value):
-            yield (*place, number), f"line {item.start_mark.line + 1}"
-            yield from _lines(item, (*place, number), seen)
+def _read(path: Path) -> tuple[dict[str, Any], dict[Place, str]]:
+    """The values in a recipe's file, and where each stands."""
+    try:
+        raw = read_small(path, LARGEST)
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror or error}") from error
+    try:
+        values, at = read_yaml(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        what = f"line {line}: it is not UTF-8 text (byte {raw[error.start]:#04x})"
+        raise RecipeError(f"{path}: not valid YAML: {what}", hint="Save it as UTF-8.") from error
+    except YamlError as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: not a recipe: expected keys such as base_model and models")
+    return values, at
 
 
 def _set(values: dict[Any, Any], text: str, at: dict[Place, str]) -> None:
     """Overrule one value, making the mappings on the way to it."""
     key, equals, raw = text.partition("=")
     parts = key.split(".")
-    if not equals or not all(parts):
+    if not equals or not all(parts) or len(parts) > _MOST_PARTS:
         raise RecipeError(f"--set {text}: expected --set KEY=VALUE, as in --set lines.beta=0.4")
     try:
-        value = _own(yaml.load(raw, Loader=_Loader))  # noqa: S506 - a SafeLoader
-    except _NO_YAML as error:
+        value, _ = read_yaml(raw)
+    except YamlError as error:
         raise RecipeError(f"--set {text[:200]}: the value is not valid YAML: {error}") from error
     inside: Any = values
     place: Place = ()
@@ -112,7 +82,7 @@ def _set(values: dict[Any, Any], text: str, at: dict[Place, str]) -> None:
         last = number == len(parts)
         step: Any = part
         if isinstance(inside, list):
-            if not part.isdecimal() or int(part) >= len(inside):
+            if not part.isdecimal() or len(part) > 9 or int(part) >= len(inside):
                 there_are = f"{dotted(place)} is a list of {len(inside)}, numbered from 0"
                 raise RecipeError(f"--set {text}: {there_are}, and {part!r} is none of them")
             step = int(part)
@@ -130,23 +100,34 @@ def _set(values: dict[Any, Any], text: str, at: dict[Place, str]) -> None:
     at[place] = f"--set {text}"
 
 
-def _with_paths(folder: Path, values: dict[Any, Any]) -> dict[Any, Any]:
-    """The values with their paths as they are seen from here; one input goes by one name."""
-    names: list[str] = []
+_MOST_PARTS = 32
+
+
+def _with_paths(folder: Path, values: dict[Any, Any], *, look: bool) -> dict[Any, Any]:
+    """The values with their paths as they are seen from here; one input goes by one name.
+
+    Args:
+        folder: what they count from.
+        values: the recipe's.
+        look: whether to look at what is there. Else a name is a path or a Hub id by how it is written.
+    """
+    names: set[str] = set()
+    files: dict[tuple[int, int], str] = {}
 
     def resolved(name: Any) -> Any:
         if not isinstance(name, str) or not name or "\0" in name:
             return name  # which will be refused
-        path = _beside(folder, name)
-        if "+" in name and not os.path.lexists(path):
+        path = _beside(folder, name, look=look)
+        if look and "+" in name and not os.path.lexists(path):
             raise RecipeError(
                 f"{name}: no such file or folder; if a LoRA adapter is meant, it is not folded in here",
                 hint="Fold it into its base first (peft: merge_and_unload, save_pretrained), and give that folder.",
             )
-        for known in names:
-            if os.path.exists(path) and os.path.exists(known) and os.path.samefile(path, known):
-                return known
-        names.append(path)
+        if look:
+            with suppress(OSError, ValueError):
+                there = os.stat(path)
+                path = files.setdefault((there.st_dev, there.st_ino), path)
+        names.add(path)
         return path
 
     def of_models(sources: Any) -> None:
@@ -157,7 +138,7 @@ def _with_paths(folder: Path, values: dict[Any, Any]) -> dict[Any, Any]:
     def one_of_them(holder: Any, key: str) -> None:
         name = holder.get(key) if isinstance(holder, dict) else None
         if isinstance(name, str) and name != "base" and name and "\0" not in name:
-            known = list(names)
+            known = set(names)
             path = resolved(name)
             holder[key] = path if path in known else name
 
@@ -169,19 +150,20 @@ def _with_paths(folder: Path, values: dict[Any, Any]) -> dict[Any, Any]:
         of_models(one.get("sources") if isinstance(one, dict) else None)
     for holder, key in ((values, "tokenizer_source"), (values, "chat_template"), (values.get("tokenizer"), "source")):
         one_of_them(holder, key)
-    if isinstance(values.get("output"), str) and values["output"]:
+    if isinstance(values.get("output"), str) and values["output"] and look:
         values["output"] = os.path.join(folder, os.path.expanduser(values["output"]))
     return values
 
 
-def _beside(folder: Path, name: str) -> str:
+def _beside(folder: Path, name: str, *, look: bool) -> str:
     """A path that counts from `folder`, as seen from here; what can only be a Hub id, or an absolute path, as it is."""
-    name = os.path.expanduser(name)
+    name = os.path.expanduser(name) if look else name
     beside = os.path.join(folder, name)
-    if os.path.isabs(name) or os.path.lexists(beside) or name.count("/") != 1 or name.startswith("."):
+    by_spelling = os.path.isabs(name) or name.count("/") != 1 or name.startswith(".")
+    if by_spelling or (look and os.path.lexists(beside)):
         # What is a path stays one: `conf/base` would be looked for on the Hub.
         return beside if os.path.isabs(beside) or beside.startswith(".") else os.path.join(".", beside)
-    if os.path.lexists(name):
+    if look and os.path.lexists(name):
         raise RecipeError(
             f"{name}: not beside the recipe in {folder}, but in the current folder",
             hint="Paths in a recipe count from its own folder: correct the path, or give it as an absolute one.",

@@ -18,9 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from lines_cli.checkpoint.reader import open_checkpoint
+from lines_cli.checkpoint.sidecars import RECIPE
 from lines_cli.depth import find_depth
-from lines_cli.errors import LinesError
+from lines_cli.errors import LinesError, RecipeError
+from lines_cli.inspection import open_inspection
+from lines_cli.planning import make_plan, open_inputs
+from lines_cli.recipe_check import edit_recipe
 from lines_cli.recipe_file import load_recipe
+from lines_cli.report import make_report
 
 CORPUS = Path(__file__).parent / "corpus"
 
@@ -58,11 +63,41 @@ def recipe(folder: Path, content: bytes) -> None:
         load_recipe(folder / "merge.yaml")
 
 
+def record(folder: Path, content: bytes) -> None:
+    """The recipe that `lines inspect` finds beside the weights of a model with four layers."""
+    (folder / RECIPE).write_bytes(content)
+    with watched(folder):
+        inspection = open_inspection(folder)
+        json.dumps(make_report(inspection), allow_nan=False)
+    if inspection.made_by is None:
+        raise RecipeError(next(note for note in inspection.notes if "recipe" in note))
+
+
+def sidecar(folder: Path, content: bytes) -> None:
+    """Any JSON beside the weights of an edit that follows the tokenizer, the ids and the chat template."""
+    base, ft = folder / "base", folder / "ft"
+    sources = {"tokenizer_source": str(ft), "chat_template": "base", "dtype": "bfloat16"}
+    recipe = edit_recipe(str(base), str(ft), **sources)
+    for name in ("tokenizer_config.json", "generation_config.json", "config.json"):
+        for side in (base, ft):
+            (side / name).write_bytes(content)
+        try:
+            with watched(folder):
+                plan = make_plan(recipe, open_inputs(recipe), folder / "out")
+                for beside in plan.sidecars:
+                    beside.read()
+        finally:
+            for side in (base, ft):
+                (side / name).write_bytes(b'{"chat_template": "{{ a }}", "model_type": "llama"}')
+
+
 KINDS: dict[str, Callable[[Path, bytes], None]] = {
     "header": header,
     "index": index,
     "config": config,
     "recipe": recipe,
+    "record": record,
+    "sidecar": sidecar,
 }
 
 
@@ -73,7 +108,13 @@ def prepare(folder: Path, kind: str) -> None:
         for number, names in enumerate((["a", "b"], ["c"]), 1):
             text = json.dumps(dict.fromkeys(names, empty)).encode()
             (folder / f"model-0000{number}-of-00002.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
-    if kind == "config":
+    if kind == "sidecar":
+        for side in ("base", "ft"):
+            (folder / side).mkdir()
+            prepare(folder / side, "config")
+            for name in ("tokenizer_config.json", "generation_config.json", "config.json"):
+                (folder / side / name).write_bytes(b'{"chat_template": "{{ a }}", "model_type": "llama"}')
+    if kind in ("config", "record"):
         text = json.dumps({f"model.layers.{n}.w": empty for n in range(4)}).encode()
         (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
 
@@ -140,6 +181,8 @@ _TOKENS = [
     b"9223372036854775807",
     b'"../x"', b'"/etc/passwd"', b'"\\u0000"', b'"\\ud800"', b'"\\u001b[2J"', b'"a\\nb"', b"[[[[[[[[", b'{"a":{"a":',
     b"__metadata__", b'"F4"', b'"BOOL"', b"&a *a", b"!!python/object/apply:os.system [id]", b"<<: *a", b"? ",
+    b"!!pairs ", b"!!binary ", b"1:1:1:1", b'"\\ud800"', b"9" * 5000, b"0x" + b"f" * 5000, b"[" * 900,
+    b'{"chat_template":',
     b"\xff\xfe", b"model-00001-of-00002.safetensors", b"99999999999999999999999999", b"- - - -", b"%YAML 9.9\n",
     b"\x00", b"...\n---\n",
 ]  # fmt: skip

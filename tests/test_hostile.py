@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from lines_cli.checkpoint.header import read_header
 from lines_cli.errors import CheckpointError
 
-TIMES = {"header": 1000, "index": 700, "config": 700, "recipe": 300}
-LONG = {"header": 60_000, "index": 25_000, "config": 20_000, "recipe": 15_000}  # 120,000 in all
+TIMES = {"header": 1000, "index": 700, "config": 700, "recipe": 300, "record": 200, "sidecar": 200}
+LONG = {"header": 55_000, "index": 25_000, "config": 15_000, "recipe": 15_000, "record": 5_000, "sidecar": 5_000}
 
 
 def mutate(kind: str, folder: Path, number: int, seed: int) -> None:

@@ -36,6 +36,7 @@ LAYERS = [
     {"pairing", "recipe_file"},
     {"recipe_check"},
     {"recipe", "hub", "arithmetic"},
+    {"plain_yaml"},
     {"methods"},
     {"methods.dare"},
     {"methods.ties"},
@@ -49,7 +50,7 @@ LAYERS = [
     {"checkpoint.sidecars"},
     {"checkpoint.digest"},
     {"checkpoint.reader", "layout"},
-    {"checkpoint.header", "checkpoint.journal"},
+    {"checkpoint.beside", "checkpoint.header", "checkpoint.journal"},
     {"checkpoint.positional", "checkpoint.renames"},
     {"errors"},
 ]
@@ -100,6 +101,8 @@ def test_imports_point_down(module: str) -> None:
         ("huggingface_hub", {"hub"}),
         ("torch", {"arithmetic", "comparison", "engine", "measure", "methods.dare", "methods.ties", "workers"}),
         ("pydantic", {"recipe", "recipe_check"}),
+        ("yaml", {"checkpoint.sidecars", "page", "plain_yaml", "recipe_file"}),
+        ("regex", {"depth"}),
     ],
 )
 def test_each_dependency_has_one_home(dependency: str, homes: set[str]) -> None:
@@ -122,7 +125,7 @@ def test_help_loads_no_torch(arguments: list[str]) -> None:
     )
     run = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
     assert run.stdout
-    assert not {"torch", "numpy", "huggingface_hub", "yaml", "rich"} & set(run.stderr.split())
+    assert not {"torch", "numpy", "huggingface_hub", "yaml", "regex", "rich"} & set(run.stderr.split())
 
 
 def test_dry_run_loads_no_torch(tmp_path: Path) -> None:

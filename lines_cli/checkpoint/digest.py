@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from lines_cli.checkpoint.positional import NewFile, read_into
-from lines_cli.checkpoint.reader import leads_out
+from lines_cli.checkpoint.beside import leads_out, outside
+from lines_cli.checkpoint.positional import NewFile, open_regular, read_into
 from lines_cli.errors import CheckpointError
 
 BLOCK = 4 * 2**20
@@ -70,7 +70,7 @@ def intact(path: Path, blocks: Mapping[int, bytes]) -> set[int]:
 
 def _digests(path: Path, starts: Iterable[int]) -> list[bytes]:
     """The digests of the blocks that begin there."""
-    fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    fd = open_regular(path)
     try:
         nbytes = os.fstat(fd).st_size
         # hashlib lets other threads run.
@@ -175,7 +175,12 @@ def altered(folder: Path, files: Mapping[str, FileRecord]) -> dict[str, str]:
                 hint="Recorded are the files of the folder itself: do not trust this record.",
             )
     found = {name: _difference(folder / name, written) for name, written in files.items()}
-    return {name: difference for name, difference in found.items() if difference is not None}
+    return {
+        # Of a file elsewhere nothing is told, neither its size nor its digest.
+        name: difference if outside(folder, name) is None else "is a link that leaves the folder, to something else"
+        for name, difference in found.items()
+        if difference is not None
+    }
 
 
 def _difference(path: Path, written: FileRecord) -> str | None:

@@ -19,6 +19,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from lines_cli.checkpoint.positional import NOT_REGULAR, open_regular
 from lines_cli.errors import CheckpointError
 
 HEADER_LIMIT = 100_000_000
@@ -108,10 +109,8 @@ def read_header(path: Path, known: Known | None = None) -> Header:
         CheckpointError: the file cannot be opened, or breaks any rule of the format: length, JSON, dtype, shape,
             offsets that overlap, leave holes or end anywhere but at the end of the file.
     """
-    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
-        _refuse(path, "not a file", _NOT_SAFETENSORS)
     try:
-        with open(path, "rb") as file:
+        with open(open_regular(path), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             if len(prefix) < 8:
@@ -127,6 +126,8 @@ def read_header(path: Path, known: Known | None = None) -> Header:
                 _refuse(path, f"its header should be {length:,} bytes, but only {size - 8:,} follow", _INCOMPLETE)
             raw = file.read(length)
     except OSError as error:
+        if error.strerror == NOT_REGULAR:
+            _refuse(path, "not a file", _NOT_SAFETENSORS)
         raise CheckpointError(
             f"{path}: cannot be read: {error.strerror or error}", hint="Is it a file, and may you read it?"
         ) from error

@@ -40,14 +40,9 @@ def read_small(path: Path, most: int, *, follow: bool = True) -> bytes:
     Raises:
         OSError: it cannot be read, is no regular file, or is larger; `strerror` says so in words.
     """
-    if not stat.S_ISREG((path.stat() if follow else path.lstat()).st_mode):  # opening a device may do something
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | (0 if follow else getattr(os, "O_NOFOLLOW", 0))
-    fd = os.open(path, os.O_RDONLY | flags)
+    fd = open_regular(path, follow=follow)
     try:
         there = os.fstat(fd)
-        if not stat.S_ISREG(there.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
         if there.st_size > most:
             raise OSError(errno.EOVERFLOW, f"it has {there.st_size:,} bytes; at most {most:,} are read", str(path))
         content = bytearray(there.st_size + 1)  # one more, to see whether it has grown
@@ -57,6 +52,29 @@ def read_small(path: Path, most: int, *, follow: bool = True) -> bytes:
         return bytes(memoryview(content)[:got])
     finally:
         os.close(fd)
+
+
+def open_regular(path: Path, *, follow: bool = True) -> int:
+    """Open a regular file to read it. A pipe or a device is not waited for, whenever it took the file's place.
+
+    Args:
+        path: the file.
+        follow: whether it may be a symbolic link.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file; `strerror` says so in words.
+    """
+    if not stat.S_ISREG((os.stat(path) if follow else os.lstat(path)).st_mode):  # opening a device may do something
+        raise OSError(errno.EINVAL, NOT_REGULAR, str(path))
+    flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | (0 if follow else getattr(os, "O_NOFOLLOW", 0))
+    fd = os.open(path, os.O_RDONLY | flags)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, NOT_REGULAR, str(path))
+    return fd
+
+
+NOT_REGULAR = "not a regular file"
 
 
 def read_into(fd: int, view: memoryview, offset: int) -> int:

@@ -1,22 +1,22 @@
 """Checkpoints as their users have them: a safetensors file, a folder with one, or a folder with shards and their index.
 
 Opening one reads headers and `config.json` only. Nothing in a checkpoint is ever executed, and no path it names is
-followed out of its folder.
+followed out of its folder; of links only those of weights are.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from lines_cli.checkpoint.beside import beside, leads_out, read_json, read_object
 from lines_cli.checkpoint.header import EXACT_DTYPES, FLOAT_DTYPES, Known, TensorInfo, read_header
 from lines_cli.errors import CheckpointError, UnsupportedError, printable, some
 
@@ -38,7 +38,6 @@ _SHARD = re.compile(r".*-(\d{5})-of-(\d{5})\.safetensors")
 _CONVERT = "Load it with the library that wrote it and save it as safetensors (transformers: save_pretrained)."
 _UNREADABLE = "Ask whoever owns it for permission to read it."
 _NOT_JSON = "The file is damaged: copy or download it again."
-_LARGEST_JSON = 64 * 2**20
 
 
 class StoredTensor(NamedTuple):
@@ -140,9 +139,8 @@ def open_checkpoint(
     name = name or str(path)
     if os.path.isdir(path):
         files, stem = _weight_files(path)
-        config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-        if not isinstance(config, dict):
-            raise CheckpointError(f"{path / 'config.json'}: not a JSON object", hint=_NOT_JSON)
+        own_config = beside(path, "config.json")
+        config = read_object(own_config) if own_config is not None else {}
     elif os.path.isfile(path):
         _refuse_lone_shard(path.parent, path.name)
         if path.name.endswith(_OTHER_FORMATS):
@@ -217,25 +215,6 @@ def shards_of(index: Path) -> dict[str, set[str]]:
             shards[shard] = set()
         shards[shard].add(tensor)
     return shards
-
-
-def leads_out(name: str) -> bool:
-    """Whether a file name from a stranger's file is none within the folder that the file stands in."""
-    parts = PurePosixPath(name)
-    return not name or "\\" in name or "\0" in name or parts.is_absolute() or ".." in parts.parts
-
-
-def read_json(path: Path) -> Any:
-    """Parse a JSON file of moderate size."""
-    try:
-        size = path.stat().st_size
-        if size > _LARGEST_JSON:
-            raise CheckpointError(f"{path}: {size:,} bytes of JSON; at most {_LARGEST_JSON:,} are read", hint=_NOT_JSON)
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}", hint=_UNREADABLE) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})", hint=_NOT_JSON) from error
 
 
 def _weight_files(folder: Path) -> tuple[dict[Path, set[str] | None], str]:

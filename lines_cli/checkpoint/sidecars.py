@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lines_cli.checkpoint.reader import Checkpoint, read_json
+from lines_cli.checkpoint.beside import beside, read_object, refuse_link_out
+from lines_cli.checkpoint.positional import read_small
+from lines_cli.checkpoint.reader import Checkpoint
 from lines_cli.errors import CheckpointError, printable
 
 CONFIG = "config.json"
@@ -68,28 +71,48 @@ class Sidecar:
             assert self.content is not None
             return self.content
         try:
-            size = self.source.stat().st_size
-            if size > _LARGEST:
-                raise CheckpointError(
-                    f"{self.source}: {size:,} bytes; at most {_LARGEST:,} are carried over beside the weights",
-                    hint="Is it what its name says? Move it away if it is not needed.",
-                )
-            return self.source.read_bytes()
+            return read_small(self.source, _LARGEST)
         except OSError as error:
             raise CheckpointError(
-                f"{self.source}: cannot be read: {error.strerror or error}", hint="May you read it?"
+                f"{self.source}: cannot be carried over: {error.strerror or error}",
+                hint="May you read it, and is it what its name says? Move it away if it is not needed.",
             ) from error
 
 
 def carried_files(folder: Path, patterns: Iterable[str] = CARRIED_FILES) -> dict[str, Path]:
-    """The files of `folder` that an output folder takes over: name relative to it -> where it is."""
+    """The files of `folder` that an output folder takes over: name relative to it -> where it is.
+
+    Raises:
+        CheckpointError: one is a link that leaves the folder, or lies in a subfolder that is; or a folder cannot be
+            read.
+    """
     patterns = tuple(patterns)
     found: dict[str, Path] = {}
-    for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and is_carried(name, patterns):
+    for name in _names(folder, {pattern.rpartition("/")[0] for pattern in patterns}):
+        if is_carried(name, patterns) and (path := beside(folder, name)) is not None:
             found[name] = path
     return found
+
+
+def _names(folder: Path, subfolders: Collection[str]) -> list[str]:
+    """What lies in a folder, and in those of its subfolders that have a pattern's name; of no other is it known."""
+    names: list[str] = []
+    for name in _listed(folder):
+        names.append(name)
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in subfolders):
+            refuse_link_out(folder, name)
+            if os.path.isdir(folder / name):
+                names += [f"{name}/{inner}" for inner in _listed(folder / name)]
+    return names
+
+
+def _listed(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: cannot be read: {error.strerror or error}", hint="May you read it?"
+        ) from error
 
 
 def is_carried(name: str, patterns: Iterable[str] = CARRIED_FILES) -> bool:
@@ -170,16 +193,18 @@ def carry_over(
     written: dict[str, bytes] = {}
     if chat_template is not None:
         files, written = _with_chat_template(files, chat_template)
-    changed = {}
     if CONFIG in files:
-        changed[CONFIG] = _follow(read_json(files[CONFIG]), dtype=dtype, rows=rows, ids=ids)
+        config = read_object(files[CONFIG])
+        followed = _follow(config, dtype=dtype, rows=rows, ids=ids)
+        if followed != config:
+            written[CONFIG] = _as_json(followed)
     if GENERATION in files and ids is not None:
         own_ids = (tokenizer or rows_of).folder
-        source = own_ids / GENERATION if own_ids and (own_ids / GENERATION).is_file() else None
-        changed[GENERATION] = _with_ids(read_json(files[GENERATION]), read_json(source) if source else ids)
-    for name, content in changed.items():
-        if content != read_json(files[name]):
-            written[name] = json.dumps(content, indent=2).encode() + b"\n"
+        source = beside(own_ids, GENERATION) if own_ids else None
+        generation = read_object(files[GENERATION])
+        followed = _with_ids(generation, read_object(source) if source else ids)
+        if followed != generation:
+            written[GENERATION] = _as_json(followed)
     sidecars = [
         Sidecar(name, content=written[name]) if name in written else Sidecar(name, source=path)
         for name, path in files.items()
@@ -191,16 +216,20 @@ def _with_chat_template(files: Mapping[str, Path], source: Checkpoint) -> tuple[
     """The files with another input's chat template: in files of its own, or in the tokenizer's config."""
     patterns = ("chat_template*", "additional_chat_templates/*.jinja")
     theirs = carried_files(source.folder, patterns) if source.folder else {}
-    inside = None
-    if source.folder and (source.folder / _TOKENIZER_CONFIG).is_file():
-        inside = read_json(source.folder / _TOKENIZER_CONFIG).get("chat_template")
+    theirs_config = beside(source.folder, _TOKENIZER_CONFIG) if source.folder else None
+    inside = read_object(theirs_config).get("chat_template") if theirs_config else None
+    if inside is not None and not isinstance(inside, (str, list)):
+        raise CheckpointError(
+            f"{theirs_config}: its chat_template is {type(inside).__name__}, not text or a list of templates",
+            hint="The file is damaged: copy or download it again.",
+        )
     if not theirs and inside is None:
         raise CheckpointError(
             f"chat_template: {source.name} has no chat template", hint="Name an input that has one, or none."
         )
     merged = {name: path for name, path in files.items() if not _matches(name, patterns)} | theirs
     if _TOKENIZER_CONFIG not in merged:
-        if inside is None or not source.folder:
+        if inside is None or theirs_config is None:
             return merged, {}
         if not isinstance(inside, str):
             raise CheckpointError(
@@ -208,18 +237,37 @@ def _with_chat_template(files: Mapping[str, Path], source: Checkpoint) -> tuple[
                 "such file to put them in",
                 hint="Take its tokenizer as well: tokenizer_source.",
             )
-        merged[_CHAT_TEMPLATE] = source.folder / _TOKENIZER_CONFIG
-        return merged, {_CHAT_TEMPLATE: inside.encode()}
-    config = dict(read_json(merged[_TOKENIZER_CONFIG]))
+        merged[_CHAT_TEMPLATE] = theirs_config
+        try:
+            return merged, {_CHAT_TEMPLATE: inside.encode()}
+        except UnicodeEncodeError as error:
+            raise CheckpointError(
+                f"{theirs_config}: its chat_template holds {inside[error.start]!r}, which is no text",
+                hint="The file is damaged: copy or download it again.",
+            ) from error
+    config = read_object(merged[_TOKENIZER_CONFIG])
     config.pop("chat_template", None)
     if inside is not None:
         config["chat_template"] = inside
-    return merged, {_TOKENIZER_CONFIG: json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"}
+    return merged, {_TOKENIZER_CONFIG: _as_json(config, ascii_only=False)}
+
+
+def _as_json(value: Any, *, ascii_only: bool = True) -> bytes:
+    """JSON as it is written beside weights; what is no text (half a character) stays the escape that it came as."""
+    try:
+        return json.dumps(value, indent=2, ensure_ascii=ascii_only).encode() + b"\n"
+    except UnicodeEncodeError:
+        return _as_json(value)
 
 
 def _follow(
-    config: Any, *, dtype: str | None, rows: Mapping[int, int], ids: Mapping[str, Any] | None, top: bool = True
-) -> Any:
+    config: Mapping[str, Any],
+    *,
+    dtype: str | None,
+    rows: Mapping[int, int],
+    ids: Mapping[str, Any] | None,
+    top: bool = True,
+) -> dict[str, Any]:
     """A config whose dtype and vocabulary are those of the new weights, in its nested configs too.
 
     Args:
@@ -229,8 +277,6 @@ def _follow(
         ids: where the ids of special tokens come from, if not from `config`.
         top: whether it is the outermost.
     """
-    if not isinstance(config, dict):
-        return config
     changed = dict(config) if ids is None else _with_ids(config, ids, add=top)
     for key, value in config.items():
         if key in ("dtype", "torch_dtype") and dtype and isinstance(value, str):
@@ -246,17 +292,17 @@ def _follow(
     return changed
 
 
-def _with_ids(config: Any, source: Any, *, add: bool = True) -> dict[str, Any]:
+def _with_ids(config: Mapping[str, Any], source: Mapping[str, Any], *, add: bool = True) -> dict[str, Any]:
     """A config whose ids of special tokens are those of another one: what that has, and only that.
 
     Args:
         config, source: parsed JSON.
         add: also those that `config` did not have.
     """
-    ids = {key: value for key, value in dict(source).items() if key.endswith(("_token_id", "_token_ids"))}
+    ids = {key: value for key, value in source.items() if key.endswith(("_token_id", "_token_ids"))}
     kept = {
         key: ids.get(key, value)
-        for key, value in dict(config).items()
+        for key, value in config.items()
         if key in ids or not key.endswith(("_token_id", "_token_ids"))
     }
     return kept | ids if add else kept
@@ -268,7 +314,7 @@ def index_file(stem: str, weight_map: Mapping[str, str], *, nbytes: int, paramet
         "metadata": {"total_size": nbytes, "total_parameters": parameters},
         "weight_map": dict(sorted(weight_map.items())),
     }
-    return Sidecar(f"{stem}.safetensors.index.json", content=json.dumps(index, indent=2).encode() + b"\n")
+    return Sidecar(f"{stem}.safetensors.index.json", content=_as_json(index))
 
 
 @dataclass(frozen=True, slots=True)
