@@ -20,10 +20,9 @@ from pathlib import Path
 import torch
 
 from lines_cli.arithmetic import TORCH_DTYPES, add_scaled, cast, dot, is_finite, task_vector
-from lines_cli.checkpoint.digest import BLOCK, FileRecord, GrowingDigest, RangeWriter, file_digest
+from lines_cli.checkpoint.digest import BLOCK, FileRecord, GrowingDigest, RangeWriter, Written, file_digest
 from lines_cli.checkpoint.header import itemsize
 from lines_cli.checkpoint.journal import Journal, Part
-from lines_cli.checkpoint.positional import NewFile
 from lines_cli.checkpoint.staging import Staging, leftover
 from lines_cli.checkpoint.writer import check_destination, naming
 from lines_cli.errors import CheckpointError, DataError, OutputError, printable
@@ -112,7 +111,7 @@ def run(
     identified = identity(plan)
     if verify_inputs:
         identified["contents"] = _digests(plan.inputs)
-    identified["step"] = BLOCK * (_BLOCKS_ON_CUDA if crew.apart else 1)
+    identified["step"] = BLOCK * (BLOCKS_ON_CUDA if crew.apart else 1)
     with (
         Staging(plan.output, identified, resume=resume) as staging,
         opened(plan.inputs) as sources,
@@ -122,7 +121,7 @@ def run(
         measurement = _measured(staging, plan, sources, crew, track)
         if plan.needs:
             plan = resolve(plan, measurement.statistics)
-        job = _Write(plan, [_Target(staging.create(f.name, f.nbytes), GrowingDigest(f.nbytes)) for f in plan.outputs])
+        job = Write(plan, [Target(staging.create(f.name, f.nbytes), GrowingDigest(f.nbytes)) for f in plan.outputs])
         finished = job.take_over(staging.story.parts) if staging.story else set()
         size = crew.chunk(plan.room)
         spans = (span for span in spans_of(plan, staging.step) if (span.file, span.start) not in finished)
@@ -187,7 +186,7 @@ def _verify(staging: Staging, records: Mapping[str, FileRecord]) -> None:
             )
 
 
-_BLOCKS_ON_CUDA = 8  # of a file that a worker makes in one go there, where chunks are larger
+BLOCKS_ON_CUDA = 8  # of a file that a worker makes in one go there, where chunks are larger
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,10 +228,10 @@ def spans_of(plan: Plan, size: int) -> Iterator[Span]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Target:
+class Target:
     """A weight file in the making, and its digest."""
 
-    file: NewFile
+    file: Written
     digest: GrowingDigest
 
 
@@ -268,10 +267,10 @@ class _Told:
         self.nonfinite = other.nonfinite | self.nonfinite
 
 
-class _Write:
+class Write:
     """The job of making a span of the output and writing it; and the sum of what is to be told of all of them."""
 
-    def __init__(self, plan: Plan, targets: list[_Target]) -> None:
+    def __init__(self, plan: Plan, targets: list[Target]) -> None:
         self.plan, self.targets, self.models = plan, targets, plan.number_of_models
         self.draws = plan.recipe.method.masks == "random"
         self.told, self.taken_over = _Told.nothing(self.models), 0

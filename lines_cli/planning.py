@@ -306,10 +306,10 @@ def _with_sidecars(plan: Plan) -> Plan:
     written last.
     """
     recipe, sides = plan.recipe, plan.sides
-    by_name = _by_name(plan)
+    inputs = inputs_by_name(plan)
 
     def named(name: str | None) -> Checkpoint | None:
-        return by_name[str(recipe.base_model) if name == "base" else name] if name is not None else None
+        return inputs[str(recipe.base_model) if name == "base" else name] if name is not None else None
 
     tokenizer = named(recipe.tokenizer_source)
     if tokenizer is not None and (other_rows := plan.rows.keys() & _vocabularies(tokenizer)):
@@ -414,7 +414,7 @@ def contents_beside(
         yield sidecar.name, content
 
 
-def _by_name(plan: Plan) -> dict[str, Checkpoint]:
+def inputs_by_name(plan: Plan) -> dict[str, Checkpoint]:
     """The inputs by their names in the recipe."""
     recipe, sides = plan.recipe, plan.sides
     named = dict(zip((source.model for source in recipe.merged), sides.models, strict=True))
@@ -466,7 +466,7 @@ def _named(plan: Plan, *, seen_from: Path | None = None) -> dict[str, str]:
     """What a recipe in a folder calls the inputs, by their names in the plan's; without a folder, where they are."""
     return {
         name: _seen_from(seen_from, checkpoint) if seen_from is not None else checkpoint.hub_id or str(checkpoint.real)
-        for name, checkpoint in _by_name(plan).items()
+        for name, checkpoint in inputs_by_name(plan).items()
     }
 
 

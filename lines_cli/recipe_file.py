@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import yaml
 
 from lines_cli import __version__
 from lines_cli.checkpoint.digest import FileRecord
-from lines_cli.errors import RecipeError
+from lines_cli.errors import RecipeError, some
 from lines_cli.recipe import Recipe
 from lines_cli.recipe_check import Place, dotted, make_recipe
 
@@ -50,6 +52,39 @@ def load_recipe(path: Path, sets: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: the file cannot be read, is not YAML, or says something impossible.
     """
+    return load_record(path, sets).recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A recipe, and what its file says beside it.
+
+    Attributes:
+        recipe: as `load_recipe` gives it.
+        names: each input as `recipe` names it -> as the file does.
+        version: of lines, which wrote the file; None if it does not say so.
+    """
+
+    recipe: Recipe
+    names: dict[str, str]
+    version: str | None
+
+
+Elsewhere = Mapping[str, str] | Sequence[str]
+"""Inputs by their names in a recipe, and where they are: pairs, or texts of the form NAME=PATH."""
+
+
+def load_record(path: Path, sets: Iterable[str] = (), *, elsewhere: Elsewhere = ()) -> Record:
+    """Read a recipe, of which some inputs may lie elsewhere than it says.
+
+    Args:
+        path: the file.
+        sets: as of `load_recipe`.
+        elsewhere: where these inputs are: a path, which counts from the current folder, or a Hub id.
+
+    Raises:
+        RecipeError: as of `load_recipe`; or the recipe has no input of a name.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         values = _own(yaml.load(text, Loader=_Loader))  # noqa: S506 - a SafeLoader
@@ -63,7 +98,44 @@ def load_recipe(path: Path, sets: Iterable[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: not a recipe: expected keys such as base_model and models")
     for text in sets:
         _set(values, text, at)
-    return make_recipe(_with_paths(path.parent, values), where=str(path), at=at)
+    names: dict[str, str] = {}
+    values = _with_paths(path.parent, values, names, _elsewhere(values, elsewhere))
+    version = _VERSION.match(text)
+    return Record(make_recipe(values, where=str(path), at=at), names, version[1] if version else None)
+
+
+_VERSION = re.compile(r"# Written by lines (\d[\w.+-]{0,40})\.")
+
+
+def _elsewhere(values: Mapping[Any, Any], given: Elsewhere) -> dict[str, str]:
+    """Inputs by their names in a recipe, and where they are.
+
+    Raises:
+        RecipeError: the recipe has no input of that name, or nothing is said of where it is.
+    """
+    known = list(dict.fromkeys(_input_names(values)))
+    if not isinstance(given, Mapping):
+        texts, given = given, {}
+        for text in texts:
+            names = [name for name in known if text.startswith(f"{name}=")]
+            name = max(names, key=len) if names else text.partition("=")[0]
+            given[name] = text[len(name) + 1 :]
+    for name, path in given.items():
+        if name not in known:
+            raise RecipeError(f"--input {name}: the recipe has no such input; it has\n{some(known)}")
+        if not path:
+            raise RecipeError(f"--input {name}: expected --input NAME=PATH")
+    return dict(given)
+
+
+def _input_names(values: Mapping[Any, Any]) -> Iterator[str]:
+    """What a recipe calls its inputs, before anything is checked."""
+    slices = values.get("slices")
+    sources = [one.get("sources") for one in slices if isinstance(one, dict)] if isinstance(slices, list) else []
+    listed = [source for of in (values.get("models"), *sources) if isinstance(of, list) for source in of]
+    for name in (values.get("base_model"), *(source.get("model") for source in listed if isinstance(source, dict))):
+        if isinstance(name, str):
+            yield name
 
 
 _NO_YAML = (yaml.YAMLError, ValueError, RecursionError)
@@ -130,14 +202,22 @@ def _set(values: dict[Any, Any], text: str, at: dict[Place, str]) -> None:
     at[place] = f"--set {text}"
 
 
-def _with_paths(folder: Path, values: dict[Any, Any]) -> dict[Any, Any]:
-    """The values with their paths as they are seen from here; one input goes by one name."""
-    names: list[str] = []
+def _with_paths(
+    folder: Path, values: dict[Any, Any], names: dict[str, str], elsewhere: Mapping[str, str]
+) -> dict[Any, Any]:
+    """The values with their paths as they are seen from here; one input goes by one name.
+
+    Args:
+        folder: where paths count from.
+        values: the recipe's.
+        names: is given each input's name: as seen from here -> as it was.
+        elsewhere: where inputs are that are not where their names say.
+    """
 
     def resolved(name: Any) -> Any:
         if not isinstance(name, str) or not name or "\0" in name:
             return name  # which will be refused
-        path = _beside(folder, name)
+        path = os.path.expanduser(elsewhere[name]) if name in elsewhere else _beside(folder, name)
         if "+" in name and not os.path.lexists(path):
             raise RecipeError(
                 f"{name}: no such file or folder; if a LoRA adapter is meant, it is not folded in here",
@@ -146,7 +226,7 @@ def _with_paths(folder: Path, values: dict[Any, Any]) -> dict[Any, Any]:
         for known in names:
             if os.path.exists(path) and os.path.exists(known) and os.path.samefile(path, known):
                 return known
-        names.append(path)
+        names.setdefault(path, name)
         return path
 
     def of_models(sources: Any) -> None:
