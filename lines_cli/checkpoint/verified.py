@@ -11,15 +11,14 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from lines_cli.checkpoint.positional import read_into, read_small
-from lines_cli.checkpoint.writer import naming
 from lines_cli.errors import LinesError, OutputError, keep_in_mind
 
 try:
@@ -65,7 +64,7 @@ class Verified:
         self.lines: list[dict[str, Any]] = []
         self.differs: tuple[str, ...] = ()
         self.step, self._run, self._worth_it = int(run["step"]), dict(run), False
-        with naming(self.path):
+        with _refusals_of(self.path):
             self._fd = _locked(self.path, make=True)
             try:
                 self._begin()
@@ -93,7 +92,7 @@ class Verified:
     def add(self, line: Mapping[str, Any]) -> None:
         """Write down what was done."""
         left = json.dumps(line, separators=(",", ":")).encode() + b"\n"
-        with naming(self.path):
+        with _refusals_of(self.path):
             while left:
                 left = left[os.write(self._fd, left) :]
         self._worth_it = True
@@ -112,6 +111,19 @@ class Verified:
         os.close(self._fd)
 
 
+@contextmanager
+def _refusals_of(path: Path) -> Iterator[None]:
+    """Turn the system's refusals into an `OutputError` that says what the file is for."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or error
+        raise OutputError(
+            f"{path}, where lines verify --resume keeps what was compared, cannot be written: {why}",
+            hint="Make room or get permission there; or leave out --resume: then nothing is written.",
+        ) from error
+
+
 def forget(output: Path) -> Path | None:
     """Remove what was kept of an output; where it was, or None if there was nothing of ours.
 
@@ -119,7 +131,7 @@ def forget(output: Path) -> Path | None:
         OutputError: a run is at work on it, or it cannot be removed.
     """
     path = verified_beside(output)
-    with naming(path):
+    with _refusals_of(path):
         try:
             fd = _locked(path)
         except FileNotFoundError:
