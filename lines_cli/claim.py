@@ -6,7 +6,6 @@ the output's folder.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +71,7 @@ def open_claim(output: str | Path, *, config: Path | None = None, inputs: Elsewh
             raise RecipeError(f"{path}: one file does not say what made it", hint=_hint_for_a_file(path))
     elif not path.is_dir() or is_one_file(path):
         raise CheckpointError(f"{path} is no output of lines: neither a folder nor a file", hint=_WHAT_TO_GIVE)
-    elif config is None and not os.path.lexists(path / RECIPE):
+    elif config is None and not (path / RECIPE).is_file():
         raise CheckpointError(
             f"{found.name} holds no {RECIPE}, so it does not say what made it",
             hint="Name the recipe that did: --config FILE.",

@@ -330,7 +330,8 @@ def model_card(card: Card) -> Sidecar:
 {chr(10).join(models)}
 {chr(10).join(table if card.base else [])}
 
-[`{RECIPE}`]({RECIPE}) beside this card runs it again: `lines merge --config {RECIPE} -o OUT`.
+[`{RECIPE}`]({RECIPE}) beside this card runs it again: `lines merge --config {RECIPE} -o OUT`. In this folder,
+`lines verify .` says whether the files here are what it makes.
 {_SOURCE if card.scaled else ""}"""
     return Sidecar(MODEL_CARD, content=text.encode())
 
