@@ -102,6 +102,7 @@ class Suite:
             *(self.scaling(shape) for shape in sizes.scaling),
             self.huge(),
             self.edit_fp32(),
+            self.verify(),
             three,
             self.cold(three),
             self.methods("three-methods", three.models),
@@ -152,6 +153,28 @@ class Suite:
             writes=models[0].nbytes // 2,
             rounds=self.sizes.fewer,
             about="The floor reads both models, and writes half of the bytes of one.",
+        )
+
+    def verify(self) -> Case:
+        models = [Model("base", self.sizes.edit), Model("ft1", self.sizes.edit)]
+        edit = self._lines("lines edit", f"edit {_names(models)} -o out")
+        return Case(
+            "verify",
+            "`lines verify`, beside the edit that made it, {size} of bf16",
+            models,
+            [
+                *_floors(models),
+                edit,
+                Contender(
+                    "lines edit, then lines verify",
+                    f"{edit.command} && lines verify out --device {self.device} --quiet",
+                ),
+            ],
+            writes=models[0].nbytes,
+            rounds=self.sizes.fewer,
+            reference="lines edit",
+            about="Verifying reads both inputs and the output, computes and takes digests as the edit does, and writes "
+            "nothing. Each row begins with nothing there: the last one holds both commands, and imports torch twice.",
         )
 
     def scaling(self, shape: str) -> Case:

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from lines_cli.report import make_report as make_report
     from lines_cli.report import problems as problems
     from lines_cli.resources import Resources as Resources
+    from lines_cli.verification import Verification as Verification
+    from lines_cli.verification import verify as verify
 
 __version__ = "0.1.0"
 
@@ -52,6 +54,7 @@ _HOMES = {
     "recipe_file": ("load_recipe",),
     "report": ("make_report", "problems"),
     "resources": ("Resources",),
+    "verification": ("Verification", "verify"),
 }
 __all__ = ["__version__", *(name for names in _HOMES.values() for name in names)]  # noqa: PLE0604 - all are strings
 

@@ -20,6 +20,7 @@ from lines_cli.commands.clean import clean
 from lines_cli.commands.edit import edit
 from lines_cli.commands.inspect import inspect
 from lines_cli.commands.merge import merge
+from lines_cli.commands.verify import verify
 from lines_cli.errors import LinesError, aftermath_of
 
 EXIT_CODES = {
@@ -28,7 +29,8 @@ EXIT_CODES = {
     2: "the command line or the recipe says something impossible",
     3: "an input cannot be found or read, or is of a kind lines does not edit",
     4: "the inputs do not fit together, or depth cannot be decided from the names",
-    5: "NaN or Inf in an input, or a value that the output dtype cannot hold; or lines inspect --check found something",
+    5: "NaN or Inf in an input, or a value that the output dtype cannot hold; lines inspect --check found something; "
+    "lines verify found a difference",
     6: "the destination exists, is an input, or cannot be written",
     130: "interrupted (Ctrl-C), and the destination is as it was (129: SIGHUP, 143: SIGTERM)",
 }
@@ -107,6 +109,7 @@ def _lines(
 app.command("edit")(_guarded(edit))
 app.command("merge")(_guarded(merge))
 app.command("inspect")(_guarded(inspect))
+app.command("verify")(_guarded(verify))
 app.command("clean")(_guarded(clean))
 
 

@@ -19,11 +19,13 @@ from lines_cli.tables import Table as Columns
 
 if TYPE_CHECKING:
     from lines_cli.checkpoint.staging import Leftover
+    from lines_cli.claim import Claim
     from lines_cli.engine import Outcome
     from lines_cli.measure import Track
     from lines_cli.plan import Plan
     from lines_cli.report import Report
     from lines_cli.resources import Resources
+    from lines_cli.verification import FileVerified, Verification
 
 _MOST_NAMES = 16
 _MOST_DEPTHS = 7
@@ -135,6 +137,56 @@ def show_outcome(outcome: Outcome, *, json: bool, quiet: bool) -> None:
     _out.print(f"read {size(outcome.bytes_read)}{passes}, {written}")
     _out.print(f"output  {_printable(str(plan.output))}", style="bold", soft_wrap=True)
     _notes(plan.notes)
+
+
+def show_claim(claim: Claim) -> None:
+    """What will be read: a recipe may be a stranger's."""
+    inputs = (name if name == path else f"{name} ({path})" for path, name in claim.names.items())
+    remark(f"{claim.file} reads {', '.join(inputs)}")
+
+
+def show_verification(found: Verification, *, json: bool, quiet: bool) -> None:
+    """Whether an output is what its recipe makes, and every difference."""
+    if json:
+        _print_json(found.report())
+    elif not quiet:
+        number = f"{len(found.files)} file{'s' if len(found.files) > 1 else ''}, {size(found.nbytes)}"
+        if found.same:
+            _line(f"{found.output} is what its recipe makes: {number}, compared in {found.seconds:.1f} s")
+        else:
+            _line(f"{found.output} is not what its recipe makes", style="bold")
+            for read in found.inputs:
+                if read.difference is not None:
+                    _line(f"input   {read.path}: {read.difference}")
+            for file in found.files:
+                for line in _differences(file):
+                    _line(f"file    {file.name}: {line}")
+            for name in found.unexpected:
+                _line(f"file    {name}: the recipe does not make it")
+            _line(f"compared {number}, in {found.seconds:.1f} s")
+    if not quiet:
+        _notes(found.notes)
+
+
+def _differences(file: FileVerified) -> Iterator[str]:
+    """What there is to say of a file, line by line; nothing of one that is as it should be."""
+    if file.problem is not None:
+        yield file.problem
+    if (at := file.difference) is not None:
+        where = f"block {at.block + 1:,} of {at.blocks:,} (bytes {at.start:,} to {max(at.start, at.end - 1):,})"
+        what = f"tensor {at.tensor}, entry {at.entry:,}" if at.tensor is not None else ""
+        what = f"its header; {at.header}" if at.header is not None else what
+        yield f"differs first at byte {at.byte:,} in {where}{': ' if what else ''}{what}"
+        if at.differing > 1:
+            yield f"{at.differing:,} blocks differ"
+    if file.same and not file.as_claimed:
+        yield "is what the recipe makes, and the record says something else"
+    elif file.made_as_recorded and file.still_as_recorded is False:
+        yield "is no longer what was written, and the recipe makes that"
+    elif file.made_as_recorded is False and file.still_as_recorded:
+        yield "is what was written, and the recipe does not make that"
+    elif file.made_as_recorded is False and file.still_as_recorded is False:
+        yield "is neither what was written nor what the recipe makes, which differ, too"
 
 
 def show_report(told: Report, *, json: bool, full: bool) -> None:

@@ -19,10 +19,9 @@ import torch
 
 from lines_cli.arithmetic import TORCH_DTYPES, add_scaled, cast, dot, is_finite, same_nan, task_vector
 from lines_cli.checkpoint.destination import check_destination, naming
-from lines_cli.checkpoint.digest import BLOCK, FileRecord, GrowingDigest, RangeWriter, file_digest, record_of
+from lines_cli.checkpoint.digest import BLOCK, FileRecord, GrowingDigest, RangeWriter, Written, file_digest, record_of
 from lines_cli.checkpoint.header import itemsize
 from lines_cli.checkpoint.journal import Journal, Part
-from lines_cli.checkpoint.positional import NewFile
 from lines_cli.checkpoint.staging import Staging, leftover, recover
 from lines_cli.errors import DataError, OutputError, printable
 from lines_cli.measure import Measurement, Track, measure, untracked
@@ -116,7 +115,7 @@ def run(
     identified = identity(plan)
     if verify_inputs:
         identified["contents"] = digests_of(plan.inputs)
-    identified["step"] = BLOCK * (_BLOCKS_ON_CUDA if crew.apart else 1)
+    identified["step"] = BLOCK * (BLOCKS_ON_CUDA if crew.apart else 1)
     allow_open_files(len(plan.inputs) + 2 * len(plan.outputs))
     with (
         Staging(plan.output, identified, plan.names, resume=resume) as staging,
@@ -130,7 +129,7 @@ def run(
         measurement = _measured(staging, plan, sources, crew, track)
         if plan.needs:
             plan = resolve(plan, measurement.statistics)
-        job = _Write(plan, [_Target(staging.create(f.name, f.nbytes), GrowingDigest(f.nbytes)) for f in plan.outputs])
+        job = Write(plan, [Target(staging.create(f.name, f.nbytes), GrowingDigest(f.nbytes)) for f in plan.outputs])
         finished = job.take_over(staging.story.parts) if staging.story else set()
         size = crew.chunk(plan.room)
         spans = (span for span in spans_of(plan, staging.step) if (span.file, span.start) not in finished)
@@ -193,7 +192,7 @@ def _verify(staging: Staging, records: Mapping[str, FileRecord]) -> None:
             )
 
 
-_BLOCKS_ON_CUDA = 8  # of a file that a worker makes in one go there, where chunks are larger
+BLOCKS_ON_CUDA = 8  # of a file that a worker makes in one go there, where chunks are larger
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,10 +234,10 @@ def spans_of(plan: Plan, size: int) -> Iterator[Span]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Target:
+class Target:
     """A weight file in the making, and its digest."""
 
-    file: NewFile
+    file: Written
     digest: GrowingDigest
 
 
@@ -274,10 +273,10 @@ class _Told:
         self.nonfinite = other.nonfinite | self.nonfinite
 
 
-class _Write:
+class Write:
     """The job of making a span of the output and writing it; and the sum of what is to be told of all of them."""
 
-    def __init__(self, plan: Plan, targets: list[_Target]) -> None:
+    def __init__(self, plan: Plan, targets: list[Target]) -> None:
         self.plan, self.targets, self.models = plan, targets, plan.number_of_models
         self.draws = plan.recipe.method.masks == "random"
         self.told, self.taken_over = _Told.nothing(self.models), 0

@@ -8,7 +8,7 @@
     |   `-- UnsupportedError     readable, but a kind of checkpoint lines does not edit (quantised, adapter, pickle)
     |-- MismatchError        4   two inputs disagree (names, shapes), or with each other's config
     |   `-- DepthError           no single reading of which tensor stands at which depth
-    |-- DataError            5   the numbers themselves: NaN, Inf, overflow
+    |-- DataError            5   the numbers themselves: NaN, Inf, overflow; or they are not what a recipe makes
     `-- OutputError          6   the destination: exists, is an input, cannot be written, no space
 
 A message names the file, the tensor and both sides of the disagreement; `hint` is the next step, where there is

@@ -48,23 +48,27 @@ class Located:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """What is wanted of the Hub: the name as given, and its parts. A revision of None is the default branch."""
+    """What is wanted of the Hub: the name as given, and its parts. A revision of None is the default branch. Of the
+    files that are neither weights nor carried over those in `also`.
+    """
 
     name: str
     repo: str
     revision: str | None
+    also: tuple[str, ...] = ()
 
     def at(self, snapshot: Path) -> Located:
         """The client keeps a commit's files in a folder named after the commit."""
         return Located(snapshot, self.name, f"{self.repo}@{snapshot.name}")
 
 
-def locate(name: str, *, quiet: bool = False) -> Located:
+def locate(name: str, *, quiet: bool = False, also: tuple[str, ...] = ()) -> Located:
     """Find a checkpoint by path or, where there is no such path, by its Hub id `org/name[@revision]`.
 
     Args:
         name: as a person or a recipe gives it. `~` is expanded.
         quiet: no progress bars; there are none where stderr is no terminal, either.
+        also: names of files that are wanted, too, where the repository has them.
 
     Raises:
         CheckpointError: it is neither a path that exists nor a Hub id, or the repository holds no clear set of weights.
@@ -95,7 +99,7 @@ def locate(name: str, *, quiet: bool = False) -> Located:
         ) from error
     if quiet or not sys.stderr.isatty():
         disable_progress_bars()
-    return _fetch(_Asked(name, match["repo"], revision))
+    return _fetch(_Asked(name, match["repo"], revision, also))
 
 
 def _fetch(asked: _Asked) -> Located:
@@ -194,7 +198,8 @@ def _choose(asked: _Asked, names: Collection[str]) -> str:
 def _wanted(asked: _Asked, names: Collection[str], chosen: Path) -> list[str]:
     """The files to fetch, `chosen` (which is here already) among them. None leads out of the snapshot's folder."""
     shards = shards_of(chosen) if chosen.name.endswith(".index.json") else ()
-    wanted = [chosen.name, *shards, *sorted(name for name in names if is_carried(name))]
+    beside = sorted(name for name in names if is_carried(name) or name in asked.also)
+    wanted = [chosen.name, *shards, *beside]
     for name in wanted:
         if leads_out(name):
             raise HubError(f"{asked.name}: refused, for it lists a file outside its own folder: {name!r}")

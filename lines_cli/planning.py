@@ -132,6 +132,7 @@ def make_plan(recipe: Recipe, sides: Sides, output: Path) -> Plan:
         (*notes, *depth.notes),
         resized,
     )
+    _refuse_two_names(recipe, _named(plan))
     plan = _decided(plan, ((drafts[name], number, info) for name, number, info in placed))
     return plan if is_one_file(output) else _with_sidecars(plan)
 
@@ -314,10 +315,10 @@ def _with_sidecars(plan: Plan) -> Plan:
     written last.
     """
     recipe, sides = plan.recipe, plan.sides
-    by_name = _by_name(plan)
+    inputs = inputs_by_name(plan)
 
     def named(name: str | None) -> Checkpoint | None:
-        return by_name[str(recipe.base_model) if name == "base" else name] if name is not None else None
+        return inputs[str(recipe.base_model) if name == "base" else name] if name is not None else None
 
     tokenizer = named(recipe.tokenizer_source)
     if tokenizer is not None and (other_rows := plan.rows.keys() & _vocabularies(tokenizer)):
@@ -347,12 +348,9 @@ def _with_sidecars(plan: Plan) -> Plan:
 
 def identity(plan: Plan) -> dict[str, Any]:
     """Which run a plan is, as JSON has it: all that decides a byte of its weights, for another run to compare."""
-    named = {
-        name: checkpoint.hub_id or os.path.realpath(checkpoint.path) for name, checkpoint in _by_name(plan).items()
-    }
     return {
         "lines": __version__,
-        "recipe": dump_recipe(plan.recipe, named=named),
+        "recipe": dump_recipe(plan.recipe, named=_named(plan)),
         "inputs": {os.path.realpath(path): [*stamp] for path, stamp in zip(plan.inputs, plan.stamps, strict=True)},
         "outputs": [[file.name, file.nbytes, sha256(file.head).hexdigest()] for file in plan.outputs],
     }
@@ -444,13 +442,22 @@ def _inputs_read(plan: Plan, contents: Mapping[str, str]) -> dict[str, dict[str,
     """What the recipe records of each file that was read."""
     found: dict[str, dict[str, Any]] = {}
     for checkpoint in plan.sides.checkpoints:
-        name = _seen_from(plan.output, checkpoint)
-        for path, stamp in zip(checkpoint.files, checkpoint.stamps, strict=True):
+        called = recorded_as(checkpoint, _seen_from(plan.output, checkpoint))
+        for name, path, stamp in zip(called, checkpoint.files, checkpoint.stamps, strict=True):
             told: dict[str, Any] = {"bytes": stamp.nbytes, "mtime_ns": stamp.mtime_ns, "header": stamp.header}
             if os.path.realpath(path) in contents:
                 told["digest"] = contents[os.path.realpath(path)]
-            found[name if path == checkpoint.path else f"{name}/{path.name}"] = told
+            found[name] = told
     return found
+
+
+def recorded_as(checkpoint: Checkpoint, name: str) -> list[str]:
+    """What the record of a recipe calls each file of an input that the recipe calls `name`. Shards may lie in folders
+    within the checkpoint's, where several have one name.
+    """
+    if checkpoint.folder is None:
+        return [name]
+    return [f"{name}/{path.relative_to(checkpoint.folder).as_posix()}" for path in checkpoint.files]
 
 
 def contents_beside(
@@ -478,7 +485,7 @@ def contents_beside(
         yield sidecar.name, content
 
 
-def _by_name(plan: Plan) -> dict[str, Checkpoint]:
+def inputs_by_name(plan: Plan) -> dict[str, Checkpoint]:
     """The inputs by their names in the recipe."""
     recipe, sides = plan.recipe, plan.sides
     named = dict(zip((source.model for source in recipe.merged), sides.models, strict=True))
@@ -490,12 +497,12 @@ def _by_name(plan: Plan) -> dict[str, Checkpoint]:
 def _with_numbers(plan: Plan) -> tuple[Sidecar, Sidecar]:
     """The sidecars that say what was measured: the model card, and the recipe with everything resolved."""
     recipe, sides, norms = plan.recipe, plan.sides, plan.statistics.norms
-    named = {name: _seen_from(plan.output, checkpoint) for name, checkpoint in _by_name(plan).items()}
+    named = _named(plan, seen_from=plan.output)
     why = f"(1/{norms.models}) * {norms.total!r} / {norms.merged!r}" if norms else f"1/{plan.number_of_models}"
     text = dump_recipe(recipe, named=named, alpha=plan.alpha, why=why)
     card = model_card(
         Card(
-            title=os.path.basename(os.path.abspath(plan.output)),
+            title=plan.output.name if plan.output.name not in ("", "..") else plan.output.resolve().name,
             method=recipe.merge_method,
             about=recipe.method.about,
             base=sides.checkpoints[0] if sides.has_base else None,
@@ -526,12 +533,50 @@ def _most_common_dtype(plan: Plan) -> str | None:
     return entries.most_common(1)[0][0] if entries else None
 
 
+def _named(plan: Plan, *, seen_from: Path | None = None) -> dict[str, str]:
+    """What a recipe in a folder calls the inputs, by their names in the plan's; without a folder, where they are."""
+    return {
+        name: _seen_from(seen_from, checkpoint) if seen_from is not None else checkpoint.hub_id or str(checkpoint.real)
+        for name, checkpoint in inputs_by_name(plan).items()
+    }
+
+
+def _refuse_two_names(recipe: Recipe, named: Mapping[str, str]) -> None:
+    """Refuse one checkpoint under two names where that makes a difference: a base that is listed among the models is
+    left out by its name, and when the recipe that records this run is read, it has one name.
+
+    Raises:
+        RecipeError: the two names.
+    """
+    again = recipe.model_copy(
+        update={
+            "base_model": recipe.base_model and named.get(recipe.base_model, recipe.base_model),
+            "models": tuple(
+                source.model_copy(update={"model": named.get(source.model, source.model)}) for source in recipe.models
+            ),
+        }
+    )
+    before = [named.get(source.model, source.model) for source in recipe.merged]
+    if [source.model for source in again.merged] == before:
+        return
+    assert recipe.base_model is not None
+    other = next(
+        source.model
+        for source in recipe.models
+        if source.model != recipe.base_model and named.get(source.model) == again.base_model
+    )
+    raise RecipeError(
+        f"base_model {recipe.base_model} and {other}, one of the models, are one checkpoint",
+        hint="Give it one name: whether the base is among the models is told by that.",
+    )
+
+
 def _seen_from(folder: Path, checkpoint: Checkpoint) -> str:
-    """How a recipe in `folder` names an input: a relative path stays relative, so that inputs and output can
-    move together.
+    """How a recipe in `folder` names an input: a relative path stays relative, so that inputs and output can move
+    together. Both ends are real paths, for `..` behind a link is not the folder that the words say.
     """
     if checkpoint.hub_id:
         return checkpoint.hub_id
     if checkpoint.path.is_absolute():
-        return str(checkpoint.path)
-    return os.path.relpath(os.path.abspath(checkpoint.path), os.path.realpath(folder))
+        return str(checkpoint.real)
+    return os.path.relpath(checkpoint.real, os.path.realpath(folder))

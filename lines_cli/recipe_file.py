@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import yaml
 from lines_cli import __version__
 from lines_cli.checkpoint.digest import FileRecord
 from lines_cli.checkpoint.positional import read_small
-from lines_cli.errors import RecipeError
+from lines_cli.errors import RecipeError, some
 from lines_cli.plain_yaml import LARGEST, Place, YamlError, read_yaml
 from lines_cli.recipe import Recipe
 from lines_cli.recipe_check import dotted, make_recipe
@@ -30,10 +32,80 @@ def load_recipe(path: Path, sets: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: the file cannot be read, is not YAML, or says something impossible.
     """
-    values, at = _read(path)
-    for text in sets:
-        _set(values, text, at)
-    return make_recipe(_with_paths(path.parent, values, look=True), where=str(path), at=at)
+    return load_recipe_file(path, sets).recipe
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeFile:
+    """A recipe, and what its file says beside it.
+
+    Attributes:
+        recipe: as `load_recipe` gives it.
+        names: each input as `recipe` names it -> as the file does.
+        version: of lines, which wrote the file; None if it does not say so.
+    """
+
+    recipe: Recipe
+    names: dict[str, str]
+    version: str | None
+
+
+Elsewhere = Mapping[str, str] | Sequence[str]
+"""Inputs by their names in a recipe, and where they are: pairs, or texts of the form NAME=PATH."""
+
+
+def load_recipe_file(path: Path, sets: Iterable[str] = (), *, elsewhere: Elsewhere = ()) -> RecipeFile:
+    """Read a recipe, of which some inputs may lie elsewhere than it says.
+
+    Args:
+        path: the file.
+        sets: as of `load_recipe`.
+        elsewhere: where these inputs are: a path, which counts from the current folder, or a Hub id.
+
+    Raises:
+        RecipeError: as of `load_recipe`; or the recipe has no input of a name.
+    """
+    values, at, text = _read(path)
+    for one in sets:
+        _set(values, one, at)
+    names: dict[str, str] = {}
+    values = _with_paths(path.parent, values, names, _elsewhere(values, elsewhere))
+    version = _VERSION.match(text)
+    return RecipeFile(make_recipe(values, where=str(path), at=at), names, version[1] if version else None)
+
+
+_VERSION = re.compile(r"# Written by lines (\d[\w.+-]{0,40})\.")
+
+
+def _elsewhere(values: Mapping[Any, Any], given: Elsewhere) -> dict[str, str]:
+    """Inputs by their names in a recipe, and where they are.
+
+    Raises:
+        RecipeError: the recipe has no input of that name, or nothing is said of where it is.
+    """
+    known = list(dict.fromkeys(_input_names(values)))
+    if not isinstance(given, Mapping):
+        texts, given = given, {}
+        for text in texts:
+            names = [name for name in known if text.startswith(f"{name}=")]
+            name = max(names, key=len) if names else text.partition("=")[0]
+            given[name] = text[len(name) + 1 :]
+    for name, path in given.items():
+        if name not in known:
+            raise RecipeError(f"--input {name}: the recipe has no such input; it has\n{some(known)}")
+        if not path:
+            raise RecipeError(f"--input {name}: expected --input NAME=PATH")
+    return dict(given)
+
+
+def _input_names(values: Mapping[Any, Any]) -> Iterator[str]:
+    """What a recipe calls its inputs, before anything is checked."""
+    slices = values.get("slices")
+    sources = [one.get("sources") for one in slices if isinstance(one, dict)] if isinstance(slices, list) else []
+    listed = [source for of in (values.get("models"), *sources) if isinstance(of, list) for source in of]
+    for name in (values.get("base_model"), *(source.get("model") for source in listed if isinstance(source, dict))):
+        if isinstance(name, str):
+            yield name
 
 
 def load_record(path: Path) -> Recipe:
@@ -43,18 +115,19 @@ def load_record(path: Path) -> Recipe:
     Raises:
         RecipeError: as `load_recipe`.
     """
-    values, at = _read(path)
-    return make_recipe(_with_paths(path.parent, values, look=False), where=str(path), at=at)
+    values, at, _ = _read(path)
+    return make_recipe(_with_paths(path.parent, values, {}, {}, look=False), where=str(path), at=at)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[Place, str]]:
-    """The values in a recipe's file, and where each stands."""
+def _read(path: Path) -> tuple[dict[str, Any], dict[Place, str], str]:
+    """The values in a recipe's file, where each stands, and its text."""
     try:
         raw = read_small(path, LARGEST)
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror or error}") from error
     try:
-        values, at = read_yaml(raw.decode("utf-8"))
+        text = raw.decode("utf-8")
+        values, at = read_yaml(text)
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         what = f"line {line}: it is not UTF-8 text (byte {raw[error.start]:#04x})"
@@ -63,7 +136,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Place, str]]:
         raise RecipeError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: not a recipe: expected keys such as base_model and models")
-    return values, at
+    return values, at, text
 
 
 def _set(values: dict[Any, Any], text: str, at: dict[Place, str]) -> None:
@@ -103,21 +176,29 @@ def _set(values: dict[Any, Any], text: str, at: dict[Place, str]) -> None:
 _MOST_PARTS = 32
 
 
-def _with_paths(folder: Path, values: dict[Any, Any], *, look: bool) -> dict[Any, Any]:
+def _with_paths(
+    folder: Path,
+    values: dict[Any, Any],
+    names: dict[str, str],
+    elsewhere: Mapping[str, str],
+    *,
+    look: bool = True,
+) -> dict[Any, Any]:
     """The values with their paths as they are seen from here; one input goes by one name.
 
     Args:
-        folder: what they count from.
+        folder: where paths count from.
         values: the recipe's.
+        names: is given each input's name: as seen from here -> as it was.
+        elsewhere: where inputs are that are not where their names say.
         look: whether to look at what is there. Else a name is a path or a Hub id by how it is written.
     """
-    names: set[str] = set()
     files: dict[tuple[int, int], str] = {}
 
     def resolved(name: Any) -> Any:
         if not isinstance(name, str) or not name or "\0" in name:
             return name  # which will be refused
-        path = _beside(folder, name, look=look)
+        path = os.path.expanduser(elsewhere[name]) if name in elsewhere else _beside(folder, name, look=look)
         if look and "+" in name and not os.path.lexists(path):
             raise RecipeError(
                 f"{name}: no such file or folder; if a LoRA adapter is meant, it is not folded in here",
@@ -127,7 +208,7 @@ def _with_paths(folder: Path, values: dict[Any, Any], *, look: bool) -> dict[Any
             with suppress(OSError, ValueError):
                 there = os.stat(path)
                 path = files.setdefault((there.st_dev, there.st_ino), path)
-        names.add(path)
+        names.setdefault(path, name)
         return path
 
     def of_models(sources: Any) -> None:

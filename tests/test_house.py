@@ -19,17 +19,18 @@ PACKAGE = ROOT / "lines_cli"
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"commands.clean", "commands.edit", "commands.inspect", "commands.merge"},
+    {"commands.clean", "commands.edit", "commands.inspect", "commands.merge", "commands.verify"},
     {"commands.carry_out"},
     {"commands.options", "commands.signals"},
     {"console", "plot"},
     {"page"},
     {"tables"},
     {"report"},
+    {"verification"},
     {"comparison", "engine"},
     {"measure"},
     {"workers"},
-    {"findings", "inspection"},
+    {"claim", "findings", "inspection"},
     {"planning"},
     {"plan"},
     {"draft"},
@@ -44,7 +45,7 @@ LAYERS = [
     {"parameters", "resources"},
     {"schedule"},
     {"depth", "kinds"},
-    {"checkpoint.staging"},
+    {"checkpoint.staging", "checkpoint.verified"},
     {"checkpoint.lock"},
     {"checkpoint.destination"},
     {"checkpoint.sidecars"},
@@ -99,7 +100,13 @@ def test_imports_point_down(module: str) -> None:
         ("matplotlib", {"plot"}),
         ("typer", {"cli", "commands.options"}),
         ("huggingface_hub", {"hub"}),
-        ("torch", {"arithmetic", "comparison", "engine", "measure", "methods.dare", "methods.ties", "workers"}),
+        (
+            "torch",
+            {
+                *("arithmetic", "comparison", "engine", "measure", "methods.dare", "methods.ties", "verification"),
+                "workers",
+            },
+        ),
         ("pydantic", {"recipe", "recipe_check"}),
         ("yaml", {"checkpoint.sidecars", "page", "plain_yaml", "recipe_file"}),
         ("regex", {"depth"}),
@@ -112,7 +119,8 @@ def test_each_dependency_has_one_home(dependency: str, homes: set[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["edit", "--help"], ["merge", "--help"], ["inspect", "--help"], ["--version"]]
+    "arguments",
+    [["--help"], ["edit", "--help"], ["merge", "--help"], ["inspect", "--help"], ["verify", "--help"], ["--version"]],
 )
 def test_help_loads_no_torch(arguments: list[str]) -> None:
     """`lines --help` answers at once: it loads neither torch nor anything else that is slow."""
@@ -161,15 +169,17 @@ def test_pages_link_to_what_exists() -> None:
 
 
 def test_json_is_documented(tmp_path: Path) -> None:
-    """docs/json.md names every key that --json prints, and no other."""
+    """docs/json.md names every key that --json prints, and no other, each command's in its own section."""
     for side in ("base", "ft"):
         write_checkpoint(tmp_path / side, {f"h.{i}.w": torch.ones(2) for i in range(2)})
     arguments = ["edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / "out", "--json"]
     printed = run_lines(*arguments, "--dry-run").json.keys() | run_lines(*arguments).json.keys()
-    assert (
-        set(re.findall(r"^\| `(\w+)`", (ROOT / "docs" / "json.md").read_text(encoding="utf-8"), re.MULTILINE))
-        == printed
-    )
+    _, making, verifying = (ROOT / "docs" / "json.md").read_text(encoding="utf-8").split("\n## ")
+    keys = re.compile(r"^\| `(\w+)`", re.MULTILINE)
+    assert set(keys.findall(making)) == printed
+    told = run_lines("verify", tmp_path / "out", "--json").json
+    assert set(keys.findall(verifying)) == told.keys()
+    assert all(re.search(rf"\b{key}\b", verifying) for name in ("inputs", "files") for key in told[name][0])
 
 
 def test_the_python_api_is_what_it_is() -> None:

@@ -14,9 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Protocol
 
 from lines_cli.checkpoint.beside import leads_out, outside
-from lines_cli.checkpoint.positional import NewFile, open_regular, read_into
+from lines_cli.checkpoint.positional import open_regular, read_into
 from lines_cli.errors import CheckpointError
 
 BLOCK = 4 * 2**20
@@ -105,6 +106,13 @@ class GrowingDigest:
         return FileRecord(self._nbytes, _root(self._blocks))
 
 
+class Written(Protocol):
+    """What a file's content is given to, piece by piece: a new file; or one that is there already, to be compared."""
+
+    def write(self, view: memoryview, offset: int) -> None:
+        """Take these bytes, which belong at `offset`."""
+
+
 class RangeWriter:
     """Writes part of a file, from the start of a block on, front to back, in pieces that are hashed while they are in
     the core's cache.
@@ -116,7 +124,7 @@ class RangeWriter:
         piece: room for a piece, from `in_whole_pages`; BLOCK is a multiple of its size.
     """
 
-    def __init__(self, file: NewFile, start: int, digest: GrowingDigest, piece: memoryview) -> None:
+    def __init__(self, file: Written, start: int, digest: GrowingDigest, piece: memoryview) -> None:
         self._file, self._digest, self._piece = file, digest, piece
         self._written, self._waiting = start, 0
         self._hash = sha256()

@@ -124,8 +124,7 @@ class Journal:
         os.fsync(self._fd)
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        text = json.dumps(line, separators=(",", ":")).encode().removesuffix(b"}")
-        left = text + _CHECK + b'%08x"}\n' % crc32(text)
+        left = written_line(line)
         while left:
             left = left[os.write(self._fd, left) :]
 
@@ -134,6 +133,12 @@ class Journal:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def written_line(line: Mapping[str, Any]) -> bytes:
+    """A line of JSON with a checksum as its last key."""
+    text = json.dumps(line, separators=(",", ":")).encode().removesuffix(b"}")
+    return text + _CHECK + b'%08x"}\n' % crc32(text)
 
 
 class NoJournalError(ValueError):
@@ -157,7 +162,7 @@ def read_journal(path: Path) -> Story | None:
     names: set[str] = set()
     nbytes = 0
     try:
-        for line, end in _lines(content):
+        for line, end in whole_lines(content):
             if run is None:
                 run = dict(line["run"])
             elif "names" in line:
@@ -177,8 +182,12 @@ def read_journal(path: Path) -> Story | None:
     return None if run is None else Story(run, frozenset(names), measured, tuple(parts.values()), publishing, nbytes)
 
 
-def _lines(content: bytes) -> Iterator[tuple[Any, int]]:
-    """Each whole line's value, as long as checksums are right, and where the line ends."""
+def whole_lines(content: bytes) -> Iterator[tuple[dict[str, Any], int]]:
+    """Each whole line's value, as long as checksums are right, and where the line ends.
+
+    Raises:
+        ValueError, RecursionError: what a line's checksum is of is not JSON.
+    """
     end = 0
     while (stop := content.find(b"\n", end)) >= 0:
         text, check, rest = content[end:stop].rpartition(_CHECK)

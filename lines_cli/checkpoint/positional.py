@@ -21,7 +21,7 @@ _position = threading.Lock()
 
 def open_to_stream(path: Path) -> int:
     """Open a file that is read front to back, more or less: the system may read further ahead than it does else."""
-    fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    fd = open_regular(path)
     if hasattr(os, "posix_fadvise"):
         with suppress(OSError):
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)

@@ -91,6 +91,16 @@ class Checkpoint:
         return self.path if self.path.is_dir() else None
 
     @cached_property
+    def real(self) -> Path:
+        """Where it lies, links followed: what a link leads to may change. A lone file keeps its own name where another
+        would be read otherwise, as that of a file in the Hub's cache would be, which is a digest.
+        """
+        real = Path(os.path.realpath(self.path))
+        if self.folder is not None or _reads_alike(self.path.name, real.name):
+            return real
+        return Path(os.path.realpath(self.path.parent), self.path.name)
+
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of tensor data."""
         return sum(tensor.info.nbytes for tensor in self.tensors.values())
@@ -288,6 +298,12 @@ def _stem_of_file(path: Path) -> str:
     """A lone file's stem where a library would look for it, else `model`."""
     stem = path.name.removesuffix(_SUFFIX)
     return stem if stem in WEIGHT_STEMS else WEIGHT_STEMS[0]
+
+
+def _reads_alike(name: str, other: str) -> bool:
+    """Whether a lone file would be read in the same way under another name."""
+    as_it_is = other.endswith(_SUFFIX) and not _SHARD.fullmatch(other)
+    return name == other or (as_it_is and _stem_of_file(Path(name)) == _stem_of_file(Path(other)))
 
 
 _NOT_ONE_SAVE = "The index and the shards are not of one save: copy or download the checkpoint again."

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -375,7 +376,8 @@ def model_card(card: Card) -> Sidecar:
 {chr(10).join(models)}
 {chr(10).join(table if card.base else [])}
 
-[`{RECIPE}`]({RECIPE}) beside this card runs it again: `lines merge --config {RECIPE} -o OUT`.
+[`{RECIPE}`]({RECIPE}) beside this card runs it again: `lines merge --config {RECIPE} -o OUT`. In this folder,
+`lines verify .` says whether the files here are what it makes.
 {_SOURCE if card.scaled else ""}"""
     return Sidecar(MODEL_CARD, content=text.encode())
 
@@ -403,8 +405,18 @@ def _how(card: Card) -> str:
 
 
 def _public_name(checkpoint: Checkpoint) -> str:
-    """A Hub id as it is; of a local path only the last part, since the rest is nobody's business."""
-    return checkpoint.hub_id.partition("@")[0] if checkpoint.hub_id else checkpoint.path.resolve().name
+    """A Hub id as it is, also that of a folder in the Hub's cache; of any other path only the last part, since the rest
+    is nobody's business.
+    """
+    if checkpoint.hub_id:
+        return checkpoint.hub_id.partition("@")[0]
+    folder = checkpoint.real if checkpoint.folder is not None else checkpoint.real.parent
+    if cached := _IN_THE_CACHE.fullmatch("/".join(folder.parts[-3:])):
+        return f"{cached['owner']}/{cached['name']}"
+    return checkpoint.real.name
+
+
+_IN_THE_CACHE = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/[0-9a-f]{40}", re.ASCII)
 
 
 def _library(ft: Checkpoint) -> str | None:

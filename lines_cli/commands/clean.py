@@ -8,12 +8,17 @@ from lines_cli.commands import options as opt
 def clean(output: opt.Cleaned, *, quiet: opt.Quiet = False) -> None:
     """Remove what a run has left that was killed or interrupted.
 
-    Beside OUT it has kept what it had finished, for --resume. A run that is still at work is left alone, and so is OUT
-    itself.
+    Beside OUT it has kept what it had finished, for --resume; lines verify --resume, what it had compared. A run that
+    is still at work is left alone, and so is OUT itself.
     """
     from lines_cli import console
     from lines_cli.checkpoint.staging import clean as remove
+    from lines_cli.checkpoint.verified import forget
 
-    found = remove(opt.destination(output))
-    if not quiet:
+    destination = opt.destination(output)
+    found = remove(destination)
+    forgotten = forget(destination)
+    if forgotten is not None and not quiet:
+        console.remark(f"removed {forgotten}, what lines verify had compared")
+    if (found is not None or forgotten is None) and not quiet:
         console.show_cleaned(output, found)

@@ -215,6 +215,39 @@ Output = Annotated[
     ),
 ]
 Cleaned = Annotated[str, typer.Argument(metavar="OUT", help="The destination that the run was to write.")]
+Verified = Annotated[
+    str,
+    typer.Argument(
+        metavar="OUT",
+        help="What lines wrote: a folder, a .safetensors file, or a Hub id (org/name, org/name@revision).",
+    ),
+]
+RecipeOf = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        show_default="OUT/lines_recipe.yaml",
+        help="The recipe that is said to have made it; one file does not hold its own.",
+    ),
+]
+Elsewhere = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        metavar="NAME=PATH",
+        show_default=False,
+        help="Where an input is that is not where the recipe says; NAME as it stands there. Repeatable.",
+    ),
+]
+ResumeVerify = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Keep what was compared in a hidden file beside OUT until all is, and go on from what is there.",
+    ),
+]
+JsonVerified = Annotated[bool, typer.Option("--json", help="Print what was found as JSON on stdout.")]
 MaybeOutput = Annotated[
     str | None,
     typer.Option(
