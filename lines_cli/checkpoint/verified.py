@@ -1,8 +1,9 @@
 """What `lines verify --resume` has compared of an output, in a hidden file beside it, so that another run goes on from
 there.
 
-Each line is JSON with a checksum, as in a journal. Line 1 says what is compared: the recipe, the state of its inputs and
-of the output's files. Then come what was measured, and every part that was compared. The file belongs to one run at a time, and is removed at the end.
+Each line is JSON with a checksum, as in a journal. Line 1 says what is compared: the recipe, the state of its inputs
+and of the output's files. Then come what was measured, and every part that was compared. The file belongs to one run at
+a time, and is removed at the end.
 """
 
 from __future__ import annotations
