@@ -30,7 +30,7 @@ lint: $(VENV)/dev ## Style and format.
 types: $(VENV)/dev ## Types.
 	$(BIN)/mypy
 
-docs: $(VENV)/dev ## Write docs/cli.md and docs/methods.md anew from the code.
+docs: $(VENV)/dev ## Write docs/cli.md and docs/merge-methods.md anew from the code.
 	$(BIN)/python docs/generate.py
 
 bench: $(VENV)/dev benchmarks/.venv-peers/done ## Measure lines against the disk and its peers (QUICK=1: small models, not saved).

@@ -1,5 +1,5 @@
-"""Write docs/cli.md from the commands' own help, and docs/methods.md from the table of methods, so that they cannot
-differ (a test holds that the pages are fresh).
+"""Write docs/cli.md from the commands' own help, and docs/merge-methods.md from the table of methods. A test checks
+that both pages are fresh.
 
 python docs/generate.py
 """
@@ -29,8 +29,8 @@ def cli_reference() -> str:
 
 
 _WRITTEN = (
-    "Written by `make docs` from the table of methods: change the code, not this page. How a recipe says them, and "
-    "what they are to the bit, is in [merge.md](merge.md)."
+    "Written by `make docs` from the table of methods: change the code, not this page. [Merging](merging.md) shows how "
+    "to write a recipe, and [what each method computes](merging.md#exactly-these-bits), to the bit."
 )
 
 
@@ -89,7 +89,7 @@ def help_of(command: list[str]) -> str:
     return result.stdout.strip()
 
 
-PAGES = {HERE / "cli.md": cli_reference, HERE / "methods.md": methods_reference}
+PAGES = {HERE / "cli.md": cli_reference, HERE / "merge-methods.md": methods_reference}
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""What `lines inspect` tells, as plain values that JSON can hold (docs/inspect.md describes them). Tables and figures
-show what stands here, and nothing else.
+"""The report of `lines inspect`, as plain values that JSON can hold (docs/inspecting.md describes them). Tables and
+figures show what stands here, and nothing else.
 """
 
 from __future__ import annotations

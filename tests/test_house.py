@@ -150,7 +150,7 @@ def test_dry_run_loads_no_torch(tmp_path: Path) -> None:
 
 
 def test_the_references_are_fresh() -> None:
-    """docs/cli.md says what --help says, docs/methods.md what the table says; `make docs` writes them anew."""
+    """docs/cli.md says what --help says, docs/merge-methods.md what the table says; `make docs` writes them anew."""
     sys.path.insert(0, str(ROOT / "docs"))
     try:
         from generate import PAGES, app_commands
@@ -161,11 +161,20 @@ def test_the_references_are_fresh() -> None:
     assert all(f"lines {name}" in (ROOT / "README.md").read_text(encoding="utf-8") for name in app_commands())
 
 
+def anchors(page: Path) -> set[str]:
+    """What `#...` may name in a page: its headings, as GitHub spells them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ +(.+?) *$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_pages_link_to_what_exists() -> None:
-    """No link between the project's own pages is broken."""
-    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text(encoding="utf-8")):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    """No link between the project's own pages is broken, and each anchor is a heading."""
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / ".github").rglob("*.md")]:
+        for path, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", page.read_text(encoding="utf-8")):
+            target = page.parent / path if path else page
+            assert target.exists(), f"{page.name} links to {path}"
+            assert not anchor or anchor in anchors(target), f"{page.name} links to {path}#{anchor}"
 
 
 def test_json_is_documented(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from conftest import Ran, run_lines, snapshot, write_checkpoint, write_raw
 from lines_cli import comparison, console
 from lines_cli.tables import count, size
 
-DOCS = Path(__file__).parent.parent / "docs" / "inspect.md"
+DOCS = Path(__file__).parent.parent / "docs" / "inspecting.md"
 NAN, INF = float("nan"), float("inf")
 HEADERS_ONLY = "checkpoint base tensors parameters bytes files dtypes stacks layers outside kinds tied".split()
 HEADERS_ONLY += "quantised recipe scaling notes".split()
@@ -1176,7 +1176,7 @@ def modes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_json_is_documented(modes: dict[str, Any]) -> None:
-    """docs/inspect.md names every key that --json prints, no other, and says when it is there."""
+    """docs/inspecting.md names every key that --json prints, no other, and says when it is there."""
     described = documented()
     assert described.keys() == set().union(*modes.values())
     for mode, report in modes.items():
@@ -1187,7 +1187,7 @@ def test_json_is_documented(modes: dict[str, Any]) -> None:
 
 
 def test_nested_keys_are_documented(modes: dict[str, Any]) -> None:
-    """The keys within each value are those that docs/inspect.md lists, in every mode that has it."""
+    """The keys within each value are those that docs/inspecting.md lists, in every mode that has it."""
     described = documented()
     numbers = re.search(r"The numbers of an update are (.+?), all null", DOCS.read_text(encoding="utf-8"), re.DOTALL)
     update = set(re.findall(r"`(\w+)`", numbers[1]))

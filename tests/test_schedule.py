@@ -1,7 +1,7 @@
 """Every way to say a coefficient: --schedule, --gamma, --outside, --stack, --filter; read off edits from zeros to ones.
 
 With a base of zeros and a fine-tune of ones every entry of the output is its coefficient, so what is expected is
-computed here from the rules that docs/method.md gives, and never with the code under test.
+computed here from the rules that docs/editing.md gives, and never with the code under test.
 """
 
 from __future__ import annotations
