@@ -177,6 +177,16 @@ def test_pages_link_to_what_exists() -> None:
             assert not anchor or anchor in anchors(target), f"{page.name} links to {path}#{anchor}"
 
 
+def test_the_citation_is_of_this_version() -> None:
+    """CITATION.cff names the version that `lines --version` prints."""
+    import yaml
+
+    import lines_cli
+
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == lines_cli.__version__
+
+
 def test_json_is_documented(tmp_path: Path) -> None:
     """docs/json.md names every key that --json prints, and no other, each command's in its own section."""
     for side in ("base", "ft"):
