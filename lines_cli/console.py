@@ -107,6 +107,8 @@ def show_cleaned(output: str, found: Leftover | None) -> None:
     if found is None:
         remark(f"beside {output} there is nothing to remove")
     else:
+        if found.set_aside:
+            remark(f"{output} was set aside in it, and is put back")
         remark(f"removed {found.folder} ({size(found.nbytes)}, {found.told})")
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 
@@ -80,6 +80,7 @@ def run(
     verify: bool = False,
     verify_inputs: bool = False,
     track: Track = untracked,
+    at_last: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Carry a plan out: measure, write, publish. On any failure before that the destination is as it was, and what was
     finished is kept beside it, to `resume` from, unless an input holds NaN or has changed. In this process glibc keeps
@@ -94,6 +95,7 @@ def run(
         verify_inputs: take digests of all inputs first, to record them, and to hold those against them that a run had
             which is resumed.
         track: wraps the stream of byte counts of each pass.
+        at_last: is called before the output is put into place, when all that takes time is done.
 
     Raises:
         DataError: NaN or Inf in an input, or an overflow in the output dtype.
@@ -118,12 +120,12 @@ def run(
     identified["step"] = BLOCK * (BLOCKS_ON_CUDA if crew.apart else 1)
     allow_open_files(len(plan.inputs) + 2 * len(plan.outputs))
     with (
-        Staging(plan.output, identified, plan.names, resume=resume) as staging,
+        Staging(
+            plan.output, identified, plan.names, replaceable=replaceable(plan) if force else None, resume=resume
+        ) as staging,
         opened(plan.inputs) as sources,
         crew.bounded(),
     ):
-        if force:
-            staging.look_at_old(replaceable(plan))  # nobody else replaces it now
         refuse_changed(plan.inputs, sources, plan.stamps)
         records = _carried_over(staging, plan)
         measurement = _measured(staging, plan, sources, crew, track)
@@ -147,7 +149,7 @@ def run(
             staging.add(name, content)
         if verify:
             _verify(staging, records)
-        staging.publish(force=force)
+        staging.publish(at_last)
         outcome = job.outcome(measurement)
     return replace(outcome, seconds=time.perf_counter() - started, remarks=tuple(staging.remarks))
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lines_cli import __version__
-from lines_cli.checkpoint.destination import is_one_file
+from lines_cli.checkpoint.destination import is_one_file, placed
 from lines_cli.checkpoint.digest import FileRecord, altered, file_digest, record_of
 from lines_cli.checkpoint.header import EXACT_DTYPES, Known, TensorInfo
 from lines_cli.checkpoint.reader import Checkpoint, no_collecting, open_checkpoint
@@ -42,7 +42,7 @@ from lines_cli.methods import Values
 from lines_cli.pairing import Sides, aligned_names, is_vocabulary, pair_tensors
 from lines_cli.plan import NOTHING_MEASURED, Needs, Plan, Statistics, TensorPlan
 from lines_cli.recipe import Recipe, Scaling
-from lines_cli.recipe_file import dump_recipe, dump_record, load_record
+from lines_cli.recipe_file import dump_recipe, dump_record, is_by_lines, load_record
 from lines_cli.schedule import Rules
 
 
@@ -362,11 +362,16 @@ def run_digest(run: Mapping[str, Any]) -> str:
     return f"sha256:{sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()}"
 
 
+def is_same_run(plan: Plan, run: Mapping[str, Any] | None) -> bool:
+    """Whether a run, by its `identity`, is that of a plan."""
+    return run is not None and run_digest(run) == run_digest(identity(plan))
+
+
 def is_finished(plan: Plan) -> bool:
     """Whether the destination is a folder that this very run has written, and is all there, by its files' sizes."""
     try:
-        recipe = load_record(plan.output / RECIPE)
-        sizes = {name: (plan.output / name).stat().st_size for name in recipe.files}
+        recipe = load_record(placed(plan.output) / RECIPE)
+        sizes = {name: (placed(plan.output) / name).stat().st_size for name in recipe.files}
     except (OSError, RecipeError):
         return False
     whole = bool(sizes) and all(sizes[name] == record.nbytes for name, record in recipe.files.items())
@@ -430,12 +435,12 @@ def replaceable(plan: Plan) -> frozenset[str]:
     """The names in the destination's folder that `--force` may replace: those that this run writes, and those that the
     folder's own recipe says were written into it.
     """
-    own = plan.names - {MODEL_CARD, RECIPE}  # which stand in other people's folders, too
+    own, recipe = plan.names - {MODEL_CARD, RECIPE}, placed(plan.output) / RECIPE  # other people have these two, too
     try:
-        recorded = load_record(plan.output / RECIPE).files
+        recorded = load_record(recipe).files.keys()
     except (OSError, RecipeError):
-        return own
-    return own | recorded.keys() | {MODEL_CARD, RECIPE} if recorded else own
+        recorded = dict[str, FileRecord]().keys()
+    return own | recorded | {MODEL_CARD, RECIPE} if recorded or is_by_lines(recipe) else own
 
 
 def _inputs_read(plan: Plan, contents: Mapping[str, str]) -> dict[str, dict[str, Any]]:

@@ -108,6 +108,14 @@ def _input_names(values: Mapping[Any, Any]) -> Iterator[str]:
             yield name
 
 
+def is_by_lines(path: Path) -> bool:
+    """Whether a recipe begins as those do that are written into an output, whatever it says."""
+    try:
+        return read_small(path, LARGEST).startswith(b"# Written by lines ")
+    except OSError:
+        return False
+
+
 def load_record(path: Path) -> Recipe:
     """Read the recipe that stands in an output's folder. It may be a stranger's: that the paths in it lead anywhere is
     not looked at.

@@ -497,8 +497,10 @@ class Pool(Generic[Thread, Item, Result]):
             for worker in workers:
                 try:
                     worker.start()
-                except RuntimeError as error:  # Python's way to say that there is no memory for its stack
-                    raise MemoryError(str(error)) from error
+                except RuntimeError as error:
+                    if isinstance(error.__context__, KeyboardInterrupt):  # it came while the thread began
+                        raise error.__context__ from None
+                    raise MemoryError(str(error)) from error  # Python's way to say that there is none for its stack
             running = len(workers)
             while running:
                 found = self._done.get()

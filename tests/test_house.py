@@ -51,7 +51,8 @@ LAYERS = [
     {"checkpoint.sidecars"},
     {"checkpoint.digest"},
     {"checkpoint.reader", "layout"},
-    {"checkpoint.beside", "checkpoint.header", "checkpoint.journal"},
+    {"checkpoint.journal"},
+    {"checkpoint.beside", "checkpoint.header"},
     {"checkpoint.positional", "checkpoint.renames"},
     {"errors"},
 ]

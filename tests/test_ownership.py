@@ -25,6 +25,7 @@ from conftest import run_lines, snapshot, write_checkpoint
 
 import lines_cli as lines
 from lines_cli.checkpoint import destination, renames, staging
+from lines_cli.checkpoint.journal import written_line
 from lines_cli.checkpoint.positional import NewFile
 
 STAGING = ".out.lines"
@@ -196,7 +197,17 @@ def test_what_arrives_while_it_writes_is_not_deleted(
         (out / "results.json").unlink()
     elif what == "in a folder":
         shutil.rmtree(out / "logs")
-    ran = run_lines(*EDIT, "--alpha", "0.5", "--force", "--resume")
+    flags = ["--force", "--resume"]
+    if what in (
+        "changed",
+        "replaced",
+    ):  # what is new cannot be told from what was there: it takes a run that begins anew
+        ran = run_lines(*EDIT, "--alpha", "0.5", *flags)
+        assert (ran.code, ran.trace) == (6, "")
+        assert "without --resume" in ran.err
+        assert snapshot(out) == after
+        flags = ["--force"]
+    ran = run_lines(*EDIT, "--alpha", "0.5", *flags)
     assert (ran.code, ran.trace) == (0, ""), ran.err
     assert snapshot(out)["lines_recipe.yaml"] != after["lines_recipe.yaml"]
     assert not (models / STAGING).exists()
@@ -487,9 +498,10 @@ def test_what_was_set_aside_does_not_replace_what_came_since(models: Path, monke
         patch.setattr(os, "rename", killed)
         assert run_lines(*EDIT, "--alpha", "0.5", "--force").code == 130
     assert snapshot(models / STAGING / "old") == old
-    ran = run_lines(*EDIT, "--dry-run")
-    assert (ran.code, ran.trace) == (0, "")
-    assert "set aside" in ran.err
+    for flags, code in (([], 6), (["--force"], 0)):
+        ran = run_lines(*EDIT, "--dry-run", *flags)
+        assert (ran.code, ran.trace) == (code, "")
+        assert "set aside" in ran.err
     assert snapshot(models / STAGING / "old") == old, "--dry-run puts nothing back"
     (models / "out").mkdir()
     (models / "out" / "theirs.txt").write_text("x")
@@ -500,6 +512,160 @@ def test_what_was_set_aside_does_not_replace_what_came_since(models: Path, monke
     shutil.rmtree(models / "out")
     assert run_lines("clean", "out").code == 0
     assert snapshot(models / "out") == old
+
+
+# --- journals and leftovers that are a stranger's ---
+
+
+def planted(names: list[str], old: list[str]) -> None:
+    """A leftover from an archive or a shared folder, its journal with right checksums."""
+    Path(STAGING, "new").mkdir(parents=True)
+    lines_ = [{"run": {}}, {"names": names}, {"publishing": [1, 2], "old": old}]
+    Path(STAGING, "journal").write_bytes(b"".join(map(written_line, lines_)))
+
+
+@pytest.mark.parametrize("command", [EDIT, [*EDIT, "--force"], ["clean", "out"]], ids=["edit", "force", "clean"])
+@pytest.mark.parametrize(
+    "name", ["{here}/home/thesis.tex", "../../home/thesis.tex", "a/../../../home/thesis.tex", "a\0b"]
+)
+@pytest.mark.parametrize("where", ["names", "old"])
+def test_a_journal_steers_no_removal(name: str, where: str, command: list[str], models: Path) -> None:
+    """What it names outside of its folder is not looked for, be its checksums right."""
+    (models / "home").mkdir()
+    (models / "home" / "thesis.tex").write_text("precious")
+    name = name.format(here=models)
+    planted([name] if where == "names" else [], [name] if where == "old" else [])
+    ran = run_lines(*command)
+    assert ran.trace == ""
+    assert (models / "home" / "thesis.tex").read_text() == "precious"
+
+
+def test_a_link_in_a_leftover_is_not_followed(models: Path) -> None:
+    """Where a run has made a folder stands a link: it is refused, or it goes; what it leads to stays."""
+    (models / "victim").mkdir()
+    (models / "victim" / "config.json").write_text("precious")
+    planted(["1_Pooling/config.json"], ["1_Pooling", "1_Pooling/config.json"])
+    Path(STAGING, "new", "1_Pooling").symlink_to(models / "victim")
+    for command in (EDIT, ["clean", "out"]):
+        assert run_lines(*command).trace == ""
+        assert (models / "victim" / "config.json").read_text() == "precious"
+
+
+def test_a_folder_without_a_journal_is_not_emptied(models: Path) -> None:
+    """Be its files called as ours."""
+    Path(STAGING, "new").mkdir(parents=True)
+    Path(STAGING, "new", "model.safetensors").write_text("precious")
+    for command in (EDIT, [*EDIT, "--resume"], ["clean", "out"]):
+        assert run_lines(*command).code == 6
+    assert Path(STAGING, "new", "model.safetensors").read_text() == "precious"
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 500, b'{"run":{"a"', None])
+def test_a_journal_after_a_power_cut(content: bytes | None, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its length without its lines, or a part of it: the same command begins anew; clean says what to do."""
+    stopped(monkeypatch, *EDIT)
+    journal = models / STAGING / "journal"
+    journal.write_bytes(journal.read_bytes().replace(b"lines", b"Lines", 1) if content is None else content)
+    ran = run_lines("clean", "out")
+    assert (ran.code, ran.trace) == (6, "")
+    assert "damaged" in ran.err
+    assert "by hand" in ran.err
+    ran = run_lines(*EDIT, "--resume")
+    assert (ran.code, ran.trace) == (0, ""), ran.err
+    assert not (models / STAGING).exists()
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()], ids=["EIO", "Ctrl-C"]
+)
+def test_a_second_look_that_fails(error: BaseException, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What came out of the exchange cannot be looked at: it goes back, whatever it is."""
+    assert run_lines(*EDIT).code == 0
+    before = snapshot(models / "out")
+    look = staging.survey
+
+    def failing(folder: Path) -> Any:
+        recipe = folder / "lines_recipe.yaml"
+        if STAGING in folder.parts and recipe.exists() and recipe.read_bytes() == before["lines_recipe.yaml"]:
+            raise error
+        return look(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "survey", failing)
+        ran = run_lines(*EDIT, "--alpha", "0.5", "--force")
+    assert ran.code == (6 if isinstance(error, OSError) else 130)
+    assert snapshot(models / "out") == before
+    assert run_lines(*EDIT, "--alpha", "0.5", "--force", "--resume").code == 0
+
+
+def test_finished_with_another_run_s_leftover(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--resume of what is finished does not remove what another run has begun."""
+    assert run_lines(*EDIT).code == 0
+    stopped(monkeypatch, *EDIT, "--alpha", "0.5", "--force")
+    ran = run_lines(*EDIT, "--resume")
+    assert (ran.code, ran.trace) == (0, "")
+    assert STAGING in ran.err
+    assert (models / STAGING / "new" / "model.safetensors").exists()
+
+
+def test_a_lone_file_killed_once_it_was_in_place(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--resume says that it is finished, and removes what is left."""
+    command = ["edit", "base", "ft", "-o", "out.safetensors"]
+    assert run_lines(*command).code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(staging.Staging, "__exit__", lambda self, *_: self._lock.release())
+        assert run_lines(*command, "--alpha", "0.5", "--force").code == 0
+    ran = run_lines(*command, "--alpha", "0.5", "--resume")
+    assert (ran.code, ran.trace) == (0, "")
+    assert "finished" in ran.err
+    assert not list(models.glob(".*"))
+
+
+def test_a_folder_that_was_moved_away_is_not_discarded(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another's leftover stands where ours was: a run that fails touches it not."""
+    from lines_cli.errors import ChangedInputError
+
+    def swapped(self: NewFile) -> None:
+        os.rename(models / STAGING, models / "moved")
+        planted(["model.safetensors"], [])
+        raise ChangedInputError("changed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NewFile, "sync", swapped)
+        assert run_lines(*EDIT).code == 3
+    assert (models / STAGING / "journal").exists()
+
+
+def test_private_stays_private(models: Path) -> None:
+    """An output that only its owner may read is replaced by such a one."""
+    assert run_lines(*EDIT).code == 0
+    (models / "out").chmod(0o700)
+    assert run_lines(*EDIT, "--alpha", "0.5", "--force").code == 0
+    assert (models / "out").stat().st_mode & 0o777 == 0o700
+
+
+def test_what_systems_leave_by_themselves(models: Path) -> None:
+    """A desktop's files, and what NFS keeps of a file that is read, are in nobody's way."""
+    assert run_lines(*EDIT).code == 0
+    for name in (".DS_Store", "._model.safetensors", ".nfs0000000001"):
+        (models / "out" / name).write_text("x")
+    assert run_lines(*EDIT, "--alpha", "0.5", "--force").code == 0
+
+
+def test_a_lone_file_that_is_none_of_ours(models: Path) -> None:
+    """A text under the name of weights, or behind a link of that name, is not replaced."""
+    (models / "notes.md").write_text("precious")
+    (models / "out.safetensors").symlink_to("notes.md")
+    ran = run_lines("edit", "base", "ft", "-o", "out.safetensors", "--force")
+    assert (ran.code, ran.trace) == (6, "")
+    assert (models / "notes.md").read_text() == "precious"
+
+
+def test_parents_that_are_not_there_yet(models: Path) -> None:
+    """`new/../out` is `out`, before `new` is there, too."""
+    assert run_lines(*EDIT).code == 0
+    assert run_lines("edit", "base", "ft", "-o", "new/../out").code == 6
+    assert run_lines("edit", "base", "ft", "-o", "new/../out", "--force").code == 0
 
 
 # --- what is kept ---

@@ -675,8 +675,8 @@ def test_journal_is_plain_text(models: Path, monkeypatch: pytest.MonkeyPatch) ->
     stop(monkeypatch, MERGE)
     told = [json.loads(line) for line in (models / STAGING / "journal").read_text().splitlines()]
     assert all("crc32" in line for line in told)
-    assert [next(iter(line)) for line in told[:3]] == ["run", "names", "measured"]
-    assert all({"file", "start", "blocks"} <= line.keys() for line in told[3:])
+    assert [next(iter(line)) for line in told[:4]] == ["run", "names", "replaces", "measured"]
+    assert all({"file", "start", "blocks"} <= line.keys() for line in told[4:])
 
 
 def test_runs_from_python(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

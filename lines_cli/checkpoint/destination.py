@@ -12,9 +12,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from lines_cli.checkpoint.header import read_header
 from lines_cli.checkpoint.reader import WEIGHT_STEMS
 from lines_cli.checkpoint.sidecars import CONFIG, RECIPE
-from lines_cli.errors import OutputError, some
+from lines_cli.errors import CheckpointError, OutputError, some
+
+
+def placed(output: Path) -> Path:
+    """A destination without `..`: its parents may not be there yet, as in `new/../out`."""
+    return output.parent.resolve() / output.name if output.name not in ("", "..") else output.resolve()
 
 
 def is_one_file(output: Path) -> bool:
@@ -88,6 +94,7 @@ _ELSEWHERE = "Make room or get permission there, or choose another destination w
 
 def is_taken(output: Path) -> bool:
     """Whether anything stands at a destination, an empty folder apart."""
+    output = placed(output)
     if os.path.isdir(output) and not is_one_file(output):
         return bool(os.listdir(output))
     return os.path.lexists(output)
@@ -95,18 +102,27 @@ def is_taken(output: Path) -> bool:
 
 def _refuse_another_kind(output: Path) -> None:
     """A folder replaces a folder, and a file replaces a file."""
+    there = placed(output)
     if is_one_file(output):
-        if not os.path.isfile(output):
+        if not os.path.isfile(there):
             raise OutputError(
                 f"{output} is not a file, and will not be replaced by one", hint="Choose another destination with -o."
             )
-    elif not os.path.isdir(output):
+        try:
+            read_header(there)
+        except CheckpointError as error:
+            raise OutputError(
+                f"{output} is no safetensors file; --force will not delete it: {error.message}", hint=_NOT_DELETED
+            ) from error
+    elif not os.path.isdir(there):
         raise OutputError(
-            f"{output} is {'a file' if os.path.isfile(output) else 'no folder'}, and will not be replaced by a folder",
+            f"{output} is {'a file' if os.path.isfile(there) else 'no folder'}, and will not be replaced by a folder",
             hint="Choose another destination with -o. To write one file, let its name end in .safetensors.",
         )
     else:
-        names = os.listdir(output)
+        if not os.access(there, os.W_OK | os.X_OK):  # which renaming a folder takes, too
+            raise OutputError(f"{output}: no permission to replace it", hint=_ELSEWHERE)
+        names = os.listdir(there)
         if RECIPE not in names and not any(name.endswith(".safetensors") for name in names):
             raise OutputError(f"{output} holds no checkpoint; --force will not delete it", hint=_NOT_DELETED)
 
@@ -141,10 +157,12 @@ def survey(target: Path) -> Survey:
             continue
         is_folder = stat.S_ISDIR(there.st_mode)
         if name or not is_folder:
-            size_and_time = (0, 0) if is_folder else (there.st_size, there.st_mtime_ns)
-            found[name] = Entry(stat.S_IFMT(there.st_mode), there.st_ino, *size_and_time)
+            kind = stat.S_IFMT(there.st_mode)
+            of_file = (there.st_ino, there.st_size, there.st_mtime_ns)
+            found[name] = Entry(kind, *((0, 0, 0) if is_folder else of_file))
         if is_folder:
-            names += [f"{name}/{entry}" if name else entry for entry in os.listdir(path)]
+            with suppress(FileNotFoundError, NotADirectoryError):  # it has gone this moment
+                names += [f"{name}/{entry}" if name else entry for entry in os.listdir(path)]
     return found
 
 
@@ -167,6 +185,7 @@ def refuse_to_replace(output: Path, there: Survey, ours: Collection[str]) -> Non
     if is_one_file(output):
         return
     folders = {name for name, entry in there.items() if stat.S_ISDIR(entry.kind)}
+    there = {name: entry for name, entry in there.items() if not is_noise(name)}
     known = {*ours, *(name for name in there if _is_weights_or_config(name))}
     known |= {name.rpartition("/")[0] for name in known if "/" in name}
     foreign = {name for name, entry in there.items() if name not in known or not _is_of_its_kind(name, entry, ours)}
@@ -180,6 +199,14 @@ def refuse_to_replace(output: Path, there: Survey, ours: Collection[str]) -> Non
 
 
 _NOT_DELETED = "Move away what is to be kept, or choose another destination with -o."
+
+
+def is_noise(name: str) -> bool:
+    """Whether a system has left it there by itself: a desktop, or NFS for a file that somebody still reads."""
+    return _NOISE.fullmatch(name.rpartition("/")[2]) is not None
+
+
+_NOISE = re.compile(r"\.DS_Store|\._.*|\.nfs[0-9a-f]+|Thumbs\.db|desktop\.ini")
 
 
 def _is_of_its_kind(name: str, entry: Entry, ours: Collection[str]) -> bool:
@@ -225,7 +252,9 @@ def naming(output: Path) -> Iterator[None]:
         if number in (errno.EMFILE, errno.ENFILE):
             hint = "Allow more open files (ulimit -n), or write fewer shards with a larger --max-shard-size."
             raise OutputError(f"{output}: too many files are open at once", hint=hint) from error
-        raise OutputError(f"{output}: cannot be written: {_said(error)}", hint=_ELSEWHERE) from error
+        named = error.filename if isinstance(error, OSError) and isinstance(error.filename, str) else None
+        where = f" ({named})" if named and named != str(output) else ""
+        raise OutputError(f"{output}: cannot be written: {_said(error)}{where}", hint=_ELSEWHERE) from error
 
 
 def _said(error: OSError | RuntimeError) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+from lines_cli.checkpoint.beside import leads_out
 from lines_cli.checkpoint.positional import read_small
 
 Told = dict[str, Any]
@@ -64,6 +65,7 @@ class Story:
     Attributes:
         run: which run it is.
         names: the files that it makes.
+        replaces: what stood at the destination when it began: names, each with four numbers; None if it did not say.
         measured: what was measured; None if that was not finished.
         parts: what was written.
         publishing: the last time that it began to put its output into place; None if it did not.
@@ -72,6 +74,7 @@ class Story:
 
     run: Told
     names: frozenset[str]
+    replaces: dict[str, tuple[int, int, int, int]] | None
     measured: Told | None
     parts: tuple[Part, ...]
     publishing: Publishing | None
@@ -92,18 +95,28 @@ class Journal:
     """
 
     def __init__(self, path: Path, names: Iterable[str], run: Told | None = None, *, keep: int = 0) -> None:
+        kept = b""
+        if keep and path.lstat().st_nlink > 1:  # a backup shares the file
+            kept, keep = read_small(path, _LARGEST, follow=False)[:keep], 0
+            path.unlink()
         flags = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | flags, 0o666)
         self.empty = True
         """Whether there is nothing in it that would be worth going on from."""
         try:
             os.ftruncate(self._fd, keep)
+            self._write(kept)
             if run is not None:
                 self._append({"run": run})
             self._append({"names": sorted(names)})
+            os.fsync(self._fd)  # after a power cut, these lines say whose the folder is
         except BaseException:
             self.close()
             raise
+
+    def replaces(self, there: Mapping[str, tuple[int, int, int, int]]) -> None:
+        """What stands at the destination, and is to be replaced."""
+        self._append({"replaces": {name: [*entry] for name, entry in there.items()}})
 
     def measured(self, told: Told) -> None:
         """What was measured."""
@@ -124,7 +137,9 @@ class Journal:
         os.fsync(self._fd)
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        left = written_line(line)
+        self._write(written_line(line))
+
+    def _write(self, left: bytes) -> None:
         while left:
             left = left[os.write(self._fd, left) :]
 
@@ -156,9 +171,10 @@ def read_journal(path: Path) -> Story | None:
         content = read_small(path, _LARGEST, follow=False)
     except FileNotFoundError:
         return None
+    content = content.rstrip(b"\0")  # a power cut may leave its length without its lines
     if content[: len(_FIRST)] != _FIRST[: len(content)]:
         raise NoJournalError(path)
-    run, measured, parts, publishing = None, None, dict[tuple[int, int], Part](), None
+    run, measured, parts, publishing, replaces = None, None, dict[tuple[int, int], Part](), None, None
     names: set[str] = set()
     nbytes = 0
     try:
@@ -166,12 +182,15 @@ def read_journal(path: Path) -> Story | None:
             if run is None:
                 run = dict(line["run"])
             elif "names" in line:
-                names.update(map(str, line["names"]))
+                names.update(_names(line["names"]))
+            elif "replaces" in line:
+                _names(line["replaces"])
+                replaces = {name: (int(a), int(b), int(c), int(d)) for name, (a, b, c, d) in line["replaces"].items()}
             elif "measured" in line:
                 measured = dict(line["measured"])
             elif "publishing" in line:
                 device, inode = line["publishing"]
-                publishing = Publishing((int(device), int(inode)), frozenset(map(str, line["old"])))
+                publishing = Publishing((int(device), int(inode)), _names(line["old"]))
             else:
                 blocks = tuple(bytes.fromhex(block) for block in line["blocks"])
                 part = Part(int(line["file"]), int(line["start"]), blocks, dict(line.get("told", {})))
@@ -179,7 +198,24 @@ def read_journal(path: Path) -> Story | None:
             nbytes = end
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         pass  # cut short, or damaged: what comes before it holds
-    return None if run is None else Story(run, frozenset(names), measured, tuple(parts.values()), publishing, nbytes)
+    return (
+        None
+        if run is None
+        else Story(run, frozenset(names), replaces, measured, tuple(parts.values()), publishing, nbytes)
+    )
+
+
+def _names(of: Iterable[Any]) -> frozenset[str]:
+    """Names of files within a folder; the folder itself is ''.
+
+    Raises:
+        ValueError: one leads out of it, or is no name.
+    """
+    for name in of:
+        if not isinstance(name, str) or (name and leads_out(name)) or "" in name.split("/")[1:]:
+            raise ValueError(name)
+        os.fsencode(name)
+    return frozenset(of)
 
 
 def whole_lines(content: bytes) -> Iterator[tuple[dict[str, Any], int]]:

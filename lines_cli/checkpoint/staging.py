@@ -19,7 +19,7 @@ import enum
 import errno
 import os
 import stat
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -30,8 +30,8 @@ from lines_cli.checkpoint.destination import (
     Entry,
     Survey,
     arrivals,
+    is_noise,
     is_one_file,
-    is_taken,
     naming,
     refuse_to_replace,
     survey,
@@ -96,6 +96,11 @@ def _ours(output: Path, names: Collection[str] | None = ()) -> Story | None:
             f"{folder} is {what}; lines keeps unfinished output in a folder of that name",
             hint="Move it away, or choose another destination with -o.",
         )
+    if hasattr(os, "geteuid") and os.geteuid() not in (0, there.st_uid):
+        raise OutputError(
+            f"{folder} belongs to another user, and so does the unfinished output in it",
+            hint="Ask them to finish or remove it (lines clean), or choose another destination with -o.",
+        )
     try:
         story = read_journal(folder / _JOURNAL)
     except NoJournalError:
@@ -104,6 +109,8 @@ def _ours(output: Path, names: Collection[str] | None = ()) -> Story | None:
         if error.errno in (errno.EINVAL, errno.ELOOP):  # a link, a pipe, a folder
             raise _foreign(folder, [_JOURNAL]) from None
         raise
+    if story is None and not os.path.lexists(folder / _JOURNAL):
+        names = ()  # no run of ours has come so far as to make a file there
     made, replaced = {*(names or ()), *(story.names if story else ())}, _replaced(story)
     rooms = {_NEW: (made, replaced), _OLD: ((), replaced), _MOVED: (made, ())}
     found = survey(folder)
@@ -111,9 +118,9 @@ def _ours(output: Path, names: Collection[str] | None = ()) -> Story | None:
         found = {name: entry for name, entry in found.items() if not name.startswith(f"{_OLD}/")}
     if names is None and story is None:
         found = {name: entry for name, entry in found.items() if not name.startswith((f"{_NEW}/", f"{_MOVED}/"))}
-    foreign = [name for name, entry in found.items() if not _belongs(name, entry, rooms)]
+    foreign = [name for name, entry in found.items() if not (_belongs(name, entry, rooms) or is_noise(name))]
     if foreign:
-        raise _foreign(folder, sorted(foreign))
+        raise _foreign(folder, sorted(foreign), damaged=story is None and os.path.lexists(folder / _JOURNAL))
     return story
 
 
@@ -131,12 +138,19 @@ def _belongs(name: str, entry: Entry, rooms: Mapping[str, tuple[Collection[str],
     if room not in rooms:
         return False
     made, replaced = rooms[room]
-    if stat.S_ISDIR(entry.kind):
-        return not inner or inner in replaced or any(known.startswith(f"{inner}/") for known in made)
+    if stat.S_ISDIR(entry.kind) or not inner:
+        is_folder = not inner or any(known.startswith(f"{inner}/") for known in (*made, *replaced))
+        return is_folder and stat.S_ISDIR(entry.kind)
     return inner in replaced or (inner in made and stat.S_ISREG(entry.kind))
 
 
-def _foreign(folder: Path, names: Sequence[str]) -> OutputError:
+def _foreign(folder: Path, names: Sequence[str], *, damaged: bool = False) -> OutputError:
+    if damaged:
+        return OutputError(
+            f"{folder}: its journal is damaged, so it does not say whether all of this is unfinished output:\n"
+            f"{some(names)}",
+            hint="Remove the folder by hand, if nothing in it is to be kept; then run it again.",
+        )
     return OutputError(
         f"{folder} holds what lines did not put there:\n{some(names)}",
         hint="lines keeps unfinished output in a folder of that name, and removes it. Move away what is to be kept; "
@@ -161,6 +175,15 @@ def _is_published(story: Story | None, folder: Path) -> bool:
     return True
 
 
+def _is_at(target: Path, story: Story | None) -> bool:
+    """Whether what a run has put into place stands there."""
+    try:
+        there = target.lstat()
+    except OSError:
+        return False
+    return story is not None and story.publishing is not None and (there.st_dev, there.st_ino) == story.publishing.new
+
+
 def _is_busy(folder: Path) -> bool:
     """Whether a run is at work in a folder, whatever stands there."""
     with suppress(OSError):
@@ -183,9 +206,13 @@ def _remove(folder: Path, names: Iterable[str]) -> None:
             path.unlink(missing_ok=True)
 
 
-def _clear(folder: Path, names: Iterable[str]) -> None:
-    """Remove files from a folder within the staging folder, and the folder, if nothing else is in it."""
-    _remove(folder, names)
+def _clear(folder: Path, names: Collection[str]) -> None:
+    """Remove files from a folder within the staging folder, and the folder, if nothing else is in it. What is not there
+    by these names is not looked for: they may be a stranger's, and a link in the folder is not followed.
+    """
+    if folder.is_symlink():
+        return
+    _remove(folder, [name for name in survey(folder) if name in names])
     with suppress(OSError):
         folder.rmdir()
 
@@ -203,6 +230,8 @@ class Leftover:
         total: bytes that they have in the end; 0 where that is not known.
         nbytes: what all of it takes on the disk.
         set_aside: whether the old output is in it, and not at the destination: a run was killed between two renames.
+        run: which run it was; None where that is not known.
+        is_over: whether that run's output is in place, and what is left is what it replaced.
     """
 
     folder: Path
@@ -210,10 +239,14 @@ class Leftover:
     total: int
     nbytes: int
     set_aside: bool = False
+    run: Told | None = None
+    is_over: bool = False
 
     @property
     def told(self) -> str:
         """How far it came, in words."""
+        if self.is_over:
+            return "what a finished run has replaced"
         return f"{self.written / self.total:.0%} finished" if self.total else "nothing finished"
 
 
@@ -236,7 +269,10 @@ def leftover(output: Path) -> Leftover | None:
                 sizes = [int(size) for _, size, _ in story.run["outputs"]]
                 written = sum(min(BLOCK * len(part.blocks), sizes[part.file] - part.start) for part in story.parts)
                 total = sum(sizes)
-        return Leftover(folder, written, total, _taken_by(folder), os.path.lexists(folder / _OLD))
+        is_over = _is_published(story, folder) and _is_at(output.resolve(), story)
+        set_aside = os.path.lexists(folder / _OLD) and not is_over
+        run = story.run if story else None
+        return Leftover(folder, written, total, _taken_by(folder), set_aside, run, is_over)
 
 
 def _look(output: Path, names: Collection[str] | None) -> Story | None:
@@ -257,7 +293,10 @@ def recover(output: Path) -> None:
     """
     with naming(output):
         folder = staging_of(output)
-        lock = RunLock(folder, output)
+        try:
+            lock = RunLock(folder, output)
+        except FileNotFoundError:  # another has done so
+            return
         try:
             _put_back(folder, output.resolve(), _ours(output))
         finally:
@@ -273,7 +312,10 @@ def clean(output: Path) -> Leftover | None:
     found = leftover(output)
     if found is not None:
         with naming(output):
-            lock = RunLock(found.folder, output)
+            try:
+                lock = RunLock(found.folder, output)
+            except FileNotFoundError:  # the run that had it came to its end
+                return None
             try:
                 _put_back(found.folder, output.resolve(), _ours(output))
                 _empty(found.folder, _ours(output))
@@ -350,6 +392,7 @@ class Staging:
         run: which run it is; among that `outputs`, each weight file's name, size and the digest of its header, and
             `step`, how many bytes of a file are written at a time, which alone may differ from a run that is resumed.
         names: every file that will be written, relative to the destination.
+        replaceable: names in an existing output that may be replaced (`refuse_to_replace`); None if there may be none.
         resume: go on from what a run of the same kind has left.
 
     Attributes:
@@ -358,14 +401,24 @@ class Staging:
         remarks: what a person should know of how it ended.
     """
 
-    def __init__(self, output: Path, run: Told, names: Iterable[str], *, resume: bool = False) -> None:
+    def __init__(
+        self,
+        output: Path,
+        run: Told,
+        names: Iterable[str],
+        *,
+        replaceable: Collection[str] | None = None,
+        resume: bool = False,
+    ) -> None:
         self.output, self._run, self._names, self._resume = output, run, frozenset(names), resume
+        self._replaceable = replaceable
         self._target, self.folder = output.resolve(), staging_of(output)
         self._new = self.folder / _NEW
         self._open: list[NewFile] = []
         self._made: list[Path] = []
         self._written: dict[str, tuple[int, int]] = {}  # each file's device and inode
         self._replaces: Survey = {}
+        self._confirmed = False  # that what was replaced was seen to be what was to be replaced, and the new is durable
         self._journal: Journal | None = None
         self._lock: RunLock | None = None
         self.story: Story | None = None
@@ -376,23 +429,27 @@ class Staging:
         with naming(self.output):
             self._made = [parent for parent in self._target.parents if not parent.exists()]
             _look(self.output, self._names)  # before anything is made in it
-            fresh = not self.folder.exists()
+            fresh = False
             try:
                 self.folder.parent.mkdir(parents=True, exist_ok=True)
                 for parent in self._made:
                     sync_folder(parent.parent)
                 self._lock = RunLock(self.folder, self.output, make=True)
+                fresh = os.listdir(self.folder) == [LOCK]
                 found = _ours(self.output, self._names)  # now that it stands still
                 _put_back(self.folder, self._target, found)
+                self._look_at_old(found)
                 self._begin(found)
+                sync_folder(self.folder)
             except BaseException:
                 if self._journal is not None:
                     self._journal.close()
-                if self._lock is not None:
+                try:
                     if fresh:
-                        _empty(self.folder, None, self._names)
-                        remove_with(self._lock, self.folder)
-                    self._lock.release()
+                        self._discard()
+                finally:
+                    if self._lock is not None:
+                        self._lock.release()
                 self._remove_parents()
                 raise
         return self
@@ -404,11 +461,39 @@ class Staging:
             self._make_movable()
             self.story = self._checked(found)
             self._journal = Journal(path, self._names, keep=found.nbytes)
+            self._journal.replaces(self._replaces)
             self._journal.empty = not self.story.parts and self.story.measured is None
             return
         _empty(self.folder, found, self._names)
         self._journal = Journal(path, self._names, self._run)
+        self._journal.replaces(self._replaces)
         self._new.mkdir()
+
+    @property
+    def _is_mine(self) -> bool:
+        """Whether the staging folder is the one that this run has locked."""
+        return self._lock is not None and self._lock.holds(self.folder / LOCK)
+
+    def _look_at_old(self, found: Story | None) -> None:
+        """Take note of what stands at the destination, which is to be replaced. A run that is resumed is held to the
+        note of the one that began: what has come since is not to be deleted.
+
+        Raises:
+            OutputError: some of it is not ours, or has come since.
+        """
+        self._replaces = {name: entry for name, entry in survey(self._target).items() if not is_noise(name)}
+        if self._replaceable is not None:
+            refuse_to_replace(self.output, self._replaces, self._replaceable)
+        elif self._replaces:
+            raise OutputError(f"{self.output} exists", hint="Replace it with --force, or choose another with -o.")
+        if self._resume and found is not None and found.replaces is not None:
+            before = {name: Entry(*entry) for name, entry in found.replaces.items()}
+            if new := arrivals(before, self._replaces):
+                raise OutputError(
+                    f"{self.output} has changed since the run began that is to be resumed:\n"
+                    f"{some([name or str(self.output) for name in new])}",
+                    hint="Move it away; or, to replace it, begin anew: --force without --resume.",
+                )
 
     def _refuse_another(self, run: Told) -> None:
         """Refuse to go on with what another recipe, or other inputs, have begun.
@@ -460,7 +545,7 @@ class Staging:
                 parts += [part for part in own if all(part.start + BLOCK * n in whole for n in range(len(part.blocks)))]
             else:
                 path.unlink(missing_ok=True)
-        return Story(story.run, story.names, story.measured, tuple(parts), None, story.nbytes)
+        return Story(story.run, story.names, story.replaces, story.measured, tuple(parts), None, story.nbytes)
 
     @property
     def step(self) -> int:
@@ -472,19 +557,6 @@ class Staging:
         """Where what is finished is written down."""
         assert self._journal is not None
         return self._journal
-
-    def look_at_old(self, ours: Collection[str]) -> None:
-        """Take note of what stands at the destination, which is to be replaced.
-
-        Args:
-            ours: names that may be replaced (`refuse_to_replace`).
-
-        Raises:
-            OutputError: some of it is not ours.
-        """
-        with naming(self.output):
-            self._replaces = survey(self._target)
-            refuse_to_replace(self.output, self._replaces, ours)
 
     def create(self, name: str, nbytes: int) -> NewFile:
         """A file of `nbytes`, new or as an earlier run has left it, open for writing until `publish`."""
@@ -518,8 +590,11 @@ class Staging:
 
     # --- into place ---
 
-    def publish(self, *, force: bool) -> None:
+    def publish(self, at_last: Callable[[], None] = lambda: None) -> None:
         """Flush everything and put it into place in one step.
+
+        Args:
+            at_last: is called before that step, when all that takes time is done.
 
         Raises:
             OutputError: something has come to the destination meanwhile, or into the staging folder; or the system
@@ -530,14 +605,17 @@ class Staging:
             self._close_files()
             for folder in {self._new, *((self._new / name).parent for name in self._written)}:
                 sync_folder(folder)
+            at_last()
             self._refuse_torn()
-            self._refuse_arrivals(survey(self._target), force=force)
+            self._refuse_arrivals(survey(self._target))
             new = self._new / self.output.name if is_one_file(self.output) else self._new
+            if os.path.lexists(self._target):
+                with suppress(OSError):  # what was private stays so
+                    os.chmod(new, stat.S_IMODE(self._target.stat().st_mode))
             there = new.stat()
             self.journal.publishing(Publishing((there.st_dev, there.st_ino), frozenset(self._replaces)))
             self.state = State.PUBLISHING
             self._put_into_place(new, (there.st_dev, there.st_ino))
-            self.state = State.IN_PLACE
         try:
             sync_folder(self._target.parent)
         except OSError as error:
@@ -545,39 +623,34 @@ class Staging:
                 f"{self.output} is in place, but the disk does not confirm it: {error.strerror or error}",
                 hint="Check the disk, and read the output back: lines inspect OUT --check.",
             ) from error
+        self._confirmed = True
 
     def _refuse_torn(self) -> None:
         """Refuse to publish anything but the files that were written, all of them."""
-        assert self._lock is not None
-        if not self._lock.holds(self.folder / LOCK):
-            raise OutputError(f"{self.folder} was replaced while {self.output} was written", hint=_AGAIN)
+        if not self._is_mine:
+            raise OutputError(f"{self.folder} was replaced while {self.output} was written", hint="Run it again.")
         found = {}
         for name, entry in survey(self._new).items():
-            if not stat.S_ISDIR(entry.kind):
+            if not stat.S_ISDIR(entry.kind) and not is_noise(name):
                 found[name] = (os.lstat(self._new / name).st_dev, entry.inode)
-        wrong = sorted(
-            name for name in found.keys() | self._written.keys() if found.get(name) != self._written.get(name)
-        )
-        if wrong:
+        names = found.keys() | self._written.keys()
+        if wrong := sorted(name for name in names if found.get(name) != self._written.get(name)):
             raise OutputError(
                 f"{self._new} does not hold what was written into it; something else has changed it:\n{some(wrong)}",
-                hint=_AGAIN,
+                hint="Move away what is not of this run; the same command with --resume makes again what is missing.",
             )
 
-    def _refuse_arrivals(self, now: Survey, *, force: bool) -> None:
+    def _refuse_arrivals(self, now: Survey) -> None:
         """Refuse to replace what was not there when the run began, or has changed since."""
-        if not self._replaces and not is_taken(self.output):
-            return
-        if not self._replaces:
+        new = arrivals(self._replaces, {name: entry for name, entry in now.items() if not is_noise(name)})
+        if new and not self._replaces:
             raise OutputError(
-                f"{self.output} came into being while its replacement was written",
-                hint=f"Move it away, or replace it{'' if force else ' with --force'}. {_GOES_ON}",
+                f"{self.output} came into being while its replacement was written", hint=f"Move it away. {_GOES_ON}"
             )
-        if new := arrivals(self._replaces, now):
-            named = [name or str(self.output) for name in new]
+        if new:
             raise OutputError(
                 f"{self.output} has changed while its replacement was written; --force will not delete what is new:\n"
-                f"{some(named)}",
+                f"{some([name or str(self.output) for name in new])}",
                 hint=f"Move it away. {_GOES_ON}",
             )
 
@@ -590,17 +663,18 @@ class Staging:
                 put(new, self._target)
             elif exchange(new, self._target):
                 try:
-                    self._refuse_arrivals(survey(new), force=True)
-                except OutputError:
+                    self._refuse_arrivals(survey(new))
+                except BaseException:  # nothing is known of what came out, then
                     exchange(new, self._target)
                     raise
             elif is_one_file(self.output):
+                self._refuse_arrivals(survey(self._target))  # at the last moment: there is no way back
                 os.replace(new, self._target)
             else:
                 self._rename_twice(new)
         except OSError as error:
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR):
-                self._refuse_arrivals(survey(self._target), force=True)
+                self._refuse_arrivals(survey(self._target))
             raise
         finally:
             with suppress(OSError):
@@ -611,7 +685,7 @@ class Staging:
         aside = self.folder / _OLD
         try:
             move_folder(self._target, aside)
-            self._refuse_arrivals(survey(aside), force=True)
+            self._refuse_arrivals(survey(aside))
             os.rename(new, self._target)
         except BaseException:
             if new.exists() and aside.exists():  # else it is in place, or nothing was moved
@@ -636,6 +710,8 @@ class Staging:
                 self._remove_old()
             elif not worth_it or isinstance(error, _OF_NO_USE):
                 self._discard()
+            if self._lock is not None:
+                self._lock.release()
             if error is not None:
                 attach_aftermath(error, self._aftermath())
         except BaseException as another:
@@ -647,27 +723,39 @@ class Staging:
 
     def _aftermath(self) -> Aftermath:
         in_place = self.output if self.state is State.IN_PLACE else None
-        return Aftermath(self.folder if self.folder.exists() else None, in_place)
+        return Aftermath(self.folder if (self.folder / _JOURNAL).exists() else None, in_place)
 
     def _remove_old(self) -> None:
-        """What was replaced, by the names that it had; whatever else is found there stays, and is told."""
-        assert self._lock is not None
-        old = {self.output.name} if is_one_file(self.output) else self._replaces.keys()
+        """What was replaced, as it was when it was looked at; whatever else is found there stays, and is told."""
+        if not self._is_mine:
+            return
+        why = "the run did not come so far as to remove it"
         try:
-            for room in (_NEW, _OLD):
-                _clear(self.folder / room, old)
-            rest = sorted(name for name in survey(self.folder) if name not in (LOCK, _JOURNAL, _NEW, _OLD))
-            if not rest:
-                (self.folder / _JOURNAL).unlink(missing_ok=True)
-                remove_with(self._lock, self.folder)
-                return
-            why = f"it holds what was not there before:\n{some(rest)}"
+            if self._confirmed:
+                for room in (_NEW, _OLD):
+                    _clear(self.folder / room, self._still_there(self.folder / room))
+                rest = sorted(name for name in survey(self.folder) if name not in (LOCK, _JOURNAL, _NEW, _OLD))
+                if not [name for name in rest if not is_noise(name)]:
+                    (self.folder / _JOURNAL).unlink(missing_ok=True)
+                    assert self._lock is not None
+                    remove_with(self._lock, self.folder)
+                    return
+                why = f"it holds what was not there before:\n{some(rest)}"
         except OSError as error:
             why = f"it cannot be removed: {error.strerror or error}"
         self.remarks.append(f"{self.output} is in place; what it replaced is still in {self.folder}: {why}")
 
+    def _still_there(self, room: Path) -> set[str]:
+        """Of what was replaced, the names under which the same files stand, and their folders."""
+        alone = self._replaces.get("") if is_one_file(self.output) else None
+        before = {self.output.name: alone} if alone is not None else self._replaces
+        now = survey(room)
+        return {name for name, entry in now.items() if stat.S_ISDIR(entry.kind) or before.get(name) == entry}
+
     def _discard(self) -> None:
         """All that was made, and the folders that were made for it."""
+        if not self._is_mine:
+            return
         assert self._lock is not None
         with suppress(OSError):
             _empty(self.folder, self.story, self._names)
@@ -683,7 +771,6 @@ class Staging:
                 break
 
 
-_AGAIN = "Run it again; nothing was put into place."
 _GOES_ON = "Then the same command with --resume goes on from what is finished."
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 from lines_cli.commands import options as opt
 from lines_cli.commands import signals
-from lines_cli.errors import Aftermath, attach_aftermath
+from lines_cli.errors import Aftermath, LinesError, OutputError, attach_aftermath
 
 if TYPE_CHECKING:
     from lines_cli.recipe import Recipe
@@ -34,7 +34,7 @@ def carry_out(
     from lines_cli import console
     from lines_cli.checkpoint.destination import check_destination
     from lines_cli.checkpoint.staging import clean, leftover, recover
-    from lines_cli.planning import is_finished, make_plan, open_inputs, refuse_altered, replaceable
+    from lines_cli.planning import is_finished, is_same_run, make_plan, open_inputs, refuse_altered, replaceable
 
     destination = opt.destination(output)
     inputs = [name for name in (recipe.base_model, *(source.model for source in recipe.models)) if name is not None]
@@ -43,16 +43,21 @@ def carry_out(
     if before is not None and before.set_aside:
         if dry_run:
             console.remark(f"{destination} is set aside in {before.folder}; a run, or lines clean, puts it back")
+            if not how["force"]:
+                raise OutputError(f"{destination} exists", hint="Replace it with --force, or choose another with -o.")
         else:
             recover(destination)
     # Before anything is fetched. Whether what is there already is what is asked for, a plan will tell.
     check_destination(destination, inputs=named, nbytes=0, force=how["force"] or how["resume"])
     plan = make_plan(recipe, open_inputs(recipe, quiet=quiet), destination)
-    if how["resume"] and is_finished(plan):
+    is_over = before is not None and before.is_over and is_same_run(plan, before.run)
+    if how["resume"] and (is_over or is_finished(plan)):
         if how["verify"] or how["verify_inputs"]:
             refuse_altered(plan, output=how["verify"], inputs=how["verify_inputs"])
-        if before is not None and not dry_run:
-            clean(destination)  # killed after its last step, it may have left the folder
+        if before is not None and before.is_over and not dry_run:
+            clean(destination)  # killed after its last step, it has left the folder
+        elif before is not None and not quiet:
+            console.remark(f"{before.folder} holds another run's unfinished output, and is left alone")
         console.show_finished(plan, verified=how["verify"], json=json, quiet=quiet)
         return
     if dry_run:
@@ -61,7 +66,9 @@ def carry_out(
         check_destination(destination, inputs=plan.read_paths, nbytes=needed, force=how["force"], ours=ours)
         console.show_plan(plan, resources, json=json)
         return
-    if before is not None and not quiet:
+    if before is not None and before.is_over and not quiet:
+        console.remark(f"{before.folder} holds what a finished run has replaced; it is removed")
+    elif before is not None and not quiet:
         left = f"{before.folder}, left by a run that did not come to its end ({before.told})"
         what = "is checked and gone on from" if how["resume"] else "is replaced; --resume would have gone on from it"
         console.remark(f"{left}, {what}")
@@ -69,12 +76,16 @@ def carry_out(
     with interruptible_import():
         from lines_cli.engine import run
 
-    outcome = run(plan, resources, **how, track=console.progress(quiet=quiet))
+    outcome = run(plan, resources, **how, track=console.progress(quiet=quiet), at_last=signals.too_late)
     try:
         console.show_outcome(outcome, json=json, quiet=quiet)
-    except KeyboardInterrupt as interrupt:
+    except KeyboardInterrupt as interrupt:  # in a process that has not asked us to mind signals
         attach_aftermath(interrupt, Aftermath(in_place=destination))
         raise
+    except OSError as error:
+        raise LinesError(
+            f"{destination} is in place and whole; what was done cannot be printed: {error.strerror or error}"
+        ) from error
 
 
 @contextmanager

@@ -49,17 +49,20 @@ def interrupted(number: int) -> str:
 
 @contextmanager
 def at_work() -> Iterator[None]:
-    """Within it the signals raise `Signalled`."""
+    """Within it the signals raise `Signalled`; behind it they come too late."""
     global _at_work  # noqa: PLW0603 - there is one process, and one command at a time in it
     before, _at_work = _at_work, True
     try:
         yield
     finally:
+        too_late()
         _at_work = before
 
 
 def too_late() -> None:
-    """Ignore them from now on: all is done and said, and Python only takes itself down."""
+    """Ignore them from now on: the output is being put into place, or all is done and said. What is left to do takes a
+    moment, and a process that was stopped in it could not say whether the destination is as it was.
+    """
     for number in ENDING:
         if signal.getsignal(number) is _end:
             signal.signal(number, signal.SIG_IGN)
