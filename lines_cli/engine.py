@@ -18,9 +18,10 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 
 from lines_cli.arithmetic import TORCH_DTYPES, add_scaled, cast, dot, is_finite, same_nan, task_vector
+from lines_cli.checkpoint.crosscheck import refuse_misread
 from lines_cli.checkpoint.destination import check_destination, naming
 from lines_cli.checkpoint.digest import BLOCK, FileRecord, GrowingDigest, RangeWriter, file_digest, record_of
-from lines_cli.checkpoint.header import itemsize
+from lines_cli.checkpoint.header import TensorInfo, itemsize
 from lines_cli.checkpoint.journal import Journal, Part
 from lines_cli.checkpoint.positional import NewFile
 from lines_cli.checkpoint.staging import Staging, leftover, recover
@@ -130,7 +131,7 @@ def run(
         measurement = _measured(staging, plan, sources, crew, track)
         if plan.needs:
             plan = resolve(plan, measurement.statistics)
-        job = _Write(plan, [_Target(staging.create(f.name, f.nbytes), GrowingDigest(f.nbytes)) for f in plan.outputs])
+        job = Write(plan, [_Target(staging.create(f.name, f.nbytes), GrowingDigest(f.nbytes)) for f in plan.outputs])
         finished = job.take_over(staging.story.parts) if staging.story else set()
         size = crew.chunk(plan.room)
         spans = (span for span in spans_of(plan, staging.step) if (span.file, span.start) not in finished)
@@ -148,6 +149,7 @@ def run(
             staging.add(name, content)
         if verify:
             _verify(staging, records)
+        _refuse_misread(staging, plan)
         staging.publish(force=force)
         outcome = job.outcome(measurement)
     return replace(outcome, seconds=time.perf_counter() - started, remarks=tuple(staging.remarks))
@@ -191,6 +193,19 @@ def _verify(staging: Staging, records: Mapping[str, FileRecord]) -> None:
                 f"{staging.output}: {name} reads back as {found}, and {written.digest} was written",
                 hint="The disk, or the memory on the way to it, does not hold what it is given. Write to another.",
             )
+
+
+def _refuse_misread(staging: Staging, plan: Plan) -> None:
+    """Have the safetensors package open what was written.
+
+    Raises:
+        OutputError: it reads something else than what was planned.
+    """
+    planned: list[dict[str, TensorInfo]] = [{} for _ in plan.outputs]
+    for tensor in plan.tensors:
+        planned[tensor.file][tensor.name] = tensor.info
+    for file, tensors in zip(plan.outputs, planned, strict=True):
+        refuse_misread(staging.path(file.name), tensors, called=f"{plan.output}: {file.name}")
 
 
 _BLOCKS_ON_CUDA = 8  # of a file that a worker makes in one go there, where chunks are larger
@@ -274,7 +289,7 @@ class _Told:
         self.nonfinite = other.nonfinite | self.nonfinite
 
 
-class _Write:
+class Write:
     """The job of making a span of the output and writing it; and the sum of what is to be told of all of them."""
 
     def __init__(self, plan: Plan, targets: list[_Target]) -> None:

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class LinesError(Exception):
@@ -86,9 +86,14 @@ class DepthError(MismatchError):
 
 
 class DataError(LinesError):
-    """A NaN or Inf in an input, or a value the output dtype cannot hold."""
+    """A NaN or Inf in an input, or a value the output dtype cannot hold.
+
+    Attributes:
+        report: of `inspect` with `check`: what was inspected, in which something is wrong.
+    """
 
     exit_code = 5
+    report: dict[str, Any] | None = None
 
 
 class OutputError(LinesError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lines_cli import arguments
 from lines_cli.commands import options as opt
 
 
@@ -14,6 +15,6 @@ def clean(output: opt.Cleaned, *, quiet: opt.Quiet = False) -> None:
     from lines_cli import console
     from lines_cli.checkpoint.staging import clean as remove
 
-    found = remove(opt.destination(output))
+    found = remove(arguments.destination(output))
     if not quiet:
         console.show_cleaned(output, found)
