@@ -226,11 +226,11 @@ def coefficients(
     """The coefficient that `lines edit` would scale each tensor's update by.
 
     Args:
-        names: of tensors; or tensors by name (a `state_dict`), or the path or Hub id of a checkpoint, of which headers
-            are read.
+        names: of tensors; or tensors by name (a `state_dict`), or a module; or the path or Hub id of a checkpoint, of
+            which headers are read.
         alpha, beta, gamma, schedule, outside, stack, filter, layers: as in `edit`.
         config: of the model, as a mapping or a transformers config: says which heads are tied. Unless given, that of
-            the checkpoint.
+            the checkpoint or the module.
 
     Returns:
         Every tensor's coefficient, in float64, in the order of the names.
@@ -268,7 +268,7 @@ def _named_only(names: Any, config: Any) -> Checkpoint:
     from lines_cli.checkpoint.reader import Checkpoint, StoredTensor, open_checkpoint
     from lines_cli.hub import locate
 
-    said = config_values(config)
+    said = config_values(config, names)
     if isinstance(names, (str, Path)):
         found = locate(str(names), quiet=True)
         checkpoint = open_checkpoint(found.path, name=found.name, hub_id=found.hub_id, to_look_at=True)
@@ -285,10 +285,11 @@ def _named_only(names: Any, config: Any) -> Checkpoint:
     return Checkpoint("the names", path, (path,), stored, (), "model", said)
 
 
-def config_values(config: Any) -> Mapping[str, Any]:
-    """A model's config as `config.json` would have it."""
+def config_values(config: Any, given: Any = None) -> Mapping[str, Any]:
+    """A model's config as `config.json` would have it; unless given, the one that a module has."""
     if config is None:
-        return {}
+        own = getattr(given, "config", None)
+        config = own if isinstance(own, Mapping) or hasattr(own, "to_dict") else {}
     values = config.to_dict() if hasattr(config, "to_dict") else config
     if not isinstance(values, Mapping):
         raise RecipeError(f"config: expected a mapping, or a config with to_dict(), not {type(config).__name__}")

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from lines_cli.recipe import Recipe
     from lines_cli.resources import Resources
 
-Tensors = Mapping[str, torch.Tensor]
+Tensors = Mapping[str, torch.Tensor] | torch.nn.Module
 
 _EXACT = {
     name: getattr(torch, dtype)
@@ -84,8 +84,8 @@ def edit_state_dict(
     Args:
         base, ft: tensors by name, on the CPU or on CUDA; or modules, whose `state_dict` is taken. They are not changed.
         alpha, ..., dtype: as in `lines.edit`.
-        config: of the model, as a mapping or a transformers config: says how many layers there are, and which heads
-            are tied.
+        config: of the models, as a mapping or a transformers config: says how many layers there are, and which heads
+            are tied. Unless given, each module's own is used.
         workers, device, gpu_memory, track: as in `lines.edit`.
 
     Returns:
@@ -250,9 +250,10 @@ _ALIGNED = 8  # bytes: no two tensors begin in one place, not even empty ones
 
 def _checked(side: str, name: Any, value: Any) -> torch.Tensor:
     """A tensor as its numbers are to be read."""
-    if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-        what = f"{name!r} is a {type(value).__name__}" if isinstance(name, str) else f"{name!r} is no text"
-        raise UnsupportedError(f"{side}: {what}; names of tensors, and tensors, are expected")
+    if not isinstance(name, str):
+        raise UnsupportedError(f"{side}: the name {name!r} is a {type(name).__name__}, and no text")
+    if not isinstance(value, torch.Tensor):
+        raise UnsupportedError(f"{side}: {printable(name)} is a {type(value).__name__}, and no tensor")
     kind = None
     if value.layout != torch.strided:
         kind = f"has the layout {value.layout}"
@@ -262,7 +263,7 @@ def _checked(side: str, name: Any, value: Any) -> torch.Tensor:
         kind = f"is {value.dtype}, which safetensors does not have"
     if kind is not None:
         raise UnsupportedError(f"{side}: tensor {printable(name)} {kind}")
-    return value.detach() if value.requires_grad else value
+    return value if type(value) is torch.Tensor and not value.requires_grad else value.detach()
 
 
 def _copy_entries(tensor: torch.Tensor, first: int, into: torch.Tensor) -> None:
@@ -300,8 +301,7 @@ def _computed(
     """What the recipe makes of the inputs, which it names as `given` does."""
     track = track or untracked
     held = {name: _Tensors(name, tensors) for name, tensors in given.items()}
-    said = config_values(config)
-    checkpoints = {name: side.checkpoint(said) for name, side in held.items()}
+    checkpoints = {name: side.checkpoint(config_values(config, given[name])) for name, side in held.items()}
     base = [str(recipe.base_model)] if recipe.base_model is not None and recipe.subtracts_base else []
     names = [*base, *(source.model for source in recipe.merged)]
     sides = sides_of(recipe, *(checkpoints[name] for name in names))
@@ -321,14 +321,12 @@ def _computed(
         for piece in tensor.pieces
         if not (results[tensor.name].shared and tensor.info.dtype in _EXACT)  # there is nothing to see about these
     ]
-    number = len(plan.passes) + 1
-    title = f"computing {number}/{number}" if number > 1 else "computing"
     with crew.bounded():
         size = crew.chunk(plan.room)
         pool = Pool(lambda device: Worker(plan, sources, device, size), items_of(pieces), job.of_item, crew)
         total = sum(piece.numel * itemsize(tensor.info.dtype) for tensor, piece in pieces)
         with closing(pool.in_order()) as done:
-            for _ in track(title, total, done):
+            for _ in track("computing", total, done):
                 pass
     ordered = dict.fromkeys([*(name for name in sides.leading.tensors if name in results), *results])
     return {name: results[name].tensor for name in ordered}
