@@ -1,11 +1,10 @@
 """lines: edit model checkpoints so that a model keeps what it learnt and stops forgetting what it knew (LiNeS).
 
-    from pathlib import Path
     import lines_cli as lines
 
-    recipe = lines.edit_recipe("base", "ft", alpha=0.1)
-    plan = lines.make_plan(recipe, lines.open_inputs(recipe), Path("out"))
-    lines.run(plan)
+    lines.edit("base", "ft", "out", alpha=0.1)
+    lines.merge("merge.yaml", "merged")
+    tensors = lines.edit_state_dict(base, ft, alpha=0.1)
 
 Every refusal is a `LinesError`. Importing this module loads nothing else; the first use of a name does.
 """
@@ -16,6 +15,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lines_cli.api import coefficients as coefficients
+    from lines_cli.api import edit as edit
+    from lines_cli.api import inspect as inspect
+    from lines_cli.api import merge as merge
     from lines_cli.comparison import compare as compare
     from lines_cli.depth import DepthMap as DepthMap
     from lines_cli.depth import find_depth as find_depth
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     from lines_cli.engine import run as run
     from lines_cli.errors import LinesError as LinesError
     from lines_cli.findings import Findings as Findings
+    from lines_cli.in_memory import edit_state_dict as edit_state_dict
+    from lines_cli.in_memory import merge_state_dicts as merge_state_dicts
     from lines_cli.inspection import Inspection as Inspection
     from lines_cli.inspection import open_inspection as open_inspection
     from lines_cli.inspection import open_merge as open_merge
@@ -41,11 +46,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "api": ("coefficients", "edit", "inspect", "merge"),
     "comparison": ("compare",),
     "depth": ("DepthMap", "find_depth"),
     "engine": ("Outcome", "run"),
     "errors": ("LinesError",),
     "findings": ("Findings",),
+    "in_memory": ("edit_state_dict", "merge_state_dicts"),
     "inspection": ("Inspection", "open_inspection", "open_merge"),
     "plan": ("Plan",),
     "planning": ("make_plan", "open_inputs"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json as json_format
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -13,6 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
+from lines_cli import summary
 from lines_cli.errors import printable, without_secrets
 from lines_cli.tables import Bar, Cell, Section, coefficient, count, sections, size
 from lines_cli.tables import Table as Columns
@@ -70,7 +70,7 @@ def _bar(title: str, total: int, done: Iterable[int]) -> Iterator[int]:
 def show_plan(plan: Plan, resources: Resources, *, json: bool) -> None:
     """What would be done, for `--dry-run`."""
     if json:
-        _print_json({"dry_run": True, **plan.summary(), "peak_memory": plan.peak_memory(resources), "map": plan.map()})
+        _print_json(summary.of_plan(plan, resources))
         return
     _models(plan)
     _alpha(plan)
@@ -94,7 +94,7 @@ def show_plan(plan: Plan, resources: Resources, *, json: bool) -> None:
 def show_finished(plan: Plan, *, verified: bool, json: bool, quiet: bool) -> None:
     """That there is nothing left to do; `verified` if the output was read back."""
     if json:
-        _print_json({"dry_run": False, **plan.summary(), "done_before": True})
+        _print_json(summary.of_finished(plan))
     elif not quiet:
         remark(
             f"{plan.output} is finished: this recipe has written it from these inputs"
@@ -116,13 +116,7 @@ def show_outcome(outcome: Outcome, *, json: bool, quiet: bool) -> None:
     """What was done."""
     plan = outcome.plan
     if json:
-        summary = plan.summary()
-        for number, model in enumerate(summary["models"]):
-            norm = outcome.norms[number] if outcome.norms else None
-            model["norm"] = norm if norm is not None and isfinite(norm) else None
-            model["kept"] = outcome.kept[number] if outcome.kept else model["kept"]
-        told = {"nonfinite": outcome.nonfinite, "differing": outcome.differing, "seconds": round(outcome.seconds, 3)}
-        _print_json({"dry_run": False, **summary, "done_before": False, **told})
+        _print_json(summary.of_outcome(outcome))
     for found in outcome.nonfinite.values():
         _warn(found)
     _notes(outcome.remarks)
@@ -310,12 +304,12 @@ def _alpha(plan: Plan) -> None:
 
 
 def _stacks(plan: Plan) -> None:
-    summary = plan.summary()
+    told = plan.summary()
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     table.add_column("stack", overflow="fold")
     for heading in ("layers", "tensors", "parameters", "first", "last"):
         table.add_column(heading, justify="right")
-    for stack in summary["stacks"]:
+    for stack in told["stacks"]:
         numbers = (
             f"{stack['layers']}",
             f"{stack['tensors']:,}",
@@ -324,23 +318,21 @@ def _stacks(plan: Plan) -> None:
             _coefficient(stack["last"]),
         )
         table.add_row(_printable(stack["name"]) or "(no prefix)", *numbers)
-    outside = summary["outside"]
+    outside = told["outside"]
     ends = (_coefficient(outside["first"]), _coefficient(outside["last"]))
     table.add_row("outside the blocks", "", f"{outside['tensors']:,}", count(outside["parameters"]), *ends)
-    for rule in summary["filters"]:
+    for rule in told["filters"]:
         value = f"{rule['coefficient']:.4g}"
         name = f"names with {printable(rule['pattern'])}"
         table.add_row(name, "", f"{rule['tensors']:,}", count(rule["parameters"]), value, value)
     _out.print(table)
-    for stack in summary["stacks"]:
+    for stack in told["stacks"]:
         values = stack["coefficients"]
         if len(set(values)) > 2:  # more than the first and the last, which the table has
             shown = sorted({round(at * (len(values) - 1) / (_MOST_DEPTHS - 1)) for at in range(_MOST_DEPTHS)})
             depths = "  ".join(f"{index}: {values[index]:.3g}" for index in shown)
-            _out.print(
-                f"by layer  {depths}" + (f"  ({printable(stack['name'])})" if len(summary["stacks"]) > 1 else "")
-            )
-    edited, copied = summary["edited"], summary["copied"]
+            _out.print(f"by layer  {depths}" + (f"  ({printable(stack['name'])})" if len(told["stacks"]) > 1 else ""))
+    edited, copied = told["edited"], told["copied"]
     _out.print(
         f"edited {edited['tensors']:,} tensors ({count(edited['parameters'])} parameters), "
         f"copied {copied['tensors']:,} ({count(copied['parameters'])})"

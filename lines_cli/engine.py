@@ -18,9 +18,10 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 
 from lines_cli.arithmetic import TORCH_DTYPES, add_scaled, cast, dot, is_finite, same_nan, task_vector
+from lines_cli.checkpoint.crosscheck import refuse_misread
 from lines_cli.checkpoint.destination import check_destination, naming
 from lines_cli.checkpoint.digest import BLOCK, FileRecord, GrowingDigest, RangeWriter, Written, file_digest, record_of
-from lines_cli.checkpoint.header import itemsize
+from lines_cli.checkpoint.header import TensorInfo, itemsize
 from lines_cli.checkpoint.journal import Journal, Part
 from lines_cli.checkpoint.staging import Staging, leftover, recover
 from lines_cli.errors import DataError, OutputError, printable
@@ -149,6 +150,7 @@ def run(
             staging.add(name, content)
         if verify:
             _verify(staging, records)
+        _refuse_misread(staging, plan)
         staging.publish(at_last)
         outcome = job.outcome(measurement)
     return replace(outcome, seconds=time.perf_counter() - started, remarks=tuple(staging.remarks))
@@ -192,6 +194,19 @@ def _verify(staging: Staging, records: Mapping[str, FileRecord]) -> None:
                 f"{staging.output}: {name} reads back as {found}, and {written.digest} was written",
                 hint="The disk, or the memory on the way to it, does not hold what it is given. Write to another.",
             )
+
+
+def _refuse_misread(staging: Staging, plan: Plan) -> None:
+    """Have the safetensors package open what was written.
+
+    Raises:
+        OutputError: it reads something else than what was planned.
+    """
+    planned: list[dict[str, TensorInfo]] = [{} for _ in plan.outputs]
+    for tensor in plan.tensors:
+        planned[tensor.file][tensor.name] = tensor.info
+    for file, tensors in zip(plan.outputs, planned, strict=True):
+        refuse_misread(staging.path(file.name), tensors, called=f"{plan.output}: {file.name}")
 
 
 BLOCKS_ON_CUDA = 8  # of a file that a worker makes in one go there, where chunks are larger

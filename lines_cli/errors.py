@@ -24,7 +24,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 from urllib.parse import quote, unquote
 
 
@@ -93,9 +93,14 @@ class DepthError(MismatchError):
 
 
 class DataError(LinesError):
-    """A NaN or Inf in an input, or a value the output dtype cannot hold."""
+    """A NaN or Inf in an input, or a value the output dtype cannot hold.
+
+    Attributes:
+        report: of `inspect` with `check`: what was inspected, in which something is wrong.
+    """
 
     exit_code = 5
+    report: dict[str, Any] | None = None
 
 
 class OutputError(LinesError):

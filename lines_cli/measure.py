@@ -23,7 +23,7 @@ from lines_cli.methods.sums import weighted_sum
 from lines_cli.methods.ties import signs, trim
 from lines_cli.plan import Needs, Norms, Plan, Statistics, TensorPlan
 from lines_cli.resources import BLOCK
-from lines_cli.workers import Chunk, Crew, PlanChunk, Pool, Worker, items_of
+from lines_cli.workers import Chunk, Crew, Opened, PlanChunk, Pool, Worker, items_of
 
 Track = Callable[[str, int, Iterable[int]], Iterable[int]]
 """Wraps the stream of byte counts of one pass, to show progress: the pass's title, its total, the stream."""
@@ -46,7 +46,7 @@ class Measurement:
     bytes_read: int
 
 
-def measure(plan: Plan, sources: list[int], crew: Crew, track: Track) -> Measurement:
+def measure(plan: Plan, sources: Sequence[Opened], crew: Crew, track: Track) -> Measurement:
     """Measure what `plan.needs`; each pass may use what those before it found.
 
     Args:
@@ -263,7 +263,7 @@ def _kept(density: float, numel: int) -> int:
 class _Measuring:
     """The passes over one plan, and what they have found so far."""
 
-    def __init__(self, plan: Plan, sources: list[int], crew: Crew, track: Track) -> None:
+    def __init__(self, plan: Plan, sources: Sequence[Opened], crew: Crew, track: Track) -> None:
         self.plan, self.sources, self.crew, self.track = plan, sources, crew, track
         self.models = range(plan.number_of_models)
         self.tensors = sorted((tensor for tensor in plan.tensors if tensor.edited), key=lambda t: natural(t.name))

@@ -147,6 +147,41 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Place, str], str]:
     return values, at, text
 
 
+def recipe_from(values: Mapping[str, Any], sets: Iterable[str] = ()) -> Recipe:
+    """A recipe from plain values, as YAML would have them. Relative paths among them count from the current folder.
+
+    Args:
+        values: the recipe; it is not changed.
+        sets: what overrules it (`load_recipe`).
+
+    Raises:
+        RecipeError: it says something impossible.
+    """
+    if not isinstance(values, Mapping):
+        raise RecipeError(f"recipe: expected a path, a mapping or a Recipe, not {type(values).__name__}")
+    own: dict[Any, Any] = _plain(values)
+    at: dict[Place, str] = {}
+    for text in sets:
+        _set(own, text, at)
+    return make_recipe(_with_paths(Path(), own, {}, {}), where="recipe", at=at)
+
+
+def _plain(value: Any) -> Any:
+    """A copy of what Python calls by more names than YAML does."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def set_texts(sets: Iterable[str] | Mapping[str, Any]) -> list[str]:
+    """What overrules a recipe, as `--set` takes it."""
+    if isinstance(sets, Mapping):
+        return [f"{key}={yaml.safe_dump(_plain(value), default_flow_style=True)}" for key, value in sets.items()]
+    return [sets] if isinstance(sets, str) else list(sets)
+
+
 def _set(values: dict[Any, Any], text: str, at: dict[Place, str]) -> None:
     """Overrule one value, making the mappings on the way to it."""
     key, equals, raw = text.partition("=")

@@ -201,6 +201,17 @@ def keep_freed_memory() -> None:
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # malloc.h
 
 
+class Held(Protocol):
+    """An input that is no file: tensors in memory."""
+
+    def read_into(self, view: memoryview, offset: int) -> int:
+        """As `positional.read_into`."""
+
+
+Opened = int | Held
+"""An opened input: a file descriptor, or what is read in the same way."""
+
+
 class Streamed(Protocol):
     """A tensor that is read piece by piece: what a plan makes, or what is only looked at."""
 
@@ -286,7 +297,7 @@ class Reader:
     """
 
     def __init__(
-        self, paths: Sequence[Path], sources: Sequence[int], device: torch.device, *, chunk: int, room: Room
+        self, paths: Sequence[Path], sources: Sequence[Opened], device: torch.device, *, chunk: int, room: Room
     ) -> None:
         self.paths, self.sources, self.device, self.chunk, self._room = paths, sources, device, chunk, room
         if device.type == "cuda":
@@ -366,7 +377,7 @@ class Reader:
         view = buffer.to_fill(chunk.numel * width)
         path = self.paths[source.file]
         try:
-            got = read_into(self.sources[source.file], view, source.offset + chunk.first * width)
+            got = _read(self.sources[source.file], view, source.offset + chunk.first * width)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
         if got < len(view):
@@ -377,6 +388,10 @@ class Reader:
         return Loaded(buffer, source.dtype, chunk.numel, view)
 
 
+def _read(source: Opened, view: memoryview, offset: int) -> int:
+    return read_into(source, view, offset) if isinstance(source, int) else source.read_into(view, offset)
+
+
 class Worker(Reader):
     """One thread's device and buffers, and what it computes of a plan with them.
 
@@ -384,7 +399,7 @@ class Worker(Reader):
         MemoryError: there is not enough memory for the buffers, on the host or on the device.
     """
 
-    def __init__(self, plan: Plan, sources: list[int], device: torch.device, chunk: int) -> None:
+    def __init__(self, plan: Plan, sources: Sequence[Opened], device: torch.device, chunk: int) -> None:
         super().__init__(plan.inputs, sources, device, chunk=chunk, room=plan.room)
         self.plan = plan
         self.piece = in_whole_pages(PIECE)  # of the output, on its way to the disk

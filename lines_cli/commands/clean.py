@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lines_cli import arguments
 from lines_cli.commands import options as opt
 
 
@@ -15,7 +16,7 @@ def clean(output: opt.Cleaned, *, quiet: opt.Quiet = False) -> None:
     from lines_cli.checkpoint.staging import clean as remove
     from lines_cli.checkpoint.verified import forget
 
-    destination = opt.destination(output)
+    destination = arguments.destination(output)
     found = remove(destination)
     forgotten = forget(destination)
     if forgotten is not None and not quiet:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from lines_cli import arguments
+from lines_cli.api import How
 from lines_cli.commands import options as opt
-from lines_cli.commands.carry_out import How, carry_out
+from lines_cli.commands.carry_out import carry_out
 
 
 def edit(
@@ -54,8 +56,8 @@ def edit(
         gamma=gamma,
         schedule=schedule,
         outside=outside,
-        stacks=opt.pairs("--stack", stack),
-        filter=opt.pairs("--filter", filter),
+        stacks=arguments.pairs("--stack", stack),
+        filter=arguments.pairs("--filter", filter),
         layers=layers,
         missing=missing,
         resize=resize,
@@ -63,6 +65,6 @@ def edit(
         dtype=dtype,
         max_shard_size=max_shard_size,
     )
-    resources = opt.resources(workers, device, gpu_memory)
+    resources = arguments.resources(workers, device, gpu_memory)
     how = How(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)
-    carry_out(recipe, output, resources, how, dry_run=dry_run, json=json, quiet=quiet)
+    carry_out(recipe, arguments.destination(output), resources, how, dry_run=dry_run, json=json, quiet=quiet)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from lines_cli import arguments
+from lines_cli.api import How, destination_of, read_recipe
 from lines_cli.commands import options as opt
-from lines_cli.commands.carry_out import How, carry_out
+from lines_cli.commands.carry_out import carry_out
 
 
 def merge(
@@ -38,16 +40,8 @@ def merge(
 
     An output's lines_recipe.yaml is such a recipe, too: it makes the same files again.
     """
-    from lines_cli.errors import RecipeError
-    from lines_cli.recipe_file import load_recipe
-
-    recipe = load_recipe(opt.path("--config", str(config)), sets or ())
-    destination = output if output is not None else recipe.output
-    if destination is None:
-        raise RecipeError(
-            f"{config} names no output",
-            hint="Say where with -o OUT, or with output: in the recipe.",
-        )
-    resources = opt.resources(workers, device, gpu_memory)
+    recipe = read_recipe(config, sets or ())
+    destination = destination_of(recipe, output, called=config)
+    resources = arguments.resources(workers, device, gpu_memory)
     how = How(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)
     carry_out(recipe, destination, resources, how, dry_run=dry_run, json=json, quiet=quiet)

@@ -4,14 +4,10 @@ None.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
-
-if TYPE_CHECKING:
-    from lines_cli.resources import Resources
 
 Base = Annotated[
     str,
@@ -330,50 +326,3 @@ Quiet = Annotated[
         help="No progress and no summary; errors, a --dry-run's plan and --json are still printed.",
     ),
 ]
-
-
-def path(flag: str, given: str) -> Path:
-    """A path from a flag, with `~` for the home folder: a shell leaves it as it is in `--output=~/out`."""
-    from lines_cli.errors import RecipeError
-
-    found = os.path.expanduser(given)
-    if not found:
-        raise RecipeError(f"{flag} is empty", hint="Name a folder or a file.")
-    if found.startswith("~"):
-        raise RecipeError(
-            f"{flag} {given}: there is no user {found.partition('/')[0][1:]!r} here",
-            hint=f"A name that begins with ~ is written ./{given}.",
-        )
-    return Path(found)
-
-
-def destination(given: str) -> Path:
-    """Where the output goes."""
-    return path("-o", given)
-
-
-def pairs(flag: str, given: list[str] | None) -> dict[str, Any] | None:
-    """`NAME=keep`, `NAME=0.5` and `NAME=alpha,beta` as the recipe has them."""
-    from lines_cli.errors import RecipeError
-
-    pairs: dict[str, Any] = {}
-    for text in given or ():
-        name, equals, value = text.rpartition("=")
-        ends = value.split(",")
-        if not equals or not name or name in pairs:
-            raise RecipeError(f"{flag} {text}: expected {flag} NAME=VALUE, and each NAME once")
-        pairs[name] = {"alpha": ends[0], "beta": ends[1]} if len(ends) == 2 else value
-    return pairs or None
-
-
-def resources(workers: int | None, device: str, gpu_memory: str | None) -> Resources:
-    """What a run may use, from its flags."""
-    from lines_cli.errors import RecipeError
-    from lines_cli.recipe import parse_size
-    from lines_cli.resources import Resources
-
-    try:
-        most = None if gpu_memory is None else parse_size(gpu_memory)
-    except ValueError as error:
-        raise RecipeError(f"--gpu-memory {gpu_memory}: {error}") from error
-    return Resources(workers=workers, device=device, gpu_memory=most)

@@ -29,11 +29,16 @@ def verify(
     Ends with 0 if the output is what its recipe makes, and with 5 if anything differs: which file, block and tensor is
     told. The model card is left out, since people edit it. Nothing is written.
     """
-    from lines_cli import console
+    from lines_cli import arguments, console
     from lines_cli.claim import open_claim, plan_claim
 
-    resources = opt.resources(workers, device, gpu_memory)
-    claim = open_claim(output, config=config, inputs=inputs or (), quiet=quiet)
+    resources = arguments.resources(workers, device, gpu_memory)
+    claim = open_claim(
+        output,
+        config=arguments.path("--config", config) if config is not None else None,
+        inputs=inputs or (),
+        quiet=quiet,
+    )
     if not quiet:
         console.show_claim(claim)
     plan = plan_claim(claim, quiet=quiet)
