@@ -341,7 +341,7 @@ class _Write:
         return raw
 
     def _scaled(self, chunk: PlanChunk, merged: Merged) -> torch.Tensor:
-        """`base + coefficient * merged task vector`: [numel] in the compute dtype; without a base the merged weights."""
+        """`base + coefficient * merged task vector`, or without a base the merged weights: [numel], to be cast."""
         coefficient = self._coefficient(chunk)
         if self.plan.recipe.method.takes == "task vectors":
             assert merged.base is not None

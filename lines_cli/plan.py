@@ -285,8 +285,7 @@ class Plan:
         models = self.number_of_models
         stored, written = self.widths
         method = self.recipe.method
-        by_entries = method.sees == "entries"  # else what it needs beside its input is counted with whole tensors
-        temporaries = 0 if models == 1 or not by_entries else method.temporaries
+        temporaries = 0 if models == 1 else method.temporaries
         temporaries += models if isinstance(method.sparsifier, Drawn) else 0
         temporaries += 2 * models + 1 if self.needs.thresholds else 0  # how far magnitudes are from a window
         return Room(stored, written, 8 if self.in_float64 else 4, models + 1, temporaries)
@@ -302,16 +301,19 @@ class Plan:
 
     def whole_bytes(self, workers: int) -> int:
         """Bytes that whole tensors take at most, where the method sees tensors whole: each worker makes one, the
-        largest there are, of all models' and of what the method needs beside them; and as many are kept.
+        largest there are, from all models' and in what space the method needs; and as many results are kept.
         """
         method = self.recipe.method
         if method.sees == "entries":
             return 0
-        merged = (
-            (piece.numel, tensor.in_float64) for tensor in self.tensors for piece in tensor.pieces if piece.models
-        )
-        each = sorted((numel * (8 if in_float64 else 4) for numel, in_float64 in merged), reverse=True)
-        return sum(each[:workers]) * (self.number_of_models + method.temporaries + 1)
+        each = [
+            piece.numel * (8 if tensor.in_float64 else 4) * (self.number_of_models + 2)
+            + method.workspace(tensor.shape_of(piece))
+            for tensor in self.tensors
+            for piece in tensor.pieces
+            if piece.models
+        ]
+        return sum(sorted(each, reverse=True)[:workers])
 
     @cached_property
     def in_float64(self) -> bool:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from lines_cli.errors import RecipeError
 from lines_cli.methods import METHODS, Method, find_method
-from lines_cli.methods.method import Conflict, Note, Settled
+from lines_cli.methods.said import Conflict, Note, Settled
 from lines_cli.recipe import DtypeName, Recipe, Scaling, parse_schedule
 
 Place = tuple[str | int, ...]

@@ -44,6 +44,7 @@ LAYERS = [
     {"methods.sums"},
     {"methods.method"},
     {"methods.sparsify"},
+    {"methods.said"},
     {"parameters", "resources", "whole_tensors"},
     {"schedule"},
     {"depth", "kinds"},
@@ -108,7 +109,7 @@ def test_imports_point_down(module: str) -> None:
     ],
 )
 def test_each_dependency_has_one_home(dependency: str, homes: set[str]) -> None:
-    """Of what is imported from outside, each package is known to few modules. Methods load torch when they are called."""
+    """Of what is imported from outside, each package is known to few modules (and torch to methods, when called)."""
     users = {module for module, path in MODULES.items() if any(n.split(".")[0] == dependency for n in imports(path))}
     users -= {module for module in users if module.startswith("methods.") and dependency == "torch"}
     assert users == homes

@@ -3,8 +3,9 @@
 Each file is a family of methods; docs/add-a-merge-method.md says how to add one.
 """
 
-from lines_cli.methods.method import Measured, Method, Said, Values
+from lines_cli.methods.method import Measured, Method
 from lines_cli.methods.registry import METHODS, find_method
+from lines_cli.methods.said import Said, Values
 from lines_cli.methods.sparsify import ByMagnitude, Drawn
 from lines_cli.parameters import Parameter
 

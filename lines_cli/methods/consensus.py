@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from lines_cli.methods.method import Conflict, Measured, Method, Note, Remark, Said, Values
+from lines_cli.methods.method import Measured, Method
+from lines_cli.methods.said import Conflict, Note, Remark, Said, Values
 from lines_cli.methods.sparsify import (
     DENSITY,
     TRIM,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from lines_cli.methods.method import Measured, Method, Note, Remark, Said, Values
+from lines_cli.methods.method import Measured, Method
+from lines_cli.methods.said import Note, Remark, Said, Values
 from lines_cli.methods.sparsify import DENSITY, RESCALE, SEED, SEEDED, factors, norms_to_restore
 from lines_cli.methods.sums import LAMBDA, NORMALIZE, WEIGHT, scaled, task_arithmetic, whole_and_unweighted
 from lines_cli.methods.ties import (

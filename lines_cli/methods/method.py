@@ -6,18 +6,17 @@ both. Nothing here loads torch: the functions use it when they are called.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
+from lines_cli.methods.said import Remark, Said, Values
 from lines_cli.methods.sparsify import Bounds, ByMagnitude, Drawn
-from lines_cli.parameters import Parameter, values_of
+from lines_cli.parameters import Parameter
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Values = Mapping[str, Any]
-"""A method's parameters for one tensor: a tuple with one value per model, or one value."""
 
 Statistic = Literal["l1", "angles", "majority"]
 """What can be measured over the inputs before anything is merged, thresholds apart."""
@@ -40,63 +39,6 @@ class Measured:
     products: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
-# --- what a method says of a recipe's parameters ---
-
-
-@dataclass(frozen=True, slots=True)
-class Said:
-    """What a recipe says of a method's parameters.
-
-    Attributes:
-        parameters: the method's own.
-        top: those said of all models, checked.
-        settings: for each parameter every setting of it, of all models or of one.
-        first: their values at the first layer, where no filter counts.
-        models: how many are merged.
-    """
-
-    parameters: Mapping[str, Parameter]
-    top: Mapping[str, Any]
-    settings: Mapping[str, Sequence[Any]]
-    first: Values
-    models: int
-
-    def values(self, key: str) -> tuple[Any, ...]:
-        """Every value that is said of a parameter; its default, if none is."""
-        said = tuple(value for setting in self.settings[key] for value in values_of(setting))
-        return said or (self.parameters[key].default,)
-
-    def varies(self, key: str) -> bool:
-        """Whether a parameter differs by tensor."""
-        return any(isinstance(setting, list) for setting in self.settings[key])
-
-
-@dataclass(frozen=True, slots=True)
-class Conflict:
-    """Values that contradict each other: why, and the parameter at fault, if it is one."""
-
-    text: str
-    key: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Note:
-    """What a person should know of how parameters were read."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Settled:
-    """A value that follows from the others, of a parameter that the recipe leaves open."""
-
-    key: str
-    value: Any
-
-
-Remark = Conflict | Note | Settled
-
-
 # --- the defaults of what a method may leave open ---
 
 
@@ -110,6 +52,10 @@ def _nothing(_: Values) -> frozenset[Statistic]:
 
 def _never(_: Values) -> bool:
     return False
+
+
+def _five_of_float64(shape: Sequence[int]) -> int:
+    return 5 * 8 * math.prod(shape)
 
 
 def _no_remarks(_: Said) -> Iterable[Remark]:
@@ -146,7 +92,8 @@ class Method:
             task vectors, all but the base.
         review: what contradicts itself, what is worth a note, and what follows from what a recipe says.
         ignored: mergekit's parameters that are accepted and do nothing here.
-        temporaries: how many tensors of its input's size `merge` needs at a time, beside its input.
+        temporaries: how many runs of its input's size `merge` needs at a time beside its input, where it sees entries.
+        workspace: how many bytes it needs beside its input, given a tensor's shape, where it sees tensors.
     """
 
     merge: Callable[..., Tensor]
@@ -167,6 +114,7 @@ class Method:
     review: Callable[[Said], Iterable[Remark]] = _no_remarks
     ignored: frozenset[str] = frozenset({"int8_mask"})
     temporaries: int = 5
+    workspace: Callable[[Sequence[int]], int] = _five_of_float64
 
     def __post_init__(self) -> None:
         if self.sees == "tensors" and self.elect is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lines_cli.methods.method import Remark, Said
 
+from lines_cli.methods.said import Conflict, Note, Remark, Said, Settled, Values
 from lines_cli.parameters import Parameter
 
-Values = Mapping[str, Any]
 Bounds = tuple[float, ...]
 """The magnitudes, in float32, between which a model's entries are kept: the least, and perhaps the greatest; none keeps
 all.
@@ -260,8 +259,6 @@ def review_trim(said: Said, *shares: str, default: str | None = None) -> list[Re
         shares: the parameters that say what is kept.
         default: a note on the default, for where nothing is said of it.
     """
-    from lines_cli.methods.method import Conflict, Note, Settled
-
     drops = any(density != 1 for density in said.values("density"))
     varying = [share for share in shares if said.varies(share)]
     open_ = "trim" not in said.top

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lines_cli.methods.method import Method, Note, Remark, Said, Values
+from lines_cli.methods.method import Method
+from lines_cli.methods.said import Note, Remark, Said, Values
 from lines_cli.methods.sparsify import DENSITY, LARGEST, TRIM, review_trim
 from lines_cli.parameters import Parameter
 

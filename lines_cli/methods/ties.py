@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from lines_cli.methods.method import Conflict, Measured, Method, Remark, Said, Statistic, Values
+from lines_cli.methods.method import Measured, Method, Statistic
+from lines_cli.methods.said import Conflict, Remark, Said, Values
 from lines_cli.methods.sparsify import (
     DENSITY,
     LARGEST,

@@ -9,7 +9,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lines_cli.methods.method import Chosen, Measured, Method, Values
+from lines_cli.methods.method import Chosen, Measured, Method
+from lines_cli.methods.said import Values
 from lines_cli.methods.sums import NEGLIGIBLE, NORMALIZE, ON_OFF, WEIGHT, all_are_1, divided, weighted_sum
 from lines_cli.parameters import Parameter
 
