@@ -102,7 +102,7 @@ def dotted(place: Place) -> str:
 
 _NOT_FOR_PEOPLE = {"notes", "run", "inputs", "files"}
 _TOP = (*(key for key in Recipe.model_fields if key not in _NOT_FOR_PEOPLE), "out_dtype", "tokenizer", "slices")
-_PARAMETERS = sorted({name for row in METHODS.values() for name in row.parameters})
+_PARAMETERS = {name for method in METHODS.values() for name in method.parameters} - Scaling.model_fields.keys()
 
 
 def _nearest(place: Place) -> str:

@@ -185,3 +185,38 @@ def test_the_python_api_is_what_it_is() -> None:
     for name in lines_cli.__all__:
         assert getattr(lines_cli, name) is getattr(lines_cli, name)
         assert not isinstance(getattr(lines_cli, name), types.ModuleType)
+
+
+# Names of methods' parameters that mean something else where they stand.
+OTHER_MEANINGS = {
+    "depth": {"weight"},  # the last part of tensor names
+    "kinds": {"weight", "scale"},
+    "pairing": {"weight"},
+    "report": {"lambda"},  # a key of the report
+    "tables": {"lambda"},
+    "recipe": {"task_arithmetic"},  # what a recipe is that says no method
+}
+OF_THE_SCALING = {"gamma", "linear"}  # a key of `lines:`, and a schedule
+SAID_OF_METHODS = {
+    "about", "chosen", "elect", "ignored", "keywords", "merge", "models", "needs", "norm_of_kept", "one_is_itself",
+    "parameters", "plain_sum", "review", "scale", "scale_of", "sees", "sparsifier", "takes", "temporaries", "workspace",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("module", sorted(module for module in MODULES if not module.startswith("methods")))
+def test_methods_alone_know_methods(module: str) -> None:
+    """No other module names a method, or a parameter of one; and of what a method says none asks for what is private
+    to the package.
+    """
+    from lines_cli.methods import METHODS, Method
+
+    names = {name for method in METHODS.values() for name in method.parameters} | METHODS.keys()
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    assert texts & names - OF_THE_SCALING <= OTHER_MEANINGS.get(module, set())
+    asked = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value).split(".")[-1] == "method"
+    }
+    assert asked & set(dir(Method)) <= SAID_OF_METHODS
