@@ -39,6 +39,7 @@ from lines_cli.errors import (
 from lines_cli.hub import locate
 from lines_cli.layout import lay_out_files
 from lines_cli.methods import ByMagnitude, Values
+from lines_cli.methods.registry import package_of
 from lines_cli.pairing import Sides, aligned_names, is_vocabulary, pair_tensors
 from lines_cli.plan import NOTHING_MEASURED, Needs, Plan, Statistics, TensorPlan
 from lines_cli.recipe import Recipe, Scaling
@@ -352,8 +353,10 @@ def identity(plan: Plan) -> dict[str, Any]:
     named = {
         name: checkpoint.hub_id or os.path.realpath(checkpoint.path) for name, checkpoint in _by_name(plan).items()
     }
+    package = package_of(plan.recipe.merge_method)
     return {
         "lines": __version__,
+        **({"package": package} if package else {}),
         "recipe": dump_recipe(plan.recipe, named=named),
         "inputs": {os.path.realpath(path): [*stamp] for path, stamp in zip(plan.inputs, plan.stamps, strict=True)},
         "outputs": [[file.name, file.nbytes, sha256(file.head).hexdigest()] for file in plan.outputs],

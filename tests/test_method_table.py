@@ -127,7 +127,7 @@ def test_whole_tensors_for_any_chunk_and_any_number_of_workers(rows: int, tmp_pa
 
 
 def test_a_tensor_over_several_spans_is_merged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By one worker for all of them, in each pass; and a run that is resumed goes on from any part of it."""
+    """By one worker for all of them, in each pass."""
     large = {"layers.0.w": (2_500_000,), "layers.1.w": (3, 4)}
     chance = torch.Generator().manual_seed(0)
     save(tmp_path, [{name: torch.randn(shape, generator=chance) for name, shape in large.items()} for _ in range(3)])
