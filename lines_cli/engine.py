@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
-from lines_cli.arithmetic import TORCH_DTYPES, add_scaled, cast, dot, is_finite, same_nan, task_vector
+from lines_cli.arithmetic import TORCH_DTYPES, add_scaled, cast, is_finite, same_nan, task_vector
 from lines_cli.checkpoint.crosscheck import refuse_misread
 from lines_cli.checkpoint.destination import check_destination, naming
 from lines_cli.checkpoint.digest import BLOCK, FileRecord, GrowingDigest, RangeWriter, Written, file_digest, record_of
@@ -26,6 +26,8 @@ from lines_cli.checkpoint.journal import Journal, Part
 from lines_cli.checkpoint.staging import Staging, leftover, recover
 from lines_cli.errors import DataError, OutputError, printable
 from lines_cli.measure import Measurement, Track, measure, untracked
+from lines_cli.merge_chunk import Merged, merge_chunk, nonfinite_behind
+from lines_cli.methods import Drawn
 from lines_cli.plan import Plan, Statistics, TensorPlan
 from lines_cli.planning import contents_beside, digests_of, identity, replaceable, resolve, to_float32
 from lines_cli.resources import Resources
@@ -134,9 +136,10 @@ def run(
             plan = resolve(plan, measurement.statistics)
         job = Write(plan, [Target(staging.create(f.name, f.nbytes), GrowingDigest(f.nbytes)) for f in plan.outputs])
         finished = job.take_over(staging.story.parts) if staging.story else set()
-        size = crew.chunk(plan.room)
+        size = crew.chunk(plan.room, whole=plan.whole_bytes(len(crew.members)))
+        shared = crew.whole_tensors()
         spans = (span for span in spans_of(plan, staging.step) if (span.file, span.start) not in finished)
-        pool = Pool(lambda device: Worker(plan, sources, device, size), spans, job, crew)
+        pool = Pool(lambda device: Worker(plan, sources, device, size, shared), spans, job, crew)
         number = len(plan.passes) + 1
         title = f"writing {number}/{number}" if number > 1 else "writing"
         # Closing stops and joins the threads, whatever interrupts this one, before the files they write are closed.
@@ -295,7 +298,7 @@ class Write:
 
     def __init__(self, plan: Plan, targets: list[Target]) -> None:
         self.plan, self.targets, self.models = plan, targets, plan.number_of_models
-        self.draws = plan.recipe.method.masks == "random"
+        self.draws = isinstance(plan.recipe.method.sparsifier, Drawn)
         self.told, self.taken_over = _Told.nothing(self.models), 0
 
     def __call__(self, worker: Worker, span: Span) -> tuple[Span, _Told]:
@@ -317,10 +320,14 @@ class Write:
         """One chunk as it is to be written, in a buffer of the worker's; what is to be told of it is added."""
         name, dtype, copy = chunk.tensor.name, chunk.tensor.info.dtype, chunk.piece.copy
         raw: memoryview | None = None
+        squares: Sequence[float] = ()
+        kept: Sequence[float] = ()
+        entries = chunk.numel
         if copy is None:
-            values, squares, kept = self._merge(worker, chunk)
+            merged = merge_chunk(worker, chunk)
+            values, squares, kept, entries = self._scaled(chunk, merged), merged.squares, merged.kept, merged.entries
         else:
-            loaded, squares, kept = worker.read(chunk, copy), (), ()
+            loaded = worker.read(chunk, copy)
             if chunk.piece.compare and (differing := self._compare(worker, chunk, loaded.raw)):
                 told.differing.setdefault(name, {}).update(dict.fromkeys(differing))
             if self.draws and loaded.dtype in TORCH_DTYPES and any(copy in d.models for d in chunk.tensor.draft.pieces):
@@ -346,24 +353,18 @@ class Write:
             told.squares[model] += square
         for model, number in enumerate(kept):
             told.kept[model] += number
-        told.entries += chunk.numel if kept else 0
+        told.entries += entries if kept else 0
         return raw
 
-    def _merge(self, worker: Worker, chunk: PlanChunk) -> tuple[torch.Tensor, tuple[float, ...], Sequence[float]]:
-        """The merged entries [numel] in the compute dtype; each model's squared norm and number of entries kept."""
+    def _scaled(self, chunk: PlanChunk, merged: Merged) -> torch.Tensor:
+        """`base + coefficient * merged task vector`, or without a base the merged weights: [numel], to be cast."""
         coefficient = self._coefficient(chunk)
         if self.plan.recipe.method.takes == "task vectors":
-            base, vectors = worker.task_vectors(chunk)
-            squares: tuple[float, ...] = ()
-            if len(vectors) > 1:
-                squares = tuple(dot(tau, tau) for tau in vectors)
-            kept = worker.drop(chunk, vectors)
-            return add_scaled(base, worker.merge(chunk, vectors), coefficient), squares, kept or ()
-        maybe_base, weights = worker.inputs(chunk)
-        merged = worker.merge(chunk, weights)
-        if maybe_base is None or coefficient == 1:  # exactly what was merged
-            return merged, (), ()
-        return add_scaled(maybe_base, task_vector(merged, maybe_base), coefficient), (), ()
+            assert merged.base is not None
+            return add_scaled(merged.base, merged.values, coefficient)
+        if merged.base is None or coefficient == 1:  # exactly what was merged
+            return merged.values
+        return add_scaled(merged.base, task_vector(merged.values, merged.base), coefficient)
 
     @staticmethod
     def _coefficient(chunk: PlanChunk) -> float:
@@ -385,7 +386,7 @@ class Write:
         Raises:
             DataError: what was found, where that is not allowed.
         """
-        found, hint = worker.nonfinite(chunk), ALLOW_NONFINITE
+        found, hint = nonfinite_behind(worker, chunk), ALLOW_NONFINITE
         if found is None:
             name, dtype = printable(chunk.tensor.name), chunk.tensor.info.dtype
             found = f"tensor {name}: a value is beyond what {dtype}, its output dtype, can hold"

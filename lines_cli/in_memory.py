@@ -322,8 +322,9 @@ def _computed(
         if not (results[tensor.name].shared and tensor.info.dtype in _EXACT)  # there is nothing to see about these
     ]
     with crew.bounded():
-        size = crew.chunk(plan.room)
-        pool = Pool(lambda device: Worker(plan, sources, device, size), items_of(pieces), job.of_item, crew)
+        size = crew.chunk(plan.room, whole=plan.whole_bytes(len(crew.members)))
+        shared = crew.whole_tensors()
+        pool = Pool(lambda device: Worker(plan, sources, device, size, shared), items_of(pieces), job.of_item, crew)
         total = sum(piece.numel * itemsize(tensor.info.dtype) for tensor, piece in pieces)
         with closing(pool.in_order()) as done:
             for _ in track("computing", total, done):

@@ -355,7 +355,7 @@ def _complete(inspection: Inspection) -> Inspection:
 def _parts(inspection: Inspection) -> Iterator[Part]:
     """Every tensor; a head that is tied to its embedding has that one's coefficient, as in an edit."""
     checkpoint, depth, rules = inspection.checkpoint, inspection.depth, inspection.rules
-    values_for = TensorValues(inspection.recipe, depth)
+    values_for, scale_of = TensorValues(inspection.recipe, depth), inspection.recipe.method.scale_of
     kinds: dict[tuple[str, bool], Kind] = {}
     wide = {tensor.name for tensor in inspection.compared if any(s.dtype == "F64" for s in tensor.piece.sources)}
     wide |= {name for name, stored in checkpoint.tensors.items() if stored.info.dtype == "F64"}
@@ -367,7 +367,7 @@ def _parts(inspection: Inspection) -> Iterator[Part]:
         coefficient = math.nan
         if inspection.knows_coefficients:
             counts_as = name if place else inspection.stored_heads.get(name, name)
-            coefficient = rules.coefficient(counts_as, depth, scale=values_for(counts_as).get("lambda", 1.0))
+            coefficient = rules.coefficient(counts_as, depth, scale=scale_of(values_for(counts_as)))
             rounded_coefficient(name, coefficient, in_float64=name in wide)  # refuses what an edit would
         yield Part(name, info, place, None if place else depth.side_of(name), kinds[alike], coefficient)
 
@@ -413,7 +413,8 @@ def _depth(names: Iterable[str], config: Mapping[str, Any], layers: str | None, 
 
 def _rules(recipe: Recipe, depth: DepthMap) -> Rules:
     """The coefficients. `alpha: auto` is 1/N where the merged task vector is the sum; else it is to be measured."""
-    plain = recipe.method.sums and not recipe.parameters and not any(source.parameters for source in recipe.merged)
+    said = recipe.parameters or any(source.parameters for source in recipe.merged)
+    plain = not said and recipe.method.plain_sum(recipe.values("", 0.0))
     return (recipe.lines or UNSCALED).rules(depth, alpha=1 / len(recipe.merged) if plain else None)
 
 

@@ -19,8 +19,10 @@ import torch
 from lines_cli.arithmetic import block_sums, is_finite, task_vector
 from lines_cli.draft import Piece
 from lines_cli.layout import natural
+from lines_cli.merge_chunk import drop_entries, merge_chunk, merge_entries, read_chunk
+from lines_cli.methods import ByMagnitude
+from lines_cli.methods.sparsify import Bounds, Ranks
 from lines_cli.methods.sums import weighted_sum
-from lines_cli.methods.ties import signs, trim
 from lines_cli.plan import Needs, Norms, Plan, Statistics, TensorPlan
 from lines_cli.resources import BLOCK
 from lines_cli.workers import Chunk, Crew, Opened, PlanChunk, Pool, Worker, items_of
@@ -213,19 +215,19 @@ class Counter:
             self._bins = other._bins if self._bins is None else self._bins + other._bins
         self.add(other.bits, other.above)
 
-    def ranked(self, k: int) -> tuple[Window, int]:
-        """In which window the k-th largest entry lies; and how many entries lie there or above, 0 if it is outside this
-        one. Inside, a window of one number is the answer.
+    def ranked(self, k: int) -> tuple[Window, int, int]:
+        """In which window the k-th largest entry lies; how many entries lie there or above, 0 if it is outside this
+        one; and how many lie above. Inside, a window of one number is the answer.
 
         Args:
             k: 1 or more, and no more than there are entries.
         """
         if self.above >= k:
-            return Window(self.window.high, _ALL_BITS), 0
+            return Window(self.window.high, _ALL_BITS), 0, 0
         from_above = self.above + self._binned(self.bits).flip(0).cumsum(0)
         at = int((from_above < k).sum())
         if at == len(from_above):
-            return Window(0, self.window.low), 0
+            return Window(0, self.window.low), 0, 0
         shift = self.window.shift
         low = len(from_above) - 1 - at << shift
         found = Window(self.window.low + low, min(self.window.high, self.window.low + low + (1 << shift)))
@@ -234,8 +236,8 @@ class Counter:
             inside = self.bits[(self.bits >= low) & (self.bits < low + (1 << shift))].sort().values
             least = inside[number - k]
             low = self.window.low + int(least)
-            return Window(low, low + 1), number - int((inside < least).sum())
-        return found, number
+            return Window(low, low + 1), number - int((inside < least).sum()), number - int((inside <= least).sum())
+        return found, number, int(from_above[at - 1]) if at else self.above
 
     def around(self, share: float) -> Window:
         """Where the threshold of all entries probably lies, if those seen, through a window on everything, are a sample
@@ -253,11 +255,6 @@ class Counter:
         shift = self.window.shift
         bins = torch.bincount(bits >> shift, minlength=(self.window.high - self.window.low - 1 >> shift) + 1)
         return bins if self._bins is None else self._bins + bins
-
-
-def _kept(density: float, numel: int) -> int:
-    """How many entries of `numel` a density keeps (TIES, as published), ties apart."""
-    return max(1, int(density * numel))
 
 
 class _Measuring:
@@ -311,8 +308,9 @@ class _Measuring:
             total: bytes to read; everything that is merged, unless said: then it is a pass.
         """
         plan = self.plan
-        size = self.crew.chunk(plan.room, whole_blocks=True)
-        pool = Pool(lambda device: Worker(plan, self.sources, device, size), items, job, self.crew)
+        size = self.crew.chunk(plan.room, whole=plan.whole_bytes(len(self.crew.members)), whole_blocks=True)
+        shared = self.crew.whole_tensors()
+        pool = Pool(lambda device: Worker(plan, self.sources, device, size, shared), items, job, self.crew)
         title = f"measuring {what}"
         if total is None:
             self.passes += 1
@@ -322,82 +320,75 @@ class _Measuring:
                 self.bytes_read += nbytes
 
     def global_thresholds(self) -> None:
-        """The k-th largest magnitude of each model's whole task vector."""
+        """The magnitudes of each model's whole task vector that the sparsifier asks for."""
         pieces = list(_merged(self.tensors))
         numel = sum(piece.numel for _, piece in pieces)
-        density = self.tensors[0].values["density"]
-        windows = {model: _EVERYWHERE for model in self.models if density[model] != 1 and numel}
-        kept = dict.fromkeys(self.models, numel)
-        if sample := _sample(pieces):
-            counters = self.count(_batches(sample), windows, total=sum(chunk.nbytes for chunk in sample))
-            windows = {model: counter.around(density[model]) for model, counter in counters.items()}
-        thresholds: dict[tuple[int, str | None], float] = {}
-        while windows:
-            for model, counter in self.count(items_of(pieces), windows).items():
-                windows[model], kept[model] = counter.ranked(_kept(density[model], numel))
-                if kept[model] and windows[model].is_one:
-                    thresholds[model, None] = windows.pop(model).magnitude
-        self.found(thresholds=thresholds, kept=tuple((kept[model], numel) for model in self.models))
+        search = _Search(self.ranks(self.tensors[0], numel), numel)
+
+        def count(items: Iterable[list[PlanChunk]], windows: dict[Sought, Window], nbytes: int | None) -> Counters:
+            return self.count(items, windows, total=nbytes)
+
+        search.run(pieces, count)
+        found = {(model, None): search.bounds(model) for model in self.models if search.ranks[model]}
+        self.found(thresholds=found, kept=tuple((search.kept(model), numel) for model in self.models))
+
+    def ranks(self, tensor: TensorPlan, numel: int) -> tuple[Ranks, ...]:
+        """Which magnitudes are asked for of each model, largest first, of a tensor or of all of them."""
+        sparsifier = self.plan.recipe.method.sparsifier
+        assert isinstance(sparsifier, ByMagnitude)
+        return sparsifier.ranks(tensor.values, numel) if numel else ((),) * len(self.models)
 
     def count(
-        self, items: Iterable[list[PlanChunk]], windows: dict[int, Window], *, total: int | None = None
-    ) -> dict[int, Counter]:
-        """What is seen of each model's magnitudes through its window."""
-        by_worker: dict[Worker, dict[int, Counter]] = {}
+        self, items: Iterable[list[PlanChunk]], windows: dict[Sought, Window], *, total: int | None = None
+    ) -> Counters:
+        """What is seen of each model's magnitudes through its windows."""
+        by_worker: dict[Worker, Counters] = {}
 
         def job(worker: Worker, item: list[PlanChunk]) -> int:
             if worker not in by_worker:
-                by_worker[worker] = {model: Counter(window) for model, window in windows.items()}
+                by_worker[worker] = {sought: Counter(window) for sought, window in windows.items()}
             _count(worker, item, by_worker[worker])
             return sum(chunk.nbytes for chunk in item)
 
         self.stream("thresholds", items, job, lambda nbytes: nbytes, total=total)
         room = _COLLECTED * max(1, len(by_worker))
-        counters = {model: Counter(window, room) for model, window in windows.items()}
+        counters = {sought: Counter(window, room) for sought, window in windows.items()}
         for own in by_worker.values():
-            for model, counter in own.items():
-                counters[model].join(counter)
+            for sought, counter in own.items():
+                counters[sought].join(counter)
         return counters
 
     def thresholds_by_tensor(self) -> None:
-        """The k-th largest magnitude of each tensor of each model; a worker looks at a tensor as often as it must."""
-        thresholds: dict[tuple[int, str | None], float] = {}
+        """The magnitudes of each tensor of each model that the sparsifier asks for; a worker looks at a tensor as often
+        as it must.
+        """
+        thresholds: dict[tuple[int, str | None], Bounds] = {}
         kept, total = [0] * len(self.models), 0
 
         def select(worker: Worker, tensor: TensorPlan) -> _Selected:
-            density = tensor.values["density"]
             pieces = list(_merged([tensor]))
             numel = sum(piece.numel for _, piece in pieces)
-            windows = {model: _EVERYWHERE for model in self.models if density[model] != 1 and numel}
-            selected: dict[int, tuple[float, int]] = {}
+            search = _Search(self.ranks(tensor, numel), numel)
             nbytes = 0
 
-            def count(items: Iterable[list[PlanChunk]], sought: dict[int, Window]) -> dict[int, Counter]:
+            def count(items: Iterable[list[PlanChunk]], windows: dict[Sought, Window], _: int | None) -> Counters:
                 nonlocal nbytes
-                counters = {model: Counter(window) for model, window in sought.items()}
+                counters = {sought: Counter(window) for sought, window in windows.items()}
                 for item in items:
                     _count(worker, item, counters)
                     nbytes += sum(chunk.nbytes for chunk in item)
                 return counters
 
-            if sample := _sample(pieces):
-                for model, counter in count(_batches(sample), windows).items():
-                    windows[model] = counter.around(density[model])
-            while windows:
-                for model, counter in count(items_of(pieces), windows).items():
-                    windows[model], number = counter.ranked(_kept(density[model], numel))
-                    if number and windows[model].is_one:
-                        selected[model] = windows.pop(model).magnitude, number
-            return _Selected(tensor, numel, selected, nbytes)
+            search.run(pieces, count)
+            return _Selected(tensor, numel, search, nbytes)
 
         def tally(result: _Selected) -> int:
             nonlocal total
             total += result.numel
             for model in self.models:
-                magnitude, number = result.found.get(model, (None, result.numel))
-                kept[model] += number
-                if magnitude is not None:
-                    thresholds[model, result.tensor.name] = magnitude
+                kept[model] += result.search.kept(model)
+                if result.search.ranks[model]:
+                    thresholds[model, result.tensor.name] = result.search.bounds(model)
             return result.nbytes
 
         self.stream("thresholds", self.tensors, select, tally)
@@ -408,10 +399,10 @@ class _Measuring:
         sums: dict[str, list[list[float]]] = {}
 
         def job(worker: Worker, chunk: PlanChunk) -> tuple[str, list[tuple[list[float], list[float]]]]:
-            _, vectors = worker.task_vectors(chunk)
+            _, vectors = read_chunk(worker, chunk)
             _refuse_nonfinite(worker, chunk, vectors)
             before = [block_sums(tau.abs(), BLOCK) for tau in vectors]
-            worker.drop(chunk, vectors)
+            drop_entries(worker, chunk, vectors)
             after = [block_sums(tau.abs_(), BLOCK) for tau in vectors]
             return chunk.tensor.name, list(zip(before, after, strict=True))
 
@@ -470,13 +461,57 @@ _EVERYWHERE = Window(0, _ALL_BITS)
 _WORTH_A_SAMPLE = 2**18  # entries
 
 
+Sought = tuple[int, int]
+"""Which magnitude: of which model, and the how-many-th that the sparsifier asks for of it."""
+Counters = dict[Sought, Counter]
+Count = Callable[[Iterable[list[PlanChunk]], dict[Sought, Window], "int | None"], Counters]
+"""Looks at items of work through windows; of a part of everything, the bytes of it are said, too."""
+
+
+class _Search:
+    """The search for magnitudes by their ranks, in one tensor or in all.
+
+    Args:
+        ranks: for each model, 1 for the largest; the magnitudes that are asked for.
+        numel: how many entries there are.
+    """
+
+    def __init__(self, ranks: Sequence[Ranks], numel: int) -> None:
+        self.ranks, self.numel = ranks, numel
+        self._found: dict[Sought, tuple[float, int, int]] = {}  # a magnitude; entries at it or above; above
+
+    def run(self, pieces: list[tuple[TensorPlan, Piece]], count: Count) -> None:
+        """Look at all entries, as often as it takes."""
+        wanted = {(model, n): k for model, ranks in enumerate(self.ranks) for n, k in enumerate(ranks)}
+        windows = dict.fromkeys(wanted, _EVERYWHERE)
+        if windows and (sample := _sample(pieces)):
+            counters = count(_batches(sample), windows, sum(chunk.nbytes for chunk in sample))
+            windows = {sought: counter.around(wanted[sought] / self.numel) for sought, counter in counters.items()}
+        while windows:
+            for sought, counter in count(items_of(pieces), windows, None).items():
+                windows[sought], number, above = counter.ranked(wanted[sought])
+                if number and windows[sought].is_one:
+                    self._found[sought] = windows.pop(sought).magnitude, number, above
+
+    def bounds(self, model: int) -> Bounds:
+        """The magnitudes of a model that were asked for."""
+        return tuple(self._found[model, n][0] for n in range(len(self.ranks[model])))
+
+    def kept(self, model: int) -> int:
+        """How many entries of a model lie between them, all counted that share a bound."""
+        if not self.ranks[model]:
+            return self.numel
+        _, least, _ = self._found[model, 0]
+        return least if len(self.ranks[model]) == 1 else least - self._found[model, 1][2]
+
+
 @dataclass(frozen=True, slots=True)
 class _Selected:
-    """A tensor's entries, for each model that is trimmed its threshold and how many are kept, and the bytes read."""
+    """What was found of a tensor, of how many entries, and the bytes read."""
 
     tensor: TensorPlan
     numel: int
-    found: dict[int, tuple[float, int]]
+    search: _Search
     nbytes: int
 
 
@@ -505,14 +540,15 @@ def _batches(chunks: list[PlanChunk]) -> Iterator[list[PlanChunk]]:
     return (chunks[first : first + 16] for first in range(0, len(chunks), 16))
 
 
-def _count(worker: Worker, item: Iterable[PlanChunk], counters: dict[int, Counter]) -> None:
+def _count(worker: Worker, item: Iterable[PlanChunk], counters: Counters) -> None:
     """Count all of an item, or, if that fails, nothing."""
     windows = [counter.window for counter in counters.values()]
     seen: list[Seen] = []
     for chunk in worker.cut(item):
         _, vectors = worker.task_vectors(chunk)
         every = worker.held(chunk)[0][1 : 1 + len(vectors)]
-        sought = every if len(counters) == len(vectors) else every[list(counters)]
+        models = [model for model, _ in counters]
+        sought = every if models == list(range(len(vectors))) else every[models]
         found, finite = look(sought.abs_().to(torch.float32), windows)
         if not finite:
             worker.refuse_nonfinite(chunk)
@@ -532,46 +568,54 @@ class _Election:
 
 
 def _elect(worker: Worker, chunk: PlanChunk, needs: Needs) -> _Election:
-    method, told = worker.plan.recipe.method, worker.told(chunk.tensor)
-    base, vectors = worker.inputs(chunk)
-    _refuse_nonfinite(worker, chunk, vectors)
-    assert base is not None
-    if method.takes == "weights":
-        total = _sum([weights - base for weights in vectors])
-        merged = task_vector(worker.merge(chunk, vectors), base)
-        sums = block_sums(merged.abs_(), BLOCK)
-        return _Election(0, block_sums(total.abs_(), BLOCK), sums, sums)
-
-    vectors = [task_vector(model, base) for model in vectors]
+    method = worker.plan.recipe.method
     whole: Sequence[float] = ()
-    if needs.norms and not method.sums:  # where the trim is part of what is given, it is summed after it
-        whole = block_sums(_sum(vectors).abs_(), BLOCK)
-    worker.drop(chunk, vectors)
     balance, contested = 0, False
-    if needs.majority:
-        trimmed, factor = vectors, told.get("factor", ())
-        if method.trims_itself:
-            trimmed = list(trim([tau.clone() for tau in vectors], threshold=told["threshold"]))
-        elected, contested = signs(trimmed, weight=told["weight"], factor=factor, waiting=needs.norms)
-        balance = int(elected.sum(dtype=torch.float64))
+    again: list[torch.Tensor] = []
+
+    def given(base: torch.Tensor | None, tensors: Sequence[torch.Tensor]) -> None:
+        nonlocal whole
+        _refuse_nonfinite(worker, chunk, tensors)
+        if needs.norms and not method.norm_of_kept:
+            whole = norm_of_sum(base, tensors)
+
+    def left(base: torch.Tensor | None, tensors: Sequence[torch.Tensor]) -> None:
+        nonlocal whole, balance, contested
+        if needs.majority:
+            assert method.elect is not None, "a majority of signs that the method does not elect"
+            elected, contested = method.elect(tensors, **worker.keywords(chunk.tensor), waiting=needs.norms)
+            balance = int(elected.sum(dtype=torch.float64))
+        if needs.norms and method.norm_of_kept:
+            whole = norm_of_sum(base, tensors)
+        if contested:
+            again.extend(tau.clone() for tau in tensors)
+
+    def norm_of_sum(base: torch.Tensor | None, tensors: Sequence[torch.Tensor]) -> list[float]:
+        if method.takes == "weights":
+            assert base is not None
+            tensors = [weights - base for weights in tensors]
+        return block_sums(_sum(tensors).abs_(), BLOCK)
+
     if not needs.norms:
+        base, tensors = read_chunk(worker, chunk)
+        given(base, tensors)
+        drop_entries(worker, chunk, tensors)
+        left(base, tensors)
         return _Election(balance)
-    if method.sums:
-        whole = block_sums(_sum(vectors).abs_(), BLOCK)
-    again = [tau.clone() for tau in vectors] if contested else []
-    with_plus = block_sums(worker.merge(chunk, vectors, {**told, **_majority(needs, 1)}).abs_(), BLOCK)
-    with_minus = with_plus
+    one, other = (1, -1) if needs.majority else (None, None)
+    merged = merge_chunk(worker, chunk, given=given, left=left, majority=one)
+    values = merged.values
+    if method.takes == "weights":
+        assert merged.base is not None
+        values = task_vector(values, merged.base)
+    with_plus = with_minus = block_sums(values.abs_(), BLOCK)
     if contested:
-        with_minus = block_sums(worker.merge(chunk, again, {**told, **_majority(needs, -1)}).abs_(), BLOCK)
+        with_minus = block_sums(merge_entries(worker, chunk, again, majority=other).abs_(), BLOCK)
     return _Election(balance, whole, with_plus, with_minus)
 
 
 def _sum(vectors: Sequence[torch.Tensor]) -> torch.Tensor:
     return weighted_sum(vectors, [1.0] * len(vectors), overwrite=False)
-
-
-def _majority(needs: Needs, sign: int) -> dict[str, int]:
-    return {"majority": sign} if needs.majority else {}
 
 
 def _refuse_nonfinite(worker: Worker, chunk: PlanChunk, tensors: Sequence[torch.Tensor]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,8 @@ from lines_cli.checkpoint.sidecars import Sidecar
 from lines_cli.depth import DepthMap, Place, position
 from lines_cli.draft import Draft, Piece
 from lines_cli.layout import OutputFile
-from lines_cli.methods import Measured, Values
+from lines_cli.methods import ByMagnitude, Drawn, Measured, Values
+from lines_cli.methods.sparsify import Bounds
 from lines_cli.pairing import Sides
 from lines_cli.recipe import Recipe
 from lines_cli.resources import Resources, Room
@@ -61,6 +62,14 @@ class TensorPlan(NamedTuple):
         """Whether its arithmetic runs in float64, because an input does; else in float32."""
         return self.draft.in_float64
 
+    def shape_of(self, piece: Piece) -> tuple[int, ...]:
+        """The shape of a piece: the tensor's, or that of its first rows where only these are merged."""
+        shape = self.info.shape
+        if piece.numel == self.info.numel:
+            return tuple(shape)
+        axis = next(axis for axis, size in enumerate(shape) if size != 1)
+        return (*shape[:axis], piece.numel // math.prod(shape[axis + 1 :]), *shape[axis + 1 :])
+
     @property
     def edited(self) -> bool:
         """Whether any entry is computed; otherwise all are copied (or cast)."""
@@ -92,7 +101,8 @@ class Statistics:
     """What was measured of the numbers in the inputs.
 
     Attributes:
-        thresholds: (model, tensor, or None for all of them) -> the least magnitude that is kept.
+        thresholds: (model, tensor, or None for all of them) -> the magnitudes that the sparsifier asked for: the least
+            that is kept, and perhaps the greatest.
         kept: for each model, how many entries are kept, and of how many; empty where that was not counted.
         majority: the sign that most elections gave.
         l1: tensor -> for each model the L1 norm of its task vector, before and after entries were dropped.
@@ -100,7 +110,7 @@ class Statistics:
         norms: for `alpha: auto`.
     """
 
-    thresholds: Mapping[tuple[int, str | None], float] = field(default_factory=dict)
+    thresholds: Mapping[tuple[int, str | None], Bounds] = field(default_factory=dict)
     kept: tuple[tuple[int, int], ...] = ()
     majority: int = 1
     l1: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
@@ -126,7 +136,7 @@ class Statistics:
             KeyError, TypeError, ValueError: it gave something else.
         """
         return cls(
-            {(model, tensor): value for model, tensor, value in told["thresholds"]},
+            {(model, tensor): tuple(bounds) for model, tensor, bounds in told["thresholds"]},
             tuple((kept, of) for kept, of in told["kept"]),
             told["majority"],
             {name: tuple((before, after) for before, after in sums) for name, sums in told["l1"].items()},
@@ -223,24 +233,39 @@ class Plan:
     @property
     def trims_globally(self) -> bool:
         """Whether there is one threshold for all of a model's tensors."""
-        return any(tensor.values.get("trim") == "global" for tensor in self.tensors if tensor.edited)
+        return any(self._of_model(tensor) for tensor in self.tensors if tensor.edited)
+
+    def _of_model(self, tensor: TensorPlan) -> bool:
+        """Whether the thresholds for a tensor are those of the whole model."""
+        sparsifier = self.recipe.method.sparsifier
+        return isinstance(sparsifier, ByMagnitude) and sparsifier.of_model(tensor.values)
 
     @cached_property
     def number_of_models(self) -> int:
         """N: how many models are merged."""
         return len(self.recipe.merged)
 
-    def told(self, tensor: TensorPlan) -> Values:
-        """What the method is told of a tensor: the keywords of its function, masks apart."""
-        return self.recipe.method.told(tensor.values, self.measured(tensor))
+    def keywords(self, tensor: TensorPlan, *, majority: int | None = None) -> Values:
+        """The keywords of the method's function for a tensor.
+
+        Args:
+            tensor: which.
+            majority: the sign of the majority, in place of the one that was measured.
+        """
+        measured = self.measured(tensor)
+        if majority is not None:
+            measured = replace(measured, majority=majority)
+        return self.recipe.method.keywords(tensor.values, measured)
 
     def measured(self, tensor: TensorPlan) -> Measured:
         """What was measured for a tensor's merge."""
         found, name = self.statistics, tensor.name
         if found is NOTHING_MEASURED:
             return Measured()
-        whole = None if tensor.values.get("trim") == "global" else name
-        thresholds = tuple(found.thresholds.get((model, whole)) for model in range(self.number_of_models))
+        thresholds: tuple[Bounds, ...] = ()
+        if found.thresholds:
+            whole = None if self._of_model(tensor) else name
+            thresholds = tuple(found.thresholds.get((model, whole), ()) for model in range(self.number_of_models))
         products = found.products.get(name, (0.0, 0.0, 0.0))
         return Measured(thresholds, found.majority, found.l1.get(name, ()), products)
 
@@ -259,8 +284,9 @@ class Plan:
         """What one entry takes of a worker's buffers."""
         models = self.number_of_models
         stored, written = self.widths
-        temporaries = 0 if models == 1 else _TEMPORARIES
-        temporaries += models if self.recipe.method.masks == "random" else 0
+        method = self.recipe.method
+        temporaries = 0 if models == 1 else method.temporaries
+        temporaries += models if isinstance(method.sparsifier, Drawn) else 0
         temporaries += 2 * models + 1 if self.needs.thresholds else 0  # how far magnitudes are from a window
         return Room(stored, written, 8 if self.in_float64 else 4, models + 1, temporaries)
 
@@ -270,7 +296,24 @@ class Plan:
         """
         models = self.number_of_models
         counts = models * BYTES_COUNTING if self.needs.thresholds else 0
-        return resources.threads * (resources.chunk_for(self.room) * self.room.nbytes() + counts)
+        buffers = resources.threads * (resources.chunk_for(self.room) * self.room.nbytes() + counts)
+        return buffers + self.whole_bytes(resources.threads)
+
+    def whole_bytes(self, workers: int) -> int:
+        """Bytes that whole tensors take at most, where the method sees tensors whole: each worker makes one, the
+        largest there are, from all models' and in what space the method needs; and as many results are kept.
+        """
+        method = self.recipe.method
+        if method.sees == "entries":
+            return 0
+        each = [
+            piece.numel * (8 if tensor.in_float64 else 4) * (self.number_of_models + 2)
+            + method.workspace(tensor.shape_of(piece))
+            for tensor in self.tensors
+            for piece in tensor.pieces
+            if piece.models
+        ]
+        return sum(sorted(each, reverse=True)[:workers])
 
     @cached_property
     def in_float64(self) -> bool:
@@ -434,8 +477,7 @@ def outside_coefficients(recipe: Recipe, rules: Rules) -> tuple[float, float]:
 
 def _lambda(recipe: Recipe, at: float) -> float:
     """The scale of what is merged, at a place in the depth, 0 to 1."""
-    scale: float = recipe.values("", at).get("lambda", 1.0)
-    return scale
+    return recipe.method.scale_of(recipe.values("", at))
 
 
 def _known(value: float) -> float | None:
@@ -451,4 +493,3 @@ BYTES_COUNTING = 6 * 2**20
 
 _PYTHON_WITH_TORCH = 250_000_000  # resident, with all that lines imports
 _PER_TENSOR = 3_000
-_TEMPORARIES = 5  # chunks that a method may need beside its task vectors

@@ -38,7 +38,8 @@ from lines_cli.errors import (
 )
 from lines_cli.hub import locate
 from lines_cli.layout import lay_out_files
-from lines_cli.methods import Values
+from lines_cli.methods import ByMagnitude, Values
+from lines_cli.methods.registry import package_of
 from lines_cli.pairing import Sides, aligned_names, is_vocabulary, pair_tensors
 from lines_cli.plan import NOTHING_MEASURED, Needs, Plan, Statistics, TensorPlan
 from lines_cli.recipe import Recipe, Scaling
@@ -95,8 +96,11 @@ def make_plan(recipe: Recipe, sides: Sides, output: Path) -> Plan:
         for part in sorted(recipe.filters)
         if not any(part in name for name in rows)
     ]
-    if any(isinstance(setting, list) and isinstance(setting[0], dict) for setting in recipe.settings("lambda")):
-        notes.append("lambda differs by name; the coefficients shown are those of names that no filter of it matches")
+    if recipe.scale_varies_by_name:
+        notes.append(
+            f"{recipe.method.scale} differs by name; the coefficients shown are those of names that no filter of it "
+            "matches"
+        )
     drafted = draft_tensors(recipe, sides, depth, rules, rows)
     refuse_misfits(drafted, sides)
     drafts = {draft.name: draft for draft in drafted}
@@ -213,23 +217,24 @@ def _needs(recipe: Recipe, depth: DepthMap, rules: Rules, drafts: Iterable[Draft
     method = recipe.method
     merged = [draft for draft in drafts if draft.paired and draft.dtype not in EXACT_DTYPES]
     values = list({id(draft.values): draft.values for draft in merged}.values())
-    drops = any(density != 1 for v in values for density in v.get("density", ()))
-    plain_sum = method.sums and all(not v["normalize"] and set(v["weight"]) == {1} for v in values)
+    by_rank = isinstance(method.sparsifier, ByMagnitude) and any(map(method.sparsifier.drops, values))
+    statistics = frozenset[str]().union(*map(method.needs, values))
     return Needs(
-        thresholds=method.masks == "magnitude" and drops,
-        l1=drops and any(v.get("rescale") == "l1" for v in values),
-        products=method.between_two and bool(merged),
-        majority=len(recipe.merged) > 1 and any(method.elects(v) for v in values),
-        norms=not plain_sum and any(math.isnan(_coefficient(depth, rules, draft)) for draft in merged),
+        thresholds=by_rank,
+        l1="l1" in statistics,
+        products="angles" in statistics,
+        majority=len(recipe.merged) > 1 and "majority" in statistics,
+        norms=not all(map(method.plain_sum, values))
+        and any(math.isnan(_coefficient(recipe, depth, rules, draft)) for draft in merged),
     )
 
 
 # --- what follows from the coefficients ---
 
 
-def _coefficient(depth: DepthMap, rules: Rules, draft: Draft) -> float:
+def _coefficient(recipe: Recipe, depth: DepthMap, rules: Rules, draft: Draft) -> float:
     """c(l), in float64; NaN if it depends on an alpha that is not known."""
-    return rules.coefficient(draft.counts_as, depth, scale=draft.values.get("lambda", 1.0))
+    return rules.coefficient(draft.counts_as, depth, scale=recipe.method.scale_of(draft.values))
 
 
 def _decide(plan: Plan, draft: Draft, file: int, info: TensorInfo) -> TensorPlan:
@@ -237,7 +242,7 @@ def _decide(plan: Plan, draft: Draft, file: int, info: TensorInfo) -> TensorPlan
     place = plan.depth.places.get(draft.name)
     if not draft.paired:
         return TensorPlan(draft, file, info, place, 0.0 if _is_of_base(plan, draft) else 1.0, draft.pieces)
-    coefficient = _coefficient(plan.depth, plan.rules, draft)
+    coefficient = _coefficient(plan.recipe, plan.depth, plan.rules, draft)
     rounded = rounded_coefficient(draft.name, coefficient, in_float64=draft.in_float64)
     return TensorPlan(draft, file, info, place, coefficient, _pieces(plan, draft, rounded))
 
@@ -293,9 +298,7 @@ def _copied_whole(sides: Sides, piece: Piece, *, of_base: bool) -> Piece:
 
 def _is_alone(recipe: Recipe, values: Values) -> bool:
     """Whether merging gives the one model there is as it is."""
-    nothing_done = all(share == 1 for key in ("weight", "density") for share in values.get(key, ()))
-    unscaled = values.get("scale") in (None, (None,), (1.0,))
-    return len(recipe.merged) == 1 and recipe.method.alone_is_itself and nothing_done and unscaled
+    return len(recipe.merged) == 1 and recipe.method.one_is_itself(values)
 
 
 def to_float32(value: float) -> float:
@@ -348,8 +351,10 @@ def _with_sidecars(plan: Plan) -> Plan:
 
 def identity(plan: Plan) -> dict[str, Any]:
     """Which run a plan is, as JSON has it: all that decides a byte of its weights, for another run to compare."""
+    package = package_of(plan.recipe.merge_method)
     return {
         "lines": __version__,
+        **({"package": package} if package else {}),
         "recipe": dump_recipe(plan.recipe, named=_named(plan)),
         "inputs": {os.path.realpath(path): [*stamp] for path, stamp in zip(plan.inputs, plan.stamps, strict=True)},
         "outputs": [[file.name, file.nbytes, sha256(file.head).hexdigest()] for file in plan.outputs],

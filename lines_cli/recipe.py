@@ -27,7 +27,7 @@ from pydantic import (
 from lines_cli.checkpoint.digest import FileRecord
 from lines_cli.depth import DepthMap
 from lines_cli.errors import RecipeError
-from lines_cli.methods import METHODS, Method, Values
+from lines_cli.methods import Method, Said, Values, find_method
 from lines_cli.parameters import MOST_RULES, evaluate, filters_of
 from lines_cli.schedule import Constant, Linear, Listed, Outside, Power, Rules, Schedule
 
@@ -274,12 +274,12 @@ class Recipe(_Part):
     """One result: the inputs, the method, the scaling, and how disagreements between the inputs are settled.
 
     Attributes:
-        merge_method: a row of `lines_cli.methods.METHODS`.
+        merge_method: the name of a method (`lines_cli.methods.find_method`).
         base_model: the pre-trained checkpoint: a path or a Hub id, `org/name[@revision]`. Methods that take whole
             weights need it for `lines:` alone.
         models: the fine-tunes, in the order of every sum.
         parameters: the method's, for all models.
-        lines: the scaling over depth; without it the merged task vector is scaled by `lambda` alone.
+        lines: the scaling over depth; without it the merged task vector is scaled by the method's own parameter alone.
         dtype: what every float tensor is written as; None keeps what the input has that the output is like.
         tokenizer_source, chat_template: `base`, or one of the models; None takes the input that the output is like.
         like: which input gives the output its names, dtypes, integer tensors, config and other files: the `base`
@@ -317,24 +317,15 @@ class Recipe(_Part):
 
     @property
     def method(self) -> Method:
-        """The row of the table."""
-        return METHODS[self.merge_method]
+        """What its method says about itself."""
+        return find_method(self.merge_method)
 
     @property
     def merged(self) -> tuple[Source, ...]:
-        """The models whose tensors are merged. A base listed among others has no task vector, and is left out."""
-        if self.method.takes == "weights":
-            return self._two if self.method.between_two else self.models
-        return tuple(source for source in self.models if source.model != self.base_model) or self.models
-
-    @property
-    def _two(self) -> tuple[Source, ...]:
-        """As in mergekit, the base is the first of the two, where it is one of them, or the only other there is."""
-        own = tuple(source for source in self.models if source.model == self.base_model)
-        others = tuple(source for source in self.models if source.model != self.base_model)
-        if not own and len(others) == 1 and self.base_model is not None:
-            own = (Source(model=self.base_model),)
-        return own + others
+        """The models whose tensors are merged, in the order in which the method takes them."""
+        chosen = self.method.chosen([source.model for source in self.models], self.base_model)
+        base = self.base_model or ""
+        return tuple(Source(model=base) if number is None else self.models[number] for number in chosen)
 
     @property
     def subtracts_base(self) -> bool:
@@ -367,6 +358,24 @@ class Recipe(_Part):
         for said in (*(source.parameters for source in self.merged), self.parameters):
             if key in said:
                 yield said[key]
+
+    @property
+    def scale(self) -> Any:
+        """What is said, of all models, of the parameter that multiplies what is merged; None if nothing is."""
+        return self.parameters.get(self.method.scale) if self.method.scale is not None else None
+
+    @property
+    def scale_varies_by_name(self) -> bool:
+        """Whether that parameter has filters."""
+        settings = self.settings(self.method.scale) if self.method.scale is not None else ()
+        return any(isinstance(setting, list) and isinstance(setting[0], dict) for setting in settings)
+
+    @property
+    def said(self) -> Said:
+        """What it says of the method's parameters, for the method to review."""
+        known = self.method.parameters
+        settings = {key: tuple(self.settings(key)) for key in known}
+        return Said(known, self.parameters, settings, self.values("", 0.0), len(self.merged))
 
     @property
     def parameters_vary(self) -> bool:

@@ -10,8 +10,8 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from lines_cli.errors import RecipeError
-from lines_cli.methods import METHODS
-from lines_cli.parameters import values_of
+from lines_cli.methods import METHODS, Method, find_method
+from lines_cli.methods.said import Conflict, Note, Settled
 from lines_cli.plain_yaml import Place
 from lines_cli.recipe import DtypeName, Recipe, Scaling, parse_schedule
 
@@ -108,7 +108,7 @@ def dotted(place: Place) -> str:
 
 _NOT_FOR_PEOPLE = {"notes", "run", "inputs", "files"}
 _TOP = (*(key for key in Recipe.model_fields if key not in _NOT_FOR_PEOPLE), "out_dtype", "tokenizer", "slices")
-_PARAMETERS = sorted({name for row in METHODS.values() for name in row.parameters})
+_PARAMETERS = {name for method in METHODS.values() for name in method.parameters} - Scaling.model_fields.keys()
 
 
 _LONGEST_WORD = 100
@@ -231,12 +231,10 @@ def _then(first: Any, second: Any) -> Any:
 
 def _with_parameters(recipe: Recipe, problems: list[Problem], said_at: SaidAt) -> Recipe | None:
     """The recipe with its parameters checked and frozen; problems are added to the list."""
-    if recipe.merge_method not in METHODS:
-        near = get_close_matches(recipe.merge_method.lower(), METHODS, n=1, cutoff=0.6)
-        there_are = f"there are {', '.join(METHODS)}"
-        mean = f"did you mean {near[0]}? " if near else ""
-        what = f"merge_method: no method is called {recipe.merge_method!r}; {mean}{there_are}"
-        problems.append((("merge_method",), what))
+    try:
+        method = find_method(recipe.merge_method)
+    except ValueError as error:
+        problems.append((("merge_method",), f"merge_method: {error}"))
         return None
     notes = list(recipe.notes)
 
@@ -246,13 +244,13 @@ def _with_parameters(recipe: Recipe, problems: list[Problem], said_at: SaidAt) -
             here = said_at((*place, key))
             if setting is None:
                 continue
-            if key in _IGNORED and recipe.merge_method in _IGNORED[key]:
+            if key in method.ignored:
                 notes.append(f"{key} is accepted, as in mergekit, and does nothing here")
-            elif wrong := _misplaced(key, here, recipe.merge_method, of_model=of_model):
+            elif wrong := _misplaced(key, here, recipe.merge_method, method, of_model=of_model):
                 problems.append((here, wrong))
             else:
                 try:
-                    settings[key] = METHODS[recipe.merge_method].parameters[key].check(setting)
+                    settings[key] = method.parameters[key].check(setting)
                 except ValueError as error:
                     problems.append((here, f"{dotted(here)}: {error}"))
         return settings
@@ -270,19 +268,14 @@ def _with_parameters(recipe: Recipe, problems: list[Problem], said_at: SaidAt) -
     recipe = recipe.model_copy(update={"parameters": top, "models": models})
     _check_models(recipe, problems)
     if not problems:
-        _check_values(recipe, problems, notes)
-        if "trim" in recipe.method.parameters and "trim" not in top and _varies(recipe, "density"):
-            recipe = recipe.model_copy(update={"parameters": {**top, "trim": "tensor"}})
+        settled = _check_values(recipe, problems, notes)
+        recipe = recipe.model_copy(update={"parameters": {**top, **settled}})
     return recipe.model_copy(update={"notes": tuple(dict.fromkeys(notes))})
 
 
-_IGNORED = {"int8_mask": frozenset(METHODS), "rescale": frozenset({"task_arithmetic"})}
-"""What mergekit has and we need not: key -> the methods that may say it."""
-
-
-def _misplaced(key: str, here: Place, method: str, *, of_model: bool) -> str | None:
+def _misplaced(key: str, here: Place, name: str, method: Method, *, of_model: bool) -> str | None:
     """Why a key cannot stand among a method's parameters, if it cannot."""
-    known = METHODS[method].parameters
+    known = method.parameters
     if key in known:
         if of_model and not known[key].per_model:
             return f"{dotted(here)} is said of all models, not of one: move it to the top's parameters"
@@ -297,7 +290,7 @@ def _misplaced(key: str, here: Place, method: str, *, of_model: bool) -> str | N
         more = f"; {', '.join(elsewhere)} {'has' if len(elsewhere) == 1 else 'have'} it"
     else:
         more = f"; did you mean {near[0]}?" if near else ""
-    return f"{dotted(here)} is not a parameter of {method}{more}"
+    return f"{dotted(here)} is not a parameter of {name}{more}"
 
 
 def _wrong_source(key: str, value: str | None, names: set[str | None], said_at: SaidAt) -> Iterator[Problem]:
@@ -337,32 +330,22 @@ def _are(number: int) -> str:
     return "is 1" if number == 1 else f"are {number}"
 
 
-def _check_values(recipe: Recipe, problems: list[Problem], notes: list[str]) -> None:
-    """Refuse values that contradict each other; say where the reading is not mergekit's."""
-    method, parameters = recipe.method, recipe.method.parameters
-    said = {key: tuple(value for setting in recipe.settings(key) for value in values_of(setting)) for key in parameters}
-    if contradiction := method.conflict({key: found or (parameters[key].default,) for key, found in said.items()}):
-        problems.append((("parameters",), f"parameters: {contradiction}"))
-    for key, parameter in parameters.items():
-        if parameter.required and not said[key]:
+def _check_values(recipe: Recipe, problems: list[Problem], notes: list[str]) -> dict[str, Any]:
+    """Refuse values that contradict each other, and note what the method has to say of them; what follows from them
+    for parameters that are left open.
+    """
+    method, said, settled = recipe.method, recipe.said, dict[str, Any]()
+    for remark in method.review(said):
+        if isinstance(remark, Conflict):
+            place: Place = ("parameters",) if remark.key is None else ("parameters", remark.key)
+            problems.append((place, f"{dotted(place)}: {remark.text}"))
+        elif isinstance(remark, Note):
+            notes.append(remark.text)
+        elif isinstance(remark, Settled):
+            settled[remark.key] = remark.value
+    for key, parameter in method.parameters.items():
+        if parameter.required and not said.settings[key]:
             problems.append((("parameters",), f"parameters.{key} is missing: {parameter.about}"))
-    drops = any(density != 1 for density in said.get("density", ()))
-    varying = _varies(recipe, "density")
-    if method.masks == "magnitude" and drops:
-        if varying and recipe.parameters.get("trim") == "global":
-            what = "one density for the whole model is needed to trim globally; trim: tensor takes one for each"
-            problems.append((("parameters", "trim"), f"parameters.trim: {what}"))
-        elif varying and "trim" not in recipe.parameters:
-            notes.append("density varies, so each tensor is trimmed by itself (trim: tensor)")
-        elif "trim" not in recipe.parameters and recipe.merge_method == "ties":
-            notes.append("trims over the whole model, as published; mergekit trims each tensor (trim: tensor)")
-        if recipe.merge_method == "task_arithmetic":
-            notes.append("keeps each task vector's largest entries, as density says; mergekit ignores it here")
-    if method.masks == "random" and "rescale" not in recipe.parameters and drops:
-        notes.append("multiplies what is kept by 1/density, as published; mergekit restores the L1 norm (rescale: l1)")
-    k, models = recipe.values("", 0.0).get("k", 0.0), len(recipe.merged)
-    if k > models:
-        notes.append(f"k: {k:g} masks have to agree, and there {_are(models)}: no entry is kept, which gives the base")
     names = [source.model for source in recipe.merged]
     twice = sorted((name, times) for name, times in Counter(names).items() if times > 1)
     notes += [f"{name} is merged {times} times" for name, times in twice]
@@ -370,10 +353,7 @@ def _check_values(recipe: Recipe, problems: list[Problem], notes: list[str]) -> 
         notes.append("the only model is the base itself: its task vector is zero")
     if recipe.dtype in ("bfloat16", "float16") and recipe.like == "base" and method.takes == "task vectors":
         notes.append(f"{recipe.dtype} is what the output is written in; the arithmetic is float32 all the same")
-
-
-def _varies(recipe: Recipe, key: str) -> bool:
-    return any(isinstance(setting, list) for setting in recipe.settings(key))
+    return settled
 
 
 def edit_recipe(base: str, ft: str, **options: Any) -> Recipe:

@@ -110,7 +110,7 @@ def _scaling(inspection: Inspection) -> Report:
     return {
         "of": inspection.of,
         "lines": recipe.lines.model_dump(mode="json", exclude_none=True) if recipe.lines else None,
-        "lambda": recipe.parameters.get("lambda"),
+        "lambda": recipe.scale,
         "alpha": alpha,
     }
 

@@ -430,8 +430,9 @@ def _compare_weights(
             for span in spans_of(plan, step)
             if files[span.file].problem is None and (span.file, span.start) not in done_before
         )
-        size = crew.chunk(plan.room)
-        pool = Pool(lambda device: Worker(plan, sources, device, size), spans, job, crew)
+        size = crew.chunk(plan.room, whole=plan.whole_bytes(len(crew.members)))
+        shared = crew.whole_tensors()
+        pool = Pool(lambda device: Worker(plan, sources, device, size, shared), spans, job, crew)
         total = sum(file.nbytes for file, there in zip(plan.outputs, files, strict=True) if there.problem is None)
         with closing(pool.in_order()) as results:
             done = (job.compared(span, kept) for span, _ in results)

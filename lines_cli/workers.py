@@ -29,10 +29,9 @@ from lines_cli.checkpoint.reader import Stamp
 from lines_cli.draft import Piece, Slice
 from lines_cli.errors import ChangedInputError, CheckpointError, DataError, LinesError, RecipeError, printable
 from lines_cli.methods import Values
-from lines_cli.methods.dare import Where, random_masks
-from lines_cli.methods.ties import trim
 from lines_cli.plan import Plan, TensorPlan
 from lines_cli.resources import BLOCK, Resources, Room
+from lines_cli.whole_tensors import Kept
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -77,11 +76,16 @@ class Crew:
         number = resources.threads_on_cuda(len(self.devices)) if self.apart else resources.threads
         self.members = [self.devices[n % len(self.devices)] for n in range(number)]
 
-    def chunk(self, room: Room, *, whole_blocks: bool = False) -> int:
+    def whole_tensors(self) -> Kept[Whole]:
+        """Where the workers of a pass keep what they merge whole."""
+        return Kept(len(self.members))
+
+    def chunk(self, room: Room, *, whole: int = 0, whole_blocks: bool = False) -> int:
         """Entries per step.
 
         Args:
             room: what one entry takes.
+            whole: bytes that whole tensors take beside the workers' buffers.
             whole_blocks: a multiple of BLOCK.
 
         Raises:
@@ -91,11 +95,11 @@ class Crew:
         if self.apart:
             most, entry = self._gpu_memory(), room.nbytes(slots=SLOTS)
             workers = -(-len(self.members) // len(self.devices))
-            fits = (most // workers - _ROUNDED_UP) // entry
+            fits = ((most - whole) // workers - _ROUNDED_UP) // entry
             if fits < BLOCK:
                 raise RecipeError(
                     f"--gpu-memory {most:,}: {workers} workers on a device need "
-                    f"{workers * (BLOCK * entry + _ROUNDED_UP):,} bytes",
+                    f"{workers * (BLOCK * entry + _ROUNDED_UP) + whole:,} bytes",
                     hint="Allow more, or run fewer --workers.",
                 )
         return self.resources.chunk_for(room, fits=fits, whole_blocks=whole_blocks)
@@ -392,29 +396,75 @@ def _read(source: Opened, view: memoryview, offset: int) -> int:
     return read_into(source, view, offset) if isinstance(source, int) else source.read_into(view, offset)
 
 
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A piece of a tensor that was merged whole.
+
+    Attributes:
+        values: [numel], in the compute dtype, on a worker's device; not to be changed.
+        squares, kept: for each model, as `merge_chunk.Merged` has them, of all of it.
+        nonfinite: which input holds NaN or Inf, and where, if one does.
+    """
+
+    values: torch.Tensor
+    squares: tuple[float, ...]
+    kept: tuple[float, ...]
+    nonfinite: str | None
+
+
 class Worker(Reader):
-    """One thread's device and buffers, and what it computes of a plan with them.
+    """One thread's device and buffers, and what it reads of a plan's inputs with them (`merge_chunk` computes).
+
+    Args:
+        plan: what is carried out.
+        sources: the open inputs, as in `plan.inputs`.
+        device: where entries are held.
+        chunk: most entries of one.
+        shared: pieces that were merged whole, for all workers of a pass.
 
     Raises:
         MemoryError: there is not enough memory for the buffers, on the host or on the device.
     """
 
-    def __init__(self, plan: Plan, sources: Sequence[Opened], device: torch.device, chunk: int) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        sources: Sequence[Opened],
+        device: torch.device,
+        chunk: int,
+        shared: Kept[Whole] | None = None,
+    ) -> None:
         super().__init__(plan.inputs, sources, device, chunk=chunk, room=plan.room)
-        self.plan = plan
+        self.plan, self.shared = plan, shared
         self.piece = in_whole_pages(PIECE)  # of the output, on its way to the disk
-        self._told: tuple[TensorPlan, Values] | None = None  # of the last tensor
+        self.alone = False
+        """Whether no other worker needs a part of the piece that is worked on."""
+        self.last_whole: tuple[tuple[str, int, str], Whole] | None = None
+        """The piece that was last merged whole, if no other worker needed a part of it."""
+        self._keywords: tuple[TensorPlan, int | None, Values] | None = None  # of the last tensor
+
+    def cut(self, chunks: Iterable[PlanChunk]) -> Iterator[PlanChunk]:  # type: ignore[override]
+        """The same entries, in steps that fit the buffers."""
+        for chunk in chunks:
+            self.at, self.alone = chunk.tensor.name, chunk.numel == chunk.piece.numel
+            yield from chunk.cut(self.chunk)
 
     def inputs(self, chunk: PlanChunk) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """What is merged: the base's entries, if there is a base, and each model's; [numel] each, in the compute dtype,
         to be overwritten.
         """
-        _, (base, *models) = self.held(chunk)
-        if chunk.piece.base is not None:
-            base.copy_(self.read(chunk, chunk.piece.base).values())
+        base = self.base(chunk)
+        _, (_, *models) = self.held(chunk)
         for into, source in zip(models, chunk.piece.models, strict=False):
             into.copy_(self.read(chunk, source).values())
-        return base if chunk.piece.base is not None else None, models[: len(chunk.piece.models)]
+        return base, models[: len(chunk.piece.models)]
+
+    def base(self, chunk: PlanChunk) -> torch.Tensor | None:
+        """The base's entries, if there is a base: [numel], in the compute dtype, to be overwritten."""
+        if chunk.piece.base is None:
+            return None
+        _, (base, *_) = self.held(chunk)
+        return base.copy_(self.read(chunk, chunk.piece.base).values())
 
     def task_vectors(self, chunk: PlanChunk) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The base's entries, and what each model changed of them: `f32(model) - f32(base)`, rounded."""
@@ -424,36 +474,11 @@ class Worker(Reader):
         task_vector(every[1 : 1 + len(models)], base)  # of all at once
         return base, models
 
-    def drop(self, chunk: PlanChunk, task_vectors: list[torch.Tensor]) -> list[float] | None:
-        """Set entries to zero, in place, where the method drops some: those below a threshold, or random ones.
-
-        Returns:
-            How many entries of each model are kept, where they are drawn.
-        """
-        tensor, method = chunk.tensor, self.plan.recipe.method
-        if method.masks == "magnitude" and self.plan.statistics.thresholds and not method.trims_itself:
-            trim(task_vectors, threshold=self.plan.measured(tensor).threshold)
-        if method.masks != "random":
-            return None
-        # A head and the embedding it is tied to are one weight, and lose the same entries.
-        values, where = tensor.values, Where(tensor.draft.counts_as, chunk.piece.start + chunk.first)
-        masks = random_masks(task_vectors, density=values["density"], seed=values["seed"], where=where)
-        kept = [float(chunk.numel) if mask is None else float(mask.sum()) for mask in masks]
-        for tau, mask in zip(task_vectors, masks, strict=True):
-            if mask is not None:
-                tau.mul_(mask)
-        return kept
-
-    def merge(self, chunk: PlanChunk, tensors: list[torch.Tensor], told: Values | None = None) -> torch.Tensor:
-        """What the method makes of them: [numel]. It may overwrite them."""
-        merged: torch.Tensor = self.plan.recipe.method.merge(tensors, **(told or self.told(chunk.tensor)))
-        return merged
-
-    def told(self, tensor: TensorPlan) -> Values:
-        """What the method is told of a tensor."""
-        if self._told is None or self._told[0] is not tensor:
-            self._told = tensor, self.plan.told(tensor)
-        return self._told[1]
+    def keywords(self, tensor: TensorPlan, *, majority: int | None = None) -> Values:
+        """What the method's function is given beside tensors (`Plan.keywords`)."""
+        if self._keywords is None or self._keywords[0] is not tensor or self._keywords[1] != majority:
+            self._keywords = tensor, majority, self.plan.keywords(tensor, majority=majority)
+        return self._keywords[2]
 
     def nonfinite(self, chunk: PlanChunk) -> str | None:
         """Which of a chunk's inputs holds NaN or Inf, and where; None if none does."""

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from conftest import run_lines, snapshot, write_checkpoint
+from method_cases import TABLE
 
 import lines_cli as lines
 from lines_cli import arithmetic, workers
@@ -24,13 +25,16 @@ from lines_cli.workers import Crew, Worker, choose_devices
 
 GB = 10**9
 METHODS: dict[str, dict[str, Any]] = {
-    "average": {"merge_method": "average"},
-    "task_arithmetic": {"merge_method": "task_arithmetic", "parameters": {"density": 0.3, "trim": "tensor"}},
-    "ties": {"merge_method": "ties", "parameters": {"density": 0.3}, "lines": {"alpha": "auto", "beta": 0.5}},
-    "dare_ties": {"merge_method": "dare_ties", "parameters": {"density": 0.3, "rescale": "l1"}},
-    "consensus": {"merge_method": "consensus", "parameters": {"on": "ties", "density": 0.5}},
-    "slerp": {"merge_method": "slerp", "base_model": "a", "parameters": {"t": 0.3}},
+    method: {
+        "merge_method": method,
+        "parameters": dict(entry.typical[-1]),
+        **({"base_model": None} if entry.on_weights else {}),
+        **({"models": [{"model": "a"}]} if entry.models == 1 else {}),
+        **({"lines": {"alpha": "auto", "beta": 0.5}} if method in ("ties", "iso_c") else {}),
+    }
+    for method, entry in TABLE.items()
 }
+"""Every method."""
 
 
 def models(folder: Path) -> None:
@@ -154,7 +158,7 @@ class Full:
         return arithmetic.task_vector(fine_tuned, base)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "slerp"])
+@pytest.mark.parametrize("method", [name for name in METHODS if not TABLE[name].on_weights])
 def test_out_of_memory_halves_the_chunk(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the run goes on: nothing is counted twice, and the bytes are the same."""
     models(tmp_path)

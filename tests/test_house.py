@@ -31,6 +31,7 @@ LAYERS = [
     {"verification"},
     {"comparison", "engine"},
     {"measure"},
+    {"merge_chunk"},
     {"workers"},
     {"claim", "findings", "inspection"},
     {"planning"},
@@ -42,10 +43,14 @@ LAYERS = [
     {"recipe", "hub", "arithmetic"},
     {"plain_yaml"},
     {"methods"},
-    {"methods.dare"},
+    {"methods.registry"},
+    {"methods.*"},  # families of methods
     {"methods.ties"},
     {"methods.sums"},
-    {"parameters", "resources"},
+    {"methods.method"},
+    {"methods.sparsify"},
+    {"methods.said"},
+    {"parameters", "resources", "whole_tensors"},
     {"schedule"},
     {"depth", "kinds"},
     {"checkpoint.staging", "checkpoint.verified"},
@@ -59,13 +64,14 @@ LAYERS = [
     {"checkpoint.positional", "checkpoint.renames"},
     {"errors"},
 ]
-RANK = {module: rank for rank, row in enumerate(LAYERS) for module in row}
-
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")
     if path.name != "__init__.py" or path.parent.name == "methods"
 }
+RANK = {module: rank for rank, row in enumerate(LAYERS) for module in row}
+FAMILIES = RANK.pop("methods.*")
+RANK = {module: FAMILIES for module in MODULES if module.startswith("methods.")} | RANK
 
 
 def imports(path: Path) -> set[str]:
@@ -106,10 +112,7 @@ def test_imports_point_down(module: str) -> None:
         ("huggingface_hub", {"hub"}),
         (
             "torch",
-            {
-                *("arithmetic", "comparison", "engine", "in_memory", "measure", "methods.dare", "methods.ties"),
-                *("verification", "workers"),
-            },
+            {*("arithmetic", "comparison", "engine", "in_memory", "measure", "merge_chunk", "verification", "workers")},
         ),
         ("pydantic", {"recipe", "recipe_check"}),
         ("yaml", {"checkpoint.sidecars", "page", "plain_yaml", "recipe_file"}),
@@ -118,8 +121,9 @@ def test_imports_point_down(module: str) -> None:
     ],
 )
 def test_each_dependency_has_one_home(dependency: str, homes: set[str]) -> None:
-    """Of what is imported from outside, each package is known to few modules."""
+    """Of what is imported from outside, each package is known to few modules (and torch to methods, when called)."""
     users = {module for module, path in MODULES.items() if any(n.split(".")[0] == dependency for n in imports(path))}
+    users -= {module for module in users if module.startswith("methods.") and dependency == "torch"}
     assert users == homes
 
 
@@ -215,3 +219,39 @@ def test_the_python_api_is_what_it_is() -> None:
     for name in lines_cli.__all__:
         assert getattr(lines_cli, name) is getattr(lines_cli, name)
         assert not isinstance(getattr(lines_cli, name), types.ModuleType)
+
+
+# Names of methods' parameters that mean something else where they stand.
+OTHER_MEANINGS = {
+    "in_memory": {"task_arithmetic"},  # which is the default
+    "depth": {"weight"},  # the last part of tensor names
+    "kinds": {"weight", "scale"},
+    "pairing": {"weight"},
+    "report": {"lambda"},  # a key of the report
+    "tables": {"lambda"},
+    "recipe": {"task_arithmetic"},  # what a recipe is that says no method
+}
+OF_THE_SCALING = {"gamma", "linear"}  # a key of `lines:`, and a schedule
+SAID_OF_METHODS = {
+    "about", "chosen", "elect", "ignored", "keywords", "merge", "models", "needs", "norm_of_kept", "one_is_itself",
+    "parameters", "plain_sum", "review", "scale", "scale_of", "sees", "sparsifier", "takes", "temporaries", "workspace",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("module", sorted(module for module in MODULES if not module.startswith("methods")))
+def test_methods_alone_know_methods(module: str) -> None:
+    """No other module names a method, or a parameter of one; and of what a method says none asks for what is private
+    to the package.
+    """
+    from lines_cli.methods import METHODS, Method
+
+    names = {name for method in METHODS.values() for name in method.parameters} | METHODS.keys()
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    assert texts & names - OF_THE_SCALING <= OTHER_MEANINGS.get(module, set())
+    asked = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value).split(".")[-1] == "method"
+    }
+    assert asked & set(dir(Method)) <= SAID_OF_METHODS

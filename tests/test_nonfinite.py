@@ -9,22 +9,13 @@ import pytest
 import torch
 import yaml
 from conftest import write_checkpoint
+from method_cases import TABLE, TYPICAL
 
 import lines_cli as lines
 from lines_cli.arithmetic import same_nan
-from lines_cli.methods import METHODS
 from lines_cli.resources import Resources
 
 SIDES = ("base", "a", "b", "c")
-PARAMETERS: dict[str, list[dict[str, Any]]] = {
-    "task_arithmetic": [{}, {"density": 0.4}, {"density": 0.4, "trim": "tensor"}],
-    "ties": [{"density": 0.4}, {"density": 0.4, "trim": "tensor"}, {"density": 1.0, "normalize": False}],
-    "consensus": [{}, {"on": "ties", "density": 0.5}],
-    "dare_linear": [{"density": 0.5}, {"density": 0.5, "rescale": "l1"}],
-    "dare_ties": [{"density": 0.5}],
-    "slerp": [{"t": 0.3}],
-}
-CASES = [(method, parameters) for method in METHODS for parameters in PARAMETERS.get(method, [{}])]
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float64: torch.int64}
 
 
@@ -54,16 +45,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("method", "parameters"), CASES, ids=[f"{m}-{n}" for n, (m, _) in enumerate(CASES)])
+@pytest.mark.parametrize("case", TYPICAL)
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_the_same_bytes_for_any_chunk(
-    method: str, parameters: dict[str, Any], dtype: str | None, models: Path, tmp_path: Path
-) -> None:
+def test_the_same_bytes_for_any_chunk(case: str, dtype: str | None, models: Path, tmp_path: Path) -> None:
     """Vectors and the entries behind the last whole vector give NaN of other bits: written is one."""
-    sides = SIDES[1 : {"slerp": 3, "passthrough": 2}.get(method, 4)]
+    method, parameters = TYPICAL[case]
+    sides = SIDES[1 : 1 + (TABLE[method].models or 3)]
     recipe: dict[str, Any] = {"merge_method": method, "models": [{"model": str(models / side)} for side in sides]}
     recipe["base_model"] = str(models / ("a" if method == "slerp" else "base"))
-    recipe |= {"parameters": parameters, "allow_nonfinite": True} | ({"dtype": dtype} if dtype else {})
+    recipe |= {"parameters": dict(parameters), "allow_nonfinite": True} | ({"dtype": dtype} if dtype else {})
     recipe["lines"] = {"alpha": 0.3, "beta": 0.5}
     (tmp_path / "merge.yaml").write_text(yaml.safe_dump(recipe))
     asked = lines.load_recipe(tmp_path / "merge.yaml")

@@ -107,7 +107,7 @@ def test_of_the_whole_model(kind: str, density: float, tmp_path: Path) -> None:
     outcome = thresholds(tmp_path, [model], parameters={"density": density})
     found, number = sorted_out(torch.cat([tensor.abs() for tensor in model.values()]), density)
     statistics = outcome.plan.statistics
-    assert statistics.thresholds == {(0, None): found}
+    assert statistics.thresholds == {(0, None): (found,)}
     assert statistics.kept == ((number, NUMEL + 1003),)
 
 
@@ -123,7 +123,7 @@ def test_of_each_tensor(kind: str, density: float, tmp_path: Path) -> None:
         for name, tensor in model.items()
     }
     statistics = outcome.plan.statistics
-    assert statistics.thresholds == {key: threshold for key, (threshold, _) in expected.items()}
+    assert statistics.thresholds == {key: (threshold,) for key, (threshold, _) in expected.items()}
     assert statistics.kept == tuple(
         (sum(kept for (model, _), (_, kept) in expected.items() if model == number), NUMEL + 5001) for number in (0, 1)
     )
@@ -137,7 +137,7 @@ def test_what_is_not_finite_is_largest(value: float, density: float, trim: str, 
     values = with_some(value)
     parameters = {"density": density, "trim": trim}
     outcome = thresholds(tmp_path, [{"a": values}], parameters=parameters, allow_nonfinite=True)
-    (found,) = outcome.plan.statistics.thresholds.values()
+    ((found,),) = outcome.plan.statistics.thresholds.values()
     expected, number = sorted_out(values.abs(), density)
     assert found == expected or (math.isnan(found) and math.isnan(expected))
     assert outcome.plan.statistics.kept == ((number, NUMEL),)
@@ -159,7 +159,7 @@ def test_float64_is_ordered_as_float32(tmp_path: Path) -> None:
     values = normal().double() * (1 + 1e-9)
     outcome = thresholds(tmp_path, [{"a": values}], parameters={"density": 0.2})
     found, number = sorted_out(values.abs().float(), 0.2)
-    assert outcome.plan.statistics.thresholds == {(0, None): found}
+    assert outcome.plan.statistics.thresholds == {(0, None): (found,)}
     assert outcome.plan.statistics.kept == ((number, NUMEL),)
 
 

@@ -262,22 +262,8 @@ def slerp(models: Sequence[Tensors], *, t: float) -> Tensors:
     return by_name(models, between)
 
 
-def passthrough(models: Sequence[Tensors], *, scale: Sequence[float]) -> Tensors:
-    return {name: times(scale[0], tensor) for name, tensor in models[0].items()}
-
-
-METHODS: dict[str, Callable[..., Tensors]] = {
-    "average": average,
-    "task_arithmetic": task_arithmetic,
-    "ties": ties,
-    "consensus": consensus,
-    "dare_linear": dare_linear,
-    "dare_ties": dare_ties,
-    "linear": linear,
-    "slerp": slerp,
-    "passthrough": passthrough,
-}
-ON_WEIGHTS = ("linear", "slerp", "passthrough")
+def passthrough(models: Sequence[Tensors], *, scale: Sequence[float | None]) -> Tensors:
+    return {name: tensor if scale[0] is None else times(scale[0], tensor) for name, tensor in models[0].items()}
 
 
 def norm1(tensors: Tensors) -> float:

@@ -6,6 +6,7 @@ from lines_cli import arguments
 from lines_cli.api import How, destination_of, read_recipe
 from lines_cli.commands import options as opt
 from lines_cli.commands.carry_out import carry_out
+from lines_cli.methods import METHODS
 
 
 def merge(
@@ -30,13 +31,15 @@ def merge(
     The recipe says how, in mergekit's keys where mergekit has them:
 
     \b
-      merge_method: ties     # average, task_arithmetic, ties, consensus, dare_linear,
-      base_model: base       #   dare_ties, linear, slerp, passthrough
+      merge_method: ties
+      base_model: base
       models:
         - {model: ft-math, parameters: {weight: 1.0}}
         - {model: ft-code, parameters: {weight: 1.0}}
       parameters: {density: 0.2}
       lines: {alpha: auto, beta: 0.5}
+
+    Methods: METHODS; docs/merge-methods.md has their parameters.
 
     An output's lines_recipe.yaml is such a recipe, too: it makes the same files again.
     """
@@ -45,3 +48,6 @@ def merge(
     resources = arguments.resources(workers, device, gpu_memory)
     how = How(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)
     carry_out(recipe, destination, resources, how, dry_run=dry_run, json=json, quiet=quiet)
+
+
+merge.__doc__ = (merge.__doc__ or "").replace("METHODS", ", ".join(METHODS))

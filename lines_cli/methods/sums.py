@@ -1,4 +1,4 @@
-"""Weighted sums: of task vectors (model soups, task arithmetic) and of whole weights (linear, SLERP, passthrough).
+"""Sums of task vectors: model soups and task arithmetic.
 
 Like every method these are plain functions on a run of entries: one tensor [n] of float32 (float64 where an input is)
 for each model, in recipe order, and keywords named as in the recipe. They may overwrite what they are given. Sums are
@@ -7,9 +7,13 @@ taken in recipe order, each operation rounded: `((w1 * tau1) + w2 * tau2) + ...`
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lines_cli.methods.method import Method
+from lines_cli.methods.said import Note, Remark, Said, Values
+from lines_cli.methods.sparsify import DENSITY, LARGEST, TRIM, review_trim
+from lines_cli.parameters import Parameter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,17 +51,11 @@ def average(task_vectors: Sequence[Tensor]) -> Tensor:
 
 def task_arithmetic(task_vectors: Sequence[Tensor], *, weight: Sequence[float], normalize: bool = False) -> Tensor:
     """`sum(w_i * tau_i)` (Ilharco 2023, arXiv 2212.04089, section 2), over `sum(w_i)` with `normalize`."""
-    return _over(weighted_sum(task_vectors, weight), weight, normalize=normalize)
+    return divided(weighted_sum(task_vectors, weight), weight, normalize=normalize)
 
 
-def linear(weights: Sequence[Tensor], *, weight: Sequence[float], normalize: bool = True) -> Tensor:
-    """`sum(w_i * theta_i) / sum(w_i)`: the weighted average of whole weights, without a base; the sum alone unless
-    `normalize`.
-    """
-    return _over(weighted_sum(weights, weight), weight, normalize=normalize)
-
-
-def _over(total: Tensor, weight: Sequence[float], *, normalize: bool) -> Tensor:
+def divided(total: Tensor, weight: Sequence[float], *, normalize: bool) -> Tensor:
+    """`total / sum(w_i)`: [n], overwritten; as it is where that sum is 1 or negligible, or without `normalize`."""
     if not normalize:
         return total
     divisor = total.new_zeros(())  # summed in the same dtype
@@ -66,34 +64,48 @@ def _over(total: Tensor, weight: Sequence[float], *, normalize: bool) -> Tensor:
     return total if divisor == 1 or divisor.abs() < NEGLIGIBLE else total.div_(divisor)
 
 
-def slerp(weights: Sequence[Tensor], *, shares: tuple[float, float]) -> Tensor:
-    """`s0 * theta_1 + s1 * theta_2` with `shares` from `slerp_shares`: spherical linear interpolation between two
-    tensors (Shoemake 1985).
-    """
-    return weighted_sum(weights, shares)
+ON_OFF: dict[str | bool, Any] = {True: True, False: False}
+WEIGHT = Parameter(1.0, "of the model in the sum", per_model=True)
+LAMBDA = Parameter(1.0, "scale of the merged task vector")
+NORMALIZE = Parameter(False, "divide by the sum of the weights", varies=False, choices=ON_OFF)
 
 
-_NEARLY_PARALLEL = 0.9995
+def all_are_1(values: Values, *keys: str) -> bool:
+    """Whether every model's value of some parameters is 1."""
+    return all(value == 1 for key in keys for value in values[key])
 
 
-def slerp_shares(t: float, *, dot: float, norms: tuple[float, float]) -> tuple[float, float]:
-    """The shares of two tensors at `t` of the way from the first (0) to the second (1), along the arc between them:
-    `sin((1 - t) * phi) / sin(phi)` and `sin(t * phi) / sin(phi)` for the angle phi.
-
-    Args:
-        t: 0 to 1.
-        dot: the sum over all entries of their products.
-        norms: of each; where one is 0 the angle counts as a right one. Where the two are nearly parallel, at mergekit's
-            bound, the line takes the place of the arc.
-    """
-    lengths = [norm if norm > NEGLIGIBLE else 1.0 for norm in norms]
-    cosine = max(-1.0, min(1.0, dot / lengths[0] / lengths[1]))
-    if abs(cosine) > _NEARLY_PARALLEL:
-        return 1 - t, t
-    phi = math.acos(cosine)
-    return math.sin((1 - t) * phi) / math.sin(phi), math.sin(t * phi) / math.sin(phi)
+def whole_and_unweighted(values: Values) -> bool:
+    """Whether every `weight` is 1 and nothing is dropped: then one model is itself."""
+    return all_are_1(values, "weight", "density")
 
 
-def passthrough(weights: Sequence[Tensor], *, scale: Sequence[float | None]) -> Tensor:
-    """The one model's weights, times `scale` if there is one."""
-    return weights[0] if scale[0] is None else weights[0].mul_(scale[0])
+def _review(said: Said) -> Iterator[Remark]:
+    yield from review_trim(said, "density")
+    if any(density != 1 for density in said.values("density")):
+        yield Note("keeps each task vector's largest entries, as density says; mergekit ignores it here")
+
+
+METHODS = {
+    "average": Method(
+        average,
+        "The mean of the task vectors: a uniform model soup (Wortsman 2022).",
+        parameters={"lambda": LAMBDA},
+        keywords=lambda *_: {},
+        one_is_itself=lambda _: True,
+        scale="lambda",
+    ),
+    "task_arithmetic": Method(
+        task_arithmetic,
+        "The weighted sum of the task vectors (Ilharco 2023).",
+        parameters={"weight": WEIGHT, "density": DENSITY, "trim": TRIM, "normalize": NORMALIZE, "lambda": LAMBDA},
+        sparsifier=LARGEST,
+        keywords=lambda values, _: {key: values[key] for key in ("weight", "normalize")},
+        one_is_itself=whole_and_unweighted,
+        plain_sum=lambda values: not values["normalize"] and all_are_1(values, "weight"),
+        norm_of_kept=True,
+        scale="lambda",
+        review=_review,
+        ignored=frozenset({"int8_mask", "rescale"}),
+    ),
+}

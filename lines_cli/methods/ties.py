@@ -1,49 +1,29 @@
-"""TIES (Yadav 2023, arXiv 2306.01708) and consensus (Wang 2024, arXiv 2405.07813): what to do where task vectors
-disagree.
-"""
+"""TIES (Yadav 2023, arXiv 2306.01708): where task vectors disagree in sign, merge those that agree with most."""
 
 from __future__ import annotations
 
-import math
-import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from lines_cli.methods.sums import NEGLIGIBLE, scaled, weighted_sum
+from lines_cli.methods.method import Measured, Method, Statistic
+from lines_cli.methods.said import Conflict, Remark, Said, Values
+from lines_cli.methods.sparsify import (
+    DENSITY,
+    LARGEST,
+    RESCALE_TRIMMED,
+    TRIM,
+    factors,
+    norms_to_restore,
+    review_trim,
+    trims_globally,
+)
+from lines_cli.methods.sums import LAMBDA, NEGLIGIBLE, ON_OFF, WEIGHT, scaled, weighted_sum, whole_and_unweighted
+from lines_cli.parameters import Parameter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Agreement = Literal["mean", "sum", "max"]
-
-
-def trim(task_vectors: Sequence[Tensor], *, threshold: Sequence[float | None]) -> Sequence[Tensor]:
-    """Set to 0 what is smaller in magnitude than the threshold of its model: the trim of TIES (section 4.2, step 1).
-    Every entry that lies exactly on the threshold is kept. NaN is larger than all else.
-
-    Args:
-        task_vectors: N of [n]; overwritten.
-        threshold: N magnitudes in float32, to which those of float64 are rounded; None keeps all, as does no threshold.
-    """
-    import torch
-
-    for tau, least in zip(task_vectors, threshold, strict=bool(threshold)):
-        if not least:
-            continue
-        if math.isnan(least):  # which is the largest
-            tau.masked_fill_(~tau.isnan(), 0)
-        elif tau.dtype == torch.float32:
-            torch.hardshrink(tau, _before(least), out=tau)  # keeps what is larger than the number before
-        else:
-            tau.masked_fill_(tau.abs().to(torch.float32) < least, 0)
-    return task_vectors
-
-
-def _before(magnitude: float) -> float:
-    """The next smaller float32 of one above 0."""
-    (bits,) = struct.unpack("<I", struct.pack("<f", magnitude))
-    (before,) = struct.unpack("<f", struct.pack("<I", bits - 1))
-    return float(before)
 
 
 def ties(
@@ -114,36 +94,83 @@ def signs(
     return elected, any(bool((tau * undecided).count_nonzero()) for tau in taus)
 
 
-def consensus(
-    task_vectors: Sequence[Tensor],
-    *,
-    weight: Sequence[float],
-    mask_lambda: Sequence[float],
-    k: float = 2,
-    on: Literal["sum", "ties"] = "sum",
-    threshold: Sequence[float | None] = (),
-    majority: int = 1,
-) -> Tensor:
-    """Keep an entry of the merged task vector where at least `k` models' TALL masks agree on it.
+def agreement_parameter(unless_said: str) -> Parameter:
+    """What is made of the models that agree."""
+    return Parameter(
+        None,
+        f"over the models that agree with the sign: their weighted mean, their sum, or the largest; {unless_said} "
+        "unless said",
+        varies=False,
+        choices={"mean": "mean", "sum": "sum", "max": "max"},
+    )
 
-    `mask_i = |tau_i| > |tau_merged - tau_i| * mask_lambda_i`, on the task vectors as they are, without weights or trim.
 
-    Args:
-        task_vectors: N of [n].
-        weight: N, for the merged task vector.
-        mask_lambda: N; the smaller, the more a model keeps.
-        k: 0 keeps all, more than N nothing.
-        on: the merged task vector is the weighted sum, or TIES with agreement by sum.
-        threshold: for `on: ties`, of its trim (`trim`).
-        majority: for `on: ties`.
-    """
-    if on == "ties":
-        trimmed = trim([tau.clone() for tau in task_vectors], threshold=threshold)
-        merged = ties(trimmed, weight=weight, factor=[1.0] * len(trimmed), agreement="sum", majority=majority)
-    else:
-        merged = weighted_sum(task_vectors, weight, overwrite=False)
-    votes = merged.new_zeros(merged.shape)
-    for tau, scale in zip(task_vectors, mask_lambda, strict=True):
-        others = (merged - tau).abs_().mul_(scale)
-        votes.add_(tau.abs_().gt_(others))
-    return merged.mul_(votes.ge_(k))
+MAYBE_NORMALIZE = Parameter(None, "true is agreement: mean, false is agreement: sum", varies=False, choices=ON_OFF)
+
+
+def agreement_of(values: Values, *, default: str) -> str:
+    """What `agreement`, or else `normalize`, says."""
+    if values["agreement"] is not None:
+        return str(values["agreement"])
+    return default if values["normalize"] is None else ("mean" if values["normalize"] else "sum")
+
+
+def agreement_or_normalize(said: Said) -> Iterator[Remark]:
+    """The two say one thing, and must not differ in it."""
+    (agreement, *_), (normalize, *_) = said.values("agreement"), said.values("normalize")
+    if agreement is not None and normalize is not None and (agreement == "mean") != normalize:
+        yield Conflict(
+            f"agreement: {agreement} and normalize: {str(normalize).lower()} contradict each other; leave normalize out"
+        )
+
+
+def elect(
+    task_vectors: Sequence[Tensor], *, weight: Sequence[float], factor: Sequence[float], waiting: bool, **_: object
+) -> tuple[Tensor, bool]:
+    """`signs`, given the keywords of `ties`."""
+    return signs(task_vectors, weight=weight, factor=factor, waiting=waiting)
+
+
+def _keywords(values: Values, measured: Measured) -> Values:
+    return {
+        "weight": values["weight"],
+        "agreement": agreement_of(values, default="mean"),
+        "majority": measured.majority,
+        "factor": factors(values, measured.l1),
+    }
+
+
+def _needs(values: Values) -> frozenset[Statistic]:
+    return norms_to_restore(values) | ({"majority"} if trims_globally(values) else frozenset())
+
+
+_DEFAULT = "trims over the whole model, as published; mergekit trims each tensor (trim: tensor)"
+
+
+def _review(said: Said) -> Iterator[Remark]:
+    yield from agreement_or_normalize(said)
+    yield from review_trim(said, "density", default=_DEFAULT)
+
+
+METHODS = {
+    "ties": Method(
+        ties,
+        "Trim, elect signs, merge what agrees (TIES, Yadav 2023).",
+        parameters={
+            "weight": WEIGHT,
+            "density": DENSITY,
+            "trim": TRIM,
+            "rescale": RESCALE_TRIMMED,
+            "agreement": agreement_parameter("the mean"),
+            "normalize": MAYBE_NORMALIZE,
+            "lambda": LAMBDA,
+        },
+        sparsifier=LARGEST,
+        needs=_needs,
+        keywords=_keywords,
+        elect=elect,
+        one_is_itself=whole_and_unweighted,
+        scale="lambda",
+        review=_review,
+    ),
+}

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from conftest import write_checkpoint
+from method_cases import TABLE
 
 import lines_cli as lines
 
@@ -550,6 +551,12 @@ MERGES: dict[str, Case] = {
     "passthrough-on-base": merge("passthrough", "decoder/base", ("decoder/math", {"scale": 1.5}), lines=BY_DEPTH),
 }
 
+MERGES |= {
+    f"{method}-{number}": merge(method, *DECODER, said=said)
+    for method, entry in TABLE.items()
+    if not any(case.method == method for case in MERGES.values())
+    for number, said in enumerate(entry.typical)
+}
 CASES = {**EDITS, **MERGES}
 
 

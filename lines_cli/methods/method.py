@@ -1,0 +1,136 @@
+"""What a merge method says about itself. Everything outside this package reads it here and knows no method by name.
+
+A method is a plain function over tensors and one `Method` that stands below it in the same file. The registry finds
+both. Nothing here loads torch: the functions use it when they are called.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from lines_cli.methods.said import Remark, Said, Values
+from lines_cli.methods.sparsify import Bounds, ByMagnitude, Drawn
+from lines_cli.parameters import Parameter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Statistic = Literal["l1", "angles", "majority"]
+"""What can be measured over the inputs before anything is merged, thresholds apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What was measured for one tensor's merge.
+
+    Attributes:
+        bounds: for each model the magnitudes that the sparsifier asked for (`ByMagnitude`).
+        majority: the sign that most elections of the whole model gave; 1 where signs are not counted.
+        l1: for each model the L1 norm of this tensor's task vector, before and after entries were dropped.
+        products: of two models' tensors: their dot product, and the two squared L2 norms.
+    """
+
+    bounds: tuple[Bounds, ...] = ()
+    majority: int = 1
+    l1: tuple[tuple[float, float], ...] = ()
+    products: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+
+# --- the defaults of what a method may leave open ---
+
+
+def _as_said(values: Values, _: Measured) -> Values:
+    return values
+
+
+def _nothing(_: Values) -> frozenset[Statistic]:
+    return frozenset()
+
+
+def _never(_: Values) -> bool:
+    return False
+
+
+def _five_of_float64(shape: Sequence[int]) -> int:
+    return 5 * 8 * math.prod(shape)
+
+
+def _no_remarks(_: Said) -> Iterable[Remark]:
+    return ()
+
+
+Chosen = tuple[int | None, ...]
+"""Which models are merged, in which order: a number into those that a recipe lists; None is the base, unlisted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A merge method.
+
+    Attributes:
+        merge: the function: given N tensors, from which entries were dropped, and the `keywords`, it makes one of the
+            same shape and dtype. It may overwrite what it is given.
+        about: what it is, in a line, with its source.
+        takes: task vectors, which need a base; or whole weights.
+        sees: any run of a tensor's `entries` ([n]), so that tensors can be streamed; or whole `tensors` in their shape.
+        parameters: what its recipe may say, by name.
+        models: the least and the greatest number of models; None for no bound.
+        sparsifier: how entries are dropped before they are merged; None keeps all.
+        needs: which statistics it needs with a tensor's values; thresholds follow from the sparsifier.
+        keywords: a tensor's values, and what was measured, as keywords of `merge`.
+        elect: the signs that `majority` counts: given the same as `merge`, and `waiting`, the sign of each entry ([n])
+            and, if `waiting` asks for that, whether the result depends on the majority. It overwrites nothing.
+        one_is_itself: whether with these values one model comes back as it is. Then it is copied.
+        plain_sum: whether with these values the result is the sum of the task vectors, to the bit.
+        norm_of_kept: whether `alpha: auto` compares with the sum of what is kept of the task vectors, in place of the
+            sum of whole ones.
+        scale: the name of the parameter that multiplies the merged task vector, if there is one.
+        choose: which models are merged, and in what order, given their names and the base's; None takes all, or, for
+            task vectors, all but the base.
+        review: what contradicts itself, what is worth a note, and what follows from what a recipe says.
+        ignored: mergekit's parameters that are accepted and do nothing here.
+        temporaries: how many runs of its input's size `merge` needs at a time beside its input, where it sees entries.
+        workspace: how many bytes it needs beside its input, given a tensor's shape, where it sees tensors.
+    """
+
+    merge: Callable[..., Tensor]
+    about: str
+    takes: Literal["task vectors", "weights"] = "task vectors"
+    sees: Literal["entries", "tensors"] = "entries"
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    models: tuple[int, int | None] = (1, None)
+    sparsifier: ByMagnitude | Drawn | None = None
+    needs: Callable[[Values], frozenset[Statistic]] = _nothing
+    keywords: Callable[[Values, Measured], Values] = _as_said
+    elect: Callable[..., tuple[Tensor, bool]] | None = None
+    one_is_itself: Callable[[Values], bool] = _never
+    plain_sum: Callable[[Values], bool] = _never
+    norm_of_kept: bool = False
+    scale: str | None = None
+    choose: Callable[[Sequence[str], str | None], Chosen] | None = None
+    review: Callable[[Said], Iterable[Remark]] = _no_remarks
+    ignored: frozenset[str] = frozenset({"int8_mask"})
+    temporaries: int = 5
+    workspace: Callable[[Sequence[int]], int] = _five_of_float64
+
+    def __post_init__(self) -> None:
+        if self.sees == "tensors" and self.elect is not None:
+            raise ValueError("signs are counted by entries: a method that sees whole tensors cannot elect them")
+        if self.scale is not None and self.scale not in self.parameters:
+            raise ValueError(f"scale: {self.scale!r} is none of the method's parameters")
+
+    def scale_of(self, values: Values) -> float:
+        """What the merged task vector is multiplied by."""
+        return 1.0 if self.scale is None else float(values[self.scale])
+
+    def chosen(self, models: Sequence[str], base: str | None) -> Chosen:
+        """Which models are merged. A base listed among others has no task vector, and is left out."""
+        if self.choose is not None:
+            return self.choose(models, base)
+        every = tuple(range(len(models)))
+        if self.takes == "weights":
+            return every
+        return tuple(number for number in every if models[number] != base) or every
