@@ -509,6 +509,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.durable
 @pytest.mark.parametrize(("module", "name", "number", "error"), FAULTS.values(), ids=FAULTS)
 def test_a_failure_at_any_point_keeps_the_old(
     module: Any, name: str, number: int, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -562,6 +563,7 @@ def test_a_name_that_barely_fits(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.durable
 @pytest.mark.parametrize("kind", ["a mount point", "a small disk"])
 def test_a_real_disk(kind: str, tmp_path: Path) -> None:
     """On a mounted disk of its own a dry run promises what the run keeps; what does not fit leaves nothing there."""
@@ -693,7 +695,12 @@ def test_an_interrupt_stops_the_workers_first(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize(
     ("number", "existing"),
-    [(signal.SIGINT, False), (signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGHUP, True)],
+    [
+        (signal.SIGINT, False),
+        pytest.param(signal.SIGINT, True, marks=pytest.mark.slow),  # as in test_resume.py, and so is SIGTERM
+        pytest.param(signal.SIGTERM, False, marks=pytest.mark.slow),
+        (signal.SIGHUP, True),
+    ],
 )
 def test_a_signal_in_the_middle_of_a_write(number: signal.Signals, existing: bool, tmp_path: Path) -> None:
     """A run of 256 MB that is asked to end: exit code 128 + signal, a word on stderr, and the disk as it was."""
@@ -714,7 +721,7 @@ def test_a_signal_in_the_middle_of_a_write(number: signal.Signals, existing: boo
     command = [sys.executable, "-c", program, "edit", "base.safetensors", "ft.safetensors", "-o", "out"]
     command += ["--beta", "0.5", "--workers", "1", "--force"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 300
         while process.poll() is None and not list(tmp_path.glob(".out.lines/new/*.safetensors")):
             assert time.monotonic() < until
             time.sleep(0.002)

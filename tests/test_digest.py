@@ -8,6 +8,7 @@ import itertools
 import mmap
 import os
 import random
+import shutil
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -103,6 +104,7 @@ def test_the_order_of_writing_makes_no_difference(size: int, blocks: int, tmp_pa
     assert digest.record() == FileRecord(size, tree_digest(content))
 
 
+@pytest.mark.durable
 @pytest.mark.parametrize("behaviour", ["refuses", "takes a page at a time", "takes odd numbers", "is slow"])
 def test_a_system_that_does_not_write_past_the_page_cache(
     behaviour: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -166,15 +168,22 @@ def test_a_large_file_is_digested_in_little_memory(tmp_path: Path) -> None:
 CONFIG = {"model_type": "tiny", "torch_dtype": "bfloat16"}
 
 
-@pytest.fixture
-def inputs(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """base, a and b in two shards each, with tensors larger than a block, a config and a tokenizer."""
-    generator = torch.Generator().manual_seed(1)
+    models, generator = tmp_path_factory.mktemp("models"), torch.Generator().manual_seed(1)
     for name in ("base", "a", "b"):
         tensors = {f"layers.{i}.w": torch.randn(1_200_003 + i, generator=generator) for i in range(3)}
-        folder = write_checkpoint(tmp_path / name, {**tensors, "odd": torch.ones(3).half()}, shards=2, config=CONFIG)
+        folder = write_checkpoint(models / name, {**tensors, "odd": torch.ones(3).half()}, shards=2, config=CONFIG)
         (folder / "tokenizer.json").write_text(f'{{"of": "{name}"}}')
         (folder / "LICENSE").write_bytes(b"")
+    return models
+
+
+@pytest.fixture
+def inputs(models: Path, tmp_path: Path) -> Path:
+    """The same files in a fresh folder, only to be read."""
+    shutil.copytree(models, tmp_path, copy_function=os.link, dirs_exist_ok=True)
     return tmp_path
 
 
@@ -200,6 +209,7 @@ def run_recipe(recipe: Path, out: Path, *options: object) -> Path:
 SHARDED = {edit: ("--max-shard-size", "10MB"), merge: ("--set", "max_shard_size=10MB")}
 
 
+@pytest.mark.durable
 @pytest.mark.parametrize("make", SHARDED, ids=["edit", "merge"])
 @pytest.mark.parametrize("sharded", [False, True])
 def test_the_recipe_records_every_file(make: Callable[..., Path], sharded: bool, inputs: Path) -> None:
@@ -225,6 +235,7 @@ def test_the_record_does_not_depend_on_the_workers(inputs: Path) -> None:
     assert recorded(inputs / "small") == recorded(one)
 
 
+@pytest.mark.durable
 def test_the_record_without_positional_reads(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where preadv and pwrite are missing, threads do not get in each other's way."""
     monkeypatch.setattr("lines_cli.checkpoint.positional._HAS_POSITIONAL", False)

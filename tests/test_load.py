@@ -82,6 +82,7 @@ def test_very_long_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("large")
 def test_one_tensor_of_8_gb(tmp_path: Path) -> None:
     """In the memory that any other takes."""
     if shutil.disk_usage(tmp_path).free < 12e9:
@@ -96,6 +97,7 @@ def test_one_tensor_of_8_gb(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("large")
 def test_200_000_tensors(tmp_path: Path) -> None:
     """Planning takes memory for each, some kilobytes."""
     tensors = {f"model.layers.{i}.p{j}": ("F32", (2,)) for i in range(2000) for j in range(100)}
@@ -108,6 +110,7 @@ def test_200_000_tensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("large")
 def test_2_000_shards(tmp_path: Path) -> None:
     """Of input and of output; open files are bounded by what the system allows, or it is said what is needed."""
     for side in ("base", "ft"):
@@ -126,6 +129,7 @@ def test_2_000_shards(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("large")
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
 def test_64_models(method: str, tmp_path: Path) -> None:
     """In one merge."""

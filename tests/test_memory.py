@@ -55,8 +55,8 @@ def growth(out: Path, tensors: int, nbytes: int) -> tuple[int, int]:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 @pytest.mark.parametrize(("tensors", "out"), [(1, "out.safetensors"), (40, "out")], ids=["one tensor", "many tensors"])
 def test_memory_does_not_grow_with_the_model(tensors: int, out: str, tmp_path: Path) -> None:
-    """A model of 800 MB takes no more memory than one of 80 MB: the buffers, and little else; a file or a folder."""
+    """A model of 400 MB takes no more memory than one of 80 MB: the buffers, and little else; a file or a folder."""
     small, buffers = growth(tmp_path / out, tensors, 80 * MB)
-    large, _ = growth(tmp_path / out, tensors, 800 * MB)
+    large, _ = growth(tmp_path / out, tensors, 400 * MB)
     assert large < small + 10 * MB
     assert large < buffers + 40 * MB

@@ -70,6 +70,7 @@ def test_modes_follow_the_umask(mask: int, tmp_path: Path) -> None:
     assert {oct(mode(path)) for path in (tmp_path / "new", tmp_path / "new" / "out")} == {oct(0o777 & ~mask)}
 
 
+@pytest.mark.durable
 def test_a_file_is_all_there_is(tmp_path: Path) -> None:
     """-o x.safetensors writes that one file, however small the shards should be, and nothing beside it."""
     base, ft = two(tmp_path, config={"model_type": "tiny"})
@@ -162,6 +163,7 @@ def test_a_link_to_a_file(target: str, tmp_path: Path) -> None:
     assert after.keys() == before.keys()
 
 
+@pytest.mark.durable
 def test_a_link_to_a_folder(tmp_path: Path) -> None:
     """--force on a link replaces the folder it points to; the link stays."""
     base, ft = two(tmp_path)
@@ -173,6 +175,7 @@ def test_a_link_to_a_folder(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["old"]
 
 
+@pytest.mark.durable
 def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
     """A folder without anything in it is a destination like any other."""
     base, ft = two(tmp_path)
@@ -181,6 +184,7 @@ def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "ft", "out"]
 
 
+@pytest.mark.durable
 def test_force_leaves_nothing_of_the_old(tmp_path: Path) -> None:
     """What is replaced is gone: no stale shard, index or config is left for a loader to find."""
     base, ft = two(tmp_path)
@@ -194,6 +198,7 @@ def test_force_leaves_nothing_of_the_old(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "ft", "out"]
 
 
+@pytest.mark.durable
 def test_into_an_input_s_folder(tmp_path: Path) -> None:
     """A new folder within an input's is no replacement of it."""
     base, ft = two(tmp_path)

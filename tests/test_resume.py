@@ -27,6 +27,7 @@ from lines_cli.checkpoint import lock, staging
 from lines_cli.checkpoint.positional import NewFile
 from lines_cli.errors import Aftermath, CheckpointError, OutputError, aftermath_of
 
+pytestmark = pytest.mark.durable
 STAGING = ".out.lines"
 MIB = 2**20
 
@@ -45,14 +46,21 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def models(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it, where we are."""
+    """The same files, where we are; who writes into one makes it its `own` first."""
     for side in ("base", "ft", "ft2"):
-        shutil.copytree(pair / side, tmp_path / side)
+        shutil.copytree(pair / side, tmp_path / side, copy_function=os.link)
     recipe = {"merge_method": "ties", "base_model": "base", "models": [{"model": "ft"}, {"model": "ft2"}]}
     recipe |= {"parameters": {"density": 0.3}, "lines": {"alpha": "auto", "beta": 0.5}}
     (tmp_path / "merge.yaml").write_text(yaml.safe_dump(recipe))
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def own(file: Path) -> Path:
+    """No link any more: a copy, of the same time."""
+    shutil.copy2(file, file.with_suffix(".copy"))
+    os.replace(file.with_suffix(".copy"), file)
+    return file
 
 
 EDIT = ["edit", "base", "ft", "-o", "out", "--max-shard-size", "13MB"]
@@ -194,7 +202,10 @@ def test_what_is_finished_is_not_made_again(models: Path, monkeypatch: pytest.Mo
     [
         (lambda folder: ["--alpha", "0.3"], "recipe"),
         (lambda folder: ["--max-shard-size", "1GB"], "outputs"),
-        (lambda folder: os.utime(folder / "ft" / "model-00001-of-00002.safetensors", (1, 1)), "model-00001-of-00002"),
+        (
+            lambda folder: os.utime(own(folder / "ft" / "model-00001-of-00002.safetensors"), (1, 1)),
+            "model-00001-of-00002",
+        ),
     ],
     ids=["another recipe", "other shards", "an input written since"],
 )
@@ -219,8 +230,8 @@ def test_what_another_run_has_begun_is_refused(
 
 def test_inputs_whose_content_alone_changed(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Size, time and header tell nothing of it; --verify-inputs does, if both runs have it."""
+    file = own(models / "ft" / "model-00002-of-00002.safetensors")
     stop(monkeypatch, [*EDIT, "--verify-inputs"])
-    file = models / "ft" / "model-00002-of-00002.safetensors"
     there = file.stat()
     with open(file, "r+b") as stream:
         stream.seek(-5, os.SEEK_END)
@@ -346,7 +357,7 @@ SLOWLY = (
     "from lines_cli.checkpoint.positional import NewFile\n"
     "write = NewFile.write\n"
     "def slow(*args):\n"
-    "    time.sleep(0.1)\n"
+    "    time.sleep(0.05)\n"
     "    write(*args)\n"
     "NewFile.write = slow\n"
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
@@ -359,7 +370,7 @@ class begun(subprocess.Popen):  # type: ignore[type-arg] # noqa: N801 - reads as
 
     def __init__(self, command: list[str], parts: int = 2) -> None:
         super().__init__([sys.executable, "-c", SLOWLY, *command], stderr=subprocess.PIPE, text=True)
-        until = time.monotonic() + 60
+        until = time.monotonic() + 300
         while finished_parts() < parts:
             assert self.poll() is None
             assert time.monotonic() < until
@@ -373,7 +384,9 @@ def finished_parts() -> int:
         return 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+)
 def test_a_signal_in_the_middle(
     number: signal.Signals, models: Path, undisturbed: Callable[[list[str]], dict[str, bytes]]
 ) -> None:
@@ -502,7 +515,7 @@ def test_an_input_that_changes_while_it_is_read(content: str, models: Path) -> N
     """It is noticed at the end at the latest; the output would be of neither state."""
     recipe = lines.edit_recipe("base", "ft")
     plan = lines.make_plan(recipe, lines.open_inputs(recipe), Path("out"))
-    file = models / "ft" / "model-00002-of-00002.safetensors"
+    file = own(models / "ft" / "model-00002-of-00002.safetensors")
 
     def meanwhile(_title: str, _total: int, done: Iterable[int]) -> Iterator[int]:
         for number, nbytes in enumerate(done):
@@ -605,7 +618,7 @@ def killed_often(
     old = snapshot(Path("out"))
     while inside < kills:
         process = subprocess.Popen([sys.executable, *program, *command, "--resume"], stderr=subprocess.PIPE)
-        before, until = finished_parts(), time.monotonic() + 120
+        before, until = finished_parts(), time.monotonic() + 300
         while finished_parts() <= before and process.poll() is None:
             assert time.monotonic() < until
             time.sleep(0.001)
@@ -621,7 +634,7 @@ def killed_often(
     return inside
 
 
-@pytest.mark.parametrize("command", [EDIT, MERGE], ids=["edit", "merge"])
+@pytest.mark.parametrize("command", [EDIT, pytest.param(MERGE, marks=pytest.mark.slow)], ids=["edit", "merge"])
 def test_a_few_kills(command: list[str], models: Path, undisturbed: Callable[[list[str]], dict[str, bytes]]) -> None:
     """Killed inside the write, the old output is whole; resumed, the bytes are those of a run that was left alone."""
     expected = undisturbed(command)
@@ -634,6 +647,7 @@ def test_a_few_kills(command: list[str], models: Path, undisturbed: Callable[[li
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("large")
 @pytest.mark.parametrize("method", ["edit", "merge"])
 def test_many_kills(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """50 kills at random moments inside the write of 1.6 GB in several shards, and of a merge of three passes."""

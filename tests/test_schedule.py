@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -292,18 +292,22 @@ def random_options(model: Model, rng: random.Random) -> Asked:
     return asked
 
 
-def options_of(key: str, count: int) -> Iterator[Asked]:
+def options_of(key: str, which: range) -> list[Asked]:
+    """Some of the endless sets of options of one model."""
     rng = random.Random(key)
-    return (random_options(MODELS[key], rng) for _ in range(count))
+    return [random_options(MODELS[key], rng) for _ in range(which.stop)][which.start :]
 
 
+@pytest.mark.parametrize(
+    "which", [range(10), pytest.param(range(10, 30), marks=pytest.mark.slow)], ids=["10", "20 more"]
+)
 @pytest.mark.parametrize("key", MODELS)
-def test_any_combination_gives_what_the_rules_say(key: str, saved: dict[str, tuple[Path, Path]]) -> None:
+def test_any_combination_gives_what_the_rules_say(key: str, which: range, saved: dict[str, tuple[Path, Path]]) -> None:
     """The map of a dry run has every tensor's stack, layer and coefficient as the rules have them; YAML says the same;
     the summary's first and last values are those of the map.
     """
     model = MODELS[key]
-    for asked in options_of(key, 30):
+    for asked in options_of(key, which):
         said = summary(saved[key], *flags(asked))
         places = {row["name"]: (row["stack"], row["index"]) for row in said["map"]}
         outside = {name: (None, None) for name, place in model.places.items() if isinstance(place, str)}
@@ -326,14 +330,15 @@ def test_any_combination_gives_what_the_rules_say(key: str, saved: dict[str, tup
             assert said["outside"][end] == close(reference(model, plain, of_side[0]))
 
 
+@pytest.mark.parametrize("which", [range(2), pytest.param(range(2, 6), marks=pytest.mark.slow)], ids=["2", "4 more"])
 @pytest.mark.parametrize("key", MODELS)
 def test_a_run_writes_its_map_and_its_recipe_writes_it_again(
-    key: str, saved: dict[str, tuple[Path, Path]], tmp_path: Path
+    key: str, which: range, saved: dict[str, tuple[Path, Path]], tmp_path: Path
 ) -> None:
     """Every tensor holds the coefficient of the dry run's map (an integer: the base's where that is 0, else the
     fine-tune's), and the folder's own lines_recipe.yaml gives all its weights again, bit for bit.
     """
-    for number, asked in enumerate(options_of(key, 6)):
+    for number, asked in enumerate(options_of(key, which)):
         out, again = tmp_path / f"{number}", tmp_path / f"{number} again"
         got = written(out, *saved[key], *flags(asked))
         plan = planned(saved[key], *flags(asked))
@@ -404,7 +409,7 @@ LISTS = {
 }
 
 
-@pytest.mark.parametrize("layers", [1, 2, 5, 12])
+@pytest.mark.parametrize("layers", [1, 5, *(pytest.param(layers, marks=pytest.mark.slow) for layers in (2, 12))])
 @pytest.mark.parametrize("key", LISTS)
 def test_a_list_is_interpolated_over_depth(key: str, layers: int, tmp_path: Path) -> None:
     """Listed values stand at equal distances, lines between them (numpy.interp), one layer alone has the last;

@@ -146,8 +146,14 @@ TIES_IN_ZOO = [
 ]
 
 
-@pytest.mark.parametrize("full", ["base", "ft"])
-@pytest.mark.parametrize("family", TIES_IN_ZOO)
+@pytest.mark.parametrize(
+    ("family", "full"),
+    [
+        pytest.param(family, full, marks=pytest.mark.slow if (number + side) % 2 else ())
+        for number, family in enumerate(TIES_IN_ZOO)
+        for side, full in enumerate(("base", "ft"))
+    ],  # by default each family with one of its sides
+)
 def test_a_state_dict_saved_whole_fits_one_saved_by_transformers(family: str, full: str, tmp_path: Path) -> None:
     """One side holds every tied tensor again under its own name, the other only once; what they share is by formula."""
     model = zoo.ZOO[family]()
