@@ -432,9 +432,16 @@ def carry_out(
     check_destination(destination, inputs=named, nbytes=0, force=how["force"] or how["resume"])
     plan = make_plan(recipe, open_inputs(recipe, quiet=quiet), destination)
     is_over = before is not None and before.is_over and is_same_run(plan, before.run)
-    if how["resume"] and (is_over or is_finished(plan)):
-        if how["verify"] or how["verify_inputs"]:
+    finished = how["resume"] and (is_over or is_finished(plan))
+    if finished and (how["verify"] or how["verify_inputs"]):
+        try:
             refuse_altered(plan, output=how["verify"], inputs=how["verify_inputs"])
+        except OutputError as error:
+            if not how["force"] or dry_run:
+                raise
+            say(f"{error.message}\nit is written again")
+            is_over, finished = False, False
+    if finished:
         if before is not None and before.is_over and not dry_run:
             clean(destination)  # killed after its last step, it has left the folder
         elif before is not None and not quiet:
@@ -448,9 +455,10 @@ def carry_out(
     if before is not None and before.is_over and not quiet:
         say(f"{before.folder} holds what a finished run has replaced; it is removed")
     elif before is not None and not quiet:
-        left = f"{before.folder}, left by a run that did not come to its end ({before.told})"
-        what = "is checked and gone on from" if how["resume"] else "is replaced; --resume would have gone on from it"
-        say(f"{left}, {what}")
+        if how["resume"]:
+            say(f"{before.folder} holds unfinished work ({before.told})")
+        else:
+            say(f"discarding unfinished work in {before.folder} ({before.told}); --resume would have kept it")
 
     with importing():
         from lines_cli.engine import run

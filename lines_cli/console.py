@@ -105,7 +105,7 @@ def show_finished(plan: Plan, *, verified: bool, json: bool, quiet: bool) -> Non
 def show_cleaned(output: str, found: Leftover | None) -> None:
     """What was removed."""
     if found is None:
-        remark(f"beside {output} there is nothing to remove")
+        remark(f"nothing to remove: there is no unfinished run of {output}")
     else:
         if found.set_aside:
             remark(f"{output} was set aside in it, and is put back")

@@ -12,6 +12,7 @@ import os
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from itertools import chain
@@ -441,11 +442,14 @@ def replaceable(plan: Plan) -> frozenset[str]:
     folder's own recipe says were written into it.
     """
     own, recipe = plan.names - {MODEL_CARD, RECIPE}, placed(plan.output) / RECIPE  # other people have these two, too
-    try:
-        recorded = load_record(recipe).files.keys()
-    except (OSError, RecipeError):
-        recorded = dict[str, FileRecord]().keys()
-    return own | recorded | {MODEL_CARD, RECIPE} if recorded or is_by_lines(recipe) else own
+    recorded, card = dict[str, FileRecord]().keys(), None
+    with suppress(OSError, RecipeError):
+        record = load_record(recipe)
+        recorded, card = record.files.keys(), record.card
+    if not (recorded or is_by_lines(recipe)):
+        return own
+    edited = card is not None and MODEL_CARD in altered(recipe.parent, {MODEL_CARD: card})
+    return (own | recorded | {RECIPE}) if edited else (own | recorded | {RECIPE, MODEL_CARD})
 
 
 def _inputs_read(plan: Plan, contents: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -481,9 +485,11 @@ def contents_beside(
         run: its identity.
         written: what was written into the weight files, and into those that are copies.
     """
-    records = dict(written)
+    records, card = dict(written), None
     for sidecar in plan.sidecars:  # what is known already, as the index is, which is written behind the recipe
-        if sidecar.content is not None and sidecar.name not in (RECIPE, MODEL_CARD):
+        if sidecar.content is not None and sidecar.name == MODEL_CARD:
+            card = record_of(sidecar.content)
+        elif sidecar.content is not None and sidecar.name != RECIPE:
             records[sidecar.name] = record_of(sidecar.content)
     for sidecar in plan.sidecars:
         if sidecar.content is None:
@@ -491,7 +497,7 @@ def contents_beside(
         content = sidecar.content
         if sidecar.name == RECIPE:
             inputs = _inputs_read(plan, run.get("contents", {}))
-            content += dump_record(run_digest(run), inputs, records).encode()
+            content += dump_record(run_digest(run), inputs, records, card).encode()
         yield sidecar.name, content
 
 

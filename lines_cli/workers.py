@@ -166,9 +166,10 @@ def refuse_changed(paths: Sequence[Path], fds: Sequence[int], stamps: Sequence[S
         if (there.st_size, there.st_mtime_ns) != (stamp.nbytes, stamp.mtime_ns):
             what = f"its size went from {stamp.nbytes:,} to {there.st_size:,} bytes"
             if there.st_size == stamp.nbytes:
-                what = f"it was written {abs(there.st_mtime_ns - stamp.mtime_ns) / 1e9:.3f} s after"
+                what = f"its time moved by {abs(there.st_mtime_ns - stamp.mtime_ns) / 1e9:.3f} s"
             raise ChangedInputError(
-                f"{path}: changed while it was being read: {what}", hint="Run it again when the file is at rest."
+                f"{path} was modified while lines was reading it: {what}",
+                hint="Run it again when nothing writes to it.",
             )
 
 
@@ -387,7 +388,7 @@ class Reader:
         if got < len(view):
             raise ChangedInputError(
                 f"{path}: ends in the middle of tensor {printable(chunk.tensor.name)}; it was whole a moment ago",
-                hint="Something shortened it meanwhile. Run it again when the file is at rest.",
+                hint="Something shortened it. Run it again when nothing writes to it.",
             )
         return Loaded(buffer, source.dtype, chunk.numel, view)
 

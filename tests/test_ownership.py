@@ -815,7 +815,7 @@ def test_home(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (models / "home" / "again" / "config.json").exists()
     assert run_lines("inspect", "ft", "--base", "base", "--plot=~/plot.svg").code == 0
     assert (models / "home" / "plot.svg").exists()
-    assert "there is nothing to remove" in run_lines("clean", "~/out").err
+    assert "nothing to remove" in run_lines("clean", "~/out").err
     ran = run_lines("edit", "base", "ft", "--output=~nobody-of-that-name/out")
     assert (ran.code, ran.trace) == (2, "")
     assert "nobody-of-that-name" in ran.err

@@ -62,6 +62,11 @@ def check_destination(
             raise OutputError(
                 f"{output} is where a disk is mounted", hint="Give a folder within it, which can be renamed."
             )
+        if placed(output).is_symlink() and not target.exists():
+            raise OutputError(
+                f"{output} is a link to {os.readlink(placed(output))}, which is not there",
+                hint="Remove the link, or choose another destination with -o.",
+            )
         if is_taken(output):
             if not force:
                 hint = "Choose another destination with -o, or replace it with --force."
@@ -124,7 +129,7 @@ def _refuse_another_kind(output: Path) -> None:
             raise OutputError(f"{output}: no permission to replace it", hint=_ELSEWHERE)
         names = os.listdir(there)
         if RECIPE not in names and not any(name.endswith(".safetensors") for name in names):
-            raise OutputError(f"{output} holds no checkpoint; --force will not delete it", hint=_NOT_DELETED)
+            raise OutputError(f"{output} holds no checkpoint; --force will not delete it", hint=_ELSEWHERE_THEN)
 
 
 class Entry(NamedTuple):
@@ -198,7 +203,8 @@ def refuse_to_replace(output: Path, there: Survey, ours: Collection[str]) -> Non
         )
 
 
-_NOT_DELETED = "Move away what is to be kept, or choose another destination with -o."
+_ELSEWHERE_THEN = "Choose another destination with -o."
+_NOT_DELETED = "Move or delete these, or choose another destination with -o."
 
 
 def is_noise(name: str) -> bool:

@@ -43,6 +43,7 @@ from lines_cli.checkpoint.lock import NAME as LOCK
 from lines_cli.checkpoint.lock import RunLock, is_locked, refusal, remove_with
 from lines_cli.checkpoint.positional import NewFile
 from lines_cli.checkpoint.renames import exchange, move_folder, put
+from lines_cli.checkpoint.sidecars import RECIPE
 from lines_cli.errors import (
     Aftermath,
     ChangedInputError,
@@ -438,8 +439,9 @@ class Staging:
                 fresh = os.listdir(self.folder) == [LOCK]
                 found = _ours(self.output, self._names)  # now that it stands still
                 _put_back(self.folder, self._target, found)
-                self._look_at_old(found)
-                self._begin(found)
+                begun = self._of_this_run(found) if self._resume and found is not None else None
+                self._look_at_old(begun)
+                self._begin(found, begun)
                 sync_folder(self.folder)
             except BaseException:
                 if self._journal is not None:
@@ -454,13 +456,12 @@ class Staging:
                 raise
         return self
 
-    def _begin(self, found: Story | None) -> None:
+    def _begin(self, found: Story | None, begun: Story | None) -> None:
         path = self.folder / _JOURNAL
-        if self._resume and found is not None:
-            self._refuse_another(found.run)
+        if begun is not None:
             self._make_movable()
-            self.story = self._checked(found)
-            self._journal = Journal(path, self._names, keep=found.nbytes)
+            self.story = self._checked(begun)
+            self._journal = Journal(path, self._names, keep=begun.nbytes)
             self._journal.replaces(self._replaces)
             self._journal.empty = not self.story.parts and self.story.measured is None
             return
@@ -474,7 +475,20 @@ class Staging:
         """Whether the staging folder is the one that this run has locked."""
         return self._lock is not None and self._lock.holds(self.folder / LOCK)
 
-    def _look_at_old(self, found: Story | None) -> None:
+    def _of_this_run(self, found: Story) -> Story | None:
+        """What an earlier run has left, if that was this run. Where an existing output may be replaced, what is of another
+        run is begun anew: a job that always resumes must not wait for a person.
+        """
+        try:
+            self._refuse_another(found.run)
+        except OutputError as error:
+            if self._replaceable is None:
+                raise
+            self.remarks.append(f"{error.message}; it was replaced")
+            return None
+        return found
+
+    def _look_at_old(self, begun: Story | None) -> None:
         """Take note of what stands at the destination, which is to be replaced. A run that is resumed is held to the
         note of the one that began: what has come since is not to be deleted.
 
@@ -486,8 +500,10 @@ class Staging:
             refuse_to_replace(self.output, self._replaces, self._replaceable)
         elif self._replaces:
             raise OutputError(f"{self.output} exists", hint="Replace it with --force, or choose another with -o.")
-        if self._resume and found is not None and found.replaces is not None:
-            before = {name: Entry(*entry) for name, entry in found.replaces.items()}
+        if self._replaces and not is_one_file(self.output) and RECIPE not in self._replaces:
+            self.remarks.append(f"{self.output} was replaced, which lines had not written")
+        if begun is not None and begun.replaces is not None:
+            before = {name: Entry(*entry) for name, entry in begun.replaces.items()}
             if new := arrivals(before, self._replaces):
                 raise OutputError(
                     f"{self.output} has changed since the run began that is to be resumed:\n"
@@ -516,7 +532,7 @@ class Staging:
             of_both = [path for path in now if path in before and before[path] != now[path]]
             different[different.index("inputs")] = f"inputs ({', '.join(of_both) or 'others'})"
         raise OutputError(
-            f"{self.output}: what is finished in {self.folder} is of another run: {', '.join(different)} differ",
+            f"{self.folder} holds the unfinished work of a different run; not the same: {', '.join(different)}",
             hint="Run it without --resume to replace that, or lines clean to remove it.",
         )
 
