@@ -7,6 +7,7 @@ file was changed since; if the file has it, another input or another version of 
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import stat
 import threading
@@ -21,12 +22,12 @@ from typing import Any
 import torch
 
 from lines_cli import __version__
-from lines_cli.checkpoint.beside import leads_out
+from lines_cli.checkpoint.beside import leads_out, outside
 from lines_cli.checkpoint.destination import is_one_file
 from lines_cli.checkpoint.digest import BLOCK, PIECE, FileRecord, GrowingDigest, file_digest, record_of
 from lines_cli.checkpoint.header import itemsize, read_header
 from lines_cli.checkpoint.positional import in_whole_pages, read_into
-from lines_cli.checkpoint.sidecars import MODEL_CARD, RECIPE, is_carried
+from lines_cli.checkpoint.sidecars import CARRIED_FILES, MODEL_CARD, RECIPE
 from lines_cli.checkpoint.verified import Verified, verified_beside
 from lines_cli.claim import Claim, InputRead, inputs_read, open_claim, plan_claim
 from lines_cli.engine import BLOCKS_ON_CUDA, Span, Target, Write, spans_of
@@ -108,8 +109,10 @@ class Verification:
         recipe: the file of the recipe.
         version: of lines, which wrote that file; None if it does not say.
         inputs: the files that were read, each with how it is not the one recorded.
-        files: every file that the recipe makes, but for the recipe itself and the model card.
-        unexpected: files of the output that it does not make, and that a library may load, or that are recorded.
+        files: every file that the recipe makes, but for the recipe itself and the model card; and those that are
+            recorded, and neither made nor there.
+        unexpected: files of the output that it does not make, and that a library may load, or that are recorded; and
+            links to folders elsewhere.
         notes: what a person should know.
         resumed: how many bytes another run had compared before.
         seconds: how long it took.
@@ -245,13 +248,13 @@ def check(
             )
         found = [*job.found(claim), *(_beside(claim, name, content) for name, content in _made_beside(job.plan))]
         read = inputs_read(claim, plan)
-        unexpected, more = _unexpected(claim, {file.name for file in found})
+        unexpected, gone, more = _unexpected(claim, {file.name for file in found})
         result = Verification(
             claim.name,
             claim.file,
             claim.version,
             tuple(read),
-            tuple(found),
+            (*found, *gone),
             tuple(unexpected),
             (*notes, *more),
             job.taken_over,
@@ -488,38 +491,89 @@ def _beside(claim: Claim, name: str, content: bytes) -> FileVerified:
     return _held_against(claim, path, result, record_of(content), difference)
 
 
-def _unexpected(claim: Claim, made: set[str]) -> tuple[list[str], list[str]]:
+def _unexpected(claim: Claim, made: set[str]) -> tuple[list[str], list[FileVerified], list[str]]:
     """Files of the output's folder that its recipe does not make, and that a library may load, or that are recorded;
-    and what to say of others.
+    recorded ones that are neither made nor there; and what to say of others.
     """
     if is_one_file(claim.output):
-        return [], []
-    try:
-        paths = sorted([*claim.output.glob("*"), *claim.output.glob("*/*")])
-    except OSError as error:
-        raise _unreadable(claim.output, error) from error
-    names = [path.relative_to(claim.output).as_posix() for path in paths if path.is_symlink() or not path.is_dir()]
+        return [], [], []
+    names, links = _listed(claim.output)
     strange = [name for name in names if name not in made and name not in (RECIPE, MODEL_CARD)]
     recorded = {name for name in claim.recipe.files if name not in made and not leads_out(name)}
+    # What a link of a folder leads to within the output is looked at there.
+    away = [name for name in links if outside(claim.output, name) is not None]
     loaded = [name for name in strange if name in recorded or _may_be_loaded(name)]
     others = [name for name in strange if name not in loaded and not name.startswith(".")]
-    notes = (
-        [f"beside its files lie others, which play no part: {', '.join(map(printable, others[:8]))}"] if others else []
-    )
-    gone = sorted(recorded - set(names))
-    if gone:
-        notes.append(
-            f"the record names files that are not there, and that the recipe does not make: {', '.join(gone[:8])}"
-        )
-    return loaded, notes
+    others += [name for name in links if name not in away]
+    notes = []
+    if others:
+        told = ", ".join(map(printable, others[:8])) + (f" and {len(others) - 8:,} more" if len(others) > 8 else "")
+        notes.append(f"beside its files lie others, which were not compared: {told}")
+    gone = [FileVerified(name, 0, None, _GONE, None, False) for name in sorted(recorded - set(names))]
+    return sorted([*loaded, *away]), gone, notes
 
 
-_WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
-_LEGAL = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+_GONE = "is recorded, and the recipe does not make it"
+_MOST_ENTRIES = 100_000
+
+
+def _listed(folder: Path) -> tuple[list[str], list[str]]:
+    """The files at any depth of a folder, and the links of folders in it, which are not followed.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds too much.
+    """
+    files: list[str] = []
+    links: list[str] = []
+    folders, left = [""], _MOST_ENTRIES
+    while folders:
+        inside = folders.pop()
+        try:
+            with os.scandir(folder / inside) as entries:
+                for entry in entries:
+                    left -= 1
+                    if left < 0:
+                        raise CheckpointError(
+                            f"{folder} holds more than {_MOST_ENTRIES:,} files and folders",
+                            hint="Verify a folder that holds the output alone.",
+                        )
+                    name = f"{inside}/{entry.name}" if inside else entry.name
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(name)
+                    elif entry.is_symlink() and os.path.isdir(folder / name):
+                        links.append(name)
+                    else:
+                        files.append(name)
+        except OSError as error:
+            raise _unreadable(folder / inside, error) from error
+    return sorted(files), sorted(links)
+
+
+_LOADED = tuple(
+    """
+    .safetensors .bin .pt .pth .ckpt .gguf .h5 .keras .msgpack .onnx .onnx_data .ot .pb .tflite .npy .npz
+    .pkl .pickle .joblib .dill .nemo .mar .pdparams .py .pyc .pyd .pyw .so .dll .dylib .json .model .jinja
+    """.split()
+)
+"""How names end that are weights, pickles, code or configs; whichever library asks for them."""
+_LEGAL = ("license", "licence", "notice", "use_policy")
+_OTHERS_LOADED = tuple(
+    pattern.rpartition("/")[2].lower() for pattern in CARRIED_FILES if not pattern.lower().startswith(_LEGAL)
+)
+_TOLD_OF_TRAINING = ("*results*.json", "trainer_state.json")
+_FOLDERS_OF_CODE = ("custom_generate",)
 
 
 def _may_be_loaded(name: str) -> bool:
-    return name.endswith(_WEIGHTS) or (is_carried(name) and not name.startswith(_LEGAL))
+    """Whether a library may load a file, by its name: in whatever folder it lies, for a subfolder may be asked for, and
+    in whatever case, for a disk may know none.
+    """
+    *folders, last = name.lower().split("/")
+    if any(folder in _FOLDERS_OF_CODE for folder in folders):
+        return True
+    if any(fnmatch.fnmatchcase(last, pattern) for pattern in _TOLD_OF_TRAINING) and not last.endswith(".index.json"):
+        return False
+    return last.endswith(_LOADED) or any(fnmatch.fnmatchcase(last, pattern) for pattern in _OTHERS_LOADED)
 
 
 # --- what all files have in common ---

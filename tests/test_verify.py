@@ -168,7 +168,7 @@ def test_a_lone_file(here: Path) -> None:
 
 
 def test_people_edit_the_model_card(here: Path) -> None:
-    """The card, a licence and notes beside it play no part; the notes are told."""
+    """The card, a licence and notes beside it are not compared; the notes are told."""
     (here / "out" / "README.md").write_text("mine")
     (here / "out" / "LICENSE").write_text("MIT")
     (here / "out" / "results.txt").write_text("good")
@@ -391,6 +391,77 @@ def test_a_file_that_is_not_of_its_making(here: Path) -> None:
     ran = differs("out")
     assert "adapter_model.safetensors: the recipe does not make it" in ran.out
     assert "modeling_tiny.py is not of its making" in ran.err
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adapter_config.json",
+        "params.json",
+        "LICENSE.py",
+        "NOTICE.json",
+        "LICENSE.model",
+        "Modeling.PY",
+        "pytorch_model.pkl",
+        "rust_model.ot",
+        "x.pickle",
+        "kernel.so",
+        "custom_generate/generate.py",
+        "custom_generate/requirements.txt",
+        "1_Dense/config.json",
+        "a/b/c/d/e/model.safetensors",
+        "a/b/c/code.py",
+        "tokenizer/vocab.txt",
+        ".hidden/x.py",
+        "results.index.json",
+    ],
+)
+def test_what_a_library_may_load_at_any_depth(name: str, here: Path) -> None:
+    """Weights, pickles, code and configs are found however deep they lie, and whatever else their name says."""
+    path = here / "out" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{}")
+    assert f"{name}: the recipe does not make it" in differs("out").out
+
+
+def test_what_no_library_loads(here: Path) -> None:
+    """Legal texts, results and notes at any depth are told as not compared."""
+    names = ["LICENSE-APACHE.txt", "NOTICE.md", "a/b/c/notes.txt", "eval_results.json", "trainer_state.json"]
+    for name in names:
+        (here / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / "out" / name).write_text("x")
+    told = " ".join(verifies("out").err.split())
+    assert "which were not compared: " in told
+    assert all(name in told for name in names)
+    for number in range(9):
+        (here / "out" / f"notes{number}").write_text("x")
+    assert " and 6 more" in " ".join(verifies("out").err.split())
+
+
+def test_links_of_folders_are_not_followed(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that stays is a note; one that leads away is named itself, and nothing of what lies there is."""
+    (here / "out" / "loop").symlink_to(".")
+    (here / "out" / "deep").mkdir()
+    (here / "out" / "deep" / "loop").symlink_to("..")
+    assert "not compared: deep/loop, loop" in " ".join(verifies("out").err.split())
+    (here / "elsewhere").mkdir()
+    (here / "elsewhere" / "secret.py").write_text("")
+    (here / "out" / "custom_generate").symlink_to("../elsewhere")
+    ran = differs("out")
+    assert "custom_generate: the recipe does not make it" in ran.out
+    assert "secret" not in ran.out + ran.err
+    monkeypatch.setattr(verification, "_MOST_ENTRIES", 5)
+    assert "holds more than 5 files" in differs("out", code=3).err
+
+
+def test_a_record_of_what_is_neither_made_nor_there(here: Path) -> None:
+    """The record is wrong, then."""
+    path = here / "out" / "lines_recipe.yaml"
+    path.write_text(path.read_text() + "  vocab.txt:\n    bytes: 1\n    digest: x\n")
+    ran = differs("out")
+    assert "vocab.txt: is recorded, and the recipe does not make it" in ran.out
+    (here / "out" / "vocab.txt").write_text("x")
+    assert "vocab.txt: the recipe does not make it" in differs("out").out
 
 
 def test_another_input(here: Path) -> None:
