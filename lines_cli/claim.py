@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lines_cli.checkpoint.beside import leads_out
+from lines_cli.checkpoint.beside import leads_out, refuse_link_out
 from lines_cli.checkpoint.destination import is_one_file
 from lines_cli.checkpoint.sidecars import RECIPE
 from lines_cli.errors import CheckpointError, RecipeError, printable
@@ -76,6 +76,8 @@ def open_claim(output: str | Path, *, config: Path | None = None, inputs: Elsewh
             f"{found.name} holds no {RECIPE}, so it does not say what made it",
             hint="Name the recipe that did: --config FILE.",
         )
+    if config is None:
+        refuse_link_out(path, RECIPE)
     file = config or path / RECIPE
     record = load_recipe_file(file, elsewhere=inputs)
     for name in record.recipe.files:

@@ -22,15 +22,24 @@ from typing import Any
 import torch
 
 from lines_cli import __version__
-from lines_cli.checkpoint.beside import leads_out, outside
+from lines_cli.checkpoint.beside import leads_out, outside, refuse_link_out
 from lines_cli.checkpoint.destination import is_one_file
-from lines_cli.checkpoint.digest import BLOCK, PIECE, FileRecord, GrowingDigest, file_digest, record_of
+from lines_cli.checkpoint.digest import (
+    BLOCK,
+    BLOCKS_ON_CUDA,
+    PIECE,
+    FileRecord,
+    GrowingDigest,
+    file_digest,
+    is_part,
+    record_of,
+)
 from lines_cli.checkpoint.header import itemsize, read_header
 from lines_cli.checkpoint.positional import in_whole_pages, read_into
-from lines_cli.checkpoint.sidecars import CARRIED_FILES, MODEL_CARD, RECIPE
+from lines_cli.checkpoint.sidecars import CARRIED_FILES, MODEL_CARD, RECIPE, Sidecar
 from lines_cli.checkpoint.verified import Verified, verified_beside
 from lines_cli.claim import Claim, InputRead, inputs_read, open_claim, plan_claim
-from lines_cli.engine import BLOCKS_ON_CUDA, Span, Target, Write, spans_of
+from lines_cli.engine import Span, Target, Write, spans_of
 from lines_cli.errors import CheckpointError, DataError, LinesError, RecipeError, printable
 from lines_cli.measure import Track, measure, untracked
 from lines_cli.plan import Plan, Statistics
@@ -230,11 +239,18 @@ def check(
         )
     crew = Crew(resources or Resources())
     keep_freed_memory()
+    for sidecar in _made_beside(plan):
+        if not sidecar.name.endswith(".index.json"):  # which may lie where the weights do
+            refuse_link_out(claim.output, sidecar.name)
     rooms = _Rooms()
     files = [_Present(claim.path(file.name), rooms) for file in plan.outputs]
     run = {
         "verify": 1,
         **identity(plan),
+        "inputs": {
+            os.path.realpath(path): [*stamp, *_state(_stat(path))]
+            for path, stamp in zip(plan.inputs, plan.stamps, strict=True)
+        },
         "files": {file.name: there.state for file, there in zip(plan.outputs, files, strict=True)},
         "step": BLOCK * (BLOCKS_ON_CUDA if crew.apart else 1),
     }
@@ -246,8 +262,8 @@ def check(
                 f"what {verified_beside(claim.output)} kept was of something else ({', '.join(kept.differs)} differ): "
                 "everything was compared anew"
             )
-        found = [*job.found(claim), *(_beside(claim, name, content) for name, content in _made_beside(job.plan))]
-        read = inputs_read(claim, plan)
+        found = [*job.found(claim), *(_beside(claim, sidecar) for sidecar in _made_beside(job.plan))]
+        read = _with_digests(inputs_read(claim, plan))
         unexpected, gone, more = _unexpected(claim, {file.name for file in found})
         result = Verification(
             claim.name,
@@ -260,8 +276,6 @@ def check(
             job.taken_over,
             0.0,
         )
-        if not result.same:
-            result = replace(result, inputs=tuple(_with_digests(read)))
         return replace(result, notes=(*result.notes, *_about(claim, result)), seconds=time.perf_counter() - started)
 
 
@@ -281,7 +295,7 @@ class _Present:
     Attributes:
         path: where it is.
         problem: why there is nothing to compare, in words.
-        state: size, time, and which file it is; None where there is nothing.
+        state: size, times, and which file it is; None where there is nothing.
         differs: each block that differs, by its start -> the first byte that does.
     """
 
@@ -329,7 +343,7 @@ class _Compare(Write):
         super().__init__(
             plan, [Target(there, GrowingDigest(f.nbytes)) for f, there in zip(plan.outputs, files, strict=True)]
         )
-        self.files = files
+        self.files, self.sizes = files, [file.nbytes for file in plan.outputs]
 
     def compared(self, span: Span, kept: Verified | None) -> int:
         """Write down what was found of a span; its bytes."""
@@ -346,12 +360,18 @@ class _Compare(Write):
         """Take account of what an earlier run has compared; where each part begins, and in which file."""
         done: set[tuple[int, int]] = set()
         for line in lines:
-            with suppress(KeyError, TypeError, ValueError, IndexError):  # no line of ours would
-                file, start = int(line["file"]), int(line["start"])
-                end = min(start + step, self.plan.outputs[file].nbytes)
-                blocks = [bytes.fromhex(block) for block in line["blocks"]]
-                differs = {int(block): int(at) for block, at in line.get("differs", ())}
-                if start % step or start < 0 or file < 0 or len(blocks) != -(-(end - start) // BLOCK):
+            with suppress(KeyError, TypeError, ValueError, AttributeError):  # no line of ours would
+                file, start, blocks = line["file"], line["start"], [bytes.fromhex(block) for block in line["blocks"]]
+                differs = dict(line.get("differs", ()))
+                if not is_part(file, start, blocks, self.sizes, step):
+                    continue
+                end = min(start + step, self.sizes[file])
+                if not all(
+                    type(block) is type(at) is int
+                    and block in range(start, end, BLOCK)
+                    and block <= at < min(block + BLOCK, end)
+                    for block, at in differs.items()
+                ):
                     continue
                 for number, block in enumerate(blocks):
                     self.targets[file].digest.wrote(start + number * BLOCK, block)
@@ -449,8 +469,8 @@ def _compare_weights(
 def _statistics(plan: Plan, sources: list[int], crew: Crew, kept: Verified | None, track: Track) -> Statistics:
     """What the plan needs to know of the numbers, from an earlier run if that has measured it."""
     for line in kept.lines if kept is not None else ():
-        with suppress(KeyError, TypeError, ValueError):
-            return Statistics.of(line["measured"])
+        with suppress(KeyError, TypeError, ValueError, AttributeError):
+            return Statistics.of(line["measured"], plan.number_of_models)
     statistics = measure(plan, sources, crew, track).statistics
     if kept is not None:
         kept.add({"measured": statistics.told()})
@@ -460,20 +480,16 @@ def _statistics(plan: Plan, sources: list[int], crew: Crew, kept: Verified | Non
 # --- what stands beside them ---
 
 
-def _made_beside(plan: Plan) -> Iterator[tuple[str, bytes]]:
-    """Name and content of every file beside the weights, but for the recipe itself and the model card, which people
-    edit.
-    """
-    for sidecar in plan.sidecars:
-        if sidecar.name not in (RECIPE, MODEL_CARD):
-            yield sidecar.name, sidecar.read()
+def _made_beside(plan: Plan) -> list[Sidecar]:
+    """Every file beside the weights, but for the recipe itself and the model card, which people edit."""
+    return [sidecar for sidecar in plan.sidecars if sidecar.name not in (RECIPE, MODEL_CARD)]
 
 
-def _beside(claim: Claim, name: str, content: bytes) -> FileVerified:
+def _beside(claim: Claim, sidecar: Sidecar) -> FileVerified:
     """A file beside the weights, held against what it should be."""
-    path = claim.path(name)
+    path, content = claim.path(sidecar.name), sidecar.read()
     problem, state = _looked_up(path)
-    result = FileVerified(name, len(content), state[0] if state else None)
+    result = FileVerified(sidecar.name, len(content), state[0] if state else None)
     if state is None:
         return replace(result, problem=problem)
     differs: dict[int, int] = {}
@@ -596,8 +612,16 @@ def _looked_up(path: Path) -> tuple[str | None, list[int] | None]:
     return None, _state(there)
 
 
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
 def _state(there: os.stat_result) -> list[int]:
-    return [there.st_size, there.st_mtime_ns, there.st_ino, there.st_dev]
+    """Whoever writes into a file may set its time of last change back, but not that of its inode."""
+    return [there.st_size, there.st_mtime_ns, there.st_ctime_ns, there.st_ino, there.st_dev]
 
 
 def _held_against(

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
@@ -25,6 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lines_cli.checkpoint.beside import read_json, refuse_link_out
+from lines_cli.checkpoint.positional import read_small
 from lines_cli.depth import find_depth
 from lines_cli.errors import CheckpointError, LinesError, RecipeError, without_secrets
 from lines_cli.plain_yaml import YamlError, read_yaml
@@ -610,6 +612,31 @@ def test_small_files_are_small(name: str, folders: Path) -> None:
         refused(run_lines("inspect", "--config", path), 2, name, "at most")
     else:
         refused(edit(folders), 3, name, "at most")
+
+
+def test_a_small_file_takes_its_size(tmp_path: Path) -> None:
+    """There is one copy of it in memory, not two."""
+    (tmp_path / "x").touch()
+    os.truncate(tmp_path / "x", nbytes := 64 * 2**20)
+    tracemalloc.start()
+    try:
+        assert len(read_small(tmp_path / "x", nbytes)) == nbytes
+        assert tracemalloc.get_traced_memory()[1] < 1.1 * nbytes
+    finally:
+        tracemalloc.stop()
+
+
+def test_weights_that_are_links_tell_nothing(folders: Path) -> None:
+    """Neither a file of /proc, which has no size, nor the first bytes of another's file."""
+    (folders / "ft" / "model.safetensors").unlink()
+    (folders / "ft" / "model.safetensors").symlink_to("/proc/self/environ")
+    refused(edit(folders), 3, "the file holds 0 bytes")
+    (folders / "ft" / "model.safetensors").unlink()
+    (folders / "ft" / "model.safetensors").symlink_to("../secret_token")
+    number = int.from_bytes(SECRET.encode()[:8], "little")
+    ran = edit(folders)
+    refused(ran, 3, "more than 100,000,000 bytes")
+    assert not [form for form in (f"{number:,}", str(number), f"{number:x}") if form in ran.err]
 
 
 # --- JSON of any shape ---
