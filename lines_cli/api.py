@@ -413,8 +413,11 @@ def carry_out(
         importing: what torch is imported within.
         at_last: as of `engine.run`.
     """
+    from dataclasses import replace
+
     from lines_cli.checkpoint.destination import check_destination
     from lines_cli.checkpoint.staging import clean, leftover, recover
+    from lines_cli.claim import notes_of_inputs, refuse_other_contents
     from lines_cli.planning import is_finished, is_same_run, make_plan, open_inputs, refuse_altered, replaceable
 
     say = remark or (lambda _: None)
@@ -431,6 +434,8 @@ def carry_out(
     # Before anything is fetched. Whether what is there already is what is asked for, a plan will tell.
     check_destination(destination, inputs=named, nbytes=0, force=how["force"] or how["resume"])
     plan = make_plan(recipe, open_inputs(recipe, quiet=quiet), destination)
+    if recipe.inputs:
+        plan = replace(plan, notes=(*plan.notes, *notes_of_inputs(plan)))
     is_over = before is not None and before.is_over and is_same_run(plan, before.run)
     finished = how["resume"] and (is_over or is_finished(plan))
     if finished and (how["verify"] or how["verify_inputs"]):
@@ -460,6 +465,8 @@ def carry_out(
         else:
             say(f"discarding unfinished work in {before.folder} ({before.told}); --resume would have kept it")
 
+    if how["verify_inputs"]:
+        refuse_other_contents(plan)
     with importing():
         from lines_cli.engine import run
 

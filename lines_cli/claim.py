@@ -6,18 +6,19 @@ the output's folder.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lines_cli.checkpoint.beside import leads_out
+from lines_cli.checkpoint.beside import leads_out, refuse_link_out
 from lines_cli.checkpoint.destination import is_one_file
 from lines_cli.checkpoint.sidecars import RECIPE
-from lines_cli.errors import CheckpointError, RecipeError, printable
+from lines_cli.errors import ChangedInputError, CheckpointError, RecipeError, printable, some
 from lines_cli.hub import locate
 from lines_cli.plan import Plan
-from lines_cli.planning import inputs_by_name, make_plan, open_inputs, recorded_as
+from lines_cli.planning import digests_of, inputs_by_name, make_plan, open_inputs, recorded_as
 from lines_cli.recipe import Recipe
 from lines_cli.recipe_file import Elsewhere, load_recipe_file
 
@@ -76,6 +77,8 @@ def open_claim(output: str | Path, *, config: Path | None = None, inputs: Elsewh
             f"{found.name} holds no {RECIPE}, so it does not say what made it",
             hint="Name the recipe that did: --config FILE.",
         )
+    if config is None:
+        refuse_link_out(path, RECIPE)
     file = config or path / RECIPE
     record = load_recipe_file(file, elsewhere=inputs)
     for name in record.recipe.files:
@@ -137,22 +140,74 @@ def inputs_read(claim: Claim, plan: Plan) -> list[InputRead]:
     """The files of all inputs, held against the record by size and header. When a file was last changed says nothing on
     another machine.
     """
-    found: list[InputRead] = []
+    return list(_held_against(claim.recipe.inputs, plan, claim.names))
+
+
+def _held_against(recorded: Mapping[str, Any], plan: Plan, names: Mapping[str, str]) -> Iterator[InputRead]:
+    """The files of all inputs, held against what is recorded of them, where each input goes by one of these names."""
     for name, checkpoint in inputs_by_name(plan).items():
-        recorded = recorded_as(checkpoint, claim.names.get(name, name))
-        for called, path, stamp in zip(recorded, checkpoint.files, checkpoint.stamps, strict=True):
-            told: Any = claim.recipe.inputs.get(called)
+        for called, path, stamp in zip(
+            recorded_as(checkpoint, names.get(name, name)), checkpoint.files, checkpoint.stamps, strict=True
+        ):
+            told = recorded.get(called)
             difference = None
             if isinstance(told, dict):
                 if told.get("bytes") != stamp.nbytes:
                     difference = f"it has {stamp.nbytes:,} bytes, and {_number(told.get('bytes'))} are recorded"
                 elif told.get("header") != stamp.header:
                     difference = f"its header is {stamp.header}, and {told.get('header')} is recorded"
-            elif claim.recipe.inputs:
+            elif recorded:
                 difference = "it is not recorded"
             digest = told.get("digest") if isinstance(told, dict) else None
-            found.append(InputRead(called, path, difference, digest if isinstance(digest, str) else None))
-    return found
+            yield InputRead(called, path, difference, digest if isinstance(digest, str) else None)
+
+
+def notes_of_inputs(plan: Plan) -> list[str]:
+    """How the inputs are not those that the plan's recipe records, if it is the record of an output."""
+    recorded = plan.recipe.inputs
+    notes = [
+        f"{read.path} is not the file that the recipe records: {read.difference}"
+        for read in _held_against(recorded, plan, {})
+        if read.difference is not None
+    ]
+    if len(notes) > _MOST_NOTES:
+        notes[_MOST_NOTES:] = [f"{len(notes) - _MOST_NOTES:,} more input files are not those that the recipe records"]
+    times = []
+    for name, checkpoint in inputs_by_name(plan).items():
+        if checkpoint.hub_id is not None:  # its commit says what it is, and its time when it was fetched
+            continue
+        for called, path, stamp in zip(recorded_as(checkpoint, name), checkpoint.files, checkpoint.stamps, strict=True):
+            told = recorded.get(called)
+            if isinstance(told, dict) and (told.get("bytes"), told.get("header")) == (stamp.nbytes, stamp.header):
+                times += [path] if told.get("mtime_ns") != stamp.mtime_ns else []
+    if times:
+        more = f" and {len(times) - 1:,} more" if len(times) > 1 else ""
+        notes.append(f"{times[0]}{more}: by the time of its last change not the file that the recipe records")
+    return notes
+
+
+_MOST_NOTES = 4
+
+
+def refuse_other_contents(plan: Plan) -> None:
+    """Refuse inputs that hold something else than the plan's recipe records, as far as it has digests of them.
+
+    Raises:
+        ChangedInputError: what is not the same.
+        CheckpointError: an input cannot be read.
+    """
+    told = [read for read in _held_against(plan.recipe.inputs, plan, {}) if read.digest is not None]
+    found = digests_of(read.path for read in told)
+    wrong = [
+        f"{read.path} holds {found[os.path.realpath(read.path)]}, and {read.digest} is recorded"
+        for read in told
+        if found[os.path.realpath(read.path)] != read.digest
+    ]
+    if wrong:
+        raise ChangedInputError(
+            f"the inputs are not those that the recipe records:\n{some(wrong)}",
+            hint="Give those that were merged; or to merge these, take inputs: out of the recipe.",
+        )
 
 
 def _number(value: Any) -> str:

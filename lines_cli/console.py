@@ -147,6 +147,8 @@ def show_verification(found: Verification, *, json: bool, quiet: bool) -> None:
         _print_json(found.report())
     elif not quiet:
         number = f"{len(found.files)} file{'s' if len(found.files) > 1 else ''}, {size(found.nbytes)}"
+        if found.resumed:
+            number += f" ({size(found.resumed)} of it by an earlier run)"
         if found.same:
             _line(f"{found.output} is what its recipe makes: {number}, compared in {found.seconds:.1f} s")
         else:

@@ -14,13 +14,23 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 
 from lines_cli.arithmetic import TORCH_DTYPES, add_scaled, cast, is_finite, same_nan, task_vector
 from lines_cli.checkpoint.crosscheck import refuse_misread
 from lines_cli.checkpoint.destination import check_destination, naming
-from lines_cli.checkpoint.digest import BLOCK, FileRecord, GrowingDigest, RangeWriter, Written, file_digest, record_of
+from lines_cli.checkpoint.digest import (
+    BLOCK,
+    BLOCKS_ON_CUDA,
+    FileRecord,
+    GrowingDigest,
+    RangeWriter,
+    Written,
+    file_digest,
+    record_of,
+)
 from lines_cli.checkpoint.header import TensorInfo, itemsize
 from lines_cli.checkpoint.journal import Journal, Part
 from lines_cli.checkpoint.staging import Staging, leftover, recover
@@ -167,14 +177,15 @@ def _carried_over(staging: Staging, plan: Plan) -> dict[str, FileRecord]:
             content = sidecar.read()
             staging.add(sidecar.name, content)
             records[sidecar.name] = record_of(content)
+            del content  # before the next is read
     return records
 
 
 def _measured(staging: Staging, plan: Plan, sources: list[int], crew: Crew, track: Track) -> Measurement:
     """What the plan needs to know, from the journal if it was measured before."""
     if staging.story is not None and staging.story.measured is not None and plan.needs:
-        with suppress(KeyError, TypeError, ValueError):  # no journal of ours would
-            return Measurement(Statistics.of(staging.story.measured), 0, 0)
+        with suppress(KeyError, TypeError, ValueError, AttributeError):  # no journal of ours would
+            return Measurement(Statistics.of(staging.story.measured, plan.number_of_models), 0, 0)
     measurement = measure(plan, sources, crew, track)
     if plan.needs:
         with naming(plan.output):
@@ -210,9 +221,6 @@ def _refuse_misread(staging: Staging, plan: Plan) -> None:
         planned[tensor.file][tensor.name] = tensor.info
     for file, tensors in zip(plan.outputs, planned, strict=True):
         refuse_misread(staging.path(file.name), tensors, called=f"{plan.output}: {file.name}")
-
-
-BLOCKS_ON_CUDA = 8  # of a file that a worker makes in one go there, where chunks are larger
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,6 +290,20 @@ class _Told:
     def nothing(cls, models: int) -> _Told:
         """To begin with."""
         return cls([0.0] * models, [0.0] * models)
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any], models: int) -> _Told:
+        """What a journal has of a part.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError, OverflowError: it is something else.
+        """
+        squares, kept = ([float(number) for number in told[key]] for key in ("squares", "kept"))
+        if len(squares) != models or len(kept) != models or type(told["entries"]) is not int:
+            raise ValueError(told)
+        differing = {name: {str(path): None for path in paths} for name, paths in told["differing"].items()}
+        nonfinite = {name: str(found) for name, found in told["nonfinite"].items()}
+        return cls(squares, kept, told["entries"], differing, nonfinite)
 
     def add(self, other: _Told) -> None:
         """Take account of another part, which comes behind."""
@@ -407,14 +429,25 @@ class Write:
 
     def take_over(self, parts: Iterable[Part]) -> set[tuple[int, int]]:
         """Take account of what an earlier run has written; where each part begins, and in which file."""
+        finished: set[tuple[int, int]] = set()
         for part in parts:
+            if part.told:
+                try:
+                    self.told.add(_Told.of(part.told, self.models))
+                except (
+                    KeyError,
+                    TypeError,
+                    ValueError,
+                    AttributeError,
+                    OverflowError,
+                ):  # none of ours would: it is made again
+                    continue
             for number, block in enumerate(part.blocks):
                 self.targets[part.file].digest.wrote(part.start + BLOCK * number, block)
-            if part.told:
-                self.told.add(_Told(**part.told))
             end = part.start + BLOCK * len(part.blocks)
             self.taken_over += min(end, self.plan.outputs[part.file].nbytes) - part.start
-        return {(part.file, part.start) for part in parts}
+            finished.add((part.file, part.start))
+        return finished
 
     def records(self) -> dict[str, FileRecord]:
         """What was written into each weight file."""

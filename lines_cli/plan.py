@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 from lines_cli.checkpoint.header import TensorInfo, itemsize
@@ -129,20 +130,52 @@ class Statistics:
         }
 
     @classmethod
-    def of(cls, told: Mapping[str, Any]) -> Statistics:
-        """What `told` gave.
+    def of(cls, told: Mapping[str, Any], models: int) -> Statistics:
+        """What `told` gave, of so many models.
 
         Raises:
-            KeyError, TypeError, ValueError: it gave something else.
+            KeyError, TypeError, ValueError, AttributeError: it gave something else.
         """
-        return cls(
-            {(model, tensor): tuple(bounds) for model, tensor, bounds in told["thresholds"]},
+        found = cls(
+            {(model, tensor): tuple(map(_number_or_none, bounds)) for model, tensor, bounds in told["thresholds"]},
             tuple((kept, of) for kept, of in told["kept"]),
             told["majority"],
-            {name: tuple((before, after) for before, after in sums) for name, sums in told["l1"].items()},
-            {name: (dot, first, second) for name, (dot, first, second) in told["products"].items()},
-            Norms(*told["norms"]) if told["norms"] else None,
+            {
+                name: tuple((_number(before), _number(after)) for before, after in sums)
+                for name, sums in told["l1"].items()
+            },
+            {name: (_number(a), _number(b), _number(c)) for name, (a, b, c) in told["products"].items()},
+            Norms(*map(_number, told["norms"])) if told["norms"] else None,
         )
+        counted = [number for pair in found.kept for number in pair]
+        if (
+            any(
+                type(m) is not int or not 0 <= m < models or type(t) not in (str, NoneType) for m, t in found.thresholds
+            )
+            or any(type(number) is not int or number < 0 for number in counted)
+            or len(found.kept) not in (0, models)
+            or type(found.majority) is not int
+            or found.majority not in (-1, 0, 1)
+            or any(len(sums) != models for sums in found.l1.values())
+            or (found.norms is not None and found.norms.models != models)
+        ):
+            raise ValueError(told)
+        return found
+
+
+def _number_or_none(value: Any) -> Any:
+    return None if value is None else _number(value)
+
+
+def _number(value: Any) -> Any:
+    """It, a number.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if type(value) not in (int, float):
+        raise TypeError(value)
+    return value
 
 
 NOTHING_MEASURED = Statistics()

@@ -32,7 +32,23 @@ def load_recipe(path: Path, sets: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: the file cannot be read, is not YAML, or says something impossible.
     """
-    return load_recipe_file(path, sets).recipe
+    file = load_recipe_file(path, sets)
+    return _with_record(file.recipe, file.names)
+
+
+def _with_record(recipe: Recipe, names: Mapping[str, str]) -> Recipe:
+    """The recipe with its record of inputs by the names that they have in it.
+
+    Args:
+        recipe: as it was read.
+        names: each input as `recipe` names it -> as its file does, and the record.
+    """
+    recorded: dict[str, Any] = {}
+    for name, before in names.items():
+        for called, told in recipe.inputs.items():
+            if called == before or called.startswith(f"{before}/"):
+                recorded[name + called[len(before) :]] = told
+    return recipe.model_copy(update={"inputs": recorded}) if recipe.inputs else recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +179,8 @@ def recipe_from(values: Mapping[str, Any], sets: Iterable[str] = ()) -> Recipe:
     at: dict[Place, str] = {}
     for text in sets:
         _set(own, text, at)
-    return make_recipe(_with_paths(Path(), own, {}, {}), where="recipe", at=at)
+    names: dict[str, str] = {}
+    return _with_record(make_recipe(_with_paths(Path(), own, names, {}), where="recipe", at=at), names)
 
 
 def _plain(value: Any) -> Any:
@@ -283,7 +300,7 @@ def _beside(folder: Path, name: str, *, look: bool) -> str:
     """A path that counts from `folder`, as seen from here; what can only be a Hub id, or an absolute path, as it is."""
     name = os.path.expanduser(name) if look else name
     beside = os.path.join(folder, name)
-    by_spelling = os.path.isabs(name) or name.count("/") != 1 or name.startswith(".")
+    by_spelling = os.path.isabs(name) or name.partition("@")[0].count("/") != 1 or name.startswith(".")
     if by_spelling or (look and os.path.lexists(beside)):
         # What is a path stays one: `conf/base` would be looked for on the Hub.
         return beside if os.path.isabs(beside) or beside.startswith(".") else os.path.join(".", beside)
@@ -333,4 +350,4 @@ def dump_record(
     if card is not None:  # people edit it: an edited one is theirs
         values["card"] = {"bytes": card.nbytes, "digest": card.digest}
     text = yaml.safe_dump(values, sort_keys=False, width=1_000)
-    return f"# What was read, and written beside this file. It plays no part when the recipe is run again.\n{text}"
+    return f"# What was read, and written beside this file. Run again, the recipe tells of other inputs by it.\n{text}"

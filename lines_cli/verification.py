@@ -7,6 +7,7 @@ file was changed since; if the file has it, another input or another version of 
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import stat
 import threading
@@ -21,15 +22,24 @@ from typing import Any
 import torch
 
 from lines_cli import __version__
-from lines_cli.checkpoint.beside import leads_out
+from lines_cli.checkpoint.beside import leads_out, outside, refuse_link_out
 from lines_cli.checkpoint.destination import is_one_file
-from lines_cli.checkpoint.digest import BLOCK, PIECE, FileRecord, GrowingDigest, file_digest, record_of
+from lines_cli.checkpoint.digest import (
+    BLOCK,
+    BLOCKS_ON_CUDA,
+    PIECE,
+    FileRecord,
+    GrowingDigest,
+    file_digest,
+    is_part,
+    record_of,
+)
 from lines_cli.checkpoint.header import itemsize, read_header
 from lines_cli.checkpoint.positional import in_whole_pages, read_into
-from lines_cli.checkpoint.sidecars import MODEL_CARD, RECIPE, is_carried
+from lines_cli.checkpoint.sidecars import CARRIED_FILES, MODEL_CARD, RECIPE, Sidecar
 from lines_cli.checkpoint.verified import Verified, verified_beside
 from lines_cli.claim import Claim, InputRead, inputs_read, open_claim, plan_claim
-from lines_cli.engine import BLOCKS_ON_CUDA, Span, Target, Write, spans_of
+from lines_cli.engine import Span, Target, Write, spans_of
 from lines_cli.errors import CheckpointError, DataError, LinesError, RecipeError, printable
 from lines_cli.measure import Track, measure, untracked
 from lines_cli.plan import Plan, Statistics
@@ -108,8 +118,10 @@ class Verification:
         recipe: the file of the recipe.
         version: of lines, which wrote that file; None if it does not say.
         inputs: the files that were read, each with how it is not the one recorded.
-        files: every file that the recipe makes, but for the recipe itself and the model card.
-        unexpected: files of the output that it does not make, and that a library may load, or that are recorded.
+        files: every file that the recipe makes, but for the recipe itself and the model card; and those that are
+            recorded, and neither made nor there.
+        unexpected: files of the output that it does not make, and that a library may load, or that are recorded; and
+            links to folders elsewhere.
         notes: what a person should know.
         resumed: how many bytes another run had compared before.
         seconds: how long it took.
@@ -227,11 +239,18 @@ def check(
         )
     crew = Crew(resources or Resources())
     keep_freed_memory()
+    for sidecar in _made_beside(plan):
+        if not sidecar.name.endswith(".index.json"):  # which may lie where the weights do
+            refuse_link_out(claim.output, sidecar.name)
     rooms = _Rooms()
     files = [_Present(claim.path(file.name), rooms) for file in plan.outputs]
     run = {
         "verify": 1,
         **identity(plan),
+        "inputs": {
+            os.path.realpath(path): [*stamp, *_state(_stat(path))]
+            for path, stamp in zip(plan.inputs, plan.stamps, strict=True)
+        },
         "files": {file.name: there.state for file, there in zip(plan.outputs, files, strict=True)},
         "step": BLOCK * (BLOCKS_ON_CUDA if crew.apart else 1),
     }
@@ -243,22 +262,20 @@ def check(
                 f"what {verified_beside(claim.output)} kept was of something else ({', '.join(kept.differs)} differ): "
                 "everything was compared anew"
             )
-        found = [*job.found(claim), *(_beside(claim, name, content) for name, content in _made_beside(job.plan))]
-        read = inputs_read(claim, plan)
-        unexpected, more = _unexpected(claim, {file.name for file in found})
+        found = [*job.found(claim), *(_beside(claim, sidecar) for sidecar in _made_beside(job.plan))]
+        read = _with_digests(inputs_read(claim, plan))
+        unexpected, gone, more = _unexpected(claim, {file.name for file in found})
         result = Verification(
             claim.name,
             claim.file,
             claim.version,
             tuple(read),
-            tuple(found),
+            (*found, *gone),
             tuple(unexpected),
             (*notes, *more),
             job.taken_over,
             0.0,
         )
-        if not result.same:
-            result = replace(result, inputs=tuple(_with_digests(read)))
         return replace(result, notes=(*result.notes, *_about(claim, result)), seconds=time.perf_counter() - started)
 
 
@@ -278,7 +295,7 @@ class _Present:
     Attributes:
         path: where it is.
         problem: why there is nothing to compare, in words.
-        state: size, time, and which file it is; None where there is nothing.
+        state: size, times, and which file it is; None where there is nothing.
         differs: each block that differs, by its start -> the first byte that does.
     """
 
@@ -326,7 +343,7 @@ class _Compare(Write):
         super().__init__(
             plan, [Target(there, GrowingDigest(f.nbytes)) for f, there in zip(plan.outputs, files, strict=True)]
         )
-        self.files = files
+        self.files, self.sizes = files, [file.nbytes for file in plan.outputs]
 
     def compared(self, span: Span, kept: Verified | None) -> int:
         """Write down what was found of a span; its bytes."""
@@ -343,12 +360,18 @@ class _Compare(Write):
         """Take account of what an earlier run has compared; where each part begins, and in which file."""
         done: set[tuple[int, int]] = set()
         for line in lines:
-            with suppress(KeyError, TypeError, ValueError, IndexError):  # no line of ours would
-                file, start = int(line["file"]), int(line["start"])
-                end = min(start + step, self.plan.outputs[file].nbytes)
-                blocks = [bytes.fromhex(block) for block in line["blocks"]]
-                differs = {int(block): int(at) for block, at in line.get("differs", ())}
-                if start % step or start < 0 or file < 0 or len(blocks) != -(-(end - start) // BLOCK):
+            with suppress(KeyError, TypeError, ValueError, AttributeError):  # no line of ours would
+                file, start, blocks = line["file"], line["start"], [bytes.fromhex(block) for block in line["blocks"]]
+                differs = dict(line.get("differs", ()))
+                if not is_part(file, start, blocks, self.sizes, step):
+                    continue
+                end = min(start + step, self.sizes[file])
+                if not all(
+                    type(block) is type(at) is int
+                    and block in range(start, end, BLOCK)
+                    and block <= at < min(block + BLOCK, end)
+                    for block, at in differs.items()
+                ):
                     continue
                 for number, block in enumerate(blocks):
                     self.targets[file].digest.wrote(start + number * BLOCK, block)
@@ -447,8 +470,8 @@ def _compare_weights(
 def _statistics(plan: Plan, sources: list[int], crew: Crew, kept: Verified | None, track: Track) -> Statistics:
     """What the plan needs to know of the numbers, from an earlier run if that has measured it."""
     for line in kept.lines if kept is not None else ():
-        with suppress(KeyError, TypeError, ValueError):
-            return Statistics.of(line["measured"])
+        with suppress(KeyError, TypeError, ValueError, AttributeError):
+            return Statistics.of(line["measured"], plan.number_of_models)
     statistics = measure(plan, sources, crew, track).statistics
     if kept is not None:
         kept.add({"measured": statistics.told()})
@@ -458,20 +481,16 @@ def _statistics(plan: Plan, sources: list[int], crew: Crew, kept: Verified | Non
 # --- what stands beside them ---
 
 
-def _made_beside(plan: Plan) -> Iterator[tuple[str, bytes]]:
-    """Name and content of every file beside the weights, but for the recipe itself and the model card, which people
-    edit.
-    """
-    for sidecar in plan.sidecars:
-        if sidecar.name not in (RECIPE, MODEL_CARD):
-            yield sidecar.name, sidecar.read()
+def _made_beside(plan: Plan) -> list[Sidecar]:
+    """Every file beside the weights, but for the recipe itself and the model card, which people edit."""
+    return [sidecar for sidecar in plan.sidecars if sidecar.name not in (RECIPE, MODEL_CARD)]
 
 
-def _beside(claim: Claim, name: str, content: bytes) -> FileVerified:
+def _beside(claim: Claim, sidecar: Sidecar) -> FileVerified:
     """A file beside the weights, held against what it should be."""
-    path = claim.path(name)
+    path, content = claim.path(sidecar.name), sidecar.read()
     problem, state = _looked_up(path)
-    result = FileVerified(name, len(content), state[0] if state else None)
+    result = FileVerified(sidecar.name, len(content), state[0] if state else None)
     if state is None:
         return replace(result, problem=problem)
     differs: dict[int, int] = {}
@@ -489,38 +508,89 @@ def _beside(claim: Claim, name: str, content: bytes) -> FileVerified:
     return _held_against(claim, path, result, record_of(content), difference)
 
 
-def _unexpected(claim: Claim, made: set[str]) -> tuple[list[str], list[str]]:
+def _unexpected(claim: Claim, made: set[str]) -> tuple[list[str], list[FileVerified], list[str]]:
     """Files of the output's folder that its recipe does not make, and that a library may load, or that are recorded;
-    and what to say of others.
+    recorded ones that are neither made nor there; and what to say of others.
     """
     if is_one_file(claim.output):
-        return [], []
-    try:
-        paths = sorted([*claim.output.glob("*"), *claim.output.glob("*/*")])
-    except OSError as error:
-        raise _unreadable(claim.output, error) from error
-    names = [path.relative_to(claim.output).as_posix() for path in paths if path.is_symlink() or not path.is_dir()]
+        return [], [], []
+    names, links = _listed(claim.output)
     strange = [name for name in names if name not in made and name not in (RECIPE, MODEL_CARD)]
     recorded = {name for name in claim.recipe.files if name not in made and not leads_out(name)}
+    # What a link of a folder leads to within the output is looked at there.
+    away = [name for name in links if outside(claim.output, name) is not None]
     loaded = [name for name in strange if name in recorded or _may_be_loaded(name)]
     others = [name for name in strange if name not in loaded and not name.startswith(".")]
-    notes = (
-        [f"beside its files lie others, which play no part: {', '.join(map(printable, others[:8]))}"] if others else []
-    )
-    gone = sorted(recorded - set(names))
-    if gone:
-        notes.append(
-            f"the record names files that are not there, and that the recipe does not make: {', '.join(gone[:8])}"
-        )
-    return loaded, notes
+    others += [name for name in links if name not in away]
+    notes = []
+    if others:
+        told = ", ".join(map(printable, others[:8])) + (f" and {len(others) - 8:,} more" if len(others) > 8 else "")
+        notes.append(f"beside its files lie others, which were not compared: {told}")
+    gone = [FileVerified(name, 0, None, _GONE, None, False) for name in sorted(recorded - set(names))]
+    return sorted([*loaded, *away]), gone, notes
 
 
-_WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
-_LEGAL = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+_GONE = "is recorded, and the recipe does not make it"
+_MOST_ENTRIES = 100_000
+
+
+def _listed(folder: Path) -> tuple[list[str], list[str]]:
+    """The files at any depth of a folder, and the links of folders in it, which are not followed.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds too much.
+    """
+    files: list[str] = []
+    links: list[str] = []
+    folders, left = [""], _MOST_ENTRIES
+    while folders:
+        inside = folders.pop()
+        try:
+            with os.scandir(folder / inside) as entries:
+                for entry in entries:
+                    left -= 1
+                    if left < 0:
+                        raise CheckpointError(
+                            f"{folder} holds more than {_MOST_ENTRIES:,} files and folders",
+                            hint="Verify a folder that holds the output alone.",
+                        )
+                    name = f"{inside}/{entry.name}" if inside else entry.name
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(name)
+                    elif entry.is_symlink() and os.path.isdir(folder / name):
+                        links.append(name)
+                    else:
+                        files.append(name)
+        except OSError as error:
+            raise _unreadable(folder / inside, error) from error
+    return sorted(files), sorted(links)
+
+
+_LOADED = tuple(
+    """
+    .safetensors .bin .pt .pth .ckpt .gguf .h5 .keras .msgpack .onnx .onnx_data .ot .pb .tflite .npy .npz
+    .pkl .pickle .joblib .dill .nemo .mar .pdparams .py .pyc .pyd .pyw .so .dll .dylib .json .model .jinja
+    """.split()
+)
+"""How names end that are weights, pickles, code or configs; whichever library asks for them."""
+_LEGAL = ("license", "licence", "notice", "use_policy")
+_OTHERS_LOADED = tuple(
+    pattern.rpartition("/")[2].lower() for pattern in CARRIED_FILES if not pattern.lower().startswith(_LEGAL)
+)
+_TOLD_OF_TRAINING = ("*results*.json", "trainer_state.json")
+_FOLDERS_OF_CODE = ("custom_generate",)
 
 
 def _may_be_loaded(name: str) -> bool:
-    return name.endswith(_WEIGHTS) or (is_carried(name) and not name.startswith(_LEGAL))
+    """Whether a library may load a file, by its name: in whatever folder it lies, for a subfolder may be asked for, and
+    in whatever case, for a disk may know none.
+    """
+    *folders, last = name.lower().split("/")
+    if any(folder in _FOLDERS_OF_CODE for folder in folders):
+        return True
+    if any(fnmatch.fnmatchcase(last, pattern) for pattern in _TOLD_OF_TRAINING) and not last.endswith(".index.json"):
+        return False
+    return last.endswith(_LOADED) or any(fnmatch.fnmatchcase(last, pattern) for pattern in _OTHERS_LOADED)
 
 
 # --- what all files have in common ---
@@ -543,8 +613,16 @@ def _looked_up(path: Path) -> tuple[str | None, list[int] | None]:
     return None, _state(there)
 
 
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
 def _state(there: os.stat_result) -> list[int]:
-    return [there.st_size, there.st_mtime_ns, there.st_ino, there.st_dev]
+    """Whoever writes into a file may set its time of last change back, but not that of its inode."""
+    return [there.st_size, there.st_mtime_ns, there.st_ctime_ns, there.st_ino, there.st_dev]
 
 
 def _held_against(

@@ -77,7 +77,7 @@ def test_every_method_is_in_the_table() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_documented(method: str) -> None:
     """In the reference, in the help, and with a source or a reason in its docstring."""
-    assert f"\n## `{method}`\n" in (ROOT / "docs" / "methods.md").read_text()
+    assert f"\n## `{method}`\n" in (ROOT / "docs" / "merge-methods.md").read_text()
     assert method in run_lines("merge", "--help").out
     assert METHODS[method].merge.__doc__
 

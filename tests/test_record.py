@@ -17,7 +17,7 @@ from conftest import run_lines, snapshot, write_checkpoint
 
 import lines_cli as lines
 from lines_cli.checkpoint.header import read_header
-from lines_cli.errors import RecipeError
+from lines_cli.errors import ChangedInputError, RecipeError
 
 
 def model(path: Path, seed: int) -> Path:
@@ -150,6 +150,84 @@ def test_a_recipe_that_was_moved_alone(here: Path) -> None:
     ran = run_lines("merge", "--config", here.parent / "elsewhere" / "a" / "lines_recipe.yaml", "-o", "again")
     assert (ran.code, ran.trace) == (3, "")
     assert "base" in ran.err
+
+
+def recipe_elsewhere(out: Path, here: Path) -> Path:
+    """The recipe, moved to where its paths lead to other models of the same names."""
+    moved = here.parent / "there" / "again" / "lines_recipe.yaml"
+    moved.parent.mkdir()
+    shutil.copy(out / "lines_recipe.yaml", moved)
+    return moved
+
+
+def notes(*args: object, code: int = 0) -> str:
+    ran = run_lines("merge", *args)
+    assert (ran.code, ran.trace) == (code, ""), ran.err
+    return " ".join(ran.err.split())
+
+
+def test_a_moved_recipe_that_finds_other_models(here: Path) -> None:
+    """Other sizes and headers are told; of other times alone it is only said that the times differ."""
+    recipe = recipe_elsewhere(edit("base", "ft", "out"), here)
+    ft = here.parent / "there" / "ft"
+    told = notes("--config", recipe, "-o", "again")
+    assert "and 1 more: by the time of its last change not the file that the recipe records" in told
+    assert "is not the file" not in told
+    shutil.rmtree(ft)
+    write_checkpoint(ft, {f"layers.{n}.w": torch.ones(40, dtype=torch.bfloat16) for n in range(3)})
+    told = notes("--config", recipe, "-o", "again", "--force", "--dry-run")
+    assert "/again/../ft/model.safetensors is not the file that the recipe records: it has " in told
+    shutil.copy("ft/model.safetensors", ft)
+    for model in (ft, ft.with_name("base")):
+        path = model / "model.safetensors"
+        path.write_bytes(path.read_bytes().replace(b'"pt"', b'"np"'))
+    assert "its header is sha256:" in notes("--config", recipe, "-o", "again", "--dry-run", "--force")
+    own = notes("--config", "out/lines_recipe.yaml", "-o", "again2")
+    assert "recipe records" not in own
+
+
+def test_a_moved_recipe_with_digests(here: Path) -> None:
+    """With --verify-inputs what the record has digests of has to hold just that; from Python, too."""
+    ran = run_lines("edit", "base", "ft", "-o", "out", "--verify-inputs")
+    assert ran.code == 0
+    recipe = recipe_elsewhere(Path("out"), here)
+    notes("--config", recipe, "-o", "again")
+    told = notes("--config", recipe, "-o", "again2", "--verify-inputs", code=3)
+    assert "the inputs are not those that the recipe records" in told
+    assert "again/../base/model.safetensors holds sha256-tree" in told
+    assert not Path("again2").exists()
+    with pytest.raises(ChangedInputError):
+        lines.merge(recipe, output="again2", verify_inputs=True)
+    notes("--config", "out/lines_recipe.yaml", "-o", "again2", "--verify-inputs")
+    values = yaml.safe_load(Path("out/lines_recipe.yaml").read_text().replace("../", ""))
+    shutil.copy(here.parent / "there" / "ft" / "model.safetensors", "ft")
+    with pytest.raises(ChangedInputError):
+        lines.merge(values, output="again3", verify_inputs=True)
+
+
+def test_a_record_that_a_recipe_overrules(here: Path) -> None:
+    """Another model by --set is told as not recorded; a recipe of any shape of record is run."""
+    out = edit("base", "ft", "out")
+    told = notes("--config", out / "lines_recipe.yaml", "-o", "again", "--set", "models.0.model=../ft2")
+    assert "it is not recorded" in told
+    text = (out / "lines_recipe.yaml").read_text().partition("# What was read")[0]
+    for number, odd in enumerate(("{x: 5}", "{../base/model.safetensors: 5}", "{../base: {bytes: x, header: []}}")):
+        (out / "odd.yaml").write_text(text + f"inputs: {odd}\n")
+        notes("--config", out / "odd.yaml", "-o", f"odd{number}", "--verify-inputs")
+
+
+@pytest.mark.parametrize("name", ["org/name@feature/x", "org/name@refs/pr/1", "org/name@main", "org/name"])
+def test_a_revision_with_a_slash(name: str, here: Path) -> None:
+    """A recipe's Hub id stays one, however its revision is called."""
+    Path("merge.yaml").write_text(yaml.safe_dump({"base_model": name, "models": [{"model": "ft"}]}))
+    assert lines.load_recipe(Path("merge.yaml")).base_model == name
+    (here / "org").mkdir()
+    (here / "a@b").mkdir()
+    for path in ("a@b/c", "./org/name@feature/x", "org/name/deeper", "org/name/deep@er"):
+        Path("merge.yaml").write_text(yaml.safe_dump({"base_model": path, "models": [{"model": "ft"}]}))
+        base = lines.load_recipe(Path("merge.yaml")).base_model
+        assert base is not None
+        assert base in (path, f"./{path}")
 
 
 @pytest.mark.parametrize(

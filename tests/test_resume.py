@@ -24,6 +24,7 @@ from conftest import run_lines, snapshot, write_checkpoint
 import lines_cli as lines
 from lines_cli import engine
 from lines_cli.checkpoint import lock, staging
+from lines_cli.checkpoint.journal import written_line
 from lines_cli.checkpoint.positional import NewFile
 from lines_cli.errors import Aftermath, CheckpointError, OutputError, aftermath_of
 
@@ -83,6 +84,15 @@ def undisturbed(models: Path) -> Callable[[list[str]], dict[str, bytes]]:
         return found
 
     return of
+
+
+@pytest.fixture(scope="module")
+def pair_edited(pair: Path) -> dict[str, bytes]:
+    """What the edit gives if nothing happens."""
+    assert run_lines("edit", pair / "base", pair / "ft", "-o", pair / "edited", *EDIT[5:]).code == 0
+    found = weights(pair / "edited")
+    shutil.rmtree(pair / "edited")
+    return found
 
 
 class Stopped:
@@ -312,6 +322,44 @@ def test_damaged_parts_are_made_again(
     assert sorted(path.name for path in (models / "out").glob("model-*")) == sorted(
         name for name in expected if name.startswith("model-")
     )
+
+
+ODD_JOURNALS: list[tuple[str, dict[str, Any]]] = [
+    ("run", {"step": 0}),
+    ("run", {"step": -1}),
+    ("run", {"step": 1}),
+    ("run", {"step": float("inf")}),
+    ("run", {"step": "x"}),
+    ("file", {"start": -4 * MIB}),
+    ("file", {"start": 1}),
+    ("file", {"start": float("inf")}),
+    ("file", {"file": 99}),
+    ("file", {"file": -1}),
+    ("file", {"blocks": []}),
+    ("file", {"blocks": ["00"]}),
+    ("file", {"told": {"x": 1}}),
+    ("file", {"told": {"squares": ["x"], "kept": [0], "entries": 0, "differing": {}, "nonfinite": {}}}),
+    ("file", {"told": {"squares": [1], "kept": [0], "entries": 0, "differing": [], "nonfinite": {}}}),
+    ("file", {"told": {"squares": [1, 2, 3], "kept": [0], "entries": 0, "differing": {}, "nonfinite": {}}}),
+]
+
+
+@pytest.mark.parametrize(("key", "odd"), ODD_JOURNALS, ids=str)
+def test_a_journal_that_no_run_would_write(
+    key: str, odd: dict[str, Any], models: Path, pair_edited: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checksums are right, its values are not: what it says of these parts is not built upon."""
+    stop(monkeypatch, EDIT, after=11)
+    path = models / STAGING / "journal"
+    told = [json.loads(line) for line in path.read_bytes().splitlines()]
+    for line in told:
+        line.pop("crc32")
+        if key in line:
+            (line["run"] if key == "run" else line).update(odd)
+    path.write_bytes(b"".join(written_line(line) for line in told))
+    ran = run_lines(*EDIT, "--resume")
+    assert (ran.code, ran.trace) == (0, ""), ran.err
+    assert weights(models / "out") == pair_edited
 
 
 def test_killed_once_folders_were_exchanged(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

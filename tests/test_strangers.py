@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
@@ -25,6 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lines_cli.checkpoint.beside import read_json, refuse_link_out
+from lines_cli.checkpoint.positional import read_small
 from lines_cli.depth import find_depth
 from lines_cli.errors import CheckpointError, LinesError, RecipeError, without_secrets
 from lines_cli.plain_yaml import YamlError, read_yaml
@@ -97,6 +99,23 @@ def test_a_link_that_leaves_the_folder(what: str, folders: Path) -> None:
         end = os.path.basename(os.path.realpath(folders / "ft" / name))
         refused(ran, 3, f"ft/{name}", "link", end, "copy of the file")
         assert snapshot(folders) == before
+
+
+@pytest.mark.parametrize("first", ["config.json", "LICENSE"])
+def test_all_links_that_leave_are_named(first: str, folders: Path) -> None:
+    """A folder of links is told at once, with a command; not those of weights, nor those that stay."""
+    ft = folders / "ft"
+    (ft / "config.json").unlink()
+    shutil.move(ft / "model.safetensors", folders / "model.safetensors")
+    (ft / "model.safetensors").symlink_to("../model.safetensors")
+    for name in (first, "tokenizer.json", "vocab.txt"):
+        (ft / name).symlink_to("../secret_token")
+    (ft / "text").write_text("MIT")
+    (ft / "NOTICE").symlink_to("text")
+    ran = edit(folders)
+    refused(ran, 3, f"ft/{first} is a link", "so are others:\n", "tokenizer.json", "vocab.txt", f"cp -rL {ft} COPY")
+    assert "NOTICE" not in ran.err
+    assert run_lines("edit", folders / "base", ft, "-o", folders / "out").code == 3
 
 
 @pytest.mark.parametrize("key", ["tokenizer_source", "chat_template"])
@@ -608,6 +627,31 @@ def test_small_files_are_small(name: str, folders: Path) -> None:
         refused(edit(folders), 3, name, "at most")
 
 
+def test_a_small_file_takes_its_size(tmp_path: Path) -> None:
+    """There is one copy of it in memory, not two."""
+    (tmp_path / "x").touch()
+    os.truncate(tmp_path / "x", nbytes := 64 * 2**20)
+    tracemalloc.start()
+    try:
+        assert len(read_small(tmp_path / "x", nbytes)) == nbytes
+        assert tracemalloc.get_traced_memory()[1] < 1.1 * nbytes
+    finally:
+        tracemalloc.stop()
+
+
+def test_weights_that_are_links_tell_nothing(folders: Path) -> None:
+    """Neither a file of /proc, which has no size, nor the first bytes of another's file."""
+    (folders / "ft" / "model.safetensors").unlink()
+    (folders / "ft" / "model.safetensors").symlink_to("/proc/self/environ")
+    refused(edit(folders), 3, "the file holds 0 bytes")
+    (folders / "ft" / "model.safetensors").unlink()
+    (folders / "ft" / "model.safetensors").symlink_to("../secret_token")
+    number = int.from_bytes(SECRET.encode()[:8], "little")
+    ran = edit(folders)
+    refused(ran, 3, "more than 100,000,000 bytes")
+    assert not [form for form in (f"{number:,}", str(number), f"{number:x}") if form in ran.err]
+
+
 # --- JSON of any shape ---
 
 SHAPES = {
@@ -731,6 +775,43 @@ def test_json_is_as_deep_as_json_is(tmp_path: Path) -> None:
     path.write_text("[" * 102 + "]" * 102)
     with pytest.raises(CheckpointError, match=r"x\.json: JSON nested more than 100"):
         read_json(path)
+
+
+SHORT = {
+    "empty lists": '{"a":[' + "[]," * 5_000_000 + "[]]}",
+    "empty objects": "[" + "{}," * 5_000_000 + "{}]",
+    "numbers": "[" + "1," * 7_000_000 + "1]",
+    "objects in a row": '{"a":{"b":' * 1_000_000 + "1" + "}}" * 1_000_000,
+}
+
+
+@pytest.mark.parametrize("what", SHORT)
+def test_json_of_too_many_values(what: str, tmp_path: Path) -> None:
+    """It is refused by what it would become in memory, before it is parsed."""
+    (tmp_path / "x.json").write_text(SHORT[what])
+    started = time.perf_counter()
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match=r"x\.json"):
+            read_json(tmp_path / "x.json")
+        assert tracemalloc.get_traced_memory()[1] < 40 * 2**20
+    finally:
+        tracemalloc.stop()
+    assert time.perf_counter() - started < 10
+
+
+def test_json_with_as_many_values_as_it_may_have(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("[" + "[]," * 999_000 + "[]]")
+    assert len(read_json(tmp_path / "x.json")) == 999_001
+
+
+def test_an_index_of_too_many_shards(folders: Path) -> None:
+    """Its size is bounded, and so is the number of files that it may name."""
+    index = {"weight_map": {f"t{n}": f"{n}.safetensors" for n in range(100_001)}}
+    put(folders, "model.safetensors.index.json", json.dumps(index).encode(), "ft")
+    refused(edit(folders), 3, "more than 100,000 shards")
+    os.truncate(folders / "ft" / "model.safetensors.index.json", 64 * 2**20 + 1)
+    refused(edit(folders), 3, "at most 67,108,864")
 
 
 # --- credentials ---

@@ -10,15 +10,20 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lines_cli.checkpoint.positional import read_small
-from lines_cli.errors import CheckpointError
+from lines_cli.errors import CheckpointError, some
 
-LARGEST_JSON = 64 * 2**20
-"""Bytes of a JSON file."""
+LARGEST_JSON = 16 * 2**20
+"""Bytes of a JSON file that is parsed."""
+LARGEST_INDEX = 64 * 2**20
+"""Bytes of an index."""
 
+_MOST_VALUES = 2_000_000  # a value takes some 100 bytes, and as long as it takes to look at it
 _DEEPEST_JSON = 100
 _UNREADABLE = "Ask whoever owns it for permission to read it."
 _NOT_JSON = "The file is damaged: copy or download it again."
@@ -52,10 +57,26 @@ def refuse_link_out(folder: Path, name: str) -> None:
         CheckpointError: a link on the way to it leaves the folder, whether there is anything at its end or not.
     """
     if (target := outside(folder, name)) is not None:
+        others = [other for other in _links_out(folder) if other not in (name, name.partition("/")[0])]
+        more = f", and so are others:\n{some(others)}" if others else ""
+        copied = f"cp -rL {shlex.quote(str(folder))} COPY"
         raise CheckpointError(
-            f"{folder / name} is a link that leaves its folder, to {target}",
-            hint="If it belongs to the model, put a copy of the file in the link's place; else remove the link.",
+            f"{folder / name} is a link that leaves its folder, to {target}{more}",
+            hint="If it belongs to the model, put a copy of the file in the link's place; else remove the link."
+            + (f" If all of them do, {copied} makes a folder with copies in their place." if others else ""),
         )
+
+
+def _links_out(folder: Path) -> list[str]:
+    """The links in a folder that lead to files elsewhere, those of weights apart."""
+    with suppress(OSError):
+        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_symlink())
+        files = (name for name in names if not name.endswith(_WEIGHTS) and not os.path.isdir(folder / name))
+        return [name for name in files if outside(folder, name) is not None]
+    return []
+
+
+_WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 
 def outside(folder: Path, name: str) -> Path | None:
@@ -74,32 +95,48 @@ def _is_blob(target: Path, home: Path) -> bool:
     return False
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, most: int = LARGEST_JSON) -> Any:
     """Parse a JSON file of moderate size and depth.
 
+    Args:
+        path: the file.
+        most: how many bytes it may have.
+
     Raises:
-        CheckpointError: it cannot be read, is no JSON, or is larger or deeper than such a file is.
+        CheckpointError: it cannot be read, is no JSON, or is larger or deeper, or has more values, than such a file.
     """
     try:
-        value = json.loads(read_small(path, LARGEST_JSON).decode("utf-8"))
+        raw = read_small(path, most)
+        containers = raw.count(b"[") + raw.count(b"{")
+        if containers + raw.count(b",") > _MOST_VALUES:
+            raise CheckpointError(f"{path}: JSON of more than {_MOST_VALUES:,} values", hint=_NOT_JSON)
+        value = json.loads(raw.decode("utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}", hint=_UNREADABLE) from error
     except RecursionError as error:
         raise _too_deep(path) from error
     except ValueError as error:  # which a number of 5,000 digits is, too
         raise CheckpointError(f"{path}: not valid JSON ({error})", hint=_NOT_JSON) from error
-    level = [value]
-    for _ in range(_DEEPEST_JSON + 1):
-        level = [inner for outer in level if isinstance(outer, (dict, list)) for inner in _inside(outer)]
-        if not level:
-            return value
-    raise _too_deep(path)
+    if containers > _DEEPEST_JSON and _is_deeper(value):
+        raise _too_deep(path)
+    return value
 
 
-def _inside(outer: dict[str, Any] | list[Any]) -> list[Any]:
-    """The containers in a container."""
-    inner = outer.values() if isinstance(outer, dict) else outer
-    return [value for value in inner if isinstance(value, (dict, list))]
+def _is_deeper(value: Any) -> bool:
+    """Whether containers are nested too deep; one way down is held at a time."""
+    way = [iter((value,))]
+    while way:
+        for inner in way[-1]:
+            if isinstance(inner, (dict, list)) and inner:
+                way.append(iter(inner.values() if isinstance(inner, dict) else inner))
+                break
+            if isinstance(inner, (dict, list)) and len(way) > _DEEPEST_JSON:
+                return True
+        else:
+            way.pop()
+        if len(way) > _DEEPEST_JSON + 1:
+            return True
+    return False
 
 
 def _too_deep(path: Path) -> CheckpointError:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from lines_cli.checkpoint.beside import leads_out, outside
 from lines_cli.checkpoint.positional import open_regular, read_into
@@ -25,6 +25,9 @@ BLOCK = 4 * 2**20
 
 PIECE = 2**20
 """Bytes that are written at a time: enough for a disk, and still in the core's cache when they are hashed."""
+
+BLOCKS_ON_CUDA = 8
+"""Blocks of a file that a worker makes in one go there, where chunks are larger; else one."""
 
 _KIND = "sha256-tree-4MiB:"  # names the algorithm and the block: another of either is another kind
 _READ = 2**18  # bytes that are read back at a time
@@ -44,6 +47,19 @@ def record_of(content: bytes) -> FileRecord:
     view = memoryview(content)
     blocks = (sha256(view[start : start + BLOCK]).digest() for start in range(0, len(view), BLOCK))
     return FileRecord(len(content), _root(blocks))
+
+
+def is_step(step: Any) -> bool:
+    """Whether that many bytes of a file may be written, or compared, at a time."""
+    return type(step) is int and step in (BLOCK, BLOCK * BLOCKS_ON_CUDA)
+
+
+def is_part(file: Any, start: Any, blocks: Sequence[bytes], sizes: Sequence[int], step: int) -> bool:
+    """Whether what a journal calls a part is one: of which of the files of these sizes, its start, its digests."""
+    if not (type(file) is type(start) is int and 0 <= file < len(sizes) and 0 <= start < sizes[file]):
+        return False
+    whole = len(blocks) == -(-min(step, sizes[file] - start) // BLOCK)
+    return start % step == 0 and whole and all(len(block) == sha256().digest_size for block in blocks)
 
 
 def file_digest(path: Path) -> str:

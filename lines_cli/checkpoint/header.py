@@ -112,14 +112,15 @@ def read_header(path: Path, known: Known | None = None) -> Header:
     try:
         with open(open_regular(path), "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            prefix = file.read(8)
+            prefix = file.read(8) if size >= 8 else b""  # a file of /proc has no size, and a content
             if len(prefix) < 8:
                 _refuse(path, f"the file holds {size} bytes, too few for a safetensors header")
             (length,) = _LENGTH.unpack(prefix)
             if length > HEADER_LIMIT:
+                # How many it claims would tell what the file holds, which may be another's.
                 _refuse(
                     path,
-                    f"its first 8 bytes claim a header of {length:,} bytes; the format allows {HEADER_LIMIT:,}",
+                    f"its first 8 bytes claim a header of more than {HEADER_LIMIT:,} bytes, the format's most",
                     _NOT_SAFETENSORS,
                 )
             if length > size - 8:

@@ -196,7 +196,7 @@ def read_journal(path: Path) -> Story | None:
                 part = Part(int(line["file"]), int(line["start"]), blocks, dict(line.get("told", {})))
                 parts[part.file, part.start] = part  # the last word counts: one may have been made again
             nbytes = end
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         pass  # cut short, or damaged: what comes before it holds
     return (
         None

@@ -40,18 +40,16 @@ def read_small(path: Path, most: int, *, follow: bool = True) -> bytes:
     Raises:
         OSError: it cannot be read, is no regular file, or is larger; `strerror` says so in words.
     """
-    fd = open_regular(path, follow=follow)
-    try:
-        there = os.fstat(fd)
-        if there.st_size > most:
-            raise OSError(errno.EOVERFLOW, f"it has {there.st_size:,} bytes; at most {most:,} are read", str(path))
-        content = bytearray(there.st_size + 1)  # one more, to see whether it has grown
-        got = read_into(fd, memoryview(content), 0)
-        if got > there.st_size:
+    with open(open_regular(path, follow=follow), "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise OSError(errno.EOVERFLOW, f"it has {size:,} bytes; at most {most:,} are read", str(path))
+        content = file.read(size + 1)  # one more, to see whether it has grown; in one copy
+        while content and len(content) <= size and (more := file.read(size + 1 - len(content))):
+            content += more
+        if len(content) > size:
             raise OSError(errno.EBUSY, "it grew while it was read", str(path))
-        return bytes(memoryview(content)[:got])
-    finally:
-        os.close(fd)
+        return content
 
 
 def open_regular(path: Path, *, follow: bool = True) -> int:

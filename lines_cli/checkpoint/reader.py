@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from lines_cli.checkpoint.beside import beside, leads_out, read_json, read_object
+from lines_cli.checkpoint.beside import LARGEST_INDEX, beside, leads_out, read_json, read_object
 from lines_cli.checkpoint.header import EXACT_DTYPES, FLOAT_DTYPES, Known, TensorInfo, read_header
 from lines_cli.errors import CheckpointError, UnsupportedError, printable, some
 
@@ -35,6 +35,7 @@ _QUANTISED_ENDINGS = tuple(
 )
 _QUANTISED_CODES = frozenset({"I8", "U8"})
 _SHARD = re.compile(r".*-(\d{5})-of-(\d{5})\.safetensors")
+_MOST_SHARDS = 100_000  # as many as five digits can number
 _CONVERT = "Load it with the library that wrote it and save it as safetensors (transformers: save_pretrained)."
 _UNREADABLE = "Ask whoever owns it for permission to read it."
 _NOT_JSON = "The file is damaged: copy or download it again."
@@ -206,7 +207,7 @@ def shards_of(index: Path) -> dict[str, set[str]]:
     Raises:
         CheckpointError: it is not an index, or a shard's name leads out of the folder.
     """
-    content = read_json(index)
+    content = read_json(index, LARGEST_INDEX)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: no weight_map in it", hint="This is not the index of a sharded checkpoint.")
@@ -222,6 +223,8 @@ def shards_of(index: Path) -> dict[str, set[str]]:
                     f"{index}: tensor {tensor!r} is mapped to {shard!r}, which is outside the folder",
                     hint="Shards stand beside their index: do not trust this checkpoint, or write its index anew.",
                 )
+            if len(shards) == _MOST_SHARDS:
+                raise CheckpointError(f"{index}: more than {_MOST_SHARDS:,} shards", hint=_NOT_JSON)
             shards[shard] = set()
         shards[shard].add(tensor)
     return shards

@@ -37,7 +37,7 @@ from lines_cli.checkpoint.destination import (
     survey,
     sync_folder,
 )
-from lines_cli.checkpoint.digest import BLOCK, intact
+from lines_cli.checkpoint.digest import BLOCK, intact, is_part, is_step
 from lines_cli.checkpoint.journal import Journal, NoJournalError, Part, Publishing, Story, Told, read_journal
 from lines_cli.checkpoint.lock import NAME as LOCK
 from lines_cli.checkpoint.lock import RunLock, is_locked, refusal, remove_with
@@ -268,7 +268,9 @@ def leftover(output: Path) -> Leftover | None:
         if story is not None:
             with suppress(KeyError, TypeError, ValueError, IndexError):  # no journal of ours would
                 sizes = [int(size) for _, size, _ in story.run["outputs"]]
-                written = sum(min(BLOCK * len(part.blocks), sizes[part.file] - part.start) for part in story.parts)
+                step = story.run["step"]
+                whole = (part for part in story.parts if is_part(part.file, part.start, part.blocks, sizes, step))
+                written = sum(min(step, sizes[part.file] - part.start) for part in whole) if is_step(step) else 0
                 total = sum(sizes)
         is_over = _is_published(story, folder) and _is_at(output.resolve(), story)
         set_aside = os.path.lexists(folder / _OLD) and not is_over
@@ -458,7 +460,7 @@ class Staging:
 
     def _begin(self, found: Story | None, begun: Story | None) -> None:
         path = self.folder / _JOURNAL
-        if begun is not None:
+        if begun is not None and is_step(begun.run.get("step")):
             self._make_movable()
             self.story = self._checked(begun)
             self._journal = Journal(path, self._names, keep=begun.nbytes)
@@ -476,8 +478,8 @@ class Staging:
         return self._lock is not None and self._lock.holds(self.folder / LOCK)
 
     def _of_this_run(self, found: Story) -> Story | None:
-        """What an earlier run has left, if that was this run. Where an existing output may be replaced, what is of another
-        run is begun anew: a job that always resumes must not wait for a person.
+        """What an earlier run has left, if that was this run. Where an existing output may be replaced, another run's
+        work is begun anew: a job that always resumes must not wait for a person.
         """
         try:
             self._refuse_another(found.run)
@@ -546,7 +548,9 @@ class Staging:
 
     def _checked(self, story: Story) -> Story:
         """The story without the parts that are not on the disk as it says."""
-        outputs = self._run["outputs"]
+        outputs, step = self._run["outputs"], story.run["step"]
+        sizes = [nbytes for _, nbytes, _ in outputs]
+        told = [part for part in story.parts if is_part(part.file, part.start, part.blocks, sizes, step)]
         parts: list[Part] = []
         self._new.mkdir(exist_ok=True)
         # What stands beside the weights is made anew; all else was of another output.
@@ -554,7 +558,7 @@ class Staging:
         _remove(self._new, others)
         for number, (name, nbytes, _) in enumerate(outputs):
             path = self._new / name
-            own = [part for part in story.parts if part.file == number]
+            own = [part for part in told if part.file == number]
             if own and _is_alone(path, nbytes):
                 blocks = {part.start + BLOCK * n: block for part in own for n, block in enumerate(part.blocks)}
                 whole = intact(path, blocks)

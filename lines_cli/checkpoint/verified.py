@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from lines_cli.checkpoint.digest import is_step
 from lines_cli.checkpoint.journal import whole_lines, written_line
 from lines_cli.checkpoint.positional import read_into, read_small
 from lines_cli.errors import Aftermath, LinesError, OutputError, attach_aftermath
@@ -54,7 +55,7 @@ class Verified:
         path: where it is.
         lines: what an earlier run has left, without the first line; empty where there is nothing to go on from.
         differs: what is not as it was when that run began, so that this one begins anew; empty where all is.
-        step: that of the run that began.
+        step: that of the run that began; one that no run would have, as `1`, is nothing to go on from.
 
     Raises:
         OutputError: another run has it, something else is in its place, or it cannot be written.
@@ -81,7 +82,7 @@ class Verified:
                 key for key in (before.keys() | self._run.keys()) - {"step"} if before.get(key) != self._run.get(key)
             )
         )
-        if before and not self.differs and isinstance(before.get("step"), int):
+        if before and not self.differs and is_step(before.get("step")):
             self.lines, self.step, self._worth_it = lines, before["step"], bool(lines)
             os.ftruncate(self._fd, end)
             return
