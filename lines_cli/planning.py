@@ -442,14 +442,10 @@ def replaceable(plan: Plan) -> frozenset[str]:
     folder's own recipe says were written into it.
     """
     own, recipe = plan.names - {MODEL_CARD, RECIPE}, placed(plan.output) / RECIPE  # other people have these two, too
-    recorded, card = dict[str, FileRecord]().keys(), None
+    recorded = dict[str, FileRecord]().keys()
     with suppress(OSError, RecipeError):
-        record = load_record(recipe)
-        recorded, card = record.files.keys(), record.card
-    if not (recorded or is_by_lines(recipe)):
-        return own
-    edited = card is not None and MODEL_CARD in altered(recipe.parent, {MODEL_CARD: card})
-    return (own | recorded | {RECIPE}) if edited else (own | recorded | {RECIPE, MODEL_CARD})
+        recorded = load_record(recipe).files.keys()
+    return own | recorded | {MODEL_CARD, RECIPE} if recorded or is_by_lines(recipe) else own
 
 
 def _inputs_read(plan: Plan, contents: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -485,11 +481,9 @@ def contents_beside(
         run: its identity.
         written: what was written into the weight files, and into those that are copies.
     """
-    records, card = dict(written), None
+    records = dict(written)
     for sidecar in plan.sidecars:  # what is known already, as the index is, which is written behind the recipe
-        if sidecar.content is not None and sidecar.name == MODEL_CARD:
-            card = record_of(sidecar.content)
-        elif sidecar.content is not None and sidecar.name != RECIPE:
+        if sidecar.content is not None and sidecar.name not in (RECIPE, MODEL_CARD):
             records[sidecar.name] = record_of(sidecar.content)
     for sidecar in plan.sidecars:
         if sidecar.content is None:
@@ -497,7 +491,7 @@ def contents_beside(
         content = sidecar.content
         if sidecar.name == RECIPE:
             inputs = _inputs_read(plan, run.get("contents", {}))
-            content += dump_record(run_digest(run), inputs, records, card).encode()
+            content += dump_record(run_digest(run), inputs, records).encode()
         yield sidecar.name, content
 
 

@@ -341,13 +341,9 @@ def dump_recipe(recipe: Recipe, *, named: Mapping[str, str], alpha: float | None
     return f"# Written by lines {__version__}. To run it again: {again}\n{measured}{text}"
 
 
-def dump_record(
-    run: str, inputs: Mapping[str, Mapping[str, Any]], files: Mapping[str, FileRecord], card: FileRecord | None
-) -> str:
+def dump_record(run: str, inputs: Mapping[str, Mapping[str, Any]], files: Mapping[str, FileRecord]) -> str:
     """The recipe's `run`, `inputs` and `files` as YAML, to stand behind a dumped recipe."""
     written = {name: {"bytes": files[name].nbytes, "digest": files[name].digest} for name in sorted(files)}
     values = {"run": run, "inputs": {name: dict(told) for name, told in inputs.items()}, "files": written}
-    if card is not None:  # people edit it: an edited one is theirs
-        values["card"] = {"bytes": card.nbytes, "digest": card.digest}
     text = yaml.safe_dump(values, sort_keys=False, width=1_000)
     return f"# What was read, and written beside this file. Run again, the recipe tells of other inputs by it.\n{text}"

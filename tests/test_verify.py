@@ -796,9 +796,9 @@ def test_an_odd_step_is_nothing_to_go_on_from(step: Any, here: Path, monkeypatch
 
 
 ODD_MEASURED: list[tuple[str, Any]] = [
-    ("thresholds", [["x", None, 0.5]]),
-    ("thresholds", [[9, None, 0.5]]),
-    ("thresholds", [[0, None, "x"]]),
+    ("thresholds", [["x", None, [0.5]]]),
+    ("thresholds", [[9, None, [0.5]]]),
+    ("thresholds", [[0, None, ["x"]]]),
     ("thresholds", 5),
     ("kept", [["x", 1]]),
     ("kept", [[1, 1]]),
@@ -817,7 +817,14 @@ ODD_MEASURED: list[tuple[str, Any]] = [
 @pytest.mark.parametrize(("key", "odd"), ODD_MEASURED, ids=str)
 def test_odd_statistics_are_none(key: str, odd: Any) -> None:
     """What no measurement gives is not gone on from."""
-    good = {"thresholds": [[0, None, 0.5]], "kept": [], "majority": 1, "l1": {}, "products": {}, "norms": [1.0, 2.0, 2]}
+    good = {
+        "thresholds": [[0, None, (0.5,)]],
+        "kept": [],
+        "majority": 1,
+        "l1": {},
+        "products": {},
+        "norms": [1.0, 2.0, 2],
+    }
     assert Statistics.of(good, 2).told() == good | {"kept": ()}
     with pytest.raises((KeyError, TypeError, ValueError, AttributeError)):
         Statistics.of(good | {key: odd}, 2)
