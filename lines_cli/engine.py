@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -125,8 +126,8 @@ def run(
     if before is not None and before.set_aside:
         recover(plan.output)
     needed = plan.bytes_written - (before.nbytes if before else 0)
-    ours = replaceable(plan) if force else frozenset[str]()
-    check_destination(plan.output, inputs=plan.read_paths, nbytes=needed, force=force, ours=ours)
+    # Whose the files are that --force would replace is looked at under the lock, when nobody else replaces them.
+    check_destination(plan.output, inputs=plan.read_paths, nbytes=needed, force=force)
     identified = identity(plan)
     if verify_inputs:
         identified["contents"] = digests_of(plan.inputs)
@@ -134,7 +135,11 @@ def run(
     allow_open_files(len(plan.inputs) + 2 * len(plan.outputs))
     with (
         Staging(
-            plan.output, identified, plan.names, replaceable=replaceable(plan) if force else None, resume=resume
+            plan.output,
+            identified,
+            plan.names,
+            replaceable=partial(replaceable, plan) if force else None,
+            resume=resume,
         ) as staging,
         opened(plan.inputs) as sources,
         crew.bounded(),

@@ -279,13 +279,16 @@ def leftover(output: Path) -> Leftover | None:
 
 
 def _look(output: Path, names: Collection[str] | None) -> Story | None:
-    """As `_ours`; what changes while it is looked at is a run at work."""
-    try:
-        return _ours(output, names)
-    except OutputError:
-        if _is_busy(folder := staging_of(output)):
-            raise refusal(folder, output) from None
-        raise
+    """As `_ours`; what changes while it is looked at is a run at work, or one that has just come to its end."""
+    for last in (False, False, True):
+        try:
+            return _ours(output, names)
+        except (OutputError, OSError):
+            if _is_busy(folder := staging_of(output)):
+                raise refusal(folder, output) from None
+            if last:
+                raise
+    raise AssertionError
 
 
 def recover(output: Path) -> None:
@@ -395,7 +398,8 @@ class Staging:
         run: which run it is; among that `outputs`, each weight file's name, size and the digest of its header, and
             `step`, how many bytes of a file are written at a time, which alone may differ from a run that is resumed.
         names: every file that will be written, relative to the destination.
-        replaceable: names in an existing output that may be replaced (`refuse_to_replace`); None if there may be none.
+        replaceable: gives the names in an existing output that may be replaced (`refuse_to_replace`); is asked when the
+            lock is held. None if nothing may be.
         resume: go on from what a run of the same kind has left.
 
     Attributes:
@@ -410,7 +414,7 @@ class Staging:
         run: Told,
         names: Iterable[str],
         *,
-        replaceable: Collection[str] | None = None,
+        replaceable: Callable[[], Collection[str]] | None = None,
         resume: bool = False,
     ) -> None:
         self.output, self._run, self._names, self._resume = output, run, frozenset(names), resume
@@ -499,7 +503,7 @@ class Staging:
         """
         self._replaces = {name: entry for name, entry in survey(self._target).items() if not is_noise(name)}
         if self._replaceable is not None:
-            refuse_to_replace(self.output, self._replaces, self._replaceable)
+            refuse_to_replace(self.output, self._replaces, self._replaceable())
         elif self._replaces:
             raise OutputError(f"{self.output} exists", hint="Replace it with --force, or choose another with -o.")
         if self._replaces and not is_one_file(self.output) and RECIPE not in self._replaces:
