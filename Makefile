@@ -17,7 +17,7 @@ help: ## What there is to make.
 demo: $(VENV)/demo ## Train, forget, edit, measure: LiNeS on handwritten digits, about two minutes.
 	$(BIN)/python demo/digits.py
 
-test: $(VENV)/dev ## The default suite, under two minutes on two cores.
+test: $(VENV)/dev ## The default suite.
 	$(PYTEST) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
 test-all: $(VENV)/peers ## Every test, the slow ones too.

@@ -109,6 +109,10 @@ class OutputError(LinesError):
     exit_code = 6
 
 
+OF_NO_USE = (DataError, ChangedInputError, MismatchError, RecipeError)
+"""Errors after which what was finished is of no use: it is made of an input that changed, or would be refused again."""
+
+
 @dataclass(frozen=True, slots=True)
 class Aftermath:
     """What an error leaves of the run that it ended.

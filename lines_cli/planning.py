@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lines_cli import __version__
+from lines_cli.checkpoint.beside import beside
 from lines_cli.checkpoint.destination import is_one_file, placed
 from lines_cli.checkpoint.digest import FileRecord, altered, file_digest, record_of
 from lines_cli.checkpoint.header import EXACT_DTYPES, Known, TensorInfo
@@ -376,9 +377,12 @@ def is_same_run(plan: Plan, run: Mapping[str, Any] | None) -> bool:
 def is_finished(plan: Plan) -> bool:
     """Whether the destination is a folder that this very run has written, and is all there, by its files' sizes."""
     try:
-        recipe = load_record(placed(plan.output) / RECIPE)
-        sizes = {name: (placed(plan.output) / name).stat().st_size for name in recipe.files}
-    except (OSError, RecipeError):
+        path = beside(placed(plan.output), RECIPE)
+        if path is None:
+            return False
+        recipe = load_record(path)
+        sizes = {name: (path.parent / name).stat().st_size for name in recipe.files}
+    except (OSError, RecipeError, CheckpointError):
         return False
     whole = bool(sizes) and all(sizes[name] == record.nbytes for name, record in recipe.files.items())
     return whole and recipe.run == run_digest(identity(plan))
@@ -441,11 +445,13 @@ def replaceable(plan: Plan) -> frozenset[str]:
     """The names in the destination's folder that `--force` may replace: those that this run writes, and those that the
     folder's own recipe says were written into it.
     """
-    own, recipe = plan.names - {MODEL_CARD, RECIPE}, placed(plan.output) / RECIPE  # other people have these two, too
-    recorded = dict[str, FileRecord]().keys()
-    with suppress(OSError, RecipeError):
-        recorded = load_record(recipe).files.keys()
-    return own | recorded | {MODEL_CARD, RECIPE} if recorded or is_by_lines(recipe) else own
+    own = plan.names - {MODEL_CARD, RECIPE}  # other people have these two, too
+    recipe: Path | None = None
+    recorded = frozenset[str]()
+    with suppress(OSError, RecipeError, CheckpointError):
+        recipe = beside(placed(plan.output), RECIPE)
+        recorded = frozenset(load_record(recipe).files if recipe is not None else ())
+    return own | recorded | {MODEL_CARD, RECIPE} if recorded or (recipe and is_by_lines(recipe)) else own
 
 
 def _inputs_read(plan: Plan, contents: Mapping[str, str]) -> dict[str, dict[str, Any]]:

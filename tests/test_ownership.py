@@ -337,6 +337,20 @@ def test_a_readme_without_a_recipe_is_a_persons(models: Path) -> None:
         shutil.rmtree(models / "out")
 
 
+def test_a_recipe_elsewhere_lists_nothing(models: Path) -> None:
+    """A link to another's recipe, out of the folder, does not say what is ours in it."""
+    assert run_lines("edit", "base", "ft", "-o", "far").code == 0
+    write_checkpoint(models / "out", {"w": torch.ones(3)})
+    (models / "out" / "vocab.txt").write_text("mine")
+    (models / "out" / "lines_recipe.yaml").symlink_to(models / "far" / "lines_recipe.yaml")
+    (models / "ft" / "vocab.txt").unlink()
+    before = snapshot(models / "out")
+    ran = run_lines(*EDIT, "--force")
+    assert (ran.code, ran.trace) == (6, "")
+    assert "vocab.txt" in ran.err
+    assert snapshot(models / "out") == before
+
+
 def test_what_the_recipe_lists_may_be_replaced(models: Path) -> None:
     """An output of more shards, with a tokenizer that the next one lacks; a name in it that leads out helps nobody."""
     (models / "ft" / "1_Pooling").mkdir()

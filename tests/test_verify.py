@@ -830,6 +830,17 @@ def test_odd_statistics_are_none(key: str, odd: Any) -> None:
         Statistics.of(good | {key: odd}, 2)
 
 
+def test_a_read_that_fails_once_costs_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network disk that hiccups: what was compared is kept, and named."""
+    all_of_it, _ = compared(monkeypatch)
+    ran = stop(monkeypatch, "--resume", error=CheckpointError("ft: cannot be read: Input/output error"))
+    assert ran.code == 3
+    assert KEPT in ran.err
+    rest, _ = compared(monkeypatch, "--resume")
+    assert rest < all_of_it
+    assert not (here / KEPT).exists()
+
+
 def test_a_damaged_journal(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What comes before the damage holds; lines of another shape are passed over."""
     all_of_it, _ = compared(monkeypatch)

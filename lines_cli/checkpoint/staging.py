@@ -44,16 +44,7 @@ from lines_cli.checkpoint.lock import RunLock, is_locked, refusal, remove_with
 from lines_cli.checkpoint.positional import NewFile
 from lines_cli.checkpoint.renames import exchange, move_folder, put
 from lines_cli.checkpoint.sidecars import RECIPE
-from lines_cli.errors import (
-    Aftermath,
-    ChangedInputError,
-    DataError,
-    MismatchError,
-    OutputError,
-    RecipeError,
-    attach_aftermath,
-    some,
-)
+from lines_cli.errors import OF_NO_USE, Aftermath, OutputError, attach_aftermath, some
 
 _JOURNAL, _NEW, _OLD, _MOVED = "journal", "new", "old", "moved"
 _LONGEST_NAME = 240  # bytes, so that the whole fits into a file name
@@ -383,10 +374,6 @@ class State(enum.Enum):
     BEGUN = "the destination is as it was"
     PUBLISHING = "the output is being put into place"
     IN_PLACE = "the output is in place"
-
-
-_OF_NO_USE = (DataError, ChangedInputError, MismatchError, RecipeError)
-"""Errors after which what was finished is of no use: it is made of an input that changed, or would be refused again."""
 
 
 class Staging:
@@ -732,7 +719,7 @@ class Staging:
                 self._journal.close()
             if self.state is State.IN_PLACE:
                 self._remove_old()
-            elif not worth_it or isinstance(error, _OF_NO_USE):
+            elif not worth_it or isinstance(error, OF_NO_USE):
                 self._discard()
             if self._lock is not None:
                 self._lock.release()

@@ -21,7 +21,7 @@ from typing import Any
 from lines_cli.checkpoint.digest import is_step
 from lines_cli.checkpoint.journal import whole_lines, written_line
 from lines_cli.checkpoint.positional import read_into, read_small
-from lines_cli.errors import Aftermath, LinesError, OutputError, attach_aftermath
+from lines_cli.errors import OF_NO_USE, Aftermath, OutputError, attach_aftermath
 
 try:
     import fcntl
@@ -105,7 +105,7 @@ class Verified:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and not isinstance(error, LinesError) and self._worth_it:
+        if error is not None and not isinstance(error, OF_NO_USE) and self._worth_it:
             attach_aftermath(error, Aftermath(kept=self.path))
         else:
             with suppress(OSError):
