@@ -20,13 +20,13 @@ from pathlib import Path
 
 import torch
 
-from lines_cli.arithmetic import add_scaled, is_finite, task_vector
-from lines_cli.checkpoint.positional import start_writeback
-from lines_cli.measure import Window, look
+from lines_cli.engine.arithmetic import add_scaled, is_finite, task_vector
+from lines_cli.engine.measure import Window, look
+from lines_cli.engine.workers import keep_freed_memory
 from lines_cli.methods.consensus import consensus
 from lines_cli.methods.sparsify import Where, random_masks, trim
 from lines_cli.methods.ties import signs, ties
-from lines_cli.workers import keep_freed_memory
+from lines_cli.storage.files import start_writeback
 
 CHUNK, CHUNKS = 256 * 1024, 1000  # entries of a chunk; so many make 0.5 GB
 BYTES = 2 * CHUNK

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lines_cli.checkpoint.header import lay_out
-from lines_cli.depth import find_depth
-from lines_cli.planning import make_plan, open_inputs
-from lines_cli.recipe_check import edit_recipe, make_recipe
+from lines_cli.plan.build import make_plan, open_inputs
+from lines_cli.recipe.validate import edit_recipe, make_recipe
+from lines_cli.scaling.find_depth import find_depth
 
 EXPERTS = [
     f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight"

@@ -11,9 +11,9 @@ from pathlib import Path
 import typer.main
 from typer.testing import CliRunner
 
-from lines_cli.cli import EXIT_CODES, app
+from lines_cli.cli.app import EXIT_CODES, app
 from lines_cli.methods import METHODS, Method
-from lines_cli.parameters import Parameter
+from lines_cli.methods.parameters import Parameter
 
 HERE = Path(__file__).parent
 

@@ -14,54 +14,55 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from lines_cli.api import coefficients as coefficients
-    from lines_cli.api import edit as edit
-    from lines_cli.api import inspect as inspect
-    from lines_cli.api import merge as merge
-    from lines_cli.comparison import compare as compare
-    from lines_cli.depth import DepthMap as DepthMap
-    from lines_cli.depth import find_depth as find_depth
-    from lines_cli.engine import Outcome as Outcome
-    from lines_cli.engine import run as run
-    from lines_cli.errors import LinesError as LinesError
-    from lines_cli.findings import Findings as Findings
-    from lines_cli.in_memory import edit_state_dict as edit_state_dict
-    from lines_cli.in_memory import merge_state_dicts as merge_state_dicts
-    from lines_cli.inspection import Inspection as Inspection
-    from lines_cli.inspection import open_inspection as open_inspection
-    from lines_cli.inspection import open_merge as open_merge
-    from lines_cli.plan import Plan as Plan
-    from lines_cli.planning import make_plan as make_plan
-    from lines_cli.planning import open_inputs as open_inputs
-    from lines_cli.recipe import Recipe as Recipe
-    from lines_cli.recipe_check import edit_recipe as edit_recipe
-    from lines_cli.recipe_file import load_recipe as load_recipe
-    from lines_cli.report import make_report as make_report
-    from lines_cli.report import problems as problems
-    from lines_cli.resources import Resources as Resources
-    from lines_cli.verification import Verification as Verification
-    from lines_cli.verification import verify as verify
+from lines_cli.version import __version__ as __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from lines_cli.api.calls import coefficients as coefficients
+    from lines_cli.api.calls import edit as edit
+    from lines_cli.api.calls import inspect as inspect
+    from lines_cli.api.calls import merge as merge
+    from lines_cli.api.in_memory import edit_state_dict as edit_state_dict
+    from lines_cli.api.in_memory import merge_state_dicts as merge_state_dicts
+    from lines_cli.engine.run import Outcome as Outcome
+    from lines_cli.engine.run import run as run
+    from lines_cli.engine.verify import Verification as Verification
+    from lines_cli.engine.verify import verify as verify
+    from lines_cli.errors import LinesError as LinesError
+    from lines_cli.inspection.compare import compare as compare
+    from lines_cli.inspection.open import Inspection as Inspection
+    from lines_cli.inspection.open import open_inspection as open_inspection
+    from lines_cli.inspection.open import open_merge as open_merge
+    from lines_cli.inspection.report import make_report as make_report
+    from lines_cli.inspection.report import problems as problems
+    from lines_cli.inspection.statistics import Findings as Findings
+    from lines_cli.plan.build import make_plan as make_plan
+    from lines_cli.plan.build import open_inputs as open_inputs
+    from lines_cli.plan.plan import Plan as Plan
+    from lines_cli.plan.resources import Resources as Resources
+    from lines_cli.recipe.schema import Recipe as Recipe
+    from lines_cli.recipe.validate import edit_recipe as edit_recipe
+    from lines_cli.recipe.yaml_file import load_recipe as load_recipe
+    from lines_cli.scaling.find_depth import DepthMap as DepthMap
+    from lines_cli.scaling.find_depth import find_depth as find_depth
+
 
 _HOMES = {
-    "api": ("coefficients", "edit", "inspect", "merge"),
-    "comparison": ("compare",),
-    "depth": ("DepthMap", "find_depth"),
-    "engine": ("Outcome", "run"),
+    "api.calls": ("coefficients", "edit", "inspect", "merge"),
+    "inspection.compare": ("compare",),
+    "scaling.find_depth": ("DepthMap", "find_depth"),
+    "engine.run": ("Outcome", "run"),
     "errors": ("LinesError",),
-    "findings": ("Findings",),
-    "in_memory": ("edit_state_dict", "merge_state_dicts"),
-    "inspection": ("Inspection", "open_inspection", "open_merge"),
-    "plan": ("Plan",),
-    "planning": ("make_plan", "open_inputs"),
-    "recipe": ("Recipe",),
-    "recipe_check": ("edit_recipe",),
-    "recipe_file": ("load_recipe",),
-    "report": ("make_report", "problems"),
-    "resources": ("Resources",),
-    "verification": ("Verification", "verify"),
+    "inspection.statistics": ("Findings",),
+    "api.in_memory": ("edit_state_dict", "merge_state_dicts"),
+    "inspection.open": ("Inspection", "open_inspection", "open_merge"),
+    "plan.plan": ("Plan",),
+    "plan.build": ("make_plan", "open_inputs"),
+    "recipe.schema": ("Recipe",),
+    "recipe.validate": ("edit_recipe",),
+    "recipe.yaml_file": ("load_recipe",),
+    "inspection.report": ("make_report", "problems"),
+    "plan.resources": ("Resources",),
+    "engine.verify": ("Verification", "verify"),
 }
 __all__ = ["__version__", *(name for names in _HOMES.values() for name in names)]  # noqa: PLE0604 - all are strings
 

@@ -1,12 +1,12 @@
 """`python -m lines_cli`, and the console script `lines`."""
 
-from lines_cli.commands import signals
+from lines_cli.cli import signals
 
 
 def main() -> None:
     """Mind signals first, then import all that the command line needs."""
     signals.install()
-    from lines_cli.cli import main as run
+    from lines_cli.cli.app import main as run
 
     run()
 

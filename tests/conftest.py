@@ -49,7 +49,7 @@ def run_lines(*args: object) -> Ran:
     """Run `lines ARGS` in this process."""
     from typer.testing import CliRunner
 
-    from lines_cli.cli import app
+    from lines_cli.cli.app import app
 
     result = CliRunner().invoke(app, [str(arg) for arg in args])
     escaped = result.exception if not isinstance(result.exception, SystemExit) else None

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from lines_cli.checkpoint.reader import open_checkpoint
-from lines_cli.checkpoint.sidecars import RECIPE
-from lines_cli.depth import find_depth
 from lines_cli.errors import LinesError, RecipeError
-from lines_cli.inspection import open_inspection
-from lines_cli.planning import make_plan, open_inputs
-from lines_cli.recipe_check import edit_recipe
-from lines_cli.recipe_file import load_recipe
-from lines_cli.report import make_report
+from lines_cli.inspection.open import open_inspection
+from lines_cli.inspection.report import make_report
+from lines_cli.plan.build import make_plan, open_inputs
+from lines_cli.recipe.validate import edit_recipe
+from lines_cli.recipe.yaml_file import load_recipe
+from lines_cli.scaling.find_depth import find_depth
+from lines_cli.storage.names import RECIPE
 
 CORPUS = Path(__file__).parent / "corpus"
 

@@ -16,8 +16,8 @@ from collections import Counter
 from pathlib import Path
 
 import lines_cli as lines
-from lines_cli.checkpoint.digest import record_of
 from lines_cli.errors import OutputError
+from lines_cli.storage.digest import record_of
 
 ALLOWED = ("another run is writing it", "has changed while its replacement was written", "exists", "came into being")
 

@@ -20,12 +20,13 @@ from golden.recipes import CASES, Case, inputs, llama, llama_config, model, writ
 from safetensors.torch import load_file
 
 import lines_cli as lines
-from lines_cli import arguments, errors
+from lines_cli import errors
+from lines_cli.api import arguments
 from lines_cli.checkpoint import crosscheck
-from lines_cli.commands import edit, merge
-from lines_cli.commands import inspect as inspect_command
+from lines_cli.cli import edit, merge
+from lines_cli.cli import inspect as inspect_command
 from lines_cli.errors import LinesError, OutputError
-from lines_cli.recipe import Scaling
+from lines_cli.recipe.schema import Scaling
 
 ROOT = Path(__file__).parent.parent
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -310,7 +311,7 @@ def test_headers_load_no_torch(call: str, models: Path) -> None:
 
 def test_a_header_that_says_something_else_is_caught(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is published; the message names the file, the tensor and both sides."""
-    from lines_cli.checkpoint.positional import NewFile
+    from lines_cli.storage.files import NewFile
 
     write = NewFile.write
 
@@ -334,7 +335,7 @@ def test_a_header_that_says_something_else_is_caught(models: Path, monkeypatch: 
 
 def test_a_file_that_is_none_is_caught(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the package cannot open is not published, either."""
-    from lines_cli.checkpoint.positional import NewFile
+    from lines_cli.storage.files import NewFile
 
     write = NewFile.write
 
@@ -617,7 +618,7 @@ def test_models_are_called_by_their_numbers() -> None:
 
 def test_entries_of_a_tensor_that_is_not_contiguous() -> None:
     """From within a row to within a row, and whole rows between, without a copy of the tensor."""
-    from lines_cli.in_memory import _copy_entries
+    from lines_cli.api.in_memory import _copy_entries
 
     rows = torch.randn(50, 30, 7).transpose(0, 1)
     flat = rows.reshape(-1)

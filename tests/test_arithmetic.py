@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lines_cli.arithmetic import add_scaled, block_sums, cast, first_nonfinite, is_finite, task_vector
+from lines_cli.engine.arithmetic import add_scaled, block_sums, cast, first_nonfinite, is_finite, task_vector
 
 FORMATS = {torch.float16: (11, -14, 15), torch.bfloat16: (8, -126, 127), torch.float32: (24, -126, 127)}
 """Bits of the significand, least and greatest exponent (IEEE 754, and bfloat16 as the upper half of a float32)."""

@@ -23,14 +23,15 @@ import torch
 from conftest import run_lines, snapshot, without_staging, write_checkpoint, write_raw
 from safetensors.torch import load_file
 
-from lines_cli import engine, workers
-from lines_cli.checkpoint import staging
-from lines_cli.checkpoint.positional import NewFile
 from lines_cli.checkpoint.reader import open_checkpoint
+from lines_cli.engine import run as engine
+from lines_cli.engine import workers
 from lines_cli.errors import CheckpointError
-from lines_cli.planning import make_plan, sides_of
-from lines_cli.recipe_check import make_recipe
-from lines_cli.resources import Resources
+from lines_cli.plan.build import make_plan, sides_of
+from lines_cli.plan.resources import Resources
+from lines_cli.recipe.validate import make_recipe
+from lines_cli.storage import staging
+from lines_cli.storage.files import NewFile
 
 
 def tensors(seed: int = 0, **changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
@@ -716,7 +717,7 @@ def test_a_signal_in_the_middle_of_a_write(number: signal.Signals, existing: boo
 
     program = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from lines_cli.cli import main; main()"
+        "from lines_cli.cli.app import main; main()"
     )
     command = [sys.executable, "-c", program, "edit", "base.safetensors", "ft.safetensors", "-o", "out"]
     command += ["--beta", "0.5", "--workers", "1", "--force"]
@@ -747,7 +748,7 @@ def test_ctrl_c_while_torch_loads(tmp_path: Path) -> None:
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name == 'torch.nn': os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.meta_path.insert(0, Press())\n"
-        "from lines_cli.cli import main; main()"
+        "from lines_cli.cli.app import main; main()"
     )
     command = [sys.executable, "-c", program, "edit", "base", "ft", "-o", "out"]
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -781,7 +782,7 @@ def test_what_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name == 'torch.nn': [os.kill(os.getpid(), number) for number in numbers]\n"
         "sys.meta_path.insert(0, Send())\n"
-        "from lines_cli.cli import main; main()"
+        "from lines_cli.cli.app import main; main()"
     )
     command = [sys.executable, "-c", program, "edit", "base", "ft", "-o", "out"]
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -793,7 +794,7 @@ def test_nothing_is_said_of_a_numpy_that_is_not_needed(tmp_path: Path) -> None:
     """Where numpy is not installed, as after a plain `pip install`, torch's warning of it does not reach the user."""
     for side in ("base", "ft"):
         write_checkpoint(tmp_path / side, tensors())
-    program = "import sys; sys.modules['numpy'] = None\nfrom lines_cli.cli import main; main()"
+    program = "import sys; sys.modules['numpy'] = None\nfrom lines_cli.cli.app import main; main()"
     command = [sys.executable, "-c", program, "edit", "base", "ft", "-o", "out", "--beta", "0.5", "--quiet"]
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")

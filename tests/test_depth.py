@@ -15,8 +15,8 @@ import pytest
 import zoo
 from conftest import run_lines, write_checkpoint
 
-from lines_cli.depth import DepthMap, find_depth
 from lines_cli.errors import DepthError, LinesError, RecipeError
+from lines_cli.scaling.find_depth import DepthMap, find_depth
 
 CASES = zoo.load_cases()
 PLACED = [case for case in CASES if not case.refuse]

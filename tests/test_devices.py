@@ -18,10 +18,10 @@ from conftest import run_lines, snapshot, write_checkpoint
 from method_cases import TABLE
 
 import lines_cli as lines
-from lines_cli import arithmetic, workers
-from lines_cli.recipe_file import load_recipe
-from lines_cli.resources import BLOCK, Resources, Room
-from lines_cli.workers import Crew, Worker, choose_devices
+from lines_cli.engine import arithmetic, workers
+from lines_cli.engine.workers import Crew, Worker, choose_devices
+from lines_cli.plan.resources import BLOCK, Resources, Room
+from lines_cli.recipe.yaml_file import load_recipe
 
 GB = 10**9
 METHODS: dict[str, dict[str, Any]] = {

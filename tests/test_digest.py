@@ -23,9 +23,9 @@ import yaml
 from conftest import run_lines, snapshot, write_checkpoint
 
 import lines_cli as lines
-from lines_cli.checkpoint.digest import FileRecord, GrowingDigest, RangeWriter, altered, file_digest, record_of
-from lines_cli.checkpoint.positional import NewFile, in_whole_pages
 from lines_cli.errors import CheckpointError, RecipeError
+from lines_cli.storage.digest import FileRecord, GrowingDigest, RangeWriter, altered, file_digest, record_of
+from lines_cli.storage.files import NewFile, in_whole_pages
 
 MIB = 2**20
 
@@ -238,7 +238,7 @@ def test_the_record_does_not_depend_on_the_workers(inputs: Path) -> None:
 @pytest.mark.durable
 def test_the_record_without_positional_reads(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where preadv and pwrite are missing, threads do not get in each other's way."""
-    monkeypatch.setattr("lines_cli.checkpoint.positional._HAS_POSITIONAL", False)
+    monkeypatch.setattr("lines_cli.storage.files._HAS_POSITIONAL", False)
     out = edit(inputs, "out", "--workers", "3")
     monkeypatch.undo()
     assert recorded(out) == found(out)

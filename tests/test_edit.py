@@ -397,7 +397,7 @@ def test_without_positional_reads_the_bytes_are_the_same(
     sides = saved(tmp_path, four_dtypes(0), four_dtypes(1))
     resources = {"workers": workers, "chunk": 500}
     plain = edit(*sides, tmp_path / "plain.safetensors", resources).read_bytes()
-    monkeypatch.setattr("lines_cli.checkpoint.positional._HAS_POSITIONAL", False)
+    monkeypatch.setattr("lines_cli.storage.files._HAS_POSITIONAL", False)
     assert edit(*sides, tmp_path / "seeking.safetensors", resources).read_bytes() == plain
 
 

@@ -15,63 +15,18 @@ from conftest import run_lines, write_checkpoint
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lines_cli"
 
-# A module may import from the rows below its own, never from its own row or above.
-LAYERS = [
-    {"__main__"},
-    {"cli"},
-    {"commands.clean", "commands.edit", "commands.inspect", "commands.merge", "commands.verify"},
-    {"commands.carry_out"},
-    {"commands.options", "commands.signals"},
-    {"in_memory"},
-    {"api"},
-    {"console", "plot"},
-    {"page"},
-    {"tables"},
-    {"report", "summary"},
-    {"verification"},
-    {"comparison", "engine"},
-    {"measure"},
-    {"merge_chunk"},
-    {"workers"},
-    {"claim", "findings", "inspection"},
-    {"planning"},
-    {"plan"},
-    {"draft"},
-    {"pairing", "recipe_file"},
-    {"recipe_check"},
-    {"arguments"},
-    {"recipe", "hub", "arithmetic"},
-    {"plain_yaml"},
-    {"methods"},
-    {"methods.registry"},
-    {"methods.*"},  # families of methods
-    {"methods.ties"},
-    {"methods.sums"},
-    {"methods.method"},
-    {"methods.sparsify"},
-    {"methods.said"},
-    {"parameters", "resources", "whole_tensors"},
-    {"schedule"},
-    {"depth", "kinds"},
-    {"checkpoint.staging", "checkpoint.verified"},
-    {"checkpoint.lock"},
-    {"checkpoint.destination"},
-    {"checkpoint.crosscheck", "checkpoint.sidecars"},
-    {"checkpoint.digest"},
-    {"checkpoint.reader", "layout"},
-    {"checkpoint.journal"},
-    {"checkpoint.beside", "checkpoint.header"},
-    {"checkpoint.positional", "checkpoint.renames"},
-    {"errors"},
-]
+# From the top down: a module may import from folders below its own, and from its own; never from one above.
+FOLDERS = ["", *"cli api inspection engine plan recipe hub checkpoint storage methods scaling".split()]
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")
     if path.name != "__init__.py" or path.parent.name == "methods"
 }
-RANK = {module: rank for rank, row in enumerate(LAYERS) for module in row}
-FAMILIES = RANK.pop("methods.*")
-RANK = {module: FAMILIES for module in MODULES if module.startswith("methods.")} | RANK
+
+
+def folder_of(module: str) -> str:
+    """The folder that a module lies in; "" for those at the top."""
+    return module if module in FOLDERS else module.rpartition(".")[0]
 
 
 def imports(path: Path) -> set[str]:
@@ -90,33 +45,72 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def test_every_module_has_a_place() -> None:
-    """A new module is given its place among the layers."""
-    assert MODULES.keys() == RANK.keys()
+def imported_from(module: str) -> set[str]:
+    """The modules of the package that one imports."""
+    below = {name.removeprefix("lines_cli.") for name in imports(MODULES[module]) if name.startswith("lines_cli.")}
+    return below & MODULES.keys()
+
+
+def test_every_folder_has_a_place() -> None:
+    """A new folder is given its rank, and says in a line what it is."""
+    assert {folder_of(module) for module in MODULES} == set(FOLDERS)
+    for folder in FOLDERS[1:]:
+        text = (PACKAGE / folder / "__init__.py").read_text(encoding="utf-8")
+        assert ast.get_docstring(ast.parse(text)), f"{folder}/__init__.py does not say what the folder is"
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_imports_point_down(module: str) -> None:
-    """No module knows one above it."""
-    below = {name.removeprefix("lines_cli.") for name in imports(MODULES[module]) if name.startswith("lines_cli.")}
-    upward = {name for name in below if name in RANK and RANK[name] <= RANK[module]}
-    assert not upward
+    """No module knows one in a folder above its own; all know the errors and the version."""
+    rank = FOLDERS.index(folder_of(module))
+    names = imported_from(module) - {"errors", "version"}
+    assert not {name for name in names if FOLDERS.index(folder_of(name)) < rank}
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    """Within a folder, too, imports point one way."""
+    above: list[str] = []
+
+    def visit(module: str, seen: set[str]) -> None:
+        assert module not in above, f"{' -> '.join([*above, module])}"
+        if module in seen:
+            return
+        above.append(module)
+        for name in sorted(imported_from(module) - {module}):
+            visit(name, seen)
+        above.pop()
+        seen.add(module)
+
+    seen: set[str] = set()
+    for module in sorted(MODULES):
+        visit(module, seen)
 
 
 @pytest.mark.parametrize(
     ("dependency", "homes"),
     [
-        ("rich", {"console"}),
-        ("matplotlib", {"plot"}),
-        ("typer", {"cli", "commands.options"}),
-        ("huggingface_hub", {"hub"}),
+        ("rich", {"cli.console"}),
+        ("matplotlib", {"inspection.plot"}),
+        ("typer", {"cli.app", "cli.options"}),
+        ("huggingface_hub", {"hub.download"}),
         (
             "torch",
-            {*("arithmetic", "comparison", "engine", "in_memory", "measure", "merge_chunk", "verification", "workers")},
+            {
+                *(
+                    "engine.arithmetic",
+                    "inspection.compare",
+                    "engine.run",
+                    "api.in_memory",
+                    "engine.measure",
+                    "engine.merge_chunk",
+                    "engine.verify",
+                    "engine.workers",
+                )
+            },
         ),
-        ("pydantic", {"recipe", "recipe_check"}),
-        ("yaml", {"checkpoint.sidecars", "page", "plain_yaml", "recipe_file"}),
-        ("regex", {"depth"}),
+        ("pydantic", {"recipe.schema", "recipe.validate"}),
+        ("yaml", {"checkpoint.sidecars", "inspection.html", "recipe.plain_yaml", "recipe.yaml_file"}),
+        ("regex", {"scaling.find_depth"}),
         ("safetensors", {"checkpoint.crosscheck"}),
     ],
 )
@@ -135,7 +129,7 @@ def test_help_loads_no_torch(arguments: list[str]) -> None:
     """`lines --help` answers at once: it loads neither torch nor anything else that is slow."""
     program = (
         "import sys\n"
-        "from lines_cli.cli import main\n"
+        "from lines_cli.cli.app import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "print(*sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr)"
@@ -151,7 +145,9 @@ def test_dry_run_loads_no_torch(tmp_path: Path) -> None:
     for side in ("base", "ft"):
         path = tmp_path / f"{side}.safetensors"
         path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0\0\0")
-    program = "import sys\nfrom lines_cli.cli import app\napp(standalone_mode=False)\nassert 'torch' not in sys.modules"
+    program = (
+        "import sys\nfrom lines_cli.cli.app import app\napp(standalone_mode=False)\nassert 'torch' not in sys.modules"
+    )
     command = [sys.executable, "-c", program, "edit", "base.safetensors", "ft.safetensors", "-o", "out", "--dry-run"]
     run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert "h" in run.stdout
@@ -223,13 +219,13 @@ def test_the_python_api_is_what_it_is() -> None:
 
 # Names of methods' parameters that mean something else where they stand.
 OTHER_MEANINGS = {
-    "in_memory": {"task_arithmetic"},  # which is the default
-    "depth": {"weight"},  # the last part of tensor names
-    "kinds": {"weight", "scale"},
-    "pairing": {"weight"},
-    "report": {"lambda"},  # a key of the report
-    "tables": {"lambda"},
-    "recipe": {"task_arithmetic"},  # what a recipe is that says no method
+    "api.in_memory": {"task_arithmetic"},  # which is the default
+    "scaling.find_depth": {"weight"},  # the last part of tensor names
+    "inspection.kinds": {"weight", "scale"},
+    "plan.match": {"weight"},
+    "inspection.report": {"lambda"},  # a key of the report
+    "inspection.tables": {"lambda"},
+    "recipe.schema": {"task_arithmetic"},  # what a recipe is that says no method
 }
 OF_THE_SCALING = {"gamma", "linear"}  # a key of `lines:`, and a schedule
 SAID_OF_METHODS = {
@@ -255,3 +251,13 @@ def test_methods_alone_know_methods(module: str) -> None:
         if isinstance(node, ast.Attribute) and ast.unparse(node.value).split(".")[-1] == "method"
     }
     assert asked & set(dir(Method)) <= SAID_OF_METHODS
+
+
+def test_the_architecture_page_names_every_module() -> None:
+    """docs/architecture.md has a row for each module, and none for what is not there."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set()
+    for folder, body in re.findall(r"^### `lines_cli/([a-z]*)/?`.*?\n(.*?)(?=^##)", page, re.MULTILINE | re.DOTALL):
+        for row in re.findall(r"^\| (`.*?) \|", body, re.MULTILINE):
+            named |= {".".join(filter(None, (folder, module))) for module in re.findall(r"`(\w+)`", row)}
+    assert named - {"__init__", "methods.__init__"} == MODULES.keys() - {"methods"}

@@ -24,7 +24,7 @@ from hub_server import HubServer
 from safetensors.numpy import save
 
 from lines_cli.errors import CheckpointError
-from lines_cli.hub import locate
+from lines_cli.hub.download import locate
 
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
 
@@ -32,7 +32,7 @@ LOOK_UP = """
 import json, sys
 from lines_cli.checkpoint.reader import open_checkpoint
 from lines_cli.errors import LinesError
-from lines_cli.hub import locate
+from lines_cli.hub.download import locate
 
 for name in sys.argv[1:]:
     try:

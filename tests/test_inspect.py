@@ -20,8 +20,9 @@ import torch
 import yaml
 from conftest import Ran, run_lines, snapshot, write_checkpoint, write_raw
 
-from lines_cli import comparison, console
-from lines_cli.tables import count, size
+from lines_cli.cli import console
+from lines_cli.inspection import compare as comparison
+from lines_cli.inspection.tables import count, size
 
 DOCS = Path(__file__).parent.parent / "docs" / "inspecting.md"
 NAN, INF = float("nan"), float("inf")
@@ -60,7 +61,7 @@ def refused(code: int, *args: object, words: tuple[str, ...] = ()) -> Ran:
     return ran
 
 
-def process(*args: object, program: str = "from lines_cli.cli import main; main()", **env: str) -> Any:
+def process(*args: object, program: str = "from lines_cli.cli.app import main; main()", **env: str) -> Any:
     """The command in a process of its own."""
     command = [sys.executable, "-c", program, "inspect", *map(str, args)]
     environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "FORCE_COLOR", "NO_COLOR")}
@@ -820,7 +821,7 @@ def test_an_alpha_that_was_never_measured(tmp_path: Path) -> None:
 # --- nothing is loaded or read that need not be ---
 
 LOADED = (
-    "import sys\nfrom lines_cli.cli import main\n"
+    "import sys\nfrom lines_cli.cli.app import main\n"
     "try: main()\nexcept SystemExit as end: assert not end.code, end.code\n"
     "print(*sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr)"
 )
@@ -993,7 +994,7 @@ def test_no_colour_on_a_terminal(forced: dict[str, str], tmp_path: Path) -> None
 
     path = write_checkpoint(tmp_path / "m", llama())
     leader, follower = pty.openpty()
-    command = [sys.executable, "-c", "from lines_cli.cli import main; main()", "inspect", str(path)]
+    command = [sys.executable, "-c", "from lines_cli.cli.app import main; main()", "inspect", str(path)]
     environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "FORCE_COLOR")}
     with subprocess.Popen(command, stdout=follower, stderr=follower, env=environment | forced) as running:
         os.close(follower)
@@ -1027,7 +1028,7 @@ def test_an_ascii_stdout(tmp_path: Path) -> None:
 def test_a_closed_pipe(tmp_path: Path) -> None:
     """`lines inspect ... | head` ends without a traceback."""
     path = write_checkpoint(tmp_path / "m", {f"layers.{i}.w{j}": torch.ones(1) for i in range(40) for j in range(80)})
-    program = "import sys; from lines_cli.cli import main; main()"
+    program = "import sys; from lines_cli.cli.app import main; main()"
     command = [sys.executable, "-c", program, "inspect", str(path), "--tensors"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
         running.stdout.readline()
@@ -1904,7 +1905,7 @@ def test_bars_do_not_disturb(outputs: Path) -> None:
 
     def run(*flags: str) -> tuple[bytes, bytes]:
         leader, follower = pty.openpty()
-        command = [sys.executable, "-c", "from lines_cli.cli import main; main()", "inspect", "--config", "r.yaml"]
+        command = [sys.executable, "-c", "from lines_cli.cli.app import main; main()", "inspect", "--config", "r.yaml"]
         environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "NO_COLOR")}
         with subprocess.Popen(
             [*command, *flags],

@@ -25,8 +25,9 @@ from conftest import Ran, run_lines, snapshot, write_checkpoint, write_raw
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lines_cli import comparison, plot
-from lines_cli.tables import Bar, sections
+from lines_cli.inspection import compare as comparison
+from lines_cli.inspection import plot
+from lines_cli.inspection.tables import Bar, sections
 
 FORMS = ["svg", "png", "html"]
 
@@ -513,7 +514,7 @@ class Absent:
         if name.partition(".")[0] == "matplotlib":
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Absent())
-from lines_cli.cli import main; main()
+from lines_cli.cli.app import main; main()
 """
 
 
@@ -533,7 +534,9 @@ def test_without_matplotlib(form: str, tmp_path: Path) -> None:
 def test_plotting_headers_loads_no_torch(tmp_path: Path) -> None:
     """Drawing what headers tell needs matplotlib, and no torch."""
     path = write_checkpoint(tmp_path / "m", decoder(2))
-    program = "import sys\nfrom lines_cli.cli import app\napp(standalone_mode=False)\nassert 'torch' not in sys.modules"
+    program = (
+        "import sys\nfrom lines_cli.cli.app import app\napp(standalone_mode=False)\nassert 'torch' not in sys.modules"
+    )
     command = [sys.executable, "-c", program, "inspect", str(path), "--plot", str(tmp_path / "p.svg")]
     subprocess.run(command, check=True, capture_output=True)
 

@@ -10,7 +10,7 @@ import pytest
 import zoo
 from test_depth import PLACED, names_and_config
 
-from lines_cli.kinds import KINDS, Kind, kind_of
+from lines_cli.inspection.kinds import KINDS, Kind, kind_of
 
 Table = dict[Kind, str]
 

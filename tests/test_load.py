@@ -21,7 +21,7 @@ from lines_cli.checkpoint.header import lay_out
 
 # Peak resident memory is the process's own high-water mark; a child's ru_maxrss would begin with its parent's.
 PROGRAM = (
-    "import sys\nfrom lines_cli.cli import main\n"
+    "import sys\nfrom lines_cli.cli.app import main\n"
     "try: main()\n"
     "finally: print(*(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')), file=sys.stderr)"
 )

@@ -1279,7 +1279,7 @@ def test_a_signal_while_measuring(number: signal.Signals, tmp_path: Path) -> Non
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     program = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from lines_cli.cli import main; main()"
+        "from lines_cli.cli.app import main; main()"
     )
     command = [sys.executable, "-c", program, "merge", "--config", "merge.yaml", "-o", "out", "--workers", "1"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -1383,7 +1383,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 import lines_cli as lines
-from lines_cli.recipe_file import load_recipe
+from lines_cli.recipe.yaml_file import load_recipe
 
 def peak():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
@@ -1615,7 +1615,7 @@ def test_more_files_than_a_process_may_open_at_first(tmp_path: Path) -> None:
     program = (
         "import resource\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))\n"
-        "from lines_cli.cli import main; main()"
+        "from lines_cli.cli.app import main; main()"
     )
     command = [sys.executable, "-c", program, "merge", "--config", "merge.yaml", "-o", "out", "--device", "cpu"]
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -1148,7 +1148,9 @@ def test_dry_run_writes_nothing_and_loads_no_torch(models: Path, tmp_path: Path)
     """A merge is planned without torch, and without a trace on the disk."""
     (tmp_path / "merge.yaml").write_text(yaml.safe_dump(recipe_text(models, {**TIES, "output": "out"})))
     before = snapshot(tmp_path), snapshot(models)
-    program = "import sys\nfrom lines_cli.cli import app\napp(standalone_mode=False)\nassert 'torch' not in sys.modules"
+    program = (
+        "import sys\nfrom lines_cli.cli.app import app\napp(standalone_mode=False)\nassert 'torch' not in sys.modules"
+    )
     command = [sys.executable, "-c", program, "merge", "--config", "merge.yaml", "--dry-run"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert run.returncode == 0, run.stderr

@@ -12,8 +12,8 @@ from conftest import write_checkpoint
 from method_cases import TABLE, TYPICAL
 
 import lines_cli as lines
-from lines_cli.arithmetic import same_nan
-from lines_cli.resources import Resources
+from lines_cli.engine.arithmetic import same_nan
+from lines_cli.plan.resources import Resources
 
 SIDES = ("base", "a", "b", "c")
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float64: torch.int64}

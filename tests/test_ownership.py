@@ -24,9 +24,9 @@ import yaml
 from conftest import run_lines, snapshot, write_checkpoint
 
 import lines_cli as lines
-from lines_cli.checkpoint import destination, renames, staging
-from lines_cli.checkpoint.journal import written_line
-from lines_cli.checkpoint.positional import NewFile
+from lines_cli.storage import destination, renames, staging
+from lines_cli.storage.files import NewFile
+from lines_cli.storage.journal import written_line
 
 STAGING = ".out.lines"
 EDIT = ["edit", "base", "ft", "-o", "out"]
@@ -120,7 +120,7 @@ def test_the_lock_goes_last(models: Path, monkeypatch: pytest.MonkeyPatch) -> No
         unlink(path, *args, **kwargs)
 
     monkeypatch.setattr(Path, "unlink", watched)
-    monkeypatch.setattr("lines_cli.checkpoint.lock._PATIENCE", 0.0)
+    monkeypatch.setattr("lines_cli.storage.lock._PATIENCE", 0.0)
     assert run_lines(*EDIT).code == 0
     assert held
     assert all(held)
@@ -688,7 +688,8 @@ def test_parents_that_are_not_there_yet(models: Path) -> None:
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
 def test_a_read_that_fails_once(number: int, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A network disk that hiccups in the last tensor: what was finished is kept."""
-    from lines_cli import engine, workers
+    from lines_cli.engine import run as engine
+    from lines_cli.engine import workers
 
     read, calls = workers.read_into, []
 
@@ -702,7 +703,7 @@ def test_a_read_that_fails_once(number: int, models: Path, monkeypatch: pytest.M
         patch.setattr(workers, "read_into", failing)
         patch.setattr(engine, "BLOCK", 16384)
         patch.setattr(staging, "BLOCK", 16384)
-        patch.setattr("lines_cli.checkpoint.digest.BLOCK", 16384)
+        patch.setattr("lines_cli.storage.digest.BLOCK", 16384)
         patch.setattr(workers, "PIECE", 4096)
         ran = run_lines(*EDIT, "--workers", "1")
         assert (ran.code, ran.trace) == (3, "")

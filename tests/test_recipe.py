@@ -12,9 +12,9 @@ import yaml
 from conftest import run_lines, write_checkpoint
 
 from lines_cli.errors import RecipeError
-from lines_cli.recipe import Recipe, parse_size
-from lines_cli.recipe_check import edit_recipe, make_recipe
-from lines_cli.recipe_file import dump_recipe, load_recipe
+from lines_cli.recipe.schema import Recipe, parse_size
+from lines_cli.recipe.validate import edit_recipe, make_recipe
+from lines_cli.recipe.yaml_file import dump_recipe, load_recipe
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PLAIN: dict[str, Any] = {"base_model": "base", "models": [{"model": "ft"}]}

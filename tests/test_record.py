@@ -299,7 +299,7 @@ def test_a_tokenizer_and_a_template_of_an_input(here: Path, monkeypatch: pytest.
 
 def test_a_base_under_two_names_is_refused(here: Path) -> None:
     """Read from a recipe it has one name and is left out of the models; so it must not count as one before."""
-    from lines_cli.recipe_check import make_recipe
+    from lines_cli.recipe.validate import make_recipe
 
     values = {
         "merge_method": "average",

@@ -22,11 +22,11 @@ import yaml
 from conftest import run_lines, snapshot, write_checkpoint
 
 import lines_cli as lines
-from lines_cli import engine
-from lines_cli.checkpoint import lock, staging
-from lines_cli.checkpoint.journal import written_line
-from lines_cli.checkpoint.positional import NewFile
+from lines_cli.engine import run as engine
 from lines_cli.errors import Aftermath, CheckpointError, OutputError, aftermath_of
+from lines_cli.storage import lock, staging
+from lines_cli.storage.files import NewFile
+from lines_cli.storage.journal import written_line
 
 pytestmark = pytest.mark.durable
 STAGING = ".out.lines"
@@ -268,7 +268,7 @@ def test_the_recipe_records_what_was_read(models: Path) -> None:
         path = models / "out" / name
         assert told["bytes"] == path.stat().st_size
         assert told["mtime_ns"] == path.stat().st_mtime_ns
-        assert told["digest"] == lines.checkpoint.digest.file_digest(path)
+        assert told["digest"] == lines.storage.digest.file_digest(path)
     assert run_lines("merge", "--config", "out/lines_recipe.yaml", "-o", "again").code == 0
     assert weights(models / "again") == weights(models / "out")
 
@@ -402,14 +402,14 @@ def test_a_second_run_is_refused(models: Path) -> None:
 
 SLOWLY = (
     "import sys, time; sys.argv[0] = 'lines'\n"
-    "from lines_cli.checkpoint.positional import NewFile\n"
+    "from lines_cli.storage.files import NewFile\n"
     "write = NewFile.write\n"
     "def slow(*args):\n"
     "    time.sleep(0.05)\n"
     "    write(*args)\n"
     "NewFile.write = slow\n"
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    "from lines_cli.cli import main; main()"
+    "from lines_cli.cli.app import main; main()"
 )
 
 
@@ -729,7 +729,7 @@ def test_many_kills(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def staging_digest(path: Path) -> str:
-    return lines.checkpoint.digest.file_digest(path)
+    return lines.storage.digest.file_digest(path)
 
 
 def test_journal_is_plain_text(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,12 +25,12 @@ from conftest import Ran, run_lines, snapshot, write_checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lines_cli.checkpoint.beside import read_json, refuse_link_out
-from lines_cli.checkpoint.positional import read_small
-from lines_cli.depth import find_depth
 from lines_cli.errors import CheckpointError, LinesError, RecipeError, without_secrets
-from lines_cli.plain_yaml import YamlError, read_yaml
-from lines_cli.recipe_file import load_recipe, load_record
+from lines_cli.recipe.plain_yaml import YamlError, read_yaml
+from lines_cli.recipe.yaml_file import load_recipe, load_record
+from lines_cli.scaling.find_depth import find_depth
+from lines_cli.storage.beside import read_json, refuse_link_out
+from lines_cli.storage.files import read_small
 
 SECRET = "hf_thisIsSecretAndStaysAtHome"
 CONFIG = {"model_type": "llama", "num_hidden_layers": 2}
@@ -330,7 +330,7 @@ import resource, sys, time
 resource.setrlimit(resource.RLIMIT_AS, (400 * 2**20, 400 * 2**20))
 from pathlib import Path
 from lines_cli.errors import RecipeError
-from lines_cli.recipe_file import load_recipe, load_record
+from lines_cli.recipe.yaml_file import load_recipe, load_record
 for load in (load_recipe, load_record):
     for path in sys.argv[1:]:
         began = time.process_time()

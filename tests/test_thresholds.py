@@ -16,8 +16,8 @@ from conftest import write_checkpoint
 from safetensors.torch import load_file
 
 import lines_cli as lines
-from lines_cli import measure
-from lines_cli.recipe_file import load_recipe
+from lines_cli.engine import measure
+from lines_cli.recipe.yaml_file import load_recipe
 
 NUMEL = 1_500_000
 

@@ -20,13 +20,13 @@ from hub_server import HubServer
 from test_hub import User
 
 import lines_cli as lines
-from lines_cli import verification
-from lines_cli.checkpoint.digest import file_digest
-from lines_cli.checkpoint.journal import written_line
 from lines_cli.checkpoint.reader import open_checkpoint
-from lines_cli.checkpoint.verified import verified_beside
+from lines_cli.engine import verify as verification
 from lines_cli.errors import CheckpointError, OutputError, RecipeError
-from lines_cli.plan import Statistics
+from lines_cli.plan.plan import Statistics
+from lines_cli.storage.digest import file_digest
+from lines_cli.storage.journal import written_line
+from lines_cli.storage.verified import verified_beside
 
 MIB = 2**20
 CONFIG = {"model_type": "tiny", "torch_dtype": "float32", "vocab_size": 12}

@@ -19,8 +19,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from lines_cli.checkpoint.positional import NOT_REGULAR, open_regular
 from lines_cli.errors import CheckpointError
+from lines_cli.storage.files import NOT_REGULAR, open_regular
 
 HEADER_LIMIT = 100_000_000
 """Bytes; the format's own bound on the JSON."""

@@ -16,12 +16,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from lines_cli.checkpoint.beside import LARGEST_INDEX, beside, leads_out, read_json, read_object
 from lines_cli.checkpoint.header import EXACT_DTYPES, FLOAT_DTYPES, Known, TensorInfo, read_header
 from lines_cli.errors import CheckpointError, UnsupportedError, printable, some
-
-WEIGHT_STEMS = ("model", "diffusion_pytorch_model", "open_clip_model")
-"""The names that libraries look for, in the order we do."""
+from lines_cli.storage.beside import LARGEST_INDEX, beside, leads_out, read_json, read_object
+from lines_cli.storage.names import WEIGHT_STEMS
 
 _SUFFIX = ".safetensors"
 _INDEX_SUFFIX = ".safetensors.index.json"

@@ -18,14 +18,12 @@ from typing import Any
 
 import yaml
 
-from lines_cli.checkpoint.beside import beside, read_object, refuse_link_out
-from lines_cli.checkpoint.positional import read_small
 from lines_cli.checkpoint.reader import Checkpoint
 from lines_cli.errors import CheckpointError, printable
+from lines_cli.storage.beside import beside, read_object, refuse_link_out
+from lines_cli.storage.files import read_small
+from lines_cli.storage.names import CONFIG, MODEL_CARD, RECIPE
 
-CONFIG = "config.json"
-RECIPE = "lines_recipe.yaml"
-MODEL_CARD = "README.md"
 GENERATION = "generation_config.json"
 _TOKENIZER_CONFIG, _CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 

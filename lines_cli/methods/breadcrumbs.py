@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from lines_cli.methods.method import Measured, Method, Statistic
+from lines_cli.methods.parameters import Parameter
 from lines_cli.methods.said import Note, Remark, Said, Values
 from lines_cli.methods.sparsify import (
     RESCALE_TRIMMED,
@@ -30,7 +31,6 @@ from lines_cli.methods.ties import (
     elect,
     ties,
 )
-from lines_cli.parameters import Parameter
 
 if TYPE_CHECKING:
     from torch import Tensor

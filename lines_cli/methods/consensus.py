@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from lines_cli.methods.method import Measured, Method
+from lines_cli.methods.parameters import Parameter
 from lines_cli.methods.said import Conflict, Note, Remark, Said, Values
 from lines_cli.methods.sparsify import (
     DENSITY,
@@ -20,7 +21,6 @@ from lines_cli.methods.sparsify import (
 )
 from lines_cli.methods.sums import LAMBDA, WEIGHT, weighted_sum
 from lines_cli.methods.ties import signs, ties
-from lines_cli.parameters import Parameter
 
 if TYPE_CHECKING:
     from torch import Tensor

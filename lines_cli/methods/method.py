@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from lines_cli.methods.parameters import Parameter
 from lines_cli.methods.said import Remark, Said, Values
 from lines_cli.methods.sparsify import Bounds, ByMagnitude, Drawn
-from lines_cli.parameters import Parameter
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lines_cli.parameters import Parameter, values_of
+from lines_cli.methods.parameters import Parameter, values_of
 
 Values = Mapping[str, Any]
 """A method's parameters for one tensor: a tuple with one value per model, or one value."""

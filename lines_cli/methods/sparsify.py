@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+from lines_cli.methods.parameters import Parameter
 from lines_cli.methods.said import Conflict, Note, Remark, Said, Settled, Values
-from lines_cli.parameters import Parameter
 
 Bounds = tuple[float, ...]
 """The magnitudes, in float32, between which a model's entries are kept: the least, and perhaps the greatest; none keeps

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lines_cli.methods.method import Method
+from lines_cli.methods.parameters import Parameter
 from lines_cli.methods.said import Note, Remark, Said, Values
 from lines_cli.methods.sparsify import DENSITY, LARGEST, TRIM, review_trim
-from lines_cli.parameters import Parameter
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from lines_cli.methods.method import Measured, Method, Statistic
+from lines_cli.methods.parameters import Parameter
 from lines_cli.methods.said import Conflict, Remark, Said, Values
 from lines_cli.methods.sparsify import (
     DENSITY,
@@ -18,7 +19,6 @@ from lines_cli.methods.sparsify import (
     trims_globally,
 )
 from lines_cli.methods.sums import LAMBDA, NEGLIGIBLE, ON_OFF, WEIGHT, scaled, weighted_sum, whole_and_unweighted
-from lines_cli.parameters import Parameter
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lines_cli.methods.method import Chosen, Measured, Method
+from lines_cli.methods.parameters import Parameter
 from lines_cli.methods.said import Values
 from lines_cli.methods.sums import NEGLIGIBLE, NORMALIZE, ON_OFF, WEIGHT, all_are_1, divided, weighted_sum
-from lines_cli.parameters import Parameter
 
 if TYPE_CHECKING:
     from torch import Tensor

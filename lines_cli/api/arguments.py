@@ -1,0 +1,62 @@
+"""What a person writes on the command line or in a call, read: paths, NAME=VALUE pairs, sizes. Messages speak of the
+command line's options, whose names Python's keywords share.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lines_cli.errors import RecipeError
+
+if TYPE_CHECKING:
+    from lines_cli.plan.resources import Resources
+
+Pairs = Mapping[str, Any] | Iterable[str]
+"""What `--stack` and `--filter` say: `NAME=VALUE` texts, or names with their values."""
+
+
+def path(flag: str, given: str | Path) -> Path:
+    """A path, with `~` for the home folder: a shell leaves it as it is in `--output=~/out`, and Python everywhere."""
+    found = os.path.expanduser(given)
+    if not found:
+        raise RecipeError(f"{flag} is empty", hint="Name a folder or a file.")
+    if found.startswith("~"):
+        raise RecipeError(
+            f"{flag} {given}: there is no user {found.partition('/')[0][1:]!r} here",
+            hint=f"A name that begins with ~ is written ./{given}.",
+        )
+    return Path(found)
+
+
+def destination(given: str | Path) -> Path:
+    """Where the output goes."""
+    return path("-o", given)
+
+
+def pairs(flag: str, given: Pairs | None) -> dict[str, Any] | None:
+    """`NAME=keep`, `NAME=0.5` and `NAME=alpha,beta` as the recipe has them; a mapping from Python is so already."""
+    if isinstance(given, Mapping):
+        return dict(given) or None
+    pairs: dict[str, Any] = {}
+    for text in [given] if isinstance(given, str) else given or ():
+        name, equals, value = text.rpartition("=")
+        ends = value.split(",")
+        if not equals or not name or name in pairs:
+            raise RecipeError(f"{flag} {text}: expected {flag} NAME=VALUE, and each NAME once")
+        pairs[name] = {"alpha": ends[0], "beta": ends[1]} if len(ends) == 2 else value
+    return pairs or None
+
+
+def resources(workers: int | None, device: str, gpu_memory: str | int | None) -> Resources:
+    """What a run may use."""
+    from lines_cli.plan.resources import Resources
+    from lines_cli.recipe.schema import parse_size
+
+    try:
+        most = None if gpu_memory is None else parse_size(gpu_memory)
+    except ValueError as error:
+        raise RecipeError(f"--gpu-memory {gpu_memory}: {error}") from error
+    return Resources(workers=workers, device=device, gpu_memory=most)

@@ -1,0 +1,547 @@
+"""The commands as functions: `lines.edit`, `lines.merge`, `lines.inspect`, each keyword for keyword what the command
+line says; and `lines.coefficients`. They print nothing, and return what `--json` prints.
+
+Importing this module loads nothing heavy; the commands are made of the same parts.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+from lines_cli.api import arguments, summary
+from lines_cli.errors import DataError, OutputError, RecipeError
+
+if TYPE_CHECKING:
+    from lines_cli.api.arguments import Pairs
+    from lines_cli.api.summary import Summary
+    from lines_cli.checkpoint.reader import Checkpoint
+    from lines_cli.engine.measure import Track
+    from lines_cli.engine.run import Outcome
+    from lines_cli.inspection.open import Inspection
+    from lines_cli.inspection.report import Report
+    from lines_cli.plan.plan import Plan
+    from lines_cli.plan.resources import Resources
+    from lines_cli.recipe.schema import Recipe
+
+    Config = str | Path | Mapping[str, Any] | Recipe
+    Sets = Iterable[str] | Mapping[str, Any]
+
+Named = str | Path
+"""A checkpoint: a path, or a Hub id."""
+
+Outside = Literal["alpha", "position", "base", "keep"]
+Missing = Literal["ft", "copy", "skip"]
+Resize = Literal["ft", "base"]
+Dtype = Literal["float64", "float32", "float16", "bfloat16"]
+
+
+def edit(
+    base: Named,
+    ft: Named,
+    output: Named,
+    *,
+    alpha: float | None = None,
+    beta: float | None = None,
+    gamma: float | None = None,
+    schedule: str | Sequence[float] | None = None,
+    outside: Outside | None = None,
+    stack: Pairs | None = None,
+    filter: Pairs | None = None,  # noqa: A002 - the option's name
+    layers: str | None = None,
+    missing: Missing | None = None,
+    resize: Resize | None = None,
+    allow_nonfinite: bool = False,
+    dtype: Dtype | None = None,
+    max_shard_size: str | int | None = None,
+    force: bool = False,
+    resume: bool = False,
+    verify: bool = False,
+    verify_inputs: bool = False,
+    workers: int | None = None,
+    device: str = "auto",
+    gpu_memory: str | int | None = None,
+    dry_run: bool = False,
+    track: Track | None = None,
+) -> Summary:
+    """Scale a fine-tune's update over depth, as `lines edit BASE FT -o OUTPUT` does (docs/cli.md has every option).
+
+    Args:
+        base, ft: the checkpoints, each a path or a Hub id.
+        output: a folder; or one file, if it ends in `.safetensors`.
+        alpha, beta, gamma, schedule, outside, layers: the coefficients; what is not given keeps its default.
+        stack, filter: a mapping such as `{"visual": "keep"}`, or texts as on the command line.
+        missing, resize, allow_nonfinite: what is done where the inputs disagree, or hold NaN.
+        dtype, max_shard_size: how the output is stored.
+        force, resume, verify, verify_inputs: as the options.
+        workers, device, gpu_memory: what may be used; it changes no byte.
+        dry_run: return the plan, and write nothing.
+        track: wraps the stream of byte counts of each pass, to show progress: called with title, total and stream.
+
+    Returns:
+        What `--json` prints (docs/json.md).
+
+    Raises:
+        LinesError: where the command would end with that message.
+    """
+    from lines_cli.recipe.validate import edit_recipe
+
+    recipe = edit_recipe(
+        str(base),
+        str(ft),
+        alpha=alpha,
+        beta=beta,
+        gamma=gamma,
+        schedule=schedule,
+        outside=outside,
+        stacks=arguments.pairs("--stack", stack),
+        filter=arguments.pairs("--filter", filter),
+        layers=layers,
+        missing=missing,
+        resize=resize,
+        allow_nonfinite=allow_nonfinite or None,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+    )
+    resources = arguments.resources(workers, device, gpu_memory)
+    how = How(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)
+    return carry_out(recipe, arguments.destination(output), resources, how, dry_run=dry_run, track=track).summary
+
+
+def merge(
+    config: Config,
+    output: Named | None = None,
+    *,
+    sets: Sets | None = None,
+    force: bool = False,
+    resume: bool = False,
+    verify: bool = False,
+    verify_inputs: bool = False,
+    workers: int | None = None,
+    device: str = "auto",
+    gpu_memory: str | int | None = None,
+    dry_run: bool = False,
+    track: Track | None = None,
+) -> Summary:
+    """Merge models, as `lines merge --config CONFIG -o OUTPUT` does.
+
+    Args:
+        config: a recipe: the path of a YAML file, from whose folder paths in it count; a mapping with the same keys,
+            whose paths count from the current folder; or a `Recipe`.
+        output: a folder, or one file; unless given, the recipe's `output`.
+        sets: what overrules the recipe: a mapping such as `{"lines.beta": 0.4}`, or texts as `--set` takes them.
+        force, resume, verify, verify_inputs, workers, device, gpu_memory, dry_run, track: as in `edit`.
+
+    Returns:
+        What `--json` prints (docs/json.md).
+
+    Raises:
+        LinesError: where the command would end with that message.
+    """
+    recipe = read_recipe(config, sets or ())
+    resources = arguments.resources(workers, device, gpu_memory)
+    how = How(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)
+    destination = destination_of(recipe, output, called=config)
+    return carry_out(recipe, destination, resources, how, dry_run=dry_run, track=track).summary
+
+
+def inspect(
+    checkpoints: Named | Iterable[Named] | None = None,
+    *,
+    base: Named | None = None,
+    config: Config | None = None,
+    alpha: float | Literal["auto"] | None = None,
+    beta: float | None = None,
+    gamma: float | None = None,
+    schedule: str | Sequence[float] | None = None,
+    outside: Outside | None = None,
+    stack: Pairs | None = None,
+    filter: Pairs | None = None,  # noqa: A002 - the option's name
+    layers: str | None = None,
+    tensors: bool = False,
+    check: bool = False,
+    plot: Named | None = None,
+    workers: int | None = None,
+    device: str = "auto",
+    gpu_memory: str | int | None = None,
+    track: Track | None = None,
+) -> Report:
+    """Look at checkpoints, as `lines inspect` does.
+
+    Args:
+        checkpoints: one; or with a base one fine-tune or several.
+        base: what they were fine-tuned from. All weights are read then.
+        config: in place of both: a recipe, as in `merge`.
+        alpha, beta, gamma, schedule, outside, stack, filter, layers: the coefficients, as in `edit`.
+        tensors: also every tensor.
+        check: read all weights, and refuse what is wrong with them.
+        plot: also draw it, into this `.svg`, `.png` or `.html` file.
+        workers, device, gpu_memory, track: as in `edit`.
+
+    Returns:
+        What `--json` prints (docs/inspecting.md).
+
+    Raises:
+        DataError: `check` found something; its `report` is what would have been returned.
+        LinesError: where the command would end with that message.
+    """
+    scaling = {
+        "alpha": alpha,
+        "beta": beta,
+        "gamma": gamma,
+        "schedule": schedule,
+        "outside": outside,
+        "stacks": arguments.pairs("--stack", stack),
+        "filter": arguments.pairs("--filter", filter),
+        "layers": layers,
+    }
+    resources = arguments.resources(workers, device, gpu_memory)
+    named = [checkpoints] if isinstance(checkpoints, (str, Path)) else list(checkpoints or ())
+    report = look(
+        named, base, config, scaling, resources, tensors=tensors, check=check, plot=plot, quiet=True, track=track
+    )
+    if check:
+        refuse_problems(report)
+    return report
+
+
+def coefficients(
+    names: Any,
+    alpha: float | None = None,
+    beta: float | None = None,
+    *,
+    gamma: float | None = None,
+    schedule: str | Sequence[float] | None = None,
+    outside: Outside | None = None,
+    stack: Pairs | None = None,
+    filter: Pairs | None = None,  # noqa: A002 - the option's name
+    layers: str | None = None,
+    config: Any = None,
+) -> dict[str, float]:
+    """The coefficient that `lines edit` would scale each tensor's update by.
+
+    Args:
+        names: of tensors; or tensors by name (a `state_dict`), or a module; or the path or Hub id of a checkpoint, of
+            which headers are read.
+        alpha, beta, gamma, schedule, outside, stack, filter, layers: as in `edit`.
+        config: of the model, as a mapping or a transformers config: says which heads are tied. Unless given, that of
+            the checkpoint or the module.
+
+    Returns:
+        Every tensor's coefficient, in float64, in the order of the names.
+
+    Raises:
+        DepthError: which tensor stands at which depth cannot be decided from the names.
+        LinesError: the checkpoint cannot be read, or an option is impossible.
+    """
+    from lines_cli.plan.build import make_plan, sides_of
+    from lines_cli.recipe.validate import edit_recipe
+
+    recipe = edit_recipe(
+        "base",
+        "ft",
+        alpha=alpha,
+        beta=beta,
+        gamma=gamma,
+        schedule=schedule,
+        outside=outside,
+        stacks=arguments.pairs("--stack", stack),
+        filter=arguments.pairs("--filter", filter),
+        layers=layers,
+    )
+    checkpoint = _named_only(names, config)
+    plan = make_plan(recipe, sides_of(recipe, checkpoint, checkpoint), Path("none.safetensors"))
+    found = {tensor.name: tensor.coefficient for tensor in plan.tensors}
+    return {name: found[name] for name in checkpoint.tensors}
+
+
+def _named_only(names: Any, config: Any) -> Checkpoint:
+    """A checkpoint of which names and shapes count."""
+    from dataclasses import replace
+
+    from lines_cli.checkpoint.header import TensorInfo
+    from lines_cli.checkpoint.reader import Checkpoint, StoredTensor, open_checkpoint
+    from lines_cli.hub.download import locate
+
+    said = config_values(config, names)
+    if isinstance(names, (str, Path)):
+        found = locate(str(names), quiet=True)
+        checkpoint = open_checkpoint(found.path, name=found.name, hub_id=found.hub_id, to_look_at=True)
+        return checkpoint if config is None else replace(checkpoint, config=said)
+    names = state_dict_of(names)
+    tensors = names if isinstance(names, Mapping) else dict.fromkeys(names)
+    shapes = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in tensors.items()}
+    wide = {name for name, tensor in tensors.items() if str(getattr(tensor, "dtype", "")) == "torch.float64"}
+    stored = {
+        name: StoredTensor(0, TensorInfo("F64" if name in wide else "F32", shape, 0, 0))
+        for name, shape in shapes.items()
+    }
+    path = Path("names")
+    return Checkpoint("the names", path, (path,), stored, (), "model", said)
+
+
+def config_values(config: Any, given: Any = None) -> Mapping[str, Any]:
+    """A model's config as `config.json` would have it; unless given, the one that a module has."""
+    if config is None:
+        own = getattr(given, "config", None)
+        config = own if isinstance(own, Mapping) or hasattr(own, "to_dict") else {}
+    values = config.to_dict() if hasattr(config, "to_dict") else config
+    if not isinstance(values, Mapping):
+        raise RecipeError(f"config: expected a mapping, or a config with to_dict(), not {type(config).__name__}")
+    return values
+
+
+def state_dict_of(given: Any) -> Any:
+    """A module's own state_dict; anything else as it is."""
+    return given.state_dict() if hasattr(given, "state_dict") else given
+
+
+# --- what the commands share with these functions ---
+
+
+class How(TypedDict):
+    """What `engine.run` is told beside the plan."""
+
+    force: bool
+    resume: bool
+    verify: bool
+    verify_inputs: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What came of a recipe: what was done; or, without an outcome, what was planned, or was finished before."""
+
+    plan: Plan
+    summary: Summary
+    outcome: Outcome | None = None
+    before: bool = False
+
+
+def read_recipe(config: Config, sets: Sets = ()) -> Recipe:
+    """The recipe that is meant, overruled by `sets`.
+
+    Raises:
+        RecipeError: it cannot be read, or says something impossible.
+    """
+    from lines_cli.recipe.schema import Recipe
+    from lines_cli.recipe.yaml_file import load_recipe, recipe_from, set_texts
+
+    texts = set_texts(sets)
+    if isinstance(config, (str, Path)):
+        return load_recipe(arguments.path("--config", config), texts)
+    if not isinstance(config, Recipe):
+        return recipe_from(config, texts)
+    if texts:
+        raise RecipeError("sets overrule a file or a mapping; this is a Recipe already", hint="Use model_copy of it.")
+    return config
+
+
+def destination_of(recipe: Recipe, output: Named | None, *, called: Any) -> Path:
+    """Where a merge's output goes.
+
+    Raises:
+        RecipeError: neither the caller nor the recipe says so.
+    """
+    destination = output if output is not None else recipe.output
+    if destination is None:
+        named = called if isinstance(called, (str, Path)) else "the recipe"
+        raise RecipeError(
+            f"{named} names no output",
+            hint="Say where with -o OUT, or with output: in the recipe.",
+        )
+    return arguments.destination(destination)
+
+
+@contextmanager
+def tolerant_torch_import() -> Iterator[None]:
+    """Import torch: keep its warning of a missing numpy from the user, since nothing here needs it; and say what it
+    means where its libraries do not fit into the memory that the process may have.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+        try:
+            yield
+        except Exception as error:
+            told = [line for line in str(error).splitlines() if "map segment" in line or "allocate memory" in line]
+            if not told and not _memory_is_limited():
+                raise
+            raise MemoryError(f"torch cannot be loaded: {(told or [type(error).__name__])[0].strip()}") from error
+
+
+def _memory_is_limited() -> bool:
+    """Whether the process may have so much address space only: what fails then in a library may be of any kind."""
+    try:
+        import resource
+    except ImportError:
+        return False
+    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+
+
+Importing = Callable[[], AbstractContextManager[None]]
+
+
+def carry_out(
+    recipe: Recipe,
+    destination: Path,
+    resources: Resources,
+    how: How,
+    *,
+    dry_run: bool = False,
+    quiet: bool = True,
+    track: Track | None = None,
+    remark: Callable[[str], None] | None = None,
+    importing: Importing = tolerant_torch_import,
+    at_last: Callable[[], None] = lambda: None,
+) -> Done:
+    """Plan a recipe's result, and unless `dry_run` says otherwise make it.
+
+    Args:
+        recipe: what is asked.
+        destination: a folder, or a file.
+        resources: what may be used.
+        how: what `engine.run` is told.
+        dry_run: plan only.
+        quiet: no progress bars of the Hub's client, and no remark about what an earlier run left.
+        track: as in `edit`.
+        remark: gets what a person should know by the way.
+        importing: what torch is imported within.
+        at_last: as of `engine.run`.
+    """
+    from dataclasses import replace
+
+    from lines_cli.plan.build import is_finished, is_same_run, make_plan, open_inputs, refuse_altered, replaceable
+    from lines_cli.plan.claim import notes_of_inputs, refuse_other_contents
+    from lines_cli.storage.destination import check_destination
+    from lines_cli.storage.staging import clean, leftover, recover
+
+    say = remark or (lambda _: None)
+    inputs = [name for name in (recipe.base_model, *(source.model for source in recipe.models)) if name is not None]
+    named = [Path(os.path.expanduser(name)) for name in inputs]
+    before = leftover(destination)
+    if before is not None and before.set_aside:
+        if dry_run:
+            say(f"{destination} is set aside in {before.folder}; a run, or lines clean, puts it back")
+            if not how["force"]:
+                raise OutputError(f"{destination} exists", hint="Replace it with --force, or choose another with -o.")
+        else:
+            recover(destination)
+    # Before anything is fetched. Whether what is there already is what is asked for, a plan will tell.
+    check_destination(destination, inputs=named, nbytes=0, force=how["force"] or how["resume"])
+    plan = make_plan(recipe, open_inputs(recipe, quiet=quiet), destination)
+    if recipe.inputs:
+        plan = replace(plan, notes=(*plan.notes, *notes_of_inputs(plan)))
+    is_over = before is not None and before.is_over and is_same_run(plan, before.run)
+    finished = how["resume"] and (is_over or is_finished(plan))
+    if finished and (how["verify"] or how["verify_inputs"]):
+        try:
+            refuse_altered(plan, output=how["verify"], inputs=how["verify_inputs"])
+        except OutputError as error:
+            if not how["force"] or dry_run:
+                raise
+            say(f"{error.message}\nit is written again")
+            is_over, finished = False, False
+    if finished:
+        if before is not None and before.is_over and not dry_run:
+            clean(destination)  # killed after its last step, it has left the folder
+        elif before is not None and not quiet:
+            say(f"{before.folder} holds another run's unfinished output, and is left alone")
+        return Done(plan, summary.of_finished(plan), before=True)
+    if dry_run:
+        needed = plan.bytes_written - (before.nbytes if before else 0)
+        ours = replaceable(plan) if how["force"] else None
+        check_destination(destination, inputs=plan.read_paths, nbytes=needed, force=how["force"], ours=ours)
+        return Done(plan, summary.of_plan(plan, resources))
+    if before is not None and before.is_over and not quiet:
+        say(f"{before.folder} holds what a finished run has replaced; it is removed")
+    elif before is not None and not quiet:
+        if how["resume"]:
+            say(f"{before.folder} holds unfinished work ({before.told})")
+        else:
+            say(f"discarding unfinished work in {before.folder} ({before.told}); --resume would have kept it")
+
+    if how["verify_inputs"]:
+        refuse_other_contents(plan)
+    with importing():
+        from lines_cli.engine.run import run
+
+    outcome = run(plan, resources, **how, **({} if track is None else {"track": track}), at_last=at_last)
+    return Done(outcome.plan, summary.of_outcome(outcome), outcome)
+
+
+def look(
+    checkpoints: Sequence[Named],
+    base: Named | None,
+    config: Config | None,
+    scaling: Mapping[str, Any],
+    resources: Resources,
+    *,
+    tensors: bool,
+    check: bool,
+    plot: Named | None,
+    quiet: bool,
+    track: Track | None,
+    importing: Importing = tolerant_torch_import,
+) -> Report:
+    """Inspect, and draw what is to be drawn; arguments as in `inspect`."""
+    from lines_cli.inspection.report import make_report
+
+    drawing = None
+    if plot is not None:
+        from lines_cli.inspection.plot import Drawing
+
+        drawing = Drawing(arguments.path("--plot", plot))
+    inspection = _opened(checkpoints, base, config, scaling, quiet=quiet)
+    if drawing is not None:
+        drawing.spare(inspection.inputs)
+    findings = None
+    if inspection.has_base or check:
+        with importing():
+            from lines_cli.inspection.compare import compare
+
+        findings = compare(inspection, resources, files=check, **({} if track is None else {"track": track}))
+    report = make_report(inspection, findings, tensors=tensors)
+    if drawing is not None:
+        drawing.save(report)
+    return report
+
+
+def _opened(
+    checkpoints: Sequence[Named],
+    base: Named | None,
+    config: Config | None,
+    scaling: Mapping[str, Any],
+    *,
+    quiet: bool,
+) -> Inspection:
+    from lines_cli.inspection.open import open_inspection, open_merge
+
+    if config is None:
+        if not checkpoints:
+            raise RecipeError("there is nothing to inspect", hint="Name a checkpoint; or a recipe, with --config FILE.")
+        return open_inspection(checkpoints, base=base, quiet=quiet, **scaling)
+    if checkpoints or base is not None or any(value is not None for value in scaling.values()):
+        raise RecipeError(
+            "--config names the base, the models and the coefficients itself",
+            hint="Leave the other options out, or change the recipe.",
+        )
+    return open_merge(read_recipe(config), quiet=quiet)
+
+
+def refuse_problems(report: Report) -> None:
+    """Refuse what `check` found.
+
+    Raises:
+        DataError: every problem; it holds the report.
+    """
+    from lines_cli.inspection.report import problems
+
+    if wrong := problems(report):
+        error = DataError("\n".join(["--check found:", *wrong]))
+        error.report = report
+        raise error

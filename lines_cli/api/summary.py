@@ -1,0 +1,36 @@
+"""What a run tells of itself, as plain values that JSON can hold (docs/json.md describes them): what `--json` prints,
+and what `lines.edit` and `lines.merge` return.
+"""
+
+from __future__ import annotations
+
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lines_cli.engine.run import Outcome
+    from lines_cli.plan.plan import Plan
+    from lines_cli.plan.resources import Resources
+
+Summary = dict[str, Any]
+
+
+def of_plan(plan: Plan, resources: Resources) -> Summary:
+    """What would be done."""
+    return {"dry_run": True, **plan.summary(), "peak_memory": plan.peak_memory(resources), "map": plan.map()}
+
+
+def of_finished(plan: Plan) -> Summary:
+    """What an earlier run has done."""
+    return {"dry_run": False, **plan.summary(), "done_before": True}
+
+
+def of_outcome(outcome: Outcome) -> Summary:
+    """What was done."""
+    summary = outcome.plan.summary()
+    for number, model in enumerate(summary["models"]):
+        norm = outcome.norms[number] if outcome.norms else None
+        model["norm"] = norm if norm is not None and isfinite(norm) else None
+        model["kept"] = outcome.kept[number] if outcome.kept else model["kept"]
+    found = {"nonfinite": outcome.nonfinite, "differing": outcome.differing, "seconds": round(outcome.seconds, 3)}
+    return {"dry_run": False, **summary, "done_before": False, **found}

@@ -1,0 +1,25 @@
+"""`lines clean`: remove what a run has left that did not come to its end."""
+
+from __future__ import annotations
+
+from lines_cli.api import arguments
+from lines_cli.cli import options as opt
+
+
+def clean(output: opt.Cleaned, *, quiet: opt.Quiet = False) -> None:
+    """Remove what a run has left that was killed or interrupted.
+
+    Beside OUT it has kept what it had finished, for --resume; lines verify --resume, what it had compared. A run that
+    is still at work is left alone, and so is OUT itself.
+    """
+    from lines_cli.cli import console
+    from lines_cli.storage.staging import clean as remove
+    from lines_cli.storage.verified import forget
+
+    destination = arguments.destination(output)
+    found = remove(destination)
+    forgotten = forget(destination)
+    if forgotten is not None and not quiet:
+        console.remark(f"removed {forgotten}, what lines verify had compared")
+    if (found is not None or forgotten is None) and not quiet:
+        console.show_cleaned(output, found)

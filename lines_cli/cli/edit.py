@@ -1,0 +1,70 @@
+"""`lines edit`: scale one fine-tune's update over depth."""
+
+from __future__ import annotations
+
+from lines_cli.api import arguments
+from lines_cli.api.calls import How
+from lines_cli.cli import options as opt
+from lines_cli.cli.run import carry_out
+
+
+def edit(
+    base: opt.Base,
+    ft: opt.FineTune,
+    *,
+    output: opt.Output,
+    alpha: opt.Alpha = None,
+    beta: opt.Beta = None,
+    gamma: opt.Gamma = None,
+    schedule: opt.Schedule = None,
+    outside: opt.Outside = None,
+    stack: opt.Stack = None,
+    filter: opt.Filter = None,  # noqa: A002 - the option's name
+    layers: opt.Layers = None,
+    missing: opt.Missing = None,
+    resize: opt.Resize = None,
+    allow_nonfinite: opt.AllowNonfinite = False,
+    dtype: opt.Dtype = None,
+    max_shard_size: opt.MaxShardSize = None,
+    force: opt.Force = False,
+    resume: opt.Resume = False,
+    verify: opt.Verify = False,
+    verify_inputs: opt.VerifyInputs = False,
+    workers: opt.Workers = None,
+    device: opt.Device = "auto",
+    gpu_memory: opt.GpuMemory = None,
+    dry_run: opt.DryRun = False,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Scale a fine-tune's update over depth, so that it forgets less (LiNeS).
+
+    \b
+    Block l = 1..L becomes  base + c(l) * (ft - base),
+                 where  c(l) = alpha + beta * (l-1) / (L-1).
+
+    Shallow blocks stay near the base, which keeps what it knew; deep blocks keep what the fine-tune learnt. The result
+    is streamed to disk in bounded memory, and appears whole or not at all.
+    """
+    from lines_cli.recipe.validate import edit_recipe
+
+    recipe = edit_recipe(
+        base,
+        ft,
+        alpha=alpha,
+        beta=beta,
+        gamma=gamma,
+        schedule=schedule,
+        outside=outside,
+        stacks=arguments.pairs("--stack", stack),
+        filter=arguments.pairs("--filter", filter),
+        layers=layers,
+        missing=missing,
+        resize=resize,
+        allow_nonfinite=allow_nonfinite or None,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+    )
+    resources = arguments.resources(workers, device, gpu_memory)
+    how = How(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)
+    carry_out(recipe, arguments.destination(output), resources, how, dry_run=dry_run, json=json, quiet=quiet)

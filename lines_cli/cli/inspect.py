@@ -1,0 +1,72 @@
+"""`lines inspect`: what a checkpoint is, what a fine-tune changed, and what LiNeS would do about it."""
+
+from __future__ import annotations
+
+from lines_cli.api import arguments
+from lines_cli.api.calls import look, refuse_problems
+from lines_cli.cli import options as opt
+from lines_cli.cli.run import interruptible_import
+
+
+def inspect(
+    checkpoints: opt.Checkpoints = None,
+    *,
+    base: opt.Against = None,
+    config: opt.MergeToInspect = None,
+    alpha: opt.AlphaOrAuto = None,
+    beta: opt.Beta = None,
+    gamma: opt.Gamma = None,
+    schedule: opt.Schedule = None,
+    outside: opt.Outside = None,
+    stack: opt.Stack = None,
+    filter: opt.Filter = None,  # noqa: A002 - the option's name
+    layers: opt.Layers = None,
+    tensors: opt.Tensors = False,
+    full: opt.Full = False,
+    check: opt.Check = False,
+    plot: opt.Plot = None,
+    json: opt.JsonReport = False,
+    quiet: opt.NoProgress = False,
+    workers: opt.Workers = None,
+    device: opt.Device = "auto",
+    gpu_memory: opt.GpuMemory = None,
+) -> None:
+    """Show what a checkpoint is, what a fine-tune changed, and what LiNeS would leave of it.
+
+    \b
+      lines inspect CHECKPOINT                # from headers alone, at once, any size
+      lines inspect FT --base BASE            # what changed, layer by layer
+      lines inspect FT FT2 FT3 --base BASE    # and how the changes interfere
+      lines inspect --config merge.yaml       # the same of a merge, and its auto alpha
+
+    An output of lines also tells its recipe.
+    """
+    from lines_cli.cli import console
+
+    resources = arguments.resources(workers, device, gpu_memory)
+    scaling = {
+        "alpha": alpha,
+        "beta": beta,
+        "gamma": gamma,
+        "schedule": schedule,
+        "outside": outside,
+        "stacks": arguments.pairs("--stack", stack),
+        "filter": arguments.pairs("--filter", filter),
+        "layers": layers,
+    }
+    report = look(
+        checkpoints or [],
+        base,
+        config,
+        scaling,
+        resources,
+        tensors=tensors,
+        check=check,
+        plot=plot,
+        quiet=quiet,
+        track=console.progress(quiet=quiet),
+        importing=interruptible_import,
+    )
+    console.show_report(report, json=json, full=full)
+    if check:
+        refuse_problems(report)

@@ -1,0 +1,53 @@
+"""`lines merge`: many task vectors into one model, from one YAML."""
+
+from __future__ import annotations
+
+from lines_cli.api import arguments
+from lines_cli.api.calls import How, destination_of, read_recipe
+from lines_cli.cli import options as opt
+from lines_cli.cli.run import carry_out
+from lines_cli.methods import METHODS
+
+
+def merge(
+    *,
+    config: opt.Config,
+    output: opt.MaybeOutput = None,
+    sets: opt.Set = None,
+    force: opt.Force = False,
+    resume: opt.Resume = False,
+    verify: opt.Verify = False,
+    verify_inputs: opt.VerifyInputs = False,
+    workers: opt.Workers = None,
+    device: opt.Device = "auto",
+    gpu_memory: opt.GpuMemory = None,
+    dry_run: opt.DryRun = False,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Merge models, and scale what they learnt together over depth (LiNeS).
+
+    \b
+    The recipe says how, in mergekit's keys where mergekit has them:
+
+    \b
+      merge_method: ties
+      base_model: base
+      models:
+        - {model: ft-math, parameters: {weight: 1.0}}
+        - {model: ft-code, parameters: {weight: 1.0}}
+      parameters: {density: 0.2}
+      lines: {alpha: auto, beta: 0.5}
+
+    Methods: METHODS; docs/merge-methods.md has their parameters.
+
+    An output's lines_recipe.yaml is such a recipe, too: it makes the same files again.
+    """
+    recipe = read_recipe(config, sets or ())
+    destination = destination_of(recipe, output, called=config)
+    resources = arguments.resources(workers, device, gpu_memory)
+    how = How(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)
+    carry_out(recipe, destination, resources, how, dry_run=dry_run, json=json, quiet=quiet)
+
+
+merge.__doc__ = (merge.__doc__ or "").replace("METHODS", ", ".join(METHODS))

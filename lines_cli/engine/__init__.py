@@ -1,0 +1,1 @@
+"""Plan -> bytes: passes that measure, the pass that writes, threads, buffers, devices."""

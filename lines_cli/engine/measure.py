@@ -1,0 +1,629 @@
+"""What a plan needs to know of the numbers in its inputs, measured by streaming them: exactly, in bounded memory.
+
+Counts are whole numbers, and sums are taken over fixed blocks in the order of the tensors' names, so that nothing here
+depends on chunks, workers, or the way inputs and output are sharded.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import cycle
+from typing import Any, TypeVar
+
+import torch
+
+from lines_cli.engine.arithmetic import block_sums, is_finite, task_vector
+from lines_cli.engine.merge_chunk import drop_entries, merge_chunk, merge_entries, read_chunk
+from lines_cli.engine.workers import Chunk, Crew, Opened, PlanChunk, Pool, Worker, items_of
+from lines_cli.methods import ByMagnitude
+from lines_cli.methods.sparsify import Bounds, Ranks
+from lines_cli.methods.sums import weighted_sum
+from lines_cli.plan.layout import natural
+from lines_cli.plan.plan import Needs, Norms, Plan, Statistics, TensorPlan
+from lines_cli.plan.resources import BLOCK
+from lines_cli.plan.tensors import Piece
+
+Track = Callable[[str, int, Iterable[int]], Iterable[int]]
+"""Wraps the stream of byte counts of one pass, to show progress: the pass's title, its total, the stream."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def untracked(_title: str, _total: int, done: Iterable[int]) -> Iterable[int]:
+    """No progress."""
+    return done
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What was found, how often everything was read for it, and how many bytes in all."""
+
+    statistics: Statistics
+    passes: int
+    bytes_read: int
+
+
+def measure(plan: Plan, sources: Sequence[Opened], crew: Crew, track: Track) -> Measurement:
+    """Measure what `plan.needs`; each pass may use what those before it found.
+
+    Args:
+        plan: not yet resolved.
+        sources: the open inputs, as in `plan.inputs`.
+        crew: the devices to compute on.
+        track: wraps the stream of byte counts of each pass.
+
+    Raises:
+        DataError: NaN or Inf in an input.
+        CheckpointError: an input ends early or cannot be read.
+    """
+    needs = plan.needs
+    if not needs:
+        return Measurement(plan.statistics, 0, 0)
+    measuring = _Measuring(plan, sources, crew, track)
+    if needs.thresholds and plan.trims_globally:
+        measuring.global_thresholds()
+    elif needs.thresholds:
+        measuring.thresholds_by_tensor()
+    if needs.l1:
+        measuring.l1_norms()
+    if needs.products:
+        measuring.angles()
+    if needs.majority or needs.norms:
+        measuring.signs_and_norms()
+    return Measurement(measuring.plan.statistics, measuring.passes, measuring.bytes_read)
+
+
+# --- the k-th largest magnitude ---
+#
+# Magnitudes sort as their bits do, read as whole numbers. A sample says roughly where the threshold lies; then one look
+# at all entries counts those above a narrow window around that place, and collects those in it. Where these are too
+# many, they are counted bin by bin, which is exact, too, if a bin is one number wide. If the threshold turns out to lie
+# elsewhere, or in a bin that is wider, it is looked for there.
+
+_ALL_BITS = 2**31
+_INF_BITS = 0x7F80_0000
+_COLLECTED = 2**16  # entries of a model that a worker collects before it counts them
+_EXACT = 2**18  # numbers in a window that each have a bin of their own: 2 MiB
+_RUN = 4096  # entries of a sample that stand side by side
+_RUNS = 2**11
+_SLACK = 16.0  # standard deviations of a sample of independent entries; those of a model are not quite
+_ROWS = 8
+
+
+Seen = tuple[torch.Tensor, int]
+"""The entries that lie in a window, as numbers of bits from its low end on; and how many lie above it, as NaN does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Where a threshold is looked for: the float32 magnitudes whose bits, as a whole number, lie from `low` on and
+    below `high`.
+    """
+
+    low: int
+    high: int
+
+    @property
+    def is_one(self) -> bool:
+        """Whether it is one number wide."""
+        return self.high - self.low == 1
+
+    @property
+    def shift(self) -> int:
+        """The binary logarithm of a bin's width: 0 in a window in which each number has a bin, else there are 2**16."""
+        width = self.high - self.low
+        return 0 if width <= _EXACT else (width - 1).bit_length() - 16
+
+    @property
+    def magnitude(self) -> float:
+        """The least magnitude in it."""
+        return _magnitude(self.low)
+
+    @property
+    def bounds(self) -> tuple[float, float, float]:
+        """The least magnitude above it; one amidst it; and how far from that, at most, any other in it is."""
+        high, middle = _magnitude(self.high), _magnitude((self.high + self.low) // 2)
+        return high, middle, max(high - middle, middle - self.magnitude) * (1 + 1e-6)
+
+    def of(self, bits: torch.Tensor) -> torch.Tensor:
+        """Those of [n] that lie in it, as numbers from its low end on."""
+        inside = bits >= self.low
+        if self.high < _ALL_BITS:  # which no int32 can be
+            inside.logical_and_(bits < self.high)
+        return bits[inside] - self.low
+
+    def above(self, bits: torch.Tensor) -> int:
+        """How many of [n] lie above it."""
+        return 0 if self.high == _ALL_BITS else int((bits >= self.high).sum())
+
+
+def look(magnitudes: torch.Tensor, windows: Sequence[Window]) -> tuple[list[Seen], bool]:
+    """What there is of each model in its window.
+
+    Args:
+        magnitudes: [N, n], float32.
+        windows: N.
+
+    Returns:
+        N; and whether all entries are finite.
+    """
+    models, width = len(windows), magnitudes.shape[1] // _ROWS
+    finite = is_finite(magnitudes)
+    if not finite or width == 0 or any(window.high > _INF_BITS for window in windows):
+        pairs = list(zip(magnitudes.view(torch.int32), windows, strict=True))
+        return [(window.of(bits), window.above(bits)) for bits, window in pairs], finite
+    # All at once: with few entries to a call, the calls take longer than the work.
+    high, middle, half = magnitudes.new_tensor([window.bounds for window in windows]).T.unsqueeze(2)
+    below = torch.empty_like(magnitudes)
+    above = magnitudes.shape[1] - torch.lt(magnitudes, high, out=below).sum(1).long()
+    # Entry i stands with entries i + n/8, i + 2n/8, ... in a column. Where none of a column is near the window, none is
+    # looked at: to pick some out entry by entry takes ten times as long.
+    columns, distance = (of[:, : width * _ROWS].view(models, _ROWS, width) for of in (magnitudes, below))
+    nearest = torch.sub(columns, middle.unsqueeze(2), out=distance).abs_().amin(1)
+    model, column = nearest.le_(half).nonzero().unbind(1)
+    near = columns[model, :, column].view(torch.int32)  # [columns, 8], in the order of the models
+    parts = torch.split(near, torch.bincount(model, minlength=models).tolist())
+    rest = magnitudes[:, width * _ROWS :].view(torch.int32)
+    return [
+        (window.of(torch.cat([part.flatten(), last])), number)
+        for window, part, last, number in zip(windows, parts, rest, above.tolist(), strict=True)
+    ], True
+
+
+def _magnitude(bits: int) -> float:
+    return float(struct.unpack("<f", struct.pack("<I", bits))[0])
+
+
+class Counter:
+    """What was seen of magnitudes through a window: how many lie above, and what lies in it; in bounded memory.
+
+    Args:
+        window: what is looked through.
+        room: how many entries are collected before they are counted bin by bin.
+    """
+
+    def __init__(self, window: Window, room: int = _COLLECTED) -> None:
+        self.window, self.above = window, 0
+        # One piece of memory from the start: many small ones between large temporaries would tear holes into the heap.
+        self._held = torch.empty(room, dtype=torch.int32)
+        self._collected = 0
+        self._bins: torch.Tensor | None = None  # how many of those before lie in each bin
+
+    @property
+    def bits(self) -> torch.Tensor:
+        """[n]: what was collected, as numbers of bits from the window's low end on."""
+        return self._held[: self._collected]
+
+    def add(self, bits: torch.Tensor, above: int) -> None:
+        """Take account of what `look` gave."""
+        self.above += above
+        until = self._collected + bits.numel()
+        if until > len(self._held):
+            self._bins, self._collected = self._binned(torch.cat([self.bits, bits])), 0
+        else:
+            self._held[self._collected : until] = bits
+            self._collected = until
+
+    def join(self, other: Counter) -> None:
+        """Take account of what another saw through the same window."""
+        if other._bins is not None:
+            self._bins = other._bins if self._bins is None else self._bins + other._bins
+        self.add(other.bits, other.above)
+
+    def ranked(self, k: int) -> tuple[Window, int, int]:
+        """In which window the k-th largest entry lies; how many entries lie there or above, 0 if it is outside this
+        one; and how many lie above. Inside, a window of one number is the answer.
+
+        Args:
+            k: 1 or more, and no more than there are entries.
+        """
+        if self.above >= k:
+            return Window(self.window.high, _ALL_BITS), 0, 0
+        from_above = self.above + self._binned(self.bits).flip(0).cumsum(0)
+        at = int((from_above < k).sum())
+        if at == len(from_above):
+            return Window(0, self.window.low), 0, 0
+        shift = self.window.shift
+        low = len(from_above) - 1 - at << shift
+        found = Window(self.window.low + low, min(self.window.high, self.window.low + low + (1 << shift)))
+        number = int(from_above[at])
+        if self._bins is None and not found.is_one:  # all are at hand: those of the bin can be put in order
+            inside = self.bits[(self.bits >= low) & (self.bits < low + (1 << shift))].sort().values
+            least = inside[number - k]
+            low = self.window.low + int(least)
+            return Window(low, low + 1), number - int((inside < least).sum()), number - int((inside <= least).sum())
+        return found, number, int(from_above[at - 1]) if at else self.above
+
+    def around(self, share: float) -> Window:
+        """Where the threshold of all entries probably lies, if those seen, through a window on everything, are a sample
+        of them.
+        """
+        seen = self._collected + (int(self._bins.sum()) if self._bins is not None else 0)
+        slack = _SLACK * math.sqrt(seen * share * (1 - share)) + 1
+        first, last = math.floor(share * seen - slack), math.ceil(share * seen + slack)
+        low = self.ranked(last)[0].low if last <= seen else 0
+        high = self.ranked(first)[0].high if first >= 1 else _ALL_BITS
+        return Window(low, high)
+
+    def _binned(self, bits: torch.Tensor) -> torch.Tensor:
+        """[bins]: how many lie in each, these and those that were counted before."""
+        shift = self.window.shift
+        bins = torch.bincount(bits >> shift, minlength=(self.window.high - self.window.low - 1 >> shift) + 1)
+        return bins if self._bins is None else self._bins + bins
+
+
+class _Measuring:
+    """The passes over one plan, and what they have found so far."""
+
+    def __init__(self, plan: Plan, sources: Sequence[Opened], crew: Crew, track: Track) -> None:
+        self.plan, self.sources, self.crew, self.track = plan, sources, crew, track
+        self.models = range(plan.number_of_models)
+        self.tensors = sorted((tensor for tensor in plan.tensors if tensor.edited), key=lambda t: natural(t.name))
+        self.passes = self.bytes_read = 0
+
+    def found(self, **statistics: Any) -> None:
+        """Keep what a pass found."""
+        self.plan = replace(self.plan, statistics=replace(self.plan.statistics, **statistics))
+
+    def one_pass(self, what: str, job: Callable[[Worker, PlanChunk], Result], tally: Callable[[Result], None]) -> None:
+        """Do a job to everything that is merged, and tally the results in the order of the tensors' names.
+
+        Args:
+            what: is measured.
+            job: in a worker's thread, with one chunk; gives something small.
+            tally: in this thread.
+        """
+
+        def of_item(worker: Worker, item: list[PlanChunk]) -> tuple[int, list[Result]]:
+            return sum(chunk.nbytes for chunk in item), [job(worker, chunk) for chunk in worker.cut(item)]
+
+        def add(result: tuple[int, list[Result]]) -> int:
+            for of_chunk in result[1]:
+                tally(of_chunk)
+            return result[0]
+
+        self.stream(what, items_of(_merged(self.tensors)), of_item, add)
+
+    def stream(
+        self,
+        what: str,
+        items: Iterable[Item],
+        job: Callable[[Worker, Item], Result],
+        tally: Callable[[Result], int],
+        *,
+        total: int | None = None,
+    ) -> None:
+        """Do a job to every item, and tally the results in the order of the items; `tally` gives the bytes read.
+
+        Args:
+            what: is measured.
+            items: of work.
+            job: in a worker's thread.
+            tally: in this thread.
+            total: bytes to read; everything that is merged, unless said: then it is a pass.
+        """
+        plan = self.plan
+        size = self.crew.chunk(plan.room, whole=plan.whole_bytes(len(self.crew.members)), whole_blocks=True)
+        shared = self.crew.whole_tensors()
+        pool = Pool(lambda device: Worker(plan, self.sources, device, size, shared), items, job, self.crew)
+        title = f"measuring {what}"
+        if total is None:
+            self.passes += 1
+            title += f" {plan.passes.index(what) + 1}/{len(plan.passes) + 1}"
+        with closing(pool.in_order()) as results:
+            for nbytes in self.track(title, total or plan.bytes_measured, (tally(result) for result in results)):
+                self.bytes_read += nbytes
+
+    def global_thresholds(self) -> None:
+        """The magnitudes of each model's whole task vector that the sparsifier asks for."""
+        pieces = list(_merged(self.tensors))
+        numel = sum(piece.numel for _, piece in pieces)
+        search = _Search(self.ranks(self.tensors[0], numel), numel)
+
+        def count(items: Iterable[list[PlanChunk]], windows: dict[Sought, Window], nbytes: int | None) -> Counters:
+            return self.count(items, windows, total=nbytes)
+
+        search.run(pieces, count)
+        found = {(model, None): search.bounds(model) for model in self.models if search.ranks[model]}
+        self.found(thresholds=found, kept=tuple((search.kept(model), numel) for model in self.models))
+
+    def ranks(self, tensor: TensorPlan, numel: int) -> tuple[Ranks, ...]:
+        """Which magnitudes are asked for of each model, largest first, of a tensor or of all of them."""
+        sparsifier = self.plan.recipe.method.sparsifier
+        assert isinstance(sparsifier, ByMagnitude)
+        return sparsifier.ranks(tensor.values, numel) if numel else ((),) * len(self.models)
+
+    def count(
+        self, items: Iterable[list[PlanChunk]], windows: dict[Sought, Window], *, total: int | None = None
+    ) -> Counters:
+        """What is seen of each model's magnitudes through its windows."""
+        by_worker: dict[Worker, Counters] = {}
+
+        def job(worker: Worker, item: list[PlanChunk]) -> int:
+            if worker not in by_worker:
+                by_worker[worker] = {sought: Counter(window) for sought, window in windows.items()}
+            _count(worker, item, by_worker[worker])
+            return sum(chunk.nbytes for chunk in item)
+
+        self.stream("thresholds", items, job, lambda nbytes: nbytes, total=total)
+        room = _COLLECTED * max(1, len(by_worker))
+        counters = {sought: Counter(window, room) for sought, window in windows.items()}
+        for own in by_worker.values():
+            for sought, counter in own.items():
+                counters[sought].join(counter)
+        return counters
+
+    def thresholds_by_tensor(self) -> None:
+        """The magnitudes of each tensor of each model that the sparsifier asks for; a worker looks at a tensor as often
+        as it must.
+        """
+        thresholds: dict[tuple[int, str | None], Bounds] = {}
+        kept, total = [0] * len(self.models), 0
+
+        def select(worker: Worker, tensor: TensorPlan) -> _Selected:
+            pieces = list(_merged([tensor]))
+            numel = sum(piece.numel for _, piece in pieces)
+            search = _Search(self.ranks(tensor, numel), numel)
+            nbytes = 0
+
+            def count(items: Iterable[list[PlanChunk]], windows: dict[Sought, Window], _: int | None) -> Counters:
+                nonlocal nbytes
+                counters = {sought: Counter(window) for sought, window in windows.items()}
+                for item in items:
+                    _count(worker, item, counters)
+                    nbytes += sum(chunk.nbytes for chunk in item)
+                return counters
+
+            search.run(pieces, count)
+            return _Selected(tensor, numel, search, nbytes)
+
+        def tally(result: _Selected) -> int:
+            nonlocal total
+            total += result.numel
+            for model in self.models:
+                kept[model] += result.search.kept(model)
+                if result.search.ranks[model]:
+                    thresholds[model, result.tensor.name] = result.search.bounds(model)
+            return result.nbytes
+
+        self.stream("thresholds", self.tensors, select, tally)
+        self.found(thresholds=thresholds, kept=tuple((number, total) for number in kept))
+
+    def l1_norms(self) -> None:
+        """Each tensor's L1 norm in each model, of the whole task vector and of what is left after dropping."""
+        sums: dict[str, list[list[float]]] = {}
+
+        def job(worker: Worker, chunk: PlanChunk) -> tuple[str, list[tuple[list[float], list[float]]]]:
+            _, vectors = read_chunk(worker, chunk)
+            _refuse_nonfinite(worker, chunk, vectors)
+            before = [block_sums(tau.abs(), BLOCK) for tau in vectors]
+            drop_entries(worker, chunk, vectors)
+            after = [block_sums(tau.abs_(), BLOCK) for tau in vectors]
+            return chunk.tensor.name, list(zip(before, after, strict=True))
+
+        def tally(result: tuple[str, list[tuple[list[float], list[float]]]]) -> None:
+            name, by_model = result
+            totals = sums.setdefault(name, [[0.0, 0.0] for _ in self.models])
+            for total, (before, after) in zip(totals, by_model, strict=True):
+                for side, blocks in enumerate((before, after)):
+                    total[side] = _added(total[side], blocks)
+
+        self.one_pass("L1 norms", job, tally)
+        self.found(l1={name: tuple((before, after) for before, after in totals) for name, totals in sums.items()})
+
+    def angles(self) -> None:
+        """What the angle between two models' tensors follows from: their dot product and squared norms."""
+        sums: dict[str, list[float]] = {}
+
+        def job(worker: Worker, chunk: PlanChunk) -> tuple[str, list[list[float]]]:
+            _, weights = worker.inputs(chunk)
+            _refuse_nonfinite(worker, chunk, weights)
+            a, b = (tensor.to(torch.float64) for tensor in weights)
+            return chunk.tensor.name, [block_sums(product, BLOCK) for product in (a * b, a * a, b * b)]
+
+        def tally(result: tuple[str, list[list[float]]]) -> None:
+            name, products = result
+            totals = sums.setdefault(name, [0.0, 0.0, 0.0])
+            for number, blocks in enumerate(products):
+                totals[number] = _added(totals[number], blocks)
+
+        self.one_pass("angles", job, tally)
+        self.found(products={name: (dot, first, second) for name, (dot, first, second) in sums.items()})
+
+    def signs_and_norms(self) -> None:
+        """The sign that most elections give; and the L1 norms of the sum of all task vectors and of the merged one.
+
+        What is merged depends on the majority where a sum is zero. Both cases are summed, and the one that it turns out
+        to be is taken.
+        """
+        needs = self.plan.needs
+        balance, total, merged = 0, 0.0, [0.0, 0.0]
+
+        def tally(result: _Election) -> None:
+            nonlocal balance, total
+            balance += result.balance
+            total = _added(total, result.total)
+            merged[0] = _added(merged[0], result.with_plus)
+            merged[1] = _added(merged[1], result.with_minus)
+
+        self.one_pass(self.plan.passes[-1], lambda worker, chunk: _elect(worker, chunk, needs), tally)
+        majority = (balance > 0) - (balance < 0) if needs.majority else 1
+        norms = Norms(total, merged[0] if majority > 0 else merged[1], len(self.models)) if needs.norms else None
+        self.found(majority=majority, norms=norms)
+
+
+_EVERYWHERE = Window(0, _ALL_BITS)
+_WORTH_A_SAMPLE = 2**18  # entries
+
+
+Sought = tuple[int, int]
+"""Which magnitude: of which model, and the how-many-th that the sparsifier asks for of it."""
+Counters = dict[Sought, Counter]
+Count = Callable[[Iterable[list[PlanChunk]], dict[Sought, Window], "int | None"], Counters]
+"""Looks at items of work through windows; of a part of everything, the bytes of it are said, too."""
+
+
+class _Search:
+    """The search for magnitudes by their ranks, in one tensor or in all.
+
+    Args:
+        ranks: for each model, 1 for the largest; the magnitudes that are asked for.
+        numel: how many entries there are.
+    """
+
+    def __init__(self, ranks: Sequence[Ranks], numel: int) -> None:
+        self.ranks, self.numel = ranks, numel
+        self._found: dict[Sought, tuple[float, int, int]] = {}  # a magnitude; entries at it or above; above
+
+    def run(self, pieces: list[tuple[TensorPlan, Piece]], count: Count) -> None:
+        """Look at all entries, as often as it takes."""
+        wanted = {(model, n): k for model, ranks in enumerate(self.ranks) for n, k in enumerate(ranks)}
+        windows = dict.fromkeys(wanted, _EVERYWHERE)
+        if windows and (sample := _sample(pieces)):
+            counters = count(_batches(sample), windows, sum(chunk.nbytes for chunk in sample))
+            windows = {sought: counter.around(wanted[sought] / self.numel) for sought, counter in counters.items()}
+        while windows:
+            for sought, counter in count(items_of(pieces), windows, None).items():
+                windows[sought], number, above = counter.ranked(wanted[sought])
+                if number and windows[sought].is_one:
+                    self._found[sought] = windows.pop(sought).magnitude, number, above
+
+    def bounds(self, model: int) -> Bounds:
+        """The magnitudes of a model that were asked for."""
+        return tuple(self._found[model, n][0] for n in range(len(self.ranks[model])))
+
+    def kept(self, model: int) -> int:
+        """How many entries of a model lie between them, all counted that share a bound."""
+        if not self.ranks[model]:
+            return self.numel
+        _, least, _ = self._found[model, 0]
+        return least if len(self.ranks[model]) == 1 else least - self._found[model, 1][2]
+
+
+@dataclass(frozen=True, slots=True)
+class _Selected:
+    """What was found of a tensor, of how many entries, and the bytes read."""
+
+    tensor: TensorPlan
+    numel: int
+    search: _Search
+    nbytes: int
+
+
+def _merged(tensors: Iterable[TensorPlan]) -> Iterator[tuple[TensorPlan, Piece]]:
+    """What is not copied."""
+    return ((tensor, piece) for tensor in tensors for piece in tensor.pieces if piece.models)
+
+
+def _sample(pieces: list[tuple[TensorPlan, Piece]]) -> list[PlanChunk]:
+    """Runs of entries at regular distances: an eighth of all, or, where that is more than enough, `_RUNS`."""
+    numel = sum(piece.numel for _, piece in pieces)
+    if numel < _WORTH_A_SAMPLE:
+        return []
+    step = _RUN * max(8, -(-numel // (_RUN * _RUNS))) + _RUN // 4 + 1  # so as not to step from row to row
+    chunks, at = [], 0
+    for tensor, piece in pieces:
+        while at < piece.numel:
+            chunks.append(Chunk(tensor, piece, at, min(_RUN, piece.numel - at)))
+            at += step
+        at -= piece.numel
+    return chunks
+
+
+def _batches(chunks: list[PlanChunk]) -> Iterator[list[PlanChunk]]:
+    """A sample as items of work."""
+    return (chunks[first : first + 16] for first in range(0, len(chunks), 16))
+
+
+def _count(worker: Worker, item: Iterable[PlanChunk], counters: Counters) -> None:
+    """Count all of an item, or, if that fails, nothing."""
+    windows = [counter.window for counter in counters.values()]
+    seen: list[Seen] = []
+    for chunk in worker.cut(item):
+        _, vectors = worker.task_vectors(chunk)
+        every = worker.held(chunk)[0][1 : 1 + len(vectors)]
+        models = [model for model, _ in counters]
+        sought = every if models == list(range(len(vectors))) else every[models]
+        found, finite = look(sought.abs_().to(torch.float32), windows)
+        if not finite:
+            worker.refuse_nonfinite(chunk)
+        seen += [(bits.cpu(), above) for bits, above in found]
+    for counter, (bits, above) in zip(cycle(counters.values()), seen):
+        counter.add(bits, above)
+
+
+@dataclass(frozen=True, slots=True)
+class _Election:
+    """A chunk's part in the signs and norms; sums by block."""
+
+    balance: int = 0
+    total: Sequence[float] = ()
+    with_plus: Sequence[float] = ()
+    with_minus: Sequence[float] = ()
+
+
+def _elect(worker: Worker, chunk: PlanChunk, needs: Needs) -> _Election:
+    method = worker.plan.recipe.method
+    whole: Sequence[float] = ()
+    balance, contested = 0, False
+    again: list[torch.Tensor] = []
+
+    def given(base: torch.Tensor | None, tensors: Sequence[torch.Tensor]) -> None:
+        nonlocal whole
+        _refuse_nonfinite(worker, chunk, tensors)
+        if needs.norms and not method.norm_of_kept:
+            whole = norm_of_sum(base, tensors)
+
+    def left(base: torch.Tensor | None, tensors: Sequence[torch.Tensor]) -> None:
+        nonlocal whole, balance, contested
+        if needs.majority:
+            assert method.elect is not None, "a majority of signs that the method does not elect"
+            elected, contested = method.elect(tensors, **worker.keywords(chunk.tensor), waiting=needs.norms)
+            balance = int(elected.sum(dtype=torch.float64))
+        if needs.norms and method.norm_of_kept:
+            whole = norm_of_sum(base, tensors)
+        if contested:
+            again.extend(tau.clone() for tau in tensors)
+
+    def norm_of_sum(base: torch.Tensor | None, tensors: Sequence[torch.Tensor]) -> list[float]:
+        if method.takes == "weights":
+            assert base is not None
+            tensors = [weights - base for weights in tensors]
+        return block_sums(_sum(tensors).abs_(), BLOCK)
+
+    if not needs.norms:
+        base, tensors = read_chunk(worker, chunk)
+        given(base, tensors)
+        drop_entries(worker, chunk, tensors)
+        left(base, tensors)
+        return _Election(balance)
+    one, other = (1, -1) if needs.majority else (None, None)
+    merged = merge_chunk(worker, chunk, given=given, left=left, majority=one)
+    values = merged.values
+    if method.takes == "weights":
+        assert merged.base is not None
+        values = task_vector(values, merged.base)
+    with_plus = with_minus = block_sums(values.abs_(), BLOCK)
+    if contested:
+        with_minus = block_sums(merge_entries(worker, chunk, again, majority=other).abs_(), BLOCK)
+    return _Election(balance, whole, with_plus, with_minus)
+
+
+def _sum(vectors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return weighted_sum(vectors, [1.0] * len(vectors), overwrite=False)
+
+
+def _refuse_nonfinite(worker: Worker, chunk: PlanChunk, tensors: Sequence[torch.Tensor]) -> None:
+    if not all(is_finite(tensor) for tensor in tensors):
+        worker.refuse_nonfinite(chunk)
+
+
+def _added(total: float, blocks: Sequence[float]) -> float:
+    for block in blocks:
+        total += block
+    return total

@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: names of models -> folders in its cache."""

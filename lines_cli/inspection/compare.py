@@ -1,0 +1,290 @@
+"""Streams a base and its fine-tunes, or one checkpoint alone, and sums up what `lines inspect` tells of the numbers:
+what changed, how several changes go together, and what a checkpoint holds that it should not.
+
+Everything is summed in float64, chunk by chunk in the order of the spans, in bounded memory: how many workers there are
+makes no difference.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+from lines_cli.checkpoint.header import itemsize
+from lines_cli.engine.arithmetic import dot, task_vector
+from lines_cli.engine.measure import Track, measure, untracked
+from lines_cli.engine.workers import Chunk, Crew, Pool, Reader, items_of, keep_freed_memory, opened
+from lines_cli.errors import RecipeError
+from lines_cli.inspection.open import Inspection, Span, recipe_of
+from lines_cli.inspection.statistics import Change, Findings, Joint, Seen
+from lines_cli.plan.build import make_plan, open_inputs
+from lines_cli.plan.layout import natural
+from lines_cli.plan.plan import Plan
+from lines_cli.plan.resources import Resources, Room
+from lines_cli.recipe.schema import Scaling
+from lines_cli.storage.digest import altered
+from lines_cli.storage.files import read_into
+from lines_cli.storage.names import RECIPE
+
+
+def compare(
+    inspection: Inspection, resources: Resources | None = None, *, files: bool = False, track: Track = untracked
+) -> Findings:
+    """Read every float entry once, and say what was found. In this process glibc keeps freed memory from then on, and
+    the limit of open files is raised as is needed.
+
+    Args:
+        inspection: what to read; without a base nothing is compared. Of a merge that is planned (`open_merge`) the
+            norms behind `alpha: auto` are measured, too, in passes of their own.
+        resources: workers, device, chunk.
+        files: also hold the files of an output of ours against the digests in its recipe.
+        track: wraps the stream of byte counts of each pass.
+
+    Raises:
+        CheckpointError: an input ends early or cannot be read.
+        LinesError: of a merge that is planned, whatever `lines merge` would refuse.
+    """
+    started = perf_counter()
+    resources = resources or Resources()
+    crew = Crew(resources)
+    keep_freed_memory()
+    merge = _merge(inspection) if inspection.of == "merge" else None  # refuses before anything is read
+    sums = _Sums()
+    with crew.bounded():
+        _stream(inspection, crew, track, sums)
+    norms = None
+    if merge is not None:
+        with opened(merge.inputs) as fds, crew.bounded():
+            norms = measure(merge, fds, crew, track).statistics.norms
+    return Findings(
+        changes=sums.changes,
+        joint=sums.joint,
+        seen=sums.seen,
+        same=sums.same,
+        norms=norms,
+        files=_files(inspection) if files else {},
+        bytes_read=sums.bytes_read,
+        seconds=perf_counter() - started,
+    )
+
+
+def _merge(inspection: Inspection) -> Plan | None:
+    """The plan of the merge with alpha to be measured; None where alpha follows from the number of models."""
+    lines = Scaling(alpha="auto", beta=0.0, layers=inspection.scaling.layers)
+    recipe = inspection.recipe.model_copy(update={"lines": lines})
+    plan = make_plan(recipe, open_inputs(recipe, quiet=True), Path("inspected.safetensors"))
+    return plan if plan.needs.norms else None
+
+
+def _files(inspection: Inspection) -> dict[int, tuple[int, dict[str, str]]]:
+    """For each output of ours how many files its recipe recorded, and those that are no longer so."""
+    found: dict[int, tuple[int, dict[str, str]]] = {}
+    for side, checkpoint in enumerate(inspection.checkpoints):
+        try:
+            recipe = recipe_of(checkpoint)
+        except RecipeError as error:
+            found[side] = 0, {RECIPE: f"cannot be read: {error.message}"}
+            continue
+        if recipe is not None and recipe.files and checkpoint.folder is not None:
+            found[side] = len(recipe.files), altered(checkpoint.folder, recipe.files)
+    return found
+
+
+@dataclass(slots=True)
+class _Found:
+    """What a chunk adds: for each source what it holds, for each fine-tune what it changed, how these go together."""
+
+    chunk: Chunk[Span]
+    holds: list[Seen]
+    changes: tuple[Change, ...] = ()
+    joint: Joint | None = None
+
+
+class _Sums:
+    """The sums over what was read so far."""
+
+    def __init__(self) -> None:
+        self.changes: dict[str, tuple[Change, ...]] = {}
+        self.joint: dict[str, Joint] = {}
+        self.seen: dict[tuple[int, str], Seen] = {}
+        self.same: dict[int, list[tuple[str, ...]]] = {}
+        self.bytes_read = 0
+
+    def add(self, found: _Found) -> int:
+        """Add a chunk, in the order of the spans; its bytes."""
+        span, name = found.chunk.tensor, found.chunk.tensor.name
+        for counts_for, holds in zip(span.counts_for, found.holds, strict=True):
+            if counts_for is not None:
+                self.seen[counts_for] = self.seen.get(counts_for, Seen()) + holds
+        if found.changes:
+            before = self.changes.get(name, (Change(),) * len(found.changes))
+            self.changes[name] = tuple(a + b for a, b in zip(before, found.changes, strict=True))
+        if found.joint is not None:
+            self.joint[name] = self.joint[name] + found.joint if name in self.joint else found.joint
+        self.bytes_read += found.chunk.nbytes
+        return found.chunk.nbytes
+
+
+def _stream(inspection: Inspection, crew: Crew, track: Track, sums: _Sums) -> None:
+    """Read everything once, and sum it up."""
+    pieces = [(span, piece) for span in inspection.spans() for piece in span.pieces]
+    stored = max((itemsize(source.dtype) for _, piece in pieces for source in piece.sources), default=1)
+    room = Room(stored=stored, written=0, width=8, held=len(inspection.checkpoints), temporaries=_TEMPORARIES)
+    size = crew.chunk(room, whole_blocks=True)
+    items = list(items_of(pieces))
+    total = sum(chunk.nbytes for item in items for chunk in item)
+    with opened(inspection.inputs) as fds:
+
+        def look(worker: Reader, item: list[Chunk[Span]]) -> list[_Found]:
+            return [_look(worker, chunk) for chunk in worker.cut(item)]
+
+        pool = Pool(lambda device: Reader(inspection.inputs, fds, device, chunk=size, room=room), items, look, crew)
+        title = "comparing" if inspection.has_base else "checking"
+        with closing(pool.in_order()) as results:
+            for _ in track(title, total, (sum(map(sums.add, found)) for found in results)):
+                pass
+        sums.same = _same(inspection, sums.seen, fds)
+
+
+_TEMPORARIES = 4  # chunks that are made beside what is held
+
+
+def _look(worker: Reader, chunk: Chunk[Span]) -> _Found:
+    holds: list[Seen] = []
+    values: list[torch.Tensor] = []
+    for source, into in zip(chunk.piece.sources, worker.held(chunk)[1], strict=False):
+        loaded = worker.read(chunk, source)
+        values.append(into.copy_(loaded.values()))
+        holds.append(_seen(values[-1], loaded.bits()))
+    if not chunk.tensor.compares:
+        return _Found(chunk, holds)
+    base, *models = values
+    changes, bad = zip(*(_change(task_vector(model, base), base) for model in models), strict=True)
+    if len(models) == 1:
+        return _Found(chunk, holds, changes)
+    numel, squares = chunk.numel, tuple(change.squares for change in changes)
+    if any(left_out is not None for left_out in bad):
+        in_any = torch.stack([left_out for left_out in bad if left_out is not None]).any(0)
+        numel -= int(in_any.sum())
+        squares = tuple(dot(update, update) for update in (model.masked_fill_(in_any, 0) for model in models))
+    return _Found(chunk, holds, changes, _joint(models, numel, squares))
+
+
+def _seen(values: torch.Tensor, bits: int) -> Seen:
+    """What [n] entries in float64 hold."""
+    low, high = _extremes(values)
+    nan = inf = 0
+    if not math.isfinite(low + high):
+        nan, inf = int(values.isnan().sum()), int(values.isinf().sum())
+        low, high = _extremes(values[values.isfinite()])
+    return Seen(values.numel(), nan, inf, low, high, bits)
+
+
+def _extremes(values: torch.Tensor) -> tuple[float, float]:
+    if values.numel() == 0:
+        return math.inf, -math.inf
+    low, high = torch.stack(torch.aminmax(values)).tolist()
+    return low, high
+
+
+def _change(update: torch.Tensor, base: torch.Tensor) -> tuple[Change, torch.Tensor | None]:
+    """What [n] entries of an update sum up to, and which of them are not finite: these are set to zero and left out."""
+    numel, left_out = update.numel(), None
+    low, high = _extremes(update)
+    if numel and not math.isfinite(low + high):
+        left_out = ~update.isfinite()
+        base = base.masked_fill(left_out, 0)
+        numel -= int(left_out.sum())
+        low, high = _extremes(update.masked_fill_(left_out, 0))
+    unchanged = numel - int(torch.count_nonzero(update))
+    return Change(numel, dot(update, update), dot(base, base), unchanged, max(-low, high, 0.0)), left_out
+
+
+def _joint(updates: list[torch.Tensor], numel: int, squares: tuple[float, ...]) -> Joint:
+    """How several updates of [n] entries go together; `numel` of them count. The updates are overwritten."""
+    products = tuple(dot(a, b) for a, b in combinations(updates, 2))
+    total = updates[0] + updates[1]
+    for update in updates[2:]:
+        total += update
+    sum_squares, sum_l1 = dot(total, total), float(total.abs_().sum())
+    signs = [update.sign_() for update in updates]
+    most, least = signs[0].clone(), signs[0].clone()
+    for sign in signs[1:]:
+        torch.maximum(most, sign, out=most)
+        torch.minimum(least, sign, out=least)
+    apart = most.sub_(least)  # 2 where signs disagree, else 0 or 1
+    disagreeing = (dot(apart, apart) - float(apart.sum())) / 2
+    agreement = [dot(a, b) for a, b in combinations(signs, 2)]  # agreeing less opposed
+    for sign in signs:
+        sign.abs_()
+    both = [dot(a, b) for a, b in combinations(signs, 2)]  # agreeing and opposed
+    opposed = tuple(round((b - a) / 2) for a, b in zip(agreement, both, strict=True))
+    return Joint(numel, squares, products, opposed, round(disagreeing), sum_squares, sum_l1)
+
+
+# --- duplicates ---
+
+
+def _same(
+    inspection: Inspection, seen: Mapping[tuple[int, str], Seen], fds: list[int]
+) -> dict[int, list[tuple[str, ...]]]:
+    """For each checkpoint, the tensors that hold the same bytes as others: groups of them, in the order of their names.
+
+    Left out are tensors of zeros, which are told of as such; of one dimension whose entries are all the same, new norms
+    and biases; and buffers that every layer has.
+    """
+    places = [
+        (side, file) for side, checkpoint in enumerate(inspection.checkpoints) for file in range(len(checkpoint.files))
+    ]
+    fd_of = dict(zip(places, fds, strict=True))
+    alike: dict[tuple[int, str, tuple[int, ...], int], list[str]] = defaultdict(list)
+    for side, name in sorted(seen, key=lambda key: natural(key[1])):
+        found, info = seen[side, name], inspection.checkpoints[side].tensors[name].info
+        constant = found.low == found.high and not found.nan and not found.inf
+        told_elsewhere = constant and (found.high == 0 or len(info.shape) < 2)
+        if found.numel and not told_elsewhere and not _BUFFER.fullmatch(name):
+            alike[side, info.dtype, info.shape, found.bits].append(name)
+    same: dict[int, list[tuple[str, ...]]] = defaultdict(list)
+    for (side, *_), names in alike.items():
+        stored = inspection.checkpoints[side].tensors
+        groups: list[list[str]] = []
+        for name in names:
+            this = stored[name]
+            for group in groups:
+                other = stored[group[0]]
+                ends = (fd_of[side, this.file], this.info.offset), (fd_of[side, other.file], other.info.offset)
+                if _equal(*ends, this.info.nbytes):
+                    group.append(name)
+                    break
+            else:
+                groups.append([name])
+        same[side] += [tuple(group) for group in groups if len(group) > 1]
+    return same
+
+
+# Rotary frequencies and causal masks, which older checkpoints store once for every layer.
+_BUFFER = re.compile(r"(?:.*\.)?(?:inv_freq|masked_bias|attn\.bias|attention\.bias|relative_position_index)")
+
+
+def _equal(a: tuple[int, int], b: tuple[int, int], nbytes: int) -> bool:
+    """Whether two runs of bytes, each in an open file from an offset on, are the same."""
+    buffers = bytearray(min(_STEP, nbytes)), bytearray(min(_STEP, nbytes))
+    for at in range(0, nbytes, _STEP):
+        views = [memoryview(buffer)[: min(_STEP, nbytes - at)] for buffer in buffers]
+        for (fd, offset), view in zip((a, b), views, strict=True):
+            read_into(fd, view, offset + at)
+        if views[0] != views[1]:
+            return False
+    return True
+
+
+_STEP = 2**20

@@ -1,0 +1,475 @@
+"""What `lines inspect` looks at, as far as headers tell: a checkpoint's tensors, each with its place, its kind and the
+coefficient that LiNeS would give it; and with a base, which entries are to be compared.
+
+Nothing here reads tensor data or needs torch.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from lines_cli.checkpoint.header import EXACT_DTYPES, FLOAT8_DTYPES, FLOAT_DTYPES, Known, TensorInfo
+from lines_cli.checkpoint.reader import Checkpoint, no_collecting, open_checkpoint, unsupported_in
+from lines_cli.errors import DepthError, MismatchError, RecipeError, printable, some
+from lines_cli.hub.download import locate
+from lines_cli.inspection.kinds import Kind, kind_of
+from lines_cli.plan.build import UNSCALED, rounded_coefficient, sides_of
+from lines_cli.plan.layout import natural
+from lines_cli.plan.match import Names, Sides, aligned_names, match_names, says_tied, strangers, tied_embedding
+from lines_cli.plan.tensors import Draft, Piece, Slice, TensorValues, draft_tensors, refuse_idle_filters
+from lines_cli.recipe.schema import Like, Recipe, Scaling
+from lines_cli.recipe.validate import edit_recipe, make_recipe
+from lines_cli.recipe.yaml_file import load_record
+from lines_cli.scaling.find_depth import DepthMap, Place, Side, find_depth
+from lines_cli.scaling.schedule import Rules
+from lines_cli.storage.beside import beside
+from lines_cli.storage.names import RECIPE
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One tensor of what is inspected.
+
+    Attributes:
+        name: its own.
+        info: dtype, shape, bytes.
+        place: its stack and layer; None outside the blocks.
+        side: where it stands outside the blocks; None inside.
+        kind: what it is a parameter of.
+        coefficient: what its update is scaled by, in float64; NaN where that is not known.
+    """
+
+    name: str
+    info: TensorInfo
+    place: Place | None
+    side: Side | None
+    kind: Kind
+    coefficient: float
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A run of entries that is read: of one tensor alone, or of the base and every fine-tune, to compare them.
+
+    Attributes:
+        name: the tensor's.
+        pieces: one, with where its entries come from.
+        counts_for: for each of its sources the checkpoint (a number into `Inspection.checkpoints`) and tensor that
+            health is told of; None where another span tells it.
+    """
+
+    name: str
+    pieces: tuple[Piece]
+    counts_for: tuple[tuple[int, str] | None, ...]
+    in_float64: bool = True  # all sums are taken in it
+
+    @property
+    def compares(self) -> bool:
+        """Whether it is read to be compared."""
+        return self.pieces[0].base is not None
+
+
+Origin = Literal["asked", "output", "merge"]
+"""Whose coefficients are told: those that were asked for, an output's own, or those of a merge that is planned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """A tensor that the base and every fine-tune have: its name in each, and where their common entries lie."""
+
+    name: str
+    names: Names
+    piece: Piece
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A checkpoint, or fine-tunes and their base.
+
+    Attributes:
+        checkpoints: the base, if there is one; then what is inspected.
+        has_base: whether there is one.
+        lead: the number of the one whose headers are told: the first that is inspected; of a merge that is planned the
+            one that its output is like.
+        recipe: what decides the coefficients: of an output its own; else what is asked, or an edit's defaults.
+        of: where that recipe comes from.
+        depth: stacks and places; no stack where depth cannot be decided.
+        rules: the coefficients, with alpha where it is known.
+        parts: every tensor of the leading checkpoint.
+        compared: what the fine-tunes are compared with the base by.
+        not_compared: tensors that are not, each with the reason in words.
+        resized: whether only a part of the rows is compared of some.
+        made_by: the recipe of an output of ours.
+        says_tied: whether the config ties the head to the token embedding.
+        stored_heads: heads that are stored all the same, each with its embedding.
+        quantised: why it cannot be computed with.
+        notes: what a person should know.
+    """
+
+    checkpoints: tuple[Checkpoint, ...]
+    has_base: bool
+    lead: int
+    recipe: Recipe
+    of: Origin
+    depth: DepthMap
+    rules: Rules
+    parts: tuple[Part, ...] = ()
+    compared: tuple[Compared, ...] = ()
+    not_compared: Mapping[str, str] = field(default_factory=dict)
+    resized: bool = False
+    made_by: Recipe | None = None
+    says_tied: bool = False
+    stored_heads: Mapping[str, str] = field(default_factory=dict)
+    quantised: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def models(self) -> tuple[Checkpoint, ...]:
+        """What is inspected, the base apart."""
+        return self.checkpoints[1 if self.has_base else 0 :]
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The one whose headers are told."""
+        return self.checkpoints[self.lead]
+
+    @property
+    def scaling(self) -> Scaling:
+        """alpha, beta and the like; of a recipe without LiNeS 1 throughout."""
+        return self.recipe.lines or UNSCALED
+
+    @property
+    def knows_coefficients(self) -> bool:
+        """Whether depth is known, or makes no difference."""
+        return bool(self.depth.stacks) or not (self.scaling.needs_depth or self.recipe.parameters_vary)
+
+    def with_alpha(self, alpha: float) -> Inspection:
+        """The same with an alpha that was measured."""
+        rules = self.scaling.rules(self.depth, alpha=alpha)
+        inspection = replace(self, rules=rules)
+        return replace(inspection, parts=tuple(_parts(inspection)))
+
+    def config_of(self, side: int) -> Mapping[str, Any]:
+        """A checkpoint's config; of a lone file, the inspected one's or the first that there is."""
+        configs = (self.checkpoints[side].config, self.checkpoint.config, *(c.config for c in self.checkpoints))
+        return next((config for config in configs if config), {})
+
+    @cached_property
+    def inputs(self) -> tuple[Path, ...]:
+        """Every file, as `Slice.file` counts them."""
+        return tuple(file for checkpoint in self.checkpoints for file in checkpoint.files)
+
+    def spans(self) -> list[Span]:
+        """Everything that is read to compare the checkpoints, and to see what they hold: every float entry of each."""
+        spans: list[Span] = []
+        told: set[tuple[int, str]] = set()
+        for tensor in sorted(self.compared, key=lambda tensor: natural(tensor.name)):
+            counts_for: list[tuple[int, str] | None] = []
+            for side, name in enumerate(tensor.names):
+                assert name is not None
+                whole = tensor.piece.numel == self.checkpoints[side].tensors[name].info.numel
+                fresh = whole and (side, name) not in told  # two heads may be read from one embedding
+                counts_for.append((side, name) if fresh else None)
+                if fresh:
+                    told.add((side, name))
+            spans.append(Span(tensor.name, (tensor.piece,), tuple(counts_for)))
+        first = 0
+        for side, checkpoint in enumerate(self.checkpoints):
+            for name, stored in checkpoint.tensors.items():
+                if (side, name) not in told and stored.info.dtype in FLOAT_DTYPES | FLOAT8_DTYPES:
+                    source = Slice(first + stored.file, stored.info.offset, stored.info.dtype)
+                    spans.append(Span(name, (Piece(0, stored.info.numel, copy=source),), ((side, name),)))
+            first += len(checkpoint.files)
+        return spans
+
+
+Named = str | Path
+"""A checkpoint, as its user names it."""
+
+
+def open_inspection(
+    models: Named | Sequence[Named], *, base: Named | None = None, quiet: bool = False, **scaling: Any
+) -> Inspection:
+    """Open what is to be inspected: headers, configs, recipes.
+
+    Args:
+        models: one checkpoint; or with a base its fine-tunes, one or several.
+        base: what they were fine-tuned from.
+        quiet: no progress bars while fetching from the Hub.
+        scaling: the fields of `Scaling`. One that is None keeps its default: an edit's, or for several fine-tunes those
+            of a merge by task arithmetic, alpha `auto` (which is 1/N) and beta 0.5. If all are None, an output of ours
+            is told with those of its recipe.
+
+    Raises:
+        CheckpointError: one cannot be found or read.
+        UnsupportedError: with a base: one is quantised.
+        MismatchError: with a base: nothing in them can be compared.
+        RecipeError: an impossible option; several checkpoints, and no base.
+    """
+    if unknown := scaling.keys() - Scaling.model_fields.keys():
+        raise RecipeError(f"{', '.join(sorted(unknown))}: no field of the scaling")
+    names = [str(model) for model in ([models] if isinstance(models, (str, Path)) else models)]
+    if base is None and len(names) != 1:
+        raise RecipeError(
+            f"{len(names)} checkpoints, and no base to compare them with",
+            hint="Name it with --base BASE; or inspect them one at a time.",
+        )
+    if base is None:
+        return _alone(names[0], scaling, quiet=quiet)
+    given = {key: value for key, value in scaling.items() if value is not None}
+    if len(names) > 1 and not {"alpha", "schedule"} & given.keys():
+        given = {"alpha": "auto", "beta": 0.5} | given
+    wanted = edit_recipe(str(base), names[0], **given).lines
+    sources = [{"model": name} for name in names]
+    recipe = make_recipe({"base_model": str(base), "models": sources, "lines": wanted}, where="inspect")
+    return _against(str(base), names, recipe, "asked", quiet=quiet)
+
+
+def open_merge(recipe: Recipe, *, quiet: bool = False) -> Inspection:
+    """Open what a recipe merges, to see what that would come to.
+
+    Args:
+        recipe: of a merge, or of an edit; with a base.
+        quiet: no progress bars while fetching from the Hub.
+
+    Raises:
+        RecipeError: it has no base.
+        LinesError: as `open_inspection`.
+    """
+    if recipe.base_model is None:
+        raise RecipeError("the recipe has no base_model, so there is nothing to compare its models with")
+    names = [source.model for source in recipe.merged if source.model != recipe.base_model]
+    if not names:
+        raise RecipeError("the recipe's only model is its base: there is nothing to compare")
+    return _against(recipe.base_model, names, recipe, "merge", quiet=quiet)
+
+
+def _opened(name: str, *, to_look_at: bool, quiet: bool, known: Known | None = None) -> Checkpoint:
+    found = locate(name, quiet=quiet)
+    return open_checkpoint(found.path, name=found.name, hub_id=found.hub_id, to_look_at=to_look_at, known=known)
+
+
+def _alone(name: str, scaling: Mapping[str, Any], *, quiet: bool) -> Inspection:
+    asked = edit_recipe(name, name, **scaling)
+    checkpoint = _opened(name, to_look_at=True, quiet=quiet)
+    notes: list[str] = []
+    made_by = _made_by(checkpoint, notes)
+    quantised = unsupported_in(checkpoint)
+
+    def told(recipe: Recipe, of: Origin) -> Inspection:
+        of_depth: list[str] = []
+        layers = recipe.lines.layers if recipe.lines else None
+        if layers is not None and of == "output":
+            if "(?P<index>" not in layers:
+                raise RecipeError(f"layers {layers!r} has no group `index`")
+            of_depth.append(f"its recipe's expression for the layers, {layers!r}, is not run; --layers REGEX runs one")
+            layers = None
+        depth = _depth(checkpoint.tensors, checkpoint.config, layers, of_depth)
+        rules = _rules(recipe, depth)
+        refuse_idle_filters(rules, checkpoint.tensors)
+        return _complete(
+            Inspection(
+                checkpoints=(checkpoint,),
+                has_base=False,
+                lead=0,
+                recipe=recipe,
+                of=of,
+                depth=depth,
+                rules=rules,
+                made_by=made_by,
+                says_tied=says_tied(checkpoint.config),
+                stored_heads=_heads(checkpoint, checkpoint.config),
+                quantised=quantised.message if quantised else None,
+                notes=(*notes, *of_depth, *depth.notes),
+            )
+        )
+
+    if made_by is not None and all(value is None for value in scaling.values()):
+        try:
+            return told(made_by, "output")
+        except RecipeError as error:
+            notes.append(f"its recipe does not fit its tensors: {error.message}")
+    return told(asked, "asked")
+
+
+def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, quiet: bool) -> Inspection:
+    known: Known = {}
+    opened = [_opened(name, to_look_at=False, quiet=quiet, known=known) for name in (base, *names)]
+    _refuse_twice(opened)
+    notes: list[str] = []
+    pairing = _pairing(base, names, recipe, recipe.like if of == "merge" else "ft")
+    sides = sides_of(pairing, *opened)
+    own = aligned_names(sides, notes)
+    rows, not_compared = _rows(sides, own, notes)
+    config = sides.config_of(sides.lead)
+    layers = recipe.lines.layers if recipe.lines else None
+    depth = _depth((name for names in own for name in names), config, layers, notes)
+    rules = _rules(recipe, depth)
+    drafts = draft_tensors(pairing, sides, depth, rules, rows)
+    not_compared |= {draft.name: f"{draft.misfit} (base first)" for draft in drafts if draft.misfit}
+    fitting = [draft for draft in drafts if not draft.misfit]
+    compared = _compared(sides, fitting, rows, notes)
+    if not compared:
+        everything = some([f"{name}: {why}" for name, why in not_compared.items()])
+        raise MismatchError(
+            f"nothing can be compared between {' and '.join(checkpoint.name for checkpoint in opened)}\n{everything}",
+            hint="Are they of one model?",
+        )
+    _note_dtypes(sides, compared, notes)
+    made_by = _made_by(opened[1], notes) if len(names) == 1 else None
+    if made_by is not None and of == "asked":
+        notes.append(f"{opened[1].name} is an output of lines; what is told as scaled is scaled once more")
+    return _complete(
+        Inspection(
+            checkpoints=tuple(opened),
+            has_base=True,
+            lead=sides.lead,
+            recipe=recipe,
+            of=of,
+            depth=depth,
+            rules=rules,
+            compared=tuple(compared),
+            not_compared=not_compared,
+            resized=any(draft.rows for draft in fitting),
+            made_by=made_by,
+            says_tied=says_tied(config),
+            stored_heads=_heads(sides.leading, config),
+            notes=(*notes, *depth.notes),
+        )
+    )
+
+
+@no_collecting()
+def _complete(inspection: Inspection) -> Inspection:
+    """With every tensor's place, kind and coefficient."""
+    return replace(inspection, parts=tuple(_parts(inspection)))
+
+
+def _parts(inspection: Inspection) -> Iterator[Part]:
+    """Every tensor; a head that is tied to its embedding has that one's coefficient, as in an edit."""
+    checkpoint, depth, rules = inspection.checkpoint, inspection.depth, inspection.rules
+    values_for, scale_of = TensorValues(inspection.recipe, depth), inspection.recipe.method.scale_of
+    kinds: dict[tuple[str, bool], Kind] = {}
+    wide = {tensor.name for tensor in inspection.compared if any(s.dtype == "F64" for s in tensor.piece.sources)}
+    wide |= {name for name, stored in checkpoint.tensors.items() if stored.info.dtype == "F64"}
+    for name in sorted(checkpoint.tensors, key=natural):
+        place, info = depth.places.get(name), checkpoint.tensors[name].info
+        alike = (_LAYER_NUMBER.sub(".0.", name), place is not None)
+        if alike not in kinds:
+            kinds[alike] = kind_of(name, inside=place is not None)
+        coefficient = math.nan
+        if inspection.knows_coefficients:
+            counts_as = name if place else inspection.stored_heads.get(name, name)
+            coefficient = rules.coefficient(counts_as, depth, scale=scale_of(values_for(counts_as)))
+            rounded_coefficient(name, coefficient, in_float64=name in wide)  # refuses what an edit would
+        yield Part(name, info, place, None if place else depth.side_of(name), kinds[alike], coefficient)
+
+
+_LAYER_NUMBER = re.compile(r"\.\d+\.")
+
+
+def _heads(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, str]:
+    """The heads that are tied to an embedding and stored all the same."""
+    if not says_tied(config):
+        return {}
+    return {name: tied for name in checkpoint.tensors if (tied := tied_embedding(name, checkpoint, config)) is not None}
+
+
+def recipe_of(checkpoint: Checkpoint) -> Recipe | None:
+    """The recipe in the folder of an output of ours; None where there is none.
+
+    It is a record, and may be a stranger's: it is read for what it says, and nothing in it is looked up or run.
+
+    Raises:
+        RecipeError: it cannot be read.
+        CheckpointError: it is a link that leaves the folder.
+    """
+    path = beside(checkpoint.folder, RECIPE) if checkpoint.folder else None
+    return load_record(path) if path is not None else None
+
+
+def _made_by(checkpoint: Checkpoint, notes: list[str]) -> Recipe | None:
+    try:
+        return recipe_of(checkpoint)
+    except RecipeError as error:
+        notes.append(f"its recipe cannot be read: {error.message}")
+        return None
+
+
+def _depth(names: Iterable[str], config: Mapping[str, Any], layers: str | None, notes: list[str]) -> DepthMap:
+    try:
+        return find_depth(dict.fromkeys(names), config=config, layers=layers)
+    except DepthError as error:
+        notes.append(f"depth is unknown: {error.message}\n{error.hint or ''}".strip())
+        return DepthMap((), {})
+
+
+def _rules(recipe: Recipe, depth: DepthMap) -> Rules:
+    """The coefficients. `alpha: auto` is 1/N where the merged task vector is the sum; else it is to be measured."""
+    said = recipe.parameters or any(source.parameters for source in recipe.merged)
+    plain = not said and recipe.method.plain_sum(recipe.values("", 0.0))
+    return (recipe.lines or UNSCALED).rules(depth, alpha=1 / len(recipe.merged) if plain else None)
+
+
+def _refuse_twice(opened: Sequence[Checkpoint]) -> None:
+    paths: dict[str, str] = {}
+    for checkpoint in opened:
+        path = os.path.realpath(checkpoint.path)
+        if path in paths:
+            raise RecipeError(f"{paths[path]} and {checkpoint.name} are one checkpoint", hint="Name it once.")
+        paths[path] = checkpoint.name
+
+
+def _pairing(base: str, names: Sequence[str], recipe: Recipe, like: Like) -> Recipe:
+    """The recipe by which tensors are paired: whatever they have in common, by the names of the first fine-tune or of
+    the base.
+    """
+    sources = [{"model": name} for name in names]
+    settled = {"like": like, "resize": "ft", "missing": "skip"}
+    return make_recipe({"base_model": base, "models": sources, "lines": recipe.lines, **settled}, where="inspect")
+
+
+def _rows(sides: Sides, own: Sequence[Mapping[str, str]], notes: list[str]) -> tuple[dict[str, Names], dict[str, str]]:
+    """The tensors that all have, with their names in each; and those that some lack, with who has them."""
+    rows, incomplete = match_names(sides, own, resize=True, notes=notes)
+    if not rows:
+        raise strangers(sides)
+    lacking = {}
+    for name, row in incomplete.items():
+        owners = (sides.called(side) for side, there in enumerate(row) if there is not None)
+        lacking[name] = f"in {' and '.join(owners)} alone"
+    return rows, lacking
+
+
+def _compared(sides: Sides, drafts: Sequence[Draft], rows: Mapping[str, Names], notes: list[str]) -> list[Compared]:
+    """Where the float entries lie that all have."""
+    for draft in drafts:
+        if draft.rows:
+            others = " and ".join(f"{number:,}" for number in sorted(draft.rows[0]))
+            what = f"{draft.rows[1]:,} rows in {sides.called(1)}, {others} in others"
+            notes.append(f"{printable(draft.name)}: {what}; those that all have are compared")
+    return [
+        Compared(draft.name, rows[draft.name], draft.pieces[0])
+        for draft in drafts
+        if not any(source.dtype in EXACT_DTYPES for source in draft.pieces[0].sources)
+    ]
+
+
+def _note_dtypes(sides: Sides, compared: Sequence[Compared], notes: list[str]) -> None:
+    """Say so where the base was stored in another dtype: then rounding counts as change."""
+    for at, checkpoint in enumerate(sides.models):
+        pairs = {
+            (tensor.piece.base.dtype, tensor.piece.models[at].dtype)
+            for tensor in compared
+            if tensor.piece.base is not None
+        }
+        differing = sorted({f"{ours} on {theirs}" for theirs, ours in pairs if ours != theirs})
+        if differing:
+            notes.append(f"{checkpoint.name} is {', '.join(differing)}: rounding counts as change")

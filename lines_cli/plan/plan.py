@@ -1,0 +1,528 @@
+"""The plan of a run: every tensor's sources, coefficient and place in the output, to the byte.
+
+A plan is a value: it can be printed (`--dry-run`), compared, and cut by output file. Nothing here reads tensor data or
+needs torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from types import NoneType
+from typing import Any, NamedTuple
+
+from lines_cli.checkpoint.header import TensorInfo, itemsize
+from lines_cli.checkpoint.reader import Stamp
+from lines_cli.checkpoint.sidecars import Sidecar
+from lines_cli.methods import ByMagnitude, Drawn, Measured, Values
+from lines_cli.methods.sparsify import Bounds
+from lines_cli.plan.layout import OutputFile
+from lines_cli.plan.match import Sides
+from lines_cli.plan.resources import Resources, Room
+from lines_cli.plan.tensors import Draft, Piece
+from lines_cli.recipe.schema import Recipe
+from lines_cli.scaling.find_depth import DepthMap, Place, position
+from lines_cli.scaling.schedule import Rules
+
+
+class TensorPlan(NamedTuple):
+    """One output tensor: what it is, where it goes, what makes it.
+
+    Attributes:
+        draft: its name, parameters, and sources, before anything was measured.
+        file: the output file (a number into `Plan.outputs`).
+        info: dtype, shape, offset in that file, bytes.
+        place: its stack and layer; None outside the blocks.
+        coefficient: in float64, before rounding to the compute dtype; NaN until what it depends on has been measured.
+        pieces: what it is made of, now that the coefficient is known.
+    """
+
+    draft: Draft
+    file: int
+    info: TensorInfo
+    place: Place | None
+    coefficient: float
+    pieces: tuple[Piece, ...]
+
+    @property
+    def name(self) -> str:
+        """The output's name for it."""
+        return self.draft.name
+
+    @property
+    def values(self) -> Values:
+        """The method's parameters for it."""
+        return self.draft.values
+
+    @property
+    def in_float64(self) -> bool:
+        """Whether its arithmetic runs in float64, because an input does; else in float32."""
+        return self.draft.in_float64
+
+    def shape_of(self, piece: Piece) -> tuple[int, ...]:
+        """The shape of a piece: the tensor's, or that of its first rows where only these are merged."""
+        shape = self.info.shape
+        if piece.numel == self.info.numel:
+            return tuple(shape)
+        axis = next(axis for axis, size in enumerate(shape) if size != 1)
+        return (*shape[:axis], piece.numel // math.prod(shape[axis + 1 :]), *shape[axis + 1 :])
+
+    @property
+    def edited(self) -> bool:
+        """Whether any entry is computed; otherwise all are copied (or cast)."""
+        return any(piece.models for piece in self.pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class Norms:
+    """What `alpha: auto` rests on: L1 norms over the whole model, in float64.
+
+    Attributes:
+        total: of the sum of all task vectors, without weights.
+        merged: of the merged task vector, before lambda and gamma.
+        models: N.
+    """
+
+    total: float
+    merged: float
+    models: int
+
+    @property
+    def alpha(self) -> float:
+        """`(1/N) * norm1(sum of tau_i) / norm1(tau_merged)`, LiNeS's heuristic for many tasks (arXiv 2410.17146)."""
+        return 1 / self.models * (self.total / self.merged)
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What was measured of the numbers in the inputs.
+
+    Attributes:
+        thresholds: (model, tensor, or None for all of them) -> the magnitudes that the sparsifier asked for: the least
+            that is kept, and perhaps the greatest.
+        kept: for each model, how many entries are kept, and of how many; empty where that was not counted.
+        majority: the sign that most elections gave.
+        l1: tensor -> for each model the L1 norm of its task vector, before and after entries were dropped.
+        products: tensor -> two models' dot product and squared L2 norms.
+        norms: for `alpha: auto`.
+    """
+
+    thresholds: Mapping[tuple[int, str | None], Bounds] = field(default_factory=dict)
+    kept: tuple[tuple[int, int], ...] = ()
+    majority: int = 1
+    l1: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
+    products: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
+    norms: Norms | None = None
+
+    def told(self) -> dict[str, Any]:
+        """All of it as JSON has it, every number exactly."""
+        return {
+            "thresholds": [[*key, value] for key, value in self.thresholds.items()],
+            "kept": self.kept,
+            "majority": self.majority,
+            "l1": self.l1,
+            "products": self.products,
+            "norms": self.norms and [self.norms.total, self.norms.merged, self.norms.models],
+        }
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any], models: int) -> Statistics:
+        """What `told` gave, of so many models.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError: it gave something else.
+        """
+        found = cls(
+            {(model, tensor): tuple(map(_number_or_none, bounds)) for model, tensor, bounds in told["thresholds"]},
+            tuple((kept, of) for kept, of in told["kept"]),
+            told["majority"],
+            {
+                name: tuple((_number(before), _number(after)) for before, after in sums)
+                for name, sums in told["l1"].items()
+            },
+            {name: (_number(a), _number(b), _number(c)) for name, (a, b, c) in told["products"].items()},
+            Norms(*map(_number, told["norms"])) if told["norms"] else None,
+        )
+        counted = [number for pair in found.kept for number in pair]
+        if (
+            any(
+                type(m) is not int or not 0 <= m < models or type(t) not in (str, NoneType) for m, t in found.thresholds
+            )
+            or any(type(number) is not int or number < 0 for number in counted)
+            or len(found.kept) not in (0, models)
+            or type(found.majority) is not int
+            or found.majority not in (-1, 0, 1)
+            or any(len(sums) != models for sums in found.l1.values())
+            or (found.norms is not None and found.norms.models != models)
+        ):
+            raise ValueError(told)
+        return found
+
+
+def _number_or_none(value: Any) -> Any:
+    return None if value is None else _number(value)
+
+
+def _number(value: Any) -> Any:
+    """It, a number.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if type(value) not in (int, float):
+        raise TypeError(value)
+    return value
+
+
+NOTHING_MEASURED = Statistics()
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Which statistics a plan needs before it can be carried out."""
+
+    thresholds: bool = False
+    l1: bool = False
+    products: bool = False
+    majority: bool = False
+    norms: bool = False
+
+    def __bool__(self) -> bool:
+        return self.thresholds or self.l1 or self.products or self.majority or self.norms
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about a run but the numbers in the tensors.
+
+    Attributes:
+        recipe: what was asked.
+        sides: the opened inputs.
+        inputs: every file that is read: the base's, then the models'.
+        output: the destination, a folder or one file.
+        outputs: the weight files to write.
+        tensors: every output tensor, in file order.
+        depth: stacks and places.
+        rules: what decided the coefficients.
+        needs: what is still to be measured.
+        statistics: what was measured.
+        sidecars: the other files of an output folder; empty for a single file.
+        notes: what a person should know of how disagreements were settled.
+        rows: numbers of vocabulary rows that became another number.
+    """
+
+    recipe: Recipe
+    sides: Sides
+    inputs: tuple[Path, ...]
+    output: Path
+    outputs: tuple[OutputFile, ...]
+    tensors: tuple[TensorPlan, ...]
+    depth: DepthMap
+    rules: Rules
+    needs: Needs
+    statistics: Statistics
+    sidecars: tuple[Sidecar, ...]
+    notes: tuple[str, ...]
+    rows: Mapping[int, int]
+
+    @property
+    def read_paths(self) -> tuple[Path, ...]:
+        """Everything the output must not replace: the inputs as they were named, and all their files."""
+        return (*(checkpoint.path for checkpoint in self.sides.checkpoints), *self.inputs)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Every file that is written, by its name relative to the destination."""
+        return frozenset((*(file.name for file in self.outputs), *(sidecar.name for sidecar in self.sidecars)))
+
+    @property
+    def stamps(self) -> tuple[Stamp, ...]:
+        """The state that each of `inputs` was in when it was planned with."""
+        return tuple(stamp for checkpoint in self.sides.checkpoints for stamp in checkpoint.stamps)
+
+    @property
+    def alpha(self) -> float | None:
+        """The first coefficient of the schedule; None where there is none, or it is yet to be measured."""
+        if self.recipe.lines is None or isinstance(self.recipe.lines.schedule, tuple):
+            return None
+        return _known(self.rules.schedule.first)
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """What is measured, pass by pass over everything that is merged. A pass for thresholds has to be made again
+        where the sample that said where to look was no good one.
+        """
+        needs = self.needs
+        found = ["thresholds"] if needs.thresholds else []
+        found += ["L1 norms"] if needs.l1 else []
+        found += ["angles"] if needs.products else []
+        last = [word for word, needed in (("signs", needs.majority), ("norms", needs.norms)) if needed]
+        return (*found, " and ".join(last)) if last else tuple(found)
+
+    @property
+    def trims_globally(self) -> bool:
+        """Whether there is one threshold for all of a model's tensors."""
+        return any(self._of_model(tensor) for tensor in self.tensors if tensor.edited)
+
+    def _of_model(self, tensor: TensorPlan) -> bool:
+        """Whether the thresholds for a tensor are those of the whole model."""
+        sparsifier = self.recipe.method.sparsifier
+        return isinstance(sparsifier, ByMagnitude) and sparsifier.of_model(tensor.values)
+
+    @cached_property
+    def number_of_models(self) -> int:
+        """N: how many models are merged."""
+        return len(self.recipe.merged)
+
+    def keywords(self, tensor: TensorPlan, *, majority: int | None = None) -> Values:
+        """The keywords of the method's function for a tensor.
+
+        Args:
+            tensor: which.
+            majority: the sign of the majority, in place of the one that was measured.
+        """
+        measured = self.measured(tensor)
+        if majority is not None:
+            measured = replace(measured, majority=majority)
+        return self.recipe.method.keywords(tensor.values, measured)
+
+    def measured(self, tensor: TensorPlan) -> Measured:
+        """What was measured for a tensor's merge."""
+        found, name = self.statistics, tensor.name
+        if found is NOTHING_MEASURED:
+            return Measured()
+        thresholds: tuple[Bounds, ...] = ()
+        if found.thresholds:
+            whole = None if self._of_model(tensor) else name
+            thresholds = tuple(found.thresholds.get((model, whole), ()) for model in range(self.number_of_models))
+        products = found.products.get(name, (0.0, 0.0, 0.0))
+        return Measured(thresholds, found.majority, found.l1.get(name, ()), products)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensor data read from the inputs by the last pass, the one that writes."""
+        return _bytes_of(piece for tensor in self.tensors for piece in tensor.pieces)
+
+    @property
+    def bytes_measured(self) -> int:
+        """Bytes of tensor data that one measuring pass reads."""
+        return _bytes_of(piece for tensor in self.tensors for piece in tensor.pieces if piece.models)
+
+    @cached_property
+    def room(self) -> Room:
+        """What one entry takes of a worker's buffers."""
+        models = self.number_of_models
+        stored, written = self.widths
+        method = self.recipe.method
+        temporaries = 0 if models == 1 else method.temporaries
+        temporaries += models if isinstance(method.sparsifier, Drawn) else 0
+        temporaries += 2 * models + 1 if self.needs.thresholds else 0  # how far magnitudes are from a window
+        return Room(stored, written, 8 if self.in_float64 else 4, models + 1, temporaries)
+
+    def buffer_bytes(self, resources: Resources) -> int:
+        """Bytes of the workers' buffers on the CPU: an input and the output as they are stored, and what the arithmetic
+        needs.
+        """
+        models = self.number_of_models
+        counts = models * BYTES_COUNTING if self.needs.thresholds else 0
+        buffers = resources.threads * (resources.chunk_for(self.room) * self.room.nbytes() + counts)
+        return buffers + self.whole_bytes(resources.threads)
+
+    def whole_bytes(self, workers: int) -> int:
+        """Bytes that whole tensors take at most, where the method sees tensors whole: each worker makes one, the
+        largest there are, from all models' and in what space the method needs; and as many results are kept.
+        """
+        method = self.recipe.method
+        if method.sees == "entries":
+            return 0
+        each = [
+            piece.numel * (8 if tensor.in_float64 else 4) * (self.number_of_models + 2)
+            + method.workspace(tensor.shape_of(piece))
+            for tensor in self.tensors
+            for piece in tensor.pieces
+            if piece.models
+        ]
+        return sum(sorted(each, reverse=True)[:workers])
+
+    @cached_property
+    def in_float64(self) -> bool:
+        """Whether any of its arithmetic runs in float64."""
+        return any(tensor.in_float64 for tensor in self.tensors)
+
+    @cached_property
+    def widths(self) -> tuple[int, int]:
+        """Bytes of the widest entry that is read, and of the widest that is written."""
+        read = {itemsize(source.dtype) for t in self.tensors for p in t.pieces for source in p.sources}
+        return max(read, default=0), max((itemsize(tensor.info.dtype) for tensor in self.tensors), default=0)
+
+    def peak_memory(self, resources: Resources) -> int:
+        """About how much resident memory a run takes at most, in bytes, on the CPU.
+
+        Python with torch imported (measured with torch's CPU build), the plan (measured, per tensor), the buffers.
+        """
+        return _PYTHON_WITH_TORCH + _PER_TENSOR * len(self.tensors) + self.buffer_bytes(resources)
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of the output's weight files."""
+        return sum(file.nbytes for file in self.outputs)
+
+    def coefficients(self) -> list[tuple[str, list[float]]]:
+        """Each stack's name, and the coefficient of each of its layers (filters apart)."""
+        return layer_coefficients(self.recipe, self.rules, self.depth)
+
+    def outside(self) -> tuple[float, float]:
+        """The coefficients outside the blocks, before and behind them (filters apart)."""
+        return outside_coefficients(self.recipe, self.rules)
+
+    def filters(self) -> list[tuple[str, float]]:
+        """The patterns that fix coefficients, and the coefficient of each."""
+        scale = _lambda(self.recipe, 0.0)
+        return [(pattern, scale * value) for pattern, value in self.rules.filters]
+
+    @property
+    def parameters(self) -> int:
+        """Entries of all output tensors."""
+        return sum(tensor.info.numel for tensor in self.tensors)
+
+    def map(self) -> list[dict[str, Any]]:
+        """Every output tensor's stack (None outside the blocks), layer and coefficient, as plain values."""
+        return [
+            {
+                "name": tensor.name,
+                "stack": tensor.place.stack if tensor.place else None,
+                "index": tensor.place.index if tensor.place else None,
+                "coefficient": _known(tensor.coefficient),
+            }
+            for tensor in self.tensors
+        ]
+
+    def models(self) -> list[dict[str, Any]]:
+        """Every merged model's name, the span of each parameter that models have, and the share of entries kept."""
+        per_model = [key for key, known in self.recipe.method.parameters.items() if known.per_model]
+        kept = self.statistics.kept
+        return [
+            {
+                "model": source.model,
+                **{key: self._span([values[key][model] for values in self._values]) for key in per_model},
+                "kept": kept[model][0] / kept[model][1] if kept and kept[model][1] else None,
+                "norm": None,
+            }
+            for model, source in enumerate(self.recipe.merged)
+        ]
+
+    def settings(self) -> dict[str, Any]:
+        """The method's parameters that are said of all models, those that the recipe says: a value, or its span."""
+        said = [key for key in self.recipe.method.parameters if key in self.recipe.parameters]
+        values = {key: [values[key] for values in self._values] for key in said}
+        spans = {key: self._span(found) for key, found in values.items() if not isinstance(found[0], tuple)}
+        return {key: span[0] if span and span[0] == span[-1] else span for key, span in spans.items()}
+
+    @cached_property
+    def _values(self) -> list[Values]:
+        """The different parameters that tensors have."""
+        paired = (tensor.draft for tensor in self.tensors if tensor.draft.paired)
+        return list({id(draft.values): draft.values for draft in paired}.values()) or [self.recipe.values("", 0.0)]
+
+    @staticmethod
+    def _span(values: list[Any]) -> list[Any] | None:
+        """The least and the greatest; of words and flags the one there is."""
+        told = [value for value in values if value is not None]
+        if not told:
+            return None
+        return told[:1] if isinstance(told[0], (str, bool)) else [min(told), max(told)]
+
+    def summary(self) -> dict[str, Any]:
+        """The plan in numbers, as plain values that JSON can hold (docs/json.md describes them)."""
+
+        def counts(tensors: Iterable[TensorPlan]) -> dict[str, int]:
+            numels = [tensor.info.numel for tensor in tensors]
+            return {"tensors": len(numels), "parameters": sum(numels)}
+
+        by_stack: dict[str | None, list[TensorPlan]] = defaultdict(list)
+        for tensor in self.tensors:
+            by_stack[tensor.place.stack if tensor.place else None].append(tensor)
+        norms = self.statistics.norms
+        return {
+            "output": str(self.output),
+            "files": [file.name for file in self.outputs],
+            "recipe": self.recipe.model_dump(mode="json", exclude_none=True),
+            "models": self.models(),
+            "parameters": self.settings(),
+            "alpha": self.alpha,
+            "norms": {"sum": norms.total, "merged": norms.merged} if norms else None,
+            "stacks": [
+                {
+                    "name": name,
+                    "layers": len(values),
+                    "first": _known(values[0]),
+                    "last": _known(values[-1]),
+                    "coefficients": [_known(value) for value in values],
+                    **counts(by_stack[name]),
+                }
+                for name, values in self.coefficients()
+            ],
+            "outside": {
+                **dict(zip(("first", "last"), map(_known, self.outside()), strict=True)),
+                **counts(by_stack[None]),
+            },
+            "filters": [
+                {
+                    "pattern": pattern,
+                    "coefficient": value,
+                    **counts(t for t in self.tensors if t.draft.filter == pattern),
+                }
+                for pattern, value in self.filters()
+            ],
+            "edited": counts(tensor for tensor in self.tensors if tensor.edited),
+            "copied": counts(tensor for tensor in self.tensors if not tensor.edited),
+            "bytes": {"read": self.bytes_read, "written": self.bytes_written},
+            "passes": [{"measures": what, "bytes": self.bytes_measured} for what in self.passes],
+            "notes": list(self.notes),
+        }
+
+
+def layer_coefficients(recipe: Recipe, rules: Rules, depth: DepthMap) -> list[tuple[str, list[float]]]:
+    """Each stack's name, and the coefficient of each of its layers (filters apart); NaN where alpha is not known."""
+    return [
+        (
+            stack.name,
+            [
+                rules.inside_value(
+                    stack.name, index, stack.layers, scale=_lambda(recipe, position(index, stack.layers))
+                )
+                for index in range(stack.layers)
+            ],
+        )
+        for stack in depth.stacks
+    ]
+
+
+def outside_coefficients(recipe: Recipe, rules: Rules) -> tuple[float, float]:
+    """The coefficients outside the blocks, before and behind them (filters apart)."""
+    scale = _lambda(recipe, 0.0)
+    return rules.outside_value("before", scale=scale), rules.outside_value("after", scale=scale)
+
+
+def _lambda(recipe: Recipe, at: float) -> float:
+    """The scale of what is merged, at a place in the depth, 0 to 1."""
+    return recipe.method.scale_of(recipe.values("", at))
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _bytes_of(pieces: Iterable[Piece]) -> int:
+    return sum(piece.numel * itemsize(source.dtype) for piece in pieces for source in piece.sources)
+
+
+BYTES_COUNTING = 6 * 2**20
+"""What a worker takes for each model whose magnitudes it counts."""
+
+_PYTHON_WITH_TORCH = 250_000_000  # resident, with all that lines imports
+_PER_TENSOR = 3_000

@@ -1,0 +1,228 @@
+"""Headers in, drafts out: what every output tensor will be made of, before its coefficient and its place are known."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+from lines_cli.checkpoint.header import EXACT_DTYPES, TensorInfo, itemsize
+from lines_cli.checkpoint.reader import no_collecting
+from lines_cli.errors import MismatchError, RecipeError, printable, some
+from lines_cli.methods import Values
+from lines_cli.plan.match import Names, Sides, is_vocabulary, tied_embedding
+from lines_cli.recipe.schema import Recipe
+from lines_cli.scaling.find_depth import DepthMap, Place
+from lines_cli.scaling.schedule import Rules
+
+STORED = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""Float dtypes as recipes and configs name them, and as safetensors does."""
+
+
+class Slice(NamedTuple):
+    """A run of entries in an input: which file (a number into `Plan.inputs`), where its bytes start, and how to
+    read them.
+    """
+
+    file: int
+    offset: int
+    dtype: str
+
+
+class Piece(NamedTuple):
+    """A run of entries of one output tensor, made by one operation.
+
+    Either they are a copy, cast to the output dtype; or they are merged: `base + coefficient * merged task vector`, or,
+    without a base, the merged weights.
+
+    Attributes:
+        start: the first entry, within the output tensor.
+        numel: how many.
+        copy: where the entries come from as they are.
+        base, models: where those come from that are merged, the models in recipe order.
+        compare: of a copy: where the same entries are expected to stand, too.
+    """
+
+    start: int
+    numel: int
+    copy: Slice | None = None
+    base: Slice | None = None
+    models: tuple[Slice, ...] = ()
+    compare: tuple[Slice, ...] = ()
+
+    @property
+    def sources(self) -> tuple[Slice, ...]:
+        """Everything that is read for it."""
+        single = (self.copy,) if self.copy is not None else ()
+        return (*single, *((self.base,) if self.base is not None else ()), *self.models, *self.compare)
+
+
+class Draft(NamedTuple):
+    """An output tensor before its place in a file is known; `misfit` says why it cannot be made."""
+
+    name: str
+    counts_as: str  # the name that decides its coefficient and parameters: its own, or the embedding's it is tied to
+    values: Values  # the method's parameters for it
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...] = ()
+    filter: str | None = None  # the pattern that decides its coefficient, if one does
+    in_float64: bool = False  # whether it is computed in float64, because an input is stored so
+    rows: tuple[frozenset[int], int] | None = None  # numbers of vocabulary rows, where they differ: others', the kept
+    paired: bool = True  # whether all inputs have it; otherwise it is a copy of the one that does
+    misfit: str | None = None
+
+
+@no_collecting()
+def draft_tensors(
+    recipe: Recipe, sides: Sides, depth: DepthMap, rules: Rules, rows: Mapping[str, Names]
+) -> list[Draft]:
+    """What makes each output tensor. Those whose shapes or dtypes differ, and of which the recipe does not say what to
+    do, are misfits (`refuse_misfits`).
+
+    Raises:
+        RecipeError: a filter matches no tensor.
+    """
+    refuse_idle_filters(rules, rows)
+    held, first_file = [], 0
+    for checkpoint in sides.checkpoints:
+        held.append((checkpoint.tensors, first_file))
+        first_file += len(checkpoint.files)
+    config = sides.config_of(sides.lead)
+    values_for = TensorValues(recipe, depth)
+
+    drafts = []
+    for name, row in rows.items():
+        place = depth.places.get(name)
+        # A head that is tied to its embedding is one weight with it, and has one coefficient.
+        embedding = tied_embedding(name, sides.leading, config) if place is None else None
+        counts_as = name if embedding is None else embedding
+        slices, infos = [], []
+        for (tensors, first_file), there in zip(held, row):  # noqa: B905 - as many by `Names`; strictness takes time
+            if there is not None:
+                file, info = tensors[there]
+                slices.append(Slice(first_file + file, info.offset, info.dtype))
+                infos.append(info)
+        drafts.append(
+            _draft_one(
+                recipe,
+                sides,
+                (name, counts_as, values_for(counts_as)),
+                tuple(slices),
+                infos,
+                decided_by=rules.filter_of(counts_as),
+                may_resize=place is None and is_vocabulary(name),
+            )
+        )
+    for key, parameter in recipe.method.parameters.items():
+        silent = [draft.name for draft in drafts if parameter.required and draft.paired and draft.values[key] is None]
+        if silent:
+            raise RecipeError(
+                f"parameters.{key} says nothing of {len(silent):,} tensors, such as {printable(silent[0])}",
+                hint="Add `- value: NUMBER` as its last entry, for all that no filter matches.",
+            )
+    return drafts
+
+
+def refuse_misfits(drafts: Sequence[Draft], sides: Sides) -> None:
+    """Refuse inputs that do not fit together.
+
+    Raises:
+        MismatchError: names every misfit.
+    """
+    misfits = [f"{printable(draft.name)}: {draft.misfit}" for draft in drafts if draft.misfit]
+    if misfits:
+        between = " and ".join(checkpoint.name for checkpoint in sides.checkpoints)
+        said = "--resize ft or --resize base" if sides.of_an_edit else "resize: base or resize: ft in the recipe"
+        raise MismatchError(
+            f"{len(misfits):,} tensor(s) do not fit between {between} "
+            f"({'base first' if sides.has_base else 'in that order'}):\n{some(misfits)}",
+            hint=f"Rows of token embeddings and their heads can be settled with {said}; "
+            "any other difference means that the fine-tune is of another model, or its module was replaced.",
+        )
+
+
+def refuse_idle_filters(rules: Rules, names: Collection[str]) -> None:
+    """Refuse a filter of coefficients that says nothing.
+
+    Raises:
+        RecipeError: it matches none of the tensor names.
+    """
+    for pattern, _ in rules.filters:
+        if pattern != "*" and not any(pattern in name for name in names):
+            such_as = f", such as {printable(next(iter(names)))}" if names else ""
+            raise RecipeError(f"lines.filter: {pattern!r} matches none of {len(names):,} tensor names{such_as}")
+
+
+class TensorValues:
+    """The method's parameters by tensor; tensors for which they are the same share one value."""
+
+    def __init__(self, recipe: Recipe, depth: DepthMap) -> None:
+        self._recipe, self._depth, self._filters = recipe, depth, sorted(recipe.filters)
+        self._known: dict[tuple[Place | None, tuple[bool, ...]], Values] = {}
+
+    def __call__(self, name: str) -> Values:
+        key = (self._depth.places.get(name), tuple([part in name for part in self._filters]))
+        values = self._known.get(key)
+        if values is None:
+            values = self._known[key] = self._recipe.values(name, self._depth.position_of(name))
+        return values
+
+
+def _draft_one(
+    recipe: Recipe,
+    sides: Sides,
+    begun: tuple[str, str, Values],
+    slices: tuple[Slice, ...],
+    infos: Sequence[TensorInfo],
+    *,
+    decided_by: str | None,
+    may_resize: bool,
+) -> Draft:
+    """One draft: of the sides that have the tensor (`slices` and `infos` are theirs), what they hold put together."""
+    if len(infos) < len(sides.checkpoints):  # not merged: as it is in the first that has it
+        info, whole = infos[0], Piece(0, infos[0].numel, copy=slices[0])
+        return Draft(*begun, _written_as(recipe, info.dtype), info.shape, (whole,), paired=False)
+    lead = infos[sides.lead]
+    dtype = _written_as(recipe, lead.dtype)
+    base, models = (slices[0], slices[1:]) if sides.has_base else (None, slices)
+    if not [info for info in infos if info.shape != lead.shape or info.dtype != lead.dtype]:
+        whole = Piece(0, lead.numel, None, base, models)
+        return Draft(*begun, dtype, lead.shape, (whole,), decided_by, lead.dtype == "F64")
+
+    dtypes = dict.fromkeys(info.dtype for info in infos)
+    in_float64 = "F64" in dtypes
+    if len(dtypes) > 1 and not EXACT_DTYPES.isdisjoint(dtypes):
+        misfit = f"{' and '.join(dtypes)}, of which one cannot be computed with"
+        return Draft(*begun, dtype, lead.shape, filter=decided_by, misfit=misfit)
+    if len({info.shape for info in infos}) == 1:
+        whole = Piece(0, lead.numel, base=base, models=models)
+        return Draft(*begun, dtype, lead.shape, (whole,), decided_by, in_float64)
+
+    misfit = " and ".join(str(list(info.shape)) for info in infos)
+    axis = _row_axis([info.shape for info in infos]) if may_resize else None
+    if axis is None or recipe.resize == "error":
+        if axis is not None:
+            misfit += f", which {'--resize' if sides.of_an_edit else 'resize:'} would settle"
+        return Draft(*begun, dtype, lead.shape, filter=decided_by, misfit=misfit)
+    keeping = 0 if recipe.resize == "base" else len(slices) - len(models)
+    kept, source = infos[keeping], slices[keeping]
+    shared = min(info.numel for info in infos)
+    pieces = [Piece(0, shared, base=base, models=models)]
+    if kept.numel > shared:  # rows that only the kept side surely has: as they are there
+        rest = Slice(source.file, source.offset + shared * itemsize(source.dtype), source.dtype)
+        pieces.append(Piece(shared, kept.numel - shared, copy=rest))
+    others = frozenset(info.shape[axis] for info in infos if info.shape != kept.shape)
+    return Draft(*begun, dtype, kept.shape, tuple(pieces), decided_by, in_float64, (others, kept.shape[axis]))
+
+
+def _written_as(recipe: Recipe, dtype: str) -> str:
+    """What entries stored so are stored as in the output."""
+    return STORED[recipe.dtype] if recipe.dtype and dtype not in EXACT_DTYPES else dtype
+
+
+def _row_axis(shapes: Sequence[tuple[int, ...]]) -> int | None:
+    """The one axis on which shapes differ, if only ones stand before it: then rows are runs of entries."""
+    if len({len(shape) for shape in shapes}) != 1:
+        return None
+    differing = [axis for axis, sizes in enumerate(zip(*shapes, strict=True)) if len(set(sizes)) > 1]
+    return differing[0] if len(differing) == 1 and all(n == 1 for n in shapes[0][: differing[0]]) else None

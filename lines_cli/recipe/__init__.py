@@ -1,0 +1,1 @@
+"""What is asked: YAML and plain values, read, checked and frozen."""

@@ -1,0 +1,409 @@
+"""What was asked, as one frozen value, and what of it is impossible whatever the checkpoints hold.
+
+The keys are mergekit's where mergekit has them; `lines:` adds the scaling over depth. One fine-tune on one base is
+task arithmetic with one task vector, so that is what an edit's recipe says.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from decimal import Decimal
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
+
+from lines_cli.errors import RecipeError
+from lines_cli.methods import Method, Said, Values, find_method
+from lines_cli.methods.parameters import MOST_RULES, evaluate, filters_of
+from lines_cli.scaling.find_depth import DepthMap
+from lines_cli.scaling.schedule import Constant, Linear, Listed, Outside, Power, Rules, Schedule
+from lines_cli.storage.digest import FileRecord
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    **{f"{p}B": 1000**n for n, p in enumerate("KMGT", 1)},
+    **{f"{p}IB": 1024**n for n, p in enumerate("KMGT", 1)},
+}
+
+
+def parse_size(text: str | int) -> int:
+    """`5GB` -> 5_000_000_000. KB, MB, GB, TB are decimal, as everywhere on the Hub; KiB to TiB are binary."""
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?)\s*([A-Za-z]*)", str(text).strip())
+    if (
+        match is None
+        or match[2].upper() not in _UNITS
+        or not (size := int(Decimal(match[1]) * _UNITS[match[2].upper()]))
+    ):
+        raise ValueError("a size is written 5GB, 500MB, or as a number of bytes")
+    return size
+
+
+Size = Annotated[int, BeforeValidator(parse_size)]
+
+
+def _no_flag(value: Any) -> Any:
+    if isinstance(value, bool):  # YAML reads yes, no, on and off as these, and Python reads these as 1 and 0
+        raise ValueError("expected a number")
+    return value
+
+
+Finite = Annotated[float, BeforeValidator(_no_flag), Field(allow_inf_nan=False)]
+DtypeName = Literal["float64", "float32", "float16", "bfloat16"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+Fixed = Literal["keep", "base"]
+_FIXED = {"keep": 1.0, "base": 0.0}
+
+
+def parse_schedule(value: Any) -> Any:
+    """`linear`, `constant`, `power:2`; or a list of numbers, also as `0.1,0.6,1.0`."""
+    if isinstance(value, str) and value in ("linear", "constant"):
+        return value
+    try:
+        if isinstance(value, str) and value.startswith("power:"):
+            if 0 < float(value.removeprefix("power:")) < float("inf"):
+                return value
+        else:
+            if isinstance(value, (str, int, float)):
+                value = str(value).split(",")
+            parts = () if isinstance(value, (dict, set, bytes)) else value
+            numbers = tuple(float(_no_flag(part)) for part in parts)
+            if numbers and all(map(math.isfinite, numbers)):
+                return numbers
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(
+        "a schedule is linear, constant, power:P with P above 0, or a list of coefficients as in 0.1,0.6,1"
+    )
+
+
+def _parse_stack(value: Any) -> Any:
+    if isinstance(value, (dict, Ends)) or (isinstance(value, str) and value in _FIXED):
+        return value
+    raise ValueError("a stack is keep, base, or its alpha and beta, as in --stack NAME=0.1,0.9")
+
+
+def _finite(value: Any, expected: str) -> float:
+    try:
+        if math.isfinite(number := float(_no_flag(value))):
+            return number
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(expected)
+
+
+def _parse_filter(value: Any) -> Any:
+    if isinstance(value, str) and value in _FIXED:
+        return value
+    return _finite(value, "a filter gives a number, keep or base")
+
+
+def _named(key: str) -> str:
+    if not key:
+        raise ValueError("an empty name would match everything; say * for that")
+    return key
+
+
+class Ends(_Part):
+    """A stack's own alpha and beta."""
+
+    alpha: Finite
+    beta: Finite = Field(default_factory=lambda given: 1 - given["alpha"])
+
+
+Auto = Literal["auto"]
+
+
+def _parse_alpha(value: Any) -> float | Auto:
+    if value == "auto":
+        return "auto"
+    return _finite(value, "expected a finite number, or auto")
+
+
+class Scaling(_Part):
+    """The `lines:` key: how the task vector is scaled over depth.
+
+    Attributes:
+        alpha, beta: the coefficient of the first layer, and what depth adds to it. `auto` is the paper's heuristic for
+            many tasks, `(1/N) * norm1(sum of tau_i) / norm1(tau_merged)`, measured. Only a schedule that lists its
+            coefficients needs no beta.
+        gamma: multiplies what a schedule gives.
+        schedule: `linear`, `power:P`, `constant`, or the coefficients themselves, first layer to last.
+        outside: what tensors outside the blocks get (`Rules.outside`).
+        layers: a regular expression that overrules the detection of depth (`find_depth`).
+        stacks: a stack by its name, or any part of it that names no other: `keep` (coefficient 1), `base` (0), or ends
+            of its own.
+        filter: part of a tensor's name -> coefficient; the first that matches has the last word.
+    """
+
+    alpha: Annotated[float | Auto, PlainValidator(_parse_alpha)] = "auto"
+    beta: Finite | None = None
+    gamma: Finite = 1.0
+    schedule: Annotated[str | tuple[Finite, ...], BeforeValidator(parse_schedule)] = "linear"
+    outside: Outside = "alpha"
+    layers: str | None = None
+    stacks: dict[str, Annotated[Fixed | Ends, BeforeValidator(_parse_stack)]] = Field(
+        default_factory=dict, max_length=MOST_RULES
+    )
+    filter: dict[Annotated[str, AfterValidator(_named)], Annotated[Fixed | Finite, BeforeValidator(_parse_filter)]] = (
+        Field(default_factory=dict, max_length=MOST_RULES)
+    )
+
+    @model_validator(mode="after")
+    def _one_way_to_say_it(self) -> Scaling:
+        if isinstance(self.schedule, tuple):
+            if named := sorted({"alpha", "beta"} & self.model_fields_set):
+                raise ValueError(
+                    f"the schedule lists the coefficients themselves; {' and '.join(named)} cannot be given too"
+                )
+            if any(isinstance(value, Ends) for value in self.stacks.values()):
+                raise ValueError(
+                    "with a schedule that lists coefficients, a stack can be keep or base, not alpha and beta"
+                )
+        elif self.beta is None:
+            raise ValueError("beta is missing: how much the coefficient grows from the first layer to the last")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_does_not_apply(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = serialize(self)
+        unsaid = {"alpha", "beta"} if isinstance(self.schedule, tuple) else set()
+        unsaid |= {key for key in ("stacks", "filter") if not values[key]}
+        return {key: value for key, value in values.items() if key not in unsaid}
+
+    @property
+    def needs_alpha(self) -> bool:
+        """Whether alpha has to be measured."""
+        return self.alpha == "auto" and not isinstance(self.schedule, tuple)
+
+    @property
+    def needs_depth(self) -> bool:
+        """Whether it matters where a tensor stands at all."""
+        return bool(self.stacks) or self.outside != "alpha" or not self._schedule(0.0, self.beta or 0.0).flat
+
+    def rules(self, depth: DepthMap, *, alpha: float | None = None) -> Rules:
+        """What decides every coefficient, for the stacks of a model.
+
+        Args:
+            depth: the stacks.
+            alpha: what `auto` was measured to be; where it was not, coefficients that rest on it are NaN.
+
+        Raises:
+            RecipeError: `stacks` names a stack that is not there, or several at once.
+        """
+        first = math.nan if alpha is None else alpha
+        first = first if isinstance(self.alpha, str) else self.alpha
+        stacks: dict[str, Schedule | float] = {}
+        for part, value in self.stacks.items():
+            name = depth.select(part)
+            if name in stacks:
+                raise RecipeError(f"stack {part!r} is {name!r}, which is named already", hint="Name each stack once.")
+            stacks[name] = self._schedule(value.alpha, value.beta) if isinstance(value, Ends) else _FIXED[value]
+        filters = tuple(
+            (part, _FIXED[value] if isinstance(value, str) else value) for part, value in self.filter.items()
+        )
+        schedule = self._schedule(first, self.beta or 0.0)
+        return Rules(schedule, self.gamma, self.outside, stacks, filters)
+
+    def _schedule(self, alpha: float, beta: float) -> Schedule:
+        if isinstance(self.schedule, tuple):
+            return Listed(self.schedule)
+        if self.schedule == "constant":
+            return Constant(alpha, beta)
+        if self.schedule.startswith("power:"):
+            return Power(alpha, beta, float(self.schedule.removeprefix("power:")))
+        return Linear(alpha, beta)
+
+
+def _a_name(name: str) -> str:
+    if not name or "\0" in name:
+        raise ValueError("expected a path or a Hub id")
+    return name
+
+
+InputName = Annotated[str, AfterValidator(_a_name)]
+
+
+class Source(_Part):
+    """One entry of `models:`.
+
+    Attributes:
+        model: a path or a Hub id.
+        parameters: what its method is told of this model, before what stands at the top.
+        layer_range: of a source of mergekit's `slices`; only a whole stack can be meant.
+    """
+
+    model: InputName
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    layer_range: tuple[int, int] | None = Field(default=None, exclude=True)
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_said(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in serialize(self).items() if key == "model" or value}
+
+
+def _parse_record(value: Any) -> FileRecord:
+    if isinstance(value, dict) and value.keys() == {"bytes", "digest"}:
+        nbytes, digest = value["bytes"], value["digest"]
+        if type(nbytes) is int and nbytes >= 0 and isinstance(digest, str):
+            return FileRecord(nbytes, digest)
+    raise ValueError("expected what lines writes of a file, {bytes: NUMBER, digest: TEXT}")
+
+
+Like = Literal["base", "ft"]
+
+
+class Recipe(_Part):
+    """One result: the inputs, the method, the scaling, and how disagreements between the inputs are settled.
+
+    Attributes:
+        merge_method: the name of a method (`lines_cli.methods.find_method`).
+        base_model: the pre-trained checkpoint: a path or a Hub id, `org/name[@revision]`. Methods that take whole
+            weights need it for `lines:` alone.
+        models: the fine-tunes, in the order of every sum.
+        parameters: the method's, for all models.
+        lines: the scaling over depth; without it the merged task vector is scaled by the method's own parameter alone.
+        dtype: what every float tensor is written as; None keeps what the input has that the output is like.
+        tokenizer_source, chat_template: `base`, or one of the models; None takes the input that the output is like.
+        like: which input gives the output its names, dtypes, integer tensors, config and other files: the `base`
+            (the first model where there is none), or the (first) fine-tune.
+        missing: a tensor that some inputs lack is an `error`; taken as it is if a fine-tune has it (`ft`); a `copy` of
+            whichever has it, the base before the models; or left out (`skip`).
+        resize: token embeddings and heads with differing numbers of rows are an `error`, or take the rows of the
+            (first) fine-tune (`ft`) or the `base`.
+        allow_nonfinite: let NaN and Inf through.
+        max_shard_size: bytes of tensors per file of the output folder.
+        output: the destination, unless the command line names another.
+        run, inputs, files: of an output's own recipe: which run it was, what it read, and what it wrote into each
+            of its files. They play no part in the result.
+        notes: what a person should know of how the recipe was read.
+    """
+
+    merge_method: str = "task_arithmetic"
+    base_model: InputName | None = None
+    models: tuple[Source, ...] = Field(min_length=1, max_length=MOST_RULES)
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    lines: Scaling | None = None
+    dtype: DtypeName | None = None
+    tokenizer_source: str | None = None
+    chat_template: str | None = None
+    like: Like = "base"
+    missing: Literal["error", "ft", "copy", "skip"] = "error"
+    resize: Literal["error", "ft", "base"] = "error"
+    allow_nonfinite: bool = False
+    max_shard_size: Size = parse_size("5GB")
+    output: InputName | None = Field(default=None, exclude=True)
+    run: str | None = Field(default=None, exclude=True)
+    inputs: dict[str, Any] = Field(default_factory=dict, exclude=True)
+    files: dict[str, Annotated[FileRecord, PlainValidator(_parse_record)]] = Field(default_factory=dict, exclude=True)
+    notes: tuple[str, ...] = Field(default=(), exclude=True)
+
+    @property
+    def method(self) -> Method:
+        """What its method says about itself."""
+        return find_method(self.merge_method)
+
+    @property
+    def merged(self) -> tuple[Source, ...]:
+        """The models whose tensors are merged, in the order in which the method takes them."""
+        chosen = self.method.chosen([source.model for source in self.models], self.base_model)
+        base = self.base_model or ""
+        return tuple(Source(model=base) if number is None else self.models[number] for number in chosen)
+
+    @property
+    def subtracts_base(self) -> bool:
+        """Whether task vectors are taken: differences to the base."""
+        return self.method.takes == "task vectors" or self.lines is not None
+
+    def values(self, name: str, position: float) -> Values:
+        """The method's parameters for one tensor.
+
+        Args:
+            name: the tensor's.
+            position: of its layer in its stack, from 0 to 1; 0 outside the blocks.
+
+        Returns:
+            For each parameter a tuple with a value for each of `merged`, or one value.
+        """
+        values: dict[str, Any] = {}
+        for key, parameter in self.method.parameters.items():
+            if parameter.per_model:
+                values[key] = tuple(
+                    _first_said((source.parameters, self.parameters), key, name, position, parameter.default)
+                    for source in self.merged
+                )
+            else:
+                values[key] = _first_said((self.parameters,), key, name, position, parameter.default)
+        return values
+
+    def settings(self, key: str) -> Iterator[Any]:
+        """What is said of a parameter, wherever it is said."""
+        for said in (*(source.parameters for source in self.merged), self.parameters):
+            if key in said:
+                yield said[key]
+
+    @property
+    def scale(self) -> Any:
+        """What is said, of all models, of the parameter that multiplies what is merged; None if nothing is."""
+        return self.parameters.get(self.method.scale) if self.method.scale is not None else None
+
+    @property
+    def scale_varies_by_name(self) -> bool:
+        """Whether that parameter has filters."""
+        settings = self.settings(self.method.scale) if self.method.scale is not None else ()
+        return any(isinstance(setting, list) and isinstance(setting[0], dict) for setting in settings)
+
+    @property
+    def said(self) -> Said:
+        """What it says of the method's parameters, for the method to review."""
+        known = self.method.parameters
+        settings = {key: tuple(self.settings(key)) for key in known}
+        return Said(known, self.parameters, settings, self.values("", 0.0), len(self.merged))
+
+    @property
+    def parameters_vary(self) -> bool:
+        """Whether any parameter is a gradient over depth."""
+        return any(
+            isinstance(value, list)
+            for key in self.method.parameters
+            for setting in self.settings(key)
+            for value in _alternatives(setting)
+        )
+
+    @property
+    def filters(self) -> set[str]:
+        """Every part of tensor names that a parameter asks for."""
+        return {
+            part for key in self.method.parameters for setting in self.settings(key) for part in filters_of(setting)
+        }
+
+
+def _alternatives(setting: Any) -> list[Any]:
+    """What a setting may come to: itself, or what stands behind its filters."""
+    if isinstance(setting, list) and setting and isinstance(setting[0], dict):
+        return [part["value"] for part in setting]
+    return [setting]
+
+
+def _first_said(places: tuple[Mapping[str, Any], ...], key: str, name: str, position: float, default: Any) -> Any:
+    for said in places:
+        if key in said and (value := evaluate(said[key], name, position)) is not None:
+            return value
+    return default

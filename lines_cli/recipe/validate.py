@@ -1,0 +1,391 @@
+"""Plain values in, a recipe out; or every problem in them, with its line, its key, and the nearest known key."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from difflib import get_close_matches
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from lines_cli.errors import RecipeError
+from lines_cli.methods import METHODS, Method, find_method
+from lines_cli.methods.said import Conflict, Note, Settled
+from lines_cli.recipe.plain_yaml import Place
+from lines_cli.recipe.schema import DtypeName, Recipe, Scaling, parse_schedule
+
+
+def make_recipe(values: Mapping[Any, Any], *, where: str, at: Mapping[Place, str] | None = None) -> Recipe:
+    """Check plain values and freeze them.
+
+    Args:
+        values: the recipe as YAML has it.
+        where: what a message should call their origin.
+        at: for every key, where it was said: `line 7`, or the `--set` that said it.
+
+    Raises:
+        RecipeError: an unknown key or an impossible value.
+    """
+    problems: list[Problem] = []
+    notes: list[str] = []
+    own, said_at = _in_our_keys(values, problems, notes)
+    recipe: Recipe | None = None
+    try:
+        recipe = Recipe.model_validate({**own, "notes": notes})
+    except ValidationError as error:
+        problems += _problems(error, said_at)
+    if recipe is not None and not problems:
+        recipe = _with_parameters(recipe, problems, said_at)
+    if recipe is None or problems:
+        told = [_at(place, at or {}) + what for place, what in problems[:_MOST_PROBLEMS]]
+        more = f"; and {len(problems) - len(told):,} more" if len(problems) > len(told) else ""
+        raise RecipeError(f"{where}: {'; '.join(told)}{more}")
+    return recipe
+
+
+_MOST_PROBLEMS = 50
+
+Problem = tuple[Place, str]
+SaidAt = Callable[[Place], Place]
+"""For a place in our own keys, the place that the recipe's writer knows."""
+
+
+def _at(place: Place, at: Mapping[Place, str]) -> str:
+    """`line 7: ` for a key of a file: its own line, or that of what should hold it."""
+    while place and place not in at:
+        place = place[:-1]
+    return f"{at[place]}: " if place else ""
+
+
+def _problems(error: ValidationError, said_at: SaidAt) -> list[Problem]:
+    """What pydantic's complaints mean to whoever wrote the recipe."""
+    found: list[Problem] = []
+    everything = error.errors(include_url=False)
+    if len(everything) > _MOST_PROBLEMS:  # each takes a while to explain
+        found.append(((), f"{len(everything):,} of its keys and values are wrong, of which the first are"))
+        everything = everything[:_MOST_PROBLEMS]
+    for details in everything:
+        place = said_at(tuple(part for part in details["loc"] if part != "Ends"))
+        key, given, kind = dotted(place), details["input"], details["type"]
+        # Of the two readings of a stack, fixed or with ends, only the one that was meant is worth a complaint; beta has
+        # no default where alpha is wrong; and there are too few models where one is wrong.
+        if str(details["loc"][-1]).startswith("literal[") or kind == "default_factory_not_called":
+            continue
+        if kind == "too_short" and any(other["loc"][:1] == ("models",) for other in everything if other != details):
+            continue
+        if kind == "extra_forbidden":
+            found.append((place, f"{key} is not a key of a recipe{_nearest(place)}"))
+        elif kind == "missing":
+            found.append((place, f"{key} is missing"))
+        else:
+            got = "nothing stands there" if given is None else f"got {given!r}"
+            shown = "" if isinstance(given, (dict, list)) else f" ({got})"
+            found.append((place, f"{key}: {_expected(kind, place, details['msg'])}{shown}"))
+    return found
+
+
+def _expected(kind: str, place: Place, message: str) -> str:
+    last = place[-1] if place else ""
+    if kind == "too_short":
+        return "none is named"
+    if kind in ("tuple_type", "list_type"):
+        return "expected a list, as in `- model: PATH`"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        like = "expected `- model: PATH`" if isinstance(last, int) else "expected keys and values"
+        return "expected keys such as alpha and beta" if last == "lines" else like
+    if kind == "string_type":
+        return "expected a path or a Hub id" if last == "model" else "expected text"
+    if kind == "float_parsing":
+        return "expected a number"
+    return message.removeprefix("Value error, ").replace("Input should be", "expected")
+
+
+def dotted(place: Place) -> str:
+    """`models.0.parameters.weight`."""
+    return ".".join(map(str, place))
+
+
+_NOT_FOR_PEOPLE = {"notes", "run", "inputs", "files"}
+_TOP = (*(key for key in Recipe.model_fields if key not in _NOT_FOR_PEOPLE), "out_dtype", "tokenizer", "slices")
+_PARAMETERS = {name for method in METHODS.values() for name in method.parameters} - Scaling.model_fields.keys()
+
+
+_LONGEST_WORD = 100
+
+
+def _nearest(place: Place) -> str:
+    """Which known key may have been meant, and where it stands."""
+    *above, last = (part for part in place if not isinstance(part, int))
+    word, inside_lines = str(last), above[:1] == ["lines"]
+    if len(word) > _LONGEST_WORD:
+        return ""
+    if word in _PARAMETERS:
+        return f"; a method's {word} stands under parameters"
+    if inside_lines:
+        near = get_close_matches(word, Scaling.model_fields, n=1, cutoff=0.5)
+        return f"; did you mean lines.{near[0]}?" if near else ""
+    if word in Scaling.model_fields:
+        return f"; did you mean lines.{word}?"
+    near = get_close_matches(word, ("model", "parameters") if above else _TOP, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _in_our_keys(values: Mapping[Any, Any], problems: list[Problem], notes: list[str]) -> tuple[dict[Any, Any], SaidAt]:
+    """The recipe in our own keys: what mergekit says otherwise is said in ours, what it lets be empty is left out."""
+    own = {key: value for key, value in values.items() if value is not None or key not in _MAY_BE_EMPTY}
+    if "notes" in own:
+        problems.append((("notes",), f"notes is not a key of a recipe{_nearest(('notes',))}"))
+        del own["notes"]
+    moved: dict[Place, Place] = {}
+    if "out_dtype" in own:
+        if own.get("dtype", "float32") not in get_args(DtypeName):
+            problems.append((("dtype",), f"dtype: expected {' or '.join(get_args(DtypeName))} (got {own['dtype']!r})"))
+        own["dtype"] = own.pop("out_dtype")
+        moved["dtype",] = ("out_dtype",)
+    if "tokenizer" in own:
+        tokenizer = own.pop("tokenizer")
+        if not isinstance(tokenizer, dict) or tokenizer.keys() != {"source"}:
+            problems.append((("tokenizer",), "tokenizer: only {source: ...} is understood; tokens are not rearranged"))
+        elif "tokenizer_source" in own:
+            problems.append((("tokenizer",), "tokenizer and tokenizer_source say the same thing: leave one out"))
+        else:
+            own["tokenizer_source"] = tokenizer["source"]
+            moved["tokenizer_source",] = ("tokenizer", "source")
+    if own.get("chat_template") == "auto":
+        del own["chat_template"]
+        notes.append("chat_template: auto takes that of the tokenizer, as without it")
+    if "slices" in own:
+        _take_slices(own, moved, problems, notes)
+    elif isinstance(own.get("models"), list):
+        for number, source in enumerate(own["models"]):
+            if isinstance(source, dict) and "layer_range" in source:
+                what = "layer_range belongs to the sources of slices; models are merged whole"
+                problems.append((("models", number, "layer_range"), f"models.{number}.{what}"))
+    if isinstance(own.get("models"), list):
+        own["models"] = [
+            {key: value for key, value in source.items() if key != "parameters" or value is not None}
+            if isinstance(source, dict)
+            else source
+            for source in own["models"]
+        ]
+
+    def said_at(place: Place) -> Place:
+        for length in range(len(place), 0, -1):
+            if place[:length] in moved:
+                return (*moved[place[:length]], *place[length:])
+        return place
+
+    return own, said_at
+
+
+_MAY_BE_EMPTY = frozenset(
+    "base_model dtype out_dtype tokenizer_source tokenizer chat_template parameters slices models output".split()
+)
+
+
+def _take_slices(own: dict[Any, Any], moved: dict[Place, Place], problems: list[Problem], notes: list[str]) -> None:
+    """Read mergekit's `slices`, where it says no more than `models` does: one slice with the whole of every model."""
+    slices = own.pop("slices")
+    one = slices[0] if isinstance(slices, list) and len(slices) == 1 else None
+    place: Place = ("slices",)
+    what = ""
+    if "models" in own:
+        what = "slices and models are two ways to say it: leave one out"
+    elif not isinstance(one, dict) or not isinstance(one.get("sources"), list):
+        what = "slices: only one slice, of whole models, is understood; stacking parts of models is another tool's work"
+    elif unknown := sorted(map(str, one.keys() - {"sources", "parameters"})):
+        place = ("slices", 0, unknown[0])
+        what = f"{dotted(place)} is not understood; a slice has sources and parameters"
+    elif not isinstance(one.get("parameters") or {}, dict):
+        place = ("slices", 0, "parameters")
+        what = f"{dotted(place)}: expected keys and values (got {one['parameters']!r})"
+    if what or one is None:
+        problems.append((place, what))
+        own.setdefault("models", [{"model": "of a slice"}])
+        return
+    own["models"] = one["sources"]
+    moved["models",] = ("slices", 0, "sources")
+    top = own.get("parameters")
+    for key, setting in (one.get("parameters") or {}).items():
+        if isinstance(top, dict) and key in top:
+            setting = _then(setting, top[key])  # noqa: PLW2901 - what the slice leaves open
+        own["parameters"] = {**(own.get("parameters") or {}), key: setting}
+        moved["parameters", key] = ("slices", 0, "parameters", key)
+    notes.append("slices: one slice of whole models, read as models")
+
+
+def _then(first: Any, second: Any) -> Any:
+    """One setting that says what the first says, and where that says nothing what the second does."""
+    conditions = [
+        setting
+        if isinstance(setting, list) and any(isinstance(part, dict) for part in setting)
+        else [{"value": setting}]
+        for setting in (([part] if isinstance(part, dict) else part) for part in (first, second))
+    ]
+    return [*conditions[0], *conditions[1]]
+
+
+# --- what pydantic cannot check: the method's own terms ---
+
+
+def _with_parameters(recipe: Recipe, problems: list[Problem], said_at: SaidAt) -> Recipe | None:
+    """The recipe with its parameters checked and frozen; problems are added to the list."""
+    try:
+        method = find_method(recipe.merge_method)
+    except ValueError as error:
+        problems.append((("merge_method",), f"merge_method: {error}"))
+        return None
+    notes = list(recipe.notes)
+
+    def checked(said: dict[str, Any], place: Place, *, of_model: bool) -> dict[str, Any]:
+        settings = {}
+        for key, setting in said.items():
+            here = said_at((*place, key))
+            if setting is None:
+                continue
+            if key in method.ignored:
+                notes.append(f"{key} is accepted, as in mergekit, and does nothing here")
+            elif wrong := _misplaced(key, here, recipe.merge_method, method, of_model=of_model):
+                problems.append((here, wrong))
+            else:
+                try:
+                    settings[key] = method.parameters[key].check(setting)
+                except ValueError as error:
+                    problems.append((here, f"{dotted(here)}: {error}"))
+        return settings
+
+    top = checked(recipe.parameters, ("parameters",), of_model=False)
+    models = tuple(
+        source.model_copy(
+            update={"parameters": checked(source.parameters, ("models", number, "parameters"), of_model=True)}
+        )
+        for number, source in enumerate(recipe.models)
+    )
+    names = {source.model for source in models} | {recipe.base_model}
+    for key in ("tokenizer_source", "chat_template"):
+        problems += _wrong_source(key, getattr(recipe, key), names, said_at)
+    recipe = recipe.model_copy(update={"parameters": top, "models": models})
+    _check_models(recipe, problems)
+    if not problems:
+        settled = _check_values(recipe, problems, notes)
+        recipe = recipe.model_copy(update={"parameters": {**top, **settled}})
+    return recipe.model_copy(update={"notes": tuple(dict.fromkeys(notes))})
+
+
+def _misplaced(key: str, here: Place, name: str, method: Method, *, of_model: bool) -> str | None:
+    """Why a key cannot stand among a method's parameters, if it cannot."""
+    known = method.parameters
+    if key in known:
+        if of_model and not known[key].per_model:
+            return f"{dotted(here)} is said of all models, not of one: move it to the top's parameters"
+        return None
+    elsewhere = [name for name, row in METHODS.items() if key in row.parameters]
+    near = get_close_matches(key, known, n=1, cutoff=0.5)
+    if key in _TOP:
+        more = f"; {key} stands at the top, beside parameters"
+    elif key in Scaling.model_fields:
+        more = f"; did you mean lines.{key}?"
+    elif elsewhere:
+        more = f"; {', '.join(elsewhere)} {'has' if len(elsewhere) == 1 else 'have'} it"
+    else:
+        more = f"; did you mean {near[0]}?" if near else ""
+    return f"{dotted(here)} is not a parameter of {name}{more}"
+
+
+def _wrong_source(key: str, value: str | None, names: set[str | None], said_at: SaidAt) -> Iterator[Problem]:
+    if value is None or (value == "base" and None not in names) or (value != "base" and value in names):
+        return
+    if value == "union":
+        what = f"{key}: union would rearrange every embedding; take the base's or one model's tokenizer"
+    elif value == "base":
+        what = f"{key}: base, but there is no base_model"
+    else:
+        what = f"{key}: {value!r} is neither base nor one of the models, from one of which it is taken"
+    yield said_at((key,)), what
+
+
+def _check_models(recipe: Recipe, problems: list[Problem]) -> None:
+    """Refuse a number of models that the method cannot take, and a base where none applies or where one is needed."""
+    method, name = recipe.method, recipe.merge_method
+    number, (least, most) = len(recipe.merged), method.models
+    beside = " beside the base" if method.takes == "task vectors" else ""
+    if number < least:
+        problems.append((("models",), f"models: {name} needs {least}{beside}, and there {_are(number)}"))
+    if most is not None and number > most:
+        problems.append((("models",), f"models: {name} takes {most}{beside}, and there {_are(number)}"))
+    if recipe.base_model is None and recipe.subtracts_base:
+        why = f"{name} merges task vectors" if method.takes == "task vectors" else "lines: scales task vectors"
+        what = f"base_model is missing: {why}, the differences to a base; add base_model: PATH"
+        problems.append((("base_model",), what))
+    is_one_of_them = any(source.model == recipe.base_model for source in recipe.merged)
+    if recipe.base_model is not None and not recipe.subtracts_base and not is_one_of_them:
+        what = f"base_model: {name} has no use for a base without lines:"
+        problems.append((("base_model",), f"{what}; leave it out, or list it under models"))
+    if recipe.resize == "base" and recipe.base_model is None:
+        problems.append((("resize",), "resize: base, but there is no base_model"))
+
+
+def _are(number: int) -> str:
+    return "is 1" if number == 1 else f"are {number}"
+
+
+def _check_values(recipe: Recipe, problems: list[Problem], notes: list[str]) -> dict[str, Any]:
+    """Refuse values that contradict each other, and note what the method has to say of them; what follows from them
+    for parameters that are left open.
+    """
+    method, said, settled = recipe.method, recipe.said, dict[str, Any]()
+    for remark in method.review(said):
+        if isinstance(remark, Conflict):
+            place: Place = ("parameters",) if remark.key is None else ("parameters", remark.key)
+            problems.append((place, f"{dotted(place)}: {remark.text}"))
+        elif isinstance(remark, Note):
+            notes.append(remark.text)
+        elif isinstance(remark, Settled):
+            settled[remark.key] = remark.value
+    for key, parameter in method.parameters.items():
+        if parameter.required and not said.settings[key]:
+            problems.append((("parameters",), f"parameters.{key} is missing: {parameter.about}"))
+    names = [source.model for source in recipe.merged]
+    twice = sorted((name, times) for name, times in Counter(names).items() if times > 1)
+    notes += [f"{name} is merged {times} times" for name, times in twice]
+    if method.takes == "task vectors" and names == [recipe.base_model] and recipe.like == "base":
+        notes.append("the only model is the base itself: its task vector is zero")
+    if recipe.dtype in ("bfloat16", "float16") and recipe.like == "base" and method.takes == "task vectors":
+        notes.append(f"{recipe.dtype} is what the output is written in; the arithmetic is float32 all the same")
+    return settled
+
+
+def edit_recipe(base: str, ft: str, **options: Any) -> Recipe:
+    """The recipe of `lines edit BASE FT` with the given options, each named as on the command line.
+
+    Args:
+        base, ft: the two checkpoints: a path or a Hub id.
+        options: the fields of `Scaling` and of `Recipe`. One that is None keeps its default; alpha's is 0.1, beta's
+            1 - alpha.
+
+    Raises:
+        RecipeError: an unknown option or an impossible value.
+    """
+    given = {key: value for key, value in options.items() if value is not None}
+    scaling = {key: given.pop(key) for key in Scaling.model_fields if key in given}
+    if not _lists_coefficients(scaling.get("schedule")):
+        alpha = scaling.setdefault("alpha", 0.1)
+        if alpha != "auto":
+            scaling.setdefault("beta", _rest(alpha))
+    recipe = {"base_model": base, "models": [{"model": ft}], "lines": scaling, "like": "ft", **given}
+    return make_recipe(recipe, where="recipe")
+
+
+def _lists_coefficients(schedule: Any) -> bool:
+    try:
+        return isinstance(parse_schedule(schedule), tuple)
+    except ValueError:
+        return False
+
+
+def _rest(alpha: Any) -> float:
+    try:
+        return 1 - float(alpha)
+    except (TypeError, ValueError, OverflowError):  # alpha will be refused
+        return 0.0

@@ -1,0 +1,349 @@
+"""Recipes as YAML files: read with the line of every key, and written so that they give the same result again."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lines_cli.errors import RecipeError, some
+from lines_cli.recipe.plain_yaml import LARGEST, Place, YamlError, read_yaml
+from lines_cli.recipe.schema import Recipe
+from lines_cli.recipe.validate import dotted, make_recipe
+from lines_cli.storage.digest import FileRecord
+from lines_cli.storage.files import read_small
+from lines_cli.version import __version__
+
+
+def load_recipe(path: Path, sets: Iterable[str] = ()) -> Recipe:
+    """Read a recipe from YAML. Relative paths in it count from the file's folder.
+
+    Args:
+        path: the file.
+        sets: what overrules it, each as `lines.beta=0.4`; a number picks from a list, as in
+            `models.0.parameters.weight=0.3`. Values are YAML; paths among them count from the file's folder, too.
+
+    Raises:
+        RecipeError: the file cannot be read, is not YAML, or says something impossible.
+    """
+    file = load_recipe_file(path, sets)
+    return _with_record(file.recipe, file.names)
+
+
+def _with_record(recipe: Recipe, names: Mapping[str, str]) -> Recipe:
+    """The recipe with its record of inputs by the names that they have in it.
+
+    Args:
+        recipe: as it was read.
+        names: each input as `recipe` names it -> as its file does, and the record.
+    """
+    recorded: dict[str, Any] = {}
+    for name, before in names.items():
+        for called, told in recipe.inputs.items():
+            if called == before or called.startswith(f"{before}/"):
+                recorded[name + called[len(before) :]] = told
+    return recipe.model_copy(update={"inputs": recorded}) if recipe.inputs else recipe
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeFile:
+    """A recipe, and what its file says beside it.
+
+    Attributes:
+        recipe: as `load_recipe` gives it.
+        names: each input as `recipe` names it -> as the file does.
+        version: of lines, which wrote the file; None if it does not say so.
+    """
+
+    recipe: Recipe
+    names: dict[str, str]
+    version: str | None
+
+
+Elsewhere = Mapping[str, str] | Sequence[str]
+"""Inputs by their names in a recipe, and where they are: pairs, or texts of the form NAME=PATH."""
+
+
+def load_recipe_file(path: Path, sets: Iterable[str] = (), *, elsewhere: Elsewhere = ()) -> RecipeFile:
+    """Read a recipe, of which some inputs may lie elsewhere than it says.
+
+    Args:
+        path: the file.
+        sets: as of `load_recipe`.
+        elsewhere: where these inputs are: a path, which counts from the current folder, or a Hub id.
+
+    Raises:
+        RecipeError: as of `load_recipe`; or the recipe has no input of a name.
+    """
+    values, at, text = _read(path)
+    for one in sets:
+        _set(values, one, at)
+    names: dict[str, str] = {}
+    values = _with_paths(path.parent, values, names, _elsewhere(values, elsewhere))
+    version = _VERSION.match(text)
+    return RecipeFile(make_recipe(values, where=str(path), at=at), names, version[1] if version else None)
+
+
+_VERSION = re.compile(r"# Written by lines (\d[\w.+-]{0,40})\.")
+
+
+def _elsewhere(values: Mapping[Any, Any], given: Elsewhere) -> dict[str, str]:
+    """Inputs by their names in a recipe, and where they are.
+
+    Raises:
+        RecipeError: the recipe has no input of that name, or nothing is said of where it is.
+    """
+    known = list(dict.fromkeys(_input_names(values)))
+    if not isinstance(given, Mapping):
+        texts, given = given, {}
+        for text in texts:
+            names = [name for name in known if text.startswith(f"{name}=")]
+            name = max(names, key=len) if names else text.partition("=")[0]
+            given[name] = text[len(name) + 1 :]
+    for name, path in given.items():
+        if name not in known:
+            raise RecipeError(f"--input {name}: the recipe has no such input; it has\n{some(known)}")
+        if not path:
+            raise RecipeError(f"--input {name}: expected --input NAME=PATH")
+    return dict(given)
+
+
+def _input_names(values: Mapping[Any, Any]) -> Iterator[str]:
+    """What a recipe calls its inputs, before anything is checked."""
+    slices = values.get("slices")
+    sources = [one.get("sources") for one in slices if isinstance(one, dict)] if isinstance(slices, list) else []
+    listed = [source for of in (values.get("models"), *sources) if isinstance(of, list) for source in of]
+    for name in (values.get("base_model"), *(source.get("model") for source in listed if isinstance(source, dict))):
+        if isinstance(name, str):
+            yield name
+
+
+def is_by_lines(path: Path) -> bool:
+    """Whether a recipe begins as those do that are written into an output, whatever it says."""
+    try:
+        return read_small(path, LARGEST).startswith(b"# Written by lines ")
+    except OSError:
+        return False
+
+
+def load_record(path: Path) -> Recipe:
+    """Read the recipe that stands in an output's folder. It may be a stranger's: that the paths in it lead anywhere is
+    not looked at.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+    """
+    values, at, _ = _read(path)
+    return make_recipe(_with_paths(path.parent, values, {}, {}, look=False), where=str(path), at=at)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[Place, str], str]:
+    """The values in a recipe's file, where each stands, and its text."""
+    try:
+        raw = read_small(path, LARGEST)
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror or error}") from error
+    try:
+        text = raw.decode("utf-8")
+        values, at = read_yaml(text)
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        what = f"line {line}: it is not UTF-8 text (byte {raw[error.start]:#04x})"
+        raise RecipeError(f"{path}: not valid YAML: {what}", hint="Save it as UTF-8.") from error
+    except YamlError as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: not a recipe: expected keys such as base_model and models")
+    return values, at, text
+
+
+def recipe_from(values: Mapping[str, Any], sets: Iterable[str] = ()) -> Recipe:
+    """A recipe from plain values, as YAML would have them. Relative paths among them count from the current folder.
+
+    Args:
+        values: the recipe; it is not changed.
+        sets: what overrules it (`load_recipe`).
+
+    Raises:
+        RecipeError: it says something impossible.
+    """
+    if not isinstance(values, Mapping):
+        raise RecipeError(f"recipe: expected a path, a mapping or a Recipe, not {type(values).__name__}")
+    own: dict[Any, Any] = _plain(values)
+    at: dict[Place, str] = {}
+    for text in sets:
+        _set(own, text, at)
+    names: dict[str, str] = {}
+    return _with_record(make_recipe(_with_paths(Path(), own, names, {}), where="recipe", at=at), names)
+
+
+def _plain(value: Any) -> Any:
+    """A copy of what Python calls by more names than YAML does."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def set_texts(sets: Iterable[str] | Mapping[str, Any]) -> list[str]:
+    """What overrules a recipe, as `--set` takes it."""
+    if isinstance(sets, Mapping):
+        return [f"{key}={yaml.safe_dump(_plain(value), default_flow_style=True)}" for key, value in sets.items()]
+    return [sets] if isinstance(sets, str) else list(sets)
+
+
+def _set(values: dict[Any, Any], text: str, at: dict[Place, str]) -> None:
+    """Overrule one value, making the mappings on the way to it."""
+    key, equals, raw = text.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts) or len(parts) > _MOST_PARTS:
+        raise RecipeError(f"--set {text}: expected --set KEY=VALUE, as in --set lines.beta=0.4")
+    try:
+        value, _ = read_yaml(raw)
+    except YamlError as error:
+        raise RecipeError(f"--set {text[:200]}: the value is not valid YAML: {error}") from error
+    inside: Any = values
+    place: Place = ()
+    for number, part in enumerate(parts, 1):
+        last = number == len(parts)
+        step: Any = part
+        if isinstance(inside, list):
+            if not part.isdecimal() or len(part) > 9 or int(part) >= len(inside):
+                there_are = f"{dotted(place)} is a list of {len(inside)}, numbered from 0"
+                raise RecipeError(f"--set {text}: {there_are}, and {part!r} is none of them")
+            step = int(part)
+        elif not last and inside.get(part) is None:
+            inside[part] = {}
+        place = (*place, step)
+        if last:
+            inside[step] = value
+        elif isinstance(inside[step], (dict, list)):
+            inside = inside[step]
+        else:
+            raise RecipeError(f"--set {text}: {dotted(place)} is {inside[step]!r}, which holds no {parts[number]!r}")
+    for known in [known for known in at if known[: len(place)] == place]:
+        del at[known]
+    at[place] = f"--set {text}"
+
+
+_MOST_PARTS = 32
+
+
+def _with_paths(
+    folder: Path,
+    values: dict[Any, Any],
+    names: dict[str, str],
+    elsewhere: Mapping[str, str],
+    *,
+    look: bool = True,
+) -> dict[Any, Any]:
+    """The values with their paths as they are seen from here; one input goes by one name.
+
+    Args:
+        folder: where paths count from.
+        values: the recipe's.
+        names: is given each input's name: as seen from here -> as it was.
+        elsewhere: where inputs are that are not where their names say.
+        look: whether to look at what is there. Else a name is a path or a Hub id by how it is written.
+    """
+    files: dict[tuple[int, int], str] = {}
+
+    def resolved(name: Any) -> Any:
+        if not isinstance(name, str) or not name or "\0" in name:
+            return name  # which will be refused
+        path = os.path.expanduser(elsewhere[name]) if name in elsewhere else _beside(folder, name, look=look)
+        if look and "+" in name and not os.path.lexists(path):
+            raise RecipeError(
+                f"{name}: no such file or folder; if a LoRA adapter is meant, it is not folded in here",
+                hint="Fold it into its base first (peft: merge_and_unload, save_pretrained), and give that folder.",
+            )
+        if look:
+            with suppress(OSError, ValueError):
+                there = os.stat(path)
+                path = files.setdefault((there.st_dev, there.st_ino), path)
+        names.setdefault(path, name)
+        return path
+
+    def of_models(sources: Any) -> None:
+        for source in sources if isinstance(sources, list) else ():
+            if isinstance(source, dict) and "model" in source:
+                source["model"] = resolved(source["model"])
+
+    def one_of_them(holder: Any, key: str) -> None:
+        name = holder.get(key) if isinstance(holder, dict) else None
+        if isinstance(name, str) and name != "base" and name and "\0" not in name:
+            known = set(names)
+            path = resolved(name)
+            holder[key] = path if path in known else name
+
+    if "base_model" in values:
+        values["base_model"] = resolved(values["base_model"])
+    of_models(values.get("models"))
+    slices = values.get("slices")
+    for one in slices if isinstance(slices, list) else ():
+        of_models(one.get("sources") if isinstance(one, dict) else None)
+    for holder, key in ((values, "tokenizer_source"), (values, "chat_template"), (values.get("tokenizer"), "source")):
+        one_of_them(holder, key)
+    if isinstance(values.get("output"), str) and values["output"] and look:
+        values["output"] = os.path.join(folder, os.path.expanduser(values["output"]))
+    return values
+
+
+def _beside(folder: Path, name: str, *, look: bool) -> str:
+    """A path that counts from `folder`, as seen from here; what can only be a Hub id, or an absolute path, as it is."""
+    name = os.path.expanduser(name) if look else name
+    beside = os.path.join(folder, name)
+    by_spelling = os.path.isabs(name) or name.partition("@")[0].count("/") != 1 or name.startswith(".")
+    if by_spelling or (look and os.path.lexists(beside)):
+        # What is a path stays one: `conf/base` would be looked for on the Hub.
+        return beside if os.path.isabs(beside) or beside.startswith(".") else os.path.join(".", beside)
+    if look and os.path.lexists(name):
+        raise RecipeError(
+            f"{name}: not beside the recipe in {folder}, but in the current folder",
+            hint="Paths in a recipe count from its own folder: correct the path, or give it as an absolute one.",
+        )
+    return name
+
+
+_BASE_ITSELF = (("tokenizer_source", "base"), ("chat_template", "base"))
+
+
+def dump_recipe(recipe: Recipe, *, named: Mapping[str, str], alpha: float | None = None, why: str = "") -> str:
+    """The recipe as YAML that gives the same result again, with everything in it that was decided.
+
+    Args:
+        recipe: what was run.
+        named: each input as it is to be written: seen from where the file will stand, a Hub id with its commit.
+        alpha: what `auto` was measured to be; it takes its place.
+        why: how it was measured, for a comment.
+    """
+    values = recipe.model_dump(mode="json", exclude_none=True, exclude={"notes", "output"})
+    for key in ("base_model", "tokenizer_source", "chat_template"):
+        if key in values and (key, values[key]) not in _BASE_ITSELF:
+            values[key] = named.get(values[key], values[key])
+    for source in values["models"]:
+        source["model"] = named.get(source["model"], source["model"])
+    if not values["parameters"]:
+        del values["parameters"]
+    measured = ""
+    if alpha is not None and recipe.lines is not None and recipe.lines.needs_alpha:
+        values["lines"]["alpha"] = alpha
+        measured = f"# lines.alpha was auto: {why}\n"
+    text = yaml.safe_dump(values, sort_keys=False, width=1_000)
+    again = "lines merge --config lines_recipe.yaml -o OUT"
+    return f"# Written by lines {__version__}. To run it again: {again}\n{measured}{text}"
+
+
+def dump_record(run: str, inputs: Mapping[str, Mapping[str, Any]], files: Mapping[str, FileRecord]) -> str:
+    """The recipe's `run`, `inputs` and `files` as YAML, to stand behind a dumped recipe."""
+    written = {name: {"bytes": files[name].nbytes, "digest": files[name].digest} for name in sorted(files)}
+    values = {"run": run, "inputs": {name: dict(told) for name, told in inputs.items()}, "files": written}
+    text = yaml.safe_dump(values, sort_keys=False, width=1_000)
+    return f"# What was read, and written beside this file. Run again, the recipe tells of other inputs by it.\n{text}"

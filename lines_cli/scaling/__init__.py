@@ -1,0 +1,1 @@
+"""How deep a tensor lies, and what coefficient that gives it."""

@@ -1,0 +1,794 @@
+"""The output in the making: a hidden sibling of the destination, which only one run at a time may write, which outlives
+a run that was killed, and which takes the destination's place in one step.
+
+    .out.lines/
+        lock       held by the run that writes
+        journal    what it has finished
+        new/       the output, taking shape; once it is in place, what it replaced
+        old/       what `--force` replaces, for the moment between two renames, where the system cannot exchange folders
+        moved/     `new` on its way to a folder that can be renamed
+
+Nothing in it is removed, replaced or written to before it is seen to be ours: a folder with these names alone, whose
+files are those that the journal names. What is replaced is removed file by file, by the names that it had when it was
+looked at.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import os
+import stat
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from types import TracebackType
+
+from lines_cli.errors import OF_NO_USE, Aftermath, OutputError, attach_aftermath, some
+from lines_cli.storage.destination import (
+    Entry,
+    Survey,
+    arrivals,
+    is_noise,
+    is_one_file,
+    naming,
+    refuse_to_replace,
+    survey,
+    sync_folder,
+)
+from lines_cli.storage.digest import BLOCK, intact, is_part, is_step
+from lines_cli.storage.files import NewFile
+from lines_cli.storage.journal import Journal, NoJournalError, Part, Publishing, Story, Told, read_journal
+from lines_cli.storage.lock import NAME as LOCK
+from lines_cli.storage.lock import RunLock, is_locked, refusal, remove_with
+from lines_cli.storage.names import RECIPE
+from lines_cli.storage.renames import exchange, move_folder, put
+
+_JOURNAL, _NEW, _OLD, _MOVED = "journal", "new", "old", "moved"
+_LONGEST_NAME = 240  # bytes, so that the whole fits into a file name
+
+
+def staging_of(output: Path) -> Path:
+    """Where the output is built: beside the destination, or what that is a link to."""
+    target = output.resolve()
+    name = target.name
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        name = (
+            os.fsencode(name)[: _LONGEST_NAME - 17].decode(errors="ignore")
+            + "-"
+            + sha256(name.encode()).hexdigest()[:16]
+        )
+    return target.parent / f".{name}.lines"
+
+
+# --- whose is it? ---
+
+
+def _ours(output: Path, names: Collection[str] | None = ()) -> Story | None:
+    """What the journal of a staging folder tells, once all that the folder holds is seen to be ours.
+
+    Args:
+        output: the destination, whose staging folder may be anything, or nothing.
+        names: files that a run is about to make in it; None where they are not known yet, and a run will look again.
+
+    Raises:
+        OutputError: it is a link, or holds something that is not ours.
+        OSError: it cannot be read.
+    """
+    folder = staging_of(output)
+    try:
+        there = folder.lstat()
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISDIR(there.st_mode):
+        what = "a symbolic link" if stat.S_ISLNK(there.st_mode) else "not a folder"
+        raise OutputError(
+            f"{folder} is {what}; lines keeps unfinished output in a folder of that name",
+            hint="Move it away, or choose another destination with -o.",
+        )
+    if hasattr(os, "geteuid") and os.geteuid() not in (0, there.st_uid):
+        raise OutputError(
+            f"{folder} belongs to another user, and so does the unfinished output in it",
+            hint="Ask them to finish or remove it (lines clean), or choose another destination with -o.",
+        )
+    try:
+        story = read_journal(folder / _JOURNAL)
+    except NoJournalError:
+        raise _foreign(folder, [_JOURNAL]) from None
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.ELOOP):  # a link, a pipe, a folder
+            raise _foreign(folder, [_JOURNAL]) from None
+        raise
+    if story is None and not os.path.lexists(folder / _JOURNAL):
+        names = ()  # no run of ours has come so far as to make a file there
+    made, replaced = {*(names or ()), *(story.names if story else ())}, _replaced(story)
+    rooms = {_NEW: (made, replaced), _OLD: ((), replaced), _MOVED: (made, ())}
+    found = survey(folder)
+    if not os.path.lexists(output.resolve()):  # what was set aside comes back, whatever it is
+        found = {name: entry for name, entry in found.items() if not name.startswith(f"{_OLD}/")}
+    if names is None and story is None:
+        found = {name: entry for name, entry in found.items() if not name.startswith((f"{_NEW}/", f"{_MOVED}/"))}
+    foreign = [name for name, entry in found.items() if not (_belongs(name, entry, rooms) or is_noise(name))]
+    if foreign:
+        raise _foreign(folder, sorted(foreign), damaged=story is None and os.path.lexists(folder / _JOURNAL))
+    return story
+
+
+def _belongs(name: str, entry: Entry, rooms: Mapping[str, tuple[Collection[str], Collection[str]]]) -> bool:
+    """Whether what stands in a staging folder is ours.
+
+    Args:
+        name: relative to the folder.
+        entry: what it is.
+        rooms: the folders in it, each with the names of files that a run has made there, and of what it replaced.
+    """
+    room, _, inner = name.partition("/")
+    if room in (LOCK, _JOURNAL):
+        return not inner and stat.S_ISREG(entry.kind) and (room == _JOURNAL or entry.nbytes == 0)
+    if room not in rooms:
+        return False
+    made, replaced = rooms[room]
+    if stat.S_ISDIR(entry.kind) or not inner:
+        is_folder = not inner or any(known.startswith(f"{inner}/") for known in (*made, *replaced))
+        return is_folder and stat.S_ISDIR(entry.kind)
+    return inner in replaced or (inner in made and stat.S_ISREG(entry.kind))
+
+
+def _foreign(folder: Path, names: Sequence[str], *, damaged: bool = False) -> OutputError:
+    if damaged:
+        return OutputError(
+            f"{folder}: its journal is damaged, so it does not say whether all of this is unfinished output:\n"
+            f"{some(names)}",
+            hint="Remove the folder by hand, if nothing in it is to be kept; then run it again.",
+        )
+    return OutputError(
+        f"{folder} holds what lines did not put there:\n{some(names)}",
+        hint="lines keeps unfinished output in a folder of that name, and removes it. Move away what is to be kept; "
+        "or choose another destination with -o.",
+    )
+
+
+def _replaced(story: Story | None) -> frozenset[str]:
+    """The names of what a run was about to replace when it was stopped."""
+    return story.publishing.old if story is not None and story.publishing is not None else frozenset()
+
+
+def _is_published(story: Story | None, folder: Path) -> bool:
+    """Whether what a run was about to put into place has left the staging folder."""
+    if story is None or story.publishing is None:
+        return False
+    new = folder / _NEW
+    for path in (new, *(new.iterdir() if new.is_dir() else ())):
+        there = path.lstat() if os.path.lexists(path) else None
+        if there is not None and (there.st_dev, there.st_ino) == story.publishing.new:
+            return False
+    return True
+
+
+def _is_at(target: Path, story: Story | None) -> bool:
+    """Whether what a run has put into place stands there."""
+    try:
+        there = target.lstat()
+    except OSError:
+        return False
+    return story is not None and story.publishing is not None and (there.st_dev, there.st_ino) == story.publishing.new
+
+
+def _is_busy(folder: Path) -> bool:
+    """Whether a run is at work in a folder, whatever stands there."""
+    with suppress(OSError):
+        return folder.is_dir() and not folder.is_symlink() and is_locked(folder)
+    return False
+
+
+def _remove(folder: Path, names: Iterable[str]) -> None:
+    """Remove files, and folders that are empty by then, by their names; what else has come into them stays.
+
+    Raises:
+        OSError: something cannot be removed.
+    """
+    for name in sorted(names, key=lambda name: -name.count("/")):  # what is in a folder before the folder
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            with suppress(OSError):
+                path.rmdir()
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _clear(folder: Path, names: Collection[str]) -> None:
+    """Remove files from a folder within the staging folder, and the folder, if nothing else is in it. What is not there
+    by these names is not looked for: they may be a stranger's, and a link in the folder is not followed.
+    """
+    if folder.is_symlink():
+        return
+    _remove(folder, [name for name in survey(folder) if name in names])
+    with suppress(OSError):
+        folder.rmdir()
+
+
+# --- what an earlier run has left ---
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """What a run left that did not come to its end.
+
+    Attributes:
+        folder: where it is.
+        written: bytes of the weight files that were finished.
+        total: bytes that they have in the end; 0 where that is not known.
+        nbytes: what all of it takes on the disk.
+        set_aside: whether the old output is in it, and not at the destination: a run was killed between two renames.
+        run: which run it was; None where that is not known.
+        is_over: whether that run's output is in place, and what is left is what it replaced.
+    """
+
+    folder: Path
+    written: int
+    total: int
+    nbytes: int
+    set_aside: bool = False
+    run: Told | None = None
+    is_over: bool = False
+
+    @property
+    def told(self) -> str:
+        """How far it came, in words."""
+        if self.is_over:
+            return "what a finished run has replaced"
+        return f"{self.written / self.total:.0%} finished" if self.total else "nothing finished"
+
+
+def leftover(output: Path) -> Leftover | None:
+    """What an earlier run has left of this output, if there is anything. Nothing is written to find out.
+
+    Raises:
+        OutputError: a run is at work on it, or there is something else in that place.
+    """
+    with naming(output):
+        folder = staging_of(output)
+        if _is_busy(folder):
+            raise refusal(folder, output)
+        story = _look(output, None)
+        if not folder.exists():
+            return None
+        total = written = 0
+        if story is not None:
+            with suppress(KeyError, TypeError, ValueError, IndexError):  # no journal of ours would
+                sizes = [int(size) for _, size, _ in story.run["outputs"]]
+                step = story.run["step"]
+                whole = (part for part in story.parts if is_part(part.file, part.start, part.blocks, sizes, step))
+                written = sum(min(step, sizes[part.file] - part.start) for part in whole) if is_step(step) else 0
+                total = sum(sizes)
+        is_over = _is_published(story, folder) and _is_at(output.resolve(), story)
+        set_aside = os.path.lexists(folder / _OLD) and not is_over
+        run = story.run if story else None
+        return Leftover(folder, written, total, _taken_by(folder), set_aside, run, is_over)
+
+
+def _look(output: Path, names: Collection[str] | None) -> Story | None:
+    """As `_ours`; what changes while it is looked at is a run at work, or one that has just come to its end."""
+    for last in (False, False, True):
+        try:
+            return _ours(output, names)
+        except (OutputError, OSError):
+            if _is_busy(folder := staging_of(output)):
+                raise refusal(folder, output) from None
+            if last:
+                raise
+    raise AssertionError
+
+
+def recover(output: Path) -> None:
+    """Put back what a run had set aside that was killed between two renames, if any was.
+
+    Raises:
+        OutputError: a run is at work, or something else stands at the destination.
+    """
+    with naming(output):
+        folder = staging_of(output)
+        try:
+            lock = RunLock(folder, output)
+        except FileNotFoundError:  # another has done so
+            return
+        try:
+            _put_back(folder, output.resolve(), _ours(output))
+        finally:
+            lock.release()
+
+
+def clean(output: Path) -> Leftover | None:
+    """Remove what an earlier run has left of this output.
+
+    Raises:
+        OutputError: a run is at work on it, or what is there is not ours.
+    """
+    found = leftover(output)
+    if found is not None:
+        with naming(output):
+            try:
+                lock = RunLock(found.folder, output)
+            except FileNotFoundError:  # the run that had it came to its end
+                return None
+            try:
+                _put_back(found.folder, output.resolve(), _ours(output))
+                _empty(found.folder, _ours(output))
+                remove_with(lock, found.folder)
+            finally:
+                lock.release()
+    return found
+
+
+def _empty(folder: Path, story: Story | None, names: Collection[str] = ()) -> None:
+    """Remove all that a staging folder of ours holds, its lock apart: by the names that the journal knows."""
+    known = {*names, *(story.names if story else ()), *_replaced(story)}
+    known |= {name.rpartition("/")[0] for name in known if "/" in name}
+    for room in (_MOVED, _NEW, _OLD):
+        _clear(folder / room, known)
+    (folder / _JOURNAL).unlink(missing_ok=True)
+
+
+def _put_back(folder: Path, target: Path, story: Story | None) -> None:
+    """Bring back what was set aside, if a run was killed before its own output was in place.
+
+    Raises:
+        OutputError: something else has taken its place.
+    """
+    old = folder / _OLD
+    if not os.path.lexists(old) or (_is_published(story, folder) and os.path.lexists(target)):
+        return
+    _bring_back(old, target, _replaced(story))
+
+
+def _bring_back(old: Path, target: Path, names: Collection[str]) -> None:
+    """Move what was set aside back to the destination, where nothing stands, or the rest of it by these names."""
+    there = survey(target)
+    aside = {name for name, entry in survey(old).items() if not stat.S_ISDIR(entry.kind)}
+    others = sorted(name or str(target) for name in there if name not in names or name in aside)
+    if others:
+        raise OutputError(
+            f"{target} came into being while its old content was set aside in {old}:\n{some(others)}",
+            hint="Move one of the two away.",
+        )
+    move_folder(old, target)
+
+
+def _taken_by(folder: Path) -> int:
+    """Bytes on the disk; a file that is yet to be written has holes."""
+    found = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            found += path.lstat().st_blocks * 512
+    return found
+
+
+# --- the output in the making ---
+
+
+class State(enum.Enum):
+    """How far an output has come."""
+
+    BEGUN = "the destination is as it was"
+    PUBLISHING = "the output is being put into place"
+    IN_PLACE = "the output is in place"
+
+
+class Staging:
+    """The output in the making. Leaving the `with` block without `publish` keeps what is finished, and removes it where
+    it is of no use.
+
+    Args:
+        output: the destination, a folder; or a file, if its name ends in `.safetensors`.
+        run: which run it is; among that `outputs`, each weight file's name, size and the digest of its header, and
+            `step`, how many bytes of a file are written at a time, which alone may differ from a run that is resumed.
+        names: every file that will be written, relative to the destination.
+        replaceable: gives the names in an existing output that may be replaced (`refuse_to_replace`); is asked when the
+            lock is held. None if nothing may be.
+        resume: go on from what a run of the same kind has left.
+
+    Attributes:
+        story: what such a run has left, held against its digests; None where this one begins anew.
+        state: how far it has come.
+        remarks: what a person should know of how it ended.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        run: Told,
+        names: Iterable[str],
+        *,
+        replaceable: Callable[[], Collection[str]] | None = None,
+        resume: bool = False,
+    ) -> None:
+        self.output, self._run, self._names, self._resume = output, run, frozenset(names), resume
+        self._replaceable = replaceable
+        self._target, self.folder = output.resolve(), staging_of(output)
+        self._new = self.folder / _NEW
+        self._open: list[NewFile] = []
+        self._made: list[Path] = []
+        self._written: dict[str, tuple[int, int]] = {}  # each file's device and inode
+        self._replaces: Survey = {}
+        self._confirmed = False  # that what was replaced was seen to be what was to be replaced, and the new is durable
+        self._journal: Journal | None = None
+        self._lock: RunLock | None = None
+        self.story: Story | None = None
+        self.state = State.BEGUN
+        self.remarks: list[str] = []
+
+    def __enter__(self) -> Staging:
+        with naming(self.output):
+            self._made = [parent for parent in self._target.parents if not parent.exists()]
+            _look(self.output, self._names)  # before anything is made in it
+            fresh = False
+            try:
+                self.folder.parent.mkdir(parents=True, exist_ok=True)
+                for parent in self._made:
+                    sync_folder(parent.parent)
+                self._lock = RunLock(self.folder, self.output, make=True)
+                fresh = os.listdir(self.folder) == [LOCK]
+                found = _ours(self.output, self._names)  # now that it stands still
+                _put_back(self.folder, self._target, found)
+                begun = self._of_this_run(found) if self._resume and found is not None else None
+                self._look_at_old(begun)
+                self._begin(found, begun)
+                sync_folder(self.folder)
+            except BaseException:
+                if self._journal is not None:
+                    self._journal.close()
+                try:
+                    if fresh:
+                        self._discard()
+                finally:
+                    if self._lock is not None:
+                        self._lock.release()
+                self._remove_parents()
+                raise
+        return self
+
+    def _begin(self, found: Story | None, begun: Story | None) -> None:
+        path = self.folder / _JOURNAL
+        if begun is not None and is_step(begun.run.get("step")):
+            self._make_movable()
+            self.story = self._checked(begun)
+            self._journal = Journal(path, self._names, keep=begun.nbytes)
+            self._journal.replaces(self._replaces)
+            self._journal.empty = not self.story.parts and self.story.measured is None
+            return
+        _empty(self.folder, found, self._names)
+        self._journal = Journal(path, self._names, self._run)
+        self._journal.replaces(self._replaces)
+        self._new.mkdir()
+
+    @property
+    def _is_mine(self) -> bool:
+        """Whether the staging folder is the one that this run has locked."""
+        return self._lock is not None and self._lock.holds(self.folder / LOCK)
+
+    def _of_this_run(self, found: Story) -> Story | None:
+        """What an earlier run has left, if that was this run. Where an existing output may be replaced, another run's
+        work is begun anew: a job that always resumes must not wait for a person.
+        """
+        try:
+            self._refuse_another(found.run)
+        except OutputError as error:
+            if self._replaceable is None:
+                raise
+            self.remarks.append(f"{error.message}; it was replaced")
+            return None
+        return found
+
+    def _look_at_old(self, begun: Story | None) -> None:
+        """Take note of what stands at the destination, which is to be replaced. A run that is resumed is held to the
+        note of the one that began: what has come since is not to be deleted.
+
+        Raises:
+            OutputError: some of it is not ours, or has come since.
+        """
+        self._replaces = {name: entry for name, entry in survey(self._target).items() if not is_noise(name)}
+        if self._replaceable is not None:
+            refuse_to_replace(self.output, self._replaces, self._replaceable())
+        elif self._replaces:
+            raise OutputError(f"{self.output} exists", hint="Replace it with --force, or choose another with -o.")
+        if self._replaces and not is_one_file(self.output) and RECIPE not in self._replaces:
+            self.remarks.append(f"{self.output} was replaced, which lines had not written")
+        if begun is not None and begun.replaces is not None:
+            before = {name: Entry(*entry) for name, entry in begun.replaces.items()}
+            if new := arrivals(before, self._replaces):
+                raise OutputError(
+                    f"{self.output} has changed since the run began that is to be resumed:\n"
+                    f"{some([name or str(self.output) for name in new])}",
+                    hint="Move it away; or, to replace it, begin anew: --force without --resume.",
+                )
+
+    def _refuse_another(self, run: Told) -> None:
+        """Refuse to go on with what another recipe, or other inputs, have begun.
+
+        Raises:
+            OutputError: what is not the same.
+        """
+        if "contents" in self._run and "contents" not in run:
+            raise OutputError(
+                f"{self.output}: what is finished in {self.folder} was begun without --verify-inputs, and does not "
+                "say what its inputs held",
+                hint="Go on without --verify-inputs, or begin anew without --resume.",
+            )
+        sought = (self._run.keys() | (run.keys() - {"contents"})) - {"step"}
+        different = sorted(key for key in sought if run.get(key) != self._run.get(key))
+        if not different:
+            return
+        before, now = run.get("inputs"), self._run.get("inputs")
+        if "inputs" in different and isinstance(before, dict) and isinstance(now, dict):
+            of_both = [path for path in now if path in before and before[path] != now[path]]
+            different[different.index("inputs")] = f"inputs ({', '.join(of_both) or 'others'})"
+        raise OutputError(
+            f"{self.folder} holds the unfinished work of a different run; not the same: {', '.join(different)}",
+            hint="Run it without --resume to replace that, or lines clean to remove it.",
+        )
+
+    def _make_movable(self) -> None:
+        """Have `new` be a folder that can be renamed: on overlayfs one that came with the image cannot."""
+        moved = self.folder / _MOVED
+        if self._new.exists():
+            move_folder(self._new, moved)
+        if moved.exists():
+            os.rename(moved, self._new)
+
+    def _checked(self, story: Story) -> Story:
+        """The story without the parts that are not on the disk as it says."""
+        outputs, step = self._run["outputs"], story.run["step"]
+        sizes = [nbytes for _, nbytes, _ in outputs]
+        told = [part for part in story.parts if is_part(part.file, part.start, part.blocks, sizes, step)]
+        parts: list[Part] = []
+        self._new.mkdir(exist_ok=True)
+        # What stands beside the weights is made anew; all else was of another output.
+        others = survey(self._new).keys() - {name for name, _, _ in outputs}
+        _remove(self._new, others)
+        for number, (name, nbytes, _) in enumerate(outputs):
+            path = self._new / name
+            own = [part for part in told if part.file == number]
+            if own and _is_alone(path, nbytes):
+                blocks = {part.start + BLOCK * n: block for part in own for n, block in enumerate(part.blocks)}
+                whole = intact(path, blocks)
+                parts += [part for part in own if all(part.start + BLOCK * n in whole for n in range(len(part.blocks)))]
+            else:
+                path.unlink(missing_ok=True)
+        return Story(story.run, story.names, story.replaces, story.measured, tuple(parts), None, story.nbytes)
+
+    @property
+    def step(self) -> int:
+        """Bytes of a file that are written at a time: those of the run that is resumed, so that its parts fit."""
+        return int((self.story.run if self.story else self._run)["step"])
+
+    @property
+    def journal(self) -> Journal:
+        """Where what is finished is written down."""
+        assert self._journal is not None
+        return self._journal
+
+    def create(self, name: str, nbytes: int) -> NewFile:
+        """A file of `nbytes`, new or as an earlier run has left it, open for writing until `publish`."""
+        with naming(self.output):
+            file = NewFile(self._new / name, nbytes, begun=self.story is not None)
+            self._open.append(file)
+            self._written[name] = file.identity
+        return file
+
+    def add(self, name: str, content: bytes) -> None:
+        """Write one of the files beside the weights."""
+        with naming(self.output):
+            path = self._new / name
+            path.parent.mkdir(exist_ok=True)
+            with open(path, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+                there = os.fstat(file.fileno())
+            self._written[name] = (there.st_dev, there.st_ino)
+
+    def sync(self) -> None:
+        """Return when all files are on the disk."""
+        with naming(self.output):
+            for file in self._open:
+                file.sync()
+
+    def path(self, name: str) -> Path:
+        """Where a file stands until it is published."""
+        return self._new / name
+
+    # --- into place ---
+
+    def publish(self, at_last: Callable[[], None] = lambda: None) -> None:
+        """Flush everything and put it into place in one step.
+
+        Args:
+            at_last: is called before that step, when all that takes time is done.
+
+        Raises:
+            OutputError: something has come to the destination meanwhile, or into the staging folder; or the system
+                refuses.
+        """
+        self.sync()
+        with naming(self.output):
+            self._close_files()
+            for folder in {self._new, *((self._new / name).parent for name in self._written)}:
+                sync_folder(folder)
+            at_last()
+            self._refuse_torn()
+            self._refuse_arrivals(survey(self._target))
+            new = self._new / self.output.name if is_one_file(self.output) else self._new
+            if os.path.lexists(self._target):
+                with suppress(OSError):  # what was private stays so
+                    os.chmod(new, stat.S_IMODE(self._target.stat().st_mode))
+            there = new.stat()
+            self.journal.publishing(Publishing((there.st_dev, there.st_ino), frozenset(self._replaces)))
+            self.state = State.PUBLISHING
+            self._put_into_place(new, (there.st_dev, there.st_ino))
+        try:
+            sync_folder(self._target.parent)
+        except OSError as error:
+            raise OutputError(
+                f"{self.output} is in place, but the disk does not confirm it: {error.strerror or error}",
+                hint="Check the disk, and read the output back: lines inspect OUT --check.",
+            ) from error
+        self._confirmed = True
+
+    def _refuse_torn(self) -> None:
+        """Refuse to publish anything but the files that were written, all of them."""
+        if not self._is_mine:
+            raise OutputError(f"{self.folder} was replaced while {self.output} was written", hint="Run it again.")
+        found = {}
+        for name, entry in survey(self._new).items():
+            if not stat.S_ISDIR(entry.kind) and not is_noise(name):
+                found[name] = (os.lstat(self._new / name).st_dev, entry.inode)
+        names = found.keys() | self._written.keys()
+        if wrong := sorted(name for name in names if found.get(name) != self._written.get(name)):
+            raise OutputError(
+                f"{self._new} does not hold what was written into it; something else has changed it:\n{some(wrong)}",
+                hint="Move away what is not of this run; the same command with --resume makes again what is missing.",
+            )
+
+    def _refuse_arrivals(self, now: Survey) -> None:
+        """Refuse to replace what was not there when the run began, or has changed since."""
+        new = arrivals(self._replaces, {name: entry for name, entry in now.items() if not is_noise(name)})
+        if new and not self._replaces:
+            raise OutputError(
+                f"{self.output} came into being while its replacement was written", hint=f"Move it away. {_GOES_ON}"
+            )
+        if new:
+            raise OutputError(
+                f"{self.output} has changed while its replacement was written; --force will not delete what is new:\n"
+                f"{some([name or str(self.output) for name in new])}",
+                hint=f"Move it away. {_GOES_ON}",
+            )
+
+    def _put_into_place(self, new: Path, identity: tuple[int, int]) -> None:
+        """Put the new output into place. One that is there stays whole until then, and is exchanged for the new one;
+        where the system cannot, it is away between two renames, and comes back if the second fails.
+        """
+        try:
+            if not self._replaces or not os.path.lexists(self._target):
+                put(new, self._target)
+            elif exchange(new, self._target):
+                try:
+                    self._refuse_arrivals(survey(new))
+                except BaseException:  # nothing is known of what came out, then
+                    exchange(new, self._target)
+                    raise
+            elif is_one_file(self.output):
+                self._refuse_arrivals(survey(self._target))  # at the last moment: there is no way back
+                os.replace(new, self._target)
+            else:
+                self._rename_twice(new)
+        except OSError as error:
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR):
+                self._refuse_arrivals(survey(self._target))
+            raise
+        finally:
+            with suppress(OSError):
+                there = self._target.lstat()
+                self.state = State.IN_PLACE if (there.st_dev, there.st_ino) == identity else State.BEGUN
+
+    def _rename_twice(self, new: Path) -> None:
+        aside = self.folder / _OLD
+        try:
+            move_folder(self._target, aside)
+            self._refuse_arrivals(survey(aside))
+            os.rename(new, self._target)
+        except BaseException:
+            if new.exists() and aside.exists():  # else it is in place, or nothing was moved
+                _bring_back(aside, self._target, self._replaces.keys())
+            raise
+
+    def _close_files(self) -> None:
+        while self._open:
+            self._open.pop().close()
+
+    # --- the end ---
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._close_files()
+            worth_it = self._journal is not None and not self._journal.empty
+            if self._journal is not None:
+                self._journal.close()
+            if self.state is State.IN_PLACE:
+                self._remove_old()
+            elif not worth_it or isinstance(error, OF_NO_USE):
+                self._discard()
+            if self._lock is not None:
+                self._lock.release()
+            if error is not None:
+                attach_aftermath(error, self._aftermath())
+        except BaseException as another:
+            attach_aftermath(another, self._aftermath())
+            raise
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+
+    def _aftermath(self) -> Aftermath:
+        in_place = self.output if self.state is State.IN_PLACE else None
+        return Aftermath(self.folder if (self.folder / _JOURNAL).exists() else None, in_place)
+
+    def _remove_old(self) -> None:
+        """What was replaced, as it was when it was looked at; whatever else is found there stays, and is told."""
+        if not self._is_mine:
+            return
+        why = "the run did not come so far as to remove it"
+        try:
+            if self._confirmed:
+                for room in (_NEW, _OLD):
+                    _clear(self.folder / room, self._still_there(self.folder / room))
+                rest = sorted(name for name in survey(self.folder) if name not in (LOCK, _JOURNAL, _NEW, _OLD))
+                if not [name for name in rest if not is_noise(name)]:
+                    (self.folder / _JOURNAL).unlink(missing_ok=True)
+                    assert self._lock is not None
+                    remove_with(self._lock, self.folder)
+                    return
+                why = f"it holds what was not there before:\n{some(rest)}"
+        except OSError as error:
+            why = f"it cannot be removed: {error.strerror or error}"
+        self.remarks.append(f"{self.output} is in place; what it replaced is still in {self.folder}: {why}")
+
+    def _still_there(self, room: Path) -> set[str]:
+        """Of what was replaced, the names under which the same files stand, and their folders."""
+        alone = self._replaces.get("") if is_one_file(self.output) else None
+        before = {self.output.name: alone} if alone is not None else self._replaces
+        now = survey(room)
+        return {name for name, entry in now.items() if stat.S_ISDIR(entry.kind) or before.get(name) == entry}
+
+    def _discard(self) -> None:
+        """All that was made, and the folders that were made for it."""
+        if not self._is_mine:
+            return
+        assert self._lock is not None
+        with suppress(OSError):
+            _empty(self.folder, self.story, self._names)
+            remove_with(self._lock, self.folder)
+        self._remove_parents()
+
+    def _remove_parents(self) -> None:
+        """Those that were made for the staging folder."""
+        for parent in self._made:  # innermost first
+            try:
+                parent.rmdir()
+            except OSError:
+                break
+
+
+_GOES_ON = "Then the same command with --resume goes on from what is finished."
+
+
+def _is_alone(path: Path, nbytes: int) -> bool:
+    """Whether it is a regular file of that size that goes by no other name: a backup may share it."""
+    try:
+        there = path.lstat()
+    except FileNotFoundError:
+        return False
+    return stat.S_ISREG(there.st_mode) and there.st_size == nbytes and there.st_nlink == 1
