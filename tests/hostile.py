@@ -7,6 +7,7 @@ folder, nothing written, and memory and time are bounded by the process that run
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -21,6 +22,7 @@ from lines_cli.checkpoint.reader import open_checkpoint
 from lines_cli.errors import LinesError, RecipeError
 from lines_cli.inspection.open import open_inspection
 from lines_cli.inspection.report import make_report
+from lines_cli.methods.registry import find_method
 from lines_cli.plan.build import make_plan, open_inputs
 from lines_cli.recipe.validate import edit_recipe
 from lines_cli.recipe.yaml_file import load_recipe
@@ -224,8 +226,15 @@ def mutated(content: bytes, chance: random.Random) -> bytes:
     return struct.pack("<Q", len(data)) + data if framed else bytes(data)
 
 
+def load_installed_methods() -> None:
+    """A method that is none of ours is looked for among the installed packages, once in a process."""
+    with contextlib.suppress(ValueError):
+        find_method("no method")
+
+
 def run(kind: str, folder: Path, number: int, seed: int) -> tuple[int, int]:
     """Mutate the corpus so many times; how many files were read, and how many refused."""
+    load_installed_methods()
     chance = random.Random(f"{kind} {seed}")
     prepare(folder, kind)
     seeds = [path.read_bytes() for path in sorted((CORPUS / kind).iterdir())]

@@ -75,6 +75,7 @@ def package_of(name: str) -> str | None:
     return f"{point.dist.name} {point.dist.version}" if point.dist else point.value
 
 
+@cache
 def _installed() -> dict[str, EntryPoint]:
     """The entry points of installed packages, by name; the first package's where two have one name."""
     from importlib.metadata import entry_points
