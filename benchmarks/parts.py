@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from lines_cli.engine.arithmetic import add_scaled, is_finite, task_vector
-from lines_cli.engine.measure import Window, look
-from lines_cli.engine.workers import keep_freed_memory
+from lines_cli.engine.buffers import keep_freed_memory
+from lines_cli.engine.threshold import Window, look
 from lines_cli.methods.consensus import consensus
 from lines_cli.methods.sparsify import Where, random_masks, trim
 from lines_cli.methods.ties import signs, ties

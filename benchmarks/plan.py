@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lines_cli.checkpoint.header import lay_out
-from lines_cli.plan.build import make_plan, open_inputs
+from lines_cli.plan.build import make_plan
+from lines_cli.plan.inputs import open_inputs
 from lines_cli.recipe.validate import edit_recipe, make_recipe
 from lines_cli.scaling.find_depth import find_depth
 

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from lines_cli.api.calls import merge as merge
     from lines_cli.api.in_memory import edit_state_dict as edit_state_dict
     from lines_cli.api.in_memory import merge_state_dicts as merge_state_dicts
-    from lines_cli.engine.run import Outcome as Outcome
     from lines_cli.engine.run import run as run
     from lines_cli.engine.verify import Verification as Verification
     from lines_cli.engine.verify import verify as verify
+    from lines_cli.engine.write import Outcome as Outcome
     from lines_cli.errors import LinesError as LinesError
     from lines_cli.inspection.compare import compare as compare
     from lines_cli.inspection.open import Inspection as Inspection
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from lines_cli.inspection.report import problems as problems
     from lines_cli.inspection.statistics import Findings as Findings
     from lines_cli.plan.build import make_plan as make_plan
-    from lines_cli.plan.build import open_inputs as open_inputs
+    from lines_cli.plan.inputs import open_inputs as open_inputs
     from lines_cli.plan.plan import Plan as Plan
     from lines_cli.plan.resources import Resources as Resources
     from lines_cli.recipe.schema import Recipe as Recipe
@@ -50,13 +50,15 @@ _HOMES = {
     "api.calls": ("coefficients", "edit", "inspect", "merge"),
     "inspection.compare": ("compare",),
     "scaling.find_depth": ("DepthMap", "find_depth"),
-    "engine.run": ("Outcome", "run"),
+    "engine.run": ("run",),
+    "engine.write": ("Outcome",),
     "errors": ("LinesError",),
     "inspection.statistics": ("Findings",),
     "api.in_memory": ("edit_state_dict", "merge_state_dicts"),
     "inspection.open": ("Inspection", "open_inspection", "open_merge"),
     "plan.plan": ("Plan",),
-    "plan.build": ("make_plan", "open_inputs"),
+    "plan.build": ("make_plan",),
+    "plan.inputs": ("open_inputs",),
     "recipe.schema": ("Recipe",),
     "recipe.validate": ("edit_recipe",),
     "recipe.yaml_file": ("load_recipe",),

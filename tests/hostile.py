@@ -23,7 +23,8 @@ from lines_cli.errors import LinesError, RecipeError
 from lines_cli.inspection.open import open_inspection
 from lines_cli.inspection.report import make_report
 from lines_cli.methods.registry import find_method
-from lines_cli.plan.build import make_plan, open_inputs
+from lines_cli.plan.build import make_plan
+from lines_cli.plan.inputs import open_inputs
 from lines_cli.recipe.validate import edit_recipe
 from lines_cli.recipe.yaml_file import load_recipe
 from lines_cli.scaling.find_depth import find_depth

@@ -27,7 +27,8 @@ from lines_cli.checkpoint.reader import open_checkpoint
 from lines_cli.engine import run as engine
 from lines_cli.engine import workers
 from lines_cli.errors import CheckpointError
-from lines_cli.plan.build import make_plan, sides_of
+from lines_cli.plan.build import make_plan
+from lines_cli.plan.inputs import sides_of
 from lines_cli.plan.resources import Resources
 from lines_cli.recipe.validate import make_recipe
 from lines_cli.storage import staging

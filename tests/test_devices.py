@@ -18,8 +18,9 @@ from conftest import run_lines, snapshot, write_checkpoint
 from method_cases import TABLE
 
 import lines_cli as lines
-from lines_cli.engine import arithmetic, workers
-from lines_cli.engine.workers import Crew, Worker, choose_devices
+from lines_cli.engine import arithmetic, buffers, devices, workers
+from lines_cli.engine.devices import Crew, choose_devices
+from lines_cli.engine.workers import Worker
 from lines_cli.plan.resources import BLOCK, Resources, Room
 from lines_cli.recipe.yaml_file import load_recipe
 
@@ -61,8 +62,9 @@ def own_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Has the CPU treated as a device with memory of its own, so much of it."""
 
     def has(nbytes: int) -> None:
-        monkeypatch.setattr(workers, "apart", lambda _: True)
-        monkeypatch.setattr(workers, "_total_memory", lambda _: nbytes)
+        for module in (devices, buffers, workers):
+            monkeypatch.setattr(module, "apart", lambda _: True)
+        monkeypatch.setattr(devices, "_total_memory", lambda _: nbytes)
 
     return has
 
@@ -103,7 +105,7 @@ def test_buffers_take_what_was_accounted_for(chunk: int, tmp_path: Path, own_mem
     plan = lines.make_plan(recipe, lines.open_inputs(recipe), tmp_path / "out")
     worker = Worker(plan, [], torch.device("cpu"), chunk)
     taken = [worker._held, *(buffer._device for buffer in (*worker._raw, worker.out))]
-    assert sum(tensor.nbytes for tensor in taken) == chunk * plan.room.nbytes(slots=workers.SLOTS)
+    assert sum(tensor.nbytes for tensor in taken) == chunk * plan.room.nbytes(slots=devices.SLOTS)
 
 
 @pytest.mark.parametrize("gpu_memory", [None, 500_000_000, 3_000_000_000])
@@ -115,7 +117,7 @@ def test_all_workers_together_stay_within_the_gpu_memory(
     own_memory(8 * GB)
     room = Room(stored=2, written=2, width=4, held=4, temporaries=9)
     crew = Crew(Resources(device="cpu", gpu_memory=gpu_memory, workers=number))
-    taken = len(crew.members) * crew.chunk(room, whole_blocks=True) * room.nbytes(slots=workers.SLOTS)
+    taken = len(crew.members) * crew.chunk(room, whole_blocks=True) * room.nbytes(slots=devices.SLOTS)
     assert len(crew.members) == (number or 4)
     assert taken <= (gpu_memory or 8 * GB // 8)
 

@@ -19,7 +19,7 @@ from golden.recipes import CASES, DIGESTS, MERGES, Case, input_digests, trigonom
 
 import lines_cli as lines
 from lines_cli.methods import METHODS
-from lines_cli.plan.build import to_float32
+from lines_cli.plan.coefficients import to_float32
 
 RECORDED = json.loads(DIGESTS.read_text(encoding="utf-8"))
 QUICK = lines.Resources(workers=2, device="cpu", chunk=64 * 1024)

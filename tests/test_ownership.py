@@ -688,10 +688,10 @@ def test_parents_that_are_not_there_yet(models: Path) -> None:
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
 def test_a_read_that_fails_once(number: int, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A network disk that hiccups in the last tensor: what was finished is kept."""
+    from lines_cli.engine import input_files, workers, write
     from lines_cli.engine import run as engine
-    from lines_cli.engine import workers
 
-    read, calls = workers.read_into, []
+    read, calls = input_files.read_into, []
 
     def failing(fd: int, view: memoryview, offset: int) -> int:
         calls.append(offset)
@@ -700,8 +700,9 @@ def test_a_read_that_fails_once(number: int, models: Path, monkeypatch: pytest.M
         return read(fd, view, offset)
 
     with monkeypatch.context() as patch:
-        patch.setattr(workers, "read_into", failing)
+        patch.setattr(input_files, "read_into", failing)
         patch.setattr(engine, "BLOCK", 16384)
+        patch.setattr(write, "BLOCK", 16384)
         patch.setattr(staging, "BLOCK", 16384)
         patch.setattr("lines_cli.storage.digest.BLOCK", 16384)
         patch.setattr(workers, "PIECE", 4096)
@@ -709,7 +710,7 @@ def test_a_read_that_fails_once(number: int, models: Path, monkeypatch: pytest.M
         assert (ran.code, ran.trace) == (3, "")
         assert STAGING in ran.err
         assert "--resume" in ran.err
-        patch.setattr(workers, "read_into", read)
+        patch.setattr(input_files, "read_into", read)
         assert run_lines(*EDIT, "--resume").code == 0
     assert run_lines(*EDIT[:-1], "again").code == 0
     for name in ("model.safetensors", "config.json", "vocab.txt"):

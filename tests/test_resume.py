@@ -23,6 +23,7 @@ from conftest import run_lines, snapshot, write_checkpoint
 
 import lines_cli as lines
 from lines_cli.engine import run as engine
+from lines_cli.engine import write
 from lines_cli.errors import Aftermath, CheckpointError, OutputError, aftermath_of
 from lines_cli.storage import lock, staging
 from lines_cli.storage.files import NewFile
@@ -600,14 +601,14 @@ def test_room_that_a_dead_run_takes_is_counted(models: Path, monkeypatch: pytest
 
 def test_a_worker_that_fails(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is wrong with one worker, the others stop, and the error names the tensor."""
-    make = engine.Write._make
+    make = write.Write._make
 
     def failing(self: Any, worker: Any, chunk: Any, told: Any) -> memoryview:
         if chunk.tensor.name == "layers.2.w":
             raise ZeroDivisionError("division by zero")
         return make(self, worker, chunk, told)
 
-    monkeypatch.setattr(engine.Write, "_make", failing)
+    monkeypatch.setattr(write.Write, "_make", failing)
     recipe = lines.edit_recipe("base", "ft")
     plan = lines.make_plan(recipe, lines.open_inputs(recipe), Path("out"))
     with pytest.raises(ZeroDivisionError, match=r"at tensor layers\.2\.w"):

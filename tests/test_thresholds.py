@@ -16,7 +16,7 @@ from conftest import write_checkpoint
 from safetensors.torch import load_file
 
 import lines_cli as lines
-from lines_cli.engine import measure
+from lines_cli.engine import threshold
 from lines_cli.recipe.yaml_file import load_recipe
 
 NUMEL = 1_500_000
@@ -37,8 +37,8 @@ def between(low: float, high: float) -> torch.Tensor:
 def unseen() -> torch.Tensor:
     """Where a sample may look there is almost nothing: it says that the threshold is far below where it lies."""
     values = normal()
-    for at in range(0, NUMEL, 8 * measure._RUN + measure._RUN // 4 + 1):
-        values[at : at + measure._RUN] *= 1e-6
+    for at in range(0, NUMEL, 8 * threshold._RUN + threshold._RUN // 4 + 1):
+        values[at : at + threshold._RUN] *= 1e-6
     return values
 
 

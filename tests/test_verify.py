@@ -23,7 +23,7 @@ import lines_cli as lines
 from lines_cli.checkpoint.reader import open_checkpoint
 from lines_cli.engine import verify as verification
 from lines_cli.errors import CheckpointError, OutputError, RecipeError
-from lines_cli.plan.plan import Statistics
+from lines_cli.plan.statistics import Statistics
 from lines_cli.storage.digest import file_digest
 from lines_cli.storage.journal import written_line
 from lines_cli.storage.verified import verified_beside

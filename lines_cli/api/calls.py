@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lines_cli.api.summary import Summary
     from lines_cli.checkpoint.reader import Checkpoint
     from lines_cli.engine.measure import Track
-    from lines_cli.engine.run import Outcome
+    from lines_cli.engine.write import Outcome
     from lines_cli.inspection.open import Inspection
     from lines_cli.inspection.report import Report
     from lines_cli.plan.plan import Plan
@@ -239,7 +239,8 @@ def coefficients(
         DepthError: which tensor stands at which depth cannot be decided from the names.
         LinesError: the checkpoint cannot be read, or an option is impossible.
     """
-    from lines_cli.plan.build import make_plan, sides_of
+    from lines_cli.plan.build import make_plan
+    from lines_cli.plan.inputs import sides_of
     from lines_cli.recipe.validate import edit_recipe
 
     recipe = edit_recipe(
@@ -415,8 +416,10 @@ def carry_out(
     """
     from dataclasses import replace
 
-    from lines_cli.plan.build import is_finished, is_same_run, make_plan, open_inputs, refuse_altered, replaceable
+    from lines_cli.plan.build import make_plan
     from lines_cli.plan.claim import notes_of_inputs, refuse_other_contents
+    from lines_cli.plan.identity import is_finished, is_same_run, refuse_altered, replaceable
+    from lines_cli.plan.inputs import open_inputs
     from lines_cli.storage.destination import check_destination
     from lines_cli.storage.staging import clean, leftover, recover
 

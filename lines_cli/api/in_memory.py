@@ -22,12 +22,18 @@ from lines_cli.api.calls import Dtype, Missing, Outside, Resize, config_values, 
 from lines_cli.checkpoint.header import TensorInfo, itemsize
 from lines_cli.checkpoint.reader import Checkpoint, StoredTensor, unsupported_in
 from lines_cli.engine.arithmetic import FLOAT8, TORCH_DTYPES
+from lines_cli.engine.buffers import keep_freed_memory
+from lines_cli.engine.chunks import PlanChunk, items_of
+from lines_cli.engine.devices import Crew
 from lines_cli.engine.measure import Track, measure, untracked
-from lines_cli.engine.run import Write
-from lines_cli.engine.workers import Crew, PlanChunk, Pool, Worker, items_of, keep_freed_memory
+from lines_cli.engine.pool import Pool
+from lines_cli.engine.workers import Worker
+from lines_cli.engine.write import Write
 from lines_cli.errors import RecipeError, UnsupportedError, printable
-from lines_cli.plan.build import make_plan, resolve, sides_of
+from lines_cli.plan.build import make_plan
+from lines_cli.plan.inputs import sides_of
 from lines_cli.plan.plan import Plan, TensorPlan
+from lines_cli.plan.resolve import resolve
 from lines_cli.plan.tensors import Slice
 from lines_cli.recipe.validate import edit_recipe, make_recipe
 

@@ -8,7 +8,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lines_cli.engine.run import Outcome
+    from lines_cli.engine.write import Outcome
     from lines_cli.plan.plan import Plan
     from lines_cli.plan.resources import Resources
 

@@ -19,8 +19,8 @@ from lines_cli.inspection.tables import Table as Columns
 
 if TYPE_CHECKING:
     from lines_cli.engine.measure import Track
-    from lines_cli.engine.run import Outcome
     from lines_cli.engine.verify import FileVerified, Verification
+    from lines_cli.engine.write import Outcome
     from lines_cli.inspection.report import Report
     from lines_cli.plan.claim import Claim
     from lines_cli.plan.plan import Plan

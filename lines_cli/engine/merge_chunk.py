@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from lines_cli.engine.arithmetic import dot, is_finite
-from lines_cli.engine.workers import ALLOW_NONFINITE, Chunk, PlanChunk, Whole, Worker
+from lines_cli.engine.chunks import Chunk, PlanChunk
+from lines_cli.engine.whole_tensors import Whole
+from lines_cli.engine.workers import ALLOW_NONFINITE, Worker
 from lines_cli.errors import DataError
 from lines_cli.methods import ByMagnitude, Drawn
 from lines_cli.methods.sparsify import Where

@@ -23,14 +23,20 @@ import torch
 
 from lines_cli.checkpoint.header import itemsize, read_header
 from lines_cli.checkpoint.sidecars import CARRIED_FILES, Sidecar
+from lines_cli.engine.buffers import keep_freed_memory
+from lines_cli.engine.devices import Crew
+from lines_cli.engine.input_files import opened, refuse_changed
 from lines_cli.engine.measure import Track, measure, untracked
-from lines_cli.engine.run import Span, Target, Write, spans_of
-from lines_cli.engine.workers import Crew, Pool, Worker, keep_freed_memory, opened, refuse_changed
+from lines_cli.engine.pool import Pool
+from lines_cli.engine.workers import Worker
+from lines_cli.engine.write import Span, Target, Write, spans_of
 from lines_cli.errors import CheckpointError, DataError, LinesError, RecipeError, printable
-from lines_cli.plan.build import identity, resolve
 from lines_cli.plan.claim import Claim, InputRead, inputs_read, open_claim, plan_claim
-from lines_cli.plan.plan import Plan, Statistics
+from lines_cli.plan.identity import identity
+from lines_cli.plan.plan import Plan
+from lines_cli.plan.resolve import resolve
 from lines_cli.plan.resources import Resources
+from lines_cli.plan.statistics import Statistics
 from lines_cli.recipe.yaml_file import Elsewhere
 from lines_cli.storage.beside import leads_out, outside, refuse_link_out
 from lines_cli.storage.destination import is_one_file

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Generic, TypeVar
+
+import torch
 
 Made = TypeVar("Made")
 
@@ -59,3 +62,19 @@ class _Entry(Generic[Made]):
     def __init__(self) -> None:
         self.finished = threading.Event()
         self.made: list[Made] = []
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A piece of a tensor that was merged whole.
+
+    Attributes:
+        values: [numel], in the compute dtype, on a worker's device; not to be changed.
+        squares, kept: for each model, as `merge_chunk.Merged` has them, of all of it.
+        nonfinite: which input holds NaN or Inf, and where, if one does.
+    """
+
+    values: torch.Tensor
+    squares: tuple[float, ...]
+    kept: tuple[float, ...]
+    nonfinite: str | None

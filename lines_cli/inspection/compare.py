@@ -21,12 +21,18 @@ import torch
 
 from lines_cli.checkpoint.header import itemsize
 from lines_cli.engine.arithmetic import dot, task_vector
+from lines_cli.engine.buffers import keep_freed_memory
+from lines_cli.engine.chunks import Chunk, items_of
+from lines_cli.engine.devices import Crew
+from lines_cli.engine.input_files import opened
 from lines_cli.engine.measure import Track, measure, untracked
-from lines_cli.engine.workers import Chunk, Crew, Pool, Reader, items_of, keep_freed_memory, opened
+from lines_cli.engine.pool import Pool
+from lines_cli.engine.workers import Reader
 from lines_cli.errors import RecipeError
 from lines_cli.inspection.open import Inspection, Span, recipe_of
 from lines_cli.inspection.statistics import Change, Findings, Joint, Seen
-from lines_cli.plan.build import make_plan, open_inputs
+from lines_cli.plan.build import make_plan
+from lines_cli.plan.inputs import open_inputs
 from lines_cli.plan.layout import natural
 from lines_cli.plan.plan import Plan
 from lines_cli.plan.resources import Resources, Room

@@ -20,10 +20,13 @@ from lines_cli.checkpoint.reader import Checkpoint, no_collecting, open_checkpoi
 from lines_cli.errors import DepthError, MismatchError, RecipeError, printable, some
 from lines_cli.hub.download import locate
 from lines_cli.inspection.kinds import Kind, kind_of
-from lines_cli.plan.build import UNSCALED, rounded_coefficient, sides_of
+from lines_cli.plan.coefficients import rounded_coefficient
+from lines_cli.plan.inputs import Sides, sides_of
 from lines_cli.plan.layout import natural
-from lines_cli.plan.match import Names, Sides, aligned_names, match_names, says_tied, strangers, tied_embedding
+from lines_cli.plan.match import Names, aligned_names, match_names, strangers
+from lines_cli.plan.resolve import UNSCALED
 from lines_cli.plan.tensors import Draft, Piece, Slice, TensorValues, draft_tensors, refuse_idle_filters
+from lines_cli.plan.tied_weights import says_tied, tied_embedding
 from lines_cli.recipe.schema import Like, Recipe, Scaling
 from lines_cli.recipe.validate import edit_recipe, make_recipe
 from lines_cli.recipe.yaml_file import load_record

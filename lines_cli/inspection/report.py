@@ -17,9 +17,10 @@ from lines_cli.checkpoint.reader import Checkpoint
 from lines_cli.inspection.kinds import KINDS
 from lines_cli.inspection.open import Inspection, Part
 from lines_cli.inspection.statistics import Change, Findings, Joint, Seen
+from lines_cli.plan.coefficients import layer_coefficients, outside_coefficients
 from lines_cli.plan.layout import natural
-from lines_cli.plan.match import tied_copies
-from lines_cli.plan.plan import Norms, layer_coefficients, outside_coefficients
+from lines_cli.plan.statistics import Norms
+from lines_cli.plan.tied_weights import tied_copies
 from lines_cli.scaling.find_depth import pattern_of
 
 Report = dict[str, Any]

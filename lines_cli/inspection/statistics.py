@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lines_cli.plan.plan import Norms
+from lines_cli.plan.statistics import Norms
 
 
 @dataclass(frozen=True, slots=True)

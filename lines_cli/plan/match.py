@@ -2,67 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
-from typing import Any
 
 from lines_cli.checkpoint.reader import Checkpoint
 from lines_cli.errors import MismatchError, printable, some
+from lines_cli.plan.inputs import Sides
+from lines_cli.plan.tied_weights import tied_partner
 from lines_cli.recipe.schema import Recipe
-
-# Modules with a row per vocabulary entry, by their names; and words that say an embedding is of something else.
-_TOKEN_EMBEDDINGS = frozenset(
-    "embed_tokens embed_tokens_per_layer wte word_embeddings word_embedding tok_embeddings token_embedding embed_in "
-    "shared embeddings embedding".split()
-)
-_TOKEN_HEADS = frozenset(
-    "lm_head lm_heads lm_loss embed_out output output_layer decoder predictions proj_out vocab_projector "
-    "generator_lm_head final_logits_bias".split()
-)
-_NOT_OF_TOKENS = re.compile(r"pos|tile|patch|type|class|time")
 
 Names = tuple[str | None, ...]
 """The names that one output tensor is read from, one for each side; None for a side that lacks it."""
-
-
-@dataclass(frozen=True)
-class Sides:
-    """The inputs of a merge in the order of their files: the base, if there is one, and the models.
-
-    Attributes:
-        checkpoints: all of them.
-        has_base: whether the first is the base.
-        lead: the number of the one that the output is like: its names, dtypes, integers and config.
-        of_an_edit: whether they are a base and one fine-tune that the output is like, and are called so.
-    """
-
-    checkpoints: tuple[Checkpoint, ...]
-    has_base: bool
-    lead: int
-    of_an_edit: bool
-
-    @property
-    def leading(self) -> Checkpoint:
-        return self.checkpoints[self.lead]
-
-    @property
-    def models(self) -> tuple[Checkpoint, ...]:
-        """Those that are merged."""
-        return self.checkpoints[1 if self.has_base else 0 :]
-
-    def called(self, side: int) -> str:
-        """What a message calls one of them."""
-        if self.has_base and side == 0:
-            return "the base"
-        return "the fine-tune" if self.of_an_edit else self.checkpoints[side].name
-
-    def config_of(self, side: int) -> Mapping[str, Any]:
-        """Its config; of a lone file, the leading side's or the first that there is."""
-        known = (self.checkpoints[side].config, self.leading.config, *(c.config for c in self.checkpoints))
-        return next((config for config in known if config), {})
 
 
 def pair_tensors(sides: Sides, own: Sequence[Mapping[str, str]], recipe: Recipe, notes: list[str]) -> dict[str, Names]:
@@ -148,7 +99,7 @@ def _through_ties(sides: Sides, name: str, row: Names, *, resize: bool, notes: l
     filled = list(row)
     having, there = _having(sides, row)
     for side, lacking in enumerate(sides.checkpoints):
-        if row[side] is None and (partner := _tied_partner(there, lacking=lacking, having=having, resize=resize)):
+        if row[side] is None and (partner := tied_partner(there, lacking=lacking, having=having, resize=resize)):
             filled[side] = partner
             whose = sides.called(side)
             notes.append(
@@ -160,7 +111,7 @@ def _through_ties(sides: Sides, name: str, row: Names, *, resize: bool, notes: l
 def _tied_in_lead(sides: Sides, row: Names, *, resize: bool) -> str | None:
     """The tensor that the leading side has instead, because there the two are one weight."""
     having, there = _having(sides, row)
-    return _tied_partner(there, lacking=sides.leading, having=having, resize=resize)
+    return tied_partner(there, lacking=sides.leading, having=having, resize=resize)
 
 
 def _note_incomplete(sides: Sides, incomplete: Mapping[str, Names], recipe: Recipe, notes: list[str]) -> None:
@@ -260,79 +211,3 @@ def _common_prefix(longer: Checkpoint, shorter: Checkpoint) -> str | None:
 
 
 _SAMPLES = 32  # long names, any of which may be one side's own
-
-
-def _tied_partner(name: str, *, lacking: Checkpoint, having: Checkpoint, resize: bool) -> str | None:
-    """The tensor that stands for `name` in the side that lacks it, because there the two are one weight.
-
-    That is so where its config (or, of a lone file, the other side's) ties head and token embedding; and always between
-    the token embeddings of an encoder-decoder and its `shared` one. `resize` allows another number of rows.
-    """
-    if not is_vocabulary(name):
-        return None
-    shape = having.tensors[name].info.shape
-    alike = [
-        other
-        for other, stored in lacking.tensors.items()
-        if is_vocabulary(other) and _same_but_rows(stored.info.shape, shape)
-    ]
-    same = [other for other in alike if lacking.tensors[other].info.shape == shape]
-    fitting = same or (alike if resize and _module(name) in _TOKEN_HEADS else [])
-    shared = [other for other in fitting if _module(other) == "shared"]
-    if shared and _module(name) == "embed_tokens":
-        return shared[0]
-    if _module(name) not in _TOKEN_HEADS or not says_tied(lacking.config or having.config):
-        return None
-    embeddings = [other for other in fitting if _module(other) in _TOKEN_EMBEDDINGS] or fitting
-    return embeddings[0] if len(embeddings) == 1 else shared[0] if shared else None
-
-
-def _same_but_rows(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    return len(a) == len(b) and a[1:] == b[1:]
-
-
-def tied_embedding(name: str, side: Checkpoint, config: Mapping[str, Any]) -> str | None:
-    """The token embedding that `config` ties the head `name` to, where `side` stores both."""
-    if _module(name) not in _TOKEN_HEADS or name not in side.tensors or not says_tied(config):
-        return None
-    shape = side.tensors[name].info.shape
-    alike = [other for other in side.tensors if _module(other) in _TOKEN_EMBEDDINGS and is_vocabulary(other)]
-    embeddings = [other for other in alike if side.tensors[other].info.shape == shape]
-    return min(embeddings, key=lambda other: (_module(other) != "shared", other.count("."), other), default=None)
-
-
-def tied_copies(names: Collection[str], side: Checkpoint, config: Mapping[str, Any]) -> set[str]:
-    """Of tensors that hold the same, those that do so by design: heads that are tied to an embedding among them, and
-    the token embeddings of an encoder-decoder beside its `shared` one.
-    """
-    embeddings = [name for name in names if _module(name) in _TOKEN_EMBEDDINGS and is_vocabulary(name)]
-    tied = {name for name in names if embeddings and tied_embedding(name, side, config) is not None}
-    if any(_module(name) == "shared" for name in embeddings):
-        tied |= {name for name in embeddings if _module(name) == "embed_tokens"}
-    return tied
-
-
-def _module(name: str) -> str:
-    """The module that a weight or bias belongs to, without a number at its end; a bare parameter is its own."""
-    *modules, last = name.split(".")
-    if last not in ("weight", "bias"):
-        return last if last == "final_logits_bias" else ""
-    return next((module for module in reversed(modules) if not module.isdecimal()), "")
-
-
-def is_vocabulary(name: str) -> bool:
-    """Whether a tensor has a row per vocabulary entry: a token embedding, or a head over tokens, or its bias."""
-    return _module(name) in _TOKEN_EMBEDDINGS | _TOKEN_HEADS and not _NOT_OF_TOKENS.search(name)
-
-
-def says_tied(config: Mapping[str, Any]) -> bool:
-    """Whether a config ties the head to the token embedding.
-
-    transformers before 5 leaves `tie_word_embeddings` out where it is true, its default; from 5 on it is written.
-    """
-    nested = (config.get(key) for key in ("text_config", "decoder", "language_config"))
-    for part in (config, *(part for part in nested if isinstance(part, dict))):
-        if "tie_word_embeddings" in part:
-            return part["tie_word_embeddings"] is True
-    version = re.match(r"\d{1,9}", str(config.get("transformers_version", "0")))
-    return "model_type" in config and version is not None and int(version[0]) < 5

@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from types import NoneType
 from typing import Any, NamedTuple
 
 from lines_cli.checkpoint.header import TensorInfo, itemsize
@@ -20,12 +19,14 @@ from lines_cli.checkpoint.reader import Stamp
 from lines_cli.checkpoint.sidecars import Sidecar
 from lines_cli.methods import ByMagnitude, Drawn, Measured, Values
 from lines_cli.methods.sparsify import Bounds
+from lines_cli.plan.coefficients import known, layer_coefficients, outside_coefficients, scale_at
+from lines_cli.plan.inputs import Sides
 from lines_cli.plan.layout import OutputFile
-from lines_cli.plan.match import Sides
 from lines_cli.plan.resources import Resources, Room
+from lines_cli.plan.statistics import NOTHING_MEASURED, Needs, Statistics
 from lines_cli.plan.tensors import Draft, Piece
 from lines_cli.recipe.schema import Recipe
-from lines_cli.scaling.find_depth import DepthMap, Place, position
+from lines_cli.scaling.find_depth import DepthMap, Place
 from lines_cli.scaling.schedule import Rules
 
 
@@ -75,124 +76,6 @@ class TensorPlan(NamedTuple):
     def edited(self) -> bool:
         """Whether any entry is computed; otherwise all are copied (or cast)."""
         return any(piece.models for piece in self.pieces)
-
-
-@dataclass(frozen=True, slots=True)
-class Norms:
-    """What `alpha: auto` rests on: L1 norms over the whole model, in float64.
-
-    Attributes:
-        total: of the sum of all task vectors, without weights.
-        merged: of the merged task vector, before lambda and gamma.
-        models: N.
-    """
-
-    total: float
-    merged: float
-    models: int
-
-    @property
-    def alpha(self) -> float:
-        """`(1/N) * norm1(sum of tau_i) / norm1(tau_merged)`, LiNeS's heuristic for many tasks (arXiv 2410.17146)."""
-        return 1 / self.models * (self.total / self.merged)
-
-
-@dataclass(frozen=True, slots=True)
-class Statistics:
-    """What was measured of the numbers in the inputs.
-
-    Attributes:
-        thresholds: (model, tensor, or None for all of them) -> the magnitudes that the sparsifier asked for: the least
-            that is kept, and perhaps the greatest.
-        kept: for each model, how many entries are kept, and of how many; empty where that was not counted.
-        majority: the sign that most elections gave.
-        l1: tensor -> for each model the L1 norm of its task vector, before and after entries were dropped.
-        products: tensor -> two models' dot product and squared L2 norms.
-        norms: for `alpha: auto`.
-    """
-
-    thresholds: Mapping[tuple[int, str | None], Bounds] = field(default_factory=dict)
-    kept: tuple[tuple[int, int], ...] = ()
-    majority: int = 1
-    l1: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
-    products: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
-    norms: Norms | None = None
-
-    def told(self) -> dict[str, Any]:
-        """All of it as JSON has it, every number exactly."""
-        return {
-            "thresholds": [[*key, value] for key, value in self.thresholds.items()],
-            "kept": self.kept,
-            "majority": self.majority,
-            "l1": self.l1,
-            "products": self.products,
-            "norms": self.norms and [self.norms.total, self.norms.merged, self.norms.models],
-        }
-
-    @classmethod
-    def of(cls, told: Mapping[str, Any], models: int) -> Statistics:
-        """What `told` gave, of so many models.
-
-        Raises:
-            KeyError, TypeError, ValueError, AttributeError: it gave something else.
-        """
-        found = cls(
-            {(model, tensor): tuple(map(_number_or_none, bounds)) for model, tensor, bounds in told["thresholds"]},
-            tuple((kept, of) for kept, of in told["kept"]),
-            told["majority"],
-            {
-                name: tuple((_number(before), _number(after)) for before, after in sums)
-                for name, sums in told["l1"].items()
-            },
-            {name: (_number(a), _number(b), _number(c)) for name, (a, b, c) in told["products"].items()},
-            Norms(*map(_number, told["norms"])) if told["norms"] else None,
-        )
-        counted = [number for pair in found.kept for number in pair]
-        if (
-            any(
-                type(m) is not int or not 0 <= m < models or type(t) not in (str, NoneType) for m, t in found.thresholds
-            )
-            or any(type(number) is not int or number < 0 for number in counted)
-            or len(found.kept) not in (0, models)
-            or type(found.majority) is not int
-            or found.majority not in (-1, 0, 1)
-            or any(len(sums) != models for sums in found.l1.values())
-            or (found.norms is not None and found.norms.models != models)
-        ):
-            raise ValueError(told)
-        return found
-
-
-def _number_or_none(value: Any) -> Any:
-    return None if value is None else _number(value)
-
-
-def _number(value: Any) -> Any:
-    """It, a number.
-
-    Raises:
-        TypeError: it is none.
-    """
-    if type(value) not in (int, float):
-        raise TypeError(value)
-    return value
-
-
-NOTHING_MEASURED = Statistics()
-
-
-@dataclass(frozen=True, slots=True)
-class Needs:
-    """Which statistics a plan needs before it can be carried out."""
-
-    thresholds: bool = False
-    l1: bool = False
-    products: bool = False
-    majority: bool = False
-    norms: bool = False
-
-    def __bool__(self) -> bool:
-        return self.thresholds or self.l1 or self.products or self.majority or self.norms
 
 
 @dataclass(frozen=True)
@@ -249,7 +132,7 @@ class Plan:
         """The first coefficient of the schedule; None where there is none, or it is yet to be measured."""
         if self.recipe.lines is None or isinstance(self.recipe.lines.schedule, tuple):
             return None
-        return _known(self.rules.schedule.first)
+        return known(self.rules.schedule.first)
 
     @property
     def passes(self) -> tuple[str, ...]:
@@ -381,7 +264,7 @@ class Plan:
 
     def filters(self) -> list[tuple[str, float]]:
         """The patterns that fix coefficients, and the coefficient of each."""
-        scale = _lambda(self.recipe, 0.0)
+        scale = scale_at(self.recipe, 0.0)
         return [(pattern, scale * value) for pattern, value in self.rules.filters]
 
     @property
@@ -396,7 +279,7 @@ class Plan:
                 "name": tensor.name,
                 "stack": tensor.place.stack if tensor.place else None,
                 "index": tensor.place.index if tensor.place else None,
-                "coefficient": _known(tensor.coefficient),
+                "coefficient": known(tensor.coefficient),
             }
             for tensor in self.tensors
         ]
@@ -459,15 +342,15 @@ class Plan:
                 {
                     "name": name,
                     "layers": len(values),
-                    "first": _known(values[0]),
-                    "last": _known(values[-1]),
-                    "coefficients": [_known(value) for value in values],
+                    "first": known(values[0]),
+                    "last": known(values[-1]),
+                    "coefficients": [known(value) for value in values],
                     **counts(by_stack[name]),
                 }
                 for name, values in self.coefficients()
             ],
             "outside": {
-                **dict(zip(("first", "last"), map(_known, self.outside()), strict=True)),
+                **dict(zip(("first", "last"), map(known, self.outside()), strict=True)),
                 **counts(by_stack[None]),
             },
             "filters": [
@@ -484,37 +367,6 @@ class Plan:
             "passes": [{"measures": what, "bytes": self.bytes_measured} for what in self.passes],
             "notes": list(self.notes),
         }
-
-
-def layer_coefficients(recipe: Recipe, rules: Rules, depth: DepthMap) -> list[tuple[str, list[float]]]:
-    """Each stack's name, and the coefficient of each of its layers (filters apart); NaN where alpha is not known."""
-    return [
-        (
-            stack.name,
-            [
-                rules.inside_value(
-                    stack.name, index, stack.layers, scale=_lambda(recipe, position(index, stack.layers))
-                )
-                for index in range(stack.layers)
-            ],
-        )
-        for stack in depth.stacks
-    ]
-
-
-def outside_coefficients(recipe: Recipe, rules: Rules) -> tuple[float, float]:
-    """The coefficients outside the blocks, before and behind them (filters apart)."""
-    scale = _lambda(recipe, 0.0)
-    return rules.outside_value("before", scale=scale), rules.outside_value("after", scale=scale)
-
-
-def _lambda(recipe: Recipe, at: float) -> float:
-    """The scale of what is merged, at a place in the depth, 0 to 1."""
-    return recipe.method.scale_of(recipe.values("", at))
-
-
-def _known(value: float) -> float | None:
-    return None if math.isnan(value) else value
 
 
 def _bytes_of(pieces: Iterable[Piece]) -> int:

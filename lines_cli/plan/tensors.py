@@ -7,9 +7,16 @@ from typing import NamedTuple
 
 from lines_cli.checkpoint.header import EXACT_DTYPES, TensorInfo, itemsize
 from lines_cli.checkpoint.reader import no_collecting
-from lines_cli.errors import MismatchError, RecipeError, printable, some
+from lines_cli.errors import (
+    MismatchError,
+    RecipeError,
+    printable,
+    some,
+)
 from lines_cli.methods import Values
-from lines_cli.plan.match import Names, Sides, is_vocabulary, tied_embedding
+from lines_cli.plan.inputs import Sides
+from lines_cli.plan.match import Names
+from lines_cli.plan.tied_weights import is_vocabulary, tied_embedding
 from lines_cli.recipe.schema import Recipe
 from lines_cli.scaling.find_depth import DepthMap, Place
 from lines_cli.scaling.schedule import Rules
@@ -226,3 +233,8 @@ def _row_axis(shapes: Sequence[tuple[int, ...]]) -> int | None:
         return None
     differing = [axis for axis, sizes in enumerate(zip(*shapes, strict=True)) if len(set(sizes)) > 1]
     return differing[0] if len(differing) == 1 and all(n == 1 for n in shapes[0][: differing[0]]) else None
+
+
+def is_alone(recipe: Recipe, values: Values) -> bool:
+    """Whether merging gives the one model there is as it is."""
+    return len(recipe.merged) == 1 and recipe.method.one_is_itself(values)

@@ -1,0 +1,86 @@
+"""The inputs as open files: opened together, and held against the state in which they were planned with."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Protocol
+
+from lines_cli.checkpoint.reader import Stamp
+from lines_cli.errors import ChangedInputError, CheckpointError
+from lines_cli.storage.files import open_to_stream, read_into
+
+
+@contextmanager
+def opened(paths: Iterable[Path]) -> Iterator[list[int]]:
+    """The inputs' file descriptors, for the length of a `with` block."""
+    paths = list(paths)
+    allow_open_files(len(paths))
+    fds: list[int] = []
+    try:
+        for path in paths:
+            try:
+                fds.append(open_to_stream(path))
+            except OSError as error:
+                hint = None
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    hint = f"{len(paths):,} files are read at once. Allow more (ulimit -n), or merge larger shards."
+                raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}", hint=hint) from error
+        yield fds
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def refuse_changed(paths: Sequence[Path], fds: Sequence[int], stamps: Sequence[Stamp]) -> None:
+    """Refuse inputs that are not, or no longer, in the state in which their headers were read.
+
+    Raises:
+        ChangedInputError: which file, and how it differs.
+    """
+    for path, fd, stamp in zip(paths, fds, stamps, strict=True):
+        there = os.fstat(fd)
+        if (there.st_size, there.st_mtime_ns) != (stamp.nbytes, stamp.mtime_ns):
+            what = f"its size went from {stamp.nbytes:,} to {there.st_size:,} bytes"
+            if there.st_size == stamp.nbytes:
+                what = f"its time moved by {abs(there.st_mtime_ns - stamp.mtime_ns) / 1e9:.3f} s"
+            raise ChangedInputError(
+                f"{path} was modified while lines was reading it: {what}",
+                hint="Run it again when nothing writes to it.",
+            )
+
+
+def allow_open_files(number: int) -> None:
+    """Raise this process's own limit of open files as far as is needed and allowed, where there is one.
+
+    Args:
+        number: how many inputs and outputs are open at once.
+    """
+    try:
+        import resource
+    except ImportError:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = number + 256  # libraries, and what the caller has open
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+
+
+class Held(Protocol):
+    """An input that is no file: tensors in memory."""
+
+    def read_into(self, view: memoryview, offset: int) -> int:
+        """As `positional.read_into`."""
+
+
+Opened = int | Held
+"""An opened input: a file descriptor, or what is read in the same way."""
+
+
+def read_input(source: Opened, view: memoryview, offset: int) -> int:
+    return read_into(source, view, offset) if isinstance(source, int) else source.read_into(view, offset)

@@ -1,0 +1,309 @@
+"""The pass that writes: the output files cut into ranges, and the job that makes one."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from lines_cli.checkpoint.header import itemsize
+from lines_cli.engine.arithmetic import TORCH_DTYPES, add_scaled, cast, is_finite, same_nan, task_vector
+from lines_cli.engine.chunks import Chunk, PlanChunk
+from lines_cli.engine.measure import Measurement
+from lines_cli.engine.merge_chunk import Merged, merge_chunk, nonfinite_behind
+from lines_cli.engine.workers import ALLOW_NONFINITE, Worker
+from lines_cli.errors import DataError, printable
+from lines_cli.methods import Drawn
+from lines_cli.plan.coefficients import to_float32
+from lines_cli.plan.plan import Plan, TensorPlan
+from lines_cli.storage.destination import naming
+from lines_cli.storage.digest import (
+    BLOCK,
+    FileRecord,
+    GrowingDigest,
+    RangeWriter,
+    Written,
+)
+from lines_cli.storage.journal import Journal, Part
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Part of an output file, from `start` up to `end`, and the chunks that make it, in order.
+
+    It is cut without regard to tensors, yet never within an entry: a file begins with the widest, at a multiple of 8.
+    """
+
+    file: int
+    start: int
+    end: int
+    chunks: tuple[PlanChunk, ...]
+
+
+def spans_of(plan: Plan, size: int) -> Iterator[Span]:
+    """All of the output files, in steps of `size` bytes."""
+    by_file: dict[int, list[TensorPlan]] = defaultdict(list)
+    for tensor in plan.tensors:
+        by_file[tensor.file].append(tensor)
+    for number, file in enumerate(plan.outputs):
+        start, chunks = 0, []
+        for tensor in by_file[number]:
+            width = itemsize(tensor.info.dtype)
+            for piece in tensor.pieces:
+                at = tensor.info.offset + piece.start * width
+                assert at % width == 0, "an entry lies across a cut"
+                done = 0
+                while done < piece.numel:
+                    end = min(piece.numel, max(done, (start + size - at) // width))
+                    if end > done:
+                        chunks.append(Chunk(tensor, piece, done, end - done))
+                    done = end
+                    if at + end * width >= start + size:
+                        yield Span(number, start, start + size, tuple(chunks))
+                        start, chunks = start + size, []
+        if start < file.nbytes:
+            yield Span(number, start, file.nbytes, tuple(chunks))
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A weight file in the making, and its digest."""
+
+    file: Written
+    digest: GrowingDigest
+
+
+@dataclass(slots=True)
+class _Told:
+    """What is to be told of a part of the output, or of all of it.
+
+    Attributes:
+        squares: for each model the squared norm of its task vector.
+        kept: for each model how many entries were kept, of `entries`.
+        differing: tensors that the inputs hold different copies of -> the inputs that differ.
+        nonfinite: tensors -> what is not finite in them, let through.
+    """
+
+    squares: list[float]
+    kept: list[float]
+    entries: int = 0
+    differing: dict[str, dict[str, None]] = field(default_factory=dict)
+    nonfinite: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def nothing(cls, models: int) -> _Told:
+        """To begin with."""
+        return cls([0.0] * models, [0.0] * models)
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any], models: int) -> _Told:
+        """What a journal has of a part.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError, OverflowError: it is something else.
+        """
+        squares, kept = ([float(number) for number in told[key]] for key in ("squares", "kept"))
+        if len(squares) != models or len(kept) != models or type(told["entries"]) is not int:
+            raise ValueError(told)
+        differing = {name: {str(path): None for path in paths} for name, paths in told["differing"].items()}
+        nonfinite = {name: str(found) for name, found in told["nonfinite"].items()}
+        return cls(squares, kept, told["entries"], differing, nonfinite)
+
+    def add(self, other: _Told) -> None:
+        """Take account of another part, which comes behind."""
+        self.squares = [a + b for a, b in zip(self.squares, other.squares, strict=True)]
+        self.kept = [a + b for a, b in zip(self.kept, other.kept, strict=True)]
+        self.entries += other.entries
+        for name, paths in other.differing.items():
+            self.differing.setdefault(name, {}).update(paths)
+        self.nonfinite = other.nonfinite | self.nonfinite
+
+
+class Write:
+    """The job of making a span of the output and writing it; and the sum of what is to be told of all of them."""
+
+    def __init__(self, plan: Plan, targets: list[Target]) -> None:
+        self.plan, self.targets, self.models = plan, targets, plan.number_of_models
+        self.draws = isinstance(plan.recipe.method.sparsifier, Drawn)
+        self.told, self.taken_over = _Told.nothing(self.models), 0
+
+    def __call__(self, worker: Worker, span: Span) -> tuple[Span, _Told]:
+        """Make one span: itself, and what is to be told of it."""
+        target, told = self.targets[span.file], _Told.nothing(self.models)
+        writer = RangeWriter(target.file, span.start, target.digest, worker.piece)
+        with naming(self.plan.output):
+            writer.write(self.plan.outputs[span.file].head[span.start : span.end])
+        for chunk in worker.cut(span.chunks):
+            raw = self._make(worker, chunk, told)
+            with naming(self.plan.output):
+                writer.write(raw)
+        assert writer.at == span.end, "the chunks of a span do not fill it"
+        with naming(self.plan.output):
+            writer.close()
+        return span, told
+
+    def _make(self, worker: Worker, chunk: PlanChunk, told: _Told) -> memoryview:
+        """One chunk as it is to be written, in a buffer of the worker's; what is to be told of it is added."""
+        name, dtype, copy = chunk.tensor.name, chunk.tensor.info.dtype, chunk.piece.copy
+        raw: memoryview | None = None
+        squares: Sequence[float] = ()
+        kept: Sequence[float] = ()
+        entries = chunk.numel
+        if copy is None:
+            merged = merge_chunk(worker, chunk)
+            values, squares, kept, entries = self._scaled(chunk, merged), merged.squares, merged.kept, merged.entries
+        else:
+            loaded = worker.read(chunk, copy)
+            if chunk.piece.compare and (differing := self._compare(worker, chunk, loaded.raw)):
+                told.differing.setdefault(name, {}).update(dict.fromkeys(differing))
+            if self.draws and loaded.dtype in TORCH_DTYPES and any(copy in d.models for d in chunk.tensor.draft.pieces):
+                kept = (float(chunk.numel),)  # to be merged, but one model with nothing dropped is itself
+            if loaded.dtype == dtype:
+                raw = loaded.raw
+            if dtype in TORCH_DTYPES:
+                values = loaded.values()
+        if raw is None:
+            stored = worker.out.device_view(chunk.numel, TORCH_DTYPES[dtype])
+            cast(values, stored)
+            values = stored
+        if dtype in TORCH_DTYPES and not is_finite(values):
+            told.nonfinite.setdefault(name, self._say_nonfinite(worker, chunk))
+            if raw is None:
+                same_nan(values)
+            else:  # looking for it read other inputs into the same buffer
+                assert copy is not None
+                raw = worker.read(chunk, copy).raw
+        if raw is None:
+            raw = worker.out.to_host(chunk.numel * itemsize(dtype))
+        for model, square in enumerate(squares):
+            told.squares[model] += square
+        for model, number in enumerate(kept):
+            told.kept[model] += number
+        told.entries += entries if kept else 0
+        return raw
+
+    def _scaled(self, chunk: PlanChunk, merged: Merged) -> torch.Tensor:
+        """`base + coefficient * merged task vector`, or without a base the merged weights: [numel], to be cast."""
+        coefficient = self._coefficient(chunk)
+        if self.plan.recipe.method.takes == "task vectors":
+            assert merged.base is not None
+            return add_scaled(merged.base, merged.values, coefficient)
+        if merged.base is None or coefficient == 1:  # exactly what was merged
+            return merged.values
+        return add_scaled(merged.base, task_vector(merged.values, merged.base), coefficient)
+
+    @staticmethod
+    def _coefficient(chunk: PlanChunk) -> float:
+        """Rounded to the dtype that the arithmetic runs in."""
+        exact = chunk.tensor.coefficient
+        return exact if chunk.tensor.in_float64 else to_float32(exact)
+
+    def _compare(self, worker: Worker, chunk: PlanChunk, copied: memoryview) -> tuple[str, ...]:
+        """Which inputs hold something else than what is copied."""
+        return tuple(
+            str(self.plan.inputs[source.file])
+            for source in chunk.piece.compare
+            if worker.read(chunk, source, worker.out).raw != copied
+        )
+
+    def _say_nonfinite(self, worker: Worker, chunk: PlanChunk) -> str:
+        """Say what is not finite of a chunk that is about to be written, where that is let through.
+
+        Raises:
+            DataError: what was found, where that is not allowed.
+        """
+        found, hint = nonfinite_behind(worker, chunk), ALLOW_NONFINITE
+        if found is None:
+            name, dtype = printable(chunk.tensor.name), chunk.tensor.info.dtype
+            found = f"tensor {name}: a value is beyond what {dtype}, its output dtype, can hold"
+            hint = f"Write a wider dtype. {ALLOW_NONFINITE}"
+        if not self.plan.recipe.allow_nonfinite:
+            raise DataError(found, hint=hint)
+        return found
+
+    def tally(self, done: tuple[Span, _Told], journal: Journal) -> int:
+        """Add a span, in the order of the files, to what will be told, and write it down; its bytes."""
+        span, told = done
+        self.told.add(told)
+        nothing = told == _Told.nothing(self.models)
+        blocks = self.targets[span.file].digest.blocks(span.start, span.end)
+        with naming(self.plan.output):
+            journal.wrote(Part(span.file, span.start, blocks, {} if nothing else asdict(told)))
+        return span.end - span.start
+
+    def take_over(self, parts: Iterable[Part]) -> set[tuple[int, int]]:
+        """Take account of what an earlier run has written; where each part begins, and in which file."""
+        finished: set[tuple[int, int]] = set()
+        for part in parts:
+            if part.told:
+                try:
+                    self.told.add(_Told.of(part.told, self.models))
+                except (
+                    KeyError,
+                    TypeError,
+                    ValueError,
+                    AttributeError,
+                    OverflowError,
+                ):  # none of ours would: it is made again
+                    continue
+            for number, block in enumerate(part.blocks):
+                self.targets[part.file].digest.wrote(part.start + BLOCK * number, block)
+            end = part.start + BLOCK * len(part.blocks)
+            self.taken_over += min(end, self.plan.outputs[part.file].nbytes) - part.start
+            finished.add((part.file, part.start))
+        return finished
+
+    def records(self) -> dict[str, FileRecord]:
+        """What was written into each weight file."""
+        files = zip(self.plan.outputs, self.targets, strict=True)
+        return {file.name: target.digest.record() for file, target in files}
+
+    def outcome(self, measurement: Measurement) -> Outcome:
+        """What the whole run did, but for how long it took."""
+        shares = [model["kept"] for model in self.plan.models()] if self.plan.statistics.kept else []
+        told = self.told
+        if self.draws and told.entries:
+            shares = [kept / told.entries for kept in told.kept]
+        return Outcome(
+            self.plan,
+            0.0,
+            1 + measurement.passes,
+            measurement.bytes_read + self.plan.bytes_read,
+            told.nonfinite,
+            tuple(math.sqrt(square) for square in told.squares) if any(told.squares) else (),
+            tuple(share for share in shares if share is not None),
+            {name: tuple(paths) for name, paths in told.differing.items()},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run did.
+
+    Attributes:
+        plan: what was carried out: the plan, with what was measured in it.
+        seconds: from opening the inputs to the output being in place, measuring included.
+        passes: how often the inputs were read, wholly or in part.
+        bytes_read: of tensor data, by all passes.
+        nonfinite: tensors in which NaN, Inf or an overflow was let through (`allow_nonfinite`), and what was found
+            first.
+        norms: for each model the L2 norm of its task vector over all that was merged; empty where none was taken.
+        kept: for each model the share of entries that were kept; empty where none are dropped.
+        differing: integer and boolean tensors that are not the same in all inputs -> the inputs that differ from the
+            one that was copied.
+        remarks: what a person should know of how it ended.
+    """
+
+    plan: Plan
+    seconds: float
+    passes: int
+    bytes_read: int
+    nonfinite: dict[str, str]
+    norms: tuple[float, ...]
+    kept: tuple[float, ...]
+    differing: dict[str, tuple[str, ...]]
+    remarks: tuple[str, ...] = ()

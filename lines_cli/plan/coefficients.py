@@ -1,0 +1,76 @@
+"""A recipe's coefficients: of each layer, of what lies outside, and of one tensor."""
+
+from __future__ import annotations
+
+import math
+import struct
+
+from lines_cli.errors import (
+    RecipeError,
+    printable,
+)
+from lines_cli.plan.tensors import Draft
+from lines_cli.recipe.schema import Recipe
+from lines_cli.scaling.find_depth import DepthMap, position
+from lines_cli.scaling.schedule import Rules
+
+
+def layer_coefficients(recipe: Recipe, rules: Rules, depth: DepthMap) -> list[tuple[str, list[float]]]:
+    """Each stack's name, and the coefficient of each of its layers (filters apart); NaN where alpha is not known."""
+    return [
+        (
+            stack.name,
+            [
+                rules.inside_value(
+                    stack.name, index, stack.layers, scale=scale_at(recipe, position(index, stack.layers))
+                )
+                for index in range(stack.layers)
+            ],
+        )
+        for stack in depth.stacks
+    ]
+
+
+def outside_coefficients(recipe: Recipe, rules: Rules) -> tuple[float, float]:
+    """The coefficients outside the blocks, before and behind them (filters apart)."""
+    scale = scale_at(recipe, 0.0)
+    return rules.outside_value("before", scale=scale), rules.outside_value("after", scale=scale)
+
+
+def scale_at(recipe: Recipe, at: float) -> float:
+    """The scale of what is merged, at a place in the depth, 0 to 1."""
+    return recipe.method.scale_of(recipe.values("", at))
+
+
+def known(value: float) -> float | None:
+    """A coefficient as JSON has it: null where alpha is not known."""
+    return None if math.isnan(value) else value
+
+
+def coefficient_of(recipe: Recipe, depth: DepthMap, rules: Rules, draft: Draft) -> float:
+    """c(l), in float64; NaN if it depends on an alpha that is not known."""
+    return rules.coefficient(draft.counts_as, depth, scale=recipe.method.scale_of(draft.values))
+
+
+def rounded_coefficient(name: str, coefficient: float, *, in_float64: bool) -> float:
+    """A tensor's coefficient as its arithmetic has it.
+
+    Raises:
+        RecipeError: that is infinite.
+    """
+    rounded = coefficient if in_float64 else to_float32(coefficient)
+    if math.isinf(rounded):
+        raise RecipeError(
+            f"the coefficient of {printable(name)} is {coefficient:g}, beyond what float32 can hold",
+            hint="Coefficients usually lie between 0 and 2.",
+        )
+    return rounded
+
+
+def to_float32(value: float) -> float:
+    """Round to the nearest float32, ties to even; beyond its range, infinity."""
+    try:
+        rounded: float = struct.unpack("<f", struct.pack("<f", value))[0]
+    except OverflowError:
+        return math.copysign(math.inf, value)
+    return rounded

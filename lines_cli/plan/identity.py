@@ -1,0 +1,214 @@
+"""Which run a plan is, what a run records of its inputs, and whether a destination holds its output."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from lines_cli.checkpoint.reader import Checkpoint
+from lines_cli.errors import (
+    ChangedInputError,
+    CheckpointError,
+    OutputError,
+    RecipeError,
+    some,
+)
+from lines_cli.methods.registry import package_of
+from lines_cli.plan.plan import Plan
+from lines_cli.recipe.schema import Recipe
+from lines_cli.recipe.yaml_file import dump_recipe, is_by_lines, load_record
+from lines_cli.storage.beside import beside
+from lines_cli.storage.destination import placed
+from lines_cli.storage.digest import altered, file_digest
+from lines_cli.storage.names import MODEL_CARD, RECIPE
+from lines_cli.version import __version__
+
+
+def identity(plan: Plan) -> dict[str, Any]:
+    """Which run a plan is, as JSON has it: all that decides a byte of its weights, for another run to compare."""
+    package = package_of(plan.recipe.merge_method)
+    return {
+        "lines": __version__,
+        **({"package": package} if package else {}),
+        "recipe": dump_recipe(plan.recipe, named=named_inputs(plan)),
+        "inputs": {os.path.realpath(path): [*stamp] for path, stamp in zip(plan.inputs, plan.stamps, strict=True)},
+        "outputs": [[file.name, file.nbytes, sha256(file.head).hexdigest()] for file in plan.outputs],
+    }
+
+
+def run_digest(run: Mapping[str, Any]) -> str:
+    """An `identity` in short."""
+    own = {key: value for key, value in run.items() if key not in ("contents", "step")}
+    return f"sha256:{sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()}"
+
+
+def is_same_run(plan: Plan, run: Mapping[str, Any] | None) -> bool:
+    """Whether a run, by its `identity`, is that of a plan."""
+    return run is not None and run_digest(run) == run_digest(identity(plan))
+
+
+def is_finished(plan: Plan) -> bool:
+    """Whether the destination is a folder that this very run has written, and is all there, by its files' sizes."""
+    try:
+        path = beside(placed(plan.output), RECIPE)
+        if path is None:
+            return False
+        recipe = load_record(path)
+        sizes = {name: (path.parent / name).stat().st_size for name in recipe.files}
+    except (OSError, RecipeError, CheckpointError):
+        return False
+    whole = bool(sizes) and all(sizes[name] == record.nbytes for name, record in recipe.files.items())
+    return whole and recipe.run == run_digest(identity(plan))
+
+
+def refuse_altered(plan: Plan, *, output: bool, inputs: bool) -> None:
+    """Read what a finished run has written, or what it has read, and hold that against its recipe's record.
+
+    Args:
+        plan: one that `is_finished`.
+        output, inputs: which of them.
+
+    Raises:
+        OutputError: the output is not what was written, or the record does not say what was read.
+        ChangedInputError: an input is not what was read.
+        CheckpointError: a file cannot be read.
+    """
+    recipe = load_record(plan.output / RECIPE)
+    if output and (differing := altered(plan.output, recipe.files)):
+        told = [f"{name} {difference}" for name, difference in differing.items()]
+        raise OutputError(
+            f"{plan.output} is finished, but is no longer what was written:\n{some(told)}",
+            hint="Write it again, with --force and without --resume.",
+        )
+    if not inputs:
+        return
+    read = inputs_read(plan, digests_of(plan.inputs))
+    before = {name: record.get("digest") for name, record in recipe.inputs.items() if isinstance(record, dict)}
+    if not all(before.get(name) for name in read):
+        raise OutputError(
+            f"{plan.output} is finished, but was written without --verify-inputs: its recipe does not say what its "
+            "inputs held",
+            hint="Write it again with --verify-inputs and --force; or compare what it makes now: lines verify OUT.",
+        )
+    told = [
+        f"{name} holds {now['digest']}, {before[name]} was read"
+        for name, now in read.items()
+        if now["digest"] != before[name]
+    ]
+    if told:
+        raise ChangedInputError(f"{plan.output} was made from other inputs than there are now:\n{some(told)}")
+
+
+def digests_of(paths: Iterable[Path]) -> dict[str, str]:
+    """The digest of each input, read whole, by its real path.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    found: dict[str, str] = {}
+    for path in paths:
+        try:
+            found[os.path.realpath(path)] = file_digest(path)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return found
+
+
+def replaceable(plan: Plan) -> frozenset[str]:
+    """The names in the destination's folder that `--force` may replace: those that this run writes, and those that the
+    folder's own recipe says were written into it.
+    """
+    own = plan.names - {MODEL_CARD, RECIPE}  # other people have these two, too
+    recipe: Path | None = None
+    recorded = frozenset[str]()
+    with suppress(OSError, RecipeError, CheckpointError):
+        recipe = beside(placed(plan.output), RECIPE)
+        recorded = frozenset(load_record(recipe).files if recipe is not None else ())
+    return own | recorded | {MODEL_CARD, RECIPE} if recorded or (recipe and is_by_lines(recipe)) else own
+
+
+def inputs_read(plan: Plan, contents: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """What the recipe records of each file that was read."""
+    found: dict[str, dict[str, Any]] = {}
+    for checkpoint in plan.sides.checkpoints:
+        called = recorded_as(checkpoint, path_seen_from(plan.output, checkpoint))
+        for name, path, stamp in zip(called, checkpoint.files, checkpoint.stamps, strict=True):
+            told: dict[str, Any] = {"bytes": stamp.nbytes, "mtime_ns": stamp.mtime_ns, "header": stamp.header}
+            if os.path.realpath(path) in contents:
+                told["digest"] = contents[os.path.realpath(path)]
+            found[name] = told
+    return found
+
+
+def recorded_as(checkpoint: Checkpoint, name: str) -> list[str]:
+    """What the record of a recipe calls each file of an input that the recipe calls `name`. Shards may lie in folders
+    within the checkpoint's, where several have one name.
+    """
+    if checkpoint.folder is None:
+        return [name]
+    return [f"{name}/{path.relative_to(checkpoint.folder).as_posix()}" for path in checkpoint.files]
+
+
+def inputs_by_name(plan: Plan) -> dict[str, Checkpoint]:
+    """The inputs by their names in the recipe."""
+    recipe, sides = plan.recipe, plan.sides
+    named = dict(zip((source.model for source in recipe.merged), sides.models, strict=True))
+    if recipe.base_model is not None and sides.has_base:
+        named[recipe.base_model] = sides.checkpoints[0]
+    return named
+
+
+def named_inputs(plan: Plan, *, seen_from: Path | None = None) -> dict[str, str]:
+    """What a recipe in a folder calls the inputs, by their names in the plan's; without a folder, where they are."""
+    return {
+        name: path_seen_from(seen_from, checkpoint)
+        if seen_from is not None
+        else checkpoint.hub_id or str(checkpoint.real)
+        for name, checkpoint in inputs_by_name(plan).items()
+    }
+
+
+def refuse_two_names(recipe: Recipe, named: Mapping[str, str]) -> None:
+    """Refuse one checkpoint under two names where that makes a difference: a base that is listed among the models is
+    left out by its name, and when the recipe that records this run is read, it has one name.
+
+    Raises:
+        RecipeError: the two names.
+    """
+    again = recipe.model_copy(
+        update={
+            "base_model": recipe.base_model and named.get(recipe.base_model, recipe.base_model),
+            "models": tuple(
+                source.model_copy(update={"model": named.get(source.model, source.model)}) for source in recipe.models
+            ),
+        }
+    )
+    before = [named.get(source.model, source.model) for source in recipe.merged]
+    if [source.model for source in again.merged] == before:
+        return
+    assert recipe.base_model is not None
+    other = next(
+        source.model
+        for source in recipe.models
+        if source.model != recipe.base_model and named.get(source.model) == again.base_model
+    )
+    raise RecipeError(
+        f"base_model {recipe.base_model} and {other}, one of the models, are one checkpoint",
+        hint="Give it one name: whether the base is among the models is told by that.",
+    )
+
+
+def path_seen_from(folder: Path, checkpoint: Checkpoint) -> str:
+    """How a recipe in `folder` names an input: a relative path stays relative, so that inputs and output can move
+    together. Both ends are real paths, for `..` behind a link is not the folder that the words say.
+    """
+    if checkpoint.hub_id:
+        return checkpoint.hub_id
+    if checkpoint.path.is_absolute():
+        return str(checkpoint.real)
+    return os.path.relpath(checkpoint.real, os.path.realpath(folder))

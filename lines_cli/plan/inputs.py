@@ -1,0 +1,79 @@
+"""The opened inputs of a recipe, in their roles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lines_cli.checkpoint.header import Known
+from lines_cli.checkpoint.reader import Checkpoint, open_checkpoint
+from lines_cli.hub.download import locate
+from lines_cli.recipe.schema import Recipe
+
+
+def open_inputs(recipe: Recipe, *, quiet: bool = False) -> Sides:
+    """Open the recipe's base and models, fetching from the Hub what is no path; `quiet` without progress bars.
+
+    Raises:
+        CheckpointError: one cannot be found or read.
+    """
+    opened: dict[str, Checkpoint] = {}
+    known: Known = {}
+
+    def opening(name: str) -> Checkpoint:
+        if name not in opened:
+            found = locate(name, quiet=quiet)
+            opened[name] = open_checkpoint(found.path, name=found.name, hub_id=found.hub_id, known=known)
+        return opened[name]
+
+    base = [opening(recipe.base_model)] if recipe.base_model is not None and recipe.subtracts_base else []
+    return sides_of(recipe, *base, *(opening(source.model) for source in recipe.merged))
+
+
+def sides_of(recipe: Recipe, *checkpoints: Checkpoint) -> Sides:
+    """The inputs in their roles: the base first, if the recipe subtracts one, then the models of `recipe.merged`."""
+    has_base = recipe.subtracts_base
+    first_model = 1 if has_base else 0
+    named = [source.model for source in recipe.merged]
+    lead = 0 if has_base or recipe.base_model not in named else named.index(str(recipe.base_model))
+    if recipe.like == "ft":
+        lead = first_model
+    return Sides(checkpoints, has_base, lead, recipe.like == "ft" and len(checkpoints) == 2 and has_base)
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The inputs of a merge in the order of their files: the base, if there is one, and the models.
+
+    Attributes:
+        checkpoints: all of them.
+        has_base: whether the first is the base.
+        lead: the number of the one that the output is like: its names, dtypes, integers and config.
+        of_an_edit: whether they are a base and one fine-tune that the output is like, and are called so.
+    """
+
+    checkpoints: tuple[Checkpoint, ...]
+    has_base: bool
+    lead: int
+    of_an_edit: bool
+
+    @property
+    def leading(self) -> Checkpoint:
+        return self.checkpoints[self.lead]
+
+    @property
+    def models(self) -> tuple[Checkpoint, ...]:
+        """Those that are merged."""
+        return self.checkpoints[1 if self.has_base else 0 :]
+
+    def called(self, side: int) -> str:
+        """What a message calls one of them."""
+        if self.has_base and side == 0:
+            return "the base"
+        return "the fine-tune" if self.of_an_edit else self.checkpoints[side].name
+
+    def config_of(self, side: int) -> Mapping[str, Any]:
+        """Its config; of a lone file, the leading side's or the first that there is."""
+        known = (self.checkpoints[side].config, self.leading.config, *(c.config for c in self.checkpoints))
+        return next((config for config in known if config), {})

@@ -1,0 +1,121 @@
+"""What a plan puts beside the weights of a folder: copies, the index, the recipe, the model card."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from lines_cli.checkpoint.reader import Checkpoint
+from lines_cli.checkpoint.sidecars import Card, Sidecar, carry_over, index_file, model_card
+from lines_cli.errors import (
+    RecipeError,
+)
+from lines_cli.plan.identity import inputs_by_name, inputs_read, named_inputs, run_digest
+from lines_cli.plan.plan import Plan
+from lines_cli.plan.tensors import STORED, is_alone
+from lines_cli.plan.tied_weights import is_vocabulary
+from lines_cli.recipe.yaml_file import dump_recipe, dump_record
+from lines_cli.storage.digest import FileRecord, record_of
+from lines_cli.storage.names import MODEL_CARD, RECIPE
+
+
+def with_sidecars(plan: Plan) -> Plan:
+    """The plan with everything that stands beside the weights in a folder; the index comes last, so that it is
+    written last.
+    """
+    recipe, sides = plan.recipe, plan.sides
+    inputs = inputs_by_name(plan)
+
+    def named(name: str | None) -> Checkpoint | None:
+        return inputs[str(recipe.base_model) if name == "base" else name] if name is not None else None
+
+    tokenizer = named(recipe.tokenizer_source)
+    if tokenizer is not None and (other_rows := plan.rows.keys() & _vocabularies(tokenizer)):
+        raise RecipeError(
+            f"tokenizer_source: {tokenizer.name} has {min(other_rows):,} rows of token embeddings, and "
+            f"resize: {recipe.resize} keeps {plan.rows[min(other_rows)]:,}",
+            hint="Take the tokenizer of the input whose rows are kept.",
+        )
+    order = [sides.lead, *(number for number in range(len(sides.checkpoints)) if number != sides.lead)]
+    carried, notes = carry_over(
+        [sides.checkpoints[number] for number in order],
+        called=[sides.called(number) for number in order],
+        dtype=recipe.dtype,
+        stored=_most_common_dtype(plan),
+        rows=plan.rows,
+        rows_of=sides.checkpoints[0] if recipe.resize == "base" else sides.models[0],
+        tokenizer=tokenizer,
+        chat_template=named(recipe.chat_template),
+    )
+    sidecars = [*carried, *with_numbers(plan)]
+    if len(plan.outputs) > 1:
+        weight_map = {tensor.name: plan.outputs[tensor.file].name for tensor in plan.tensors}
+        nbytes = sum(tensor.info.nbytes for tensor in plan.tensors)
+        sidecars.append(index_file(sides.leading.stem, weight_map, nbytes=nbytes, parameters=plan.parameters))
+    return replace(plan, sidecars=tuple(sidecars), notes=(*plan.notes, *notes))
+
+
+def contents_beside(
+    plan: Plan, run: Mapping[str, Any], written: Mapping[str, FileRecord]
+) -> Iterator[tuple[str, bytes]]:
+    """Name and content of every file beside the weights that is no copy, in the order to write them: the recipe now
+    records what was read, and written into all the others. Not into the model card, which is there for people to edit.
+
+    Args:
+        plan: a resolved one.
+        run: its identity.
+        written: what was written into the weight files, and into those that are copies.
+    """
+    records = dict(written)
+    for sidecar in plan.sidecars:  # what is known already, as the index is, which is written behind the recipe
+        if sidecar.content is not None and sidecar.name not in (RECIPE, MODEL_CARD):
+            records[sidecar.name] = record_of(sidecar.content)
+    for sidecar in plan.sidecars:
+        if sidecar.content is None:
+            continue
+        content = sidecar.content
+        if sidecar.name == RECIPE:
+            inputs = inputs_read(plan, run.get("contents", {}))
+            content += dump_record(run_digest(run), inputs, records).encode()
+        yield sidecar.name, content
+
+
+def with_numbers(plan: Plan) -> tuple[Sidecar, Sidecar]:
+    """The sidecars that say what was measured: the model card, and the recipe with everything resolved."""
+    recipe, sides, norms = plan.recipe, plan.sides, plan.statistics.norms
+    named = named_inputs(plan, seen_from=plan.output)
+    why = f"(1/{norms.models}) * {norms.total!r} / {norms.merged!r}" if norms else f"1/{plan.number_of_models}"
+    text = dump_recipe(recipe, named=named, alpha=plan.alpha, why=why)
+    card = model_card(
+        Card(
+            title=plan.output.name if plan.output.name not in ("", "..") else plan.output.resolve().name,
+            method=recipe.merge_method,
+            about=recipe.method.about,
+            base=sides.checkpoints[0] if sides.has_base else None,
+            models=sides.models,
+            like=sides.leading,
+            alone=is_alone(recipe, recipe.values("", 0.0)),
+            scaled=recipe.lines is not None,
+            coefficients=plan.coefficients(),
+            outside=plan.outside(),
+            filters=plan.filters(),
+        )
+    )
+    return card, Sidecar(RECIPE, content=text.encode())
+
+
+def _vocabularies(checkpoint: Checkpoint) -> set[int]:
+    """How many rows its token embeddings and heads have."""
+    return {n for name, stored in checkpoint.tensors.items() if is_vocabulary(name) for n in stored.info.shape[:1]}
+
+
+def _most_common_dtype(plan: Plan) -> str | None:
+    """What most of the output's float entries are stored as, as configs name it."""
+    names = {stored: name for name, stored in STORED.items()}
+    entries = Counter[str]()
+    for tensor in plan.tensors:
+        if tensor.info.dtype in names:
+            entries[names[tensor.info.dtype]] += tensor.info.numel
+    return entries.most_common(1)[0][0] if entries else None

@@ -1,0 +1,128 @@
+"""What a plan needs to know of the numbers in its inputs, and what was measured of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import NoneType
+from typing import Any
+
+from lines_cli.methods.sparsify import Bounds
+
+
+@dataclass(frozen=True, slots=True)
+class Norms:
+    """What `alpha: auto` rests on: L1 norms over the whole model, in float64.
+
+    Attributes:
+        total: of the sum of all task vectors, without weights.
+        merged: of the merged task vector, before lambda and gamma.
+        models: N.
+    """
+
+    total: float
+    merged: float
+    models: int
+
+    @property
+    def alpha(self) -> float:
+        """`(1/N) * norm1(sum of tau_i) / norm1(tau_merged)`, LiNeS's heuristic for many tasks (arXiv 2410.17146)."""
+        return 1 / self.models * (self.total / self.merged)
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What was measured of the numbers in the inputs.
+
+    Attributes:
+        thresholds: (model, tensor, or None for all of them) -> the magnitudes that the sparsifier asked for: the least
+            that is kept, and perhaps the greatest.
+        kept: for each model, how many entries are kept, and of how many; empty where that was not counted.
+        majority: the sign that most elections gave.
+        l1: tensor -> for each model the L1 norm of its task vector, before and after entries were dropped.
+        products: tensor -> two models' dot product and squared L2 norms.
+        norms: for `alpha: auto`.
+    """
+
+    thresholds: Mapping[tuple[int, str | None], Bounds] = field(default_factory=dict)
+    kept: tuple[tuple[int, int], ...] = ()
+    majority: int = 1
+    l1: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
+    products: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
+    norms: Norms | None = None
+
+    def told(self) -> dict[str, Any]:
+        """All of it as JSON has it, every number exactly."""
+        return {
+            "thresholds": [[*key, value] for key, value in self.thresholds.items()],
+            "kept": self.kept,
+            "majority": self.majority,
+            "l1": self.l1,
+            "products": self.products,
+            "norms": self.norms and [self.norms.total, self.norms.merged, self.norms.models],
+        }
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any], models: int) -> Statistics:
+        """What `told` gave, of so many models.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError: it gave something else.
+        """
+        found = cls(
+            {(model, tensor): tuple(map(_number_or_none, bounds)) for model, tensor, bounds in told["thresholds"]},
+            tuple((kept, of) for kept, of in told["kept"]),
+            told["majority"],
+            {
+                name: tuple((_number(before), _number(after)) for before, after in sums)
+                for name, sums in told["l1"].items()
+            },
+            {name: (_number(a), _number(b), _number(c)) for name, (a, b, c) in told["products"].items()},
+            Norms(*map(_number, told["norms"])) if told["norms"] else None,
+        )
+        counted = [number for pair in found.kept for number in pair]
+        if (
+            any(
+                type(m) is not int or not 0 <= m < models or type(t) not in (str, NoneType) for m, t in found.thresholds
+            )
+            or any(type(number) is not int or number < 0 for number in counted)
+            or len(found.kept) not in (0, models)
+            or type(found.majority) is not int
+            or found.majority not in (-1, 0, 1)
+            or any(len(sums) != models for sums in found.l1.values())
+            or (found.norms is not None and found.norms.models != models)
+        ):
+            raise ValueError(told)
+        return found
+
+
+def _number_or_none(value: Any) -> Any:
+    return None if value is None else _number(value)
+
+
+def _number(value: Any) -> Any:
+    """It, a number.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if type(value) not in (int, float):
+        raise TypeError(value)
+    return value
+
+
+NOTHING_MEASURED = Statistics()
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Which statistics a plan needs before it can be carried out."""
+
+    thresholds: bool = False
+    l1: bool = False
+    products: bool = False
+    majority: bool = False
+    norms: bool = False
+
+    def __bool__(self) -> bool:
+        return self.thresholds or self.l1 or self.products or self.majority or self.norms
