@@ -798,7 +798,7 @@ def test_a_signal_while_it_starts(number: signal.Signals, moments: str, models: 
     program = (
         "import os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from lines_cli.__main__ import main\n"
-        "from lines_cli.commands import signals; signals.install()\n"
+        "from lines_cli.cli import signals; signals.install()\n"
         "print('!', end='', file=sys.stderr, flush=True); sys.argv[0] = 'lines'; main()"
     )
     codes = Counter[int]()
