@@ -11,7 +11,7 @@
     |-- DataError            5   the numbers themselves: NaN, Inf, overflow; or they are not what a recipe makes
     `-- OutputError          6   the destination: exists, is an input, cannot be written, no space
 
-A message names the file, the tensor and both sides of the disagreement; `hint` is the next step, where there is
+A message names the file, the tensor and both inputs of the disagreement; `hint` is the next step, where there is
 one. `cli.app` is the only place that turns these into text and an exit code.
 
 What a library says may hold a password or a token; no message shows one (`without_secrets`).

@@ -28,7 +28,7 @@ from lines_cli.engine import run as engine
 from lines_cli.engine import workers
 from lines_cli.errors import CheckpointError
 from lines_cli.plan.build import make_plan
-from lines_cli.plan.inputs import sides_of
+from lines_cli.plan.inputs import inputs_of
 from lines_cli.plan.resources import Resources
 from lines_cli.recipe.validate import make_recipe
 from lines_cli.storage import staging
@@ -649,7 +649,7 @@ def test_an_input_that_changes_after_planning(change: str, tmp_path: Path) -> No
     """An input cut short or deleted between planning and writing is named, and nothing is left."""
     base, ft, _, output = pair()(tmp_path)
     asked = make_recipe({"base_model": str(base), "models": [{"model": str(ft)}]}, where="test")
-    plan = make_plan(asked, sides_of(asked, open_checkpoint(Path(base)), open_checkpoint(Path(ft))), Path(output))
+    plan = make_plan(asked, inputs_of(asked, open_checkpoint(Path(base)), open_checkpoint(Path(ft))), Path(output))
     file = Path(ft) / "model.safetensors"
     if change == "truncated":
         os.truncate(file, file.stat().st_size - 1)
@@ -669,7 +669,7 @@ def test_an_interrupt_stops_the_workers_first(tmp_path: Path, monkeypatch: pytes
     """Ctrl-C while progress is drawn: no worker is at work any more when the files are closed and removed."""
     base, ft, _, output = pair()(tmp_path)
     asked = make_recipe({"base_model": str(base), "models": [{"model": str(ft)}]}, where="test")
-    plan = make_plan(asked, sides_of(asked, open_checkpoint(Path(base)), open_checkpoint(Path(ft))), Path(output))
+    plan = make_plan(asked, inputs_of(asked, open_checkpoint(Path(base)), open_checkpoint(Path(ft))), Path(output))
     write = NewFile.write
     alive: list[list[str]] = []
 

@@ -19,9 +19,9 @@ from method_cases import TABLE
 
 import lines_cli as lines
 from lines_cli.engine import arithmetic, buffers, devices, workers
-from lines_cli.engine.devices import Crew, choose_devices
+from lines_cli.engine.devices import Devices, choose_devices
 from lines_cli.engine.workers import Worker
-from lines_cli.plan.resources import BLOCK, Resources, Room
+from lines_cli.plan.resources import BLOCK, BytesPerEntry, Resources
 from lines_cli.recipe.yaml_file import load_recipe
 
 GB = 10**9
@@ -98,7 +98,7 @@ def test_edits_and_inspection_with_memory_of_its_own(tmp_path: Path, own_memory:
 
 @pytest.mark.parametrize("chunk", [BLOCK, 5 * BLOCK])
 def test_buffers_take_what_was_accounted_for(chunk: int, tmp_path: Path, own_memory: Callable[[int], None]) -> None:
-    """A worker's buffers on a device are those of `Room`, temporaries apart."""
+    """A worker's buffers on a device are those of `BytesPerEntry`, temporaries apart."""
     own_memory(8 * GB)
     models(tmp_path)
     recipe = lines.edit_recipe(str(tmp_path / "base"), str(tmp_path / "a"))
@@ -115,8 +115,8 @@ def test_all_workers_together_stay_within_the_gpu_memory(
 ) -> None:
     """An eighth of the device unless said, never more than 2 GiB; temporaries of the methods included."""
     own_memory(8 * GB)
-    room = Room(stored=2, written=2, width=4, held=4, temporaries=9)
-    crew = Crew(Resources(device="cpu", gpu_memory=gpu_memory, workers=number))
+    room = BytesPerEntry(stored=2, written=2, width=4, held=4, temporaries=9)
+    crew = Devices(Resources(device="cpu", gpu_memory=gpu_memory, workers=number))
     taken = len(crew.members) * crew.chunk(room, whole_blocks=True) * room.nbytes(slots=devices.SLOTS)
     assert len(crew.members) == (number or 4)
     assert taken <= (gpu_memory or 8 * GB // 8)
@@ -211,9 +211,9 @@ def test_devices_share_the_work(monkeypatch: pytest.MonkeyPatch, own_memory: Cal
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert [str(device) for device in choose_devices("cuda:2,cuda:0,cuda:2")] == ["cuda:2", "cuda:0"]
     assert [str(device) for device in choose_devices("cuda")] == ["cuda:0"]
-    crew = Crew(Resources(device="cuda:0,cuda:2"))
+    crew = Devices(Resources(device="cuda:0,cuda:2"))
     assert [device.index for device in crew.members] == [0, 2] * 4
-    assert len(Crew(Resources(device="cuda:0,cuda:2", workers=1)).members) == 2
+    assert len(Devices(Resources(device="cuda:0,cuda:2", workers=1)).members) == 2
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_no_module_imports_itself_in_a_circle() -> None:
     ],
 )
 def test_each_dependency_has_one_home(dependency: str, homes: set[str]) -> None:
-    """Of what is imported from outside, each package is known to few modules (torch to all of the engine and methods)."""
+    """Of what is imported from outside, each package is known to few modules (torch to engine and methods)."""
     users = {module for module, path in MODULES.items() if any(n.split(".")[0] == dependency for n in imports(path))}
     users -= {module for module in users if module.startswith(("engine.", "methods.")) and dependency == "torch"}
     assert users == homes

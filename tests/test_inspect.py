@@ -1302,7 +1302,7 @@ def test_a_fine_tune_that_is_the_base(tmp_path: Path) -> None:
     assert several["auto"]["alpha"] is None
     assert several["cosine"][0][1] is None
     assert several["scaled_norm_of_sum"] == several["norm_of_sum"] == 0
-    assert re.search(r"^auto +cannot be told$", ok(copy, tmp_path / "c", "--base", path).out, re.MULTILINE)
+    assert re.search(r"^auto +unknown$", ok(copy, tmp_path / "c", "--base", path).out, re.MULTILINE)
 
 
 def test_one_checkpoint_twice(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from conftest import Ran, run_lines, write_checkpoint, write_raw
 from safetensors.torch import save_file
 
 from lines_cli.checkpoint.header import Known
-from lines_cli.checkpoint.reader import Checkpoint, no_collecting, open_checkpoint
+from lines_cli.checkpoint.reader import Checkpoint, gc_paused, open_checkpoint
 from lines_cli.errors import CheckpointError, LinesError, UnsupportedError
 
 
@@ -36,7 +36,7 @@ def test_the_garbage_collector_is_held_back_and_no_longer() -> None:
     for enabled in (True, False):
         (gc.enable if enabled else gc.disable)()
         try:
-            with no_collecting():
+            with gc_paused():
                 assert not gc.isenabled()
             assert gc.isenabled() == enabled
             with pytest.raises(CheckpointError):

@@ -161,9 +161,9 @@ def test_what_was_measured_is_not_measured_again(models: Path, monkeypatch: pyte
     shutil.rmtree(models / "out")
     stop(monkeypatch, MERGE)
     resumed = run_lines(*MERGE, "--resume", "--json").json
-    for told in (undisturbed, resumed):
-        del told["seconds"]
-        norms = [model.pop("norm") for model in told["models"]]
+    for tally in (undisturbed, resumed):
+        del tally["seconds"]
+        norms = [model.pop("norm") for model in tally["models"]]
         assert norms == pytest.approx([3464.0, 3464.0], rel=1e-3)
     assert resumed == undisturbed
     recipe = lines.load_recipe(models / "merge.yaml")
@@ -265,11 +265,11 @@ def test_the_recipe_records_what_was_read(models: Path) -> None:
     assert run_lines(*EDIT, "--verify-inputs").code == 0
     recipe = yaml.safe_load((models / "out" / "lines_recipe.yaml").read_text())
     assert len(recipe["inputs"]) == 4
-    for name, told in recipe["inputs"].items():
+    for name, tally in recipe["inputs"].items():
         path = models / "out" / name
-        assert told["bytes"] == path.stat().st_size
-        assert told["mtime_ns"] == path.stat().st_mtime_ns
-        assert told["digest"] == lines.storage.digest.file_digest(path)
+        assert tally["bytes"] == path.stat().st_size
+        assert tally["mtime_ns"] == path.stat().st_mtime_ns
+        assert tally["digest"] == lines.storage.digest.file_digest(path)
     assert run_lines("merge", "--config", "out/lines_recipe.yaml", "-o", "again").code == 0
     assert weights(models / "again") == weights(models / "out")
 
@@ -352,12 +352,12 @@ def test_a_journal_that_no_run_would_write(
     """Its checksums are right, its values are not: what it says of these parts is not built upon."""
     stop(monkeypatch, EDIT, after=11)
     path = models / STAGING / "journal"
-    told = [json.loads(line) for line in path.read_bytes().splitlines()]
-    for line in told:
+    tally = [json.loads(line) for line in path.read_bytes().splitlines()]
+    for line in tally:
         line.pop("crc32")
         if key in line:
             (line["run"] if key == "run" else line).update(odd)
-    path.write_bytes(b"".join(written_line(line) for line in told))
+    path.write_bytes(b"".join(written_line(line) for line in tally))
     ran = run_lines(*EDIT, "--resume")
     assert (ran.code, ran.trace) == (0, ""), ran.err
     assert weights(models / "out") == pair_edited
@@ -603,10 +603,10 @@ def test_a_worker_that_fails(models: Path, monkeypatch: pytest.MonkeyPatch) -> N
     """Whatever is wrong with one worker, the others stop, and the error names the tensor."""
     make = write.Write._make
 
-    def failing(self: Any, worker: Any, chunk: Any, told: Any) -> memoryview:
+    def failing(self: Any, worker: Any, chunk: Any, tally: Any) -> memoryview:
         if chunk.tensor.name == "layers.2.w":
             raise ZeroDivisionError("division by zero")
-        return make(self, worker, chunk, told)
+        return make(self, worker, chunk, tally)
 
     monkeypatch.setattr(write.Write, "_make", failing)
     recipe = lines.edit_recipe("base", "ft")
@@ -736,10 +736,10 @@ def staging_digest(path: Path) -> str:
 def test_journal_is_plain_text(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A line of JSON for whatever was finished: for people, too."""
     stop(monkeypatch, MERGE)
-    told = [json.loads(line) for line in (models / STAGING / "journal").read_text().splitlines()]
-    assert all("crc32" in line for line in told)
-    assert [next(iter(line)) for line in told[:4]] == ["run", "names", "replaces", "measured"]
-    assert all({"file", "start", "blocks"} <= line.keys() for line in told[4:])
+    tally = [json.loads(line) for line in (models / STAGING / "journal").read_text().splitlines()]
+    assert all("crc32" in line for line in tally)
+    assert [next(iter(line)) for line in tally[:4]] == ["run", "names", "replaces", "measured"]
+    assert all({"file", "start", "blocks"} <= line.keys() for line in tally[4:])
 
 
 def test_runs_from_python(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

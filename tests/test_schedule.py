@@ -803,8 +803,8 @@ def side(block: str, names: Sequence[str], folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_on_which_side_a_name_stands(family: str, tmp_path: Path) -> None:
     """Embeddings, stems, first norms and projectors stand before the blocks; final norms, poolers and heads behind."""
-    sides_of = {key: FAMILIES[family][key].split() for key in ("before", "after")}
-    expected = {name: key for key, names in sides_of.items() for name in names}
+    inputs_of = {key: FAMILIES[family][key].split() for key in ("before", "after")}
+    expected = {name: key for key, names in inputs_of.items() for name in names}
     assert side(FAMILIES[family]["block"], list(expected), tmp_path) == expected
 
 

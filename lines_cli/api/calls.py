@@ -109,7 +109,7 @@ def edit(
         max_shard_size=max_shard_size,
     )
     resources = arguments.resources(workers, device, gpu_memory)
-    how = How(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)
+    how = RunOptions(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)
     return carry_out(recipe, arguments.destination(output), resources, how, dry_run=dry_run, track=track).summary
 
 
@@ -145,7 +145,7 @@ def merge(
     """
     recipe = read_recipe(config, sets or ())
     resources = arguments.resources(workers, device, gpu_memory)
-    how = How(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)
+    how = RunOptions(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)
     destination = destination_of(recipe, output, called=config)
     return carry_out(recipe, destination, resources, how, dry_run=dry_run, track=track).summary
 
@@ -240,7 +240,7 @@ def coefficients(
         LinesError: the checkpoint cannot be read, or an option is impossible.
     """
     from lines_cli.plan.build import make_plan
-    from lines_cli.plan.inputs import sides_of
+    from lines_cli.plan.inputs import inputs_of
     from lines_cli.recipe.validate import edit_recipe
 
     recipe = edit_recipe(
@@ -256,7 +256,7 @@ def coefficients(
         layers=layers,
     )
     checkpoint = _named_only(names, config)
-    plan = make_plan(recipe, sides_of(recipe, checkpoint, checkpoint), Path("none.safetensors"))
+    plan = make_plan(recipe, inputs_of(recipe, checkpoint, checkpoint), Path("none.safetensors"))
     found = {tensor.name: tensor.coefficient for tensor in plan.tensors}
     return {name: found[name] for name in checkpoint.tensors}
 
@@ -305,8 +305,8 @@ def state_dict_of(given: Any) -> Any:
 # --- what the commands share with these functions ---
 
 
-class How(TypedDict):
-    """What `engine.run` is told beside the plan."""
+class RunOptions(TypedDict):
+    """The options of `engine.run`."""
 
     force: bool
     resume: bool
@@ -369,10 +369,10 @@ def tolerant_torch_import() -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            told = [line for line in str(error).splitlines() if "map segment" in line or "allocate memory" in line]
-            if not told and not _memory_is_limited():
+            reasons = [line for line in str(error).splitlines() if "map segment" in line or "allocate memory" in line]
+            if not reasons and not _memory_is_limited():
                 raise
-            raise MemoryError(f"torch cannot be loaded: {(told or [type(error).__name__])[0].strip()}") from error
+            raise MemoryError(f"torch cannot be loaded: {(reasons or [type(error).__name__])[0].strip()}") from error
 
 
 def _memory_is_limited() -> bool:
@@ -391,7 +391,7 @@ def carry_out(
     recipe: Recipe,
     destination: Path,
     resources: Resources,
-    how: How,
+    how: RunOptions,
     *,
     dry_run: bool = False,
     quiet: bool = True,
@@ -406,7 +406,7 @@ def carry_out(
         recipe: what is asked.
         destination: a folder, or a file.
         resources: what may be used.
-        how: what `engine.run` is told.
+        how: the options of `engine.run`.
         dry_run: plan only.
         quiet: no progress bars of the Hub's client, and no remark about what an earlier run left.
         track: as in `edit`.
@@ -464,9 +464,9 @@ def carry_out(
         say(f"{before.folder} holds what a finished run has replaced; it is removed")
     elif before is not None and not quiet:
         if how["resume"]:
-            say(f"{before.folder} holds unfinished work ({before.told})")
+            say(f"{before.folder} holds unfinished work ({before.description})")
         else:
-            say(f"discarding unfinished work in {before.folder} ({before.told}); --resume would have kept it")
+            say(f"discarding unfinished work in {before.folder} ({before.description}); --resume would have kept it")
 
     if how["verify_inputs"]:
         refuse_other_contents(plan)

@@ -24,17 +24,17 @@ from lines_cli.checkpoint.reader import Checkpoint, StoredTensor, unsupported_in
 from lines_cli.engine.arithmetic import FLOAT8, TORCH_DTYPES
 from lines_cli.engine.buffers import keep_freed_memory
 from lines_cli.engine.chunks import PlanChunk, items_of
-from lines_cli.engine.devices import Crew
+from lines_cli.engine.devices import Devices
 from lines_cli.engine.measure import Track, measure, untracked
 from lines_cli.engine.pool import Pool
 from lines_cli.engine.workers import Worker
 from lines_cli.engine.write import Write
 from lines_cli.errors import RecipeError, UnsupportedError, printable
 from lines_cli.plan.build import make_plan
-from lines_cli.plan.inputs import sides_of
+from lines_cli.plan.inputs import inputs_of
 from lines_cli.plan.plan import Plan, TensorPlan
 from lines_cli.plan.resolve import resolve
-from lines_cli.plan.tensors import Slice
+from lines_cli.plan.tensors import SourceRange
 from lines_cli.recipe.validate import edit_recipe, make_recipe
 
 if TYPE_CHECKING:
@@ -310,32 +310,34 @@ def _computed(
     checkpoints = {name: side.checkpoint(config_values(config, given[name])) for name, side in held.items()}
     base = [str(recipe.base_model)] if recipe.base_model is not None and recipe.subtracts_base else []
     names = [*base, *(source.model for source in recipe.merged)]
-    sides = sides_of(recipe, *(checkpoints[name] for name in names))
-    plan = make_plan(recipe, sides, Path("result.safetensors"))
+    inputs = inputs_of(recipe, *(checkpoints[name] for name in names))
+    plan = make_plan(recipe, inputs, Path("result.safetensors"))
     sources = [held[name] for name in names]
-    crew = Crew(resources)
+    devices = Devices(resources)
     keep_freed_memory()
     _wait_for(chain.from_iterable(side.tensors.values() for side in held.values()))
     if plan.needs:
-        with crew.bounded():
-            plan = resolve(plan, measure(plan, sources, crew, track).statistics)
+        with devices.bounded():
+            plan = resolve(plan, measure(plan, sources, devices, track).statistics)
     results = {tensor.name: _result(plan, tensor, sources) for tensor in plan.tensors}
     job = _Keep(plan, results)
-    pieces = [
-        (tensor, piece)
+    segments = [
+        (tensor, segment)
         for tensor in plan.tensors
-        for piece in tensor.pieces
+        for segment in tensor.segments
         if not (results[tensor.name].shared and tensor.info.dtype in _EXACT)  # there is nothing to see about these
     ]
-    with crew.bounded():
-        size = crew.chunk(plan.room, whole=plan.whole_bytes(len(crew.members)))
-        shared = crew.whole_tensors()
-        pool = Pool(lambda device: Worker(plan, sources, device, size, shared), items_of(pieces), job.of_item, crew)
-        total = sum(piece.numel * itemsize(tensor.info.dtype) for tensor, piece in pieces)
+    with devices.bounded():
+        size = devices.chunk(plan.per_entry, whole=plan.whole_bytes(len(devices.members)))
+        shared = devices.whole_tensors()
+        pool = Pool(
+            lambda device: Worker(plan, sources, device, size, shared), items_of(segments), job.of_item, devices
+        )
+        total = sum(segment.numel * itemsize(tensor.info.dtype) for tensor, segment in segments)
         with closing(pool.in_order()) as done:
             for _ in track("computing", total, done):
                 pass
-    ordered = dict.fromkeys([*(name for name in sides.leading.tensors if name in results), *results])
+    ordered = dict.fromkeys([*(name for name in inputs.leading.tensors if name in results), *results])
     return {name: results[name].tensor for name in ordered}
 
 
@@ -348,14 +350,14 @@ def _wait_for(tensors: Iterable[torch.Tensor]) -> None:
 def _result(plan: Plan, tensor: TensorPlan, sources: Sequence[_Tensors]) -> _Result:
     """The tensor of an input, where that is the result; else one that is yet to be filled."""
 
-    def of(source: Slice) -> torch.Tensor:
+    def of(source: SourceRange) -> torch.Tensor:
         return sources[source.file].at(source.offset)[0]
 
-    piece, dtype = tensor.pieces[0], _DTYPES[tensor.info.dtype]
-    merged = (*((piece.base,) if piece.base else ()), *piece.models)
-    like = of(piece.copy or merged[plan.sides.lead])
+    segment, dtype = tensor.segments[0], _DTYPES[tensor.info.dtype]
+    merged = (*((segment.base,) if segment.base else ()), *segment.models)
+    like = of(segment.copy or merged[plan.inputs.lead])
     shape = torch.Size(tensor.info.shape)
-    if len(tensor.pieces) == 1 and piece.copy is not None and (like.dtype, like.shape) == (dtype, shape):
+    if len(tensor.segments) == 1 and segment.copy is not None and (like.dtype, like.shape) == (dtype, shape):
         return _Result(like, shared=True)
     return _Result(torch.empty(shape, dtype=dtype, device=like.device), shared=False)
 
@@ -370,10 +372,10 @@ class _Keep(Write):
     def of_item(self, worker: Worker, item: list[PlanChunk]) -> int:
         """Make some chunks; their bytes. One that is an input's own is made, too, to see that it is finite."""
         for chunk in worker.cut(item):
-            raw = self._make(worker, chunk, type(self.told).nothing(self.models))
+            raw = self._make(worker, chunk, type(self.tally).nothing(self.models))
             result = self._results[chunk.tensor.name]
             if not result.shared:
-                first = chunk.piece.start + chunk.first
+                first = chunk.segment.start + chunk.first
                 into = result.tensor.view(-1)[first : first + chunk.numel]
                 into.copy_(torch.frombuffer(raw, dtype=torch.uint8).view(into.dtype))
         return sum(chunk.numel * itemsize(chunk.tensor.info.dtype) for chunk in item)

@@ -207,7 +207,7 @@ def _check_layout(path: Path, in_order: Mapping[str, TensorInfo], data_start: in
 
 def _tensor(entry: Any, data_start: int) -> TensorInfo | tuple[Any, ...]:
     """The tensor that an entry of a header describes; or what is wrong with the entry, as a format and its arguments:
-    it may be long, and is not written out until it is told.
+    it may be long, and is not written out until it is printed.
     """
     try:
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

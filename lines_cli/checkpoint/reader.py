@@ -46,7 +46,7 @@ class StoredTensor(NamedTuple):
     info: TensorInfo
 
 
-class Stamp(NamedTuple):
+class FileState(NamedTuple):
     """What tells one state of a file from another, short of reading all of it.
 
     Attributes:
@@ -69,7 +69,7 @@ class Checkpoint:
         path: the file or folder.
         files: the safetensors files, all of them.
         tensors: every tensor by name.
-        stamps: the state of each file when its header was read.
+        states: the state of each file when its header was read.
         stem: what its weight files are called, `model` in `model-00001-of-00002.safetensors`.
         config: the parsed `config.json`; empty where there is none.
         hub_id: `org/name@commit`, for one that came from the Hub.
@@ -79,7 +79,7 @@ class Checkpoint:
     path: Path
     files: tuple[Path, ...]
     tensors: dict[str, StoredTensor]
-    stamps: tuple[Stamp, ...]
+    states: tuple[FileState, ...]
     stem: str
     config: Mapping[str, Any] = field(default_factory=dict)
     hub_id: str | None = None
@@ -110,7 +110,7 @@ class Checkpoint:
 
 
 @contextmanager
-def no_collecting() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """Hold the garbage collector back, for a function that makes very many objects that stay, and no cycle of them: it
     would look through all of them again and again, for half of the time that it takes to plan 100,000 tensors.
     """
@@ -123,7 +123,7 @@ def no_collecting() -> Iterator[None]:
             gc.enable()
 
 
-@no_collecting()
+@gc_paused()
 def open_checkpoint(
     path: Path,
     *,
@@ -160,16 +160,16 @@ def open_checkpoint(
         raise CheckpointError(f"{path}: {what}", hint="Give a .safetensors file, or a folder that holds a checkpoint.")
 
     tensors: dict[str, StoredTensor] = {}
-    stamps: list[Stamp] = []
+    states: list[FileState] = []
     for number, (file, expected) in enumerate(files.items()):
         there = _stat(file)  # before the header is read: what is written meanwhile shows
         header = read_header(file, known)
         held = header.tensors
-        stamps.append(Stamp(there.st_size, there.st_mtime_ns, header.digest))
+        states.append(FileState(there.st_size, there.st_mtime_ns, header.digest))
         if expected is not None and held.keys() != expected:
             _refuse_shard(file, held.keys(), expected)
         tensors.update({tensor: StoredTensor(number, info) for tensor, info in held.items()})
-    checkpoint = Checkpoint(name, path, tuple(files), tensors, tuple(stamps), stem, config, hub_id)
+    checkpoint = Checkpoint(name, path, tuple(files), tensors, tuple(states), stem, config, hub_id)
     if not to_look_at and (unsupported := unsupported_in(checkpoint)):
         raise unsupported
     return checkpoint

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lines_cli.plan.claim import Claim
     from lines_cli.plan.plan import Plan
     from lines_cli.plan.resources import Resources
-    from lines_cli.storage.staging import Leftover
+    from lines_cli.storage.staging import Unfinished
 
 _MOST_NAMES = 16
 _MOST_DEPTHS = 7
@@ -102,14 +102,14 @@ def show_finished(plan: Plan, *, verified: bool, json: bool, quiet: bool) -> Non
         )
 
 
-def show_cleaned(output: str, found: Leftover | None) -> None:
+def show_cleaned(output: str, found: Unfinished | None) -> None:
     """What was removed."""
     if found is None:
         remark(f"nothing to remove: there is no unfinished run of {output}")
     else:
         if found.set_aside:
             remark(f"{output} was set aside in it, and is put back")
-        remark(f"removed {found.folder} ({size(found.nbytes)}, {found.told})")
+        remark(f"removed {found.folder} ({size(found.nbytes)}, {found.description})")
 
 
 def show_outcome(outcome: Outcome, *, json: bool, quiet: bool) -> None:
@@ -187,16 +187,16 @@ def _differences(file: FileVerified) -> Iterator[str]:
         yield "is neither what was written nor what the recipe makes, which differ, too"
 
 
-def show_report(told: Report, *, json: bool, full: bool) -> None:
+def show_report(report: Report, *, json: bool, full: bool) -> None:
     """What was inspected."""
     if json:
-        _print_json(told)
+        _print_json(report)
         return
-    for at, section in enumerate(sections(told, full=full)):
+    for at, section in enumerate(sections(report, full=full)):
         if at:
             _out.print()
         _section(section)
-    _notes(told["notes"])
+    _notes(report["notes"])
 
 
 def _section(section: Section) -> None:
@@ -257,7 +257,7 @@ def _warn(text: str) -> None:
 def _models(plan: Plan, norms: Sequence[float] = (), kept: Sequence[float] = ()) -> None:
     """The models of a merge: what is said of each, the share of entries kept, and the L2 norm of the task vector."""
     models = plan.models()
-    if len(models) == 1 and plan.sides.of_an_edit:
+    if len(models) == 1 and plan.inputs.of_an_edit:
         return
     for number, model in enumerate(models):
         model["kept"] = kept[number] if kept else model["kept"]
@@ -306,12 +306,12 @@ def _alpha(plan: Plan) -> None:
 
 
 def _stacks(plan: Plan) -> None:
-    told = plan.summary()
+    summary = plan.summary()
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     table.add_column("stack", overflow="fold")
     for heading in ("layers", "tensors", "parameters", "first", "last"):
         table.add_column(heading, justify="right")
-    for stack in told["stacks"]:
+    for stack in summary["stacks"]:
         numbers = (
             f"{stack['layers']}",
             f"{stack['tensors']:,}",
@@ -320,21 +320,23 @@ def _stacks(plan: Plan) -> None:
             _coefficient(stack["last"]),
         )
         table.add_row(_printable(stack["name"]) or "(no prefix)", *numbers)
-    outside = told["outside"]
+    outside = summary["outside"]
     ends = (_coefficient(outside["first"]), _coefficient(outside["last"]))
     table.add_row("outside the blocks", "", f"{outside['tensors']:,}", count(outside["parameters"]), *ends)
-    for rule in told["filters"]:
+    for rule in summary["filters"]:
         value = f"{rule['coefficient']:.4g}"
         name = f"names with {printable(rule['pattern'])}"
         table.add_row(name, "", f"{rule['tensors']:,}", count(rule["parameters"]), value, value)
     _out.print(table)
-    for stack in told["stacks"]:
+    for stack in summary["stacks"]:
         values = stack["coefficients"]
         if len(set(values)) > 2:  # more than the first and the last, which the table has
             shown = sorted({round(at * (len(values) - 1) / (_MOST_DEPTHS - 1)) for at in range(_MOST_DEPTHS)})
             depths = "  ".join(f"{index}: {values[index]:.3g}" for index in shown)
-            _out.print(f"by layer  {depths}" + (f"  ({printable(stack['name'])})" if len(told["stacks"]) > 1 else ""))
-    edited, copied = told["edited"], told["copied"]
+            _out.print(
+                f"by layer  {depths}" + (f"  ({printable(stack['name'])})" if len(summary["stacks"]) > 1 else "")
+            )
+    edited, copied = summary["edited"], summary["copied"]
     _out.print(
         f"edited {edited['tensors']:,} tensors ({count(edited['parameters'])} parameters), "
         f"copied {copied['tensors']:,} ({count(copied['parameters'])})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lines_cli.api import arguments
-from lines_cli.api.calls import How
+from lines_cli.api.calls import RunOptions
 from lines_cli.cli import options as opt
 from lines_cli.cli.run import carry_out
 
@@ -66,5 +66,5 @@ def edit(
         max_shard_size=max_shard_size,
     )
     resources = arguments.resources(workers, device, gpu_memory)
-    how = How(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)
+    how = RunOptions(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)
     carry_out(recipe, arguments.destination(output), resources, how, dry_run=dry_run, json=json, quiet=quiet)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lines_cli.api import arguments
-from lines_cli.api.calls import How, destination_of, read_recipe
+from lines_cli.api.calls import RunOptions, destination_of, read_recipe
 from lines_cli.cli import options as opt
 from lines_cli.cli.run import carry_out
 from lines_cli.methods import METHODS
@@ -46,7 +46,7 @@ def merge(
     recipe = read_recipe(config, sets or ())
     destination = destination_of(recipe, output, called=config)
     resources = arguments.resources(workers, device, gpu_memory)
-    how = How(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)
+    how = RunOptions(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)
     carry_out(recipe, destination, resources, how, dry_run=dry_run, json=json, quiet=quiet)
 
 

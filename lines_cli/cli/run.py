@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lines_cli.api.calls import How, tolerant_torch_import
+from lines_cli.api.calls import RunOptions, tolerant_torch_import
 from lines_cli.api.calls import carry_out as make
 from lines_cli.cli import signals
 from lines_cli.errors import Aftermath, LinesError, attach_aftermath
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def carry_out(
-    recipe: Recipe, destination: Path, resources: Resources, how: How, *, dry_run: bool, json: bool, quiet: bool
+    recipe: Recipe, destination: Path, resources: Resources, how: RunOptions, *, dry_run: bool, json: bool, quiet: bool
 ) -> None:
     """Plan a recipe's result, then show it (`dry_run`) or make it and say what was done."""
     from lines_cli.cli import console

@@ -43,7 +43,7 @@ def _end(number: int, _: object) -> None:
 
 
 def interrupted(number: int) -> str:
-    """What a person is told."""
+    """The message."""
     return f"interrupted ({signal.Signals(number).name}); the destination is as it was"
 
 

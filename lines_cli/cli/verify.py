@@ -26,8 +26,8 @@ def verify(
       lines verify OUT --input ../base=/models/base  # an input that lies elsewhere here
       lines verify out.safetensors --config merge.yaml
 
-    Ends with 0 if the output is what its recipe makes, and with 5 if anything differs: which file, block and tensor is
-    told. The model card is left out, since people edit it. Nothing is written.
+    Ends with 0 if the output is what its recipe makes, and with 5 if anything differs: it names the file, the
+    block and the tensor. The model card is left out, since people edit it. Nothing is written.
     """
     from lines_cli.api import arguments
     from lines_cli.cli import console

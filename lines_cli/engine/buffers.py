@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 
 from lines_cli.engine.arithmetic import FLOAT8, TORCH_DTYPES
-from lines_cli.engine.devices import apart
+from lines_cli.engine.devices import has_own_memory
 
 
 def keep_freed_memory() -> None:
     """Let the C library keep freed memory for the next chunk, where it would hand it back to the system each time: then
     every temporary of 1 MiB is 300 page faults, and TIES takes three times as long. What one thread freed, others may
-    use (one arena), or else it takes 30 MB more. Only glibc can be told.
+    use (one arena), or else it takes 30 MB more. Only glibc has such a switch.
     """
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
@@ -38,7 +38,7 @@ class Buffer:
         on_cuda = device.type == "cuda"
         nbytes = max(nbytes, 1)
         self._host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=on_cuda)
-        self._device = torch.empty(nbytes, dtype=torch.uint8, device=device) if apart(device) else self._host
+        self._device = torch.empty(nbytes, dtype=torch.uint8, device=device) if has_own_memory(device) else self._host
         self._memory = memoryview((ctypes.c_char * nbytes).from_address(self._host.data_ptr())).cast("B")
         self._moved = torch.cuda.Event(blocking=True) if on_cuda else None  # type: ignore[no-untyped-call]
 

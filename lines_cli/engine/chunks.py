@@ -8,11 +8,11 @@ from typing import Generic, Protocol, TypeVar
 
 from lines_cli.checkpoint.header import itemsize
 from lines_cli.plan.plan import TensorPlan
-from lines_cli.plan.tensors import Piece
+from lines_cli.plan.tensors import Segment
 
 
 class Streamed(Protocol):
-    """A tensor that is read piece by piece: what a plan makes, or what is only looked at."""
+    """A tensor that is read segment by segment: what a plan makes, or what is only looked at."""
 
     @property
     def name(self) -> str:
@@ -23,7 +23,7 @@ class Streamed(Protocol):
         """Whether its entries are widened to float64; else to float32."""
 
     @property
-    def pieces(self) -> Sequence[Piece]:
+    def segments(self) -> Sequence[Segment]:
         """Where its entries come from."""
 
 
@@ -32,17 +32,17 @@ Tensor = TypeVar("Tensor", bound=Streamed)
 
 @dataclass(frozen=True, slots=True)
 class Chunk(Generic[Tensor]):
-    """Part of a piece: entries `first` to `first + numel` of it."""
+    """Part of a segment: entries `first` to `first + numel` of it."""
 
     tensor: Tensor
-    piece: Piece
+    segment: Segment
     first: int
     numel: int
 
     @property
     def nbytes(self) -> int:
         """Bytes that are read for it."""
-        return self.numel * sum(itemsize(source.dtype) for source in self.piece.sources)
+        return self.numel * sum(itemsize(source.dtype) for source in self.segment.sources)
 
     def cut(self, size: int) -> Iterator[Chunk[Tensor]]:
         """The same entries in steps of at most `size`, which end at multiples of it: so no block is summed in parts,
@@ -54,7 +54,7 @@ class Chunk(Generic[Tensor]):
             return
         while first < end:
             until = min(end, (first // size + 1) * size)
-            yield Chunk(self.tensor, self.piece, first, until - first)
+            yield Chunk(self.tensor, self.segment, first, until - first)
             first = until
 
 
@@ -63,13 +63,13 @@ PlanChunk = Chunk[TensorPlan]
 _ITEM = 2**20  # entries: what a worker takes at a time, so that small tensors do not queue one by one
 
 
-def items_of(pieces: Iterable[tuple[Tensor, Piece]]) -> Iterator[list[Chunk[Tensor]]]:
-    """All entries of some tensors' pieces, in order, some at a time: one item of work after another."""
+def items_of(segments: Iterable[tuple[Tensor, Segment]]) -> Iterator[list[Chunk[Tensor]]]:
+    """All entries of some tensors' segments, in order, some at a time: one item of work after another."""
     item: list[Chunk[Tensor]] = []
     held = 0
-    for tensor, piece in pieces:
-        for first in range(0, piece.numel, _ITEM):
-            item.append(Chunk(tensor, piece, first, min(_ITEM, piece.numel - first)))
+    for tensor, segment in segments:
+        for first in range(0, segment.numel, _ITEM):
+            item.append(Chunk(tensor, segment, first, min(_ITEM, segment.numel - first)))
             held += item[-1].numel
             if held >= _ITEM:
                 yield item
@@ -78,6 +78,6 @@ def items_of(pieces: Iterable[tuple[Tensor, Piece]]) -> Iterator[list[Chunk[Tens
         yield item
 
 
-def merged_pieces(tensors: Iterable[TensorPlan]) -> Iterator[tuple[TensorPlan, Piece]]:
+def merged_segments(tensors: Iterable[TensorPlan]) -> Iterator[tuple[TensorPlan, Segment]]:
     """What is not copied."""
-    return ((tensor, piece) for tensor in tensors for piece in tensor.pieces if piece.models)
+    return ((tensor, segment) for tensor in tensors for segment in tensor.segments if segment.models)

@@ -9,7 +9,7 @@ import torch
 
 from lines_cli.engine.whole_tensors import Kept, Whole
 from lines_cli.errors import RecipeError
-from lines_cli.plan.resources import BLOCK, Resources, Room
+from lines_cli.plan.resources import SUM_BLOCK, BytesPerEntry, Resources
 
 
 def choose_devices(name: str) -> tuple[torch.device, ...]:
@@ -29,12 +29,12 @@ def choose_devices(name: str) -> tuple[torch.device, ...]:
     return tuple(torch.device("cuda", index) for index in devices)
 
 
-def apart(device: torch.device) -> bool:
+def has_own_memory(device: torch.device) -> bool:
     """Whether a device has memory of its own, into which everything has to be copied."""
     return device.type != "cpu"
 
 
-class Crew:
+class Devices:
     """Which device each worker of a run computes on.
 
     Args:
@@ -46,19 +46,19 @@ class Crew:
 
     def __init__(self, resources: Resources) -> None:
         self.resources, self.devices = resources, choose_devices(resources.device)
-        self.apart = apart(self.devices[0])
-        number = resources.threads_on_cuda(len(self.devices)) if self.apart else resources.threads
+        self.has_own_memory = has_own_memory(self.devices[0])
+        number = resources.threads_on_cuda(len(self.devices)) if self.has_own_memory else resources.threads
         self.members = [self.devices[n % len(self.devices)] for n in range(number)]
 
     def whole_tensors(self) -> Kept[Whole]:
         """Where the workers of a pass keep what they merge whole."""
         return Kept(len(self.members))
 
-    def chunk(self, room: Room, *, whole: int = 0, whole_blocks: bool = False) -> int:
+    def chunk(self, per_entry: BytesPerEntry, *, whole: int = 0, whole_blocks: bool = False) -> int:
         """Entries per step.
 
         Args:
-            room: what one entry takes.
+            per_entry: what one entry takes.
             whole: bytes that whole tensors take beside the workers' buffers.
             whole_blocks: a multiple of BLOCK.
 
@@ -66,17 +66,17 @@ class Crew:
             RecipeError: the share of a device's memory is too small for any.
         """
         fits = None
-        if self.apart:
-            most, entry = self._gpu_memory(), room.nbytes(slots=SLOTS)
+        if self.has_own_memory:
+            most, entry = self._gpu_memory(), per_entry.nbytes(slots=SLOTS)
             workers = -(-len(self.members) // len(self.devices))
             fits = ((most - whole) // workers - _ROUNDED_UP) // entry
-            if fits < BLOCK:
+            if fits < SUM_BLOCK:
                 raise RecipeError(
                     f"--gpu-memory {most:,}: {workers} workers on a device need "
-                    f"{workers * (BLOCK * entry + _ROUNDED_UP) + whole:,} bytes",
+                    f"{workers * (SUM_BLOCK * entry + _ROUNDED_UP) + whole:,} bytes",
                     hint="Allow more, or run fewer --workers.",
                 )
-        return self.resources.chunk_for(room, fits=fits, whole_blocks=whole_blocks)
+        return self.resources.chunk_for(per_entry, fits=fits, whole_blocks=whole_blocks)
 
     def _gpu_memory(self) -> int:
         """Bytes that a run may take of each device."""
@@ -88,7 +88,7 @@ class Crew:
         """Within it torch's allocator takes no more of any CUDA device than the run may have, whatever a method makes
         meanwhile: beyond that it reports to be out of memory, and chunks are halved.
         """
-        devices = self.devices if self.apart and torch.cuda.is_available() else ()
+        devices = self.devices if self.has_own_memory and torch.cuda.is_available() else ()
         try:
             for device in devices:
                 taken = torch.cuda.memory_reserved(device)  # by whoever called us

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
-from lines_cli.checkpoint.reader import Stamp
+from lines_cli.checkpoint.reader import FileState
 from lines_cli.errors import ChangedInputError, CheckpointError
 from lines_cli.storage.files import open_to_stream, read_into
 
@@ -35,18 +35,18 @@ def opened(paths: Iterable[Path]) -> Iterator[list[int]]:
             os.close(fd)
 
 
-def refuse_changed(paths: Sequence[Path], fds: Sequence[int], stamps: Sequence[Stamp]) -> None:
+def refuse_changed(paths: Sequence[Path], fds: Sequence[int], states: Sequence[FileState]) -> None:
     """Refuse inputs that are not, or no longer, in the state in which their headers were read.
 
     Raises:
         ChangedInputError: which file, and how it differs.
     """
-    for path, fd, stamp in zip(paths, fds, stamps, strict=True):
+    for path, fd, state in zip(paths, fds, states, strict=True):
         there = os.fstat(fd)
-        if (there.st_size, there.st_mtime_ns) != (stamp.nbytes, stamp.mtime_ns):
-            what = f"its size went from {stamp.nbytes:,} to {there.st_size:,} bytes"
-            if there.st_size == stamp.nbytes:
-                what = f"its time moved by {abs(there.st_mtime_ns - stamp.mtime_ns) / 1e9:.3f} s"
+        if (there.st_size, there.st_mtime_ns) != (state.nbytes, state.mtime_ns):
+            what = f"its size went from {state.nbytes:,} to {there.st_size:,} bytes"
+            if there.st_size == state.nbytes:
+                what = f"its time moved by {abs(there.st_mtime_ns - state.mtime_ns) / 1e9:.3f} s"
             raise ChangedInputError(
                 f"{path} was modified while lines was reading it: {what}",
                 hint="Run it again when nothing writes to it.",

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import torch
 
 from lines_cli.engine.arithmetic import block_sums, is_finite, task_vector
-from lines_cli.engine.chunks import PlanChunk, items_of, merged_pieces
-from lines_cli.engine.devices import Crew
+from lines_cli.engine.chunks import PlanChunk, items_of, merged_segments
+from lines_cli.engine.devices import Devices
 from lines_cli.engine.input_files import Opened
 from lines_cli.engine.merge_chunk import drop_entries, merge_chunk, merge_entries, read_chunk
 from lines_cli.engine.pool import Pool
@@ -27,7 +27,7 @@ from lines_cli.methods.sparsify import Bounds, Ranks
 from lines_cli.methods.sums import weighted_sum
 from lines_cli.plan.layout import natural
 from lines_cli.plan.plan import Plan, TensorPlan
-from lines_cli.plan.resources import BLOCK
+from lines_cli.plan.resources import SUM_BLOCK
 from lines_cli.plan.statistics import Needs, Norms, Statistics
 
 Track = Callable[[str, int, Iterable[int]], Iterable[int]]
@@ -51,13 +51,13 @@ class Measurement:
     bytes_read: int
 
 
-def measure(plan: Plan, sources: Sequence[Opened], crew: Crew, track: Track) -> Measurement:
+def measure(plan: Plan, sources: Sequence[Opened], devices: Devices, track: Track) -> Measurement:
     """Measure what `plan.needs`; each pass may use what those before it found.
 
     Args:
         plan: not yet resolved.
-        sources: the open inputs, as in `plan.inputs`.
-        crew: the devices to compute on.
+        sources: the open inputs, as in `plan.paths`.
+        devices: the devices to compute on.
         track: wraps the stream of byte counts of each pass.
 
     Raises:
@@ -67,7 +67,7 @@ def measure(plan: Plan, sources: Sequence[Opened], crew: Crew, track: Track) -> 
     needs = plan.needs
     if not needs:
         return Measurement(plan.statistics, 0, 0)
-    measuring = _Measuring(plan, sources, crew, track)
+    measuring = _Measuring(plan, sources, devices, track)
     if needs.thresholds and plan.trims_globally:
         measuring.global_thresholds()
     elif needs.thresholds:
@@ -84,8 +84,8 @@ def measure(plan: Plan, sources: Sequence[Opened], crew: Crew, track: Track) -> 
 class _Measuring:
     """The passes over one plan, and what they have found so far."""
 
-    def __init__(self, plan: Plan, sources: Sequence[Opened], crew: Crew, track: Track) -> None:
-        self.plan, self.sources, self.crew, self.track = plan, sources, crew, track
+    def __init__(self, plan: Plan, sources: Sequence[Opened], devices: Devices, track: Track) -> None:
+        self.plan, self.sources, self.devices, self.track = plan, sources, devices, track
         self.models = range(plan.number_of_models)
         self.tensors = sorted((tensor for tensor in plan.tensors if tensor.edited), key=lambda t: natural(t.name))
         self.passes = self.bytes_read = 0
@@ -111,7 +111,7 @@ class _Measuring:
                 tally(of_chunk)
             return result[0]
 
-        self.stream(what, items_of(merged_pieces(self.tensors)), of_item, add)
+        self.stream(what, items_of(merged_segments(self.tensors)), of_item, add)
 
     def stream(
         self,
@@ -132,9 +132,9 @@ class _Measuring:
             total: bytes to read; everything that is merged, unless said: then it is a pass.
         """
         plan = self.plan
-        size = self.crew.chunk(plan.room, whole=plan.whole_bytes(len(self.crew.members)), whole_blocks=True)
-        shared = self.crew.whole_tensors()
-        pool = Pool(lambda device: Worker(plan, self.sources, device, size, shared), items, job, self.crew)
+        size = self.devices.chunk(plan.per_entry, whole=plan.whole_bytes(len(self.devices.members)), whole_blocks=True)
+        shared = self.devices.whole_tensors()
+        pool = Pool(lambda device: Worker(plan, self.sources, device, size, shared), items, job, self.devices)
         title = f"measuring {what}"
         if total is None:
             self.passes += 1
@@ -145,14 +145,14 @@ class _Measuring:
 
     def global_thresholds(self) -> None:
         """The magnitudes of each model's whole task vector that the sparsifier asks for."""
-        pieces = list(merged_pieces(self.tensors))
-        numel = sum(piece.numel for _, piece in pieces)
+        segments = list(merged_segments(self.tensors))
+        numel = sum(segment.numel for _, segment in segments)
         search = Search(self.ranks(self.tensors[0], numel), numel)
 
         def count(items: Iterable[list[PlanChunk]], windows: dict[Sought, Window], nbytes: int | None) -> Counters:
             return self.count(items, windows, total=nbytes)
 
-        search.run(pieces, count)
+        search.run(segments, count)
         found = {(model, None): search.bounds(model) for model in self.models if search.ranks[model]}
         self.found(thresholds=found, kept=tuple((search.kept(model), numel) for model in self.models))
 
@@ -175,8 +175,8 @@ class _Measuring:
             return sum(chunk.nbytes for chunk in item)
 
         self.stream("thresholds", items, job, lambda nbytes: nbytes, total=total)
-        room = _COLLECTED * max(1, len(by_worker))
-        counters = {sought: Counter(window, room) for sought, window in windows.items()}
+        capacity = _COLLECTED * max(1, len(by_worker))
+        counters = {sought: Counter(window, capacity) for sought, window in windows.items()}
         for own in by_worker.values():
             for sought, counter in own.items():
                 counters[sought].join(counter)
@@ -190,8 +190,8 @@ class _Measuring:
         kept, total = [0] * len(self.models), 0
 
         def select(worker: Worker, tensor: TensorPlan) -> _Selected:
-            pieces = list(merged_pieces([tensor]))
-            numel = sum(piece.numel for _, piece in pieces)
+            segments = list(merged_segments([tensor]))
+            numel = sum(segment.numel for _, segment in segments)
             search = Search(self.ranks(tensor, numel), numel)
             nbytes = 0
 
@@ -203,7 +203,7 @@ class _Measuring:
                     nbytes += sum(chunk.nbytes for chunk in item)
                 return counters
 
-            search.run(pieces, count)
+            search.run(segments, count)
             return _Selected(tensor, numel, search, nbytes)
 
         def tally(result: _Selected) -> int:
@@ -225,9 +225,9 @@ class _Measuring:
         def job(worker: Worker, chunk: PlanChunk) -> tuple[str, list[tuple[list[float], list[float]]]]:
             _, vectors = read_chunk(worker, chunk)
             _refuse_nonfinite(worker, chunk, vectors)
-            before = [block_sums(tau.abs(), BLOCK) for tau in vectors]
+            before = [block_sums(tau.abs(), SUM_BLOCK) for tau in vectors]
             drop_entries(worker, chunk, vectors)
-            after = [block_sums(tau.abs_(), BLOCK) for tau in vectors]
+            after = [block_sums(tau.abs_(), SUM_BLOCK) for tau in vectors]
             return chunk.tensor.name, list(zip(before, after, strict=True))
 
         def tally(result: tuple[str, list[tuple[list[float], list[float]]]]) -> None:
@@ -248,7 +248,7 @@ class _Measuring:
             _, weights = worker.inputs(chunk)
             _refuse_nonfinite(worker, chunk, weights)
             a, b = (tensor.to(torch.float64) for tensor in weights)
-            return chunk.tensor.name, [block_sums(product, BLOCK) for product in (a * b, a * a, b * b)]
+            return chunk.tensor.name, [block_sums(product, SUM_BLOCK) for product in (a * b, a * a, b * b)]
 
         def tally(result: tuple[str, list[list[float]]]) -> None:
             name, products = result
@@ -345,7 +345,7 @@ def _elect(worker: Worker, chunk: PlanChunk, needs: Needs) -> _Election:
         if method.takes == "weights":
             assert base is not None
             tensors = [weights - base for weights in tensors]
-        return block_sums(_sum(tensors).abs_(), BLOCK)
+        return block_sums(_sum(tensors).abs_(), SUM_BLOCK)
 
     if not needs.norms:
         base, tensors = read_chunk(worker, chunk)
@@ -359,9 +359,9 @@ def _elect(worker: Worker, chunk: PlanChunk, needs: Needs) -> _Election:
     if method.takes == "weights":
         assert merged.base is not None
         values = task_vector(values, merged.base)
-    with_plus = with_minus = block_sums(values.abs_(), BLOCK)
+    with_plus = with_minus = block_sums(values.abs_(), SUM_BLOCK)
     if contested:
-        with_minus = block_sums(merge_entries(worker, chunk, again, majority=other).abs_(), BLOCK)
+        with_minus = block_sums(merge_entries(worker, chunk, again, majority=other).abs_(), SUM_BLOCK)
     return _Election(balance, whole, with_plus, with_minus)
 
 

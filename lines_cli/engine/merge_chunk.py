@@ -1,7 +1,7 @@
 """What becomes of one chunk: entries are read, dropped as the method's sparsifier says, and merged. The pass that
 writes, the one that counts signs and the ones that take norms all do it here.
 
-A method that sees whole tensors is given all of a piece at once; a chunk is then a part of the result, which the
+A method that sees whole tensors is given all of a segment at once; a chunk is then a part of the result, which the
 workers share.
 """
 
@@ -55,7 +55,7 @@ def merge_chunk(
 
     Args:
         worker: the thread's.
-        chunk: of a piece that is merged.
+        chunk: of a segment that is merged.
         given: is shown what models hold (task vectors, or weights), before anything is dropped.
         left: is shown what is left after dropping.
         majority: the sign of the majority, in place of the one that was measured.
@@ -98,7 +98,7 @@ def drop_entries(worker: Worker, chunk: PlanChunk, tensors: list[torch.Tensor]) 
     if not isinstance(sparsifier, Drawn):
         return ()
     # A head and the embedding it is tied to are one weight, and lose the same entries.
-    where = Where(tensor.draft.counts_as, chunk.piece.start + chunk.first)
+    where = Where(tensor.spec.counts_as, chunk.segment.start + chunk.first)
     masks = sparsifier.masks(tensors, tensor.values, where)
     kept = tuple(float(chunk.numel) if mask is None else float(mask.sum()) for mask in masks)
     for tau, mask in zip(tensors, masks, strict=True):
@@ -119,7 +119,7 @@ def nonfinite_behind(worker: Worker, chunk: PlanChunk) -> str | None:
     """Which input of a chunk, or of the whole tensor that it is a part of, holds NaN or Inf, and where; None if none
     does.
     """
-    if chunk.piece.models and worker.plan.recipe.method.sees == "tensors":
+    if chunk.segment.models and worker.plan.recipe.method.sees == "tensors":
         return _whole(worker, chunk).nonfinite
     return worker.nonfinite(chunk)
 
@@ -147,12 +147,12 @@ def _part_of_whole(worker: Worker, chunk: PlanChunk, given: Look | None, left: L
     values = whole.values[chunk.first : chunk.first + chunk.numel].clone()
     if chunk.first:
         return Merged(base, values)
-    return Merged(base, values, whole.squares, whole.kept, chunk.piece.numel)  # of all, said with its first part
+    return Merged(base, values, whole.squares, whole.kept, chunk.segment.numel)  # of all, said with its first part
 
 
 def _whole(worker: Worker, chunk: PlanChunk) -> Whole:
-    """All that is made of a chunk's piece. Only where other workers may need a part, too, it is shared."""
-    key = (chunk.tensor.name, chunk.piece.start, str(worker.device))
+    """All that is made of a chunk's segment. Only where other workers may need a part, too, it is shared."""
+    key = (chunk.tensor.name, chunk.segment.start, str(worker.device))
     if worker.last_whole is not None and worker.last_whole[0] == key:
         return worker.last_whole[1]
     worker.last_whole = None
@@ -166,18 +166,18 @@ def _whole(worker: Worker, chunk: PlanChunk) -> Whole:
 
 
 def _make_whole(worker: Worker, chunk: PlanChunk) -> Whole:
-    """Read all of a piece, in chunks, and merge it.
+    """Read all of a segment, in chunks, and merge it.
 
     Raises:
         DataError: NaN or Inf in an input, unless that is allowed.
     """
-    tensor, piece = chunk.tensor, chunk.piece
+    tensor, segment = chunk.tensor, chunk.segment
     dtype = torch.float64 if tensor.in_float64 else torch.float32
-    tensors = [torch.empty(piece.numel, dtype=dtype, device=worker.device) for _ in piece.models]
+    tensors = [torch.empty(segment.numel, dtype=dtype, device=worker.device) for _ in segment.models]
     squares: tuple[float, ...] = ()
     kept: tuple[float, ...] = ()
     nonfinite: str | None = None
-    for part in Chunk(tensor, piece, 0, piece.numel).cut(worker.chunk):
+    for part in Chunk(tensor, segment, 0, segment.numel).cut(worker.chunk):
         _, held = read_chunk(worker, part)
         if nonfinite is None and not all(map(is_finite, held)):
             nonfinite = worker.nonfinite(part)
@@ -188,9 +188,9 @@ def _make_whole(worker: Worker, chunk: PlanChunk) -> Whole:
         kept = _added(kept, drop_entries(worker, part, held))
         for into, entries in zip(tensors, held, strict=True):
             into[part.first : part.first + part.numel].copy_(entries)
-    shape = tensor.shape_of(piece)
+    shape = tensor.shape_of(segment)
     values = merge_entries(worker, chunk, [whole.view(shape) for whole in tensors]).reshape(-1)
-    assert values.numel() == piece.numel, "a method made a tensor of another size"
+    assert values.numel() == segment.numel, "a method made a tensor of another size"
     if worker.device.type == "cuda":
         torch.cuda.current_stream().synchronize()  # others read it in streams of their own
     return Whole(values, squares, kept, nonfinite)

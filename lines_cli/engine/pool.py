@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from lines_cli.engine.devices import Crew
+from lines_cli.engine.devices import Devices
 from lines_cli.engine.workers import Reader
 from lines_cli.errors import LinesError, printable
 
@@ -26,7 +26,7 @@ class Pool(Generic[Thread, Item, Result]):
         new_worker: makes a thread's worker, in that thread, given its device.
         items: what there is to do, in order.
         job: what is done with each; it can be done again, from the start.
-        crew: the device of each thread.
+        devices: the device of each thread.
     """
 
     def __init__(
@@ -34,9 +34,9 @@ class Pool(Generic[Thread, Item, Result]):
         new_worker: Callable[[torch.device], Thread],
         items: Iterable[Item],
         job: Callable[[Thread, Item], Result],
-        crew: Crew,
+        devices: Devices,
     ) -> None:
-        self._new_worker, self._job, self._crew = new_worker, job, crew
+        self._new_worker, self._job, self._crew = new_worker, job, devices
         self._items = enumerate(items)
         self._take = threading.Lock()
         self._stop = threading.Event()

@@ -17,12 +17,12 @@ from functools import partial
 from lines_cli.checkpoint.crosscheck import refuse_misread
 from lines_cli.checkpoint.header import TensorInfo
 from lines_cli.engine.buffers import keep_freed_memory
-from lines_cli.engine.devices import Crew
+from lines_cli.engine.devices import Devices
 from lines_cli.engine.input_files import allow_open_files, opened, refuse_changed
 from lines_cli.engine.measure import Measurement, Track, measure, untracked
 from lines_cli.engine.pool import Pool
 from lines_cli.engine.workers import Worker
-from lines_cli.engine.write import Outcome, Target, Write, spans_of
+from lines_cli.engine.write import Outcome, Target, Write, output_ranges
 from lines_cli.errors import OutputError
 from lines_cli.plan.identity import digests_of, identity, replaceable
 from lines_cli.plan.plan import Plan
@@ -32,8 +32,8 @@ from lines_cli.plan.sidecars import contents_beside
 from lines_cli.plan.statistics import Statistics
 from lines_cli.storage.destination import check_destination, naming
 from lines_cli.storage.digest import (
-    BLOCK,
-    BLOCKS_ON_CUDA,
+    DIGEST_BLOCK,
+    DIGEST_BLOCKS_ON_CUDA,
     FileRecord,
     GrowingDigest,
     file_digest,
@@ -77,7 +77,7 @@ def run(
     """
     started = time.perf_counter()
     resources = resources or Resources()
-    crew = Crew(resources)
+    devices = Devices(resources)
     keep_freed_memory()
     before = leftover(plan.output)
     if before is not None and before.set_aside:
@@ -87,9 +87,9 @@ def run(
     check_destination(plan.output, inputs=plan.read_paths, nbytes=needed, force=force)
     identified = identity(plan)
     if verify_inputs:
-        identified["contents"] = digests_of(plan.inputs)
-    identified["step"] = BLOCK * (BLOCKS_ON_CUDA if crew.apart else 1)
-    allow_open_files(len(plan.inputs) + 2 * len(plan.outputs))
+        identified["contents"] = digests_of(plan.paths)
+    identified["step"] = DIGEST_BLOCK * (DIGEST_BLOCKS_ON_CUDA if devices.has_own_memory else 1)
+    allow_open_files(len(plan.paths) + 2 * len(plan.outputs))
     with (
         Staging(
             plan.output,
@@ -98,28 +98,28 @@ def run(
             replaceable=partial(replaceable, plan) if force else None,
             resume=resume,
         ) as staging,
-        opened(plan.inputs) as sources,
-        crew.bounded(),
+        opened(plan.paths) as sources,
+        devices.bounded(),
     ):
-        refuse_changed(plan.inputs, sources, plan.stamps)
+        refuse_changed(plan.paths, sources, plan.states)
         records = _carried_over(staging, plan)
-        measurement = _measured(staging, plan, sources, crew, track)
+        measurement = _measured(staging, plan, sources, devices, track)
         if plan.needs:
             plan = resolve(plan, measurement.statistics)
         job = Write(plan, [Target(staging.create(f.name, f.nbytes), GrowingDigest(f.nbytes)) for f in plan.outputs])
-        finished = job.take_over(staging.story.parts) if staging.story else set()
-        size = crew.chunk(plan.room, whole=plan.whole_bytes(len(crew.members)))
-        shared = crew.whole_tensors()
-        spans = (span for span in spans_of(plan, staging.step) if (span.file, span.start) not in finished)
-        pool = Pool(lambda device: Worker(plan, sources, device, size, shared), spans, job, crew)
+        finished = job.take_over(staging.contents.parts) if staging.contents else set()
+        size = devices.chunk(plan.per_entry, whole=plan.whole_bytes(len(devices.members)))
+        shared = devices.whole_tensors()
+        spans = (span for span in output_ranges(plan, staging.step) if (span.file, span.start) not in finished)
+        pool = Pool(lambda device: Worker(plan, sources, device, size, shared), spans, job, devices)
         number = len(plan.passes) + 1
         title = f"writing {number}/{number}" if number > 1 else "writing"
         # Closing stops and joins the threads, whatever interrupts this one, before the files they write are closed.
         with closing(pool.in_order()) as results:
-            done = (job.tally(result, staging.journal) for result in results)
+            done = (job.take(result, staging.journal) for result in results)
             for _ in track(title, plan.bytes_written - job.taken_over, done):
                 pass
-        refuse_changed(plan.inputs, sources, plan.stamps)
+        refuse_changed(plan.paths, sources, plan.states)
         records |= job.records()
         for name, content in contents_beside(plan, identified, records):
             staging.add(name, content)
@@ -143,15 +143,15 @@ def _carried_over(staging: Staging, plan: Plan) -> dict[str, FileRecord]:
     return records
 
 
-def _measured(staging: Staging, plan: Plan, sources: list[int], crew: Crew, track: Track) -> Measurement:
+def _measured(staging: Staging, plan: Plan, sources: list[int], devices: Devices, track: Track) -> Measurement:
     """What the plan needs to know, from the journal if it was measured before."""
-    if staging.story is not None and staging.story.measured is not None and plan.needs:
+    if staging.contents is not None and staging.contents.measured is not None and plan.needs:
         with suppress(KeyError, TypeError, ValueError, AttributeError):  # no journal of ours would
-            return Measurement(Statistics.of(staging.story.measured, plan.number_of_models), 0, 0)
-    measurement = measure(plan, sources, crew, track)
+            return Measurement(Statistics.of(staging.contents.measured, plan.number_of_models), 0, 0)
+    measurement = measure(plan, sources, devices, track)
     if plan.needs:
         with naming(plan.output):
-            staging.journal.measured(measurement.statistics.told())
+            staging.journal.measured(measurement.statistics.to_json())
     return measurement
 
 

@@ -19,7 +19,7 @@ from lines_cli.engine.arithmetic import is_finite
 from lines_cli.engine.chunks import Chunk, PlanChunk, items_of
 from lines_cli.methods.sparsify import Bounds, Ranks
 from lines_cli.plan.plan import TensorPlan
-from lines_cli.plan.tensors import Piece
+from lines_cli.plan.tensors import Segment
 
 _ALL_BITS = 2**31
 _INF_BITS = 0x7F80_0000
@@ -120,13 +120,13 @@ class Counter:
 
     Args:
         window: what is looked through.
-        room: how many entries are collected before they are counted bin by bin.
+        capacity: how many entries are collected before they are counted bin by bin.
     """
 
-    def __init__(self, window: Window, room: int = _COLLECTED) -> None:
+    def __init__(self, window: Window, capacity: int = _COLLECTED) -> None:
         self.window, self.above = window, 0
         # One piece of memory from the start: many small ones between large temporaries would tear holes into the heap.
-        self._held = torch.empty(room, dtype=torch.int32)
+        self._held = torch.empty(capacity, dtype=torch.int32)
         self._collected = 0
         self._bins: torch.Tensor | None = None  # how many of those before lie in each bin
 
@@ -216,15 +216,15 @@ class Search:
         self.ranks, self.numel = ranks, numel
         self._found: dict[Sought, tuple[float, int, int]] = {}  # a magnitude; entries at it or above; above
 
-    def run(self, pieces: list[tuple[TensorPlan, Piece]], count: Count) -> None:
+    def run(self, segments: list[tuple[TensorPlan, Segment]], count: Count) -> None:
         """Look at all entries, as often as it takes."""
         wanted = {(model, n): k for model, ranks in enumerate(self.ranks) for n, k in enumerate(ranks)}
         windows = dict.fromkeys(wanted, _EVERYWHERE)
-        if windows and (sample := sample_of(pieces)):
+        if windows and (sample := sample_of(segments)):
             counters = count(batches(sample), windows, sum(chunk.nbytes for chunk in sample))
             windows = {sought: counter.around(wanted[sought] / self.numel) for sought, counter in counters.items()}
         while windows:
-            for sought, counter in count(items_of(pieces), windows, None).items():
+            for sought, counter in count(items_of(segments), windows, None).items():
                 windows[sought], number, above = counter.ranked(wanted[sought])
                 if number and windows[sought].is_one:
                     self._found[sought] = windows.pop(sought).magnitude, number, above
@@ -241,18 +241,18 @@ class Search:
         return least if len(self.ranks[model]) == 1 else least - self._found[model, 1][2]
 
 
-def sample_of(pieces: list[tuple[TensorPlan, Piece]]) -> list[PlanChunk]:
+def sample_of(segments: list[tuple[TensorPlan, Segment]]) -> list[PlanChunk]:
     """Runs of entries at regular distances: an eighth of all, or, where that is more than enough, `_RUNS`."""
-    numel = sum(piece.numel for _, piece in pieces)
+    numel = sum(segment.numel for _, segment in segments)
     if numel < _WORTH_A_SAMPLE:
         return []
     step = _RUN * max(8, -(-numel // (_RUN * _RUNS))) + _RUN // 4 + 1  # so as not to step from row to row
     chunks, at = [], 0
-    for tensor, piece in pieces:
-        while at < piece.numel:
-            chunks.append(Chunk(tensor, piece, at, min(_RUN, piece.numel - at)))
+    for tensor, segment in segments:
+        while at < segment.numel:
+            chunks.append(Chunk(tensor, segment, at, min(_RUN, segment.numel - at)))
             at += step
-        at -= piece.numel
+        at -= segment.numel
     return chunks
 
 

@@ -24,12 +24,12 @@ import torch
 from lines_cli.checkpoint.header import itemsize, read_header
 from lines_cli.checkpoint.sidecars import CARRIED_FILES, Sidecar
 from lines_cli.engine.buffers import keep_freed_memory
-from lines_cli.engine.devices import Crew
+from lines_cli.engine.devices import Devices
 from lines_cli.engine.input_files import opened, refuse_changed
 from lines_cli.engine.measure import Track, measure, untracked
 from lines_cli.engine.pool import Pool
 from lines_cli.engine.workers import Worker
-from lines_cli.engine.write import Span, Target, Write, spans_of
+from lines_cli.engine.write import OutputRange, Target, Write, output_ranges
 from lines_cli.errors import CheckpointError, DataError, LinesError, RecipeError, printable
 from lines_cli.plan.claim import Claim, InputRead, inputs_read, open_claim, plan_claim
 from lines_cli.plan.identity import identity
@@ -41,9 +41,9 @@ from lines_cli.recipe.yaml_file import Elsewhere
 from lines_cli.storage.beside import leads_out, outside, refuse_link_out
 from lines_cli.storage.destination import is_one_file
 from lines_cli.storage.digest import (
-    BLOCK,
-    BLOCKS_ON_CUDA,
-    PIECE,
+    DIGEST_BLOCK,
+    DIGEST_BLOCKS_ON_CUDA,
+    WRITE_SIZE,
     FileRecord,
     GrowingDigest,
     file_digest,
@@ -244,7 +244,7 @@ def check(
             f"--resume keeps what was compared beside the output, and {claim.name} lies in the Hub's cache",
             hint="Leave out --resume; or download it (hf download), and verify that folder.",
         )
-    crew = Crew(resources or Resources())
+    devices = Devices(resources or Resources())
     keep_freed_memory()
     for sidecar in _made_beside(plan):
         if not sidecar.name.endswith(".index.json"):  # which may lie where the weights do
@@ -255,14 +255,14 @@ def check(
         "verify": 1,
         **identity(plan),
         "inputs": {
-            os.path.realpath(path): [*stamp, *_state(_stat(path))]
-            for path, stamp in zip(plan.inputs, plan.stamps, strict=True)
+            os.path.realpath(path): [*state, *_state(_stat(path))]
+            for path, state in zip(plan.paths, plan.states, strict=True)
         },
         "files": {file.name: there.state for file, there in zip(plan.outputs, files, strict=True)},
-        "step": BLOCK * (BLOCKS_ON_CUDA if crew.apart else 1),
+        "step": DIGEST_BLOCK * (DIGEST_BLOCKS_ON_CUDA if devices.has_own_memory else 1),
     }
     with Verified(claim.output, run) if resume else nullcontext() as kept:
-        job = _compare_weights(plan, files, crew, kept, run["step"], track)
+        job = _compare_weights(plan, files, devices, kept, run["step"], track)
         notes = []
         if kept is not None and kept.differs:
             notes.append(
@@ -290,10 +290,10 @@ def check(
 
 
 class _Rooms(threading.local):
-    """Each thread's room to read a piece into."""
+    """Each thread's buffer to read into."""
 
     def __init__(self) -> None:
-        self.piece = in_whole_pages(PIECE)
+        self.segment = in_whole_pages(WRITE_SIZE)
 
 
 class _Present:
@@ -333,14 +333,14 @@ class _Present:
 
     def write(self, view: memoryview, offset: int) -> None:
         """Compare these bytes, which belong at `offset`."""
-        there = self._rooms.piece[: len(view)]
+        there = self._rooms.segment[: len(view)]
         try:
             there = there[: read_into(self._fd, there, offset)]
         except OSError as error:
             raise _unreadable(self.path, error) from error
         first = _first_difference(view, there)
         if first is not None:  # pieces of a block come one after the other
-            self.differs.setdefault((offset + first) // BLOCK * BLOCK, offset + first)
+            self.differs.setdefault((offset + first) // DIGEST_BLOCK * DIGEST_BLOCK, offset + first)
 
 
 class _Compare(Write):
@@ -352,7 +352,7 @@ class _Compare(Write):
         )
         self.files, self.sizes = files, [file.nbytes for file in plan.outputs]
 
-    def compared(self, span: Span, kept: Verified | None) -> int:
+    def compared(self, span: OutputRange, kept: Verified | None) -> int:
         """Write down what was found of a span; its bytes."""
         if kept is not None:
             blocks = [block.hex() for block in self.targets[span.file].digest.blocks(span.start, span.end)]
@@ -375,13 +375,13 @@ class _Compare(Write):
                 end = min(start + step, self.sizes[file])
                 if not all(
                     type(block) is type(at) is int
-                    and block in range(start, end, BLOCK)
-                    and block <= at < min(block + BLOCK, end)
+                    and block in range(start, end, DIGEST_BLOCK)
+                    and block <= at < min(block + DIGEST_BLOCK, end)
                     for block, at in differs.items()
                 ):
                     continue
                 for number, block in enumerate(blocks):
-                    self.targets[file].digest.wrote(start + number * BLOCK, block)
+                    self.targets[file].digest.wrote(start + number * DIGEST_BLOCK, block)
                 self.files[file].differs |= differs
                 self.taken_over += 0 if (file, start) in done else end - start
                 done.add((file, start))
@@ -439,49 +439,49 @@ class _Compare(Write):
 
 
 def _compare_weights(
-    plan: Plan, files: Sequence[_Present], crew: Crew, kept: Verified | None, step: int, track: Track
+    plan: Plan, files: Sequence[_Present], devices: Devices, kept: Verified | None, step: int, track: Track
 ) -> _Compare:
     """Compute the weights again, and compare those that are there."""
     present = [there for there in files if there.problem is None]
     step = kept.step if kept is not None else step
     if not present:
         return _Compare(plan, files)
-    with opened([*plan.inputs, *(there.path for there in present)]) as fds, crew.bounded():
-        sources = fds[: len(plan.inputs)]
-        for there, fd in zip(present, fds[len(plan.inputs) :], strict=True):
+    with opened([*plan.paths, *(there.path for there in present)]) as fds, devices.bounded():
+        sources = fds[: len(plan.paths)]
+        for there, fd in zip(present, fds[len(plan.paths) :], strict=True):
             there.open_as(fd)
-        refuse_changed(plan.inputs, sources, plan.stamps)
+        refuse_changed(plan.paths, sources, plan.states)
         if plan.needs:
-            plan = resolve(plan, _statistics(plan, sources, crew, kept, track))
+            plan = resolve(plan, _statistics(plan, sources, devices, kept, track))
         job = _Compare(plan, files)
         done_before = job.go_on_from(kept.lines, step) if kept is not None else set()
         spans = (
             span
-            for span in spans_of(plan, step)
+            for span in output_ranges(plan, step)
             if files[span.file].problem is None and (span.file, span.start) not in done_before
         )
-        size = crew.chunk(plan.room, whole=plan.whole_bytes(len(crew.members)))
-        shared = crew.whole_tensors()
-        pool = Pool(lambda device: Worker(plan, sources, device, size, shared), spans, job, crew)
+        size = devices.chunk(plan.per_entry, whole=plan.whole_bytes(len(devices.members)))
+        shared = devices.whole_tensors()
+        pool = Pool(lambda device: Worker(plan, sources, device, size, shared), spans, job, devices)
         total = sum(file.nbytes for file, there in zip(plan.outputs, files, strict=True) if there.problem is None)
         with closing(pool.in_order()) as results:
             done = (job.compared(span, kept) for span, _ in results)
             for _ in track("comparing", total - job.taken_over, done):
                 pass
-        refuse_changed(plan.inputs, sources, plan.stamps)
+        refuse_changed(plan.paths, sources, plan.states)
         for there in present:
             there.refuse_changed()
     return job
 
 
-def _statistics(plan: Plan, sources: list[int], crew: Crew, kept: Verified | None, track: Track) -> Statistics:
+def _statistics(plan: Plan, sources: list[int], devices: Devices, kept: Verified | None, track: Track) -> Statistics:
     """What the plan needs to know of the numbers, from an earlier run if that has measured it."""
     for line in kept.lines if kept is not None else ():
         with suppress(KeyError, TypeError, ValueError, AttributeError):
             return Statistics.of(line["measured"], plan.number_of_models)
-    statistics = measure(plan, sources, crew, track).statistics
+    statistics = measure(plan, sources, devices, track).statistics
     if kept is not None:
-        kept.add({"measured": statistics.told()})
+        kept.add({"measured": statistics.to_json()})
     return statistics
 
 
@@ -501,14 +501,14 @@ def _beside(claim: Claim, sidecar: Sidecar) -> FileVerified:
     if state is None:
         return replace(result, problem=problem)
     differs: dict[int, int] = {}
-    piece = memoryview(bytearray(PIECE))
+    segment = memoryview(bytearray(WRITE_SIZE))
     try:
         with open(path, "rb") as file:
-            for offset in range(0, len(content), PIECE):
-                made = memoryview(content)[offset : offset + PIECE]
-                first = _first_difference(made, piece[: read_into(file.fileno(), piece[: len(made)], offset)])
+            for offset in range(0, len(content), WRITE_SIZE):
+                made = memoryview(content)[offset : offset + WRITE_SIZE]
+                first = _first_difference(made, segment[: read_into(file.fileno(), segment[: len(made)], offset)])
                 if first is not None:
-                    differs.setdefault((offset + first) // BLOCK * BLOCK, offset + first)
+                    differs.setdefault((offset + first) // DIGEST_BLOCK * DIGEST_BLOCK, offset + first)
     except OSError as error:
         raise _unreadable(path, error) from error
     difference = _difference(min(differs.values()), len(differs), len(content)) if differs else None
@@ -531,8 +531,8 @@ def _unexpected(claim: Claim, made: set[str]) -> tuple[list[str], list[FileVerif
     others += [name for name in links if name not in away]
     notes = []
     if others:
-        told = ", ".join(map(printable, others[:8])) + (f" and {len(others) - 8:,} more" if len(others) > 8 else "")
-        notes.append(f"beside its files lie others, which were not compared: {told}")
+        listed = ", ".join(map(printable, others[:8])) + (f" and {len(others) - 8:,} more" if len(others) > 8 else "")
+        notes.append(f"beside its files lie others, which were not compared: {listed}")
     gone = [FileVerified(name, 0, None, _GONE, None, False) for name in sorted(recorded - set(names))]
     return sorted([*loaded, *away]), gone, notes
 
@@ -655,9 +655,9 @@ def _held_against(
 
 
 def _difference(byte: int, differing: int, nbytes: int) -> Difference:
-    blocks = max(1, -(-nbytes // BLOCK))
-    block = min(byte // BLOCK, blocks - 1)
-    return Difference(byte, block, block * BLOCK, min((block + 1) * BLOCK, nbytes), differing, blocks)
+    blocks = max(1, -(-nbytes // DIGEST_BLOCK))
+    block = min(byte // DIGEST_BLOCK, blocks - 1)
+    return Difference(byte, block, block * DIGEST_BLOCK, min((block + 1) * DIGEST_BLOCK, nbytes), differing, blocks)
 
 
 def _first_difference(made: memoryview, there: memoryview) -> int | None:

@@ -66,7 +66,7 @@ class _Entry(Generic[Made]):
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """A piece of a tensor that was merged whole.
+    """A segment of a tensor that was merged whole.
 
     Attributes:
         values: [numel], in the compute dtype, on a worker's device; not to be changed.

@@ -16,15 +16,15 @@ from lines_cli.checkpoint.header import itemsize
 from lines_cli.engine.arithmetic import TORCH_DTYPES, first_nonfinite, task_vector
 from lines_cli.engine.buffers import Buffer, Loaded
 from lines_cli.engine.chunks import Chunk, PlanChunk, Tensor
-from lines_cli.engine.devices import SLOTS, apart
+from lines_cli.engine.devices import SLOTS, has_own_memory
 from lines_cli.engine.input_files import Opened, read_input
 from lines_cli.engine.whole_tensors import Kept, Whole
 from lines_cli.errors import ChangedInputError, CheckpointError, DataError, printable
 from lines_cli.methods import Values
 from lines_cli.plan.plan import Plan, TensorPlan
-from lines_cli.plan.resources import BLOCK, Room
-from lines_cli.plan.tensors import Slice
-from lines_cli.storage.digest import PIECE
+from lines_cli.plan.resources import SUM_BLOCK, BytesPerEntry
+from lines_cli.plan.tensors import SourceRange
+from lines_cli.storage.digest import WRITE_SIZE
 from lines_cli.storage.files import in_whole_pages
 
 
@@ -36,16 +36,22 @@ class Reader:
         sources: the same, opened.
         device: where entries are held. A CUDA device gets a stream of this thread's own.
         chunk: most entries of one.
-        room: what one entry takes.
+        per_entry: what one entry takes.
 
     Raises:
         MemoryError: there is not enough memory for the buffers, on the host or on the device.
     """
 
     def __init__(
-        self, paths: Sequence[Path], sources: Sequence[Opened], device: torch.device, *, chunk: int, room: Room
+        self,
+        paths: Sequence[Path],
+        sources: Sequence[Opened],
+        device: torch.device,
+        *,
+        chunk: int,
+        per_entry: BytesPerEntry,
     ) -> None:
-        self.paths, self.sources, self.device, self.chunk, self._room = paths, sources, device, chunk, room
+        self.paths, self.sources, self.device, self.chunk, self._room = paths, sources, device, chunk, per_entry
         if device.type == "cuda":
             torch.cuda.set_device(device)
             torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call] # this thread's
@@ -65,16 +71,16 @@ class Reader:
 
     def _allocate(self) -> bool:
         """Take the memory for the buffers, if the device has it."""
-        room, device, chunk = self._room, self.device, self.chunk
-        slots = SLOTS if apart(device) else 1
+        per_entry, device, chunk = self._room, self.device, self.chunk
+        slots = SLOTS if has_own_memory(device) else 1
         try:
-            self._raw = [Buffer(device, chunk * room.stored) for _ in range(slots)]
-            self._out = [Buffer(device, chunk * room.written)]
-            self._held = torch.empty(room.held, chunk * room.width, dtype=torch.uint8, device=device)
+            self._raw = [Buffer(device, chunk * per_entry.stored) for _ in range(slots)]
+            self._out = [Buffer(device, chunk * per_entry.written)]
+            self._held = torch.empty(per_entry.held, chunk * per_entry.width, dtype=torch.uint8, device=device)
         except torch.cuda.OutOfMemoryError:
             return False
         except RuntimeError as error:  # torch's way to say it of the host
-            nbytes = chunk * room.nbytes(slots=slots)
+            nbytes = chunk * per_entry.nbytes(slots=slots)
             raise MemoryError(f"a worker's buffers are {nbytes:,} bytes") from error
         return True
 
@@ -88,9 +94,9 @@ class Reader:
             self._raw, self._out, self._held, self._views = [], [], torch.empty(0), None
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            if self.chunk < 2 * BLOCK:
+            if self.chunk < 2 * SUM_BLOCK:
                 raise MemoryError(f"{self.device} has no room for chunks of {self.chunk:,} entries")
-            self.chunk = self.chunk // 2 // BLOCK * BLOCK
+            self.chunk = self.chunk // 2 // SUM_BLOCK * SUM_BLOCK
             if self._allocate():
                 return
 
@@ -110,7 +116,7 @@ class Reader:
             self._views = every, every.unbind()
         return self._views
 
-    def read(self, chunk: Chunk[Tensor], source: Slice, buffer: Buffer | None = None) -> Loaded:
+    def read(self, chunk: Chunk[Tensor], source: SourceRange, buffer: Buffer | None = None) -> Loaded:
         """A chunk's entries in one input, as they are stored.
 
         Raises:
@@ -139,10 +145,10 @@ class Worker(Reader):
 
     Args:
         plan: what is carried out.
-        sources: the open inputs, as in `plan.inputs`.
+        sources: the open inputs, as in `plan.paths`.
         device: where entries are held.
         chunk: most entries of one.
-        shared: pieces that were merged whole, for all workers of a pass.
+        shared: segments that were merged whole, for all workers of a pass.
 
     Raises:
         MemoryError: there is not enough memory for the buffers, on the host or on the device.
@@ -156,19 +162,19 @@ class Worker(Reader):
         chunk: int,
         shared: Kept[Whole] | None = None,
     ) -> None:
-        super().__init__(plan.inputs, sources, device, chunk=chunk, room=plan.room)
+        super().__init__(plan.paths, sources, device, chunk=chunk, per_entry=plan.per_entry)
         self.plan, self.shared = plan, shared
-        self.piece = in_whole_pages(PIECE)  # of the output, on its way to the disk
+        self.write_buffer = in_whole_pages(WRITE_SIZE)  # of the output, on its way to the disk
         self.alone = False
-        """Whether no other worker needs a part of the piece that is worked on."""
+        """Whether no other worker needs a part of the segment that is worked on."""
         self.last_whole: tuple[tuple[str, int, str], Whole] | None = None
-        """The piece that was last merged whole, if no other worker needed a part of it."""
+        """The segment that was last merged whole, if no other worker needed a part of it."""
         self._keywords: tuple[TensorPlan, int | None, Values] | None = None  # of the last tensor
 
     def cut(self, chunks: Iterable[PlanChunk]) -> Iterator[PlanChunk]:  # type: ignore[override]
         """The same entries, in steps that fit the buffers."""
         for chunk in chunks:
-            self.at, self.alone = chunk.tensor.name, chunk.numel == chunk.piece.numel
+            self.at, self.alone = chunk.tensor.name, chunk.numel == chunk.segment.numel
             yield from chunk.cut(self.chunk)
 
     def inputs(self, chunk: PlanChunk) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
@@ -177,16 +183,16 @@ class Worker(Reader):
         """
         base = self.base(chunk)
         _, (_, *models) = self.held(chunk)
-        for into, source in zip(models, chunk.piece.models, strict=False):
+        for into, source in zip(models, chunk.segment.models, strict=False):
             into.copy_(self.read(chunk, source).values())
-        return base, models[: len(chunk.piece.models)]
+        return base, models[: len(chunk.segment.models)]
 
     def base(self, chunk: PlanChunk) -> torch.Tensor | None:
         """The base's entries, if there is a base: [numel], in the compute dtype, to be overwritten."""
-        if chunk.piece.base is None:
+        if chunk.segment.base is None:
             return None
         _, (base, *_) = self.held(chunk)
-        return base.copy_(self.read(chunk, chunk.piece.base).values())
+        return base.copy_(self.read(chunk, chunk.segment.base).values())
 
     def task_vectors(self, chunk: PlanChunk) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The base's entries, and what each model changed of them: `f32(model) - f32(base)`, rounded."""
@@ -204,12 +210,12 @@ class Worker(Reader):
 
     def nonfinite(self, chunk: PlanChunk) -> str | None:
         """Which of a chunk's inputs holds NaN or Inf, and where; None if none does."""
-        for source in chunk.piece.sources:
+        for source in chunk.segment.sources:
             loaded = self.read(chunk, source)
             bad = first_nonfinite(loaded.values()) if source.dtype in TORCH_DTYPES else None
             if bad:
-                name, at = printable(chunk.tensor.name), chunk.piece.start + chunk.first + bad[0]
-                path = self.plan.inputs[source.file]
+                name, at = printable(chunk.tensor.name), chunk.segment.start + chunk.first + bad[0]
+                path = self.plan.paths[source.file]
                 return f"{path}: tensor {name} holds {bad[1]}, first at entry {at:,}"
         return None
 

@@ -22,17 +22,17 @@ from lines_cli.plan.coefficients import to_float32
 from lines_cli.plan.plan import Plan, TensorPlan
 from lines_cli.storage.destination import naming
 from lines_cli.storage.digest import (
-    BLOCK,
+    DIGEST_BLOCK,
     FileRecord,
     GrowingDigest,
     RangeWriter,
     Written,
 )
-from lines_cli.storage.journal import Journal, Part
+from lines_cli.storage.journal import Journal, WrittenRange
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class OutputRange:
     """Part of an output file, from `start` up to `end`, and the chunks that make it, in order.
 
     It is cut without regard to tensors, yet never within an entry: a file begins with the widest, at a multiple of 8.
@@ -44,7 +44,7 @@ class Span:
     chunks: tuple[PlanChunk, ...]
 
 
-def spans_of(plan: Plan, size: int) -> Iterator[Span]:
+def output_ranges(plan: Plan, size: int) -> Iterator[OutputRange]:
     """All of the output files, in steps of `size` bytes."""
     by_file: dict[int, list[TensorPlan]] = defaultdict(list)
     for tensor in plan.tensors:
@@ -53,20 +53,20 @@ def spans_of(plan: Plan, size: int) -> Iterator[Span]:
         start, chunks = 0, []
         for tensor in by_file[number]:
             width = itemsize(tensor.info.dtype)
-            for piece in tensor.pieces:
-                at = tensor.info.offset + piece.start * width
+            for segment in tensor.segments:
+                at = tensor.info.offset + segment.start * width
                 assert at % width == 0, "an entry lies across a cut"
                 done = 0
-                while done < piece.numel:
-                    end = min(piece.numel, max(done, (start + size - at) // width))
+                while done < segment.numel:
+                    end = min(segment.numel, max(done, (start + size - at) // width))
                     if end > done:
-                        chunks.append(Chunk(tensor, piece, done, end - done))
+                        chunks.append(Chunk(tensor, segment, done, end - done))
                     done = end
                     if at + end * width >= start + size:
-                        yield Span(number, start, start + size, tuple(chunks))
+                        yield OutputRange(number, start, start + size, tuple(chunks))
                         start, chunks = start + size, []
         if start < file.nbytes:
-            yield Span(number, start, file.nbytes, tuple(chunks))
+            yield OutputRange(number, start, file.nbytes, tuple(chunks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +78,8 @@ class Target:
 
 
 @dataclass(slots=True)
-class _Told:
-    """What is to be told of a part of the output, or of all of it.
+class Tally:
+    """What is counted while a part of the output is made, or all of it.
 
     Attributes:
         squares: for each model the squared norm of its task vector.
@@ -95,25 +95,25 @@ class _Told:
     nonfinite: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def nothing(cls, models: int) -> _Told:
+    def nothing(cls, models: int) -> Tally:
         """To begin with."""
         return cls([0.0] * models, [0.0] * models)
 
     @classmethod
-    def of(cls, told: Mapping[str, Any], models: int) -> _Told:
+    def of(cls, tally: Mapping[str, Any], models: int) -> Tally:
         """What a journal has of a part.
 
         Raises:
             KeyError, TypeError, ValueError, AttributeError, OverflowError: it is something else.
         """
-        squares, kept = ([float(number) for number in told[key]] for key in ("squares", "kept"))
-        if len(squares) != models or len(kept) != models or type(told["entries"]) is not int:
-            raise ValueError(told)
-        differing = {name: {str(path): None for path in paths} for name, paths in told["differing"].items()}
-        nonfinite = {name: str(found) for name, found in told["nonfinite"].items()}
-        return cls(squares, kept, told["entries"], differing, nonfinite)
+        squares, kept = ([float(number) for number in tally[key]] for key in ("squares", "kept"))
+        if len(squares) != models or len(kept) != models or type(tally["entries"]) is not int:
+            raise ValueError(tally)
+        differing = {name: {str(path): None for path in paths} for name, paths in tally["differing"].items()}
+        nonfinite = {name: str(found) for name, found in tally["nonfinite"].items()}
+        return cls(squares, kept, tally["entries"], differing, nonfinite)
 
-    def add(self, other: _Told) -> None:
+    def add(self, other: Tally) -> None:
         """Take account of another part, which comes behind."""
         self.squares = [a + b for a, b in zip(self.squares, other.squares, strict=True)]
         self.kept = [a + b for a, b in zip(self.kept, other.kept, strict=True)]
@@ -124,31 +124,31 @@ class _Told:
 
 
 class Write:
-    """The job of making a span of the output and writing it; and the sum of what is to be told of all of them."""
+    """The job of making a range of the output and writing it; and the sum of what was counted."""
 
     def __init__(self, plan: Plan, targets: list[Target]) -> None:
         self.plan, self.targets, self.models = plan, targets, plan.number_of_models
         self.draws = isinstance(plan.recipe.method.sparsifier, Drawn)
-        self.told, self.taken_over = _Told.nothing(self.models), 0
+        self.tally, self.taken_over = Tally.nothing(self.models), 0
 
-    def __call__(self, worker: Worker, span: Span) -> tuple[Span, _Told]:
-        """Make one span: itself, and what is to be told of it."""
-        target, told = self.targets[span.file], _Told.nothing(self.models)
-        writer = RangeWriter(target.file, span.start, target.digest, worker.piece)
+    def __call__(self, worker: Worker, span: OutputRange) -> tuple[OutputRange, Tally]:
+        """Make one range: itself, and what was counted."""
+        target, tally = self.targets[span.file], Tally.nothing(self.models)
+        writer = RangeWriter(target.file, span.start, target.digest, worker.write_buffer)
         with naming(self.plan.output):
             writer.write(self.plan.outputs[span.file].head[span.start : span.end])
         for chunk in worker.cut(span.chunks):
-            raw = self._make(worker, chunk, told)
+            raw = self._make(worker, chunk, tally)
             with naming(self.plan.output):
                 writer.write(raw)
         assert writer.at == span.end, "the chunks of a span do not fill it"
         with naming(self.plan.output):
             writer.close()
-        return span, told
+        return span, tally
 
-    def _make(self, worker: Worker, chunk: PlanChunk, told: _Told) -> memoryview:
-        """One chunk as it is to be written, in a buffer of the worker's; what is to be told of it is added."""
-        name, dtype, copy = chunk.tensor.name, chunk.tensor.info.dtype, chunk.piece.copy
+    def _make(self, worker: Worker, chunk: PlanChunk, tally: Tally) -> memoryview:
+        """One chunk as it is to be written, in a buffer of the worker's; what is counted is added."""
+        name, dtype, copy = chunk.tensor.name, chunk.tensor.info.dtype, chunk.segment.copy
         raw: memoryview | None = None
         squares: Sequence[float] = ()
         kept: Sequence[float] = ()
@@ -158,9 +158,13 @@ class Write:
             values, squares, kept, entries = self._scaled(chunk, merged), merged.squares, merged.kept, merged.entries
         else:
             loaded = worker.read(chunk, copy)
-            if chunk.piece.compare and (differing := self._compare(worker, chunk, loaded.raw)):
-                told.differing.setdefault(name, {}).update(dict.fromkeys(differing))
-            if self.draws and loaded.dtype in TORCH_DTYPES and any(copy in d.models for d in chunk.tensor.draft.pieces):
+            if chunk.segment.compare and (differing := self._compare(worker, chunk, loaded.raw)):
+                tally.differing.setdefault(name, {}).update(dict.fromkeys(differing))
+            if (
+                self.draws
+                and loaded.dtype in TORCH_DTYPES
+                and any(copy in d.models for d in chunk.tensor.spec.segments)
+            ):
                 kept = (float(chunk.numel),)  # to be merged, but one model with nothing dropped is itself
             if loaded.dtype == dtype:
                 raw = loaded.raw
@@ -171,7 +175,7 @@ class Write:
             cast(values, stored)
             values = stored
         if dtype in TORCH_DTYPES and not is_finite(values):
-            told.nonfinite.setdefault(name, self._say_nonfinite(worker, chunk))
+            tally.nonfinite.setdefault(name, self._say_nonfinite(worker, chunk))
             if raw is None:
                 same_nan(values)
             else:  # looking for it read other inputs into the same buffer
@@ -180,10 +184,10 @@ class Write:
         if raw is None:
             raw = worker.out.to_host(chunk.numel * itemsize(dtype))
         for model, square in enumerate(squares):
-            told.squares[model] += square
+            tally.squares[model] += square
         for model, number in enumerate(kept):
-            told.kept[model] += number
-        told.entries += entries if kept else 0
+            tally.kept[model] += number
+        tally.entries += entries if kept else 0
         return raw
 
     def _scaled(self, chunk: PlanChunk, merged: Merged) -> torch.Tensor:
@@ -205,8 +209,8 @@ class Write:
     def _compare(self, worker: Worker, chunk: PlanChunk, copied: memoryview) -> tuple[str, ...]:
         """Which inputs hold something else than what is copied."""
         return tuple(
-            str(self.plan.inputs[source.file])
-            for source in chunk.piece.compare
+            str(self.plan.paths[source.file])
+            for source in chunk.segment.compare
             if worker.read(chunk, source, worker.out).raw != copied
         )
 
@@ -225,23 +229,23 @@ class Write:
             raise DataError(found, hint=hint)
         return found
 
-    def tally(self, done: tuple[Span, _Told], journal: Journal) -> int:
-        """Add a span, in the order of the files, to what will be told, and write it down; its bytes."""
-        span, told = done
-        self.told.add(told)
-        nothing = told == _Told.nothing(self.models)
+    def take(self, done: tuple[OutputRange, Tally], journal: Journal) -> int:
+        """Add a range, in the order of the files, to the sum, and write it down; its bytes."""
+        span, tally = done
+        self.tally.add(tally)
+        nothing = tally == Tally.nothing(self.models)
         blocks = self.targets[span.file].digest.blocks(span.start, span.end)
         with naming(self.plan.output):
-            journal.wrote(Part(span.file, span.start, blocks, {} if nothing else asdict(told)))
+            journal.wrote(WrittenRange(span.file, span.start, blocks, {} if nothing else asdict(tally)))
         return span.end - span.start
 
-    def take_over(self, parts: Iterable[Part]) -> set[tuple[int, int]]:
+    def take_over(self, parts: Iterable[WrittenRange]) -> set[tuple[int, int]]:
         """Take account of what an earlier run has written; where each part begins, and in which file."""
         finished: set[tuple[int, int]] = set()
         for part in parts:
-            if part.told:
+            if part.tally:
                 try:
-                    self.told.add(_Told.of(part.told, self.models))
+                    self.tally.add(Tally.of(part.tally, self.models))
                 except (
                     KeyError,
                     TypeError,
@@ -251,8 +255,8 @@ class Write:
                 ):  # none of ours would: it is made again
                     continue
             for number, block in enumerate(part.blocks):
-                self.targets[part.file].digest.wrote(part.start + BLOCK * number, block)
-            end = part.start + BLOCK * len(part.blocks)
+                self.targets[part.file].digest.wrote(part.start + DIGEST_BLOCK * number, block)
+            end = part.start + DIGEST_BLOCK * len(part.blocks)
             self.taken_over += min(end, self.plan.outputs[part.file].nbytes) - part.start
             finished.add((part.file, part.start))
         return finished
@@ -265,18 +269,18 @@ class Write:
     def outcome(self, measurement: Measurement) -> Outcome:
         """What the whole run did, but for how long it took."""
         shares = [model["kept"] for model in self.plan.models()] if self.plan.statistics.kept else []
-        told = self.told
-        if self.draws and told.entries:
-            shares = [kept / told.entries for kept in told.kept]
+        tally = self.tally
+        if self.draws and tally.entries:
+            shares = [kept / tally.entries for kept in tally.kept]
         return Outcome(
             self.plan,
             0.0,
             1 + measurement.passes,
             measurement.bytes_read + self.plan.bytes_read,
-            told.nonfinite,
-            tuple(math.sqrt(square) for square in told.squares) if any(told.squares) else (),
+            tally.nonfinite,
+            tuple(math.sqrt(square) for square in tally.squares) if any(tally.squares) else (),
             tuple(share for share in shares if share is not None),
-            {name: tuple(paths) for name, paths in told.differing.items()},
+            {name: tuple(paths) for name, paths in tally.differing.items()},
         )
 
 

@@ -23,19 +23,19 @@ from lines_cli.checkpoint.header import itemsize
 from lines_cli.engine.arithmetic import dot, task_vector
 from lines_cli.engine.buffers import keep_freed_memory
 from lines_cli.engine.chunks import Chunk, items_of
-from lines_cli.engine.devices import Crew
+from lines_cli.engine.devices import Devices
 from lines_cli.engine.input_files import opened
 from lines_cli.engine.measure import Track, measure, untracked
 from lines_cli.engine.pool import Pool
 from lines_cli.engine.workers import Reader
 from lines_cli.errors import RecipeError
-from lines_cli.inspection.open import Inspection, Span, recipe_of
-from lines_cli.inspection.statistics import Change, Findings, Joint, Seen
+from lines_cli.inspection.open import Inspection, ReadRange, recipe_of
+from lines_cli.inspection.statistics import Findings, Interference, UpdateStats, ValueStats
 from lines_cli.plan.build import make_plan
 from lines_cli.plan.inputs import open_inputs
 from lines_cli.plan.layout import natural
 from lines_cli.plan.plan import Plan
-from lines_cli.plan.resources import Resources, Room
+from lines_cli.plan.resources import BytesPerEntry, Resources
 from lines_cli.recipe.schema import Scaling
 from lines_cli.storage.digest import altered
 from lines_cli.storage.files import read_into
@@ -61,16 +61,16 @@ def compare(
     """
     started = perf_counter()
     resources = resources or Resources()
-    crew = Crew(resources)
+    devices = Devices(resources)
     keep_freed_memory()
     merge = _merge(inspection) if inspection.of == "merge" else None  # refuses before anything is read
     sums = _Sums()
-    with crew.bounded():
-        _stream(inspection, crew, track, sums)
+    with devices.bounded():
+        _stream(inspection, devices, track, sums)
     norms = None
     if merge is not None:
-        with opened(merge.inputs) as fds, crew.bounded():
-            norms = measure(merge, fds, crew, track).statistics.norms
+        with opened(merge.paths) as fds, devices.bounded():
+            norms = measure(merge, fds, devices, track).statistics.norms
     return Findings(
         changes=sums.changes,
         joint=sums.joint,
@@ -109,19 +109,19 @@ def _files(inspection: Inspection) -> dict[int, tuple[int, dict[str, str]]]:
 class _Found:
     """What a chunk adds: for each source what it holds, for each fine-tune what it changed, how these go together."""
 
-    chunk: Chunk[Span]
-    holds: list[Seen]
-    changes: tuple[Change, ...] = ()
-    joint: Joint | None = None
+    chunk: Chunk[ReadRange]
+    holds: list[ValueStats]
+    changes: tuple[UpdateStats, ...] = ()
+    joint: Interference | None = None
 
 
 class _Sums:
     """The sums over what was read so far."""
 
     def __init__(self) -> None:
-        self.changes: dict[str, tuple[Change, ...]] = {}
-        self.joint: dict[str, Joint] = {}
-        self.seen: dict[tuple[int, str], Seen] = {}
+        self.changes: dict[str, tuple[UpdateStats, ...]] = {}
+        self.joint: dict[str, Interference] = {}
+        self.seen: dict[tuple[int, str], ValueStats] = {}
         self.same: dict[int, list[tuple[str, ...]]] = {}
         self.bytes_read = 0
 
@@ -130,9 +130,9 @@ class _Sums:
         span, name = found.chunk.tensor, found.chunk.tensor.name
         for counts_for, holds in zip(span.counts_for, found.holds, strict=True):
             if counts_for is not None:
-                self.seen[counts_for] = self.seen.get(counts_for, Seen()) + holds
+                self.seen[counts_for] = self.seen.get(counts_for, ValueStats()) + holds
         if found.changes:
-            before = self.changes.get(name, (Change(),) * len(found.changes))
+            before = self.changes.get(name, (UpdateStats(),) * len(found.changes))
             self.changes[name] = tuple(a + b for a, b in zip(before, found.changes, strict=True))
         if found.joint is not None:
             self.joint[name] = self.joint[name] + found.joint if name in self.joint else found.joint
@@ -140,20 +140,24 @@ class _Sums:
         return found.chunk.nbytes
 
 
-def _stream(inspection: Inspection, crew: Crew, track: Track, sums: _Sums) -> None:
+def _stream(inspection: Inspection, devices: Devices, track: Track, sums: _Sums) -> None:
     """Read everything once, and sum it up."""
-    pieces = [(span, piece) for span in inspection.spans() for piece in span.pieces]
-    stored = max((itemsize(source.dtype) for _, piece in pieces for source in piece.sources), default=1)
-    room = Room(stored=stored, written=0, width=8, held=len(inspection.checkpoints), temporaries=_TEMPORARIES)
-    size = crew.chunk(room, whole_blocks=True)
-    items = list(items_of(pieces))
+    segments = [(span, segment) for span in inspection.spans() for segment in span.segments]
+    stored = max((itemsize(source.dtype) for _, segment in segments for source in segment.sources), default=1)
+    per_entry = BytesPerEntry(
+        stored=stored, written=0, width=8, held=len(inspection.checkpoints), temporaries=_TEMPORARIES
+    )
+    size = devices.chunk(per_entry, whole_blocks=True)
+    items = list(items_of(segments))
     total = sum(chunk.nbytes for item in items for chunk in item)
     with opened(inspection.inputs) as fds:
 
-        def look(worker: Reader, item: list[Chunk[Span]]) -> list[_Found]:
+        def look(worker: Reader, item: list[Chunk[ReadRange]]) -> list[_Found]:
             return [_look(worker, chunk) for chunk in worker.cut(item)]
 
-        pool = Pool(lambda device: Reader(inspection.inputs, fds, device, chunk=size, room=room), items, look, crew)
+        pool = Pool(
+            lambda device: Reader(inspection.inputs, fds, device, chunk=size, per_entry=per_entry), items, look, devices
+        )
         title = "comparing" if inspection.has_base else "checking"
         with closing(pool.in_order()) as results:
             for _ in track(title, total, (sum(map(sums.add, found)) for found in results)):
@@ -164,10 +168,10 @@ def _stream(inspection: Inspection, crew: Crew, track: Track, sums: _Sums) -> No
 _TEMPORARIES = 4  # chunks that are made beside what is held
 
 
-def _look(worker: Reader, chunk: Chunk[Span]) -> _Found:
-    holds: list[Seen] = []
+def _look(worker: Reader, chunk: Chunk[ReadRange]) -> _Found:
+    holds: list[ValueStats] = []
     values: list[torch.Tensor] = []
-    for source, into in zip(chunk.piece.sources, worker.held(chunk)[1], strict=False):
+    for source, into in zip(chunk.segment.sources, worker.held(chunk)[1], strict=False):
         loaded = worker.read(chunk, source)
         values.append(into.copy_(loaded.values()))
         holds.append(_seen(values[-1], loaded.bits()))
@@ -185,14 +189,14 @@ def _look(worker: Reader, chunk: Chunk[Span]) -> _Found:
     return _Found(chunk, holds, changes, _joint(models, numel, squares))
 
 
-def _seen(values: torch.Tensor, bits: int) -> Seen:
+def _seen(values: torch.Tensor, bits: int) -> ValueStats:
     """What [n] entries in float64 hold."""
     low, high = _extremes(values)
     nan = inf = 0
     if not math.isfinite(low + high):
         nan, inf = int(values.isnan().sum()), int(values.isinf().sum())
         low, high = _extremes(values[values.isfinite()])
-    return Seen(values.numel(), nan, inf, low, high, bits)
+    return ValueStats(values.numel(), nan, inf, low, high, bits)
 
 
 def _extremes(values: torch.Tensor) -> tuple[float, float]:
@@ -202,7 +206,7 @@ def _extremes(values: torch.Tensor) -> tuple[float, float]:
     return low, high
 
 
-def _change(update: torch.Tensor, base: torch.Tensor) -> tuple[Change, torch.Tensor | None]:
+def _change(update: torch.Tensor, base: torch.Tensor) -> tuple[UpdateStats, torch.Tensor | None]:
     """What [n] entries of an update sum up to, and which of them are not finite: these are set to zero and left out."""
     numel, left_out = update.numel(), None
     low, high = _extremes(update)
@@ -212,10 +216,10 @@ def _change(update: torch.Tensor, base: torch.Tensor) -> tuple[Change, torch.Ten
         numel -= int(left_out.sum())
         low, high = _extremes(update.masked_fill_(left_out, 0))
     unchanged = numel - int(torch.count_nonzero(update))
-    return Change(numel, dot(update, update), dot(base, base), unchanged, max(-low, high, 0.0)), left_out
+    return UpdateStats(numel, dot(update, update), dot(base, base), unchanged, max(-low, high, 0.0)), left_out
 
 
-def _joint(updates: list[torch.Tensor], numel: int, squares: tuple[float, ...]) -> Joint:
+def _joint(updates: list[torch.Tensor], numel: int, squares: tuple[float, ...]) -> Interference:
     """How several updates of [n] entries go together; `numel` of them count. The updates are overwritten."""
     products = tuple(dot(a, b) for a, b in combinations(updates, 2))
     total = updates[0] + updates[1]
@@ -227,25 +231,25 @@ def _joint(updates: list[torch.Tensor], numel: int, squares: tuple[float, ...]) 
     for sign in signs[1:]:
         torch.maximum(most, sign, out=most)
         torch.minimum(least, sign, out=least)
-    apart = most.sub_(least)  # 2 where signs disagree, else 0 or 1
-    disagreeing = (dot(apart, apart) - float(apart.sum())) / 2
+    spread = most.sub_(least)  # 2 where signs disagree, else 0 or 1
+    disagreeing = (dot(spread, spread) - float(spread.sum())) / 2
     agreement = [dot(a, b) for a, b in combinations(signs, 2)]  # agreeing less opposed
     for sign in signs:
         sign.abs_()
     both = [dot(a, b) for a, b in combinations(signs, 2)]  # agreeing and opposed
     opposed = tuple(round((b - a) / 2) for a, b in zip(agreement, both, strict=True))
-    return Joint(numel, squares, products, opposed, round(disagreeing), sum_squares, sum_l1)
+    return Interference(numel, squares, products, opposed, round(disagreeing), sum_squares, sum_l1)
 
 
 # --- duplicates ---
 
 
 def _same(
-    inspection: Inspection, seen: Mapping[tuple[int, str], Seen], fds: list[int]
+    inspection: Inspection, seen: Mapping[tuple[int, str], ValueStats], fds: list[int]
 ) -> dict[int, list[tuple[str, ...]]]:
     """For each checkpoint, the tensors that hold the same bytes as others: groups of them, in the order of their names.
 
-    Left out are tensors of zeros, which are told of as such; of one dimension whose entries are all the same, new norms
+    Left out are tensors of zeros, which are listed as such; of one dimension whose entries are all the same, new norms
     and biases; and buffers that every layer has.
     """
     places = [

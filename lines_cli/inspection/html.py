@@ -36,14 +36,14 @@ pre { background: #f5f5f5; padding: 1rem; overflow-x: auto; }
 """
 
 
-def page(told: Report, figures: Sequence[tuple[str, bytes]]) -> str:
+def page(report: Report, figures: Sequence[tuple[str, bytes]]) -> str:
     """The page.
 
     Args:
-        told: from `lines_cli.inspection.report.make_report`.
+        report: from `lines_cli.inspection.report.make_report`.
         figures: each with its title, as SVG.
     """
-    first, *others = sections(told, full=True)
+    first, *others = sections(report, full=True)
     title = _text(first.title)
     parts = [
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>',
@@ -54,8 +54,8 @@ def page(told: Report, figures: Sequence[tuple[str, bytes]]) -> str:
         *(_figure(caption, svg) for caption, svg in figures),
         *map(_table, first.tables),
         *(f"<h2>{_text(section.title)}</h2>\n{_facts(section)}\n{_tables(section)}" for section in others),
-        *_recipe(told),
-        *_notes(told["notes"]),
+        *_recipe(report),
+        *_notes(report["notes"]),
         f"<p>Drawn by lines {__version__}.</p>\n</body>\n</html>\n",
     ]
     return "\n".join(parts)
@@ -96,12 +96,12 @@ def _cell(cell: Cell) -> str:
     return f"<td>{_text(cell)}</td>"
 
 
-def _recipe(told: Report) -> list[str]:
+def _recipe(report: Report) -> list[str]:
     """The recipe that made what is inspected, or that would make what is shown as scaled."""
-    title, recipe = "The recipe that made it", told["recipe"]
-    if "merge" in told:
-        several = len(told["fine_tunes"]) > 1
-        title, recipe = f"The recipe that {'merges' if several else 'scales'} so", told["merge"]
+    title, recipe = "The recipe that made it", report["recipe"]
+    if "merge" in report:
+        several = len(report["fine_tunes"]) > 1
+        title, recipe = f"The recipe that {'merges' if several else 'scales'} so", report["merge"]
     if recipe is None:
         return []
     lines = yaml.safe_dump(recipe, sort_keys=False, width=100).splitlines()

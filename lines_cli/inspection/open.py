@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lines_cli.checkpoint.header import EXACT_DTYPES, FLOAT8_DTYPES, FLOAT_DTYPES, Known, TensorInfo
-from lines_cli.checkpoint.reader import Checkpoint, no_collecting, open_checkpoint, unsupported_in
+from lines_cli.checkpoint.reader import Checkpoint, gc_paused, open_checkpoint, unsupported_in
 from lines_cli.errors import DepthError, MismatchError, RecipeError, printable, some
 from lines_cli.hub.download import locate
 from lines_cli.inspection.kinds import Kind, kind_of
 from lines_cli.plan.coefficients import rounded_coefficient
-from lines_cli.plan.inputs import Sides, sides_of
+from lines_cli.plan.inputs import Inputs, inputs_of
 from lines_cli.plan.layout import natural
-from lines_cli.plan.match import Names, aligned_names, match_names, strangers
+from lines_cli.plan.match import Names, aligned_names, match_names, nothing_in_common
 from lines_cli.plan.resolve import UNSCALED
-from lines_cli.plan.tensors import Draft, Piece, Slice, TensorValues, draft_tensors, refuse_idle_filters
+from lines_cli.plan.tensors import Segment, SourceRange, TensorSpec, TensorValues, refuse_idle_filters, specify_tensors
 from lines_cli.plan.tied_weights import says_tied, tied_embedding
 from lines_cli.recipe.schema import Like, Recipe, Scaling
 from lines_cli.recipe.validate import edit_recipe, make_recipe
@@ -37,7 +37,7 @@ from lines_cli.storage.names import RECIPE
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class TensorEntry:
     """One tensor of what is inspected.
 
     Attributes:
@@ -58,29 +58,29 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class ReadRange:
     """A run of entries that is read: of one tensor alone, or of the base and every fine-tune, to compare them.
 
     Attributes:
         name: the tensor's.
-        pieces: one, with where its entries come from.
+        segments: one, with where its entries come from.
         counts_for: for each of its sources the checkpoint (a number into `Inspection.checkpoints`) and tensor that
-            health is told of; None where another span tells it.
+            health is checked; None where another range does it.
     """
 
     name: str
-    pieces: tuple[Piece]
+    segments: tuple[Segment]
     counts_for: tuple[tuple[int, str] | None, ...]
     in_float64: bool = True  # all sums are taken in it
 
     @property
     def compares(self) -> bool:
         """Whether it is read to be compared."""
-        return self.pieces[0].base is not None
+        return self.segments[0].base is not None
 
 
 Origin = Literal["asked", "output", "merge"]
-"""Whose coefficients are told: those that were asked for, an output's own, or those of a merge that is planned."""
+"""Whose coefficients are shown: those that were asked for, an output's own, or those of a merge that is planned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class Compared:
 
     name: str
     names: Names
-    piece: Piece
+    segment: Segment
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Inspection:
     Attributes:
         checkpoints: the base, if there is one; then what is inspected.
         has_base: whether there is one.
-        lead: the number of the one whose headers are told: the first that is inspected; of a merge that is planned the
+        lead: the number of the one whose headers are shown: the first that is inspected; of a merge that is planned the
             one that its output is like.
         recipe: what decides the coefficients: of an output its own; else what is asked, or an edit's defaults.
         of: where that recipe comes from.
@@ -123,7 +123,7 @@ class Inspection:
     of: Origin
     depth: DepthMap
     rules: Rules
-    parts: tuple[Part, ...] = ()
+    parts: tuple[TensorEntry, ...] = ()
     compared: tuple[Compared, ...] = ()
     not_compared: Mapping[str, str] = field(default_factory=dict)
     resized: bool = False
@@ -140,7 +140,7 @@ class Inspection:
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """The one whose headers are told."""
+        """The one whose headers are shown."""
         return self.checkpoints[self.lead]
 
     @property
@@ -166,29 +166,29 @@ class Inspection:
 
     @cached_property
     def inputs(self) -> tuple[Path, ...]:
-        """Every file, as `Slice.file` counts them."""
+        """Every file, as `SourceRange.file` counts them."""
         return tuple(file for checkpoint in self.checkpoints for file in checkpoint.files)
 
-    def spans(self) -> list[Span]:
+    def spans(self) -> list[ReadRange]:
         """Everything that is read to compare the checkpoints, and to see what they hold: every float entry of each."""
-        spans: list[Span] = []
-        told: set[tuple[int, str]] = set()
+        spans: list[ReadRange] = []
+        counted: set[tuple[int, str]] = set()
         for tensor in sorted(self.compared, key=lambda tensor: natural(tensor.name)):
             counts_for: list[tuple[int, str] | None] = []
             for side, name in enumerate(tensor.names):
                 assert name is not None
-                whole = tensor.piece.numel == self.checkpoints[side].tensors[name].info.numel
-                fresh = whole and (side, name) not in told  # two heads may be read from one embedding
+                whole = tensor.segment.numel == self.checkpoints[side].tensors[name].info.numel
+                fresh = whole and (side, name) not in counted  # two heads may be read from one embedding
                 counts_for.append((side, name) if fresh else None)
                 if fresh:
-                    told.add((side, name))
-            spans.append(Span(tensor.name, (tensor.piece,), tuple(counts_for)))
+                    counted.add((side, name))
+            spans.append(ReadRange(tensor.name, (tensor.segment,), tuple(counts_for)))
         first = 0
         for side, checkpoint in enumerate(self.checkpoints):
             for name, stored in checkpoint.tensors.items():
-                if (side, name) not in told and stored.info.dtype in FLOAT_DTYPES | FLOAT8_DTYPES:
-                    source = Slice(first + stored.file, stored.info.offset, stored.info.dtype)
-                    spans.append(Span(name, (Piece(0, stored.info.numel, copy=source),), ((side, name),)))
+                if (side, name) not in counted and stored.info.dtype in FLOAT_DTYPES | FLOAT8_DTYPES:
+                    source = SourceRange(first + stored.file, stored.info.offset, stored.info.dtype)
+                    spans.append(ReadRange(name, (Segment(0, stored.info.numel, copy=source),), ((side, name),)))
             first += len(checkpoint.files)
         return spans
 
@@ -208,7 +208,7 @@ def open_inspection(
         quiet: no progress bars while fetching from the Hub.
         scaling: the fields of `Scaling`. One that is None keeps its default: an edit's, or for several fine-tunes those
             of a merge by task arithmetic, alpha `auto` (which is 1/N) and beta 0.5. If all are None, an output of ours
-            is told with those of its recipe.
+            is shown with those of its recipe.
 
     Raises:
         CheckpointError: one cannot be found or read.
@@ -266,7 +266,7 @@ def _alone(name: str, scaling: Mapping[str, Any], *, quiet: bool) -> Inspection:
     made_by = _made_by(checkpoint, notes)
     quantised = unsupported_in(checkpoint)
 
-    def told(recipe: Recipe, of: Origin) -> Inspection:
+    def shown(recipe: Recipe, of: Origin) -> Inspection:
         of_depth: list[str] = []
         layers = recipe.lines.layers if recipe.lines else None
         if layers is not None and of == "output":
@@ -296,10 +296,10 @@ def _alone(name: str, scaling: Mapping[str, Any], *, quiet: bool) -> Inspection:
 
     if made_by is not None and all(value is None for value in scaling.values()):
         try:
-            return told(made_by, "output")
+            return shown(made_by, "output")
         except RecipeError as error:
             notes.append(f"its recipe does not fit its tensors: {error.message}")
-    return told(asked, "asked")
+    return shown(asked, "asked")
 
 
 def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, quiet: bool) -> Inspection:
@@ -308,59 +308,59 @@ def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, qui
     _refuse_twice(opened)
     notes: list[str] = []
     pairing = _pairing(base, names, recipe, recipe.like if of == "merge" else "ft")
-    sides = sides_of(pairing, *opened)
-    own = aligned_names(sides, notes)
-    rows, not_compared = _rows(sides, own, notes)
-    config = sides.config_of(sides.lead)
+    inputs = inputs_of(pairing, *opened)
+    own = aligned_names(inputs, notes)
+    rows, not_compared = _rows(inputs, own, notes)
+    config = inputs.config_of(inputs.lead)
     layers = recipe.lines.layers if recipe.lines else None
     depth = _depth((name for names in own for name in names), config, layers, notes)
     rules = _rules(recipe, depth)
-    drafts = draft_tensors(pairing, sides, depth, rules, rows)
-    not_compared |= {draft.name: f"{draft.misfit} (base first)" for draft in drafts if draft.misfit}
-    fitting = [draft for draft in drafts if not draft.misfit]
-    compared = _compared(sides, fitting, rows, notes)
+    specs = specify_tensors(pairing, inputs, depth, rules, rows)
+    not_compared |= {spec.name: f"{spec.misfit} (base first)" for spec in specs if spec.misfit}
+    fitting = [spec for spec in specs if not spec.misfit]
+    compared = _compared(inputs, fitting, rows, notes)
     if not compared:
         everything = some([f"{name}: {why}" for name, why in not_compared.items()])
         raise MismatchError(
             f"nothing can be compared between {' and '.join(checkpoint.name for checkpoint in opened)}\n{everything}",
             hint="Are they of one model?",
         )
-    _note_dtypes(sides, compared, notes)
+    _note_dtypes(inputs, compared, notes)
     made_by = _made_by(opened[1], notes) if len(names) == 1 else None
     if made_by is not None and of == "asked":
-        notes.append(f"{opened[1].name} is an output of lines; what is told as scaled is scaled once more")
+        notes.append(f"{opened[1].name} is an output of lines; the scaled numbers scale it once more")
     return _complete(
         Inspection(
             checkpoints=tuple(opened),
             has_base=True,
-            lead=sides.lead,
+            lead=inputs.lead,
             recipe=recipe,
             of=of,
             depth=depth,
             rules=rules,
             compared=tuple(compared),
             not_compared=not_compared,
-            resized=any(draft.rows for draft in fitting),
+            resized=any(spec.rows for spec in fitting),
             made_by=made_by,
             says_tied=says_tied(config),
-            stored_heads=_heads(sides.leading, config),
+            stored_heads=_heads(inputs.leading, config),
             notes=(*notes, *depth.notes),
         )
     )
 
 
-@no_collecting()
+@gc_paused()
 def _complete(inspection: Inspection) -> Inspection:
     """With every tensor's place, kind and coefficient."""
     return replace(inspection, parts=tuple(_parts(inspection)))
 
 
-def _parts(inspection: Inspection) -> Iterator[Part]:
+def _parts(inspection: Inspection) -> Iterator[TensorEntry]:
     """Every tensor; a head that is tied to its embedding has that one's coefficient, as in an edit."""
     checkpoint, depth, rules = inspection.checkpoint, inspection.depth, inspection.rules
     values_for, scale_of = TensorValues(inspection.recipe, depth), inspection.recipe.method.scale_of
     kinds: dict[tuple[str, bool], Kind] = {}
-    wide = {tensor.name for tensor in inspection.compared if any(s.dtype == "F64" for s in tensor.piece.sources)}
+    wide = {tensor.name for tensor in inspection.compared if any(s.dtype == "F64" for s in tensor.segment.sources)}
     wide |= {name for name, stored in checkpoint.tensors.items() if stored.info.dtype == "F64"}
     for name in sorted(checkpoint.tensors, key=natural):
         place, info = depth.places.get(name), checkpoint.tensors[name].info
@@ -372,7 +372,7 @@ def _parts(inspection: Inspection) -> Iterator[Part]:
             counts_as = name if place else inspection.stored_heads.get(name, name)
             coefficient = rules.coefficient(counts_as, depth, scale=scale_of(values_for(counts_as)))
             rounded_coefficient(name, coefficient, in_float64=name in wide)  # refuses what an edit would
-        yield Part(name, info, place, None if place else depth.side_of(name), kinds[alike], coefficient)
+        yield TensorEntry(name, info, place, None if place else depth.side_of(name), kinds[alike], coefficient)
 
 
 _LAYER_NUMBER = re.compile(r"\.\d+\.")
@@ -439,39 +439,43 @@ def _pairing(base: str, names: Sequence[str], recipe: Recipe, like: Like) -> Rec
     return make_recipe({"base_model": base, "models": sources, "lines": recipe.lines, **settled}, where="inspect")
 
 
-def _rows(sides: Sides, own: Sequence[Mapping[str, str]], notes: list[str]) -> tuple[dict[str, Names], dict[str, str]]:
+def _rows(
+    inputs: Inputs, own: Sequence[Mapping[str, str]], notes: list[str]
+) -> tuple[dict[str, Names], dict[str, str]]:
     """The tensors that all have, with their names in each; and those that some lack, with who has them."""
-    rows, incomplete = match_names(sides, own, resize=True, notes=notes)
+    rows, incomplete = match_names(inputs, own, resize=True, notes=notes)
     if not rows:
-        raise strangers(sides)
+        raise nothing_in_common(inputs)
     lacking = {}
     for name, row in incomplete.items():
-        owners = (sides.called(side) for side, there in enumerate(row) if there is not None)
+        owners = (inputs.called(side) for side, there in enumerate(row) if there is not None)
         lacking[name] = f"in {' and '.join(owners)} alone"
     return rows, lacking
 
 
-def _compared(sides: Sides, drafts: Sequence[Draft], rows: Mapping[str, Names], notes: list[str]) -> list[Compared]:
+def _compared(
+    inputs: Inputs, specs: Sequence[TensorSpec], rows: Mapping[str, Names], notes: list[str]
+) -> list[Compared]:
     """Where the float entries lie that all have."""
-    for draft in drafts:
-        if draft.rows:
-            others = " and ".join(f"{number:,}" for number in sorted(draft.rows[0]))
-            what = f"{draft.rows[1]:,} rows in {sides.called(1)}, {others} in others"
-            notes.append(f"{printable(draft.name)}: {what}; those that all have are compared")
+    for spec in specs:
+        if spec.rows:
+            others = " and ".join(f"{number:,}" for number in sorted(spec.rows[0]))
+            what = f"{spec.rows[1]:,} rows in {inputs.called(1)}, {others} in others"
+            notes.append(f"{printable(spec.name)}: {what}; those that all have are compared")
     return [
-        Compared(draft.name, rows[draft.name], draft.pieces[0])
-        for draft in drafts
-        if not any(source.dtype in EXACT_DTYPES for source in draft.pieces[0].sources)
+        Compared(spec.name, rows[spec.name], spec.segments[0])
+        for spec in specs
+        if not any(source.dtype in EXACT_DTYPES for source in spec.segments[0].sources)
     ]
 
 
-def _note_dtypes(sides: Sides, compared: Sequence[Compared], notes: list[str]) -> None:
+def _note_dtypes(inputs: Inputs, compared: Sequence[Compared], notes: list[str]) -> None:
     """Say so where the base was stored in another dtype: then rounding counts as change."""
-    for at, checkpoint in enumerate(sides.models):
+    for at, checkpoint in enumerate(inputs.models):
         pairs = {
-            (tensor.piece.base.dtype, tensor.piece.models[at].dtype)
+            (tensor.segment.base.dtype, tensor.segment.models[at].dtype)
             for tensor in compared
-            if tensor.piece.base is not None
+            if tensor.segment.base is not None
         }
         differing = sorted({f"{ours} on {theirs}" for theirs, ours in pairs if ours != theirs})
         if differing:

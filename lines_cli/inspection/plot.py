@@ -102,7 +102,7 @@ class Drawing:
         if any(self.path.exists() and self.path.samefile(file) for file in inputs):
             raise OutputError(f"--plot {self.path}: an input", hint="Name another file.")
 
-    def save(self, told: Report) -> None:
+    def save(self, report: Report) -> None:
         """Draw and write it; the file appears whole or not at all, and replaces an older one.
 
         Raises:
@@ -112,9 +112,9 @@ class Drawing:
             warnings.simplefilter("ignore")  # a glyph that the font lacks is drawn as a box
             mpl.rcdefaults()  # whatever a user prefers elsewhere
             mpl.rcParams.update(_STYLE)
-            shown = panels(told)
+            shown = panels(report)
             if self._form == "html":
-                content = page(told, [(panel.title, _render([panel], "svg")) for panel in shown]).encode()
+                content = page(report, [(panel.title, _render([panel], "svg")) for panel in shown]).encode()
             else:
                 content = _render(shown, self._form)
         self._write(content)
@@ -156,26 +156,26 @@ def _render(shown: Sequence[Panel], form: str) -> bytes:
     return buffer.getvalue()
 
 
-def panels(told: Report) -> list[Panel]:
+def panels(report: Report) -> list[Panel]:
     """What there is to draw of a report."""
-    tunes = told.get("fine_tunes", [])
-    stacks = [stack["name"] for stack in told["stacks"]]
+    tunes = report.get("fine_tunes", [])
+    stacks = [stack["name"] for stack in report["stacks"]]
     if not stacks:
         return [Panel("No stack of layers was found: there is no depth to draw over", 1.0, lambda _: None)]
     names = _short_names([tune["model"] for tune in tunes])
     rows = math.ceil(len(stacks) / 2) * _ROW + 0.7 + 0.2 * math.ceil(len(names) / 3)
     if not tunes:
-        return [Panel("Parameters and coefficients by depth", rows, lambda part: _parameters(part, told, stacks))]
+        return [Panel("Parameters and coefficients by depth", rows, lambda part: _parameters(part, report, stacks))]
     bars = min(len(tunes), _MOST_BARS)
-    title = f"Before and after {'LiNeS' if told['scaling']['lines'] else 'scaling'}" + (
+    title = f"Before and after {'LiNeS' if report['scaling']['lines'] else 'scaling'}" + (
         f" (the first {bars} of {len(tunes)})" if bars < len(tunes) else ""
     )
     height = math.ceil(bars * len(stacks) / 2) * _ROW * 0.85 + 0.9
     found = [
-        Panel("Norm of the update by depth", rows, lambda part: _updates(part, told, stacks, names)),
-        Panel(title, height, lambda part: _before_and_after(part, told, stacks, names[:bars])),
+        Panel("Norm of the update by depth", rows, lambda part: _updates(part, report, stacks, names)),
+        Panel(title, height, lambda part: _before_and_after(part, report, stacks, names[:bars])),
     ]
-    if together := told.get("together"):
+    if together := report.get("together"):
         lines = len(_strip_rows(names)) + 1
         strips = len(stacks) * (0.16 * max(lines, 5) + 0.9) + 0.8
         found += [
@@ -251,9 +251,9 @@ def _legend(part: Figure | SubFigure, handles: Sequence[Any]) -> None:
     part.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
 
 
-def _parameters(part: Figure | SubFigure, told: Report, stacks: Sequence[str]) -> None:
+def _parameters(part: Figure | SubFigure, report: Report, stacks: Sequence[str]) -> None:
     for axes, stack in zip(_grid(part, len(stacks)), stacks, strict=True):
-        layers = _of(told["layers"], stack)
+        layers = _of(report["layers"], stack)
         bars = axes.bar(range(len(layers)), _values(layers, "parameters"), width=0.5, color=_PALE, label="parameters")
         axes.set_ylabel("parameters")
         _over_layers(axes, _called(stack), len(layers))
@@ -261,11 +261,11 @@ def _parameters(part: Figure | SubFigure, told: Report, stacks: Sequence[str]) -
     _legend(part, [bars, line])
 
 
-def _updates(part: Figure | SubFigure, told: Report, stacks: Sequence[str], names: Sequence[str]) -> None:
+def _updates(part: Figure | SubFigure, report: Report, stacks: Sequence[str], names: Sequence[str]) -> None:
     handles: list[Any] = []
     for axes, stack in zip(_grid(part, len(stacks)), stacks, strict=True):
         handles, every = [], []
-        for at, (tune, name) in enumerate(zip(told["fine_tunes"], names, strict=True)):
+        for at, (tune, name) in enumerate(zip(report["fine_tunes"], names, strict=True)):
             norms = _values(_of(tune["layers"], stack), "update_norm")
             style: dict[str, Any] = {"color": _COLOURS[at % 8], "marker": _MARKERS[at % 8]}
             style |= {"markevery": max(1, len(norms) // 12), "linestyle": ("-", ":", "-.")[at // 8 % 3]}
@@ -274,18 +274,18 @@ def _updates(part: Figure | SubFigure, told: Report, stacks: Sequence[str], name
         _from_zero(axes, every)
         axes.set_ylabel("norm of the update")
         _over_layers(axes, _called(stack), len(norms))
-        handles.append(_coefficients(axes, _of(told["layers"], stack)))
+        handles.append(_coefficients(axes, _of(report["layers"], stack)))
     _legend(part, handles)
 
 
-def _before_and_after(part: Figure | SubFigure, told: Report, stacks: Sequence[str], names: Sequence[str]) -> None:
+def _before_and_after(part: Figure | SubFigure, report: Report, stacks: Sequence[str], names: Sequence[str]) -> None:
     shown = [(at, stack) for at in range(len(names)) for stack in stacks]
-    rows = [row for tune in told["fine_tunes"][: len(names)] for row in tune["layers"]]
+    rows = [row for tune in report["fine_tunes"][: len(names)] for row in tune["layers"]]
     most = {
         stack: [n for key in ("update_norm", "scaled_norm") for n in _values(_of(rows, stack), key)] for stack in stacks
     }
     for axes, (at, stack) in zip(_grid(part, len(shown)), shown, strict=True):
-        layers = _of(told["fine_tunes"][at]["layers"], stack)
+        layers = _of(report["fine_tunes"][at]["layers"], stack)
         norms, places = _values(layers, "update_norm"), range(len(layers))
         before = axes.bar(places, norms, color=_PALE, label="before")
         after = axes.bar(places, _values(layers, "scaled_norm"), width=0.45, color=_COLOURS[0], label="after LiNeS")

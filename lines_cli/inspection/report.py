@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 from lines_cli.checkpoint.header import FLOAT8_DTYPES, FLOAT_DTYPES
 from lines_cli.checkpoint.reader import Checkpoint
 from lines_cli.inspection.kinds import KINDS
-from lines_cli.inspection.open import Inspection, Part
-from lines_cli.inspection.statistics import Change, Findings, Joint, Seen
+from lines_cli.inspection.open import Inspection, TensorEntry
+from lines_cli.inspection.statistics import Findings, Interference, UpdateStats, ValueStats
 from lines_cli.plan.coefficients import layer_coefficients, outside_coefficients
 from lines_cli.plan.layout import natural
 from lines_cli.plan.statistics import Norms
@@ -27,8 +27,8 @@ Report = dict[str, Any]
 """Nested dicts and lists of plain values."""
 
 Key = TypeVar("Key", bound=Hashable)
-Numbers = Callable[[Sequence[Part]], Report]
-"""What is told of a group of tensors."""
+Numbers = Callable[[Sequence[TensorEntry]], Report]
+"""What is said of a group of tensors."""
 
 OVERFLOWS = {"float32": 2.0**128 - 2.0**103, "bfloat16": 2.0**128 - 2.0**119, "float16": 65520.0}
 """Float dtypes, and the least magnitude that each rounds to infinity."""
@@ -48,11 +48,11 @@ def make_report(inspection: Inspection, findings: Findings | None = None, *, ten
     changes = [_changes(findings, model) for model in range(len(inspection.models))] if findings else []
     one = changes[0] if inspection.has_base and len(changes) == 1 else None
 
-    def own(parts: Sequence[Part]) -> Report:
+    def own(parts: Sequence[TensorEntry]) -> Report:
         return _counts(parts) | (one(parts) if one else {})
 
     checkpoint = inspection.checkpoint
-    told: Report = {
+    report: Report = {
         "checkpoint": checkpoint.name,
         "base": inspection.checkpoints[0].name if inspection.has_base else None,
         **_counts(inspection.parts),
@@ -71,23 +71,23 @@ def make_report(inspection: Inspection, findings: Findings | None = None, *, ten
         "notes": list(inspection.notes),
     }
     if tensors:
-        told["map"] = [_tensor(part) | (one([part]) if one else {}) for part in inspection.parts]
+        report["map"] = [_tensor(part) | (one([part]) if one else {}) for part in inspection.parts]
     if findings is None:
-        return told
+        return report
     if inspection.has_base:
-        told["not_compared"] = [{"tensor": name, "why": why} for name, why in inspection.not_compared.items()]
-        told["fine_tunes"] = [_fine_tune(inspection, findings, model) for model in range(len(inspection.models))]
-        told["merge"] = _merge(inspection)
-        told["together"] = _together(inspection, findings) if len(changes) > 1 else None
-    told["health"] = [_health(inspection, findings, side) for side in range(len(inspection.checkpoints))]
-    told["bytes_read"], told["seconds"] = findings.bytes_read, round(findings.seconds, 3)
-    return told
+        report["not_compared"] = [{"tensor": name, "why": why} for name, why in inspection.not_compared.items()]
+        report["fine_tunes"] = [_fine_tune(inspection, findings, model) for model in range(len(inspection.models))]
+        report["merge"] = _merge(inspection)
+        report["together"] = _together(inspection, findings) if len(changes) > 1 else None
+    report["health"] = [_health(inspection, findings, side) for side in range(len(inspection.checkpoints))]
+    report["bytes_read"], report["seconds"] = findings.bytes_read, round(findings.seconds, 3)
+    return report
 
 
-def problems(told: Report) -> list[str]:
+def problems(report: Report) -> list[str]:
     """What is wrong with the checkpoints, a line for each kind of it."""
     found = []
-    for health in told.get("health", ()):
+    for health in report.get("health", ()):
         for key, what in _PROBLEMS.items():
             if number := len(health[key]):
                 found.append(f"{health['checkpoint']}: {what}: {number:,}")
@@ -117,7 +117,7 @@ def _scaling(inspection: Inspection) -> Report:
 
 
 def _merge(inspection: Inspection) -> Report:
-    """The recipe that would give what is told as scaled; of several fine-tunes the merge of them."""
+    """The recipe that would give what is shown as scaled; of several fine-tunes the merge of them."""
     recipe: Report = inspection.recipe.model_dump(mode="json", exclude_none=True)
     if inspection.of == "asked":
         recipe["like"] = "ft" if len(inspection.models) == 1 else "base"
@@ -150,8 +150,8 @@ def _files(checkpoint: Checkpoint) -> list[Report]:
 # --- groups of tensors ---
 
 
-def _grouped(inspection: Inspection, key: Callable[[Part], Key]) -> dict[Key, list[Part]]:
-    groups: dict[Key, list[Part]] = defaultdict(list)
+def _grouped(inspection: Inspection, key: Callable[[TensorEntry], Key]) -> dict[Key, list[TensorEntry]]:
+    groups: dict[Key, list[TensorEntry]] = defaultdict(list)
     for part in inspection.parts:
         groups[key(part)].append(part)
     return groups
@@ -161,7 +161,7 @@ def _groups(inspection: Inspection, numbers: Numbers) -> Report:
     """The stacks, their layers, what lies outside them, and the kinds of parameters, each with its numbers."""
     layers = _grouped(inspection, lambda part: part.place)
     stacks = _grouped(inspection, lambda part: part.place and part.place.stack)
-    sides = _grouped(inspection, lambda part: part.side)
+    inputs = _grouped(inspection, lambda part: part.side)
     kinds = _grouped(inspection, lambda part: part.kind)
     by_layer: dict[tuple[str, int], float | None] = {}
     known = inspection.knows_coefficients
@@ -189,14 +189,14 @@ def _groups(inspection: Inspection, numbers: Numbers) -> Report:
         ],
         "outside": {
             **numbers(stacks[None]),
-            "before": {"coefficient": before, **numbers(sides["before"])},
-            "after": {"coefficient": after, **numbers(sides["after"])},
+            "before": {"coefficient": before, **numbers(inputs["before"])},
+            "after": {"coefficient": after, **numbers(inputs["after"])},
         },
         "kinds": [{"kind": kind, **numbers(kinds[kind])} for kind in KINDS if kinds[kind]],
     }
 
 
-def _counts(parts: Iterable[Part]) -> Report:
+def _counts(parts: Iterable[TensorEntry]) -> Report:
     infos = [part.info for part in parts]
     return {
         "tensors": len(infos),
@@ -205,7 +205,7 @@ def _counts(parts: Iterable[Part]) -> Report:
     }
 
 
-def _tensor(part: Part) -> Report:
+def _tensor(part: TensorEntry) -> Report:
     return {
         "name": part.name,
         "dtype": part.info.dtype,
@@ -226,15 +226,15 @@ def _tensor(part: Part) -> Report:
 def _changes(findings: Findings, model: int) -> Numbers:
     """What one fine-tune changed of a group of tensors, and what LiNeS would leave of that."""
 
-    def numbers(parts: Sequence[Part]) -> Report:
+    def numbers(parts: Sequence[TensorEntry]) -> Report:
         known = [(part, findings.changes[part.name][model]) for part in parts if part.name in findings.changes]
-        whole = reduce(add, (change for _, change in known), Change())
+        whole = reduce(add, (change for _, change in known), UpdateStats())
         base, norm = _norm(whole.base_squares), _norm(whole.squares)
         scaled = _finite(math.hypot(*(part.coefficient * math.sqrt(change.squares) for part, change in known)))
         if _vanishes(whole):
             norm = scaled = None
         largest = [abs(part.coefficient) * change.largest for part, change in known]
-        told = {
+        report = {
             "update_norm": norm,
             "relative_norm": _ratio(norm, base),
             "unchanged": _ratio(whole.unchanged, whole.numel),
@@ -243,12 +243,12 @@ def _changes(findings: Findings, model: int) -> Numbers:
             "scaled_relative_norm": _ratio(scaled, base),
             "scaled_largest": max(largest, default=0.0) if all(map(math.isfinite, largest)) else None,
         }
-        return told if whole.numel else dict.fromkeys(told)
+        return report if whole.numel else dict.fromkeys(report)
 
     return numbers
 
 
-def _vanishes(change: Change) -> bool:
+def _vanishes(change: UpdateStats) -> bool:
     """Whether it is so small that float64 cannot hold its squares."""
     return change.squares < _LEAST_SQUARES and change.unchanged < change.numel
 
@@ -274,7 +274,7 @@ def _fine_tune(inspection: Inspection, findings: Findings, model: int) -> Report
         ends: list[Callable[[float], bool]] = [lambda depth: depth < 1 / 3, lambda depth: depth > 2 / 3]
         return [_ratio(squares(end, scaled=scaled), whole) for end in ends]
 
-    shared = sum(tensor.piece.numel for tensor in inspection.compared)
+    shared = sum(tensor.segment.numel for tensor in inspection.compared)
     finite = sum(change.numel for change in changes.values())
     first, last = thirds(scaled=False)
     scaled_first, scaled_last = thirds(scaled=True)
@@ -297,21 +297,21 @@ def _fine_tune(inspection: Inspection, findings: Findings, model: int) -> Report
 def _together(inspection: Inspection, findings: Findings) -> Report:
     models = len(inspection.models)
 
-    def numbers(parts: Sequence[Part]) -> Report:
+    def numbers(parts: Sequence[TensorEntry]) -> Report:
         known = [(findings.joint[part.name], part.coefficient) for part in parts if part.name in findings.joint]
         entries = sum(joint.numel for joint, _ in known)
         opposed = [sum(pair) for pair in zip(*(joint.opposed for joint, _ in known), strict=True)]
-        told = {
+        report = {
             "disagreement": _ratio(sum(joint.disagreeing for joint, _ in known), entries),
             "opposed": _matrix(models, [_ratio(pair, entries) for pair in opposed], same=0.0 if entries else None),
             **_sums(models, [(joint, 1.0) for joint, _ in known]),
         }
-        told |= {f"scaled_{key}": value for key, value in _sums(models, known).items()}
+        report |= {f"scaled_{key}": value for key, value in _sums(models, known).items()}
         for model in range(models):
             changes = (findings.changes[part.name][model] for part in parts if part.name in findings.joint)
-            if _vanishes(reduce(add, changes, Change())):
-                told |= dict.fromkeys(("norm_of_sum", "sum_of_norms", "scaled_norm_of_sum", "scaled_sum_of_norms"))
-        return told
+            if _vanishes(reduce(add, changes, UpdateStats())):
+                report |= dict.fromkeys(("norm_of_sum", "sum_of_norms", "scaled_norm_of_sum", "scaled_sum_of_norms"))
+        return report
 
     return {
         "models": [model.name for model in inspection.models],
@@ -321,7 +321,7 @@ def _together(inspection: Inspection, findings: Findings) -> Report:
     }
 
 
-def _sums(models: int, known: Sequence[tuple[Joint, float]]) -> Report:
+def _sums(models: int, known: Sequence[tuple[Interference, float]]) -> Report:
     """How the updates of several tensors go together, each tensor's times a coefficient."""
     squared = [(joint, factor * factor) for joint, factor in known if joint.numel]
     if not squared:
@@ -413,11 +413,11 @@ def _health(inspection: Inspection, findings: Findings, side: int) -> Report:
     }
 
 
-def _largest(found: Seen) -> float:
+def _largest(found: ValueStats) -> float:
     return max(-found.low, found.high)
 
 
-def _cannot_hold(dtype: str, found: Seen) -> list[str]:
+def _cannot_hold(dtype: str, found: ValueStats) -> list[str]:
     """The narrower dtypes in which its largest finite entry would be infinite."""
     return [narrower for narrower in _NARROWER.get(dtype, ()) if _largest(found) >= OVERFLOWS[narrower]]
 

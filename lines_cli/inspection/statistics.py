@@ -12,7 +12,7 @@ from lines_cli.plan.statistics import Norms
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class UpdateStats:
     """What one fine-tune changed: sums in float64 over the entries that are finite on both sides. Two of them add up.
 
     Attributes:
@@ -29,8 +29,8 @@ class Change:
     unchanged: int = 0
     largest: float = 0.0
 
-    def __add__(self, other: Change) -> Change:
-        return Change(
+    def __add__(self, other: UpdateStats) -> UpdateStats:
+        return UpdateStats(
             self.numel + other.numel,
             self.squares + other.squares,
             self.base_squares + other.base_squares,
@@ -40,7 +40,7 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
-class Joint:
+class Interference:
     """How the updates of several fine-tunes go together, over the entries that are finite in all. Two of them add up.
 
     Attributes:
@@ -60,8 +60,8 @@ class Joint:
     sum_squares: float
     sum_l1: float
 
-    def __add__(self, other: Joint) -> Joint:
-        return Joint(
+    def __add__(self, other: Interference) -> Interference:
+        return Interference(
             self.numel + other.numel,
             tuple(a + b for a, b in zip(self.squares, other.squares, strict=True)),
             tuple(a + b for a, b in zip(self.products, other.products, strict=True)),
@@ -73,7 +73,7 @@ class Joint:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class ValueStats:
     """What entries of one checkpoint hold. Two of them add up.
 
     Attributes:
@@ -90,8 +90,8 @@ class Seen:
     high: float = -math.inf
     bits: int = 0
 
-    def __add__(self, other: Seen) -> Seen:
-        return Seen(
+    def __add__(self, other: ValueStats) -> ValueStats:
+        return ValueStats(
             self.numel + other.numel,
             self.nan + other.nan,
             self.inf + other.inf,
@@ -115,9 +115,9 @@ class Findings:
         bytes_read, seconds: of the pass.
     """
 
-    changes: Mapping[str, tuple[Change, ...]] = field(default_factory=dict)
-    joint: Mapping[str, Joint] = field(default_factory=dict)
-    seen: Mapping[tuple[int, str], Seen] = field(default_factory=dict)
+    changes: Mapping[str, tuple[UpdateStats, ...]] = field(default_factory=dict)
+    joint: Mapping[str, Interference] = field(default_factory=dict)
+    seen: Mapping[tuple[int, str], ValueStats] = field(default_factory=dict)
     same: Mapping[int, Sequence[tuple[str, ...]]] = field(default_factory=dict)
     norms: Norms | None = None
     files: Mapping[int, tuple[int, Mapping[str, str]]] = field(default_factory=dict)

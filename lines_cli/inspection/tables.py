@@ -51,34 +51,34 @@ class Section:
     tables: tuple[tuple[str, Table], ...] = ()
 
 
-def sections(told: Report, *, full: bool = False) -> list[Section]:
+def sections(report: Report, *, full: bool = False) -> list[Section]:
     """A whole report.
 
     Args:
-        told: from `lines_cli.inspection.report.make_report`.
+        report: from `lines_cli.inspection.report.make_report`.
         full: every layer, fine-tune and name, however many.
     """
-    found = [_headers(told, full=full)]
-    fine_tunes = told.get("fine_tunes", [])
+    found = [_headers(report, full=full)]
+    fine_tunes = report.get("fine_tunes", [])
     if len(fine_tunes) == 1:
-        found.append(_fine_tune(told, fine_tunes[0], full=full))
+        found.append(_fine_tune(report, fine_tunes[0], full=full))
     elif fine_tunes:
-        found.append(_fine_tunes(told, fine_tunes, full=full))
-        found.append(_together(told["together"], full=full))
-    if told.get("not_compared"):
-        found.append(_not_compared(told["not_compared"], full=full))
-    if "map" in told:
-        found.append(_map(told["map"]))
-    if "health" in told:
-        found.append(_health(told["health"], full=full))
+        found.append(_fine_tunes(report, fine_tunes, full=full))
+        found.append(_together(report["together"], full=full))
+    if report.get("not_compared"):
+        found.append(_not_compared(report["not_compared"], full=full))
+    if "map" in report:
+        found.append(_map(report["map"]))
+    if "health" in report:
+        found.append(_health(report["health"], full=full))
     return found
 
 
 # --- what headers tell ---
 
 
-def _headers(told: Report, *, full: bool) -> Section:
-    facts = [_held(told), *_known(told)]
+def _headers(report: Report, *, full: bool) -> Section:
+    facts = [_held(report), *_known(report)]
     rows = [
         (
             stack["name"] or "(no prefix)",
@@ -87,49 +87,49 @@ def _headers(told: Report, *, full: bool) -> Section:
             coefficient(stack["first"]),
             coefficient(stack["last"]),
         )
-        for stack in told["stacks"]
+        for stack in report["stacks"]
     ]
     for side, where in _SIDES:
-        group = told["outside"][side]
+        group = report["outside"][side]
         if group["tensors"]:
             value = coefficient(group["coefficient"])
             rows.append((f"outside, {where}", "", *_amounts(group), value, value))
     tables = [("", Table(("stack", "layers", "tensors", "parameters", "bytes", "first", "last"), tuple(rows)))]
-    if not told.get("fine_tunes"):
-        tables += [_layers_of(told, stack, full=full) for stack in told["stacks"]]
-    return Section(told["checkpoint"], tuple(facts), tuple(tables))
+    if not report.get("fine_tunes"):
+        tables += [_layers_of(report, stack, full=full) for stack in report["stacks"]]
+    return Section(report["checkpoint"], tuple(facts), tuple(tables))
 
 
 _SIDES = (("before", "before"), ("after", "behind"))
 
 
-def _held(told: Report) -> Fact:
-    files, dtypes = told["files"], told["dtypes"]
+def _held(report: Report) -> Fact:
+    files, dtypes = report["files"], report["dtypes"]
     by_dtype = ", ".join(
         dtype if len(dtypes) == 1 else f"{dtype} {size(counts['bytes'])}" for dtype, counts in dtypes.items()
     )
-    held = f"{len(files)} file{'s' if len(files) > 1 else ''}, {told['tensors']:,} tensors"
-    amounts = f"{count(told['parameters'])} parameters, {size(told['bytes'])}{f' ({by_dtype})' if by_dtype else ''}"
-    tunes = len(told.get("fine_tunes", ()))
-    whose = "the base" if told["checkpoint"] == told["base"] else f"the first of {tunes} fine-tunes"
+    held = f"{len(files)} file{'s' if len(files) > 1 else ''}, {report['tensors']:,} tensors"
+    amounts = f"{count(report['parameters'])} parameters, {size(report['bytes'])}{f' ({by_dtype})' if by_dtype else ''}"
+    tunes = len(report.get("fine_tunes", ()))
+    whose = "the base" if report["checkpoint"] == report["base"] else f"the first of {tunes} fine-tunes"
     return "", (f"{held}, {amounts}", *([f"(headers of {whose})"] if tunes > 1 else []))
 
 
-def _known(told: Report) -> Iterable[Fact]:
-    if told["base"] is not None:
-        yield "base", (told["base"],)
-    tied = told["tied"]
+def _known(report: Report) -> Iterable[Fact]:
+    if report["base"] is not None:
+        yield "base", (report["base"],)
+    tied = report["tied"]
     if tied["stored"]:
         yield "tied", tuple(f"{head} to {to}, by config.json; both are stored" for head, to in tied["stored"])
     elif tied["config"]:
         yield "tied", ("the head to the token embedding, by config.json",)
-    if told["quantised"]:
-        yield "quantised", (told["quantised"],)
-    if names := [stack["names"] for stack in told["stacks"] if stack["names"]]:
+    if report["quantised"]:
+        yield "quantised", (report["quantised"],)
+    if names := [stack["names"] for stack in report["stacks"] if stack["names"]]:
         yield "names", (", ".join(names),)
-    if told["recipe"]:
-        yield "recipe", (_recipe(told["recipe"]),)
-    yield "LiNeS", (_scaling(told["scaling"]),)
+    if report["recipe"]:
+        yield "recipe", (_recipe(report["recipe"]),)
+    yield "LiNeS", (_scaling(report["scaling"]),)
 
 
 def _scaling(scaling: Report) -> str:
@@ -172,8 +172,8 @@ def _amounts(counts: Report) -> tuple[str, str, str]:
     return f"{counts['tensors']:,}", count(counts["parameters"]), size(counts["bytes"])
 
 
-def _layers_of(told: Report, stack: Report, *, full: bool) -> tuple[str, Table]:
-    layers = _of(told["layers"], stack)
+def _layers_of(report: Report, stack: Report, *, full: bool) -> tuple[str, Table]:
+    layers = _of(report["layers"], stack)
     most = max((abs(layer["coefficient"] or 0) for layer in layers), default=0)
     shown, more = _folded(layers, full=full)
     rows = tuple(
@@ -199,7 +199,7 @@ def _titled(stack: Report, more: str) -> str:
 # --- one fine-tune ---
 
 
-def _fine_tune(told: Report, tune: Report, *, full: bool) -> Section:
+def _fine_tune(report: Report, tune: Report, *, full: bool) -> Section:
     def row(name: str, group: Report, value: str, *, most: float) -> tuple[Cell, ...]:
         shares = (share(group["relative_norm"]), _bar(group["relative_norm"] or 0, most), share(group["unchanged"]))
         return (
@@ -226,7 +226,7 @@ def _fine_tune(told: Report, tune: Report, *, full: bool) -> Section:
     outside = [
         row(where, tune["outside"][side], coefficient(tune["outside"][side]["coefficient"]), most=of_outside)
         for side, where in _SIDES
-        if told["outside"][side]["tensors"]
+        if report["outside"][side]["tensors"]
     ]
     if outside:
         tables.append(("outside the blocks", Table(("", *headings), tuple(outside))))
@@ -259,7 +259,7 @@ def _numbered(models: Sequence[str]) -> list[str]:
     return [f"{at} {os.path.basename(os.path.normpath(model))}" for at, model in enumerate(models, 1)]
 
 
-def _fine_tunes(told: Report, tunes: Sequence[Report], *, full: bool) -> Section:
+def _fine_tunes(report: Report, tunes: Sequence[Report], *, full: bool) -> Section:
     names = _numbered([tune["model"] for tune in tunes])
     facts = tuple((f"{at}", (tune["model"],)) for at, tune in enumerate(tunes, 1))
     rows = tuple(
@@ -277,7 +277,7 @@ def _fine_tunes(told: Report, tunes: Sequence[Report], *, full: bool) -> Section
     headings = ("fine-tune", "update", "relative", "unchanged", "first 1/3", "last 1/3", "scaled")
     tables = [("", Table(headings, rows))]
     columns, cells = _abreast(len(tunes), share, full=full)
-    for at, stack in enumerate(told["stacks"]):
+    for at, stack in enumerate(report["stacks"]):
         layers = list(zip(*(_of(tune["layers"], stack) for tune in tunes), strict=True))
         shown, more = _folded(layers, full=full)
         found = [
@@ -337,7 +337,7 @@ def _interfering(together: Report) -> Iterable[Fact]:
     for key, what in (("", "sum"), ("scaled_", "scaled")):
         norms = number(together[f"{key}norm_of_sum"]), number(together[f"{key}sum_of_norms"])
         yield what, (f"norm {norms[0]}, where the norms of all add up to {norms[1]}",)
-    alpha = "cannot be told"
+    alpha = "unknown"
     if auto["alpha"] is not None:
         alpha = f"alpha {number(auto['alpha'])} = 1/{models} * {number(auto['sum'])} / {number(auto['merged'])}"
         alpha += f", the L1 norms of the sum and of what {auto['method']} merges"
@@ -402,9 +402,9 @@ def _not_compared(tensors: Sequence[Report], *, full: bool) -> Section:
     return Section("not compared", tuple(facts))
 
 
-def _health(told: Sequence[Report], *, full: bool) -> Section:
+def _health(report: Sequence[Report], *, full: bool) -> Section:
     facts: list[Fact] = []
-    for health in told:
+    for health in report:
         ways: tuple[tuple[str, Sequence[Any], Callable[[Any], str]], ...] = (
             ("NaN, Inf", health["nonfinite"], lambda e: f"{e['tensor']}: {e['nan']:,} NaN, {e['inf']:,} Inf"),
             ("range", health["beyond"], _beyond),

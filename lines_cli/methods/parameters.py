@@ -25,7 +25,7 @@ class Parameter:
     Attributes:
         default: what holds where nothing is said.
         about: for its documentation, one line.
-        per_model: it may stand under a model, too, and a method is told one value for each.
+        per_model: it may stand under a model, too, and a method gets one value for each.
         varies: it may be a gradient or a list of filters.
         low, high: the bounds of a number.
         whole: only whole numbers.

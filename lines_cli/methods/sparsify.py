@@ -133,7 +133,7 @@ LARGEST = ByMagnitude(largest, trims_globally, any_dropped, keep_between)
 
 # --- at random ---
 
-BLOCK = 64 * 1024
+RNG_BLOCK = 64 * 1024
 """Entries that are drawn from one generator: torch's cannot jump ahead. A multiple of 4."""
 
 
@@ -170,7 +170,7 @@ def _mask(like: Tensor, density: float, seed: int, model: int, where: Where) -> 
     mask = torch.empty(len(like), dtype=like.dtype)
     done = 0
     while done < len(like):
-        block, skip = divmod(where.first + done, BLOCK)
+        block, skip = divmod(where.first + done, RNG_BLOCK)
         drawn, steps = _draw(density, seed, model, where.tensor, block)
         drawn = drawn[skip : skip + len(like) - done]
         part = mask[done : done + len(drawn)]
@@ -194,7 +194,7 @@ def _draw(density: float, seed: int, model: int, tensor: str, block: int) -> tup
     key = blake2b(f"{seed}\0{model}\0{block}\0{tensor}".encode(), digest_size=12).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
     # 64 random bits at a time, for four entries
-    drawn = torch.empty(BLOCK // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    drawn = torch.empty(RNG_BLOCK // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
     steps = int(density * 2**16 + int.from_bytes(key[8:], "little") / 2**32)
     return drawn.view(torch.int16), steps
 

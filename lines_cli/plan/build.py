@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 
 from lines_cli.checkpoint.header import EXACT_DTYPES
-from lines_cli.checkpoint.reader import no_collecting
+from lines_cli.checkpoint.reader import gc_paused
 from lines_cli.errors import (
     DepthError,
     RecipeError,
@@ -20,22 +20,22 @@ from lines_cli.errors import (
 from lines_cli.methods import ByMagnitude
 from lines_cli.plan.coefficients import coefficient_of
 from lines_cli.plan.identity import named_inputs, refuse_two_names
-from lines_cli.plan.inputs import Sides
+from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.layout import lay_out_files
 from lines_cli.plan.match import aligned_names, pair_tensors
 from lines_cli.plan.plan import Plan
 from lines_cli.plan.resolve import UNSCALED, decided
 from lines_cli.plan.sidecars import with_sidecars
 from lines_cli.plan.statistics import NOTHING_MEASURED, Needs
-from lines_cli.plan.tensors import Draft, draft_tensors, refuse_misfits
+from lines_cli.plan.tensors import TensorSpec, refuse_misfits, specify_tensors
 from lines_cli.recipe.schema import Recipe
 from lines_cli.scaling.find_depth import DepthMap, find_depth
 from lines_cli.scaling.schedule import Rules
 from lines_cli.storage.destination import is_one_file
 
 
-@no_collecting()
-def make_plan(recipe: Recipe, sides: Sides, output: Path) -> Plan:
+@gc_paused()
+def make_plan(recipe: Recipe, inputs: Inputs, output: Path) -> Plan:
     """Decide every byte of the output, as far as it does not depend on the numbers in the inputs.
 
     Raises:
@@ -44,9 +44,9 @@ def make_plan(recipe: Recipe, sides: Sides, output: Path) -> Plan:
         RecipeError: a stack or a filter names nothing there, or a coefficient is beyond float32.
     """
     notes: list[str] = list(recipe.notes)
-    own = aligned_names(sides, notes)
-    rows = pair_tensors(sides, own, recipe, notes)
-    depth = _depth(recipe, sides, chain.from_iterable(own), notes)
+    own = aligned_names(inputs, notes)
+    rows = pair_tensors(inputs, own, recipe, notes)
+    depth = _depth(recipe, inputs, chain.from_iterable(own), notes)
     rules = (recipe.lines or UNSCALED).rules(depth)
     notes += [
         f"filter {part!r} among the parameters is part of no tensor name, and says nothing"
@@ -58,12 +58,12 @@ def make_plan(recipe: Recipe, sides: Sides, output: Path) -> Plan:
             f"{recipe.method.scale} differs by name; the coefficients shown are those of names that no filter of it "
             "matches"
         )
-    drafted = draft_tensors(recipe, sides, depth, rules, rows)
-    refuse_misfits(drafted, sides)
-    drafts = {draft.name: draft for draft in drafted}
-    resized = {other: draft.rows[1] for draft in drafts.values() if draft.rows for other in sorted(draft.rows[0])}
+    drafted = specify_tensors(recipe, inputs, depth, rules, rows)
+    refuse_misfits(drafted, inputs)
+    specs = {spec.name: spec for spec in drafted}
+    resized = {other: spec.rows[1] for spec in specs.values() if spec.rows for other in sorted(spec.rows[0])}
     if resized:
-        keeping = sides.called(0 if recipe.resize == "base" or not sides.has_base else 1)
+        keeping = inputs.called(0 if recipe.resize == "base" or not inputs.has_base else 1)
         shared = min(*resized, *resized.values())
         kept = ", ".join(f"{rows:,}" for rows in sorted(set(resized.values())))
         others = " and ".join(f"{rows:,}" for rows in sorted(resized))
@@ -73,35 +73,35 @@ def make_plan(recipe: Recipe, sides: Sides, output: Path) -> Plan:
         )
 
     files, placed = lay_out_files(
-        {name: (draft.dtype, draft.shape) for name, draft in drafts.items()},
-        stem=sides.leading.stem,
+        {name: (spec.dtype, spec.shape) for name, spec in specs.items()},
+        stem=inputs.leading.stem,
         one_file=output.name if is_one_file(output) else None,
         max_shard_size=recipe.max_shard_size,
     )
     plan = Plan(
         recipe,
-        sides,
-        tuple(file for checkpoint in sides.checkpoints for file in checkpoint.files),
+        inputs,
+        tuple(file for checkpoint in inputs.checkpoints for file in checkpoint.files),
         output,
         tuple(files),
         (),
         depth,
         rules,
-        _needs(recipe, depth, rules, drafts.values()),
+        _needs(recipe, depth, rules, specs.values()),
         NOTHING_MEASURED,
         (),
         (*notes, *depth.notes),
         resized,
     )
     refuse_two_names(recipe, named_inputs(plan))
-    plan = decided(plan, ((drafts[name], number, info) for name, number, info in placed))
+    plan = decided(plan, ((specs[name], number, info) for name, number, info in placed))
     return plan if is_one_file(output) else with_sidecars(plan)
 
 
-def _depth(recipe: Recipe, sides: Sides, names: Iterable[str], notes: list[str]) -> DepthMap:
+def _depth(recipe: Recipe, inputs: Inputs, names: Iterable[str], notes: list[str]) -> DepthMap:
     try:
         layers = recipe.lines.layers if recipe.lines else None
-        depth = find_depth(dict.fromkeys(names), config=sides.config_of(sides.lead), layers=layers)
+        depth = find_depth(dict.fromkeys(names), config=inputs.config_of(inputs.lead), layers=layers)
     except DepthError as error:
         if any(source.layer_range for source in recipe.models):
             raise RecipeError(f"layer_range cannot be checked: {error.message}", hint=error.hint) from error
@@ -119,11 +119,11 @@ def _depth(recipe: Recipe, sides: Sides, names: Iterable[str], notes: list[str])
     return depth
 
 
-def _needs(recipe: Recipe, depth: DepthMap, rules: Rules, drafts: Iterable[Draft]) -> Needs:
+def _needs(recipe: Recipe, depth: DepthMap, rules: Rules, specs: Iterable[TensorSpec]) -> Needs:
     """What has to be measured. `rules` give NaN where a coefficient depends on alpha, and alpha is not known."""
     method = recipe.method
-    merged = [draft for draft in drafts if draft.paired and draft.dtype not in EXACT_DTYPES]
-    values = list({id(draft.values): draft.values for draft in merged}.values())
+    merged = [spec for spec in specs if spec.paired and spec.dtype not in EXACT_DTYPES]
+    values = list({id(spec.values): spec.values for spec in merged}.values())
     by_rank = isinstance(method.sparsifier, ByMagnitude) and any(map(method.sparsifier.drops, values))
     statistics = frozenset[str]().union(*map(method.needs, values))
     return Needs(
@@ -132,5 +132,5 @@ def _needs(recipe: Recipe, depth: DepthMap, rules: Rules, drafts: Iterable[Draft
         products="angles" in statistics,
         majority=len(recipe.merged) > 1 and "majority" in statistics,
         norms=not all(map(method.plain_sum, values))
-        and any(math.isnan(coefficient_of(recipe, depth, rules, draft)) for draft in merged),
+        and any(math.isnan(coefficient_of(recipe, depth, rules, spec)) for spec in merged),
     )

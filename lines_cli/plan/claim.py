@@ -112,13 +112,13 @@ def plan_claim(claim: Claim, *, quiet: bool = False) -> Plan:
         LinesError: as `make_plan`.
     """
     try:
-        sides = open_inputs(claim.recipe, quiet=quiet)
+        inputs = open_inputs(claim.recipe, quiet=quiet)
     except CheckpointError as error:
         names = ", ".join(printable(name) for name in claim.names.values())
         elsewhere = f"If an input lies elsewhere here: --input NAME=PATH, where NAME is one of {names}."
         error.hint = f"{error.hint} {elsewhere}" if error.hint else elsewhere
         raise
-    return make_plan(claim.recipe, sides, claim.output)
+    return make_plan(claim.recipe, inputs, claim.output)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,19 +148,19 @@ def inputs_read(claim: Claim, plan: Plan) -> list[InputRead]:
 def _held_against(recorded: Mapping[str, Any], plan: Plan, names: Mapping[str, str]) -> Iterator[InputRead]:
     """The files of all inputs, held against what is recorded of them, where each input goes by one of these names."""
     for name, checkpoint in inputs_by_name(plan).items():
-        for called, path, stamp in zip(
-            recorded_as(checkpoint, names.get(name, name)), checkpoint.files, checkpoint.stamps, strict=True
+        for called, path, state in zip(
+            recorded_as(checkpoint, names.get(name, name)), checkpoint.files, checkpoint.states, strict=True
         ):
-            told = recorded.get(called)
+            record = recorded.get(called)
             difference = None
-            if isinstance(told, dict):
-                if told.get("bytes") != stamp.nbytes:
-                    difference = f"it has {stamp.nbytes:,} bytes, and {_number(told.get('bytes'))} are recorded"
-                elif told.get("header") != stamp.header:
-                    difference = f"its header is {stamp.header}, and {told.get('header')} is recorded"
+            if isinstance(record, dict):
+                if record.get("bytes") != state.nbytes:
+                    difference = f"it has {state.nbytes:,} bytes, and {_number(record.get('bytes'))} are recorded"
+                elif record.get("header") != state.header:
+                    difference = f"its header is {state.header}, and {record.get('header')} is recorded"
             elif recorded:
                 difference = "it is not recorded"
-            digest = told.get("digest") if isinstance(told, dict) else None
+            digest = record.get("digest") if isinstance(record, dict) else None
             yield InputRead(called, path, difference, digest if isinstance(digest, str) else None)
 
 
@@ -178,10 +178,10 @@ def notes_of_inputs(plan: Plan) -> list[str]:
     for name, checkpoint in inputs_by_name(plan).items():
         if checkpoint.hub_id is not None:  # its commit says what it is, and its time when it was fetched
             continue
-        for called, path, stamp in zip(recorded_as(checkpoint, name), checkpoint.files, checkpoint.stamps, strict=True):
-            told = recorded.get(called)
-            if isinstance(told, dict) and (told.get("bytes"), told.get("header")) == (stamp.nbytes, stamp.header):
-                times += [path] if told.get("mtime_ns") != stamp.mtime_ns else []
+        for called, path, state in zip(recorded_as(checkpoint, name), checkpoint.files, checkpoint.states, strict=True):
+            record = recorded.get(called)
+            if isinstance(record, dict) and (record.get("bytes"), record.get("header")) == (state.nbytes, state.header):
+                times += [path] if record.get("mtime_ns") != state.mtime_ns else []
     if times:
         more = f" and {len(times) - 1:,} more" if len(times) > 1 else ""
         notes.append(f"{times[0]}{more}: by the time of its last change not the file that the recipe records")
@@ -198,11 +198,11 @@ def refuse_other_contents(plan: Plan) -> None:
         ChangedInputError: what is not the same.
         CheckpointError: an input cannot be read.
     """
-    told = [read for read in _held_against(plan.recipe.inputs, plan, {}) if read.digest is not None]
-    found = digests_of(read.path for read in told)
+    with_digest = [read for read in _held_against(plan.recipe.inputs, plan, {}) if read.digest is not None]
+    found = digests_of(read.path for read in with_digest)
     wrong = [
         f"{read.path} holds {found[os.path.realpath(read.path)]}, and {read.digest} is recorded"
-        for read in told
+        for read in with_digest
         if found[os.path.realpath(read.path)] != read.digest
     ]
     if wrong:

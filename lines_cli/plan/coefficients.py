@@ -9,7 +9,7 @@ from lines_cli.errors import (
     RecipeError,
     printable,
 )
-from lines_cli.plan.tensors import Draft
+from lines_cli.plan.tensors import TensorSpec
 from lines_cli.recipe.schema import Recipe
 from lines_cli.scaling.find_depth import DepthMap, position
 from lines_cli.scaling.schedule import Rules
@@ -47,9 +47,9 @@ def known(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def coefficient_of(recipe: Recipe, depth: DepthMap, rules: Rules, draft: Draft) -> float:
+def coefficient_of(recipe: Recipe, depth: DepthMap, rules: Rules, spec: TensorSpec) -> float:
     """c(l), in float64; NaN if it depends on an alpha that is not known."""
-    return rules.coefficient(draft.counts_as, depth, scale=recipe.method.scale_of(draft.values))
+    return rules.coefficient(spec.counts_as, depth, scale=recipe.method.scale_of(spec.values))
 
 
 def rounded_coefficient(name: str, coefficient: float, *, in_float64: bool) -> float:

@@ -36,7 +36,7 @@ def identity(plan: Plan) -> dict[str, Any]:
         "lines": __version__,
         **({"package": package} if package else {}),
         "recipe": dump_recipe(plan.recipe, named=named_inputs(plan)),
-        "inputs": {os.path.realpath(path): [*stamp] for path, stamp in zip(plan.inputs, plan.stamps, strict=True)},
+        "inputs": {os.path.realpath(path): [*state] for path, state in zip(plan.paths, plan.states, strict=True)},
         "outputs": [[file.name, file.nbytes, sha256(file.head).hexdigest()] for file in plan.outputs],
     }
 
@@ -80,14 +80,14 @@ def refuse_altered(plan: Plan, *, output: bool, inputs: bool) -> None:
     """
     recipe = load_record(plan.output / RECIPE)
     if output and (differing := altered(plan.output, recipe.files)):
-        told = [f"{name} {difference}" for name, difference in differing.items()]
+        changes = [f"{name} {difference}" for name, difference in differing.items()]
         raise OutputError(
-            f"{plan.output} is finished, but is no longer what was written:\n{some(told)}",
+            f"{plan.output} is finished, but is no longer what was written:\n{some(changes)}",
             hint="Write it again, with --force and without --resume.",
         )
     if not inputs:
         return
-    read = inputs_read(plan, digests_of(plan.inputs))
+    read = inputs_read(plan, digests_of(plan.paths))
     before = {name: record.get("digest") for name, record in recipe.inputs.items() if isinstance(record, dict)}
     if not all(before.get(name) for name in read):
         raise OutputError(
@@ -95,13 +95,13 @@ def refuse_altered(plan: Plan, *, output: bool, inputs: bool) -> None:
             "inputs held",
             hint="Write it again with --verify-inputs and --force; or compare what it makes now: lines verify OUT.",
         )
-    told = [
+    changes = [
         f"{name} holds {now['digest']}, {before[name]} was read"
         for name, now in read.items()
         if now["digest"] != before[name]
     ]
-    if told:
-        raise ChangedInputError(f"{plan.output} was made from other inputs than there are now:\n{some(told)}")
+    if changes:
+        raise ChangedInputError(f"{plan.output} was made from other inputs than there are now:\n{some(changes)}")
 
 
 def digests_of(paths: Iterable[Path]) -> dict[str, str]:
@@ -135,13 +135,13 @@ def replaceable(plan: Plan) -> frozenset[str]:
 def inputs_read(plan: Plan, contents: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """What the recipe records of each file that was read."""
     found: dict[str, dict[str, Any]] = {}
-    for checkpoint in plan.sides.checkpoints:
+    for checkpoint in plan.inputs.checkpoints:
         called = recorded_as(checkpoint, path_seen_from(plan.output, checkpoint))
-        for name, path, stamp in zip(called, checkpoint.files, checkpoint.stamps, strict=True):
-            told: dict[str, Any] = {"bytes": stamp.nbytes, "mtime_ns": stamp.mtime_ns, "header": stamp.header}
+        for name, path, state in zip(called, checkpoint.files, checkpoint.states, strict=True):
+            record: dict[str, Any] = {"bytes": state.nbytes, "mtime_ns": state.mtime_ns, "header": state.header}
             if os.path.realpath(path) in contents:
-                told["digest"] = contents[os.path.realpath(path)]
-            found[name] = told
+                record["digest"] = contents[os.path.realpath(path)]
+            found[name] = record
     return found
 
 
@@ -156,10 +156,10 @@ def recorded_as(checkpoint: Checkpoint, name: str) -> list[str]:
 
 def inputs_by_name(plan: Plan) -> dict[str, Checkpoint]:
     """The inputs by their names in the recipe."""
-    recipe, sides = plan.recipe, plan.sides
-    named = dict(zip((source.model for source in recipe.merged), sides.models, strict=True))
-    if recipe.base_model is not None and sides.has_base:
-        named[recipe.base_model] = sides.checkpoints[0]
+    recipe, inputs = plan.recipe, plan.inputs
+    named = dict(zip((source.model for source in recipe.merged), inputs.models, strict=True))
+    if recipe.base_model is not None and inputs.has_base:
+        named[recipe.base_model] = inputs.checkpoints[0]
     return named
 
 
@@ -199,7 +199,7 @@ def refuse_two_names(recipe: Recipe, named: Mapping[str, str]) -> None:
     )
     raise RecipeError(
         f"base_model {recipe.base_model} and {other}, one of the models, are one checkpoint",
-        hint="Give it one name: whether the base is among the models is told by that.",
+        hint="Give it one name: whether the base is among the models depends on that.",
     )
 
 

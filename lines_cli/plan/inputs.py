@@ -12,7 +12,7 @@ from lines_cli.hub.download import locate
 from lines_cli.recipe.schema import Recipe
 
 
-def open_inputs(recipe: Recipe, *, quiet: bool = False) -> Sides:
+def open_inputs(recipe: Recipe, *, quiet: bool = False) -> Inputs:
     """Open the recipe's base and models, fetching from the Hub what is no path; `quiet` without progress bars.
 
     Raises:
@@ -28,10 +28,10 @@ def open_inputs(recipe: Recipe, *, quiet: bool = False) -> Sides:
         return opened[name]
 
     base = [opening(recipe.base_model)] if recipe.base_model is not None and recipe.subtracts_base else []
-    return sides_of(recipe, *base, *(opening(source.model) for source in recipe.merged))
+    return inputs_of(recipe, *base, *(opening(source.model) for source in recipe.merged))
 
 
-def sides_of(recipe: Recipe, *checkpoints: Checkpoint) -> Sides:
+def inputs_of(recipe: Recipe, *checkpoints: Checkpoint) -> Inputs:
     """The inputs in their roles: the base first, if the recipe subtracts one, then the models of `recipe.merged`."""
     has_base = recipe.subtracts_base
     first_model = 1 if has_base else 0
@@ -39,11 +39,11 @@ def sides_of(recipe: Recipe, *checkpoints: Checkpoint) -> Sides:
     lead = 0 if has_base or recipe.base_model not in named else named.index(str(recipe.base_model))
     if recipe.like == "ft":
         lead = first_model
-    return Sides(checkpoints, has_base, lead, recipe.like == "ft" and len(checkpoints) == 2 and has_base)
+    return Inputs(checkpoints, has_base, lead, recipe.like == "ft" and len(checkpoints) == 2 and has_base)
 
 
 @dataclass(frozen=True)
-class Sides:
+class Inputs:
     """The inputs of a merge in the order of their files: the base, if there is one, and the models.
 
     Attributes:

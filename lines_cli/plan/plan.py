@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lines_cli.checkpoint.header import TensorInfo, itemsize
-from lines_cli.checkpoint.reader import Stamp
+from lines_cli.checkpoint.reader import FileState
 from lines_cli.checkpoint.sidecars import Sidecar
 from lines_cli.methods import ByMagnitude, Drawn, Measured, Values
 from lines_cli.methods.sparsify import Bounds
 from lines_cli.plan.coefficients import known, layer_coefficients, outside_coefficients, scale_at
-from lines_cli.plan.inputs import Sides
+from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.layout import OutputFile
-from lines_cli.plan.resources import Resources, Room
+from lines_cli.plan.resources import BytesPerEntry, Resources
 from lines_cli.plan.statistics import NOTHING_MEASURED, Needs, Statistics
-from lines_cli.plan.tensors import Draft, Piece
+from lines_cli.plan.tensors import Segment, TensorSpec
 from lines_cli.recipe.schema import Recipe
 from lines_cli.scaling.find_depth import DepthMap, Place
 from lines_cli.scaling.schedule import Rules
@@ -34,48 +34,48 @@ class TensorPlan(NamedTuple):
     """One output tensor: what it is, where it goes, what makes it.
 
     Attributes:
-        draft: its name, parameters, and sources, before anything was measured.
+        spec: its name, parameters, and sources, before anything was measured.
         file: the output file (a number into `Plan.outputs`).
         info: dtype, shape, offset in that file, bytes.
         place: its stack and layer; None outside the blocks.
         coefficient: in float64, before rounding to the compute dtype; NaN until what it depends on has been measured.
-        pieces: what it is made of, now that the coefficient is known.
+        segments: what it is made of, now that the coefficient is known.
     """
 
-    draft: Draft
+    spec: TensorSpec
     file: int
     info: TensorInfo
     place: Place | None
     coefficient: float
-    pieces: tuple[Piece, ...]
+    segments: tuple[Segment, ...]
 
     @property
     def name(self) -> str:
         """The output's name for it."""
-        return self.draft.name
+        return self.spec.name
 
     @property
     def values(self) -> Values:
         """The method's parameters for it."""
-        return self.draft.values
+        return self.spec.values
 
     @property
     def in_float64(self) -> bool:
         """Whether its arithmetic runs in float64, because an input does; else in float32."""
-        return self.draft.in_float64
+        return self.spec.in_float64
 
-    def shape_of(self, piece: Piece) -> tuple[int, ...]:
-        """The shape of a piece: the tensor's, or that of its first rows where only these are merged."""
+    def shape_of(self, segment: Segment) -> tuple[int, ...]:
+        """The shape of a segment: the tensor's, or that of its first rows where only these are merged."""
         shape = self.info.shape
-        if piece.numel == self.info.numel:
+        if segment.numel == self.info.numel:
             return tuple(shape)
         axis = next(axis for axis, size in enumerate(shape) if size != 1)
-        return (*shape[:axis], piece.numel // math.prod(shape[axis + 1 :]), *shape[axis + 1 :])
+        return (*shape[:axis], segment.numel // math.prod(shape[axis + 1 :]), *shape[axis + 1 :])
 
     @property
     def edited(self) -> bool:
         """Whether any entry is computed; otherwise all are copied (or cast)."""
-        return any(piece.models for piece in self.pieces)
+        return any(segment.models for segment in self.segments)
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ class Plan:
 
     Attributes:
         recipe: what was asked.
-        sides: the opened inputs.
-        inputs: every file that is read: the base's, then the models'.
+        inputs: the opened inputs.
+        paths: every file that is read: the base's, then the models'.
         output: the destination, a folder or one file.
         outputs: the weight files to write.
         tensors: every output tensor, in file order.
@@ -99,8 +99,8 @@ class Plan:
     """
 
     recipe: Recipe
-    sides: Sides
-    inputs: tuple[Path, ...]
+    inputs: Inputs
+    paths: tuple[Path, ...]
     output: Path
     outputs: tuple[OutputFile, ...]
     tensors: tuple[TensorPlan, ...]
@@ -115,7 +115,7 @@ class Plan:
     @property
     def read_paths(self) -> tuple[Path, ...]:
         """Everything the output must not replace: the inputs as they were named, and all their files."""
-        return (*(checkpoint.path for checkpoint in self.sides.checkpoints), *self.inputs)
+        return (*(checkpoint.path for checkpoint in self.inputs.checkpoints), *self.paths)
 
     @property
     def names(self) -> frozenset[str]:
@@ -123,9 +123,9 @@ class Plan:
         return frozenset((*(file.name for file in self.outputs), *(sidecar.name for sidecar in self.sidecars)))
 
     @property
-    def stamps(self) -> tuple[Stamp, ...]:
-        """The state that each of `inputs` was in when it was planned with."""
-        return tuple(stamp for checkpoint in self.sides.checkpoints for stamp in checkpoint.stamps)
+    def states(self) -> tuple[FileState, ...]:
+        """The state that each of `paths` was in when it was planned with."""
+        return tuple(state for checkpoint in self.inputs.checkpoints for state in checkpoint.states)
 
     @property
     def alpha(self) -> float | None:
@@ -188,15 +188,15 @@ class Plan:
     @property
     def bytes_read(self) -> int:
         """Bytes of tensor data read from the inputs by the last pass, the one that writes."""
-        return _bytes_of(piece for tensor in self.tensors for piece in tensor.pieces)
+        return _bytes_of(segment for tensor in self.tensors for segment in tensor.segments)
 
     @property
     def bytes_measured(self) -> int:
         """Bytes of tensor data that one measuring pass reads."""
-        return _bytes_of(piece for tensor in self.tensors for piece in tensor.pieces if piece.models)
+        return _bytes_of(segment for tensor in self.tensors for segment in tensor.segments if segment.models)
 
     @cached_property
-    def room(self) -> Room:
+    def per_entry(self) -> BytesPerEntry:
         """What one entry takes of a worker's buffers."""
         models = self.number_of_models
         stored, written = self.widths
@@ -204,7 +204,7 @@ class Plan:
         temporaries = 0 if models == 1 else method.temporaries
         temporaries += models if isinstance(method.sparsifier, Drawn) else 0
         temporaries += 2 * models + 1 if self.needs.thresholds else 0  # how far magnitudes are from a window
-        return Room(stored, written, 8 if self.in_float64 else 4, models + 1, temporaries)
+        return BytesPerEntry(stored, written, 8 if self.in_float64 else 4, models + 1, temporaries)
 
     def buffer_bytes(self, resources: Resources) -> int:
         """Bytes of the workers' buffers on the CPU: an input and the output as they are stored, and what the arithmetic
@@ -212,7 +212,7 @@ class Plan:
         """
         models = self.number_of_models
         counts = models * BYTES_COUNTING if self.needs.thresholds else 0
-        buffers = resources.threads * (resources.chunk_for(self.room) * self.room.nbytes() + counts)
+        buffers = resources.threads * (resources.chunk_for(self.per_entry) * self.per_entry.nbytes() + counts)
         return buffers + self.whole_bytes(resources.threads)
 
     def whole_bytes(self, workers: int) -> int:
@@ -223,11 +223,11 @@ class Plan:
         if method.sees == "entries":
             return 0
         each = [
-            piece.numel * (8 if tensor.in_float64 else 4) * (self.number_of_models + 2)
-            + method.workspace(tensor.shape_of(piece))
+            segment.numel * (8 if tensor.in_float64 else 4) * (self.number_of_models + 2)
+            + method.workspace(tensor.shape_of(segment))
             for tensor in self.tensors
-            for piece in tensor.pieces
-            if piece.models
+            for segment in tensor.segments
+            if segment.models
         ]
         return sum(sorted(each, reverse=True)[:workers])
 
@@ -239,7 +239,7 @@ class Plan:
     @cached_property
     def widths(self) -> tuple[int, int]:
         """Bytes of the widest entry that is read, and of the widest that is written."""
-        read = {itemsize(source.dtype) for t in self.tensors for p in t.pieces for source in p.sources}
+        read = {itemsize(source.dtype) for t in self.tensors for p in t.segments for source in p.sources}
         return max(read, default=0), max((itemsize(tensor.info.dtype) for tensor in self.tensors), default=0)
 
     def peak_memory(self, resources: Resources) -> int:
@@ -308,16 +308,16 @@ class Plan:
     @cached_property
     def _values(self) -> list[Values]:
         """The different parameters that tensors have."""
-        paired = (tensor.draft for tensor in self.tensors if tensor.draft.paired)
-        return list({id(draft.values): draft.values for draft in paired}.values()) or [self.recipe.values("", 0.0)]
+        paired = (tensor.spec for tensor in self.tensors if tensor.spec.paired)
+        return list({id(spec.values): spec.values for spec in paired}.values()) or [self.recipe.values("", 0.0)]
 
     @staticmethod
     def _span(values: list[Any]) -> list[Any] | None:
         """The least and the greatest; of words and flags the one there is."""
-        told = [value for value in values if value is not None]
-        if not told:
+        known_values = [value for value in values if value is not None]
+        if not known_values:
             return None
-        return told[:1] if isinstance(told[0], (str, bool)) else [min(told), max(told)]
+        return known_values[:1] if isinstance(known_values[0], (str, bool)) else [min(known_values), max(known_values)]
 
     def summary(self) -> dict[str, Any]:
         """The plan in numbers, as plain values that JSON can hold (docs/json.md describes them)."""
@@ -357,7 +357,7 @@ class Plan:
                 {
                     "pattern": pattern,
                     "coefficient": value,
-                    **counts(t for t in self.tensors if t.draft.filter == pattern),
+                    **counts(t for t in self.tensors if t.spec.filter == pattern),
                 }
                 for pattern, value in self.filters()
             ],
@@ -369,8 +369,8 @@ class Plan:
         }
 
 
-def _bytes_of(pieces: Iterable[Piece]) -> int:
-    return sum(piece.numel * itemsize(source.dtype) for piece in pieces for source in piece.sources)
+def _bytes_of(segments: Iterable[Segment]) -> int:
+    return sum(segment.numel * itemsize(source.dtype) for segment in segments for source in segment.sources)
 
 
 BYTES_COUNTING = 6 * 2**20

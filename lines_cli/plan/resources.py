@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lines_cli.errors import RecipeError
 
-BLOCK = 64 * 1024
+SUM_BLOCK = 64 * 1024
 """Entries whose sum is taken in one go when a norm is measured; no chunk that is measured cuts one."""
 
 _ON_CPU = 384 * 1024  # entries: more gain nothing
@@ -53,24 +53,24 @@ class Resources:
         """How many workers there will be on that many CUDA devices: while one waits for the disk, others compute."""
         return max(devices, self.workers or _WORKERS * devices)
 
-    def chunk_for(self, room: Room, *, fits: int | None = None, whole_blocks: bool = False) -> int:
+    def chunk_for(self, per_entry: BytesPerEntry, *, fits: int | None = None, whole_blocks: bool = False) -> int:
         """Entries per step. On the CPU fewer where there are many models, so that a chunk of each, and what is computed
         of them, stays near a core's cache; yet no fewer than are worth the calls.
 
         Args:
-            room: what one entry takes.
+            per_entry: what one entry takes.
             fits: on a device of its own memory: how many entries have room in a worker's share of it.
             whole_blocks: a multiple of BLOCK, for what is measured block by block.
         """
         if fits is None:
-            chunk = self.chunk or max(BLOCK, min(_ON_CPU, _IN_CACHE // room.nbytes()) // BLOCK * BLOCK)
+            chunk = self.chunk or max(SUM_BLOCK, min(_ON_CPU, _IN_CACHE // per_entry.nbytes()) // SUM_BLOCK * SUM_BLOCK)
         else:
-            chunk = min(self.chunk or _ON_CUDA, fits // BLOCK * BLOCK)
-        return max(BLOCK, chunk // BLOCK * BLOCK) if whole_blocks else chunk
+            chunk = min(self.chunk or _ON_CUDA, fits // SUM_BLOCK * SUM_BLOCK)
+        return max(SUM_BLOCK, chunk // SUM_BLOCK * SUM_BLOCK) if whole_blocks else chunk
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class BytesPerEntry:
     """What one entry of a chunk takes of a worker's buffers.
 
     Attributes:

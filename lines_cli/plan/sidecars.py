@@ -25,11 +25,11 @@ def with_sidecars(plan: Plan) -> Plan:
     """The plan with everything that stands beside the weights in a folder; the index comes last, so that it is
     written last.
     """
-    recipe, sides = plan.recipe, plan.sides
-    inputs = inputs_by_name(plan)
+    recipe, inputs = plan.recipe, plan.inputs
+    by_name = inputs_by_name(plan)
 
     def named(name: str | None) -> Checkpoint | None:
-        return inputs[str(recipe.base_model) if name == "base" else name] if name is not None else None
+        return by_name[str(recipe.base_model) if name == "base" else name] if name is not None else None
 
     tokenizer = named(recipe.tokenizer_source)
     if tokenizer is not None and (other_rows := plan.rows.keys() & _vocabularies(tokenizer)):
@@ -38,14 +38,14 @@ def with_sidecars(plan: Plan) -> Plan:
             f"resize: {recipe.resize} keeps {plan.rows[min(other_rows)]:,}",
             hint="Take the tokenizer of the input whose rows are kept.",
         )
-    order = [sides.lead, *(number for number in range(len(sides.checkpoints)) if number != sides.lead)]
+    order = [inputs.lead, *(number for number in range(len(inputs.checkpoints)) if number != inputs.lead)]
     carried, notes = carry_over(
-        [sides.checkpoints[number] for number in order],
-        called=[sides.called(number) for number in order],
+        [inputs.checkpoints[number] for number in order],
+        called=[inputs.called(number) for number in order],
         dtype=recipe.dtype,
         stored=_most_common_dtype(plan),
         rows=plan.rows,
-        rows_of=sides.checkpoints[0] if recipe.resize == "base" else sides.models[0],
+        rows_of=inputs.checkpoints[0] if recipe.resize == "base" else inputs.models[0],
         tokenizer=tokenizer,
         chat_template=named(recipe.chat_template),
     )
@@ -53,7 +53,7 @@ def with_sidecars(plan: Plan) -> Plan:
     if len(plan.outputs) > 1:
         weight_map = {tensor.name: plan.outputs[tensor.file].name for tensor in plan.tensors}
         nbytes = sum(tensor.info.nbytes for tensor in plan.tensors)
-        sidecars.append(index_file(sides.leading.stem, weight_map, nbytes=nbytes, parameters=plan.parameters))
+        sidecars.append(index_file(inputs.leading.stem, weight_map, nbytes=nbytes, parameters=plan.parameters))
     return replace(plan, sidecars=tuple(sidecars), notes=(*plan.notes, *notes))
 
 
@@ -84,7 +84,7 @@ def contents_beside(
 
 def with_numbers(plan: Plan) -> tuple[Sidecar, Sidecar]:
     """The sidecars that say what was measured: the model card, and the recipe with everything resolved."""
-    recipe, sides, norms = plan.recipe, plan.sides, plan.statistics.norms
+    recipe, inputs, norms = plan.recipe, plan.inputs, plan.statistics.norms
     named = named_inputs(plan, seen_from=plan.output)
     why = f"(1/{norms.models}) * {norms.total!r} / {norms.merged!r}" if norms else f"1/{plan.number_of_models}"
     text = dump_recipe(recipe, named=named, alpha=plan.alpha, why=why)
@@ -93,9 +93,9 @@ def with_numbers(plan: Plan) -> tuple[Sidecar, Sidecar]:
             title=plan.output.name if plan.output.name not in ("", "..") else plan.output.resolve().name,
             method=recipe.merge_method,
             about=recipe.method.about,
-            base=sides.checkpoints[0] if sides.has_base else None,
-            models=sides.models,
-            like=sides.leading,
+            base=inputs.checkpoints[0] if inputs.has_base else None,
+            models=inputs.models,
+            like=inputs.leading,
             alone=is_alone(recipe, recipe.values("", 0.0)),
             scaled=recipe.lines is not None,
             coefficients=plan.coefficients(),

@@ -51,7 +51,7 @@ class Statistics:
     products: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
     norms: Norms | None = None
 
-    def told(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """All of it as JSON has it, every number exactly."""
         return {
             "thresholds": [[*key, value] for key, value in self.thresholds.items()],
@@ -63,22 +63,22 @@ class Statistics:
         }
 
     @classmethod
-    def of(cls, told: Mapping[str, Any], models: int) -> Statistics:
-        """What `told` gave, of so many models.
+    def of(cls, json: Mapping[str, Any], models: int) -> Statistics:
+        """What `to_json` gave, of so many models.
 
         Raises:
             KeyError, TypeError, ValueError, AttributeError: it gave something else.
         """
         found = cls(
-            {(model, tensor): tuple(map(_number_or_none, bounds)) for model, tensor, bounds in told["thresholds"]},
-            tuple((kept, of) for kept, of in told["kept"]),
-            told["majority"],
+            {(model, tensor): tuple(map(_number_or_none, bounds)) for model, tensor, bounds in json["thresholds"]},
+            tuple((kept, of) for kept, of in json["kept"]),
+            json["majority"],
             {
                 name: tuple((_number(before), _number(after)) for before, after in sums)
-                for name, sums in told["l1"].items()
+                for name, sums in json["l1"].items()
             },
-            {name: (_number(a), _number(b), _number(c)) for name, (a, b, c) in told["products"].items()},
-            Norms(*map(_number, told["norms"])) if told["norms"] else None,
+            {name: (_number(a), _number(b), _number(c)) for name, (a, b, c) in json["products"].items()},
+            Norms(*map(_number, json["norms"])) if json["norms"] else None,
         )
         counted = [number for pair in found.kept for number in pair]
         if (
@@ -92,7 +92,7 @@ class Statistics:
             or any(len(sums) != models for sums in found.l1.values())
             or (found.norms is not None and found.norms.models != models)
         ):
-            raise ValueError(told)
+            raise ValueError(json)
         return found
 
 

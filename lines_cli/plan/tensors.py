@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from lines_cli.checkpoint.header import EXACT_DTYPES, TensorInfo, itemsize
-from lines_cli.checkpoint.reader import no_collecting
+from lines_cli.checkpoint.reader import gc_paused
 from lines_cli.errors import (
     MismatchError,
     RecipeError,
@@ -14,7 +14,7 @@ from lines_cli.errors import (
     some,
 )
 from lines_cli.methods import Values
-from lines_cli.plan.inputs import Sides
+from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.match import Names
 from lines_cli.plan.tied_weights import is_vocabulary, tied_embedding
 from lines_cli.recipe.schema import Recipe
@@ -25,8 +25,8 @@ STORED = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF1
 """Float dtypes as recipes and configs name them, and as safetensors does."""
 
 
-class Slice(NamedTuple):
-    """A run of entries in an input: which file (a number into `Plan.inputs`), where its bytes start, and how to
+class SourceRange(NamedTuple):
+    """A run of entries in an input: which file (a number into `Plan.paths`), where its bytes start, and how to
     read them.
     """
 
@@ -35,7 +35,7 @@ class Slice(NamedTuple):
     dtype: str
 
 
-class Piece(NamedTuple):
+class Segment(NamedTuple):
     """A run of entries of one output tensor, made by one operation.
 
     Either they are a copy, cast to the output dtype; or they are merged: `base + coefficient * merged task vector`, or,
@@ -51,19 +51,19 @@ class Piece(NamedTuple):
 
     start: int
     numel: int
-    copy: Slice | None = None
-    base: Slice | None = None
-    models: tuple[Slice, ...] = ()
-    compare: tuple[Slice, ...] = ()
+    copy: SourceRange | None = None
+    base: SourceRange | None = None
+    models: tuple[SourceRange, ...] = ()
+    compare: tuple[SourceRange, ...] = ()
 
     @property
-    def sources(self) -> tuple[Slice, ...]:
+    def sources(self) -> tuple[SourceRange, ...]:
         """Everything that is read for it."""
         single = (self.copy,) if self.copy is not None else ()
         return (*single, *((self.base,) if self.base is not None else ()), *self.models, *self.compare)
 
 
-class Draft(NamedTuple):
+class TensorSpec(NamedTuple):
     """An output tensor before its place in a file is known; `misfit` says why it cannot be made."""
 
     name: str
@@ -71,7 +71,7 @@ class Draft(NamedTuple):
     values: Values  # the method's parameters for it
     dtype: str
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...] = ()
+    segments: tuple[Segment, ...] = ()
     filter: str | None = None  # the pattern that decides its coefficient, if one does
     in_float64: bool = False  # whether it is computed in float64, because an input is stored so
     rows: tuple[frozenset[int], int] | None = None  # numbers of vocabulary rows, where they differ: others', the kept
@@ -79,10 +79,10 @@ class Draft(NamedTuple):
     misfit: str | None = None
 
 
-@no_collecting()
-def draft_tensors(
-    recipe: Recipe, sides: Sides, depth: DepthMap, rules: Rules, rows: Mapping[str, Names]
-) -> list[Draft]:
+@gc_paused()
+def specify_tensors(
+    recipe: Recipe, inputs: Inputs, depth: DepthMap, rules: Rules, rows: Mapping[str, Names]
+) -> list[TensorSpec]:
     """What makes each output tensor. Those whose shapes or dtypes differ, and of which the recipe does not say what to
     do, are misfits (`refuse_misfits`).
 
@@ -91,58 +91,58 @@ def draft_tensors(
     """
     refuse_idle_filters(rules, rows)
     held, first_file = [], 0
-    for checkpoint in sides.checkpoints:
+    for checkpoint in inputs.checkpoints:
         held.append((checkpoint.tensors, first_file))
         first_file += len(checkpoint.files)
-    config = sides.config_of(sides.lead)
+    config = inputs.config_of(inputs.lead)
     values_for = TensorValues(recipe, depth)
 
-    drafts = []
+    specs = []
     for name, row in rows.items():
         place = depth.places.get(name)
         # A head that is tied to its embedding is one weight with it, and has one coefficient.
-        embedding = tied_embedding(name, sides.leading, config) if place is None else None
+        embedding = tied_embedding(name, inputs.leading, config) if place is None else None
         counts_as = name if embedding is None else embedding
-        slices, infos = [], []
+        ranges, infos = [], []
         for (tensors, first_file), there in zip(held, row):  # noqa: B905 - as many by `Names`; strictness takes time
             if there is not None:
                 file, info = tensors[there]
-                slices.append(Slice(first_file + file, info.offset, info.dtype))
+                ranges.append(SourceRange(first_file + file, info.offset, info.dtype))
                 infos.append(info)
-        drafts.append(
+        specs.append(
             _draft_one(
                 recipe,
-                sides,
+                inputs,
                 (name, counts_as, values_for(counts_as)),
-                tuple(slices),
+                tuple(ranges),
                 infos,
                 decided_by=rules.filter_of(counts_as),
                 may_resize=place is None and is_vocabulary(name),
             )
         )
     for key, parameter in recipe.method.parameters.items():
-        silent = [draft.name for draft in drafts if parameter.required and draft.paired and draft.values[key] is None]
+        silent = [spec.name for spec in specs if parameter.required and spec.paired and spec.values[key] is None]
         if silent:
             raise RecipeError(
                 f"parameters.{key} says nothing of {len(silent):,} tensors, such as {printable(silent[0])}",
                 hint="Add `- value: NUMBER` as its last entry, for all that no filter matches.",
             )
-    return drafts
+    return specs
 
 
-def refuse_misfits(drafts: Sequence[Draft], sides: Sides) -> None:
+def refuse_misfits(specs: Sequence[TensorSpec], inputs: Inputs) -> None:
     """Refuse inputs that do not fit together.
 
     Raises:
         MismatchError: names every misfit.
     """
-    misfits = [f"{printable(draft.name)}: {draft.misfit}" for draft in drafts if draft.misfit]
+    misfits = [f"{printable(spec.name)}: {spec.misfit}" for spec in specs if spec.misfit]
     if misfits:
-        between = " and ".join(checkpoint.name for checkpoint in sides.checkpoints)
-        said = "--resize ft or --resize base" if sides.of_an_edit else "resize: base or resize: ft in the recipe"
+        between = " and ".join(checkpoint.name for checkpoint in inputs.checkpoints)
+        said = "--resize ft or --resize base" if inputs.of_an_edit else "resize: base or resize: ft in the recipe"
         raise MismatchError(
             f"{len(misfits):,} tensor(s) do not fit between {between} "
-            f"({'base first' if sides.has_base else 'in that order'}):\n{some(misfits)}",
+            f"({'base first' if inputs.has_base else 'in that order'}):\n{some(misfits)}",
             hint=f"Rows of token embeddings and their heads can be settled with {said}; "
             "any other difference means that the fine-tune is of another model, or its module was replaced.",
         )
@@ -177,49 +177,49 @@ class TensorValues:
 
 def _draft_one(
     recipe: Recipe,
-    sides: Sides,
+    inputs: Inputs,
     begun: tuple[str, str, Values],
-    slices: tuple[Slice, ...],
+    ranges: tuple[SourceRange, ...],
     infos: Sequence[TensorInfo],
     *,
     decided_by: str | None,
     may_resize: bool,
-) -> Draft:
-    """One draft: of the sides that have the tensor (`slices` and `infos` are theirs), what they hold put together."""
-    if len(infos) < len(sides.checkpoints):  # not merged: as it is in the first that has it
-        info, whole = infos[0], Piece(0, infos[0].numel, copy=slices[0])
-        return Draft(*begun, _written_as(recipe, info.dtype), info.shape, (whole,), paired=False)
-    lead = infos[sides.lead]
+) -> TensorSpec:
+    """One spec: of the inputs that have the tensor (`ranges` and `infos` are theirs), what they hold put together."""
+    if len(infos) < len(inputs.checkpoints):  # not merged: as it is in the first that has it
+        info, whole = infos[0], Segment(0, infos[0].numel, copy=ranges[0])
+        return TensorSpec(*begun, _written_as(recipe, info.dtype), info.shape, (whole,), paired=False)
+    lead = infos[inputs.lead]
     dtype = _written_as(recipe, lead.dtype)
-    base, models = (slices[0], slices[1:]) if sides.has_base else (None, slices)
+    base, models = (ranges[0], ranges[1:]) if inputs.has_base else (None, ranges)
     if not [info for info in infos if info.shape != lead.shape or info.dtype != lead.dtype]:
-        whole = Piece(0, lead.numel, None, base, models)
-        return Draft(*begun, dtype, lead.shape, (whole,), decided_by, lead.dtype == "F64")
+        whole = Segment(0, lead.numel, None, base, models)
+        return TensorSpec(*begun, dtype, lead.shape, (whole,), decided_by, lead.dtype == "F64")
 
     dtypes = dict.fromkeys(info.dtype for info in infos)
     in_float64 = "F64" in dtypes
     if len(dtypes) > 1 and not EXACT_DTYPES.isdisjoint(dtypes):
         misfit = f"{' and '.join(dtypes)}, of which one cannot be computed with"
-        return Draft(*begun, dtype, lead.shape, filter=decided_by, misfit=misfit)
+        return TensorSpec(*begun, dtype, lead.shape, filter=decided_by, misfit=misfit)
     if len({info.shape for info in infos}) == 1:
-        whole = Piece(0, lead.numel, base=base, models=models)
-        return Draft(*begun, dtype, lead.shape, (whole,), decided_by, in_float64)
+        whole = Segment(0, lead.numel, base=base, models=models)
+        return TensorSpec(*begun, dtype, lead.shape, (whole,), decided_by, in_float64)
 
     misfit = " and ".join(str(list(info.shape)) for info in infos)
     axis = _row_axis([info.shape for info in infos]) if may_resize else None
     if axis is None or recipe.resize == "error":
         if axis is not None:
-            misfit += f", which {'--resize' if sides.of_an_edit else 'resize:'} would settle"
-        return Draft(*begun, dtype, lead.shape, filter=decided_by, misfit=misfit)
-    keeping = 0 if recipe.resize == "base" else len(slices) - len(models)
-    kept, source = infos[keeping], slices[keeping]
+            misfit += f", which {'--resize' if inputs.of_an_edit else 'resize:'} would settle"
+        return TensorSpec(*begun, dtype, lead.shape, filter=decided_by, misfit=misfit)
+    keeping = 0 if recipe.resize == "base" else len(ranges) - len(models)
+    kept, source = infos[keeping], ranges[keeping]
     shared = min(info.numel for info in infos)
-    pieces = [Piece(0, shared, base=base, models=models)]
+    segments = [Segment(0, shared, base=base, models=models)]
     if kept.numel > shared:  # rows that only the kept side surely has: as they are there
-        rest = Slice(source.file, source.offset + shared * itemsize(source.dtype), source.dtype)
-        pieces.append(Piece(shared, kept.numel - shared, copy=rest))
+        rest = SourceRange(source.file, source.offset + shared * itemsize(source.dtype), source.dtype)
+        segments.append(Segment(shared, kept.numel - shared, copy=rest))
     others = frozenset(info.shape[axis] for info in infos if info.shape != kept.shape)
-    return Draft(*begun, dtype, kept.shape, tuple(pieces), decided_by, in_float64, (others, kept.shape[axis]))
+    return TensorSpec(*begun, dtype, kept.shape, tuple(segments), decided_by, in_float64, (others, kept.shape[axis]))
 
 
 def _written_as(recipe: Recipe, dtype: str) -> str:

@@ -246,7 +246,7 @@ class Source(_Part):
 
     Attributes:
         model: a path or a Hub id.
-        parameters: what its method is told of this model, before what stands at the top.
+        parameters: parameters of its method for this model; they go before those at the top.
         layer_range: of a source of mergekit's `slices`; only a whole stack can be meant.
     """
 

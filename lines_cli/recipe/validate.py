@@ -38,9 +38,9 @@ def make_recipe(values: Mapping[Any, Any], *, where: str, at: Mapping[Place, str
     if recipe is not None and not problems:
         recipe = _with_parameters(recipe, problems, said_at)
     if recipe is None or problems:
-        told = [_at(place, at or {}) + what for place, what in problems[:_MOST_PROBLEMS]]
-        more = f"; and {len(problems) - len(told):,} more" if len(problems) > len(told) else ""
-        raise RecipeError(f"{where}: {'; '.join(told)}{more}")
+        listed = [_at(place, at or {}) + what for place, what in problems[:_MOST_PROBLEMS]]
+        more = f"; and {len(problems) - len(listed):,} more" if len(problems) > len(listed) else ""
+        raise RecipeError(f"{where}: {'; '.join(listed)}{more}")
     return recipe
 
 

@@ -45,9 +45,9 @@ def _with_record(recipe: Recipe, names: Mapping[str, str]) -> Recipe:
     """
     recorded: dict[str, Any] = {}
     for name, before in names.items():
-        for called, told in recipe.inputs.items():
+        for called, record in recipe.inputs.items():
             if called == before or called.startswith(f"{before}/"):
-                recorded[name + called[len(before) :]] = told
+                recorded[name + called[len(before) :]] = record
     return recipe.model_copy(update={"inputs": recorded}) if recipe.inputs else recipe
 
 
@@ -344,6 +344,6 @@ def dump_recipe(recipe: Recipe, *, named: Mapping[str, str], alpha: float | None
 def dump_record(run: str, inputs: Mapping[str, Mapping[str, Any]], files: Mapping[str, FileRecord]) -> str:
     """The recipe's `run`, `inputs` and `files` as YAML, to stand behind a dumped recipe."""
     written = {name: {"bytes": files[name].nbytes, "digest": files[name].digest} for name in sorted(files)}
-    values = {"run": run, "inputs": {name: dict(told) for name, told in inputs.items()}, "files": written}
+    values = {"run": run, "inputs": {name: dict(record) for name, record in inputs.items()}, "files": written}
     text = yaml.safe_dump(values, sort_keys=False, width=1_000)
     return f"# What was read, and written beside this file. Run again, the recipe tells of other inputs by it.\n{text}"

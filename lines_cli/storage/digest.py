@@ -1,4 +1,4 @@
-"""What a file held when it was written, as a line of text, so that it can be told later whether it still does.
+"""What a file held when it was written, as a line of text, so that one can check later whether it still does.
 
 A *tree digest* is the SHA-256 of the SHA-256 digests of a file's consecutive blocks, the last of which may be short.
 Its blocks can be hashed by several threads and in any order, each on its way to the file; a plain digest of a large
@@ -20,13 +20,13 @@ from lines_cli.errors import CheckpointError
 from lines_cli.storage.beside import leads_out, outside
 from lines_cli.storage.files import open_regular, read_into
 
-BLOCK = 4 * 2**20
+DIGEST_BLOCK = 4 * 2**20
 """Bytes of a block."""
 
-PIECE = 2**20
+WRITE_SIZE = 2**20
 """Bytes that are written at a time: enough for a disk, and still in the core's cache when they are hashed."""
 
-BLOCKS_ON_CUDA = 8
+DIGEST_BLOCKS_ON_CUDA = 8
 """Blocks of a file that a worker makes in one go there, where chunks are larger; else one."""
 
 _KIND = "sha256-tree-4MiB:"  # names the algorithm and the block: another of either is another kind
@@ -45,20 +45,20 @@ class FileRecord:
 def record_of(content: bytes) -> FileRecord:
     """The record of a file whose content is in memory."""
     view = memoryview(content)
-    blocks = (sha256(view[start : start + BLOCK]).digest() for start in range(0, len(view), BLOCK))
+    blocks = (sha256(view[start : start + DIGEST_BLOCK]).digest() for start in range(0, len(view), DIGEST_BLOCK))
     return FileRecord(len(content), _root(blocks))
 
 
 def is_step(step: Any) -> bool:
     """Whether that many bytes of a file may be written, or compared, at a time."""
-    return type(step) is int and step in (BLOCK, BLOCK * BLOCKS_ON_CUDA)
+    return type(step) is int and step in (DIGEST_BLOCK, DIGEST_BLOCK * DIGEST_BLOCKS_ON_CUDA)
 
 
 def is_part(file: Any, start: Any, blocks: Sequence[bytes], sizes: Sequence[int], step: int) -> bool:
     """Whether what a journal calls a part is one: of which of the files of these sizes, its start, its digests."""
     if not (type(file) is type(start) is int and 0 <= file < len(sizes) and 0 <= start < sizes[file]):
         return False
-    whole = len(blocks) == -(-min(step, sizes[file] - start) // BLOCK)
+    whole = len(blocks) == -(-min(step, sizes[file] - start) // DIGEST_BLOCK)
     return start % step == 0 and whole and all(len(block) == sha256().digest_size for block in blocks)
 
 
@@ -68,7 +68,7 @@ def file_digest(path: Path) -> str:
     Raises:
         OSError: it cannot be read.
     """
-    return _root(_digests(path, range(0, path.stat().st_size, BLOCK)))
+    return _root(_digests(path, range(0, path.stat().st_size, DIGEST_BLOCK)))
 
 
 def intact(path: Path, blocks: Mapping[int, bytes]) -> set[int]:
@@ -106,15 +106,15 @@ class GrowingDigest:
 
     def __init__(self, nbytes: int) -> None:
         self._nbytes = nbytes
-        self._blocks = [b""] * -(-nbytes // BLOCK)
+        self._blocks = [b""] * -(-nbytes // DIGEST_BLOCK)
 
     def wrote(self, start: int, digest: bytes) -> None:
         """Take account of the block from `start` on, which has been written, and of its digest."""
-        self._blocks[start // BLOCK] = digest
+        self._blocks[start // DIGEST_BLOCK] = digest
 
     def blocks(self, start: int, end: int) -> tuple[bytes, ...]:
         """The digests of the blocks from `start`, where one begins, up to `end`."""
-        return tuple(self._blocks[start // BLOCK : -(-end // BLOCK)])
+        return tuple(self._blocks[start // DIGEST_BLOCK : -(-end // DIGEST_BLOCK)])
 
     def record(self) -> FileRecord:
         """What was written, when all of it is."""
@@ -165,7 +165,7 @@ class RangeWriter:
         """Write what is left."""
         if self._waiting:
             self._flush()
-        if self._written % BLOCK:
+        if self._written % DIGEST_BLOCK:
             self._end_block()
 
     def _flush(self) -> None:
@@ -174,11 +174,11 @@ class RangeWriter:
         self._file.write(piece, self._written)
         self._written += self._waiting
         self._waiting = 0
-        if self._written % BLOCK == 0:
+        if self._written % DIGEST_BLOCK == 0:
             self._end_block()
 
     def _end_block(self) -> None:
-        self._digest.wrote((self._written - 1) // BLOCK * BLOCK, self._hash.digest())
+        self._digest.wrote((self._written - 1) // DIGEST_BLOCK * DIGEST_BLOCK, self._hash.digest())
         self._hash = sha256()
 
 
@@ -200,7 +200,7 @@ def altered(folder: Path, files: Mapping[str, FileRecord]) -> dict[str, str]:
             )
     found = {name: _difference(folder / name, written) for name, written in files.items()}
     return {
-        # Of a file elsewhere nothing is told, neither its size nor its digest.
+        # Of a file elsewhere nothing is said, neither its size nor its digest.
         name: difference if outside(folder, name) is None else "is a link that leaves the folder, to something else"
         for name, difference in found.items()
         if difference is not None
@@ -226,7 +226,7 @@ def _difference(path: Path, written: FileRecord) -> str | None:
 
 def _of_block(fd: int, start: int, nbytes: int) -> bytes:
     """The digest of the block that begins at `start` in a file of `nbytes`."""
-    digest, end = sha256(), min(start + BLOCK, nbytes)
+    digest, end = sha256(), min(start + DIGEST_BLOCK, nbytes)
     buffer = memoryview(bytearray(max(0, min(_READ, end - start))))
     for offset in range(start, end, _READ):
         piece = buffer[: end - offset]

@@ -20,7 +20,7 @@ from zlib import crc32
 from lines_cli.storage.beside import leads_out
 from lines_cli.storage.files import read_small
 
-Told = dict[str, Any]
+Json = dict[str, Any]
 """What JSON can hold."""
 
 _FIRST = b'{"run":'  # what a journal begins with
@@ -29,20 +29,20 @@ _LARGEST = 2**30  # bytes: a terabyte of output has lines of some 30 MB
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class WrittenRange:
     """A part of an output file that was written.
 
     Attributes:
         file: the file's number.
         start: where in it the part begins, in bytes; a multiple of the digest's block.
         blocks: the SHA-256 digest of each of its blocks.
-        told: what the run has to tell of it.
+        tally: what the run counted in it.
     """
 
     file: int
     start: int
     blocks: tuple[bytes, ...]
-    told: Told
+    tally: Json
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Publishing:
 
 
 @dataclass(frozen=True, slots=True)
-class Story:
+class JournalContents:
     """What a journal holds.
 
     Attributes:
@@ -72,11 +72,11 @@ class Story:
         nbytes: how much of the file can be read; the last line may be cut short.
     """
 
-    run: Told
+    run: Json
     names: frozenset[str]
     replaces: dict[str, tuple[int, int, int, int]] | None
-    measured: Told | None
-    parts: tuple[Part, ...]
+    measured: Json | None
+    parts: tuple[WrittenRange, ...]
     publishing: Publishing | None
     nbytes: int
 
@@ -94,7 +94,7 @@ class Journal:
         OSError: it cannot be written.
     """
 
-    def __init__(self, path: Path, names: Iterable[str], run: Told | None = None, *, keep: int = 0) -> None:
+    def __init__(self, path: Path, names: Iterable[str], run: Json | None = None, *, keep: int = 0) -> None:
         kept = b""
         if keep and path.lstat().st_nlink > 1:  # a backup shares the file
             kept, keep = read_small(path, _LARGEST, follow=False)[:keep], 0
@@ -118,16 +118,16 @@ class Journal:
         """What stands at the destination, and is to be replaced."""
         self._append({"replaces": {name: [*entry] for name, entry in there.items()}})
 
-    def measured(self, told: Told) -> None:
+    def measured(self, tally: Json) -> None:
         """What was measured."""
-        self._append({"measured": told})
+        self._append({"measured": tally})
         self.empty = False
 
-    def wrote(self, part: Part) -> None:
+    def wrote(self, part: WrittenRange) -> None:
         """A part that was written."""
         blocks = [block.hex() for block in part.blocks]
         self._append(
-            {"file": part.file, "start": part.start, "blocks": blocks, **({"told": part.told} if part.told else {})}
+            {"file": part.file, "start": part.start, "blocks": blocks, **({"told": part.tally} if part.tally else {})}
         )
         self.empty = False
 
@@ -160,7 +160,7 @@ class NoJournalError(ValueError):
     """A file in a journal's place that `lines` has not written."""
 
 
-def read_journal(path: Path) -> Story | None:
+def read_journal(path: Path) -> JournalContents | None:
     """What a journal holds, as far as it can be read; None if there is none, or it does not say which run it is.
 
     Raises:
@@ -174,7 +174,7 @@ def read_journal(path: Path) -> Story | None:
     content = content.rstrip(b"\0")  # a power cut may leave its length without its lines
     if content[: len(_FIRST)] != _FIRST[: len(content)]:
         raise NoJournalError(path)
-    run, measured, parts, publishing, replaces = None, None, dict[tuple[int, int], Part](), None, None
+    run, measured, parts, publishing, replaces = None, None, dict[tuple[int, int], WrittenRange](), None, None
     names: set[str] = set()
     nbytes = 0
     try:
@@ -193,7 +193,7 @@ def read_journal(path: Path) -> Story | None:
                 publishing = Publishing((int(device), int(inode)), _names(line["old"]))
             else:
                 blocks = tuple(bytes.fromhex(block) for block in line["blocks"])
-                part = Part(int(line["file"]), int(line["start"]), blocks, dict(line.get("told", {})))
+                part = WrittenRange(int(line["file"]), int(line["start"]), blocks, dict(line.get("told", {})))
                 parts[part.file, part.start] = part  # the last word counts: one may have been made again
             nbytes = end
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
@@ -201,7 +201,7 @@ def read_journal(path: Path) -> Story | None:
     return (
         None
         if run is None
-        else Story(run, frozenset(names), replaces, measured, tuple(parts.values()), publishing, nbytes)
+        else JournalContents(run, frozenset(names), replaces, measured, tuple(parts.values()), publishing, nbytes)
     )
 
 

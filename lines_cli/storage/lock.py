@@ -93,7 +93,7 @@ def is_locked(folder: Path) -> bool:
 
 
 def refusal(folder: Path, output: Path) -> OutputError:
-    """What a second run is told."""
+    """What a second run reads."""
     return OutputError(f"{output}: another run is writing it", hint=f"It is at work in {folder}. Wait for it.")
 
 

@@ -38,9 +38,17 @@ from lines_cli.storage.destination import (
     survey,
     sync_folder,
 )
-from lines_cli.storage.digest import BLOCK, intact, is_part, is_step
+from lines_cli.storage.digest import DIGEST_BLOCK, intact, is_part, is_step
 from lines_cli.storage.files import NewFile
-from lines_cli.storage.journal import Journal, NoJournalError, Part, Publishing, Story, Told, read_journal
+from lines_cli.storage.journal import (
+    Journal,
+    JournalContents,
+    NoJournalError,
+    Publishing,
+    Json,
+    WrittenRange,
+    read_journal,
+)
 from lines_cli.storage.lock import NAME as LOCK
 from lines_cli.storage.lock import RunLock, is_locked, refusal, remove_with
 from lines_cli.storage.names import RECIPE
@@ -66,7 +74,7 @@ def staging_of(output: Path) -> Path:
 # --- whose is it? ---
 
 
-def _ours(output: Path, names: Collection[str] | None = ()) -> Story | None:
+def _ours(output: Path, names: Collection[str] | None = ()) -> JournalContents | None:
     """What the journal of a staging folder tells, once all that the folder holds is seen to be ours.
 
     Args:
@@ -94,26 +102,26 @@ def _ours(output: Path, names: Collection[str] | None = ()) -> Story | None:
             hint="Ask them to finish or remove it (lines clean), or choose another destination with -o.",
         )
     try:
-        story = read_journal(folder / _JOURNAL)
+        contents = read_journal(folder / _JOURNAL)
     except NoJournalError:
         raise _foreign(folder, [_JOURNAL]) from None
     except OSError as error:
         if error.errno in (errno.EINVAL, errno.ELOOP):  # a link, a pipe, a folder
             raise _foreign(folder, [_JOURNAL]) from None
         raise
-    if story is None and not os.path.lexists(folder / _JOURNAL):
+    if contents is None and not os.path.lexists(folder / _JOURNAL):
         names = ()  # no run of ours has come so far as to make a file there
-    made, replaced = {*(names or ()), *(story.names if story else ())}, _replaced(story)
+    made, replaced = {*(names or ()), *(contents.names if contents else ())}, _replaced(contents)
     rooms = {_NEW: (made, replaced), _OLD: ((), replaced), _MOVED: (made, ())}
     found = survey(folder)
     if not os.path.lexists(output.resolve()):  # what was set aside comes back, whatever it is
         found = {name: entry for name, entry in found.items() if not name.startswith(f"{_OLD}/")}
-    if names is None and story is None:
+    if names is None and contents is None:
         found = {name: entry for name, entry in found.items() if not name.startswith((f"{_NEW}/", f"{_MOVED}/"))}
     foreign = [name for name, entry in found.items() if not (_belongs(name, entry, rooms) or is_noise(name))]
     if foreign:
-        raise _foreign(folder, sorted(foreign), damaged=story is None and os.path.lexists(folder / _JOURNAL))
-    return story
+        raise _foreign(folder, sorted(foreign), damaged=contents is None and os.path.lexists(folder / _JOURNAL))
+    return contents
 
 
 def _belongs(name: str, entry: Entry, rooms: Mapping[str, tuple[Collection[str], Collection[str]]]) -> bool:
@@ -150,30 +158,34 @@ def _foreign(folder: Path, names: Sequence[str], *, damaged: bool = False) -> Ou
     )
 
 
-def _replaced(story: Story | None) -> frozenset[str]:
+def _replaced(contents: JournalContents | None) -> frozenset[str]:
     """The names of what a run was about to replace when it was stopped."""
-    return story.publishing.old if story is not None and story.publishing is not None else frozenset()
+    return contents.publishing.old if contents is not None and contents.publishing is not None else frozenset()
 
 
-def _is_published(story: Story | None, folder: Path) -> bool:
+def _is_published(contents: JournalContents | None, folder: Path) -> bool:
     """Whether what a run was about to put into place has left the staging folder."""
-    if story is None or story.publishing is None:
+    if contents is None or contents.publishing is None:
         return False
     new = folder / _NEW
     for path in (new, *(new.iterdir() if new.is_dir() else ())):
         there = path.lstat() if os.path.lexists(path) else None
-        if there is not None and (there.st_dev, there.st_ino) == story.publishing.new:
+        if there is not None and (there.st_dev, there.st_ino) == contents.publishing.new:
             return False
     return True
 
 
-def _is_at(target: Path, story: Story | None) -> bool:
+def _is_at(target: Path, contents: JournalContents | None) -> bool:
     """Whether what a run has put into place stands there."""
     try:
         there = target.lstat()
     except OSError:
         return False
-    return story is not None and story.publishing is not None and (there.st_dev, there.st_ino) == story.publishing.new
+    return (
+        contents is not None
+        and contents.publishing is not None
+        and (there.st_dev, there.st_ino) == contents.publishing.new
+    )
 
 
 def _is_busy(folder: Path) -> bool:
@@ -213,7 +225,7 @@ def _clear(folder: Path, names: Collection[str]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Leftover:
+class Unfinished:
     """What a run left that did not come to its end.
 
     Attributes:
@@ -231,18 +243,18 @@ class Leftover:
     total: int
     nbytes: int
     set_aside: bool = False
-    run: Told | None = None
+    run: Json | None = None
     is_over: bool = False
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         """How far it came, in words."""
         if self.is_over:
             return "what a finished run has replaced"
         return f"{self.written / self.total:.0%} finished" if self.total else "nothing finished"
 
 
-def leftover(output: Path) -> Leftover | None:
+def leftover(output: Path) -> Unfinished | None:
     """What an earlier run has left of this output, if there is anything. Nothing is written to find out.
 
     Raises:
@@ -252,24 +264,24 @@ def leftover(output: Path) -> Leftover | None:
         folder = staging_of(output)
         if _is_busy(folder):
             raise refusal(folder, output)
-        story = _look(output, None)
+        contents = _look(output, None)
         if not folder.exists():
             return None
         total = written = 0
-        if story is not None:
+        if contents is not None:
             with suppress(KeyError, TypeError, ValueError, IndexError):  # no journal of ours would
-                sizes = [int(size) for _, size, _ in story.run["outputs"]]
-                step = story.run["step"]
-                whole = (part for part in story.parts if is_part(part.file, part.start, part.blocks, sizes, step))
+                sizes = [int(size) for _, size, _ in contents.run["outputs"]]
+                step = contents.run["step"]
+                whole = (part for part in contents.parts if is_part(part.file, part.start, part.blocks, sizes, step))
                 written = sum(min(step, sizes[part.file] - part.start) for part in whole) if is_step(step) else 0
                 total = sum(sizes)
-        is_over = _is_published(story, folder) and _is_at(output.resolve(), story)
+        is_over = _is_published(contents, folder) and _is_at(output.resolve(), contents)
         set_aside = os.path.lexists(folder / _OLD) and not is_over
-        run = story.run if story else None
-        return Leftover(folder, written, total, _taken_by(folder), set_aside, run, is_over)
+        run = contents.run if contents else None
+        return Unfinished(folder, written, total, _taken_by(folder), set_aside, run, is_over)
 
 
-def _look(output: Path, names: Collection[str] | None) -> Story | None:
+def _look(output: Path, names: Collection[str] | None) -> JournalContents | None:
     """As `_ours`; what changes while it is looked at is a run at work, or one that has just come to its end."""
     for last in (False, False, True):
         try:
@@ -300,7 +312,7 @@ def recover(output: Path) -> None:
             lock.release()
 
 
-def clean(output: Path) -> Leftover | None:
+def clean(output: Path) -> Unfinished | None:
     """Remove what an earlier run has left of this output.
 
     Raises:
@@ -322,25 +334,25 @@ def clean(output: Path) -> Leftover | None:
     return found
 
 
-def _empty(folder: Path, story: Story | None, names: Collection[str] = ()) -> None:
+def _empty(folder: Path, contents: JournalContents | None, names: Collection[str] = ()) -> None:
     """Remove all that a staging folder of ours holds, its lock apart: by the names that the journal knows."""
-    known = {*names, *(story.names if story else ()), *_replaced(story)}
+    known = {*names, *(contents.names if contents else ()), *_replaced(contents)}
     known |= {name.rpartition("/")[0] for name in known if "/" in name}
     for room in (_MOVED, _NEW, _OLD):
         _clear(folder / room, known)
     (folder / _JOURNAL).unlink(missing_ok=True)
 
 
-def _put_back(folder: Path, target: Path, story: Story | None) -> None:
+def _put_back(folder: Path, target: Path, contents: JournalContents | None) -> None:
     """Bring back what was set aside, if a run was killed before its own output was in place.
 
     Raises:
         OutputError: something else has taken its place.
     """
     old = folder / _OLD
-    if not os.path.lexists(old) or (_is_published(story, folder) and os.path.lexists(target)):
+    if not os.path.lexists(old) or (_is_published(contents, folder) and os.path.lexists(target)):
         return
-    _bring_back(old, target, _replaced(story))
+    _bring_back(old, target, _replaced(contents))
 
 
 def _bring_back(old: Path, target: Path, names: Collection[str]) -> None:
@@ -390,7 +402,7 @@ class Staging:
         resume: go on from what a run of the same kind has left.
 
     Attributes:
-        story: what such a run has left, held against its digests; None where this one begins anew.
+        contents: what such a run has left, held against its digests; None where this one begins anew.
         state: how far it has come.
         remarks: what a person should know of how it ended.
     """
@@ -398,7 +410,7 @@ class Staging:
     def __init__(
         self,
         output: Path,
-        run: Told,
+        run: Json,
         names: Iterable[str],
         *,
         replaceable: Callable[[], Collection[str]] | None = None,
@@ -415,7 +427,7 @@ class Staging:
         self._confirmed = False  # that what was replaced was seen to be what was to be replaced, and the new is durable
         self._journal: Journal | None = None
         self._lock: RunLock | None = None
-        self.story: Story | None = None
+        self.contents: JournalContents | None = None
         self.state = State.BEGUN
         self.remarks: list[str] = []
 
@@ -449,14 +461,14 @@ class Staging:
                 raise
         return self
 
-    def _begin(self, found: Story | None, begun: Story | None) -> None:
+    def _begin(self, found: JournalContents | None, begun: JournalContents | None) -> None:
         path = self.folder / _JOURNAL
         if begun is not None and is_step(begun.run.get("step")):
             self._make_movable()
-            self.story = self._checked(begun)
+            self.contents = self._checked(begun)
             self._journal = Journal(path, self._names, keep=begun.nbytes)
             self._journal.replaces(self._replaces)
-            self._journal.empty = not self.story.parts and self.story.measured is None
+            self._journal.empty = not self.contents.parts and self.contents.measured is None
             return
         _empty(self.folder, found, self._names)
         self._journal = Journal(path, self._names, self._run)
@@ -468,7 +480,7 @@ class Staging:
         """Whether the staging folder is the one that this run has locked."""
         return self._lock is not None and self._lock.holds(self.folder / LOCK)
 
-    def _of_this_run(self, found: Story) -> Story | None:
+    def _of_this_run(self, found: JournalContents) -> JournalContents | None:
         """What an earlier run has left, if that was this run. Where an existing output may be replaced, another run's
         work is begun anew: a job that always resumes must not wait for a person.
         """
@@ -481,7 +493,7 @@ class Staging:
             return None
         return found
 
-    def _look_at_old(self, begun: Story | None) -> None:
+    def _look_at_old(self, begun: JournalContents | None) -> None:
         """Take note of what stands at the destination, which is to be replaced. A run that is resumed is held to the
         note of the one that began: what has come since is not to be deleted.
 
@@ -504,7 +516,7 @@ class Staging:
                     hint="Move it away; or, to replace it, begin anew: --force without --resume.",
                 )
 
-    def _refuse_another(self, run: Told) -> None:
+    def _refuse_another(self, run: Json) -> None:
         """Refuse to go on with what another recipe, or other inputs, have begun.
 
         Raises:
@@ -537,31 +549,35 @@ class Staging:
         if moved.exists():
             os.rename(moved, self._new)
 
-    def _checked(self, story: Story) -> Story:
+    def _checked(self, contents: JournalContents) -> JournalContents:
         """The story without the parts that are not on the disk as it says."""
-        outputs, step = self._run["outputs"], story.run["step"]
+        outputs, step = self._run["outputs"], contents.run["step"]
         sizes = [nbytes for _, nbytes, _ in outputs]
-        told = [part for part in story.parts if is_part(part.file, part.start, part.blocks, sizes, step)]
-        parts: list[Part] = []
+        valid = [part for part in contents.parts if is_part(part.file, part.start, part.blocks, sizes, step)]
+        parts: list[WrittenRange] = []
         self._new.mkdir(exist_ok=True)
         # What stands beside the weights is made anew; all else was of another output.
         others = survey(self._new).keys() - {name for name, _, _ in outputs}
         _remove(self._new, others)
         for number, (name, nbytes, _) in enumerate(outputs):
             path = self._new / name
-            own = [part for part in told if part.file == number]
+            own = [part for part in valid if part.file == number]
             if own and _is_alone(path, nbytes):
-                blocks = {part.start + BLOCK * n: block for part in own for n, block in enumerate(part.blocks)}
+                blocks = {part.start + DIGEST_BLOCK * n: block for part in own for n, block in enumerate(part.blocks)}
                 whole = intact(path, blocks)
-                parts += [part for part in own if all(part.start + BLOCK * n in whole for n in range(len(part.blocks)))]
+                parts += [
+                    part for part in own if all(part.start + DIGEST_BLOCK * n in whole for n in range(len(part.blocks)))
+                ]
             else:
                 path.unlink(missing_ok=True)
-        return Story(story.run, story.names, story.replaces, story.measured, tuple(parts), None, story.nbytes)
+        return JournalContents(
+            contents.run, contents.names, contents.replaces, contents.measured, tuple(parts), None, contents.nbytes
+        )
 
     @property
     def step(self) -> int:
         """Bytes of a file that are written at a time: those of the run that is resumed, so that its parts fit."""
-        return int((self.story.run if self.story else self._run)["step"])
+        return int((self.contents.run if self.contents else self._run)["step"])
 
     @property
     def journal(self) -> Journal:
@@ -572,7 +588,7 @@ class Staging:
     def create(self, name: str, nbytes: int) -> NewFile:
         """A file of `nbytes`, new or as an earlier run has left it, open for writing until `publish`."""
         with naming(self.output):
-            file = NewFile(self._new / name, nbytes, begun=self.story is not None)
+            file = NewFile(self._new / name, nbytes, begun=self.contents is not None)
             self._open.append(file)
             self._written[name] = file.identity
         return file
@@ -737,7 +753,7 @@ class Staging:
         return Aftermath(self.folder if (self.folder / _JOURNAL).exists() else None, in_place)
 
     def _remove_old(self) -> None:
-        """What was replaced, as it was when it was looked at; whatever else is found there stays, and is told."""
+        """What was replaced, as it was when it was looked at; whatever else is found there stays, and is named."""
         if not self._is_mine:
             return
         why = "the run did not come so far as to remove it"
@@ -769,7 +785,7 @@ class Staging:
             return
         assert self._lock is not None
         with suppress(OSError):
-            _empty(self.folder, self.story, self._names)
+            _empty(self.folder, self.contents, self._names)
             remove_with(self._lock, self.folder)
         self._remove_parents()
 
