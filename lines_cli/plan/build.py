@@ -58,9 +58,9 @@ def make_plan(recipe: Recipe, inputs: Inputs, output: Path) -> Plan:
             f"{recipe.method.scale} differs by name; the coefficients shown are those of names that no filter of it "
             "matches"
         )
-    drafted = specify_tensors(recipe, inputs, depth, rules, rows)
-    refuse_misfits(drafted, inputs)
-    specs = {spec.name: spec for spec in drafted}
+    specified = specify_tensors(recipe, inputs, depth, rules, rows)
+    refuse_misfits(specified, inputs)
+    specs = {spec.name: spec for spec in specified}
     resized = {other: spec.rows[1] for spec in specs.values() if spec.rows for other in sorted(spec.rows[0])}
     if resized:
         keeping = inputs.called(0 if recipe.resize == "base" or not inputs.has_base else 1)

@@ -110,7 +110,7 @@ def specify_tensors(
                 ranges.append(SourceRange(first_file + file, info.offset, info.dtype))
                 infos.append(info)
         specs.append(
-            _draft_one(
+            _specify(
                 recipe,
                 inputs,
                 (name, counts_as, values_for(counts_as)),
@@ -175,7 +175,7 @@ class TensorValues:
         return values
 
 
-def _draft_one(
+def _specify(
     recipe: Recipe,
     inputs: Inputs,
     begun: tuple[str, str, Values],
