@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_lines, write_checkpoint
+
+from support.files import write_checkpoint
+from support.run import run_lines
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lines_cli"
@@ -49,6 +51,16 @@ def imported_from(module: str) -> set[str]:
     """The modules of the package that one imports."""
     below = {name.removeprefix("lines_cli.") for name in imports(MODULES[module]) if name.startswith("lines_cli.")}
     return below & MODULES.keys()
+
+
+def test_no_test_imports_another() -> None:
+    """What two test modules need lies in `tests/support/`; and the folders of the tests are those of the package."""
+    paths = list((ROOT / "tests").rglob("*.py"))
+    modules = {path.stem for path in paths if path.name.startswith("test_")} | {"conftest"}
+    taken = {path.name: {part for name in imports(path) for part in name.split(".")} & modules for path in paths}
+    assert not {name: of for name, of in taken.items() if of}
+    folders = {path.parent.name for path in paths} - {"tests"}
+    assert folders == set(FOLDERS[1:]) | {"support", "golden"}
 
 
 def test_every_folder_has_a_place() -> None:

@@ -1,5 +1,5 @@
 """Recipes over small checkpoints: what a change of the code must not change. `digests.json` has the digest of every
-weight file that they make, and of the index and config beside it; `tests/test_golden.py` holds them against it.
+weight file that they make, and of the index and config beside it; `tests/golden/test_golden.py` holds them against it.
 
 Where a number is meant to change, its line in `digests.json` changes in the same commit, and the message says why:
 `python tests/golden/record.py` writes the file anew and prints what became different.
@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import write_checkpoint
-from method_cases import TABLE
 
 import lines_cli as lines
+from support.files import write_checkpoint
+from support.method_cases import TABLE
 
 DIGESTS = Path(__file__).with_name("digests.json")
 

@@ -15,9 +15,8 @@ Recorded = dict[str, dict[str, str]]
 
 def main() -> None:
     sys.path[:0] = map(str, Path(__file__).parents[1:3])  # this checkout's tests and package, whatever is installed
-    from golden.recipes import DIGESTS, input_digests, output_digests, write_inputs
-
     import lines_cli as lines
+    from golden.recipes import DIGESTS, input_digests, output_digests, write_inputs
 
     before: Recorded = json.loads(DIGESTS.read_text(encoding="utf-8")) if DIGESTS.exists() else {}
     with tempfile.TemporaryDirectory() as folder:

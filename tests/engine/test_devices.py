@@ -1,0 +1,255 @@
+"""Where a run computes: the bytes are the CPU's on any device, and its memory is bounded.
+
+What a GPU adds to the CPU is memory of its own and the lack of it. Both are tried out here without one: buffers that
+are apart from those of the host, though on the CPU too, and an allocator that says no.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import lines_cli as lines
+from lines_cli.engine import arithmetic, buffers, devices, workers
+from lines_cli.engine.devices import Devices, choose_devices
+from lines_cli.engine.workers import Worker
+from lines_cli.plan.resources import BLOCK, BytesPerEntry, Resources
+from lines_cli.recipe.yaml_file import load_recipe
+from support.files import snapshot, write_checkpoint
+from support.method_cases import TABLE
+from support.run import run_lines
+
+GB = 10**9
+METHODS: dict[str, dict[str, Any]] = {
+    method: {
+        "merge_method": method,
+        "parameters": dict(entry.typical[-1]),
+        **({"base_model": None} if entry.on_weights else {}),
+        **({"models": [{"model": "a"}]} if entry.models == 1 else {}),
+        **({"lines": {"alpha": "auto", "beta": 0.5}} if method in ("ties", "iso_c") else {}),
+    }
+    for method, entry in TABLE.items()
+}
+"""Every method."""
+
+
+def models(folder: Path) -> None:
+    """Two models and a base, with tensors of several chunks, a head of other rows' dtype, a counter and a copy."""
+    for seed, side in enumerate(("base", "a", "b")):
+        chance = torch.Generator().manual_seed(seed)
+        tensors = {f"layers.{i}.w": torch.randn(3 * BLOCK + 17, generator=chance).bfloat16() for i in range(2)}
+        tensors |= {"layers.1.v": torch.randn(70, 5, generator=chance), "steps": torch.tensor(3)}
+        tensors |= {"head": torch.randn(9, generator=chance).half()}
+        write_checkpoint(folder / side, tensors)
+
+
+def merged(folder: Path, out: str, recipe: dict[str, Any], resources: Resources) -> dict[str, bytes]:
+    """The weight files of a merge."""
+    values = {"base_model": "base", "models": [{"model": "a"}, {"model": "b"}], **recipe}
+    (folder / "merge.yaml").write_text(yaml.safe_dump(values))
+    asked = load_recipe(folder / "merge.yaml")
+    lines.run(lines.make_plan(asked, lines.open_inputs(asked), folder / out), resources)
+    return {path.name: path.read_bytes() for path in (folder / out).glob("*.safetensors")}
+
+
+@pytest.fixture
+def own_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Has the CPU treated as a device with memory of its own, so much of it."""
+
+    def has(nbytes: int) -> None:
+        for module in (devices, buffers, workers):
+            monkeypatch.setattr(module, "apart", lambda _: True)
+        monkeypatch.setattr(devices, "_total_memory", lambda _: nbytes)
+
+    return has
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("number", [1, 3])
+def test_memory_of_its_own_changes_no_byte(
+    method: str, number: int, tmp_path: Path, own_memory: Callable[[int], None]
+) -> None:
+    """What goes through buffers of host and device, filled in turn, is what goes through one."""
+    models(tmp_path)
+    plain = merged(tmp_path, "plain", METHODS[method], Resources(device="cpu"))
+    own_memory(8 * GB)
+    assert merged(tmp_path, "apart", METHODS[method], Resources(device="cpu", workers=number, chunk=BLOCK)) == plain
+
+
+def test_edits_and_inspection_with_memory_of_its_own(tmp_path: Path, own_memory: Callable[[int], None]) -> None:
+    """The other commands as well: an edit's bytes, and every number of `inspect`."""
+    models(tmp_path)
+
+    def told(out: str) -> tuple[bytes, Any]:
+        assert run_lines("edit", tmp_path / "base", tmp_path / "a", "-o", tmp_path / out).code == 0
+        inspection = lines.open_inspection([str(tmp_path / "a"), str(tmp_path / "b")], base=str(tmp_path / "base"))
+        findings = lines.compare(inspection, Resources(device="cpu", chunk=BLOCK))
+        return (tmp_path / out / "model.safetensors").read_bytes(), replace(findings, seconds=0.0)
+
+    plain = told("plain")
+    own_memory(8 * GB)
+    assert told("apart") == plain
+
+
+@pytest.mark.parametrize("chunk", [BLOCK, 5 * BLOCK])
+def test_buffers_take_what_was_accounted_for(chunk: int, tmp_path: Path, own_memory: Callable[[int], None]) -> None:
+    """A worker's buffers on a device are those of `BytesPerEntry`, temporaries apart."""
+    own_memory(8 * GB)
+    models(tmp_path)
+    recipe = lines.edit_recipe(str(tmp_path / "base"), str(tmp_path / "a"))
+    plan = lines.make_plan(recipe, lines.open_inputs(recipe), tmp_path / "out")
+    worker = Worker(plan, [], torch.device("cpu"), chunk)
+    taken = [worker._held, *(buffer._device for buffer in (*worker._raw, worker.out))]
+    assert sum(tensor.nbytes for tensor in taken) == chunk * plan.room.nbytes(slots=devices.SLOTS)
+
+
+@pytest.mark.parametrize("gpu_memory", [None, 500_000_000, 3_000_000_000])
+@pytest.mark.parametrize("number", [None, 1, 7])
+def test_all_workers_together_stay_within_the_gpu_memory(
+    gpu_memory: int | None, number: int | None, own_memory: Callable[[int], None]
+) -> None:
+    """An eighth of the device unless said, never more than 2 GiB; temporaries of the methods included."""
+    own_memory(8 * GB)
+    room = BytesPerEntry(stored=2, written=2, width=4, held=4, temporaries=9)
+    crew = Devices(Resources(device="cpu", gpu_memory=gpu_memory, workers=number))
+    taken = len(crew.members) * crew.chunk(room, whole_blocks=True) * room.nbytes(slots=devices.SLOTS)
+    assert len(crew.members) == (number or 4)
+    assert taken <= (gpu_memory or 8 * GB // 8)
+
+
+def test_too_little_gpu_memory_is_refused(own_memory: Callable[[int], None], tmp_path: Path) -> None:
+    """With what is needed, and what to do; nothing is written."""
+    own_memory(8 * GB)
+    models(tmp_path)
+    before = snapshot(tmp_path)
+    ran = run_lines("edit", tmp_path / "base", tmp_path / "a", "-o", tmp_path / "out", "--gpu-memory", "1MB")
+    assert (ran.code, ran.trace) == (2, "")
+    assert "--gpu-memory 1,000,000" in ran.err
+    assert "--workers" in ran.err
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("size", ["much", "0", "-1GB", ""])
+def test_a_size_that_is_none(size: str, tmp_path: Path) -> None:
+    """The option and what it was given are named."""
+    models(tmp_path)
+    ran = run_lines("edit", tmp_path / "base", tmp_path / "a", "-o", tmp_path / "out", f"--gpu-memory={size}")
+    assert (ran.code, ran.trace) == (2, "")
+    assert f"--gpu-memory {size}" in ran.err
+
+
+# --- out of memory ---
+
+
+class Full:
+    """A device on which nothing larger than some entries can be computed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+        self.most, self.sizes = most, list[int]()
+        monkeypatch.setattr(workers, "task_vector", self)
+
+    def __call__(self, fine_tuned: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        if fine_tuned.shape[-1] > self.most:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        self.sizes.append(fine_tuned.shape[-1])
+        return arithmetic.task_vector(fine_tuned, base)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if not TABLE[name].on_weights])
+def test_out_of_memory_halves_the_chunk(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the run goes on: nothing is counted twice, and the bytes are the same."""
+    models(tmp_path)
+    plain = merged(tmp_path, "plain", METHODS[method], Resources(device="cpu"))
+    full = Full(monkeypatch, BLOCK)
+    resources = Resources(device="cpu", workers=2, chunk=4 * BLOCK)
+    assert merged(tmp_path, "halved", METHODS[method], resources) == plain
+    assert max(full.sizes) == BLOCK
+
+
+def test_a_device_that_is_full_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers that do not fit are halved, too, before anything is done; what they held is given back first."""
+    models(tmp_path)
+    plain = merged(tmp_path, "plain", METHODS["average"], Resources(device="cpu"))
+    real, asked = torch.empty, list[int]()
+
+    def empty(*size: Any, **kw: Any) -> torch.Tensor:
+        if kw.get("dtype") == torch.uint8:
+            asked.append(size[-1])
+            if size[-1] > 16 * BLOCK:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return real(*size, **kw)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    resources = Resources(device="cpu", workers=2, chunk=8 * BLOCK)
+    assert merged(tmp_path, "halved", METHODS["average"], resources) == plain
+    assert max(asked) > 16 * BLOCK
+
+
+def test_too_little_memory_for_the_smallest_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends with the device's own words, and leaves nothing."""
+    models(tmp_path)
+    before = snapshot(tmp_path)
+    Full(monkeypatch, BLOCK // 2)
+    ran = run_lines("edit", tmp_path / "base", tmp_path / "a", "-o", tmp_path / "out", "--device", "cpu")
+    assert ran.trace == ""
+    assert ran.code == 1
+    assert "out of memory: cpu has no room for chunks of 65,536 entries" in ran.err
+    assert snapshot(tmp_path) == before
+
+
+# --- which devices ---
+
+
+def test_devices_share_the_work(monkeypatch: pytest.MonkeyPatch, own_memory: Callable[[int], None]) -> None:
+    """Several workers on each, in turn; one named twice counts once."""
+    own_memory(8 * GB)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert [str(device) for device in choose_devices("cuda:2,cuda:0,cuda:2")] == ["cuda:2", "cuda:0"]
+    assert [str(device) for device in choose_devices("cuda")] == ["cuda:0"]
+    crew = Devices(Resources(device="cuda:0,cuda:2"))
+    assert [device.index for device in crew.members] == [0, 2] * 4
+    assert len(Devices(Resources(device="cuda:0,cuda:2", workers=1)).members) == 2
+
+
+@pytest.mark.parametrize(
+    "device", ["cuda:7", "cuda:0,cuda:9", "cuda:128", "cuda:01", "gpu", "cuda:0,cpu", "cuda,", "cpu:0", ""]
+)
+def test_a_device_that_is_not_there(device: str, tmp_path: Path) -> None:
+    """The word is named, and nothing is written."""
+    models(tmp_path)
+    before = snapshot(tmp_path)
+    ran = run_lines("edit", tmp_path / "base", tmp_path / "a", "-o", tmp_path / "out", f"--device={device}")
+    assert (ran.code, ran.trace) == (2, "")
+    assert f"--device {device}" in ran.err
+    assert snapshot(tmp_path) == before
+
+
+# --- a real one ---
+
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@CUDA
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("gpu_memory", [None, 400_000_000])
+def test_cuda_gives_the_bytes_of_the_cpu(method: str, gpu_memory: int | None, tmp_path: Path) -> None:
+    """Every method, with much memory or little."""
+    models(tmp_path)
+    plain = merged(tmp_path, "plain", METHODS[method], Resources(device="cpu"))
+    assert merged(tmp_path, "cuda", METHODS[method], Resources(device="cuda", gpu_memory=gpu_memory)) == plain
+
+
+@CUDA
+def test_cuda_takes_no_more_than_it_may(tmp_path: Path) -> None:
+    """torch's own high-water mark of the device stays within the share, whatever the method makes meanwhile."""
+    models(tmp_path)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_reserved()
+    merged(tmp_path, "cuda", METHODS["ties"], Resources(device="cuda", gpu_memory=400_000_000))
+    assert torch.cuda.max_memory_reserved() - before <= 400_000_000

@@ -1,0 +1,68 @@
+"""The command line in process, and with the rights of nobody."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from support.files import write_checkpoint
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What one command ended with; `trace` holds the traceback of an exception that reached its user."""
+
+    code: int
+    out: str
+    err: str
+    trace: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+def run_lines(*args: object) -> Ran:
+    """Run `lines ARGS` in this process."""
+    from typer.testing import CliRunner
+
+    from lines_cli.cli.app import app
+
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    escaped = result.exception if not isinstance(result.exception, SystemExit) else None
+    trace = "".join(traceback.format_exception(escaped)) if escaped else ""
+    return Ran(result.exit_code, result.stdout, result.stderr, trace)
+
+
+@contextmanager
+def as_nobody() -> Iterator[Path]:
+    """A fresh folder, and no more rights than an ordinary user's (root is bound by no mode)."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o777)
+    small = {f"layers.{i}.weight": torch.ones(2) for i in range(2)}
+    for flags in ([], ["--force"], ["--dry-run"]):  # imports all it needs, which an ordinary user may not read
+        base, ft = (write_checkpoint(folder / name, small, config={"model_type": "tiny"}) for name in ("base", "ft"))
+        run_lines("edit", base, ft, "-o", folder / "out", *flags)
+    for path in folder.iterdir():
+        shutil.rmtree(path)
+    root = os.getuid() == 0
+    try:
+        if root:
+            os.setresuid(65534, 65534, 0)
+        yield folder
+    finally:
+        if root:
+            os.setresuid(0, 0, 0)
+        for path in [folder, *folder.rglob("*")]:
+            path.chmod(0o777)
+        shutil.rmtree(folder)
