@@ -825,7 +825,7 @@ def test_odd_statistics_are_none(key: str, odd: Any) -> None:
         "products": {},
         "norms": [1.0, 2.0, 2],
     }
-    assert Statistics.of(good, 2).told() == good | {"kept": ()}
+    assert Statistics.of(good, 2).to_json() == good | {"kept": ()}
     with pytest.raises((KeyError, TypeError, ValueError, AttributeError)):
         Statistics.of(good | {key: odd}, 2)
 
