@@ -32,5 +32,11 @@ def of_outcome(outcome: Outcome) -> Summary:
         norm = outcome.norms[number] if outcome.norms else None
         model["norm"] = norm if norm is not None and isfinite(norm) else None
         model["kept"] = outcome.kept[number] if outcome.kept else model["kept"]
-    found = {"nonfinite": outcome.nonfinite, "differing": outcome.differing, "seconds": round(outcome.seconds, 3)}
+    found = {
+        "nonfinite": outcome.nonfinite,
+        "differing": outcome.differing,
+        "unchanged": [outcome.plan.recipe.merged[model].model for model in outcome.unchanged],
+        "negative_variances": outcome.negative,
+        "seconds": round(outcome.seconds, 3),
+    }
     return {"dry_run": False, **summary, "done_before": False, **found}

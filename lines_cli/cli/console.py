@@ -120,6 +120,14 @@ def show_outcome(outcome: Outcome, *, json: bool, quiet: bool) -> None:
     for found in outcome.nonfinite.values():
         _warn(found)
     _notes(outcome.remarks)
+    for model in outcome.unchanged:
+        name = plan.recipe.merged[model].model
+        _warn(f"{name} is the base: none of the entries that were merged differs. Is it the file you mean?")
+    for name, least in outcome.negative.items():
+        _warn(
+            f"{name} is a variance and has entries below 0 (the least is {least:.3g}), which give NaN when the model "
+            "runs. Use smaller coefficients, or keep the base's: --filter running_var=0 (in a recipe lines.filter)."
+        )
     for name, files in outcome.differing.items():
         _warn(f"{name} holds whole numbers, which are copied, and they differ in {', '.join(files)}")
     if json or quiet:

@@ -13,7 +13,15 @@ from pathlib import Path
 import torch
 
 from lines_cli.checkpoint.header import itemsize
-from lines_cli.engine.arithmetic import TORCH_DTYPES, first_nonfinite, task_vector
+from lines_cli.engine.arithmetic import (
+    TORCH_DTYPES,
+    are_shared,
+    first_nonfinite,
+    has_odd_entries,
+    odd_entries,
+    same_nan,
+    task_vector,
+)
 from lines_cli.engine.buffers import Buffer, Loaded
 from lines_cli.engine.chunks import Chunk, PlanChunk, Tensor
 from lines_cli.engine.devices import SLOTS, has_own_memory
@@ -165,6 +173,10 @@ class Worker(Reader):
         super().__init__(plan.paths, sources, device, chunk=chunk, per_entry=plan.per_entry)
         self.plan, self.shared = plan, shared
         self.write_buffer = in_whole_pages(WRITE_SIZE)  # of the output, on its way to the disk
+        self.stays: torch.Tensor | None = None
+        """[numel], boolean: entries of the chunk that was last read which are NaN, Inf or -0.0, the same in
+        all inputs; None where there are none.
+        """
         self.alone = False
         """Whether no other worker needs a part of the segment that is worked on."""
         self.last_whole: tuple[tuple[str, int, str], Whole] | None = None
@@ -179,20 +191,60 @@ class Worker(Reader):
 
     def inputs(self, chunk: PlanChunk) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """What is merged: the base's entries, if there is a base, and each model's; [numel] each, in the compute dtype,
-        to be overwritten.
+        to be overwritten. NaN, Inf and -0.0 that all of them share are 0 there (`stays`).
         """
-        base = self.base(chunk)
+        base = self._read_base(chunk)
         _, (_, *models) = self.held(chunk)
-        for into, source in zip(models, chunk.segment.models, strict=False):
+        models = models[: len(chunk.segment.models)]
+        for into, source in zip(models, chunk.segment.models, strict=True):
             into.copy_(self.read(chunk, source).values())
-        return base, models[: len(chunk.segment.models)]
+        every = models if base is None else [base, *models]
+        self.stays = None
+        if len(every) > 1 and has_odd_entries(every[0]):
+            stays = self.stays = self._shared(chunk, chunk.segment.sources)
+            for entries in every if stays is not None else ():
+                entries.masked_fill_(stays, 0.0)
+        return base, models
 
     def base(self, chunk: PlanChunk) -> torch.Tensor | None:
-        """The base's entries, if there is a base: [numel], in the compute dtype, to be overwritten."""
+        """The base's entries, as `inputs` gives them."""
+        base = self._read_base(chunk)
+        self.stays = None
+        return base if base is None or not has_odd_entries(base) else self.inputs(chunk)[0]
+
+    def _read_base(self, chunk: PlanChunk) -> torch.Tensor | None:
         if chunk.segment.base is None:
             return None
         _, (base, *_) = self.held(chunk)
         return base.copy_(self.read(chunk, chunk.segment.base).values())
+
+    def _shared(self, chunk: PlanChunk, sources: Sequence[SourceRange]) -> torch.Tensor | None:
+        """Where all inputs share NaN, Inf or -0.0: [numel], boolean; None where one of them is no float that is
+        computed with.
+        """
+        if any(source.dtype not in TORCH_DTYPES for source in sources):
+            return None
+        first = self.read(chunk, sources[0]).values().clone()
+        found = odd_entries(first)
+        for source in sources[1:]:
+            found &= are_shared(first, self.read(chunk, source).values())
+        return found
+
+    def put_back(self, chunk: PlanChunk, stays: torch.Tensor, stored: torch.Tensor) -> None:
+        """Write the entries that stay into a chunk as the inputs have them; NaN of another dtype loses its payload.
+
+        Args:
+            chunk: which.
+            stays: [numel], boolean.
+            stored: [numel], in the output's dtype.
+        """
+        values = self.read(chunk, chunk.segment.sources[0]).values()
+        if values.dtype != stored.dtype:
+            values = values.to(stored.dtype)
+            same_nan(values)
+        stays = stays & ((values != 0) | (stored == 0))  # a method may make another number of a zero
+        bits = _BITS[stored.dtype.itemsize]
+        stored.view(bits).copy_(torch.where(stays, values.view(bits), stored.view(bits)))
 
     def task_vectors(self, chunk: PlanChunk) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The base's entries, and what each model changed of them: `f32(model) - f32(base)`, rounded."""
@@ -209,11 +261,14 @@ class Worker(Reader):
         return self._keywords[2]
 
     def nonfinite(self, chunk: PlanChunk) -> str | None:
-        """Which of a chunk's inputs holds NaN or Inf, and where; None if none does."""
-        for source in chunk.segment.sources:
-            loaded = self.read(chunk, source)
-            bad = first_nonfinite(loaded.values()) if source.dtype in TORCH_DTYPES else None
-            if bad:
+        """Which of a chunk's inputs holds NaN or Inf that not all inputs share, and where; None if none does."""
+        behind = _sources_behind(chunk)
+        stays = self._shared(chunk, behind) if len(behind) > 1 else None
+        for source in behind if chunk.segment.copy is None else (chunk.segment.copy,):
+            if source.dtype not in TORCH_DTYPES:
+                continue
+            values = self.read(chunk, source).values()
+            if bad := first_nonfinite(values if stays is None else values.masked_fill(stays, 0.0)):
                 name, at = printable(chunk.tensor.name), chunk.segment.start + chunk.first + bad[0]
                 path = self.plan.paths[source.file]
                 return f"{path}: tensor {name} holds {bad[1]}, first at entry {at:,}"
@@ -228,5 +283,15 @@ class Worker(Reader):
         if not self.plan.recipe.allow_nonfinite and (found := self.nonfinite(chunk)):
             raise DataError(found, hint=ALLOW_NONFINITE)
 
+
+def _sources_behind(chunk: PlanChunk) -> tuple[SourceRange, ...]:
+    """Where all inputs have a chunk's entries, of a copy also those that it is no copy of."""
+    if chunk.segment.copy is None:
+        return chunk.segment.sources
+    same = [segment for segment in chunk.tensor.spec.segments if segment.start == chunk.segment.start]
+    return same[0].sources if same else chunk.segment.sources
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 ALLOW_NONFINITE = "allow_nonfinite: true in the recipe (--allow-nonfinite of lines edit) lets such values through."

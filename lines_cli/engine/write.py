@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -86,6 +87,7 @@ class Tally:
         kept: for each model how many entries were kept, of `entries`.
         differing: tensors that the inputs hold different copies of -> the inputs that differ.
         nonfinite: tensors -> what is not finite in them, let through.
+        negative: tensors that are variances -> the least entry, below 0.
     """
 
     squares: list[float]
@@ -93,6 +95,7 @@ class Tally:
     entries: int = 0
     differing: dict[str, dict[str, None]] = field(default_factory=dict)
     nonfinite: dict[str, str] = field(default_factory=dict)
+    negative: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def nothing(cls, models: int) -> Tally:
@@ -111,7 +114,8 @@ class Tally:
             raise ValueError(tally)
         differing = {name: {str(path): None for path in paths} for name, paths in tally["differing"].items()}
         nonfinite = {name: str(found) for name, found in tally["nonfinite"].items()}
-        return cls(squares, kept, tally["entries"], differing, nonfinite)
+        negative = {name: float(least) for name, least in tally["negative"].items()}
+        return cls(squares, kept, tally["entries"], differing, nonfinite, negative)
 
     def add(self, other: Tally) -> None:
         """Take account of another part, which comes behind."""
@@ -121,6 +125,8 @@ class Tally:
         for name, paths in other.differing.items():
             self.differing.setdefault(name, {}).update(paths)
         self.nonfinite = other.nonfinite | self.nonfinite
+        for name, least in other.negative.items():
+            self.negative[name] = min(least, self.negative.get(name, 0.0))
 
 
 class Write:
@@ -130,6 +136,8 @@ class Write:
         self.plan, self.targets, self.models = plan, targets, plan.number_of_models
         self.draws = isinstance(plan.recipe.method.sparsifier, Drawn)
         self.tally, self.taken_over = Tally.nothing(self.models), 0
+        self.unchanged, self.looked = set(range(self.models)), False
+        """Models of which no merged entry was seen that is not the base's; and whether any entry was."""
 
     def __call__(self, worker: Worker, span: OutputRange) -> tuple[OutputRange, Tally]:
         """Make one range: itself, and what was counted."""
@@ -150,11 +158,13 @@ class Write:
         """One chunk as it is to be written, in a buffer of the worker's; what is counted is added."""
         name, dtype, copy = chunk.tensor.name, chunk.tensor.info.dtype, chunk.segment.copy
         raw: memoryview | None = None
+        stays: torch.Tensor | None = None
         squares: Sequence[float] = ()
         kept: Sequence[float] = ()
         entries = chunk.numel
         if copy is None:
-            merged = merge_chunk(worker, chunk)
+            merged = merge_chunk(worker, chunk, given=self._look_for_changes if self.unchanged else None)
+            stays = worker.stays
             values, squares, kept, entries = self._scaled(chunk, merged), merged.squares, merged.kept, merged.entries
         else:
             loaded = worker.read(chunk, copy)
@@ -175,12 +185,19 @@ class Write:
             cast(values, stored)
             values = stored
         if dtype in TORCH_DTYPES and not is_finite(values):
-            tally.nonfinite.setdefault(name, self._say_nonfinite(worker, chunk))
+            said = self._say_nonfinite(worker, chunk, values)
+            tally.nonfinite.setdefault(name, said)
             if raw is None:
                 same_nan(values)
             else:  # looking for it read other inputs into the same buffer
                 assert copy is not None
                 raw = worker.read(chunk, copy).raw
+        if stays is not None:
+            worker.put_back(chunk, stays, values)
+            if not is_finite(values):
+                tally.nonfinite.setdefault(name, _shared(name))
+        if copy is None and _VARIANCE.search(name) and (least := float(values.min())) < 0:
+            tally.negative[name] = min(least, tally.negative.get(name, 0.0))
         if raw is None:
             raw = worker.out.to_host(chunk.numel * itemsize(dtype))
         for model, square in enumerate(squares):
@@ -214,13 +231,33 @@ class Write:
             if worker.read(chunk, source, worker.out).raw != copied
         )
 
-    def _say_nonfinite(self, worker: Worker, chunk: PlanChunk) -> str:
+    def _look_for_changes(self, base: torch.Tensor | None, tensors: Sequence[torch.Tensor]) -> None:
+        """Cross out the models that are not their base. Threads may do so at once: no model comes back."""
+        self.looked = True
+        for model in tuple(self.unchanged):
+            tau = tensors[model]
+            if self.plan.recipe.method.takes == "weights":
+                if base is None or not torch.equal(tau, base):
+                    self.unchanged.discard(model)
+            elif tau.any():
+                self.unchanged.discard(model)
+
+    def _say_nonfinite(self, worker: Worker, chunk: PlanChunk, values: torch.Tensor) -> str:
         """Say what is not finite of a chunk that is about to be written, where that is let through.
+
+        Args:
+            worker: the thread's.
+            chunk: which.
+            values: the chunk in the output's dtype.
 
         Raises:
             DataError: what was found, where that is not allowed.
         """
         found, hint = nonfinite_behind(worker, chunk), ALLOW_NONFINITE
+        if found is None and chunk.segment.copy is not None:
+            copied = worker.read(chunk, chunk.segment.copy).values()
+            if not (~values.isfinite() & copied.isfinite()).any():
+                return _shared(chunk.tensor.name)
         if found is None:
             name, dtype = printable(chunk.tensor.name), chunk.tensor.info.dtype
             found = f"tensor {name}: a value is beyond what {dtype}, its output dtype, can hold"
@@ -242,6 +279,7 @@ class Write:
     def take_over(self, parts: Iterable[WrittenRange]) -> set[tuple[int, int]]:
         """Take account of what an earlier run has written; where each part begins, and in which file."""
         finished: set[tuple[int, int]] = set()
+        self.unchanged = set()  # what an earlier run saw of that is not known
         for part in parts:
             if part.tally:
                 try:
@@ -281,7 +319,17 @@ class Write:
             tuple(math.sqrt(square) for square in tally.squares) if any(tally.squares) else (),
             tuple(share for share in shares if share is not None),
             {name: tuple(paths) for name, paths in tally.differing.items()},
+            tuple(sorted(self.unchanged)) if self.looked else (),
+            tally.negative,
         )
+
+
+_VARIANCE = re.compile(r"(^|\.)(running|moving)_var(iance)?$")
+"""Names of tensors whose entries are divided by, after a root is taken: below 0 they give NaN."""
+
+
+def _shared(name: str) -> str:
+    return f"tensor {printable(name)} holds NaN or Inf, the same in all inputs; these entries stay as they are"
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,12 +341,14 @@ class Outcome:
         seconds: from opening the inputs to the output being in place, measuring included.
         passes: how often the inputs were read, wholly or in part.
         bytes_read: of tensor data, by all passes.
-        nonfinite: tensors in which NaN, Inf or an overflow was let through (`allow_nonfinite`), and what was found
-            first.
+        nonfinite: tensors in which NaN, Inf or an overflow was let through (`allow_nonfinite`), or that all inputs
+            share; and what was found first.
         norms: for each model the L2 norm of its task vector over all that was merged; empty where none was taken.
         kept: for each model the share of entries that were kept; empty where none are dropped.
         differing: integer and boolean tensors that are not the same in all inputs -> the inputs that differ from the
             one that was copied.
+        unchanged: numbers of models of which every merged entry is the base's.
+        negative: variances of batch norms with entries below 0 -> the least.
         remarks: what a person should know of how it ended.
     """
 
@@ -310,4 +360,6 @@ class Outcome:
     norms: tuple[float, ...]
     kept: tuple[float, ...]
     differing: dict[str, tuple[str, ...]]
+    unchanged: tuple[int, ...] = ()
+    negative: dict[str, float] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()

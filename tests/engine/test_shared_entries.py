@@ -1,0 +1,153 @@
+"""Equal is equal: entries that all inputs share stay as they are, NaN, Inf and -0.0 too; and what is said of inputs
+that differ in nothing, or of variances below zero.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import lines_cli as lines
+from lines_cli.plan.resources import Resources
+from support.files import write_checkpoint
+from support.method_cases import TABLE, TYPICAL
+from support.run import run_lines
+
+INF = float("inf")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def mask(dtype: torch.dtype) -> torch.Tensor:
+    """Like a causal mask: -inf above the diagonal; and a -0.0, a NaN with a payload, an Inf."""
+    found = torch.triu(torch.full((9, 9), -INF), 1).to(dtype)
+    found[3, 0], found[4, 1] = -0.0, INF
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    quiet = torch.tensor(INF, dtype=dtype).view(bits) | (1 << {2: 6, 4: 22, 8: 51}[dtype.itemsize])
+    found.view(bits)[5, 2] = (quiet if dtype != torch.float16 else torch.tensor(0x7E00, dtype=bits)) + 1
+    return found
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+@pytest.fixture
+def sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, torch.Tensor]]:
+    """A base and three models, each with a mask of every dtype in each layer, which is the same in all."""
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    for seed, side in enumerate(("base", "a", "b", "c")):
+        chance = torch.Generator().manual_seed(seed)
+        tensors: dict[str, torch.Tensor] = {}
+        for layer in range(4):
+            tensors[f"layers.{layer}.w"] = torch.randn(9, 9, generator=chance)
+            tensors[f"layers.{layer}.mask"] = mask(DTYPES[layer])
+        write_checkpoint(tmp_path / side, tensors)
+        found[side] = tensors
+    return found
+
+
+@pytest.mark.parametrize("case", TYPICAL)
+def test_what_all_share_stays(case: str, sides: dict[str, dict[str, torch.Tensor]]) -> None:
+    """In every method, whatever passes it needs, for every coefficient and chunk."""
+    method, parameters = TYPICAL[case]
+    models = [{"model": side} for side in ("a", "b", "c")[: TABLE[method].models or 3]]
+    recipe: dict[str, Any] = {"merge_method": method, "models": models, "parameters": dict(parameters)}
+    recipe["base_model"] = "a" if method == "slerp" else "base"
+    recipe["lines"] = {"alpha": 0.0, "beta": 1.0}
+    Path("merge.yaml").write_text(yaml.safe_dump(recipe))
+    ran = run_lines("merge", "--config", "merge.yaml", "-o", "out")
+    assert (ran.code, ran.trace) == (0, ""), ran.err
+    assert "the same in all inputs; these entries stay as they are" in ran.err
+    out = load_file("out/model.safetensors")
+    for layer in range(4):
+        name = f"layers.{layer}.mask"
+        assert same_bits(out[name], sides["base"][name]), name
+        assert out[f"layers.{layer}.w"].isfinite().all()
+    asked = lines.load_recipe(Path("merge.yaml"))
+    lines.run(lines.make_plan(asked, lines.open_inputs(asked), Path("again")), Resources(workers=2, chunk=13))
+    assert Path("out/model.safetensors").read_bytes() == Path("again/model.safetensors").read_bytes()
+
+
+def test_an_edit(sides: dict[str, dict[str, torch.Tensor]]) -> None:
+    """With coefficients from 0, a copy of the base, to 1, a copy of the fine-tune; and written as another dtype."""
+    assert run_lines("edit", "base", "a", "-o", "out", "--alpha", "0", "--beta", "1").code == 0
+    out = load_file("out/model.safetensors")
+    assert all(same_bits(out[name], tensor) for name, tensor in sides["base"].items() if name.endswith("mask"))
+    assert run_lines("edit", "base", "a", "-o", "half", "--dtype", "float16").code == 0
+    for name, tensor in load_file("half/model.safetensors").items():
+        expected = sides["base"][name].to(torch.float16)
+        if name.endswith("mask"):
+            assert torch.equal(tensor.nan_to_num(7, 8, 9), expected.nan_to_num(7, 8, 9))
+    assert run_lines("verify", "out").code == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), INF, -INF])
+@pytest.mark.parametrize("layer", [0, 2, 3])
+def test_what_one_has_alone_is_refused(
+    value: float, layer: int, sides: dict[str, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    """Also where it stands beside entries that all share, where the other has another of them, and in a copy."""
+    tensors = dict(sides["a"])
+    changed = tensors[f"layers.{layer}.mask"].clone()
+    changed[8, 0] = value
+    write_checkpoint(tmp_path / "a", tensors | {f"layers.{layer}.mask": changed})
+    ran = run_lines("edit", "base", "a", "-o", "out", "--alpha", "0", "--beta", "1")
+    assert (ran.code, ran.trace) == ((0, "") if layer == 0 else (5, "")), ran.err  # there the base is copied
+    if layer:
+        assert f"tensor layers.{layer}.mask holds {'NaN' if math.isnan(value) else 'Inf'}, first at entry 72" in ran.err
+    Path("merge.yaml").write_text("merge_method: linear\nmodels: [{model: a}]\nparameters: {weight: 1.0}\n")
+    ran = run_lines("merge", "--config", "merge.yaml", "-o", "alone")
+    assert ran.code == 5  # one input shares nothing
+
+
+def test_negative_zeros_stay(tmp_path: Path) -> None:
+    """-0.0 on both sides is -0.0 in the output; where one side has 0.0 the formula's zero is written."""
+    base = {f"layers.{i}.w": torch.tensor([-0.0, -0.0, 0.0, 1.0, -0.0]) for i in range(4)}
+    ft = {f"layers.{i}.w": torch.tensor([-0.0, 0.0, -0.0, 1.0, 2.0]) for i in range(4)}
+    write_checkpoint(tmp_path / "base", base)
+    write_checkpoint(tmp_path / "ft", ft)
+    assert run_lines("edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / "out").code == 0
+    out = load_file(tmp_path / "out/model.safetensors")
+    for i in range(3):
+        assert out[f"layers.{i}.w"].signbit().tolist()[:3] == [True, False, False]
+
+
+def test_a_fine_tune_that_is_its_base(sides: dict[str, dict[str, torch.Tensor]]) -> None:
+    """It is said, by name; and of none that differs in one entry."""
+    ran = run_lines("edit", "base", "base", "-o", "out", "--json")
+    assert ran.code == 0
+    assert "base is the base: none of the entries that were merged differs" in ran.err
+    assert ran.json["unchanged"] == ["base"]
+    Path("merge.yaml").write_text(
+        "merge_method: ties\nbase_model: base\nmodels: [{model: a}, {model: same}]\nparameters: {density: 0.5}\n"
+    )
+    write_checkpoint(Path("same"), sides["base"])
+    assert run_lines("merge", "--config", "merge.yaml", "-o", "merged", "--json").json["unchanged"] == ["./same"]
+    last = sides["base"]["layers.2.w"].clone()
+    last[8, 8] += 1
+    write_checkpoint(Path("same"), sides["base"] | {"layers.2.w": last})
+    assert run_lines("merge", "--config", "merge.yaml", "-o", "other", "--json").json["unchanged"] == []
+
+
+@pytest.mark.parametrize("name", ["bn.running_var", "bn.moving_variance"])
+def test_a_variance_below_zero(name: str, tmp_path: Path) -> None:
+    """Coefficients that add up to more than 1 push it there; it is said, with the tensor and the least entry."""
+    for side, value in (("base", 1.0), ("a", 0.4), ("b", 0.3)):
+        tensors = {f"layers.{i}.conv.weight": torch.full((2, 2), value) for i in range(4)}
+        tensors |= {f"layers.{i}.{name}": torch.full((2,), value) for i in range(4)}
+        write_checkpoint(tmp_path / side, tensors)
+    models = "".join(f"  - model: {tmp_path / side}\n" for side in "ab")
+    recipe = f"merge_method: task_arithmetic\nbase_model: {tmp_path / 'base'}\nmodels:\n{models}"
+    (tmp_path / "m.yaml").write_text(recipe)
+    ran = run_lines("merge", "--config", tmp_path / "m.yaml", "-o", tmp_path / "out", "--json")
+    assert ran.code == 0
+    assert ran.json["negative_variances"] == {f"layers.{i}.{name}": pytest.approx(-0.3) for i in range(4)}
+    assert f"layers.0.{name} is a variance and has entries below 0" in ran.err
+    assert "conv.weight" not in ran.err
