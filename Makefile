@@ -9,6 +9,9 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 # On all cores. Tests of one xdist_group, which want much memory or disk, run one after the other. PYTEST_ARGS come last.
 PYTEST := $(BIN)/python -m pytest -n auto
 
+# Tests start many short processes, and pytest rewrites what it loads: compile each module once, not in every process.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo test test-all slow lint types docs bench clean
 
 help: ## What there is to make.

@@ -51,9 +51,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the models and of `out`, where we are."""
+    """A copy of the fine-tune and of `out`, and links to what no test here writes to, where we are."""
     for name in ("base", "ft", "ft2", "out"):
-        shutil.copytree(models / name, tmp_path / name)
+        own = name in ("ft", "out")
+        shutil.copytree(models / name, tmp_path / name, copy_function=shutil.copy2 if own else os.link)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -118,8 +119,19 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base and two fine-tunes of one block, where we are."""
+    monkeypatch.chdir(tmp_path)
+    for seed, side in enumerate(("base", "ft", "ft2")):
+        chance = torch.Generator().manual_seed(seed)
+        tensors = {f"layers.{i}.w": torch.randn(50_003 + i, generator=chance) for i in range(4)}
+        write_checkpoint(tmp_path / side, tensors, shards=2, config=CONFIG)
+
+
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method(method: str, here: Path) -> None:
+def test_every_method(method: str) -> None:
     """Thresholds, signs, draws and angles are found again; an alpha that was measured is a number in the recipe."""
     values = {"merge_method": method, "base_model": "base", **METHODS[method]}
     merged({key: value for key, value in values.items() if value is not None}, "new")
@@ -245,26 +257,26 @@ def test_on_the_hub(here: Path) -> None:
     files = {path.name: path.read_bytes() for path in (here / "out").iterdir()}
     with HubServer() as hub:
         hub.push("org/merged", files)
+        spoilt = files[SECOND][:-1] + bytes([files[SECOND][-1] ^ 1])
+        hub.push("org/spoilt", files | {SECOND: spoilt})
         hub.push("org/other", {name: content for name, content in files.items() if "recipe" not in name})
         user = User(hub, here / "home")
         options = ["--input", f"../base={here}/base", "--input", f"../ft={here}/ft"]
-        command = ["-m", "lines_cli", "verify", "org/merged", *options]
-        environment = {"PYTHONPATH": str(Path(lines.__file__).parent.parent)}
-        ran = user.runs(*command, **environment)
-        assert ran.returncode == 0, ran.stderr
-        assert "org/merged is what its recipe makes" in ran.stdout
-        assert user.runs(*command[:-4], **environment).returncode == 3
-        ran = user.runs(*command, "--resume", **environment)
-        assert (ran.returncode, "Hub's cache" in ran.stderr) == (2, True)
-        ran = user.runs("-m", "lines_cli", "verify", "org/other", **environment)
-        assert (ran.returncode, "holds no lines_recipe.yaml" in ran.stderr) == (3, True)
-        spoilt = bytearray(files[SECOND])
-        spoilt[-1] ^= 1
-        hub.push("org/merged", files | {SECOND: bytes(spoilt)})
-        ran = user.runs(*command, "--json", **environment)
-        assert ran.returncode == 5
-        assert json.loads(ran.stdout)["same"] is False
-        assert not list(here.glob("home/**/*lines-verified"))
+        same, no_input, resumed, no_recipe, differing = user.commands(
+            ["verify", "org/merged", *options],
+            ["verify", "org/merged"],
+            ["verify", "org/merged", *options, "--resume"],
+            ["verify", "org/other"],
+            ["verify", "org/spoilt", *options, "--json"],
+        )
+    assert (same.code, same.trace) == (0, ""), same.err
+    assert "org/merged is what its recipe makes" in same.out
+    assert no_input.code == 3
+    assert (resumed.code, "Hub's cache" in resumed.err) == (2, True)
+    assert (no_recipe.code, "holds no lines_recipe.yaml" in no_recipe.err) == (3, True)
+    assert differing.code == 5
+    assert differing.json["same"] is False
+    assert not list(here.glob("home/**/*lines-verified"))
 
 
 # --- what is not ---

@@ -12,6 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from html.parser import HTMLParser
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -180,6 +181,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 REDUNDANT = (
+    "eight, long names",
     "three",
     "towers, one",
     "80 layers",
@@ -189,7 +191,8 @@ REDUNDANT = (
     "one layer, two",
 )  # whose figures other tests draw
 QUICK: list[Any] = [pytest.param(case, "png", marks=pytest.mark.slow if case in REDUNDANT else ()) for case in CASES]
-QUICK += [(case, form) for case in ("one fine-tune", "unknown depth") for form in ("svg", "html")]
+QUICK += [("one fine-tune", "svg"), pytest.param("unknown depth", "svg", marks=pytest.mark.slow)]
+QUICK += [(case, "html") for case in ("one fine-tune", "unknown depth")]
 
 
 @pytest.mark.parametrize(("case", "form"), QUICK)
@@ -205,7 +208,7 @@ def test_what_is_not_finite(tmp_path: Path) -> None:
     model = decoder(3)
     base = write_checkpoint(tmp_path / "base", model)
     same, bad = write_checkpoint(tmp_path / "same", model), write_checkpoint(tmp_path / "bad", with_nan(model))
-    for number, fts in enumerate([[same], [bad], [same, bad]]):
+    for number, fts in enumerate([[bad], [same, bad]]):
         path = tmp_path / f"{number}.html"
         draw(path, *fts, "--base", base)
         check_file(path)
@@ -218,10 +221,10 @@ def test_the_same_twice(form: str, tmp_path: Path) -> None:
     arguments: list[object] = [write_checkpoint(tmp_path / "base", model)]
     if form == "svg":
         arguments = [write_checkpoint(tmp_path / "ft", tuned(model, 1)), "--base", *arguments]
-    for name in "ab":
-        command = [sys.executable, "-m", "lines_cli", "inspect", *arguments, "--plot", tmp_path / f"{name}.{form}"]
-        environment = os.environ | {"PYTHONHASHSEED": str(ord(name))}
-        subprocess.run(list(map(str, command)), check=True, capture_output=True, env=environment)
+    draw(tmp_path / f"a.{form}", *arguments)
+    command = [sys.executable, "-m", "lines_cli", "inspect", *arguments, "--plot", tmp_path / f"b.{form}"]
+    environment = os.environ | {"PYTHONHASHSEED": "98"}
+    subprocess.run(list(map(str, command)), check=True, capture_output=True, env=environment)
     assert (tmp_path / f"a.{form}").read_bytes() == (tmp_path / f"b.{form}").read_bytes()
 
 
@@ -230,10 +233,16 @@ def test_the_same_twice_in_a_process(drawn: Any) -> None:
     arguments, _ = drawn("one layer, two", "")
     told = run_lines("inspect", *arguments, "--json").json
     with mpl.rc_context(plot._STYLE):
-        assert len({plot._render(plot.panels(told), "svg") for _ in range(3)}) == 1
+        assert len({plot._render(plot.panels(told), "svg") for _ in range(2)}) == 1
 
 
-@pytest.mark.parametrize("case", ["one checkpoint", "one fine-tune", "towers, three"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("one fine-tune", "towers", "one layer, two"),
+        *(pytest.param(case, marks=pytest.mark.slow) for case in ("one checkpoint", "towers, three")),
+    ],
+)
 def test_the_page_holds_every_number(case: str, drawn: Any) -> None:
     """The page has every cell of every table, unfolded, the facts, the figures, and the recipe."""
     arguments, path = drawn(case, "html")
@@ -356,8 +365,9 @@ def test_hostile_model_names(what: str, tmp_path: Path) -> None:
     base = write_checkpoint(tmp_path / "base", model)
     name = EVIL[what].replace("/", "|").replace("\0", "")[:200]
     fts = [write_checkpoint(tmp_path / f"{name}{at}", tuned(model, at)) for at in range(2)]
-    draw(tmp_path / "p.html", fts[0], "--base", base)
-    check_file(tmp_path / "p.html")
+    if what in ("script", "escapes"):
+        draw(tmp_path / "p.html", fts[0], "--base", base)
+        check_file(tmp_path / "p.html")
     for tunes in (fts[:1], fts):
         told = run_lines("inspect", *tunes, "--base", base, "--json").json
         (legend,) = next(iter(figures(told))).legends
@@ -519,7 +529,7 @@ from lines_cli.cli.app import main; main()
 """
 
 
-@pytest.mark.parametrize("form", [".svg", ".html"])
+@pytest.mark.parametrize("form", [".svg", pytest.param(".html", marks=pytest.mark.slow)])
 def test_without_matplotlib(form: str, tmp_path: Path) -> None:
     """Without matplotlib --plot says what to install, before it reads; all else works."""
     path = write_checkpoint(tmp_path / "m", decoder(2))
@@ -641,21 +651,23 @@ def contrast(a: tuple[float, ...], b: tuple[float, ...]) -> float:
 
 def test_numbers_on_colours_can_be_read() -> None:
     """A number in a matrix stands out from its cell, whatever its value is."""
-    for key, low in (("cosine", -1.0), ("opposed", 0.0)):
-        steps = [low + (1 - low) * at / 30 for at in range(31)]
-        for value in steps:
-            matrix = [[1.0, value], [value, 1.0]]
-            together = {"cosine": [[1.0, 0], [0, 1.0]], "opposed": [[0.0, 0.0], [0.0, 0.0]]} | {key: matrix}
-            together["layers"] = [{"cosine": [[1.0, -1.0], [-1.0, 1.0]]}]  # the scale is -1 to 1
-            figure = Figure()
-            with mpl.rc_context(plot._STYLE):
-                plot._matrices(figure, together, ["1 a", "2 b"])
-            axes = figure.axes[0 if key == "cosine" else 1]
-            image = axes.images[0]
-            for text in axes.texts:
-                x, y = map(int, text.get_position())
-                cell = image.cmap(float(image.norm(image.get_array()[y, x])))
-                assert contrast(mpl.colors.to_rgba(text.get_color()), cell) > 3, (key, value)
+    pairs = list(combinations(range(8), 2))
+    together: dict[str, Any] = {"layers": [{"cosine": [[1.0, -1.0], [-1.0, 1.0]]}]}  # the scale is -1 to 1
+    for key, low, same in (("cosine", -1.0, 1.0), ("opposed", 0.0, 0.0)):
+        together[key] = [[same] * 8 for _ in range(8)]
+        for at, (a, b) in enumerate(pairs):
+            together[key][a][b] = together[key][b][a] = low + (1 - low) * at / (len(pairs) - 1)
+    figure = Figure()
+    with mpl.rc_context(plot._STYLE):
+        plot._matrices(figure, together, [f"{at} x" for at in range(8)])
+    for axes in figure.axes[:2]:
+        image = axes.images[0]
+        assert len(axes.texts) >= len(pairs)
+        for text in axes.texts:
+            x, y = map(int, text.get_position())
+            value = image.get_array()[y, x]
+            cell = image.cmap(float(image.norm(value)))
+            assert contrast(mpl.colors.to_rgba(text.get_color()), cell) > 3, value
 
 
 # How a person with deuteranopia or protanopia sees linear RGB: Machado, Oliveira and Fernandes (2009), severity 1.
@@ -699,25 +711,25 @@ def test_the_legend_names_each_model(drawn: Any) -> None:
     assert len(labels) == len(set(labels)) == 9
 
 
-def test_one_scale_for_all_cosines(drawn: Any) -> None:
+@pytest.mark.parametrize("case", ["three", "one layer, two", pytest.param("towers, three", marks=pytest.mark.slow)])
+def test_one_scale_for_all_cosines(case: str, drawn: Any) -> None:
     """Every cosine of a file is drawn on one scale, no finer than +-0.25; opposed signs on 0 to 100 %."""
-    for case in ("three", "towers, three", "one layer, two"):
-        arguments, _ = drawn(case, "")
-        told = run_lines("inspect", *arguments, "--json").json
-        images = [
-            image for figure in figures(told) for part in parts(figure) for axes in part.axes for image in axes.images
-        ]
-        scales = {(image.cmap.name, *image.get_clim()) for image in images}
-        (cosine,) = (ends for name, *ends in scales if name == "PuOr_r")
-        together = told["together"]
-        found = [
-            abs(row["cosine"][a][b])
-            for row in (together, *together["layers"])
-            for a in range(len(together["models"]))
-            for b in range(a)
-        ]
-        assert cosine == pytest.approx([-max(0.25, *found), max(0.25, *found)])
-        assert scales == {("PuOr_r", *cosine), ("Blues", 0, 100)}
+    arguments, _ = drawn(case, "")
+    told = run_lines("inspect", *arguments, "--json").json
+    images = [
+        image for figure in figures(told) for part in parts(figure) for axes in part.axes for image in axes.images
+    ]
+    scales = {(image.cmap.name, *image.get_clim()) for image in images}
+    (cosine,) = (ends for name, *ends in scales if name == "PuOr_r")
+    together = told["together"]
+    found = [
+        abs(row["cosine"][a][b])
+        for row in (together, *together["layers"])
+        for a in range(len(together["models"]))
+        for b in range(a)
+    ]
+    assert cosine == pytest.approx([-max(0.25, *found), max(0.25, *found)])
+    assert scales == {("PuOr_r", *cosine), ("Blues", 0, 100)}
 
 
 def test_more_than_eight(drawn: Any) -> None:
@@ -781,11 +793,8 @@ def test_odd_coefficients(options: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        "one fine-tune",
-        "towers, one",
-        "one checkpoint",
-        "one layer",
-        "one layer, two",
+        *("one fine-tune", "towers, one", "one layer"),
+        *(pytest.param(case, marks=pytest.mark.slow) for case in ("one checkpoint", "one layer, two")),
     ],
 )
 def test_coefficients_are_seen(case: str, drawn: Any) -> None:

@@ -20,6 +20,8 @@ from types import TracebackType
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
+from support.run import Ran
+
 Files = Mapping[str, bytes]
 LARGE = (".safetensors", ".bin", ".onnx")
 
@@ -245,6 +247,14 @@ for name in sys.argv[1:]:
     print(json.dumps(said | {"client": "huggingface_hub" in sys.modules}))
 """
 
+CHECKOUT = Path(__file__).parents[2], Path(__file__).parents[1]
+COMMANDS = """
+import dataclasses, json, sys
+from support.run import run_lines
+
+print(json.dumps([dataclasses.asdict(run_lines(*command)) for command in json.loads(sys.argv[1])]))
+"""
+
 
 @dataclass(frozen=True)
 class User:
@@ -264,6 +274,12 @@ class User:
             text=True,
             timeout=120,
         )
+
+    def commands(self, *commands: list[str]) -> list[Ran]:
+        """What `lines` says to each command, in one process."""
+        done = self.runs("-c", COMMANDS, json.dumps(commands), PYTHONPATH=os.pathsep.join(map(str, CHECKOUT)))
+        assert done.returncode == 0, done.stderr
+        return [Ran(**ran) for ran in json.loads(done.stdout)]
 
     def locates(self, *names: str, **environment: str) -> list[dict[str, Any]]:
         """What became of each name, in one process."""

@@ -10,12 +10,16 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from typer import testing
 
 from support.files import write_checkpoint
+
+testing._get_command = cache(testing._get_command)  # what is declared is read once, not in each of thousands of runs
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,9 @@ class Ran:
 
 def run_lines(*args: object) -> Ran:
     """Run `lines ARGS` in this process."""
-    from typer.testing import CliRunner
-
     from lines_cli.cli.app import app
 
-    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    result = testing.CliRunner().invoke(app, [str(arg) for arg in args])
     escaped = result.exception if not isinstance(result.exception, SystemExit) else None
     trace = "".join(traceback.format_exception(escaped)) if escaped else ""
     return Ran(result.exit_code, result.stdout, result.stderr, trace)
