@@ -201,9 +201,10 @@ class Worker(Reader):
         every = models if base is None else [base, *models]
         self.stays = None
         if len(every) > 1 and has_odd_entries(every[0]):
-            stays = self.stays = self._shared(chunk, chunk.segment.sources)
-            for entries in every if stays is not None else ():
-                entries.masked_fill_(stays, 0.0)
+            self.stays = self._shared(chunk, chunk.segment.sources)
+            if self.stays is not None:
+                for entries in every:
+                    entries.masked_fill_(self.stays, 0.0)
         return base, models
 
     def base(self, chunk: PlanChunk) -> torch.Tensor | None:
