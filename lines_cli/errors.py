@@ -120,10 +120,12 @@ class Aftermath:
     Attributes:
         kept: the folder in which what was finished is kept, to `resume` from; None where nothing is.
         in_place: the destination, if the new output had taken its place before; None where that is as it was.
+        output: the destination, to name in the commands that go on from there.
     """
 
     kept: Path | None = None
     in_place: Path | None = None
+    output: Path | None = None
 
 
 def attach_aftermath(error: BaseException, aftermath: Aftermath) -> None:

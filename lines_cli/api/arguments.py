@@ -26,7 +26,7 @@ def path(flag: str, given: str | Path) -> Path:
     if found.startswith("~"):
         raise RecipeError(
             f"{flag} {given}: there is no user {found.partition('/')[0][1:]!r} here",
-            hint=f"A name that begins with ~ is written ./{given}.",
+            hint=f"To name something that begins with ~, write ./{given}.",
         )
     return Path(found)
 

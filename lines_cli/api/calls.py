@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lines_cli.plan.plan import Plan
     from lines_cli.plan.resources import Resources
     from lines_cli.recipe.schema import Recipe
+    from lines_cli.storage.staging import Unfinished
 
     Config = str | Path | Mapping[str, Any] | Recipe
     Sets = Iterable[str] | Mapping[str, Any]
@@ -339,7 +340,10 @@ def read_recipe(config: Config, sets: Sets = ()) -> Recipe:
     if not isinstance(config, Recipe):
         return recipe_from(config, texts)
     if texts:
-        raise RecipeError("sets overrule a file or a mapping; this is a Recipe already", hint="Use model_copy of it.")
+        raise RecipeError(
+            "sets change a file or a mapping, but this is a Recipe already",
+            hint="Change it with its model_copy() instead.",
+        )
     return config
 
 
@@ -429,7 +433,7 @@ def carry_out(
     before = leftover(destination)
     if before is not None and before.set_aside:
         if dry_run:
-            say(f"{destination} is set aside in {before.folder}; a run, or lines clean, puts it back")
+            say(f"the old {destination} is in {before.folder}; a run, or lines clean {destination}, puts it back")
             if not how["force"]:
                 raise OutputError(f"{destination} exists", hint="Replace it with --force, or choose another with -o.")
         else:
@@ -447,21 +451,23 @@ def carry_out(
         except OutputError as error:
             if not how["force"] or dry_run:
                 raise
-            say(f"{error.message}\nit is written again")
+            say(f"{error.message}\nso it is written again")
             is_over, finished = False, False
     if finished:
         if before is not None and before.is_over and not dry_run:
             clean(destination)  # killed after its last step, it has left the folder
         elif before is not None and not quiet:
-            say(f"{before.folder} holds another run's unfinished output, and is left alone")
+            say(f"{before.folder} holds the unfinished output of another run; it is left as it is")
         return Done(plan, summary.of_finished(plan), before=True)
     if dry_run:
+        if before is not None and not (before.is_over or quiet):
+            say(_what_becomes_of(before, how, same=is_same_run(plan, before.run)))
         needed = plan.bytes_written - (before.nbytes if before else 0)
         ours = replaceable(plan) if how["force"] else None
         check_destination(destination, inputs=plan.read_paths, nbytes=needed, force=how["force"], ours=ours)
         return Done(plan, summary.of_plan(plan, resources))
     if before is not None and before.is_over and not quiet:
-        say(f"{before.folder} holds what a finished run has replaced; it is removed")
+        say(f"{before.folder} holds the old output that a finished run replaced; it is removed")
     elif before is not None and not quiet:
         if how["resume"]:
             say(f"{before.folder} holds unfinished work ({before.description})")
@@ -475,6 +481,18 @@ def carry_out(
 
     outcome = run(plan, resources, **how, **({} if track is None else {"track": track}), at_last=at_last)
     return Done(outcome.plan, summary.of_outcome(outcome), outcome)
+
+
+def _what_becomes_of(left: Unfinished, how: RunOptions, *, same: bool) -> str:
+    """What a run would do with what an earlier one left; `same` if that was the same run."""
+    if left.run is None:
+        return f"{left.folder} holds nothing to continue from: a run starts over"
+    if not how["resume"]:
+        return f"{left.folder} holds unfinished work ({left.told}): a run without --resume discards it"
+    if same:
+        return f"{left.folder} holds unfinished work ({left.told}): --resume continues it"
+    then = "--resume with --force discards it" if how["force"] else "--resume refuses to run (exit code 6)"
+    return f"{left.folder} holds the unfinished work of another run: {then}"
 
 
 def look(
@@ -530,7 +548,7 @@ def _opened(
         return open_inspection(checkpoints, base=base, quiet=quiet, **scaling)
     if checkpoints or base is not None or any(value is not None for value in scaling.values()):
         raise RecipeError(
-            "--config names the base, the models and the coefficients itself",
+            "--config already gives the base, the models and the coefficients",
             hint="Leave the other options out, or change the recipe.",
         )
     return open_merge(read_recipe(config), quiet=quiet)

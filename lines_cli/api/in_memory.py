@@ -213,7 +213,7 @@ class _Tensors:
         self.infos: dict[str, TensorInfo] = {}
         given = state_dict_of(given)
         if not isinstance(given, Mapping):
-            raise UnsupportedError(f"{name} is a {type(given).__name__}, and no mapping of names to tensors")
+            raise UnsupportedError(f"{name} is a {type(given).__name__}, not a mapping of names to tensors")
         end = 0
         for key, value in given.items():
             tensor = _checked(name, key, value)
@@ -257,14 +257,14 @@ _ALIGNED = 8  # bytes: no two tensors begin in one place, not even empty ones
 def _checked(side: str, name: Any, value: Any) -> torch.Tensor:
     """A tensor as its numbers are to be read."""
     if not isinstance(name, str):
-        raise UnsupportedError(f"{side}: the name {name!r} is a {type(name).__name__}, and no text")
+        raise UnsupportedError(f"{side}: the name {name!r} is a {type(name).__name__}, not text")
     if not isinstance(value, torch.Tensor):
-        raise UnsupportedError(f"{side}: {printable(name)} is a {type(value).__name__}, and no tensor")
+        raise UnsupportedError(f"{side}: {printable(name)} is a {type(value).__name__}, not a tensor")
     kind = None
     if value.layout != torch.strided:
         kind = f"has the layout {value.layout}"
     elif value.device.type == "meta":
-        kind = "is on the meta device, and holds no numbers"
+        kind = "is on the meta device and holds no numbers"
     elif value.dtype not in _NAMES:
         kind = f"is {value.dtype}, which safetensors does not have"
     if kind is not None:

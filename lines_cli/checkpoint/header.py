@@ -120,7 +120,7 @@ def read_header(path: Path, known: Known | None = None) -> Header:
                 # How many it claims would tell what the file holds, which may be another's.
                 _refuse(
                     path,
-                    f"its first 8 bytes claim a header of more than {HEADER_LIMIT:,} bytes, the format's most",
+                    f"its first 8 bytes give its header more than {HEADER_LIMIT:,} bytes, the format's limit",
                     _NOT_SAFETENSORS,
                 )
             if length > size - 8:
@@ -130,7 +130,8 @@ def read_header(path: Path, known: Known | None = None) -> Header:
         if error.strerror == NOT_REGULAR:
             _refuse(path, "not a file", _NOT_SAFETENSORS)
         raise CheckpointError(
-            f"{path}: cannot be read: {error.strerror or error}", hint="Is it a file, and may you read it?"
+            f"{path}: cannot be read: {error.strerror or error}",
+            hint="Check that it is a file and that you may read it.",
         ) from error
     known = {} if known is None else known
     header = known.get((raw, size))
@@ -168,7 +169,7 @@ def _parse(path: Path, raw: bytes, *, data_start: int, file_size: int) -> Header
     except (ValueError, RecursionError) as error:
         _refuse(path, f"its header is not valid JSON ({error})", _NOT_SAFETENSORS)
     if isinstance(entries, TensorInfo):
-        _refuse(path, "its header describes one tensor, and does not name it")
+        _refuse(path, "its header describes a tensor without a name")
 
     metadata = entries.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata
@@ -178,7 +179,7 @@ def _parse(path: Path, raw: bytes, *, data_start: int, file_size: int) -> Header
     if b"\\u" in raw:  # only an escape can smuggle in what UTF-8 does not have
         for name in (*entries, *metadata, *metadata.values()):
             if any("\ud800" <= character <= "\udfff" for character in name):
-                _refuse(path, f"its header holds {name!r}, which is no text (half a character)")
+                _refuse(path, f"its header holds {name!r}, which is not valid text (half a character)")
     for name, tensor in entries.items():
         if not isinstance(tensor, TensorInfo):
             wrong, *with_it = _tensor(tensor, data_start)

@@ -153,7 +153,7 @@ def open_checkpoint(
     elif os.path.isfile(path):
         _refuse_lone_shard(path.parent, path.name)
         if path.name.endswith(_OTHER_FORMATS):
-            raise UnsupportedError(f"{path} is no safetensors file, by its name", hint=_CONVERT)
+            raise UnsupportedError(f"{path} is not a .safetensors file, by its name", hint=_CONVERT)
         files, stem, config = {path: None}, _stem_of_file(path), {}
     else:
         what = "neither a file nor a folder" if os.path.lexists(path) else "there is no such file or folder"
@@ -219,7 +219,7 @@ def shards_of(index: Path) -> dict[str, set[str]]:
             if leads_out(shard):
                 raise CheckpointError(
                     f"{index}: tensor {tensor!r} is mapped to {shard!r}, which is outside the folder",
-                    hint="Shards stand beside their index: do not trust this checkpoint, or write its index anew.",
+                    hint="Shards belong in the folder of their index. Do not trust this checkpoint, or fix its index.",
                 )
             if len(shards) == _MOST_SHARDS:
                 raise CheckpointError(f"{index}: more than {_MOST_SHARDS:,} shards", hint=_NOT_JSON)
@@ -265,7 +265,7 @@ def refuse_folder(folder: str, names: Collection[str]) -> NoReturn:
         )
     if weights:
         raise CheckpointError(
-            f"{folder} holds several sets of weights, and which one is meant is not clear:\n{some(weights)}",
+            f"{folder} holds several sets of weights, and it is not clear which one is meant:\n{some(weights)}",
             hint="Give the .safetensors file itself, or move the others away.",
         )
     if _ADAPTER in names:
@@ -307,7 +307,7 @@ def _reads_alike(name: str, other: str) -> bool:
     return name == other or (as_it_is and _stem_of_file(Path(name)) == _stem_of_file(Path(other)))
 
 
-_NOT_ONE_SAVE = "The index and the shards are not of one save: copy or download the checkpoint again."
+_NOT_ONE_SAVE = "The index and the shards do not belong together: copy or download the checkpoint again."
 
 
 def _refuse_shard(file: Path, held: Collection[str], expected: set[str]) -> None:

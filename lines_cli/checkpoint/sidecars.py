@@ -74,7 +74,7 @@ class Sidecar:
         except OSError as error:
             raise CheckpointError(
                 f"{self.source}: cannot be carried over: {error.strerror or error}",
-                hint="May you read it, and is it what its name says? Move it away if it is not needed.",
+                hint="Check that it is a file and that you may read it. Move it away if it is not needed.",
             ) from error
 
 
@@ -110,7 +110,7 @@ def _listed(folder: Path) -> list[str]:
         return sorted(os.listdir(folder))
     except OSError as error:
         raise CheckpointError(
-            f"{folder}: cannot be read: {error.strerror or error}", hint="May you read it?"
+            f"{folder}: cannot be read: {error.strerror or error}", hint="Check that you may read it."
         ) from error
 
 
@@ -181,7 +181,8 @@ def carry_over(
         ids = kept.config or None
         if tokenizer is not None and not theirs:
             raise CheckpointError(
-                f"tokenizer_source: {tokenizer.name} has no tokenizer", hint="Name an input that has one, or none."
+                f"tokenizer_source: {tokenizer.name} has no tokenizer",
+                hint="Name an input that has one, or leave the key out.",
             )
         if not theirs:
             notes.append(
@@ -224,7 +225,8 @@ def _with_chat_template(files: Mapping[str, Path], source: Checkpoint) -> tuple[
         )
     if not theirs and inside is None:
         raise CheckpointError(
-            f"chat_template: {source.name} has no chat template", hint="Name an input that has one, or none."
+            f"chat_template: {source.name} has no chat template",
+            hint="Name an input that has one, or leave the key out.",
         )
     merged = {name: path for name, path in files.items() if not _matches(name, patterns)} | theirs
     if _TOKENIZER_CONFIG not in merged:
@@ -241,7 +243,7 @@ def _with_chat_template(files: Mapping[str, Path], source: Checkpoint) -> tuple[
             return merged, {_CHAT_TEMPLATE: inside.encode()}
         except UnicodeEncodeError as error:
             raise CheckpointError(
-                f"{theirs_config}: its chat_template holds {inside[error.start]!r}, which is no text",
+                f"{theirs_config}: its chat_template holds {inside[error.start]!r}, which is not valid text",
                 hint="The file is damaged: copy or download it again.",
             ) from error
     config = read_object(merged[_TOKENIZER_CONFIG])

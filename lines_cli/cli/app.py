@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import gc
 import io
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from lines_cli.errors import LinesError, aftermath_of
 from lines_cli.version import __version__
 
 EXIT_CODES = {
-    0: "done; or, with --dry-run, nothing that headers can tell stands against it",
+    0: "done; or, with --dry-run, the headers show no problem",
     1: "out of memory; or a bug in lines: please report it with the traceback",
     2: "the command line or the recipe says something impossible",
     3: "an input cannot be found or read, or is of a kind lines does not edit",
@@ -55,13 +56,18 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
                 command(**options)
         except (LinesError, KeyboardInterrupt, MemoryError) as error:
             signals.too_late()
-            raise typer.Exit(_say(error)) from error
+            raise typer.Exit(_say(error, writes=command in (edit, merge))) from error
 
     return guarded
 
 
-def _say(error: BaseException) -> int:
-    """Say why a command ends, and what it leaves; the exit code."""
+def _say(error: BaseException, *, writes: bool) -> int:
+    """Say why a command ends, and what it leaves; the exit code.
+
+    Args:
+        error: what ended it.
+        writes: whether the command writes a destination.
+    """
     from lines_cli.cli import console
 
     aftermath, code = aftermath_of(error), 1
@@ -72,22 +78,24 @@ def _say(error: BaseException) -> int:
         case KeyboardInterrupt():
             number = error.number if isinstance(error, signals.Signalled) else signal.SIGINT
             if aftermath.in_place is not None:
-                console.remark(f"interrupted ({number.name}) when {aftermath.in_place} was in place: it is whole")
+                console.remark(f"interrupted ({number.name}) after {aftermath.in_place} was in place: it is whole")
                 code = 0
             else:
-                console.refuse(signals.interrupted(number))
+                unchanged = "; the destination is as it was" if writes else ""
+                console.refuse(f"interrupted ({number.name}){unchanged}")
                 code = 128 + number
         case _:
             message = ": ".join(filter(None, ("out of memory", str(error))))
-            console.refuse(message, "Fewer --workers need less: each holds its own buffers.")
-    if aftermath.in_place is not None:
-        if aftermath.kept is not None:
-            console.remark(f"what it replaced is still in {aftermath.kept}: lines clean OUT removes it")
-    elif aftermath.kept is not None:
-        console.remark(
-            f"what was finished is kept in {aftermath.kept}: the same command with --resume goes on from there, "
-            "lines clean OUT removes it"
-        )
+            console.refuse(message, "Try fewer --workers: each has buffers of its own.")
+    if aftermath.kept is not None:
+        removes = f"lines clean {shlex.quote(str(aftermath.output))} removes it"
+        if aftermath.in_place is not None:
+            console.remark(f"what it replaced is still in {aftermath.kept}: {removes}")
+        else:
+            console.remark(
+                f"what was finished is kept in {aftermath.kept}: the same command with --resume continues from there, "
+                f"{removes}"
+            )
     return code
 
 

@@ -7,10 +7,10 @@ from lines_cli.cli import options as opt
 
 
 def clean(output: opt.Cleaned, *, quiet: opt.Quiet = False) -> None:
-    """Remove what a run has left that was killed or interrupted.
+    """Remove what a run left that was killed or interrupted.
 
-    Beside OUT it has kept what it had finished, for --resume; lines verify --resume, what it had compared. A run that
-    is still at work is left alone, and so is OUT itself.
+    Such a run keeps its finished work beside OUT, for --resume; so does lines verify --resume. A run that is still at
+    work is left alone, and so is OUT itself.
     """
     from lines_cli.cli import console
     from lines_cli.storage.staging import clean as remove
@@ -20,6 +20,6 @@ def clean(output: opt.Cleaned, *, quiet: opt.Quiet = False) -> None:
     found = remove(destination)
     forgotten = forget(destination)
     if forgotten is not None and not quiet:
-        console.remark(f"removed {forgotten}, what lines verify had compared")
+        console.remark(f"removed {forgotten}, the progress of lines verify")
     if (found is not None or forgotten is None) and not quiet:
         console.show_cleaned(output, found)

@@ -108,7 +108,7 @@ def show_cleaned(output: str, found: Unfinished | None) -> None:
         remark(f"nothing to remove: there is no unfinished run of {output}")
     else:
         if found.set_aside:
-            remark(f"{output} was set aside in it, and is put back")
+            remark(f"{output} had been moved into it, and is back in its place")
         remark(f"removed {found.folder} ({size(found.nbytes)}, {found.description})")
 
 
@@ -129,7 +129,7 @@ def show_outcome(outcome: Outcome, *, json: bool, quiet: bool) -> None:
             "runs. Use smaller coefficients, or keep the base's: --filter running_var=0 (in a recipe lines.filter)."
         )
     for name, files in outcome.differing.items():
-        _warn(f"{name} holds whole numbers, which are copied, and they differ in {', '.join(files)}")
+        _warn(f"{name} holds whole numbers, which are copied; {', '.join(files)} hold other numbers")
     if json or quiet:
         return
     _models(plan, outcome.norms, outcome.kept)
@@ -146,7 +146,7 @@ def show_outcome(outcome: Outcome, *, json: bool, quiet: bool) -> None:
 def show_claim(claim: Claim) -> None:
     """What will be read: a recipe may be a stranger's."""
     inputs = (name if name == path else f"{name} ({path})" for path, name in claim.names.items())
-    remark(f"{claim.file} reads {', '.join(inputs)}")
+    remark(f"the inputs of {claim.file}: {', '.join(inputs)}")
 
 
 def show_verification(found: Verification, *, json: bool, quiet: bool) -> None:
@@ -186,13 +186,13 @@ def _differences(file: FileVerified) -> Iterator[str]:
         if at.differing > 1:
             yield f"{at.differing:,} blocks differ"
     if file.same and not file.as_claimed:
-        yield "is what the recipe makes, and the record says something else"
+        yield "is what the recipe makes, but the record says something else"
     elif file.made_as_recorded and file.still_as_recorded is False:
-        yield "is no longer what was written, and the recipe makes that"
+        yield "was changed after it was written: the recipe makes what is recorded"
     elif file.made_as_recorded is False and file.still_as_recorded:
-        yield "is what was written, and the recipe does not make that"
+        yield "is as it was written, but the recipe makes something else"
     elif file.made_as_recorded is False and file.still_as_recorded is False:
-        yield "is neither what was written nor what the recipe makes, which differ, too"
+        yield "is neither what was written nor what the recipe makes, and those two differ as well"
 
 
 def show_report(report: Report, *, json: bool, full: bool) -> None:

@@ -37,7 +37,7 @@ Against = Annotated[
         "--base",
         metavar="BASE",
         show_default=False,
-        help="What they were fine-tuned from: reads all weights, and tells what changed.",
+        help="What they were fine-tuned from: reads all weights and shows what changed.",
     ),
 ]
 MergeToInspect = Annotated[
@@ -224,7 +224,7 @@ RecipeOf = Annotated[
         "--config",
         metavar="FILE",
         show_default="OUT/lines_recipe.yaml",
-        help="The recipe that is said to have made it; one file does not hold its own.",
+        help="The recipe that made it. A single .safetensors file needs this: it holds no recipe.",
     ),
 ]
 Elsewhere = Annotated[
@@ -233,14 +233,15 @@ Elsewhere = Annotated[
         "--input",
         metavar="NAME=PATH",
         show_default=False,
-        help="Where an input is that is not where the recipe says; NAME as it stands there. Repeatable.",
+        help="Where an input is, if it is not where the recipe says. NAME is its name in the recipe, or the last "
+        "part of that. Repeatable.",
     ),
 ]
 ResumeVerify = Annotated[
     bool,
     typer.Option(
         "--resume",
-        help="Keep what was compared in a hidden file beside OUT until all is, and go on from what is there.",
+        help="Keep the progress in a hidden file beside OUT, and continue from it.",
     ),
 ]
 JsonVerified = Annotated[bool, typer.Option("--json", help="Print what was found as JSON on stdout.")]
@@ -273,7 +274,7 @@ MaxShardSize = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output, once the new one is whole.")]
 Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on from what a run like this has finished that was killed or interrupted.")
+    bool, typer.Option("--resume", help="Continue what the same run had finished when it was killed or interrupted.")
 ]
 Verify = Annotated[bool, typer.Option("--verify", help="Read the output back before it is put into place.")]
 VerifyInputs = Annotated[

@@ -38,13 +38,9 @@ def _end(number: int, _: object) -> None:
     if _at_work:
         raise Signalled(number)
     # An exception would be swallowed, or abort the process, in whatever library is being imported.
-    os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"error: {interrupted(number)}\n".encode())
+    told = f"error: interrupted ({signal.Signals(number).name}) before anything was written\n"
+    os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, told.encode())
     os._exit(128 + number)
-
-
-def interrupted(number: int) -> str:
-    """The message."""
-    return f"interrupted ({signal.Signals(number).name}); the destination is as it was"
 
 
 @contextmanager

@@ -23,10 +23,10 @@ def verify(
     \b
       lines verify OUT                               # a folder that lines wrote
       lines verify org/name                          # such a folder on the Hub
-      lines verify OUT --input ../base=/models/base  # an input that lies elsewhere here
+      lines verify OUT --input base=/models/base     # ../base of the recipe is in another place here
       lines verify out.safetensors --config merge.yaml
 
-    Ends with 0 if the output is what its recipe makes, and with 5 if anything differs: it names the file, the
+    Ends with 0 if the output is what its recipe makes, and with 5 if anything differs; it then names the file, the
     block and the tensor. The model card is left out, since people edit it. Nothing is written.
     """
     from lines_cli.api import arguments

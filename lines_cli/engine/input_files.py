@@ -46,7 +46,7 @@ def refuse_changed(paths: Sequence[Path], fds: Sequence[int], states: Sequence[F
         if (there.st_size, there.st_mtime_ns) != (state.nbytes, state.mtime_ns):
             what = f"its size went from {state.nbytes:,} to {there.st_size:,} bytes"
             if there.st_size == state.nbytes:
-                what = f"its time moved by {abs(there.st_mtime_ns - state.mtime_ns) / 1e9:.3f} s"
+                what = f"its modification time moved by {abs(there.st_mtime_ns - state.mtime_ns) / 1e9:.3f} s"
             raise ChangedInputError(
                 f"{path} was modified while lines was reading it: {what}",
                 hint="Run it again when nothing writes to it.",

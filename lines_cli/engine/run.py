@@ -167,8 +167,8 @@ def _verify(staging: Staging, records: Mapping[str, FileRecord]) -> None:
             found = file_digest(staging.path(name))
         if found != written.digest:
             raise OutputError(
-                f"{staging.output}: {name} reads back as {found}, and {written.digest} was written",
-                hint="The disk, or the memory on the way to it, does not hold what it is given. Write to another.",
+                f"{staging.output}: {name} reads back as {found}, but {written.digest} was written",
+                hint="The disk, or the memory on the way to it, does not return what it got. Write to another disk.",
             )
 
 

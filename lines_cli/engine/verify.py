@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import shlex
 import stat
 import threading
 import time
@@ -166,7 +167,7 @@ class Verification:
         of = f"{len(self.files)} file{'s' if len(self.files) > 1 else ''}"
         said = [f"{len(differing)} of {of} {'differs' if len(differing) == 1 else 'differ'}"] if differing else []
         said += [f"the record of {file.name} is wrong" for file in self.files if file.same and not file.as_claimed]
-        said += [f"{name} is not of its making" for name in self.unexpected]
+        said += [f"{name} was not made by the recipe" for name in self.unexpected]
         raise DataError(
             f"{self.output} is not what its recipe makes: {'; '.join(map(printable, said[:8]))}",
             hint=self._hint(differing),
@@ -174,12 +175,16 @@ class Verification:
 
     def _hint(self, differing: Sequence[FileVerified]) -> str | None:
         if any(read.difference for read in self.inputs):
-            return "Not all inputs are those recorded: --input NAME=PATH names another place for one."
+            return "Some inputs are not the recorded ones. If the right ones are in another place: --input NAME=PATH"
         if differing and all(file.made_as_recorded for file in differing):
-            again = f"lines merge --config {self.recipe} -o AGAIN"
-            return f"The recipe makes what was recorded, so the files were changed since. {again} makes them anew."
+            again = f"lines merge --config {shlex.quote(str(self.recipe))} -o AGAIN"
+            changed = "The recipe makes what was recorded, so the files were changed after they were written."
+            return f"{changed} To make them again: {again}"
         if differing and all(file.still_as_recorded for file in differing):
-            return "The files are as they were written: another input, or another version of lines, made them."
+            return (
+                "The files are as they were written. Another input or another version of lines made them, or the "
+                "recipe was edited."
+            )
         return None
 
     def report(self) -> dict[str, Any]:
@@ -241,8 +246,8 @@ def check(
     started = time.perf_counter()
     if resume and claim.hub_id is not None:
         raise RecipeError(
-            f"--resume keeps what was compared beside the output, and {claim.name} lies in the Hub's cache",
-            hint="Leave out --resume; or download it (hf download), and verify that folder.",
+            f"--resume keeps its progress beside the output, but {claim.name} is in the Hub's cache",
+            hint="Leave out --resume; or download it (hf download) and verify that folder.",
         )
     devices = Devices(resources or Resources())
     keep_freed_memory()
@@ -266,8 +271,8 @@ def check(
         notes = []
         if kept is not None and kept.differs:
             notes.append(
-                f"what {verified_beside(claim.output)} kept was of something else ({', '.join(kept.differs)} differ): "
-                "everything was compared anew"
+                f"{verified_beside(claim.output)} was of another comparison ({', '.join(kept.differs)} differ): "
+                "everything was compared again"
             )
         found = [*job.found(claim), *(_beside(claim, sidecar) for sidecar in _made_beside(job.plan))]
         read = _with_digests(inputs_read(claim, plan))
@@ -328,7 +333,7 @@ class _Present:
         """
         if _state(os.fstat(self._fd)) != self.state:
             raise CheckpointError(
-                f"{self.path}: changed while it was compared", hint="Run it again when the file is at rest."
+                f"{self.path}: changed while it was compared", hint="Run it again when nothing writes to it."
             )
 
     def write(self, view: memoryview, offset: int) -> None:
@@ -422,20 +427,24 @@ class _Compare(Write):
             return f"it cannot be read: {error.message}"
         made = {tensor.name: tensor.info for tensor in self.plan.tensors if tensor.file == number}
         kinds = {
-            "lacks": [name for name in made if name not in held],
-            "has besides": [name for name in held if name not in made],
-            "has in another dtype or shape": [
+            "lacks {}": [name for name in made if name not in held],
+            "has {} more": [name for name in held if name not in made],
+            "has {} in another dtype or shape": [
                 name
                 for name, info in made.items()
                 if name in held and (held[name].dtype, held[name].shape) != (info.dtype, info.shape)
             ],
         }
         said = [
-            f"it {how} {len(names):,} tensors ({printable(names[0])}{', ...' if len(names) > 1 else ''})"
+            f"it {how.format(_counted(names))} ({printable(names[0])}{', ...' if len(names) > 1 else ''})"
             for how, names in kinds.items()
             if names
         ]
-        return "; ".join(said) or "it has the same tensors, laid out or described in another way"
+        return "; ".join(said) or "it has the same tensors, but in another layout or with other metadata"
+
+
+def _counted(tensors: Sequence[str]) -> str:
+    return f"{len(tensors):,} tensor{'s' if len(tensors) != 1 else ''}"
 
 
 def _compare_weights(
@@ -532,12 +541,12 @@ def _unexpected(claim: Claim, made: set[str]) -> tuple[list[str], list[FileVerif
     notes = []
     if others:
         listed = ", ".join(map(printable, others[:8])) + (f" and {len(others) - 8:,} more" if len(others) > 8 else "")
-        notes.append(f"beside its files lie others, which were not compared: {listed}")
+        notes.append(f"the folder has other files, which were not compared: {listed}")
     gone = [FileVerified(name, 0, None, _GONE, None, False) for name in sorted(recorded - set(names))]
     return sorted([*loaded, *away]), gone, notes
 
 
-_GONE = "is recorded, and the recipe does not make it"
+_GONE = "is recorded, but the recipe does not make it"
 _MOST_ENTRIES = 100_000
 
 
@@ -559,7 +568,7 @@ def _listed(folder: Path) -> tuple[list[str], list[str]]:
                     if left < 0:
                         raise CheckpointError(
                             f"{folder} holds more than {_MOST_ENTRIES:,} files and folders",
-                            hint="Verify a folder that holds the output alone.",
+                            hint="Verify a folder that holds only the output.",
                         )
                     name = f"{inside}/{entry.name}" if inside else entry.name
                     if entry.is_dir(follow_symlinks=False):
@@ -638,7 +647,7 @@ def _held_against(
     """What is to say of a file, now that its content has been compared as far as there is one."""
     problem = None
     if file.found != file.nbytes:
-        problem = f"has {file.found:,} bytes, and {file.nbytes:,} are made"
+        problem = f"has {file.found:,} bytes, but the recipe makes {file.nbytes:,}"
         if difference is None:  # it goes on
             difference = _difference(file.nbytes, 0, file.nbytes)
     recorded = None if is_one_file(claim.output) else claim.recipe.files.get(file.name)
@@ -687,7 +696,7 @@ def _equal(one: memoryview, other: memoryview) -> bool:
 
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(f"{path}: cannot be read: {error.strerror or error}", hint="May you read it?")
+    return CheckpointError(f"{path}: cannot be read: {error.strerror or error}", hint="Check that you may read it.")
 
 
 # --- why ---
@@ -712,15 +721,15 @@ def _about(claim: Claim, result: Verification) -> Iterator[str]:
     if is_one_file(claim.output):
         pass
     elif not claim.recipe.files:
-        yield f"{claim.file} records no digests: the files were compared with what it makes, and with nothing else"
+        yield f"{claim.file} records no digests: the files were compared only with what it makes"
     elif unrecorded := [file.name for file in result.files if file.name not in claim.recipe.files]:
         yield f"{claim.file} has no record of {', '.join(map(printable, unrecorded[:8]))}"
     if result.same:
         changed = Counter(read.difference is not None for read in result.inputs)[True]
         if changed:
-            yield f"{changed} of the input files are not those recorded; what is made of them is the same"
+            yield f"{changed} of the input files are not the recorded ones, but they give the same output"
     elif claim.version is not None and claim.version != __version__:
         yield (
             f"the recipe was written by lines {claim.version}, and this is {__version__}: another version may write "
-            "the config, the index or a header in another way"
+            "the config, the index or a header differently"
         )

@@ -63,6 +63,11 @@ class _Asked:
         return Located(snapshot, self.name, f"{self.repo}@{snapshot.name}")
 
 
+def is_missing(name: str) -> bool:
+    """Whether a name is a path, for it cannot be a Hub id, and nothing is there."""
+    return not os.path.exists(os.path.expanduser(name)) and _HUB_ID.fullmatch(name) is None
+
+
 def locate(name: str, *, quiet: bool = False, also: tuple[str, ...] = ()) -> Located:
     """Find a checkpoint by path or, where there is no such path, by its Hub id `org/name[@revision]`.
 
@@ -87,16 +92,16 @@ def locate(name: str, *, quiet: bool = False, also: tuple[str, ...] = ()) -> Loc
     revision = match["revision"]
     if revision is not None and _NOT_IN_A_REVISION.search(revision):
         raise HubError(
-            f"{name}: {revision!r} is no revision of a Hub repository, and there is no such file or folder here",
-            hint="After the @ stands a branch, a tag or a commit: org/name@main.",
+            f"{name}: {revision!r} is not a valid revision, and there is no such file or folder here",
+            hint="After the @ comes a branch, a tag or a commit, as in org/name@main.",
         )
     try:
         from huggingface_hub import HfApi  # noqa: F401 - as much of it as there will be
         from huggingface_hub.utils.tqdm import disable_progress_bars
     except ValueError as error:  # it reads its settings then; what it says of them may be part of a password
         raise HubError(
-            f"{name}: no such file or folder here, and the Hub's client does not start with the settings it is given",
-            hint="Is HF_ENDPOINT an address, and is every other HF_ setting in the environment what it should be?",
+            f"{name}: no such file or folder here, and the Hub's client does not accept its settings",
+            hint="Check HF_ENDPOINT and the other HF_ variables in the environment.",
         ) from error
     if quiet or not sys.stderr.isatty():
         disable_progress_bars()
@@ -116,7 +121,7 @@ def _fetch(asked: _Asked) -> Located:
             raise
         commit, names = info.sha or "", {file.rfilename for file in info.siblings or ()}
         if not _COMMIT.fullmatch(commit):
-            raise HubError(f"{asked.name}: the Hub names no commit for {asked.repo}, but {commit!r}")
+            raise HubError(f"{asked.name}: the Hub should name a commit of {asked.repo}, and names {commit!r}")
         chosen = _choose(asked, names)
 
         # Asked for by branch, so that the cache notes the branch's commit and finds it again offline.
@@ -151,7 +156,7 @@ def _from_cache(asked: _Asked, why: str) -> Located:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     def refusal(problem: str, way_out: str) -> HubError:
-        once = "Run it once with a connection, and the cache serves from then on"
+        once = "Run it once with a connection, and later runs use the cache"
         return HubError(f"{asked.name}: {problem}; {why}", hint=f"{once}; or {way_out}.")
 
     try:  # no patterns: the snapshot's folder, however full
@@ -161,7 +166,7 @@ def _from_cache(asked: _Asked, why: str) -> Located:
     except LocalEntryNotFoundError as error:
         absent = f"no such file or folder here, and no copy of {asked.repo} in the Hub's cache"
         raise refusal(absent, "check the path") from error
-    as_it_is = f"give the folder as it is: {snapshot}"
+    as_it_is = f"give the folder in the cache itself: {snapshot}"
     names = _cached_listing(asked.repo, snapshot.name)
     if names is None:
         names = {file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*") if file.is_file()}
@@ -203,7 +208,7 @@ def _wanted(asked: _Asked, names: Collection[str], chosen: Path) -> list[str]:
     wanted = [chosen.name, *shards, *beside]
     for name in wanted:
         if leads_out(name):
-            raise HubError(f"{asked.name}: refused, for it lists a file outside its own folder: {name!r}")
+            raise HubError(f"{asked.name}: refused, because it lists a file outside its own folder: {name!r}")
     return wanted
 
 
@@ -286,7 +291,7 @@ def _explain(error: Exception, asked: _Asked) -> HubError:
                     hint=f"Its branches and tags: {page}/tree/main",
                 )
             case errors.HFValidationError():
-                return HubError(f"{name}: there is no such file or folder, and no Hub id is written like that")
+                return HubError(f"{name}: there is no such file or folder, and it is not a valid Hub id")
             case errors.HfHubHTTPError():
                 status = getattr(cause.response, "status_code", "an error")
                 if status in (401, 403):
@@ -295,7 +300,7 @@ def _explain(error: Exception, asked: _Asked) -> HubError:
             case OSError(errno=int(), strerror=str(reason)):
                 return HubError(
                     f"{name}: the Hub's cache cannot be used: {cause.filename or constants.HF_HUB_CACHE}: {reason}",
-                    hint="HF_HOME or HF_HUB_CACHE names another place for it.",
+                    hint="Set HF_HOME or HF_HUB_CACHE to another place.",
                 )
     return HubError(f"{name}: {asked.repo} could not be fetched: {type(error).__name__}: {_one_line(error)}")
 
@@ -313,7 +318,7 @@ def _unreachable(error: BaseException) -> str | None:
             return "the Hub is offline (HF_HUB_OFFLINE is set)"
         if isinstance(cause, errors.HfHubHTTPError):
             status = getattr(cause.response, "status_code", 0)
-            return f"the Hub has a failure of its own ({status})" if status >= 500 else None
+            return f"the Hub reports an error of its own ({status})" if status >= 500 else None
         library = type(cause).__module__.partition(".")[0]
         if library.startswith(("httpx", "httpcore", "requests", "urllib3")) or isinstance(
             cause, ConnectionError | TimeoutError

@@ -217,7 +217,7 @@ def open_inspection(
         RecipeError: an impossible option; several checkpoints, and no base.
     """
     if unknown := scaling.keys() - Scaling.model_fields.keys():
-        raise RecipeError(f"{', '.join(sorted(unknown))}: no field of the scaling")
+        raise RecipeError(f"{', '.join(sorted(unknown))}: not a field of the scaling")
     names = [str(model) for model in ([models] if isinstance(models, (str, Path)) else models)]
     if base is None and len(names) != 1:
         raise RecipeError(
@@ -323,12 +323,12 @@ def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, qui
         everything = some([f"{name}: {why}" for name, why in not_compared.items()])
         raise MismatchError(
             f"nothing can be compared between {' and '.join(checkpoint.name for checkpoint in opened)}\n{everything}",
-            hint="Are they of one model?",
+            hint="Check that they are versions of one model.",
         )
     _note_dtypes(inputs, compared, notes)
     made_by = _made_by(opened[1], notes) if len(names) == 1 else None
     if made_by is not None and of == "asked":
-        notes.append(f"{opened[1].name} is an output of lines; the scaled numbers scale it once more")
+        notes.append(f"{opened[1].name} is an output of lines already; what is shown as scaled is scaled a second time")
     return _complete(
         Inspection(
             checkpoints=tuple(opened),
@@ -461,7 +461,7 @@ def _compared(
         if spec.rows:
             others = " and ".join(f"{number:,}" for number in sorted(spec.rows[0]))
             what = f"{spec.rows[1]:,} rows in {inputs.called(1)}, {others} in others"
-            notes.append(f"{printable(spec.name)}: {what}; those that all have are compared")
+            notes.append(f"{printable(spec.name)}: {what}; only those that all have are compared")
     return [
         Compared(spec.name, rows[spec.name], spec.segments[0])
         for spec in specs

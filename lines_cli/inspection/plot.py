@@ -79,7 +79,8 @@ class Drawing:
         self._form = path.suffix.lower().removeprefix(".")
         if self._form not in ("svg", "png", "html"):
             raise RecipeError(
-                f"--plot {path}: drawn is SVG, PNG or HTML", hint="Name a file that ends in .svg, .png or .html."
+                f"--plot {path}: the formats are SVG, PNG and HTML",
+                hint="Name a file that ends in .svg, .png or .html.",
             )
         if os.path.isdir(path):
             raise OutputError(f"--plot {path}: a folder", hint="Name a file.")
@@ -161,7 +162,7 @@ def panels(report: Report) -> list[Panel]:
     tunes = report.get("fine_tunes", [])
     stacks = [stack["name"] for stack in report["stacks"]]
     if not stacks:
-        return [Panel("No stack of layers was found: there is no depth to draw over", 1.0, lambda _: None)]
+        return [Panel("No stack of layers was found, so there is no depth to draw over", 1.0, lambda _: None)]
     names = _short_names([tune["model"] for tune in tunes])
     rows = math.ceil(len(stacks) / 2) * _ROW + 0.7 + 0.2 * math.ceil(len(names) / 3)
     if not tunes:

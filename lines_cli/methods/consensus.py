@@ -75,7 +75,7 @@ def _keywords(values: Values, measured: Measured) -> Values:
 
 def _review(said: Said) -> Iterator[Remark]:
     if said.values("on")[0] == "sum" and any(density != 1 for density in said.values("density")):
-        yield Conflict("density trims what on: ties merges; with on: sum nothing is trimmed")
+        yield Conflict("density is used with on: ties; with on: sum nothing is trimmed")
     yield from review_trim(said, "density")
     if said.first["k"] > said.models:
         there = "is 1" if said.models == 1 else f"are {said.models}"

@@ -65,7 +65,7 @@ class Parameter:
 
     def _condition(self, part: Any) -> dict[str, Any]:
         if not isinstance(part, dict) or not {"value"} <= part.keys() <= {"filter", "value"}:
-            raise ValueError(f"each part of the list is to be {{filter, value}}, and {part!r} is not")
+            raise ValueError(f"each entry of the list must be {{filter, value}}, and {part!r} is not")
         name, value = part.get("filter"), part["value"]
         if name is not None and (not isinstance(name, str) or not name):
             raise ValueError(f"a filter is a part of tensor names, or * for all, and {name!r} is not")

@@ -34,6 +34,12 @@ from lines_cli.scaling.schedule import Rules
 from lines_cli.storage.destination import is_one_file
 
 
+def input_names(recipe: Recipe) -> list[str]:
+    """The inputs that are opened, as the recipe names them: the base first, if it is subtracted, then the models."""
+    base = [recipe.base_model] if recipe.base_model is not None and recipe.subtracts_base else []
+    return [*base, *(source.model for source in recipe.merged)]
+
+
 @gc_paused()
 def make_plan(recipe: Recipe, inputs: Inputs, output: Path) -> Plan:
     """Decide every byte of the output, as far as it does not depend on the numbers in the inputs.
@@ -49,7 +55,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, output: Path) -> Plan:
     depth = _depth(recipe, inputs, chain.from_iterable(own), notes)
     rules = (recipe.lines or UNSCALED).rules(depth)
     notes += [
-        f"filter {part!r} among the parameters is part of no tensor name, and says nothing"
+        f"filter {part!r} under parameters matches no tensor name, so it has no effect"
         for part in sorted(recipe.filters)
         if not any(part in name for name in rows)
     ]
@@ -107,7 +113,7 @@ def _depth(recipe: Recipe, inputs: Inputs, names: Iterable[str], notes: list[str
             raise RecipeError(f"layer_range cannot be checked: {error.message}", hint=error.hint) from error
         if (recipe.lines and recipe.lines.needs_depth) or recipe.parameters_vary:
             raise
-        notes.append(f"depth is unknown, and makes no difference with one coefficient for all: {error.message}")
+        notes.append(f"depth is unknown, but makes no difference, for all coefficients are the same: {error.message}")
         return DepthMap((), {})
     for source in recipe.models:
         if source.layer_range and all(source.layer_range != (0, stack.layers) for stack in depth.stacks):

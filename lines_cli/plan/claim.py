@@ -7,14 +7,15 @@ the output's folder.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lines_cli.errors import ChangedInputError, CheckpointError, RecipeError, printable, some
-from lines_cli.hub.download import locate
-from lines_cli.plan.build import make_plan
+from lines_cli.hub.download import is_missing, locate
+from lines_cli.plan.build import input_names, make_plan
 from lines_cli.plan.identity import digests_of, inputs_by_name, recorded_as
 from lines_cli.plan.inputs import open_inputs
 from lines_cli.plan.plan import Plan
@@ -69,11 +70,11 @@ def open_claim(output: str | Path, *, config: Path | None = None, inputs: Elsewh
     path = found.path
     if path.is_file():
         if not is_one_file(path):
-            raise CheckpointError(f"{path} is no .safetensors file, by its name", hint=_WHAT_TO_GIVE)
+            raise CheckpointError(f"{path} is not a .safetensors file, by its name", hint=_WHAT_TO_GIVE)
         if config is None:
-            raise RecipeError(f"{path}: one file does not say what made it", hint=_hint_for_a_file(path))
+            raise RecipeError(f"{path}: a single file does not say what made it", hint=_hint_for_a_file(path))
     elif not path.is_dir() or is_one_file(path):
-        raise CheckpointError(f"{path} is no output of lines: neither a folder nor a file", hint=_WHAT_TO_GIVE)
+        raise CheckpointError(f"{path} is not an output of lines: neither a folder nor a file", hint=_WHAT_TO_GIVE)
     elif config is None and not (path / RECIPE).is_file():
         raise CheckpointError(
             f"{found.name} holds no {RECIPE}, so it does not say what made it",
@@ -87,7 +88,7 @@ def open_claim(output: str | Path, *, config: Path | None = None, inputs: Elsewh
         if leads_out(name):
             raise CheckpointError(
                 f"{file}: a file is recorded as {name!r}, which is outside the folder",
-                hint="Recorded are the files of the folder itself: do not trust this record.",
+                hint="A record lists only files in its own folder: do not trust this one.",
             )
     return Claim(found.name, path, found.hub_id, file, record.recipe, record.names, record.version)
 
@@ -114,8 +115,10 @@ def plan_claim(claim: Claim, *, quiet: bool = False) -> Plan:
     try:
         inputs = open_inputs(claim.recipe, quiet=quiet)
     except CheckpointError as error:
-        names = ", ".join(printable(name) for name in claim.names.values())
-        elsewhere = f"If an input lies elsewhere here: --input NAME=PATH, where NAME is one of {names}."
+        missing = [claim.names[name] for name in input_names(claim.recipe) if is_missing(name)]
+        names = map(printable, missing or claim.names.values())
+        given = " ".join(f"--input {shlex.quote(name)}=PATH" for name in dict.fromkeys(names))
+        elsewhere = f"If an input is in another place here, say where: {given}"
         error.hint = f"{error.hint} {elsewhere}" if error.hint else elsewhere
         raise
     return make_plan(claim.recipe, inputs, claim.output)

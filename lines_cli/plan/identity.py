@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from hashlib import sha256
@@ -83,7 +84,7 @@ def refuse_altered(plan: Plan, *, output: bool, inputs: bool) -> None:
         changes = [f"{name} {difference}" for name, difference in differing.items()]
         raise OutputError(
             f"{plan.output} is finished, but is no longer what was written:\n{some(changes)}",
-            hint="Write it again, with --force and without --resume.",
+            hint="To write it again: --force without --resume.",
         )
     if not inputs:
         return
@@ -91,9 +92,10 @@ def refuse_altered(plan: Plan, *, output: bool, inputs: bool) -> None:
     before = {name: record.get("digest") for name, record in recipe.inputs.items() if isinstance(record, dict)}
     if not all(before.get(name) for name in read):
         raise OutputError(
-            f"{plan.output} is finished, but was written without --verify-inputs: its recipe does not say what its "
-            "inputs held",
-            hint="Write it again with --verify-inputs and --force; or compare what it makes now: lines verify OUT.",
+            f"{plan.output} is finished, but was written without --verify-inputs, so its recipe has no digests of its "
+            "inputs",
+            hint="Write it again with --verify-inputs and --force; or compute it again and compare: "
+            f"lines verify {shlex.quote(str(plan.output))}",
         )
     changes = [
         f"{name} holds {now['digest']}, {before[name]} was read"
@@ -120,16 +122,24 @@ def digests_of(paths: Iterable[Path]) -> dict[str, str]:
 
 
 def replaceable(plan: Plan) -> frozenset[str]:
-    """The names in the destination's folder that `--force` may replace: those that this run writes, and those that the
-    folder's own recipe says were written into it.
+    """The names in the destination's folder that `--force` may replace: those that this run writes, those that the
+    folder's own recipe says were written into it, and the model card as long as it is the one that was.
+
+    To be asked under the destination's lock: without it, recipe and card may be those of two runs.
     """
     own = plan.names - {MODEL_CARD, RECIPE}  # other people have these two, too
-    recipe: Path | None = None
-    recorded = frozenset[str]()
     with suppress(OSError, RecipeError, CheckpointError):
         recipe = beside(placed(plan.output), RECIPE)
-        recorded = frozenset(load_record(recipe).files if recipe is not None else ())
-    return own | recorded | {MODEL_CARD, RECIPE} if recorded or (recipe and is_by_lines(recipe)) else own
+        if recipe is None:
+            return own
+        if is_by_lines(recipe):
+            own |= {RECIPE}
+        record = load_record(recipe)
+        if record.files:
+            own |= {RECIPE, *record.files}
+        if record.card is not None and not altered(recipe.parent, {MODEL_CARD: record.card}):
+            own |= {MODEL_CARD}
+    return own
 
 
 def inputs_read(plan: Plan, contents: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -199,7 +209,7 @@ def refuse_two_names(recipe: Recipe, named: Mapping[str, str]) -> None:
     )
     raise RecipeError(
         f"base_model {recipe.base_model} and {other}, one of the models, are one checkpoint",
-        hint="Give it one name: whether the base is among the models depends on that.",
+        hint="Use one name for it: by its name lines sees that the base is among the models.",
     )
 
 

@@ -8,7 +8,12 @@ from typing import Any
 
 from lines_cli.checkpoint.header import Known
 from lines_cli.checkpoint.reader import Checkpoint, open_checkpoint
-from lines_cli.hub.download import locate
+from lines_cli.errors import (
+    CheckpointError,
+    some,
+)
+from lines_cli.hub.download import is_missing, locate
+from lines_cli.plan.build import input_names
 from lines_cli.recipe.schema import Recipe
 
 
@@ -16,8 +21,14 @@ def open_inputs(recipe: Recipe, *, quiet: bool = False) -> Inputs:
     """Open the recipe's base and models, fetching from the Hub what is no path; `quiet` without progress bars.
 
     Raises:
-        CheckpointError: one cannot be found or read.
+        CheckpointError: one cannot be found or read; or several, whose paths are not there.
     """
+    names = input_names(recipe)
+    if len(missing := [name for name in dict.fromkeys(names) if is_missing(name)]) > 1:
+        raise CheckpointError(
+            f"{len(missing)} inputs are missing; there are no such files or folders:\n{some(missing)}",
+            hint="Check the paths.",
+        )
     opened: dict[str, Checkpoint] = {}
     known: Known = {}
 
@@ -27,8 +38,7 @@ def open_inputs(recipe: Recipe, *, quiet: bool = False) -> Inputs:
             opened[name] = open_checkpoint(found.path, name=found.name, hub_id=found.hub_id, known=known)
         return opened[name]
 
-    base = [opening(recipe.base_model)] if recipe.base_model is not None and recipe.subtracts_base else []
-    return inputs_of(recipe, *base, *(opening(source.model) for source in recipe.merged))
+    return inputs_of(recipe, *map(opening, names))
 
 
 def inputs_of(recipe: Recipe, *checkpoints: Checkpoint) -> Inputs:

@@ -49,7 +49,7 @@ def pair_tensors(
 def nothing_in_common(inputs: Inputs) -> MismatchError:
     """What is said of inputs of which no tensor is in all."""
     names = " and ".join(checkpoint.name for checkpoint in inputs.checkpoints)
-    return MismatchError(f"{names} have no tensor in common", hint="Are they of one model?")
+    return MismatchError(f"{names} have no tensor in common", hint="Check that they are versions of one model.")
 
 
 def match_names(
@@ -157,7 +157,7 @@ def _missing(inputs: Inputs, own: Sequence[Mapping[str, str]], incomplete: Mappi
             "it; missing: ft does so for those that a model has; missing: skip leaves them out."
         )
     if nothing_in_common:
-        hint = "No tensor is on both sides. Are they of one model?"
+        hint = "No tensor is on both sides. Check that they are versions of one model."
     return MismatchError("\n".join(parts), hint=hint)
 
 

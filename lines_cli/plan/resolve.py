@@ -34,15 +34,20 @@ def resolve(plan: Plan, statistics: Statistics) -> Plan:
             f"alpha: auto cannot be measured: the merged task vector's L1 norm is {norms.merged:g}, the sum's "
             f"{norms.total:g}",
             hint="The models are the same as their base, or the method keeps nothing of them. "
-            "Else give lines.alpha as a number."
+            "Otherwise give lines.alpha as a number."
             if norms.merged == 0
-            else "Are there NaN, Inf or immense weights among the inputs? Else give lines.alpha as a number.",
+            else "Look for NaN, Inf or very large weights in the inputs (lines inspect --check). Otherwise give "
+            "lines.alpha as a number.",
         )
     placed = ((tensor.spec, tensor.file, tensor.info) for tensor in plan.tensors)
     plan = decided(replace(plan, needs=Needs(), statistics=statistics), placed)
     if norms is not None and norms.alpha > _MUCH:
-        what = f"alpha: auto is {norms.alpha:.4g}: next to the sum of the task vectors hardly anything was merged"
-        plan = replace(plan, notes=(*plan.notes, f"{what}. Is a density too low, or do the models cancel out?"))
+        what = (
+            f"alpha: auto is {norms.alpha:.4g}: hardly anything was merged, compared with the sum of the task vectors"
+        )
+        plan = replace(
+            plan, notes=(*plan.notes, f"{what}. A density may be too low, or the models may cancel each other out.")
+        )
     rewritten = {sidecar.name: sidecar for sidecar in with_numbers(plan)}
     return replace(plan, sidecars=tuple(rewritten.get(sidecar.name, sidecar) for sidecar in plan.sidecars))
 

@@ -40,7 +40,7 @@ class Resources:
                 raise RecipeError(f"{what}: {number}; at least 1 is needed")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?(,cuda:\d+)*", self.device):
             raise RecipeError(
-                f"--device {self.device}: not a device", hint="Say auto, cpu, cuda, cuda:N, or cuda:0,cuda:1."
+                f"--device {self.device}: not a device", hint="Use auto, cpu, cuda, cuda:N, or cuda:0,cuda:1."
             )
 
     @property

@@ -61,7 +61,8 @@ def contents_beside(
     plan: Plan, run: Mapping[str, Any], written: Mapping[str, FileRecord]
 ) -> Iterator[tuple[str, bytes]]:
     """Name and content of every file beside the weights that is no copy, in the order to write them: the recipe now
-    records what was read, and written into all the others. Not into the model card, which is there for people to edit.
+    records what was read, and written into all the others. The model card is recorded by itself: people edit it, and an
+    edited one is not a damaged output.
 
     Args:
         plan: a resolved one.
@@ -70,15 +71,16 @@ def contents_beside(
     """
     records = dict(written)
     for sidecar in plan.sidecars:  # what is known already, as the index is, which is written behind the recipe
-        if sidecar.content is not None and sidecar.name not in (RECIPE, MODEL_CARD):
+        if sidecar.content is not None and sidecar.name != RECIPE:
             records[sidecar.name] = record_of(sidecar.content)
+    card = records.pop(MODEL_CARD, None)
     for sidecar in plan.sidecars:
         if sidecar.content is None:
             continue
         content = sidecar.content
         if sidecar.name == RECIPE:
             inputs = inputs_read(plan, run.get("contents", {}))
-            content += dump_record(run_digest(run), inputs, records).encode()
+            content += dump_record(run_digest(run), inputs, records, card).encode()
         yield sidecar.name, content
 
 

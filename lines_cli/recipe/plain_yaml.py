@@ -56,7 +56,7 @@ def read_yaml(text: str) -> tuple[Any, dict[Place, str]]:
         line = text.count("\n", 0, error.position) + 1
         raise YamlError(f"line {line}: {str(error).splitlines()[0]}") from error
     except UnicodeEncodeError as error:
-        raise YamlError(f"it holds {text[error.start]!r}, which is no text (half a character)") from error
+        raise YamlError(f"it holds {text[error.start]!r}, which is not valid text (half a character)") from error
 
 
 def _loader(text: str) -> Any:
@@ -118,7 +118,7 @@ class _Composer:
         next(self._events)  # the document ends
         event = next(self._events)
         if not isinstance(event, yaml.StreamEndEvent):
-            self._refuse(event, "a second document begins; one is read")
+            self._refuse(event, "a second document begins; only one is allowed")
         return value
 
     def _refuse(self, event: Any, problem: str) -> NoReturn:
@@ -136,7 +136,7 @@ class _Composer:
         anchor = event.anchor
         if anchor is not None:
             if anchor in self._anchors:
-                self._refuse(event, f"the anchor &{anchor} stands twice")
+                self._refuse(event, f"the anchor &{anchor} appears twice")
             self._anchors[anchor] = None
         self._spend(event, 1)
         if isinstance(event, yaml.ScalarEvent):
@@ -153,14 +153,14 @@ class _Composer:
         return node
 
     def _refuse_tag(self, event: Any) -> NoReturn:
-        self._refuse(event, f"the tag {event.tag.replace(_TAG, '!!')} is not understood; values are plain")
+        self._refuse(event, f"the tag {event.tag.replace(_TAG, '!!')} is not supported; only plain values are")
 
     def _alias(self, event: Any, depth: int) -> _Node:
         if event.anchor not in self._anchors:
             self._refuse(event, f"there is no anchor &{event.anchor}")
         node = self._anchors[event.anchor]
         if node is None:
-            self._refuse(event, f"*{event.anchor} would hold itself")
+            self._refuse(event, f"*{event.anchor} would contain itself")
         self._spend(event, node.size)
         if depth + node.height > _DEEPEST:
             self._refuse(event, f"nested more than {_DEEPEST} levels deep")
@@ -187,9 +187,9 @@ class _Composer:
             else:
                 key = self._node(event, (), depth)
             if key.text is None:
-                self._refuse(event, "a key is text")
+                self._refuse(event, "a key must be text")
             if key.text in seen:
-                self._refuse(event, f"the key {key.text!r} stands twice")
+                self._refuse(event, f"the key {key.text!r} appears twice")
             seen.add(key.text)
             here = (*place, key.text)
             self.at[here] = f"line {event.start_mark.line + 1}"
@@ -205,7 +205,7 @@ class _Composer:
         """What `<<` takes over: a mapping's keys, or those of several, of which the first has the last word."""
         mappings = value if isinstance(value, list) else [value]
         if not all(isinstance(mapping, dict) for mapping in mappings):
-            self._refuse(event, "<< takes over the keys of a mapping, or of a list of them")
+            self._refuse(event, "<< must name a mapping, or a list of mappings")
         merged: dict[str, Any] = {}
         for mapping in reversed(mappings):
             merged.update(mapping)

@@ -291,8 +291,8 @@ class Recipe(_Part):
         allow_nonfinite: let NaN and Inf through.
         max_shard_size: bytes of tensors per file of the output folder.
         output: the destination, unless the command line names another.
-        run, inputs, files: of an output's own recipe: which run it was, what it read, and what it wrote into each
-            of its files. They play no part in the result.
+        run, inputs, files, card: of an output's own recipe: which run it was, what it read, and what it wrote into each
+            of its files and into the model card. They play no part in the result.
         notes: what a person should know of how the recipe was read.
     """
 
@@ -313,6 +313,7 @@ class Recipe(_Part):
     run: str | None = Field(default=None, exclude=True)
     inputs: dict[str, Any] = Field(default_factory=dict, exclude=True)
     files: dict[str, Annotated[FileRecord, PlainValidator(_parse_record)]] = Field(default_factory=dict, exclude=True)
+    card: Annotated[FileRecord | None, PlainValidator(_parse_record)] = Field(default=None, exclude=True)
     notes: tuple[str, ...] = Field(default=(), exclude=True)
 
     @property

@@ -63,7 +63,7 @@ def _problems(error: ValidationError, said_at: SaidAt) -> list[Problem]:
     found: list[Problem] = []
     everything = error.errors(include_url=False)
     if len(everything) > _MOST_PROBLEMS:  # each takes a while to explain
-        found.append(((), f"{len(everything):,} of its keys and values are wrong, of which the first are"))
+        found.append(((), f"{len(everything):,} of its keys and values are wrong; the first are"))
         everything = everything[:_MOST_PROBLEMS]
     for details in everything:
         place = said_at(tuple(part for part in details["loc"] if part != "Ends"))
@@ -79,7 +79,7 @@ def _problems(error: ValidationError, said_at: SaidAt) -> list[Problem]:
         elif kind == "missing":
             found.append((place, f"{key} is missing"))
         else:
-            got = "nothing stands there" if given is None else f"got {given!r}"
+            got = "there is no value" if given is None else f"got {given!r}"
             shown = "" if isinstance(given, (dict, list)) else f" ({got})"
             found.append((place, f"{key}: {_expected(kind, place, details['msg'])}{shown}"))
     return found
@@ -106,7 +106,7 @@ def dotted(place: Place) -> str:
     return ".".join(map(str, place))
 
 
-_NOT_FOR_PEOPLE = {"notes", "run", "inputs", "files"}
+_NOT_FOR_PEOPLE = {"notes", "run", "inputs", "files", "card"}
 _TOP = (*(key for key in Recipe.model_fields if key not in _NOT_FOR_PEOPLE), "out_dtype", "tokenizer", "slices")
 _PARAMETERS = {name for method in METHODS.values() for name in method.parameters} - Scaling.model_fields.keys()
 
@@ -146,7 +146,7 @@ def _in_our_keys(values: Mapping[Any, Any], problems: list[Problem], notes: list
     if "tokenizer" in own:
         tokenizer = own.pop("tokenizer")
         if not isinstance(tokenizer, dict) or tokenizer.keys() != {"source"}:
-            problems.append((("tokenizer",), "tokenizer: only {source: ...} is understood; tokens are not rearranged"))
+            problems.append((("tokenizer",), "tokenizer: only {source: ...} is supported; tokens are not rearranged"))
         elif "tokenizer_source" in own:
             problems.append((("tokenizer",), "tokenizer and tokenizer_source say the same thing: leave one out"))
         else:
@@ -191,12 +191,12 @@ def _take_slices(own: dict[Any, Any], moved: dict[Place, Place], problems: list[
     place: Place = ("slices",)
     what = ""
     if "models" in own:
-        what = "slices and models are two ways to say it: leave one out"
+        what = "slices and models both list the models: leave one out"
     elif not isinstance(one, dict) or not isinstance(one.get("sources"), list):
-        what = "slices: only one slice, of whole models, is understood; stacking parts of models is another tool's work"
+        what = "slices: only one slice, of whole models, is supported; lines does not stack parts of models"
     elif unknown := sorted(map(str, one.keys() - {"sources", "parameters"})):
         place = ("slices", 0, unknown[0])
-        what = f"{dotted(place)} is not understood; a slice has sources and parameters"
+        what = f"{dotted(place)} is not supported; a slice has sources and parameters"
     elif not isinstance(one.get("parameters") or {}, dict):
         place = ("slices", 0, "parameters")
         what = f"{dotted(place)}: expected keys and values (got {one['parameters']!r})"
@@ -278,7 +278,7 @@ def _misplaced(key: str, here: Place, name: str, method: Method, *, of_model: bo
     known = method.parameters
     if key in known:
         if of_model and not known[key].per_model:
-            return f"{dotted(here)} is said of all models, not of one: move it to the top's parameters"
+            return f"{dotted(here)} applies to all models, not to one: move it to the parameters at the top"
         return None
     elsewhere = [name for name, row in METHODS.items() if key in row.parameters]
     near = get_close_matches(key, known, n=1, cutoff=0.5)

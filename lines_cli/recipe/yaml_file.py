@@ -94,24 +94,39 @@ _VERSION = re.compile(r"# Written by lines (\d[\w.+-]{0,40})\.")
 
 
 def _elsewhere(values: Mapping[Any, Any], given: Elsewhere) -> dict[str, str]:
-    """Inputs by their names in a recipe, and where they are.
+    """Inputs by their names in a recipe, and where they are. The last part of a name will do, if no other ends so.
 
     Raises:
-        RecipeError: the recipe has no input of that name, or nothing is said of where it is.
+        RecipeError: the recipe has no input of that name, or several; or nothing is said of where it is.
     """
     known = list(dict.fromkeys(_input_names(values)))
-    if not isinstance(given, Mapping):
-        texts, given = given, {}
-        for text in texts:
-            names = [name for name in known if text.startswith(f"{name}=")]
-            name = max(names, key=len) if names else text.partition("=")[0]
-            given[name] = text[len(name) + 1 :]
-    for name, path in given.items():
-        if name not in known:
+    pairs = given.items() if isinstance(given, Mapping) else [_split(text, known) for text in given]
+    found: dict[str, str] = {}
+    for name, path in pairs:
+        meant = [name] if name in known else [one for one in known if _ends_with(one, name)]
+        if not meant:
             raise RecipeError(f"--input {name}: the recipe has no such input; it has\n{some(known)}")
+        if len(meant) > 1:
+            raise RecipeError(f"--input {name}: this may be any of\n{some(meant)}", hint="Give more of its name.")
         if not path:
             raise RecipeError(f"--input {name}: expected --input NAME=PATH")
-    return dict(given)
+        found[meant[0]] = path
+    return found
+
+
+def _split(text: str, known: Sequence[str]) -> tuple[str, str]:
+    """`NAME=PATH` in two, where both may hold `=`: the longest name that the recipe has, else the longest last part."""
+    cuts = [at for at, letter in enumerate(text) if letter == "="]
+    names = [text[:at] for at in reversed(cuts)]
+    exact = [name for name in names if name in known]
+    ends = [name for name in names if any(_ends_with(one, name) for one in known)]
+    name = next(iter((*exact, *ends)), text.partition("=")[0])
+    return name, text[len(name) + 1 :]
+
+
+def _ends_with(name: str, part: str) -> bool:
+    """Whether whole parts of an input's name are its end; those of a Hub id also without its revision."""
+    return any(f"/{one}".endswith(f"/{part}") for one in (name, name.partition("@")[0]))
 
 
 def _input_names(values: Mapping[Any, Any]) -> Iterator[str]:
@@ -261,7 +276,7 @@ def _with_paths(
         path = os.path.expanduser(elsewhere[name]) if name in elsewhere else _beside(folder, name, look=look)
         if look and "+" in name and not os.path.lexists(path):
             raise RecipeError(
-                f"{name}: no such file or folder; if a LoRA adapter is meant, it is not folded in here",
+                f"{name}: no such file or folder; if this means a LoRA adapter, lines does not fold it in",
                 hint="Fold it into its base first (peft: merge_and_unload, save_pretrained), and give that folder.",
             )
         if look:
@@ -341,9 +356,19 @@ def dump_recipe(recipe: Recipe, *, named: Mapping[str, str], alpha: float | None
     return f"# Written by lines {__version__}. To run it again: {again}\n{measured}{text}"
 
 
-def dump_record(run: str, inputs: Mapping[str, Mapping[str, Any]], files: Mapping[str, FileRecord]) -> str:
-    """The recipe's `run`, `inputs` and `files` as YAML, to stand behind a dumped recipe."""
-    written = {name: {"bytes": files[name].nbytes, "digest": files[name].digest} for name in sorted(files)}
-    values = {"run": run, "inputs": {name: dict(record) for name, record in inputs.items()}, "files": written}
+def dump_record(
+    run: str, inputs: Mapping[str, Mapping[str, Any]], files: Mapping[str, FileRecord], card: FileRecord | None
+) -> str:
+    """The recipe's `run`, `inputs`, `card` and `files` as YAML, to stand behind a dumped recipe."""
+    values = {
+        "run": run,
+        "inputs": {name: dict(record) for name, record in inputs.items()},
+        **({"card": _record_values(card)} if card is not None else {}),
+        "files": {name: _record_values(files[name]) for name in sorted(files)},
+    }
     text = yaml.safe_dump(values, sort_keys=False, width=1_000)
-    return f"# What was read, and written beside this file. Run again, the recipe tells of other inputs by it.\n{text}"
+    return f"# What was read, and written beside this file. A later run of this recipe notices other inputs.\n{text}"
+
+
+def _record_values(record: FileRecord) -> dict[str, Any]:
+    return {"bytes": record.nbytes, "digest": record.digest}

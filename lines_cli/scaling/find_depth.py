@@ -266,7 +266,7 @@ def _by_pattern(names: list[str], pattern: str) -> DepthMap:
             raise RecipeError(
                 f"--layers {pattern!r} takes more than {SECONDS_TO_MATCH:g} s over {len(names):,} tensor names; "
                 f"the last was {printable(name[:100])}",
-                hint="Let it begin with ^, and repeat nothing that repeats itself, as (a+)+ does.",
+                hint="Start it with ^, and avoid repeats within repeats, such as (a+)+.",
             ) from error
         if match is None or match["index"] is None:
             continue
@@ -640,7 +640,7 @@ def _gaps(lane: _Lane) -> list[str]:
         missing = [index for index in range(min(part.tails), max(part.tails)) if index not in part.tails]
         if missing and part.called_layers:
             shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
-            notes.append(f"{part.name} holds nothing at {shown}; its layers are counted without")
+            notes.append(f"{part.name} holds nothing at {shown}; its layers are counted without them")
     return notes
 
 

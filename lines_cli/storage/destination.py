@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from lines_cli.errors import OutputError, some
 from lines_cli.storage.files import open_regular, read_into
-from lines_cli.storage.names import CONFIG, RECIPE, WEIGHT_STEMS
+from lines_cli.storage.names import CONFIG, MODEL_CARD, RECIPE, WEIGHT_STEMS
 
 
 def placed(output: Path) -> Path:
@@ -56,10 +56,10 @@ def check_destination(
                         hint="Choose another destination with -o.",
                     )
         if target == Path.cwd():
-            raise OutputError(f"{output} is the current folder", hint="Give a folder within it, or beside it.")
+            raise OutputError(f"{output} is the current folder", hint="Choose a folder inside it, or beside it.")
         if os.path.ismount(target):
             raise OutputError(
-                f"{output} is where a disk is mounted", hint="Give a folder within it, which can be renamed."
+                f"{output} is a mount point", hint="Choose a folder inside it: a mount point cannot be replaced."
             )
         if placed(output).is_symlink() and not target.exists():
             raise OutputError(
@@ -81,7 +81,7 @@ def check_destination(
         free = shutil.disk_usage(parent).free
         if nbytes > free:
             raise OutputError(
-                f"{output}: {nbytes:,} bytes are to be written, and {parent} has room for {free:,}", hint=_ELSEWHERE
+                f"{output}: {nbytes:,} bytes are needed, but {parent} has room for {free:,}", hint=_ELSEWHERE
             )
 
 
@@ -113,7 +113,7 @@ def _refuse_another_kind(output: Path) -> None:
                 f"{output} is not a file, and will not be replaced by one", hint="Choose another destination with -o."
             )
         if not _looks_like_weights(there):
-            raise OutputError(f"{output} is no safetensors file; --force will not delete it", hint=_NOT_DELETED)
+            raise OutputError(f"{output} is not a safetensors file; --force will not delete it", hint=_ELSEWHERE_THEN)
     elif not os.path.isdir(there):
         raise OutputError(
             f"{output} is {'a file' if os.path.isfile(there) else 'no folder'}, and will not be replaced by a folder",
@@ -202,15 +202,17 @@ def refuse_to_replace(output: Path, there: Survey, ours: Collection[str]) -> Non
     foreign = {name for name, entry in there.items() if name not in known or not _is_of_its_kind(name, entry, ours)}
     foreign = {name for name in foreign if name.rpartition("/")[0] not in foreign}  # a folder says it for its files
     if foreign:
-        named = sorted(f"{name}/" if name in folders else name for name in foreign)
+        edited = {MODEL_CARD} & foreign - folders if RECIPE in ours else set()
+        named = [f"{MODEL_CARD} (a model card, but not as lines wrote it)"] * len(edited)
+        named += sorted(f"{name}/" if name in folders else name for name in foreign - edited)
         raise OutputError(
-            f"{output} holds what lines does not write; --force will not delete it:\n{some(named)}",
+            f"{output} holds files that lines did not write; --force will not delete them:\n{some(named)}",
             hint=_NOT_DELETED,
         )
 
 
 _ELSEWHERE_THEN = "Choose another destination with -o."
-_NOT_DELETED = "Move or delete these, or choose another destination with -o."
+_NOT_DELETED = "Move them out of the folder or delete them, or choose another destination with -o."
 
 
 def is_noise(name: str) -> bool:

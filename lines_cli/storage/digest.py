@@ -196,7 +196,7 @@ def altered(folder: Path, files: Mapping[str, FileRecord]) -> dict[str, str]:
         if leads_out(name):
             raise CheckpointError(
                 f"{folder}: a file is recorded as {name!r}, which is outside the folder",
-                hint="Recorded are the files of the folder itself: do not trust this record.",
+                hint="A record lists only files in its own folder: do not trust this one.",
             )
     found = {name: _difference(folder / name, written) for name, written in files.items()}
     return {
@@ -213,14 +213,16 @@ def _difference(path: Path, written: FileRecord) -> str | None:
         if not stat.S_ISREG(there.st_mode):
             return "is not a file"
         if there.st_size != written.nbytes:
-            return f"holds {there.st_size:,} bytes, {written.nbytes:,} were written"
+            return f"holds {there.st_size:,} bytes, but {written.nbytes:,} were written"
         if not written.digest.startswith(_KIND):
-            return f"cannot be compared: {written.digest!r} is no digest of the kind {_KIND.rstrip(':')}"
+            return f"cannot be compared: {written.digest!r} is not a digest of the kind {_KIND.rstrip(':')}"
         digest = file_digest(path)
     except (FileNotFoundError, NotADirectoryError):
         return "is missing"
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}", hint="May you read it?") from error
+        raise CheckpointError(
+            f"{path}: cannot be read: {error.strerror or error}", hint="Check that you may read it."
+        ) from error
     return None if digest == written.digest else f"holds {digest}, {written.digest} was written"
 
 

@@ -94,7 +94,7 @@ def is_locked(folder: Path) -> bool:
 
 def refusal(folder: Path, output: Path) -> OutputError:
     """What a second run reads."""
-    return OutputError(f"{output}: another run is writing it", hint=f"It is at work in {folder}. Wait for it.")
+    return OutputError(f"{output}: another run is writing it", hint=f"It works in {folder}. Wait until it ends.")
 
 
 def remove_with(lock: RunLock, folder: Path) -> None:

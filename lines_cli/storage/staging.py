@@ -18,6 +18,7 @@ from __future__ import annotations
 import enum
 import errno
 import os
+import shlex
 import stat
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -99,7 +100,7 @@ def _ours(output: Path, names: Collection[str] | None = ()) -> JournalContents |
     if hasattr(os, "geteuid") and os.geteuid() not in (0, there.st_uid):
         raise OutputError(
             f"{folder} belongs to another user, and so does the unfinished output in it",
-            hint="Ask them to finish or remove it (lines clean), or choose another destination with -o.",
+            hint=f"Ask them to finish or remove it ({_cleaning(output)}), or choose another destination with -o.",
         )
     try:
         contents = read_journal(folder / _JOURNAL)
@@ -147,15 +148,19 @@ def _belongs(name: str, entry: Entry, rooms: Mapping[str, tuple[Collection[str],
 def _foreign(folder: Path, names: Sequence[str], *, damaged: bool = False) -> OutputError:
     if damaged:
         return OutputError(
-            f"{folder}: its journal is damaged, so it does not say whether all of this is unfinished output:\n"
-            f"{some(names)}",
-            hint="Remove the folder by hand, if nothing in it is to be kept; then run it again.",
+            f"{folder}: its journal is damaged, so nothing tells whether these are unfinished output:\n{some(names)}",
+            hint="If you need nothing in it, remove the folder by hand, and run the command again.",
         )
     return OutputError(
-        f"{folder} holds what lines did not put there:\n{some(names)}",
-        hint="lines keeps unfinished output in a folder of that name, and removes it. Move away what is to be kept; "
-        "or choose another destination with -o.",
+        f"{folder} holds files that lines did not put there:\n{some(names)}",
+        hint="lines keeps unfinished output in a folder of that name, and removes it then. Move these files away, or "
+        "choose another destination with -o.",
     )
+
+
+def _cleaning(output: Path) -> str:
+    """The command that removes what is unfinished."""
+    return f"lines clean {shlex.quote(str(output))}"
 
 
 def _replaced(contents: JournalContents | None) -> frozenset[str]:
@@ -362,7 +367,7 @@ def _bring_back(old: Path, target: Path, names: Collection[str]) -> None:
     others = sorted(name or str(target) for name in there if name not in names or name in aside)
     if others:
         raise OutputError(
-            f"{target} came into being while its old content was set aside in {old}:\n{some(others)}",
+            f"{target} was created while its old content was in {old}:\n{some(others)}",
             hint="Move one of the two away.",
         )
     move_folder(old, target)
@@ -489,7 +494,7 @@ class Staging:
         except OutputError as error:
             if self._replaceable is None:
                 raise
-            self.remarks.append(f"{error.message}; it was replaced")
+            self.remarks.append(f"{error.message}; it was discarded")
             return None
         return found
 
@@ -506,14 +511,14 @@ class Staging:
         elif self._replaces:
             raise OutputError(f"{self.output} exists", hint="Replace it with --force, or choose another with -o.")
         if self._replaces and not is_one_file(self.output) and RECIPE not in self._replaces:
-            self.remarks.append(f"{self.output} was replaced, which lines had not written")
+            self.remarks.append(f"{self.output} was replaced; lines had not written it")
         if begun is not None and begun.replaces is not None:
             before = {name: Entry(*entry) for name, entry in begun.replaces.items()}
             if new := arrivals(before, self._replaces):
                 raise OutputError(
-                    f"{self.output} has changed since the run began that is to be resumed:\n"
+                    f"{self.output} has changed since the interrupted run began:\n"
                     f"{some([name or str(self.output) for name in new])}",
-                    hint="Move it away; or, to replace it, begin anew: --force without --resume.",
+                    hint="Move it away; or, to replace it, start over with --force and without --resume.",
                 )
 
     def _refuse_another(self, run: Json) -> None:
@@ -524,9 +529,9 @@ class Staging:
         """
         if "contents" in self._run and "contents" not in run:
             raise OutputError(
-                f"{self.output}: what is finished in {self.folder} was begun without --verify-inputs, and does not "
-                "say what its inputs held",
-                hint="Go on without --verify-inputs, or begin anew without --resume.",
+                f"{self.output}: the work in {self.folder} was begun without --verify-inputs, so it has no digests of "
+                "its inputs to compare with",
+                hint="Continue without --verify-inputs, or start over without --resume.",
             )
         sought = (self._run.keys() | (run.keys() - {"contents"})) - {"step"}
         different = sorted(key for key in sought if run.get(key) != self._run.get(key))
@@ -537,8 +542,8 @@ class Staging:
             of_both = [path for path in now if path in before and before[path] != now[path]]
             different[different.index("inputs")] = f"inputs ({', '.join(of_both) or 'others'})"
         raise OutputError(
-            f"{self.folder} holds the unfinished work of a different run; not the same: {', '.join(different)}",
-            hint="Run it without --resume to replace that, or lines clean to remove it.",
+            f"{self.folder} holds the unfinished work of another run, with different {', '.join(different)}",
+            hint=f"Run it without --resume to discard that work, or remove it: {_cleaning(self.output)}",
         )
 
     def _make_movable(self) -> None:
@@ -647,8 +652,8 @@ class Staging:
             sync_folder(self._target.parent)
         except OSError as error:
             raise OutputError(
-                f"{self.output} is in place, but the disk does not confirm it: {error.strerror or error}",
-                hint="Check the disk, and read the output back: lines inspect OUT --check.",
+                f"{self.output} is in place, but it may not be safe on the disk yet: {error.strerror or error}",
+                hint=f"Check the disk, and read the output back: lines inspect {shlex.quote(str(self.output))} --check",
             ) from error
         self._confirmed = True
 
@@ -663,8 +668,8 @@ class Staging:
         names = found.keys() | self._written.keys()
         if wrong := sorted(name for name in names if found.get(name) != self._written.get(name)):
             raise OutputError(
-                f"{self._new} does not hold what was written into it; something else has changed it:\n{some(wrong)}",
-                hint="Move away what is not of this run; the same command with --resume makes again what is missing.",
+                f"{self._new} does not hold what was written into it; another program has changed it:\n{some(wrong)}",
+                hint="Move away what is not from this run; the same command with --resume makes again what is missing.",
             )
 
     def _refuse_arrivals(self, now: Survey) -> None:
@@ -672,11 +677,11 @@ class Staging:
         new = arrivals(self._replaces, {name: entry for name, entry in now.items() if not is_noise(name)})
         if new and not self._replaces:
             raise OutputError(
-                f"{self.output} came into being while its replacement was written", hint=f"Move it away. {_GOES_ON}"
+                f"{self.output} was created while the new output was written", hint=f"Move it away. {_GOES_ON}"
             )
         if new:
             raise OutputError(
-                f"{self.output} has changed while its replacement was written; --force will not delete what is new:\n"
+                f"{self.output} has changed while the new output was written; --force will not delete what is new:\n"
                 f"{some([name or str(self.output) for name in new])}",
                 hint=f"Move it away. {_GOES_ON}",
             )
@@ -750,13 +755,13 @@ class Staging:
 
     def _aftermath(self) -> Aftermath:
         in_place = self.output if self.state is State.IN_PLACE else None
-        return Aftermath(self.folder if (self.folder / _JOURNAL).exists() else None, in_place)
+        return Aftermath(self.folder if (self.folder / _JOURNAL).exists() else None, in_place, self.output)
 
     def _remove_old(self) -> None:
         """What was replaced, as it was when it was looked at; whatever else is found there stays, and is named."""
         if not self._is_mine:
             return
-        why = "the run did not come so far as to remove it"
+        why = "the run ended before it could remove it"
         try:
             if self._confirmed:
                 for room in (_NEW, _OLD):
@@ -767,7 +772,7 @@ class Staging:
                     assert self._lock is not None
                     remove_with(self._lock, self.folder)
                     return
-                why = f"it holds what was not there before:\n{some(rest)}"
+                why = f"it holds files that were not there before:\n{some(rest)}"
         except OSError as error:
             why = f"it cannot be removed: {error.strerror or error}"
         self.remarks.append(f"{self.output} is in place; what it replaced is still in {self.folder}: {why}")
@@ -798,7 +803,7 @@ class Staging:
                 break
 
 
-_GOES_ON = "Then the same command with --resume goes on from what is finished."
+_GOES_ON = "Then the same command with --resume continues from what is finished."
 
 
 def _is_alone(path: Path, nbytes: int) -> bool:

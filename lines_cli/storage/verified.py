@@ -106,7 +106,7 @@ class Verified:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None and not isinstance(error, OF_NO_USE) and self._worth_it:
-            attach_aftermath(error, Aftermath(kept=self.path))
+            attach_aftermath(error, Aftermath(kept=self.path, output=self.output))
         else:
             with suppress(OSError):
                 self.path.unlink()
@@ -121,8 +121,8 @@ def _refusals_of(path: Path) -> Iterator[None]:
     except OSError as error:
         why = error.strerror or error
         raise OutputError(
-            f"{path}, where lines verify --resume keeps what was compared, cannot be written: {why}",
-            hint="Make room or get permission there; or leave out --resume: then nothing is written.",
+            f"{path}, where lines verify --resume keeps its progress, cannot be written: {why}",
+            hint="Make room or get permission there, or leave out --resume: then nothing is written.",
         ) from error
 
 
@@ -188,7 +188,7 @@ def _lock(fd: int, path: Path) -> None:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            raise OutputError(f"{path}: another run is verifying this output", hint="Wait for it.") from None
+            raise OutputError(f"{path}: another run is verifying this output", hint="Wait until it ends.") from None
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL):
             raise  # else the filesystem has no locks
 
@@ -210,7 +210,7 @@ def _is_at(fd: int, path: Path) -> bool:
 
 def _no_file_of_ours(path: Path) -> _NotOursError:
     return _NotOursError(
-        f"{path}: is in the way of what --resume keeps, and lines verify did not write it",
+        f"{path} is where --resume keeps its progress, but lines verify did not write this file",
         hint="Move it away, or leave out --resume.",
     )
 

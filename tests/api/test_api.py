@@ -106,7 +106,7 @@ def test_keywords_in_memory_are_those_of_an_edit() -> None:
 def test_a_merge_in_memory_takes_what_a_recipe_takes() -> None:
     """Every key of a recipe that does not speak of files is a keyword, under its own name or a plainer one."""
     renamed = {"merge_method": "method", "base_model": "base"}
-    files = {"tokenizer_source", "chat_template", "max_shard_size", "output", "run", "inputs", "files", "notes"}
+    files = {"tokenizer_source", "chat_template", "max_shard_size", "output", "run", "inputs", "files", "card", "notes"}
     keys = {renamed.get(key, key) for key in lines.Recipe.model_fields.keys() - files}
     resources = {"workers", "device", "gpu_memory", "track"}
     assert keywords(lines.merge_state_dicts).keys() == keys | resources | {"config", "model_parameters"}
@@ -582,7 +582,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[LinesError], str]] = {
     "wide complex": ({"h.1.w": torch.zeros(2).cdouble()}, errors.UnsupportedError, "h.1.w is torch.complex128"),
     "sparse": ({"h.1.w": torch.eye(3).to_sparse()}, errors.UnsupportedError, "ft: tensor h.1.w has the layout"),
     "meta": ({"h.1.w": torch.zeros(2, 3, device="meta")}, errors.UnsupportedError, "is on the meta device"),
-    "no tensor": ({"h.1.w": [1.0]}, errors.UnsupportedError, "ft: h.1.w is a list, and no tensor"),
+    "no tensor": ({"h.1.w": [1.0]}, errors.UnsupportedError, "ft: h.1.w is a list, not a tensor"),
 }
 
 

@@ -161,7 +161,7 @@ MALFORMED: dict[str, tuple[object, bytes, list[str]]] = {
     "metadata nested": ({"__metadata__": {"format": {}}}, b"", ["__metadata__"]),
     "metadata a tensor": ({"__metadata__": entry()}, b"8" * 8, ["__metadata__"]),
     "metadata of tensors": ({"__metadata__": {"format": entry()}}, b"8" * 8, ["__metadata__"]),
-    "one tensor without a name": (entry(), b"8" * 8, ["not name"]),
+    "one tensor without a name": (entry(), b"8" * 8, ["without a name"]),
     "a tensor for a dtype": ({"w": entry(dtype=entry())}, b"8" * 8, ["'w'", "dtype"]),
     "a tensor within a shape": ({"w": entry(shape=[entry()])}, b"8" * 8, ["'w'", "shape"]),
     "tensor null": ({"w": None}, b"", ["'w'"]),

@@ -505,7 +505,7 @@ def test_an_expression_that_never_ends(folders: Path, monkeypatch: pytest.Monkey
     for side, seed in (("base", 0), ("ft", 1)):
         shutil.rmtree(folders / side)
         write_checkpoint(folders / side, {f"{'a' * 300}.{n}.w!": torch.full((2,), float(seed)) for n in range(3)})
-    refused(edit(folders, "--layers", ENDLESS), 2, "--layers", "more than 0.5 s", "repeat nothing")
+    refused(edit(folders, "--layers", ENDLESS), 2, "--layers", "more than 0.5 s", "avoid repeats")
     recipe = {"base_model": "base", "models": [{"model": "ft"}], "lines": {"alpha": 0.1, "beta": 1, "layers": ENDLESS}}
     (folders / "merge.yaml").write_text(yaml.safe_dump(recipe))
     refused(run_lines("inspect", "--config", folders / "merge.yaml"), 2, "more than 0.5 s")

@@ -750,4 +750,4 @@ def test_runs_from_python(models: Path, monkeypatch: pytest.MonkeyPatch) -> None
     Stopped(monkeypatch, 11, OSError(5, "Input/output error"))
     with pytest.raises(OutputError) as failed:
         engine.run(plan)
-    assert aftermath_of(failed.value) == Aftermath(kept=models / STAGING)
+    assert aftermath_of(failed.value) == Aftermath(kept=models / STAGING, output=Path("out"))

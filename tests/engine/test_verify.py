@@ -21,6 +21,7 @@ from lines_cli.checkpoint.reader import open_checkpoint
 from lines_cli.engine import verify as verification
 from lines_cli.errors import CheckpointError, OutputError, RecipeError
 from lines_cli.plan.statistics import Statistics
+from lines_cli.recipe.yaml_file import load_recipe_file
 from lines_cli.storage.digest import file_digest
 from lines_cli.storage.journal import written_line
 from lines_cli.storage.verified import verified_beside
@@ -228,13 +229,37 @@ def test_inputs_that_lie_elsewhere(here: Path) -> None:
     for name in ("base", "ft"):
         (here / name).rename(here / f"my={name}")
     ran = differs("out", code=3)
-    assert "--input NAME=PATH" in ran.err
-    assert "../base, ../ft" in ran.err
+    assert "--input ../base=PATH --input ../ft=PATH" in ran.err
+    assert "2 inputs are missing" in ran.err
     verifies("out", "--input", "../base=my=base", "--input", f"../ft={here}/my=ft")
-    ran = differs("out", "--input", "base=my=base", code=2)
+    verifies("out", "--input", "base=my=base", "--input", f"ft={here}/my=ft")
+    ran = differs("out", "--input", "base=my=base", code=3)
+    assert "2 inputs" not in ran.err
+    assert "--input ../ft=PATH" in ran.err
+    assert "--input ../base=PATH" not in ran.err
+    ran = differs("out", "--input", "ase=my=base", code=2)
     assert "  ../base\n  ../ft" in ran.err
     assert "NAME=PATH" in differs("out", "--input", "../base=", code=2).err
     assert lines.verify("out", inputs={"../base": "my=base", "../ft": "my=ft"}).same
+
+
+def test_the_last_part_of_an_input_s_name(here: Path) -> None:
+    """It has to be whole parts of one name; of a Hub id the revision may be left out."""
+    recipe = {"base_model": "a/ft", "models": [{"model": "b/ft"}, {"model": "org/x@abc"}, {"model": "c=d/e"}]}
+    path = here / "names.yaml"
+    path.write_text(yaml.safe_dump({**recipe, "merge_method": "task_arithmetic"}))
+
+    def found(*given: str) -> dict[str, str]:
+        names = load_recipe_file(path, elsewhere=given).names
+        return {name: there for there, name in names.items() if there != name}
+
+    assert found("b/ft=p=q", "x=r", "e=t=u") == {"b/ft": "p=q", "org/x@abc": "r", "c=d/e": "t=u"}
+    assert found("x@abc=r", "c=d/e=s") == {"org/x@abc": "r", "c=d/e": "s"}
+    with pytest.raises(RecipeError, match=r"--input ft: this may be any of\n  a/ft\n  b/ft"):
+        found("ft=p")
+    for wrong in ("t=p", "bc=p", "/ft=p", "=p"):
+        with pytest.raises(RecipeError, match="no such input"):
+            found(wrong)
 
 
 def test_inputs_in_other_shards(here: Path) -> None:
@@ -242,7 +267,7 @@ def test_inputs_in_other_shards(here: Path) -> None:
     tensors = {name: read(here / "base", name) for name in open_checkpoint(here / "base").tensors}
     write_checkpoint(here / "one" / "model.safetensors", tensors)
     ran = verifies("out", "--input", "../base=one")
-    assert "1 of the input files are not those recorded" in ran.err
+    assert "1 of the input files are not the recorded ones" in ran.err
 
 
 def read(folder: Path, name: str) -> torch.Tensor:
@@ -289,7 +314,7 @@ def test_a_flipped_bit(here: Path) -> None:
     ran = differs("out")
     assert f"{SECOND}: differs first at byte {at:,} in block 2 of 3 (bytes 4,194,304 to 8,388,607)" in ran.out
     assert "tensor layers.2.w, entry 1,050,000" in ran.out
-    assert "no longer what was written" in ran.out
+    assert "was changed after it was written" in ran.out
     assert "1 of 5 files differs" in ran.err
     assert "lines merge --config out/lines_recipe.yaml" in ran.err
     told = differs("out", "--json").json
@@ -361,13 +386,17 @@ def as_dead_link(path: Path) -> None:
 
 INDEX = "model.safetensors.index.json"
 CHANGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
-    "metadata": (SECOND, another_header, "its header; it has the same tensors, laid out or described in another way"),
-    "a tensor less": (SECOND, without_a_tensor, "its header; it lacks 1 tensors (layers.3.steps)"),
+    "metadata": (
+        SECOND,
+        another_header,
+        "its header; it has the same tensors, but in another layout or with other metadata",
+    ),
+    "a tensor less": (SECOND, without_a_tensor, "its header; it lacks 1 tensor (layers.3.steps)"),
     "no header": (SECOND, lambda path: path.write_bytes(b"x" * 100), "its header; it cannot be read"),
-    "cut": (SECOND, lambda path: os.truncate(path, 5_000_000), "has 5,000,000 bytes, and 8,80"),
+    "cut": (SECOND, lambda path: os.truncate(path, 5_000_000), "has 5,000,000 bytes, but the recipe makes 8,80"),
     "cut at a block": (SECOND, lambda path: os.truncate(path, 4 * MIB), "differs first at byte 4,194,304 in block 2"),
     "emptied": (SECOND, lambda path: os.truncate(path, 0), "has 0 bytes"),
-    "longer": (SECOND, lambda path: os.truncate(path, 9_000_000), "has 9,000,000 bytes, and 8,80"),
+    "longer": (SECOND, lambda path: os.truncate(path, 9_000_000), "has 9,000,000 bytes, but the recipe makes 8,80"),
     "gone": (SECOND, Path.unlink, "is missing"),
     "a pipe": (SECOND, as_pipe, "is not a regular file"),
     "a folder": (SECOND, as_folder, "is not a regular file"),
@@ -404,7 +433,7 @@ def test_a_file_that_is_not_of_its_making(here: Path) -> None:
     (here / "out" / "modeling_tiny.py").write_text("")
     ran = differs("out")
     assert "adapter_model.safetensors: the recipe does not make it" in ran.out
-    assert "modeling_tiny.py is not of its making" in ran.err
+    assert "modeling_tiny.py was not made by the recipe" in ran.err
 
 
 @pytest.mark.parametrize(
@@ -473,7 +502,7 @@ def test_a_record_of_what_is_neither_made_nor_there(here: Path) -> None:
     path = here / "out" / "lines_recipe.yaml"
     path.write_text(path.read_text() + "  vocab.txt:\n    bytes: 1\n    digest: x\n")
     ran = differs("out")
-    assert "vocab.txt: is recorded, and the recipe does not make it" in ran.out
+    assert "vocab.txt: is recorded, but the recipe does not make it" in ran.out
     (here / "out" / "vocab.txt").write_text("x")
     assert "vocab.txt: the recipe does not make it" in differs("out").out
 
@@ -488,8 +517,8 @@ def test_another_input(here: Path) -> None:
     shutil.rmtree("ft")
     shutil.copytree("ft2", "ft")
     ran = differs("out")
-    assert "is what was written, and the recipe does not make that" in ran.out
-    assert "another input, or another version" in ran.err
+    assert "is as it was written, but the recipe makes something else" in ran.out
+    assert "Another input or another version" in ran.err
 
     shutil.rmtree("ft")
     shutil.copytree("base", "ft")
@@ -502,15 +531,15 @@ def test_another_input(here: Path) -> None:
     ran = differs("new")
     first = ran.out.splitlines()[1]
     assert first.startswith("input   new/../ft/model-00001-of-00002.safetensors: it holds sha256-tree-4MiB:")
-    assert "Not all inputs are those recorded" in ran.err
+    assert "Some inputs are not the recorded ones" in ran.err
 
 
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("alpha: 0.1", "alpha: 0.2", "is what was written, and the recipe does not make that"),
-        ("digest: sha256-tree-4MiB:", "digest: sha256-tree-4MiB:0", "and the record says something else"),
-        ("bytes: 8", "bytes: 9", "and the record says something else"),
+        ("alpha: 0.1", "alpha: 0.2", "is as it was written, but the recipe makes something else"),
+        ("digest: sha256-tree-4MiB:", "digest: sha256-tree-4MiB:0", "but the record says something else"),
+        ("bytes: 8", "bytes: 9", "but the record says something else"),
     ],
 )
 def test_the_record_was_edited(old: str, new: str, words: str, here: Path) -> None:
@@ -548,7 +577,7 @@ def test_a_strangers_inputs_are_read_as_checkpoints_only(here: Path) -> None:
     text = path.read_text()
     path.write_text(text.replace("base_model: ../base", "base_model: ../secret"))
     ran = differs("out", code=3)
-    assert "reads ../secret" in ran.err
+    assert "lines_recipe.yaml: ../secret" in ran.err
     assert "too few for a safetensors header" in ran.err
     for inputs in ("inputs: {../base/model-00001-of-00002.safetensors: 5}", "inputs: {x: {bytes: a}}"):
         path.write_text(text.partition("\nrun:")[0] + f"\n{inputs}\n")
@@ -588,9 +617,9 @@ def test_links_out_of_the_output_are_refused(name: str, here: Path, monkeypatch:
 def test_recorded_digests_are_always_compared(here: Path) -> None:
     """An input that holds something else, and gives the same output, is told."""
     assert run_lines("edit", "base", "ft", "-o", "new", "--alpha", "0", "--beta", "0", "--verify-inputs").code == 0
-    assert "not those recorded" not in verifies("new").err
+    assert "not the recorded ones" not in verifies("new").err
     flip(here / "ft" / "model-00001-of-00002.safetensors", 5 * MIB)
-    assert "1 of the input files are not those recorded; what is made of them is the same" in verifies("new").err
+    assert "1 of the input files are not the recorded ones, but they give the same output" in verifies("new").err
 
 
 def test_quiet(here: Path) -> None:
@@ -911,7 +940,7 @@ def test_what_else_stands_there_is_left_alone(kind: str, here: Path) -> None:
     other_things(kind, here / KEPT)
     ran = run_lines("verify", "out", "--resume")
     assert (ran.code, ran.trace) == (6, "")
-    assert "is in the way" in ran.err
+    assert "is where --resume keeps its progress" in ran.err
     assert os.path.lexists(here / KEPT)
     if kind == "a link":
         assert (here / "target").read_text() == '{"verify":1}\n'

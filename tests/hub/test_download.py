@@ -219,7 +219,7 @@ def test_what_is_neither_path_nor_id_is_a_missing_path(
 @pytest.mark.parametrize("revision", ["", "a b", "../../x", "/main", "main/", "a//b", "a:b", "a\\b", "x\ny"])
 def test_an_impossible_revision_is_refused_unasked(revision: str) -> None:
     """What git allows in no name never becomes part of an address or of a path in the cache."""
-    with pytest.raises(CheckpointError, match="is no revision"):
+    with pytest.raises(CheckpointError, match="is not a valid revision"):
         locate(f"org/model@{revision}")
 
 
@@ -258,7 +258,7 @@ REFUSALS: dict[str, tuple[dict[str, bytes] | None, dict[str, Any], str, str, str
     "org/secret": (WHOLE, {"private": True}, "HubError", "shows no model org/secret", "hf auth login"),
     "org/gated": (WHOLE, {"gated": True}, "HubError", "org/gated is gated", "/org/gated, then log in"),
     "org/whole@v9": (WHOLE, {}, "HubError", "org/whole is on the Hub, but has no revision 'v9'", "branches and tags"),
-    "org/bad--name": (None, {}, "HubError", "no Hub id is written like that", ""),
+    "org/bad--name": (None, {}, "HubError", "it is not a valid Hub id", ""),
     "org/pickle": ({"config.json": b"{}", "pytorch_model.bin": b""}, {}, "UnsupportedError", "no safetensors", "save"),
     "org/adapter": (ADAPTER, {}, "UnsupportedError", "PEFT adapter", "merge_and_unload"),
     "org/several": ({"x.safetensors": b"", "y.safetensors": b""}, {}, "CheckpointError", "several sets", ""),

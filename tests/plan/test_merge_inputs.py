@@ -1529,7 +1529,7 @@ def test_an_infinite_norm_is_no_alpha(tmp_path: Path) -> None:
     """Weights beyond all bounds make the merged norm infinite: refused, rather than scaled to nothing."""
     write(tmp_path, base=tensors(0), a=tensors(1), b=tensors(2))
     ran = merge(tmp_path, lines={"beta": 0}, parameters={"weight": 1e39})
-    refused(ran, 4, "alpha: auto", "immense")
+    refused(ran, 4, "alpha: auto", "very large")
     assert not (tmp_path / "out").exists()
 
 

@@ -176,7 +176,7 @@ def test_what_arrives_while_it_writes_is_not_deleted(
                 (out / "logs").mkdir()
                 (out / "logs" / "run.txt").write_text("x")
             case "changed":
-                (out / "README.md").write_text("mine")
+                (out / "vocab.txt").write_text("mine")
             case "replaced":
                 os.rename(out, models / "moved")
                 shutil.copytree(models / "moved", out)
@@ -187,7 +187,7 @@ def test_what_arrives_while_it_writes_is_not_deleted(
             patch.setattr(staging, "exchange", lambda *_: False)
         ran = run_lines(*EDIT, "--alpha", "0.5", "--force")
     assert (ran.code, ran.trace) == (6, "")
-    assert {"added": "results.json", "in a folder": "logs", "changed": "README.md", "replaced": "config.json"}[
+    assert {"added": "results.json", "in a folder": "logs", "changed": "vocab.txt", "replaced": "config.json"}[
         what
     ] in ran.err
     assert "--resume" in ran.err
@@ -236,7 +236,7 @@ def test_an_output_that_appears_meanwhile(
         meanwhile(patch, act)
         ran = run_lines(*command)
     assert (ran.code, ran.trace) == (6, "")
-    assert "came into being" in ran.err
+    assert "was created" in ran.err
     assert os.path.lexists(there)
     assert kind not in ("file", "lone file") or there.read_text() == "precious"
     shutil.rmtree(there) if kind == "folder" else there.unlink()
@@ -336,6 +336,60 @@ def test_a_readme_without_a_recipe_is_a_persons(models: Path) -> None:
         assert (ran.code, ran.trace) == (6, "")
         assert name in ran.err
         shutil.rmtree(models / "out")
+
+
+@pytest.mark.parametrize("how", ["edited", "emptied", "a link", "another recipe", "no record"])
+def test_a_model_card_that_a_person_edited_is_theirs(how: str, models: Path) -> None:
+    """--force names it, replaces nothing, and goes on once it is out of the folder. The same for a dry run."""
+    assert run_lines(*EDIT).code == 0
+    card, recipe = models / "out" / "README.md", models / "out" / "lines_recipe.yaml"
+    written = card.read_bytes()
+    match how:
+        case "edited":
+            card.write_bytes(written.replace(b"lines", b"LINES", 1))
+        case "emptied":
+            card.write_bytes(b"")
+        case "a link":
+            (models / "card.md").write_text("mine")
+            card.unlink()
+            card.symlink_to(models / "card.md")
+        case "another recipe":
+            recipe.write_text("# Written by lines 9.9.9. It may say what this version does not know.\nnew: key\n")
+        case "no record":
+            values = yaml.safe_load(recipe.read_text())
+            del values["card"]
+            recipe.write_text(yaml.safe_dump(values))
+    before = snapshot(models)
+    for flags in (["--force"], ["--force", "--dry-run"], ["--force", "--resume"]):
+        ran = run_lines(*EDIT, "--alpha", "0.5", *flags)
+        assert (ran.code, ran.trace) == (6, "")
+        assert "README.md (a model card, but not as lines wrote it)" in ran.err
+        assert "Move" in ran.err
+    assert snapshot(models) == before
+    os.rename(card, models / "mine.md")
+    (models / "out" / "vocab.txt").write_text("other files are made from the inputs, so an edit is made there")
+    if how == "another recipe":
+        (models / "out" / "vocab.txt").unlink()
+    assert run_lines(*EDIT, "--force").code == 0
+    assert card.read_bytes() == written
+    assert run_lines(*EDIT, "--alpha", "0.5", "--force").code == 0, "the card that is there is ours again"
+
+
+def test_a_model_card_that_is_edited_while_it_writes(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two looks it is seen by its time; the run that resumes sees what it holds."""
+    assert run_lines(*EDIT).code == 0
+    card = models / "out" / "README.md"
+    with monkeypatch.context() as patch:
+        meanwhile(patch, lambda: card.write_bytes(b"mine"))
+        ran = run_lines(*EDIT, "--alpha", "0.5", "--force")
+    assert (ran.code, ran.trace) == (6, "")
+    assert "README.md" in ran.err
+    assert card.read_bytes() == b"mine"
+    for flags in (["--force", "--resume"], ["--force"]):
+        assert run_lines(*EDIT, "--alpha", "0.5", *flags).code == 6
+        assert card.read_bytes() == b"mine"
+    os.rename(card, models / "mine.md")
+    assert run_lines(*EDIT, "--alpha", "0.5", "--force", "--resume").code == 0
 
 
 def test_a_recipe_elsewhere_lists_nothing(models: Path) -> None:
@@ -516,7 +570,7 @@ def test_what_was_set_aside_does_not_replace_what_came_since(models: Path, monke
     for flags, code in (([], 6), (["--force"], 0)):
         ran = run_lines(*EDIT, "--dry-run", *flags)
         assert (ran.code, ran.trace) == (code, "")
-        assert "set aside" in ran.err
+        assert "the old" in ran.err
     assert snapshot(models / STAGING / "old") == old, "--dry-run puts nothing back"
     (models / "out").mkdir()
     (models / "out" / "theirs.txt").write_text("x")

@@ -19,7 +19,7 @@ import lines_cli as lines
 from lines_cli.errors import OutputError
 from lines_cli.storage.digest import record_of
 
-ALLOWED = ("another run is writing it", "has changed while its replacement was written", "exists", "came into being")
+ALLOWED = ("another run is writing it", "has changed while the new output was written", "exists", "was created while")
 
 
 def whole(out: Path) -> str:
@@ -47,7 +47,8 @@ def whole(out: Path) -> str:
         return "torn"
     copy = Path(f"seen-{os.getpid()}.yaml")
     copy.write_bytes(held["lines_recipe.yaml"] or b"")
-    files = lines.load_recipe(copy).files
+    recipe = lines.load_recipe(copy)
+    files = recipe.files | ({"README.md": recipe.card} if recipe.card else {})
     return "whole" if all(record_of(held[name] or b"") == record for name, record in files.items()) else "torn"
 
 
