@@ -5,7 +5,7 @@ command line's options, whose names Python's keywords share.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 Pairs = Mapping[str, Any] | Iterable[str]
 """What `--stack` and `--filter` say: `NAME=VALUE` texts, or names with their values."""
+
+
+Series = str | Sequence[str] | Sequence[Sequence[str]]
+"""What `--series` says: `A,B,C`, or the names; or several of either (`parse_series`)."""
 
 
 def path(flag: str, given: str | Path) -> Path:
@@ -48,6 +52,11 @@ def pairs(flag: str, given: Pairs | None) -> dict[str, Any] | None:
             raise RecipeError(f"{flag} {text}: expected {flag} NAME=VALUE, and each NAME once")
         pairs[name] = {"alpha": ends[0], "beta": ends[1]} if len(ends) == 2 else value
     return pairs or None
+
+
+def each_series(given: Iterable[str] | None) -> list[list[str]] | None:
+    """Each `--series A,B,C` of a command line as a list of names."""
+    return [one.split(",") for one in given or ()] or None
 
 
 def resources(workers: int | None, device: str, gpu_memory: str | int | None) -> Resources:

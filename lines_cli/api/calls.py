@@ -18,7 +18,7 @@ from lines_cli.api import arguments, summary
 from lines_cli.errors import DataError, OutputError, RecipeError
 
 if TYPE_CHECKING:
-    from lines_cli.api.arguments import Pairs
+    from lines_cli.api.arguments import Pairs, Series
     from lines_cli.api.summary import Summary
     from lines_cli.checkpoint.reader import Checkpoint
     from lines_cli.engine.measure import Track
@@ -55,6 +55,8 @@ def edit(
     stack: Pairs | None = None,
     filter: Pairs | None = None,  # noqa: A002 - the option's name
     layers: str | None = None,
+    series: Series | None = None,
+    not_layers: str | None = None,
     missing: Missing | None = None,
     resize: Resize | None = None,
     allow_nonfinite: bool = False,
@@ -75,7 +77,9 @@ def edit(
     Args:
         base, ft: the checkpoints, each a path or a Hub id.
         output: a folder; or one file, if it ends in `.safetensors`.
-        alpha, beta, gamma, schedule, outside, layers: the coefficients; what is not given keeps its default.
+        alpha, beta, gamma, schedule, outside: the coefficients; what is not given keeps its default.
+        layers, series, not_layers: where depth is not as the names say (docs/finding-depth.md); a series is `"A,B"`, or
+            a list of names, or several of these.
         stack, filter: a mapping such as `{"visual": "keep"}`, or texts as on the command line.
         missing, resize, allow_nonfinite: what is done where the inputs disagree, or hold NaN.
         dtype, max_shard_size: how the output is stored.
@@ -103,6 +107,8 @@ def edit(
         stacks=arguments.pairs("--stack", stack),
         filter=arguments.pairs("--filter", filter),
         layers=layers,
+        series=series,
+        not_layers=not_layers,
         missing=missing,
         resize=resize,
         allow_nonfinite=allow_nonfinite or None,
@@ -164,6 +170,8 @@ def inspect(
     stack: Pairs | None = None,
     filter: Pairs | None = None,  # noqa: A002 - the option's name
     layers: str | None = None,
+    series: Series | None = None,
+    not_layers: str | None = None,
     tensors: bool = False,
     check: bool = False,
     plot: Named | None = None,
@@ -178,7 +186,7 @@ def inspect(
         checkpoints: one; or with a base one fine-tune or several.
         base: what they were fine-tuned from. All weights are read then.
         config: in place of both: a recipe, as in `merge`.
-        alpha, beta, gamma, schedule, outside, stack, filter, layers: the coefficients, as in `edit`.
+        alpha, ..., not_layers: the coefficients, as in `edit`.
         tensors: also every tensor.
         check: read all weights, and refuse what is wrong with them.
         plot: also draw it, into this `.svg`, `.png` or `.html` file.
@@ -200,6 +208,8 @@ def inspect(
         "stacks": arguments.pairs("--stack", stack),
         "filter": arguments.pairs("--filter", filter),
         "layers": layers,
+        "series": series,
+        "not_layers": not_layers,
     }
     resources = arguments.resources(workers, device, gpu_memory)
     named = [checkpoints] if isinstance(checkpoints, (str, Path)) else list(checkpoints or ())
@@ -222,6 +232,8 @@ def coefficients(
     stack: Pairs | None = None,
     filter: Pairs | None = None,  # noqa: A002 - the option's name
     layers: str | None = None,
+    series: Series | None = None,
+    not_layers: str | None = None,
     config: Any = None,
 ) -> dict[str, float]:
     """The coefficient that `lines edit` would scale each tensor's update by.
@@ -229,7 +241,7 @@ def coefficients(
     Args:
         names: of tensors; or tensors by name (a `state_dict`), or a module; or the path or Hub id of a checkpoint, of
             which headers are read.
-        alpha, beta, gamma, schedule, outside, stack, filter, layers: as in `edit`.
+        alpha, ..., not_layers: as in `edit`.
         config: of the model, as a mapping or a transformers config: says which heads are tied. Unless given, that of
             the checkpoint or the module.
 
@@ -255,6 +267,8 @@ def coefficients(
         stacks=arguments.pairs("--stack", stack),
         filter=arguments.pairs("--filter", filter),
         layers=layers,
+        series=series,
+        not_layers=not_layers,
     )
     checkpoint = _named_only(names, config)
     plan = make_plan(recipe, inputs_of(recipe, checkpoint, checkpoint), Path("none.safetensors"))
@@ -488,9 +502,9 @@ def _what_becomes_of(left: Unfinished, how: RunOptions, *, same: bool) -> str:
     if left.run is None:
         return f"{left.folder} holds nothing to continue from: a run starts over"
     if not how["resume"]:
-        return f"{left.folder} holds unfinished work ({left.told}): a run without --resume discards it"
+        return f"{left.folder} holds unfinished work ({left.description}): a run without --resume discards it"
     if same:
-        return f"{left.folder} holds unfinished work ({left.told}): --resume continues it"
+        return f"{left.folder} holds unfinished work ({left.description}): --resume continues it"
     then = "--resume with --force discards it" if how["force"] else "--resume refuses to run (exit code 6)"
     return f"{left.folder} holds the unfinished work of another run: {then}"
 

@@ -38,7 +38,7 @@ from lines_cli.plan.tensors import SourceRange
 from lines_cli.recipe.validate import edit_recipe, make_recipe
 
 if TYPE_CHECKING:
-    from lines_cli.api.arguments import Pairs
+    from lines_cli.api.arguments import Pairs, Series
     from lines_cli.plan.resources import Resources
     from lines_cli.recipe.schema import Recipe
 
@@ -75,6 +75,8 @@ def edit_state_dict(
     stack: Pairs | None = None,
     filter: Pairs | None = None,  # noqa: A002 - the option's name
     layers: str | None = None,
+    series: Series | None = None,
+    not_layers: str | None = None,
     missing: Missing | None = None,
     resize: Resize | None = None,
     allow_nonfinite: bool = False,
@@ -112,6 +114,8 @@ def edit_state_dict(
         stacks=arguments.pairs("--stack", stack),
         filter=arguments.pairs("--filter", filter),
         layers=layers,
+        series=series,
+        not_layers=not_layers,
         missing=missing,
         resize=resize,
         allow_nonfinite=allow_nonfinite or None,

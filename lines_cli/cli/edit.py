@@ -21,6 +21,8 @@ def edit(
     stack: opt.Stack = None,
     filter: opt.Filter = None,  # noqa: A002 - the option's name
     layers: opt.Layers = None,
+    series: opt.Series = None,
+    not_layers: opt.NotLayers = None,
     missing: opt.Missing = None,
     resize: opt.Resize = None,
     allow_nonfinite: opt.AllowNonfinite = False,
@@ -59,6 +61,8 @@ def edit(
         stacks=arguments.pairs("--stack", stack),
         filter=arguments.pairs("--filter", filter),
         layers=layers,
+        series=arguments.each_series(series),
+        not_layers=not_layers,
         missing=missing,
         resize=resize,
         allow_nonfinite=allow_nonfinite or None,

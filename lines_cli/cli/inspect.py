@@ -21,6 +21,8 @@ def inspect(
     stack: opt.Stack = None,
     filter: opt.Filter = None,  # noqa: A002 - the option's name
     layers: opt.Layers = None,
+    series: opt.Series = None,
+    not_layers: opt.NotLayers = None,
     tensors: opt.Tensors = False,
     full: opt.Full = False,
     check: opt.Check = False,
@@ -53,6 +55,8 @@ def inspect(
         "stacks": arguments.pairs("--stack", stack),
         "filter": arguments.pairs("--filter", filter),
         "layers": layers,
+        "series": arguments.each_series(series),
+        "not_layers": not_layers,
     }
     report = look(
         checkpoints or [],

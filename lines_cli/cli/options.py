@@ -130,8 +130,8 @@ Schedule = Annotated[
         "--schedule",
         metavar="RULE",
         show_default="linear",
-        help="How the coefficient grows with depth: linear, power:P, constant; or the coefficients themselves, "
-        "first layer to last, as in 0.1,0.6,1.0.",
+        help="How the coefficient grows with depth: linear, power:P, constant, unet (up to the middle, down "
+        "again); or the coefficients themselves, first layer to last, as in 0.1,0.6,1.0.",
     ),
 ]
 Outside = Annotated[
@@ -170,7 +170,26 @@ Layers = Annotated[
         metavar="REGEX",
         show_default=False,
         help="Where a name holds its layer's number, if that cannot be found: "
-        "group `index`, and group `stack` for more than one stack.",
+        "group `index` (and `index2`, for blocks in stages), and group `stack` for more than one stack.",
+    ),
+]
+Series = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--series",
+        metavar="A,B,C",
+        show_default=False,
+        help="Stacks that run one after the other, in this order, as one; reversed(NAME) runs against its numbers. "
+        "A NAME may also be any numbered list, or a module that is one layer. Repeatable.",
+    ),
+]
+NotLayers = Annotated[
+    str | None,
+    typer.Option(
+        "--not-layers",
+        metavar="REGEX",
+        show_default=False,
+        help="Names in which it is found lie outside the blocks.",
     ),
 ]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -268,13 +268,9 @@ def _alone(name: str, scaling: Mapping[str, Any], *, quiet: bool) -> Inspection:
 
     def shown(recipe: Recipe, of: Origin) -> Inspection:
         of_depth: list[str] = []
-        layers = recipe.lines.layers if recipe.lines else None
-        if layers is not None and of == "output":
-            if "(?P<index>" not in layers:
-                raise RecipeError(f"layers {layers!r} has no group `index`")
-            of_depth.append(f"its recipe's expression for the layers, {layers!r}, is not run; --layers REGEX runs one")
-            layers = None
-        depth = _depth(checkpoint.tensors, checkpoint.config, layers, of_depth)
+        asked_of_depth = recipe.lines.by_hand if recipe.lines else {}
+        by_hand = _without_expressions(asked_of_depth, of_depth) if of == "output" else asked_of_depth
+        depth = _depth(_parameters(checkpoint), checkpoint.config, by_hand, of_depth)
         rules = _rules(recipe, depth)
         refuse_idle_filters(rules, checkpoint.tensors)
         return _complete(
@@ -312,8 +308,8 @@ def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, qui
     own = aligned_names(inputs, notes)
     rows, not_compared = _rows(inputs, own, notes)
     config = inputs.config_of(inputs.lead)
-    layers = recipe.lines.layers if recipe.lines else None
-    depth = _depth((name for names in own for name in names), config, layers, notes)
+    by_hand = recipe.lines.by_hand if recipe.lines else {}
+    depth = _depth(inputs.parameters(own), config, by_hand, notes)
     rules = _rules(recipe, depth)
     specs = specify_tensors(pairing, inputs, depth, rules, rows)
     not_compared |= {spec.name: f"{spec.misfit} (base first)" for spec in specs if spec.misfit}
@@ -406,9 +402,30 @@ def _made_by(checkpoint: Checkpoint, notes: list[str]) -> Recipe | None:
         return None
 
 
-def _depth(names: Iterable[str], config: Mapping[str, Any], layers: str | None, notes: list[str]) -> DepthMap:
+def _without_expressions(by_hand: Mapping[str, Any], notes: list[str]) -> Mapping[str, Any]:
+    """What a stranger's recipe says of depth; without its expressions, which are not run, and what rests on them."""
+    keys = [key for key in ("layers", "not_layers") if by_hand.get(key) is not None]
+    if not keys:
+        return by_hand
+    if "layers" in keys and "(?P<index>" not in by_hand["layers"]:
+        raise RecipeError(f"layers {by_hand['layers']!r} has no group `index`")
+    notes += [
+        f"its recipe's expression for {'the layers' if key == 'layers' else 'what is no layer'}, {by_hand[key]!r}, "
+        f"is not run; --{key.replace('_', '-')} REGEX runs one"
+        for key in keys
+    ]
+    return {}
+
+
+def _parameters(checkpoint: Checkpoint) -> dict[str, int]:
+    return {name: tensor.info.numel for name, tensor in checkpoint.tensors.items()}
+
+
+def _depth(
+    parameters: Mapping[str, int], config: Mapping[str, Any], by_hand: Mapping[str, Any], notes: list[str]
+) -> DepthMap:
     try:
-        return find_depth(dict.fromkeys(names), config=config, layers=layers)
+        return find_depth(parameters, config=config, parameters=parameters, **by_hand)
     except DepthError as error:
         notes.append(f"depth is unknown: {error.message}\n{error.hint or ''}".strip())
         return DepthMap((), {})

@@ -7,8 +7,7 @@ in: a plan without needs has been resolved. Nothing here reads tensor data or ne
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from itertools import chain
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from lines_cli.checkpoint.header import EXACT_DTYPES
@@ -52,7 +51,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, output: Path) -> Plan:
     notes: list[str] = list(recipe.notes)
     own = aligned_names(inputs, notes)
     rows = pair_tensors(inputs, own, recipe, notes)
-    depth = _depth(recipe, inputs, chain.from_iterable(own), notes)
+    depth = _depth(recipe, inputs, inputs.parameters(own), notes)
     rules = (recipe.lines or UNSCALED).rules(depth)
     notes += [
         f"filter {part!r} under parameters matches no tensor name, so it has no effect"
@@ -104,10 +103,11 @@ def make_plan(recipe: Recipe, inputs: Inputs, output: Path) -> Plan:
     return plan if is_one_file(output) else with_sidecars(plan)
 
 
-def _depth(recipe: Recipe, inputs: Inputs, names: Iterable[str], notes: list[str]) -> DepthMap:
+def _depth(recipe: Recipe, inputs: Inputs, parameters: Mapping[str, int], notes: list[str]) -> DepthMap:
     try:
-        layers = recipe.lines.layers if recipe.lines else None
-        depth = find_depth(dict.fromkeys(names), config=inputs.config_of(inputs.lead), layers=layers)
+        by_hand = recipe.lines.by_hand if recipe.lines else {}
+        config = inputs.config_of(inputs.lead)
+        depth = find_depth(parameters, config=config, parameters=parameters, **by_hand)
     except DepthError as error:
         if any(source.layer_range for source in recipe.models):
             raise RecipeError(f"layer_range cannot be checked: {error.message}", hint=error.hint) from error

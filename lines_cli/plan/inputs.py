@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +82,14 @@ class Inputs:
         if self.has_base and side == 0:
             return "the base"
         return "the fine-tune" if self.of_an_edit else self.checkpoints[side].name
+
+    def parameters(self, own: Sequence[Mapping[str, str]]) -> dict[str, int]:
+        """How many parameters each tensor holds, by the leading side's names (`aligned_names`), in their order."""
+        found: dict[str, int] = {}
+        for checkpoint, names in zip(self.checkpoints, own, strict=True):
+            for name, there in names.items():
+                found.setdefault(name, checkpoint.tensors[there].info.numel)
+        return found
 
     def config_of(self, side: int) -> Mapping[str, Any]:
         """Its config; of a lone file, the leading side's or the first that there is."""

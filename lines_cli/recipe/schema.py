@@ -27,8 +27,9 @@ from pydantic import (
 from lines_cli.errors import RecipeError
 from lines_cli.methods import Method, Said, Values, find_method
 from lines_cli.methods.parameters import MOST_RULES, evaluate, filters_of
+from lines_cli.scaling.by_hand import member_of
 from lines_cli.scaling.find_depth import DepthMap
-from lines_cli.scaling.schedule import Constant, Linear, Listed, Outside, Power, Rules, Schedule
+from lines_cli.scaling.schedule import Constant, Linear, Listed, Outside, Power, Rules, Schedule, UpAndDown
 from lines_cli.storage.digest import FileRecord
 
 _UNITS = {
@@ -49,6 +50,10 @@ def parse_size(text: str | int) -> int:
     ):
         raise ValueError("a size is written 5GB, 500MB, or as a number of bytes")
     return size
+
+
+def _is_series(value: Any) -> bool:
+    return not isinstance(value, str) or "," in value
 
 
 Size = Annotated[int, BeforeValidator(parse_size)]
@@ -73,8 +78,8 @@ _FIXED = {"keep": 1.0, "base": 0.0}
 
 
 def parse_schedule(value: Any) -> Any:
-    """`linear`, `constant`, `power:2`; or a list of numbers, also as `0.1,0.6,1.0`."""
-    if isinstance(value, str) and value in ("linear", "constant"):
+    """`linear`, `constant`, `unet`, `power:2`; or a list of numbers, also as `0.1,0.6,1.0`."""
+    if isinstance(value, str) and value in ("linear", "constant", "unet"):
         return value
     try:
         if isinstance(value, str) and value.startswith("power:"):
@@ -90,8 +95,24 @@ def parse_schedule(value: Any) -> Any:
     except (TypeError, ValueError, OverflowError):
         pass
     raise ValueError(
-        "a schedule is linear, constant, power:P with P above 0, or a list of coefficients as in 0.1,0.6,1"
+        "a schedule is linear, constant, unet, power:P with P above 0, or a list of coefficients as in 0.1,0.6,1"
     )
+
+
+def parse_series(value: Any) -> Any:
+    """Every series as a tuple of names: of `A,B,C`, of a list of names, or of a list of either."""
+    one_series = isinstance(value, (list, tuple)) and value and not any(map(_is_series, value))
+    if one_series or isinstance(value, str):
+        value = [value]
+    if isinstance(value, (list, tuple)):
+        value = [one.split(",") if isinstance(one, str) else one for one in value]
+    if not isinstance(value, (list, tuple)) or not all(isinstance(one, (list, tuple)) and one for one in value):
+        raise ValueError("a series is a list of stacks' names, in the order in which they run; several are a list each")
+    if not all(isinstance(name, str) for one in value for name in one):
+        raise ValueError("a series names stacks")
+    for name in (name for one in value for name in one):
+        member_of(name)
+    return tuple(tuple(name.strip() for name in one) for one in value)
 
 
 def _parse_stack(value: Any) -> Any:
@@ -145,9 +166,11 @@ class Scaling(_Part):
             many tasks, `(1/N) * norm1(sum of tau_i) / norm1(tau_merged)`, measured. Only a schedule that lists its
             coefficients needs no beta.
         gamma: multiplies what a schedule gives.
-        schedule: `linear`, `power:P`, `constant`, or the coefficients themselves, first layer to last.
+        schedule: `linear`, `power:P`, `constant`, `unet`, or the coefficients themselves, first layer to last.
         outside: what tensors outside the blocks get (`Rules.outside`).
         layers: a regular expression that overrules the detection of depth (`find_depth`).
+        series: the names of stacks that run one after the other, a list of them for each stack that they make.
+        not_layers: a regular expression; names in which it is found are outside the blocks.
         stacks: a stack by its name, or any part of it that names no other: `keep` (coefficient 1), `base` (0), or ends
             of its own.
         filter: part of a tensor's name -> coefficient; the first that matches has the last word.
@@ -159,6 +182,8 @@ class Scaling(_Part):
     schedule: Annotated[str | tuple[Finite, ...], BeforeValidator(parse_schedule)] = "linear"
     outside: Outside = "alpha"
     layers: str | None = None
+    series: Annotated[tuple[tuple[str, ...], ...], BeforeValidator(parse_series), Field(max_length=MOST_RULES)] = ()
+    not_layers: str | None = None
     stacks: dict[str, Annotated[Fixed | Ends, BeforeValidator(_parse_stack)]] = Field(
         default_factory=dict, max_length=MOST_RULES
     )
@@ -185,8 +210,13 @@ class Scaling(_Part):
     def _without_what_does_not_apply(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = serialize(self)
         unsaid = {"alpha", "beta"} if isinstance(self.schedule, tuple) else set()
-        unsaid |= {key for key in ("stacks", "filter") if not values[key]}
+        unsaid |= {key for key in ("stacks", "filter", "series", "not_layers") if not values.get(key)}
         return {key: value for key, value in values.items() if key not in unsaid}
+
+    @property
+    def by_hand(self) -> dict[str, Any]:
+        """What is said of depth, as `find_depth` takes it."""
+        return {"layers": self.layers, "series": self.series, "not_layers": self.not_layers}
 
     @property
     def needs_alpha(self) -> bool:
@@ -227,6 +257,8 @@ class Scaling(_Part):
             return Listed(self.schedule)
         if self.schedule == "constant":
             return Constant(alpha, beta)
+        if self.schedule == "unet":
+            return UpAndDown(alpha, beta)
         if self.schedule.startswith("power:"):
             return Power(alpha, beta, float(self.schedule.removeprefix("power:")))
         return Linear(alpha, beta)

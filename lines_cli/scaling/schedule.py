@@ -80,6 +80,21 @@ class Constant(Linear):
 
 
 @dataclass(frozen=True, slots=True)
+class UpAndDown(Linear):
+    """`alpha + beta * x`, where x grows from 0 at the first layer to 1 at the middle and falls to 0 at the last: the
+    bottleneck of a U-Net is its deepest point. The paper did not study it.
+    """
+
+    def at(self, index: int, layers: int) -> float:
+        steps, most = min(index, layers - 1 - index), (layers - 1) // 2
+        return self.alpha + (self.beta if steps == most else self.beta * steps / most)
+
+    @property
+    def last(self) -> float:
+        return self.alpha
+
+
+@dataclass(frozen=True, slots=True)
 class Listed:
     """Given values at equal distances from the first layer to the last, interpolated linearly (mergekit's gradient)."""
 

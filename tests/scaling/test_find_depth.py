@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
+import lines_cli as lines
 from lines_cli.errors import DepthError, LinesError, RecipeError
+from lines_cli.recipe.yaml_file import load_recipe
 from lines_cli.scaling.find_depth import DepthMap, find_depth
 from support import zoo
-from support.depth_cases import CASES, PLACED, names_and_config
+from support.depth_cases import CASES, PLACED, names_and_config, saved
 from support.files import write_checkpoint
 from support.run import run_lines
 
@@ -250,6 +252,251 @@ def test_layers_that_cannot_be_used(expression: str, error: type[LinesError], me
     with pytest.raises(error, match=message) as refusal:
         find_depth(CELLS, layers=expression)
     assert "--layers" in f"{refusal.value.message}{refusal.value.hint}"
+
+
+def test_layers_with_two_numbers() -> None:
+    """Stage and block order the layers together; what only has a stage's number opens the stage's first block."""
+    names = expand("net.s{2..3}.b{0..10}.w", "net.s3.down.w", "net.s4.w", "stem.w")
+    depth = find_depth(names, layers=r"s(?P<index>\d+)\.(?:b(?P<index2>\d+))?")
+    assert stacks(depth) == {"layers": 23}
+    in_order = [f"net.s{s}.b{b}.w" for s in (2, 3) for b in range(11)]
+    assert [places(depth)[name][1] for name in in_order] == list(range(22))
+    assert places(depth)["net.s3.down.w"] == ("layers", 11)
+    assert places(depth)["net.s4.w"] == ("layers", 22)
+
+
+# --- --series, --not-layers ---
+
+VAE = expand(
+    "encoder.down.{0..1}.block.{0..1}.{norm,conv}.w",
+    "encoder.mid.{attn,conv}.w",
+    "decoder.mid.{attn,conv}.w",
+    "decoder.up.{0..1}.block.{0..1}.{norm,conv}.w",
+    "connector.layers.{0..2}.{q,k}.w",
+)
+UP_BACKWARDS = expand("decoder.up.{1,0}.block.{0..1}.norm.w")
+ENCODER = [*expand("encoder.down.{0..1}.block.{0..1}.norm.w"), "encoder.mid.attn.w"]
+
+
+def in_order(depth: DepthMap, stack: str) -> list[list[str]]:
+    """The tensors of each layer of a stack."""
+    layers: list[list[str]] = [[] for _ in range(depth.layers[stack])]
+    for name, place in depth.places.items():
+        if place.stack == stack:
+            layers[place.index].append(name)
+    return layers
+
+
+@pytest.mark.parametrize(
+    ("series", "expected"),
+    [
+        (["encoder", "connector.layers"], [*ENCODER, *expand("connector.layers.{0..2}.q.w")]),
+        (["connector", "encoder"], [("connector.layers.0.q.w", "connector.layers.2.k.w"), *ENCODER]),
+        (["decoder.mid", "reversed(decoder.up)"], ["decoder.mid.conv.w", *UP_BACKWARDS]),
+        (["reversed(encoder)"], ENCODER[::-1]),
+        ([" encoder.down ", "reversed( decoder.up )"], [*ENCODER[:4], *UP_BACKWARDS]),
+    ],
+    ids=str,
+)
+def test_a_series_joins_what_it_names(series: list[str], expected: list[Any]) -> None:
+    """Stacks, numbered lists and modules, found or not, in the order given; what is reversed runs against its numbers,
+    and the blocks of a stage in theirs.
+    """
+    depth = find_depth(VAE, series=[series])
+    joined = depth.places[expected[-1]].stack
+    for layer, names in zip(in_order(depth, joined), expected, strict=True):
+        assert set(layer) >= ({names} if isinstance(names, str) else set(names))
+
+
+def test_what_a_series_leaves_of_a_stack_stays_one() -> None:
+    """A list that is taken out of a joined stack leaves the rest, under the rest of its name."""
+    assert stacks(find_depth(VAE, series=[["reversed(encoder.down)"]])) == {
+        "encoder.down": 4,
+        "encoder.mid": 1,
+        "decoder.mid+decoder.up": 5,
+    }
+
+
+def test_a_series_joins_what_an_expression_found() -> None:
+    """With --layers, a series names the stacks that the expression gives."""
+    depth = find_depth(CELLS, layers=r"^(?P<stack>\w+)\.cell(?P<index>\d+)\.", series=[["right", "reversed(left)"]])
+    assert stacks(depth) == {"right+left": 7}
+    assert places(depth)["right.cell0.w"] == ("right+left", 0)
+    assert places(depth)["left.cell10.w"] == ("right+left", 3)
+    assert places(depth)["left.cell0.w"] == ("right+left", 6)
+
+
+@pytest.mark.parametrize(
+    ("series", "message"),
+    [
+        ([["nope"]], "names no stack"),
+        ([["encoder", "encoder.down"]], "holds already"),
+        ([["encoder"], ["encoder.down"]], "holds already"),
+        ([["reversed(encoder"]], "is no name"),
+        ([[""]], "is no name"),
+    ],
+)
+def test_a_series_that_cannot_be(series: list[list[str]], message: str) -> None:
+    """A name that is nothing here, or that is held twice, is refused, and the hint shows how a series is written."""
+    with pytest.raises(RecipeError, match=message):
+        find_depth(VAE, series=series)
+
+
+def test_not_layers_are_as_if_they_were_not_there() -> None:
+    """What the expression is found in lies outside, and the rest is read without it."""
+    names = LLAMA + expand("model.blocks.{0..2}.{attn,mlp.up}.weight")
+    assert stacks(find_depth(names)) == {"model.layers": 8, "model.blocks": 3}
+    depth = find_depth(names, not_layers=r"^model\.blocks\.")
+    assert stacks(depth) == {"model.layers": 8}
+    assert not any(".blocks." in name for name in depth.places)
+    with pytest.raises(RecipeError, match="--not-layers 'cell' matches none"):
+        find_depth(names, not_layers="cell")
+    with pytest.raises(RecipeError, match="not a regular expression"):
+        find_depth(names, not_layers="(")
+
+
+def test_depth_by_hand_is_recorded_and_runs_again(tmp_path: Path) -> None:
+    """The recipe of the output says the series and what is no layer; verify and a second run read it so."""
+    import torch
+    import yaml
+    from safetensors.torch import load_file
+
+    for side, value in (("base", 0.0), ("ft", 1.0)):
+        write_checkpoint(tmp_path / side, {name: torch.full((2,), value) for name in VAE}, config={})
+    asked = ["--series", "decoder.mid, reversed(decoder.up)", "--series", "encoder", "--not-layers", "^connector"]
+    out = tmp_path / "out"
+    ran = run_lines("edit", tmp_path / "base", tmp_path / "ft", "-o", out, "--alpha", 0, "--beta", 1, *asked)
+    assert ran.code == 0, ran.err
+    got = load_file(out / "model.safetensors")
+    assert [got[f"decoder.up.{s}.block.{b}.conv.w"][0].item() for s in (1, 0) for b in (0, 1)] == [0.25, 0.5, 0.75, 1]
+    recorded = yaml.safe_load((out / "lines_recipe.yaml").read_text())["lines"]
+    assert recorded["series"] == [["decoder.mid", "reversed(decoder.up)"], ["encoder"]]
+    assert recorded["not_layers"] == "^connector"
+    assert run_lines("verify", out).code == 0
+    assert run_lines("merge", "--config", out / "lines_recipe.yaml", "-o", tmp_path / "again").code == 0
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    found = lines.coefficients(VAE, 0, 1, series=["decoder.mid", "reversed(decoder.up)"], not_layers="^connector")
+    assert found == {name: tensor[0].item() for name, tensor in got.items()}
+    seen = run_lines("inspect", tmp_path / "ft", "--json", *asked)
+    assert {stack["name"] for stack in seen.json["stacks"]} == {"decoder.mid+decoder.up", "encoder.down+encoder.mid"}
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("series: 'a, reversed(b)'", (("a", "reversed(b)"),)),
+        ("series: [a, reversed(b)]", (("a", "reversed(b)"),)),
+        ("series: ['a,b', c]", (("a", "b"), ("c",))),
+        ("series: [[a, b], [c]]", (("a", "b"), ("c",))),
+    ],
+)
+def test_series_in_a_recipe(said: str, expected: tuple[tuple[str, ...], ...], tmp_path: Path) -> None:
+    """One series as text or as a list of names; several as a list of either."""
+    path = tmp_path / "merge.yaml"
+    path.write_text(f"base_model: base\nmodels:\n- model: ft\nlines:\n  alpha: 0.1\n  beta: 0.9\n  {said}\n")
+    recipe = load_recipe(path)
+    assert recipe.lines is not None
+    assert recipe.lines.series == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("serie: [a]", "line 7: lines.serie is not a key of a recipe; did you mean lines.series?"),
+        ("not_layer: x", "line 7: lines.not_layer is not a key of a recipe; did you mean lines.not_layers?"),
+        ("not-layers: x", "did you mean lines.not_layers?"),
+        ("series: [a, 3]", "line 7: lines.series"),
+        ("series: 3", "line 7: lines.series"),
+        ("series: 'a,,b'", "line 7: lines.series: '' is no name"),
+        ("series: 'reversed(a'", "is no name"),
+        ("not_layers: [x]", "line 7: lines.not_layers: expected text"),
+    ],
+)
+def test_a_mistake_in_a_recipe_is_told_with_its_line(said: str, message: str, tmp_path: Path) -> None:
+    """A key that is nearly one, and a value that is none."""
+    path = tmp_path / "merge.yaml"
+    path.write_text(f"base_model: base\nmodels:\n- model: ft\nlines:\n  alpha: 0.1\n  beta: 0.9\n  {said}\n")
+    with pytest.raises(RecipeError) as refusal:
+        load_recipe(path)
+    assert message in refusal.value.message
+
+
+# --- what could be read otherwise is said ---
+
+
+def said_of(*patterns: str, config: Mapping[str, Any] | None = None, **sizes: int) -> str:
+    """The notes on a model whose tensors hold ten parameters each, or what is given for a part of their names."""
+    names = expand(*patterns)
+    weights = {name: next((n for part, n in sizes.items() if part in name), 10) for name in names}
+    return "\n".join(find_depth(names, config=config, parameters=weights).notes)
+
+
+TOWER = "model.layers.{0..7}.{norm,self_attn.q_proj,mlp.up_proj}.weight"
+BRIDGE = "connector.layers.{0..3}.{norm,self_attn.q_proj,mlp.up_proj}.weight"
+
+
+def test_a_list_that_stays_outside_is_said() -> None:
+    """Alike units that are numbered and lie outside are named with their share, and how to count them."""
+    said = said_of(TOWER, BRIDGE)
+    assert "connector.layers (4 units, 33%)" in said
+    assert "--series" in said
+
+
+def test_a_list_outside_that_holds_most_of_the_model_is_refused() -> None:
+    """What decides most of the model is decided by the user: both ways out work."""
+    names = expand(TOWER, BRIDGE)
+    weights = {name: 100 if "connector" in name else 1 for name in names}
+    with pytest.raises(DepthError, match=r"connector\.layers, of 4 units that are alike, holds 98%") as refusal:
+        find_depth(names, parameters=weights)
+    assert refusal.value.hint
+    assert "--series connector.layers" in refusal.value.hint
+    assert "--not-layers" in refusal.value.hint
+    assert "connector.layers" in stacks(find_depth(names, parameters=weights, series=[["connector.layers"]]))
+    assert not find_depth(names, parameters=weights, not_layers="^connector").places.keys() & set(expand(BRIDGE))
+
+
+def test_a_stack_that_holds_little_is_said() -> None:
+    """Less than half of what is no table or head; a large embedding alone is nothing to tell."""
+    assert "the stacks hold only 19%" in said_of(TOWER, "trunk.weight", trunk=1000)
+    assert not said_of(TOWER, "model.embed_tokens.weight", "lm_head.weight", embed_tokens=10**6, lm_head=10**6)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "words"),
+    [
+        (["dec.up.{0..2}.block.{0..1}.{conv,norm}.w", "dec.up.{1..2}.upsample.conv.w"], "dec.up runs backwards"),
+        (["encoder{1..4}.{conv1,norm1,conv2}.w", "decoder{1..4}.{conv1,norm1,conv2}.w"], "layer 4 is counted first"),
+        ([TOWER, "model.layers.3.shared_transformer.mlp.w"], "model.layers.3.shared_transformer serves several layers"),
+    ],
+)
+def test_backward_lists_and_shared_blocks_are_said(patterns: list[str], words: str) -> None:
+    """What runs in another order than its numbers, or more than once, by the names."""
+    assert words in said_of(*patterns)
+
+
+@pytest.mark.parametrize("config", [{"H_cycles": 2, "L_cycles": 3}, {"text_config": {"total_ut_steps": 4}}])
+def test_layers_that_run_more_than_once_are_said(config: Mapping[str, Any]) -> None:
+    """The config says so; one cycle is none."""
+    assert "layers run more than once" in said_of(TOWER, config=config)
+    assert not said_of(TOWER, config={"H_cycles": 1, "use_cache": True})
+
+
+def test_nothing_is_said_of_plain_models() -> None:
+    """A decoder, an encoder, a vision transformer, two towers and an encoder-decoder come without a note."""
+    for build in ("llama", "bert", "vit", "clip", "t5", "siglip", "llava", "qwen2_vl", "mixtral", "whisper"):
+        names, config = saved(build)
+        assert not find_depth(names, config=config).notes, build
+
+
+def test_what_is_left_outside_reaches_the_summary(tmp_path: Path) -> None:
+    """The plan knows how large tensors are, and its notes say what stays outside, and how large that is."""
+    import torch
+
+    tensors = {name: torch.ones(30 if "connector" in name else 20) for name in expand(TOWER, BRIDGE)}
+    sides = [write_checkpoint(tmp_path / f"{side}.safetensors", tensors) for side in ("base", "ft")]
+    ran = run_lines("edit", *sides, "-o", tmp_path / "out", "--dry-run")
+    assert ran.code == 0, ran.err
+    assert "connector.layers (4 units, 43%)" in ran.out + ran.err
 
 
 # --- from the command line ---

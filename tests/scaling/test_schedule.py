@@ -397,6 +397,26 @@ def test_a_schedule_has_the_same_defaults(schedule: str, tmp_path: Path) -> None
         assert got[-1] == 1
 
 
+@pytest.mark.parametrize(
+    ("layers", "shape"),
+    [
+        (1, [1]),
+        (2, [1, 1]),
+        (3, [0, 1, 0]),
+        (4, [0, 1, 1, 0]),
+        (7, [0, 1 / 3, 2 / 3, 1, 2 / 3, 1 / 3, 0]),
+        (8, [0, 1 / 3, 2 / 3, 1, 1, 2 / 3, 1 / 3, 0]),
+    ],
+)
+def test_a_unet_is_deepest_in_the_middle(layers: int, shape: list[float], tmp_path: Path) -> None:
+    """The middle layer, or the middle two, have gamma * (alpha + beta); the coefficient falls to alpha on both sides,
+    and what lies behind the blocks has alpha, too.
+    """
+    given = ("--schedule", "unet", "--alpha", 0.25, "--beta", 0.6, "--gamma", 2)
+    got = over_depth(tmp_path, layers, *given, "--outside", "position")
+    assert got == [close(2 * c) for c in (0.25, *(0.25 + 0.6 * x for x in shape))]
+
+
 LISTS = {
     "one": [0.3],
     "two": [0.1, 0.9],
@@ -486,7 +506,7 @@ BAD_SCHEDULES = [
 def test_a_schedule_that_is_none(text: str, saved: dict[str, tuple[Path, Path]]) -> None:
     """A misspelt or non-finite schedule ends with exit code 2, what was given, and all that may be."""
     ran = dry(saved["decoder"], f"--schedule={text}")
-    refused(ran, repr(text), "linear", "constant", "power:P", "0.1,0.6,1")
+    refused(ran, repr(text), "linear", "constant", "unet", "power:P", "0.1,0.6,1")
 
 
 @pytest.mark.parametrize("option", ["--alpha", "--beta", "--gamma"])

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -716,6 +718,17 @@ def expected_places(case: Case, names: Iterable[str]) -> dict[str, Place]:
     return places
 
 
+def misplaced(expected: Mapping[str, Place | None], found: Mapping[str, Place]) -> list[str]:
+    """The names that a map puts elsewhere than expected, stacks told by what they hold, not by their names."""
+    pairs = Counter((place[0], found[name][0]) for name, place in expected.items() if place and name in found)
+    label: dict[str, str] = {}
+    for (ours, theirs), _ in pairs.most_common():
+        if ours not in label and theirs not in label.values():
+            label[ours] = theirs
+    wanted = {name: (label.get(place[0]), place[1]) if place else None for name, place in expected.items()}
+    return [name for name, place in wanted.items() if found.get(name) != place]
+
+
 def check_case(case: Case, names: Iterable[str]) -> dict[str, Place]:
     """`expected_places`, and that the case says nothing of tensors or layers that are not there."""
     names = list(names)
@@ -728,3 +741,28 @@ def check_case(case: Case, names: Iterable[str]) -> dict[str, Place]:
                 if not any(name.startswith(prefix) for name in names):
                     raise ValueError(f"{case.id}: {stack} layer {index} has nothing at {prefix}")
     return places
+
+
+def main(paths: list[str]) -> int:
+    """Print which names of maps in JSON (`expected`: name -> [stack, index] or null; `config`) come out elsewhere."""
+    from lines_cli.errors import LinesError
+    from lines_cli.scaling.find_depth import find_depth
+
+    faults = 0
+    for path in paths:
+        case = json.loads(Path(path).read_text(encoding="utf-8"))
+        expected = {name: tuple(place) if place else None for name, place in case["expected"].items()}
+        try:
+            depth = find_depth(expected, config=case["config"])
+        except LinesError as error:
+            print(f"FAULT {path}: {error.message}")
+            faults += 1
+            continue
+        wrong = misplaced(expected, {name: (place.stack, place.index) for name, place in depth.places.items()})
+        print(f"{'FAULT' if wrong else 'ok'} {path}: {len(wrong)} of {len(expected)} names", *wrong[:20], sep="\n  ")
+        faults += bool(wrong)
+    return int(faults > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_lines, snapshot, write_checkpoint
 
 from lines_cli.storage.files import NewFile
+from support.files import snapshot, write_checkpoint
+from support.run import run_lines
 
-PAGE = (Path(__file__).parents[1] / "docs" / "jobs.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "jobs.md").read_text(encoding="utf-8")
 JOB = ["edit", "base", "ft", "-o", "out", "--resume", "--force"]
 
 

@@ -1,0 +1,105 @@
+"""What of a map could be read otherwise, and is said: lists that stay outside, stacks that hold little of the model,
+layers that share weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Iterator, Mapping
+from typing import Any
+
+from lines_cli.errors import DepthError
+from lines_cli.scaling.numbered_lists import NumberedList, Prefix, is_index, outermost, word_of
+
+# Tables, heads and stems, which lie outside of every model and may hold most of a small one; and what they consist of.
+_NO_DOUBT = re.compile(
+    r".*emb(?:ed)?(?:s|d|der|ders|ding|dings)?|.*embed.*|wte|wpe|shared|.*heads?|.*(?:classifier|predictor|norm|token|vocab).*"
+    r"|patch.*|.*_proj|proj_out|.*experts?|.*mlps?|stem|.*conv(?:s|_layers)?|downsampl.*",
+    re.DOTALL,
+)
+_REPEATS = re.compile(
+    r"[HhLl]_cycles|total_ut_steps|mean_recurrence|num_recurr\w*|n(?:um)?_loops?|loop_(?:count|num)|num_mem_blocks"
+)
+_SHARED = re.compile(r"(?:.*\.)?shared_(?:transf|layer|block)\w*")
+_SMALLEST_SHARE = 0.01
+"""Of the parameters, of which a list outside is worth a word."""
+_MOST_NAMED = 4
+
+
+def left_outside(
+    lists: Mapping[Prefix, NumberedList], names: list[str], places: Container[str], parameters: Mapping[str, int] | None
+) -> Iterator[str]:
+    """A note for the numbered lists of alike units that lie outside the blocks.
+
+    Args:
+        lists: every numbered list.
+        names: of every tensor.
+        places: the names of the tensors in blocks.
+        parameters: of every tensor; None if they are not known, and each counts as one.
+
+    Raises:
+        DepthError: one of them holds most of the model.
+    """
+    sizes = parameters or dict.fromkeys(names, 1)
+    total = sum(sizes.get(name, 0) for name in names) or 1
+    doubtful = (one for one in lists.values() if _is_doubtful(one, places))
+    found = [(_size(one, sizes) / total, one) for one in outermost(doubtful)]
+    found = sorted(((share, one) for share, one in found if share >= _SMALLEST_SHARE), key=lambda pair: -pair[0])
+    for share, one in found:
+        if parameters and share > 0.5:
+            raise DepthError(
+                f"{one.name}, of {len(one.tails)} units that are alike, holds {share:.0%} of the parameters, and by "
+                "its name it is no stack of layers",
+                hint=f"If it is one, --series {one.name} counts its units. "
+                f"If not, --not-layers '^{re.escape(one.name)}' says so.",
+            )
+    if found:
+        named = ", ".join(f"{one.name} ({len(one.tails)} units, {share:.0%})" for share, one in found[:_MOST_NAMED])
+        more = f" and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
+        yield f"numbered, but outside the blocks: {named}{more} of the parameters; --series NAME makes a stack of one"
+
+
+def _is_doubtful(one: NumberedList, places: Container[str]) -> bool:
+    """Whether a list could be a stack for all that its units show, and lies outside."""
+    if len(one.tails) < 2 or next(iter(one.tails.values()))[0][1] in places:
+        return False
+    words = [word_of(segment) for segment in one.prefix[-2:] if not is_index(segment)]
+    if any(_NO_DOUBT.fullmatch(word) for word in words) or not one.is_stack or one.bare:
+        return False
+    return not any(name in places for tails in one.tails.values() for _, name in tails)
+
+
+def _size(one: NumberedList, parameters: Mapping[str, int]) -> int:
+    return sum(parameters.get(name, 0) for tails in one.tails.values() for _, name in tails)
+
+
+def little_inside(places: Container[str], parameters: Mapping[str, int]) -> Iterator[str]:
+    """A note where the stacks hold less than half of the parameters, tables and heads apart."""
+    counted = {name: size for name, size in parameters.items() if name in places or not _is_table(name)}
+    inside = sum(size for name, size in counted.items() if name in places)
+    total = sum(counted.values())
+    if total and 2 * inside < total:
+        yield f"the stacks hold only {inside / total:.0%} of the parameters, embeddings and heads apart"
+
+
+def _is_table(name: str) -> bool:
+    return any(_NO_DOUBT.fullmatch(word_of(segment)) for segment in name.split("."))
+
+
+def shared_layers(names: list[str], config: Mapping[str, Any]) -> Iterator[str]:
+    """A note where layers run more than once, as the config or a name says."""
+    repeats = dict(_repeats(config))
+    if repeats:
+        said = ", ".join(f"{key} is {times}" for key, times in repeats.items())
+        yield f"in the config {said}: layers run more than once, and each is scaled by its place in its list"
+    shared = next((match[0] for name in names if (match := _SHARED.match(name))), None)
+    if shared is not None:
+        yield f"{shared} serves several layers, and is scaled as part of the one that it is stored in"
+
+
+def _repeats(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping) and key.endswith("config"):
+            yield from ((f"{key}.{inner}", times) for inner, times in _repeats(value))
+        elif _REPEATS.fullmatch(key) and type(value) is int and value > (key != "num_mem_blocks"):
+            yield key, value
