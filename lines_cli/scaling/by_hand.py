@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lines_cli.errors import DepthError, RecipeError, printable, some
-from lines_cli.scaling.numbered_lists import NumberedList, Prefix, is_index
+from lines_cli.scaling.numbered_lists import NumberedList, Prefix, dotted, is_index
 from lines_cli.scaling.running_order import Lane, units_of
 
 if TYPE_CHECKING:
@@ -139,7 +139,9 @@ def select_stack(stacks: Sequence[str], part: str) -> str:
     """
     if part in stacks:
         return part
-    matching = [name for name in stacks if all(f".{part}." in f".{joined}." for joined in name.split("+"))]
+    matching = [
+        name for name in stacks if all(f".{dotted(part)}." in f".{dotted(joined)}." for joined in name.split("+"))
+    ]
     if len(matching) == 1:
         return matching[0]
     what = "names several stacks" if matching else "names no stack"
@@ -210,17 +212,16 @@ def _less(lane: Lane, taken: set[str]) -> Lane:
 
 def _begins(part: str, name: str) -> bool:
     """Whether a tensor lies in the list or the module of that name."""
-    return re.match(rf"{re.escape(part)}[._-]?(?:\d|\.)", name.replace("/", ".")) is not None
+    return re.match(rf"{re.escape(part)}[._/-]?(?:\d|[./])", name) is not None
 
 
 def _member(
     name: str, backwards: bool, lanes: list[Lane], lists: Mapping[Prefix, NumberedList], names: Sequence[str]
 ) -> Lane:
     """What a name in a series means: a numbered list, a module that is one layer, or a stack."""
-    prefix = tuple(name.split("."))
-    exact = next((one for at, one in lists.items() if one.name == name and (at == prefix or one.numbered)), None)
+    exact = next((one for one in lists.values() if one.name == name), None)
     if exact is None:
-        module = [tensor for tensor in names if tensor.startswith(f"{name}.")]
+        module = [tensor for tensor in names if tensor.startswith((f"{name}.", f"{name}/"))]
         by_name = {lane.name: lane for lane in lanes}
         if name not in by_name and module and not any(_holds(module, lane) for lane in lanes):
             return Lane(name, [module], [])

@@ -38,6 +38,7 @@ from lines_cli.scaling.numbered_lists import (
     NumberedList,
     Prefix,
     choose_stacks,
+    dotted,
     is_index,
     never_holds_layers,
     read_lists,
@@ -123,8 +124,9 @@ class DepthMap:
 
     def side_of(self, name: str) -> Side:
         """On which side of the blocks a tensor outside them stands; before them, where its name does not tell."""
+        name = dotted(name)
         for stack in self.stacks:
-            inside, prefix, rest = name.partition(f"{stack.name}.")
+            inside, prefix, rest = name.partition(f"{dotted(stack.name)}.")
             if prefix and not inside and is_index(rest.partition(".")[0]):
                 return "after"  # a layer beyond those that the config counts
         *modules, last = name.split(".")
@@ -230,7 +232,7 @@ def pattern_of(stack: Stack, depth: DepthMap) -> str | None:
     layers = 0
     prefixes = stack.name.split("+")
     for prefix in prefixes:
-        numbered = re.compile(rf"(?P<begin>{re.escape(prefix)}[._]?)(?P<number>\d+)(?P<rest>\..*)")
+        numbered = re.compile(rf"(?P<begin>{re.escape(prefix)}[._/-]?)(?P<number>\d+)(?P<rest>[./].*)")
         found = [match for name in names if (match := numbered.match(name))]
         if not found and len(prefixes) > 1 and any(name.startswith(f"{prefix}.") for name in names):
             begins.append((prefix, None))  # a single unit, as a U-Net's middle

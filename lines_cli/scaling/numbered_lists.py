@@ -49,6 +49,11 @@ def dotted(name: str) -> str:
     return name.replace("/", ".") if "/" in name else name
 
 
+def begin_of(name: str, prefix: Prefix) -> str:
+    """As much of a name as a prefix is long, with the name's own separators."""
+    return name[: len(".".join(prefix))]
+
+
 def word_of(segment: str) -> str:
     """What a segment says, without the number or the joint at its end, in lower case."""
     return segment.rstrip("_-0123456789").lower()
@@ -77,19 +82,21 @@ class NumberedList:
 
     Attributes:
         prefix: its segments.
+        text: how names begin that are in it, with their own separators.
         common: how many leading segments all names of the checkpoint share: a wrapper's name, which says nothing.
         tails: index -> (what follows, whole name) of every tensor.
         numbered: `layer1`, `layer2`: the number is part of the segment.
     """
 
     prefix: Prefix
+    text: str = ""
     common: int = 0
     tails: dict[int, list[tuple[str, str]]] = field(default_factory=lambda: defaultdict(list))
     numbered: bool = False
 
     @property
     def name(self) -> str:
-        return ".".join(self.prefix).rstrip("_-")
+        return self.text.rstrip("_-")
 
     @property
     def size(self) -> int:
@@ -175,7 +182,7 @@ def read_lists(names: Iterable[str]) -> dict[Prefix, NumberedList]:
     names = list(names)
     common = _segments_of_all(names)
 
-    def lists_of(begin: str) -> list[tuple[list[tuple[str, str]], int]]:
+    def lists_of(begin: str, name: str) -> list[tuple[list[tuple[str, str]], int]]:
         """The lists that a name which begins so is counted in, and where in the name its tail behind each starts."""
         segments = tuple(begin.split("."))
         lengths = list(accumulate(map(len, segments)))
@@ -184,7 +191,7 @@ def read_lists(names: Iterable[str]) -> dict[Prefix, NumberedList]:
             numbered = len(prefix) > at
             one = lists.get(prefix)
             if one is None:
-                one = lists[prefix] = NumberedList(prefix, common, numbered=numbered)
+                one = lists[prefix] = NumberedList(prefix, begin_of(name, prefix), common, numbered=numbered)
             if one.numbered == numbered:
                 found.append((one.tails[index], lengths[at] + at + 1))
         return found
@@ -196,7 +203,7 @@ def read_lists(names: Iterable[str]) -> dict[Prefix, NumberedList]:
             begin = match[0]
             found = known.get(begin)
             if found is None:
-                found = known[begin] = lists_of(begin)
+                found = known[begin] = lists_of(begin, name)
             for tails, at in found:
                 tails.append((plain[at:], name))
     return lists

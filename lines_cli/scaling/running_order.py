@@ -15,6 +15,7 @@ from lines_cli.errors import DepthError
 from lines_cli.scaling.numbered_lists import (
     NumberedList,
     Prefix,
+    begin_of,
     dotted,
     is_bare,
     is_index,
@@ -426,7 +427,7 @@ def _with_middles(lanes: list[Lane], names: list[str]) -> list[Lane]:
             if dot and _ONE_UNIT.fullmatch(module):
                 middles.setdefault((*parent, module), []).append(name)
     outside = [lane for lane in lanes if not any(lane.path[: len(path)] == path for path in middles)]
-    return outside + [Lane(".".join(path), [unit], [], path) for path, unit in middles.items()]
+    return outside + [Lane(begin_of(unit[0], path), [unit], [], path) for path, unit in middles.items()]
 
 
 def _between(chain: list[Lane], waiting: list[Lane]) -> Lane | None:

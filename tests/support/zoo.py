@@ -632,6 +632,7 @@ class Case:
     """
 
     id: str
+    file: str = ""
     build: str | None = None
     names: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -669,13 +670,14 @@ def _layers(entry: str | list[str | list[str]]) -> tuple[tuple[str, ...], ...]:
     return tuple(layers)
 
 
-def _case(name: str, fields: Mapping[str, Any]) -> Case:
+def _case(name: str, fields: Mapping[str, Any], file: str) -> Case:
     if unknown := fields.keys() - _KEYS:
         raise ValueError(f"{name}: unknown keys {sorted(unknown)}")
     if ("build" in fields) == ("names" in fields) or ("stacks" in fields) == ("refuse" in fields):
         raise ValueError(f"{name}: wants build or names, and stacks or refuse")
     return Case(
         id=name,
+        file=file,
         build=fields.get("build"),
         names=_expand_all(fields.get("names", [])),
         config=fields.get("config", {}),
@@ -692,7 +694,7 @@ def load_cases(folder: Path = CASES) -> list[Case]:
         for name, fields in yaml.safe_load(path.read_text(encoding="utf-8")).items():
             if name in cases:
                 raise ValueError(f"{path.name}: a case named {name} exists already")
-            cases[name] = _case(name, fields)
+            cases[name] = _case(name, fields, path.stem)
     return list(cases.values())
 
 
