@@ -33,12 +33,6 @@ from lines_cli.scaling.schedule import Rules
 from lines_cli.storage.destination import is_one_file
 
 
-def input_names(recipe: Recipe) -> list[str]:
-    """The inputs that are opened, as the recipe names them: the base first, if it is subtracted, then the models."""
-    base = [recipe.base_model] if recipe.base_model is not None and recipe.subtracts_base else []
-    return [*base, *(source.model for source in recipe.merged)]
-
-
 @gc_paused()
 def make_plan(recipe: Recipe, inputs: Inputs, output: Path) -> Plan:
     """Decide every byte of the output, as far as it does not depend on the numbers in the inputs.

@@ -15,9 +15,9 @@ from typing import Any
 
 from lines_cli.errors import ChangedInputError, CheckpointError, RecipeError, printable, some
 from lines_cli.hub.download import is_missing, locate
-from lines_cli.plan.build import input_names, make_plan
+from lines_cli.plan.build import make_plan
 from lines_cli.plan.identity import digests_of, inputs_by_name, recorded_as
-from lines_cli.plan.inputs import open_inputs
+from lines_cli.plan.inputs import input_names, open_inputs
 from lines_cli.plan.plan import Plan
 from lines_cli.recipe.schema import Recipe
 from lines_cli.recipe.yaml_file import Elsewhere, load_recipe_file

@@ -13,7 +13,6 @@ from lines_cli.errors import (
     some,
 )
 from lines_cli.hub.download import is_missing, locate
-from lines_cli.plan.build import input_names
 from lines_cli.recipe.schema import Recipe
 
 
@@ -95,3 +94,9 @@ class Inputs:
         """Its config; of a lone file, the leading side's or the first that there is."""
         known = (self.checkpoints[side].config, self.leading.config, *(c.config for c in self.checkpoints))
         return next((config for config in known if config), {})
+
+
+def input_names(recipe: Recipe) -> list[str]:
+    """The inputs that are opened, as the recipe names them: the base first, if it is subtracted, then the models."""
+    base = [recipe.base_model] if recipe.base_model is not None and recipe.subtracts_base else []
+    return [*base, *(source.model for source in recipe.merged)]
