@@ -54,7 +54,9 @@ def edit(
     stack: Pairs | None = None,
     filter: Pairs | None = None,  # noqa: A002 - the option's name
     layers: str | None = None,
+    prefix: str | None = None,
     missing: Missing | None = None,
+    missing_in_blocks: int | None = None,
     resize: Resize | None = None,
     allow_nonfinite: bool = False,
     dtype: Dtype | None = None,
@@ -76,7 +78,7 @@ def edit(
         output: a folder; or one file, if it ends in `.safetensors`.
         alpha, beta, gamma, schedule, outside, layers: the coefficients; what is not given keeps its default.
         stack, filter: a mapping such as `{"visual": "keep"}`, or texts as on the command line.
-        missing, resize, allow_nonfinite: what is done where the inputs disagree, or hold NaN.
+        prefix, missing, missing_in_blocks, resize, allow_nonfinite: what is done where the inputs disagree, or hold NaN.
         dtype, max_shard_size: how the output is stored.
         force, resume, verify, verify_inputs: as the options.
         workers, device, gpu_memory: what may be used; it changes no byte.
@@ -102,7 +104,9 @@ def edit(
         stacks=arguments.pairs("--stack", stack),
         filter=arguments.pairs("--filter", filter),
         layers=layers,
+        prefix=prefix,
         missing=missing,
+        missing_in_blocks=missing_in_blocks,
         resize=resize,
         allow_nonfinite=allow_nonfinite or None,
         dtype=dtype,
@@ -163,6 +167,7 @@ def inspect(
     stack: Pairs | None = None,
     filter: Pairs | None = None,  # noqa: A002 - the option's name
     layers: str | None = None,
+    prefix: str | None = None,
     tensors: bool = False,
     check: bool = False,
     plot: Named | None = None,
@@ -178,6 +183,7 @@ def inspect(
         base: what they were fine-tuned from. All weights are read then.
         config: in place of both: a recipe, as in `merge`.
         alpha, beta, gamma, schedule, outside, stack, filter, layers: the coefficients, as in `edit`.
+        prefix: what the names of one side begin with and those of the other lack; unless given, it is found.
         tensors: also every tensor.
         check: read all weights, and refuse what is wrong with them.
         plot: also draw it, into this `.svg`, `.png` or `.html` file.
@@ -199,6 +205,7 @@ def inspect(
         "stacks": arguments.pairs("--stack", stack),
         "filter": arguments.pairs("--filter", filter),
         "layers": layers,
+        "prefix": prefix,
     }
     resources = arguments.resources(workers, device, gpu_memory)
     named = [checkpoints] if isinstance(checkpoints, (str, Path)) else list(checkpoints or ())

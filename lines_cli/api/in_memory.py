@@ -75,7 +75,9 @@ def edit_state_dict(
     stack: Pairs | None = None,
     filter: Pairs | None = None,  # noqa: A002 - the option's name
     layers: str | None = None,
+    prefix: str | None = None,
     missing: Missing | None = None,
+    missing_in_blocks: int | None = None,
     resize: Resize | None = None,
     allow_nonfinite: bool = False,
     dtype: Dtype | None = None,
@@ -112,7 +114,9 @@ def edit_state_dict(
         stacks=arguments.pairs("--stack", stack),
         filter=arguments.pairs("--filter", filter),
         layers=layers,
+        prefix=prefix,
         missing=missing,
+        missing_in_blocks=missing_in_blocks,
         resize=resize,
         allow_nonfinite=allow_nonfinite or None,
         dtype=dtype,
@@ -130,7 +134,9 @@ def merge_state_dicts(
     model_parameters: Sequence[Mapping[str, Any] | None] | None = None,
     lines: Mapping[str, Any] | None = None,
     like: Literal["base", "ft"] | None = None,
+    prefix: str | None = None,
     missing: Missing | None = None,
+    missing_in_blocks: int | None = None,
     resize: Resize | None = None,
     allow_nonfinite: bool = False,
     dtype: Dtype | None = None,
@@ -149,7 +155,7 @@ def merge_state_dicts(
         parameters: of the method, for all models.
         model_parameters: for each model those that differ.
         lines: the scaling over depth, with the keys of a recipe.
-        like, missing, resize, allow_nonfinite, dtype: as in a recipe.
+        like, prefix, missing, missing_in_blocks, resize, allow_nonfinite, dtype: as in a recipe.
         config, workers, device, gpu_memory, track: as in `edit_state_dict`.
 
     Returns:
@@ -178,7 +184,9 @@ def merge_state_dicts(
         "parameters": dict(parameters or {}),
         "lines": None if lines is None else dict(lines),
         "like": like,
+        "prefix": prefix,
         "missing": missing,
+        "missing_in_blocks": missing_in_blocks,
         "resize": resize,
         "allow_nonfinite": allow_nonfinite or None,
         "dtype": dtype,

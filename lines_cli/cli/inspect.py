@@ -21,6 +21,7 @@ def inspect(
     stack: opt.Stack = None,
     filter: opt.Filter = None,  # noqa: A002 - the option's name
     layers: opt.Layers = None,
+    prefix: opt.Prefix = None,
     tensors: opt.Tensors = False,
     full: opt.Full = False,
     check: opt.Check = False,
@@ -53,6 +54,7 @@ def inspect(
         "stacks": arguments.pairs("--stack", stack),
         "filter": arguments.pairs("--filter", filter),
         "layers": layers,
+        "prefix": prefix,
     }
     report = look(
         checkpoints or [],

@@ -18,11 +18,12 @@ from lines_cli.errors import (
     RecipeError,
 )
 from lines_cli.methods import ByMagnitude
+from lines_cli.plan.align import aligned_names
 from lines_cli.plan.coefficients import coefficient_of
 from lines_cli.plan.identity import named_inputs, refuse_two_names
 from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.layout import lay_out_files
-from lines_cli.plan.match import aligned_names, pair_tensors
+from lines_cli.plan.match import match_names, settle_missing
 from lines_cli.plan.plan import Plan
 from lines_cli.plan.resolve import UNSCALED, decided
 from lines_cli.plan.sidecars import with_sidecars
@@ -44,9 +45,15 @@ def make_plan(recipe: Recipe, inputs: Inputs, output: Path) -> Plan:
         RecipeError: a stack or a filter names nothing there, or a coefficient is beyond float32.
     """
     notes: list[str] = list(recipe.notes)
-    own = aligned_names(inputs, notes)
-    rows = pair_tensors(inputs, own, recipe, notes)
-    depth = _depth(recipe, inputs, chain.from_iterable(own), notes)
+    own = aligned_names(inputs, notes, prefix=recipe.prefix)
+    matched = match_names(inputs, own, resize=recipe.resize != "error", notes=notes)
+    try:
+        depth = _depth(recipe, inputs, chain.from_iterable(own), notes)
+    except DepthError:
+        if matched[1] and recipe.missing == "error":  # which is why the names make no sense, as likely as not
+            settle_missing(inputs, own, matched, DepthMap((), {}), recipe, notes)
+        raise
+    rows = settle_missing(inputs, own, matched, depth, recipe, notes)
     rules = (recipe.lines or UNSCALED).rules(depth)
     notes += [
         f"filter {part!r} among the parameters is part of no tensor name, and says nothing"

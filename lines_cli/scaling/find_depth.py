@@ -15,6 +15,7 @@ list of architectures:
    `up_blocks`); all others (the towers of CLIP, encoder and decoder) have a depth of their own.
 6. Routed experts, projectors, embedders, prediction heads are never stacks; an index at or beyond the layers that the
    config counts is outside (multi-token prediction).
+7. What a wrapper of training puts into a name (`layers.3._orig_mod.mlp`) is not looked at.
 
 A regular expression from the user overrules all of it; it is searched for under a time limit, for recipes come from
 strangers, too. Nothing here reads a file or needs torch.
@@ -26,12 +27,13 @@ import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, takewhile
 from typing import Any, Literal
 
 from lines_cli.errors import DepthError, RecipeError, printable, some
+from lines_cli.scaling.same_names import without_wrappers
 
 _LAYER_NAME = re.compile(r"(?:.*_)?(?:layers?|h|blocks?|resblocks?|stages?)")
 _NUMBERED_NAME = re.compile(r"((?:\w+_)?(?:layer|block|stage)_?)(\d{1,6})", re.ASCII)
@@ -175,6 +177,11 @@ def find_depth(names: Iterable[str], *, config: Mapping[str, Any] | None = None,
     names = list(names)
     if layers is not None:
         return _by_pattern(names, layers)
+    if wrapped := without_wrappers(names):
+        plain = {name: wrapped.get(name, name) for name in names}
+        depth = find_depth(dict.fromkeys(plain.values()), config=config)
+        known = depth.places
+        return replace(depth, places={name: known[there] for name, there in plain.items() if there in known})
     shared = [name for name in names if _SHARED_LAYERS in name]
     if shared:
         raise DepthError(
