@@ -7,15 +7,17 @@ in: a plan without needs has been resolved. Nothing here reads tensor data or ne
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
+from lines_cli.checkpoint.contents import factors_among
 from lines_cli.checkpoint.header import EXACT_DTYPES
 from lines_cli.checkpoint.reader import gc_paused
 from lines_cli.errors import (
     DepthError,
     RecipeError,
+    printable,
 )
 from lines_cli.methods import ByMagnitude
 from lines_cli.plan.align import aligned_names
@@ -45,6 +47,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, output: Path) -> Plan:
         RecipeError: a stack or a filter names nothing there, or a coefficient is beyond float32.
     """
     notes: list[str] = list(recipe.notes)
+    notes += _factor_notes(inputs)
     own = aligned_names(inputs, notes, prefix=recipe.prefix)
     matched = match_names(inputs, own, resize=recipe.resize != "error", notes=notes)
     try:
@@ -103,6 +106,16 @@ def make_plan(recipe: Recipe, inputs: Inputs, output: Path) -> Plan:
     refuse_two_names(recipe, named_inputs(plan))
     plan = decided(plan, ((specs[name], number, info) for name, number, info in placed))
     return plan if is_one_file(output) else with_sidecars(plan)
+
+
+def _factor_notes(inputs: Inputs) -> Iterator[str]:
+    """A line for each input that has an adapter's factors in it."""
+    for checkpoint in {one.name: one for one in inputs.checkpoints}.values():
+        if factors := factors_among(checkpoint.tensors):
+            yield (
+                f"{len(factors):,} tensor(s) of {checkpoint.name} are factors of an adapter, such as "
+                f"{printable(factors[0])}: they are scaled one by one, which is not the same as to scale their product"
+            )
 
 
 def _depth(recipe: Recipe, inputs: Inputs, names: Iterable[str], notes: list[str]) -> DepthMap:
