@@ -57,7 +57,9 @@ def edit(
     layers: str | None = None,
     series: Series | None = None,
     not_layers: str | None = None,
+    prefix: str | None = None,
     missing: Missing | None = None,
+    missing_in_blocks: int | None = None,
     resize: Resize | None = None,
     allow_nonfinite: bool = False,
     dtype: Dtype | None = None,
@@ -81,7 +83,7 @@ def edit(
         layers, series, not_layers: where depth is not as the names say (docs/finding-depth.md); a series is `"A,B"`, or
             a list of names, or several of these.
         stack, filter: a mapping such as `{"visual": "keep"}`, or texts as on the command line.
-        missing, resize, allow_nonfinite: what is done where the inputs disagree, or hold NaN.
+        prefix, missing, missing_in_blocks, resize, allow_nonfinite: what is done where the inputs disagree, or hold NaN.
         dtype, max_shard_size: how the output is stored.
         force, resume, verify, verify_inputs: as the options.
         workers, device, gpu_memory: what may be used; it changes no byte.
@@ -109,7 +111,9 @@ def edit(
         layers=layers,
         series=series,
         not_layers=not_layers,
+        prefix=prefix,
         missing=missing,
+        missing_in_blocks=missing_in_blocks,
         resize=resize,
         allow_nonfinite=allow_nonfinite or None,
         dtype=dtype,
@@ -172,6 +176,7 @@ def inspect(
     layers: str | None = None,
     series: Series | None = None,
     not_layers: str | None = None,
+    prefix: str | None = None,
     tensors: bool = False,
     check: bool = False,
     plot: Named | None = None,
@@ -187,6 +192,7 @@ def inspect(
         base: what they were fine-tuned from. All weights are read then.
         config: in place of both: a recipe, as in `merge`.
         alpha, ..., not_layers: the coefficients, as in `edit`.
+        prefix: what the names of one side begin with and those of the other lack; unless given, it is found.
         tensors: also every tensor.
         check: read all weights, and refuse what is wrong with them.
         plot: also draw it, into this `.svg`, `.png` or `.html` file.
@@ -210,6 +216,7 @@ def inspect(
         "layers": layers,
         "series": series,
         "not_layers": not_layers,
+        "prefix": prefix,
     }
     resources = arguments.resources(workers, device, gpu_memory)
     named = [checkpoints] if isinstance(checkpoints, (str, Path)) else list(checkpoints or ())

@@ -77,7 +77,9 @@ def edit_state_dict(
     layers: str | None = None,
     series: Series | None = None,
     not_layers: str | None = None,
+    prefix: str | None = None,
     missing: Missing | None = None,
+    missing_in_blocks: int | None = None,
     resize: Resize | None = None,
     allow_nonfinite: bool = False,
     dtype: Dtype | None = None,
@@ -116,7 +118,9 @@ def edit_state_dict(
         layers=layers,
         series=series,
         not_layers=not_layers,
+        prefix=prefix,
         missing=missing,
+        missing_in_blocks=missing_in_blocks,
         resize=resize,
         allow_nonfinite=allow_nonfinite or None,
         dtype=dtype,
@@ -134,7 +138,9 @@ def merge_state_dicts(
     model_parameters: Sequence[Mapping[str, Any] | None] | None = None,
     lines: Mapping[str, Any] | None = None,
     like: Literal["base", "ft"] | None = None,
+    prefix: str | None = None,
     missing: Missing | None = None,
+    missing_in_blocks: int | None = None,
     resize: Resize | None = None,
     allow_nonfinite: bool = False,
     dtype: Dtype | None = None,
@@ -153,7 +159,7 @@ def merge_state_dicts(
         parameters: of the method, for all models.
         model_parameters: for each model those that differ.
         lines: the scaling over depth, with the keys of a recipe.
-        like, missing, resize, allow_nonfinite, dtype: as in a recipe.
+        like, prefix, missing, missing_in_blocks, resize, allow_nonfinite, dtype: as in a recipe.
         config, workers, device, gpu_memory, track: as in `edit_state_dict`.
 
     Returns:
@@ -182,7 +188,9 @@ def merge_state_dicts(
         "parameters": dict(parameters or {}),
         "lines": None if lines is None else dict(lines),
         "like": like,
+        "prefix": prefix,
         "missing": missing,
+        "missing_in_blocks": missing_in_blocks,
         "resize": resize,
         "allow_nonfinite": allow_nonfinite or None,
         "dtype": dtype,

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from lines_cli.checkpoint.contents import factors_among, is_adapter, quantised_tensor
 from lines_cli.checkpoint.header import EXACT_DTYPES, FLOAT_DTYPES, Known, TensorInfo, read_header
 from lines_cli.errors import CheckpointError, UnsupportedError, printable, some
 from lines_cli.storage.beside import LARGEST_INDEX, beside, leads_out, read_json, read_object
@@ -25,13 +26,6 @@ _SUFFIX = ".safetensors"
 _INDEX_SUFFIX = ".safetensors.index.json"
 _ADAPTER = "adapter_model.safetensors"
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
-_QUANTISED_ENDINGS = tuple(
-    """
-    .qweight .qzeros .SCB .absmax .quant_map .nested_absmax .nested_quant_map
-    .weight_packed .weight_scale .weight_scale_inv .weight_shape .weight_zero_point _proj_blocks _proj_scales
-    """.split()
-)
-_QUANTISED_CODES = frozenset({"I8", "U8"})
 _SHARD = re.compile(r".*-(\d{5})-of-(\d{5})\.safetensors")
 _MOST_SHARDS = 100_000  # as many as five digits can number
 _CONVERT = "Load it with the library that wrote it and save it as safetensors (transformers: save_pretrained)."
@@ -271,7 +265,7 @@ def refuse_folder(folder: str, names: Collection[str]) -> NoReturn:
     if _ADAPTER in names:
         raise UnsupportedError(
             f"{folder} is a PEFT adapter, not a whole checkpoint",
-            hint="Fold it into its base first (peft: merge_and_unload, then save_pretrained), and give that folder.",
+            hint=_FOLD,
         )
     other = sorted(name for name in names if name.endswith(_OTHER_FORMATS))
     if other:
@@ -323,28 +317,41 @@ def _refuse_shard(file: Path, held: Collection[str], expected: set[str]) -> None
 
 
 def unsupported_in(checkpoint: Checkpoint) -> UnsupportedError | None:
-    """Why it cannot be computed with: it is quantised, or holds a tensor of a dtype that there is no arithmetic for."""
-    dequantise = (
-        "Give the checkpoint it was quantised from, or dequantise it first; a sum of quantised codes means nothing."
-    )
+    """Why it cannot be computed with: it is quantised, an adapter, or holds a tensor of a dtype that there is no
+    arithmetic for.
+    """
     quantisation = checkpoint.config.get("quantization_config")
     if quantisation:
         method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
         return UnsupportedError(
             f"{checkpoint.name} is quantised: its config.json has a quantization_config ({method or 'unnamed method'})",
-            hint=dequantise,
+            hint=_DEQUANTISE,
         )
     for tensor, stored in checkpoint.tensors.items():
         dtype = stored.info.dtype
-        codes = dtype in _QUANTISED_CODES and tensor.endswith(".weight")
-        if codes or tensor.endswith(_QUANTISED_ENDINGS) or ".quant_state." in tensor:
-            return UnsupportedError(
-                f"{checkpoint.where(tensor)} is quantised: it holds {printable(tensor)} ({dtype})", hint=dequantise
-            )
         if dtype not in FLOAT_DTYPES and dtype not in EXACT_DTYPES:
             kind = "quantised" if dtype.startswith("F") else "of a kind lines does not edit"
             return UnsupportedError(
                 f"{checkpoint.where(tensor)} is {kind}: tensor {printable(tensor)} is {dtype}",
-                hint=dequantise if dtype.startswith("F") else None,
+                hint=_DEQUANTISE if dtype.startswith("F") else None,
             )
+    tensors = {name: stored.info for name, stored in checkpoint.tensors.items()}
+    if (codes := quantised_tensor(tensors)) is not None:
+        return UnsupportedError(
+            f"{checkpoint.where(codes)} is quantised: it holds {printable(codes)} ({tensors[codes].dtype})",
+            hint=_DEQUANTISE,
+        )
+    if is_adapter(tensors):
+        factor = factors_among(tensors)[0]
+        return UnsupportedError(
+            f"{checkpoint.where(factor)} is an adapter, not a whole checkpoint: it holds factors, such as "
+            f"{printable(factor)}, and not the weights that they change",
+            hint=f"The result would be no sum of what they stand for. {_FOLD}",
+        )
     return None
+
+
+_DEQUANTISE = (
+    "Give the checkpoint it was quantised from, or dequantise it first; a sum of quantised codes means nothing."
+)
+_FOLD = "Fold it into its base first (peft: merge_and_unload, then save_pretrained), and give that folder."

@@ -23,6 +23,7 @@ def inspect(
     layers: opt.Layers = None,
     series: opt.Series = None,
     not_layers: opt.NotLayers = None,
+    prefix: opt.Prefix = None,
     tensors: opt.Tensors = False,
     full: opt.Full = False,
     check: opt.Check = False,
@@ -57,6 +58,7 @@ def inspect(
         "layers": layers,
         "series": arguments.each_series(series),
         "not_layers": not_layers,
+        "prefix": prefix,
     }
     report = look(
         checkpoints or [],

@@ -193,6 +193,16 @@ NotLayers = Annotated[
     ),
 ]
 
+Prefix = Annotated[
+    str | None,
+    typer.Option(
+        "--prefix",
+        metavar="PREFIX",
+        show_default="found",
+        help="What the names of one side begin with, and those of the other do not, as vision_model. where a "
+        "vision tower was saved by itself; empty for nothing.",
+    ),
+]
 Missing = Annotated[
     Literal["ft", "copy", "skip"] | None,
     typer.Option(
@@ -200,6 +210,17 @@ Missing = Annotated[
         show_default="an error",
         help="A tensor that one side lacks: keep the fine-tune's set of tensors, as for a new head (ft); copy it from "
         "the side that has it; or skip it.",
+    ),
+]
+MissingInBlocks = Annotated[
+    int | None,
+    typer.Option(
+        "--missing-in-blocks",
+        metavar="N",
+        min=0,
+        show_default="an error",
+        help="So many of the tensors that one side lacks lie inside blocks, and are really its own: --missing alone "
+        "does not settle these.",
     ),
 ]
 Resize = Annotated[

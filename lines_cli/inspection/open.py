@@ -20,10 +20,11 @@ from lines_cli.checkpoint.reader import Checkpoint, gc_paused, open_checkpoint, 
 from lines_cli.errors import DepthError, MismatchError, RecipeError, printable, some
 from lines_cli.hub.download import locate
 from lines_cli.inspection.kinds import Kind, kind_of
+from lines_cli.plan.align import aligned_names
 from lines_cli.plan.coefficients import rounded_coefficient
 from lines_cli.plan.inputs import Inputs, inputs_of
 from lines_cli.plan.layout import natural
-from lines_cli.plan.match import Names, aligned_names, match_names, nothing_in_common
+from lines_cli.plan.match import Names, match_names, missing_in_blocks, nothing_in_common
 from lines_cli.plan.resolve import UNSCALED
 from lines_cli.plan.tensors import Segment, SourceRange, TensorSpec, TensorValues, refuse_idle_filters, specify_tensors
 from lines_cli.plan.tied_weights import says_tied, tied_embedding
@@ -108,6 +109,7 @@ class Inspection:
         parts: every tensor of the leading checkpoint.
         compared: what the fine-tunes are compared with the base by.
         not_compared: tensors that are not, each with the reason in words.
+        missing_in_blocks: how many of these lie inside blocks, and some checkpoint lacks them.
         resized: whether only a part of the rows is compared of some.
         made_by: the recipe of an output of ours.
         says_tied: whether the config ties the head to the token embedding.
@@ -126,6 +128,7 @@ class Inspection:
     parts: tuple[TensorEntry, ...] = ()
     compared: tuple[Compared, ...] = ()
     not_compared: Mapping[str, str] = field(default_factory=dict)
+    missing_in_blocks: int = 0
     resized: bool = False
     made_by: Recipe | None = None
     says_tied: bool = False
@@ -198,13 +201,19 @@ Named = str | Path
 
 
 def open_inspection(
-    models: Named | Sequence[Named], *, base: Named | None = None, quiet: bool = False, **scaling: Any
+    models: Named | Sequence[Named],
+    *,
+    base: Named | None = None,
+    prefix: str | None = None,
+    quiet: bool = False,
+    **scaling: Any,
 ) -> Inspection:
     """Open what is to be inspected: headers, configs, recipes.
 
     Args:
         models: one checkpoint; or with a base its fine-tunes, one or several.
         base: what they were fine-tuned from.
+        prefix: what the names of one side begin with and those of another lack (`Recipe`).
         quiet: no progress bars while fetching from the Hub.
         scaling: the fields of `Scaling`. One that is None keeps its default: an edit's, or for several fine-tunes those
             of a merge by task arithmetic, alpha `auto` (which is 1/N) and beta 0.5. If all are None, an output of ours
@@ -219,6 +228,8 @@ def open_inspection(
     if unknown := scaling.keys() - Scaling.model_fields.keys():
         raise RecipeError(f"{', '.join(sorted(unknown))}: not a field of the scaling")
     names = [str(model) for model in ([models] if isinstance(models, (str, Path)) else models)]
+    if base is None and prefix is not None:
+        raise RecipeError("--prefix says how names are paired with those of a base, and there is none")
     if base is None and len(names) != 1:
         raise RecipeError(
             f"{len(names)} checkpoints, and no base to compare them with",
@@ -231,7 +242,8 @@ def open_inspection(
         given = {"alpha": "auto", "beta": 0.5} | given
     wanted = edit_recipe(str(base), names[0], **given).lines
     sources = [{"model": name} for name in names]
-    recipe = make_recipe({"base_model": str(base), "models": sources, "lines": wanted}, where="inspect")
+    said = {"base_model": str(base), "models": sources, "lines": wanted, "prefix": prefix}
+    recipe = make_recipe({key: value for key, value in said.items() if value is not None}, where="inspect")
     return _against(str(base), names, recipe, "asked", quiet=quiet)
 
 
@@ -305,8 +317,11 @@ def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, qui
     notes: list[str] = []
     pairing = _pairing(base, names, recipe, recipe.like if of == "merge" else "ft")
     inputs = inputs_of(pairing, *opened)
-    own = aligned_names(inputs, notes)
-    rows, not_compared = _rows(inputs, own, notes)
+    own = aligned_names(inputs, notes, prefix=recipe.prefix)
+    rows, incomplete = match_names(inputs, own, resize=True, notes=notes)
+    if not rows:
+        raise nothing_in_common(inputs)
+    not_compared = _lacking(inputs, incomplete)
     config = inputs.config_of(inputs.lead)
     by_hand = recipe.lines.by_hand if recipe.lines else {}
     depth = _depth(inputs.parameters(own), config, by_hand, notes)
@@ -336,6 +351,7 @@ def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, qui
             rules=rules,
             compared=tuple(compared),
             not_compared=not_compared,
+            missing_in_blocks=len(missing_in_blocks(inputs, rows, incomplete, depth)),
             resized=any(spec.rows for spec in fitting),
             made_by=made_by,
             says_tied=says_tied(config),
@@ -456,18 +472,13 @@ def _pairing(base: str, names: Sequence[str], recipe: Recipe, like: Like) -> Rec
     return make_recipe({"base_model": base, "models": sources, "lines": recipe.lines, **settled}, where="inspect")
 
 
-def _rows(
-    inputs: Inputs, own: Sequence[Mapping[str, str]], notes: list[str]
-) -> tuple[dict[str, Names], dict[str, str]]:
-    """The tensors that all have, with their names in each; and those that some lack, with who has them."""
-    rows, incomplete = match_names(inputs, own, resize=True, notes=notes)
-    if not rows:
-        raise nothing_in_common(inputs)
+def _lacking(inputs: Inputs, incomplete: Mapping[str, Names]) -> dict[str, str]:
+    """The tensors that some lack, with who has them."""
     lacking = {}
     for name, row in incomplete.items():
         owners = (inputs.called(side) for side, there in enumerate(row) if there is not None)
         lacking[name] = f"in {' and '.join(owners)} alone"
-    return rows, lacking
+    return lacking
 
 
 def _compared(

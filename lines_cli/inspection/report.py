@@ -125,6 +125,8 @@ def _merge(inspection: Inspection) -> Report:
             recipe["resize"] = "ft"
         if inspection.not_compared:
             recipe["missing"] = "ft"
+        if inspection.missing_in_blocks:
+            recipe["missing_in_blocks"] = inspection.missing_in_blocks
     return {key: value for key, value in recipe.items() if key == "like" or value not in ({}, *_UNSAID.get(key, ()))}
 
 

@@ -7,21 +7,24 @@ in: a plan without needs has been resolved. Nothing here reads tensor data or ne
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from lines_cli.checkpoint.contents import factors_among
 from lines_cli.checkpoint.header import EXACT_DTYPES
 from lines_cli.checkpoint.reader import gc_paused
 from lines_cli.errors import (
     DepthError,
     RecipeError,
+    printable,
 )
 from lines_cli.methods import ByMagnitude
+from lines_cli.plan.align import aligned_names
 from lines_cli.plan.coefficients import coefficient_of
 from lines_cli.plan.identity import named_inputs, refuse_two_names
 from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.layout import lay_out_files
-from lines_cli.plan.match import aligned_names, pair_tensors
+from lines_cli.plan.match import match_names, settle_missing
 from lines_cli.plan.plan import Plan
 from lines_cli.plan.resolve import UNSCALED, decided
 from lines_cli.plan.sidecars import with_sidecars
@@ -43,9 +46,16 @@ def make_plan(recipe: Recipe, inputs: Inputs, output: Path) -> Plan:
         RecipeError: a stack or a filter names nothing there, or a coefficient is beyond float32.
     """
     notes: list[str] = list(recipe.notes)
-    own = aligned_names(inputs, notes)
-    rows = pair_tensors(inputs, own, recipe, notes)
-    depth = _depth(recipe, inputs, inputs.parameters(own), notes)
+    notes += _factor_notes(inputs)
+    own = aligned_names(inputs, notes, prefix=recipe.prefix)
+    matched = match_names(inputs, own, resize=recipe.resize != "error", notes=notes)
+    try:
+        depth = _depth(recipe, inputs, inputs.parameters(own), notes)
+    except DepthError:
+        if matched[1] and recipe.missing == "error":  # which is why the names make no sense, as likely as not
+            settle_missing(inputs, own, matched, DepthMap((), {}), recipe, notes)
+        raise
+    rows = settle_missing(inputs, own, matched, depth, recipe, notes)
     rules = (recipe.lines or UNSCALED).rules(depth)
     notes += [
         f"filter {part!r} under parameters matches no tensor name, so it has no effect"
@@ -95,6 +105,16 @@ def make_plan(recipe: Recipe, inputs: Inputs, output: Path) -> Plan:
     refuse_two_names(recipe, named_inputs(plan))
     plan = decided(plan, ((specs[name], number, info) for name, number, info in placed))
     return plan if is_one_file(output) else with_sidecars(plan)
+
+
+def _factor_notes(inputs: Inputs) -> Iterator[str]:
+    """A line for each input that has an adapter's factors in it."""
+    for checkpoint in {one.name: one for one in inputs.checkpoints}.values():
+        if factors := factors_among(checkpoint.tensors):
+            yield (
+                f"{len(factors):,} tensor(s) of {checkpoint.name} are factors of an adapter, such as "
+                f"{printable(factors[0])}: they are scaled one by one, which is not the same as to scale their product"
+            )
 
 
 def _depth(recipe: Recipe, inputs: Inputs, parameters: Mapping[str, int], notes: list[str]) -> DepthMap:

@@ -1,41 +1,58 @@
-"""Which tensors of the inputs belong together: by name, through tied weights; and what is left over."""
+"""Which tensors of the inputs belong together: by name, through tied weights; and what becomes of those left over."""
 
 from __future__ import annotations
 
+import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from itertools import chain
 
+from lines_cli.checkpoint.header import TensorInfo
 from lines_cli.checkpoint.reader import Checkpoint
 from lines_cli.errors import MismatchError, printable, some
 from lines_cli.plan.inputs import Inputs
+from lines_cli.plan.layout import natural
 from lines_cli.plan.tied_weights import tied_partner
 from lines_cli.recipe.schema import Recipe
+from lines_cli.scaling.find_depth import DepthMap
 
 Names = tuple[str | None, ...]
 """The names that one output tensor is read from, one for each side; None for a side that lacks it."""
 
 
-def pair_tensors(
-    inputs: Inputs, own: Sequence[Mapping[str, str]], recipe: Recipe, notes: list[str]
+def settle_missing(
+    inputs: Inputs,
+    own: Sequence[Mapping[str, str]],
+    matched: tuple[Mapping[str, Names], Mapping[str, Names]],
+    depth: DepthMap,
+    recipe: Recipe,
+    notes: list[str],
 ) -> dict[str, Names]:
-    """Pair the tensors of all sides by name; see through tied weights; settle or refuse what is left over.
+    """Settle or refuse what some side lacks.
 
     Args:
         inputs: the inputs.
         own: for each side, its tensors by the leading side's names for them (`aligned_names`).
-        recipe: says what becomes of a tensor that some side lacks and that is not tied.
+        matched: tensors that all sides have, and the others (`match_names`).
+        depth: which of them lie inside blocks.
+        recipe: says what becomes of a tensor that some side lacks.
         notes: gets a line for everything that a person should know of.
 
     Returns:
         Output tensor name -> where it is read from. A row with a None is copied from the first that is not.
 
     Raises:
-        MismatchError: tensors are missing on one side, and the recipe calls that an error.
+        MismatchError: tensors are missing on one side, and the recipe calls that an error; or it does not know of as
+            many of them inside blocks as there are.
     """
-    rows, incomplete = match_names(inputs, own, resize=recipe.resize != "error", notes=notes)
+    rows, incomplete = dict(matched[0]), matched[1]
+    inside = missing_in_blocks(inputs, rows, incomplete, depth)
     if incomplete and recipe.missing == "error":
-        raise _missing(inputs, own, incomplete)
+        raise _missing(inputs, own, incomplete, inside)
+    if len(inside) != (recipe.missing_in_blocks or 0):
+        raise _missing_in_blocks(inputs, incomplete, inside, recipe)
     _note_incomplete(inputs, incomplete, recipe, notes)
     if recipe.missing == "copy":
         rows.update(incomplete)
@@ -131,10 +148,85 @@ def _note_incomplete(inputs: Inputs, incomplete: Mapping[str, Names], recipe: Re
         notes.append(f"{len(names):,} tensor(s) of {whose} alone, {done}:\n{some(sorted(names))}")
 
 
-def _missing(inputs: Inputs, own: Sequence[Mapping[str, str]], incomplete: Mapping[str, Names]) -> MismatchError:
+# --- tensors that some side lacks ---
+
+
+def missing_in_blocks(
+    inputs: Inputs, rows: Mapping[str, Names], incomplete: Mapping[str, Names], depth: DepthMap
+) -> dict[str, Names]:
+    """Of the tensors that some side lacks, those inside blocks: there a tensor without a partner is rather one that is
+    called otherwise, and would be left as it is among others that are scaled.
+
+    Not counted are buffers that loaders make anew, and a stack that some sides have for themselves (the vision tower
+    beside a language model), while the others have nothing there that could be its partner.
+    """
+    inside = {
+        name: row
+        for name, row in incomplete.items()
+        if name in depth.places and not _is_made_anew(name, _stored(inputs, row).shape)
+    }
+    stacks: dict[str, dict[str, Names]] = defaultdict(dict)
+    for name, row in inside.items():
+        stacks[depth.places[name].stack][name] = row
+    shared = {depth.places[name].stack for name in rows if name in depth.places}
+    return {
+        name: row
+        for stack, held in stacks.items()
+        if stack in shared or not _is_a_part_of_its_own(held, inside, incomplete)
+        for name, row in held.items()
+    }
+
+
+def _is_a_part_of_its_own(
+    held: Mapping[str, Names], inside: Mapping[str, Names], incomplete: Mapping[str, Names]
+) -> bool:
+    """Whether the same sides have all of a stack, and those that lack it have no tensors in blocks and few elsewhere
+    that could be meant by it.
+    """
+    owners = {_owners(row) for row in held.values()}
+    if len(owners) > 1:
+        return False
+    (having,) = owners
+
+    def could_be_its(name: str) -> bool:
+        others = _owners(incomplete[name])
+        return name not in held and not others <= having and not having <= others
+
+    return not any(map(could_be_its, inside)) and 2 * sum(map(could_be_its, incomplete)) < len(held)
+
+
+def _owners(row: Names) -> frozenset[int]:
+    """The sides that have a tensor."""
+    return frozenset(side for side, there in enumerate(row) if there is not None)
+
+
+def _stored(inputs: Inputs, row: Names) -> TensorInfo:
+    checkpoint, name = _having(inputs, row)
+    return checkpoint.tensors[name].info
+
+
+# Buffers that a loader computes, and nobody learns; and what PEFT keeps of a module beside the one that is trained.
+_MADE_ANEW = re.compile(
+    r"(?:.*\.)?(?:(?:\w*_)?inv_freq|(?:cos|sin)_cached|masked_bias|num_batches_tracked|position_ids"
+    r"|relative_position_index|relative_coords_table|original_module\..*)",
+    re.DOTALL,
+)
+_MASK = re.compile(r"(?:.*\.)?(?:bias|(?:\w*_)?mask)", re.DOTALL)  # GPT-2 calls its causal mask a bias
+
+
+def _is_made_anew(name: str, shape: tuple[int, ...]) -> bool:
+    is_square = len(shape) > 2 and shape[-1] == shape[-2] and math.prod(shape[:-2]) == 1
+    return _MADE_ANEW.fullmatch(name) is not None or (is_square and _MASK.fullmatch(name) is not None)
+
+
+def _missing(
+    inputs: Inputs, own: Sequence[Mapping[str, str]], incomplete: Mapping[str, Names], inside: Mapping[str, Names]
+) -> MismatchError:
     nothing_in_common = len(incomplete) == len(set().union(*own))
     which = "two sides" if len(inputs.checkpoints) == 2 else "inputs"
     parts = [f"the {which} {'have no tensor in common' if nothing_in_common else 'do not hold the same tensors'}."]
+    if inside and not nothing_in_common:
+        parts.append(_inside(inputs, inside, incomplete))
     lacking: dict[tuple[int, int], list[str]] = defaultdict(list)
     for name, row in incomplete.items():
         owner = next(side for side, there in enumerate(row) if there is not None)
@@ -147,69 +239,79 @@ def _missing(inputs: Inputs, own: Sequence[Mapping[str, str]], incomplete: Mappi
             f"{len(names):,} of {len(holder.tensors):,} in {holder.name} that {lacker.name} lacks:\n"
             f"{some(sorted(names), 2 if nothing_in_common else 8)}"
         )
-    hint = (
-        "--missing ft gives the fine-tune's set of tensors (as for a new head); --missing copy takes each from the "
-        "side that has it; --missing skip leaves them out."
-    )
-    if not inputs.of_an_edit:
-        hint = (
-            "In the recipe, missing: copy takes such a tensor as it is from the base, or from the first model that has "
-            "it; missing: ft does so for those that a model has; missing: skip leaves them out."
-        )
     if nothing_in_common:
         hint = "No tensor is on both sides. Check that they are versions of one model."
+    elif len(inside) == len(incomplete):
+        hint = _hint_inside(inputs, inside)
+    else:
+        which = f"Of the {len(incomplete) - len(inside):,} outside the blocks, " if inside else ""
+        hint = which + (_MISSING_OF_AN_EDIT if inputs.of_an_edit else _MISSING)
+        hint += f"\n{_hint_inside(inputs, inside)}" if inside else ""
     return MismatchError("\n".join(parts), hint=hint)
 
 
-def aligned_names(inputs: Inputs, notes: list[str]) -> list[dict[str, str]]:
-    """For each side, its own names by the leading side's names for the same tensors."""
-    return [
-        {name: name for name in inputs.leading.tensors}
-        if side == inputs.lead
-        else _names_in(checkpoint, inputs, side, notes)
-        for side, checkpoint in enumerate(inputs.checkpoints)
-    ]
+_MISSING_OF_AN_EDIT = (
+    "--missing ft gives the fine-tune's set of tensors (as for a new head); --missing copy takes each from the "
+    "side that has it; --missing skip leaves them out."
+)
+_MISSING = (
+    "In the recipe, missing: copy takes such a tensor as it is from the base, or from the first model that has "
+    "it; missing: ft does so for those that a model has; missing: skip leaves them out."
+)
 
 
-def _names_in(other: Checkpoint, inputs: Inputs, side: int, notes: list[str]) -> dict[str, str]:
-    """The tensors of one side by the names that the leading one has for them.
-
-    A model saved by itself and one saved inside another (GPT-2's `h.0` and `transformer.h.0`) differ by one prefix, as
-    transformers, too, sees on loading. It is taken off or put on where most names match with it, and not without it.
-    """
-    lead = inputs.leading
-    direct = sum(name in other.tensors for name in lead.tensors)
-    if 2 * direct < min(len(other.tensors), len(lead.tensors)):
-        for longer, shorter, where in ((lead, other, inputs.lead), (other, lead, side)):
-            prefix = _common_prefix(longer, shorter)
-            if prefix:
-                others = "those of the other side" if len(inputs.checkpoints) == 2 else f"those of {shorter.name}"
-                whose = inputs.called(where)
-                notes.append(f"names of {whose} begin with {prefix!r}, {others} do not: paired without")
-                if longer is lead:
-                    with_it = {name: f"{prefix}{name}" for name in other.tensors}
-                    # A name that the leading side has, and has only without the prefix, stands for itself.
-                    return {
-                        name if name in lead.tensors and there not in lead.tensors else there: name
-                        for name, there in with_it.items()
-                    }
-                # A name that stands there with and without the prefix keeps it, so that neither is lost.
-                bare = {name: name.removeprefix(prefix) for name in other.tensors}
-                return {name if own != name and own in other.tensors else own: name for name, own in bare.items()}
-    return {name: name for name in other.tensors}
+def _missing_in_blocks(
+    inputs: Inputs, incomplete: Mapping[str, Names], inside: Mapping[str, Names], recipe: Recipe
+) -> MismatchError:
+    """The recipe knows of another number of them, or of none."""
+    key = "--missing-in-blocks" if inputs.of_an_edit else "missing_in_blocks:"
+    if not inside:
+        return MismatchError(
+            f"{key} {recipe.missing_in_blocks}, but no tensor inside blocks is missing on any side",
+            hint="Leave it out; or is it another checkpoint that is meant?",
+        )
+    said = f" {key} says {recipe.missing_in_blocks:,}." if recipe.missing_in_blocks is not None else ""
+    return MismatchError(f"{_inside(inputs, inside, incomplete)}{said}", hint=_hint_inside(inputs, inside))
 
 
-def _common_prefix(longer: Checkpoint, shorter: Checkpoint) -> str | None:
-    """The prefix with which most names of `shorter` are names of `longer`."""
-    tried: set[str] = set()
-    for sample in sorted(shorter.tensors, key=len, reverse=True)[:_SAMPLES]:
-        for other in longer.tensors:
-            prefix = other.removesuffix(sample)
-            if other.endswith(f".{sample}") and prefix not in tried:
-                tried.add(prefix)
-                if 2 * sum(f"{prefix}{name}" in longer.tensors for name in shorter.tensors) > len(shorter.tensors):
-                    return prefix
-    return None
+def _inside(inputs: Inputs, inside: Mapping[str, Names], incomplete: Mapping[str, Names]) -> str:
+    """How many lie inside blocks, and a few of them, each beside what may be the same on a side that lacks it."""
+    shown = []
+    for name in sorted(inside, key=natural)[:_MOST_SHOWN]:
+        nearest = _nearest(inputs, inside[name], incomplete)
+        shown.append(f"  {printable(name)} in {_having(inputs, inside[name])[0].name}{nearest}")
+    more = f"\n  ... and {len(inside) - _MOST_SHOWN:,} more" if len(inside) > _MOST_SHOWN else ""
+    those = "tensor that some side lacks lies" if len(inside) == 1 else "tensors that some side lacks lie"
+    return f"{len(inside):,} {those} inside blocks, where each should have a partner:\n" + "\n".join(shown) + more
 
 
-_SAMPLES = 32  # long names, any of which may be one side's own
+_MOST_SHOWN = 4
+_MOST_COMPARED = 200
+
+
+def _nearest(inputs: Inputs, row: Names, incomplete: Mapping[str, Names]) -> str:
+    """What the sides that lack a tensor have of its shape, with its numbers, whose name is most like its own."""
+    checkpoint, name = _having(inputs, row)
+    shape, numbers = checkpoint.tensors[name].info.shape, _NUMBER.findall(name)
+    found: dict[str, str] = {}
+    for other in incomplete.values():
+        for side, there in enumerate(other):
+            if there is not None and row[side] is None and len(found) < _MOST_COMPARED:
+                holder = inputs.checkpoints[side]
+                if holder.tensors[there].info.shape == shape and _NUMBER.findall(there) == numbers:
+                    found[there] = holder.name
+    nearest = next(iter(get_close_matches(name[:_LONGEST], [there[:_LONGEST] for there in found], n=1)), None)
+    return f"; is it {printable(nearest)} of {found[nearest]}?" if nearest in found else ""
+
+
+_NUMBER = re.compile(r"\d+")
+_LONGEST = 200
+
+
+def _hint_inside(inputs: Inputs, inside: Mapping[str, Names]) -> str:
+    said = f"--missing-in-blocks {len(inside)}" if inputs.of_an_edit else f"missing_in_blocks: {len(inside)}"
+    beside = "--missing" if inputs.of_an_edit else "missing:"
+    return (
+        "Inside blocks a tensor without a partner is mostly one that the other side calls otherwise: rename it there. "
+        f"If one side really has more, {said}, beside {beside}, says so."
+    )

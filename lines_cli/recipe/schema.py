@@ -302,6 +302,13 @@ def _parse_record(value: Any) -> FileRecord:
 Like = Literal["base", "ft"]
 
 
+def _parse_prefix(value: Any) -> Any:
+    """A prefix ends at a dot, whether that is written or not."""
+    if not isinstance(value, str):
+        raise ValueError("expected what names begin with, as in vision_model.")
+    return f"{value.removesuffix('.')}." if value else value
+
+
 class Recipe(_Part):
     """One result: the inputs, the method, the scaling, and how disagreements between the inputs are settled.
 
@@ -316,8 +323,11 @@ class Recipe(_Part):
         tokenizer_source, chat_template: `base`, or one of the models; None takes the input that the output is like.
         like: which input gives the output its names, dtypes, integer tensors, config and other files: the `base`
             (the first model where there is none), or the (first) fine-tune.
+        prefix: what the names of one input begin with and those of another lack, ending at a dot; empty for none. Unless
+            given, it is found.
         missing: a tensor that some inputs lack is an `error`; taken as it is if a fine-tune has it (`ft`); a `copy` of
             whichever has it, the base before the models; or left out (`skip`).
+        missing_in_blocks: how many of these lie inside blocks; any other number than there are is an error.
         resize: token embeddings and heads with differing numbers of rows are an `error`, or take the rows of the
             (first) fine-tune (`ft`) or the `base`.
         allow_nonfinite: let NaN and Inf through.
@@ -337,7 +347,9 @@ class Recipe(_Part):
     tokenizer_source: str | None = None
     chat_template: str | None = None
     like: Like = "base"
+    prefix: Annotated[str | None, BeforeValidator(_parse_prefix)] = None
     missing: Literal["error", "ft", "copy", "skip"] = "error"
+    missing_in_blocks: Annotated[int | None, BeforeValidator(_no_flag), Field(ge=0)] = None
     resize: Literal["error", "ft", "base"] = "error"
     allow_nonfinite: bool = False
     max_shard_size: Size = parse_size("5GB")

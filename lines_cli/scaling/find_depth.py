@@ -17,6 +17,7 @@ list of architectures:
    of their own.
 6. Routed experts, projectors, embedders, prediction heads are never stacks; an index at or beyond the layers that the
    config counts is outside (multi-token prediction).
+7. What a wrapper of training puts into a name (`layers.3._orig_mod.mlp`) is not looked at.
 
 `numbered_lists` decides 1 to 3 and 6, `running_order` 4 and 5. What the user says (`by_hand`) overrules all of it, and
 what could be read otherwise is said. Nothing here reads a file or needs torch.
@@ -27,7 +28,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -45,6 +46,7 @@ from lines_cli.scaling.numbered_lists import (
     survey,
 )
 from lines_cli.scaling.running_order import Lane, in_order
+from lines_cli.scaling.same_names import without_wrappers
 
 _SHARED_LAYERS = "layer_groups"
 _CONFIG_COUNTS = (
@@ -176,6 +178,11 @@ def find_depth(
     names = list(names)
     if not_layers is not None:
         names = by_hand.without(names, not_layers)
+    if layers is None and (wrapped := without_wrappers(names)):
+        plain = {name: wrapped.get(name, name) for name in names}
+        held = {plain[name]: (parameters or {}).get(name, 1) for name in names}
+        depth = find_depth(held, config=config, series=series, parameters=held if parameters else None)
+        return replace(depth, places={name: depth.places[at] for name, at in plain.items() if at in depth.places})
     lists = {} if layers is not None and not series else read_lists(names)
     notes: list[str] = []
     if layers is not None:

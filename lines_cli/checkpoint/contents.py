@@ -1,0 +1,124 @@
+"""What a checkpoint's tensors are, by what stands beside them: quantised codes and their scales; an adapter's factors.
+
+Told by dtypes, shapes and modules, so that a format that nobody has heard of is seen, too. Names only help to tell a
+scale from other floats, and codes from integers that count something.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+from lines_cli.checkpoint.header import FLOAT8_DTYPES, FLOAT_DTYPES, TensorInfo
+
+Tensors = Mapping[str, TensorInfo]
+
+# --- quantised weights ---
+
+_CODES = frozenset({"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
+_WIDE = frozenset({"I64", "U64"})  # what torch counts with, and only few formats store codes in
+_SCALE_DTYPES = FLOAT_DTYPES | FLOAT8_DTYPES | {"U8"}  # the last: exponents of powers of two
+_SCALE = re.compile(
+    r".*scales?(?:_(?:inv|max|and_zeros?))?|.*absmax|.*quant_map|.*zeros?(?:_points?)?|.*codebooks?|scb|s|s[uv]h?",
+    re.IGNORECASE | re.DOTALL,
+)
+_NO_SCALE = re.compile(r"(?:logit|layer|attn|attention|residual|res|skip|head|norm)_scales?", re.IGNORECASE)
+_COUNTS = re.compile(  # integers that number entries, or say which of them count
+    r"(?:.*_)?(?:ids?|idxs?|index|indices|positions?|masks?|maps?|tracked|tables?|lengths?|counts?|steps?|buckets?)"
+    r"|.*[a-z]+2[a-z]+|bias",
+    re.IGNORECASE | re.DOTALL,
+)
+# Endings that say it alone.
+_ENDINGS = (".qweight", ".SCB", ".absmax", ".quant_map", ".weight_packed", ".weight_scale", ".weight_scale_inv")
+
+
+def quantised_tensor(tensors: Tensors) -> str | None:
+    """A tensor that holds codes of weights, or scales of such; None if there is none."""
+    integers = [name for name, info in tensors.items() if info.dtype in _CODES]
+    beside: dict[str, list[str]] = defaultdict(list)
+    if integers:
+        wanted = {*map(_module, integers), *integers}
+        for name in tensors:
+            if (module := _module(name)) in wanted:
+                beside[module].append(name)
+    for name in integers:
+        if _holds_codes(name, tensors, [*beside[_module(name)], *beside[name]]):
+            return name
+    return next((name for name in tensors if name.endswith(_ENDINGS) or ".quant_state." in name), None)
+
+
+def _holds_codes(name: str, tensors: Tensors, beside: Iterable[str]) -> bool:
+    """Whether a tensor of integers holds codes: it is a matrix, and beside it stands a scale, by name or by shape.
+
+    What is called like numbers of positions or a mask, or is as wide as these, needs both. `beside` are the tensors of
+    its module, and those behind its own name.
+    """
+    info, last = tensors[name], _last(name)
+    if last == "weight" and info.dtype in ("I8", "U8"):
+        return True
+    if len(info.shape) < 2:
+        return False
+    near = [other for other in beside if other != name and tensors[other].dtype in _SCALE_DTYPES]
+    scales = [other for other in near if _SCALE.fullmatch(_last(other)) and not _NO_SCALE.fullmatch(_last(other))]
+    if info.dtype in _WIDE or _COUNTS.fullmatch(last):
+        return any(_has_rows_of(tensors[other], info) for other in scales)
+    return bool(scales) or any(tensors[other].dtype != "U8" and _has_rows_of(tensors[other], info) for other in near)
+
+
+def _has_rows_of(scale: TensorInfo, codes: TensorInfo) -> bool:
+    """Whether one is as long on some side as the other, of two or more, and smaller."""
+    sides = [size for size in codes.shape if size > 1]
+    return len(sides) > 1 and scale.numel < codes.numel and any(size in sides for size in scale.shape)
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+# --- adapters ---
+
+_FACTOR = re.compile(
+    r"(?:\A|[._])(?:lora_(?:[ABEabe]|up|down|mid|embedding_[AB]|magnitude_vector)|lora\w*\.(?:up|down)"
+    r"|hada_[wt][12](?:_[ab])?|lokr_[wt][12](?:_[ab])?|dora_scale|ia3_l|b?oft_[RSrs]|oft_(?:blocks|diag)"
+    r"|vera_(?:[AB]|lambda_[bd])|randlora_\w+|vblora_\w+|fourierft_spectrum|hra_u)(?=\.|\Z)"
+)
+_IN_FACTORS = ("lora", "hada_", "lokr_", "dora_", "ia3_", "oft_", "vera_", "fourierft_", "hra_")
+_ALPHA = ".alpha"  # how kohya's files scale a module's factors
+
+
+def factors_among(tensors: Iterable[str]) -> list[str]:
+    """The names of factors of low rank and the like, of which a product changes a weight."""
+    return [name for named in _factors(tensors).values() for name in named]
+
+
+def is_adapter(tensors: Iterable[str]) -> bool:
+    """Whether most tensors are factors, and of most factors the weight that they change is not there."""
+    names = list(tensors)
+    by_module = _factors(names)
+    if 2 * sum(map(len, by_module.values())) <= len(names):
+        return False
+    there = set(names)
+    alone = [
+        module for module in by_module if there.isdisjoint((module, f"{module}.weight", f"{module}.base_layer.weight"))
+    ]
+    return 2 * len(alone) > len(by_module)
+
+
+def _factors(tensors: Iterable[str]) -> dict[str, list[str]]:
+    """The factors by the module whose weight they change."""
+    names = list(tensors)
+    everything = "\n".join(names)
+    found: dict[str, list[str]] = defaultdict(list)
+    if any(word in everything for word in _IN_FACTORS):
+        for name in names:
+            if match := _FACTOR.search(name):
+                found[name[: match.start()]].append(name)
+        for name in names:
+            if name.endswith(_ALPHA) and (module := name.removesuffix(_ALPHA)) in found:
+                found[module].append(name)
+    return found

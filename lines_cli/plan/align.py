@@ -1,0 +1,301 @@
+"""By which name each side knows a tensor of the leading side: its own, with a prefix on or off, or one that is known to
+be the same.
+
+Everything is decided by counting tensors that would have a partner of equal shape. Names are only spelt otherwise where
+they have no partner as they are.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from lines_cli.checkpoint.reader import Checkpoint
+from lines_cli.errors import MismatchError, printable, some
+from lines_cli.plan.inputs import Inputs
+from lines_cli.plan.tied_weights import is_vocabulary
+from lines_cli.scaling.same_names import canonical
+
+Spelling = Callable[[str], str]
+
+
+def aligned_names(inputs: Inputs, notes: list[str], *, prefix: str | None = None) -> list[dict[str, str]]:
+    """For each side, its own names by the leading side's names for the same tensors.
+
+    Args:
+        inputs: the inputs.
+        notes: gets a line for every side whose names are not paired as they are.
+        prefix: what the names of one side begin with and those of another do not, where that was asked for; empty for
+            none. Unless given, it is found.
+
+    Raises:
+        MismatchError: two prefixes fit alike; or the one that was asked for is before no name.
+    """
+    aligned, found = [], not prefix
+    for side, checkpoint in enumerate(inputs.checkpoints):
+        if side == inputs.lead:
+            aligned.append({name: name for name in checkpoint.tensors})
+            continue
+        names, used = _names_in(checkpoint, inputs, side, prefix, notes)
+        aligned.append(names)
+        found = found or used == prefix
+    if not found:
+        raise MismatchError(
+            f"prefix {prefix!r}: no tensor is called so on one side, and the same without it on another",
+            hint=f"Names of {inputs.leading.name} are\n{some(sorted(inputs.leading.tensors), 4)}",
+        )
+    return aligned
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """A way to read two sides' names: with a prefix that those of one have, or with none.
+
+    Attributes:
+        spelling: what is done to every name first.
+        prefix: empty for none.
+        of: whose names begin with it.
+        equal, named: how many tensors have a partner by it, of equal shape and of any.
+        alike: all prefixes by which as many have one, if there are several.
+    """
+
+    spelling: Spelling
+    prefix: str = ""
+    of: Literal["lead", "other"] = "lead"
+    equal: int = 0
+    named: int = 0
+    alike: tuple[str, ...] = ()
+
+
+def _names_in(
+    other: Checkpoint, inputs: Inputs, side: int, asked: str | None, notes: list[str]
+) -> tuple[dict[str, str], str]:
+    """The tensors of one side by the names that the leading one has for them; and the prefix that was used.
+
+    A model saved by itself and one saved inside another (GPT-2's `h.0` and `transformer.h.0`) differ by one prefix, as
+    transformers, too, sees on loading.
+    """
+    lead = inputs.leading
+    if not asked and other.tensors.keys() == lead.tensors.keys():
+        return {name: name for name in other.tensors}, ""
+    reading = _best_reading(lead, other, _as_it_is, asked)
+    names, known = _read_by(reading, lead, other)
+    if _leaves_many(names, lead) or reading.alike:
+        again = _best_reading(lead, other, canonical, asked)
+        spelt, spelt_known = _read_by(again, lead, other)
+        if _paired(spelt, lead, other) > _paired(names, lead, other):
+            reading, names, known = again, spelt, spelt_known
+    if reading.alike:
+        raise _ambiguous(reading, inputs, side)
+    if reading.prefix:
+        whose = inputs.called(inputs.lead if reading.of == "lead" else side)
+        shorter = other if reading.of == "lead" else lead
+        others = "those of the other side" if len(inputs.checkpoints) == 2 else f"those of {shorter.name}"
+        notes.append(f"names of {whose} begin with {reading.prefix!r}, {others} do not: paired without")
+    if known:
+        there, own = next(iter(known.items()))
+        notes.append(
+            f"{len(known):,} tensor(s) have another name in {inputs.called(side)} that is known to be the same, and are "
+            f"paired, such as {printable(own)} with {printable(there)}"
+        )
+    return names, reading.prefix
+
+
+def _as_it_is(name: str) -> str:
+    return name
+
+
+def _leaves_many(names: Mapping[str, str], lead: Checkpoint) -> bool:
+    """Whether more than a tenth of the names of the side that has fewer are without a partner."""
+    paired = sum(name in lead.tensors for name in names)
+    return 10 * paired < 9 * min(len(names), len(lead.tensors))
+
+
+def _paired(names: Mapping[str, str], lead: Checkpoint, other: Checkpoint) -> int:
+    """How many tensors have a partner of equal shape."""
+    return sum(there in lead.tensors and _equal(lead, there, other, own) for there, own in names.items())
+
+
+def _equal(lead: Checkpoint, there: str, other: Checkpoint, own: str) -> bool:
+    return lead.tensors[there].info.shape == other.tensors[own].info.shape
+
+
+# --- prefixes ---
+
+
+def _best_reading(lead: Checkpoint, other: Checkpoint, spelling: Spelling, asked: str | None) -> _Reading:
+    """The prefix under which most names have a partner of equal shape; none where no prefix gives more of them than
+    the names as they are, or where it does not fit most names of the side that lacks it.
+    """
+    of_lead, of_other = _spelt(lead, spelling), _spelt(other, spelling)
+    direct = [(there, of_other[key]) for key, there in of_lead.items() if key in of_other]
+    equal = sum(_equal(lead, there, other, own) for there, own in direct)
+    none = _Reading(spelling, equal=equal, named=len(direct))
+    if asked == "":
+        return none
+    readings = [
+        _Reading(spelling, prefix, "lead", *counts)
+        for prefix, counts in _prefixes(lead, of_lead, other, of_other).items()
+    ] + [
+        _Reading(spelling, prefix, "other", *counts)
+        for prefix, counts in _prefixes(other, of_other, lead, of_lead).items()
+    ]
+    if asked is not None:
+        return max((r for r in readings if r.prefix == asked), key=lambda r: r.equal, default=none)
+    most = [
+        reading
+        for reading in readings
+        if reading.equal > equal and 2 * reading.named > len((other if reading.of == "lead" else lead).tensors)
+    ]
+    best = max(most, key=lambda r: (r.equal, r.named), default=none)
+    alike = sorted(r.prefix for r in most if (r.equal, r.named) == (best.equal, best.named))
+    return replace(best, alike=tuple(alike)) if len(alike) > 1 else best
+
+
+def _spelt(checkpoint: Checkpoint, spelling: Spelling) -> Mapping[str, str]:
+    """Names as they are spelt -> as they are; without those that two would be spelt alike."""
+    if spelling is _as_it_is:
+        return {name: name for name in checkpoint.tensors}
+    spelt: dict[str, str | None] = {}
+    for name in checkpoint.tensors:
+        key = spelling(name)
+        spelt[key] = None if key in spelt else name
+    return {key: name for key, name in spelt.items() if name is not None}
+
+
+def _prefixes(
+    longer: Checkpoint, its: Mapping[str, str], shorter: Checkpoint, others: Mapping[str, str]
+) -> dict[str, tuple[int, int]]:
+    """Each prefix of names of `longer`, up to a dot, behind which a name of `shorter` stands: how many tensors it pairs,
+    of equal shape and of any.
+
+    A name that both sides have says nothing of a prefix, and is not looked at.
+    """
+    equal: dict[str, int] = defaultdict(int)
+    named: dict[str, int] = defaultdict(int)
+    for key, own in its.items():
+        if key in others and _equal(longer, own, shorter, others[key]):
+            continue
+        for at in _dots(key):
+            partner = others.get(key[at:])
+            if partner is not None:
+                named[key[:at]] += 1
+                equal[key[:at]] += _equal(longer, own, shorter, partner)
+    return {prefix: (equal[prefix], count) for prefix, count in named.items()}
+
+
+def _dots(name: str) -> Iterator[int]:
+    """Where the parts of a name behind its first begin."""
+    at = name.find(".") + 1
+    for _ in range(_MOST_PARTS):
+        if not at:
+            return
+        yield at
+        at = name.find(".", at) + 1
+
+
+_MOST_PARTS = 64  # of a stranger's name that are looked at
+
+
+def _ambiguous(reading: _Reading, inputs: Inputs, side: int) -> MismatchError:
+    longer, shorter = inputs.checkpoints[side], inputs.leading
+    if reading.of == "lead":
+        longer, shorter = shorter, longer
+    counted = [f"{prefix}: {reading.equal:,} of {len(shorter.tensors):,}" for prefix in reading.alike]
+    return MismatchError(
+        f"names of {shorter.name} are found in {longer.name} behind {len(counted)} prefixes, and as many tensors have a "
+        f"partner of equal shape behind each:\n{some(counted)}",
+        hint=f"Say which is meant: --prefix {printable(reading.alike[0])} (in a recipe, prefix: "
+        f"{printable(reading.alike[0])}).",
+    )
+
+
+# --- the names of one side by those of the leading one ---
+
+
+def _read_by(reading: _Reading, lead: Checkpoint, other: Checkpoint) -> tuple[dict[str, str], dict[str, str]]:
+    """All tensors of `other` by the names that `lead` has for them; and of these those whose names are only known to
+    be the same.
+    """
+    paired = _behind_prefix(reading, lead, other) if reading.prefix else {}  # own name -> the leading side's
+    taken = set(paired.values())
+    for own in other.tensors:
+        if own not in paired and own in lead.tensors and own not in taken:
+            paired[own] = own
+    taken = set(paired.values())
+    rest = [own for own in other.tensors if own not in paired]
+    known = _known(reading, lead, other, [name for name in lead.tensors if name not in taken] if rest else [], rest)
+    paired |= known
+    taken |= set(known.values())
+    for own in rest:
+        if own not in paired:
+            paired[own] = _free(own, reading, taken)
+            taken.add(paired[own])
+    names = {paired[own]: own for own in other.tensors}
+    return names, {there: own for own, there in known.items()}
+
+
+def _behind_prefix(reading: _Reading, lead: Checkpoint, other: Checkpoint) -> dict[str, str]:
+    of_lead, prefix, paired = _spelt(lead, reading.spelling), reading.prefix, {}
+    for key, own in _spelt(other, reading.spelling).items():
+        if reading.of == "lead":
+            there = of_lead.get(prefix + key)
+        else:
+            there = of_lead.get(key[len(prefix) :]) if key.startswith(prefix) else None
+        if there is not None:
+            paired[own] = there
+    return paired
+
+
+def _known(
+    reading: _Reading, lead: Checkpoint, other: Checkpoint, of_lead: list[str], of_other: list[str]
+) -> dict[str, str]:
+    """Of tensors without a partner, those whose names are known to be the same: own name -> the leading side's.
+
+    Each is the only one of its side that is called so, and of the other's shape.
+    """
+    by_canonical = {canonical(name): name for name in of_lead}
+    paired: dict[str, str] = {}
+    for own in of_other:
+        for spelt in (own, _prefixed(own, reading)):
+            there = by_canonical.get(canonical(spelt))
+            if there is not None and _may_be_one(lead, there, other, own):
+                paired[own] = there
+                break
+    if not paired:
+        return {}
+    twice = _called_alike(lead) | _called_alike(other)
+    thrice = {there for there, times in Counter(paired.values()).items() if times > 1}
+    return {
+        own: there
+        for own, there in paired.items()
+        if there not in thrice and twice.isdisjoint((canonical(own), canonical(there)))
+    }
+
+
+def _called_alike(side: Checkpoint) -> set[str]:
+    """What more than one tensor of a side is known as."""
+    return {name for name, times in Counter(map(canonical, side.tensors)).items() if times > 1}
+
+
+def _may_be_one(lead: Checkpoint, there: str, other: Checkpoint, own: str) -> bool:
+    """Whether shapes are equal, but for the rows of a vocabulary, about which the recipe decides."""
+    ours, theirs = lead.tensors[there].info.shape, other.tensors[own].info.shape
+    return ours == theirs or (is_vocabulary(there) and ours[1:] == theirs[1:] and len(ours) == len(theirs))
+
+
+def _prefixed(own: str, reading: _Reading) -> str:
+    """A name as it would be on the leading side."""
+    return reading.prefix + own if reading.of == "lead" else own.removeprefix(reading.prefix)
+
+
+def _free(own: str, reading: _Reading, taken: Container[str]) -> str:
+    """What a tensor without a partner is called: as the leading side would, if no other is called so."""
+    name = _prefixed(own, reading)
+    if name in taken:
+        name = own
+    while name in taken:  # only with a prefix: without one no two are called alike
+        name = reading.prefix + name
+    return name

@@ -1,0 +1,63 @@
+"""Names that are known to be of one parameter: what wrappers, loaders and versions of libraries call it, as one table.
+
+Names are paired by it only where they have no partner as they are (`plan.match`), and depth is read off names without
+wrappers (`find_depth`). A new pair of names is a row of `_SAME`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_forward_module")
+_WRAPPED = re.compile(rf"(?:(?<=\.)|\A)(?:{'|'.join(_WRAPPERS)})\.")  # torch.compile, FSDP, checkpointing, Lightning
+
+# What a name holds, the expression that is looked for then, and what takes its place; from the first row to the last.
+_SAME: tuple[tuple[str, re.Pattern[str], str], ...] = tuple(
+    (word, re.compile(pattern), instead)
+    for word, pattern, instead in (
+        *((word, _WRAPPED.pattern, "") for word in _WRAPPERS),
+        # DataParallel; PEFT's model, its wrapped layers, and modules that were trained whole beside an adapter
+        ("module.", r"\A(?:module\.)+", ""),
+        ("base_model.", r"\Abase_model\.model\.", ""),
+        (".base_layer", r"\.base_layer(?=\.)", ""),
+        (".modules_to_save.", r"\.modules_to_save\.default(?=\.)", ""),
+        # a language model by itself; within a vision language model; the same from transformers 4.52 on
+        ("language_model.", r"\A(?:model\.)?language_model\.(?:model\.)?", ""),
+        ("text_model.", r"\A(?:model\.text_model|text_model\.model)\.", ""),
+        ("model.", r"\Amodel\.", ""),
+        ("vision_model.", r"\A(vision_tower|vision_encoder)\.vision_model\.", r"\1."),
+        # weight norm and spectral norm of torch before its parametrizations
+        ("parametrizations.", r"(?:(?<=\.)|\A)parametrizations\.([^.]+)\.original0\Z", r"\1_g"),
+        ("parametrizations.", r"(?:(?<=\.)|\A)parametrizations\.([^.]+)\.original1\Z", r"\1_v"),
+        ("parametrizations.", r"(?:(?<=\.)|\A)parametrizations\.([^.]+)\.original\Z", r"\1_orig"),
+        ("parametrizations.", r"(?:(?<=\.)|\A)parametrizations\.([^.]+)\.\d+\.(_[uv])\Z", r"\1\2"),
+        # normalisations as TensorFlow calls them
+        ("gamma", r"(?:(?<=\.)|\A)gamma\Z", "weight"),
+        ("beta", r"(?:(?<=\.)|\A)beta\Z", "bias"),
+    )
+)
+
+
+def canonical(name: str) -> str:
+    """The one name for all that a parameter is known to be called. It may be that of another parameter, too: whoever
+    pairs by it looks whether it is the only one of its side, and of the same shape.
+    """
+    for word, pattern, instead in _SAME:
+        if word in name:
+            name = pattern.sub(instead, name)
+    return name
+
+
+def without_wrappers(names: Iterable[str]) -> dict[str, str]:
+    """Names that a wrapper of training made longer within -> the same without it; the others are left out. A wrapper
+    of the whole model, before the first part of a name, stays.
+    """
+    return {
+        name: plain
+        for name in names
+        if "._" in name and (plain := _WITHIN.sub(".", name)) != name  # the look that most names end with is quick
+    }
+
+
+_WITHIN = re.compile(rf"\.(?:(?:{'|'.join(_WRAPPERS)})\.)+")
