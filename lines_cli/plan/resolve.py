@@ -3,21 +3,88 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from lines_cli.checkpoint.header import EXACT_DTYPES, TensorInfo
 from lines_cli.checkpoint.reader import gc_paused
 from lines_cli.errors import (
     MismatchError,
+    printable,
+    some,
 )
 from lines_cli.plan.coefficients import coefficient_of, rounded_coefficient
 from lines_cli.plan.inputs import Inputs
+from lines_cli.plan.match import Names
 from lines_cli.plan.plan import Plan, TensorPlan
 from lines_cli.plan.sidecars import with_numbers
 from lines_cli.plan.statistics import Needs, Statistics
-from lines_cli.plan.tensors import Segment, TensorSpec, is_alone
-from lines_cli.recipe.schema import Scaling
+from lines_cli.plan.tensors import Segment, TensorSpec, is_alone, taken_whole
+from lines_cli.recipe.schema import Recipe, Scaling
+from lines_cli.scaling.find_depth import DepthMap
+from lines_cli.scaling.schedule import Rules
+
+
+def settle_misfits(
+    specs: Sequence[TensorSpec],
+    recipe: Recipe,
+    inputs: Inputs,
+    rows: Mapping[str, Names],
+    depth: DepthMap,
+    rules: Rules,
+    notes: list[str],
+) -> list[TensorSpec]:
+    """The specs, where what does not fit together is taken whole from one input if that is all that is asked of it:
+    its coefficient is 0 or 1, or the recipe says whose it is. Nothing is computed with it.
+
+    Args:
+        specs: of `specify_tensors`.
+        recipe, inputs, rows, depth, rules: what they were made of.
+        notes: gets a line for every input from which some are taken.
+    """
+    settled, taken = [], dict[int, list[TensorSpec]]()
+    for spec in specs:
+        side = _side_kept(spec, recipe, inputs, depth, rules) if spec.misfit else None
+        there = None if side is None else rows[spec.name][side]
+        if side is not None and there is not None:
+            taken.setdefault(side, []).append(spec)
+            spec = taken_whole(spec, recipe, inputs, side, there)  # noqa: PLW2901 - what has become of it
+        settled.append(spec)
+    for side, of_it in taken.items():
+        listed = some([f"{printable(spec.name)}: {spec.misfit}" for spec in of_it])
+        config = "" if side == inputs.lead else f"; the config is that of {inputs.called(inputs.lead)}: does it fit?"
+        notes.append(
+            f"{len(of_it):,} tensor(s) differ in shape or kind, and are copied from {inputs.called(side)}{config}\n{listed}"
+        )
+    return settled
+
+
+def _side_kept(spec: TensorSpec, recipe: Recipe, inputs: Inputs, depth: DepthMap, rules: Rules) -> int | None:
+    """The number of the input whose tensor is asked for as it is, if one is."""
+    coefficient = coefficient_of(recipe, depth, rules, spec)
+    rounded = rounded_coefficient(spec.name, coefficient, in_float64=False)
+    first_model = 1 if inputs.has_base else 0
+    counting = _counting(recipe, spec)
+    if inputs.has_base and (rounded == 0 or not counting):
+        return 0
+    if (not inputs.has_base or rounded == 1) and len(counting) == 1 and _is_itself(recipe, spec, counting[0]):
+        return first_model + counting[0]
+    if recipe.missing == "ft" and not spec.inside:
+        return first_model
+    return inputs.lead if recipe.missing == "copy" and not spec.inside else None
+
+
+def _counting(recipe: Recipe, spec: TensorSpec) -> list[int]:
+    """The models that have a weight other than 0 for a tensor; all, where models have no weights."""
+    weights = spec.values.get("weight")
+    numbers = range(len(recipe.merged))
+    return [number for number in numbers if not isinstance(weights, tuple) or weights[number] != 0]
+
+
+def _is_itself(recipe: Recipe, spec: TensorSpec, model: int) -> bool:
+    """Whether merging gives one model as it is, where the others count for nothing."""
+    of_it = {key: (value[model],) if isinstance(value, tuple) else value for key, value in spec.values.items()}
+    return recipe.method.one_is_itself(of_it)
 
 
 @gc_paused()
