@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lines_cli.checkpoint.reader import choose_weights, refuse_folder, shards_of
-from lines_cli.checkpoint.sidecars import is_carried
+from lines_cli.checkpoint.sidecars import MODULES, is_carried, is_of_a_module, module_paths
 from lines_cli.errors import CheckpointError, HubError, LinesError, some, without_secrets
 from lines_cli.storage.beside import leads_out
-from lines_cli.storage.names import WEIGHT_STEMS
+from lines_cli.storage.names import MODEL_CARD, WEIGHT_STEMS
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9_][\w.-]*/[\w.-]+)(?:@(?P<revision>.*))?", re.ASCII | re.DOTALL)
 _NOT_IN_A_REVISION = re.compile(r"[\s\x00-\x1f\x7f\\:?*~^\[]|\.\.|//|^[/-]|/$|^$")
@@ -123,6 +123,8 @@ def _fetch(asked: _Asked) -> Located:
         first = Path(hf_hub_download(asked.repo, chosen, revision=asked.revision))
         if first.parent.name != commit:  # pushed to since
             first = Path(hf_hub_download(asked.repo, chosen, revision=commit))
+        if MODULES in names:  # which says what else is needed
+            hf_hub_download(asked.repo, MODULES, revision=commit)
         wanted = _wanted(asked, names, first)
         if missing := sorted(set(wanted) - names):
             raise CheckpointError(f"{asked.name}: its {chosen} names shards that {asked.repo} lacks:\n{some(missing)}")
@@ -199,7 +201,12 @@ def _choose(asked: _Asked, names: Collection[str]) -> str:
 def _wanted(asked: _Asked, names: Collection[str], chosen: Path) -> list[str]:
     """The files to fetch, `chosen` (which is here already) among them. None leads out of the snapshot's folder."""
     shards = shards_of(chosen) if chosen.name.endswith(".index.json") else ()
-    beside = sorted(name for name in names if is_carried(name) or name in asked.also)
+    modules = tuple(f"{path}/" for path in module_paths(chosen.parent))
+    beside = sorted(
+        name
+        for name in names
+        if is_carried(name) or name in (MODEL_CARD, *asked.also) or (name.startswith(modules) and is_of_a_module(name))
+    )
     wanted = [chosen.name, *shards, *beside]
     for name in wanted:
         if leads_out(name):

@@ -53,9 +53,8 @@ def settle_misfits(
     for side, of_it in taken.items():
         listed = some([f"{printable(spec.name)}: {spec.misfit}" for spec in of_it])
         config = "" if side == inputs.lead else f"; the config is that of {inputs.called(inputs.lead)}: does it fit?"
-        notes.append(
-            f"{len(of_it):,} tensor(s) differ in shape or kind, and are copied from {inputs.called(side)}{config}\n{listed}"
-        )
+        whose = f"copied from {inputs.called(side)}{config}"
+        notes.append(f"{len(of_it):,} tensor(s) differ in shape or kind, and are {whose}\n{listed}")
     return settled
 
 

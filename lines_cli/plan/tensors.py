@@ -163,7 +163,7 @@ def refuse_empty(inputs: Inputs, rows: Mapping[str, Names]) -> None:
     for side, names in empty.items():
         checkpoint = inputs.checkpoints[side]
         raise MismatchError(
-            f"{len(names):,} of {len(checkpoint.tensors):,} tensors of {checkpoint.name} are empty (size 0), and are not "
+            f"{len(names):,} of {len(checkpoint.tensors):,} tensors of {checkpoint.name} are empty (size 0), and not "
             f"in the other input(s):\n{some(names)}",
             hint="It was saved without its weights, as DeepSpeed ZeRO-3 does by default: gather them on saving "
             "(stage3_gather_16bit_weights_on_model_save) or afterwards (zero_to_fp32.py), and give that.",
