@@ -56,6 +56,7 @@ def edit(
     layers: str | None = None,
     missing: Missing | None = None,
     resize: Resize | None = None,
+    variant: str | None = None,
     allow_nonfinite: bool = False,
     dtype: Dtype | None = None,
     max_shard_size: str | int | None = None,
@@ -77,6 +78,7 @@ def edit(
         alpha, beta, gamma, schedule, outside, layers: the coefficients; what is not given keeps its default.
         stack, filter: a mapping such as `{"visual": "keep"}`, or texts as on the command line.
         missing, resize, allow_nonfinite: what is done where the inputs disagree, or hold NaN.
+        variant: of folders with several sets of weights, which.
         dtype, max_shard_size: how the output is stored.
         force, resume, verify, verify_inputs: as the options.
         workers, device, gpu_memory: what may be used; it changes no byte.
@@ -104,6 +106,7 @@ def edit(
         layers=layers,
         missing=missing,
         resize=resize,
+        variant=variant,
         allow_nonfinite=allow_nonfinite or None,
         dtype=dtype,
         max_shard_size=max_shard_size,

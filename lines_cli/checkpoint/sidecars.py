@@ -20,10 +20,10 @@ from typing import Any
 
 import yaml
 
-from lines_cli.checkpoint.reader import Checkpoint
+from lines_cli.checkpoint.reader import QUANTIZATION, Checkpoint, quantisation_said
 from lines_cli.errors import CheckpointError, printable, some
 from lines_cli.storage.beside import beside, leads_out, read_json, read_object, refuse_link_out
-from lines_cli.storage.files import read_small
+from lines_cli.storage.files import FETCH_LFS, LFS_POINTER, read_small
 from lines_cli.storage.names import CONFIG, MODEL_CARD, RECIPE
 
 GENERATION = "generation_config.json"
@@ -93,12 +93,17 @@ class Sidecar:
             assert self.content is not None
             return self.content
         try:
-            return read_small(self.source, _LARGEST)
+            content = read_small(self.source, _LARGEST)
         except OSError as error:
             raise CheckpointError(
                 f"{self.source}: cannot be carried over: {error.strerror or error}",
                 hint="May you read it, and is it what its name says? Move it away if it is not needed.",
             ) from error
+        if content.startswith(LFS_POINTER):
+            raise CheckpointError(
+                f"{self.source}: a Git LFS pointer, and not the file that it points to", hint=FETCH_LFS
+            )
+        return content
 
 
 def carried_files(folder: Path, patterns: Iterable[str] = CARRIED_FILES) -> dict[str, Path]:
@@ -236,6 +241,11 @@ def carry_over(
             if not own:
                 which = "neither input" if len(inputs) == 2 else "no input"
                 notes.append(f"{which} is a folder with a config.json: the output folder holds weights only")
+    for each, name in zip(inputs, called, strict=True):
+        if said := quantisation_said(each.config):
+            notes.append(
+                f"the config.json of {name} says quantised ({said}), but its weights are whole; the output's does not"
+            )
     if inputs[0].folder is not None:
         notes += _left_behind(inputs[0].folder, own, called[0])
     if not rows and tokenizer is None:
@@ -264,9 +274,7 @@ def carry_over(
         having = [name for other, name in zip(inputs[1:], called[1:], strict=True) if _has_template(_of(other))]
         if having:
             where = " and ".join(having)
-            notes.append(
-                f"the output has no chat template, {where} has (in a recipe chat_template: takes it)"
-            )
+            notes.append(f"the output has no chat template, {where} has (in a recipe chat_template: takes it)")
     if CONFIG in files:
         config = read_object(files[CONFIG])
         followed = _follow(config, dtype=dtype, rows=rows, ids=ids)
@@ -418,7 +426,7 @@ def disagreements(inputs: Sequence[Checkpoint], called: Sequence[str], *, of_an_
 def _deciding(config: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in config.items():
         if key.endswith("_config") and isinstance(value, Mapping):
-            if key != "quantization_config":
+            if key != QUANTIZATION:
                 yield from _deciding(value, f"{within}{key}.")
         elif _DECIDES.search(key):
             yield f"{within}{key}", value
@@ -526,6 +534,8 @@ def _follow(
     for key, value in config.items():
         if key in ("dtype", "torch_dtype") and dtype and isinstance(value, str):
             changed[key] = dtype
+        elif key == QUANTIZATION:  # left behind: what was opened is whole
+            del changed[key]
         elif key == "vocab_size" and type(value) is int and value in rows:
             changed[key] = rows[value]
         elif key.endswith("config") and isinstance(value, dict):

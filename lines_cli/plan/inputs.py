@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lines_cli.checkpoint.header import Known
 from lines_cli.checkpoint.reader import Checkpoint, open_checkpoint
+from lines_cli.errors import CheckpointError
 from lines_cli.hub.download import locate
 from lines_cli.recipe.schema import Recipe
 
@@ -23,12 +25,21 @@ def open_inputs(recipe: Recipe, *, quiet: bool = False) -> Inputs:
 
     def opening(name: str) -> Checkpoint:
         if name not in opened:
-            found = locate(name, quiet=quiet)
-            opened[name] = open_checkpoint(found.path, name=found.name, hub_id=found.hub_id, known=known)
+            found = locate(name, quiet=quiet, variant=recipe.variant)
+            opened[name] = open_checkpoint(
+                found.path, name=found.name, hub_id=found.hub_id, known=known, variant=recipe.variant
+            )
         return opened[name]
 
     base = [opening(recipe.base_model)] if recipe.base_model is not None and recipe.subtracts_base else []
-    return inputs_of(recipe, *base, *(opening(source.model) for source in recipe.merged))
+    inputs = inputs_of(recipe, *base, *(opening(source.model) for source in recipe.merged))
+    files = [file.name for checkpoint in inputs.checkpoints for file in checkpoint.files]
+    if recipe.variant is not None and not any(re.search(rf"\.{recipe.variant}[.-]", name) for name in files):
+        raise CheckpointError(
+            f"variant {recipe.variant}: no input has weights of that variant",
+            hint="Leave it out, or check its spelling.",
+        )
+    return inputs
 
 
 def inputs_of(recipe: Recipe, *checkpoints: Checkpoint) -> Inputs:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from lines_cli.checkpoint.header import EXACT_DTYPES, TensorInfo
+from lines_cli.checkpoint.header import COMPLEX, EXACT_DTYPES, TensorInfo
 from lines_cli.checkpoint.reader import gc_paused
 from lines_cli.errors import (
     MismatchError,
@@ -156,10 +156,15 @@ def _segments(plan: Plan, spec: TensorSpec, coefficient: float) -> tuple[Segment
     formula is not exact there.
 
     Integers and booleans have no task vector: they are those of the input that the output is like, and of the base
-    where the coefficient is 0. In a merge the others are compared.
+    where the coefficient is 0. In a merge the others are compared; and of complex numbers those of an edit, too, unless
+    the coefficient asks for one side's.
     """
     if spec.dtype in EXACT_DTYPES:
-        return tuple(_copied_whole(plan.inputs, segment, of_base=coefficient == 0) for segment in spec.segments)
+        asked = spec.dtype != COMPLEX or (plan.inputs.has_base and coefficient == 0)
+        asked = asked or (coefficient == 1 and is_alone(plan.recipe, spec.values))
+        return tuple(
+            _copied_whole(plan.inputs, segment, of_base=coefficient == 0, alike=not asked) for segment in spec.segments
+        )
     if plan.needs:  # measured is what the inputs hold, whatever becomes of it
         return spec.segments
     has_base = plan.inputs.has_base
@@ -172,11 +177,11 @@ def _segments(plan: Plan, spec: TensorSpec, coefficient: float) -> tuple[Segment
     return spec.segments
 
 
-def _copied_whole(inputs: Inputs, segment: Segment, *, of_base: bool) -> Segment:
-    """Integers or booleans: a copy of one input's."""
+def _copied_whole(inputs: Inputs, segment: Segment, *, of_base: bool, alike: bool) -> Segment:
+    """What is never computed with: a copy of one input's, that others are compared with if all should be `alike`."""
     if segment.copy is not None:
         return segment
     ranges = (*((segment.base,) if segment.base else ()), *segment.models)
     copied = segment.base if of_base and segment.base else ranges[inputs.lead]
-    others = () if inputs.of_an_edit else tuple(source for source in ranges if source is not copied)
+    others = () if inputs.of_an_edit and not alike else tuple(source for source in ranges if source is not copied)
     return Segment(segment.start, segment.numel, copy=copied, compare=others)

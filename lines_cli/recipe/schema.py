@@ -288,6 +288,8 @@ class Recipe(_Part):
             whichever has it, the base before the models; or left out (`skip`).
         resize: token embeddings and heads with differing numbers of rows are an `error`, or take the rows of the
             (first) fine-tune (`ft`) or the `base`.
+        variant: of a folder with several sets of weights the one of this name, as `fp16` in `model.fp16.safetensors`;
+            inputs that do not have it are read as without.
         allow_nonfinite: let NaN and Inf through.
         max_shard_size: bytes of tensors per file of the output folder.
         output: the destination, unless the command line names another.
@@ -307,6 +309,7 @@ class Recipe(_Part):
     like: Like = "base"
     missing: Literal["error", "ft", "copy", "skip"] = "error"
     resize: Literal["error", "ft", "base"] = "error"
+    variant: Annotated[str, Field(pattern=r"^[\w-]+$")] | None = None
     allow_nonfinite: bool = False
     max_shard_size: Size = parse_size("5GB")
     output: InputName | None = Field(default=None, exclude=True)
