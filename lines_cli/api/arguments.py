@@ -36,8 +36,21 @@ def path(flag: str, given: str | Path) -> Path:
 
 
 def destination(given: str | Path) -> Path:
-    """Where the output goes."""
-    return path("-o", given)
+    """Where the output goes: a folder, or a .safetensors file.
+
+    Raises:
+        RecipeError: its name is that of a file of another format.
+    """
+    found = path("-o", given)
+    if found.name.lower().endswith(_OTHER_FORMATS):
+        raise RecipeError(
+            f"-o {found}: lines writes safetensors, and no {found.suffix} file",
+            hint=f"Give a folder, or one file: -o {found.with_suffix('.safetensors')}.",
+        )
+    return found
+
+
+_OTHER_FORMATS = (*".bin .pt .pth .ckpt .gguf .h5 .msgpack .onnx .npz .pkl .json .safetensor .sft".split(),)
 
 
 def pairs(flag: str, given: Pairs | None) -> dict[str, Any] | None:

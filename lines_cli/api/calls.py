@@ -61,6 +61,7 @@ def edit(
     missing: Missing | None = None,
     missing_in_blocks: int | None = None,
     resize: Resize | None = None,
+    variant: str | None = None,
     allow_nonfinite: bool = False,
     dtype: Dtype | None = None,
     max_shard_size: str | int | None = None,
@@ -83,7 +84,8 @@ def edit(
         layers, series, not_layers: where depth is not as the names say (docs/finding-depth.md); a series is `"A,B"`, or
             a list of names, or several of these.
         stack, filter: a mapping such as `{"visual": "keep"}`, or texts as on the command line.
-        prefix, missing, missing_in_blocks, resize, allow_nonfinite: what is done where the inputs disagree, or hold NaN.
+        prefix, missing, missing_in_blocks, resize, allow_nonfinite: what is done where inputs disagree, or hold NaN.
+        variant: of folders with several sets of weights, which.
         dtype, max_shard_size: how the output is stored.
         force, resume, verify, verify_inputs: as the options.
         workers, device, gpu_memory: what may be used; it changes no byte.
@@ -115,6 +117,7 @@ def edit(
         missing=missing,
         missing_in_blocks=missing_in_blocks,
         resize=resize,
+        variant=variant,
         allow_nonfinite=allow_nonfinite or None,
         dtype=dtype,
         max_shard_size=max_shard_size,

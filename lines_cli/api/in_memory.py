@@ -59,7 +59,7 @@ _EXACT = {
     }.items()
     if hasattr(torch, dtype)  # unsigned ones came with torch 2.3
 }
-_DTYPES: dict[str, torch.dtype] = {**TORCH_DTYPES, **_EXACT}
+_DTYPES: dict[str, torch.dtype] = {**TORCH_DTYPES, **_EXACT, "C64": torch.complex64}
 _NAMES = {dtype: name for name, dtype in {**_DTYPES, **FLOAT8, "C64": torch.complex64}.items()}
 
 

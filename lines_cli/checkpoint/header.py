@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from lines_cli.errors import CheckpointError
-from lines_cli.storage.files import NOT_REGULAR, open_regular
+from lines_cli.storage.files import FETCH_LFS, LFS_POINTER, NOT_REGULAR, open_regular
 
 HEADER_LIMIT = 100_000_000
 """Bytes; the format's own bound on the JSON."""
@@ -58,8 +58,10 @@ FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 """The dtypes whose entries are edited."""
 FLOAT8_DTYPES = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 """The dtypes of quantised weights whose entries are floats, too: only looked at."""
-EXACT_DTYPES = frozenset({"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"})
-"""The dtypes whose entries are only ever copied."""
+EXACT_DTYPES = frozenset({"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL", "C64"})
+"""The dtypes whose entries are only ever copied: whole numbers, booleans, and complex numbers."""
+COMPLEX = "C64"
+"""The one of them that has to be the same in all inputs, unless one side's is asked for: tables of frequencies are."""
 
 
 def itemsize(dtype: str) -> int:
@@ -115,6 +117,8 @@ def read_header(path: Path, known: Known | None = None) -> Header:
             prefix = file.read(8) if size >= 8 else b""  # a file of /proc has no size, and a content
             if len(prefix) < 8:
                 _refuse(path, f"the file holds {size} bytes, too few for a safetensors header")
+            if prefix == LFS_POINTER[:8] and file.read(len(LFS_POINTER) - 8) == LFS_POINTER[8:]:
+                _refuse(path, "a Git LFS pointer, and not the weights that it points to", FETCH_LFS)
             (length,) = _LENGTH.unpack(prefix)
             if length > HEADER_LIMIT:
                 # How many it claims would tell what the file holds, which may be another's.

@@ -9,8 +9,8 @@ from __future__ import annotations
 import gc
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,13 +20,15 @@ from lines_cli.checkpoint.contents import factors_among, is_adapter, quantised_t
 from lines_cli.checkpoint.header import EXACT_DTYPES, FLOAT_DTYPES, Known, TensorInfo, read_header
 from lines_cli.errors import CheckpointError, UnsupportedError, printable, some
 from lines_cli.storage.beside import LARGEST_INDEX, beside, leads_out, read_json, read_object
-from lines_cli.storage.names import WEIGHT_STEMS
+from lines_cli.storage.names import CONFIG, WEIGHT_STEMS
 
 _SUFFIX = ".safetensors"
 _INDEX_SUFFIX = ".safetensors.index.json"
 _ADAPTER = "adapter_model.safetensors"
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
-_SHARD = re.compile(r".*-(\d{5})-of-(\d{5})\.safetensors")
+_SHARD = re.compile(r".*-(\d{5})-of-(\d{5})(?:\.[\w-]+)?\.safetensors")
+_INDEX = re.compile(r"(?P<stem>.+)\.safetensors\.index(?:\.(?P<variant>[\w-]+))?\.json")
+_VARIANT = re.compile(rf"(?P<stem>{'|'.join(WEIGHT_STEMS)})\.(?P<variant>[\w-]+)\.safetensors")
 _MOST_SHARDS = 100_000  # as many as five digits can number
 _CONVERT = "Load it with the library that wrote it and save it as safetensors (transformers: save_pretrained)."
 _UNREADABLE = "Ask whoever owns it for permission to read it."
@@ -80,8 +82,12 @@ class Checkpoint:
 
     @property
     def folder(self) -> Path | None:
-        """The checkpoint's own folder; None for a lone file, whose neighbours are not known to belong to it."""
-        return self.path if self.path.is_dir() else None
+        """The checkpoint's own folder, also where its index was named; None for a lone file, whose neighbours are not
+        known to belong to it.
+        """
+        if self.path.is_dir():
+            return self.path
+        return self.path.parent if is_index(self.path.name) else None
 
     @cached_property
     def real(self) -> Path:
@@ -89,7 +95,7 @@ class Checkpoint:
         would be read otherwise, as that of a file in the Hub's cache would be, which is a digest.
         """
         real = Path(os.path.realpath(self.path))
-        if self.folder is not None or _reads_alike(self.path.name, real.name):
+        if self.path.is_dir() or _reads_alike(self.path.name, real.name):
             return real
         return Path(os.path.realpath(self.path.parent), self.path.name)
 
@@ -125,15 +131,18 @@ def open_checkpoint(
     hub_id: str | None = None,
     to_look_at: bool = False,
     known: Known | None = None,
+    variant: str | None = None,
 ) -> Checkpoint:
     """Open the checkpoint at `path`: headers, index and config, no data.
 
     Args:
-        path: a file or a folder.
+        path: a file, a folder, or the index of shards.
         name: what messages call it; its path unless given.
         hub_id: where on the Hub it came from, if it did.
         to_look_at: not to compute with, so that it may be quantised.
         known: headers of checkpoints that were opened before (`read_header`).
+        variant: of a folder with several sets of weights, which: `fp16` of `model.fp16.safetensors`. One without it is
+            opened as without.
 
     Raises:
         CheckpointError: it is missing, malformed, incomplete, or its index and its shards disagree.
@@ -141,9 +150,11 @@ def open_checkpoint(
     """
     name = name or str(path)
     if os.path.isdir(path):
-        files, stem = _weight_files(path)
-        own_config = beside(path, "config.json")
-        config = read_object(own_config) if own_config is not None else {}
+        files, stem = _weight_files(path, variant)
+        config = _config_in(path)
+    elif os.path.isfile(path) and is_index(path.name):
+        files, stem = _shards_beside(path), _stem_of(path.name)
+        config = _config_in(path.parent)
     elif os.path.isfile(path):
         _refuse_lone_shard(path.parent, path.name)
         if path.name.endswith(_OTHER_FORMATS):
@@ -169,6 +180,26 @@ def open_checkpoint(
     return checkpoint
 
 
+def _config_in(folder: Path) -> Mapping[str, Any]:
+    path = beside(folder, CONFIG)
+    return read_object(path) if path is not None else {}
+
+
+def is_index(name: str) -> bool:
+    """Whether a file is the index of shards, by its name."""
+    return _INDEX.fullmatch(name) is not None
+
+
+def variants_in(names: Collection[str]) -> dict[str, str]:
+    """Of a folder's file names, those of weights in a variant: `fp16` -> `model.fp16.safetensors`, or its index."""
+    found: dict[str, set[str]] = {}
+    for name in names:
+        match = _INDEX.fullmatch(name) or (None if _SHARD.fullmatch(name) else _VARIANT.fullmatch(name))
+        if match and match["variant"]:
+            found.setdefault(match["variant"], set()).add(name)
+    return {variant: next(iter(those)) for variant, those in sorted(found.items()) if len(those) == 1}
+
+
 def _stat(path: Path) -> os.stat_result:
     try:
         return os.stat(path)
@@ -176,18 +207,23 @@ def _stat(path: Path) -> os.stat_result:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}", hint=_UNREADABLE) from error
 
 
-def choose_weights(names: Collection[str]) -> str | None:
+def choose_weights(names: Collection[str], variant: str | None = None) -> str | None:
     """Of a folder's file names, the one that says what its weights are: an index, or the only weight file. None if
-    no choice is clear.
+    no choice is clear. The variant that is asked for comes first, if it is there; one that is the only set is taken.
 
     A library's own names come first (`model`, `diffusion_pytorch_model`, `open_clip_model`); adapters are not weights.
     """
+    variants = variants_in(names)
+    if variant in variants:
+        return variants[variant]
     indices = [name for name in names if name.endswith(_INDEX_SUFFIX)]
     files = [name for name in names if name.endswith(_SUFFIX) and name != _ADAPTER]
     for stem in WEIGHT_STEMS:
         own = [name for name in (stem + _INDEX_SUFFIX, stem + _SUFFIX) if name in names]
         if own:
             return own[0] if len(own) == 1 else None
+    if variants and not indices:
+        return next(iter(variants.values())) if len(variants) == 1 else None
     if len(indices) == 1:
         return indices[0]
     return files[0] if len(files) == 1 and not indices else None
@@ -222,36 +258,67 @@ def shards_of(index: Path) -> dict[str, set[str]]:
     return shards
 
 
-def _weight_files(folder: Path) -> tuple[dict[Path, set[str] | None], str]:
+def _weight_files(folder: Path, variant: str | None = None) -> tuple[dict[Path, set[str] | None], str]:
     """The folder's weight files, each with the tensors the index expects in it, and their stem."""
     try:
         names = set(os.listdir(folder))
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be read: {error.strerror}", hint=_UNREADABLE) from error
-    chosen = choose_weights(names)
+    chosen = choose_weights(names, variant)
     if chosen is None:
-        refuse_folder(str(folder), names)
+        refuse_folder(str(folder), names, components=_with_weights(folder, names))
     _refuse_lone_shard(folder, chosen)
-    if not chosen.endswith(_INDEX_SUFFIX):
-        return {folder / chosen: None}, chosen.removesuffix(_SUFFIX)
-    shards = shards_of(folder / chosen)
+    if not is_index(chosen):
+        return {folder / chosen: None}, _stem_of(chosen)
+    return _shards_beside(folder / chosen), _stem_of(chosen)
+
+
+def _with_weights(folder: Path, names: Collection[str]) -> list[str]:
+    """The subfolders that hold weights, as those of a pipeline's components do."""
+    found = []
+    for name in sorted(names):
+        with suppress(OSError):
+            if any(inner.endswith(_SUFFIX) for inner in os.listdir(folder / name)):
+                found.append(name)
+    return found
+
+
+def _stem_of(chosen: str) -> str:
+    """What an index or a weight file is called, its variant apart."""
+    match = _INDEX.fullmatch(chosen) or _VARIANT.fullmatch(chosen)
+    return match["stem"] if match else chosen.removesuffix(_SUFFIX)
+
+
+def _shards_beside(index: Path) -> dict[Path, set[str] | None]:
+    """The shards that an index names, each with the tensors that it expects in it."""
+    folder, shards = index.parent, shards_of(index)
     missing = sorted(shard for shard in shards if not os.path.isfile(folder / shard))  # however long a name is
     if missing:
         raise CheckpointError(
-            f"{folder / chosen} names {len(missing)} of {len(shards)} shards that are not there:\n{some(missing)}",
+            f"{index} names {len(missing)} of {len(shards)} shards that are not there:\n{some(missing)}",
             hint="The checkpoint is incomplete: copy or download the missing files.",
         )
-    return {folder / shard: tensors for shard, tensors in sorted(shards.items())}, chosen.removesuffix(_INDEX_SUFFIX)
+    return {folder / shard: tensors for shard, tensors in sorted(shards.items())}
 
 
-def refuse_folder(folder: str, names: Collection[str]) -> NoReturn:
+def refuse_folder(folder: str, names: Collection[str], *, components: Sequence[str] = ()) -> NoReturn:
     """Say why there is no choice of weights among a folder's (or a repository's) file names.
+
+    Args:
+        folder: what to call it.
+        names: of its files.
+        components: its subfolders that hold weights.
 
     Raises:
         CheckpointError: several sets of weights, or none.
         UnsupportedError: an adapter, or weights in another format only.
     """
     weights = sorted(name for name in names if name.endswith((_SUFFIX, _INDEX_SUFFIX)) and name != _ADAPTER)
+    if len(variants := variants_in(names)) > 1 and not any(_INDEX_SUFFIX in name for name in weights):
+        raise CheckpointError(
+            f"{folder} holds weights in several variants, and which one is meant is not clear:\n{some(list(variants))}",
+            hint=f"Say which: --variant {next(iter(variants))} (in a recipe variant:); or give the file or index.",
+        )
     if weights and all(_SHARD.fullmatch(name) for name in weights):
         raise CheckpointError(
             f"{folder} holds shards, but no index that says which belong together:\n{some(weights)}",
@@ -266,6 +333,11 @@ def refuse_folder(folder: str, names: Collection[str]) -> NoReturn:
         raise UnsupportedError(
             f"{folder} is a PEFT adapter, not a whole checkpoint",
             hint=_FOLD,
+        )
+    if components:
+        raise CheckpointError(
+            f"{folder} holds no weights itself; its components do:\n{some(components)}",
+            hint=f"Give one of them, as in {folder}/{components[0]}; each is edited by itself.",
         )
     other = sorted(name for name in names if name.endswith(_OTHER_FORMATS))
     if other:
@@ -291,7 +363,7 @@ def _refuse_lone_shard(folder: Path, file: str) -> None:
 
 def _stem_of_file(path: Path) -> str:
     """A lone file's stem where a library would look for it, else `model`."""
-    stem = path.name.removesuffix(_SUFFIX)
+    stem = _stem_of(path.name)
     return stem if stem in WEIGHT_STEMS else WEIGHT_STEMS[0]
 
 
@@ -316,15 +388,43 @@ def _refuse_shard(file: Path, held: Collection[str], expected: set[str]) -> None
     )
 
 
+QUANTIZATION = "quantization_config"
+
+
+def quantisation_said(config: Mapping[str, Any]) -> str | None:
+    """The method by which a config says that weights are quantised; None if it does not. It may have been left behind
+    when they were made whole again.
+    """
+    said = config.get(QUANTIZATION)
+    method = said.get("quant_method") if isinstance(said, Mapping) else None
+    return printable(str(method or "unnamed method")) if said else None
+
+
+def _codes_in(checkpoint: Checkpoint) -> str | None:
+    """A tensor that whole weights would not have: a matrix of whole numbers, a narrow float, a scale."""
+    for name, stored in checkpoint.tensors.items():
+        dtype = stored.info.dtype
+        matrix = dtype in _CODES and len(stored.info.shape) > 1 and not _MASK.search(name)
+        if matrix or dtype not in FLOAT_DTYPES | EXACT_DTYPES or _OF_CODES.search(name):
+            return name
+    return None
+
+
+_CODES = frozenset("I8 U8 I16 U16 I32 U32 I64 U64".split())
+_MASK = re.compile(r"(?:attn|attention)\.(?:masked_)?bias$|position_ids$|_index$|mask$")
+_OF_CODES = re.compile(
+    r"(?:scales?|scale_inv|zeros?|zero_points?|absmax|quant_map|codebooks?|codes|g_idx|SCB|lut|quant_state\.\S*)$"
+)
+
+
 def unsupported_in(checkpoint: Checkpoint) -> UnsupportedError | None:
     """Why it cannot be computed with: it is quantised, an adapter, or holds a tensor of a dtype that there is no
     arithmetic for.
     """
-    quantisation = checkpoint.config.get("quantization_config")
-    if quantisation:
-        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+    if (method := quantisation_said(checkpoint.config)) and (held := _codes_in(checkpoint)):
         return UnsupportedError(
-            f"{checkpoint.name} is quantised: its config.json has a quantization_config ({method or 'unnamed method'})",
+            f"{checkpoint.name} is quantised: its config.json has a quantization_config ({method}), and it holds "
+            f"{printable(held)} ({checkpoint.tensors[held].info.dtype})",
             hint=_DEQUANTISE,
         )
     for tensor, stored in checkpoint.tensors.items():

@@ -2,7 +2,8 @@
 written anew.
 
 Carried over is what a loader needs: config, tokenizer, generation config, chat template, processor, custom model code,
-licence. Never weights, pickles or training state, whatever they are called.
+licence, and the modules that `modules.json` names, with their weights. Never other weights, pickles or training state,
+whatever they are called. What else lies there is named.
 """
 
 from __future__ import annotations
@@ -11,21 +12,23 @@ import fnmatch
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lines_cli.checkpoint.reader import Checkpoint
-from lines_cli.errors import CheckpointError, printable
-from lines_cli.storage.beside import beside, read_object, refuse_link_out
-from lines_cli.storage.files import read_small
+from lines_cli.checkpoint.reader import QUANTIZATION, Checkpoint, quantisation_said
+from lines_cli.errors import CheckpointError, printable, some
+from lines_cli.storage.beside import beside, leads_out, read_json, read_object, refuse_link_out
+from lines_cli.storage.files import FETCH_LFS, LFS_POINTER, read_small
 from lines_cli.storage.names import CONFIG, MODEL_CARD, RECIPE
 
 GENERATION = "generation_config.json"
 _TOKENIZER_CONFIG, _CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+_ADDED_TOKENS = "added_tokens.json"
 
 TOKENIZER_FILES = tuple(
     """
@@ -37,7 +40,7 @@ TOKENIZER_FILES = tuple(
 CARRIED_FILES = (
     *TOKENIZER_FILES,
     *"*config*.json *processor*.json modules.json *_Pooling/config.json *.jinja *.py".split(),
-    *"LICENSE* LICENCE* NOTICE* USE_POLICY*".split(),
+    *"LICENSE* LICENCE* NOTICE* USE_POLICY* params.json config.y*ml".split(),
 )
 """Patterns of file names, relative to the folder, that an output folder takes over from an input."""
 
@@ -48,6 +51,26 @@ NEVER_CARRIED = tuple(
     """.split()
 )
 """Weights, pickles and training state, whatever pattern above they match."""
+
+_VOCABULARY_FILES = tuple(
+    """
+    tokenizer.json *vocab*.json vocab*.txt *merges.txt *.model *.spm *.tiktoken *.bpe bpe.codes spiece.* tekken.json
+    """.split()
+)
+_PROCESSOR_FILES = ("*processor*.json",)
+_TEMPLATE_FILES = ("chat_template*", "additional_chat_templates/*.jinja")
+MODULES = "modules.json"
+_DEEPEST = 4  # folders within a module's
+
+_NOT_MISSED = tuple(
+    """
+    .* *.md *.png *.jp*g *.gif *.webp *.svg *.pdf *.mp4 *.log *.safetensors *.index*.json pytorch_model* *_model.h5
+    *.gguf *.onnx *.msgpack *.ot training_args* trainer_* optimizer* scheduler* scaler.pt rng_state* adapter_* zero_*
+    *results*.json latest events.out* mergekit_config.y*ml lines_recipe.yaml
+    checkpoint-* global_step* onnx openvino runs wandb eval* logs
+    """.split()
+)
+"""Patterns of what may lie in a checkpoint's folder and is nothing to a loader of its weights."""
 
 _LARGEST = 512 * 2**20  # bytes: tokenizers have some 30 MB
 
@@ -70,12 +93,17 @@ class Sidecar:
             assert self.content is not None
             return self.content
         try:
-            return read_small(self.source, _LARGEST)
+            content = read_small(self.source, _LARGEST)
         except OSError as error:
             raise CheckpointError(
                 f"{self.source}: cannot be carried over: {error.strerror or error}",
                 hint="Check that it is a file and that you may read it. Move it away if it is not needed.",
             ) from error
+        if content.startswith(LFS_POINTER):
+            raise CheckpointError(
+                f"{self.source}: a Git LFS pointer, and not the file that it points to", hint=FETCH_LFS
+            )
+        return content
 
 
 def carried_files(folder: Path, patterns: Iterable[str] = CARRIED_FILES) -> dict[str, Path]:
@@ -90,7 +118,45 @@ def carried_files(folder: Path, patterns: Iterable[str] = CARRIED_FILES) -> dict
     for name in _names(folder, {pattern.rpartition("/")[0] for pattern in patterns}):
         if is_carried(name, patterns) and (path := beside(folder, name)) is not None:
             found[name] = path
+    for module in module_paths(folder) if patterns == CARRIED_FILES else ():
+        for name in _files_below(folder, module):
+            if is_of_a_module(name) and (path := beside(folder, name)) is not None:
+                found[name] = path
     return found
+
+
+def module_paths(folder: Path) -> list[str]:
+    """The folders within one that its `modules.json` names (sentence-transformers): `2_Dense`. A file that cannot be
+    read names none.
+
+    Raises:
+        CheckpointError: it is a link that leaves the folder.
+    """
+    path = beside(folder, MODULES)
+    modules: Any = None
+    if path is not None:
+        with suppress(CheckpointError):
+            modules = read_json(path)
+    named = [module.get("path") for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
+    return [name for name in dict.fromkeys(named) if isinstance(name, str) and not leads_out(name) and name != "."]
+
+
+def is_of_a_module(name: str) -> bool:
+    """Whether a file in a module's folder goes with it: its weights, too, but no pickles and no training state."""
+    return name.endswith((".safetensors", ".safetensors.index.json")) or not never_carried(name)
+
+
+def _files_below(folder: Path, within: str, depth: int = 0) -> Iterator[str]:
+    """The names of all files in a folder within `folder`, relative to that, hidden ones apart."""
+    refuse_link_out(folder, within)
+    if depth > _DEEPEST or not os.path.isdir(folder / within):
+        return
+    for entry in _listed(folder / within):
+        name = f"{within}/{entry}"
+        if os.path.isdir(folder / name):
+            yield from _files_below(folder, name, depth + 1)
+        elif not entry.startswith("."):
+            yield name
 
 
 def _names(folder: Path, subfolders: Collection[str]) -> list[str]:
@@ -137,6 +203,7 @@ def carry_over(
     stored: str | None,
     rows: Mapping[int, int],
     rows_of: Checkpoint,
+    vocabularies: Sequence[Collection[int]],
     tokenizer: Checkpoint | None = None,
     chat_template: Checkpoint | None = None,
 ) -> tuple[list[Sidecar], list[str]]:
@@ -152,6 +219,7 @@ def carry_over(
         stored: what most of the output's float entries are stored as, for a config of another input.
         rows: numbers of vocabulary rows that became another number.
         rows_of: the input whose number of rows that is: where there are any, its tokenizer goes with them.
+        vocabularies: for each input, how many rows its token embeddings and heads have.
         tokenizer, chat_template: the inputs to take these from, if they are named.
 
     Raises:
@@ -173,6 +241,16 @@ def carry_over(
             if not own:
                 which = "neither input" if len(inputs) == 2 else "no input"
                 notes.append(f"{which} is a folder with a config.json: the output folder holds weights only")
+    for each, name in zip(inputs, called, strict=True):
+        if said := quantisation_said(each.config):
+            notes.append(
+                f"the config.json of {name} says quantised ({said}), but its weights are whole; the output's does not"
+            )
+    if inputs[0].folder is not None:
+        notes += _left_behind(inputs[0].folder, own, called[0])
+    if not rows and tokenizer is None:
+        files, of_others = _with_what_it_lacks(files, inputs, called, vocabularies)
+        notes += of_others
     ids: Mapping[str, Any] | None = None
     if rows or tokenizer is not None:
         kept = tokenizer or rows_of
@@ -193,6 +271,11 @@ def carry_over(
     written: dict[str, bytes] = {}
     if chat_template is not None:
         files, written = _with_chat_template(files, chat_template)
+    elif not _has_template(files):
+        having = [name for other, name in zip(inputs[1:], called[1:], strict=True) if _has_template(_of(other))]
+        if having:
+            where = " and ".join(having)
+            notes.append(f"the output has no chat template, {where} has (in a recipe chat_template: takes it)")
     if CONFIG in files:
         config = read_object(files[CONFIG])
         followed = _follow(config, dtype=dtype, rows=rows, ids=ids)
@@ -212,9 +295,180 @@ def carry_over(
     return sorted(sidecars, key=lambda sidecar: sidecar.name == CONFIG), notes
 
 
+def _of(checkpoint: Checkpoint) -> dict[str, Path]:
+    return carried_files(checkpoint.folder, TOKENIZER_FILES) if checkpoint.folder else {}
+
+
+def _has_template(files: Mapping[str, Path]) -> bool:
+    """Whether there is a chat template among the files, or in the tokenizer's config."""
+    if any(_matches(name, _TEMPLATE_FILES) for name in files):
+        return True
+    with suppress(CheckpointError):
+        return _TOKENIZER_CONFIG in files and bool(read_object(files[_TOKENIZER_CONFIG]).get("chat_template"))
+    return False
+
+
+def _left_behind(folder: Path, carried: Mapping[str, Path], called: str) -> Iterator[str]:
+    """What is said of the modules that `modules.json` names, and of what else lies there and is not carried over."""
+    modules = module_paths(folder)
+    with_weights = [m for m in modules if any(n.startswith(f"{m}/") and n.endswith(".safetensors") for n in carried)]
+    if with_weights:
+        listed = ", ".join(map(printable, with_weights))
+        yield f"modules with weights of their own are those of {called} as they are: {listed}"
+    for module in modules:
+        there = list(_files_below(folder, module))
+        pickled = [name for name in there if not is_of_a_module(name) and _matches(name.rpartition("/")[2], _PICKLES)]
+        if not os.path.isdir(folder / module):
+            yield f"{MODULES} names {printable(module)}, which is not there: a loader will miss it"
+        elif pickled and module not in with_weights:
+            listed = ", ".join(map(printable, pickled))
+            yield (
+                f"the weights of {printable(module)}, which {MODULES} names, are a pickle and not copied: {listed}. "
+                "The output does not load without: copy them there if you trust them"
+            )
+    known = {name.partition("/")[0] for name in carried} | {module.partition("/")[0] for module in modules}
+    left = [name for name in _listed(folder) if name not in known and not _matches(name, _NOT_MISSED)]
+    left = [name if os.path.isfile(folder / name) else f"{name}/" for name in left if _may_be_read(folder / name)]
+    if left:
+        yield f"not carried over from {called}, and not known to be needed:\n{some(left)}"
+
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def _may_be_read(path: Path) -> bool:
+    """Whether a loader could want what lies there: a file, or a folder with a model's files in it."""
+    if os.path.islink(path) or not os.path.isdir(path):
+        return os.path.isfile(path)
+    with suppress(OSError):
+        return any(name == CONFIG or name.endswith(".safetensors") for name in os.listdir(path))
+    return False
+
+
+def _with_what_it_lacks(
+    files: Mapping[str, Path],
+    inputs: Sequence[Checkpoint],
+    called: Sequence[str],
+    vocabularies: Sequence[Collection[int]],
+) -> tuple[dict[str, Path], list[str]]:
+    """The files with a tokenizer or a processor of another input, where the first was saved without and the other's
+    fits: as many rows of token embeddings; the same type of model. And what to say of it.
+    """
+    found, notes = dict(files), list[str]()
+    lacks_tokenizer = not any(_matches(name, _VOCABULARY_FILES) for name in found)
+    lacks_processor = not any(_matches(name, _PROCESSOR_FILES) for name in found)
+    model_type = inputs[0].config.get("model_type")
+    for other, name, rows in zip(inputs[1:], called[1:], vocabularies[1:], strict=True):
+        theirs = _of(other) if lacks_tokenizer else {}
+        if any(_matches(file, _VOCABULARY_FILES) for file in theirs):
+            lacks_tokenizer = False
+            if rows and set(rows) == set(vocabularies[0]):
+                found = theirs | found
+                notes.append(
+                    f"{called[0]} has no tokenizer: that of {name} is taken, which has as many rows ({max(rows):,})"
+                )
+            else:
+                differ = f"{_counts(rows)} there, {_counts(vocabularies[0])} here"
+                notes.append(f"no tokenizer: {called[0]} has none, and that of {name} may not fit (rows: {differ})")
+        same = model_type is not None and other.config.get("model_type") == model_type
+        if lacks_processor and same and other.folder:
+            processor = carried_files(other.folder, _PROCESSOR_FILES)
+            if processor:
+                lacks_processor = False
+                found = processor | found
+                notes.append(f"{called[0]} has no processor: that of {name} is taken ({', '.join(sorted(processor))})")
+    return found, notes
+
+
+def _counts(rows: Collection[int]) -> str:
+    return " and ".join(f"{number:,}" for number in sorted(rows)) or "none known"
+
+
+_DECIDES = re.compile(
+    r"rope|rotary|(?:^|_)heads?(?:_|$)|window|(?:^|_)eps|epsilon|(?:^|_)act(?:ivation)?(?:_|$)|softcap|_scal(?:ar|e|ing)"
+    r"|multiplier|pre_attn|layer_types|norm_type|parallel_residual|attention_bias|position_embedding_type|patch_size"
+    r"|tie_word_embeddings|chunk_size|tokens?_ids?$"
+)
+"""Keys of a config that decide how weights are used."""
+_TOKEN_IDS = re.compile(r"tokens?_ids?$")
+
+
+def disagreements(inputs: Sequence[Checkpoint], called: Sequence[str], *, of_an_edit: bool) -> Iterator[str]:
+    """What is said of configs and tokenizers that use the weights in other ways than the first input's, which the
+    output has. Of an edit's base the ids of special tokens are no matter: a fine-tune may have other ones.
+
+    Args:
+        inputs: the one that the output is like, then the others.
+        called: what to call each.
+        of_an_edit: whether they are a fine-tune and its base.
+    """
+    first, own = inputs[0], dict(_deciding(inputs[0].config))
+    for other, name in zip(inputs[1:], called[1:], strict=True):
+        theirs = dict(_deciding(other.config))
+        if not theirs or not own or first.config.get("model_type") != other.config.get("model_type"):
+            continue
+        keys = [key for key in own | theirs if own.get(key) != theirs.get(key)]
+        keys = [key for key in keys if not (of_an_edit and _TOKEN_IDS.search(key))]
+        if keys:
+            differ = [f"{key}: {_shown(own.get(key))} and {_shown(theirs.get(key))}" for key in keys]
+            yield f"the configs of {called[0]}, which the output has, and of {name} differ:\n{some(differ, 16)}"
+    own_tokens = {} if of_an_edit else special_tokens(first)
+    for other, name in zip(inputs[1:], called[1:], strict=True):
+        tokens = special_tokens(other) if own_tokens else {}
+        ids = [token for token in sorted(own_tokens.keys() & tokens.keys()) if own_tokens[token] != tokens[token]]
+        if ids:
+            differ = [f"{token}: {_shown(own_tokens[token])} and {_shown(tokens[token])}" for token in ids]
+            yield (
+                f"the tokenizers of {called[0]}, which the output has, and of {name} have other special tokens under "
+                f"one id:\n{some(differ)}"
+            )
+
+
+def _deciding(config: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if key.endswith("_config") and isinstance(value, Mapping):
+            if key != QUANTIZATION:
+                yield from _deciding(value, f"{within}{key}.")
+        elif _DECIDES.search(key):
+            yield f"{within}{key}", value
+
+
+def _shown(value: Any) -> str:
+    text = "not there" if value is None else json.dumps(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
+
+
+_LONGEST_SHOWN = 80
+
+
+def special_tokens(checkpoint: Checkpoint) -> dict[int, str]:
+    """The tokens that a folder's tokenizer adds to its vocabulary, special ones among them, by id. None where the files
+    that say so are missing or of another form.
+    """
+    found: dict[int, str] = {}
+    files = _of(checkpoint)
+    with suppress(CheckpointError):
+        if "tokenizer.json" in files:
+            added = read_object(files["tokenizer.json"]).get("added_tokens")
+            for token in added if isinstance(added, list) else ():
+                if isinstance(token, dict) and type(token.get("id")) is int and isinstance(token.get("content"), str):
+                    found[token["id"]] = token["content"]
+    with suppress(CheckpointError):
+        if not found and _TOKENIZER_CONFIG in files:
+            decoder = read_object(files[_TOKENIZER_CONFIG]).get("added_tokens_decoder")
+            for number, token in decoder.items() if isinstance(decoder, dict) else ():
+                if number.isdecimal() and isinstance(token, dict) and isinstance(token.get("content"), str):
+                    found[int(number)] = token["content"]
+    with suppress(CheckpointError):
+        if not found and _ADDED_TOKENS in files:
+            added = read_object(files[_ADDED_TOKENS])
+            found = {number: content for content, number in added.items() if type(number) is int}
+    return found
+
+
 def _with_chat_template(files: Mapping[str, Path], source: Checkpoint) -> tuple[dict[str, Path], dict[str, bytes]]:
     """The files with another input's chat template: in files of its own, or in the tokenizer's config."""
-    patterns = ("chat_template*", "additional_chat_templates/*.jinja")
+    patterns = _TEMPLATE_FILES
     theirs = carried_files(source.folder, patterns) if source.folder else {}
     theirs_config = beside(source.folder, _TOKENIZER_CONFIG) if source.folder else None
     inside = read_object(theirs_config).get("chat_template") if theirs_config else None
@@ -282,6 +536,8 @@ def _follow(
     for key, value in config.items():
         if key in ("dtype", "torch_dtype") and dtype and isinstance(value, str):
             changed[key] = dtype
+        elif key == QUANTIZATION:  # left behind: what was opened is whole
+            del changed[key]
         elif key == "vocab_size" and type(value) is int and value in rows:
             changed[key] = rows[value]
         elif key.endswith("config") and isinstance(value, dict):
@@ -333,6 +589,7 @@ class Card:
         coefficients: per stack its name and the coefficient of each layer.
         outside: the coefficients outside the blocks, before and behind them.
         filters: parts of names, and the coefficient of the tensors that have them.
+        front: what the card of the one that the output is like says of licence, language and use.
     """
 
     title: str
@@ -346,16 +603,19 @@ class Card:
     coefficients: Iterable[tuple[str, Sequence[float]]]
     outside: tuple[float, float]
     filters: Iterable[tuple[str, float]]
+    front: Mapping[str, Any] = field(default_factory=dict)
 
 
 def model_card(card: Card) -> Sidecar:
     """A model card for the Hub: front matter, what was done, and with which coefficients."""
-    inputs = list(dict.fromkeys(_public_name(c) for c in (*((card.base,) if card.base else ()), *card.models)))
-    tags = ["lines", "merge", card.method.replace("_", "-")]
-    front = {"base_model": inputs, "base_model_relation": "merge", "tags": tags}
+    one = card.base is not None and len(card.models) == 1
+    front = dict(card.front)
+    inputs = (*((card.base,) if card.base else ()), *card.models)
+    if ids := list(dict.fromkeys(hub_id for checkpoint in inputs if (hub_id := _id_on_the_hub(checkpoint)))):
+        front |= {"base_model": ids, "base_model_relation": "finetune" if one else "merge"}
+    front["tags"] = ["lines"] if one else ["lines", "merge", card.method.replace("_", "-")]
     if library := _library(card.like):
         front["library_name"] = library
-    one = card.base is not None and len(card.models) == 1
     models = [f"| base | {_code(_public_name(card.base))} |"] if card.base else []
     models += [f"| {'fine-tune' if one else 'model'} | {_code(_public_name(model))} |" for model in card.models]
     rows = [
@@ -408,12 +668,15 @@ def _public_name(checkpoint: Checkpoint) -> str:
     """A Hub id as it is, also that of a folder in the Hub's cache; of any other path only the last part, since the rest
     is nobody's business.
     """
+    return _id_on_the_hub(checkpoint) or checkpoint.real.name
+
+
+def _id_on_the_hub(checkpoint: Checkpoint) -> str | None:
     if checkpoint.hub_id:
         return checkpoint.hub_id.partition("@")[0]
-    folder = checkpoint.real if checkpoint.folder is not None else checkpoint.real.parent
-    if cached := _IN_THE_CACHE.fullmatch("/".join(folder.parts[-3:])):
-        return f"{cached['owner']}/{cached['name']}"
-    return checkpoint.real.name
+    folder = checkpoint.real if checkpoint.path.is_dir() else checkpoint.real.parent
+    cached = _IN_THE_CACHE.fullmatch("/".join(folder.parts[-3:]))
+    return f"{cached['owner']}/{cached['name']}" if cached else None
 
 
 _IN_THE_CACHE = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/[0-9a-f]{40}", re.ASCII)

@@ -232,6 +232,15 @@ Resize = Annotated[
         "Shared rows are edited, rows that only the kept side has are copied, all others dropped.",
     ),
 ]
+Variant = Annotated[
+    str | None,
+    typer.Option(
+        "--variant",
+        metavar="NAME",
+        show_default="the weights without one",
+        help="Of a folder with several sets of weights the one of this name, as fp16 in model.fp16.safetensors.",
+    ),
+]
 AllowNonfinite = Annotated[
     bool,
     typer.Option(

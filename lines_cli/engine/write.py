@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from lines_cli.checkpoint.header import itemsize
+from lines_cli.checkpoint.header import COMPLEX, itemsize
 from lines_cli.engine.arithmetic import TORCH_DTYPES, add_scaled, cast, is_finite, same_nan, task_vector
 from lines_cli.engine.chunks import Chunk, PlanChunk
 from lines_cli.engine.measure import Measurement
 from lines_cli.engine.merge_chunk import Merged, merge_chunk, nonfinite_behind
 from lines_cli.engine.workers import ALLOW_NONFINITE, Worker
-from lines_cli.errors import DataError, printable
+from lines_cli.errors import DataError, MismatchError, printable
 from lines_cli.methods import Drawn
 from lines_cli.plan.coefficients import to_float32
 from lines_cli.plan.plan import Plan, TensorPlan
@@ -169,6 +169,11 @@ class Write:
         else:
             loaded = worker.read(chunk, copy)
             if chunk.segment.compare and (differing := self._compare(worker, chunk, loaded.raw)):
+                if dtype == COMPLEX:
+                    raise MismatchError(
+                        f"tensor {printable(name)} is complex, and not the same in {' and '.join(differing)}",
+                        hint="Complex numbers are not computed with: --filter NAME=keep or NAME=base takes one side's.",
+                    )
                 tally.differing.setdefault(name, {}).update(dict.fromkeys(differing))
             if (
                 self.draws

@@ -21,14 +21,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lines_cli.checkpoint.reader import choose_weights, refuse_folder, shards_of
-from lines_cli.checkpoint.sidecars import is_carried
+from lines_cli.checkpoint.reader import choose_weights, is_index, refuse_folder, shards_of
+from lines_cli.checkpoint.sidecars import MODULES, is_carried, is_of_a_module, module_paths
 from lines_cli.errors import CheckpointError, HubError, LinesError, some, without_secrets
 from lines_cli.storage.beside import leads_out
-from lines_cli.storage.names import WEIGHT_STEMS
+from lines_cli.storage.names import MODEL_CARD, WEIGHT_STEMS
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9_][\w.-]*/[\w.-]+)(?:@(?P<revision>.*))?", re.ASCII | re.DOTALL)
 _NOT_IN_A_REVISION = re.compile(r"[\s\x00-\x1f\x7f\\:?*~^\[]|\.\.|//|^[/-]|/$|^$")
+_WEIGHTS = ".safetensors"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -50,13 +51,14 @@ class Located:
 @dataclass(frozen=True, slots=True)
 class _Asked:
     """What is wanted of the Hub: the name as given, and its parts. A revision of None is the default branch. Of the
-    files that are neither weights nor carried over those in `also`.
+    files that are neither weights nor carried over those in `also`; of several sets of weights the `variant`.
     """
 
     name: str
     repo: str
     revision: str | None
     also: tuple[str, ...] = ()
+    variant: str | None = None
 
     def at(self, snapshot: Path) -> Located:
         """The client keeps a commit's files in a folder named after the commit."""
@@ -68,13 +70,14 @@ def is_missing(name: str) -> bool:
     return not os.path.exists(os.path.expanduser(name)) and _HUB_ID.fullmatch(name) is None
 
 
-def locate(name: str, *, quiet: bool = False, also: tuple[str, ...] = ()) -> Located:
+def locate(name: str, *, quiet: bool = False, also: tuple[str, ...] = (), variant: str | None = None) -> Located:
     """Find a checkpoint by path or, where there is no such path, by its Hub id `org/name[@revision]`.
 
     Args:
         name: as a person or a recipe gives it. `~` is expanded.
         quiet: no progress bars; there are none where stderr is no terminal, either.
         also: names of files that are wanted, too, where the repository has them.
+        variant: of several sets of weights, which, where the repository has it (`open_checkpoint`).
 
     Raises:
         CheckpointError: it is neither a path that exists nor a Hub id, or the repository holds no clear set of weights.
@@ -105,7 +108,7 @@ def locate(name: str, *, quiet: bool = False, also: tuple[str, ...] = ()) -> Loc
         ) from error
     if quiet or not sys.stderr.isatty():
         disable_progress_bars()
-    return _fetch(_Asked(name, match["repo"], revision, also))
+    return _fetch(_Asked(name, match["repo"], revision, also, variant))
 
 
 def _fetch(asked: _Asked) -> Located:
@@ -128,6 +131,8 @@ def _fetch(asked: _Asked) -> Located:
         first = Path(hf_hub_download(asked.repo, chosen, revision=asked.revision))
         if first.parent.name != commit:  # pushed to since
             first = Path(hf_hub_download(asked.repo, chosen, revision=commit))
+        if MODULES in names:  # which says what else is needed
+            hf_hub_download(asked.repo, MODULES, revision=commit)
         wanted = _wanted(asked, names, first)
         if missing := sorted(set(wanted) - names):
             raise CheckpointError(f"{asked.name}: its {chosen} names shards that {asked.repo} lacks:\n{some(missing)}")
@@ -170,7 +175,7 @@ def _from_cache(asked: _Asked, why: str) -> Located:
     names = _cached_listing(asked.repo, snapshot.name)
     if names is None:
         names = {file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*") if file.is_file()}
-        chosen = choose_weights({name for name in names if "/" not in name})
+        chosen = choose_weights({name for name in names if "/" not in name}, asked.variant)
         if chosen is None or chosen.partition(".")[0] not in WEIGHT_STEMS:
             raise refusal("whether the copy in the Hub's cache is complete is not known", as_it_is)
     else:
@@ -198,13 +203,20 @@ def _cached_listing(repo: str, commit: str) -> set[str] | None:
 def _choose(asked: _Asked, names: Collection[str]) -> str:
     """The index or the weight file that the repository's weights hang on."""
     top = {name for name in names if "/" not in name}
-    return choose_weights(top) or refuse_folder(f"{asked.name} (on the Hub)", top)
+    components = sorted({name.partition("/")[0] for name in names if name.count("/") == 1 and name.endswith(_WEIGHTS)})
+    chosen = choose_weights(top, asked.variant)
+    return chosen or refuse_folder(f"{asked.name} (on the Hub)", top, components=components)
 
 
 def _wanted(asked: _Asked, names: Collection[str], chosen: Path) -> list[str]:
     """The files to fetch, `chosen` (which is here already) among them. None leads out of the snapshot's folder."""
-    shards = shards_of(chosen) if chosen.name.endswith(".index.json") else ()
-    beside = sorted(name for name in names if is_carried(name) or name in asked.also)
+    shards = shards_of(chosen) if is_index(chosen.name) else ()
+    modules = tuple(f"{path}/" for path in module_paths(chosen.parent))
+    beside = sorted(
+        name
+        for name in names
+        if is_carried(name) or name in (MODEL_CARD, *asked.also) or (name.startswith(modules) and is_of_a_module(name))
+    )
     wanted = [chosen.name, *shards, *beside]
     for name in wanted:
         if leads_out(name):

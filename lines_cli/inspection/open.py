@@ -266,9 +266,13 @@ def open_merge(recipe: Recipe, *, quiet: bool = False) -> Inspection:
     return _against(recipe.base_model, names, recipe, "merge", quiet=quiet)
 
 
-def _opened(name: str, *, to_look_at: bool, quiet: bool, known: Known | None = None) -> Checkpoint:
-    found = locate(name, quiet=quiet)
-    return open_checkpoint(found.path, name=found.name, hub_id=found.hub_id, to_look_at=to_look_at, known=known)
+def _opened(
+    name: str, *, to_look_at: bool, quiet: bool, known: Known | None = None, variant: str | None = None
+) -> Checkpoint:
+    found = locate(name, quiet=quiet, variant=variant)
+    return open_checkpoint(
+        found.path, name=found.name, hub_id=found.hub_id, to_look_at=to_look_at, known=known, variant=variant
+    )
 
 
 def _alone(name: str, scaling: Mapping[str, Any], *, quiet: bool) -> Inspection:
@@ -312,7 +316,9 @@ def _alone(name: str, scaling: Mapping[str, Any], *, quiet: bool) -> Inspection:
 
 def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, quiet: bool) -> Inspection:
     known: Known = {}
-    opened = [_opened(name, to_look_at=False, quiet=quiet, known=known) for name in (base, *names)]
+    opened = [
+        _opened(name, to_look_at=False, quiet=quiet, known=known, variant=recipe.variant) for name in (base, *names)
+    ]
     _refuse_twice(opened)
     notes: list[str] = []
     pairing = _pairing(base, names, recipe, recipe.like if of == "merge" else "ft")

@@ -98,6 +98,7 @@ _PROBLEMS = {
     "nonfinite": "tensors with NaN or Inf",
     "beyond": "tensors with values that a narrower dtype cannot hold",
     "zero": "tensors of zeros",
+    "empty": "tensors of size 0",
     "same": "tensors that are another's duplicate",
     "changed_files": "files that are not as lines wrote them",
 }
@@ -406,6 +407,7 @@ def _health(inspection: Inspection, findings: Findings, side: int) -> Report:
             for name, dtypes in beyond.items()
             if dtypes
         ],
+        "empty": [name for name, stored in checkpoint.tensors.items() if 0 in stored.info.shape],
         "zero": [
             name for name, found in seen.items() if found.low == found.high == 0 and not found.nan and not found.inf
         ],

@@ -409,6 +409,7 @@ def _health(report: Sequence[Report], *, full: bool) -> Section:
             ("NaN, Inf", health["nonfinite"], lambda e: f"{e['tensor']}: {e['nan']:,} NaN, {e['inf']:,} Inf"),
             ("range", health["beyond"], _beyond),
             ("zero", health["zero"], str),
+            ("empty", health["empty"], str),
             ("same", health["same"], lambda e: f"{e['tensor']} is {e['as']}"),
             ("changed", list(health["changed_files"].items()), lambda e: f"{e[0]}: {e[1]}"),
         )

@@ -26,10 +26,10 @@ from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.layout import lay_out_files
 from lines_cli.plan.match import match_names, settle_missing
 from lines_cli.plan.plan import Plan
-from lines_cli.plan.resolve import UNSCALED, decided
+from lines_cli.plan.resolve import UNSCALED, decided, settle_misfits
 from lines_cli.plan.sidecars import with_sidecars
 from lines_cli.plan.statistics import NOTHING_MEASURED, Needs
-from lines_cli.plan.tensors import TensorSpec, refuse_misfits, specify_tensors
+from lines_cli.plan.tensors import TensorSpec, refuse_empty, refuse_misfits, specify_tensors
 from lines_cli.recipe.schema import Recipe
 from lines_cli.scaling.find_depth import DepthMap, find_depth
 from lines_cli.scaling.schedule import Rules
@@ -68,7 +68,9 @@ def make_plan(recipe: Recipe, inputs: Inputs, output: Path) -> Plan:
             "matches"
         )
     specified = specify_tensors(recipe, inputs, depth, rules, rows)
-    refuse_misfits(specified, inputs)
+    refuse_empty(inputs, {spec.name: rows[spec.name] for spec in specified if spec.misfit})
+    specified = settle_misfits(specified, recipe, inputs, rows, depth, rules, notes)
+    refuse_misfits(specified, recipe, inputs)
     specs = {spec.name: spec for spec in specified}
     resized = {other: spec.rows[1] for spec in specs.values() if spec.rows for other in sorted(spec.rows[0])}
     if resized:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,11 +34,20 @@ def open_inputs(recipe: Recipe, *, quiet: bool = False) -> Inputs:
 
     def opening(name: str) -> Checkpoint:
         if name not in opened:
-            found = locate(name, quiet=quiet)
-            opened[name] = open_checkpoint(found.path, name=found.name, hub_id=found.hub_id, known=known)
+            found = locate(name, quiet=quiet, variant=recipe.variant)
+            opened[name] = open_checkpoint(
+                found.path, name=found.name, hub_id=found.hub_id, known=known, variant=recipe.variant
+            )
         return opened[name]
 
-    return inputs_of(recipe, *map(opening, names))
+    inputs = inputs_of(recipe, *map(opening, names))
+    files = [file.name for checkpoint in inputs.checkpoints for file in checkpoint.files]
+    if recipe.variant is not None and not any(re.search(rf"\.{recipe.variant}[.-]", name) for name in files):
+        raise CheckpointError(
+            f"variant {recipe.variant}: no input has weights of that variant",
+            hint="Leave it out, or check its spelling.",
+        )
+    return inputs
 
 
 def inputs_of(recipe: Recipe, *checkpoints: Checkpoint) -> Inputs:

@@ -3,21 +3,87 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from lines_cli.checkpoint.header import EXACT_DTYPES, TensorInfo
+from lines_cli.checkpoint.header import COMPLEX, EXACT_DTYPES, TensorInfo
 from lines_cli.checkpoint.reader import gc_paused
 from lines_cli.errors import (
     MismatchError,
+    printable,
+    some,
 )
 from lines_cli.plan.coefficients import coefficient_of, rounded_coefficient
 from lines_cli.plan.inputs import Inputs
+from lines_cli.plan.match import Names
 from lines_cli.plan.plan import Plan, TensorPlan
 from lines_cli.plan.sidecars import with_numbers
 from lines_cli.plan.statistics import Needs, Statistics
-from lines_cli.plan.tensors import Segment, TensorSpec, is_alone
-from lines_cli.recipe.schema import Scaling
+from lines_cli.plan.tensors import Segment, TensorSpec, is_alone, taken_whole
+from lines_cli.recipe.schema import Recipe, Scaling
+from lines_cli.scaling.find_depth import DepthMap
+from lines_cli.scaling.schedule import Rules
+
+
+def settle_misfits(
+    specs: Sequence[TensorSpec],
+    recipe: Recipe,
+    inputs: Inputs,
+    rows: Mapping[str, Names],
+    depth: DepthMap,
+    rules: Rules,
+    notes: list[str],
+) -> list[TensorSpec]:
+    """The specs, where what does not fit together is taken whole from one input if that is all that is asked of it:
+    its coefficient is 0 or 1, or the recipe says whose it is. Nothing is computed with it.
+
+    Args:
+        specs: of `specify_tensors`.
+        recipe, inputs, rows, depth, rules: what they were made of.
+        notes: gets a line for every input from which some are taken.
+    """
+    settled, taken = [], dict[int, list[TensorSpec]]()
+    for spec in specs:
+        side = _side_kept(spec, recipe, inputs, depth, rules) if spec.misfit else None
+        there = None if side is None else rows[spec.name][side]
+        if side is not None and there is not None:
+            taken.setdefault(side, []).append(spec)
+            spec = taken_whole(spec, recipe, inputs, side, there)  # noqa: PLW2901 - what has become of it
+        settled.append(spec)
+    for side, of_it in taken.items():
+        listed = some([f"{printable(spec.name)}: {spec.misfit}" for spec in of_it])
+        config = "" if side == inputs.lead else f"; the config is that of {inputs.called(inputs.lead)}: does it fit?"
+        whose = f"copied from {inputs.called(side)}{config}"
+        notes.append(f"{len(of_it):,} tensor(s) differ in shape or kind, and are {whose}\n{listed}")
+    return settled
+
+
+def _side_kept(spec: TensorSpec, recipe: Recipe, inputs: Inputs, depth: DepthMap, rules: Rules) -> int | None:
+    """The number of the input whose tensor is asked for as it is, if one is."""
+    coefficient = coefficient_of(recipe, depth, rules, spec)
+    rounded = rounded_coefficient(spec.name, coefficient, in_float64=False)
+    first_model = 1 if inputs.has_base else 0
+    counting = _counting(recipe, spec)
+    if inputs.has_base and (rounded == 0 or not counting):
+        return 0
+    if (not inputs.has_base or rounded == 1) and len(counting) == 1 and _is_itself(recipe, spec, counting[0]):
+        return first_model + counting[0]
+    if recipe.missing == "ft" and not spec.inside:
+        return first_model
+    return inputs.lead if recipe.missing == "copy" and not spec.inside else None
+
+
+def _counting(recipe: Recipe, spec: TensorSpec) -> list[int]:
+    """The models that have a weight other than 0 for a tensor; all, where models have no weights."""
+    weights = spec.values.get("weight")
+    numbers = range(len(recipe.merged))
+    return [number for number in numbers if not isinstance(weights, tuple) or weights[number] != 0]
+
+
+def _is_itself(recipe: Recipe, spec: TensorSpec, model: int) -> bool:
+    """Whether merging gives one model as it is, where the others count for nothing."""
+    of_it = {key: (value[model],) if isinstance(value, tuple) else value for key, value in spec.values.items()}
+    return recipe.method.one_is_itself(of_it)
 
 
 @gc_paused()
@@ -95,10 +161,15 @@ def _segments(plan: Plan, spec: TensorSpec, coefficient: float) -> tuple[Segment
     formula is not exact there.
 
     Integers and booleans have no task vector: they are those of the input that the output is like, and of the base
-    where the coefficient is 0. In a merge the others are compared.
+    where the coefficient is 0. In a merge the others are compared; and of complex numbers those of an edit, too, unless
+    the coefficient asks for one side's.
     """
     if spec.dtype in EXACT_DTYPES:
-        return tuple(_copied_whole(plan.inputs, segment, of_base=coefficient == 0) for segment in spec.segments)
+        asked = spec.dtype != COMPLEX or (plan.inputs.has_base and coefficient == 0)
+        asked = asked or (coefficient == 1 and is_alone(plan.recipe, spec.values))
+        return tuple(
+            _copied_whole(plan.inputs, segment, of_base=coefficient == 0, alike=not asked) for segment in spec.segments
+        )
     if plan.needs:  # measured is what the inputs hold, whatever becomes of it
         return spec.segments
     has_base = plan.inputs.has_base
@@ -111,11 +182,11 @@ def _segments(plan: Plan, spec: TensorSpec, coefficient: float) -> tuple[Segment
     return spec.segments
 
 
-def _copied_whole(inputs: Inputs, segment: Segment, *, of_base: bool) -> Segment:
-    """Integers or booleans: a copy of one input's."""
+def _copied_whole(inputs: Inputs, segment: Segment, *, of_base: bool, alike: bool) -> Segment:
+    """What is never computed with: a copy of one input's, that others are compared with if all should be `alike`."""
     if segment.copy is not None:
         return segment
     ranges = (*((segment.base,) if segment.base else ()), *segment.models)
     copied = segment.base if of_base and segment.base else ranges[inputs.lead]
-    others = () if inputs.of_an_edit else tuple(source for source in ranges if source is not copied)
+    others = () if inputs.of_an_edit and not alike else tuple(source for source in ranges if source is not copied)
     return Segment(segment.start, segment.numel, copy=copied, compare=others)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from lines_cli.checkpoint.reader import Checkpoint
-from lines_cli.checkpoint.sidecars import Card, Sidecar, carry_over, index_file, model_card
+from lines_cli.checkpoint.sidecars import Card, Sidecar, carry_over, disagreements, index_file, model_card
 from lines_cli.errors import (
     RecipeError,
 )
@@ -16,8 +17,11 @@ from lines_cli.plan.identity import inputs_by_name, inputs_read, named_inputs, r
 from lines_cli.plan.plan import Plan
 from lines_cli.plan.tensors import STORED, is_alone
 from lines_cli.plan.tied_weights import is_vocabulary
+from lines_cli.recipe.plain_yaml import YamlError, read_yaml
 from lines_cli.recipe.yaml_file import dump_recipe, dump_record
+from lines_cli.storage.beside import beside
 from lines_cli.storage.digest import FileRecord, record_of
+from lines_cli.storage.files import read_small
 from lines_cli.storage.names import MODEL_CARD, RECIPE
 
 
@@ -46,9 +50,19 @@ def with_sidecars(plan: Plan) -> Plan:
         stored=_most_common_dtype(plan),
         rows=plan.rows,
         rows_of=inputs.checkpoints[0] if recipe.resize == "base" else inputs.models[0],
+        vocabularies=[_vocabularies(inputs.checkpoints[number]) for number in order],
         tokenizer=tokenizer,
         chat_template=named(recipe.chat_template),
     )
+    notes += disagreements(
+        [inputs.checkpoints[number] for number in order],
+        [inputs.called(number) for number in order],
+        of_an_edit=inputs.of_an_edit,
+    )
+    licences = {_shown_licence(_front_of(checkpoint)): checkpoint.name for checkpoint in inputs.checkpoints}
+    if len(licences.keys() - {""}) > 1:
+        each = " and ".join(f"{said or 'none'} ({name})" for said, name in licences.items())
+        notes.append(f"the inputs' model cards name other licences: {each}; the card has that of {inputs.leading.name}")
     sidecars = [*carried, *with_numbers(plan)]
     if len(plan.outputs) > 1:
         weight_map = {tensor.name: plan.outputs[tensor.file].name for tensor in plan.tensors}
@@ -103,9 +117,38 @@ def with_numbers(plan: Plan) -> tuple[Sidecar, Sidecar]:
             coefficients=plan.coefficients(),
             outside=plan.outside(),
             filters=plan.filters(),
+            front=_front_of(inputs.leading),
         )
     )
     return card, Sidecar(RECIPE, content=text.encode())
+
+
+_TAKEN_OVER = ("license", "license_name", "license_link", "language", "pipeline_tag")
+
+
+def _front_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the front matter of a checkpoint's model card says of licence, language and use."""
+    path = beside(checkpoint.folder, MODEL_CARD) if checkpoint.folder else None
+    values: Any = None
+    if path is not None:
+        with suppress(OSError, UnicodeDecodeError, YamlError):
+            begin, _, rest = read_small(path, _LARGEST_CARD).decode("utf-8").replace("\r\n", "\n").partition("---\n")
+            values = None if begin.strip() else read_yaml(rest.partition("\n---")[0])[0]
+    found = {key: values[key] for key in _TAKEN_OVER if key in values} if isinstance(values, dict) else {}
+    return {key: value for key, value in found.items() if _is_said(value)}
+
+
+_LARGEST_CARD = 2**20
+
+
+def _is_said(value: Any) -> bool:
+    """Whether it is a word, or a list of words."""
+    words = value if isinstance(value, list) else [value]
+    return bool(words) and all(isinstance(word, str) and word.isprintable() for word in words)
+
+
+def _shown_licence(front: Mapping[str, Any]) -> str:
+    return str(front.get("license_name") or front.get("license") or "")
 
 
 def _vocabularies(checkpoint: Checkpoint) -> set[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
@@ -77,6 +79,8 @@ class TensorSpec(NamedTuple):
     rows: tuple[frozenset[int], int] | None = None  # numbers of vocabulary rows, where they differ: others', the kept
     paired: bool = True  # whether all inputs have it; otherwise it is a copy of the one that does
     misfit: str | None = None
+    may_resize: bool = False  # of a misfit: whether `resize` would settle it
+    inside: bool = False  # whether it stands in a block
 
 
 @gc_paused()
@@ -118,7 +122,7 @@ def specify_tensors(
                 infos,
                 decided_by=rules.filter_of(counts_as),
                 may_resize=place is None and is_vocabulary(name),
-            )
+            )._replace(inside=place is not None)
         )
     for key, parameter in recipe.method.parameters.items():
         silent = [spec.name for spec in specs if parameter.required and spec.paired and spec.values[key] is None]
@@ -130,22 +134,107 @@ def specify_tensors(
     return specs
 
 
-def refuse_misfits(specs: Sequence[TensorSpec], inputs: Inputs) -> None:
-    """Refuse inputs that do not fit together.
+def taken_whole(spec: TensorSpec, recipe: Recipe, inputs: Inputs, side: int, there: str) -> TensorSpec:
+    """A tensor that cannot be merged as one input has it, under the name `there`."""
+    first_file = sum(len(checkpoint.files) for checkpoint in inputs.checkpoints[:side])
+    file, info = inputs.checkpoints[side].tensors[there]
+    whole = Segment(0, info.numel, copy=SourceRange(first_file + file, info.offset, info.dtype))
+    kept = spec._replace(dtype=_written_as(recipe, info.dtype), shape=info.shape, segments=(whole,))
+    return kept._replace(in_float64=False, paired=False, misfit=None)
+
+
+def refuse_empty(inputs: Inputs, rows: Mapping[str, Names]) -> None:
+    """Refuse an input whose tensors hold nothing where another's hold something: a sharded training run that was saved
+    without its weights leaves such.
+
+    Raises:
+        MismatchError: names the input and the tensors.
+    """
+    empty: dict[int, list[str]] = {}
+    for name, row in rows.items():
+        numels = {
+            side: inputs.checkpoints[side].tensors[there].info.numel
+            for side, there in enumerate(row)
+            if there is not None
+        }
+        if 0 in numels.values() and any(numels.values()):
+            for side in [side for side, numel in numels.items() if not numel]:
+                empty.setdefault(side, []).append(name)
+    for side, names in empty.items():
+        checkpoint = inputs.checkpoints[side]
+        raise MismatchError(
+            f"{len(names):,} of {len(checkpoint.tensors):,} tensors of {checkpoint.name} are empty (size 0), and not "
+            f"in the other input(s):\n{some(names)}",
+            hint="It was saved without its weights, as DeepSpeed ZeRO-3 does by default: gather them on saving "
+            "(stage3_gather_16bit_weights_on_model_save) or afterwards (zero_to_fp32.py), and give that.",
+        )
+
+
+def refuse_misfits(specs: Sequence[TensorSpec], recipe: Recipe, inputs: Inputs) -> None:
+    """Refuse inputs that do not fit together, with the ways to keep one side's.
 
     Raises:
         MismatchError: names every misfit.
     """
-    misfits = [f"{printable(spec.name)}: {spec.misfit}" for spec in specs if spec.misfit]
-    if misfits:
-        between = " and ".join(checkpoint.name for checkpoint in inputs.checkpoints)
+    misfits = [spec for spec in specs if spec.misfit]
+    if not misfits:
+        return
+    between = " and ".join(checkpoint.name for checkpoint in inputs.checkpoints)
+    listed = some([f"{printable(spec.name)}: {spec.misfit}" for spec in misfits])
+    ways = _ways_of_an_edit(misfits, specs) if inputs.of_an_edit else _ways_of_a_merge(misfits, specs, recipe, inputs)
+    if any(spec.may_resize for spec in misfits):
         said = "--resize ft or --resize base" if inputs.of_an_edit else "resize: base or resize: ft in the recipe"
-        raise MismatchError(
-            f"{len(misfits):,} tensor(s) do not fit between {between} "
-            f"({'base first' if inputs.has_base else 'in that order'}):\n{some(misfits)}",
-            hint=f"Rows of token embeddings and their heads can be settled with {said}; "
-            "any other difference means that the fine-tune is of another model, or its module was replaced.",
+        ways.insert(0, f"Rows of token embeddings and their heads can be settled with {said}.")
+    if 2 * len(misfits) > sum(spec.paired for spec in specs):
+        ways.insert(0, "Most tensors do not fit: are these inputs of one model?")
+    raise MismatchError(
+        f"{len(misfits):,} tensor(s) do not fit between {between} "
+        f"({'base first' if inputs.has_base else 'in that order'}):\n{listed}",
+        hint="\n".join(ways),
+    )
+
+
+def _ways_of_an_edit(misfits: Sequence[TensorSpec], specs: Sequence[TensorSpec]) -> list[str]:
+    patterns = _patterns(misfits, specs)
+    keep, base = (
+        " ".join(f"--filter {shlex.quote(f'{pattern}={rule}')}" for pattern in patterns) for rule in ("keep", "base")
+    )
+    also = "" if any(spec.inside for spec in misfits) else "; so does --missing ft, or --outside keep"
+    return [f"{keep} takes the fine-tune's as it is{also}.", f"{base} takes the base's."]
+
+
+def _ways_of_a_merge(
+    misfits: Sequence[TensorSpec], specs: Sequence[TensorSpec], recipe: Recipe, inputs: Inputs
+) -> list[str]:
+    ways = []
+    if not all(spec.inside for spec in misfits):
+        first, lead = inputs.models[0].name, inputs.leading.name
+        ways.append(
+            f"Outside the blocks, missing: ft in the recipe takes such a tensor as it is from {first}, and missing: "
+            f"copy from {lead}, which the output is like."
         )
+    if recipe.lines is not None and inputs.has_base:
+        rules = ", ".join(f"{json.dumps(pattern)}: base" for pattern in _patterns(misfits, specs))
+        ways.append(f"lines.filter: {{{rules}}} takes the base's.")
+    if "weight" in recipe.method.parameters:
+        part = json.dumps(_patterns(misfits, specs)[0])
+        ways.append(
+            f"A weight of 0 for all models but one ({{filter: {part}, value: 0}}), and of 1 for that, takes that one's."
+        )
+    return ways or ["Leave out the model whose tensors differ."]
+
+
+_MOST_PATTERNS = 4
+
+
+def _patterns(misfits: Sequence[TensorSpec], specs: Sequence[TensorSpec]) -> list[str]:
+    """Parts of names that are those of the misfits and of no tensor that fits: their modules', else their own."""
+    fitting = [spec.counts_as for spec in specs if not spec.misfit]
+    modules = dict.fromkeys(spec.counts_as.rpartition(".")[0] or spec.counts_as for spec in misfits)
+    names = dict.fromkeys(spec.counts_as for spec in misfits)
+    own = [module for module in modules if not any(module in name for name in fitting)]
+    patterns = own + [name for name in names if not any(module in name for module in own)]
+    return [printable(pattern) for pattern in patterns[:_MOST_PATTERNS]]
 
 
 def refuse_idle_filters(rules: Rules, names: Collection[str]) -> None:
@@ -210,7 +299,7 @@ def _specify(
     if axis is None or recipe.resize == "error":
         if axis is not None:
             misfit += f", which {'--resize' if inputs.of_an_edit else 'resize:'} would settle"
-        return TensorSpec(*begun, dtype, lead.shape, filter=decided_by, misfit=misfit)
+        return TensorSpec(*begun, dtype, lead.shape, filter=decided_by, misfit=misfit, may_resize=axis is not None)
     keeping = 0 if recipe.resize == "base" else len(ranges) - len(models)
     kept, source = infos[keeping], ranges[keeping]
     shared = min(info.numel for info in infos)

@@ -323,13 +323,15 @@ class Recipe(_Part):
         tokenizer_source, chat_template: `base`, or one of the models; None takes the input that the output is like.
         like: which input gives the output its names, dtypes, integer tensors, config and other files: the `base`
             (the first model where there is none), or the (first) fine-tune.
-        prefix: what the names of one input begin with and those of another lack, ending at a dot; empty for none. Unless
-            given, it is found.
+        prefix: what the names of one input begin with and those of another lack, ending at a dot; empty for none.
+            Unless given, it is found.
         missing: a tensor that some inputs lack is an `error`; taken as it is if a fine-tune has it (`ft`); a `copy` of
             whichever has it, the base before the models; or left out (`skip`).
         missing_in_blocks: how many of these lie inside blocks; any other number than there are is an error.
         resize: token embeddings and heads with differing numbers of rows are an `error`, or take the rows of the
             (first) fine-tune (`ft`) or the `base`.
+        variant: of a folder with several sets of weights the one of this name, as `fp16` in `model.fp16.safetensors`;
+            inputs that do not have it are read as without.
         allow_nonfinite: let NaN and Inf through.
         max_shard_size: bytes of tensors per file of the output folder.
         output: the destination, unless the command line names another.
@@ -351,6 +353,7 @@ class Recipe(_Part):
     missing: Literal["error", "ft", "copy", "skip"] = "error"
     missing_in_blocks: Annotated[int | None, BeforeValidator(_no_flag), Field(ge=0)] = None
     resize: Literal["error", "ft", "base"] = "error"
+    variant: Annotated[str, Field(pattern=r"^[\w-]+$")] | None = None
     allow_nonfinite: bool = False
     max_shard_size: Size = parse_size("5GB")
     output: InputName | None = Field(default=None, exclude=True)

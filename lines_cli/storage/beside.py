@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lines_cli.errors import CheckpointError, some
-from lines_cli.storage.files import read_small
+from lines_cli.storage.files import FETCH_LFS, LFS_POINTER, read_small
 
 LARGEST_JSON = 16 * 2**20
 """Bytes of a JSON file that is parsed."""
@@ -107,6 +107,8 @@ def read_json(path: Path, most: int = LARGEST_JSON) -> Any:
     """
     try:
         raw = read_small(path, most)
+        if raw.startswith(LFS_POINTER):
+            raise CheckpointError(f"{path}: a Git LFS pointer, and not the file that it points to", hint=FETCH_LFS)
         containers = raw.count(b"[") + raw.count(b"{")
         if containers + raw.count(b",") > _MOST_VALUES:
             raise CheckpointError(f"{path}: JSON of more than {_MOST_VALUES:,} values", hint=_NOT_JSON)

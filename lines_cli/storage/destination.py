@@ -9,7 +9,7 @@ import shutil
 import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from lines_cli.errors import OutputError, some
@@ -198,7 +198,7 @@ def refuse_to_replace(output: Path, there: Survey, ours: Collection[str]) -> Non
     folders = {name for name, entry in there.items() if stat.S_ISDIR(entry.kind)}
     there = {name: entry for name, entry in there.items() if not is_noise(name)}
     known = {*ours, *(name for name in there if _is_weights_or_config(name))}
-    known |= {name.rpartition("/")[0] for name in known if "/" in name}
+    known |= {str(parent) for name in known for parent in PurePosixPath(name).parents}
     foreign = {name for name, entry in there.items() if name not in known or not _is_of_its_kind(name, entry, ours)}
     foreign = {name for name in foreign if name.rpartition("/")[0] not in foreign}  # a folder says it for its files
     if foreign:

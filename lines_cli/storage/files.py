@@ -15,6 +15,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How a file begins that Git LFS has put in another's place."""
+FETCH_LFS = "Fetch the file itself: git lfs install, then git lfs pull in that folder."
+
 _HAS_POSITIONAL = hasattr(os, "preadv") and hasattr(os, "pwrite")
 _position = threading.Lock()
 

@@ -602,7 +602,7 @@ class Staging:
         """Write one of the files beside the weights."""
         with naming(self.output):
             path = self._new / name
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "xb") as file:
                 file.write(content)
                 file.flush()

@@ -286,7 +286,6 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], type[LinesError], list[str]]] =
     "an int8 weight": (holding("a.weight", torch.int8), UnsupportedError, ["a.weight", "I8", "quantised"]),
     "FP8": (holding("a.weight", torch.float8_e4m3fn), UnsupportedError, ["a.weight", "F8_E4M3", "quantised"]),
     "FP4": (raw_dtype("F4", [2, 2], 2), UnsupportedError, ["w.weight", "F4", "quantised"]),
-    "complex": (holding("freqs", torch.complex64), UnsupportedError, ["x.safetensors", "freqs", "C64"]),
 }
 
 

@@ -55,13 +55,14 @@ WANTED = WHOLE | {
             "1_Pooling/config.json",
             "configuration_own.py",
             "LICENSE",
+            "README.md",
         ),
     )
 }
 UNWANTED = {
     name: name.encode()
     for name in (
-        *(".gitattributes", "README.md", "eval_results.json", "vocab1.json.bak", "onnx/config.json"),
+        *(".gitattributes", "eval_results.json", "vocab1.json.bak", "onnx/config.json"),
         *("model.fp16.safetensors", "consolidated.safetensors", "checkpoint-10/model.safetensors", "pytorch_model.bin"),
         *("onnx/model.onnx", "training_args.bin", "optimizer.pt", "trainer_state.json", "adapter_config.json"),
     )

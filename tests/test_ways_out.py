@@ -1,0 +1,339 @@
+"""What is refused has a way out, and the message says which: tensors of other shapes and kinds, strangers' files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import run_lines, write_checkpoint
+
+VIT = {"model_type": "vit", "num_hidden_layers": 4}
+BLOCK = "vit.encoder.layer.1.output.dense.weight"
+
+
+def vit(seed: int, classes: int = 10, **more: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A vision transformer of four blocks of width 4, with a classifier of so many classes."""
+    g = torch.Generator().manual_seed(seed)
+    model = {"vit.embeddings.cls_token": torch.randn(1, 1, 4, generator=g)}
+    model |= {"classifier.weight": torch.randn(classes, 4, generator=g), "classifier.bias": torch.randn(classes)}
+    for i in range(4):
+        model[f"vit.encoder.layer.{i}.output.dense.weight"] = torch.randn(4, 4, generator=g)
+    return model | more
+
+
+def write_pair(tmp: Path, base: dict[str, torch.Tensor], ft: dict[str, torch.Tensor]) -> tuple[Path, Path]:
+    """Two folders."""
+    return (
+        write_checkpoint(tmp / "base", base, config=VIT),
+        write_checkpoint(tmp / "ft", ft, config=VIT),
+    )
+
+
+def merge_file(tmp: Path, text: str) -> Path:
+    """A recipe beside the checkpoints."""
+    (tmp / "m.yaml").write_text(text)
+    return tmp / "m.yaml"
+
+
+# --- a tensor of another shape or kind ---
+
+
+@pytest.mark.parametrize(
+    ("flags", "whose"),
+    [
+        (("--filter", "classifier=keep"), "ft"),
+        (("--filter", "classifier=1"), "ft"),
+        (("--missing", "ft"), "ft"),
+        (("--missing", "copy"), "ft"),
+        (("--outside", "keep"), "ft"),
+        (("--outside", "position"), "ft"),
+        (("--filter", "classifier=base"), "base"),
+        (("--filter", "classifier=0"), "base"),
+        (("--outside", "base"), "base"),
+    ],
+)
+def test_a_replaced_classifier(flags: tuple[str, ...], whose: str, tmp_path: Path) -> None:
+    """One side's head as it is, the blocks by the formula, and a note that says so."""
+    sides = {"base": vit(0, 1000), "ft": vit(50, 10)}
+    ran = run_lines("edit", *write_pair(tmp_path, **sides), "-o", tmp_path / "out", *flags, "--json")
+    assert ran.code == 0, ran.err
+    out = load_file(tmp_path / "out/model.safetensors")
+    for name in ("classifier.weight", "classifier.bias"):
+        assert torch.equal(out[name], sides[whose][name])
+    expected = sides["base"][BLOCK] + 0.4 * (sides["ft"][BLOCK] - sides["base"][BLOCK])
+    assert torch.allclose(out[BLOCK], expected, atol=1e-6)
+    said = next(note for note in ran.json["notes"] if "differ in shape or kind" in note)
+    assert "classifier.weight: [1000, 4] and [10, 4]" in said
+    assert ("does it fit?" in said) is (whose == "base")
+    assert run_lines("verify", tmp_path / "out").code == 0
+
+
+def test_the_refusal_names_the_ways_out(tmp_path: Path) -> None:
+    """What it offers works as it stands, and matches no tensor that fits."""
+    folders = write_pair(tmp_path, vit(0, 1000), vit(1))
+    ran = run_lines("edit", *folders, "-o", tmp_path / "out")
+    assert (ran.code, "another model" in ran.err) == (4, False)
+    assert "--filter classifier=keep" in ran.err
+    assert "--filter classifier=base" in ran.err
+    assert "--missing ft" in ran.err
+    # A module whose name is part of others' is not offered, but its tensor is.
+    odd = {"vit.weight": torch.ones(3)}, {"vit.weight": torch.ones(2)}
+    ran = run_lines("edit", *write_pair(tmp_path, vit(0) | odd[0], vit(1) | odd[1]), "-o", tmp_path / "out")
+    assert "--filter vit.weight=keep" in ran.err
+
+
+def test_another_shape_within_a_block(tmp_path: Path) -> None:
+    """--missing ft does not reach into blocks, a filter and a layer's coefficient of 1 do."""
+    name = "vit.encoder.layer.3.output.dense.weight"
+    base, ft = vit(0), vit(1) | {name: torch.ones(5, 4)}
+    folders = write_pair(tmp_path, base, ft)
+    other = "vit.encoder.layer.2.output.dense.weight"
+    assert run_lines("edit", *folders, "-o", tmp_path / "last").code == 0  # alpha + beta is 1
+    assert torch.equal(load_file(tmp_path / "last/model.safetensors")[name], ft[name])
+    folders = write_pair(tmp_path, base, vit(1) | {other: torch.ones(5, 4)})
+    ran = run_lines("edit", *folders, "-o", tmp_path / "out", "--missing", "ft")
+    assert ran.code == 4
+    assert "--filter vit.encoder.layer.2.output.dense=keep" in ran.err
+    assert "--missing ft" not in ran.err
+    way = ("--filter", "vit.encoder.layer.2.output.dense=keep")
+    assert run_lines("edit", *folders, "-o", tmp_path / "out", *way).code == 0
+
+
+def test_most_tensors_of_other_shapes(tmp_path: Path) -> None:
+    """Then the question is whether it is one model at all."""
+    wider = {name: torch.cat([tensor, tensor]) for name, tensor in vit(1).items()}
+    ran = run_lines("edit", *write_pair(tmp_path, vit(0), wider), "-o", tmp_path / "out")
+    assert (ran.code, "of one model?" in ran.err) == (4, True)
+
+
+@pytest.mark.parametrize("rule", ["keep", "base"])
+def test_whole_numbers_against_floats(rule: str, tmp_path: Path) -> None:
+    """A counter that one side stores as float16 is either side's, in that side's dtype."""
+    ids = torch.arange(5).reshape(1, 5)
+    base, ft = vit(0) | {"vit.position_ids": ids}, vit(1) | {"vit.position_ids": ids.half() * 0.999}
+    folders = write_pair(tmp_path, base, ft)
+    assert run_lines("edit", *folders, "-o", tmp_path / "no").code == 4
+    assert run_lines("edit", *folders, "-o", tmp_path / "out", "--filter", f"position_ids={rule}").code == 0
+    got = load_file(tmp_path / "out/model.safetensors")["vit.position_ids"]
+    expected = (ft if rule == "keep" else base)["vit.position_ids"]
+    assert (got.dtype, torch.equal(got, expected)) == (expected.dtype, True)
+
+
+@pytest.mark.parametrize(
+    ("said", "whose"),
+    [
+        ("missing: ft", "a"),
+        ("missing: copy", "base"),
+        ("lines: {alpha: 0.5, beta: 0.5, filter: {classifier: base}}", "base"),
+        ("parameters: {weight: [{filter: classifier, value: 0}, {value: 1}]}", "base"),
+    ],
+)
+def test_a_merge_with_a_replaced_classifier(said: str, whose: str, tmp_path: Path) -> None:
+    """The same in a recipe's words."""
+    sides = {"base": vit(0, 1000), "a": vit(1, 10), "b": vit(2, 7)}
+    for name, model in sides.items():
+        write_checkpoint(tmp_path / name, model, config=VIT)
+    recipe = "merge_method: task_arithmetic\nbase_model: base\nmodels: [{model: a}, {model: b}]\n"
+    refused = run_lines("merge", "--config", merge_file(tmp_path, recipe), "-o", tmp_path / "out")
+    assert (refused.code, "missing: ft" in refused.err, "value: 0" in refused.err) == (4, True, True)
+    ran = run_lines("merge", "--config", merge_file(tmp_path, recipe + said + "\n"), "-o", tmp_path / "out")
+    assert ran.code == 0, ran.err
+    got = load_file(tmp_path / "out/model.safetensors")
+    assert torch.equal(got["classifier.weight"], sides[whose]["classifier.weight"])
+
+
+def test_one_model_has_all_the_weight_of_a_head(tmp_path: Path) -> None:
+    """Without a base, a filter of 0 for the other model keeps this one's head, whatever its shape."""
+    sides = {"a": vit(1, 10), "b": vit(2, 7)}
+    for name, model in sides.items():
+        write_checkpoint(tmp_path / name, model, config=VIT)
+    weight = "[{filter: classifier, value: 0}, {value: 1}]"
+    models = f"models:\n- {{model: a, parameters: {{weight: {weight}}}}}\n- {{model: b, parameters: {{weight: 1}}}}\n"
+    ran = run_lines(
+        "merge", "--config", merge_file(tmp_path, f"merge_method: linear\n{models}"), "-o", tmp_path / "out"
+    )
+    assert ran.code == 0, ran.err
+    got = load_file(tmp_path / "out/model.safetensors")
+    assert torch.equal(got["classifier.weight"], sides["b"]["classifier.weight"])
+    assert torch.allclose(got[BLOCK], (sides["a"][BLOCK] + sides["b"][BLOCK]) / 2, atol=1e-6)
+
+
+def test_empty_weights(tmp_path: Path) -> None:
+    """Placeholders of size 0 are called empty, and no option passes them off as a fine-tune's."""
+    ft = {name: torch.zeros(0) if "dense" in name else tensor for name, tensor in vit(1).items()}
+    for flags in ((), ("--missing", "ft"), ("--outside", "keep")):
+        ran = run_lines("edit", *write_pair(tmp_path, vit(0), ft), "-o", tmp_path / "out", *flags)
+        assert (ran.code, "4 of 7 tensors" in ran.err, "empty" in ran.err, "ZeRO" in ran.err) == (4, True, True, True)
+
+
+# --- files that are not what they seem ---
+
+LLAMA = {"model_type": "llama", "num_hidden_layers": 4}
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n"
+
+
+def layers(seed: int, **more: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Four layers of width 4."""
+    g = torch.Generator().manual_seed(seed)
+    return {f"model.layers.{i}.mlp.weight": torch.randn(4, 4, generator=g) for i in range(4)} | more
+
+
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "config.json", "tokenizer.model", "model.safetensors.index.json"]
+)
+def test_a_git_lfs_pointer(file: str, tmp_path: Path) -> None:
+    """Weights, a config, an index and a file that is only copied are called pointers, with the command to run."""
+    write_checkpoint(tmp_path / "base", layers(0), config=LLAMA)
+    ft = write_checkpoint(tmp_path / "ft", layers(1), config=LLAMA, shards=2 if "index" in file else 1)
+    (ft / file).write_text(POINTER)
+    ran = run_lines("edit", tmp_path / "base", ft, "-o", tmp_path / "out")
+    assert (ran.code, f"{file}: a Git LFS pointer" in ran.err, "git lfs pull" in ran.err) == (3, True, True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("where", ["base", "ft"])
+def test_a_quantisation_config_left_behind(where: str, tmp_path: Path) -> None:
+    """Whole weights are edited, a note says so, and no config of the output claims otherwise."""
+    said = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    for seed, side in enumerate(("base", "ft")):
+        config = LLAMA | said | {"text_config": said} if side == where else LLAMA
+        more = {"model.layers.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8)}
+        write_checkpoint(tmp_path / side, layers(seed, **more), config=config)
+    ran = run_lines("edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / "out", "--json")
+    assert ran.code == 0, ran.err
+    assert any("says quantised (bitsandbytes)" in note for note in ran.json["notes"])
+    assert "quantization" not in (tmp_path / "out/config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"model.layers.0.mlp.packed": torch.ones(4, 2, dtype=torch.int32)},
+        {"model.layers.0.mlp.weight.absmax": torch.ones(4)},
+        {"model.layers.0.mlp.codebooks": torch.ones(4)},
+        {"model.layers.0.mlp.w_q": torch.ones(4, 4, dtype=torch.int16)},
+    ],
+)
+def test_a_quantisation_config_that_is_true(more: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """With codes or scales among the weights it is refused, and names one of them."""
+    config = LLAMA | {"quantization_config": {"quant_method": "x"}}
+    for seed, side in enumerate(("base", "ft")):
+        write_checkpoint(tmp_path / side, layers(seed, **more), config=config)
+    ran = run_lines("edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / "out")
+    assert (ran.code, "is quantised" in ran.err, next(iter(more)) in ran.err) == (3, True, True)
+
+
+def shards_of_a_variant(folder: Path, variant: str, seed: int, *, new: bool) -> None:
+    """Two shards and their index, as diffusers names them, in its new or its old way."""
+    write_checkpoint(folder, layers(seed), config=LLAMA, shards=2)
+    text = (folder / "model.safetensors.index.json").read_text()
+    for number in (1, 2):
+        old, part = f"model-0000{number}-of-00002.safetensors", f"-0000{number}-of-00002"
+        named = f"model{part}.{variant}.safetensors" if new else f"model.{variant}{part}.safetensors"
+        text = text.replace(old, named)
+        (folder / old).rename(folder / named)
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / f"model.safetensors.index.{variant}.json").write_text(text)
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_shards_of_a_variant(new: bool, tmp_path: Path) -> None:
+    """The only set is taken; the output has the names that loaders look for."""
+    write_checkpoint(tmp_path / "base", layers(0), config=LLAMA)
+    shards_of_a_variant(tmp_path / "ft", "fp16", 1, new=new)
+    out = tmp_path / "out"
+    assert run_lines("edit", tmp_path / "base", tmp_path / "ft", "-o", out).code == 0
+    last = "model.layers.3.mlp.weight"
+    assert torch.equal(load_file(out / "model.safetensors")[last], layers(1)[last])
+    assert run_lines("verify", out).code == 0
+    (tmp_path / "ft/model.safetensors.index.fp16.json").unlink()
+    assert run_lines("edit", tmp_path / "base", tmp_path / "ft", "-o", out, "--force").code == 3
+
+
+def test_several_variants(tmp_path: Path) -> None:
+    """Which one is meant has to be said; where there is one without a variant, that is meant."""
+    write_checkpoint(tmp_path / "base", layers(0), config=LLAMA)
+    for seed, stem in ((1, "model.fp16"), (2, "model.ema")):
+        write_checkpoint(tmp_path / "ft", layers(seed), config=LLAMA, stem=stem)
+    ft, out, last = tmp_path / "ft", tmp_path / "out.safetensors", "model.layers.3.mlp.weight"
+    ran = run_lines("edit", tmp_path / "base", ft, "-o", out)
+    assert (ran.code, "ema\n" in ran.err, "--variant ema" in ran.err) == (3, True, True)
+    for seed, variant in ((1, "fp16"), (2, "ema")):
+        ran = run_lines("edit", tmp_path / "base", ft, "-o", out, "--variant", variant, "--force")
+        assert ran.code == 0, ran.err
+        assert torch.equal(load_file(out)[last], layers(seed)[last])
+    ran = run_lines("edit", tmp_path / "base", ft, "-o", out, "--variant", "bf16", "--force")
+    assert (ran.code, "ema\n" in ran.err) == (3, True)
+    ran = run_lines("edit", tmp_path / "base", tmp_path / "base", "-o", out, "--variant", "bf16", "--force")
+    assert (ran.code, "variant bf16: no input has" in ran.err) == (3, True)
+    recipe = merge_file(tmp_path, "base_model: base\nmodels: [{model: ft}]\nvariant: ema\n")
+    assert run_lines("merge", "--config", recipe, "-o", tmp_path / "folder").code == 0
+    assert torch.equal(load_file(tmp_path / "folder/model.safetensors")[last], layers(2)[last])
+    assert run_lines("verify", tmp_path / "folder").code == 0
+    write_checkpoint(ft, layers(3), config=LLAMA)
+    assert run_lines("edit", tmp_path / "base", ft, "-o", out, "--force").code == 0
+    assert torch.equal(load_file(out)[last], layers(3)[last])
+
+
+def test_an_index_as_an_argument(tmp_path: Path) -> None:
+    """It stands for its folder: config and tokenizer come along, and the recipe makes the same again."""
+    write_checkpoint(tmp_path / "base", layers(0), config=LLAMA)
+    ft = write_checkpoint(tmp_path / "ft", layers(1), config=LLAMA | {"of": "ft"}, shards=2)
+    write_checkpoint(ft, layers(2), stem="other")
+    out = tmp_path / "out"
+    ran = run_lines("edit", tmp_path / "base", ft / "model.safetensors.index.json", "-o", out)
+    assert ran.code == 0, ran.err
+    assert json.loads((out / "config.json").read_text())["of"] == "ft"
+    assert run_lines("verify", out).code == 0
+    refused = run_lines("edit", tmp_path / "base", ft / "model.safetensors.index.json", "-o", ft, "--force")
+    assert (refused.code, "replace an input" in refused.err) == (6, True)
+
+
+def test_a_complex_buffer(tmp_path: Path) -> None:
+    """The same on both sides it is copied; else an error, unless one side's is asked for."""
+    table = torch.ones(5, dtype=torch.complex64)
+    base = write_checkpoint(tmp_path / "base", layers(0, freqs_cis=table), config=LLAMA)
+    ft = write_checkpoint(tmp_path / "ft", layers(1, freqs_cis=table), config=LLAMA)
+    assert run_lines("edit", base, ft, "-o", tmp_path / "out").code == 0
+    assert torch.equal(load_file(tmp_path / "out/model.safetensors")["freqs_cis"], table)
+    write_checkpoint(ft, layers(1, freqs_cis=2j * table), config=LLAMA)
+    ran = run_lines("edit", base, ft, "-o", tmp_path / "no")
+    assert (ran.code, "freqs_cis is complex" in ran.err, "=keep" in ran.err) == (4, True, True)
+    assert not (tmp_path / "no").exists()
+    for rule, expected in (("keep", 2j * table), ("base", table)):
+        ran = run_lines("edit", base, ft, "-o", tmp_path / "out", "--filter", f"freqs={rule}", "--force")
+        assert ran.code == 0, ran.err
+        assert torch.equal(load_file(tmp_path / "out/model.safetensors")["freqs_cis"], expected)
+
+
+def test_a_pipeline_of_components(tmp_path: Path) -> None:
+    """The components are named, and one of them is edited."""
+    for seed, side in enumerate(("p0", "p1")):
+        for component in ("transformer", "vae"):
+            write_checkpoint(tmp_path / side / component, layers(seed), stem="diffusion_pytorch_model", config={})
+        (tmp_path / side / "model_index.json").write_text("{}")
+        (tmp_path / side / "scheduler").mkdir()
+    ran = run_lines("edit", tmp_path / "p0", tmp_path / "p1", "-o", tmp_path / "out")
+    assert (ran.code, "  transformer\n  vae\n" in ran.err.replace("      ", "  ")) == (3, True), ran.err
+    pair = (tmp_path / "p0/transformer", tmp_path / "p1/transformer")
+    assert run_lines("edit", *pair, "-o", tmp_path / "out").code == 0
+
+
+@pytest.mark.parametrize("name", ["out.pt", "out.bin", "OUT.PTH", "out.ckpt", "out.gguf", "out.safetensor"])
+def test_an_output_of_another_format(name: str, tmp_path: Path) -> None:
+    """Nothing is written into a folder of that name."""
+    base = write_checkpoint(tmp_path / "base", layers(0), config=LLAMA)
+    ran = run_lines("edit", base, base, "-o", tmp_path / name)
+    assert (ran.code, "safetensors" in ran.err, (tmp_path / name).exists()) == (2, True, False)
+
+
+def test_check_finds_empty_weights(tmp_path: Path) -> None:
+    """Exit code 5, with their number and names."""
+    path = write_checkpoint(tmp_path / "x", layers(0) | {"model.layers.1.mlp.weight": torch.zeros(0)}, config=LLAMA)
+    ran = run_lines("inspect", path, "--check", "--json")
+    assert (ran.code, ran.json["health"][0]["empty"]) == (5, ["model.layers.1.mlp.weight"])
+    assert "tensors of size 0: 1" in ran.err
