@@ -8,6 +8,12 @@ from collections.abc import Iterator
 import pytest
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What builds models of transformers comes first, and so into one worker: importing and building takes seconds."""
+    items.sort(key=lambda item: item.get_closest_marker("zoo") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_torch_thread() -> None:
     """The cores are pytest-xdist's; and sums come out the same on any machine."""

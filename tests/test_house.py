@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ def folder_of(module: str) -> str:
     return module if module in FOLDERS else module.rpartition(".")[0]
 
 
+@cache
 def imports(path: Path) -> set[str]:
     """Every module that a file imports at run time, wherever in it."""
     found: set[str] = set()

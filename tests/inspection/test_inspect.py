@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -1904,34 +1905,34 @@ def test_bars_do_not_disturb(outputs: Path) -> None:
     """On a terminal a bar is drawn for each pass, on stderr alone; --quiet draws none; the report is the same."""
     import pty
 
-    def run(*flags: str) -> tuple[bytes, bytes]:
-        leader, follower = pty.openpty()
-        command = [sys.executable, "-c", "from lines_cli.cli.app import main; main()", "inspect", "--config", "r.yaml"]
-        environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "NO_COLOR")}
-        with subprocess.Popen(
-            [*command, *flags],
-            stdout=subprocess.PIPE,
-            stderr=follower,
-            cwd=outputs,
-            env=environment | {"TERM": "xterm-256color"},
-        ) as running:
-            os.close(follower)
-            out, seen = running.stdout.read(), b""
-            while True:
-                try:
-                    part = os.read(leader, 65536)
-                except OSError:
-                    break
-                seen += part
-        os.close(leader)
-        assert running.returncode == 0
-        return out, seen
-
-    out, seen = run()
+    program = (
+        "import sys\nfrom lines_cli.cli.app import app\n"
+        "for flags in ([], ['--quiet']):\n"
+        "    app(['inspect', '--config', 'r.yaml', *flags], standalone_mode=False)\n"
+        "    print(end='\\f', flush=True)\n"
+        "    print(end='\\f', file=sys.stderr, flush=True)\n"
+    )
+    leader, follower = pty.openpty()
+    environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "NO_COLOR")}
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=follower,
+        cwd=outputs,
+        env=environment | {"TERM": "xterm-256color"},
+    ) as running:
+        os.close(follower)
+        told, drawn = running.stdout.read(), b""
+        with suppress(OSError):
+            while part := os.read(leader, 65536):
+                drawn += part
+    os.close(leader)
+    assert running.returncode == 0
+    out, quiet, _ = told.split(b"\f")
+    seen, silent, _ = drawn.split(b"\f")
     assert b"comparing" in seen
     assert b"measuring" in seen or seen.count(b"\x1b[?25l") > 1
     assert b"\x1b" not in out
-    quiet, silent = run("--quiet")
     assert (quiet, b"comparing" in silent) == (out, False)
     assert out.decode() == ok("--config", outputs / "r.yaml").out.replace(f"{outputs}/", "./")
 

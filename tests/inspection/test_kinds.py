@@ -579,6 +579,7 @@ def inside(case: zoo.Case) -> list[str]:
     return list(zoo.check_case(case, names_and_config(case)[0]))
 
 
+@pytest.mark.zoo
 @pytest.mark.parametrize("case", [case for case in TOLD if case.id not in NO_TRANSFORMERS], ids=str)
 def test_blocks_of_transformers_are_attention_mlp_and_norm(case: zoo.Case) -> None:
     """Of a transformer's blocks nothing is `other`, but what is listed with the reason."""
@@ -590,12 +591,14 @@ def test_blocks_of_transformers_are_attention_mlp_and_norm(case: zoo.Case) -> No
     assert {"attention", "mlp"} <= set(kinds.values())  # norms that are modulated may have no parameters
 
 
+@pytest.mark.zoo
 def test_no_exemption_is_idle() -> None:
     """Every case that is exempt exists, and has something in its blocks that is `other`."""
     others = {case.id for case in TOLD if any(kind_of(name, inside=True) == "other" for name in inside(case))}
     assert NO_TRANSFORMERS | RIGHTLY_OTHER.keys() == others
 
 
+@pytest.mark.zoo
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module.0.", "encoder.", "base_model.model."])
 def test_a_wrapper_changes_no_kind(prefix: str) -> None:
     """What is put before all names says nothing of any."""

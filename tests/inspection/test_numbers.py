@@ -971,7 +971,7 @@ def test_chunks_shards_and_workers(number: int, tmp_path: Path) -> None:
     shards = [3, 1, 2]
     paths = [write_checkpoint(tmp_path / f"ft{n}", ft, shards=shards[n]) for n, ft in enumerate(fts)]
     start = [*paths, "--base", write_checkpoint(tmp_path / "base", base, shards=4)]
-    runs = [inspect(*start, "--workers", workers) for workers in (1, 2, 3)]
+    runs = [inspect(*start, "--workers", workers) for workers in (1, 3)]
     assert runs[0]["fine_tunes"][0]["compared"]["left_out"] == 3
     check(runs[0], toy_reference(base, fts))
     assert len({json.dumps(run | {"seconds": 0}) for run in runs}) == 1
@@ -1402,7 +1402,13 @@ def flat(ref: Reference) -> tuple[Flat, list[int]]:
     return ref.together(ref.names)[0], [ref.base[name].numel() for name in ref.names]
 
 
-@pytest.mark.parametrize("lines", [{"beta": 0.5}, {"alpha": "auto", "beta": 0.25, "gamma": 2, "outside": "position"}])
+@pytest.mark.parametrize(
+    "lines",
+    [
+        pytest.param({"beta": 0.5}, marks=pytest.mark.slow),
+        {"alpha": "auto", "beta": 0.25, "gamma": 2, "outside": "position"},
+    ],
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_auto_alpha_of_a_merge(method: str, lines: dict[str, Any], tmp_path: Path) -> None:
     """Alpha auto, its norms, and all that is scaled by it are what the merge of the same recipe makes of them."""
@@ -2101,6 +2107,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.zoo
 @pytest.mark.parametrize("family", FAMILIES)
 def test_models_of_transformers(family: str, tmp_path: Path) -> None:
     """Real models, saved by transformers and perturbed, have the layers, sides, kinds and numbers written here."""
@@ -2142,7 +2149,7 @@ def random_tensors(random: np.random.Generator, layers: int) -> Tensors:
     return tensors
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", [*range(10), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(10, 30))])
 def test_random_checkpoints(seed: int, tmp_path: Path) -> None:
     """Whatever shapes, dtypes, shards and numbers of fine-tunes come together, the numbers are the reference's."""
     random = np.random.default_rng(seed)

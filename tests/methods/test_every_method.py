@@ -194,7 +194,7 @@ def test_nan_in_a_whole_tensor_names_the_input(tmp_path: Path) -> None:
 def added(monkeypatch: pytest.MonkeyPatch, **points: str) -> None:
     """Installed packages that add methods."""
     found = [EntryPoint(name, value, registry.GROUP) for name, value in points.items()]
-    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: found)
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: found if group == registry.GROUP else [])
     find_method.cache_clear()
 
 

@@ -173,7 +173,7 @@ AUTO = {"beta": 0.5, "gamma": 1.1}
 # --- every method against the whole-model reference ---
 
 
-def by_turns(cases: Mapping[str, Case], numbers: Sequence[int]) -> list[Any]:
+def by_turns(cases: Mapping[str, Case], numbers: Sequence[int], *marks: pytest.MarkDecorator) -> list[Any]:
     """Every case with some combinations of dtypes, the next case with the next three. (What slerp makes of float64
     depends on how an angle is summed; it has a test of its own.)
     """
@@ -181,11 +181,11 @@ def by_turns(cases: Mapping[str, Case], numbers: Sequence[int]) -> list[Any]:
     for number, (name, case) in enumerate(cases.items()):
         choices = [dtypes for dtypes in DTYPES if case.method != "slerp" or dtypes != "some fp64"]
         chosen = [choices[(3 * number + n) % len(choices)] for n in numbers]
-        found += [pytest.param(name, dtypes, id=f"{name}-{dtypes}") for dtypes in chosen]
+        found += [pytest.param(name, dtypes, id=f"{name}-{dtypes}", marks=marks) for dtypes in chosen]
     return found
 
 
-@pytest.mark.parametrize(("case", "dtypes"), by_turns(CASES, [0, 1]))
+@pytest.mark.parametrize(("case", "dtypes"), [*by_turns(CASES, [0]), *by_turns(CASES, [1], pytest.mark.slow)])
 def test_every_method_in_every_dtype(case: str, dtypes: str, tmp_path: Path) -> None:
     """Three models (as many as the method takes) are merged and scaled over depth as on whole models, bit for bit."""
     chosen = CASES[case]
@@ -198,9 +198,21 @@ def test_every_method_in_every_dtype(case: str, dtypes: str, tmp_path: Path) -> 
     assert_same(written(merge(tmp_path, recipe), tmp_path), expected, to_the_bit=chosen.to_the_bit)
 
 
+def all_said(method: str) -> str:
+    """Of a method's cases the one that says most of its models."""
+    return max(TABLE[method].cases, key=lambda name: (len(CASES[name].each), len(CASES[name].top)))
+
+
+MOST_SAID = {all_said(method) for method in TABLE}
+
+
 @pytest.mark.parametrize(
     ("case", "number"),
-    [(name, n) for at, (name, case) in enumerate(CASES.items()) for n in (case.numbers[at % 2 :: 2] or case.numbers)],
+    [
+        pytest.param(name, n, marks=() if n <= 2 or (name in MOST_SAID and n == 3) else pytest.mark.slow)
+        for at, (name, case) in enumerate(CASES.items())
+        for n in (case.numbers if name in MOST_SAID else case.numbers[at % 2 :: 2] or case.numbers)
+    ],
 )
 def test_alpha_auto_with_any_number_of_models(case: str, number: int, tmp_path: Path) -> None:
     """alpha: auto is the ratio of L1 norms over the whole model, and the result is what that alpha gives."""
@@ -721,7 +733,13 @@ def assert_same_files(folder: Path, names: Sequence[str]) -> None:
             assert (folder / name / file).read_bytes() == (folder / names[0] / file).read_bytes(), (name, file)
 
 
-@pytest.mark.parametrize(("case", "dtypes"), by_turns(CASES, [2]))
+@pytest.mark.parametrize(
+    ("case", "dtypes"),
+    [
+        *by_turns({name: case for name, case in CASES.items() if name in MOST_SAID}, [2]),
+        *by_turns({name: case for name, case in CASES.items() if name not in MOST_SAID}, [2], pytest.mark.slow),
+    ],
+)
 def test_small_chunks_and_workers_change_no_byte(case: str, dtypes: str, tmp_path: Path) -> None:
     """Chunks of 7 in three workers give what one worker gives at once; and that is the reference's."""
     chosen = CASES[case]
@@ -765,7 +783,13 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensors, list
 
 @pytest.mark.parametrize(
     "case",
-    ["weighted sum", "ties, all said", "ties by tensor, max", "consensus on ties", "dare, l1", "dare_ties, mean"],
+    [
+        *("ties, all said", "consensus on ties", "dare, l1"),
+        *(
+            pytest.param(case, marks=pytest.mark.slow)
+            for case in ("weighted sum", "ties by tensor, max", "dare_ties, mean")
+        ),
+    ],
 )
 def test_blocks_and_chunks_change_no_byte(
     case: str, large: tuple[Path, Tensors, list[Tensors]], tmp_path: Path

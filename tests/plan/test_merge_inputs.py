@@ -318,8 +318,15 @@ SIZES = [(6, 8, 10), (10, 8, 6), (8, 6, 10), (8, 10, 6)]
 
 
 @pytest.mark.parametrize("keep", ["base", "ft"])
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("needs", NEEDS)
+@pytest.mark.parametrize(
+    ("needs", "sizes"),
+    [
+        pytest.param(needs, sizes, marks=() if at % len(SIZES) == number else pytest.mark.slow)
+        for at, needs in enumerate(NEEDS)
+        for number, sizes in enumerate(SIZES)
+    ],
+    ids=str,
+)
 def test_rows_that_all_have_are_merged(needs: str, sizes: tuple[int, int, int], keep: str, tmp_path: Path) -> None:
     """Rows that all have are merged as in models of that many rows; further rows of the kept side are its own."""
     method, parameters, lines = NEEDS[needs]
@@ -1387,12 +1394,13 @@ from lines_cli.recipe.yaml_file import load_recipe
 def peak():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
-recipe = load_recipe(Path(sys.argv[1]))
-plan = lines.make_plan(recipe, lines.open_inputs(recipe), Path(sys.argv[2]))
-import torch
-before = peak()
 resources = lines.Resources(workers=2, device="cpu")
-lines.run(plan, resources)
+for size in ("small", "large"):
+    recipe = load_recipe(Path(size, "merge.yaml"))
+    plan = lines.make_plan(recipe, lines.open_inputs(recipe), Path(size, "out.safetensors"))
+    import torch
+    before = peak()
+    lines.run(plan, resources)
 print(peak() - before, peak(), plan.peak_memory(resources))
 """
 
@@ -1411,8 +1419,9 @@ def filled(path: Path, tensors: int, nbytes: int, seed: int | None) -> None:
         file.truncate(len(head) + size)
 
 
-def growth(folder: Path, tensors: int, nbytes: int, recipe: dict[str, Any]) -> tuple[int, int, int]:
-    """How much a merge of three lies above importing torch; its peak in all, and the one foretold; in bytes."""
+def three(folder: Path, tensors: int, nbytes: int, recipe: dict[str, Any]) -> None:
+    """A base, three fine-tunes of it, and the recipe that merges them."""
+    folder.mkdir()
     for seed, side in enumerate(("base", "a", "b", "c")):
         filled(folder / f"{side}.safetensors", tensors, nbytes, seed or None)
     values = {
@@ -1421,12 +1430,6 @@ def growth(folder: Path, tensors: int, nbytes: int, recipe: dict[str, Any]) -> t
         **recipe,
     }
     (folder / "merge.yaml").write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-c", PROGRAM, str(folder / "merge.yaml"), str(folder / "out.safetensors")]
-    ran = subprocess.run(command, capture_output=True, text=True, check=True)
-    for path in folder.iterdir():
-        path.unlink()
-    above, peak, foretold = map(int, ran.stdout.split())
-    return above, peak, foretold
 
 
 LARGE: dict[str, dict[str, Any]] = {
@@ -1451,9 +1454,11 @@ LARGE: dict[str, dict[str, Any]] = {
 
 def flat(folder: Path, tensors: int, sizes: tuple[int, int], recipe: dict[str, Any]) -> None:
     """Four times the model takes no more memory (but for noise), and little more in all than a dry run foretells."""
-    small, _, _ = growth(folder, tensors, sizes[0], recipe)
-    large, peak, foretold = growth(folder, tensors, sizes[1], recipe)
-    assert large < small + 20 * MB
+    for size, nbytes in zip(("small", "large"), sizes, strict=True):
+        three(folder / size, tensors, nbytes, recipe)
+    ran = subprocess.run([sys.executable, "-c", PROGRAM], cwd=folder, capture_output=True, text=True, check=True)
+    more, peak, foretold = map(int, ran.stdout.split())
+    assert more < 20 * MB
     assert peak < 400 * MB
     assert peak < 1.1 * foretold
 

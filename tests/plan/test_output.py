@@ -355,6 +355,7 @@ def test_config_follows_the_dtype(
         assert floats == {getattr(torch, dtype)}
 
 
+@pytest.mark.zoo
 def test_transformers_loads_it(tmp_path: Path) -> None:
     """A model, its tokenizer and its generation config load from the output as they are, the weights as written."""
     import transformers

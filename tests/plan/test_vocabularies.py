@@ -148,6 +148,7 @@ TIES_IN_ZOO = [
 ]
 
 
+@pytest.mark.zoo
 @pytest.mark.parametrize(
     ("family", "full"),
     [
@@ -304,6 +305,7 @@ def test_only_vocabularies_are_resized(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.zoo
 @pytest.mark.parametrize("keep", ["ft", "base"])
 @pytest.mark.parametrize("family", ["llama", "llama_tied", "gpt2", "t5", "bert", "bart"])
 def test_a_resized_model_loads(family: str, keep: str, tmp_path: Path) -> None:

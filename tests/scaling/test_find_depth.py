@@ -33,6 +33,7 @@ def stacks(depth: DepthMap) -> dict[str, int]:
 # --- real families ---
 
 
+@pytest.mark.zoo
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_tensor_of_every_family(case: zoo.Case) -> None:
     """Stack and layer of every tensor are those that the case gives by hand; what it refuses is refused."""
@@ -47,6 +48,7 @@ def test_every_tensor_of_every_family(case: zoo.Case) -> None:
     assert stacks(depth) == {name: len(layers) for name, layers in case.stacks.items()}
 
 
+@pytest.mark.zoo
 @pytest.mark.parametrize("case", PLACED, ids=str)
 def test_order_of_names_does_not_matter(case: zoo.Case) -> None:
     """Files list their tensors in any order; the map is the same for all of them."""
@@ -60,6 +62,7 @@ def test_order_of_names_does_not_matter(case: zoo.Case) -> None:
         assert stacks(depth) == stacks(expected)
 
 
+@pytest.mark.zoo
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module.0.", "encoder.", "text_embedder."])
 def test_a_prefix_before_all_names_does_not_matter(prefix: str) -> None:
     """A wrapper's name in front of every tensor moves none of them to another layer, whatever it is called."""

@@ -73,11 +73,11 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch, act: Callable[[], Any]) -> None:
 # --- runs that meet ---
 
 
-def raced(folder: Path, seconds: float) -> Counter[str]:
-    """What five processes have seen that write one destination."""
+def raced(folder: Path, number: int, seconds: float) -> Counter[str]:
+    """What so many processes have seen that write one destination."""
     command = [sys.executable, race.__file__, str(folder), str(seconds)]
     with contextlib.ExitStack() as stack:
-        started = (subprocess.Popen([*command, str(n / 10)], stdout=subprocess.PIPE, text=True) for n in range(5))
+        started = (subprocess.Popen([*command, str(n / 10)], stdout=subprocess.PIPE, text=True) for n in range(number))
         running = [stack.enter_context(process) for process in started]
         told = [process.communicate(timeout=seconds + 120)[0] for process in running]
     assert not any(process.returncode for process in running)
@@ -87,8 +87,10 @@ def raced(folder: Path, seconds: float) -> Counter[str]:
     return seen
 
 
-def check_race(models: Path, seconds: float) -> None:
-    seen = raced(models, seconds)
+@pytest.mark.parametrize(("number", "seconds"), [(3, 1), pytest.param(5, 60, marks=pytest.mark.slow)])
+def test_runs_into_one_destination(number: int, seconds: float, models: Path) -> None:
+    """Each publishes a whole output or is refused; none loses a file under its feet."""
+    seen = raced(models, number, seconds)
     known = {f"refused: {words}" for words in race.ALLOWED}
     known |= {"published", "seen whole", "seen replaced", "seen absent"}
     assert seen.keys() <= known, seen
@@ -97,17 +99,6 @@ def check_race(models: Path, seconds: float) -> None:
     assert race.whole(models / "out") == "whole"
     assert not list(models.glob(".*")), "nothing is left beside it"
     print(seen)
-
-
-def test_five_runs_into_one_destination(models: Path) -> None:
-    """Each publishes a whole output or is refused; none loses a file under its feet."""
-    check_race(models, 2)
-
-
-@pytest.mark.slow
-def test_five_runs_into_one_destination_for_long(models: Path) -> None:
-    """The same for a minute."""
-    check_race(models, 60)
 
 
 def test_the_lock_goes_last(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
