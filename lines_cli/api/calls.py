@@ -78,7 +78,8 @@ def edit(
         output: a folder; or one file, if it ends in `.safetensors`.
         alpha, beta, gamma, schedule, outside, layers: the coefficients; what is not given keeps its default.
         stack, filter: a mapping such as `{"visual": "keep"}`, or texts as on the command line.
-        prefix, missing, missing_in_blocks, resize, allow_nonfinite: what is done where the inputs disagree, or hold NaN.
+        prefix, missing, missing_in_blocks, resize, allow_nonfinite: what is done where the inputs disagree, or hold
+            NaN.
         dtype, max_shard_size: how the output is stored.
         force, resume, verify, verify_inputs: as the options.
         workers, device, gpu_memory: what may be used; it changes no byte.

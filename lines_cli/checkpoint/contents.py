@@ -104,9 +104,7 @@ def is_adapter(tensors: Iterable[str]) -> bool:
         return False
     there = set(names)
     alone = [
-        module
-        for module in by_module
-        if there.isdisjoint((module, f"{module}.weight", f"{module}.base_layer.weight"))
+        module for module in by_module if there.isdisjoint((module, f"{module}.weight", f"{module}.base_layer.weight"))
     ]
     return 2 * len(alone) > len(by_module)
 

@@ -97,7 +97,7 @@ def _names_in(
     if known:
         there, own = next(iter(known.items()))
         notes.append(
-            f"{len(known):,} tensor(s) have another name in {inputs.called(side)} that is known to be the same, and are "
+            f"{len(known):,} tensor(s) have another name in {inputs.called(side)}, known to be the same, and are "
             f"paired, such as {printable(own)} with {printable(there)}"
         )
     return names, reading.prefix
@@ -168,8 +168,8 @@ def _spelt(checkpoint: Checkpoint, spelling: Spelling) -> Mapping[str, str]:
 def _prefixes(
     longer: Checkpoint, its: Mapping[str, str], shorter: Checkpoint, others: Mapping[str, str]
 ) -> dict[str, tuple[int, int]]:
-    """Each prefix of names of `longer`, up to a dot, behind which a name of `shorter` stands: how many tensors it pairs,
-    of equal shape and of any.
+    """Each prefix of names of `longer`, up to a dot, behind which a name of `shorter` stands: how many tensors it
+    pairs, of equal shape and of any.
 
     A name that both sides have says nothing of a prefix, and is not looked at.
     """
@@ -205,8 +205,8 @@ def _ambiguous(reading: _Reading, inputs: Inputs, side: int) -> MismatchError:
         longer, shorter = shorter, longer
     counted = [f"{prefix}: {reading.equal:,} of {len(shorter.tensors):,}" for prefix in reading.alike]
     return MismatchError(
-        f"names of {shorter.name} are found in {longer.name} behind {len(counted)} prefixes, and as many tensors have a "
-        f"partner of equal shape behind each:\n{some(counted)}",
+        f"names of {shorter.name} are found in {longer.name} behind {len(counted)} prefixes, and as many tensors "
+        f"have a partner of equal shape behind each:\n{some(counted)}",
         hint=f"Say which is meant: --prefix {printable(reading.alike[0])} (in a recipe, prefix: "
         f"{printable(reading.alike[0])}).",
     )

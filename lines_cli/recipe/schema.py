@@ -272,7 +272,7 @@ Like = Literal["base", "ft"]
 
 def _parse_prefix(value: Any) -> Any:
     """A prefix ends at a dot, whether that is written or not."""
-    if not isinstance(value, str):
+    if value is not None and not isinstance(value, str):
         raise ValueError("expected what names begin with, as in vision_model.")
     return f"{value.removesuffix('.')}." if value else value
 
@@ -291,8 +291,8 @@ class Recipe(_Part):
         tokenizer_source, chat_template: `base`, or one of the models; None takes the input that the output is like.
         like: which input gives the output its names, dtypes, integer tensors, config and other files: the `base`
             (the first model where there is none), or the (first) fine-tune.
-        prefix: what the names of one input begin with and those of another lack, ending at a dot; empty for none. Unless
-            given, it is found.
+        prefix: what the names of one input begin with and those of another lack, ending at a dot; empty for none.
+            Unless given, it is found.
         missing: a tensor that some inputs lack is an `error`; taken as it is if a fine-tune has it (`ft`); a `copy` of
             whichever has it, the base before the models; or left out (`skip`).
         missing_in_blocks: how many of these lie inside blocks; any other number than there are is an error.
@@ -317,7 +317,7 @@ class Recipe(_Part):
     like: Like = "base"
     prefix: Annotated[str | None, BeforeValidator(_parse_prefix)] = None
     missing: Literal["error", "ft", "copy", "skip"] = "error"
-    missing_in_blocks: Annotated[int | None, BeforeValidator(_no_flag), Field(ge=0)] = None
+    missing_in_blocks: Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(_no_flag)] = None
     resize: Literal["error", "ft", "base"] = "error"
     allow_nonfinite: bool = False
     max_shard_size: Size = parse_size("5GB")
