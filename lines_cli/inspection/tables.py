@@ -124,7 +124,7 @@ def _known(report: Report) -> Iterable[Fact]:
     elif tied["config"]:
         yield "tied", ("the head to the token embedding, by config.json",)
     if report["quantised"]:
-        yield "quantised", (report["quantised"],)
+        yield "not edited", (report["quantised"],)
     if names := [stack["names"] for stack in report["stacks"] if stack["names"]]:
         yield "names", (", ".join(names),)
     if report["recipe"]:

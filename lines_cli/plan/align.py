@@ -97,8 +97,8 @@ def _names_in(
     if known:
         there, own = next(iter(known.items()))
         notes.append(
-            f"{len(known):,} tensor(s) have another name in {inputs.called(side)} that is known to be the same, "
-            f"and are paired, such as {printable(own)} with {printable(there)}"
+            f"{len(known):,} tensor(s) have another name in {inputs.called(side)}, known to be the same, and are "
+            f"paired, such as {printable(own)} with {printable(there)}"
         )
     return names, reading.prefix
 
@@ -205,8 +205,8 @@ def _ambiguous(reading: _Reading, inputs: Inputs, side: int) -> MismatchError:
         longer, shorter = shorter, longer
     counted = [f"{prefix}: {reading.equal:,} of {len(shorter.tensors):,}" for prefix in reading.alike]
     return MismatchError(
-        f"names of {shorter.name} are found in {longer.name} behind {len(counted)} prefixes, and as many tensors have "
-        f"a partner of equal shape behind each:\n{some(counted)}",
+        f"names of {shorter.name} are found in {longer.name} behind {len(counted)} prefixes, and as many tensors "
+        f"have a partner of equal shape behind each:\n{some(counted)}",
         hint=f"Say which is meant: --prefix {printable(reading.alike[0])} (in a recipe, prefix: "
         f"{printable(reading.alike[0])}).",
     )

@@ -24,7 +24,7 @@ from lines_cli.plan.coefficients import coefficient_of
 from lines_cli.plan.identity import named_inputs, refuse_two_names
 from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.layout import lay_out_files
-from lines_cli.plan.match import match_names, settle_missing
+from lines_cli.plan.match import match_names, nothing_in_common, settle_missing
 from lines_cli.plan.plan import Plan
 from lines_cli.plan.resolve import UNSCALED, decided, settle_misfits
 from lines_cli.plan.sidecars import with_sidecars
@@ -54,6 +54,8 @@ def make_plan(recipe: Recipe, inputs: Inputs, output: Path) -> Plan:
     except DepthError:
         if matched[1] and recipe.missing == "error":  # which is why the names make no sense, as likely as not
             settle_missing(inputs, own, matched, DepthMap((), {}), recipe, notes)
+        if not matched[0]:
+            raise nothing_in_common(inputs) from None
         raise
     rows = settle_missing(inputs, own, matched, depth, recipe, notes)
     rules = (recipe.lines or UNSCALED).rules(depth)

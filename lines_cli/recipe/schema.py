@@ -304,7 +304,7 @@ Like = Literal["base", "ft"]
 
 def _parse_prefix(value: Any) -> Any:
     """A prefix ends at a dot, whether that is written or not."""
-    if not isinstance(value, str):
+    if value is not None and not isinstance(value, str):
         raise ValueError("expected what names begin with, as in vision_model.")
     return f"{value.removesuffix('.')}." if value else value
 
@@ -351,7 +351,7 @@ class Recipe(_Part):
     like: Like = "base"
     prefix: Annotated[str | None, BeforeValidator(_parse_prefix)] = None
     missing: Literal["error", "ft", "copy", "skip"] = "error"
-    missing_in_blocks: Annotated[int | None, BeforeValidator(_no_flag), Field(ge=0)] = None
+    missing_in_blocks: Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(_no_flag)] = None
     resize: Literal["error", "ft", "base"] = "error"
     variant: Annotated[str, Field(pattern=r"^[\w-]+$")] | None = None
     allow_nonfinite: bool = False

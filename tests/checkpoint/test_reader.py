@@ -359,3 +359,126 @@ def test_no_name_reaches_the_terminal_unescaped(text: str, tmp_path: Path) -> No
         assert not ran.trace
         assert text not in ran.out + ran.err
         assert {c for c in ran.out + ran.err if not c.isprintable()} <= {"\n"}
+
+
+# --- codes and factors, by what stands beside them ---
+
+Kinds = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+I8, U8, I16, I32, I64, F16, F32 = (
+    torch.int8,
+    torch.uint8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.float32,
+)
+U32 = getattr(torch, "uint32", torch.int32)  # came with torch 2.3
+
+# What stands in a module `m` of each format; of those that have another name for a file, too.
+CODES: dict[str, Kinds] = {
+    "GPTQ": {"qweight": (I32, (4, 64)), "qzeros": (I32, (1, 8)), "scales": (F16, (1, 64)), "g_idx": (I32, (32,))},
+    "AWQ": {"qweight": (I32, (32, 8)), "qzeros": (I32, (1, 8)), "scales": (F16, (1, 64))},
+    "bitsandbytes in 8 bits": {"weight": (I8, (8, 16)), "SCB": (F32, (8,)), "weight_format": (U8, ())},
+    "bitsandbytes in 4 bits": {"weight": (U8, (64, 1)), "weight.absmax": (F32, (2,)), "weight.quant_map": (F32, (16,))},
+    "HQQ": {"W_q": (U8, (8, 16)), "scale": (F16, (8, 1)), "zero": (F16, (8, 1))},
+    "compressed-tensors": {"weight_packed": (I32, (8, 2)), "weight_scale": (F16, (8, 1)), "weight_shape": (I64, (2,))},
+    "torchao": {"_weight_qdata": (I8, (8, 16)), "_weight_scale": (F32, (8,))},
+    "torchao before": {"weight": (I32, (1, 1, 32, 4)), "scales_and_zeros": (F16, (1, 8, 2))},
+    "quanto": {"weight._data": (I8, (8, 16)), "weight._scale": (F16, (8, 1))},
+    "MLX": {"weight": (U32, (8, 2)), "scales": (F16, (8, 1)), "biases": (F16, (8, 1))},
+    "MXFP4": {"w1_blocks": (U8, (2, 8, 1, 16)), "w1_scales": (U8, (2, 8, 1)), "w1_bias": (F16, (2, 8))},
+    "EETQ": {"weight": (I8, (8, 16)), "weight_scales": (F16, (16,))},
+    "AQLM": {"codes": (I8, (8, 2, 1)), "codebooks": (F16, (1, 256, 1, 8)), "scales": (F16, (8, 1, 1, 1))},
+    "QuIP": {"Qidxs": (I64, (8, 2)), "SU": (F16, (16,)), "SV": (F16, (8,))},
+    "EXL2": {"q_weight": (I32, (4, 64)), "q_scale": (I32, (1, 8)), "q_scale_max": (F16, (1,))},
+    "EXL3": {"trellis": (I16, (1, 4, 64)), "suh": (F16, (16,)), "svh": (F16, (64,))},
+    "one that nobody has heard of": {"body": (I16, (8, 4)), "steps_of_each_row": (F32, (8, 1))},
+    "named after its tensor": {"kernel": (I32, (8, 4)), "kernel_scale": (F32, ())},
+}
+# What integers stand beside floats in honest models.
+HONEST: dict[str, Kinds] = {
+    "positions": {"position_ids": (I64, (1, 16)), "position_embedding": (F32, (16, 4)), "class_embedding": (F32, (4,))},
+    "positions in 32 bits": {"position_ids": (I32, (2, 16)), "position_embeddings": (F32, (1, 16, 4))},
+    "batch norm": {"num_batches_tracked": (I64, ()), "running_mean": (F32, (4,)), "weight": (F32, (4,))},
+    "Swin": {"relative_position_index": (I64, (49, 49)), "relative_position_bias_table": (F32, (169, 4))},
+    "Swin in 32 bits": {"relative_position_index": (I32, (49, 49)), "relative_position_bias_table": (F32, (169, 4))},
+    "Swin 2": {"relative_position_index": (I64, (64, 64)), "logit_scale": (F32, (4, 1, 1)), "q_bias": (F32, (64,))},
+    "LeViT": {"attention_bias_idxs": (I64, (16, 16)), "attention_biases": (F32, (4, 16))},
+    "LeViT in 32 bits": {"attention_bias_idxs": (I32, (16, 16)), "attention_biases": (F32, (4, 16))},
+    "GPT-2": {"bias": (U8, (1, 1, 16, 16)), "masked_bias": (F32, ()), "weight": (F32, (16, 4))},
+    "a mask beside a scale": {"attn_mask": (U8, (16, 16)), "scale": (F32, (1,))},
+    "a map of vocabularies": {"d2t": (I64, (32,)), "weight": (F32, (32, 4))},
+    "experts by token": {"tid2eid": (I32, (64, 4)), "weight": (F32, (4, 16)), "bias": (F32, (4,))},
+    "buckets": {"relative_buckets": (I64, (16, 16)), "scale": (F32, (1,))},
+    "integers by themselves": {"table": (I32, (16, 16))},
+}
+
+
+def modules(tmp: Path, kind: Kinds, **more: torch.Tensor) -> Path:
+    """A lone file with the module in each of two layers, and with `more` once."""
+    return write_checkpoint(
+        tmp / "lone.safetensors",
+        {
+            f"model.layers.{layer}.m.{name}": torch.ones(shape).to(dtype)
+            for layer in range(2)
+            for name, (dtype, shape) in kind.items()
+        }
+        | more,
+    )
+
+
+@pytest.mark.parametrize("kind", CODES)
+def test_codes_by_what_stands_beside_them(kind: str, tmp_path: Path) -> None:
+    """Integers with scales in their module are quantised weights, in a lone file without a config, too."""
+    with pytest.raises(UnsupportedError, match=r"lone.safetensors is quantised: it holds model"):
+        open_checkpoint(modules(tmp_path, CODES[kind]))
+    assert open_checkpoint(tmp_path / "lone.safetensors", to_look_at=True).tensors
+
+
+@pytest.mark.parametrize("kind", HONEST)
+def test_integers_that_are_no_codes(kind: str, tmp_path: Path) -> None:
+    """Buffers that number entries, and masks, are none, whatever floats stand beside them."""
+    assert open_checkpoint(modules(tmp_path, HONEST[kind])).tensors
+
+
+A, B = (F32, (2, 4)), (F32, (4, 2))
+FACTORS: dict[str, Kinds] = {
+    "PEFT": {"q_proj.lora_A.weight": A, "q_proj.lora_B.weight": B},
+    "PEFT, by name": {"q_proj.lora_A.default.weight": A, "q_proj.lora_B.default.weight": B},
+    "PEFT, embeddings": {"wte.lora_embedding_A": A, "wte.lora_embedding_B": B},
+    "DoRA": {"q.lora_A.weight": A, "q.lora_B.weight": B, "q.lora_magnitude_vector": (F32, (4,))},
+    "LoHa": {f"q.hada_w{n}_{part}": A for n in (1, 2) for part in "ab"},
+    "LoKr": {"q.lokr_w1": A, "q.lokr_w2_a": A, "q.lokr_w2_b": B},
+    "IA3": {"k_proj.ia3_l": (F32, (4, 1))},
+    "OFT": {"q_proj.oft_R.weight": A},
+    "VeRA": {"q_proj.vera_lambda_b": (F32, (4,)), "q_proj.vera_lambda_d": (F32, (2,))},
+    "kohya": {"lora_unet_q.lora_down.weight": A, "lora_unet_q.lora_up.weight": B, "lora_unet_q.alpha": (F32, ())},
+    "kohya, DoRA": {"u.lora_down.weight": A, "u.lora_up.weight": B, "u.dora_scale": (F32, (4, 1))},
+    "diffusers": {"processor.to_q_lora.down.weight": A, "processor.to_q_lora.up.weight": B},
+    "x-flux": {"processor.qkv_lora1.down.weight": A, "processor.qkv_lora1.up.weight": B},
+    "MLX": {"q_proj.lora_a": B, "q_proj.lora_b": A},
+}
+
+
+@pytest.mark.parametrize("more", [{}, {"lm_head": torch.ones(3, 4)}], ids=["alone", "with a whole tensor"])
+@pytest.mark.parametrize("kind", FACTORS)
+def test_an_adapter_by_its_factors(kind: str, more: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """A lone file of factors is an adapter, whatever its name, also with something that was trained whole."""
+    with pytest.raises(UnsupportedError, match=r"lone.safetensors is an adapter"):
+        open_checkpoint(modules(tmp_path, FACTORS[kind], **more))
+
+
+@pytest.mark.parametrize(
+    "whole",
+    [
+        {"q_proj.base_layer.weight": (F32, (4, 4)), **{f"q_proj.lora_{p}.{of}.weight": A for p in "AB" for of in "xy"}},
+        {"q_proj.weight": (F32, (4, 4)), "q_proj.lora_A.weight": A, "q_proj.lora_B.weight": B},
+        {"q_proj.weight": (F32, (4, 4)), "k.weight": A, "v.weight": A, "o.lora_A.weight": A, "o.lora_B.weight": B},
+        {"attn.w_lora.lora.0.weight": A, "attn.w_lora.lora.2.weight": B, "attn.alpha": (F32, ())},
+    ],
+    ids=["two adapters inside", "beside their weight", "a few", "parts that only sound so"],
+)
+def test_a_whole_model_with_factors_inside(whole: Kinds, tmp_path: Path) -> None:
+    """Factors beside the weights that they change, or a few among others, make no adapter of a model."""
+    assert open_checkpoint(modules(tmp_path, whole)).tensors

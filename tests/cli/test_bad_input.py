@@ -232,8 +232,12 @@ CASES: dict[str, Case] = {
     # The inputs do not fit together: 4
     "no tensors": Case(pair(base={}, ft={}), 4, ["base", "ft"]),
     "nothing in common": Case(pair(base={"layers.0.a": torch.ones(1)}, ft={"layers.0.b": torch.ones(1)}), 4, ["0.a"]),
-    "missing in ft": Case(pair(ft=tensors(1, layers_1_w=None)), 4, ["base", "ft", "layers.1.w", "--missing copy"]),
-    "missing in base": Case(pair(base=tensors(layers_1_w=None)), 4, ["base", "ft", "layers.1.w", "--missing copy"]),
+    "missing in ft": Case(
+        pair(ft=tensors(1, layers_1_w=None)), 4, ["base", "ft", "layers.1.w", "--missing-in-blocks 1"]
+    ),
+    "missing in base": Case(
+        pair(base=tensors(layers_1_w=None)), 4, ["base", "ft", "layers.1.w", "--missing-in-blocks 1"]
+    ),
     "missing on both sides": Case(
         pair(base=tensors(norm=None), ft=tensors(1, layers_1_w=None)), 4, ["layers.1.w", "norm", "1 of 6"]
     ),
@@ -279,7 +283,7 @@ CASES: dict[str, Case] = {
         ["ft/model.safetensors", "layers.1.w", "NaN", "entry 5"],
     ),
     "NaN in a tensor of one side": Case(
-        pair("--missing", "copy", ft=tensors(1, layers_3_w=holed(5, NAN))),
+        pair("--missing", "copy", "--missing-in-blocks", "1", ft=tensors(1, layers_3_w=holed(5, NAN))),
         5,
         ["ft/model.safetensors", "layers.3.w", "NaN", "entry 5"],
     ),

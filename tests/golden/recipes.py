@@ -425,9 +425,9 @@ EDITS: dict[str, Case] = {
     "edit-halfway-bfloat16": edit("double/base", "double/halfway", alpha=1, dtype="bfloat16"),
     "edit-halfway-float16": edit("double/base", "double/halfway", alpha=1, dtype="float16"),
     "edit-cast-copies": edit("decoder/base", "decoder/wider", alpha=0, dtype="float16", output=FOLDER),
-    "edit-missing-ft": edit("part/base", "part/a", missing="ft"),
-    "edit-missing-copy": edit("part/base", "part/a", missing="copy"),
-    "edit-missing-skip": edit("part/base", "part/a", missing="skip"),
+    "edit-missing-ft": edit("part/base", "part/a", missing_in_blocks=2, missing="ft"),
+    "edit-missing-copy": edit("part/base", "part/a", missing_in_blocks=2, missing="copy"),
+    "edit-missing-skip": edit("part/base", "part/a", missing_in_blocks=2, missing="skip"),
     "edit-resize-ft": edit("rows/base", "rows/longer", resize="ft", output=FOLDER),
     "edit-resize-base": edit("rows/base", "rows/longer", resize="base", output=FOLDER),
     "edit-tied-base": edit("tied/base", "tied/own", outside="position"),
@@ -465,7 +465,9 @@ MERGES: dict[str, Case] = {
         "task_arithmetic", *WEIGHTED, said={"density": 0.3, "trim": "global", "normalize": False}, dtype="float32"
     ),
     "sum-trimmed-by-tensor": merge("task_arithmetic", *WEIGHTED, said={"density": 0.3, "trim": "tensor"}, lines=AUTO),
-    "sum-missing-copy": merge("task_arithmetic", "part/base", "part/a", "part/b", missing="copy", lines=BY_DEPTH),
+    "sum-missing-copy": merge(
+        "task_arithmetic", "part/base", "part/a", "part/b", missing_in_blocks=2, missing="copy", lines=BY_DEPTH
+    ),
     "ties": merge("ties", *DECODER, said={"density": 0.2}, dtype="float32", out_dtype="float16", output=FOLDER),
     "ties-wide": merge("ties", *WIDE_ONES, said={"density": 0.35}, lines=AUTO),
     "ties-wide-by-tensor": merge("ties", *WIDE_ONES, said={"density": 0.5, "trim": "tensor"}, dtype="bfloat16"),
@@ -489,7 +491,9 @@ MERGES: dict[str, Case] = {
         said={"density": 0.5},
         lines={"beta": 0.2},
     ),
-    "ties-missing-ft": merge("ties", "part/base", "part/a", "part/b", said={"density": 0.5}, missing="ft"),
+    "ties-missing-ft": merge(
+        "ties", "part/base", "part/a", "part/b", said={"density": 0.5}, missing_in_blocks=2, missing="ft"
+    ),
     "ties-resize-base": merge(
         "ties", "rows/base", "rows/longer", "rows/shorter", said={"density": 0.5}, resize="base", lines=AUTO
     ),

@@ -1645,6 +1645,7 @@ def test_what_a_recipe_settles(settled: dict[str, str], tmp_path: Path) -> None:
     sides = [base := toy(1, 3), *(tuned(base, seed) for seed in (1, 2))]
     (a_tensor_less if "missing" in settled else more_rows)(sides)
     said = {"merge_method": "ties", "parameters": {"density": 0.5}, "lines": {"beta": 0.5}, **settled}
+    said |= {"missing_in_blocks": 1} if "missing" in settled else {}
     recipe = recipe_file(tmp_path, sides[0], sides[1:], said)
     told, ran = inspect("--config", recipe, "--tensors"), merged_by_lines(recipe, tmp_path / "out")
     assert {key: told["together"]["auto"][key] for key in ("sum", "merged")} == ran["norms"]

@@ -119,16 +119,20 @@ OWNERS = ["base", "a", "b", "base a", "base b", "a b"]
 @pytest.mark.parametrize("name", ["layers.1.extra", "pooler"])
 @pytest.mark.parametrize("owners", OWNERS)
 def test_a_tensor_that_some_lack(owners: str, name: str, missing: str, tmp_path: Path) -> None:
-    """It is refused, copied from the first that has it, the same if a model has it, or left out; others are merged."""
+    """It is refused, copied from the first that has it, the same if a model has it, or left out; others are merged.
+    Inside a block `missing` alone does not settle it.
+    """
     models = {side: tensors(seed) for seed, side in enumerate(("base", "a", "b"))}
     for seed, side in enumerate(owners.split()):
         models[side][name] = torch.full((4,), float(seed))
     write(tmp_path, **models)
     before = snapshot(tmp_path)
-    ran = merge(tmp_path, missing=missing)
+    inside = {"missing_in_blocks": 1} if name.startswith("layers") else {}
+    ran = merge(tmp_path, missing=missing, **inside)
     if missing == "error":
         lacking = [side for side in models if side not in owners.split()]
-        refused(ran, 4, name, "missing: copy", *(f"that {tmp_path / side} lacks" for side in lacking))
+        way_out = "missing_in_blocks: 1" if inside else "missing: copy"
+        refused(ran, 4, name, way_out, *(f"that {tmp_path / side} lacks" for side in lacking))
         (tmp_path / "merge.yaml").unlink()
         assert snapshot(tmp_path) == before
         return
@@ -146,7 +150,7 @@ def test_a_layer_that_one_model_has_more(owner: str, tmp_path: Path) -> None:
     models = {side: tensors(seed) for seed, side in enumerate(("base", "a", "b"))}
     models[owner]["layers.3.w"] = torch.ones(5, 7)
     write(tmp_path, **models)
-    ran = merge(tmp_path, "--json", missing="copy", lines={"alpha": 0.0, "beta": 0.75})
+    ran = merge(tmp_path, "--json", missing="copy", missing_in_blocks=1, lines={"alpha": 0.0, "beta": 0.75})
     assert ran.code == 0, ran.err
     assert ran.json["stacks"][0]["layers"] == 4
     got = output(tmp_path)
@@ -298,7 +302,7 @@ def test_a_prefix_and_a_buffer_of_one_side(tmp_path: Path) -> None:
     body = [{f"h.{i}.w": m[f"layers.{i}.w"] for i in range(3)} for m in map(tensors, range(3))]
     buffer = {"h.0.attention.masked_bias_of_long_name": torch.ones(1)}
     write(tmp_path, base=body[0] | buffer, a=body[1] | buffer, b=renamed(body[2], "transformer."))
-    ran = merge(tmp_path, missing="skip")
+    ran = merge(tmp_path, missing="skip", missing_in_blocks=1)
     assert ran.code == 0, ran.err
     same(output(tmp_path), {n: total(*(model[n] for model in body)) for n in body[0]})
 

@@ -185,7 +185,7 @@ def test_missing_copy_and_skip(missing: str, dtype: str | None, tmp_path: Path) 
     """copy takes each tensor from the side that has it, unscaled; skip leaves it out. All others are by formula."""
     base, ft = (vocabulary(("embed_tokens.weight", [8, WIDTH]), ("lm_head.weight", [8, WIDTH]), seed=s) for s in (1, 2))
     del base["lm_head.weight"], ft["norm.weight"], ft["layers.1.w"]
-    flags = ["--missing", missing, *(["--dtype", dtype] if dtype else [])]
+    flags = ["--missing", missing, "--missing-in-blocks", "1", *(["--dtype", dtype] if dtype else [])]
     ran = edit(tmp_path, base, ft, *flags, config={"model_type": "llama", "tie_word_embeddings": False})
     assert ran.code == 0, ran.err
     expected = {name: by_formula(base[name], ft[name]) for name in base.keys() & ft.keys()}
