@@ -69,6 +69,7 @@ class Checkpoint:
         stem: what its weight files are called, `model` in `model-00001-of-00002.safetensors`.
         config: the parsed `config.json`; empty where there is none.
         hub_id: `org/name@commit`, for one that came from the Hub.
+        metadata: what the header of its only file says beside the tensors; empty where there are several files.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Checkpoint:
     stem: str
     config: Mapping[str, Any] = field(default_factory=dict)
     hub_id: str | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path | None:
@@ -166,15 +168,17 @@ def open_checkpoint(
 
     tensors: dict[str, StoredTensor] = {}
     states: list[FileState] = []
+    metadata: Mapping[str, str] = {}
     for number, (file, expected) in enumerate(files.items()):
         there = _stat(file)  # before the header is read: what is written meanwhile shows
         header = read_header(file, known)
         held = header.tensors
+        metadata = header.metadata if len(files) == 1 else {}
         states.append(FileState(there.st_size, there.st_mtime_ns, header.digest))
         if expected is not None and held.keys() != expected:
             _refuse_shard(file, held.keys(), expected)
         tensors.update({tensor: StoredTensor(number, info) for tensor, info in held.items()})
-    checkpoint = Checkpoint(name, path, tuple(files), tensors, tuple(states), stem, config, hub_id)
+    checkpoint = Checkpoint(name, path, tuple(files), tensors, tuple(states), stem, config, hub_id, metadata)
     if not to_look_at and (unsupported := unsupported_in(checkpoint)):
         raise unsupported
     return checkpoint

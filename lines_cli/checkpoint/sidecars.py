@@ -257,12 +257,14 @@ def carry_over(
         theirs = carried_files(kept.folder, TOKENIZER_FILES) if kept.folder else {}
         files = {name: path for name, path in files.items() if not _matches(name, TOKENIZER_FILES)} | theirs
         ids = kept.config or None
-        if tokenizer is not None and not theirs:
+        if tokenizer is not None and not theirs and any(map(_of, inputs)):
             raise CheckpointError(
                 f"tokenizer_source: {tokenizer.name} has no tokenizer",
                 hint="Name an input that has one, or leave the key out.",
             )
-        if not theirs:
+        if tokenizer is not None and not theirs:
+            notes.append("tokenizer_source says nothing: no input has a tokenizer")
+        elif not theirs:
             notes.append(
                 f"no tokenizer goes with the {next(iter(rows.values())):,} rows kept: "
                 f"{kept.name} has none, and that of the others has other rows"

@@ -112,7 +112,7 @@ class Method:
     scale: str | None = None
     choose: Callable[[Sequence[str], str | None], Chosen] | None = None
     review: Callable[[Said], Iterable[Remark]] = _no_remarks
-    ignored: frozenset[str] = frozenset({"int8_mask"})
+    ignored: frozenset[str] = frozenset({"int8_mask", "embed_slerp"})
     temporaries: int = 5
     workspace: Callable[[Sequence[int]], int] = _five_of_float64
 

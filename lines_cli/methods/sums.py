@@ -106,6 +106,6 @@ METHODS = {
         norm_of_kept=True,
         scale="lambda",
         review=_review,
-        ignored=frozenset({"int8_mask", "rescale"}),
+        ignored=frozenset({"int8_mask", "embed_slerp", "rescale"}),
     ),
 }

@@ -23,7 +23,7 @@ from lines_cli.plan.align import aligned_names
 from lines_cli.plan.coefficients import coefficient_of
 from lines_cli.plan.identity import named_inputs, refuse_two_names
 from lines_cli.plan.inputs import Inputs
-from lines_cli.plan.layout import lay_out_files
+from lines_cli.plan.layout import lay_out_files, metadata_like
 from lines_cli.plan.match import match_names, nothing_in_common, settle_missing
 from lines_cli.plan.plan import Plan
 from lines_cli.plan.resolve import UNSCALED, decided, settle_misfits
@@ -90,6 +90,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, output: Path) -> Plan:
         stem=inputs.leading.stem,
         one_file=output.name if is_one_file(output) else None,
         max_shard_size=recipe.max_shard_size,
+        metadata=metadata_like(inputs.leading.metadata),
     )
     plan = Plan(
         recipe,

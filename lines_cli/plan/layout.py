@@ -11,6 +11,14 @@ from functools import lru_cache
 from lines_cli.checkpoint.header import TensorInfo, canonical_order, itemsize, lay_out
 
 FILE_METADATA = {"format": "pt"}
+_HASH = re.compile(r"hash", re.IGNORECASE)
+
+
+def metadata_like(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What an output's headers say beside the tensors: what the file says that it is like (`modelspec.title`), but for
+    digests of that file's content.
+    """
+    return {key: value for key, value in metadata.items() if not _HASH.search(key)} | FILE_METADATA
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +45,12 @@ def _part(part: str) -> tuple[int, str]:
 
 
 def lay_out_files(
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]], *, stem: str, one_file: str | None, max_shard_size: int
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    *,
+    stem: str,
+    one_file: str | None,
+    max_shard_size: int,
+    metadata: Mapping[str, str],
 ) -> tuple[list[OutputFile], list[tuple[str, int, TensorInfo]]]:
     """Deal tensors out to files. Nothing depends on how the inputs are sharded.
 
@@ -49,6 +62,7 @@ def lay_out_files(
         stem: what the files of a folder are called, `model` in `model-00001-of-00002.safetensors`.
         one_file: the name of the only file, where the output is no folder.
         max_shard_size: most bytes of tensors in a file of a folder.
+        metadata: what the header of each file says beside the tensors.
 
     Returns:
         The files; and (tensor, number of its file, place in it), file by file.
@@ -71,7 +85,7 @@ def lay_out_files(
     files, placed = [], []
     for number, (file, group) in enumerate(zip(names, groups, strict=True)):
         in_order = canonical_order({name: tensors[name][0] for name in group})
-        head, infos = lay_out(((name, *tensors[name]) for name in in_order), FILE_METADATA)
+        head, infos = lay_out(((name, *tensors[name]) for name in in_order), metadata)
         files.append(OutputFile(file, head, len(head) + sum(info.nbytes for info in infos.values())))
         placed += [(name, number, info) for name, info in infos.items()]
     return files, placed

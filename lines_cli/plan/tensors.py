@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Collection, Mapping, Sequence
+from difflib import get_close_matches
 from typing import NamedTuple
 
 from lines_cli.checkpoint.header import EXACT_DTYPES, TensorInfo, itemsize
@@ -246,6 +247,8 @@ def refuse_idle_filters(rules: Rules, names: Collection[str]) -> None:
     for pattern, _ in rules.filters:
         if pattern != "*" and not any(pattern in name for name in names):
             such_as = f", such as {printable(next(iter(names)))}" if names else ""
+            near = get_close_matches(pattern[:100], {part for name in names for part in name.split(".")}, n=1)
+            such_as += f"; did you mean {printable(near[0])}?" if near else ""
             raise RecipeError(f"lines.filter: {pattern!r} matches none of {len(names):,} tensor names{such_as}")
 
 

@@ -59,6 +59,23 @@ def read_yaml(text: str) -> tuple[Any, dict[Place, str]]:
         raise YamlError(f"it holds {text[error.start]!r}, which is not valid text (half a character)") from error
 
 
+def anchored_keys(text: str) -> set[str]:
+    """The keys at the top of a document that `read_yaml` has read, within whose values an anchor stands: for aliases
+    elsewhere in it.
+    """
+    found: set[str] = set()
+    key, depth = None, 0
+    for event in yaml.parse(text, Loader=_loader(text)):
+        if depth == 1 and key is None and isinstance(event, yaml.ScalarEvent):
+            key = event.value
+            continue
+        if key is not None and not isinstance(event, yaml.AliasEvent) and getattr(event, "anchor", None):
+            found.add(key)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        key = None if depth < 2 and not isinstance(event, yaml.CollectionStartEvent) else key
+    return found
+
+
 def _loader(text: str) -> Any:
     """The library's fast reader, where it was built with one. It knows no half characters, which stand for bytes in the
     names of files.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any, get_args
 
@@ -11,24 +11,33 @@ from pydantic import ValidationError
 
 from lines_cli.errors import RecipeError
 from lines_cli.methods import METHODS, Method, find_method
+from lines_cli.methods.parameters import evaluate
 from lines_cli.methods.said import Conflict, Note, Settled
 from lines_cli.recipe.plain_yaml import Place
 from lines_cli.recipe.schema import DtypeName, Recipe, Scaling, parse_schedule
 
 
-def make_recipe(values: Mapping[Any, Any], *, where: str, at: Mapping[Place, str] | None = None) -> Recipe:
+def make_recipe(
+    values: Mapping[Any, Any],
+    *,
+    where: str,
+    at: Mapping[Place, str] | None = None,
+    constants: Collection[str] = (),
+) -> Recipe:
     """Check plain values and freeze them.
 
     Args:
         values: the recipe as YAML has it.
         where: what a message should call their origin.
         at: for every key, where it was said: `line 7`, or the `--set` that said it.
+        constants: keys at the top that hold anchors, and so may stand for nothing themselves.
 
     Raises:
         RecipeError: an unknown key or an impossible value.
     """
     problems: list[Problem] = []
     notes: list[str] = []
+    values = _without_idle_keys(values, constants, notes)
     own, said_at = _in_our_keys(values, problems, notes)
     recipe: Recipe | None = None
     try:
@@ -122,13 +131,25 @@ def _nearest(place: Place) -> str:
         return ""
     if word in _PARAMETERS:
         return f"; a method's {word} stands under parameters"
-    if inside_lines:
-        near = get_close_matches(word, Scaling.model_fields, n=1, cutoff=0.5)
-        return f"; did you mean lines.{near[0]}?" if near else ""
-    if word in Scaling.model_fields:
+    if word in Scaling.model_fields and not inside_lines:
         return f"; did you mean lines.{word}?"
-    near = get_close_matches(word, ("model", "parameters") if above else _TOP, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""
+    own: Iterable[str] = _TOP
+    if inside_lines:
+        own = Scaling.model_fields
+    elif above:
+        own = ("model", "parameters")
+    near = get_close_matches(word, own, n=1, cutoff=0.5 if inside_lines else 0.6)
+    if near:
+        return f"; did you mean {'lines.' if inside_lines else ''}{near[0]}?"
+    return _nearest_elsewhere(word)
+
+
+def _nearest_elsewhere(word: str) -> str:
+    """Which key of another place may have been meant: one that is a letter or two off."""
+    places = {key: key for key in _TOP} | {key: f"parameters.{key}" for key in sorted(_PARAMETERS)}
+    places |= {key: f"lines.{key}" for key in Scaling.model_fields}
+    near = get_close_matches(word, places, n=1, cutoff=0.7)
+    return f"; did you mean {places[near[0]]}?" if near else ""
 
 
 def _in_our_keys(values: Mapping[Any, Any], problems: list[Problem], notes: list[str]) -> tuple[dict[Any, Any], SaidAt]:
@@ -184,13 +205,50 @@ _MAY_BE_EMPTY = frozenset(
 )
 
 
+_IDLE = frozenset(
+    """
+    name allow_crimes async_write clone_tensors copy_tokenizer cuda gguf lazy_unpickle lora_merge_cache low_cpu_memory
+    multi_gpu num_threads out_shard_size quiet random_seed read_to_gpu safe_serialization transformers_cache
+    trust_remote_code verbosity write_model_card
+    """.split()
+)
+"""mergekit's options, which people keep in its files, and a result's name."""
+
+
+def _without_idle_keys(values: Mapping[Any, Any], constants: Collection[str], notes: list[str]) -> dict[Any, Any]:
+    """The recipe without keys at the top that say nothing here: mergekit's options, and holders of anchors."""
+    own = dict(values)
+    for key in values:
+        holds_anchors = key in constants and key not in {*_TOP, *_NOT_FOR_PEOPLE} and not _nearest((key,))
+        if key in _IDLE or holds_anchors:
+            del own[key]
+            what = (
+                "holds what is said elsewhere by its anchor" if holds_anchors else "is accepted, and does nothing here"
+            )
+            notes.append(f"{key} {what}")
+    return own
+
+
 def _take_slices(own: dict[Any, Any], moved: dict[Place, Place], problems: list[Problem], notes: list[str]) -> None:
-    """Read mergekit's `slices`, where it says no more than `models` does: one slice with the whole of every model."""
+    """Read mergekit's `slices`, where it says no more than `models` does: slices that together hold all layers of the
+    same models.
+    """
     slices = own.pop("slices")
     one = slices[0] if isinstance(slices, list) and len(slices) == 1 else None
     place: Place = ("slices",)
-    what = ""
-    if "models" in own:
+    what, note = "", "slices: one slice of whole models, read as models"
+    if isinstance(slices, list) and len(slices) > 1 and "models" not in own:
+        try:
+            one = _joined(slices)
+            note = (
+                f"slices: {len(slices)} slices that together hold whole models, read as models whose parameters differ "
+                "by layer; outside the blocks those of the first slice hold"
+            )
+        except ValueError as error:
+            what = f"slices: {error}"
+    if what:
+        pass
+    elif "models" in own:
         what = "slices and models both list the models: leave one out"
     elif not isinstance(one, dict) or not isinstance(one.get("sources"), list):
         what = "slices: only one slice, of whole models, is supported; lines does not stack parts of models"
@@ -212,14 +270,88 @@ def _take_slices(own: dict[Any, Any], moved: dict[Place, Place], problems: list[
             setting = _then(setting, top[key])  # noqa: PLW2901 - what the slice leaves open
         own["parameters"] = {**(own.get("parameters") or {}), key: setting}
         moved["parameters", key] = ("slices", 0, "parameters", key)
-    notes.append("slices: one slice of whole models, read as models")
+    notes.append(note)
+
+
+def _joined(slices: list[Any]) -> dict[str, Any]:
+    """Several slices as one, with a value of each parameter for each layer.
+
+    Raises:
+        ValueError: they are not all layers of the same models in order, or their parameters cannot be told by layer.
+    """
+    end, layers, models, sources = 0, list[int](), list[Any](), list[list[dict[str, Any]]]()
+    for one in slices:
+        said = one.get("sources") if isinstance(one, dict) else None
+        if not isinstance(said, list) or not all(isinstance(source, dict) for source in said) or not said:
+            raise ValueError("each has sources, as in `- sources: [{model: PATH, layer_range: [0, 8]}]`")
+        if one.keys() - {"sources", "parameters"} or any(
+            s.keys() - {"model", "layer_range", "parameters"} for s in said
+        ):
+            raise ValueError("a slice has sources and parameters; a source model, layer_range and parameters")
+        ranges = [source.get("layer_range") for source in said]
+        known = isinstance(ranges[0], list) and [type(n) for n in ranges[0]] == [int, int]
+        named = {str(source.get("model")): source for source in said}
+        models = models or list(named)
+        whole = known and ranges.count(ranges[0]) == len(ranges) and ranges[0][0] == end < ranges[0][1]
+        if not whole or named.keys() != set(models) or len(named) < len(said):
+            raise ValueError(
+                "only slices that follow each other from layer 0 on, each with the same layers of the same models, are "
+                "understood; stacking parts of models is another tool's work"
+            )
+        layers.append(ranges[0][1] - end)
+        end = ranges[0][1]
+        sources.append([named[model] for model in models])
+    by_model = [
+        {"model": of_it[0]["model"], "layer_range": [0, end], "parameters": _by_layer(of_it, layers)}
+        for of_it in zip(*sources, strict=True)
+    ]
+    return {"sources": by_model, "parameters": _by_layer(slices, layers)}
+
+
+def _by_layer(parts: Iterable[Mapping[str, Any]], layers: list[int]) -> dict[str, Any]:
+    """The parameters of parts that stand one behind the other, as those of the whole.
+
+    Args:
+        parts: each with its `parameters`.
+        layers: how many layers each has.
+    """
+    said = [part.get("parameters") or {} for part in parts]
+    if not all(isinstance(parameters, dict) for parameters in said):
+        raise ValueError("parameters: expected keys and values")
+    joined: dict[str, Any] = {}
+    for key in dict.fromkeys(key for parameters in said for key in parameters):
+        if not all(key in parameters for parameters in said):
+            raise ValueError(f"{key} is said of some slices, and not of all")
+        conditions = [_then(parameters[key], []) for parameters in said]
+        filters = [[part.get("filter") for part in condition] for condition in conditions]
+        if filters.count(filters[0]) < len(filters):
+            raise ValueError(f"{key} has other filters in other slices")
+        rules = []
+        for number, name in enumerate(filters[0]):
+            values = [condition[number].get("value") for condition in conditions]
+            rules.append({"value": _layer_by_layer(key, values, layers), **({} if name is None else {"filter": name})})
+        joined[key] = rules[0]["value"] if filters[0] == [None] else rules
+    return joined
+
+
+def _layer_by_layer(key: str, values: list[Any], layers: list[int]) -> Any:
+    """One value for all layers where all are the same; else a number for each."""
+    if not isinstance(values[0], list) and values.count(values[0]) == len(values):
+        return values[0]
+    each = []
+    for value, number in zip(values, layers, strict=True):
+        numbers = value if isinstance(value, list) else [value]
+        if not numbers or not all(type(one) in (int, float) for one in numbers):
+            raise ValueError(f"{key} is no number, and not the same in all slices")
+        each += [evaluate(numbers, "", index / (number - 1) if number > 1 else 1.0) for index in range(number)]
+    return each
 
 
 def _then(first: Any, second: Any) -> Any:
     """One setting that says what the first says, and where that says nothing what the second does."""
     conditions = [
         setting
-        if isinstance(setting, list) and any(isinstance(part, dict) for part in setting)
+        if isinstance(setting, list) and (not setting or any(isinstance(part, dict) for part in setting))
         else [{"value": setting}]
         for setting in (([part] if isinstance(part, dict) else part) for part in (first, second))
     ]
@@ -289,7 +421,7 @@ def _misplaced(key: str, here: Place, name: str, method: Method, *, of_model: bo
     elif elsewhere:
         more = f"; {', '.join(elsewhere)} {'has' if len(elsewhere) == 1 else 'have'} it"
     else:
-        more = f"; did you mean {near[0]}?" if near else ""
+        more = f"; did you mean {near[0]}?" if near else _nearest_elsewhere(key[:_LONGEST_WORD])
     return f"{dotted(here)} is not a parameter of {name}{more}"
 
 

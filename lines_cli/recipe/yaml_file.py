@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from lines_cli.errors import RecipeError, some
-from lines_cli.recipe.plain_yaml import LARGEST, Place, YamlError, read_yaml
+from lines_cli.recipe.plain_yaml import LARGEST, Place, YamlError, anchored_keys, read_yaml
 from lines_cli.recipe.schema import Recipe
 from lines_cli.recipe.validate import dotted, make_recipe
 from lines_cli.storage.digest import FileRecord
@@ -87,7 +87,8 @@ def load_recipe_file(path: Path, sets: Iterable[str] = (), *, elsewhere: Elsewhe
     names: dict[str, str] = {}
     values = _with_paths(path.parent, values, names, _elsewhere(values, elsewhere))
     version = _VERSION.match(text)
-    return RecipeFile(make_recipe(values, where=str(path), at=at), names, version[1] if version else None)
+    recipe = make_recipe(values, where=str(path), at=at, constants=anchored_keys(text) if "&" in text else ())
+    return RecipeFile(recipe, names, version[1] if version else None)
 
 
 _VERSION = re.compile(r"# Written by lines (\d[\w.+-]{0,40})\.")
@@ -295,6 +296,8 @@ def _with_paths(
         name = holder.get(key) if isinstance(holder, dict) else None
         if isinstance(name, str) and name != "base" and name and "\0" not in name:
             known = set(names)
+            if name.startswith(_OF_A_MODEL) and name not in names.values():  # as mergekit once wrote it
+                name = name.removeprefix(_OF_A_MODEL)
             path = resolved(name)
             holder[key] = path if path in known else name
 
@@ -309,6 +312,9 @@ def _with_paths(
     if isinstance(values.get("output"), str) and values["output"] and look:
         values["output"] = os.path.join(folder, os.path.expanduser(values["output"]))
     return values
+
+
+_OF_A_MODEL = "model:"
 
 
 def _beside(folder: Path, name: str, *, look: bool) -> str:

@@ -74,7 +74,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 ON_CONSOLES = {"json", "quiet", "full"}
 """Options that say what is shown, and how."""
-OF_FILES = {"output", "max_shard_size", "force", "resume", "verify", "verify_inputs", "dry_run"}
+OF_FILES = {"output", "variant", "max_shard_size", "force", "resume", "verify", "verify_inputs", "dry_run"}
 
 
 def keywords(function: Callable[..., Any]) -> dict[str, Any]:
@@ -107,6 +107,7 @@ def test_a_merge_in_memory_takes_what_a_recipe_takes() -> None:
     """Every key of a recipe that does not speak of files is a keyword, under its own name or a plainer one."""
     renamed = {"merge_method": "method", "base_model": "base"}
     files = {"tokenizer_source", "chat_template", "max_shard_size", "output", "run", "inputs", "files", "card", "notes"}
+    files |= {"variant"}
     keys = {renamed.get(key, key) for key in lines.Recipe.model_fields.keys() - files}
     resources = {"workers", "device", "gpu_memory", "track"}
     assert keywords(lines.merge_state_dicts).keys() == keys | resources | {"config", "model_parameters"}
@@ -578,7 +579,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[LinesError], str]] = {
     "more": ({"head.w": torch.zeros(2)}, errors.MismatchError, "1 of 4 in ft that base lacks"),
     "dtype": ({"h.1.w": torch.zeros(2, 3).int()}, errors.MismatchError, "F32 and I32"),
     "quantised": ({"h.1.w": torch.zeros(2, 3).to(torch.float8_e4m3fn)}, errors.UnsupportedError, "ft is quantised"),
-    "complex": ({"h.1.w": torch.zeros(2, 3).cfloat()}, errors.UnsupportedError, "tensor h.1.w is C64"),
+    "complex": ({"h.1.w": torch.zeros(2, 3).cfloat()}, errors.MismatchError, "h.1.w: F32 and C64"),
     "wide complex": ({"h.1.w": torch.zeros(2).cdouble()}, errors.UnsupportedError, "h.1.w is torch.complex128"),
     "sparse": ({"h.1.w": torch.eye(3).to_sparse()}, errors.UnsupportedError, "ft: tensor h.1.w has the layout"),
     "meta": ({"h.1.w": torch.zeros(2, 3, device="meta")}, errors.UnsupportedError, "is on the meta device"),

@@ -195,7 +195,7 @@ def raw_dtype(dtype: str, shape: list[int], nbytes: int) -> Callable[[Path], Pat
 
 def quantised(method: str) -> Callable[[Path], Path]:
     config = {"quantization_config": {"quant_method": method}}
-    return lambda tmp: write_checkpoint(tmp / "ckpt", {"w": torch.ones(1)}, config=config)
+    return lambda tmp: write_checkpoint(tmp / "ckpt", {"w": torch.ones(1), "scales": torch.ones(1)}, config=config)
 
 
 def fifo(tmp: Path) -> Path:

@@ -600,7 +600,11 @@ FILES: dict[str, tuple[str, int, list[str]]] = {
         7,
         ["wieght", "mean weight"],
     ),
-    "two slices": (HEAD + "slices:\n  - sources: [{model: a}]\n  - sources: [{model: b}]\n", 3, ["slices"]),
+    "slices of other models": (
+        HEAD + "slices:\n- sources: [{model: a, layer_range: [0, 2]}]\n- sources: [{model: b, layer_range: [2, 4]}]\n",
+        3,
+        ["slices", "same models"],
+    ),
     "slices and models": (HEAD + MODELS + "slices:\n  - sources: [{model: a}]\n", 6, ["slices", "models"]),
     "notes": (HEAD + MODELS + "notes: [mine]\n", 6, ["notes"]),
     "misplaced model": (HEAD + MODELS + "model: c\n", 6, ["model", "models"]),

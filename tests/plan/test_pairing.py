@@ -13,10 +13,11 @@ import yaml
 from safetensors.torch import load_file
 
 import lines_cli as lines
-from conftest import Ran, run_lines, write_checkpoint
 from lines_cli.errors import MismatchError, RecipeError, UnsupportedError
 from lines_cli.scaling.find_depth import find_depth
 from lines_cli.scaling.same_names import canonical
+from support.files import write_checkpoint
+from support.run import Ran, run_lines
 
 LAYERS = 4
 Tensors = dict[str, torch.Tensor]

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import run_lines, write_checkpoint
+from support.files import write_checkpoint
+from support.run import run_lines
 
 VIT = {"model_type": "vit", "num_hidden_layers": 4}
 BLOCK = "vit.encoder.layer.1.output.dense.weight"
@@ -337,3 +338,162 @@ def test_check_finds_empty_weights(tmp_path: Path) -> None:
     ran = run_lines("inspect", path, "--check", "--json")
     assert (ran.code, ran.json["health"][0]["empty"]) == (5, ["model.layers.1.mlp.weight"])
     assert "tensors of size 0: 1" in ran.err
+
+
+# --- mergekit's files ---
+
+
+def two_models(tmp: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Models `a` and `b` with an embedding."""
+    sides = {name: layers(seed, **{"model.embed.weight": torch.ones(3, 4) * seed}) for seed, name in enumerate("ab")}
+    for name, tensors in sides.items():
+        write_checkpoint(tmp / name, tensors, config=LLAMA)
+    return sides
+
+
+def sources(first: int, end: int, *, of_b: str = "") -> str:
+    return f"sources: [{{model: a, layer_range: [{first}, {end}]}}, {{model: b, layer_range: [{first}, {end}]{of_b}}}]"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        (("{weight: 0.2}", "{weight: 0.8}"), [0.2, 0.8, 0.8, 0.8]),
+        (("{weight: 0.5}", "{weight: [0, 0.5, 1]}"), [0.5, 0.0, 0.5, 1.0]),
+        (("{weight: 0.5}", "{weight: 0.5}"), [0.5] * 4),
+        (
+            ("{weight: [{filter: mlp, value: 0.1}, {value: 7}]}", "{weight: [{filter: mlp, value: 0.3}, {value: 9}]}"),
+            [0.1, 0.3, 0.3, 0.3],
+        ),
+    ],
+)
+def test_slices_that_together_hold_whole_models(
+    parameters: tuple[str, str], expected: list[float], tmp_path: Path
+) -> None:
+    """Each layer has its slice's parameters, by the plain sum of the weights; outside the first slice's hold."""
+    sides = two_models(tmp_path)
+    text = "merge_method: linear\nparameters: {normalize: false}\nslices:\n"
+    for (first, end), said in zip(((0, 1), (1, 4)), parameters, strict=True):
+        text += f"- {sources(first, end, of_b=', parameters: ' + said)}\n  parameters: {{weight: 1}}\n"
+    out = tmp_path / "out"
+    ran = run_lines("merge", "--config", merge_file(tmp_path, text), "-o", out, "--json")
+    assert ran.code == 0, ran.err
+    assert any("2 slices that together" in note for note in ran.json["notes"])
+    got = load_file(out / "model.safetensors")
+    for i, weight in enumerate(expected):
+        name = f"model.layers.{i}.mlp.weight"
+        assert torch.allclose(got[name], sides["a"][name] + weight * sides["b"][name], atol=1e-6), name
+    assert run_lines("verify", out).code == 0
+
+
+@pytest.mark.parametrize(
+    ("slices", "word"),
+    [
+        ([sources(0, 2), sources(3, 4)], "follow each other"),
+        ([sources(0, 2), sources(1, 4)], "follow each other"),
+        ([sources(2, 4), sources(0, 2)], "follow each other"),
+        ([sources(0, 2), "sources: [{model: a, layer_range: [2, 4]}]"], "same models"),
+        ([sources(0, 2), sources(2, 3)], "layer_range"),
+        ([sources(0, 2), sources(2, 4) + "\n  parameters: {weight: 1}"], "weight is said of some slices"),
+        ([sources(0, 2), sources(2, 4) + "\n  residual: 1"], "sources and parameters"),
+        (["sources: 3", sources(0, 4)], "sources"),
+        ([sources(0, 2, of_b=", parameters: 3"), sources(2, 4, of_b=", parameters: 3")], "keys and values"),
+    ],
+)
+def test_slices_that_do_not(slices: list[str], word: str, tmp_path: Path) -> None:
+    """Parts that are stacked otherwise are refused by what is wrong with them."""
+    two_models(tmp_path)
+    text = "merge_method: linear\nslices:\n" + "".join(f"- {one}\n" for one in slices)
+    ran = run_lines("merge", "--config", merge_file(tmp_path, text), "-o", tmp_path / "out")
+    assert (ran.code, ran.trace) == (2, "")
+    assert word in " ".join(ran.err.split())
+
+
+TWO = "models: [{model: a, parameters: {weight: 0.5}}, {model: b, parameters: {weight: 0.5}}]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (("const_tag: &A a\nmerge_method: linear\nmodels: [{model: *A, parameters: &P {weight: 1}}, "
+         "{model: b, parameters: *P}]\n"), "const_tag holds"),
+        (("shared: {of: [1, &W 0.5]}\nmerge_method: linear\nmodels: [{model: a, parameters: {weight: *W}}, "
+         "{model: b, parameters: {weight: *W}}]\n"), "shared holds"),
+        ("name: mine\nmerge_method: linear\n" + TWO, "name is accepted"),
+        ("trust_remote_code: true\nmerge_method: linear\n" + TWO, "trust_remote_code is accepted"),
+        (("merge_method: slerp\nbase_model: a\nmodels: [{model: a}, {model: b}]\n"
+         "parameters: {t: 0.5, embed_slerp: true}\n"), "embed_slerp is accepted"),
+    ],
+)  # fmt: skip
+def test_keys_without_effect_here(text: str, said: str, tmp_path: Path) -> None:
+    """mergekit runs such files; each such key is a note."""
+    sides = two_models(tmp_path)
+    ran = run_lines("merge", "--config", merge_file(tmp_path, text), "-o", tmp_path / "out", "--json")
+    assert ran.code == 0, ran.err
+    assert [note for note in ran.json["notes"] if said in note]
+    if "linear" in text:
+        name = "model.layers.1.mlp.weight"
+        expected = (sides["a"][name] + sides["b"][name]) / 2
+        assert torch.allclose(load_file(tmp_path / "out/model.safetensors")[name], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("key", ["paramters: &P {weight: 1}", "other: {weight: 1}", "alias: *A", "modls: &P []"])
+def test_an_unknown_key_without_an_anchor_is_still_one(key: str, tmp_path: Path) -> None:
+    """An anchor excuses no key that is a letter off, and an alias no other."""
+    two_models(tmp_path)
+    text = f"merge_method: &A linear\n{key}\n{TWO}"
+    ran = run_lines("merge", "--config", merge_file(tmp_path, text), "-o", tmp_path / "out")
+    assert (ran.code, f"{key.partition(':')[0]} is not a key" in ran.err) == (2, True)
+
+
+@pytest.mark.parametrize("key", ["tokenizer_source", "chat_template"])
+def test_a_source_as_it_was_written_before(key: str, tmp_path: Path) -> None:
+    """`model:b` is model b."""
+    two_models(tmp_path)
+    for side in "ab":
+        (tmp_path / side / "tokenizer.json").write_text(side)
+        (tmp_path / side / "chat_template.jinja").write_text(side)
+    text = f"merge_method: linear\n{key}: 'model:b'\n{TWO}"
+    assert run_lines("merge", "--config", merge_file(tmp_path, text), "-o", tmp_path / "out").code == 0
+    file = "tokenizer.json" if key == "tokenizer_source" else "chat_template.jinja"
+    assert (tmp_path / "out" / file).read_text() == "b"
+
+
+def test_a_tokenizer_source_where_there_is_none(tmp_path: Path) -> None:
+    """If no input has a tokenizer a note says so; if another has, the name was wrong."""
+    two_models(tmp_path)
+    path = merge_file(tmp_path, f"merge_method: linear\ntokenizer_source: a\n{TWO}")
+    ran = run_lines("merge", "--config", path, "-o", tmp_path / "out", "--json")
+    assert (ran.code, "tokenizer_source says nothing" in str(ran.json["notes"])) == (0, True)
+    (tmp_path / "b/tokenizer.json").write_text("b")
+    assert run_lines("merge", "--config", path, "-o", tmp_path / "out", "--force").code == 3
+
+
+# --- a letter off ---
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("alpa: 1", "lines.alpha"),
+        ("scheduel: linear", "lines.schedule"),
+        ("densty: 1", "parameters.density"),
+        ("nomalize: true", "parameters.normalize"),
+        ("parameters: {outsid: 1}", "lines.outside"),
+        ("parameters: {wieght: 1}", "weight"),
+        ("lines: {alpha: 1, beta: 0, weigth: 1}", "parameters.weight"),
+        ("lines: {alpha: 1, beta: 0, dtyp: float32}", "dtype"),
+    ],
+)
+def test_a_key_that_is_a_letter_off(said: str, meant: str, tmp_path: Path) -> None:
+    """Wherever it stands, and wherever the right one would."""
+    two_models(tmp_path)
+    text = f"base_model: a\nmodels: [{{model: b}}]\n{said}\n"
+    ran = run_lines("merge", "--config", merge_file(tmp_path, text), "-o", tmp_path / "out")
+    assert (ran.code, f"did you mean {meant}?" in " ".join(ran.err.split())) == (2, True), ran.err
+
+
+def test_a_filter_that_is_a_letter_off(tmp_path: Path) -> None:
+    """It matches nothing, and the message names the nearest part of a name."""
+    ran = run_lines("edit", *write_pair(tmp_path, vit(0), vit(1)), "-o", tmp_path / "out", "--filter", "clasifier=keep")
+    assert (ran.code, "did you mean classifier?" in " ".join(ran.err.split())) == (2, True)

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from conftest import run_lines, write_checkpoint
+from support.files import write_checkpoint
+from support.run import run_lines
 
 CONFIG = {"model_type": "llama", "num_hidden_layers": 3, "tie_word_embeddings": False}
 
@@ -250,3 +252,19 @@ def test_hub_ids_in_the_card(tmp_path: Path) -> None:
     assert run_lines("edit", snapshot, tmp_path / "ft", "-o", tmp_path / "out").code == 0
     found = front(tmp_path / "out")
     assert (found["base_model"], found["base_model_relation"]) == (["org/base"], "finetune")
+
+
+# --- the header's metadata ---
+
+
+@pytest.mark.parametrize("out", ["out", "out.safetensors"])
+def test_metadata_of_a_single_file(out: str, tmp_path: Path) -> None:
+    """The fine-tune's is carried, but for digests of what it held, and the output says its own format."""
+    said = {"modelspec.title": "mine", "ss_network": "x", "modelspec.hash_sha256": "0x1", "sshs_model_hash": "2"}
+    save_file(model(0), tmp_path / "base.safetensors", metadata={"modelspec.title": "base"})
+    save_file(model(1), tmp_path / "ft.safetensors", metadata=said | {"format": "mlx"})
+    ran = run_lines("edit", tmp_path / "base.safetensors", tmp_path / "ft.safetensors", "-o", tmp_path / out)
+    assert ran.code == 0, ran.err
+    file = tmp_path / out / "model.safetensors" if out == "out" else tmp_path / out
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata() == {"modelspec.title": "mine", "ss_network": "x", "format": "pt"}
