@@ -221,7 +221,7 @@ def test_the_python_api_is_what_it_is() -> None:
 OTHER_MEANINGS = {
     "api.in_memory": {"task_arithmetic"},  # which is the default
     "scaling.find_depth": {"weight"},  # the last part of tensor names
-    "scaling.same_names": {"weight"},
+    "plan.same_names": {"weight"},
     "inspection.kinds": {"weight", "scale"},
     "plan.tied_weights": {"weight"},
     "inspection.report": {"lambda"},  # a key of the report

@@ -10,7 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
-from lines_cli.checkpoint.header import FLOAT8_DTYPES, FLOAT_DTYPES, TensorInfo
+from lines_cli.checkpoint.header import EXACT_DTYPES, FLOAT8_DTYPES, FLOAT_DTYPES, TensorInfo
 
 Tensors = Mapping[str, TensorInfo]
 
@@ -46,6 +46,22 @@ def quantised_tensor(tensors: Tensors) -> str | None:
         if _holds_codes(name, tensors, [*beside[_module(name)], *beside[name]]):
             return name
     return next((name for name in tensors if name.endswith(_ENDINGS) or ".quant_state." in name), None)
+
+
+def codes_or_scales(tensors: Tensors) -> str | None:
+    """Where a config says that weights are quantised: a tensor that whole weights would not have. That is a matrix of
+    integers, a narrow float, or a scale by its name. None if there is none: then the config was left behind.
+    """
+    for name, info in tensors.items():
+        matrix = info.dtype in _CODES and len(info.shape) > 1 and not _COUNTS.fullmatch(_last(name))
+        if matrix or info.dtype not in FLOAT_DTYPES | EXACT_DTYPES or _OF_CODES.search(name):
+            return name
+    return None
+
+
+_OF_CODES = re.compile(
+    r"(?:scales?|scale_inv|zeros?|zero_points?|absmax|quant_map|codebooks?|codes|g_idx|SCB|lut|quant_state\.\S*)$"
+)
 
 
 def _holds_codes(name: str, tensors: Tensors, beside: Iterable[str]) -> bool:

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from lines_cli.checkpoint.contents import factors_among, is_adapter, quantised_tensor
+from lines_cli.checkpoint.contents import codes_or_scales, factors_among, is_adapter, quantised_tensor
 from lines_cli.checkpoint.header import EXACT_DTYPES, FLOAT_DTYPES, Known, TensorInfo, read_header
 from lines_cli.errors import CheckpointError, UnsupportedError, printable, some
 from lines_cli.storage.beside import LARGEST_INDEX, beside, leads_out, read_json, read_object
@@ -404,28 +404,12 @@ def quantisation_said(config: Mapping[str, Any]) -> str | None:
     return printable(str(method or "unnamed method")) if said else None
 
 
-def _codes_in(checkpoint: Checkpoint) -> str | None:
-    """A tensor that whole weights would not have: a matrix of whole numbers, a narrow float, a scale."""
-    for name, stored in checkpoint.tensors.items():
-        dtype = stored.info.dtype
-        matrix = dtype in _CODES and len(stored.info.shape) > 1 and not _MASK.search(name)
-        if matrix or dtype not in FLOAT_DTYPES | EXACT_DTYPES or _OF_CODES.search(name):
-            return name
-    return None
-
-
-_CODES = frozenset("I8 U8 I16 U16 I32 U32 I64 U64".split())
-_MASK = re.compile(r"(?:attn|attention)\.(?:masked_)?bias$|position_ids$|_index$|mask$")
-_OF_CODES = re.compile(
-    r"(?:scales?|scale_inv|zeros?|zero_points?|absmax|quant_map|codebooks?|codes|g_idx|SCB|lut|quant_state\.\S*)$"
-)
-
-
 def unsupported_in(checkpoint: Checkpoint) -> UnsupportedError | None:
     """Why it cannot be computed with: it is quantised, an adapter, or holds a tensor of a dtype that there is no
     arithmetic for.
     """
-    if (method := quantisation_said(checkpoint.config)) and (held := _codes_in(checkpoint)):
+    tensors = {name: stored.info for name, stored in checkpoint.tensors.items()}
+    if (method := quantisation_said(checkpoint.config)) and (held := codes_or_scales(tensors)):
         return UnsupportedError(
             f"{checkpoint.name} is quantised: its config.json has a quantization_config ({method}), and it holds "
             f"{printable(held)} ({checkpoint.tensors[held].info.dtype})",
@@ -439,7 +423,6 @@ def unsupported_in(checkpoint: Checkpoint) -> UnsupportedError | None:
                 f"{checkpoint.where(tensor)} is {kind}: tensor {printable(tensor)} is {dtype}",
                 hint=_DEQUANTISE if dtype.startswith("F") else None,
             )
-    tensors = {name: stored.info for name, stored in checkpoint.tensors.items()}
     if (codes := quantised_tensor(tensors)) is not None:
         return UnsupportedError(
             f"{checkpoint.where(codes)} is quantised: it holds {printable(codes)} ({tensors[codes].dtype})",

@@ -119,43 +119,15 @@ def block_sums(values: torch.Tensor, block: int) -> list[float]:
     return summed
 
 
-def has_odd_entries(values: torch.Tensor) -> bool:
-    """Whether `values` [n], in float32 or float64, holds NaN, Inf or -0.0: what arithmetic does not give back."""
-    bits = _NAN[values.dtype][0]
-    return not is_finite(values) or bool((values.view(bits) == torch.iinfo(bits).min).any())
-
-
-def odd_entries(values: torch.Tensor) -> torch.Tensor:
-    """Where `values` [n] holds NaN, Inf or -0.0: [n], boolean."""
-    return ~values.isfinite() | ((values == 0) & values.signbit())
-
-
-def are_shared(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Where two inputs hold the same: bit for bit if they are stored in one dtype; else the same number, and NaN with
-    any NaN, whose bits depend on how they are widened.
-
-    Args:
-        a, b: [n], as they are stored.
-
-    Returns:
-        [n], boolean.
-    """
-    if a.dtype == b.dtype:
-        bits = _NAN[a.dtype][0]
-        return a.view(bits) == b.view(bits)
-    a, b = a.to(torch.float64), b.to(torch.float64)
-    return ((a == b) & (a.signbit() == b.signbit())) | (a.isnan() & b.isnan())
-
-
 def same_nan(values: torch.Tensor) -> None:
     """Give every NaN of `values` [n] the same bits: quiet, positive, no payload. Which ones arithmetic gives depends on
     the processor, and on whether an entry was computed in a vector of them.
     """
-    bits, nan = _NAN[values.dtype]
+    bits, nan = NAN[values.dtype]
     values.view(bits).masked_fill_(values.isnan(), nan)
 
 
-_NAN = {
+NAN = {
     torch.float64: (torch.int64, 0x7FF8 << 48),
     torch.float32: (torch.int32, 0x7FC0 << 16),
     torch.float16: (torch.int16, 0x7E00),

@@ -13,19 +13,12 @@ from pathlib import Path
 import torch
 
 from lines_cli.checkpoint.header import itemsize
-from lines_cli.engine.arithmetic import (
-    TORCH_DTYPES,
-    are_shared,
-    first_nonfinite,
-    has_odd_entries,
-    odd_entries,
-    same_nan,
-    task_vector,
-)
+from lines_cli.engine.arithmetic import TORCH_DTYPES, first_nonfinite, same_nan, task_vector
 from lines_cli.engine.buffers import Buffer, Loaded
 from lines_cli.engine.chunks import Chunk, PlanChunk, Tensor
 from lines_cli.engine.devices import SLOTS, has_own_memory
 from lines_cli.engine.input_files import Opened, read_input
+from lines_cli.engine.shared_entries import are_shared, has_odd_entries, odd_entries
 from lines_cli.engine.whole_tensors import Kept, Whole
 from lines_cli.errors import ChangedInputError, CheckpointError, DataError, printable
 from lines_cli.methods import Values

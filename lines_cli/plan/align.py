@@ -15,8 +15,8 @@ from typing import Literal
 from lines_cli.checkpoint.reader import Checkpoint
 from lines_cli.errors import MismatchError, printable, some
 from lines_cli.plan.inputs import Inputs
+from lines_cli.plan.same_names import canonical
 from lines_cli.plan.tied_weights import is_vocabulary
-from lines_cli.scaling.same_names import canonical
 
 Spelling = Callable[[str], str]
 

@@ -8,8 +8,9 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+from lines_cli.checkpoint.model_card import Card, model_card
 from lines_cli.checkpoint.reader import Checkpoint
-from lines_cli.checkpoint.sidecars import Card, Sidecar, carry_over, disagreements, index_file, model_card
+from lines_cli.checkpoint.sidecars import Sidecar, carry_over, disagreements, index_file
 from lines_cli.errors import (
     RecipeError,
 )

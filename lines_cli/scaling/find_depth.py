@@ -46,7 +46,7 @@ from lines_cli.scaling.numbered_lists import (
     survey,
 )
 from lines_cli.scaling.running_order import Lane, in_order
-from lines_cli.scaling.same_names import without_wrappers
+from lines_cli.scaling.wrappers import without_wrappers
 
 _SHARED_LAYERS = "layer_groups"
 _CONFIG_COUNTS = (

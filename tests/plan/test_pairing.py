@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 import lines_cli as lines
 from lines_cli.errors import MismatchError, RecipeError, UnsupportedError
+from lines_cli.plan.same_names import canonical
 from lines_cli.scaling.find_depth import find_depth
-from lines_cli.scaling.same_names import canonical
 from support.files import write_checkpoint
 from support.run import Ran, run_lines
 

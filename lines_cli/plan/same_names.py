@@ -1,22 +1,21 @@
 """Names that are known to be of one parameter: what wrappers, loaders and versions of libraries call it, as one table.
 
-Names are paired by it only where they have no partner as they are (`plan.match`), and depth is read off names without
-wrappers (`find_depth`). A new pair of names is a row of `_SAME`.
+Names are paired by it (`plan.align`) only where they have no partner as they are. A new pair is a row of `_SAME`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_forward_module")
-_WRAPPED = re.compile(rf"(?:(?<=\.)|\A)(?:{'|'.join(_WRAPPERS)})\.")  # torch.compile, FSDP, checkpointing, Lightning
+from lines_cli.scaling.wrappers import WRAPPERS
+
+_WRAPPED = re.compile(rf"(?:(?<=\.)|\A)(?:{'|'.join(WRAPPERS)})\.")  # torch.compile, FSDP, checkpointing, Lightning
 
 # What a name holds, the expression that is looked for then, and what takes its place; from the first row to the last.
 _SAME: tuple[tuple[str, re.Pattern[str], str], ...] = tuple(
     (word, re.compile(pattern), instead)
     for word, pattern, instead in (
-        *((word, _WRAPPED.pattern, "") for word in _WRAPPERS),
+        *((word, _WRAPPED.pattern, "") for word in WRAPPERS),
         # DataParallel; PEFT's model, its wrapped layers, and modules that were trained whole beside an adapter
         ("module.", r"\A(?:module\.)+", ""),
         ("base_model.", r"\Abase_model\.model\.", ""),
@@ -47,17 +46,3 @@ def canonical(name: str) -> str:
         if word in name:
             name = pattern.sub(instead, name)
     return name
-
-
-def without_wrappers(names: Iterable[str]) -> dict[str, str]:
-    """Names that a wrapper of training made longer within -> the same without it; the others are left out. A wrapper
-    of the whole model, before the first part of a name, stays.
-    """
-    return {
-        name: plain
-        for name in names
-        if "._" in name and (plain := _WITHIN.sub(".", name)) != name  # the look that most names end with is quick
-    }
-
-
-_WITHIN = re.compile(rf"\.(?:(?:{'|'.join(_WRAPPERS)})\.)+")

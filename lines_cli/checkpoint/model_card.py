@@ -1,0 +1,139 @@
+"""The model card of an output: what made it, from what, in the Hub's terms."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from lines_cli.checkpoint.reader import Checkpoint
+from lines_cli.checkpoint.sidecars import Sidecar
+from lines_cli.storage.names import MODEL_CARD, RECIPE
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What a model card says.
+
+    Attributes:
+        title: the model's name.
+        method: the merge method's name.
+        about: what that is, in a line.
+        base, models: the inputs.
+        like: the one that the output is like.
+        alone: whether the merged task vector is that of one fine-tune, as it is.
+        scaled: whether it is scaled over depth.
+        coefficients: per stack its name and the coefficient of each layer.
+        outside: the coefficients outside the blocks, before and behind them.
+        filters: parts of names, and the coefficient of the tensors that have them.
+        front: what the card of the one that the output is like says of licence, language and use.
+    """
+
+    title: str
+    method: str
+    about: str
+    base: Checkpoint | None
+    models: Sequence[Checkpoint]
+    like: Checkpoint
+    alone: bool
+    scaled: bool
+    coefficients: Iterable[tuple[str, Sequence[float]]]
+    outside: tuple[float, float]
+    filters: Iterable[tuple[str, float]]
+    front: Mapping[str, Any] = field(default_factory=dict)
+
+
+def model_card(card: Card) -> Sidecar:
+    """A model card for the Hub: front matter, what was done, and with which coefficients."""
+    one = card.base is not None and len(card.models) == 1
+    front = dict(card.front)
+    inputs = (*((card.base,) if card.base else ()), *card.models)
+    if ids := list(dict.fromkeys(hub_id for checkpoint in inputs if (hub_id := _id_on_the_hub(checkpoint)))):
+        front |= {"base_model": ids, "base_model_relation": "finetune" if one else "merge"}
+    front["tags"] = ["lines"] if one else ["lines", "merge", card.method.replace("_", "-")]
+    if library := _library(card.like):
+        front["library_name"] = library
+    models = [f"| base | {_code(_public_name(card.base))} |"] if card.base else []
+    models += [f"| {'fine-tune' if one else 'model'} | {_code(_public_name(model))} |" for model in card.models]
+    rows = [
+        f"| {_code(name)} | {len(values)} | {values[0]:.6g} | {values[-1]:.6g} |" for name, values in card.coefficients
+    ]
+    rows.append(f"| outside the blocks | | {card.outside[0]:.6g} | {card.outside[1]:.6g} |")
+    rows += [f"| names with {_code(pattern)} | | {value:.6g} | {value:.6g} |" for pattern, value in card.filters]
+    table = ["", "| stack | layers | first coefficient | last coefficient |", "|---|---|---|---|", *rows]
+    text = f"""---
+{yaml.safe_dump(front, sort_keys=False)}---
+
+# {_plain(card.title)}
+
+{_ONE_SCALED if card.alone and card.base and card.scaled else _how(card)}
+
+| | model |
+|---|---|
+{chr(10).join(models)}
+{chr(10).join(table if card.base else [])}
+
+[`{RECIPE}`]({RECIPE}) beside this card runs it again: `lines merge --config {RECIPE} -o OUT`. In this folder,
+`lines verify .` says whether the files here are what it makes.
+{_SOURCE if card.scaled else ""}"""
+    return Sidecar(MODEL_CARD, content=text.encode())
+
+
+_ONE_SCALED = """A fine-tuned model whose update to its base was scaled over depth by
+[LiNeS](https://arxiv.org/abs/2410.17146): `base + c(l) * (fine-tune - base)`, with a coefficient `c` that depends on
+the depth of a block. Shallow blocks stay near the base, which keeps what it knew; deep blocks keep what the fine-tune
+learnt."""
+
+_SOURCE = """
+LiNeS: Wang et al., *LiNeS: Post-training Layer Scaling Prevents Forgetting and Enhances Model Merging*, ICLR 2025,
+arXiv:2410.17146.
+"""
+
+
+def _how(card: Card) -> str:
+    models = "One model" if len(card.models) == 1 else f"{len(card.models)} models"
+    how = f"{models}, merged by `{card.method}`. {card.about}"
+    if card.scaled:
+        how += (
+            "\nThe merged task vector was scaled over depth by [LiNeS](https://arxiv.org/abs/2410.17146):\n"
+            "`base + c(l) * merged task vector`, with a coefficient `c` that depends on the depth of a block."
+        )
+    return how
+
+
+def _public_name(checkpoint: Checkpoint) -> str:
+    """A Hub id as it is, also that of a folder in the Hub's cache; of any other path only the last part, since the rest
+    is nobody's business.
+    """
+    return _id_on_the_hub(checkpoint) or checkpoint.real.name
+
+
+def _id_on_the_hub(checkpoint: Checkpoint) -> str | None:
+    if checkpoint.hub_id:
+        return checkpoint.hub_id.partition("@")[0]
+    folder = checkpoint.real if checkpoint.path.is_dir() else checkpoint.real.parent
+    cached = _IN_THE_CACHE.fullmatch("/".join(folder.parts[-3:]))
+    return f"{cached['owner']}/{cached['name']}" if cached else None
+
+
+_IN_THE_CACHE = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/[0-9a-f]{40}", re.ASCII)
+
+
+def _library(ft: Checkpoint) -> str | None:
+    if ft.stem == "open_clip_model":
+        return "open_clip"
+    if "_diffusers_version" in ft.config:
+        return "diffusers"
+    return "transformers" if "model_type" in ft.config else None
+
+
+def _plain(text: str) -> str:
+    """One printable line, safe in Markdown and in a table."""
+    return "".join(character if character.isprintable() else "?" for character in text).replace("|", "\\|")
+
+
+def _code(text: str) -> str:
+    return f"`{_plain(text).replace('`', '')}`"
