@@ -62,6 +62,8 @@ def _no_remarks(_: Said) -> Iterable[Remark]:
     return ()
 
 
+_WEIGHT = "weight"
+
 Chosen = tuple[int | None, ...]
 """Which models are merged, in which order: a number into those that a recipe lists; None is the base, unlisted."""
 
@@ -125,6 +127,16 @@ class Method:
     def scale_of(self, values: Values) -> float:
         """What the merged task vector is multiplied by."""
         return 1.0 if self.scale is None else float(values[self.scale])
+
+    @property
+    def counts_by(self) -> str | None:
+        """The parameter by which a model counts, and with 0 does not, if it has one."""
+        return _WEIGHT if _WEIGHT in self.parameters and self.parameters[_WEIGHT].per_model else None
+
+    def counting(self, values: Values, models: int) -> list[int]:
+        """The numbers of the models, of so many, that count with a tensor's values."""
+        weights = values[self.counts_by] if self.counts_by is not None else (1.0,) * models
+        return [number for number, weight in enumerate(weights) if weight != 0]
 
     def chosen(self, models: Sequence[str], base: str | None) -> Chosen:
         """Which models are merged. A base listed among others has no task vector, and is left out."""

@@ -63,7 +63,7 @@ def _side_kept(spec: TensorSpec, recipe: Recipe, inputs: Inputs, depth: DepthMap
     coefficient = coefficient_of(recipe, depth, rules, spec)
     rounded = rounded_coefficient(spec.name, coefficient, in_float64=False)
     first_model = 1 if inputs.has_base else 0
-    counting = _counting(recipe, spec)
+    counting = recipe.method.counting(spec.values, len(recipe.merged))
     if inputs.has_base and (rounded == 0 or not counting):
         return 0
     if (not inputs.has_base or rounded == 1) and len(counting) == 1 and _is_itself(recipe, spec, counting[0]):
@@ -71,13 +71,6 @@ def _side_kept(spec: TensorSpec, recipe: Recipe, inputs: Inputs, depth: DepthMap
     if recipe.missing == "ft" and not spec.inside:
         return first_model
     return inputs.lead if recipe.missing == "copy" and not spec.inside else None
-
-
-def _counting(recipe: Recipe, spec: TensorSpec) -> list[int]:
-    """The models that have a weight other than 0 for a tensor; all, where models have no weights."""
-    weights = spec.values.get("weight")
-    numbers = range(len(recipe.merged))
-    return [number for number in numbers if not isinstance(weights, tuple) or weights[number] != 0]
 
 
 def _is_itself(recipe: Recipe, spec: TensorSpec, model: int) -> bool:

@@ -217,10 +217,10 @@ def _ways_of_a_merge(
     if recipe.lines is not None and inputs.has_base:
         rules = ", ".join(f"{json.dumps(pattern)}: base" for pattern in _patterns(misfits, specs))
         ways.append(f"lines.filter: {{{rules}}} takes the base's.")
-    if "weight" in recipe.method.parameters:
+    if key := recipe.method.counts_by:
         part = json.dumps(_patterns(misfits, specs)[0])
         ways.append(
-            f"A weight of 0 for all models but one ({{filter: {part}, value: 0}}), and of 1 for that, takes that one's."
+            f"A {key} of 0 for all models but one ({{filter: {part}, value: 0}}), and of 1 for that, takes that one's."
         )
     return ways or ["Leave out the model whose tensors differ."]
 
