@@ -1,21 +1,10 @@
-"""NaN, Inf and -0.0 that all inputs share, bit for bit: arithmetic does not give them back, so they are kept."""
+"""NaN and Inf that all inputs share, bit for bit: arithmetic does not give them back, so they are kept."""
 
 from __future__ import annotations
 
 import torch
 
-from lines_cli.engine.arithmetic import NAN, is_finite
-
-
-def has_odd_entries(values: torch.Tensor) -> bool:
-    """Whether `values` [n], in float32 or float64, holds NaN, Inf or -0.0: what arithmetic does not give back."""
-    bits = NAN[values.dtype][0]
-    return not is_finite(values) or bool((values.view(bits) == torch.iinfo(bits).min).any())
-
-
-def odd_entries(values: torch.Tensor) -> torch.Tensor:
-    """Where `values` [n] holds NaN, Inf or -0.0: [n], boolean."""
-    return ~values.isfinite() | ((values == 0) & values.signbit())
+from lines_cli.engine.arithmetic import NAN
 
 
 def are_shared(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 
 from lines_cli.checkpoint.header import itemsize
-from lines_cli.engine.arithmetic import TORCH_DTYPES, first_nonfinite, same_nan, task_vector
+from lines_cli.engine.arithmetic import TORCH_DTYPES, first_nonfinite, is_finite, same_nan, task_vector
 from lines_cli.engine.buffers import Buffer, Loaded
 from lines_cli.engine.chunks import Chunk, PlanChunk, Tensor
 from lines_cli.engine.devices import SLOTS, has_own_memory
 from lines_cli.engine.input_files import Opened, read_input
-from lines_cli.engine.shared_entries import are_shared, has_odd_entries, odd_entries
+from lines_cli.engine.shared_entries import are_shared
 from lines_cli.engine.whole_tensors import Kept, Whole
 from lines_cli.errors import ChangedInputError, CheckpointError, DataError, printable
 from lines_cli.methods import Values
@@ -167,7 +167,7 @@ class Worker(Reader):
         self.plan, self.shared = plan, shared
         self.write_buffer = in_whole_pages(WRITE_SIZE)  # of the output, on its way to the disk
         self.stays: torch.Tensor | None = None
-        """[numel], boolean: entries of the chunk that was last read which are NaN, Inf or -0.0, the same in
+        """[numel], boolean: entries of the chunk that was last read which are NaN or Inf, the same in
         all inputs; None where there are none.
         """
         self.alone = False
@@ -184,7 +184,7 @@ class Worker(Reader):
 
     def inputs(self, chunk: PlanChunk) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """What is merged: the base's entries, if there is a base, and each model's; [numel] each, in the compute dtype,
-        to be overwritten. NaN, Inf and -0.0 that all of them share are 0 there (`stays`).
+        to be overwritten. NaN and Inf that all of them share are 0 there (`stays`).
         """
         base = self._read_base(chunk)
         _, (_, *models) = self.held(chunk)
@@ -193,7 +193,7 @@ class Worker(Reader):
             into.copy_(self.read(chunk, source).values())
         every = models if base is None else [base, *models]
         self.stays = None
-        if len(every) > 1 and has_odd_entries(every[0]):
+        if len(every) > 1 and not is_finite(every[0]):
             self.stays = self._shared(chunk, chunk.segment.sources)
             if self.stays is not None:
                 for entries in every:
@@ -204,7 +204,7 @@ class Worker(Reader):
         """The base's entries, as `inputs` gives them."""
         base = self._read_base(chunk)
         self.stays = None
-        return base if base is None or not has_odd_entries(base) else self.inputs(chunk)[0]
+        return base if base is None or is_finite(base) else self.inputs(chunk)[0]
 
     def _read_base(self, chunk: PlanChunk) -> torch.Tensor | None:
         if chunk.segment.base is None:
@@ -213,13 +213,13 @@ class Worker(Reader):
         return base.copy_(self.read(chunk, chunk.segment.base).values())
 
     def _shared(self, chunk: PlanChunk, sources: Sequence[SourceRange]) -> torch.Tensor | None:
-        """Where all inputs share NaN, Inf or -0.0: [numel], boolean; None where one of them is no float that is
+        """Where all inputs share NaN or Inf: [numel], boolean; None where one of them is no float that is
         computed with.
         """
         if any(source.dtype not in TORCH_DTYPES for source in sources):
             return None
         first = self.read(chunk, sources[0]).values().clone()
-        found = odd_entries(first)
+        found = ~first.isfinite()
         for source in sources[1:]:
             found &= are_shared(first, self.read(chunk, source).values())
         return found
@@ -236,7 +236,6 @@ class Worker(Reader):
         if values.dtype != stored.dtype:
             values = values.to(stored.dtype)
             same_nan(values)
-        stays = stays & ((values != 0) | (stored == 0))  # a method may make another number of a zero
         bits = _BITS[stored.dtype.itemsize]
         stored.view(bits).copy_(torch.where(stays, values.view(bits), stored.view(bits)))
 

@@ -19,7 +19,7 @@ import lines_cli as lines
 from lines_cli.engine import arithmetic, buffers, devices, workers
 from lines_cli.engine.devices import Devices, choose_devices
 from lines_cli.engine.workers import Worker
-from lines_cli.plan.resources import BLOCK, BytesPerEntry, Resources
+from lines_cli.plan.resources import SUM_BLOCK, BytesPerEntry, Resources
 from lines_cli.recipe.yaml_file import load_recipe
 from support.files import snapshot, write_checkpoint
 from support.method_cases import TABLE
@@ -43,7 +43,7 @@ def models(folder: Path) -> None:
     """Two models and a base, with tensors of several chunks, a head of other rows' dtype, a counter and a copy."""
     for seed, side in enumerate(("base", "a", "b")):
         chance = torch.Generator().manual_seed(seed)
-        tensors = {f"layers.{i}.w": torch.randn(3 * BLOCK + 17, generator=chance).bfloat16() for i in range(2)}
+        tensors = {f"layers.{i}.w": torch.randn(3 * SUM_BLOCK + 17, generator=chance).bfloat16() for i in range(2)}
         tensors |= {"layers.1.v": torch.randn(70, 5, generator=chance), "steps": torch.tensor(3)}
         tensors |= {"head": torch.randn(9, generator=chance).half()}
         write_checkpoint(folder / side, tensors)
@@ -79,7 +79,7 @@ def test_memory_of_its_own_changes_no_byte(
     models(tmp_path)
     plain = merged(tmp_path, "plain", METHODS[method], Resources(device="cpu"))
     own_memory(8 * GB)
-    assert merged(tmp_path, "apart", METHODS[method], Resources(device="cpu", workers=number, chunk=BLOCK)) == plain
+    assert merged(tmp_path, "apart", METHODS[method], Resources(device="cpu", workers=number, chunk=SUM_BLOCK)) == plain
 
 
 def test_edits_and_inspection_with_memory_of_its_own(tmp_path: Path, own_memory: Callable[[int], None]) -> None:
@@ -89,7 +89,7 @@ def test_edits_and_inspection_with_memory_of_its_own(tmp_path: Path, own_memory:
     def told(out: str) -> tuple[bytes, Any]:
         assert run_lines("edit", tmp_path / "base", tmp_path / "a", "-o", tmp_path / out).code == 0
         inspection = lines.open_inspection([str(tmp_path / "a"), str(tmp_path / "b")], base=str(tmp_path / "base"))
-        findings = lines.compare(inspection, Resources(device="cpu", chunk=BLOCK))
+        findings = lines.compare(inspection, Resources(device="cpu", chunk=SUM_BLOCK))
         return (tmp_path / out / "model.safetensors").read_bytes(), replace(findings, seconds=0.0)
 
     plain = told("plain")
@@ -97,7 +97,7 @@ def test_edits_and_inspection_with_memory_of_its_own(tmp_path: Path, own_memory:
     assert told("apart") == plain
 
 
-@pytest.mark.parametrize("chunk", [BLOCK, 5 * BLOCK])
+@pytest.mark.parametrize("chunk", [SUM_BLOCK, 5 * SUM_BLOCK])
 def test_buffers_take_what_was_accounted_for(chunk: int, tmp_path: Path, own_memory: Callable[[int], None]) -> None:
     """A worker's buffers on a device are those of `BytesPerEntry`, temporaries apart."""
     own_memory(8 * GB)
@@ -166,10 +166,10 @@ def test_out_of_memory_halves_the_chunk(method: str, tmp_path: Path, monkeypatch
     """And the run goes on: nothing is counted twice, and the bytes are the same."""
     models(tmp_path)
     plain = merged(tmp_path, "plain", METHODS[method], Resources(device="cpu"))
-    full = Full(monkeypatch, BLOCK)
-    resources = Resources(device="cpu", workers=2, chunk=4 * BLOCK)
+    full = Full(monkeypatch, SUM_BLOCK)
+    resources = Resources(device="cpu", workers=2, chunk=4 * SUM_BLOCK)
     assert merged(tmp_path, "halved", METHODS[method], resources) == plain
-    assert max(full.sizes) == BLOCK
+    assert max(full.sizes) == SUM_BLOCK
 
 
 def test_a_device_that_is_full_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,21 +181,21 @@ def test_a_device_that_is_full_from_the_start(tmp_path: Path, monkeypatch: pytes
     def empty(*size: Any, **kw: Any) -> torch.Tensor:
         if kw.get("dtype") == torch.uint8:
             asked.append(size[-1])
-            if size[-1] > 16 * BLOCK:
+            if size[-1] > 16 * SUM_BLOCK:
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
         return real(*size, **kw)
 
     monkeypatch.setattr(torch, "empty", empty)
-    resources = Resources(device="cpu", workers=2, chunk=8 * BLOCK)
+    resources = Resources(device="cpu", workers=2, chunk=8 * SUM_BLOCK)
     assert merged(tmp_path, "halved", METHODS["average"], resources) == plain
-    assert max(asked) > 16 * BLOCK
+    assert max(asked) > 16 * SUM_BLOCK
 
 
 def test_too_little_memory_for_the_smallest_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It ends with the device's own words, and leaves nothing."""
     models(tmp_path)
     before = snapshot(tmp_path)
-    Full(monkeypatch, BLOCK // 2)
+    Full(monkeypatch, SUM_BLOCK // 2)
     ran = run_lines("edit", tmp_path / "base", tmp_path / "a", "-o", tmp_path / "out", "--device", "cpu")
     assert ran.trace == ""
     assert ran.code == 1
