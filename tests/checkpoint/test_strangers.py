@@ -501,7 +501,7 @@ ODD_EXPRESSIONS = [
 
 def test_an_expression_that_never_ends(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The user's own ends after a while, with a next step; by --layers and by a recipe."""
-    monkeypatch.setattr("lines_cli.scaling.find_depth.SECONDS_TO_MATCH", 0.5)
+    monkeypatch.setattr("lines_cli.scaling.by_hand.SECONDS_TO_MATCH", 0.5)
     for side, seed in (("base", 0), ("ft", 1)):
         shutil.rmtree(folders / side)
         write_checkpoint(folders / side, {f"{'a' * 300}.{n}.w!": torch.full((2,), float(seed)) for n in range(3)})

@@ -121,7 +121,8 @@ def pickled(tmp: Path) -> Iterable[object]:
 def quantised(tmp: Path) -> Iterable[object]:
     base = write_checkpoint(tmp / "base", tensors())
     config = {"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}
-    return (base, write_checkpoint(tmp / "ft", tensors(1), config=config), "-o", tmp / "out")
+    codes = {"layers.0.qweight": torch.ones(4, 4, dtype=torch.int32)}
+    return (base, write_checkpoint(tmp / "ft", tensors(1) | codes, config=config), "-o", tmp / "out")
 
 
 def recipe(text: str, *flags: object) -> Callable[[Path], Iterable[object]]:
@@ -526,7 +527,7 @@ def test_a_failure_at_any_point_keeps_the_old(
     write_checkpoint(tmp_path / "out", tensors(2), config={"old": True})
     arguments = list(pair("--force", config={"model_type": "tiny"})(tmp_path))
     before = snapshot(tmp_path)
-    monkeypatch.setattr(workers, "PIECE", 16)  # so that small tensors are not written together
+    monkeypatch.setattr(workers, "WRITE_SIZE", 16)  # so that small tensors are not written together
     if name == "rename":
         monkeypatch.setattr(staging, "exchange", lambda *_: False)
     monkeypatch.setattr(module, name, failing(getattr(module, name), number, error))
@@ -775,8 +776,8 @@ def test_what_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
 
 def test_nothing_is_said_of_a_numpy_that_is_not_needed(tmp_path: Path) -> None:
     """Where numpy is not installed, as after a plain `pip install`, torch's warning of it does not reach the user."""
-    for side in ("base", "ft"):
-        write_checkpoint(tmp_path / side, tensors())
+    for side, seed in (("base", 0), ("ft", 1)):
+        write_checkpoint(tmp_path / side, tensors(seed))
     program = "import sys; sys.modules['numpy'] = None\nfrom lines_cli.cli.app import main; main()"
     command = [sys.executable, "-c", program, "edit", "base", "ft", "-o", "out", "--beta", "0.5", "--quiet"]
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -64,7 +64,7 @@ def own_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
     def has(nbytes: int) -> None:
         for module in (devices, buffers, workers):
-            monkeypatch.setattr(module, "apart", lambda _: True)
+            monkeypatch.setattr(module, "has_own_memory", lambda _: True)
         monkeypatch.setattr(devices, "_total_memory", lambda _: nbytes)
 
     return has
@@ -106,7 +106,7 @@ def test_buffers_take_what_was_accounted_for(chunk: int, tmp_path: Path, own_mem
     plan = lines.make_plan(recipe, lines.open_inputs(recipe), tmp_path / "out")
     worker = Worker(plan, [], torch.device("cpu"), chunk)
     taken = [worker._held, *(buffer._device for buffer in (*worker._raw, worker.out))]
-    assert sum(tensor.nbytes for tensor in taken) == chunk * plan.room.nbytes(slots=devices.SLOTS)
+    assert sum(tensor.nbytes for tensor in taken) == chunk * plan.per_entry.nbytes(slots=devices.SLOTS)
 
 
 @pytest.mark.parametrize("gpu_memory", [None, 500_000_000, 3_000_000_000])

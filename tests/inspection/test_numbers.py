@@ -1259,7 +1259,9 @@ def test_every_tensor_is_scaled_as_an_edit_scales_it(
     b = write_checkpoint(tmp_path / "base", base, config=TIED)
     f = write_checkpoint(tmp_path / "ft", ft, config=TIED | {"tie_word_embeddings": False})
     told = inspect(f, "--base", b, "--outside", "position", "--tensors", "--layers", LAYERS)
-    how = ("--outside", "position", "--layers", LAYERS, "--missing", "ft", "--resize", "ft")
+    how: tuple[object, ...] = ("--outside", "position", "--layers", LAYERS, "--missing", "ft", "--resize", "ft")
+    if models in (deeper_base, deeper_fine_tune):
+        how += ("--missing-in-blocks", len(base.keys() ^ ft.keys()))
     assert run_lines("edit", b, f, "-o", tmp_path / "out", "--quiet", *how).code == 0
     edited, compared = loaded(tmp_path / "out"), 0
     for row in told["map"]:

@@ -1114,15 +1114,13 @@ def test_a_missing_folder(side: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("side", ["base", "b"])
-@pytest.mark.parametrize("kind", ["config", "codes", "adapter", "pickle", "no weights"])
+@pytest.mark.parametrize("kind", ["codes", "adapter", "pickle", "no weights"])
 def test_one_of_another_kind_among_several(kind: str, side: str, tmp_path: Path) -> None:
     """A quantised model, an adapter, a pickle or a bare folder among good ones is exit 3, and named."""
     models = {name: tensors(i) for i, name in enumerate(("base", "a", "b"))}
     write(tmp_path, **models)
     weights = tmp_path / side / "model.safetensors"
-    if kind == "config":
-        (tmp_path / side / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
-    elif kind == "codes":
+    if kind == "codes":
         write(tmp_path, **{side: models[side] | {"layers.1.w": torch.ones(5, 7).to(torch.float8_e4m3fn)}})
     elif kind == "adapter":
         weights.rename(tmp_path / side / "adapter_model.safetensors")

@@ -529,7 +529,8 @@ def test_quiet(tmp_path: Path) -> None:
     ran = run_lines("edit", base, ft, "-o", tmp_path / "out", "--quiet")
     assert (ran.code, ran.out, ran.err) == (0, "", "")
     ran = run_lines("edit", base, ft, "-o", tmp_path / "out", "--force")
-    assert (ran.code, ran.err) == (0, "")
+    small = "note: the stacks hold only 21% of the parameters, embeddings and heads apart\n"  # as in no real model
+    assert (ran.code, ran.err) == (0, small)
     assert str(tmp_path / "out") in ran.out
 
 

@@ -340,7 +340,7 @@ def test_a_folder_of_the_hubs_cache(lone: bool, cached: Path, here: Path, monkey
     out = edit(given, "ft", "out")
     assert record(out)["base_model"] == f"../{given}"
     assert f"../{cached.relative_to(here)}/model.safetensors" in record(out)["inputs"]
-    assert yaml.safe_load((out / "README.md").read_text().split("---")[1])["base_model"] == ["org/the-model", "ft"]
+    assert yaml.safe_load((out / "README.md").read_text().split("---")[1])["base_model"] == ["org/the-model"]
     runs_again(out, monkeypatch)
 
 

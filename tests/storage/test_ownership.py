@@ -747,11 +747,11 @@ def test_a_read_that_fails_once(number: int, models: Path, monkeypatch: pytest.M
 
     with monkeypatch.context() as patch:
         patch.setattr(input_files, "read_into", failing)
-        patch.setattr(engine, "BLOCK", 16384)
-        patch.setattr(write, "BLOCK", 16384)
-        patch.setattr(staging, "BLOCK", 16384)
-        patch.setattr("lines_cli.storage.digest.BLOCK", 16384)
-        patch.setattr(workers, "PIECE", 4096)
+        patch.setattr(engine, "DIGEST_BLOCK", 16384)
+        patch.setattr(write, "DIGEST_BLOCK", 16384)
+        patch.setattr(staging, "DIGEST_BLOCK", 16384)
+        patch.setattr("lines_cli.storage.digest.DIGEST_BLOCK", 16384)
+        patch.setattr(workers, "WRITE_SIZE", 4096)
         ran = run_lines(*EDIT, "--workers", "1")
         assert (ran.code, ran.trace) == (3, "")
         assert STAGING in ran.err
