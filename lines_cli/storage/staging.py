@@ -43,9 +43,9 @@ from lines_cli.storage.files import NewFile
 from lines_cli.storage.journal import (
     Journal,
     JournalContents,
+    Json,
     NoJournalError,
     Publishing,
-    Json,
     WrittenRange,
     read_journal,
 )
