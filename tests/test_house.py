@@ -232,8 +232,8 @@ OTHER_MEANINGS = {
 OF_THE_SCALING = {"gamma", "linear"}  # a key of `lines:`, and a schedule
 SAID_OF_METHODS = {
     "about", "chosen", "counting", "counts_by", "elect", "ignored", "keywords", "merge", "models", "needs",
-    "norm_of_kept", "one_is_itself", "parameters", "plain_sum", "review", "scale", "scale_of", "sees", "sparsifier",
-    "takes", "temporaries", "workspace",
+    "norm_of_kept", "one_is_itself", "parameters", "plain_sum", "review", "scale", "scale_of", "sees",
+    "sparsifier", "takes", "temporaries", "workspace",
 }  # fmt: skip
 
 

@@ -68,7 +68,7 @@ Check = Annotated[
     typer.Option(
         "--check",
         help="Read all weights, and fail (exit code 5) on NaN, Inf, values that a narrower dtype cannot hold, tensors "
-        "of zeros, duplicates, and files of an output of lines that are not as it wrote them.",
+        "of zeros or of size 0, duplicates, and files of an output of lines that are not as it wrote them.",
     ),
 ]
 Plot = Annotated[
