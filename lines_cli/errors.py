@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,6 +197,12 @@ def _own_secrets() -> list[str]:
 def printable(text: str) -> str:
     """A name from a stranger's file as one line without control characters, so that it cannot steer a terminal."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def as_argument(path: object) -> str:
+    """A path as the argument of a command in a hint: quoted for a shell, and not to be taken for an option."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def some(names: Sequence[str], limit: int = 8) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from lines_cli.api import arguments, summary
-from lines_cli.errors import DataError, OutputError, RecipeError
+from lines_cli.errors import DataError, OutputError, RecipeError, as_argument
 
 if TYPE_CHECKING:
     from lines_cli.api.arguments import Pairs, Series
@@ -457,7 +457,8 @@ def carry_out(
     before = leftover(destination)
     if before is not None and before.set_aside:
         if dry_run:
-            say(f"the old {destination} is in {before.folder}; a run, or lines clean {destination}, puts it back")
+            puts_back = f"lines clean {as_argument(destination)}"
+            say(f"the old {destination} is in {before.folder}; a run, or {puts_back}, puts it back")
             if not how["force"]:
                 raise OutputError(f"{destination} exists", hint="Replace it with --force, or choose another with -o.")
         else:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import functools
 import gc
 import io
-import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from lines_cli.cli.edit import edit
 from lines_cli.cli.inspect import inspect
 from lines_cli.cli.merge import merge
 from lines_cli.cli.verify import verify
-from lines_cli.errors import LinesError, aftermath_of
+from lines_cli.errors import LinesError, aftermath_of, as_argument
 from lines_cli.version import __version__
 
 EXIT_CODES = {
@@ -88,7 +87,7 @@ def _say(error: BaseException, *, writes: bool) -> int:
             message = ": ".join(filter(None, ("out of memory", str(error))))
             console.refuse(message, "Try fewer --workers: each has buffers of its own.")
     if aftermath.kept is not None:
-        removes = f"lines clean {shlex.quote(str(aftermath.output))} removes it"
+        removes = f"lines clean {as_argument(aftermath.output)} removes it"
         if aftermath.in_place is not None:
             console.remark(f"what it replaced is still in {aftermath.kept}: {removes}")
         else:

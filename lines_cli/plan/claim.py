@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lines_cli.errors import ChangedInputError, CheckpointError, RecipeError, printable, some
+from lines_cli.errors import ChangedInputError, CheckpointError, RecipeError, as_argument, printable, some
 from lines_cli.hub.download import is_missing, locate
 from lines_cli.plan.build import make_plan
 from lines_cli.plan.identity import digests_of, inputs_by_name, recorded_as
@@ -98,7 +98,7 @@ _WHAT_TO_GIVE = f"Give a folder that lines wrote, with its {RECIPE}, or a .safet
 
 def _hint_for_a_file(path: Path) -> str:
     if (path.parent / RECIPE).is_file():
-        return f"Verify its folder, which says so: lines verify {path.parent}"
+        return f"Verify its folder, which says so: lines verify {as_argument(path.parent)}"
     return (
         "Name the recipe that did: --config FILE. What lines edit BASE FT --alpha 0.1 does is said by\n"
         "base_model: BASE\nmodels: [{model: FT}]\nlines: {alpha: 0.1, beta: 0.9}\nlike: ft"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from hashlib import sha256
@@ -17,6 +16,7 @@ from lines_cli.errors import (
     CheckpointError,
     OutputError,
     RecipeError,
+    as_argument,
     some,
 )
 from lines_cli.methods.registry import package_of
@@ -95,7 +95,7 @@ def refuse_altered(plan: Plan, *, output: bool, inputs: bool) -> None:
             f"{plan.output} is finished, but was written without --verify-inputs, so its recipe has no digests of its "
             "inputs",
             hint="Write it again with --verify-inputs and --force; or compute it again and compare: "
-            f"lines verify {shlex.quote(str(plan.output))}",
+            f"lines verify {as_argument(plan.output)}",
         )
     changes = [
         f"{name} holds {now['digest']}, {before[name]} was read"
@@ -136,8 +136,9 @@ def replaceable(plan: Plan) -> frozenset[str]:
             own |= {RECIPE}
         record = load_record(recipe)
         if record.files:
-            own |= {RECIPE, *record.files}
-        if record.card is not None and not altered(recipe.parent, {MODEL_CARD: record.card}):
+            own |= {RECIPE, *record.files} - {MODEL_CARD}  # which a person may edit, whoever wrote the record
+        linked = (recipe.parent / MODEL_CARD).is_symlink()
+        if record.card is not None and not linked and not altered(recipe.parent, {MODEL_CARD: record.card}):
             own |= {MODEL_CARD}
     return own
 

@@ -111,7 +111,10 @@ def _elsewhere(values: Mapping[Any, Any], given: Elsewhere) -> dict[str, str]:
             raise RecipeError(f"--input {name}: this may be any of\n{some(meant)}", hint="Give more of its name.")
         if not path:
             raise RecipeError(f"--input {name}: expected --input NAME=PATH")
-        found[meant[0]] = path
+        if found.setdefault(meant[0], path) != path:
+            raise RecipeError(
+                f"--input says twice where {meant[0]} is: {found[meant[0]]}, and {path}", hint="Leave one of them out."
+            )
     return found
 
 

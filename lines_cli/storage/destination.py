@@ -203,7 +203,7 @@ def refuse_to_replace(output: Path, there: Survey, ours: Collection[str]) -> Non
     foreign = {name for name in foreign if name.rpartition("/")[0] not in foreign}  # a folder says it for its files
     if foreign:
         edited = {MODEL_CARD} & foreign - folders if RECIPE in ours else set()
-        named = [f"{MODEL_CARD} (a model card, but not as lines wrote it)"] * len(edited)
+        named = [f"{MODEL_CARD} (a model card, of which nothing records that it is as lines wrote it)"] * len(edited)
         named += sorted(f"{name}/" if name in folders else name for name in foreign - edited)
         raise OutputError(
             f"{output} holds files that lines did not write; --force will not delete them:\n{some(named)}",

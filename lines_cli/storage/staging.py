@@ -18,7 +18,6 @@ from __future__ import annotations
 import enum
 import errno
 import os
-import shlex
 import stat
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -27,7 +26,7 @@ from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 
-from lines_cli.errors import OF_NO_USE, Aftermath, OutputError, attach_aftermath, some
+from lines_cli.errors import OF_NO_USE, Aftermath, OutputError, as_argument, attach_aftermath, some
 from lines_cli.storage.destination import (
     Entry,
     Survey,
@@ -160,7 +159,7 @@ def _foreign(folder: Path, names: Sequence[str], *, damaged: bool = False) -> Ou
 
 def _cleaning(output: Path) -> str:
     """The command that removes what is unfinished."""
-    return f"lines clean {shlex.quote(str(output))}"
+    return f"lines clean {as_argument(output)}"
 
 
 def _replaced(contents: JournalContents | None) -> frozenset[str]:
@@ -653,7 +652,7 @@ class Staging:
         except OSError as error:
             raise OutputError(
                 f"{self.output} is in place, but it may not be safe on the disk yet: {error.strerror or error}",
-                hint=f"Check the disk, and read the output back: lines inspect {shlex.quote(str(self.output))} --check",
+                hint=f"Check the disk, and read the output back: lines inspect {as_argument(self.output)} --check",
             ) from error
         self._confirmed = True
 

@@ -257,6 +257,8 @@ def test_the_last_part_of_an_input_s_name(here: Path) -> None:
     assert found("x@abc=r", "c=d/e=s") == {"org/x@abc": "r", "c=d/e": "s"}
     with pytest.raises(RecipeError, match=r"--input ft: this may be any of\n  a/ft\n  b/ft"):
         found("ft=p")
+    with pytest.raises(RecipeError, match="--input says twice where c=d/e is: s, and u"):
+        found("c=d/e=s", "e=u")
     for wrong in ("t=p", "bc=p", "/ft=p", "=p"):
         with pytest.raises(RecipeError, match="no such input"):
             found(wrong)

@@ -22,6 +22,7 @@ import torch
 import yaml
 
 import lines_cli as lines
+from lines_cli.errors import as_argument
 from lines_cli.storage import destination, renames, staging
 from lines_cli.storage.files import NewFile
 from lines_cli.storage.journal import written_line
@@ -329,7 +330,10 @@ def test_a_readme_without_a_recipe_is_a_persons(models: Path) -> None:
         shutil.rmtree(models / "out")
 
 
-@pytest.mark.parametrize("how", ["edited", "emptied", "a link", "another recipe", "no record"])
+HOW = ["edited", "emptied", "a link", "a link to the same", "listed among the files", "another recipe", "no record"]
+
+
+@pytest.mark.parametrize("how", HOW)
 def test_a_model_card_that_a_person_edited_is_theirs(how: str, models: Path) -> None:
     """--force names it, replaces nothing, and goes on once it is out of the folder. The same for a dry run."""
     assert run_lines(*EDIT).code == 0
@@ -344,6 +348,12 @@ def test_a_model_card_that_a_person_edited_is_theirs(how: str, models: Path) -> 
             (models / "card.md").write_text("mine")
             card.unlink()
             card.symlink_to(models / "card.md")
+        case "a link to the same":
+            card.rename(models / "card.md")
+            card.symlink_to(models / "card.md")
+        case "listed among the files":
+            card.write_bytes(b"mine")
+            recipe.write_text(recipe.read_text() + '  README.md: {bytes: 1, digest: "x"}\n')
         case "another recipe":
             recipe.write_text("# Written by lines 9.9.9. It may say what this version does not know.\nnew: key\n")
         case "no record":
@@ -354,7 +364,7 @@ def test_a_model_card_that_a_person_edited_is_theirs(how: str, models: Path) -> 
     for flags in (["--force"], ["--force", "--dry-run"], ["--force", "--resume"]):
         ran = run_lines(*EDIT, "--alpha", "0.5", *flags)
         assert (ran.code, ran.trace) == (6, "")
-        assert "README.md (a model card, but not as lines wrote it)" in ran.err
+        assert "README.md (a model card, of which nothing records that it is as lines wrote it)" in ran.err
         assert "Move" in ran.err
     assert snapshot(models) == before
     os.rename(card, models / "mine.md")
@@ -364,6 +374,12 @@ def test_a_model_card_that_a_person_edited_is_theirs(how: str, models: Path) -> 
     assert run_lines(*EDIT, "--force").code == 0
     assert card.read_bytes() == written
     assert run_lines(*EDIT, "--alpha", "0.5", "--force").code == 0, "the card that is there is ours again"
+
+
+@pytest.mark.parametrize(("output", "named"), [("my out", "'my out'"), ("-nb", "./-nb"), ("--x y", "'./--x y'")])
+def test_commands_in_hints_can_be_run(output: str, named: str) -> None:
+    """Whatever the output is called."""
+    assert as_argument(Path(output)) == named
 
 
 def test_a_model_card_that_is_edited_while_it_writes(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
