@@ -8,8 +8,9 @@ they have no partner as they are.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 from lines_cli.checkpoint.reader import Checkpoint
@@ -80,11 +81,12 @@ def _names_in(
     lead = inputs.leading
     if not asked and other.tensors.keys() == lead.tensors.keys():
         return {name: name for name in other.tensors}, ""
+    known_as = cache(canonical)  # for as long as this side is looked at
     reading = _best_reading(lead, other, _as_it_is, asked)
-    names, known = _read_by(reading, lead, other)
+    names, known = _read_by(reading, lead, other, known_as)
     if _leaves_many(names, lead) or reading.alike:
-        again = _best_reading(lead, other, canonical, asked)
-        spelt, spelt_known = _read_by(again, lead, other)
+        again = _best_reading(lead, other, known_as, asked)
+        spelt, spelt_known = _read_by(again, lead, other, known_as)
         if _paired(spelt, lead, other) > _paired(names, lead, other):
             reading, names, known = again, spelt, spelt_known
     if reading.alike:
@@ -178,22 +180,16 @@ def _prefixes(
     for key, own in its.items():
         if key in others and _equal(longer, own, shorter, others[key]):
             continue
-        for at in _dots(key):
+        at = key.find(".") + 1
+        for _ in range(_MOST_PARTS):
+            if not at:
+                break
             partner = others.get(key[at:])
             if partner is not None:
                 named[key[:at]] += 1
                 equal[key[:at]] += _equal(longer, own, shorter, partner)
+            at = key.find(".", at) + 1
     return {prefix: (equal[prefix], count) for prefix, count in named.items()}
-
-
-def _dots(name: str) -> Iterator[int]:
-    """Where the parts of a name behind its first begin."""
-    at = name.find(".") + 1
-    for _ in range(_MOST_PARTS):
-        if not at:
-            return
-        yield at
-        at = name.find(".", at) + 1
 
 
 _MOST_PARTS = 64  # of a stranger's name that are looked at
@@ -215,7 +211,9 @@ def _ambiguous(reading: _Reading, inputs: Inputs, side: int) -> MismatchError:
 # --- the names of one side by those of the leading one ---
 
 
-def _read_by(reading: _Reading, lead: Checkpoint, other: Checkpoint) -> tuple[dict[str, str], dict[str, str]]:
+def _read_by(
+    reading: _Reading, lead: Checkpoint, other: Checkpoint, known_as: Spelling
+) -> tuple[dict[str, str], dict[str, str]]:
     """All tensors of `other` by the names that `lead` has for them; and of these those whose names are only known to
     be the same.
     """
@@ -226,7 +224,8 @@ def _read_by(reading: _Reading, lead: Checkpoint, other: Checkpoint) -> tuple[di
             paired[own] = own
     taken = set(paired.values())
     rest = [own for own in other.tensors if own not in paired]
-    known = _known(reading, lead, other, [name for name in lead.tensors if name not in taken] if rest else [], rest)
+    unpaired = [name for name in lead.tensors if name not in taken] if rest else []
+    known = _known(reading, lead, other, unpaired, rest, known_as)
     paired |= known
     taken |= set(known.values())
     for own in rest:
@@ -250,34 +249,39 @@ def _behind_prefix(reading: _Reading, lead: Checkpoint, other: Checkpoint) -> di
 
 
 def _known(
-    reading: _Reading, lead: Checkpoint, other: Checkpoint, of_lead: list[str], of_other: list[str]
+    reading: _Reading,
+    lead: Checkpoint,
+    other: Checkpoint,
+    of_lead: list[str],
+    of_other: list[str],
+    known_as: Spelling,
 ) -> dict[str, str]:
     """Of tensors without a partner, those whose names are known to be the same: own name -> the leading side's.
 
     Each is the only one of its side that is called so, and of the other's shape.
     """
-    by_canonical = {canonical(name): name for name in of_lead}
+    by_canonical = {known_as(name): name for name in of_lead}
     paired: dict[str, str] = {}
     for own in of_other:
         for spelt in (own, _prefixed(own, reading)):
-            there = by_canonical.get(canonical(spelt))
+            there = by_canonical.get(known_as(spelt))
             if there is not None and _may_be_one(lead, there, other, own):
                 paired[own] = there
                 break
     if not paired:
         return {}
-    twice = _called_alike(lead) | _called_alike(other)
-    thrice = {there for there, times in Counter(paired.values()).items() if times > 1}
+    twice = _called_alike(lead, known_as) | _called_alike(other, known_as)
+    claimed = {there for there, times in Counter(paired.values()).items() if times > 1}
     return {
         own: there
         for own, there in paired.items()
-        if there not in thrice and twice.isdisjoint((canonical(own), canonical(there)))
+        if there not in claimed and twice.isdisjoint((known_as(own), known_as(there)))
     }
 
 
-def _called_alike(side: Checkpoint) -> set[str]:
+def _called_alike(side: Checkpoint, known_as: Spelling) -> set[str]:
     """What more than one tensor of a side is known as."""
-    return {name for name, times in Counter(map(canonical, side.tensors)).items() if times > 1}
+    return {name for name, times in Counter(map(known_as, side.tensors)).items() if times > 1}
 
 
 def _may_be_one(lead: Checkpoint, there: str, other: Checkpoint, own: str) -> bool:
