@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fnmatch
 import os
-import shlex
 import stat
 import threading
 import time
@@ -31,7 +30,7 @@ from lines_cli.engine.measure import Track, measure, untracked
 from lines_cli.engine.pool import Pool
 from lines_cli.engine.workers import Worker
 from lines_cli.engine.write import OutputRange, Target, Write, output_ranges
-from lines_cli.errors import CheckpointError, DataError, LinesError, RecipeError, printable
+from lines_cli.errors import CheckpointError, DataError, LinesError, RecipeError, as_argument, printable
 from lines_cli.plan.claim import Claim, InputRead, inputs_read, open_claim, plan_claim
 from lines_cli.plan.identity import identity
 from lines_cli.plan.plan import Plan
@@ -176,8 +175,10 @@ class Verification:
     def _hint(self, differing: Sequence[FileVerified]) -> str | None:
         if any(read.difference for read in self.inputs):
             return "Some inputs are not the recorded ones. If the right ones are in another place: --input NAME=PATH"
+        again = f"lines merge --config {as_argument(self.recipe)} -o AGAIN"
+        if any(file.found is None and file.nbytes for file in differing):
+            return f"A file is missing. If it was lost in copying, copy it again. To make all of them: {again}"
         if differing and all(file.made_as_recorded for file in differing):
-            again = f"lines merge --config {shlex.quote(str(self.recipe))} -o AGAIN"
             changed = "The recipe makes what was recorded, so the files were changed after they were written."
             return f"{changed} To make them again: {again}"
         if differing and all(file.still_as_recorded for file in differing):

@@ -7,6 +7,7 @@ they have no partner as they are.
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
@@ -203,7 +204,7 @@ def _ambiguous(reading: _Reading, inputs: Inputs, side: int) -> MismatchError:
     return MismatchError(
         f"names of {shorter.name} are found in {longer.name} behind {len(counted)} prefixes, and as many tensors "
         f"have a partner of equal shape behind each:\n{some(counted)}",
-        hint=f"Say which is meant: --prefix {printable(reading.alike[0])} (in a recipe, prefix: "
+        hint=f"Say which is meant: --prefix {shlex.quote(reading.alike[0])} (in a recipe, prefix: "
         f"{printable(reading.alike[0])}).",
     )
 

@@ -5,6 +5,7 @@ layers that share weights.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
@@ -50,8 +51,8 @@ def left_outside(
             raise DepthError(
                 f"{one.name}, of {len(one.tails)} units that are alike, holds {share:.0%} of the parameters, and by "
                 "its name it is no stack of layers",
-                hint=f"If it is one, --series {one.name} counts its units. "
-                f"If not, --not-layers '^{re.escape(one.name)}' says so.",
+                hint=f"If it is one, --series {shlex.quote(one.name)} counts its units. "
+                f"If not, --not-layers {shlex.quote('^' + re.escape(one.name))} says so.",
             )
     if found:
         named = ", ".join(f"{one.name} ({len(one.tails)} units, {share:.0%})" for share, one in found[:_MOST_NAMED])

@@ -426,7 +426,10 @@ def test_all_is_gone(here: Path) -> None:
     for path in (here / "out").iterdir():
         if path.name != "lines_recipe.yaml":
             path.unlink()
-    assert "5 of 5 files differ" in differs("out").err
+    err = differs("out").err
+    assert "5 of 5 files differ" in err
+    assert "A file is missing" in err
+    assert "lines merge --config " in err
 
 
 def test_a_file_that_is_not_of_its_making(here: Path) -> None:
