@@ -201,12 +201,16 @@ def _ambiguous(reading: _Reading, inputs: Inputs, side: int) -> MismatchError:
     if reading.of == "lead":
         longer, shorter = shorter, longer
     counted = [f"{prefix}: {reading.equal:,} of {len(shorter.tensors):,}" for prefix in reading.alike]
+    option = "--prefix" if inputs.of_an_edit else "prefix:"
+    ways = " or ".join(f"{option} {shlex.quote(prefix)}" for prefix in reading.alike[:_MOST_WAYS])
     return MismatchError(
         f"names of {shorter.name} are found in {longer.name} behind {len(counted)} prefixes, and as many tensors "
         f"have a partner of equal shape behind each:\n{some(counted)}",
-        hint=f"Say which is meant: --prefix {shlex.quote(reading.alike[0])} (in a recipe, prefix: "
-        f"{printable(reading.alike[0])}).",
+        hint=f"Say which is meant: {ways}.",
     )
+
+
+_MOST_WAYS = 4
 
 
 # --- the names of one side by those of the leading one ---

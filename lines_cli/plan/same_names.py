@@ -20,7 +20,7 @@ _SAME: tuple[tuple[str, re.Pattern[str], str], ...] = tuple(
         ("module.", r"\A(?:module\.)+", ""),
         ("base_model.", r"\Abase_model\.model\.", ""),
         (".base_layer", r"\.base_layer(?=\.)", ""),
-        (".modules_to_save.", r"\.modules_to_save\.default(?=\.)", ""),
+        (".modules_to_save.", r"\.modules_to_save\.[^.]+(?=\.)", ""),
         # a language model by itself; within a vision language model; the same from transformers 4.52 on
         ("language_model.", r"\A(?:model\.)?language_model\.(?:model\.)?", ""),
         ("text_model.", r"\A(?:model\.text_model|text_model\.model)\.", ""),

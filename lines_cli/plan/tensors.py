@@ -196,12 +196,18 @@ def refuse_misfits(specs: Sequence[TensorSpec], recipe: Recipe, inputs: Inputs) 
 
 
 def _ways_of_an_edit(misfits: Sequence[TensorSpec], specs: Sequence[TensorSpec]) -> list[str]:
-    patterns = _patterns(misfits, specs)
-    keep, base = (
-        " ".join(f"--filter {shlex.quote(f'{pattern}={rule}')}" for pattern in patterns) for rule in ("keep", "base")
-    )
-    also = "" if any(spec.inside for spec in misfits) else "; so does --missing ft, or --outside keep"
-    return [f"{keep} takes the fine-tune's as it is{also}.", f"{base} takes the base's."]
+    ways = []
+    outside = not any(spec.inside for spec in misfits)
+    if patterns := _patterns(misfits, specs):
+        keep, base = (
+            " ".join(f"--filter {shlex.quote(f'{pattern}={rule}')}" for pattern in patterns)
+            for rule in ("keep", "base")
+        )
+        also = "; so does --missing ft, or --outside keep" if outside else ""
+        ways += [f"{keep} takes the fine-tune's as it is{also}.", f"{base} takes the base's."]
+    elif outside:
+        ways.append("--missing ft takes the fine-tune's as it is; so does --outside keep.")
+    return ways or [_NO_FILTER]
 
 
 def _ways_of_a_merge(
@@ -214,28 +220,35 @@ def _ways_of_a_merge(
             f"Outside the blocks, missing: ft in the recipe takes such a tensor as it is from {first}, and missing: "
             f"copy from {lead}, which the output is like."
         )
-    if recipe.lines is not None and inputs.has_base:
-        rules = ", ".join(f"{json.dumps(pattern)}: base" for pattern in _patterns(misfits, specs))
+    patterns = _patterns(misfits, specs)
+    if patterns and recipe.lines is not None and inputs.has_base:
+        rules = ", ".join(f"{json.dumps(pattern)}: base" for pattern in patterns)
         ways.append(f"lines.filter: {{{rules}}} takes the base's.")
-    if key := recipe.method.counts_by:
-        part = json.dumps(_patterns(misfits, specs)[0])
-        ways.append(
-            f"A {key} of 0 for all models but one ({{filter: {part}, value: 0}}), and of 1 for that, takes that one's."
-        )
+    if patterns and (key := recipe.method.counts_by):
+        zero = ", ".join(f"{{filter: {json.dumps(pattern)}, value: 0}}" for pattern in patterns)
+        ways.append(f"A {key} of 0 for all models but one ({zero}), and of 1 for that, takes that one's.")
     return ways or ["Leave out the model whose tensors differ."]
 
 
-_MOST_PATTERNS = 4
+_MOST_PATTERNS = 8
+_NO_FILTER = "No few filters name these tensors and no others: rename them, or make the sides fit first."
 
 
 def _patterns(misfits: Sequence[TensorSpec], specs: Sequence[TensorSpec]) -> list[str]:
-    """Parts of names that are those of the misfits and of no tensor that fits: their modules', else their own."""
+    """Parts of names that are in those of all misfits and in no other: their modules', else their own. None
+    where some misfit has none, or they are too many to say: a filter would name others, too.
+    """
     fitting = [spec.counts_as for spec in specs if not spec.misfit]
-    modules = dict.fromkeys(spec.counts_as.rpartition(".")[0] or spec.counts_as for spec in misfits)
-    names = dict.fromkeys(spec.counts_as for spec in misfits)
-    own = [module for module in modules if not any(module in name for name in fitting)]
-    patterns = own + [name for name in names if not any(module in name for module in own)]
-    return [printable(pattern) for pattern in patterns[:_MOST_PATTERNS]]
+    patterns: list[str] = []
+    for name in dict.fromkeys(spec.counts_as for spec in misfits):
+        if any(pattern in name for pattern in patterns):
+            continue
+        parts = (name.rpartition(".")[0], name)
+        own = next((part for part in parts if part and not any(part in other for other in fitting)), None)
+        if own is None:
+            return []
+        patterns.append(own)
+    return patterns if len(patterns) <= _MOST_PATTERNS and all(map(str.isprintable, patterns)) else []
 
 
 def refuse_idle_filters(rules: Rules, names: Collection[str]) -> None:

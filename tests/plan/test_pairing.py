@@ -248,6 +248,7 @@ def test_layer_scale_stays_what_it_is() -> None:
         ("layers.3._orig_mod.mlp.weight", "layers.3.mlp.weight"),
         ("base_model.model.model.layers.0.q_proj.base_layer.weight", "layers.0.q_proj.weight"),
         ("score.modules_to_save.default.weight", "score.weight"),
+        ("score.modules_to_save.my_task.weight", "score.weight"),
         ("score.original_module.weight", "score.original_module.weight"),
         ("text_model.encoder.layers.0.w", "text_model.encoder.layers.0.w"),
         ("conv.parametrizations.weight.original0", "conv.weight_g"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,43 @@ def test_the_refusal_names_the_ways_out(tmp_path: Path) -> None:
     odd = {"vit.weight": torch.ones(3)}, {"vit.weight": torch.ones(2)}
     ran = run_lines("edit", *write_pair(tmp_path, vit(0) | odd[0], vit(1) | odd[1]), "-o", tmp_path / "out")
     assert "--filter vit.weight=keep" in ran.err
+
+
+NAMES = {
+    "distilbert": ("pre_classifier.weight", "classifier.weight", "classifier.bias"),
+    "a module called like those in blocks": ("vit.encoder.layer.0.mlp.fc.weight", "fc.weight", "fc.bias"),
+    "the end of another's name": ("overhead.weight", "head.weight", "head.bias"),
+    "a name of its own": ("other.weight", "head.weight", "head.bias"),
+}
+
+
+@pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
+def test_no_hint_names_what_fits(names: tuple[str, ...], tmp_path: Path) -> None:
+    """Each command in the hint, run as it stands, leaves the coefficients of all tensors that fit as they are."""
+    fits, *replaced = names
+
+    def model(seed: int, classes: int) -> dict[str, torch.Tensor]:
+        chance = torch.Generator().manual_seed(seed)
+        own = {fits: torch.randn(4, 4, generator=chance)}
+        own |= {name: torch.randn(classes, *(() if "bias" in name else (4,))) for name in replaced}
+        return {name: tensor for name, tensor in vit(seed).items() if "classifier" not in name} | own
+
+    base, ft = model(0, 7), model(1, 3)
+    folders = write_pair(tmp_path, base, ft)
+    ran = run_lines("edit", *folders, "-o", tmp_path / "out")
+    assert ran.code == 4
+    hint = ran.err.partition("hint: ")[2]
+    ways = [re.findall(r"--(?:filter|missing|outside) \S+", line) for line in hint.splitlines() if " takes " in line]
+    assert ways
+    expected = base[BLOCK] + 0.4 * (ft[BLOCK] - base[BLOCK])
+    first = base[fits] + 0.1 * (ft[fits] - base[fits])
+    for way in [[one for one in line if one.startswith("--filter")] or line[:1] for line in ways]:
+        flags = [word for one in way for word in shlex.split(one.rstrip(".,;"))]
+        assert run_lines("edit", *folders, "-o", tmp_path / "out", "--force", *flags).code == 0, flags
+        out = load_file(tmp_path / "out/model.safetensors")
+        assert torch.allclose(out[BLOCK], expected, atol=1e-6), flags
+        assert torch.allclose(out[fits], first, atol=1e-6), flags
+        assert out[replaced[0]].shape[0] == (7 if any("=base" in flag for flag in flags) else 3)
 
 
 def test_another_shape_within_a_block(tmp_path: Path) -> None:
@@ -217,6 +256,7 @@ def test_a_quantisation_config_left_behind(where: str, tmp_path: Path) -> None:
         {"model.layers.0.mlp.weight.absmax": torch.ones(4)},
         {"model.layers.0.mlp.codebooks": torch.ones(4)},
         {"model.layers.0.mlp.w_q": torch.ones(4, 4, dtype=torch.int16)},
+        {"model.layers.0.mlp2.dense_weights": torch.ones(64, dtype=torch.int64)},  # SpQR's are one run
     ],
 )
 def test_a_quantisation_config_that_is_true(more: dict[str, torch.Tensor], tmp_path: Path) -> None:
