@@ -50,11 +50,14 @@ def quantised_tensor(tensors: Tensors) -> str | None:
 
 def codes_or_scales(tensors: Tensors) -> str | None:
     """Where a config says that weights are quantised: a tensor that whole weights would not have. That is a matrix of
-    integers, a narrow float, or a scale by its name. None if there is none: then the config was left behind.
+    integers, or a run of them in a module without a weight; a narrow float; or a scale by its name. None if there is
+    none: then the config was left behind.
     """
     for name, info in tensors.items():
-        matrix = info.dtype in _CODES and len(info.shape) > 1 and not _COUNTS.fullmatch(_last(name))
-        if matrix or info.dtype not in FLOAT_DTYPES | EXACT_DTYPES or _OF_CODES.search(name):
+        counts = info.dtype not in _CODES or _COUNTS.fullmatch(_last(name)) is not None
+        in_place_of_weight = info.numel > 1 and f"{_module(name)}.weight" not in tensors
+        codes = not counts and (len(info.shape) > 1 or in_place_of_weight)
+        if codes or info.dtype not in FLOAT_DTYPES | EXACT_DTYPES or _OF_CODES.search(name):
             return name
     return None
 

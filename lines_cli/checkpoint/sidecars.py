@@ -62,7 +62,8 @@ _DEEPEST = 4  # folders within a module's
 
 _NOT_MISSED = tuple(
     """
-    .* *.md *.png *.jp*g *.gif *.webp *.svg *.pdf *.mp4 *.log *.safetensors *.index*.json pytorch_model* *_model.h5
+    .* *.md *.png *.jp*g *.gif *.webp *.svg *.pdf *.mp4 *.log *.index*.json pytorch_model* *_model.h5
+    model*.safetensors pytorch_model*.safetensors diffusion_pytorch_model*.safetensors consolidated*.safetensors
     *.gguf *.onnx *.msgpack *.ot training_args* trainer_* optimizer* scheduler* scaler.pt rng_state* adapter_* zero_*
     *results*.json latest events.out* mergekit_config.y*ml lines_recipe.yaml
     checkpoint-* global_step* onnx openvino runs wandb eval* logs
@@ -337,11 +338,11 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def _may_be_read(path: Path) -> bool:
-    """Whether a loader could want what lies there: a file, or a folder with a model's files in it."""
+    """Whether a loader could want what lies there: a file, or a folder with a model's files or with code in it."""
     if os.path.islink(path) or not os.path.isdir(path):
         return os.path.isfile(path)
     with suppress(OSError):
-        return any(name == CONFIG or name.endswith(".safetensors") for name in os.listdir(path))
+        return any(name == CONFIG or name.endswith((".safetensors", ".py")) for name in os.listdir(path))
     return False
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +109,21 @@ def test_what_else_lies_there_is_carried_or_named(tmp_path: Path) -> None:
         "speech_tokenizer___config__json": {},
         "optimizer__pt": "x",
         "checkpoint-1___config__json": {},
+        "custom_generate___generate__py": "x",
     }
     write(tmp_path / "base", 0)
     write(tmp_path / "ft", 1, params__json={"dim": 4}, **unknown)
+    for name in ("value_head", "model.fp16"):  # the second is a variant of the same weights
+        shutil.copy(tmp_path / "ft" / "model.safetensors", tmp_path / "ft" / f"{name}.safetensors")
     out, notes = edit(tmp_path)
     assert json.loads((out / "params.json").read_text()) == {"dim": 4}
     (said,) = about(notes, "not carried over")
-    assert said.split("\n")[1:] == ["  speech_tokenizer/", "  spk_dict.pt"]
+    assert said.split("\n")[1:] == [
+        "  custom_generate/",
+        "  speech_tokenizer/",
+        "  spk_dict.pt",
+        "  value_head.safetensors",
+    ]
 
 
 # --- tokenizer, processor, chat template ---
