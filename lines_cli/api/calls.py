@@ -40,6 +40,7 @@ Outside = Literal["alpha", "position", "base", "keep"]
 Missing = Literal["ft", "copy", "skip"]
 Resize = Literal["ft", "base"]
 Dtype = Literal["float64", "float32", "float16", "bfloat16"]
+Rounding = Literal["nearest", "stochastic"]
 
 
 def edit(
@@ -64,6 +65,8 @@ def edit(
     variant: str | None = None,
     allow_nonfinite: bool = False,
     dtype: Dtype | None = None,
+    rounding: Rounding | None = None,
+    rounding_seed: int | None = None,
     max_shard_size: str | int | None = None,
     force: bool = False,
     resume: bool = False,
@@ -86,7 +89,7 @@ def edit(
         stack, filter: a mapping such as `{"visual": "keep"}`, or texts as on the command line.
         prefix, missing, missing_in_blocks, resize, allow_nonfinite: what is done where inputs disagree, or hold NaN.
         variant: of folders with several sets of weights, which.
-        dtype, max_shard_size: how the output is stored.
+        dtype, rounding, rounding_seed, max_shard_size: how the output is stored.
         force, resume, verify, verify_inputs: as the options.
         workers, device, gpu_memory: what may be used; it changes no byte.
         dry_run: return the plan, and write nothing.
@@ -120,6 +123,8 @@ def edit(
         variant=variant,
         allow_nonfinite=allow_nonfinite or None,
         dtype=dtype,
+        rounding=rounding,
+        rounding_seed=rounding_seed,
         max_shard_size=max_shard_size,
     )
     resources = arguments.resources(workers, device, gpu_memory)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from lines_cli.api import arguments
-from lines_cli.api.calls import Dtype, Missing, Outside, Resize, config_values, state_dict_of
+from lines_cli.api.calls import Dtype, Missing, Outside, Resize, Rounding, config_values, state_dict_of
 from lines_cli.checkpoint.header import TensorInfo, itemsize
 from lines_cli.checkpoint.reader import Checkpoint, StoredTensor, unsupported_in
 from lines_cli.engine.arithmetic import FLOAT8, TORCH_DTYPES
@@ -83,6 +83,8 @@ def edit_state_dict(
     resize: Resize | None = None,
     allow_nonfinite: bool = False,
     dtype: Dtype | None = None,
+    rounding: Rounding | None = None,
+    rounding_seed: int | None = None,
     config: Any = None,
     workers: int | None = None,
     device: str = "auto",
@@ -93,7 +95,7 @@ def edit_state_dict(
 
     Args:
         base, ft: tensors by name, on the CPU or on CUDA; or modules, whose `state_dict` is taken. They are not changed.
-        alpha, ..., dtype: as in `lines.edit`.
+        alpha, ..., rounding_seed: as in `lines.edit`.
         config: of the models, as a mapping or a transformers config: says how many layers there are, and which heads
             are tied. Unless given, each module's own is used.
         workers, device, gpu_memory, track: as in `lines.edit`.
@@ -124,6 +126,8 @@ def edit_state_dict(
         resize=resize,
         allow_nonfinite=allow_nonfinite or None,
         dtype=dtype,
+        rounding=rounding,
+        rounding_seed=rounding_seed,
     )
     resources = arguments.resources(workers, device, gpu_memory)
     return _computed(recipe, {"base": base, "ft": ft}, config, resources, track)
@@ -144,6 +148,8 @@ def merge_state_dicts(
     resize: Resize | None = None,
     allow_nonfinite: bool = False,
     dtype: Dtype | None = None,
+    rounding: Rounding | None = None,
+    rounding_seed: int | None = None,
     config: Any = None,
     workers: int | None = None,
     device: str = "auto",
@@ -159,7 +165,8 @@ def merge_state_dicts(
         parameters: of the method, for all models.
         model_parameters: for each model those that differ.
         lines: the scaling over depth, with the keys of a recipe.
-        like, prefix, missing, missing_in_blocks, resize, allow_nonfinite, dtype: as in a recipe.
+        like, prefix, missing, missing_in_blocks, resize, allow_nonfinite, dtype, rounding, rounding_seed: as in a
+            recipe.
         config, workers, device, gpu_memory, track: as in `edit_state_dict`.
 
     Returns:
@@ -194,6 +201,8 @@ def merge_state_dicts(
         "resize": resize,
         "allow_nonfinite": allow_nonfinite or None,
         "dtype": dtype,
+        "rounding": rounding,
+        "rounding_seed": rounding_seed,
     }
     recipe = make_recipe({key: value for key, value in values.items() if value is not None}, where="recipe")
     return _computed(recipe, given, config, arguments.resources(workers, device, gpu_memory), track)

@@ -4,12 +4,14 @@ and what `lines.edit` and `lines.merge` return.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lines_cli.engine.write import Outcome
     from lines_cli.plan.plan import Plan
+    from lines_cli.plan.realised import Row
     from lines_cli.plan.resources import Resources
 
 Summary = dict[str, Any]
@@ -32,6 +34,7 @@ def of_outcome(outcome: Outcome) -> Summary:
         norm = outcome.norms[number] if outcome.norms else None
         model["norm"] = norm if norm is not None and isfinite(norm) else None
         model["kept"] = outcome.kept[number] if outcome.kept else model["kept"]
+    with_realised(summary, outcome.realised)
     found = {
         "nonfinite": outcome.nonfinite,
         "differing": outcome.differing,
@@ -40,3 +43,17 @@ def of_outcome(outcome: Outcome) -> Summary:
         "seconds": round(outcome.seconds, 3),
     }
     return {"dry_run": False, **summary, "done_before": False, **found}
+
+
+def with_realised(summary: Summary, rows: Sequence[Row]) -> Summary:
+    """The summary of a plan, with what rounding left of its coefficients; it is changed in place."""
+    from lines_cli.plan.realised import layers_of, total
+
+    summary["layers"] = layers_of(rows)
+    if rows:
+        for stack in summary["stacks"]:
+            stack.update(total([row for row in rows if row.group.stack == stack["name"]]))
+        summary["outside"].update(total([row for row in rows if row.group.outside is not None]))
+        for rule in summary["filters"]:
+            rule.update(total([row for row in rows if row.group.filter == rule["pattern"]]))
+    return summary

@@ -58,6 +58,8 @@ FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 """The dtypes whose entries are edited."""
 FLOAT8_DTYPES = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 """The dtypes of quantised weights whose entries are floats, too: only looked at."""
+WIDER = frozenset({("F16", "F32"), ("F16", "F64"), ("BF16", "F32"), ("BF16", "F64"), ("F32", "F64")})
+"""Pairs of float dtypes of which the second holds every number of the first."""
 EXACT_DTYPES = frozenset({"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL", "C64"})
 """The dtypes whose entries are only ever copied: whole numbers, booleans, and complex numbers."""
 COMPLEX = "C64"

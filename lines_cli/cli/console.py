@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as json_format
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -16,6 +16,7 @@ from lines_cli.api import summary
 from lines_cli.errors import printable, without_secrets
 from lines_cli.inspection.tables import Bar, Cell, Section, coefficient, count, sections, size
 from lines_cli.inspection.tables import Table as Columns
+from lines_cli.plan.realised import warning_of
 
 if TYPE_CHECKING:
     from lines_cli.engine.measure import Track
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from lines_cli.inspection.report import Report
     from lines_cli.plan.claim import Claim
     from lines_cli.plan.plan import Plan
+    from lines_cli.plan.realised import Row
     from lines_cli.plan.resources import Resources
     from lines_cli.storage.staging import Unfinished
 
@@ -130,11 +132,13 @@ def show_outcome(outcome: Outcome, *, json: bool, quiet: bool) -> None:
         )
     for name, files in outcome.differing.items():
         _warn(f"{name} holds whole numbers, which are copied; {', '.join(files)} hold other numbers")
+    if (undone := warning_of(plan, outcome.realised)) is not None:
+        _warn(undone)
     if json or quiet:
         return
     _models(plan, outcome.norms, outcome.kept)
     _alpha(plan)
-    _stacks(plan)
+    _stacks(plan, outcome.realised)
     rate = (outcome.bytes_read + plan.bytes_written) / max(outcome.seconds, 1e-9)
     passes = f" in {outcome.passes} passes" if outcome.passes > 1 else ""
     written = f"wrote {size(plan.bytes_written)} in {outcome.seconds:.1f} s ({size(rate)}/s)"
@@ -313,38 +317,45 @@ def _alpha(plan: Plan) -> None:
         )
 
 
-def _stacks(plan: Plan) -> None:
-    summary = plan.summary()
+def _stacks(plan: Plan, realised: Sequence[Row] = ()) -> None:
+    """The stacks with their coefficients; and once it is known, what rounding left of these."""
+    found = summary.with_realised(plan.summary(), realised)
+    layers = {(layer["stack"], layer["index"]): layer["realised"] for layer in found["layers"]}
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     table.add_column("stack", overflow="fold")
     for heading in ("layers", "tensors", "parameters", "first", "last"):
         table.add_column(heading, justify="right")
-    for stack in summary["stacks"]:
-        numbers = (
-            f"{stack['layers']}",
-            f"{stack['tensors']:,}",
-            count(stack["parameters"]),
-            _coefficient(stack["first"]),
-            _coefficient(stack["last"]),
-        )
-        table.add_row(_printable(stack["name"]) or "(no prefix)", *numbers)
-    outside = summary["outside"]
-    ends = (_coefficient(outside["first"]), _coefficient(outside["last"]))
-    table.add_row("outside the blocks", "", f"{outside['tensors']:,}", count(outside["parameters"]), *ends)
-    for rule in summary["filters"]:
-        value = f"{rule['coefficient']:.4g}"
-        name = f"names with {printable(rule['pattern'])}"
-        table.add_row(name, "", f"{rule['tensors']:,}", count(rule["parameters"]), value, value)
+    if realised:
+        table.add_column("realised", justify="right")
+
+    def add_row(name: str, number: str, group: Mapping[str, Any], ends: Sequence[Any], left: Sequence[Any]) -> None:
+        cells = [number, f"{group['tensors']:,}", count(group["parameters"]), *map(_coefficient, ends)]
+        table.add_row(name, *cells, *([" to ".join(dict.fromkeys(map(_realised, left)))] if realised else []))
+
+    for stack in found["stacks"]:
+        left = [layers.get((stack["name"], index)) for index in (0, stack["layers"] - 1)]
+        name = _printable(stack["name"]) or "(no prefix)"
+        add_row(name, f"{stack['layers']}", stack, (stack["first"], stack["last"]), left)
+    outside = found["outside"]
+    add_row("outside the blocks", "", outside, (outside["first"], outside["last"]), [outside.get("realised")])
+    for rule in found["filters"]:
+        ends = (rule["coefficient"],) * 2
+        add_row(f"names with {printable(rule['pattern'])}", "", rule, ends, [rule.get("realised")])
     _out.print(table)
-    for stack in summary["stacks"]:
+    for stack in found["stacks"]:
         values = stack["coefficients"]
-        if len(set(values)) > 2:  # more than the first and the last, which the table has
+        left = [layers.get((stack["name"], index)) for index in range(len(values))]
+        if len(set(values)) > 2 or len({round(value, 2) for value in left if value is not None}) > 2:
             shown = sorted({round(at * (len(values) - 1) / (_MOST_DEPTHS - 1)) for at in range(_MOST_DEPTHS)})
-            depths = "  ".join(f"{index}: {values[index]:.3g}" for index in shown)
-            _out.print(
-                f"by layer  {depths}" + (f"  ({printable(stack['name'])})" if len(summary["stacks"]) > 1 else "")
-            )
-    edited, copied = summary["edited"], summary["copied"]
+            lines = [("by layer", [f"{index}: {values[index]:.3g}" for index in shown])]
+            if realised:
+                lines.append(("realised", [f"{index}: {_realised(left[index])}" for index in shown]))
+            widths = [max(len(cells[at]) for _, cells in lines) for at in range(len(shown))]
+            name = f"  ({printable(stack['name'])})" if len(found["stacks"]) > 1 else ""
+            for word, cells in lines:
+                depths = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+                _out.print(f"{word}  {depths}{name}", soft_wrap=True)
+    edited, copied = found["edited"], found["copied"]
     _out.print(
         f"edited {edited['tensors']:,} tensors ({count(edited['parameters'])} parameters), "
         f"copied {copied['tensors']:,} ({count(copied['parameters'])})"
@@ -353,6 +364,10 @@ def _stacks(plan: Plan) -> None:
 
 def _coefficient(value: float | None) -> str:
     return "auto" if value is None else coefficient(value)
+
+
+def _realised(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2g}"
 
 
 def _outside(plan: Plan) -> None:

@@ -30,6 +30,8 @@ def edit(
     variant: opt.Variant = None,
     allow_nonfinite: opt.AllowNonfinite = False,
     dtype: opt.Dtype = None,
+    rounding: opt.Rounding = None,
+    rounding_seed: opt.RoundingSeed = None,
     max_shard_size: opt.MaxShardSize = None,
     force: opt.Force = False,
     resume: opt.Resume = False,
@@ -73,6 +75,8 @@ def edit(
         variant=variant,
         allow_nonfinite=allow_nonfinite or None,
         dtype=dtype,
+        rounding=rounding,
+        rounding_seed=rounding_seed,
         max_shard_size=max_shard_size,
     )
     resources = arguments.resources(workers, device, gpu_memory)

@@ -312,6 +312,21 @@ Dtype = Annotated[
         help="Write every float tensor as this.",
     ),
 ]
+Rounding = Annotated[
+    Literal["nearest", "stochastic"] | None,
+    typer.Option(
+        "--rounding",
+        show_default="nearest",
+        help="How a result is rounded to the output's dtype: to the nearest number; or stochastic, up or down by a "
+        "seeded draw, which keeps small updates at the scale that is asked, on average.",
+    ),
+]
+RoundingSeed = Annotated[
+    int | None,
+    typer.Option(
+        "--rounding-seed", metavar="N", min=0, show_default="0", help="Another one of stochastic rounding's results."
+    ),
+]
 MaxShardSize = Annotated[
     str | None,
     typer.Option(

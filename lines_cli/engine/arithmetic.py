@@ -46,12 +46,12 @@ def add_scaled(base: torch.Tensor, task_vector: torch.Tensor, coefficient: float
 
     Args:
         base: [n], pre-trained entries, in the compute dtype.
-        task_vector: [n], the same; overwritten with the result.
+        task_vector: [n], the same.
         coefficient: c(l), exact in the compute dtype.
     """
-    if coefficient != 1:  # which would change nothing
-        task_vector.mul_(coefficient)
-    return task_vector.add_(base)
+    if coefficient == 1:  # multiplying would change nothing
+        return task_vector + base
+    return torch.mul(task_vector, coefficient).add_(base)
 
 
 def cast(values: torch.Tensor, out: torch.Tensor) -> None:

@@ -26,6 +26,8 @@ from lines_cli.engine.write import Outcome, Target, Write, output_ranges
 from lines_cli.errors import OutputError
 from lines_cli.plan.identity import digests_of, identity, replaceable
 from lines_cli.plan.plan import Plan
+from lines_cli.plan.realised import groups_of
+from lines_cli.plan.realised import record_of as record_of_layers
 from lines_cli.plan.resolve import resolve
 from lines_cli.plan.resources import Resources
 from lines_cli.plan.sidecars import contents_beside
@@ -106,7 +108,8 @@ def run(
         measurement = _measured(staging, plan, sources, devices, track)
         if plan.needs:
             plan = resolve(plan, measurement.statistics)
-        job = Write(plan, [Target(staging.create(f.name, f.nbytes), GrowingDigest(f.nbytes)) for f in plan.outputs])
+        targets = [Target(staging.create(f.name, f.nbytes), GrowingDigest(f.nbytes)) for f in plan.outputs]
+        job = Write(plan, targets, groups_of(plan))
         finished = job.take_over(staging.contents.parts) if staging.contents else set()
         size = devices.chunk(plan.per_entry, whole=plan.whole_bytes(len(devices.members)))
         shared = devices.whole_tensors()
@@ -121,13 +124,13 @@ def run(
                 pass
         refuse_changed(plan.paths, sources, plan.states)
         records |= job.records()
-        for name, content in contents_beside(plan, identified, records):
+        outcome = job.outcome(measurement)
+        for name, content in contents_beside(plan, identified, records, record_of_layers(outcome.realised)):
             staging.add(name, content)
         if verify:
             _verify(staging, records)
         _refuse_misread(staging, plan)
         staging.publish(at_last)
-        outcome = job.outcome(measurement)
     return replace(outcome, seconds=time.perf_counter() - started, remarks=tuple(staging.remarks))
 
 

@@ -206,6 +206,16 @@ class Worker(Reader):
         self.stays = None
         return base if base is None or is_finite(base) else self.inputs(chunk)[0]
 
+    def copied(self, chunk: PlanChunk) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of a copy that has to be rounded: its entries, the base's, and the difference; [numel] each, in the compute
+        dtype.
+        """
+        assert chunk.segment.copy is not None
+        base = self._read_base(chunk)
+        assert base is not None
+        values = self.held(chunk)[1][1].copy_(self.read(chunk, chunk.segment.copy).values())
+        return values, base, values - base
+
     def _read_base(self, chunk: PlanChunk) -> torch.Tensor | None:
         if chunk.segment.base is None:
             return None

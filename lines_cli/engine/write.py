@@ -15,12 +15,16 @@ from lines_cli.checkpoint.header import COMPLEX, itemsize
 from lines_cli.engine.arithmetic import TORCH_DTYPES, add_scaled, cast, is_finite, same_nan, task_vector
 from lines_cli.engine.chunks import Chunk, PlanChunk
 from lines_cli.engine.measure import Measurement
-from lines_cli.engine.merge_chunk import Merged, merge_chunk, nonfinite_behind
+from lines_cli.engine.merge_chunk import Look, Merged, merge_chunk, nonfinite_behind
+from lines_cli.engine.realised import realised
+from lines_cli.engine.rounding import cast_at_random
 from lines_cli.engine.workers import ALLOW_NONFINITE, Worker
 from lines_cli.errors import DataError, MismatchError, printable
 from lines_cli.methods import Drawn
+from lines_cli.methods.sparsify import Where
 from lines_cli.plan.coefficients import to_float32
 from lines_cli.plan.plan import Plan, TensorPlan
+from lines_cli.plan.realised import NOTHING_REALISED, Groups, Realised, Row, rows_of
 from lines_cli.storage.destination import naming
 from lines_cli.storage.digest import (
     DIGEST_BLOCK,
@@ -88,6 +92,7 @@ class Tally:
         differing: tensors that the inputs hold different copies of -> the inputs that differ.
         nonfinite: tensors -> what is not finite in them, let through.
         negative: tensors that are variances -> the least entry, below 0.
+        realised: groups of tensors (numbers into `Groups.groups`) -> what rounding left of their coefficient.
     """
 
     squares: list[float]
@@ -96,6 +101,7 @@ class Tally:
     differing: dict[str, dict[str, None]] = field(default_factory=dict)
     nonfinite: dict[str, str] = field(default_factory=dict)
     negative: dict[str, float] = field(default_factory=dict)
+    realised: dict[int, Realised] = field(default_factory=dict)
 
     @classmethod
     def nothing(cls, models: int) -> Tally:
@@ -115,7 +121,8 @@ class Tally:
         differing = {name: {str(path): None for path in paths} for name, paths in tally["differing"].items()}
         nonfinite = {name: str(found) for name, found in tally["nonfinite"].items()}
         negative = {name: float(least) for name, least in tally["negative"].items()}
-        return cls(squares, kept, tally["entries"], differing, nonfinite, negative)
+        realised = {int(group): Realised.of(sums) for group, sums in tally["realised"].items()}
+        return cls(squares, kept, tally["entries"], differing, nonfinite, negative, realised)
 
     def add(self, other: Tally) -> None:
         """Take account of another part, which comes behind."""
@@ -127,13 +134,22 @@ class Tally:
         self.nonfinite = other.nonfinite | self.nonfinite
         for name, least in other.negative.items():
             self.negative[name] = min(least, self.negative.get(name, 0.0))
+        for group, sums in other.realised.items():
+            self.realised[group] = self.realised.get(group, NOTHING_REALISED) + sums
 
 
 class Write:
-    """The job of making a range of the output and writing it; and the sum of what was counted."""
+    """The job of making a range of the output and writing it; and the sum of what was counted.
 
-    def __init__(self, plan: Plan, targets: list[Target]) -> None:
+    Args:
+        plan: what is carried out.
+        targets: the files.
+        groups: of the plan, to measure what rounding leaves of their coefficients; None does not measure that.
+    """
+
+    def __init__(self, plan: Plan, targets: list[Target], groups: Groups | None = None) -> None:
         self.plan, self.targets, self.models = plan, targets, plan.number_of_models
+        self.groups = groups
         self.draws = isinstance(plan.recipe.method.sparsifier, Drawn)
         self.tally, self.taken_over = Tally.nothing(self.models), 0
         self.unchanged, self.looked = set(range(self.models)), False
@@ -162,10 +178,18 @@ class Write:
         squares: Sequence[float] = ()
         kept: Sequence[float] = ()
         entries = chunk.numel
+        base: torch.Tensor | None = None
+        tau: torch.Tensor | None = None
+        alike: _Alike | None = None
         if copy is None:
-            merged = merge_chunk(worker, chunk, given=self._look_for_changes if self.unchanged else None)
-            stays = worker.stays
-            values, squares, kept, entries = self._scaled(chunk, merged), merged.squares, merged.kept, merged.entries
+            if self.plan.recipe.rounding != "nearest" and self.plan.recipe.method.takes == "weights":
+                alike = _Alike()
+            merged = merge_chunk(worker, chunk, given=self._look(alike))
+            stays, base = worker.stays, merged.base
+            squares, kept, entries = merged.squares, merged.kept, merged.entries
+            values, tau = self._scaled(chunk, merged)
+        elif chunk.segment.base is not None:
+            values, base, tau = worker.copied(chunk)
         else:
             loaded = worker.read(chunk, copy)
             if chunk.segment.compare and (differing := self._compare(worker, chunk, loaded.raw)):
@@ -175,19 +199,22 @@ class Write:
                         hint="Complex numbers are not computed with: --filter NAME=keep or NAME=base takes one side's.",
                     )
                 tally.differing.setdefault(name, {}).update(dict.fromkeys(differing))
-            if (
-                self.draws
-                and loaded.dtype in TORCH_DTYPES
-                and any(copy in d.models for d in chunk.tensor.spec.segments)
-            ):
-                kept = (float(chunk.numel),)  # to be merged, but one model with nothing dropped is itself
             if loaded.dtype == dtype:
                 raw = loaded.raw
             if dtype in TORCH_DTYPES:
                 values = loaded.values()
+        if (
+            self.draws
+            and copy is not None
+            and copy.dtype in TORCH_DTYPES
+            and any(copy in segment.models for segment in chunk.tensor.spec.segments)
+        ):
+            kept = (float(chunk.numel),)  # to be merged, but one model with nothing dropped is itself
         if raw is None:
             stored = worker.out.device_view(chunk.numel, TORCH_DTYPES[dtype])
-            cast(values, stored)
+            self._round(chunk, values, stored, base=base, tau=tau, alike=alike)
+            if base is not None and tau is not None:
+                self._measure(name, stored, base, tau, tally)
             values = stored
         if dtype in TORCH_DTYPES and not is_finite(values):
             said = self._say_nonfinite(worker, chunk, values)
@@ -212,15 +239,52 @@ class Write:
         tally.entries += entries if kept else 0
         return raw
 
-    def _scaled(self, chunk: PlanChunk, merged: Merged) -> torch.Tensor:
-        """`base + coefficient * merged task vector`, or without a base the merged weights: [numel], to be cast."""
+    def _scaled(self, chunk: PlanChunk, merged: Merged) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`base + coefficient * merged task vector`, or without a base the merged weights: [numel], to be rounded; and
+        the merged task vector, if there is one.
+        """
         coefficient = self._coefficient(chunk)
         if self.plan.recipe.method.takes == "task vectors":
             assert merged.base is not None
-            return add_scaled(merged.base, merged.values, coefficient)
-        if merged.base is None or coefficient == 1:  # exactly what was merged
-            return merged.values
-        return add_scaled(merged.base, task_vector(merged.values, merged.base), coefficient)
+            return add_scaled(merged.base, merged.values, coefficient), merged.values
+        if merged.base is None:
+            return merged.values, None
+        if coefficient == 1:  # exactly what was merged
+            return merged.values, merged.values - merged.base
+        tau = task_vector(merged.values, merged.base)
+        return add_scaled(merged.base, tau, coefficient), tau
+
+    def _round(
+        self,
+        chunk: PlanChunk,
+        values: torch.Tensor,
+        stored: torch.Tensor,
+        *,
+        base: torch.Tensor | None,
+        tau: torch.Tensor | None,
+        alike: _Alike | None,
+    ) -> None:
+        """Round [numel] to the output dtype, as the recipe says; a copy of which no base is known always to nearest."""
+        recipe, tensor, segment = self.plan.recipe, chunk.tensor, chunk.segment
+        if recipe.rounding == "nearest" or (segment.copy is not None and base is None):
+            cast(values, stored)
+            return
+        settled = None
+        if tau is not None and segment.base is not None and segment.base.dtype != tensor.info.dtype:
+            settled = tau == 0  # these are the base's, which the output dtype may not hold
+        if alike is not None:
+            cast(values, stored)
+            agreed = alike.where_still(stored)
+            settled = agreed if settled is None else settled | agreed
+        # A head and the embedding it is tied to are one weight, and are rounded alike.
+        where = Where(tensor.spec.counts_as, segment.start + chunk.first)
+        cast_at_random(values, stored, seed=recipe.rounding_seed, where=where, settled=settled)
+
+    def _measure(self, name: str, stored: torch.Tensor, base: torch.Tensor, tau: torch.Tensor, tally: Tally) -> None:
+        """Add what rounding left of the task vector to what is counted."""
+        group = self.groups.of.get(name) if self.groups is not None else None
+        if group is not None:
+            tally.realised[group] = tally.realised.get(group, NOTHING_REALISED) + realised(stored, base, tau)
 
     @staticmethod
     def _coefficient(chunk: PlanChunk) -> float:
@@ -235,6 +299,18 @@ class Write:
             for source in chunk.segment.compare
             if worker.read(chunk, source, worker.out).raw != copied
         )
+
+    def _look(self, alike: _Alike | None) -> Look | None:
+        """What is to be seen of a chunk before it is merged."""
+        if alike is None:
+            return self._look_for_changes if self.unchanged else None
+
+        def look(base: torch.Tensor | None, tensors: Sequence[torch.Tensor]) -> None:
+            if self.unchanged:
+                self._look_for_changes(base, tensors)
+            alike.see(base, tensors)
+
+        return look
 
     def _look_for_changes(self, base: torch.Tensor | None, tensors: Sequence[torch.Tensor]) -> None:
         """Cross out the models that are not their base. Threads may do so at once: no model comes back."""
@@ -326,7 +402,35 @@ class Write:
             {name: tuple(paths) for name, paths in tally.differing.items()},
             tuple(sorted(self.unchanged)) if self.looked else (),
             tally.negative,
+            realised=rows_of(self.groups, tally.realised) if self.groups is not None else (),
         )
+
+
+class _Alike:
+    """Where all inputs of a chunk hold the same. A merge of weights may leave that a little beside, in the last place
+    that it is computed in: no reason to draw.
+    """
+
+    def __init__(self) -> None:
+        self._held: torch.Tensor | None = None
+        self._same: torch.Tensor | None = None
+
+    def see(self, base: torch.Tensor | None, tensors: Sequence[torch.Tensor]) -> None:
+        """Look at them ([n] each), before they are merged."""
+        first, *others = [*tensors, base] if base is not None else tensors
+        self._held, self._same = first.clone(), torch.ones_like(first, dtype=torch.bool)
+        for other in others:
+            self._same &= first == other
+
+    def where_still(self, stored: torch.Tensor) -> torch.Tensor:
+        """Where they do, and what was made of it is the same once more: [n], boolean.
+
+        Args:
+            stored: [n], what was made, rounded to nearest.
+        """
+        assert self._held is not None
+        assert self._same is not None
+        return self._same & (stored == self._held.to(stored.dtype))
 
 
 _VARIANCE = re.compile(r"(^|\.)(running|moving)_var(iance)?$")
@@ -355,6 +459,7 @@ class Outcome:
         unchanged: numbers of models of which every merged entry is the base's.
         negative: variances of batch norms with entries below 0 -> the least.
         remarks: what a person should know of how it ended.
+        realised: what rounding left of each coefficient; empty without a base.
     """
 
     plan: Plan
@@ -368,3 +473,4 @@ class Outcome:
     unchanged: tuple[int, ...] = ()
     negative: dict[str, float] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
+    realised: tuple[Row, ...] = ()

@@ -184,19 +184,26 @@ def _mask(like: Tensor, density: float, seed: int, model: int, where: Where) -> 
 
 def _draw(density: float, seed: int, model: int, tensor: str, block: int) -> tuple[Tensor, int]:
     """For each entry of a block one of 2**16 numbers, from -2**15 on, that are equally likely; and the first how many
-    of them keep it. Always from the CPU's generator: CUDA's gives others.
+    of them keep it.
 
     A density lies between two of the 2**16 steps as a rule: some blocks take the one, the others the next, so that an
     entry is kept with the very probability that was asked for (within 2**-48).
     """
+    drawn, rest = random_numbers(f"{seed}\0{model}\0{block}\0{tensor}")
+    return drawn, int(density * 2**16 + rest / 2**32)
+
+
+def random_numbers(key: str) -> tuple[Tensor, int]:
+    """What a key gives, always the same: for each entry of a block one of 2**16 numbers, from -2**15 on, that are
+    equally likely ([RNG_BLOCK], int16, on the CPU: CUDA's generator gives others); and 32 random bits more.
+    """
     import torch
 
-    key = blake2b(f"{seed}\0{model}\0{block}\0{tensor}".encode(), digest_size=12).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
+    digest = blake2b(key.encode(), digest_size=12).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     # 64 random bits at a time, for four entries
     drawn = torch.empty(RNG_BLOCK // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
-    steps = int(density * 2**16 + int.from_bytes(key[8:], "little") / 2**32)
-    return drawn.view(torch.int16), steps
+    return drawn.view(torch.int16), int.from_bytes(digest[8:], "little")
 
 
 SEEDED = Drawn(

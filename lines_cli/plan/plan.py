@@ -7,7 +7,7 @@ needs torch.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,7 +24,7 @@ from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.layout import OutputFile
 from lines_cli.plan.resources import BytesPerEntry, Resources
 from lines_cli.plan.statistics import NOTHING_MEASURED, Needs, Statistics
-from lines_cli.plan.tensors import Segment, TensorSpec
+from lines_cli.plan.tensors import STORED, Segment, TensorSpec
 from lines_cli.recipe.schema import Recipe
 from lines_cli.scaling.find_depth import DepthMap, Place
 from lines_cli.scaling.schedule import Rules
@@ -203,6 +203,8 @@ class Plan:
         method = self.recipe.method
         temporaries = 0 if models == 1 else method.temporaries
         temporaries += models if isinstance(method.sparsifier, Drawn) else 0
+        temporaries += 1  # the scaled task vector: what it was is compared with what is written
+        temporaries += 5 if self.recipe.rounding == "stochastic" else 0
         temporaries += 2 * models + 1 if self.needs.thresholds else 0  # how far magnitudes are from a window
         return BytesPerEntry(stored, written, 8 if self.in_float64 else 4, models + 1, temporaries)
 
@@ -248,6 +250,16 @@ class Plan:
         Python with torch imported (measured with torch's CPU build), the plan (measured, per tensor), the buffers.
         """
         return _PYTHON_WITH_TORCH + _PER_TENSOR * len(self.tensors) + self.buffer_bytes(resources)
+
+    @cached_property
+    def dtype(self) -> str | None:
+        """What most of the output's float entries are stored as, as configs name it."""
+        names = {stored: name for name, stored in STORED.items()}
+        entries = Counter[str]()
+        for tensor in self.tensors:
+            if tensor.info.dtype in names:
+                entries[names[tensor.info.dtype]] += tensor.info.numel
+        return entries.most_common(1)[0][0] if entries else None
 
     @property
     def bytes_written(self) -> int:

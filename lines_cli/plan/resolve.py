@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from lines_cli.checkpoint.header import COMPLEX, EXACT_DTYPES, TensorInfo
+from lines_cli.checkpoint.header import COMPLEX, EXACT_DTYPES, WIDER, TensorInfo
 from lines_cli.checkpoint.reader import gc_paused
 from lines_cli.errors import (
     MismatchError,
@@ -169,10 +169,19 @@ def _segments(plan: Plan, spec: TensorSpec, coefficient: float) -> tuple[Segment
     if has_base and coefficient == 0:
         return tuple(Segment(segment.start, segment.numel, segment.copy or segment.base) for segment in spec.segments)
     if (not has_base or coefficient == 1) and is_alone(plan.recipe, spec.values):
-        return tuple(
-            Segment(segment.start, segment.numel, segment.copy or segment.models[0]) for segment in spec.segments
-        )
+        return tuple(_own(spec, segment) for segment in spec.segments)
     return spec.segments
+
+
+def _own(spec: TensorSpec, segment: Segment) -> Segment:
+    """A copy of the only model's. Where it has to be rounded, the base is read, too: what is left of the update is
+    measured, and what is the base's stays.
+    """
+    if segment.copy is not None:
+        return segment
+    copied = segment.models[0]
+    rounded = copied.dtype != spec.dtype and (copied.dtype, spec.dtype) not in WIDER
+    return Segment(segment.start, segment.numel, copied, base=segment.base if rounded else None)
 
 
 def _copied_whole(inputs: Inputs, segment: Segment, *, of_base: bool, alike: bool) -> Segment:

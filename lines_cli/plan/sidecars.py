@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -16,7 +15,7 @@ from lines_cli.errors import (
 )
 from lines_cli.plan.identity import inputs_by_name, inputs_read, named_inputs, run_digest
 from lines_cli.plan.plan import Plan
-from lines_cli.plan.tensors import STORED, is_alone
+from lines_cli.plan.tensors import is_alone
 from lines_cli.plan.tied_weights import is_vocabulary
 from lines_cli.recipe.plain_yaml import YamlError, read_yaml
 from lines_cli.recipe.yaml_file import dump_recipe, dump_record
@@ -48,7 +47,7 @@ def with_sidecars(plan: Plan) -> Plan:
         [inputs.checkpoints[number] for number in order],
         called=[inputs.called(number) for number in order],
         dtype=recipe.dtype,
-        stored=_most_common_dtype(plan),
+        stored=plan.dtype,
         rows=plan.rows,
         rows_of=inputs.checkpoints[0] if recipe.resize == "base" else inputs.models[0],
         vocabularies=[_vocabularies(inputs.checkpoints[number]) for number in order],
@@ -73,7 +72,7 @@ def with_sidecars(plan: Plan) -> Plan:
 
 
 def contents_beside(
-    plan: Plan, run: Mapping[str, Any], written: Mapping[str, FileRecord]
+    plan: Plan, run: Mapping[str, Any], written: Mapping[str, FileRecord], layers: Sequence[Mapping[str, Any]] = ()
 ) -> Iterator[tuple[str, bytes]]:
     """Name and content of every file beside the weights that is no copy, in the order to write them: the recipe now
     records what was read, and written into all the others. The model card is recorded by itself: people edit it, and an
@@ -83,6 +82,7 @@ def contents_beside(
         plan: a resolved one.
         run: its identity.
         written: what was written into the weight files, and into those that are copies.
+        layers: what rounding left of each layer's coefficient.
     """
     records = dict(written)
     for sidecar in plan.sidecars:  # what is known already, as the index is, which is written behind the recipe
@@ -95,7 +95,7 @@ def contents_beside(
         content = sidecar.content
         if sidecar.name == RECIPE:
             inputs = inputs_read(plan, run.get("contents", {}))
-            content += dump_record(run_digest(run), inputs, records, card).encode()
+            content += dump_record(run_digest(run), inputs, records, card, layers).encode()
         yield sidecar.name, content
 
 
@@ -155,13 +155,3 @@ def _shown_licence(front: Mapping[str, Any]) -> str:
 def _vocabularies(checkpoint: Checkpoint) -> set[int]:
     """How many rows its token embeddings and heads have."""
     return {n for name, stored in checkpoint.tensors.items() if is_vocabulary(name) for n in stored.info.shape[:1]}
-
-
-def _most_common_dtype(plan: Plan) -> str | None:
-    """What most of the output's float entries are stored as, as configs name it."""
-    names = {stored: name for name, stored in STORED.items()}
-    entries = Counter[str]()
-    for tensor in plan.tensors:
-        if tensor.info.dtype in names:
-            entries[names[tensor.info.dtype]] += tensor.info.numel
-    return entries.most_common(1)[0][0] if entries else None

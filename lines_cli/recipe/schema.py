@@ -20,6 +20,8 @@ from pydantic import (
     Field,
     PlainValidator,
     SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -67,6 +69,7 @@ def _no_flag(value: Any) -> Any:
 
 Finite = Annotated[float, BeforeValidator(_no_flag), Field(allow_inf_nan=False)]
 DtypeName = Literal["float64", "float32", "float16", "bfloat16"]
+Rounding = Literal["nearest", "stochastic"]
 
 
 class _Part(BaseModel):
@@ -299,6 +302,22 @@ def _parse_record(value: Any) -> FileRecord:
     raise ValueError("expected what lines writes of a file, {bytes: NUMBER, digest: TEXT}")
 
 
+class RealisedLayer(_Part):
+    """What an output's own recipe records of a layer (`lines_cli.plan.realised`)."""
+
+    stack: str
+    index: Annotated[int, Field(ge=0)]
+    coefficient: Finite
+    realised: Finite | None
+    changed: Finite | None
+
+
+def _parse_layers(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return value
+    raise ValueError("that is what lines records of an output; did you mean lines.layers?")
+
+
 Like = Literal["base", "ft"]
 
 
@@ -320,6 +339,8 @@ class Recipe(_Part):
         parameters: the method's, for all models.
         lines: the scaling over depth; without it the merged task vector is scaled by the method's own parameter alone.
         dtype: what every float tensor is written as; None keeps what the input has that the output is like.
+        rounding: how a result is rounded to that: to the `nearest` number; or `stochastic`, up or down by a draw.
+        rounding_seed: of the draw.
         tokenizer_source, chat_template: `base`, or one of the models; None takes the input that the output is like.
         like: which input gives the output its names, dtypes, integer tensors, config and other files: the `base`
             (the first model where there is none), or the (first) fine-tune.
@@ -335,8 +356,9 @@ class Recipe(_Part):
         allow_nonfinite: let NaN and Inf through.
         max_shard_size: bytes of tensors per file of the output folder.
         output: the destination, unless the command line names another.
-        run, inputs, files, card: of an output's own recipe: which run it was, what it read, and what it wrote into each
-            of its files and into the model card. They play no part in the result.
+        run, inputs, files, card, layers: of an output's own recipe: which run it was, what it read, what it wrote into
+            each of its files and into the model card, and what rounding left of each layer's coefficient. They play no
+            part in the result.
         notes: what a person should know of how the recipe was read.
     """
 
@@ -346,6 +368,8 @@ class Recipe(_Part):
     parameters: dict[str, Any] = Field(default_factory=dict)
     lines: Scaling | None = None
     dtype: DtypeName | None = None
+    rounding: Rounding = "nearest"
+    rounding_seed: Annotated[Annotated[int, Field(ge=0, le=2**53)], BeforeValidator(_no_flag)] = 0
     tokenizer_source: str | None = None
     chat_template: str | None = None
     like: Like = "base"
@@ -361,7 +385,21 @@ class Recipe(_Part):
     inputs: dict[str, Any] = Field(default_factory=dict, exclude=True)
     files: dict[str, Annotated[FileRecord, PlainValidator(_parse_record)]] = Field(default_factory=dict, exclude=True)
     card: Annotated[FileRecord | None, PlainValidator(_parse_record)] = Field(default=None, exclude=True)
+    layers: Annotated[tuple[RealisedLayer, ...], BeforeValidator(_parse_layers)] = Field(default=(), exclude=True)
     notes: tuple[str, ...] = Field(default=(), exclude=True)
+
+    @field_validator("rounding_seed")
+    @classmethod
+    def _of_a_draw(cls, seed: int, said: ValidationInfo) -> int:
+        if said.data.get("rounding") == "nearest":
+            raise ValueError("nothing is drawn where rounding is nearest; it goes with rounding: stochastic")
+        return seed
+
+    @model_serializer(mode="wrap")
+    def _without_a_seed_that_nothing_draws_from(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = serialize(self)
+        unsaid = {"rounding", "rounding_seed"} if self.rounding == "nearest" else set()
+        return {key: value for key, value in values.items() if key not in unsaid}
 
     @property
     def method(self) -> Method:

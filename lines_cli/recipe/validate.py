@@ -115,7 +115,7 @@ def dotted(place: Place) -> str:
     return ".".join(map(str, place))
 
 
-_NOT_FOR_PEOPLE = {"notes", "run", "inputs", "files", "card"}
+_NOT_FOR_PEOPLE = {"notes", "run", "inputs", "files", "card", "layers"}
 _TOP = (*(key for key in Recipe.model_fields if key not in _NOT_FOR_PEOPLE), "out_dtype", "tokenizer", "slices")
 _PARAMETERS = {name for method in METHODS.values() for name in method.parameters} - Scaling.model_fields.keys()
 

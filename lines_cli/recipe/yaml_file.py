@@ -366,9 +366,13 @@ def dump_recipe(recipe: Recipe, *, named: Mapping[str, str], alpha: float | None
 
 
 def dump_record(
-    run: str, inputs: Mapping[str, Mapping[str, Any]], files: Mapping[str, FileRecord], card: FileRecord | None
+    run: str,
+    inputs: Mapping[str, Mapping[str, Any]],
+    files: Mapping[str, FileRecord],
+    card: FileRecord | None,
+    layers: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """The recipe's `run`, `inputs`, `card` and `files` as YAML, to stand behind a dumped recipe."""
+    """The recipe's `run`, `inputs`, `card`, `files` and `layers` as YAML, to stand behind a dumped recipe."""
     values = {
         "run": run,
         "inputs": {name: dict(record) for name, record in inputs.items()},
@@ -376,6 +380,11 @@ def dump_record(
         "files": {name: _record_values(files[name]) for name in sorted(files)},
     }
     text = yaml.safe_dump(values, sort_keys=False, width=1_000)
+    if layers:
+        text += "# What rounding left of each layer's coefficient (docs/editing.md).\n"
+        text += yaml.safe_dump(
+            {"layers": [dict(layer) for layer in layers]}, sort_keys=False, width=1_000, default_flow_style=None
+        )
     return f"# What was read, and written beside this file. A later run of this recipe notices other inputs.\n{text}"
 
 
