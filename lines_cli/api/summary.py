@@ -34,8 +34,8 @@ def of_outcome(outcome: Outcome) -> Summary:
         norm = outcome.norms[number] if outcome.norms else None
         model["norm"] = norm if norm is not None and isfinite(norm) else None
         model["kept"] = outcome.kept[number] if outcome.kept else model["kept"]
-    with_realised(summary, outcome.realised)
     found = {
+        **of_realised(outcome.plan, outcome.realised),
         "nonfinite": outcome.nonfinite,
         "differing": outcome.differing,
         "unchanged": [outcome.plan.recipe.merged[model].model for model in outcome.unchanged],
@@ -45,15 +45,21 @@ def of_outcome(outcome: Outcome) -> Summary:
     return {"dry_run": False, **summary, "done_before": False, **found}
 
 
-def with_realised(summary: Summary, rows: Sequence[Row]) -> Summary:
-    """The summary of a plan, with what rounding left of its coefficients; it is changed in place."""
+def of_realised(plan: Plan, rows: Sequence[Row]) -> Summary:
+    """What rounding left of the coefficients: of each layer, and of what else shares one."""
     from lines_cli.plan.realised import layers_of, total
 
-    summary["layers"] = layers_of(rows)
-    if rows:
-        for stack in summary["stacks"]:
-            stack.update(total([row for row in rows if row.group.stack == stack["name"]]))
-        summary["outside"].update(total([row for row in rows if row.group.outside is not None]))
-        for rule in summary["filters"]:
-            rule.update(total([row for row in rows if row.group.filter == rule["pattern"]]))
-    return summary
+    return {
+        "layers": layers_of(rows),
+        "realised": {
+            "stacks": [
+                {"name": stack.name, **total([row for row in rows if row.group.stack == stack.name])}
+                for stack in plan.depth.stacks
+            ],
+            "outside": total([row for row in rows if row.group.outside is not None]),
+            "filters": [
+                {"pattern": pattern, **total([row for row in rows if row.group.filter == pattern])}
+                for pattern, _ in plan.filters()
+            ],
+        },
+    }

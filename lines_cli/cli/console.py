@@ -319,8 +319,8 @@ def _alpha(plan: Plan) -> None:
 
 def _stacks(plan: Plan, realised: Sequence[Row] = ()) -> None:
     """The stacks with their coefficients; and once it is known, what rounding left of these."""
-    found = summary.with_realised(plan.summary(), realised)
-    layers = {(layer["stack"], layer["index"]): layer["realised"] for layer in found["layers"]}
+    found, left = plan.summary(), summary.of_realised(plan, realised)
+    layers = {(layer["stack"], layer["index"]): layer["realised"] for layer in left["layers"]}
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     table.add_column("stack", overflow="fold")
     for heading in ("layers", "tensors", "parameters", "first", "last"):
@@ -328,28 +328,34 @@ def _stacks(plan: Plan, realised: Sequence[Row] = ()) -> None:
     if realised:
         table.add_column("realised", justify="right")
 
-    def add_row(name: str, number: str, group: Mapping[str, Any], ends: Sequence[Any], left: Sequence[Any]) -> None:
+    def add_row(name: str, number: str, group: Mapping[str, Any], ends: Sequence[Any], of_it: Sequence[Any]) -> None:
         cells = [number, f"{group['tensors']:,}", count(group["parameters"]), *map(_coefficient, ends)]
-        table.add_row(name, *cells, *([" to ".join(dict.fromkeys(map(_realised, left)))] if realised else []))
+        table.add_row(name, *cells, *([" to ".join(dict.fromkeys(map(_realised, of_it)))] if realised else []))
 
     for stack in found["stacks"]:
-        left = [layers.get((stack["name"], index)) for index in (0, stack["layers"] - 1)]
+        of_it = [layers.get((stack["name"], index)) for index in (0, stack["layers"] - 1)]
         name = _printable(stack["name"]) or "(no prefix)"
-        add_row(name, f"{stack['layers']}", stack, (stack["first"], stack["last"]), left)
+        add_row(name, f"{stack['layers']}", stack, (stack["first"], stack["last"]), of_it)
     outside = found["outside"]
-    add_row("outside the blocks", "", outside, (outside["first"], outside["last"]), [outside.get("realised")])
-    for rule in found["filters"]:
+    add_row(
+        "outside the blocks",
+        "",
+        outside,
+        (outside["first"], outside["last"]),
+        [left["realised"]["outside"]["realised"]],
+    )
+    for rule, of_rule in zip(found["filters"], left["realised"]["filters"], strict=True):
         ends = (rule["coefficient"],) * 2
-        add_row(f"names with {printable(rule['pattern'])}", "", rule, ends, [rule.get("realised")])
+        add_row(f"names with {printable(rule['pattern'])}", "", rule, ends, [of_rule["realised"]])
     _out.print(table)
     for stack in found["stacks"]:
         values = stack["coefficients"]
-        left = [layers.get((stack["name"], index)) for index in range(len(values))]
-        if len(set(values)) > 2 or len({round(value, 2) for value in left if value is not None}) > 2:
+        of_it = [layers.get((stack["name"], index)) for index in range(len(values))]
+        if len(set(values)) > 2 or len({round(value, 2) for value in of_it if value is not None}) > 2:
             shown = sorted({round(at * (len(values) - 1) / (_MOST_DEPTHS - 1)) for at in range(_MOST_DEPTHS)})
             lines = [("by layer", [f"{index}: {values[index]:.3g}" for index in shown])]
             if realised:
-                lines.append(("realised", [f"{index}: {_realised(left[index])}" for index in shown]))
+                lines.append(("realised", [f"{index}: {_realised(of_it[index])}" for index in shown]))
             widths = [max(len(cells[at]) for _, cells in lines) for at in range(len(shown))]
             name = f"  ({printable(stack['name'])})" if len(found["stacks"]) > 1 else ""
             for word, cells in lines:

@@ -10,6 +10,7 @@ from lines_cli.engine.arithmetic import dot
 from lines_cli.plan.realised import NOTHING_REALISED, Realised
 
 _IN_CACHE = 64 * 1024  # entries: in float64 they stay in a core's cache
+_ON_CUDA = 2**20  # entries: their temporaries are 24 MB
 
 
 def realised(stored: torch.Tensor, base: torch.Tensor, task_vector: torch.Tensor) -> Realised:
@@ -20,7 +21,7 @@ def realised(stored: torch.Tensor, base: torch.Tensor, task_vector: torch.Tensor
         base: [n], in the compute dtype.
         task_vector: [n], the same, before it was scaled.
     """
-    step = _IN_CACHE if stored.device.type == "cpu" else max(1, len(stored))
+    step = _IN_CACHE if stored.device.type == "cpu" else _ON_CUDA
     found = NOTHING_REALISED
     for first in range(0, len(stored), step):
         part = slice(first, first + step)

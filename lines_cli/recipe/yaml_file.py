@@ -372,7 +372,7 @@ def dump_record(
     card: FileRecord | None,
     layers: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """The recipe's `run`, `inputs`, `card`, `files` and `layers` as YAML, to stand behind a dumped recipe."""
+    """The recipe's `layers`, `run`, `inputs`, `card` and `files` as YAML, to stand behind a dumped recipe."""
     values = {
         "run": run,
         "inputs": {name: dict(record) for name, record in inputs.items()},
@@ -380,12 +380,12 @@ def dump_record(
         "files": {name: _record_values(files[name]) for name in sorted(files)},
     }
     text = yaml.safe_dump(values, sort_keys=False, width=1_000)
-    if layers:
-        text += "# What rounding left of each layer's coefficient (docs/editing.md).\n"
-        text += yaml.safe_dump(
-            {"layers": [dict(layer) for layer in layers]}, sort_keys=False, width=1_000, default_flow_style=None
-        )
-    return f"# What was read, and written beside this file. A later run of this recipe notices other inputs.\n{text}"
+    record = f"# What was read, and written beside this file. A later run of this recipe notices other inputs.\n{text}"
+    if not layers:
+        return record
+    listed = {"layers": [dict(layer) for layer in layers]}
+    realised = yaml.safe_dump(listed, sort_keys=False, width=1_000, default_flow_style=None)
+    return f"# What rounding left of each layer's coefficient (docs/editing.md).\n{realised}{record}"
 
 
 def _record_values(record: FileRecord) -> dict[str, Any]:

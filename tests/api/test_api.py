@@ -106,7 +106,18 @@ def test_keywords_in_memory_are_those_of_an_edit() -> None:
 def test_a_merge_in_memory_takes_what_a_recipe_takes() -> None:
     """Every key of a recipe that does not speak of files is a keyword, under its own name or a plainer one."""
     renamed = {"merge_method": "method", "base_model": "base"}
-    files = {"tokenizer_source", "chat_template", "max_shard_size", "output", "run", "inputs", "files", "card", "notes"}
+    files = {
+        "tokenizer_source",
+        "chat_template",
+        "max_shard_size",
+        "output",
+        "run",
+        "inputs",
+        "files",
+        "card",
+        "notes",
+        "layers",
+    }
     files |= {"variant"}
     keys = {renamed.get(key, key) for key in lines.Recipe.model_fields.keys() - files}
     resources = {"workers", "device", "gpu_memory", "track"}
