@@ -27,7 +27,7 @@ from lines_cli.plan.layout import natural
 from lines_cli.plan.match import Names, match_names, missing_in_blocks, nothing_in_common
 from lines_cli.plan.resolve import UNSCALED
 from lines_cli.plan.tensors import Segment, SourceRange, TensorSpec, TensorValues, refuse_idle_filters, specify_tensors
-from lines_cli.plan.tied_weights import says_tied, tied_embedding
+from lines_cli.plan.tied_weights import says_tied, tied_embeddings
 from lines_cli.recipe.schema import Like, Recipe, Scaling
 from lines_cli.recipe.validate import edit_recipe, make_recipe
 from lines_cli.recipe.yaml_file import load_record
@@ -300,7 +300,7 @@ def _alone(name: str, scaling: Mapping[str, Any], *, quiet: bool) -> Inspection:
                 rules=rules,
                 made_by=made_by,
                 says_tied=says_tied(checkpoint.config),
-                stored_heads=_heads(checkpoint, checkpoint.config),
+                stored_heads=tied_embeddings(checkpoint, checkpoint.config),
                 quantised=quantised.message if quantised else None,
                 notes=(*notes, *of_depth, *depth.notes),
             )
@@ -361,7 +361,7 @@ def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, qui
             resized=any(spec.rows for spec in fitting),
             made_by=made_by,
             says_tied=says_tied(config),
-            stored_heads=_heads(inputs.leading, config),
+            stored_heads=tied_embeddings(inputs.leading, config),
             notes=(*notes, *depth.notes),
         )
     )
@@ -394,13 +394,6 @@ def _parts(inspection: Inspection) -> Iterator[TensorEntry]:
 
 
 _LAYER_NUMBER = re.compile(r"\.\d+\.")
-
-
-def _heads(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, str]:
-    """The heads that are tied to an embedding and stored all the same."""
-    if not says_tied(config):
-        return {}
-    return {name: tied for name in checkpoint.tensors if (tied := tied_embedding(name, checkpoint, config)) is not None}
 
 
 def recipe_of(checkpoint: Checkpoint) -> Recipe | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from lines_cli.checkpoint.header import Known
@@ -14,6 +15,7 @@ from lines_cli.errors import (
     some,
 )
 from lines_cli.hub.download import is_missing, locate
+from lines_cli.plan.tied_weights import is_vocabulary
 from lines_cli.recipe.schema import Recipe
 
 
@@ -86,6 +88,17 @@ class Inputs:
         """Those that are merged."""
         return self.checkpoints[1 if self.has_base else 0 :]
 
+    @cached_property
+    def vocabularies(self) -> tuple[dict[str, tuple[int, ...]], ...]:
+        """For each side the shapes of its token embeddings and heads."""
+        found: list[dict[str, tuple[int, ...]]] = []
+        for checkpoint in self.checkpoints:
+            tensors, first = checkpoint.tensors, self.checkpoints[0].tensors
+            alike = found and tensors.keys() == first.keys()  # mostly: then no name is read twice
+            names = found[0] if alike else filter(is_vocabulary, tensors)
+            found.append({name: tensors[name].info.shape for name in names})
+        return tuple(found)
+
     def called(self, side: int) -> str:
         """What a message calls one of them."""
         if self.has_base and side == 0:
@@ -97,7 +110,8 @@ class Inputs:
         found: dict[str, int] = {}
         for checkpoint, names in zip(self.checkpoints, own, strict=True):
             for name, there in names.items():
-                found.setdefault(name, checkpoint.tensors[there].info.numel)
+                if name not in found:
+                    found[name] = checkpoint.tensors[there].info.numel
         return found
 
     def config_of(self, side: int) -> Mapping[str, Any]:

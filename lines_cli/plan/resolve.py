@@ -13,7 +13,7 @@ from lines_cli.errors import (
     printable,
     some,
 )
-from lines_cli.plan.coefficients import coefficient_of, rounded_coefficient
+from lines_cli.plan.coefficients import Coefficients, coefficient_of, rounded_coefficient
 from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.match import Names
 from lines_cli.plan.plan import Plan, TensorPlan
@@ -124,7 +124,8 @@ def decided(plan: Plan, placed: Iterable[tuple[TensorSpec, int, TensorInfo]]) ->
         alpha = norms.alpha if norms else 1 / plan.number_of_models  # the merged task vector is the sum
     rules = (plan.recipe.lines or UNSCALED).rules(plan.depth, alpha=alpha)
     plan = replace(plan, rules=rules)
-    return replace(plan, tensors=tuple([_decide(plan, spec, file, info) for spec, file, info in placed]))
+    coefficients = Coefficients(plan.recipe, plan.depth, rules)
+    return replace(plan, tensors=tuple([_decide(plan, coefficients, *one) for one in placed]))
 
 
 _MUCH = 3.0  # alpha lies below 1 in the paper's uses
@@ -134,13 +135,12 @@ UNSCALED = Scaling(alpha=1.0, beta=0.0)
 """What the merged task vector is scaled by where the recipe has no `lines:`, lambda apart."""
 
 
-def _decide(plan: Plan, spec: TensorSpec, file: int, info: TensorInfo) -> TensorPlan:
+def _decide(plan: Plan, coefficients: Coefficients, spec: TensorSpec, file: int, info: TensorInfo) -> TensorPlan:
     """A tensor with its coefficient, and with the copies that follow from it."""
     place = plan.depth.places.get(spec.name)
     if not spec.paired:
         return TensorPlan(spec, file, info, place, 0.0 if _is_of_base(plan, spec) else 1.0, spec.segments)
-    coefficient = coefficient_of(plan.recipe, plan.depth, plan.rules, spec)
-    rounded = rounded_coefficient(spec.name, coefficient, in_float64=spec.in_float64)
+    coefficient, rounded = coefficients(spec)
     return TensorPlan(spec, file, info, place, coefficient, _segments(plan, spec, rounded))
 
 

@@ -19,9 +19,9 @@ from lines_cli.errors import (
 from lines_cli.methods import Values
 from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.match import Names
-from lines_cli.plan.tied_weights import is_vocabulary, tied_embedding
+from lines_cli.plan.tied_weights import is_vocabulary, tied_embeddings
 from lines_cli.recipe.schema import Recipe
-from lines_cli.scaling.find_depth import DepthMap, Place
+from lines_cli.scaling.find_depth import DepthMap
 from lines_cli.scaling.schedule import Rules
 
 STORED = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -72,6 +72,7 @@ class TensorSpec(NamedTuple):
     name: str
     counts_as: str  # the name that decides its coefficient and parameters: its own, or the embedding's it is tied to
     values: Values  # the method's parameters for it
+    inside: bool  # whether it stands in a block
     dtype: str
     shape: tuple[int, ...]
     segments: tuple[Segment, ...] = ()
@@ -81,7 +82,6 @@ class TensorSpec(NamedTuple):
     paired: bool = True  # whether all inputs have it; otherwise it is a copy of the one that does
     misfit: str | None = None
     may_resize: bool = False  # of a misfit: whether `resize` would settle it
-    inside: bool = False  # whether it stands in a block
 
 
 @gc_paused()
@@ -99,15 +99,14 @@ def specify_tensors(
     for checkpoint in inputs.checkpoints:
         held.append((checkpoint.tensors, first_file))
         first_file += len(checkpoint.files)
-    config = inputs.config_of(inputs.lead)
-    values_for = TensorValues(recipe, depth)
+    heads = tied_embeddings(inputs.leading, inputs.config_of(inputs.lead))
+    values_for, places = TensorValues(recipe, depth), depth.places
 
     specs = []
     for name, row in rows.items():
-        place = depth.places.get(name)
+        inside = name in places
         # A head that is tied to its embedding is one weight with it, and has one coefficient.
-        embedding = tied_embedding(name, inputs.leading, config) if place is None else None
-        counts_as = name if embedding is None else embedding
+        counts_as = name if inside else heads.get(name, name)
         ranges, infos = [], []
         for (tensors, first_file), there in zip(held, row):  # noqa: B905 - as many by `Names`; strictness takes time
             if there is not None:
@@ -118,12 +117,12 @@ def specify_tensors(
             _specify(
                 recipe,
                 inputs,
-                (name, counts_as, values_for(counts_as)),
+                (name, counts_as, values_for(counts_as), inside),
                 tuple(ranges),
                 infos,
-                decided_by=rules.filter_of(counts_as),
-                may_resize=place is None and is_vocabulary(name),
-            )._replace(inside=place is not None)
+                decided_by=rules.filter_of(counts_as) if rules.filters else None,
+                may_resize=not inside and is_vocabulary(name),
+            )
         )
     for key, parameter in recipe.method.parameters.items():
         silent = [spec.name for spec in specs if parameter.required and spec.paired and spec.values[key] is None]
@@ -270,10 +269,12 @@ class TensorValues:
 
     def __init__(self, recipe: Recipe, depth: DepthMap) -> None:
         self._recipe, self._depth, self._filters = recipe, depth, sorted(recipe.filters)
-        self._known: dict[tuple[Place | None, tuple[bool, ...]], Values] = {}
+        self._known: dict[tuple[tuple[str, int] | None, tuple[bool, ...]], Values] = {}
 
     def __call__(self, name: str) -> Values:
-        key = (self._depth.places.get(name), tuple([part in name for part in self._filters]))
+        place = self._depth.places.get(name)
+        where = None if place is None else (place.stack, place.index)
+        key = (where, tuple([part in name for part in self._filters]) if self._filters else ())
         values = self._known.get(key)
         if values is None:
             values = self._known[key] = self._recipe.values(name, self._depth.position_of(name))
@@ -283,7 +284,7 @@ class TensorValues:
 def _specify(
     recipe: Recipe,
     inputs: Inputs,
-    begun: tuple[str, str, Values],
+    begun: tuple[str, str, Values, bool],
     ranges: tuple[SourceRange, ...],
     infos: Sequence[TensorInfo],
     *,
