@@ -19,7 +19,7 @@ from lines_cli.plan.match import Names
 from lines_cli.plan.plan import Plan, TensorPlan
 from lines_cli.plan.sidecars import with_numbers
 from lines_cli.plan.statistics import Needs, Statistics
-from lines_cli.plan.tensors import Segment, TensorSpec, is_alone, taken_whole
+from lines_cli.plan.tensors import Segment, TensorSpec, taken_whole
 from lines_cli.recipe.schema import Recipe, Scaling
 from lines_cli.scaling.find_depth import DepthMap
 from lines_cli.scaling.schedule import Rules
@@ -159,7 +159,7 @@ def _segments(plan: Plan, spec: TensorSpec, coefficient: float) -> tuple[Segment
     """
     if spec.dtype in EXACT_DTYPES:
         asked = spec.dtype != COMPLEX or (plan.inputs.has_base and coefficient == 0)
-        asked = asked or (coefficient == 1 and is_alone(plan.recipe, spec.values))
+        asked = asked or (coefficient == 1 and plan.gives_one(spec.values))
         return tuple(
             _copied_whole(plan.inputs, segment, of_base=coefficient == 0, alike=not asked) for segment in spec.segments
         )
@@ -168,7 +168,7 @@ def _segments(plan: Plan, spec: TensorSpec, coefficient: float) -> tuple[Segment
     has_base = plan.inputs.has_base
     if has_base and coefficient == 0:
         return tuple(Segment(segment.start, segment.numel, segment.copy or segment.base) for segment in spec.segments)
-    if (not has_base or coefficient == 1) and is_alone(plan.recipe, spec.values):
+    if (not has_base or coefficient == 1) and plan.gives_one(spec.values):
         return tuple(
             Segment(segment.start, segment.numel, segment.copy or segment.models[0]) for segment in spec.segments
         )

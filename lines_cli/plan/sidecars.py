@@ -17,7 +17,7 @@ from lines_cli.errors import (
 from lines_cli.plan.identity import inputs_by_name, inputs_read, named_inputs, run_digest
 from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.plan import Plan
-from lines_cli.plan.tensors import STORED, is_alone
+from lines_cli.plan.tensors import STORED
 from lines_cli.recipe.plain_yaml import YamlError, read_yaml
 from lines_cli.recipe.yaml_file import dump_recipe, dump_record
 from lines_cli.storage.beside import beside
@@ -113,7 +113,7 @@ def with_numbers(plan: Plan) -> tuple[Sidecar, Sidecar]:
             base=inputs.checkpoints[0] if inputs.has_base else None,
             models=inputs.models,
             like=inputs.leading,
-            alone=is_alone(recipe, recipe.values("", 0.0)),
+            alone=plan.gives_one(recipe.values("", 0.0)),
             scaled=recipe.lines is not None,
             coefficients=plan.coefficients(),
             outside=plan.outside(),

@@ -247,7 +247,9 @@ def _patterns(misfits: Sequence[TensorSpec], specs: Sequence[TensorSpec]) -> lis
         if own is None:
             return []
         patterns.append(own)
-    return patterns if len(patterns) <= _MOST_PATTERNS and all(map(str.isprintable, patterns)) else []
+        if len(patterns) > _MOST_PATTERNS:
+            return []
+    return patterns if all(map(str.isprintable, patterns)) else []
 
 
 def refuse_idle_filters(rules: Rules, names: Collection[str]) -> None:
@@ -339,8 +341,3 @@ def _row_axis(shapes: Sequence[tuple[int, ...]]) -> int | None:
         return None
     differing = [axis for axis, sizes in enumerate(zip(*shapes, strict=True)) if len(set(sizes)) > 1]
     return differing[0] if len(differing) == 1 and all(n == 1 for n in shapes[0][: differing[0]]) else None
-
-
-def is_alone(recipe: Recipe, values: Values) -> bool:
-    """Whether merging gives the one model there is as it is."""
-    return len(recipe.merged) == 1 and recipe.method.one_is_itself(values)
