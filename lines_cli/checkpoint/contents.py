@@ -18,6 +18,7 @@ Tensors = Mapping[str, TensorInfo]
 
 _CODES = frozenset({"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
 _WIDE = frozenset({"I64", "U64"})  # what torch counts with, and only few formats store codes in
+_SIGNED = frozenset({"I8", "I16"})  # which nothing else is stored in
 _SCALE_DTYPES = FLOAT_DTYPES | FLOAT8_DTYPES | {"U8"}  # the last: exponents of powers of two
 _SCALE = re.compile(
     r".*scales?(?:_(?:inv|max|and_zeros?))?|.*absmax|.*quant_map|.*zeros?(?:_points?)?|.*codebooks?|scb|s|s[uv]h?",
@@ -25,8 +26,14 @@ _SCALE = re.compile(
 )
 _NO_SCALE = re.compile(r"(?:logit|layer|attn|attention|residual|res|skip|head|norm)_scales?", re.IGNORECASE)
 _COUNTS = re.compile(  # integers that number entries, or say which of them count
-    r"(?:.*_)?(?:ids?|idxs?|index|indices|positions?|masks?|maps?|tracked|tables?|lengths?|counts?|steps?|buckets?)"
-    r"|.*[a-z]+2[a-z]+|bias",
+    r"(?:.*_)?(?:ids?|idxs?|index|indices|positions?|masks?|maps?|tracked|tables?|lengths?|counts?|steps?|buckets?"
+    r"|coord(?:s|inates?)?|offsets?|orders?|perm(?:utation)?s?|grids?|pos)|.*[a-z]+2[a-z]+|.*bias(?:es)?",
+    re.IGNORECASE | re.DOTALL,
+)
+_NUMBERS_OF_ROWS = re.compile(r"(?:idxs|indices)(?:_\d+)?", re.IGNORECASE)  # in a codebook, perhaps
+_NO_STEPS = re.compile(  # floats of a module that are no steps of its codes, whatever their shape
+    r"(?:.*_)?(?:weight|table|embed(?:ding)?s?|pos|cls|tokens?|query|queries|keys?|values?|mean|var|gamma|beta)"
+    r"|.*bias(?:es)?",
     re.IGNORECASE | re.DOTALL,
 )
 # Endings that say it alone.
@@ -68,10 +75,12 @@ _OF_CODES = re.compile(
 
 
 def _holds_codes(name: str, tensors: Tensors, beside: Iterable[str]) -> bool:
-    """Whether a tensor of integers holds codes: it is a matrix, and beside it stands a scale, by name or by shape.
+    """Whether a tensor of integers holds codes: it is a matrix, and beside it stands a scale that fits it, by its name
+    and by its shape; or one that is called after it; or floats in groups of its rows, by whatever name. Of narrow
+    codes, and of what is called a weight, one scale for all will do.
 
-    What is called like numbers of positions or a mask, or is as wide as these, needs both. `beside` are the tensors of
-    its module, and those behind its own name.
+    What is called like numbers of positions, a map or a mask is none, unless a scale is called after it. `beside` are
+    the tensors of its module, and those behind its own name.
     """
     info, last = tensors[name], _last(name)
     if last == "weight" and info.dtype in ("I8", "U8"):
@@ -80,15 +89,29 @@ def _holds_codes(name: str, tensors: Tensors, beside: Iterable[str]) -> bool:
         return False
     near = [other for other in beside if other != name and tensors[other].dtype in _SCALE_DTYPES]
     scales = [other for other in near if _SCALE.fullmatch(_last(other)) and not _NO_SCALE.fullmatch(_last(other))]
-    if info.dtype in _WIDE or _COUNTS.fullmatch(last):
-        return any(_has_rows_of(tensors[other], info) for other in scales)
-    return bool(scales) or any(tensors[other].dtype != "U8" and _has_rows_of(tensors[other], info) for other in near)
+    called_after_it = [other for other in scales if other.startswith((f"{name}_", f"{name}."))]
+    fitting = [other for other in scales if _has_rows_of(tensors[other], info)]
+    numbers_rows = _NUMBERS_OF_ROWS.fullmatch(last) is not None
+    if _COUNTS.fullmatch(last) and not numbers_rows:
+        return not set(fitting).isdisjoint(called_after_it)
+    if fitting or called_after_it or (scales and (info.dtype in _SIGNED or "weight" in last.lower())):
+        return True
+    floats = [other for other in near if tensors[other].dtype != "U8"]
+    whole = any(tensors[other].numel >= info.numel for other in floats)  # the module's weight, as it is
+    if info.dtype in _WIDE or numbers_rows or whole:
+        return False
+    return any(_is_by_groups(tensors[other], info) and not _NO_STEPS.fullmatch(_last(other)) for other in floats)
 
 
 def _has_rows_of(scale: TensorInfo, codes: TensorInfo) -> bool:
     """Whether one is as long on some side as the other, of two or more, and smaller."""
     sides = [size for size in codes.shape if size > 1]
     return len(sides) > 1 and scale.numel < codes.numel and any(size in sides for size in scale.shape)
+
+
+def _is_by_groups(steps: TensorInfo, codes: TensorInfo) -> bool:
+    """Whether there is one number for each row of codes, or for each group of entries in it."""
+    return _has_rows_of(steps, codes) and len(steps.shape) == len(codes.shape)
 
 
 def _module(name: str) -> str:

@@ -395,6 +395,12 @@ CODES: dict[str, Kinds] = {
     "EXL3": {"trellis": (I16, (1, 4, 64)), "suh": (F16, (16,)), "svh": (F16, (64,))},
     "one that nobody has heard of": {"body": (I16, (8, 4)), "steps_of_each_row": (F32, (8, 1))},
     "named after its tensor": {"kernel": (I32, (8, 4)), "kernel_scale": (F32, ())},
+    "after an index": {"row_index": (I32, (8, 4)), "row_index_scale": (F32, (8, 1))},
+    "VPTQ": {"indices": (I16, (1, 8, 4)), "weight_scale": (F16, (8,)), "weight_bias": (F16, (8,))},
+    "one scale for all": {"kernel": (I8, (8, 4)), "scale": (F32, ())},
+    "a weight of integers": {"weight": (I32, (8, 4)), "scales": (F16, (2, 2))},
+    "HQQ by columns": {"W_q": (U8, (4, 32)), "scale": (F16, (1, 32)), "zero": (F16, (1, 32)), "bias": (F16, (256,))},
+    "beside a bias": {"qw": (I8, (8, 16)), "delta": (F16, (8, 2)), "bias": (F16, (8,))},
 }
 # What integers stand beside floats in honest models.
 HONEST: dict[str, Kinds] = {
@@ -412,6 +418,17 @@ HONEST: dict[str, Kinds] = {
     "experts by token": {"tid2eid": (I32, (64, 4)), "weight": (F32, (4, 16)), "bias": (F32, (4,))},
     "buckets": {"relative_buckets": (I64, (16, 16)), "scale": (F32, (1,))},
     "integers by themselves": {"table": (I32, (16, 16))},
+    "coordinates": {"rel_coords": (I32, (16, 16)), "bias": (F32, (16,)), "scale": (F32, (16,))},
+    "coordinates of pairs": {"rel_coords": (I32, (16, 16, 2)), "rel_pos_table": (F32, (1, 16, 2))},
+    "an index of the size of heads": {"relative_position_index": (I32, (16, 16)), "scale": (F32, (16, 1))},
+    "a map of experts": {"expert_map": (I32, (8, 4)), "scale": (F32, (8,)), "weight": (F32, (8, 16))},
+    "a wide map of experts": {"expert_map": (I64, (8, 4)), "scales": (F32, (8, 1))},
+    "a bias that is a mask": {"selfbias": (U8, (1, 1, 16, 16)), "weight": (F32, (16, 4)), "bias": (F32, (16,))},
+    "a mask of rows": {"selfbias": (I32, (16, 16)), "slopes": (F32, (16, 1)), "scale": (F32, (16,))},
+    "beside a whole weight": {"layout": (I32, (8, 4)), "weight": (F32, (8, 64)), "slopes": (F32, (8, 1))},
+    "beside a bias alone": {"layout": (I32, (8, 4)), "bias": (F32, (8,)), "gamma": (F32, (8,))},
+    "a scale of all": {"layout": (I32, (8, 4)), "scale": (F32, ())},
+    "tokens by name": {"token_types": (I32, (1, 16)), "cls_token": (F32, (1, 4)), "pos_embed": (F32, (1, 16))},
 }
 
 
