@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from lines_cli.checkpoint.header import EXACT_DTYPES, FLOAT8_DTYPES, FLOAT_DTYPES, TensorInfo
 
@@ -125,42 +125,77 @@ def _last(name: str) -> str:
 # --- adapters ---
 
 _FACTOR = re.compile(
-    r"(?:\A|[._])(?:lora_(?:[ABEabe]|up|down|mid|embedding_[AB]|magnitude_vector)|lora\w*\.(?:up|down)"
+    r"(?:\A|[._])(?:lora_(?:[ABEabe]|up|down|mid|embedding_[AB]|magnitude_vector)|lora\w{0,64}\.(?:up|down)"
     r"|hada_[wt][12](?:_[ab])?|lokr_[wt][12](?:_[ab])?|dora_scale|ia3_l|b?oft_[RSrs]|oft_(?:blocks|diag)"
     r"|vera_(?:[AB]|lambda_[bd])|randlora_\w+|vblora_\w+|fourierft_spectrum|hra_u)(?=\.|\Z)"
 )
+# The same in other spellings: the word itself, then the part (`lora.A`, `loraA`); or more between them.
+_SPELT = re.compile(r"(?:\A|(?<=[._]))q?lora\d*[._]?(?P<part>a|b|down|up|in|out|left|right)(?![a-z])", re.IGNORECASE)
+_SPELT_APART = re.compile(
+    r"(?:\A|(?<=[._]))lora(?P<between>[._][\w.]{1,100}?)[._](?P<part>a|b|down|up|left|right)"
+    r"(?=(?:\.default)?(?:\.weight)?\Z)",
+    re.IGNORECASE,
+)
+_OTHER_HALF = {"b": "a", "up": "down", "out": "in", "right": "left"}
+_PARAMETRIZED = re.compile(r"(?<=\.parametrizations\.weight)\.\d+\Z")  # by torch: the weight is `original` beside it
 _IN_FACTORS = ("lora", "hada_", "lokr_", "dora_", "ia3_", "oft_", "vera_", "fourierft_", "hra_")
 _ALPHA = ".alpha"  # how kohya's files scale a module's factors
 
 
-def factors_among(tensors: Iterable[str]) -> list[str]:
+def factors_among(tensors: Tensors) -> list[str]:
     """The names of factors of low rank and the like, of which a product changes a weight."""
     return [name for named in _factors(tensors).values() for name in named]
 
 
-def is_adapter(tensors: Iterable[str]) -> bool:
+def is_adapter(tensors: Tensors) -> bool:
     """Whether most tensors are factors, and of most factors the weight that they change is not there."""
-    names = list(tensors)
-    by_module = _factors(names)
-    if 2 * sum(map(len, by_module.values())) <= len(names):
+    by_module = _factors(tensors)
+    factors = {name for named in by_module.values() for name in named}
+    if 2 * len(factors) <= len(tensors):
         return False
-    there = set(names)
-    alone = [
-        module for module in by_module if there.isdisjoint((module, f"{module}.weight", f"{module}.base_layer.weight"))
-    ]
+    whole = set[str]()  # what has a matrix, itself or in a module of its own
+    for name, info in tensors.items():
+        if name not in factors and len(info.shape) > 1:
+            whole |= {name, _module(name), _module(_module(name))}
+    alone = [module for module in by_module if not module or _PARAMETRIZED.sub("", module) not in whole]
     return 2 * len(alone) > len(by_module)
 
 
-def _factors(tensors: Iterable[str]) -> dict[str, list[str]]:
+def _factors(tensors: Tensors) -> dict[str, list[str]]:
     """The factors by the module whose weight they change."""
-    names = list(tensors)
-    everything = "\n".join(names)
+    everything = "\n".join(tensors).lower()
     found: dict[str, list[str]] = defaultdict(list)
     if any(word in everything for word in _IN_FACTORS):
-        for name in names:
+        unknown = []
+        for name in tensors:
             if match := _FACTOR.search(name):
                 found[name[: match.start()]].append(name)
-        for name in names:
+            else:
+                unknown.append(name)
+        for module, name in _pairs(unknown, tensors):
+            found[module].append(name)
+        for name in unknown:
             if name.endswith(_ALPHA) and (module := name.removesuffix(_ALPHA)) in found:
                 found[module].append(name)
     return found
+
+
+def _pairs(names: Iterable[str], tensors: Tensors) -> Iterator[tuple[str, str]]:
+    """Factors that are spelt otherwise than libraries do, each with its module: two that are called alike but for the
+    word that tells them apart, and of which there is a product.
+    """
+    halves: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for name in names:
+        if match := _SPELT.search(name) or _SPELT_APART.search(name):
+            part = match["part"].lower()
+            module = (name[: match.start()] + match.groupdict().get("between", "")).strip("._")
+            both = name[: match.start("part")] + name[match.end("part") :]
+            halves[module, both, _OTHER_HALF.get(part, part)].append(name)
+    for (module, *_), pair in halves.items():
+        if len(pair) == 2 and _have_a_product(*(tensors[name].shape for name in pair)):
+            yield from ((module, name) for name in pair)
+
+
+def _have_a_product(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether two matrices have a side in common by which they can be multiplied."""
+    return len(one) > 1 and len(other) > 1 and (one[0] == other[1] or one[1] == other[0])

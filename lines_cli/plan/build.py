@@ -115,7 +115,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, output: Path) -> Plan:
 def _factor_notes(inputs: Inputs) -> Iterator[str]:
     """A line for each input that has an adapter's factors in it."""
     for checkpoint in {one.name: one for one in inputs.checkpoints}.values():
-        if factors := factors_among(checkpoint.tensors):
+        if factors := factors_among({name: stored.info for name, stored in checkpoint.tensors.items()}):
             yield (
                 f"{len(factors):,} tensor(s) of {checkpoint.name} are factors of an adapter, such as "
                 f"{printable(factors[0])}: they are scaled one by one, which is not the same as to scale their product"
