@@ -22,7 +22,7 @@ from lines_cli.hub.download import locate
 from lines_cli.inspection.kinds import Kind, kind_of
 from lines_cli.plan.align import aligned_names
 from lines_cli.plan.coefficients import rounded_coefficient
-from lines_cli.plan.inputs import Inputs, inputs_of
+from lines_cli.plan.inputs import Inputs, inputs_of, refuse_variant_of_none
 from lines_cli.plan.layout import natural
 from lines_cli.plan.match import Names, match_names, missing_in_blocks, nothing_in_common
 from lines_cli.plan.resolve import UNSCALED
@@ -205,6 +205,7 @@ def open_inspection(
     *,
     base: Named | None = None,
     prefix: str | None = None,
+    variant: str | None = None,
     quiet: bool = False,
     **scaling: Any,
 ) -> Inspection:
@@ -214,6 +215,7 @@ def open_inspection(
         models: one checkpoint; or with a base its fine-tunes, one or several.
         base: what they were fine-tuned from.
         prefix: what the names of one side begin with and those of another lack (`Recipe`).
+        variant: of folders with several sets of weights, which (`Recipe`).
         quiet: no progress bars while fetching from the Hub.
         scaling: the fields of `Scaling`. One that is None keeps its default: an edit's, or for several fine-tunes those
             of a merge by task arithmetic, alpha `auto` (which is 1/N) and beta 0.5. If all are None, an output of ours
@@ -236,13 +238,13 @@ def open_inspection(
             hint="Name it with --base BASE; or inspect them one at a time.",
         )
     if base is None:
-        return _alone(names[0], scaling, quiet=quiet)
+        return _alone(names[0], variant, scaling, quiet=quiet)
     given = {key: value for key, value in scaling.items() if value is not None}
     if len(names) > 1 and not {"alpha", "schedule"} & given.keys():
         given = {"alpha": "auto", "beta": 0.5} | given
     wanted = edit_recipe(str(base), names[0], **given).lines
     sources = [{"model": name} for name in names]
-    said = {"base_model": str(base), "models": sources, "lines": wanted, "prefix": prefix}
+    said = {"base_model": str(base), "models": sources, "lines": wanted, "prefix": prefix, "variant": variant}
     recipe = make_recipe({key: value for key, value in said.items() if value is not None}, where="inspect")
     return _against(str(base), names, recipe, "asked", quiet=quiet)
 
@@ -275,9 +277,10 @@ def _opened(
     )
 
 
-def _alone(name: str, scaling: Mapping[str, Any], *, quiet: bool) -> Inspection:
-    asked = edit_recipe(name, name, **scaling)
-    checkpoint = _opened(name, to_look_at=True, quiet=quiet)
+def _alone(name: str, variant: str | None, scaling: Mapping[str, Any], *, quiet: bool) -> Inspection:
+    asked = edit_recipe(name, name, variant=variant, **scaling)
+    checkpoint = _opened(name, to_look_at=True, quiet=quiet, variant=variant)
+    refuse_variant_of_none(variant, [checkpoint])
     notes: list[str] = []
     made_by = _made_by(checkpoint, notes)
     quantised = unsupported_in(checkpoint)
@@ -319,6 +322,7 @@ def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, qui
     opened = [
         _opened(name, to_look_at=False, quiet=quiet, known=known, variant=recipe.variant) for name in (base, *names)
     ]
+    refuse_variant_of_none(recipe.variant, opened)
     _refuse_twice(opened)
     notes: list[str] = []
     pairing = _pairing(base, names, recipe, recipe.like if of == "merge" else "ft")

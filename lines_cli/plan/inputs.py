@@ -43,13 +43,22 @@ def open_inputs(recipe: Recipe, *, quiet: bool = False) -> Inputs:
         return opened[name]
 
     inputs = inputs_of(recipe, *map(opening, names))
-    files = [file.name for checkpoint in inputs.checkpoints for file in checkpoint.files]
-    if recipe.variant is not None and not any(re.search(rf"\.{recipe.variant}[.-]", name) for name in files):
+    refuse_variant_of_none(recipe.variant, inputs.checkpoints)
+    return inputs
+
+
+def refuse_variant_of_none(variant: str | None, checkpoints: Sequence[Checkpoint]) -> None:
+    """Refuse a variant that no input has.
+
+    Raises:
+        CheckpointError: names it.
+    """
+    files = [file.name for checkpoint in checkpoints for file in checkpoint.files]
+    if variant is not None and not any(re.search(rf"\.{re.escape(variant)}[.-]", name) for name in files):
         raise CheckpointError(
-            f"variant {recipe.variant}: no input has weights of that variant",
+            f"variant {variant}: no input has weights of that variant",
             hint="Leave it out, or check its spelling.",
         )
-    return inputs
 
 
 def inputs_of(recipe: Recipe, *checkpoints: Checkpoint) -> Inputs:

@@ -295,6 +295,31 @@ def test_shards_of_a_variant(new: bool, tmp_path: Path) -> None:
     assert run_lines("edit", tmp_path / "base", tmp_path / "ft", "-o", out, "--force").code == 3
 
 
+def test_a_variant_is_inspected(tmp_path: Path) -> None:
+    """`inspect` takes the variant that an edit takes, alone and against a base, and refuses one that nothing has."""
+    write_checkpoint(tmp_path / "base", layers(0), config=LLAMA)
+    for seed, stem in ((0, "model.fp16"), (2, "model.ema")):
+        write_checkpoint(tmp_path / "ft", layers(seed), config=LLAMA, stem=stem)
+    base, ft = tmp_path / "base", tmp_path / "ft"
+    assert run_lines("inspect", ft).code == 3
+    changed = {}
+    for variant in ("fp16", "ema"):
+        assert run_lines("inspect", ft, "--variant", variant).code == 0
+        ran = run_lines("inspect", ft, "--base", base, "--variant", variant, "--json")
+        changed[variant] = ran.json["fine_tunes"][0]["update_norm"]
+        assert ran.json["merge"]["variant"] == variant
+    assert (changed["fp16"] == 0, changed["ema"] > 0) == (True, True)
+    for against in ((), ("--base", base)):
+        ran = run_lines("inspect", base, *against, "--variant", "bf16")
+        assert (ran.code, "variant bf16: no input has" in ran.err) == (3, True), ran.err
+    ran = run_lines("inspect", ft, "--variant", "../ema")
+    assert (ran.code, ran.trace, "variant" in ran.err) == (2, "", True)
+    recipe = merge_file(tmp_path, "base_model: base\nmodels: [{model: ft}]\nvariant: ema\n")
+    assert run_lines("inspect", "--config", recipe).code == 0
+    ran = run_lines("inspect", "--config", recipe, "--variant", "fp16")
+    assert (ran.code, "--config already gives" in ran.err) == (2, True)
+
+
 def test_several_variants(tmp_path: Path) -> None:
     """Which one is meant has to be said; where there is one without a variant, that is meant."""
     write_checkpoint(tmp_path / "base", layers(0), config=LLAMA)
