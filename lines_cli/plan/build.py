@@ -1,7 +1,7 @@
 """Recipe and headers in, plan out. All that can be refused before the first tensor is read is refused here.
 
 What a recipe needs to know of the numbers in the tensors (`Needs`) is measured by the engine, and `resolve` puts it
-in: a plan without needs has been resolved. Nothing here reads tensor data or needs torch.
+in: a plan without needs has been resolved. Of tensor data only complex numbers are read here, and nothing needs torch.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from lines_cli.errors import (
 from lines_cli.methods import ByMagnitude
 from lines_cli.plan.align import aligned_names
 from lines_cli.plan.coefficients import coefficient_of
+from lines_cli.plan.complex_numbers import compared
 from lines_cli.plan.identity import named_inputs, refuse_two_names
 from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.layout import lay_out_files, metadata_like
@@ -69,7 +70,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, output: Path) -> Plan:
             f"{recipe.method.scale} differs by name; the coefficients shown are those of names that no filter of it "
             "matches"
         )
-    specified = specify_tensors(recipe, inputs, depth, rules, rows)
+    specified = list(compared(specify_tensors(recipe, inputs, depth, rules, rows), inputs))
     refuse_empty(inputs, {spec.name: rows[spec.name] for spec in specified if spec.misfit})
     specified = settle_misfits(specified, recipe, inputs, rows, depth, rules, notes)
     refuse_misfits(specified, recipe, inputs)

@@ -54,7 +54,7 @@ def settle_misfits(
         listed = some([f"{printable(spec.name)}: {spec.misfit}" for spec in of_it])
         config = "" if side == inputs.lead else f"; the config is that of {inputs.called(inputs.lead)}: does it fit?"
         whose = f"copied from {inputs.called(side)}{config}"
-        notes.append(f"{len(of_it):,} tensor(s) differ in shape or kind, and are {whose}\n{listed}")
+        notes.append(f"{len(of_it):,} tensor(s) do not fit together, and are {whose}\n{listed}")
     return settled
 
 
