@@ -30,7 +30,7 @@ from lines_cli.plan.plan import Plan
 from lines_cli.plan.resolve import UNSCALED, decided, settle_misfits
 from lines_cli.plan.sidecars import with_sidecars
 from lines_cli.plan.statistics import NOTHING_MEASURED, Needs
-from lines_cli.plan.tensors import TensorSpec, refuse_empty, refuse_misfits, specify_tensors
+from lines_cli.plan.tensors import TensorSpec, refuse_empty, refuse_misfits, settle_empty, specify_tensors
 from lines_cli.recipe.schema import Recipe
 from lines_cli.scaling.find_depth import DepthMap, find_depth
 from lines_cli.scaling.schedule import Rules
@@ -71,6 +71,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, output: Path) -> Plan:
             "matches"
         )
     specified = list(compared(specify_tensors(recipe, inputs, depth, rules, rows), inputs))
+    specified = settle_empty(specified, recipe, inputs, rows, notes)
     refuse_empty(inputs, {spec.name: rows[spec.name] for spec in specified if spec.misfit})
     specified = settle_misfits(specified, recipe, inputs, rows, depth, rules, notes)
     refuse_misfits(specified, recipe, inputs)

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import NamedTuple
 
 from lines_cli.checkpoint.header import EXACT_DTYPES, TensorInfo, itemsize
-from lines_cli.checkpoint.reader import gc_paused
+from lines_cli.checkpoint.reader import StoredTensor, gc_paused
 from lines_cli.errors import (
     MismatchError,
     RecipeError,
@@ -141,6 +141,32 @@ def taken_whole(spec: TensorSpec, recipe: Recipe, inputs: Inputs, side: int, the
     whole = Segment(0, info.numel, copy=SourceRange(first_file + file, info.offset, info.dtype))
     kept = spec._replace(dtype=_written_as(recipe, info.dtype), shape=info.shape, segments=(whole,))
     return kept._replace(in_float64=False, paired=False, misfit=None)
+
+
+def settle_empty(
+    specs: Sequence[TensorSpec], recipe: Recipe, inputs: Inputs, rows: Mapping[str, Names], notes: list[str]
+) -> list[TensorSpec]:
+    """The specs, where tensors that hold nothing in any input are copied as the leading one has them, whatever their
+    shapes; `notes` gets a line for them.
+    """
+    tensors = [checkpoint.tensors for checkpoint in inputs.checkpoints]
+    settled, empty = [], list[str]()
+    for spec in specs:
+        if 0 in spec.shape and spec.paired and _hold_nothing(row := rows[spec.name], tensors):
+            empty.append(spec.name)
+            lead = row[inputs.lead]
+            assert lead is not None
+            spec = taken_whole(spec, recipe, inputs, inputs.lead, lead)  # noqa: PLW2901 - what has become of it
+        settled.append(spec)
+    if empty:
+        asked = ": were they saved without their weights?" if 2 * len(empty) > len(specs) else ""
+        notes.append(f"{len(empty):,} tensor(s) are empty (size 0) in all inputs, and copied{asked}\n{some(empty)}")
+    return settled
+
+
+def _hold_nothing(row: Names, tensors: Sequence[Mapping[str, StoredTensor]]) -> bool:
+    """Whether what an output tensor is read from has no entry on any side."""
+    return all(there is None or 0 in held[there].info.shape for held, there in zip(tensors, row, strict=True))
 
 
 def refuse_empty(inputs: Inputs, rows: Mapping[str, Names]) -> None:

@@ -423,6 +423,34 @@ def test_a_complex_buffer_that_is_cut(tmp_path: Path) -> None:
         make_plan(recipe, inputs, tmp_path / "out")
 
 
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0,), (2, 0, 3)])
+def test_a_tensor_that_is_empty_on_all_sides(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """It is copied as the fine-tune has it, whatever its shape in the base, in blocks and outside, with one note."""
+    there = {"extra": torch.zeros(0, 4), "model.layers.1.none": torch.zeros(0, 4), "ids": torch.zeros(0, 4).int()}
+    empty = {name: torch.zeros(shape, dtype=tensor.dtype) for name, tensor in there.items()}
+    base = write_checkpoint(tmp_path / "base", layers(0, **there), config=LLAMA)
+    ft = write_checkpoint(tmp_path / "ft", layers(1, **empty), config=LLAMA)
+    ran = run_lines("edit", base, ft, "-o", tmp_path / "out", "--json")
+    assert ran.code == 0, ran.err
+    (note,) = (note for note in ran.json["notes"] if "empty" in note)
+    assert note.startswith("3 tensor(s) are empty (size 0) in all inputs, and copied\n"), note
+    out = load_file(tmp_path / "out/model.safetensors")
+    assert {name: (out[name].shape, out[name].dtype) for name in empty} == {
+        name: (tensor.shape, tensor.dtype) for name, tensor in empty.items()
+    }
+    assert ran.json["copied"]["tensors"] >= 3
+    assert run_lines("verify", tmp_path / "out").code == 0
+
+
+def test_models_that_are_empty(tmp_path: Path) -> None:
+    """Of inputs in which most tensors hold nothing the note asks whether they were saved without their weights."""
+    nothing = {f"model.layers.{i}.w": torch.zeros(0) for i in range(4)}
+    for side in ("base", "ft"):
+        write_checkpoint(tmp_path / side, nothing | {"norm.weight": torch.ones(3)}, config=LLAMA)
+    ran = run_lines("edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / "out")
+    assert (ran.code, "4 tensor(s) are empty" in ran.err, "without their weights?" in ran.err) == (0, True, True)
+
+
 def test_a_pipeline_of_components(tmp_path: Path) -> None:
     """The components are named, and one of them is edited."""
     for seed, side in enumerate(("p0", "p1")):
