@@ -56,9 +56,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{side}.safetensors" for side in ("base", "ft", "ft2", "ft3")]
         for file in files:
-            file.write_bytes(lay_out([(name, "BF16", (0,)) for name in names], {})[0])
+            file.write_bytes(lay_out([(name, "BF16", (1,)) for name in names], {})[0] + bytes(2 * len(names)))
         other = Path(folder) / "other.safetensors"
-        other.write_bytes(lay_out([(name, "BF16", (0,)) for name in names], {"format": "pt"})[0])
+        said = {"format": "pt"}
+        other.write_bytes(lay_out([(name, "BF16", (1,)) for name in names], said)[0] + bytes(2 * len(names)))
         base, *models = map(str, files)
         recipes = {
             "edit": edit_recipe(base, models[0]),

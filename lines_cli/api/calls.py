@@ -185,6 +185,7 @@ def inspect(
     series: Series | None = None,
     not_layers: str | None = None,
     prefix: str | None = None,
+    variant: str | None = None,
     tensors: bool = False,
     check: bool = False,
     plot: Named | None = None,
@@ -201,6 +202,7 @@ def inspect(
         config: in place of both: a recipe, as in `merge`.
         alpha, ..., not_layers: the coefficients, as in `edit`.
         prefix: what the names of one side begin with and those of the other lack; unless given, it is found.
+        variant: of folders with several sets of weights, which.
         tensors: also every tensor.
         check: read all weights, and refuse what is wrong with them.
         plot: also draw it, into this `.svg`, `.png` or `.html` file.
@@ -225,6 +227,7 @@ def inspect(
         "series": series,
         "not_layers": not_layers,
         "prefix": prefix,
+        "variant": variant,
     }
     resources = arguments.resources(workers, device, gpu_memory)
     named = [checkpoints] if isinstance(checkpoints, (str, Path)) else list(checkpoints or ())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from lines_cli.checkpoint.header import EXACT_DTYPES, FLOAT8_DTYPES, FLOAT_DTYPES, TensorInfo
 
@@ -18,6 +18,7 @@ Tensors = Mapping[str, TensorInfo]
 
 _CODES = frozenset({"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
 _WIDE = frozenset({"I64", "U64"})  # what torch counts with, and only few formats store codes in
+_SIGNED = frozenset({"I8", "I16"})  # which nothing else is stored in
 _SCALE_DTYPES = FLOAT_DTYPES | FLOAT8_DTYPES | {"U8"}  # the last: exponents of powers of two
 _SCALE = re.compile(
     r".*scales?(?:_(?:inv|max|and_zeros?))?|.*absmax|.*quant_map|.*zeros?(?:_points?)?|.*codebooks?|scb|s|s[uv]h?",
@@ -25,8 +26,14 @@ _SCALE = re.compile(
 )
 _NO_SCALE = re.compile(r"(?:logit|layer|attn|attention|residual|res|skip|head|norm)_scales?", re.IGNORECASE)
 _COUNTS = re.compile(  # integers that number entries, or say which of them count
-    r"(?:.*_)?(?:ids?|idxs?|index|indices|positions?|masks?|maps?|tracked|tables?|lengths?|counts?|steps?|buckets?)"
-    r"|.*[a-z]+2[a-z]+|bias",
+    r"(?:.*_)?(?:ids?|idxs?|index|indices|positions?|masks?|maps?|tracked|tables?|lengths?|counts?|steps?|buckets?"
+    r"|coord(?:s|inates?)?|offsets?|orders?|perm(?:utation)?s?|grids?|pos)|.*[a-z]+2[a-z]+|.*bias(?:es)?",
+    re.IGNORECASE | re.DOTALL,
+)
+_NUMBERS_OF_ROWS = re.compile(r"(?:idxs|indices)(?:_\d+)?", re.IGNORECASE)  # in a codebook, perhaps
+_NO_STEPS = re.compile(  # floats of a module that are no steps of its codes, whatever their shape
+    r"(?:.*_)?(?:weight|table|embed(?:ding)?s?|pos|cls|tokens?|query|queries|keys?|values?|mean|var|gamma|beta)"
+    r"|.*bias(?:es)?",
     re.IGNORECASE | re.DOTALL,
 )
 # Endings that say it alone.
@@ -68,10 +75,12 @@ _OF_CODES = re.compile(
 
 
 def _holds_codes(name: str, tensors: Tensors, beside: Iterable[str]) -> bool:
-    """Whether a tensor of integers holds codes: it is a matrix, and beside it stands a scale, by name or by shape.
+    """Whether a tensor of integers holds codes: it is a matrix, and beside it stands a scale that fits it, by its name
+    and by its shape; or one that is called after it; or floats in groups of its rows, by whatever name. Of narrow
+    codes, and of what is called a weight, one scale for all will do.
 
-    What is called like numbers of positions or a mask, or is as wide as these, needs both. `beside` are the tensors of
-    its module, and those behind its own name.
+    What is called like numbers of positions, a map or a mask is none, unless a scale is called after it. `beside` are
+    the tensors of its module, and those behind its own name.
     """
     info, last = tensors[name], _last(name)
     if last == "weight" and info.dtype in ("I8", "U8"):
@@ -80,15 +89,29 @@ def _holds_codes(name: str, tensors: Tensors, beside: Iterable[str]) -> bool:
         return False
     near = [other for other in beside if other != name and tensors[other].dtype in _SCALE_DTYPES]
     scales = [other for other in near if _SCALE.fullmatch(_last(other)) and not _NO_SCALE.fullmatch(_last(other))]
-    if info.dtype in _WIDE or _COUNTS.fullmatch(last):
-        return any(_has_rows_of(tensors[other], info) for other in scales)
-    return bool(scales) or any(tensors[other].dtype != "U8" and _has_rows_of(tensors[other], info) for other in near)
+    called_after_it = [other for other in scales if other.startswith((f"{name}_", f"{name}."))]
+    fitting = [other for other in scales if _has_rows_of(tensors[other], info)]
+    numbers_rows = _NUMBERS_OF_ROWS.fullmatch(last) is not None
+    if _COUNTS.fullmatch(last) and not numbers_rows:
+        return not set(fitting).isdisjoint(called_after_it)
+    if fitting or called_after_it or (scales and (info.dtype in _SIGNED or "weight" in last.lower())):
+        return True
+    floats = [other for other in near if tensors[other].dtype != "U8"]
+    whole = any(tensors[other].numel >= info.numel for other in floats)  # the module's weight, as it is
+    if info.dtype in _WIDE or numbers_rows or whole:
+        return False
+    return any(_is_by_groups(tensors[other], info) and not _NO_STEPS.fullmatch(_last(other)) for other in floats)
 
 
 def _has_rows_of(scale: TensorInfo, codes: TensorInfo) -> bool:
     """Whether one is as long on some side as the other, of two or more, and smaller."""
     sides = [size for size in codes.shape if size > 1]
     return len(sides) > 1 and scale.numel < codes.numel and any(size in sides for size in scale.shape)
+
+
+def _is_by_groups(steps: TensorInfo, codes: TensorInfo) -> bool:
+    """Whether there is one number for each row of codes, or for each group of entries in it."""
+    return _has_rows_of(steps, codes) and len(steps.shape) == len(codes.shape)
 
 
 def _module(name: str) -> str:
@@ -102,42 +125,77 @@ def _last(name: str) -> str:
 # --- adapters ---
 
 _FACTOR = re.compile(
-    r"(?:\A|[._])(?:lora_(?:[ABEabe]|up|down|mid|embedding_[AB]|magnitude_vector)|lora\w*\.(?:up|down)"
+    r"(?:\A|[._])(?:lora_(?:[ABEabe]|up|down|mid|embedding_[AB]|magnitude_vector)|lora\w{0,64}\.(?:up|down)"
     r"|hada_[wt][12](?:_[ab])?|lokr_[wt][12](?:_[ab])?|dora_scale|ia3_l|b?oft_[RSrs]|oft_(?:blocks|diag)"
     r"|vera_(?:[AB]|lambda_[bd])|randlora_\w+|vblora_\w+|fourierft_spectrum|hra_u)(?=\.|\Z)"
 )
+# The same in other spellings: the word itself, then the part (`lora.A`, `loraA`); or more between them.
+_SPELT = re.compile(r"(?:\A|(?<=[._]))q?lora\d*[._]?(?P<part>a|b|down|up|in|out|left|right)(?![a-z])", re.IGNORECASE)
+_SPELT_APART = re.compile(
+    r"(?:\A|(?<=[._]))lora(?P<between>[._][\w.]{1,100}?)[._](?P<part>a|b|down|up|left|right)"
+    r"(?=(?:\.default)?(?:\.weight)?\Z)",
+    re.IGNORECASE,
+)
+_OTHER_HALF = {"b": "a", "up": "down", "out": "in", "right": "left"}
+_PARAMETRIZED = re.compile(r"(?<=\.parametrizations\.weight)\.\d+\Z")  # by torch: the weight is `original` beside it
 _IN_FACTORS = ("lora", "hada_", "lokr_", "dora_", "ia3_", "oft_", "vera_", "fourierft_", "hra_")
 _ALPHA = ".alpha"  # how kohya's files scale a module's factors
 
 
-def factors_among(tensors: Iterable[str]) -> list[str]:
+def factors_among(tensors: Tensors) -> list[str]:
     """The names of factors of low rank and the like, of which a product changes a weight."""
     return [name for named in _factors(tensors).values() for name in named]
 
 
-def is_adapter(tensors: Iterable[str]) -> bool:
+def is_adapter(tensors: Tensors) -> bool:
     """Whether most tensors are factors, and of most factors the weight that they change is not there."""
-    names = list(tensors)
-    by_module = _factors(names)
-    if 2 * sum(map(len, by_module.values())) <= len(names):
+    by_module = _factors(tensors)
+    factors = {name for named in by_module.values() for name in named}
+    if 2 * len(factors) <= len(tensors):
         return False
-    there = set(names)
-    alone = [
-        module for module in by_module if there.isdisjoint((module, f"{module}.weight", f"{module}.base_layer.weight"))
-    ]
+    whole = set[str]()  # what has a matrix, itself or in a module of its own
+    for name, info in tensors.items():
+        if name not in factors and len(info.shape) > 1:
+            whole |= {name, _module(name), _module(_module(name))}
+    alone = [module for module in by_module if not module or _PARAMETRIZED.sub("", module) not in whole]
     return 2 * len(alone) > len(by_module)
 
 
-def _factors(tensors: Iterable[str]) -> dict[str, list[str]]:
+def _factors(tensors: Tensors) -> dict[str, list[str]]:
     """The factors by the module whose weight they change."""
-    names = list(tensors)
-    everything = "\n".join(names)
+    everything = "\n".join(tensors).lower()
     found: dict[str, list[str]] = defaultdict(list)
     if any(word in everything for word in _IN_FACTORS):
-        for name in names:
+        unknown = []
+        for name in tensors:
             if match := _FACTOR.search(name):
                 found[name[: match.start()]].append(name)
-        for name in names:
+            else:
+                unknown.append(name)
+        for module, name in _pairs(unknown, tensors):
+            found[module].append(name)
+        for name in unknown:
             if name.endswith(_ALPHA) and (module := name.removesuffix(_ALPHA)) in found:
                 found[module].append(name)
     return found
+
+
+def _pairs(names: Iterable[str], tensors: Tensors) -> Iterator[tuple[str, str]]:
+    """Factors that are spelt otherwise than libraries do, each with its module: two that are called alike but for the
+    word that tells them apart, and of which there is a product.
+    """
+    halves: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for name in names:
+        if match := _SPELT.search(name) or _SPELT_APART.search(name):
+            part = match["part"].lower()
+            module = (name[: match.start()] + match.groupdict().get("between", "")).strip("._")
+            both = name[: match.start("part")] + name[match.end("part") :]
+            halves[module, both, _OTHER_HALF.get(part, part)].append(name)
+    for (module, *_), pair in halves.items():
+        if len(pair) == 2 and _have_a_product(*(tensors[name].shape for name in pair)):
+            yield from ((module, name) for name in pair)
+
+
+def _have_a_product(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether two matrices have a side in common by which they can be multiplied."""
+    return len(one) > 1 and len(other) > 1 and (one[0] == other[1] or one[1] == other[0])

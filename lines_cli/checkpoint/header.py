@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import accumulate
+from json.encoder import encode_basestring as quoted
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -278,7 +279,7 @@ def lay_out(
     for (name, dtype, shape), nbytes, end in zip(rows, sizes, ends, strict=True):
         numbers = ",".join(map(str, shape))
         where = f"[{end - nbytes},{end}]"
-        entries.append(f'{encode(name)}:{{"dtype":"{dtype}","shape":[{numbers}],"data_offsets":{where}}}')
+        entries.append(f'{quoted(name)}:{{"dtype":"{dtype}","shape":[{numbers}],"data_offsets":{where}}}')
     text = f"{{{','.join(entries)}}}".encode()
     padding = -len(text) % 8
     start = 8 + len(text) + padding

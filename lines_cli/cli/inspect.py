@@ -24,6 +24,7 @@ def inspect(
     series: opt.Series = None,
     not_layers: opt.NotLayers = None,
     prefix: opt.Prefix = None,
+    variant: opt.Variant = None,
     tensors: opt.Tensors = False,
     full: opt.Full = False,
     check: opt.Check = False,
@@ -59,6 +60,7 @@ def inspect(
         "series": arguments.each_series(series),
         "not_layers": not_layers,
         "prefix": prefix,
+        "variant": variant,
     }
     report = look(
         checkpoints or [],

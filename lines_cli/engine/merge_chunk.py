@@ -15,7 +15,7 @@ import torch
 from lines_cli.engine.arithmetic import dot, is_finite
 from lines_cli.engine.chunks import Chunk, PlanChunk
 from lines_cli.engine.whole_tensors import Whole
-from lines_cli.engine.workers import ALLOW_NONFINITE, Worker
+from lines_cli.engine.workers import Worker
 from lines_cli.errors import DataError
 from lines_cli.methods import ByMagnitude, Drawn
 from lines_cli.methods.sparsify import Where
@@ -182,7 +182,7 @@ def _make_whole(worker: Worker, chunk: PlanChunk) -> Whole:
         if nonfinite is None and not all(map(is_finite, held)):
             nonfinite = worker.nonfinite(part)
             if nonfinite is not None and not worker.plan.recipe.allow_nonfinite:
-                raise DataError(nonfinite, hint=ALLOW_NONFINITE)
+                raise DataError(nonfinite, hint=worker.hint_of_nonfinite(part))
             _, held = read_chunk(worker, part)  # looking for it went through the same buffers
         squares = _added(squares, _squares(worker, held))
         kept = _added(kept, drop_entries(worker, part, held))

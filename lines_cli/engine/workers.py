@@ -7,6 +7,9 @@ for the disk, others copy and compute, and a worker reads the next input while t
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -284,7 +287,31 @@ class Worker(Reader):
             DataError: which tensor of which file, and where.
         """
         if not self.plan.recipe.allow_nonfinite and (found := self.nonfinite(chunk)):
-            raise DataError(found, hint=ALLOW_NONFINITE)
+            raise DataError(found, hint=self.hint_of_nonfinite(chunk))
+
+    def hint_of_nonfinite(self, chunk: PlanChunk) -> str:
+        """What to do about NaN, Inf or an overflow in a chunk: of a mask one side's is what is wanted."""
+        recipe, inputs = self.plan.recipe, self.plan.inputs
+        sources = _sources_behind(chunk)
+        if not inputs.has_base or len(sources) != len(inputs.checkpoints):
+            return ALLOW_NONFINITE
+        finite = []
+        for source in sources:
+            if source.dtype not in TORCH_DTYPES or chunk.tensor.info.dtype not in TORCH_DTYPES:
+                return ALLOW_NONFINITE
+            values = self.read(chunk, source).values()
+            if not ((values == values.amin()) | (values == values.amax())).all():
+                return ALLOW_NONFINITE  # a mask has 0, and what hides: -inf, or the least number of some dtype
+            finite.append(is_finite(values.to(TORCH_DTYPES[chunk.tensor.info.dtype])))
+        pattern = _pattern_of(chunk.tensor.name, self.plan)
+        if inputs.of_an_edit and any(finite):
+            rule, whose = ("keep", "fine-tune") if finite[1] else ("base", "base")
+            way = f"--filter {shlex.quote(f'{pattern}={rule}')} takes the {whose}'s as it is."
+        elif recipe.lines is not None and finite[0]:
+            way = f"lines.filter: {{{json.dumps(pattern)}: base}} takes the base's as it is."
+        else:
+            return ALLOW_NONFINITE
+        return f"It looks like a mask that the inputs write differently: {way} {ALLOW_NONFINITE}"
 
 
 def _sources_behind(chunk: PlanChunk) -> tuple[SourceRange, ...]:
@@ -293,6 +320,14 @@ def _sources_behind(chunk: PlanChunk) -> tuple[SourceRange, ...]:
         return chunk.segment.sources
     same = [segment for segment in chunk.tensor.spec.segments if segment.start == chunk.segment.start]
     return same[0].sources if same else chunk.segment.sources
+
+
+def _pattern_of(name: str, plan: Plan) -> str:
+    """What a filter says to take a tensor, and those that are called so in other layers, and no others."""
+    of_layer = re.match(r".*\.\d+(?=\.)", name, re.DOTALL)
+    pattern = name[of_layer.end() :] if of_layer else name
+    alone = all(tensor.name.endswith(pattern) for tensor in plan.tensors if pattern in tensor.name)
+    return pattern if alone else name
 
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

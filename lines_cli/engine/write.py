@@ -18,7 +18,7 @@ from lines_cli.engine.measure import Measurement
 from lines_cli.engine.merge_chunk import Look, Merged, merge_chunk, nonfinite_behind
 from lines_cli.engine.realised import realised
 from lines_cli.engine.rounding import cast_at_random
-from lines_cli.engine.workers import ALLOW_NONFINITE, Worker
+from lines_cli.engine.workers import Worker
 from lines_cli.errors import DataError, MismatchError, printable
 from lines_cli.methods import Drawn
 from lines_cli.methods.sparsify import Where
@@ -334,7 +334,7 @@ class Write:
         Raises:
             DataError: what was found, where that is not allowed.
         """
-        found, hint = nonfinite_behind(worker, chunk), ALLOW_NONFINITE
+        found, wider = nonfinite_behind(worker, chunk), ""
         if found is None and chunk.segment.copy is not None:
             copied = worker.read(chunk, chunk.segment.copy).values()
             if not (~values.isfinite() & copied.isfinite()).any():
@@ -342,9 +342,9 @@ class Write:
         if found is None:
             name, dtype = printable(chunk.tensor.name), chunk.tensor.info.dtype
             found = f"tensor {name}: a value is beyond what {dtype}, its output dtype, can hold"
-            hint = f"Write a wider dtype. {ALLOW_NONFINITE}"
+            wider = "Write a wider dtype. "
         if not self.plan.recipe.allow_nonfinite:
-            raise DataError(found, hint=hint)
+            raise DataError(found, hint=wider + worker.hint_of_nonfinite(chunk))
         return found
 
     def take(self, done: tuple[OutputRange, Tally], journal: Journal) -> int:

@@ -22,12 +22,12 @@ from lines_cli.hub.download import locate
 from lines_cli.inspection.kinds import Kind, kind_of
 from lines_cli.plan.align import aligned_names
 from lines_cli.plan.coefficients import rounded_coefficient
-from lines_cli.plan.inputs import Inputs, inputs_of
+from lines_cli.plan.inputs import Inputs, inputs_of, refuse_variant_of_none
 from lines_cli.plan.layout import natural
 from lines_cli.plan.match import Names, match_names, missing_in_blocks, nothing_in_common
 from lines_cli.plan.resolve import UNSCALED
 from lines_cli.plan.tensors import Segment, SourceRange, TensorSpec, TensorValues, refuse_idle_filters, specify_tensors
-from lines_cli.plan.tied_weights import says_tied, tied_embedding
+from lines_cli.plan.tied_weights import says_tied, tied_embeddings
 from lines_cli.recipe.schema import Like, Recipe, Scaling
 from lines_cli.recipe.validate import edit_recipe, make_recipe
 from lines_cli.recipe.yaml_file import load_record
@@ -205,6 +205,7 @@ def open_inspection(
     *,
     base: Named | None = None,
     prefix: str | None = None,
+    variant: str | None = None,
     quiet: bool = False,
     **scaling: Any,
 ) -> Inspection:
@@ -214,6 +215,7 @@ def open_inspection(
         models: one checkpoint; or with a base its fine-tunes, one or several.
         base: what they were fine-tuned from.
         prefix: what the names of one side begin with and those of another lack (`Recipe`).
+        variant: of folders with several sets of weights, which (`Recipe`).
         quiet: no progress bars while fetching from the Hub.
         scaling: the fields of `Scaling`. One that is None keeps its default: an edit's, or for several fine-tunes those
             of a merge by task arithmetic, alpha `auto` (which is 1/N) and beta 0.5. If all are None, an output of ours
@@ -236,13 +238,13 @@ def open_inspection(
             hint="Name it with --base BASE; or inspect them one at a time.",
         )
     if base is None:
-        return _alone(names[0], scaling, quiet=quiet)
+        return _alone(names[0], variant, scaling, quiet=quiet)
     given = {key: value for key, value in scaling.items() if value is not None}
     if len(names) > 1 and not {"alpha", "schedule"} & given.keys():
         given = {"alpha": "auto", "beta": 0.5} | given
     wanted = edit_recipe(str(base), names[0], **given).lines
     sources = [{"model": name} for name in names]
-    said = {"base_model": str(base), "models": sources, "lines": wanted, "prefix": prefix}
+    said = {"base_model": str(base), "models": sources, "lines": wanted, "prefix": prefix, "variant": variant}
     recipe = make_recipe({key: value for key, value in said.items() if value is not None}, where="inspect")
     return _against(str(base), names, recipe, "asked", quiet=quiet)
 
@@ -275,9 +277,10 @@ def _opened(
     )
 
 
-def _alone(name: str, scaling: Mapping[str, Any], *, quiet: bool) -> Inspection:
-    asked = edit_recipe(name, name, **scaling)
-    checkpoint = _opened(name, to_look_at=True, quiet=quiet)
+def _alone(name: str, variant: str | None, scaling: Mapping[str, Any], *, quiet: bool) -> Inspection:
+    asked = edit_recipe(name, name, variant=variant, **scaling)
+    checkpoint = _opened(name, to_look_at=True, quiet=quiet, variant=variant)
+    refuse_variant_of_none(variant, [checkpoint])
     notes: list[str] = []
     made_by = _made_by(checkpoint, notes)
     quantised = unsupported_in(checkpoint)
@@ -300,7 +303,7 @@ def _alone(name: str, scaling: Mapping[str, Any], *, quiet: bool) -> Inspection:
                 rules=rules,
                 made_by=made_by,
                 says_tied=says_tied(checkpoint.config),
-                stored_heads=_heads(checkpoint, checkpoint.config),
+                stored_heads=tied_embeddings(checkpoint, checkpoint.config),
                 quantised=quantised.message if quantised else None,
                 notes=(*notes, *of_depth, *depth.notes),
             )
@@ -319,6 +322,7 @@ def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, qui
     opened = [
         _opened(name, to_look_at=False, quiet=quiet, known=known, variant=recipe.variant) for name in (base, *names)
     ]
+    refuse_variant_of_none(recipe.variant, opened)
     _refuse_twice(opened)
     notes: list[str] = []
     pairing = _pairing(base, names, recipe, recipe.like if of == "merge" else "ft")
@@ -361,7 +365,7 @@ def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, qui
             resized=any(spec.rows for spec in fitting),
             made_by=made_by,
             says_tied=says_tied(config),
-            stored_heads=_heads(inputs.leading, config),
+            stored_heads=tied_embeddings(inputs.leading, config),
             notes=(*notes, *depth.notes),
         )
     )
@@ -394,13 +398,6 @@ def _parts(inspection: Inspection) -> Iterator[TensorEntry]:
 
 
 _LAYER_NUMBER = re.compile(r"\.\d+\.")
-
-
-def _heads(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, str]:
-    """The heads that are tied to an embedding and stored all the same."""
-    if not says_tied(config):
-        return {}
-    return {name: tied for name in checkpoint.tensors if (tied := tied_embedding(name, checkpoint, config)) is not None}
 
 
 def recipe_of(checkpoint: Checkpoint) -> Recipe | None:

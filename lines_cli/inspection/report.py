@@ -20,7 +20,7 @@ from lines_cli.inspection.statistics import Findings, Interference, UpdateStats,
 from lines_cli.plan.coefficients import layer_coefficients, outside_coefficients
 from lines_cli.plan.layout import natural
 from lines_cli.plan.statistics import Norms
-from lines_cli.plan.tied_weights import tied_copies
+from lines_cli.plan.tied_weights import tied_copies, tied_embeddings
 from lines_cli.scaling.find_depth import pattern_of
 
 Report = dict[str, Any]
@@ -386,9 +386,9 @@ def _health(inspection: Inspection, findings: Findings, side: int) -> Report:
         for stored in checkpoint.tensors.values()
         if stored.info.dtype not in FLOAT_DTYPES | FLOAT8_DTYPES
     ]
-    same = []
+    same, heads = [], tied_embeddings(checkpoint, config)
     for group in findings.same.get(side, ()):
-        tied = tied_copies(group, checkpoint, config)
+        tied = tied_copies(group, heads)
         first, *others = [name for name in group if name not in tied] or group[:1]
         same += [(name, first) for name in others]
     recorded, changed = findings.files.get(side, (None, {}))

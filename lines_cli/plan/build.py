@@ -1,7 +1,7 @@
 """Recipe and headers in, plan out. All that can be refused before the first tensor is read is refused here.
 
 What a recipe needs to know of the numbers in the tensors (`Needs`) is measured by the engine, and `resolve` puts it
-in: a plan without needs has been resolved. Nothing here reads tensor data or needs torch.
+in: a plan without needs has been resolved. Of tensor data only complex numbers are read here, and nothing needs torch.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from lines_cli.errors import (
 from lines_cli.methods import ByMagnitude
 from lines_cli.plan.align import aligned_names
 from lines_cli.plan.coefficients import coefficient_of
+from lines_cli.plan.complex_numbers import compared
 from lines_cli.plan.identity import named_inputs, refuse_two_names
 from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.layout import lay_out_files, metadata_like
@@ -29,7 +30,7 @@ from lines_cli.plan.plan import Plan
 from lines_cli.plan.resolve import UNSCALED, decided, settle_misfits
 from lines_cli.plan.sidecars import with_sidecars
 from lines_cli.plan.statistics import NOTHING_MEASURED, Needs
-from lines_cli.plan.tensors import TensorSpec, refuse_empty, refuse_misfits, specify_tensors
+from lines_cli.plan.tensors import TensorSpec, refuse_empty, refuse_misfits, settle_empty, specify_tensors
 from lines_cli.recipe.schema import Recipe
 from lines_cli.scaling.find_depth import DepthMap, find_depth
 from lines_cli.scaling.schedule import Rules
@@ -69,7 +70,8 @@ def make_plan(recipe: Recipe, inputs: Inputs, output: Path) -> Plan:
             f"{recipe.method.scale} differs by name; the coefficients shown are those of names that no filter of it "
             "matches"
         )
-    specified = specify_tensors(recipe, inputs, depth, rules, rows)
+    specified = list(compared(specify_tensors(recipe, inputs, depth, rules, rows), inputs))
+    specified = settle_empty(specified, recipe, inputs, rows, notes)
     refuse_empty(inputs, {spec.name: rows[spec.name] for spec in specified if spec.misfit})
     specified = settle_misfits(specified, recipe, inputs, rows, depth, rules, notes)
     refuse_misfits(specified, recipe, inputs)
@@ -115,7 +117,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, output: Path) -> Plan:
 def _factor_notes(inputs: Inputs) -> Iterator[str]:
     """A line for each input that has an adapter's factors in it."""
     for checkpoint in {one.name: one for one in inputs.checkpoints}.values():
-        if factors := factors_among(checkpoint.tensors):
+        if factors := factors_among({name: stored.info for name, stored in checkpoint.tensors.items()}):
             yield (
                 f"{len(factors):,} tensor(s) of {checkpoint.name} are factors of an adapter, such as "
                 f"{printable(factors[0])}: they are scaled one by one, which is not the same as to scale their product"

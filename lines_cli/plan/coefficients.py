@@ -52,6 +52,35 @@ def coefficient_of(recipe: Recipe, depth: DepthMap, rules: Rules, spec: TensorSp
     return rules.coefficient(spec.counts_as, depth, scale=recipe.method.scale_of(spec.values))
 
 
+class Coefficients:
+    """The coefficient of each tensor, as it is and as its arithmetic has it; of the tensors of a layer that no filter
+    tells apart it is worked out once.
+    """
+
+    def __init__(self, recipe: Recipe, depth: DepthMap, rules: Rules) -> None:
+        self._recipe, self._depth, self._rules = recipe, depth, rules
+        self._known: dict[tuple[str, int, int, bool], tuple[float, float]] = {}
+
+    def __call__(self, spec: TensorSpec) -> tuple[float, float]:
+        """`coefficient_of` and `rounded_coefficient`.
+
+        Raises:
+            RecipeError: it is beyond what float32 can hold.
+        """
+        place = self._depth.places.get(spec.counts_as)
+        if place is None or self._rules.filters:
+            return self._worked_out(spec)
+        key = (place.stack, place.index, id(spec.values), spec.in_float64)  # all specs live as long as the plan
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = self._worked_out(spec)
+        return found
+
+    def _worked_out(self, spec: TensorSpec) -> tuple[float, float]:
+        coefficient = coefficient_of(self._recipe, self._depth, self._rules, spec)
+        return coefficient, rounded_coefficient(spec.name, coefficient, in_float64=spec.in_float64)
+
+
 def rounded_coefficient(name: str, coefficient: float, *, in_float64: bool) -> float:
     """A tensor's coefficient as its arithmetic has it.
 

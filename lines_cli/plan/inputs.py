@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from lines_cli.checkpoint.header import Known
@@ -14,6 +15,7 @@ from lines_cli.errors import (
     some,
 )
 from lines_cli.hub.download import is_missing, locate
+from lines_cli.plan.tied_weights import is_vocabulary
 from lines_cli.recipe.schema import Recipe
 
 
@@ -41,13 +43,22 @@ def open_inputs(recipe: Recipe, *, quiet: bool = False) -> Inputs:
         return opened[name]
 
     inputs = inputs_of(recipe, *map(opening, names))
-    files = [file.name for checkpoint in inputs.checkpoints for file in checkpoint.files]
-    if recipe.variant is not None and not any(re.search(rf"\.{recipe.variant}[.-]", name) for name in files):
+    refuse_variant_of_none(recipe.variant, inputs.checkpoints)
+    return inputs
+
+
+def refuse_variant_of_none(variant: str | None, checkpoints: Sequence[Checkpoint]) -> None:
+    """Refuse a variant that no input has.
+
+    Raises:
+        CheckpointError: names it.
+    """
+    files = [file.name for checkpoint in checkpoints for file in checkpoint.files]
+    if variant is not None and not any(re.search(rf"\.{re.escape(variant)}[.-]", name) for name in files):
         raise CheckpointError(
-            f"variant {recipe.variant}: no input has weights of that variant",
+            f"variant {variant}: no input has weights of that variant",
             hint="Leave it out, or check its spelling.",
         )
-    return inputs
 
 
 def inputs_of(recipe: Recipe, *checkpoints: Checkpoint) -> Inputs:
@@ -86,6 +97,17 @@ class Inputs:
         """Those that are merged."""
         return self.checkpoints[1 if self.has_base else 0 :]
 
+    @cached_property
+    def vocabularies(self) -> tuple[dict[str, tuple[int, ...]], ...]:
+        """For each side the shapes of its token embeddings and heads."""
+        found: list[dict[str, tuple[int, ...]]] = []
+        for checkpoint in self.checkpoints:
+            tensors, first = checkpoint.tensors, self.checkpoints[0].tensors
+            alike = found and tensors.keys() == first.keys()  # mostly: then no name is read twice
+            names = found[0] if alike else filter(is_vocabulary, tensors)
+            found.append({name: tensors[name].info.shape for name in names})
+        return tuple(found)
+
     def called(self, side: int) -> str:
         """What a message calls one of them."""
         if self.has_base and side == 0:
@@ -97,7 +119,8 @@ class Inputs:
         found: dict[str, int] = {}
         for checkpoint, names in zip(self.checkpoints, own, strict=True):
             for name, there in names.items():
-                found.setdefault(name, checkpoint.tensors[there].info.numel)
+                if name not in found:
+                    found[name] = checkpoint.tensors[there].info.numel
         return found
 
     def config_of(self, side: int) -> Mapping[str, Any]:

@@ -14,7 +14,7 @@ from lines_cli.checkpoint.reader import Checkpoint
 from lines_cli.errors import MismatchError, printable, some
 from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.layout import natural
-from lines_cli.plan.tied_weights import tied_partner
+from lines_cli.plan.tied_weights import says_tied, tied_partner
 from lines_cli.recipe.schema import Recipe
 from lines_cli.scaling.find_depth import DepthMap
 
@@ -93,7 +93,7 @@ def match_names(
         elif row[inputs.lead] is not None:
             filled = _through_ties(inputs, name, row, resize=resize, notes=notes)
             (incomplete if None in filled else rows)[name] = filled
-        elif partner := _tied_in_lead(inputs, row, resize=resize):
+        elif partner := _tied_in(inputs, inputs.lead, row, resize=resize):
             whose = inputs.called(inputs.lead)
             notes.append(f"{printable(name)} is not in {whose}, whose config ties it to {printable(partner)}: left out")
         else:
@@ -116,9 +116,8 @@ def _having(inputs: Inputs, row: Names) -> tuple[Checkpoint, str]:
 def _through_ties(inputs: Inputs, name: str, row: Names, *, resize: bool, notes: list[str]) -> Names:
     """The row with each gap filled by the tensor that is the same weight there."""
     filled = list(row)
-    having, there = _having(inputs, row)
-    for side, lacking in enumerate(inputs.checkpoints):
-        if row[side] is None and (partner := tied_partner(there, lacking=lacking, having=having, resize=resize)):
+    for side, there in enumerate(row):
+        if there is None and (partner := _tied_in(inputs, side, row, resize=resize)):
             filled[side] = partner
             whose = inputs.called(side)
             notes.append(
@@ -127,10 +126,12 @@ def _through_ties(inputs: Inputs, name: str, row: Names, *, resize: bool, notes:
     return tuple(filled)
 
 
-def _tied_in_lead(inputs: Inputs, row: Names, *, resize: bool) -> str | None:
-    """The tensor that the leading side has instead, because there the two are one weight."""
+def _tied_in(inputs: Inputs, side: int, row: Names, *, resize: bool) -> str | None:
+    """The tensor that a side has instead of one that it lacks, because there the two are one weight."""
     having, there = _having(inputs, row)
-    return tied_partner(there, lacking=inputs.leading, having=having, resize=resize)
+    tied = says_tied(inputs.checkpoints[side].config or having.config)
+    shape = having.tensors[there].info.shape
+    return tied_partner(there, shape, inputs.vocabularies[side], tied=tied, resize=resize)
 
 
 def _note_incomplete(inputs: Inputs, incomplete: Mapping[str, Names], recipe: Recipe, notes: list[str]) -> None:

@@ -161,6 +161,10 @@ class Plan:
         """N: how many models are merged."""
         return len(self.recipe.merged)
 
+    def gives_one(self, values: Values) -> bool:
+        """Whether merging with a tensor's values gives the one model there is as it is."""
+        return self.number_of_models == 1 and self.recipe.method.one_is_itself(values)
+
     def keywords(self, tensor: TensorPlan, *, majority: int | None = None) -> Values:
         """The keywords of the method's function for a tensor.
 

@@ -13,13 +13,13 @@ from lines_cli.errors import (
     printable,
     some,
 )
-from lines_cli.plan.coefficients import coefficient_of, rounded_coefficient
+from lines_cli.plan.coefficients import Coefficients, coefficient_of, rounded_coefficient
 from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.match import Names
 from lines_cli.plan.plan import Plan, TensorPlan
 from lines_cli.plan.sidecars import with_numbers
 from lines_cli.plan.statistics import Needs, Statistics
-from lines_cli.plan.tensors import Segment, TensorSpec, is_alone, taken_whole
+from lines_cli.plan.tensors import Segment, TensorSpec, taken_whole
 from lines_cli.recipe.schema import Recipe, Scaling
 from lines_cli.scaling.find_depth import DepthMap
 from lines_cli.scaling.schedule import Rules
@@ -54,7 +54,7 @@ def settle_misfits(
         listed = some([f"{printable(spec.name)}: {spec.misfit}" for spec in of_it])
         config = "" if side == inputs.lead else f"; the config is that of {inputs.called(inputs.lead)}: does it fit?"
         whose = f"copied from {inputs.called(side)}{config}"
-        notes.append(f"{len(of_it):,} tensor(s) differ in shape or kind, and are {whose}\n{listed}")
+        notes.append(f"{len(of_it):,} tensor(s) do not fit together, and are {whose}\n{listed}")
     return settled
 
 
@@ -124,7 +124,8 @@ def decided(plan: Plan, placed: Iterable[tuple[TensorSpec, int, TensorInfo]]) ->
         alpha = norms.alpha if norms else 1 / plan.number_of_models  # the merged task vector is the sum
     rules = (plan.recipe.lines or UNSCALED).rules(plan.depth, alpha=alpha)
     plan = replace(plan, rules=rules)
-    return replace(plan, tensors=tuple([_decide(plan, spec, file, info) for spec, file, info in placed]))
+    coefficients = Coefficients(plan.recipe, plan.depth, rules)
+    return replace(plan, tensors=tuple([_decide(plan, coefficients, *one) for one in placed]))
 
 
 _MUCH = 3.0  # alpha lies below 1 in the paper's uses
@@ -134,13 +135,12 @@ UNSCALED = Scaling(alpha=1.0, beta=0.0)
 """What the merged task vector is scaled by where the recipe has no `lines:`, lambda apart."""
 
 
-def _decide(plan: Plan, spec: TensorSpec, file: int, info: TensorInfo) -> TensorPlan:
+def _decide(plan: Plan, coefficients: Coefficients, spec: TensorSpec, file: int, info: TensorInfo) -> TensorPlan:
     """A tensor with its coefficient, and with the copies that follow from it."""
     place = plan.depth.places.get(spec.name)
     if not spec.paired:
         return TensorPlan(spec, file, info, place, 0.0 if _is_of_base(plan, spec) else 1.0, spec.segments)
-    coefficient = coefficient_of(plan.recipe, plan.depth, plan.rules, spec)
-    rounded = rounded_coefficient(spec.name, coefficient, in_float64=spec.in_float64)
+    coefficient, rounded = coefficients(spec)
     return TensorPlan(spec, file, info, place, coefficient, _segments(plan, spec, rounded))
 
 
@@ -159,7 +159,7 @@ def _segments(plan: Plan, spec: TensorSpec, coefficient: float) -> tuple[Segment
     """
     if spec.dtype in EXACT_DTYPES:
         asked = spec.dtype != COMPLEX or (plan.inputs.has_base and coefficient == 0)
-        asked = asked or (coefficient == 1 and is_alone(plan.recipe, spec.values))
+        asked = asked or (coefficient == 1 and plan.gives_one(spec.values))
         return tuple(
             _copied_whole(plan.inputs, segment, of_base=coefficient == 0, alike=not asked) for segment in spec.segments
         )
@@ -168,7 +168,7 @@ def _segments(plan: Plan, spec: TensorSpec, coefficient: float) -> tuple[Segment
     has_base = plan.inputs.has_base
     if has_base and coefficient == 0:
         return tuple(Segment(segment.start, segment.numel, segment.copy or segment.base) for segment in spec.segments)
-    if (not has_base or coefficient == 1) and is_alone(plan.recipe, spec.values):
+    if (not has_base or coefficient == 1) and plan.gives_one(spec.values):
         return tuple(_own(spec, segment) for segment in spec.segments)
     return spec.segments
 

@@ -14,9 +14,8 @@ from lines_cli.errors import (
     RecipeError,
 )
 from lines_cli.plan.identity import inputs_by_name, inputs_read, named_inputs, run_digest
+from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.plan import Plan
-from lines_cli.plan.tensors import is_alone
-from lines_cli.plan.tied_weights import is_vocabulary
 from lines_cli.recipe.plain_yaml import YamlError, read_yaml
 from lines_cli.recipe.yaml_file import dump_recipe, dump_record
 from lines_cli.storage.beside import beside
@@ -36,7 +35,7 @@ def with_sidecars(plan: Plan) -> Plan:
         return by_name[str(recipe.base_model) if name == "base" else name] if name is not None else None
 
     tokenizer = named(recipe.tokenizer_source)
-    if tokenizer is not None and (other_rows := plan.rows.keys() & _vocabularies(tokenizer)):
+    if tokenizer is not None and (other_rows := plan.rows.keys() & _vocabularies(inputs, tokenizer)):
         raise RecipeError(
             f"tokenizer_source: {tokenizer.name} has {min(other_rows):,} rows of token embeddings, and "
             f"resize: {recipe.resize} keeps {plan.rows[min(other_rows)]:,}",
@@ -50,7 +49,7 @@ def with_sidecars(plan: Plan) -> Plan:
         stored=plan.dtype,
         rows=plan.rows,
         rows_of=inputs.checkpoints[0] if recipe.resize == "base" else inputs.models[0],
-        vocabularies=[_vocabularies(inputs.checkpoints[number]) for number in order],
+        vocabularies=[_vocabularies(inputs, inputs.checkpoints[number]) for number in order],
         tokenizer=tokenizer,
         chat_template=named(recipe.chat_template),
     )
@@ -113,7 +112,7 @@ def with_numbers(plan: Plan) -> tuple[Sidecar, Sidecar]:
             base=inputs.checkpoints[0] if inputs.has_base else None,
             models=inputs.models,
             like=inputs.leading,
-            alone=is_alone(recipe, recipe.values("", 0.0)),
+            alone=plan.gives_one(recipe.values("", 0.0)),
             scaled=recipe.lines is not None,
             coefficients=plan.coefficients(),
             outside=plan.outside(),
@@ -152,6 +151,7 @@ def _shown_licence(front: Mapping[str, Any]) -> str:
     return str(front.get("license_name") or front.get("license") or "")
 
 
-def _vocabularies(checkpoint: Checkpoint) -> set[int]:
-    """How many rows its token embeddings and heads have."""
-    return {n for name, stored in checkpoint.tensors.items() if is_vocabulary(name) for n in stored.info.shape[:1]}
+def _vocabularies(inputs: Inputs, checkpoint: Checkpoint) -> set[int]:
+    """How many rows the token embeddings and heads of one of the inputs have."""
+    each = zip(inputs.checkpoints, inputs.vocabularies, strict=True)
+    return {n for one, shapes in each if one is checkpoint for shape in shapes.values() for n in shape[:1]}

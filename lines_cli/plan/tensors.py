@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import NamedTuple
 
 from lines_cli.checkpoint.header import EXACT_DTYPES, TensorInfo, itemsize
-from lines_cli.checkpoint.reader import gc_paused
+from lines_cli.checkpoint.reader import StoredTensor, gc_paused
 from lines_cli.errors import (
     MismatchError,
     RecipeError,
@@ -19,9 +19,9 @@ from lines_cli.errors import (
 from lines_cli.methods import Values
 from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.match import Names
-from lines_cli.plan.tied_weights import is_vocabulary, tied_embedding
+from lines_cli.plan.tied_weights import is_vocabulary, tied_embeddings
 from lines_cli.recipe.schema import Recipe
-from lines_cli.scaling.find_depth import DepthMap, Place
+from lines_cli.scaling.find_depth import DepthMap
 from lines_cli.scaling.schedule import Rules
 
 STORED = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -72,6 +72,7 @@ class TensorSpec(NamedTuple):
     name: str
     counts_as: str  # the name that decides its coefficient and parameters: its own, or the embedding's it is tied to
     values: Values  # the method's parameters for it
+    inside: bool  # whether it stands in a block
     dtype: str
     shape: tuple[int, ...]
     segments: tuple[Segment, ...] = ()
@@ -81,7 +82,6 @@ class TensorSpec(NamedTuple):
     paired: bool = True  # whether all inputs have it; otherwise it is a copy of the one that does
     misfit: str | None = None
     may_resize: bool = False  # of a misfit: whether `resize` would settle it
-    inside: bool = False  # whether it stands in a block
 
 
 @gc_paused()
@@ -99,15 +99,14 @@ def specify_tensors(
     for checkpoint in inputs.checkpoints:
         held.append((checkpoint.tensors, first_file))
         first_file += len(checkpoint.files)
-    config = inputs.config_of(inputs.lead)
-    values_for = TensorValues(recipe, depth)
+    heads = tied_embeddings(inputs.leading, inputs.config_of(inputs.lead))
+    values_for, places = TensorValues(recipe, depth), depth.places
 
     specs = []
     for name, row in rows.items():
-        place = depth.places.get(name)
+        inside = name in places
         # A head that is tied to its embedding is one weight with it, and has one coefficient.
-        embedding = tied_embedding(name, inputs.leading, config) if place is None else None
-        counts_as = name if embedding is None else embedding
+        counts_as = name if inside else heads.get(name, name)
         ranges, infos = [], []
         for (tensors, first_file), there in zip(held, row):  # noqa: B905 - as many by `Names`; strictness takes time
             if there is not None:
@@ -118,12 +117,12 @@ def specify_tensors(
             _specify(
                 recipe,
                 inputs,
-                (name, counts_as, values_for(counts_as)),
+                (name, counts_as, values_for(counts_as), inside),
                 tuple(ranges),
                 infos,
-                decided_by=rules.filter_of(counts_as),
-                may_resize=place is None and is_vocabulary(name),
-            )._replace(inside=place is not None)
+                decided_by=rules.filter_of(counts_as) if rules.filters else None,
+                may_resize=not inside and is_vocabulary(name),
+            )
         )
     for key, parameter in recipe.method.parameters.items():
         silent = [spec.name for spec in specs if parameter.required and spec.paired and spec.values[key] is None]
@@ -142,6 +141,32 @@ def taken_whole(spec: TensorSpec, recipe: Recipe, inputs: Inputs, side: int, the
     whole = Segment(0, info.numel, copy=SourceRange(first_file + file, info.offset, info.dtype))
     kept = spec._replace(dtype=_written_as(recipe, info.dtype), shape=info.shape, segments=(whole,))
     return kept._replace(in_float64=False, paired=False, misfit=None)
+
+
+def settle_empty(
+    specs: Sequence[TensorSpec], recipe: Recipe, inputs: Inputs, rows: Mapping[str, Names], notes: list[str]
+) -> list[TensorSpec]:
+    """The specs, where tensors that hold nothing in any input are copied as the leading one has them, whatever their
+    shapes; `notes` gets a line for them.
+    """
+    tensors = [checkpoint.tensors for checkpoint in inputs.checkpoints]
+    settled, empty = [], list[str]()
+    for spec in specs:
+        if 0 in spec.shape and spec.paired and _hold_nothing(row := rows[spec.name], tensors):
+            empty.append(spec.name)
+            lead = row[inputs.lead]
+            assert lead is not None
+            spec = taken_whole(spec, recipe, inputs, inputs.lead, lead)  # noqa: PLW2901 - what has become of it
+        settled.append(spec)
+    if empty:
+        asked = ": were they saved without their weights?" if 2 * len(empty) > len(specs) else ""
+        notes.append(f"{len(empty):,} tensor(s) are empty (size 0) in all inputs, and copied{asked}\n{some(empty)}")
+    return settled
+
+
+def _hold_nothing(row: Names, tensors: Sequence[Mapping[str, StoredTensor]]) -> bool:
+    """Whether what an output tensor is read from has no entry on any side."""
+    return all(there is None or 0 in held[there].info.shape for held, there in zip(tensors, row, strict=True))
 
 
 def refuse_empty(inputs: Inputs, rows: Mapping[str, Names]) -> None:
@@ -248,7 +273,9 @@ def _patterns(misfits: Sequence[TensorSpec], specs: Sequence[TensorSpec]) -> lis
         if own is None:
             return []
         patterns.append(own)
-    return patterns if len(patterns) <= _MOST_PATTERNS and all(map(str.isprintable, patterns)) else []
+        if len(patterns) > _MOST_PATTERNS:
+            return []
+    return patterns if all(map(str.isprintable, patterns)) else []
 
 
 def refuse_idle_filters(rules: Rules, names: Collection[str]) -> None:
@@ -270,10 +297,12 @@ class TensorValues:
 
     def __init__(self, recipe: Recipe, depth: DepthMap) -> None:
         self._recipe, self._depth, self._filters = recipe, depth, sorted(recipe.filters)
-        self._known: dict[tuple[Place | None, tuple[bool, ...]], Values] = {}
+        self._known: dict[tuple[tuple[str, int] | None, tuple[bool, ...]], Values] = {}
 
     def __call__(self, name: str) -> Values:
-        key = (self._depth.places.get(name), tuple([part in name for part in self._filters]))
+        place = self._depth.places.get(name)
+        where = None if place is None else (place.stack, place.index)
+        key = (where, tuple([part in name for part in self._filters]) if self._filters else ())
         values = self._known.get(key)
         if values is None:
             values = self._known[key] = self._recipe.values(name, self._depth.position_of(name))
@@ -283,7 +312,7 @@ class TensorValues:
 def _specify(
     recipe: Recipe,
     inputs: Inputs,
-    begun: tuple[str, str, Values],
+    begun: tuple[str, str, Values, bool],
     ranges: tuple[SourceRange, ...],
     infos: Sequence[TensorInfo],
     *,
@@ -338,8 +367,3 @@ def _row_axis(shapes: Sequence[tuple[int, ...]]) -> int | None:
         return None
     differing = [axis for axis, sizes in enumerate(zip(*shapes, strict=True)) if len(set(sizes)) > 1]
     return differing[0] if len(differing) == 1 and all(n == 1 for n in shapes[0][: differing[0]]) else None
-
-
-def is_alone(recipe: Recipe, values: Values) -> bool:
-    """Whether merging gives the one model there is as it is."""
-    return len(recipe.merged) == 1 and recipe.method.one_is_itself(values)

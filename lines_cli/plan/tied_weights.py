@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -17,29 +18,33 @@ _TOKEN_HEADS = frozenset(
     "lm_head lm_heads lm_loss embed_out output output_layer decoder predictions proj_out vocab_projector "
     "generator_lm_head final_logits_bias".split()
 )
+_OF_VOCABULARY = _TOKEN_EMBEDDINGS | _TOKEN_HEADS
 _NOT_OF_TOKENS = re.compile(r"pos|tile|patch|type|class|time")
 
 
-def tied_partner(name: str, *, lacking: Checkpoint, having: Checkpoint, resize: bool) -> str | None:
-    """The tensor that stands for `name` in the side that lacks it, because there the two are one weight.
+def tied_partner(
+    name: str, shape: tuple[int, ...], vocabulary: Mapping[str, tuple[int, ...]], *, tied: bool, resize: bool
+) -> str | None:
+    """The tensor that stands for `name` in a side that lacks it, because there the two are one weight.
 
     That is so where its config (or, of a lone file, the other side's) ties head and token embedding; and always between
-    the token embeddings of an encoder-decoder and its `shared` one. `resize` allows another number of rows.
+    the token embeddings of an encoder-decoder and its `shared` one.
+
+    Args:
+        name, shape: of the tensor, where it is.
+        vocabulary: the shapes of the lacking side's embeddings and heads, by name.
+        tied: what the config says (`says_tied`).
+        resize: whether another number of rows is allowed.
     """
     if not is_vocabulary(name):
         return None
-    shape = having.tensors[name].info.shape
-    alike = [
-        other
-        for other, stored in lacking.tensors.items()
-        if is_vocabulary(other) and _same_but_rows(stored.info.shape, shape)
-    ]
-    same = [other for other in alike if lacking.tensors[other].info.shape == shape]
+    alike = [other for other, there in vocabulary.items() if _same_but_rows(there, shape)]
+    same = [other for other in alike if vocabulary[other] == shape]
     fitting = same or (alike if resize and _module(name) in _TOKEN_HEADS else [])
     shared = [other for other in fitting if _module(other) == "shared"]
     if shared and _module(name) == "embed_tokens":
         return shared[0]
-    if _module(name) not in _TOKEN_HEADS or not says_tied(lacking.config or having.config):
+    if _module(name) not in _TOKEN_HEADS or not tied:
         return None
     embeddings = [other for other in fitting if _module(other) in _TOKEN_EMBEDDINGS] or fitting
     return embeddings[0] if len(embeddings) == 1 else shared[0] if shared else None
@@ -49,38 +54,52 @@ def _same_but_rows(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     return len(a) == len(b) and a[1:] == b[1:]
 
 
-def tied_embedding(name: str, side: Checkpoint, config: Mapping[str, Any]) -> str | None:
-    """The token embedding that `config` ties the head `name` to, where `side` stores both."""
-    if _module(name) not in _TOKEN_HEADS or name not in side.tensors or not says_tied(config):
-        return None
-    shape = side.tensors[name].info.shape
-    alike = [other for other in side.tensors if _module(other) in _TOKEN_EMBEDDINGS and is_vocabulary(other)]
-    embeddings = [other for other in alike if side.tensors[other].info.shape == shape]
-    return min(embeddings, key=lambda other: (_module(other) != "shared", other.count("."), other), default=None)
+def tied_embeddings(side: Checkpoint, config: Mapping[str, Any]) -> dict[str, str]:
+    """The token embedding that `config` ties a head to, by the head's name, for every head of `side` that it stores
+    beside its embedding.
+    """
+    if not says_tied(config):
+        return {}
+    by_shape: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    for name, stored in side.tensors.items():
+        if _module(name) in _TOKEN_EMBEDDINGS and is_vocabulary(name):
+            by_shape[stored.info.shape].append(name)
+    embeddings = {
+        shape: min(names, key=lambda name: (_module(name) != "shared", name.count("."), name))
+        for shape, names in by_shape.items()
+    }
+    return {
+        name: embeddings[stored.info.shape]
+        for name, stored in side.tensors.items()
+        if stored.info.shape in embeddings and _module(name) in _TOKEN_HEADS
+    }
 
 
-def tied_copies(names: Collection[str], side: Checkpoint, config: Mapping[str, Any]) -> set[str]:
+def tied_copies(names: Collection[str], tied: Mapping[str, str]) -> set[str]:
     """Of tensors that hold the same, those that do so by design: heads that are tied to an embedding among them, and
-    the token embeddings of an encoder-decoder beside its `shared` one.
+    the token embeddings of an encoder-decoder beside its `shared` one. `tied` are those of `tied_embeddings`.
     """
     embeddings = [name for name in names if _module(name) in _TOKEN_EMBEDDINGS and is_vocabulary(name)]
-    tied = {name for name in names if embeddings and tied_embedding(name, side, config) is not None}
+    copies = {name for name in names if embeddings and name in tied}
     if any(_module(name) == "shared" for name in embeddings):
-        tied |= {name for name in embeddings if _module(name) == "embed_tokens"}
-    return tied
+        copies |= {name for name in embeddings if _module(name) == "embed_tokens"}
+    return copies
 
 
 def _module(name: str) -> str:
     """The module that a weight or bias belongs to, without a number at its end; a bare parameter is its own."""
-    *modules, last = name.split(".")
+    before, _, last = name.rpartition(".")
     if last not in ("weight", "bias"):
         return last if last == "final_logits_bias" else ""
-    return next((module for module in reversed(modules) if not module.isdecimal()), "")
+    before, _, module = before.rpartition(".")
+    while module.isdecimal():
+        before, _, module = before.rpartition(".")
+    return module
 
 
 def is_vocabulary(name: str) -> bool:
     """Whether a tensor has a row per vocabulary entry: a token embedding, or a head over tokens, or its bias."""
-    return _module(name) in _TOKEN_EMBEDDINGS | _TOKEN_HEADS and not _NOT_OF_TOKENS.search(name)
+    return _module(name) in _OF_VOCABULARY and not _NOT_OF_TOKENS.search(name)
 
 
 def says_tied(config: Mapping[str, Any]) -> bool:

@@ -395,6 +395,12 @@ CODES: dict[str, Kinds] = {
     "EXL3": {"trellis": (I16, (1, 4, 64)), "suh": (F16, (16,)), "svh": (F16, (64,))},
     "one that nobody has heard of": {"body": (I16, (8, 4)), "steps_of_each_row": (F32, (8, 1))},
     "named after its tensor": {"kernel": (I32, (8, 4)), "kernel_scale": (F32, ())},
+    "after an index": {"row_index": (I32, (8, 4)), "row_index_scale": (F32, (8, 1))},
+    "VPTQ": {"indices": (I16, (1, 8, 4)), "weight_scale": (F16, (8,)), "weight_bias": (F16, (8,))},
+    "one scale for all": {"kernel": (I8, (8, 4)), "scale": (F32, ())},
+    "a weight of integers": {"weight": (I32, (8, 4)), "scales": (F16, (2, 2))},
+    "HQQ by columns": {"W_q": (U8, (4, 32)), "scale": (F16, (1, 32)), "zero": (F16, (1, 32)), "bias": (F16, (256,))},
+    "beside a bias": {"qw": (I8, (8, 16)), "delta": (F16, (8, 2)), "bias": (F16, (8,))},
 }
 # What integers stand beside floats in honest models.
 HONEST: dict[str, Kinds] = {
@@ -412,6 +418,17 @@ HONEST: dict[str, Kinds] = {
     "experts by token": {"tid2eid": (I32, (64, 4)), "weight": (F32, (4, 16)), "bias": (F32, (4,))},
     "buckets": {"relative_buckets": (I64, (16, 16)), "scale": (F32, (1,))},
     "integers by themselves": {"table": (I32, (16, 16))},
+    "coordinates": {"rel_coords": (I32, (16, 16)), "bias": (F32, (16,)), "scale": (F32, (16,))},
+    "coordinates of pairs": {"rel_coords": (I32, (16, 16, 2)), "rel_pos_table": (F32, (1, 16, 2))},
+    "an index of the size of heads": {"relative_position_index": (I32, (16, 16)), "scale": (F32, (16, 1))},
+    "a map of experts": {"expert_map": (I32, (8, 4)), "scale": (F32, (8,)), "weight": (F32, (8, 16))},
+    "a wide map of experts": {"expert_map": (I64, (8, 4)), "scales": (F32, (8, 1))},
+    "a bias that is a mask": {"selfbias": (U8, (1, 1, 16, 16)), "weight": (F32, (16, 4)), "bias": (F32, (16,))},
+    "a mask of rows": {"selfbias": (I32, (16, 16)), "slopes": (F32, (16, 1)), "scale": (F32, (16,))},
+    "beside a whole weight": {"layout": (I32, (8, 4)), "weight": (F32, (8, 64)), "slopes": (F32, (8, 1))},
+    "beside a bias alone": {"layout": (I32, (8, 4)), "bias": (F32, (8,)), "gamma": (F32, (8,))},
+    "a scale of all": {"layout": (I32, (8, 4)), "scale": (F32, ())},
+    "tokens by name": {"token_types": (I32, (1, 16)), "cls_token": (F32, (1, 4)), "pos_embed": (F32, (1, 16))},
 }
 
 
@@ -458,6 +475,18 @@ FACTORS: dict[str, Kinds] = {
     "diffusers": {"processor.to_q_lora.down.weight": A, "processor.to_q_lora.up.weight": B},
     "x-flux": {"processor.qkv_lora1.down.weight": A, "processor.qkv_lora1.up.weight": B},
     "MLX": {"q_proj.lora_a": B, "q_proj.lora_b": A},
+    "with a point": {"q_proj.lora.A": A, "q_proj.lora.B": B},
+    "with a point, small": {"q_proj.lora.a.weight": A, "q_proj.lora.b.weight": B},
+    "in one word": {"q_proj.loraA.weight": A, "q_proj.loraB.weight": B},
+    "in capitals": {"q_proj.LoRA_A.weight": A, "q_proj.LoRA_B.weight": B},
+    "down and up": {"q_proj.lora.down.weight": A, "q_proj.lora.up.weight": B},
+    "in and out": {"q_proj.lora_in.weight": A, "q_proj.lora_out.weight": B},
+    "left and right": {"q_proj.lora_left": B, "q_proj.lora_right": A},
+    "of one of several": {"qkv.lora_a_q.weight": A, "qkv.lora_b_q.weight": B},
+    "numbered": {"qkv.lora0.A": A, "qkv.lora0.B": B, "qkv.lora1.A": A, "qkv.lora1.B": B},
+    "the module behind it": {"lora.q_proj.A.weight": A, "lora.q_proj.B.weight": B},
+    "convolutions": {"c.lora.down.weight": (F32, (2, 4, 3, 3)), "c.lora.up.weight": (F32, (4, 2, 1, 1))},
+    "a parametrization": {"q.parametrizations.weight.0.lora_A": A, "q.parametrizations.weight.0.lora_B": B},
 }
 
 
@@ -476,8 +505,32 @@ def test_an_adapter_by_its_factors(kind: str, more: dict[str, torch.Tensor], tmp
         {"q_proj.weight": (F32, (4, 4)), "q_proj.lora_A.weight": A, "q_proj.lora_B.weight": B},
         {"q_proj.weight": (F32, (4, 4)), "k.weight": A, "v.weight": A, "o.lora_A.weight": A, "o.lora_B.weight": B},
         {"attn.w_lora.lora.0.weight": A, "attn.w_lora.lora.2.weight": B, "attn.alpha": (F32, ())},
+        {f"att.{part}_lora.lora.{at}.weight": kind for part in "wavg" for at, kind in ((0, A), (2, B))},
+        {"attn.q_a_proj.weight": A, "attn.q_b_proj.weight": B, "attn.kv_a_proj_with_mqa.weight": A},
+        {"q.lora.A": A, "q.lora.B": (F32, (5, 3))},
+        {"q.lora.A": A, "q.weight": A},
+        {"q.linear.weight": (F32, (4, 4)), "q.lora.A": A, "q.lora.B": B},
+        {
+            "q.parametrizations.weight.original": (F32, (4, 4)),
+            **{f"q.parametrizations.weight.0.lora_{p}": A for p in "AB"},
+        },
+        {"flora.a": A, "flora.b": B, "explora.up.weight": A, "explora.down.weight": B},
+        {"lora_alpha": A, "lora.bias": B, "lora.block.up_proj.weight": A, "lora.block.down_proj.weight": B},
     ],
-    ids=["two adapters inside", "beside their weight", "a few", "parts that only sound so"],
+    ids=[
+        "two adapters inside",
+        "beside their weight",
+        "a few",
+        "parts that only sound so",
+        "RWKV",
+        "projections of low rank",
+        "no product",
+        "one alone",
+        "beside a layer of its own",
+        "beside what is parametrized",
+        "words that end so",
+        "a module that is called so",
+    ],
 )
 def test_a_whole_model_with_factors_inside(whole: Kinds, tmp_path: Path) -> None:
     """Factors beside the weights that they change, or a few among others, make no adapter of a model."""

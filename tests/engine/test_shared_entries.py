@@ -139,3 +139,86 @@ def test_a_variance_below_zero(name: str, tmp_path: Path) -> None:
     assert ran.json["negative_variances"] == {f"layers.{i}.{name}": pytest.approx(-0.3) for i in range(4)}
     assert f"layers.0.{name} is a variance and has entries below 0" in ran.err
     assert "conv.weight" not in ran.err
+
+
+# --- masks that the sides write differently ---
+
+LEAST = {str(dtype)[6:]: torch.finfo(dtype).min for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+
+
+def causal(hides: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A causal mask that hides with this number."""
+    return torch.triu(torch.full((1, 1, 9, 9), hides), 1).to(dtype)
+
+
+def write_masked(side: str, seed: int, mask: torch.Tensor) -> None:
+    """A model of four layers, each with the mask; and with a bias whose name ends as a mask's might."""
+    chance = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(4):
+        tensors[f"h.{layer}.attn.c_attn.bias"] = torch.randn(9, generator=chance)
+        tensors[f"h.{layer}.attn.bias"] = mask.clone()
+    write_checkpoint(Path(side), tensors)
+
+
+@pytest.mark.parametrize(
+    ("base", "ft", "rule"),
+    [
+        (causal(-INF), causal(LEAST["float32"]), "keep"),
+        (causal(LEAST["bfloat16"]), causal(-INF), "base"),
+        (causal(-INF, torch.float16), causal(LEAST["float16"], torch.float16), "keep"),
+        (causal(LEAST["float32"]), causal(LEAST["bfloat16"], torch.bfloat16), "keep"),  # beyond bfloat16, rounded
+        (causal(-INF, torch.bfloat16), causal(LEAST["bfloat16"], torch.bfloat16), "keep"),
+    ],
+    ids=["base -inf", "fine-tune -inf", "halves", "two least numbers", "bfloat16"],
+)
+def test_a_mask_that_is_written_differently(
+    base: torch.Tensor, ft: torch.Tensor, rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The filter that takes the finite side's is named, for all layers; it does, and leaves the other bias alone."""
+    monkeypatch.chdir(tmp_path)
+    write_masked("base", 0, base)
+    write_masked("ft", 1, ft)
+    ran = run_lines("edit", "base", "ft", "-o", "out", "--alpha", "0.2", "--beta", "0.7")
+    assert (ran.code, f"--filter .attn.bias={rule} takes" in ran.err) == (5, True), ran.err
+    assert not Path("out").exists()
+    options = ("--alpha", "0.2", "--beta", "0.7", "--filter", f".attn.bias={rule}")
+    assert run_lines("edit", "base", "ft", "-o", "out", *options).code == 0
+    out = load_file("out/model.safetensors")
+    expected = (base if rule == "base" else ft).to(ft.dtype)
+    for layer in range(4):
+        assert same_bits(out[f"h.{layer}.attn.bias"], expected)
+        trained = f"h.{layer}.attn.c_attn.bias"
+        assert not torch.equal(out[trained], load_file("ft/model.safetensors")[trained])
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "iso_c"])
+def test_such_a_mask_in_a_merge(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe's filter is named, which takes the base's."""
+    monkeypatch.chdir(tmp_path)
+    write_masked("base", 0, causal(LEAST["float32"]))
+    write_masked("a", 1, causal(LEAST["float32"]))
+    write_masked("b", 2, causal(-INF))
+    recipe: dict[str, Any] = {"merge_method": method, "base_model": "base", "models": [{"model": s} for s in "ab"]}
+    recipe["lines"] = {"alpha": 0.2, "beta": 0.7}
+    Path("merge.yaml").write_text(yaml.safe_dump(recipe))
+    ran = run_lines("merge", "--config", "merge.yaml", "-o", "out")
+    assert (ran.code, 'lines.filter: {".attn.bias": base} takes' in ran.err) == (5, True), ran.err
+    recipe["lines"]["filter"] = {".attn.bias": "base"}
+    Path("merge.yaml").write_text(yaml.safe_dump(recipe))
+    assert run_lines("merge", "--config", "merge.yaml", "-o", "out").code == 0
+    assert load_file("out/model.safetensors")["h.2.attn.bias"].isfinite().all()
+
+
+def test_a_weight_is_no_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of a mask is said of weights, of what is NaN, and of what is in no dtype of the output finite."""
+    monkeypatch.chdir(tmp_path)
+    write_masked("base", 0, torch.randn(1, 1, 9, 9))
+    for bad in (causal(float("nan")), causal(-INF), torch.randn(1, 1, 9, 9) / 0):
+        write_masked("ft", 1, bad)
+        ran = run_lines("edit", "base", "ft", "-o", "out")
+        assert (ran.code, "mask" in ran.err, "--allow-nonfinite" in ran.err) == (5, False, True), ran.err
+    write_masked("base", 0, causal(-INF))
+    write_masked("ft", 1, -causal(-INF))
+    ran = run_lines("edit", "base", "ft", "-o", "out")
+    assert (ran.code, "--filter" in ran.err) == (5, False), ran.err

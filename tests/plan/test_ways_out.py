@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -11,6 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lines_cli.errors import CheckpointError
+from lines_cli.plan.build import make_plan
+from lines_cli.plan.inputs import open_inputs
+from lines_cli.recipe.validate import edit_recipe
 from support.files import write_checkpoint
 from support.run import run_lines
 
@@ -69,7 +74,7 @@ def test_a_replaced_classifier(flags: tuple[str, ...], whose: str, tmp_path: Pat
         assert torch.equal(out[name], sides[whose][name])
     expected = sides["base"][BLOCK] + 0.4 * (sides["ft"][BLOCK] - sides["base"][BLOCK])
     assert torch.allclose(out[BLOCK], expected, atol=1e-6)
-    said = next(note for note in ran.json["notes"] if "differ in shape or kind" in note)
+    said = next(note for note in ran.json["notes"] if "do not fit together" in note)
     assert "classifier.weight: [1000, 4] and [10, 4]" in said
     assert ("does it fit?" in said) is (whose == "base")
     assert run_lines("verify", tmp_path / "out").code == 0
@@ -295,6 +300,31 @@ def test_shards_of_a_variant(new: bool, tmp_path: Path) -> None:
     assert run_lines("edit", tmp_path / "base", tmp_path / "ft", "-o", out, "--force").code == 3
 
 
+def test_a_variant_is_inspected(tmp_path: Path) -> None:
+    """`inspect` takes the variant that an edit takes, alone and against a base, and refuses one that nothing has."""
+    write_checkpoint(tmp_path / "base", layers(0), config=LLAMA)
+    for seed, stem in ((0, "model.fp16"), (2, "model.ema")):
+        write_checkpoint(tmp_path / "ft", layers(seed), config=LLAMA, stem=stem)
+    base, ft = tmp_path / "base", tmp_path / "ft"
+    assert run_lines("inspect", ft).code == 3
+    changed = {}
+    for variant in ("fp16", "ema"):
+        assert run_lines("inspect", ft, "--variant", variant).code == 0
+        ran = run_lines("inspect", ft, "--base", base, "--variant", variant, "--json")
+        changed[variant] = ran.json["fine_tunes"][0]["update_norm"]
+        assert ran.json["merge"]["variant"] == variant
+    assert (changed["fp16"] == 0, changed["ema"] > 0) == (True, True)
+    for against in ((), ("--base", base)):
+        ran = run_lines("inspect", base, *against, "--variant", "bf16")
+        assert (ran.code, "variant bf16: no input has" in ran.err) == (3, True), ran.err
+    ran = run_lines("inspect", ft, "--variant", "../ema")
+    assert (ran.code, ran.trace, "variant" in ran.err) == (2, "", True)
+    recipe = merge_file(tmp_path, "base_model: base\nmodels: [{model: ft}]\nvariant: ema\n")
+    assert run_lines("inspect", "--config", recipe).code == 0
+    ran = run_lines("inspect", "--config", recipe, "--variant", "fp16")
+    assert (ran.code, "--config already gives" in ran.err) == (2, True)
+
+
 def test_several_variants(tmp_path: Path) -> None:
     """Which one is meant has to be said; where there is one without a variant, that is meant."""
     write_checkpoint(tmp_path / "base", layers(0), config=LLAMA)
@@ -342,13 +372,83 @@ def test_a_complex_buffer(tmp_path: Path) -> None:
     assert run_lines("edit", base, ft, "-o", tmp_path / "out").code == 0
     assert torch.equal(load_file(tmp_path / "out/model.safetensors")["freqs_cis"], table)
     write_checkpoint(ft, layers(1, freqs_cis=2j * table), config=LLAMA)
-    ran = run_lines("edit", base, ft, "-o", tmp_path / "no")
-    assert (ran.code, "freqs_cis is complex" in ran.err, "=keep" in ran.err) == (4, True, True)
-    assert not (tmp_path / "no").exists()
+    for flags in ((), ("--dry-run",)):
+        ran = run_lines("edit", base, ft, "-o", tmp_path / "no", *flags)
+        assert (ran.code, "freqs_cis: complex numbers, and not the same" in ran.err) == (4, True)
+        assert "--filter freqs_cis=keep" in ran.err
+        assert not (tmp_path / "no").exists()
     for rule, expected in (("keep", 2j * table), ("base", table)):
         ran = run_lines("edit", base, ft, "-o", tmp_path / "out", "--filter", f"freqs={rule}", "--force")
         assert ran.code == 0, ran.err
         assert torch.equal(load_file(tmp_path / "out/model.safetensors")["freqs_cis"], expected)
+
+
+@pytest.mark.parametrize("at", [0, 2**17 + 1, 3 * 2**17 - 1])
+def test_complex_buffers_are_compared_while_planning(at: int, tmp_path: Path) -> None:
+    """Wherever they differ, of every input of a merge, and before anything is measured or written."""
+    table = torch.ones(3 * 2**17, dtype=torch.complex64)
+    other = table.clone()
+    other[at] = 2j
+    for seed, side in enumerate(("base", "a", "b")):
+        write_checkpoint(tmp_path / side, layers(seed, freqs_cis=other if side == "b" else table), config=LLAMA)
+    text = "base_model: base\nmodels: [{model: a}, {model: b}]\nlines: {alpha: 0.1, beta: 0.9%s}\n"
+    recipe = merge_file(tmp_path, text % "")
+    ran = run_lines("merge", "--config", recipe, "-o", tmp_path / "out", "--dry-run")
+    assert (ran.code, "freqs_cis: complex numbers, and not the same" in ran.err) == (4, True), ran.err
+    assert 'lines.filter: {"freqs_cis": base}' in ran.err
+    recipe = merge_file(tmp_path, text % ", filter: {freqs_cis: base}")
+    ran = run_lines("merge", "--config", recipe, "-o", tmp_path / "out")
+    assert (ran.code, "freqs_cis" in ran.err) == (0, True), ran.err
+    assert torch.equal(load_file(tmp_path / "out/model.safetensors")["freqs_cis"], table)
+    assert run_lines("verify", tmp_path / "out").code == 0
+    text = (
+        "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {model: base, parameters: {weight: 1}}]\n"
+    )
+    recipe = merge_file(tmp_path, text)
+    assert run_lines("merge", "--config", recipe, "-o", tmp_path / "out", "--force").code == 0
+
+
+def test_a_complex_buffer_that_is_cut(tmp_path: Path) -> None:
+    """An input that ends early, because it was cut since its header was read, is an error with its name."""
+    table = torch.ones(5, dtype=torch.complex64)
+    base = write_checkpoint(tmp_path / "base.safetensors", {"t.0.w": table, "t.1.w": torch.ones(2)})
+    ft = write_checkpoint(tmp_path / "ft.safetensors", {"t.0.w": table, "t.1.w": torch.ones(2)})
+    recipe = edit_recipe(str(base), str(ft))
+    inputs = open_inputs(recipe)
+    os.truncate(ft, ft.stat().st_size - 44)
+    with pytest.raises(CheckpointError, match=r"ft.safetensors ends early"):
+        make_plan(recipe, inputs, tmp_path / "out")
+    ft.unlink()
+    with pytest.raises(CheckpointError, match=r"ft.safetensors: cannot be read"):
+        make_plan(recipe, inputs, tmp_path / "out")
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0,), (2, 0, 3)])
+def test_a_tensor_that_is_empty_on_all_sides(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """It is copied as the fine-tune has it, whatever its shape in the base, in blocks and outside, with one note."""
+    there = {"extra": torch.zeros(0, 4), "model.layers.1.none": torch.zeros(0, 4), "ids": torch.zeros(0, 4).int()}
+    empty = {name: torch.zeros(shape, dtype=tensor.dtype) for name, tensor in there.items()}
+    base = write_checkpoint(tmp_path / "base", layers(0, **there), config=LLAMA)
+    ft = write_checkpoint(tmp_path / "ft", layers(1, **empty), config=LLAMA)
+    ran = run_lines("edit", base, ft, "-o", tmp_path / "out", "--json")
+    assert ran.code == 0, ran.err
+    (note,) = (note for note in ran.json["notes"] if "empty" in note)
+    assert note.startswith("3 tensor(s) are empty (size 0) in all inputs, and copied\n"), note
+    out = load_file(tmp_path / "out/model.safetensors")
+    assert {name: (out[name].shape, out[name].dtype) for name in empty} == {
+        name: (tensor.shape, tensor.dtype) for name, tensor in empty.items()
+    }
+    assert ran.json["copied"]["tensors"] >= 3
+    assert run_lines("verify", tmp_path / "out").code == 0
+
+
+def test_models_that_are_empty(tmp_path: Path) -> None:
+    """Of inputs in which most tensors hold nothing the note asks whether they were saved without their weights."""
+    nothing = {f"model.layers.{i}.w": torch.zeros(0) for i in range(4)}
+    for side in ("base", "ft"):
+        write_checkpoint(tmp_path / side, nothing | {"norm.weight": torch.ones(3)}, config=LLAMA)
+    ran = run_lines("edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / "out")
+    assert (ran.code, "4 tensor(s) are empty" in ran.err, "without their weights?" in ran.err) == (0, True, True)
 
 
 def test_a_pipeline_of_components(tmp_path: Path) -> None:
