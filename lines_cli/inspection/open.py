@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,16 +22,17 @@ from lines_cli.hub.download import locate
 from lines_cli.inspection.kinds import Kind, kind_of
 from lines_cli.plan.align import aligned_names
 from lines_cli.plan.coefficients import rounded_coefficient
+from lines_cli.plan.depth import depth_of_kept, places_of_all
 from lines_cli.plan.inputs import Inputs, inputs_of, refuse_variant_of_none
 from lines_cli.plan.layout import natural
-from lines_cli.plan.match import Names, match_names, missing_in_blocks, nothing_in_common
+from lines_cli.plan.match import Names, kept, match_names, missing_in_blocks, nothing_in_common
 from lines_cli.plan.resolve import UNSCALED
 from lines_cli.plan.tensors import Segment, SourceRange, TensorSpec, TensorValues, refuse_idle_filters, specify_tensors
 from lines_cli.plan.tied_weights import says_tied, tied_embeddings
 from lines_cli.recipe.schema import Like, Recipe, Scaling
 from lines_cli.recipe.validate import edit_recipe, make_recipe
 from lines_cli.recipe.yaml_file import load_record
-from lines_cli.scaling.find_depth import DepthMap, Place, Side, find_depth
+from lines_cli.scaling.find_depth import DepthMap, Place, Side
 from lines_cli.scaling.schedule import Rules
 from lines_cli.storage.beside import beside
 from lines_cli.storage.names import RECIPE
@@ -109,7 +110,8 @@ class Inspection:
         parts: every tensor of the leading checkpoint.
         compared: what the fine-tunes are compared with the base by.
         not_compared: tensors that are not, each with the reason in words.
-        missing_in_blocks: how many of these lie inside blocks, and some checkpoint lacks them.
+        left_out: those that a merge leaves out of its output; they have no place and no coefficient.
+        missing_in_blocks: how many of `not_compared` lie inside blocks, and some checkpoint lacks them.
         resized: whether only a part of the rows is compared of some.
         made_by: the recipe of an output of ours.
         says_tied: whether the config ties the head to the token embedding.
@@ -128,6 +130,7 @@ class Inspection:
     parts: tuple[TensorEntry, ...] = ()
     compared: tuple[Compared, ...] = ()
     not_compared: Mapping[str, str] = field(default_factory=dict)
+    left_out: frozenset[str] = frozenset()
     missing_in_blocks: int = 0
     resized: bool = False
     made_by: Recipe | None = None
@@ -334,7 +337,9 @@ def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, qui
     not_compared = _lacking(inputs, incomplete)
     config = inputs.config_of(inputs.lead)
     by_hand = recipe.lines.by_hand if recipe.lines else {}
-    depth = _depth(inputs.parameters(own), config, by_hand, notes)
+    parameters = inputs.parameters(own)
+    staying = rows.keys() | kept(inputs, incomplete, _missing(recipe, of))
+    depth = _depth(parameters, config, by_hand, notes, kept=staying)
     rules = _rules(recipe, depth)
     specs = specify_tensors(pairing, inputs, depth, rules, rows)
     not_compared |= {spec.name: f"{spec.misfit} (base first)" for spec in specs if spec.misfit}
@@ -361,7 +366,8 @@ def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, qui
             rules=rules,
             compared=tuple(compared),
             not_compared=not_compared,
-            missing_in_blocks=len(missing_in_blocks(inputs, rows, incomplete, depth)),
+            left_out=frozenset(incomplete.keys() - staying),
+            missing_in_blocks=_missing_in_blocks(inputs, parameters, (rows, incomplete), by_hand),
             resized=any(spec.rows for spec in fitting),
             made_by=made_by,
             says_tied=says_tied(config),
@@ -384,7 +390,7 @@ def _parts(inspection: Inspection) -> Iterator[TensorEntry]:
     kinds: dict[tuple[str, bool], Kind] = {}
     wide = {tensor.name for tensor in inspection.compared if any(s.dtype == "F64" for s in tensor.segment.sources)}
     wide |= {name for name, stored in checkpoint.tensors.items() if stored.info.dtype == "F64"}
-    for name in sorted(checkpoint.tensors, key=natural):
+    for name in sorted((name for name in checkpoint.tensors if name not in inspection.left_out), key=natural):
         place, info = depth.places.get(name), checkpoint.tensors[name].info
         alike = (_LAYER_NUMBER.sub(".0.", name), place is not None)
         if alike not in kinds:
@@ -441,13 +447,37 @@ def _parameters(checkpoint: Checkpoint) -> dict[str, int]:
 
 
 def _depth(
-    parameters: Mapping[str, int], config: Mapping[str, Any], by_hand: Mapping[str, Any], notes: list[str]
+    parameters: Mapping[str, int],
+    config: Mapping[str, Any],
+    by_hand: Mapping[str, Any],
+    notes: list[str],
+    *,
+    kept: Collection[str] | None = None,
 ) -> DepthMap:
+    """As an output that has the tensors of `kept`, or all, is scaled."""
     try:
-        return find_depth(parameters, config=config, parameters=parameters, **by_hand)
+        return depth_of_kept(parameters, parameters if kept is None else kept, config, by_hand, notes)
     except DepthError as error:
         notes.append(f"depth is unknown: {error.message}\n{error.hint or ''}".strip())
         return DepthMap((), {})
+
+
+def _missing(recipe: Recipe, of: Origin) -> str:
+    """What becomes of a tensor that some lack: as a planned merge says, else as in the recipe that the report gives."""
+    return recipe.missing if of == "merge" else "ft"
+
+
+def _missing_in_blocks(
+    inputs: Inputs,
+    parameters: Mapping[str, int],
+    matched: tuple[Mapping[str, Names], Mapping[str, Names]],
+    by_hand: Mapping[str, Any],
+) -> int:
+    """How many tensors inside blocks some side lacks, as the plan of a merge counts them."""
+    try:
+        return len(missing_in_blocks(inputs, *matched, places_of_all(inputs, parameters, matched[1], by_hand)))
+    except DepthError:
+        return 0
 
 
 def _rules(recipe: Recipe, depth: DepthMap) -> Rules:

@@ -22,17 +22,18 @@ from lines_cli.methods import ByMagnitude
 from lines_cli.plan.align import aligned_names
 from lines_cli.plan.coefficients import coefficient_of
 from lines_cli.plan.complex_numbers import compared
+from lines_cli.plan.depth import depth_of_kept, places_of_all
 from lines_cli.plan.identity import named_inputs, refuse_two_names
 from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.layout import lay_out_files, metadata_like
-from lines_cli.plan.match import match_names, nothing_in_common, settle_missing
+from lines_cli.plan.match import Names, match_names, nothing_in_common, settle_missing
 from lines_cli.plan.plan import Plan
 from lines_cli.plan.resolve import UNSCALED, decided, settle_misfits
 from lines_cli.plan.sidecars import with_sidecars
 from lines_cli.plan.statistics import NOTHING_MEASURED, Needs
 from lines_cli.plan.tensors import TensorSpec, refuse_empty, refuse_misfits, settle_empty, specify_tensors
 from lines_cli.recipe.schema import Recipe
-from lines_cli.scaling.find_depth import DepthMap, find_depth
+from lines_cli.scaling.find_depth import DepthMap, Place
 from lines_cli.scaling.schedule import Rules
 from lines_cli.storage.destination import is_one_file
 
@@ -50,15 +51,17 @@ def make_plan(recipe: Recipe, inputs: Inputs, output: Path) -> Plan:
     notes += _factor_notes(inputs)
     own = aligned_names(inputs, notes, prefix=recipe.prefix)
     matched = match_names(inputs, own, resize=recipe.resize != "error", notes=notes)
+    parameters = inputs.parameters(own)
     try:
-        depth = _depth(recipe, inputs, inputs.parameters(own), notes)
+        places = _places_of_all(recipe, inputs, parameters, matched[1])
     except DepthError:
-        if matched[1] and recipe.missing == "error":  # which is why the names make no sense, as likely as not
-            settle_missing(inputs, own, matched, DepthMap((), {}), recipe, notes)
+        if recipe.missing == "error":  # which is why the names make no sense, as likely as not
+            settle_missing(inputs, own, matched, {}, recipe, notes)
         if not matched[0]:
             raise nothing_in_common(inputs) from None
         raise
-    rows = settle_missing(inputs, own, matched, depth, recipe, notes)
+    rows = settle_missing(inputs, own, matched, places, recipe, notes)
+    depth = _depth(recipe, inputs, parameters, rows, notes)
     rules = (recipe.lines or UNSCALED).rules(depth)
     notes += [
         f"filter {part!r} under parameters matches no tensor name, so it has no effect"
@@ -124,15 +127,34 @@ def _factor_notes(inputs: Inputs) -> Iterator[str]:
             )
 
 
-def _depth(recipe: Recipe, inputs: Inputs, parameters: Mapping[str, int], notes: list[str]) -> DepthMap:
+def _places_of_all(
+    recipe: Recipe, inputs: Inputs, names: Iterable[str], incomplete: Mapping[str, Names]
+) -> dict[str, Place]:
+    """Which tensors lie inside blocks, if some side lacks any; none where depth is unknown and makes no difference."""
+    if not incomplete:
+        return {}
+    try:
+        return places_of_all(inputs, names, incomplete, recipe.lines.by_hand if recipe.lines else {})
+    except DepthError:
+        if _needs_depth(recipe):
+            raise
+        return {}
+
+
+def _needs_depth(recipe: Recipe) -> bool:
+    return bool(recipe.lines and recipe.lines.needs_depth) or recipe.parameters_vary
+
+
+def _depth(
+    recipe: Recipe, inputs: Inputs, parameters: Mapping[str, int], rows: Mapping[str, Names], notes: list[str]
+) -> DepthMap:
     try:
         by_hand = recipe.lines.by_hand if recipe.lines else {}
-        config = inputs.config_of(inputs.lead)
-        depth = find_depth(parameters, config=config, parameters=parameters, **by_hand)
+        depth = depth_of_kept(parameters, rows, inputs.config_of(inputs.lead), by_hand, notes)
     except DepthError as error:
         if any(source.layer_range for source in recipe.models):
             raise RecipeError(f"layer_range cannot be checked: {error.message}", hint=error.hint) from error
-        if (recipe.lines and recipe.lines.needs_depth) or recipe.parameters_vary:
+        if _needs_depth(recipe):
             raise
         notes.append(f"depth is unknown, but makes no difference, for all coefficients are the same: {error.message}")
         return DepthMap((), {})

@@ -16,7 +16,7 @@ from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.layout import natural
 from lines_cli.plan.tied_weights import says_tied, tied_partner
 from lines_cli.recipe.schema import Recipe
-from lines_cli.scaling.find_depth import DepthMap
+from lines_cli.scaling.find_depth import Place
 
 Names = tuple[str | None, ...]
 """The names that one output tensor is read from, one for each side; None for a side that lacks it."""
@@ -26,7 +26,7 @@ def settle_missing(
     inputs: Inputs,
     own: Sequence[Mapping[str, str]],
     matched: tuple[Mapping[str, Names], Mapping[str, Names]],
-    depth: DepthMap,
+    places: Mapping[str, Place],
     recipe: Recipe,
     notes: list[str],
 ) -> dict[str, Names]:
@@ -36,7 +36,7 @@ def settle_missing(
         inputs: the inputs.
         own: for each side, its tensors by the leading side's names for them (`aligned_names`).
         matched: tensors that all sides have, and the others (`match_names`).
-        depth: which of them lie inside blocks.
+        places: those of them that lie inside blocks (`places_of_all`).
         recipe: says what becomes of a tensor that some side lacks.
         notes: gets a line for everything that a person should know of.
 
@@ -47,20 +47,30 @@ def settle_missing(
         MismatchError: tensors are missing on one side, and the recipe calls that an error; or it does not know of as
             many of them inside blocks as there are.
     """
-    rows, incomplete = dict(matched[0]), matched[1]
-    inside = missing_in_blocks(inputs, rows, incomplete, depth)
+    rows, incomplete = matched
+    inside = missing_in_blocks(inputs, rows, incomplete, places)
     if incomplete and recipe.missing == "error":
         raise _missing(inputs, own, incomplete, inside)
     if len(inside) != (recipe.missing_in_blocks or 0):
         raise _missing_in_blocks(inputs, incomplete, inside, recipe)
     _note_incomplete(inputs, incomplete, recipe, notes)
-    if recipe.missing == "copy":
-        rows.update(incomplete)
-    elif recipe.missing == "ft":
-        rows.update({name: row for name, row in incomplete.items() if _is_in_a_model(inputs, row)})
-    if not rows:
+    staying = {**rows, **kept(inputs, incomplete, recipe.missing)}
+    if not staying:
         raise nothing_in_common(inputs)
-    return rows
+    return staying
+
+
+def kept(inputs: Inputs, incomplete: Mapping[str, Names], missing: str) -> dict[str, Names]:
+    """Of the tensors that some side lacks, those that an output has, by what a recipe says of them; where it says that
+    they are an error, those of the leading side.
+    """
+    if missing == "skip":
+        return {}
+    if missing == "copy":
+        return dict(incomplete)
+    if missing == "ft":
+        return {name: row for name, row in incomplete.items() if _is_in_a_model(inputs, row)}
+    return {name: row for name, row in incomplete.items() if row[inputs.lead] is not None}
 
 
 def nothing_in_common(inputs: Inputs) -> MismatchError:
@@ -138,13 +148,14 @@ def _note_incomplete(inputs: Inputs, incomplete: Mapping[str, Names], recipe: Re
     by_owners: dict[tuple[int, ...], list[str]] = defaultdict(list)
     for name, row in incomplete.items():
         by_owners[tuple(side for side, there in enumerate(row) if there is not None)].append(name)
+    staying = kept(inputs, incomplete, recipe.missing)
     for owners, names in by_owners.items():
-        kept = recipe.missing == "copy" or (recipe.missing == "ft" and _is_in_a_model(inputs, incomplete[names[0]]))
+        stays = names[0] in staying
         whose = " and ".join(inputs.called(side) for side in owners)
-        done = "left out" if not kept else "copied as they are"
-        if not kept and inputs.lead in owners:
+        done = "left out" if not stays else "copied as they are"
+        if not stays and inputs.lead in owners:
             done += ", though the output's config has a place for them: a loader may fill it at random"
-        if kept and len(owners) > 1:
+        if stays and len(owners) > 1:
             done += f" from {inputs.called(owners[0])}"
         notes.append(f"{len(names):,} tensor(s) of {whose} alone, {done}:\n{some(sorted(names))}")
 
@@ -153,7 +164,7 @@ def _note_incomplete(inputs: Inputs, incomplete: Mapping[str, Names], recipe: Re
 
 
 def missing_in_blocks(
-    inputs: Inputs, rows: Mapping[str, Names], incomplete: Mapping[str, Names], depth: DepthMap
+    inputs: Inputs, rows: Mapping[str, Names], incomplete: Mapping[str, Names], places: Mapping[str, Place]
 ) -> dict[str, Names]:
     """Of the tensors that some side lacks, those inside blocks: there a tensor without a partner is rather one that is
     called otherwise, and would be left as it is among others that are scaled.
@@ -164,12 +175,12 @@ def missing_in_blocks(
     inside = {
         name: row
         for name, row in incomplete.items()
-        if name in depth.places and not _is_made_anew(name, _stored(inputs, row).shape)
+        if name in places and not _is_made_anew(name, _stored(inputs, row).shape)
     }
     stacks: dict[str, dict[str, Names]] = defaultdict(dict)
     for name, row in inside.items():
-        stacks[depth.places[name].stack][name] = row
-    shared = {depth.places[name].stack for name in rows if name in depth.places}
+        stacks[places[name].stack][name] = row
+    shared = {places[name].stack for name in rows if name in places}
     return {
         name: row
         for stack, held in stacks.items()

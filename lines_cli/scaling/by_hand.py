@@ -171,8 +171,9 @@ def join_series(
     series: Sequence[Sequence[str]],
     lists: Mapping[Prefix, NumberedList],
     names: Sequence[str],
-) -> list[Lane]:
-    """The stacks, those of each series joined in its order into one that runs from the first to the last.
+) -> tuple[list[Lane], set[str]]:
+    """The stacks, those of each series joined in its order into one that runs from the first to the last; and the
+    tensors of the series.
 
     Args:
         lanes: the stacks as they were found.
@@ -200,7 +201,7 @@ def join_series(
         lanes = [rest for lane in lanes if (rest := _less(lane, set(taken))).units]
         joined = [unit for lane in chain for unit in lane.units]
         lanes.append(Lane("+".join(lane.name for lane in chain), joined, [p for lane in chain for p in lane.lists]))
-    return sorted(lanes, key=lambda lane: lane.name)
+    return sorted(lanes, key=lambda lane: lane.name), earlier
 
 
 def _less(lane: Lane, taken: set[str]) -> Lane:

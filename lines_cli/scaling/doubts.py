@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 from lines_cli.errors import DepthError
 from lines_cli.scaling.numbered_lists import NumberedList, Prefix, is_index, outermost, word_of
+from lines_cli.scaling.readings import Toss
 
 # Tables, heads and stems, which lie outside of every model and may hold most of a small one; and what they consist of.
 _NO_DOUBT = re.compile(
@@ -25,6 +26,39 @@ _SHARED = re.compile(r"(?:.*\.)?shared_(?:transf|layer|block)\w*")
 _SMALLEST_SHARE = 0.01
 """Of the parameters, of which a list outside is worth a word."""
 _MOST_NAMED = 4
+
+
+def tossed(
+    found: Iterable[Toss], names: list[str], said: Container[str], parameters: Mapping[str, int] | None
+) -> Iterator[str]:
+    """A note for each two readings of which neither is plainer.
+
+    Args:
+        found: the readings.
+        names: of every tensor.
+        said: those of which the user has said in which order they run.
+        parameters: of every tensor; None if they are not known, and each counts as one.
+
+    Raises:
+        DepthError: the depth of most of the model hangs on it.
+    """
+    sizes = parameters or dict.fromkeys(names, 1)
+    total = sum(sizes.get(name, 0) for name in names) or 1
+    for toss in found:
+        share = sum(sizes.get(name, 0) for name in toss.names) / total
+        if share < _SMALLEST_SHARE or any(name in said for name in toss.names):
+            continue
+        if parameters and share > 0.5:
+            raise DepthError(
+                f"the names can be read in two ways, and neither is plainer: {toss.taken}, or {toss.other}. The "
+                f"depth of {share:.0%} of the parameters hangs on it",
+                hint=f"For the first: {toss.to_take}\nFor the second: {toss.to_change}\n"
+                "Anything else: --layers REGEX, --series A,B,C, --not-layers REGEX.",
+            )
+        yield (
+            f"the depth of {share:.0%} of the parameters can be read in two ways: {toss.taken}, which is taken, or "
+            f"{toss.other}: {toss.to_change}. To confirm the first: {toss.to_take}"
+        )
 
 
 def left_outside(
@@ -57,7 +91,36 @@ def left_outside(
     if found:
         named = ", ".join(f"{one.name} ({len(one.tails)} units, {share:.0%})" for share, one in found[:_MOST_NAMED])
         more = f" and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
-        yield f"numbered, but outside the blocks: {named}{more} of the parameters; --series NAME makes a stack of one"
+        said = "--series NAME makes a stack of one"
+        if series := _series_with_a_stack([one for _, one in found], lists, places):
+            said += f". If they run one after the other: --series {shlex.quote(','.join(series))}"
+        yield f"numbered, but outside the blocks: {named}{more} of the parameters; {said}"
+
+
+_FIRST = re.compile(r"(?:.*_)?(?:prelude|pre|front|first|begin|early|entry|intro|in|input)(?:_.*)?")
+_LAST = re.compile(r"(?:.*_)?(?:coda|post|back|last|final|end|late|exit|outro|tail|out|output)(?:_.*)?")
+
+
+def _series_with_a_stack(
+    outside: list[NumberedList], lists: Mapping[Prefix, NumberedList], places: Container[str]
+) -> list[str]:
+    """The names, in the order that they say, of lists outside that are like a stack beside them, and of that stack."""
+    for stack in lists.values():
+        first = next(iter(stack.tails.values()))
+        if not stack.prefix or not stack.is_stack or first[0][1] not in places:
+            continue
+        children = {tail for tail, _ in first}
+        alike = [
+            one
+            for one in outside
+            if one.prefix[:-1] == stack.prefix[:-1]
+            and 2 * len(children & {tail for tail, _ in next(iter(one.tails.values()))}) > len(children)
+        ]
+        before = [one.name for one in alike if _FIRST.fullmatch(word_of(one.prefix[-1]))]
+        after = [one.name for one in alike if _LAST.fullmatch(word_of(one.prefix[-1]))]
+        if before or after:
+            return [*before, stack.name, *after]
+    return []
 
 
 def _is_doubtful(one: NumberedList, places: Container[str]) -> bool:

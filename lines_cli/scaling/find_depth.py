@@ -19,8 +19,8 @@ list of architectures:
    config counts is outside (multi-token prediction).
 7. What a wrapper of training puts into a name (`layers.3._orig_mod.mlp`) is not looked at.
 
-`numbered_lists` decides 1 to 3 and 6, `running_order` 4 and 5. What the user says (`by_hand`) overrules all of it, and
-what could be read otherwise is said. Nothing here reads a file or needs torch.
+`numbered_lists` decides 1 to 3 and 6, `running_order` 4 and 5; `readings` finds what was a toss-up. What the user says
+(`by_hand`) overrules all of it, and what could be read otherwise is said. Nothing here reads a file or needs torch.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from lines_cli.scaling.numbered_lists import (
     read_lists,
     survey,
 )
+from lines_cli.scaling.readings import Toss, tosses
 from lines_cli.scaling.running_order import Lane, in_order
 from lines_cli.scaling.wrappers import without_wrappers
 
@@ -170,8 +171,8 @@ def find_depth(
         parameters: how many each tensor holds, by which what lies outside is weighed; without it, each counts as one.
 
     Raises:
-        DepthError: no reading, or no single one; the message lists what was found. Or a list that is not called layers
-            holds most of the model.
+        DepthError: no reading; the message lists what was found. Or two that are as plain as each other, or a list that
+            is not called layers, hold most of the model.
         RecipeError: `layers` or `not_layers` is not a usable expression, or takes too long; `series` names what is not
             there.
     """
@@ -185,17 +186,20 @@ def find_depth(
         return replace(depth, places={name: depth.places[at] for name, at in plain.items() if at in depth.places})
     lists = {} if layers is not None and not series else read_lists(names)
     notes: list[str] = []
+    tossed: list[Toss] = []
+    said: set[str] = set()
     if layers is not None:
         lanes = by_hand.place_by_pattern(names, layers)
     else:
-        lanes, notes = _detected(names, lists, config or {}, series)
+        lanes, notes, tossed = _detected(names, lists, config or {}, series)
     if series:
-        lanes = by_hand.join_series(lanes, series, lists, names)
+        lanes, said = by_hand.join_series(lanes, series, lists, names)
     places: dict[str, Place] = {}
     for lane in lanes:
         for index, unit in enumerate(lane.units):
             places.update(dict.fromkeys(unit, Place(lane.name, index)))
     if layers is None:
+        notes += doubts.tossed(tossed, names, said, parameters)
         notes += doubts.left_outside(lists, names, places, parameters)
         notes += doubts.little_inside(places, parameters or {})
         notes += doubts.shared_layers(names, config or {})
@@ -204,8 +208,10 @@ def find_depth(
 
 def _detected(
     names: list[str], lists: Mapping[Prefix, NumberedList], config: Mapping[str, Any], series: Sequence[Sequence[str]]
-) -> tuple[list[Lane], list[str]]:
-    """The stacks by the names and the config, and what a person should know of them who has not said it in a series."""
+) -> tuple[list[Lane], list[str], list[Toss]]:
+    """The stacks by the names and the config, and what a person should know of them who has not said it in a series;
+    and what could as well be read otherwise.
+    """
     shared = [name for name in names if _SHARED_LAYERS in name]
     if shared:
         raise DepthError(
@@ -213,21 +219,23 @@ def _detected(
             "so a weight has no depth of its own",
             hint="Scale all of it alike with --beta 0, or place the layers yourself with --layers REGEX.",
         )
-    found = choose_stacks(lists, names)
+    choice = choose_stacks(lists, names)
+    found = choice.found
     if not found:
         numbered = "Numbered prefixes:\n" + some(survey(lists)) if lists else "No name has a number in it."
         raise DepthError(
             f"no stack of layers could be found in {len(names):,} tensor names. {numbered}", hint=LAYERS_HINT
         )
+    tossed = list(tosses(found, choice.passed_over, lists, choice.barred))
     order = in_order(found, lists, names, _every(config))
     notes = _check_against_config(order.lanes, config)
     if series:
-        return order.lanes, notes
+        return order.lanes, notes, tossed
     notes += order.notes
     if not any(part.called_layers for lane in order.lanes for part in lane.lists):
         taken = " and ".join(f"{lane.name or 'the numbers at the front'} ({len(lane.units)})" for lane in order.lanes)
         notes.append(f"no list is called layers or blocks; taken for layers: {taken}. --layers REGEX says otherwise")
-    return order.lanes, notes
+    return order.lanes, notes, tossed
 
 
 def pattern_of(stack: Stack, depth: DepthMap) -> str | None:

@@ -142,6 +142,13 @@ class NumberedList:
         return len(shared) >= _FEWEST_UNNAMED and any(_NORM.search(tail) for tail, _ in self.tails[min(self.tails)])
 
     @property
+    def of_sequences(self) -> bool:
+        """Whether the units are three or more times two convolutions, or one and its norm, in an `nn.Sequential`."""
+        if len(self.tails) < _FEWEST_UNNAMED:
+            return False
+        return all(len({module_of(tail) for tail, _ in tails}) > 1 for tails in self.tails.values())
+
+    @property
     def of_codebooks(self) -> bool:
         """Whether every unit holds one: the quantisers of a codec stand side by side, whatever they are called."""
         return all(any("codebook" in tail for tail, _ in tails) for tails in self.tails.values())
@@ -252,8 +259,23 @@ def stems(prefix: Prefix) -> Iterator[Prefix]:
 # --- which of them are stacks ---
 
 
-def choose_stacks(lists: Mapping[Prefix, NumberedList], names: list[str]) -> list[NumberedList]:
-    """The stacks that lie inside no other, sorted by prefix.
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which lists are stacks, sorted by prefix; and what else was in question.
+
+    Attributes:
+        found: those that are.
+        passed_over: a group that was not taken, though it holds nearly as much, or more.
+        barred: whether a name on the way to a list rules out that it holds layers.
+    """
+
+    found: list[NumberedList]
+    passed_over: list[NumberedList]
+    barred: Callable[[NumberedList], bool]
+
+
+def choose_stacks(lists: Mapping[Prefix, NumberedList], names: list[str]) -> Choice:
+    """The stacks that lie inside no other.
 
     A list that is called layers is one, unless all its units are single modules and a richer one is there. One that is
     not called so is one, too, if its units are alike and hold much; or where nothing else is.
@@ -266,13 +288,30 @@ def choose_stacks(lists: Mapping[Prefix, NumberedList], names: list[str]) -> lis
     rich = [one for one in called if not one.bare]
     if rich:
         beside = (one for one in free if not one.called_layers and one.of_a_kind and not _overlaps(one, rich))
-        return _sorted(rich + outermost(beside))
+        found = rich + outermost(beside)
+        bare = [one for one in called if one.bare and not _ABREAST.fullmatch(word_of(one.prefix[-1]))]
+        return Choice(_sorted(found), _rival(found, bare), barred)
     unnamed = [one for one in outermost(one for one in free if not one.called_layers) if not one.bare]
     unnamed = [one for one in unnamed if not one.numbered or len(one.tails) >= _FEWEST_UNNAMED]
     hidden = [one for one in outermost(shut.values()) if not one.bare]
     hidden = [one for one in hidden if not never_holds_layers(one.prefix[-1])]
-    best = max(unnamed, hidden, key=lambda group: sum(one.size for one in group))
-    return _sorted(best or called or outermost(one for one in free if not one.numbered))
+    best, other = sorted((unnamed, hidden), key=_size, reverse=True)
+    if best:
+        return Choice(_sorted(best), _rival(best, other), barred)
+    return Choice(_sorted(called or outermost(one for one in free if not one.numbered or one.of_sequences)), [], barred)
+
+
+def _size(group: Iterable[NumberedList]) -> int:
+    return sum(one.size for one in group)
+
+
+def _rival(found: list[NumberedList], other: list[NumberedList]) -> list[NumberedList]:
+    """A group of lists that was not taken, where it holds nearly as much."""
+    other = [one for one in other if len(one.tails) >= _FEWEST_UNNAMED]
+    return _sorted(other) if _size(other) >= _NEARLY * _size(found) else []
+
+
+_NEARLY = 0.8
 
 
 def _sorted(lists: Iterable[NumberedList]) -> list[NumberedList]:

@@ -7,8 +7,9 @@ other (`double_blocks`, `single_blocks`), or beside it, unit by unit (`res_block
 from __future__ import annotations
 
 import re
+import shlex
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from lines_cli.errors import DepthError
@@ -30,13 +31,17 @@ Unit = list[str]
 _EARLIER = frozenset({"down", "input", "in", "double", "joint", "dual", "serial"})
 _LATER = frozenset({"up", "output", "out", "single", "parallel", "cls", "class", "only", "global", "post"})
 _BETWEEN = frozenset({"mid", "middle", "bottleneck"})
-_ONE_UNIT = re.compile(r"(?:mid|middle|bottleneck)(?:_?(?:block|layer|level|stage))?")  # of these, all is one layer
+_ONE_UNIT = re.compile(  # of these, all is one layer
+    r"(?:mid|middle|bottleneck|bottle_neck|center|centre|bridge)(?:_?(?:block|layer|level|stage))?"
+)
 _DOWN = frozenset({"down", "input", "in"})
 _UP = frozenset({"up", "output", "out"})
 # What is said of lists whose units run in turn with those of a list beside them, and belong to the same layers.
 _IN_TURN = frozenset({"cross", "ffn", "ffns", "mlp", "temporal", "time", "global"})
 _ATTENTION = frozenset({"self", "attn", "attention", "attentions"})
 _UPSAMPLERS = re.compile(r"ups|upsampl\w*")
+_UP_TO_A_DECODER = re.compile(r"up(?:_?(?:convs?|samples?|samplers?))?_?|(?:trans|conv)?_?up_?")
+_GLUED_NUMBER = re.compile(r"(?P<word>[a-zA-Z_-]*[a-zA-Z][_-]?)(?P<number>\d{1,6})", re.ASCII)
 _CLOSES_A_STAGE = re.compile(r"(?:.*_)?(?:transition|upsampl\w*|out|post|final|last)(?:_.*)?")
 
 
@@ -89,12 +94,23 @@ def in_order(
                 "--series says otherwise"
             )
         order.lanes.append(Lane(one.name, units_of(one, lists, backwards=backwards), [one], one.prefix))
-    order.lanes = _one_after_the_other(_in_turn(order.lanes, lists, every), names)
+    lanes = _by_their_numbers(_in_turn(order.lanes, lists, every), lists, order.notes)
+    order.lanes = _one_after_the_other(lanes, names)
+    order.notes += [note for lane in order.lanes for note in _notes_of_ways_up(lane, lists)]
     for lane in order.lanes:
         for one in lane.lists:
             _refuse_a_part(one, stages=len(lane.units) > len(one.tails))
     order.lanes.sort(key=lambda lane: lane.name)
     return order
+
+
+def _notes_of_ways_up(lane: Lane, lists: Mapping[Prefix, NumberedList]) -> Iterator[str]:
+    """A note for `up1` to `up4`: some U-Nets count them as they run, some by the level that they come back to."""
+    for one in lane.lists:
+        if one.numbered and _words(one.prefix[-1]) & _UP and not _runs_backwards(one, lists):
+            series = ",".join(f"reversed({name})" if name == one.name else name for name in lane.name.split("+"))
+            counted = f"{one.name} is counted from {min(one.tails)} to {max(one.tails)}"
+            yield f"{counted}; where its highest number runs first, --series {shlex.quote(series)} says so"
 
 
 def _refuse_a_part(one: NumberedList, *, stages: bool) -> None:
@@ -111,17 +127,26 @@ def _refuse_a_part(one: NumberedList, *, stages: bool) -> None:
 
 def _runs_backwards(one: NumberedList, lists: Mapping[Prefix, NumberedList]) -> bool:
     """Whether the last unit runs first: an `up` path whose first-numbered unit alone does not upsample, or numbered
-    decoders that mirror numbered encoders beside them (`encoder1`, `decoder1`).
+    decoders that mirror numbered encoders beside them (`encoder1`, `decoder1`), or a numbered way up that lacks the
+    deepest level of the way down (`down4`).
     """
     if not one.prefix:
         return False
     own = one.prefix[-1]
     if one.numbered:
-        return "decoder" in own and (*one.prefix[:-1], own.replace("decoder", "encoder")) in lists
+        down = lists.get((*one.prefix[:-1], own.replace("up", "down")))
+        lacks_the_deepest = "up" in _words(own) and down and sorted(down.tails)[:-1] == sorted(one.tails)
+        return mirrored(one.prefix) in lists or bool(lacks_the_deepest)
     if "up" not in _words(own):
         return False
     upsampling = {index for index, tails in one.tails.items() if any("upsample" in tail for tail, _ in tails)}
     return bool(upsampling) and max(one.tails) in upsampling and min(one.tails) not in upsampling
+
+
+def mirrored(prefix: Prefix) -> Prefix | None:
+    """The prefix of the encoders that decoders of this prefix mirror (`enc` for `dec`); None if not of decoders."""
+    own = prefix[-1] if prefix else ""
+    return (*prefix[:-1], own.replace("dec", "enc")) if re.search(r"(?:^|_)dec(?:oder)?", own) else None
 
 
 def units_of(one: NumberedList, lists: Mapping[Prefix, NumberedList], *, backwards: bool = False) -> list[Unit]:
@@ -129,7 +154,7 @@ def units_of(one: NumberedList, lists: Mapping[Prefix, NumberedList], *, backwar
     stages = sorted(_without_ends(one), reverse=backwards)
     inner = _inner_blocks([one.tails[stage] for stage in stages], glued=one.numbered)
     if inner is None:
-        return _with_upsamplers(one, lists, [[name for _, name in one.tails[index]] for index in stages])
+        return _with_upsamplers(one, lists, {index: [name for _, name in one.tails[index]] for index in stages})
 
     closing, _ = _beside(one, lists, re.compile(r".*(?:transition|downsampl\w*|reduction)"))
     loose: dict[str, set[int]] = defaultdict(set)  # stage-level modules in no block -> the stages that have one
@@ -187,8 +212,15 @@ def _beside(
     return {}, 0
 
 
-def _with_upsamplers(one: NumberedList, lists: Mapping[Prefix, NumberedList], units: list[Unit]) -> list[Unit]:
-    """A vocoder's blocks: behind each upsampling stand as many side by side, numbered in one list, and are averaged."""
+def _with_upsamplers(one: NumberedList, lists: Mapping[Prefix, NumberedList], by_index: dict[int, Unit]) -> list[Unit]:
+    """A vocoder's blocks: behind each upsampling stand as many side by side, numbered in one list, and are averaged.
+    And the decoders of a U-Net, each with the upsampling of its number before it.
+    """
+    units = list(by_index.values())
+    if one.numbered and mirrored(one.prefix) in lists:
+        before, _ = _beside(one, lists, _UP_TO_A_DECODER)
+        if before.keys() == by_index.keys() and all(map(_is_plain, before.values())):
+            return [[name for _, name in before[index]] + unit for index, unit in by_index.items()]
     upsamplers, count = _beside(one, lists, _UPSAMPLERS)
     if not count or len(units) % count:
         return units
@@ -204,8 +236,29 @@ def _inner_blocks(stages: list[list[tuple[str, str]]], *, glued: bool) -> str | 
     """The name of the blocks within each stage (empty for `layer1.0`), or None if the units are no stages. Where the
     stages' numbers are glued to a word, so may the blocks' be (`denseblock1.denselayer2`).
     """
-    inner_names = {name for tails in stages for tail, _ in tails if (name := _inner_name(tail, glued)) is not None}
-    for name in sorted(inner_names, key=lambda name: (name == "", name)):
+    for name, several in _kinds_of_blocks(stages, glued=glued):
+        return None if _is_sequential(several, stages) else name
+    return None
+
+
+def inner_names(one: NumberedList) -> dict[str, int]:
+    """What the blocks in a list of stages may be called, each with their number; the first is what is counted."""
+    stages = [one.tails[stage] for stage in sorted(_without_ends(one))]
+    if _inner_blocks(stages, glued=one.numbered) is None:
+        return {}
+    kinds = {}
+    for name, _ in _kinds_of_blocks(stages, glued=one.numbered):
+        found = [{split[0] for tail, _ in tails if (split := _split_inner(tail, name))} for tails in stages]
+        kinds[name] = sum(map(len, found))
+    return kinds
+
+
+def _kinds_of_blocks(
+    stages: list[list[tuple[str, str]]], *, glued: bool
+) -> Iterator[tuple[str, list[dict[int, set[str]]]]]:
+    """The names under which most stages hold blocks that are alike, with the children of each block of each stage."""
+    names = {name for tails in stages for tail, _ in tails if (name := _inner_name(tail, glued)) is not None}
+    for name in sorted(names, key=lambda name: (name == "", name)):
         blocks: list[dict[int, set[str]]] = []
         for tails in stages:
             of_stage: dict[int, set[str]] = defaultdict(set)
@@ -216,8 +269,7 @@ def _inner_blocks(stages: list[list[tuple[str, str]]], *, glued: bool) -> str | 
         several = [of_stage for of_stage in blocks if len(of_stage) > 1]
         alike = sum(_alike(of_stage) for of_stage in several)
         if several and 2 * sum(map(bool, blocks)) > len(blocks) and 2 * alike > len(several):
-            return None if _is_sequential(several, stages) else name
-    return None
+            yield name, several
 
 
 def _is_sequential(several: list[dict[int, set[str]]], stages: list[list[tuple[str, str]]]) -> bool:
@@ -364,10 +416,30 @@ def _of_the_same_numbers(main: Lane, lists: Mapping[Prefix, NumberedList]) -> li
     return [other for other in beside if set(other.tails) == set(one.tails)]
 
 
+def _by_their_numbers(lanes: list[Lane], lists: Mapping[Prefix, NumberedList], notes: list[str]) -> list[Lane]:
+    """Numbers of one row under two words: HRNet's `layer1`, whose blocks are numbered, before `stage2` to `stage4`."""
+    for lane in lanes:
+        match = _GLUED_NUMBER.fullmatch(lane.path[-1]) if lane.path and len(lane.lists) == 1 else None
+        if match is None or not lane.lists[0].called_layers or lane.lists[0].numbered:
+            continue
+        number = int(match["number"])
+        for rest in lanes:
+            one = rest.lists[0]
+            goes_on = one.numbered and one.called_layers and min(one.tails) == number + 1
+            if goes_on and rest.path[:-1] == lane.path[:-1]:
+                between, _ = _beside(one, lists, re.compile(r".*(?:transition|downsampl\w*|reduction)"))
+                lane.units[-1] += [name for _, name in between.get(number, [])]
+                joined = Lane(f"{lane.name}+{rest.name}", lane.units + rest.units, lane.lists + rest.lists, lane.path)
+                before = f"{lane.name} runs before {rest.name}{number + 1}"
+                notes.append(f"{before}, to judge by their numbers. --series says otherwise")
+                return [joined, *(other for other in lanes if other not in (lane, rest))]
+    return lanes
+
+
 def _one_after_the_other(lanes: list[Lane], names: list[str]) -> list[Lane]:
     """Lists that run in a row joined into one, with what lies between them."""
-    joined: list[Lane] = []
     waiting = _with_middles(lanes, names)
+    joined: list[Lane] = []
     while waiting:
         chain = _chain(waiting)
         waiting = [lane for lane in waiting if lane not in chain]
@@ -383,6 +455,8 @@ def _one_after_the_other(lanes: list[Lane], names: list[str]) -> list[Lane]:
 def _chain(waiting: list[Lane]) -> list[Lane]:
     """The lanes that run in a row with the first that waits, in order."""
     first = waiting[0]
+    if len(whole := _there_and_back(first, waiting)) > 1:
+        return whole
     ranks = {first.name: 0}
     chain = [first]
     for lane in waiting[1:]:
@@ -396,6 +470,23 @@ def _chain(waiting: list[Lane]) -> list[Lane]:
         ranks[first.name], ranks[lane.name] = mine, its
         chain.append(lane)
     return sorted(chain, key=lambda lane: ranks[lane.name])
+
+
+def _there_and_back(first: Lane, waiting: list[Lane]) -> list[Lane]:
+    """Encoders, what is between, and the decoders that mirror them: a U-Net, if something is between, or if the last of
+    numbered encoders has no decoder.
+    """
+    beside = [lane for lane in waiting if lane.path[:-1] == first.path[:-1]]
+    middles = [lane for lane in beside if not lane.lists]
+    for up in beside:
+        for down in beside:
+            if not (down.lists and up.lists and mirrored(up.path) == down.path):
+                continue
+            deepest, others = max(down.lists[0].tails), up.lists[0].tails
+            if len(middles) == 1 or (not middles and down.lists[0].numbered and deepest == max(others) + 1):
+                whole = [down, *middles, up]
+                return whole if first in whole else []
+    return []
 
 
 def _comparable(one: Lane, other: Lane) -> tuple[Prefix, Prefix]:
@@ -420,7 +511,10 @@ def _with_middles(lanes: list[Lane], names: list[str]) -> list[Lane]:
     whatever is numbered in it.
     """
     middles: dict[Prefix, Unit] = {}
-    for parent in {lane.path[:at] for lane in lanes if (at := _way(lane)) is not None}:
+    ways = {lane.path[:at] for lane in lanes if (at := _way(lane)) is not None}
+    paths = {lane.path for lane in lanes}
+    ways |= {lane.path[:-1] for lane in lanes if mirrored(lane.path) in paths}
+    for parent in ways:
         begin = "".join(f"{segment}." for segment in parent)
         for name in names:
             module, dot, _ = _after(begin, dotted(name)).partition(".")

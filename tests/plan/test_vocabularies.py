@@ -182,13 +182,16 @@ def test_a_state_dict_saved_whole_fits_one_saved_by_transformers(family: str, fu
 @pytest.mark.parametrize("dtype", [None, "float64"])
 @pytest.mark.parametrize("missing", ["copy", "skip"])
 def test_missing_copy_and_skip(missing: str, dtype: str | None, tmp_path: Path) -> None:
-    """copy takes each tensor from the side that has it, unscaled; skip leaves it out. All others are by formula."""
+    """copy takes each tensor from the side that has it, unscaled; skip leaves it out, and one layer less is counted.
+    All others are by formula.
+    """
     base, ft = (vocabulary(("embed_tokens.weight", [8, WIDTH]), ("lm_head.weight", [8, WIDTH]), seed=s) for s in (1, 2))
     del base["lm_head.weight"], ft["norm.weight"], ft["layers.1.w"]
     flags = ["--missing", missing, "--missing-in-blocks", "1", *(["--dtype", dtype] if dtype else [])]
     ran = edit(tmp_path, base, ft, *flags, config={"model_type": "llama", "tie_word_embeddings": False})
     assert ran.code == 0, ran.err
-    expected = {name: by_formula(base[name], ft[name]) for name in base.keys() & ft.keys()}
+    last = "layers.0.w" if missing == "skip" else "layers.1.w"
+    expected = {n: by_formula(base[n], ft[n], ALPHA + BETA * (n == last)) for n in base.keys() & ft.keys()}
     if missing == "copy":
         expected |= {"lm_head.weight": ft["lm_head.weight"]}
         expected |= {name: base[name] for name in ("norm.weight", "layers.1.w")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -475,6 +476,134 @@ def test_a_stack_that_holds_little_is_said() -> None:
 def test_backward_lists_and_shared_blocks_are_said(patterns: list[str], words: str) -> None:
     """What runs in another order than its numbers, or more than once, by the names."""
     assert words in said_of(*patterns)
+
+
+def test_the_order_of_a_numbered_way_up_is_said() -> None:
+    """`up1` to `up4` may be counted as they run, or by the level that they come back to: both are an option away."""
+    down, up = "down{1..4}.{conv,norm,proj}.w", "up{1..4}.{conv,norm,proj}.w"
+    said = said_of(down, up)
+    assert (
+        "up is counted from 1 to 4; where its highest number runs first, --series 'down,reversed(up)' says so" in said
+    )
+    depth = find_depth(expand(down, up), series=[["down", "reversed(up)"]])
+    assert [depth.places[f"up{level}.norm.w"].index for level in (4, 3, 2, 1)] == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("first", "stack", "last"),
+    [
+        ("prelude", "core_block", "coda"),
+        ("transformer.prelude", "transformer.core_block", "transformer.coda"),
+        ("model.front_units", "model.blocks", "model.tail_units"),
+    ],
+)
+def test_a_prelude_and_a_coda_are_said_with_the_series_that_joins_them(first: str, stack: str, last: str) -> None:
+    """Lists like the stack beside them, too short to be stacks by another name: the note names the series, and it is
+    one that works.
+    """
+    inside = "{norm,attn.qkv,mlp.up}.weight"
+    names = expand(f"{first}.{{0..1}}.{inside}", f"{stack}.{{0..3}}.{inside}", f"{last}.{{0..1}}.{inside}", "lm_head.w")
+    depth = find_depth(names)
+    assert stacks(depth) == {stack: 4}
+    series = f"{first},{stack},{last}"
+    assert f"If they run one after the other: --series {series}" in "\n".join(depth.notes)
+    joined = find_depth(names, series=[series.split(",")])
+    assert stacks(joined) == {f"{first}+{stack}+{last}": 8}
+    assert not [note for note in joined.notes if "outside the blocks" in note]
+
+
+def test_layer1_before_stage2_is_said() -> None:
+    """Numbers of one row under two words make one stack, and a note says so; numbers that do not follow do not."""
+    block = "{conv1,bn1,conv2}.w"
+    said = said_of(f"layer1.{{0..3}}.{block}", f"stage{{2..4}}.{{0..1}}.{block}")
+    assert "layer1 runs before stage2, to judge by their numbers" in said
+    assert "runs before" not in said_of(f"layer1.{{0..3}}.{block}", f"blocks.{{0..3}}.{block}")
+
+
+# --- two readings, neither plainer ---
+
+UNIT = "{norm,attn,mlp}.w"
+
+
+@pytest.mark.parametrize(
+    ("patterns", "taken", "other"),
+    [
+        (["cells.{0..2}.ops.{0..7}." + UNIT], {"cells": 3}, {"layers": 24}),
+        (["a.blocks.{0..2}.layers.{0..5}." + UNIT, "a.blocks.{0..2}.layers.{0,2,4}.{a,b,c,d}.w"], {"a.blocks": 3},
+            {"layers": 18}),
+        (["models.{0..4}.layers.{0..5}." + UNIT, "models.{0..4}.embed.w"], {"models": 30}, dict.fromkeys(
+            (f"models.{i}" for i in range(5)), 6)),
+        (["encoder_{1..2}.layers.{0..5}." + UNIT], {"encoder": 12}, {"encoder_1": 6, "encoder_2": 6}),
+        (["student.nets.{0..1}.h.{0..3}." + UNIT], {"student.nets": 8}, {"student.nets.0": 4, "student.nets.1": 4}),
+        (["stages.{0..2}.{conv_blocks,attn_blocks}.{0..1}.{norm,fc}.w"], {"layers": 6}, {"layers": 6}),
+        (["layers.{0..11}.weight", "blocks.0.{fc1,fc2}.w"], {"blocks": 1}, {"blocks": 1, "layers": 12}),
+        (["net.{0..5}.{a,b}.w", "adapter.layers.{0..5}.{q,k}.w"], {"net": 6}, {"net": 6, "adapter.layers": 6}),
+        (["models/{0..2}/layers/{0..3}/{norm,attn,mlp}/w"], {"models": 12}, {f"models/{i}": 4 for i in range(3)}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)  # fmt: skip
+def test_two_readings_that_are_as_plain(patterns: list[str], taken: dict[str, int], other: dict[str, int]) -> None:
+    """Where the depth of most of the model hangs on a toss-up it is refused with both readings; where that of less does
+    it is said, with its share; and both options that are named work, and leave nothing to say.
+    """
+    names = expand(*patterns)
+    with pytest.raises(DepthError, match="the names can be read in two ways") as refusal:
+        find_depth(names, parameters=dict.fromkeys(names, 10))
+    assert refusal.value.hint
+    assert re.search(r"1?\d\d% of the parameters", refusal.value.message)
+    for option, expected in zip(
+        re.findall(r"For the (?:first|second): (.*)", refusal.value.hint), (taken, other), strict=True
+    ):
+        depth = find_depth(names, parameters=dict.fromkeys(names, 10), **asked(option))
+        assert stacks(depth) == expected
+    for counted in {**taken, **other}.values():
+        assert f"{counted} layer" in refusal.value.message
+    weights = dict.fromkeys(names, 10) | {"table.weight": 30 * len(names)}
+    said = "\n".join(find_depth(weights, parameters=weights).notes)
+    assert "the depth of 25% of the parameters can be read in two ways" in said
+    assert any("can be read in two ways" in note for note in find_depth(names).notes)
+
+
+def asked(options: str) -> dict[str, Any]:
+    """Options of the command line as the keywords of `find_depth`."""
+    words = shlex.split(options)
+    said: dict[str, Any] = {}
+    for option, value in zip(words[::2], words[1::2], strict=True):
+        if option == "--series":
+            said.setdefault("series", []).append(value.split(","))
+        else:
+            said[option.removeprefix("--").replace("-", "_")] = value
+    return said
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        ["text_encoder.layers.{0..5}." + UNIT, "text_encoder_2.layers.{0..5}." + UNIT],
+        ["stages.{0..2}.layers.{0..5}." + UNIT],
+        ["encoder{1..4}.blocks.{0..3}." + UNIT, "bottleneck." + UNIT, "decoder{1..4}.blocks.{0..3}." + UNIT],
+        ["net.{0..2}.layers.{0..5}." + UNIT, "net.0.stem.w"],
+        ["blocks.{0..2}.resnets.{0..3}." + UNIT],
+        ["layers.{0..5}.experts.{0..3}." + UNIT],
+        ["layers.{0..5}." + UNIT, "norms.{0..40}.weight"],
+        ["model.encoder.layers.{0..5}." + UNIT, "model.decoder.layers.{0..5}." + UNIT],
+    ],
+    ids=lambda value: value[0],
+)
+def test_what_is_no_toss_up(patterns: list[str]) -> None:
+    """Towers, stages, U-Nets, parts of blocks, experts and norms are read in one way."""
+    names = expand(*patterns)
+    assert not [note for note in find_depth(names, parameters=dict.fromkeys(names, 10)).notes if "two ways" in note]
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("case", PLACED, ids=str)
+def test_no_known_family_is_a_toss_up(case: zoo.Case) -> None:
+    """Where the right map is known, no second reading is said."""
+    names, config = names_and_config(case)
+    depth = find_depth(names, config=config)
+    assert not [note for note in depth.notes if "two ways" in note]
+    assert stacks(find_depth(names, config=config, parameters=dict.fromkeys(names, 1))) == stacks(depth)
 
 
 @pytest.mark.parametrize("config", [{"H_cycles": 2, "L_cycles": 3}, {"text_config": {"total_ut_steps": 4}}])
