@@ -440,7 +440,13 @@ LOADED = (
 )
 
 
-@pytest.mark.parametrize("options", [[], ["--json", "--tensors"], ["--full", "--schedule", "0.1,1"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--full", "--schedule", "0.1,1"],
+        *(pytest.param(o, marks=pytest.mark.slow) for o in ([], ["--json", "--tensors"])),
+    ],
+)
 def test_headers_load_no_torch(options: list[str], tmp_path: Path) -> None:
     """A checkpoint of a claimed terabyte is told from its header, without torch, numpy, matplotlib and the Hub."""
     each = 2**38

@@ -28,6 +28,7 @@ from lines_cli.storage import destination, renames, staging
 from lines_cli.storage.files import NewFile
 from lines_cli.storage.journal import written_line
 from support import forked, race
+from support.crossed import by_turns, crossed
 from support.files import snapshot, write_checkpoint
 from support.run import run_lines
 
@@ -301,8 +302,7 @@ def put(folder: Path, name: str, content: str) -> None:
         (folder / name).write_text(content)
 
 
-@pytest.mark.parametrize("ours", [True, False], ids=["an output of ours", "a checkpoint"])
-@pytest.mark.parametrize("name", PROJECT)
+@by_turns(name=PROJECT, ours=[True, False])
 def test_a_project_is_no_checkpoint(name: str, ours: bool, models: Path) -> None:
     """Whatever else stands beside the weights is named, and nothing is deleted."""
     if ours:
@@ -600,11 +600,11 @@ def planted(names: list[str], old: list[str]) -> None:
     Path(STAGING, "journal").write_bytes(b"".join(map(written_line, lines_)))
 
 
-@pytest.mark.parametrize("command", [EDIT, [*EDIT, "--force"], ["clean", "out"]], ids=["edit", "force", "clean"])
-@pytest.mark.parametrize(
-    "name", ["{here}/home/thesis.tex", "../../home/thesis.tex", "a/../../../home/thesis.tex", "a\0b"]
+@crossed(
+    where=["names", "old"],
+    name=["{here}/home/thesis.tex", "../../home/thesis.tex", "a/../../../home/thesis.tex", "a\0b"],
+    command=[EDIT, [*EDIT, "--force"], ["clean", "out"]],
 )
-@pytest.mark.parametrize("where", ["names", "old"])
 def test_a_journal_steers_no_removal(name: str, where: str, command: list[str], models: Path) -> None:
     """What it names outside of its folder is not looked for, be its checksums right."""
     (models / "home").mkdir()
