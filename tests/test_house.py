@@ -6,12 +6,15 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from functools import cache
+from itertools import combinations, product
 from pathlib import Path
 
 import pytest
 import torch
 
+from support import crossed
 from support.files import write_checkpoint
 from support.run import run_lines
 
@@ -63,6 +66,19 @@ def test_no_test_imports_another() -> None:
     assert not {name: of for name, of in taken.items() if of}
     folders = {path.parent.name for path in paths} - {"tests"}
     assert folders == set(FOLDERS[1:]) | {"support", "golden"}
+
+
+@pytest.mark.parametrize("sizes", [[1], [3, 2], [4, 4, 5], [2, 3, 1, 4]], ids=str)
+def test_what_stands_for_a_product_covers_it(sizes: list[int]) -> None:
+    """Of a product of parameters the default suite has every pair of values, or every value."""
+
+    def pairs(cases: Iterable[tuple[int, ...]]) -> set[tuple[tuple[int, int], ...]]:
+        return {pair for case in cases for pair in combinations(enumerate(case), min(2, len(sizes)))}
+
+    assert pairs(crossed.pairwise(sizes)) == pairs(product(*map(range, sizes)))
+    turns = crossed.in_turn(sizes)
+    assert len(turns) == max(sizes)
+    assert [{case[at] for case in turns} for at in range(len(sizes))] == [set(range(size)) for size in sizes]
 
 
 def test_every_folder_has_a_place() -> None:

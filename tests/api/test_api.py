@@ -490,7 +490,9 @@ def bits(tensor: torch.Tensor) -> bytes:
     return tensor.cpu().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8).numpy().tobytes()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if at % 2 else ()) for at, name in enumerate(CASES)]
+)
 def test_tensors_are_those_of_the_files(name: str, folder: Path, tmp_path: Path) -> None:
     """Every method, dtype and mixture, tied heads, integers, scalars, empty tensors, alpha auto, thresholds, draws."""
     plan = CASES[name].plan(folder, tmp_path)

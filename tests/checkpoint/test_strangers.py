@@ -30,6 +30,7 @@ from lines_cli.recipe.yaml_file import load_recipe, load_record
 from lines_cli.scaling.find_depth import find_depth
 from lines_cli.storage.beside import read_json, refuse_link_out
 from lines_cli.storage.files import read_small
+from support import forked
 from support.files import snapshot, write_checkpoint
 from support.run import Ran, run_lines
 
@@ -880,8 +881,8 @@ def test_no_run_shows_a_credential(flags: tuple[str, ...], environment: dict[str
         key: value for key, value in os.environ.items() if not key.upper().startswith(("HF_", "HTTP", "ALL_P", "NO_P"))
     }
     own |= {"HF_HOME": str(tmp_path), "HF_HUB_ETAG_TIMEOUT": "2", "HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, "-m", "lines_cli", "inspect", "org/name", *flags]
-    ran = subprocess.run(command, env=own | environment, capture_output=True, text=True, check=False, timeout=120)
+    anew = ["huggingface_hub", "httpx", "httpx2"]
+    ran = forked.run(forked.command("inspect", "org/name", *flags), env=own | environment, fresh=anew)
     assert ran.returncode == 3, ran.stderr
     assert "Traceback" not in ran.stderr
     assert "org/name" in ran.stderr

@@ -31,6 +31,7 @@ from lines_cli.plan.resources import Resources
 from lines_cli.recipe.validate import make_recipe
 from lines_cli.storage import staging
 from lines_cli.storage.files import NewFile
+from support import forked
 from support.files import snapshot, without_staging, write_checkpoint, write_raw
 from support.run import as_nobody, run_lines
 
@@ -699,13 +700,8 @@ def test_a_signal_in_the_middle_of_a_write(number: signal.Signals, existing: boo
         write_checkpoint(tmp_path / "out", tensors())
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
-    program = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from lines_cli.cli.app import main; main()"
-    )
-    command = [sys.executable, "-c", program, "edit", "base.safetensors", "ft.safetensors", "-o", "out"]
-    command += ["--beta", "0.5", "--workers", "1", "--force"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    command = ["edit", "base.safetensors", "ft.safetensors", "-o", "out", "--beta", "0.5", "--workers", "1", "--force"]
+    with forked.Forked(forked.command(*command), cwd=tmp_path) as process:
         until = time.monotonic() + 300
         while process.poll() is None and not list(tmp_path.glob(".out.lines/new/*.safetensors")):
             assert time.monotonic() < until
@@ -754,8 +750,43 @@ def test_an_input_by_another_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert snapshot(tmp_path) == before
 
 
+IGNORED = (signal.SIGHUP, signal.SIGINT)
+
+
 def test_what_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
     """A run whose parent ignores SIGHUP and SIGINT, as nohup and a script's background do, is not ended by them."""
+    for side in ("base", "ft"):
+        write_checkpoint(tmp_path / side, tensors())
+
+    def program() -> None:
+        for number in IGNORED:
+            signal.signal(number, signal.SIG_IGN)
+        open_files, write = engine.Staging.__enter__, NewFile.write
+
+        def entering(staging: engine.Staging) -> engine.Staging:
+            send()
+            return open_files(staging)
+
+        def writing(*args: Any) -> None:
+            send()
+            write(*args)
+
+        def send() -> None:
+            for number in IGNORED:
+                os.kill(os.getpid(), number)
+
+        engine.Staging.__enter__, NewFile.write = entering, writing  # type: ignore[method-assign]
+        send()
+        forked.command("edit", "base", "ft", "-o", "out")()
+
+    ran = forked.run(program, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_what_nohup_ignores_stays_ignored_while_torch_loads(tmp_path: Path) -> None:
+    """Nor while torch is imported, when signals are held back."""
     for side in ("base", "ft"):
         write_checkpoint(tmp_path / side, tensors())
     program = (

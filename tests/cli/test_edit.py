@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import lines_cli as lines
 from support.bits import LIMIT, nearest, raw, wide, wide_model
+from support.crossed import by_turns, crossed
 from support.files import write_checkpoint
 from support.run import run_lines
 
@@ -74,9 +75,7 @@ def assert_same(got: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Te
 # --- the formula ---
 
 
-@pytest.mark.parametrize("out", [None, *FLOATS])
-@pytest.mark.parametrize("ft_dtype", FLOATS)
-@pytest.mark.parametrize("base_dtype", FLOATS)
+@crossed(base_dtype=FLOATS, ft_dtype=FLOATS, out=[None, *FLOATS])
 def test_formula_in_every_combination_of_dtypes(
     base_dtype: str, ft_dtype: str, out: str | None, tmp_path: Path
 ) -> None:
@@ -282,8 +281,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[s
     return base, ft, digests(edit(base, ft, folder / "out", max_shard_size=2000))
 
 
-@pytest.mark.parametrize("workers", [1, 2, 5])
-@pytest.mark.parametrize("chunk", [1, 7, 1000, None])
+@by_turns(chunk=[1, 7, 1000, None], workers=[1, 2, 5])
 def test_chunks_and_workers_change_no_byte(
     inputs: tuple[Path, Path, dict[str, str]], chunk: int | None, workers: int, tmp_path: Path
 ) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from lines_cli.storage.files import NewFile
+from support import forked
 from support.files import snapshot, write_checkpoint
 from support.run import run_lines
 
@@ -137,23 +137,29 @@ def test_a_finished_output_that_is_damaged(here: Path) -> None:
     assert snapshot(here / "out") == before
 
 
+def wait_for(path: Path) -> None:
+    until = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < until
+        time.sleep(0.002)
+
+
 def test_two_jobs_with_one_destination(here: Path) -> None:
     """The second ends with 6, and a retry after the first's end with 0."""
-    program = (
-        "import os, sys\n"
-        "from lines_cli.storage.files import NewFile\n"
-        "def sync(self): print('!', flush=True); sys.stdin.readline()\n"
-        "NewFile.sync = sync\n"
-        f"import sys; sys.argv = ['lines', *{JOB!r}]\n"
-        "from lines_cli.__main__ import main; main()"
-    )
-    command = [sys.executable, "-c", program]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ) as first:
-        assert first.stdin is not None
-        assert first.stdout is not None
-        assert first.stdout.readline() == b"!\n"
+    flushes, go_on = here / "flushes", here / "go on"
+
+    def program() -> None:
+        def sync(_: NewFile) -> None:
+            flushes.touch()
+            wait_for(go_on)
+
+        NewFile.sync = sync  # type: ignore[method-assign]
+        forked.command(*JOB)()
+
+    with forked.Forked(program) as first:
+        wait_for(flushes)
         second = run_lines(*JOB)
         assert (second.code, "another run is writing it" in second.err) == (6, True)
-        first.communicate(b"\n\n\n\n")
-    assert first.returncode == 0
+        go_on.touch()
+        assert first.wait() == 0
     assert run_lines(*JOB, "--json").json["done_before"] is True

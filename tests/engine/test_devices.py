@@ -21,6 +21,7 @@ from lines_cli.engine.devices import Devices, choose_devices
 from lines_cli.engine.workers import Worker
 from lines_cli.plan.resources import SUM_BLOCK, BytesPerEntry, Resources
 from lines_cli.recipe.yaml_file import load_recipe
+from support.crossed import by_turns
 from support.files import snapshot, write_checkpoint
 from support.method_cases import TABLE
 from support.run import run_lines
@@ -70,8 +71,7 @@ def own_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return has
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("number", [1, 3])
+@by_turns(method=METHODS, number=[1, 3])
 def test_memory_of_its_own_changes_no_byte(
     method: str, number: int, tmp_path: Path, own_memory: Callable[[int], None]
 ) -> None:

@@ -154,7 +154,7 @@ def test_64_models(method: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits address space as Linux does")
-@pytest.mark.parametrize("megabytes", [200, 300, 400])
+@pytest.mark.parametrize("megabytes", [300, *(pytest.param(size, marks=pytest.mark.slow) for size in (200, 400))])
 def test_too_little_memory(megabytes: int, tmp_path: Path) -> None:
     """A message, not a corpse: torch does not load."""
     for side in ("base", "ft"):

@@ -48,10 +48,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    [(case, None) for case in TYPICAL]
-    + [
-        pytest.param(case, "bfloat16", marks=() if case.endswith("-0") else pytest.mark.slow)  # one of each method
-        for case in TYPICAL
+    [
+        pytest.param(case, dtype, marks=pytest.mark.slow if (at + turn) % 2 else ())
+        for at, case in enumerate(TYPICAL)
+        for turn, dtype in enumerate((None, "bfloat16"))
     ],
 )
 def test_the_same_bytes_for_any_chunk(case: str, dtype: str | None, models: Path, tmp_path: Path) -> None:

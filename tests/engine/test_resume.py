@@ -8,8 +8,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +25,7 @@ from lines_cli.errors import Aftermath, CheckpointError, OutputError, aftermath_
 from lines_cli.storage import lock, staging
 from lines_cli.storage.files import NewFile
 from lines_cli.storage.journal import written_line
+from support import forked
 from support.files import snapshot, write_checkpoint
 from support.run import run_lines
 
@@ -328,25 +327,31 @@ def test_damaged_parts_are_made_again(
 
 ODD_JOURNALS: list[tuple[str, dict[str, Any]]] = [
     ("run", {"step": 0}),
-    ("run", {"step": -1}),
-    ("run", {"step": 1}),
     ("run", {"step": float("inf")}),
-    ("run", {"step": "x"}),
     ("file", {"start": -4 * MIB}),
-    ("file", {"start": 1}),
     ("file", {"start": float("inf")}),
     ("file", {"file": 99}),
-    ("file", {"file": -1}),
     ("file", {"blocks": []}),
-    ("file", {"blocks": ["00"]}),
-    ("file", {"told": {"x": 1}}),
     ("file", {"told": {"squares": ["x"], "kept": [0], "entries": 0, "differing": {}, "nonfinite": {}}}),
     ("file", {"told": {"squares": [1], "kept": [0], "entries": 0, "differing": [], "nonfinite": {}}}),
+]
+ODD_JOURNALS_MORE: list[tuple[str, dict[str, Any]]] = [
+    ("run", {"step": -1}),
+    ("run", {"step": 1}),
+    ("run", {"step": "x"}),
+    ("file", {"start": 1}),
+    ("file", {"file": -1}),
+    ("file", {"blocks": ["00"]}),
+    ("file", {"told": {"x": 1}}),
     ("file", {"told": {"squares": [1, 2, 3], "kept": [0], "entries": 0, "differing": {}, "nonfinite": {}}}),
 ]
 
 
-@pytest.mark.parametrize(("key", "odd"), ODD_JOURNALS, ids=str)
+@pytest.mark.parametrize(
+    ("key", "odd"),
+    [*ODD_JOURNALS, *(pytest.param(*odd, marks=pytest.mark.slow) for odd in ODD_JOURNALS_MORE)],
+    ids=str,
+)
 def test_a_journal_that_no_run_would_write(
     key: str, odd: dict[str, Any], models: Path, pair_edited: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -402,24 +407,27 @@ def test_a_second_run_is_refused(models: Path) -> None:
     assert not (models / STAGING).exists()
 
 
-SLOWLY = (
-    "import sys, time; sys.argv[0] = 'lines'\n"
-    "from lines_cli.storage.files import NewFile\n"
-    "write = NewFile.write\n"
-    "def slow(*args):\n"
-    "    time.sleep(0.05)\n"
-    "    write(*args)\n"
-    "NewFile.write = slow\n"
-    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    "from lines_cli.cli.app import main; main()"
-)
+def slowly(*command: str) -> forked.Program:
+    """A run that waits before it writes a piece."""
+
+    def run() -> None:
+        write = NewFile.write
+
+        def slow(*args: Any) -> None:
+            time.sleep(0.05)
+            write(*args)
+
+        NewFile.write = slow  # type: ignore[method-assign]
+        forked.command(*command)()
+
+    return run
 
 
-class begun(subprocess.Popen):  # type: ignore[type-arg] # noqa: N801 - reads as what it is
+class begun(forked.Forked):  # noqa: N801 - reads as what it is
     """A run in a process of its own that writes slowly, and has finished two parts."""
 
     def __init__(self, command: list[str], parts: int = 2) -> None:
-        super().__init__([sys.executable, "-c", SLOWLY, *command], stderr=subprocess.PIPE, text=True)
+        super().__init__(slowly(*command))
         until = time.monotonic() + 300
         while finished_parts() < parts:
             assert self.poll() is None
@@ -659,7 +667,7 @@ def killed_often(
     chance: random.Random,
     *,
     between: tuple[float, float],
-    program: tuple[str, str] = ("-m", "lines_cli"),
+    program: Callable[..., forked.Program] = forked.command,
 ) -> int:
     """Kill a run and its successors at random moments until one comes to its end, over and over; how many were killed
     while they were writing.
@@ -667,14 +675,14 @@ def killed_often(
     inside = 0
     old = snapshot(Path("out"))
     while inside < kills:
-        process = subprocess.Popen([sys.executable, *program, *command, "--resume"], stderr=subprocess.PIPE)
-        before, until = finished_parts(), time.monotonic() + 300
-        while finished_parts() <= before and process.poll() is None:
-            assert time.monotonic() < until
-            time.sleep(0.001)
-        time.sleep(chance.uniform(*between))
-        process.kill()
-        _, err = process.communicate()
+        with forked.Forked(program(*command, "--resume")) as process:
+            before, until = finished_parts(), time.monotonic() + 300
+            while finished_parts() <= before and process.poll() is None:
+                assert time.monotonic() < until
+                time.sleep(0.001)
+            time.sleep(chance.uniform(*between))
+            process.kill()
+            _, err = process.communicate()
         if process.returncode == 0:
             return inside
         assert process.returncode == -signal.SIGKILL, err
@@ -689,7 +697,6 @@ def test_a_few_kills(command: list[str], models: Path, undisturbed: Callable[[li
     """Killed inside the write, the old output is whole; resumed, the bytes are those of a run that was left alone."""
     expected = undisturbed(command)
     write_checkpoint(models / "out", {"w": torch.ones(3)})
-    slowly = ("-c", SLOWLY)
     assert killed_often([*command, "--force"], 2, random.Random(0), between=(0, 0.1), program=slowly) == 2
     ran = run_lines(*command, "--force", "--resume")
     assert (ran.code, ran.trace) == (0, ""), ran.err

@@ -1,6 +1,6 @@
 """Hub ids, through the real client, against a Hub on loopback.
 
-The client reads its environment when it is imported, so each look-up runs in a process of its own, as a user's does;
+The client reads its environment when it is imported, so each look-up runs in a fork of its own, which imports it anew;
 refusals, which leave nothing behind, share one.
 """
 
@@ -20,6 +20,7 @@ from safetensors.numpy import save
 
 from lines_cli.errors import CheckpointError
 from lines_cli.hub.download import locate
+from support import forked
 from support.hub_server import HubServer, User
 
 
@@ -162,9 +163,15 @@ def test_without_the_clients_listing_a_lone_shard_is_not_taken_for_a_model(hub: 
     """Of a snapshot that another tool fetched file by file, only weights under a library's own name are used."""
     hub.push("org/model", WANTED | UNWANTED)
     hub.push("org/sharded", SHARDED)
-    fetch = "import sys, huggingface_hub as hub; [hub.hf_hub_download(*pair.split(':')) for pair in sys.argv[1:]]"
-    files = ["org/model:config.json", "org/model:model.safetensors", "org/sharded:model-00001-of-00002.safetensors"]
-    assert user.runs("-c", fetch, *files).returncode == 0
+
+    def fetch() -> None:
+        import huggingface_hub as anew
+
+        for name in ("config.json", "model.safetensors"):
+            anew.hf_hub_download("org/model", name)
+        anew.hf_hub_download("org/sharded", "model-00001-of-00002.safetensors")
+
+    assert user.runs(fetch).returncode == 0
     whole, shard = user.locates("org/model", "org/sharded", HF_HUB_OFFLINE="1")
     assert whole["files"] == ["config.json", "model.safetensors"]
     assert "complete is not known" in shard["message"]
@@ -319,7 +326,7 @@ def test_edit_takes_hub_ids_and_pins_them(hub: HubServer, user: User) -> None:
     config = json.dumps({"model_type": "llama", "num_hidden_layers": 3}).encode()
     base = hub.push("org/base", {"config.json": config, "model.safetensors": layers(1)})
     ft = hub.push("org/ft", {"config.json": config, "model.safetensors": layers(2), "tokenizer.json": b"{}"})
-    done = user.runs("-m", "lines_cli", "edit", "org/base", "org/ft", "-o", "out", "--json")
+    done = user.runs(forked.command("edit", "org/base", "org/ft", "-o", "out", "--json"))
     assert done.returncode == 0, done.stderr
     out = user.home.parent / "out"
     recipe = yaml.safe_load((out / "lines_recipe.yaml").read_text())
@@ -327,6 +334,6 @@ def test_edit_takes_hub_ids_and_pins_them(hub: HubServer, user: User) -> None:
     assert recipe["models"] == [{"model": f"org/ft@{ft}"}]
     assert (out / "tokenizer.json").is_file()
     again = ["merge", "--config", "out/lines_recipe.yaml", "-o", "again"]
-    done = user.runs("-m", "lines_cli", *again, HF_HUB_OFFLINE="1")
+    done = user.runs(forked.command(*again), HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr
     assert (out.with_name("again") / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from lines_cli.inspection.tables import count, size
+from support import forked
 from support.files import write_checkpoint, write_raw
 from support.inspecting import CONTROL, llama, ok, process, rows_of, told, tuned
 from support.run import run_lines
@@ -121,10 +122,11 @@ def test_no_number_is_cut(tunes: int, by: float, tmp_path: Path, monkeypatch: py
 def test_no_escape_codes_in_a_pipe(env: dict[str, str], tmp_path: Path) -> None:
     """Piped output holds no escape codes, with colour forbidden or not."""
     path = write_checkpoint(tmp_path / "m", llama())
-    ran = process(path, **env)
-    assert ran.returncode == 0, ran.stderr
-    assert b"\x1b" not in ran.stdout + ran.stderr
-    assert "model.layers" in ran.stdout.decode()
+    with process(path, **env) as running:
+        out, err = running.communicate()
+    assert running.returncode == 0, err
+    assert "\x1b" not in out + err
+    assert "model.layers" in out
 
 
 @pytest.mark.parametrize("forced", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
@@ -134,9 +136,7 @@ def test_no_colour_on_a_terminal(forced: dict[str, str], tmp_path: Path) -> None
 
     path = write_checkpoint(tmp_path / "m", llama())
     leader, follower = pty.openpty()
-    command = [sys.executable, "-c", "from lines_cli.cli.app import main; main()", "inspect", str(path)]
-    environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "FORCE_COLOR")}
-    with subprocess.Popen(command, stdout=follower, stderr=follower, env=environment | forced) as running:
+    with process(path, stdout=follower, stderr=follower, **forced) as running:
         os.close(follower)
         seen = b""
         while True:
@@ -147,8 +147,8 @@ def test_no_colour_on_a_terminal(forced: dict[str, str], tmp_path: Path) -> None
             if not part:
                 break
             seen += part
-    os.close(leader)
-    assert running.returncode == 0
+        os.close(leader)
+        assert running.wait() == 0
     assert not re.search(rb"\x1b\[[\d;]*[34]\d[\d;]*m", seen)
     if forced == {"TERM": "dumb"}:
         assert b"\x1b" not in seen
@@ -158,9 +158,10 @@ def test_an_ascii_stdout(tmp_path: Path) -> None:
     """Where stdout holds only ASCII, bars are drawn with #, and names are escaped."""
     path = write_checkpoint(tmp_path / "m.safetensors", {f"layers.{i}.gewicht_ü_权": torch.ones(2) for i in range(3)})
     for options in ([], ["--tensors"], ["--json", "--tensors"]):
-        ran = process(path, *options, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
-        assert ran.returncode == 0, ran.stderr
-        out = ran.stdout.decode("ascii")
+        with process(path, *options, PYTHONIOENCODING="ascii", PYTHONUTF8="0") as running:
+            out, err = running.communicate()
+        assert running.returncode == 0, err
+        assert out.isascii()
         assert ("#" * 12 in out) == ("--json" not in options)
         assert ("\\xfc_" in out or "\\u00fc_" in out) == ("--tensors" in options)
 
@@ -288,36 +289,33 @@ def test_bars_do_not_disturb(outputs: Path) -> None:
     """On a terminal a bar is drawn for each pass, on stderr alone; --quiet draws none; the report is the same."""
     import pty
 
-    program = (
-        "import sys\nfrom lines_cli.cli.app import app\n"
-        "for flags in ([], ['--quiet']):\n"
-        "    app(['inspect', '--config', 'r.yaml', *flags], standalone_mode=False)\n"
-        "    print(end='\\f', flush=True)\n"
-        "    print(end='\\f', file=sys.stderr, flush=True)\n"
-    )
+    def program() -> None:
+        from lines_cli.cli.app import app
+
+        for flags in ([], ["--quiet"]):
+            app(["inspect", "--config", "r.yaml", *flags], standalone_mode=False)
+            for stream in (sys.stdout, sys.stderr):
+                print(end="\f", flush=True, file=stream)
+
     leader, follower = pty.openpty()
-    environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "NO_COLOR")}
-    with subprocess.Popen(
-        [sys.executable, "-c", program],
-        stdout=subprocess.PIPE,
-        stderr=follower,
-        cwd=outputs,
-        env=environment | {"TERM": "xterm-256color"},
-    ) as running:
+    env = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "NO_COLOR")}
+    env["TERM"] = "xterm-256color"
+    with forked.Forked(program, stderr=follower, cwd=outputs, env=env, fresh=["lines_cli.cli"]) as running:
         os.close(follower)
-        told, drawn = running.stdout.read(), b""
+        drawn = b""
         with suppress(OSError):
             while part := os.read(leader, 65536):
                 drawn += part
-    os.close(leader)
+        os.close(leader)
+        told, _ = running.communicate()
     assert running.returncode == 0
-    out, quiet, _ = told.split(b"\f")
+    out, quiet, _ = told.split("\f")
     seen, silent, _ = drawn.split(b"\f")
     assert b"comparing" in seen
     assert b"measuring" in seen or seen.count(b"\x1b[?25l") > 1
-    assert b"\x1b" not in out
+    assert "\x1b" not in out
     assert (quiet, b"comparing" in silent) == (out, False)
-    assert out.decode() == ok("--config", outputs / "r.yaml").out.replace(f"{outputs}/", "./")
+    assert out == ok("--config", outputs / "r.yaml").out.replace(f"{outputs}/", "./")
 
 
 def test_bars_have_the_scale_of_their_table(tmp_path: Path) -> None:

@@ -83,7 +83,10 @@ def test_every_method_is_documented(method: str) -> None:
     assert METHODS[method].merge.__doc__
 
 
-@pytest.mark.parametrize("case", TYPICAL)
+FIRST = [pytest.param(case, marks=() if case.endswith("-0") else pytest.mark.slow) for case in TYPICAL]
+
+
+@pytest.mark.parametrize("case", FIRST)
 def test_inspect_tells_the_alpha_of_the_merge(case: str, tmp_path: Path) -> None:
     """`lines inspect --config` measures what the merge of the recipe measures, and that is the reference's."""
     method, said = TYPICAL[case]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ import torch
 import yaml
 
 from lines_cli.checkpoint.header import lay_out
+from support import forked
 from support.files import snapshot, without_staging, write_checkpoint
 from support.merging import AUTO, merge, output, refused, same, tensors, total, write
 from support.run import as_nobody
@@ -279,12 +278,8 @@ def test_a_signal_while_measuring(number: signal.Signals, tmp_path: Path) -> Non
     recipe = {"base_model": "base", "models": [{"model": side} for side in "abc"], **PASSES}
     (tmp_path / "merge.yaml").write_text(yaml.safe_dump(recipe))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    program = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from lines_cli.cli.app import main; main()"
-    )
-    command = [sys.executable, "-c", program, "merge", "--config", "merge.yaml", "-o", "out", "--workers", "1"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    command = forked.command("merge", "--config", "merge.yaml", "-o", "out", "--workers", "1")
+    with forked.Forked(command, cwd=tmp_path) as process:
         until = time.monotonic() + 300
         while process.poll() is None and not list(tmp_path.glob(".out.lines/journal")):
             assert time.monotonic() < until

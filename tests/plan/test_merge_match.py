@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from support.bits import raw
+from support.crossed import by_turns, crossed
 from support.files import snapshot, write_checkpoint
 from support.merging import WIDTH, Tensors, merge, output, refused, same, tensors, total, write
 
@@ -18,9 +19,7 @@ from support.merging import WIDTH, Tensors, merge, output, refused, same, tensor
 OWNERS = ["base", "a", "b", "base a", "base b", "a b"]
 
 
-@pytest.mark.parametrize("missing", ["error", "copy", "ft", "skip"])
-@pytest.mark.parametrize("name", ["layers.1.extra", "pooler"])
-@pytest.mark.parametrize("owners", OWNERS)
+@crossed(owners=OWNERS, name=["layers.1.extra", "pooler"], missing=["error", "copy", "ft", "skip"])
 def test_a_tensor_that_some_lack(owners: str, name: str, missing: str, tmp_path: Path) -> None:
     """It is refused, copied from the first that has it, the same if a model has it, or left out; others are merged.
     Inside a block `missing` alone does not settle it.
@@ -149,8 +148,7 @@ def renamed(model: Tensors, prefix: str) -> Tensors:
     return {f"{prefix}{name}": tensor for name, tensor in model.items()}
 
 
-@pytest.mark.parametrize("wrapped", ["base", "a", "b", "ab", "base b"])
-@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+@by_turns(wrapped=["base", "a", "b", "ab", "base b"], method=["task_arithmetic", "ties"])
 def test_one_model_saved_inside_another(method: str, wrapped: str, tmp_path: Path) -> None:
     """GPT-2 as `h.0` and as `transformer.h.0` merge to the same values, under the base's names, and it is said."""
     models = {

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from support.bits import raw
+from support.crossed import crossed
 from support.files import snapshot
 from support.merging import AUTO, Tensors, merge, output, refused, same, tensors, trimmed, write
 
@@ -66,9 +67,7 @@ def method_recipe(case: str) -> dict[str, Any]:
     return {"merge_method": method, "parameters": parameters, **base}
 
 
-@pytest.mark.parametrize("value", [NAN, -INF])
-@pytest.mark.parametrize("auto", [False, True], ids=["plain", "auto"])
-@pytest.mark.parametrize("case", METHODS)
+@crossed(case=METHODS, auto=[False, True], value=[NAN, -INF])
 def test_one_impossible_entry_is_refused(case: str, auto: bool, value: float, tmp_path: Path) -> None:
     """NaN or Inf in one model, be it masked away: exit 5 with file, tensor and entry; nothing is left on the disk."""
     write(tmp_path, base=tensors(0), a=tensors(1), b=tensors(2, layers_1_w=holed(2, value)))

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from support.crossed import by_turns
 from support.files import snapshot, write_checkpoint
 from support.run import run_lines
 
@@ -93,8 +94,7 @@ def test_metadata(output: str, tmp_path: Path) -> None:
             assert file.metadata() == {"format": "pt"}
 
 
-@pytest.mark.parametrize("stem", ["model", "diffusion_pytorch_model", "open_clip_model"])
-@pytest.mark.parametrize("limit", [1, 300, 400, 1000, 1600, 2000, 10**9])
+@by_turns(limit=[1, 300, 400, 1000, 1600, 2000, 10**9], stem=["model", "diffusion_pytorch_model", "open_clip_model"])
 def test_shards(limit: int, stem: str, tmp_path: Path) -> None:
     """Shards hold at most the size asked for, or one tensor; the index is right; the library opens all of them."""
     base, ft = two(tmp_path, stem=stem, shards=2)

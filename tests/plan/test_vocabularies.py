@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from support import zoo
 from support.bits import raw
+from support.crossed import by_turns, crossed
 from support.files import write_checkpoint
 from support.run import Ran, run_lines
 
@@ -83,9 +84,7 @@ def config_of(family: str, words: Mapping[str, Any] | None) -> dict[str, Any] | 
     return None if words is None else {"model_type": family, **words}
 
 
-@pytest.mark.parametrize("has_head", ["base", "ft", "both"])
-@pytest.mark.parametrize("words", TIED)
-@pytest.mark.parametrize("family", HEADS)
+@crossed(family=HEADS, words=TIED, has_head=["base", "ft", "both"])
 def test_a_tied_head_on_one_side_is_understood(family: str, words: str, has_head: str, tmp_path: Path) -> None:
     """The output holds the head where the fine-tune does; a base without one has its embedding for a head."""
     embedding, head = HEADS[family]
@@ -211,11 +210,8 @@ def with_tokenizers(tmp_path: Path) -> None:
             (tmp_path / side / name).write_text(side)
 
 
-@pytest.mark.parametrize(("base_rows", "ft_rows"), [(6, 8), (8, 6)])
-@pytest.mark.parametrize("keep", ["ft", "base"])
-@pytest.mark.parametrize(
-    "tables",
-    [
+@crossed(
+    tables=[
         pytest.param([("model.embed_tokens.weight", [WIDTH]), ("lm_head.weight", [WIDTH])], id="llama"),
         pytest.param(
             [("transformer.wte.weight", [WIDTH]), ("lm_head.weight", [WIDTH]), ("lm_head.bias", [])], id="gptj"
@@ -228,9 +224,12 @@ def with_tokenizers(tmp_path: Path) -> None:
             [("distilbert.embeddings.word_embeddings.weight", [WIDTH]), ("vocab_projector.bias", [])], id="distilbert"
         ),
     ],
+    keep=["ft", "base"],
+    sizes=[(6, 8), (8, 6)],
 )
-def test_resize(tables: list[tuple[str, list[int]]], keep: str, base_rows: int, ft_rows: int, tmp_path: Path) -> None:
+def test_resize(tables: list[tuple[str, list[int]]], keep: str, sizes: tuple[int, int], tmp_path: Path) -> None:
     """Rows that both have are by formula, further rows of the kept side as they are; config and tokenizer follow."""
+    base_rows, ft_rows = sizes
     sides = {}
     for side, seed, rows in (("base", 1, base_rows), ("ft", 2, ft_rows)):
         leading = {"final_logits_bias": [1]}
@@ -269,10 +268,8 @@ def test_rows_that_differ_are_an_error_with_the_way_out(tmp_path: Path) -> None:
     assert "--resize" in ran.err
 
 
-@pytest.mark.parametrize("keep", ["ft", "base"])
-@pytest.mark.parametrize(
-    ("name", "in_base", "in_ft"),
-    [
+@by_turns(
+    case=[
         ("transformer.wpe.weight", [8, WIDTH], [16, WIDTH]),
         ("bert.embeddings.position_embeddings.weight", [8, WIDTH], [16, WIDTH]),
         ("bert.embeddings.token_type_embeddings.weight", [2, WIDTH], [1, WIDTH]),
@@ -290,11 +287,11 @@ def test_rows_that_differ_are_an_error_with_the_way_out(tmp_path: Path) -> None:
         ("model.embed_tokens.weight", [8, WIDTH], [8 * WIDTH]),
         ("layers.0.mlp.decoder.weight", [8, WIDTH], [9, WIDTH]),
     ],
+    keep=["ft", "base"],
 )
-def test_only_vocabularies_are_resized(
-    name: str, in_base: list[int], in_ft: list[int], keep: str, tmp_path: Path
-) -> None:
+def test_only_vocabularies_are_resized(case: tuple[str, list[int], list[int]], keep: str, tmp_path: Path) -> None:
     """Positions, classes and widths that differ are refused with or without --resize, both shapes said."""
+    name, in_base, in_ft = case
     ran = edit(
         tmp_path,
         vocabulary((name, in_base), seed=1),
@@ -309,8 +306,7 @@ def test_only_vocabularies_are_resized(
 
 
 @pytest.mark.zoo
-@pytest.mark.parametrize("keep", ["ft", "base"])
-@pytest.mark.parametrize("family", ["llama", "llama_tied", "gpt2", "t5", "bert", "bart"])
+@by_turns(family=["llama", "llama_tied", "gpt2", "t5", "bert", "bart"], keep=["ft", "base"])
 def test_a_resized_model_loads(family: str, keep: str, tmp_path: Path) -> None:
     """A fine-tune that got a padding token of its own: the output loads with either vocabulary, whole."""
     base = zoo.ZOO[family]()

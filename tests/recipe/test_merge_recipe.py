@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 import lines_cli as lines
 from lines_cli.errors import RecipeError
+from support.crossed import by_turns
 from support.files import snapshot, write_checkpoint
 from support.run import Ran, run_lines
 
@@ -254,8 +255,7 @@ def test_a_key_may_be_empty(empty: str, models: Path, tmp_path: Path) -> None:
 # --- mergekit's meaning: models, slices, tokenizer, dtype ---
 
 
-@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "average", "consensus", "dare_linear", "dare_ties"])
-@pytest.mark.parametrize("at", [0, 1, 2])
+@by_turns(method=["task_arithmetic", "ties", "average", "consensus", "dare_linear", "dare_ties"], at=[0, 1, 2])
 def test_a_base_among_the_models_is_ignored(method: str, at: int, models: Path, tmp_path: Path) -> None:
     """A base that is listed, with parameters or without, has no task vector and changes no byte."""
     random_ones = {"parameters": {"density": 0.5}} if method.startswith("dare") else {}

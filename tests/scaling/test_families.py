@@ -33,6 +33,10 @@ UNLIKE = {
     *("musicgen", "clip", "blip2"),
 }
 """Those whose make is their own: tied, mixed of experts, of several stacks, with buffers, with names that change."""
+EDITED = [
+    pytest.param(case, id=case.id, marks=() if case.build in UNLIKE or at % 8 == 0 else pytest.mark.slow)
+    for at, case in enumerate(PLACED)  # the depth of each is held by test_find_depth.py
+]
 
 
 def coefficients(case: zoo.Case, names: list[str], alpha: float, beta: float) -> dict[str, float]:
@@ -46,7 +50,7 @@ def coefficients(case: zoo.Case, names: list[str], alpha: float, beta: float) ->
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(0.1, 0.9), pytest.param(0.37, -1.21, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("case", PLACED, ids=str)
+@pytest.mark.parametrize("case", EDITED)
 def test_every_coefficient_of_every_family(case: zoo.Case, alpha: float, beta: float, tmp_path: Path) -> None:
     """From zeros to ones, what is written is the coefficient of each tensor, as the nearest float32."""
     names, config = names_and_config(case)

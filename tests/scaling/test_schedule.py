@@ -21,6 +21,7 @@ import yaml
 from safetensors.torch import load_file
 
 import lines_cli as lines
+from support.crossed import by_turns
 from support.files import snapshot, write_checkpoint
 from support.run import Ran, run_lines
 
@@ -376,8 +377,17 @@ def over_depth(folder: Path, layers: int, *options: object, dtype: torch.dtype =
     return [value(got["embed.weight"]), *(value(got[f"layers.{i}.w"]) for i in range(layers))]
 
 
-@pytest.mark.parametrize("layers", [1, 2, 7])
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    ("schedule", "layers"),
+    [
+        *((schedule, 7) for schedule in SCHEDULES),
+        *(
+            pytest.param(schedule, layers, marks=() if schedule == "power:2" else pytest.mark.slow)
+            for schedule in SCHEDULES
+            for layers in (1, 2)
+        ),
+    ],
+)
 def test_a_schedule_over_depth(schedule: str, layers: int, tmp_path: Path) -> None:
     """Every layer has gamma * (alpha + beta * f(x)), one layer alone gamma * (alpha + beta), outside gamma * alpha."""
     for gamma in (1.0, -0.5):
@@ -617,9 +627,9 @@ def test_python_and_flags_say_the_same(saved: dict[str, tuple[Path, Path]], tmp_
 # --- outside the blocks ---
 
 
-@pytest.mark.parametrize(
-    ("rule", "first", "last"),
-    [
+@by_turns(
+    key=["decoder", "one layer", "towers", "prediction layer", "tied"],
+    of=[
         (["--alpha", 0.25, "--beta", 0.5], 0.25, 0.75),
         (["--schedule", "constant", "--alpha", 0.25, "--beta", 0.5], 0.25, 0.75),
         (["--schedule", "power:2", "--alpha", 0.25, "--beta", 0.5], 0.25, 0.75),
@@ -627,11 +637,11 @@ def test_python_and_flags_say_the_same(saved: dict[str, tuple[Path, Path]], tmp_
         (["--schedule", "0.5"], 0.5, 0.5),
     ],
 )
-@pytest.mark.parametrize("key", ["decoder", "one layer", "towers", "prediction layer", "tied"])
-def test_outside(key: str, rule: list[object], first: float, last: float, saved: dict[str, tuple[Path, Path]]) -> None:
+def test_outside(key: str, of: tuple[list[object], float, float], saved: dict[str, tuple[Path, Path]]) -> None:
     """alpha is the first value, position the first before the blocks and the last behind them, both times gamma; base
     is 0 and keep 1, whatever gamma; the blocks have what they always have.
     """
+    rule, first, last = of
     model = MODELS[key]
     always = planned(saved[key], *rule, "--gamma", 2)
     ends = {"alpha": (2 * first, 2 * first), "position": (2 * first, 2 * last), "base": (0, 0), "keep": (1, 1)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import resource
@@ -26,7 +27,8 @@ from lines_cli.errors import as_argument
 from lines_cli.storage import destination, renames, staging
 from lines_cli.storage.files import NewFile
 from lines_cli.storage.journal import written_line
-from support import race
+from support import forked, race
+from support.crossed import by_turns, crossed
 from support.files import snapshot, write_checkpoint
 from support.run import run_lines
 
@@ -76,10 +78,9 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch, act: Callable[[], Any]) -> None:
 
 def raced(folder: Path, number: int, seconds: float) -> Counter[str]:
     """What so many processes have seen that write one destination."""
-    command = [sys.executable, race.__file__, str(folder), str(seconds)]
     with contextlib.ExitStack() as stack:
-        started = (subprocess.Popen([*command, str(n / 10)], stdout=subprocess.PIPE, text=True) for n in range(number))
-        running = [stack.enter_context(process) for process in started]
+        programs = [functools.partial(race.main, folder, seconds, n / 10) for n in range(number)]
+        running = [stack.enter_context(forked.Forked(program)) for program in programs]
         told = [process.communicate(timeout=seconds + 120)[0] for process in running]
     assert not any(process.returncode for process in running)
     seen = Counter[str]()
@@ -301,8 +302,7 @@ def put(folder: Path, name: str, content: str) -> None:
         (folder / name).write_text(content)
 
 
-@pytest.mark.parametrize("ours", [True, False], ids=["an output of ours", "a checkpoint"])
-@pytest.mark.parametrize("name", PROJECT)
+@by_turns(name=PROJECT, ours=[True, False])
 def test_a_project_is_no_checkpoint(name: str, ours: bool, models: Path) -> None:
     """Whatever else stands beside the weights is named, and nothing is deleted."""
     if ours:
@@ -600,11 +600,11 @@ def planted(names: list[str], old: list[str]) -> None:
     Path(STAGING, "journal").write_bytes(b"".join(map(written_line, lines_)))
 
 
-@pytest.mark.parametrize("command", [EDIT, [*EDIT, "--force"], ["clean", "out"]], ids=["edit", "force", "clean"])
-@pytest.mark.parametrize(
-    "name", ["{here}/home/thesis.tex", "../../home/thesis.tex", "a/../../../home/thesis.tex", "a\0b"]
+@crossed(
+    where=["names", "old"],
+    name=["{here}/home/thesis.tex", "../../home/thesis.tex", "a/../../../home/thesis.tex", "a\0b"],
+    command=[EDIT, [*EDIT, "--force"], ["clean", "out"]],
 )
-@pytest.mark.parametrize("where", ["names", "old"])
 def test_a_journal_steers_no_removal(name: str, where: str, command: list[str], models: Path) -> None:
     """What it names outside of its folder is not looked for, be its checksums right."""
     (models / "home").mkdir()
@@ -838,17 +838,17 @@ def test_what_is_said_once_it_is_in_place(when: str, models: Path, monkeypatch: 
     assert not (models / STAGING).exists()
 
 
-MOMENTS = {"every other": (0, 2, 4, 6), "those between": (1, 3, 5, 7)}
+MOMENTS = {"a few": (0, 2, 4), "the others": (1, 3, 5, 6, 7)}
 
 
 @pytest.mark.parametrize(
     ("number", "moments"),
     [
-        (signal.SIGINT, "every other"),
-        (signal.SIGTERM, "every other"),
-        pytest.param(signal.SIGHUP, "every other", marks=pytest.mark.slow),
+        (signal.SIGINT, "a few"),
+        pytest.param(signal.SIGTERM, "a few", marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, "a few", marks=pytest.mark.slow),
         *(
-            pytest.param(number, "those between", marks=pytest.mark.slow)
+            pytest.param(number, "the others", marks=pytest.mark.slow)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         ),
     ],
@@ -1030,14 +1030,13 @@ def test_more_shards_than_files_may_be_open(models: Path) -> None:
     tensors = {f"layers.{i}.w": torch.randn(8) for i in range(300)}
     for side in ("base", "ft"):
         write_checkpoint(models / side, tensors, config={"model_type": "tiny"})
-    program = (
-        "import resource; hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))\n"
-        "from lines_cli.__main__ import main; main()"
-    )
+
+    def program() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (300, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        forked.command(*EDIT, "--max-shard-size", "32")()
+
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[1] > 1000
-    command = [sys.executable, "-c", program, *EDIT, "--max-shard-size", "32"]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    ran = forked.run(program)
     assert ran.returncode == 0, ran.stderr
     assert len(list((models / "out").glob("*.safetensors"))) == 300
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from support import zoo
+from support import shared, zoo
 
 CASES = zoo.load_cases()
 PLACED = [case for case in CASES if not case.refuse]
@@ -17,7 +17,12 @@ PLACED = [case for case in CASES if not case.refuse]
 
 @cache
 def saved(build: str) -> tuple[list[str], dict[str, Any]]:
-    """The tensor names of a tiny model as it is saved, and its config.json."""
+    """The tensor names of a tiny model as it is saved, and its config.json; built once, whatever process asks."""
+    names, config = shared.once(f"zoo-{build}", lambda: _built(build))
+    return names, config
+
+
+def _built(build: str) -> tuple[list[str], dict[str, Any]]:
     with TemporaryDirectory() as folder:
         names = zoo.saved_names(zoo.ZOO[build](), Path(folder))
         config = Path(folder) / "config.json"

@@ -251,11 +251,3 @@ def run(kind: str, folder: Path, number: int, seed: int) -> tuple[int, int]:
             print(f"{kind}: breaks a rule: {content[:2000]!r}", file=sys.stderr)
             raise
     return read, number - read
-
-
-if __name__ == "__main__":  # kind, folder, number, seed, most bytes of memory
-    import resource
-
-    _, of, where, times, seeded, most = sys.argv
-    resource.setrlimit(resource.RLIMIT_AS, (int(most), int(most)))
-    print(*run(of, Path(where), int(times), int(seeded)))

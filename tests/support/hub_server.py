@@ -9,18 +9,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
-from support.run import Ran
+from lines_cli.checkpoint.reader import open_checkpoint
+from lines_cli.errors import LinesError
+from lines_cli.hub.download import locate
+from support import forked
+from support.run import Ran, run_lines
 
 Files = Mapping[str, bytes]
 LARGE = (".safetensors", ".bin", ".onnx")
@@ -229,60 +233,49 @@ class _Content(_Handler):
 
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
 
-LOOK_UP = """
-import json, sys
-from lines_cli.checkpoint.reader import open_checkpoint
-from lines_cli.errors import LinesError
-from lines_cli.hub.download import locate
 
-for name in sys.argv[1:]:
-    try:
-        at = locate(name)
-        opened = open_checkpoint(at.path, name=at.name, hub_id=at.hub_id)
-        files = sorted(file.relative_to(at.path).as_posix() for file in at.path.rglob("*") if file.is_file())
-        said = {"path": str(at.path), "name": at.name, "hub_id": at.hub_id, "files": files}
-        said |= {"tensors": sorted(opened.tensors), "shards": [file.name for file in opened.files]}
-    except LinesError as error:
-        said = {"error": type(error).__name__, "message": error.message, "hint": error.hint or ""}
-    print(json.dumps(said | {"client": "huggingface_hub" in sys.modules}))
-"""
-
-CHECKOUT = Path(__file__).parents[2], Path(__file__).parents[1]
-COMMANDS = """
-import dataclasses, json, sys
-from support.run import run_lines
-
-print(json.dumps([dataclasses.asdict(run_lines(*command)) for command in json.loads(sys.argv[1])]))
-"""
+def look_up(names: Iterable[str]) -> None:
+    """Say what becomes of each name, as a line of JSON."""
+    for name in names:
+        said: dict[str, Any]
+        try:
+            at = locate(name)
+            opened = open_checkpoint(at.path, name=at.name, hub_id=at.hub_id)
+            files = sorted(file.relative_to(at.path).as_posix() for file in at.path.rglob("*") if file.is_file())
+            said = {"path": str(at.path), "name": at.name, "hub_id": at.hub_id, "files": files}
+            said |= {"tensors": sorted(opened.tensors), "shards": [file.name for file in opened.files]}
+        except LinesError as error:
+            said = {"error": type(error).__name__, "message": error.message, "hint": error.hint or ""}
+        print(json.dumps(said | {"client": "huggingface_hub" in sys.modules}))
 
 
 @dataclass(frozen=True)
 class User:
-    """Someone with a cache of their own, whose Hub is `hub`."""
+    """Someone with a cache of their own, whose Hub is `hub`. The client reads the environment when it is imported, so
+    each run is in a fork that imports it anew.
+    """
 
     hub: HubServer
     home: Path
 
-    def runs(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Run Python with these arguments in this user's environment."""
+    def runs(self, program: forked.Program, **environment: str) -> forked.Ended:
+        """Run this in the user's environment."""
         own = {"HF_HOME": str(self.home), "HF_ENDPOINT": self.hub.url, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}
-        return subprocess.run(  # noqa: PLW1510
-            [sys.executable, *command],
-            env=ENVIRONMENT | own | environment,
-            cwd=self.home.parent,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        env = ENVIRONMENT | own | environment
+        return forked.run(program, env=env, cwd=self.home.parent, fresh=["huggingface_hub"])
 
     def commands(self, *commands: list[str]) -> list[Ran]:
         """What `lines` says to each command, in one process."""
-        done = self.runs("-c", COMMANDS, json.dumps(commands), PYTHONPATH=os.pathsep.join(map(str, CHECKOUT)))
+
+        def program() -> None:
+            print(json.dumps([asdict(run_lines(*command)) for command in commands]))
+
+        done = self.runs(program)
         assert done.returncode == 0, done.stderr
         return [Ran(**ran) for ran in json.loads(done.stdout)]
 
     def locates(self, *names: str, **environment: str) -> list[dict[str, Any]]:
         """What became of each name, in one process."""
-        done = self.runs("-c", LOOK_UP, *names, **environment)
+        done = self.runs(partial(look_up, names), **environment)
         assert done.returncode == 0, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines()]

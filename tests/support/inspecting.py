@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from support import forked
 from support.files import write_checkpoint
 from support.run import Ran, run_lines
 
@@ -42,11 +41,11 @@ def refused(code: int, *args: object, words: tuple[str, ...] = ()) -> Ran:
     return ran
 
 
-def process(*args: object, program: str = "from lines_cli.cli.app import main; main()", **env: str) -> Any:
-    """The command in a process of its own."""
-    command = [sys.executable, "-c", program, "inspect", *map(str, args)]
+def process(*args: object, stdout: int | None = None, stderr: int | None = None, **env: str) -> forked.Forked:
+    """`lines inspect ARGS` in a fork, with another environment, whose terminal is looked at anew."""
     environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "FORCE_COLOR", "NO_COLOR")}
-    return subprocess.run(command, capture_output=True, check=False, timeout=120, env=environment | env)
+    program = forked.command("inspect", *args)
+    return forked.Forked(program, env=environment | env, stdout=stdout, stderr=stderr, fresh=["lines_cli.cli"])
 
 
 def llama(layers: int = 4, seed: int = 0, *, head: bool = True) -> dict[str, torch.Tensor]:

@@ -1,7 +1,5 @@
 """One of several processes that write one destination over and over: what became of each of its runs, as JSON.
 
-    python race.py FOLDER SECONDS ALPHA
-
 An output that is seen whole stays so until it is replaced: what is read of it through an open folder counts if that
 folder still stands at the destination afterwards.
 """
@@ -10,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -67,7 +64,3 @@ def main(folder: Path, seconds: float, alpha: float) -> None:
             seen[f"refused: {known}"] += 1
         seen[f"seen {whole(Path('out'))}"] += 1
     print(json.dumps(seen))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3]))
