@@ -186,6 +186,7 @@ def inspect(
     not_layers: str | None = None,
     prefix: str | None = None,
     variant: str | None = None,
+    dtype: Dtype | None = None,
     tensors: bool = False,
     check: bool = False,
     plot: Named | None = None,
@@ -203,6 +204,7 @@ def inspect(
         alpha, ..., not_layers: the coefficients, as in `edit`.
         prefix: what the names of one side begin with and those of the other lack; unless given, it is found.
         variant: of folders with several sets of weights, which.
+        dtype: of what an edit would write: what rounding to it leaves of the coefficients is foreseen.
         tensors: also every tensor.
         check: read all weights, and refuse what is wrong with them.
         plot: also draw it, into this `.svg`, `.png` or `.html` file.
@@ -228,6 +230,7 @@ def inspect(
         "not_layers": not_layers,
         "prefix": prefix,
         "variant": variant,
+        "dtype": dtype,
     }
     resources = arguments.resources(workers, device, gpu_memory)
     named = [checkpoints] if isinstance(checkpoints, (str, Path)) else list(checkpoints or ())

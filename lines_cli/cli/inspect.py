@@ -25,6 +25,7 @@ def inspect(
     not_layers: opt.NotLayers = None,
     prefix: opt.Prefix = None,
     variant: opt.Variant = None,
+    dtype: opt.DtypeToForesee = None,
     tensors: opt.Tensors = False,
     full: opt.Full = False,
     check: opt.Check = False,
@@ -61,6 +62,7 @@ def inspect(
         "not_layers": not_layers,
         "prefix": prefix,
         "variant": variant,
+        "dtype": dtype,
     }
     report = look(
         checkpoints or [],

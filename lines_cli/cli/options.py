@@ -312,6 +312,14 @@ Dtype = Annotated[
         help="Write every float tensor as this.",
     ),
 ]
+DtypeToForesee = Annotated[
+    Literal["float64", "float32", "float16", "bfloat16"] | None,
+    typer.Option(
+        "--dtype",
+        show_default="the fine-tune's, tensor by tensor",
+        help="Of what an edit would write: say what rounding to this leaves of the coefficients.",
+    ),
+]
 Rounding = Annotated[
     Literal["nearest", "stochastic"] | None,
     typer.Option(

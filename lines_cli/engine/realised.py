@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from lines_cli.engine.arithmetic import dot
-from lines_cli.plan.realised import NOTHING_REALISED, Realised
+from lines_cli.engine.arithmetic import NAN, TORCH_DTYPES, add_scaled, cast, dot
+from lines_cli.plan.realised import BIN_OF_ONE, NOTHING_REALISED, UNIT_BITS, Forecast, Realised
 
 _IN_CACHE = 64 * 1024  # entries: in float64 they stay in a core's cache
 _ON_CUDA = 2**20  # entries: their temporaries are 24 MB
@@ -39,3 +39,32 @@ def _sums(stored: torch.Tensor, base: torch.Tensor, task_vector: torch.Tensor) -
             return _sums(stored[finite], base[finite], task_vector[finite])
     signs = torch.sign(difference)
     return Realised(product, squares, int(dot(signs, signs)), len(stored))  # whole numbers far below 2**24: exact
+
+
+def forecast(base: torch.Tensor, fine_tuned: torch.Tensor, *, coefficient: float, dtype: str) -> Forecast:
+    """What rounding to nearest would leave of an edit, by the arithmetic of the edit.
+
+    Args:
+        base, fine_tuned: [n], in the compute dtype.
+        coefficient: exact in it; 0 and 1 are copies.
+        dtype: of the output, as safetensors names it.
+    """
+    tau, stored = fine_tuned - base, torch.empty(len(base), dtype=TORCH_DTYPES[dtype], device=base.device)
+    copied = {0.0: base, 1.0: fine_tuned}.get(coefficient)
+    cast(add_scaled(base, tau, coefficient) if copied is None else copied, stored)
+    return Forecast(realised(stored, base, tau), _units(base, fine_tuned, stored))
+
+
+def _units(base: torch.Tensor, fine_tuned: torch.Tensor, rounded: torch.Tensor) -> dict[int, int]:
+    """How far entries moved, in numbers of the output dtype; `rounded` is overwritten."""
+    places = []
+    for values in (base, fine_tuned):
+        cast(values, rounded)
+        bits = rounded.view(NAN[rounded.dtype][0]).to(torch.int64)
+        least = -(2 ** (8 * rounded.element_size() - 1))
+        places.append(torch.where(bits < 0, least - bits, bits))  # in order, both zeros in one place
+    finite = base.isfinite() & fine_tuned.isfinite()
+    moved = (places[0] - places[1]).abs_()[finite].to(torch.float32)
+    bins = (moved.view(torch.int32) >> UNIT_BITS).sub_(BIN_OF_ONE - 1).clamp_(0)  # `unit_bin`
+    counts = torch.bincount(bins).tolist()
+    return {number: entries for number, entries in enumerate(counts) if entries}

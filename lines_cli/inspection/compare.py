@@ -27,6 +27,7 @@ from lines_cli.engine.devices import Devices
 from lines_cli.engine.input_files import opened
 from lines_cli.engine.measure import Track, measure, untracked
 from lines_cli.engine.pool import Pool
+from lines_cli.engine.realised import forecast
 from lines_cli.engine.workers import Reader
 from lines_cli.errors import RecipeError
 from lines_cli.inspection.open import Inspection, ReadRange, recipe_of
@@ -35,6 +36,7 @@ from lines_cli.plan.build import make_plan
 from lines_cli.plan.inputs import open_inputs
 from lines_cli.plan.layout import natural
 from lines_cli.plan.plan import Plan
+from lines_cli.plan.realised import Forecast
 from lines_cli.plan.resources import BytesPerEntry, Resources
 from lines_cli.recipe.schema import Scaling
 from lines_cli.storage.digest import altered
@@ -73,6 +75,7 @@ def compare(
             norms = measure(merge, fds, devices, track).statistics.norms
     return Findings(
         changes=sums.changes,
+        forecasts=sums.forecasts,
         joint=sums.joint,
         seen=sums.seen,
         same=sums.same,
@@ -113,6 +116,7 @@ class _Found:
     holds: list[ValueStats]
     changes: tuple[UpdateStats, ...] = ()
     joint: Interference | None = None
+    forecast: Forecast | None = None
 
 
 class _Sums:
@@ -121,6 +125,7 @@ class _Sums:
     def __init__(self) -> None:
         self.changes: dict[str, tuple[UpdateStats, ...]] = {}
         self.joint: dict[str, Interference] = {}
+        self.forecasts: dict[str, Forecast] = {}
         self.seen: dict[tuple[int, str], ValueStats] = {}
         self.same: dict[int, list[tuple[str, ...]]] = {}
         self.bytes_read = 0
@@ -136,6 +141,8 @@ class _Sums:
             self.changes[name] = tuple(a + b for a, b in zip(before, found.changes, strict=True))
         if found.joint is not None:
             self.joint[name] = self.joint[name] + found.joint if name in self.joint else found.joint
+        if found.forecast is not None:
+            self.forecasts[name] = self.forecasts.get(name, Forecast()) + found.forecast
         self.bytes_read += found.chunk.nbytes
         return found.chunk.nbytes
 
@@ -165,7 +172,7 @@ def _stream(inspection: Inspection, devices: Devices, track: Track, sums: _Sums)
         sums.same = _same(inspection, sums.seen, fds)
 
 
-_TEMPORARIES = 4  # chunks that are made beside what is held
+_TEMPORARIES = 8  # chunks that are made beside what is held
 
 
 def _look(worker: Reader, chunk: Chunk[ReadRange]) -> _Found:
@@ -178,9 +185,15 @@ def _look(worker: Reader, chunk: Chunk[ReadRange]) -> _Found:
     if not chunk.tensor.compares:
         return _Found(chunk, holds)
     base, *models = values
+    planned = chunk.tensor.planned
+    foreseen = None
+    if planned is not None:
+        dtype = torch.float64 if planned.in_float64 else torch.float32
+        sides = (side.to(dtype) for side in (base, models[0]))
+        foreseen = forecast(*sides, coefficient=planned.coefficient, dtype=planned.dtype)
     changes, bad = zip(*(_change(task_vector(model, base), base) for model in models), strict=True)
     if len(models) == 1:
-        return _Found(chunk, holds, changes)
+        return _Found(chunk, holds, changes, forecast=foreseen)
     numel, squares = chunk.numel, tuple(change.squares for change in changes)
     if any(left_out is not None for left_out in bad):
         in_any = torch.stack([left_out for left_out in bad if left_out is not None]).any(0)

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from lines_cli.checkpoint.header import EXACT_DTYPES, FLOAT8_DTYPES, FLOAT_DTYPES, Known, TensorInfo
 from lines_cli.checkpoint.reader import Checkpoint, gc_paused, open_checkpoint, unsupported_in
@@ -27,7 +27,15 @@ from lines_cli.plan.inputs import Inputs, inputs_of, refuse_variant_of_none
 from lines_cli.plan.layout import natural
 from lines_cli.plan.match import Names, kept, match_names, missing_in_blocks, nothing_in_common
 from lines_cli.plan.resolve import UNSCALED
-from lines_cli.plan.tensors import Segment, SourceRange, TensorSpec, TensorValues, refuse_idle_filters, specify_tensors
+from lines_cli.plan.tensors import (
+    STORED,
+    Segment,
+    SourceRange,
+    TensorSpec,
+    TensorValues,
+    refuse_idle_filters,
+    specify_tensors,
+)
 from lines_cli.plan.tied_weights import says_tied, tied_embeddings
 from lines_cli.recipe.schema import Like, Recipe, Scaling
 from lines_cli.recipe.validate import edit_recipe, make_recipe
@@ -59,6 +67,20 @@ class TensorEntry:
     coefficient: float
 
 
+class Planned(NamedTuple):
+    """What an edit would do to a tensor.
+
+    Attributes:
+        coefficient: rounded to the dtype of the arithmetic.
+        in_float64: whether that is float64.
+        dtype: of the output.
+    """
+
+    coefficient: float
+    in_float64: bool
+    dtype: str
+
+
 @dataclass(frozen=True, slots=True)
 class ReadRange:
     """A run of entries that is read: of one tensor alone, or of the base and every fine-tune, to compare them.
@@ -68,11 +90,13 @@ class ReadRange:
         segments: one, with where its entries come from.
         counts_for: for each of its sources the checkpoint (a number into `Inspection.checkpoints`) and tensor that
             health is checked; None where another range does it.
+        planned: what an edit would do to it, if that is to be foreseen.
     """
 
     name: str
     segments: tuple[Segment]
     counts_for: tuple[tuple[int, str] | None, ...]
+    planned: Planned | None = None
     in_float64: bool = True  # all sums are taken in it
 
     @property
@@ -179,6 +203,7 @@ class Inspection:
         """Everything that is read to compare the checkpoints, and to see what they hold: every float entry of each."""
         spans: list[ReadRange] = []
         counted: set[tuple[int, str]] = set()
+        planned = self._planned()
         for tensor in sorted(self.compared, key=lambda tensor: natural(tensor.name)):
             counts_for: list[tuple[int, str] | None] = []
             for side, name in enumerate(tensor.names):
@@ -188,7 +213,7 @@ class Inspection:
                 counts_for.append((side, name) if fresh else None)
                 if fresh:
                     counted.add((side, name))
-            spans.append(ReadRange(tensor.name, (tensor.segment,), tuple(counts_for)))
+            spans.append(ReadRange(tensor.name, (tensor.segment,), tuple(counts_for), planned.get(tensor.name)))
         first = 0
         for side, checkpoint in enumerate(self.checkpoints):
             for name, stored in checkpoint.tensors.items():
@@ -197,6 +222,31 @@ class Inspection:
                     spans.append(ReadRange(name, (Segment(0, stored.info.numel, copy=source),), ((side, name),)))
             first += len(checkpoint.files)
         return spans
+
+    @property
+    def forecasts(self) -> bool:
+        """Whether what rounding leaves of the coefficients is foreseen: an edit is planned, of one fine-tune that
+        lines did not write; nothing of it is dropped; and rounding draws nothing.
+        """
+        recipe = self.recipe
+        edits = recipe.method.takes == "task vectors" and recipe.method.one_is_itself(recipe.values("", 0.0))
+        alone = len(self.models) == len(recipe.merged) == 1 and self.made_by is None
+        return alone and edits and recipe.rounding == "nearest"
+
+    def _planned(self) -> dict[str, Planned]:
+        """What an edit would do to each tensor that is compared, where that is known."""
+        if not self.forecasts:
+            return {}
+        entries = {entry.name: entry for entry in self.parts}
+        found: dict[str, Planned] = {}
+        for tensor in self.compared:
+            entry = entries.get(tensor.name)
+            if entry is not None and not math.isnan(entry.coefficient) and entry.info.dtype in FLOAT_DTYPES:
+                dtype = STORED[self.recipe.dtype] if self.recipe.dtype else entry.info.dtype
+                wide = any(source.dtype == "F64" for source in tensor.segment.sources)
+                rounded = rounded_coefficient(tensor.name, entry.coefficient, in_float64=wide)
+                found[tensor.name] = Planned(rounded, wide, dtype)
+        return found
 
 
 Named = str | Path
@@ -209,6 +259,7 @@ def open_inspection(
     base: Named | None = None,
     prefix: str | None = None,
     variant: str | None = None,
+    dtype: str | None = None,
     quiet: bool = False,
     **scaling: Any,
 ) -> Inspection:
@@ -219,6 +270,7 @@ def open_inspection(
         base: what they were fine-tuned from.
         prefix: what the names of one side begin with and those of another lack (`Recipe`).
         variant: of folders with several sets of weights, which (`Recipe`).
+        dtype: what an output would be stored as (`Recipe`).
         quiet: no progress bars while fetching from the Hub.
         scaling: the fields of `Scaling`. One that is None keeps its default: an edit's, or for several fine-tunes those
             of a merge by task arithmetic, alpha `auto` (which is 1/N) and beta 0.5. If all are None, an output of ours
@@ -235,6 +287,8 @@ def open_inspection(
     names = [str(model) for model in ([models] if isinstance(models, (str, Path)) else models)]
     if base is None and prefix is not None:
         raise RecipeError("--prefix says how names are paired with those of a base, and there is none")
+    if base is None and dtype is not None:
+        raise RecipeError("--dtype says what an update is rounded to, and without a base there is none")
     if base is None and len(names) != 1:
         raise RecipeError(
             f"{len(names)} checkpoints, and no base to compare them with",
@@ -247,7 +301,8 @@ def open_inspection(
         given = {"alpha": "auto", "beta": 0.5} | given
     wanted = edit_recipe(str(base), names[0], **given).lines
     sources = [{"model": name} for name in names]
-    said = {"base_model": str(base), "models": sources, "lines": wanted, "prefix": prefix, "variant": variant}
+    said = {"base_model": str(base), "models": sources, "lines": wanted}
+    said |= {"prefix": prefix, "variant": variant, "dtype": dtype}
     recipe = make_recipe({key: value for key, value in said.items() if value is not None}, where="inspect")
     return _against(str(base), names, recipe, "asked", quiet=quiet)
 

@@ -10,7 +10,7 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
@@ -165,8 +165,10 @@ def panels(report: Report) -> list[Panel]:
         return [Panel("No stack of layers was found, so there is no depth to draw over", 1.0, lambda _: None)]
     names = _short_names([tune["model"] for tune in tunes])
     rows = math.ceil(len(stacks) / 2) * _ROW + 0.7 + 0.2 * math.ceil(len(names) / 3)
+    of_rounding = _of_rounding(report, stacks, rows)
     if not tunes:
-        return [Panel("Parameters and coefficients by depth", rows, lambda part: _parameters(part, report, stacks))]
+        first = Panel("Parameters and coefficients by depth", rows, lambda part: _parameters(part, report, stacks))
+        return [first, *of_rounding]
     bars = min(len(tunes), _MOST_BARS)
     title = f"Before and after {'LiNeS' if report['scaling']['lines'] else 'scaling'}" + (
         f" (the first {bars} of {len(tunes)})" if bars < len(tunes) else ""
@@ -175,6 +177,7 @@ def panels(report: Report) -> list[Panel]:
     found = [
         Panel("Norm of the update by depth", rows, lambda part: _updates(part, report, stacks, names)),
         Panel(title, height, lambda part: _before_and_after(part, report, stacks, names[:bars])),
+        *of_rounding,
     ]
     if together := report.get("together"):
         lines = len(_strip_rows(names)) + 1
@@ -184,6 +187,25 @@ def panels(report: Report) -> list[Panel]:
             Panel("Layer by layer", strips, lambda part: _strips(part, together, stacks, names)),
         ]
     return found
+
+
+def _of_rounding(report: Report, stacks: Sequence[str], height: float) -> list[Panel]:
+    """A panel of what rounding leaves of the coefficients, if that is known: recorded, or foreseen."""
+    if report.get("recorded"):
+        layers, whose = report["recorded"], "as its recipe records them"
+    elif report.get("rounding"):
+        layers, whose = report["layers"], f"foreseen in {report['rounding']['dtype']}"
+    else:
+        return []
+    asked, left = (
+        {(layer["stack"], layer["index"]): math.nan if layer[key] is None else layer[key] for layer in layers}
+        for key in ("coefficient", "realised")
+    )
+    shown = [stack for stack in stacks if any(name == stack for name, _ in asked)]
+    if not shown:
+        return []
+    title = f"Coefficients as asked, and as rounding leaves them ({whose})"
+    return [Panel(title, height, lambda part: _asked_and_realised(part, shown, asked, left))]
 
 
 def _short_names(models: Sequence[str]) -> list[str]:
@@ -297,6 +319,26 @@ def _before_and_after(part: Figure | SubFigure, report: Report, stacks: Sequence
         _over_layers(axes, ", ".join(parts), len(layers))
         axes.set_ylabel("norm of the update")
     _legend(part, [before, after])
+
+
+def _asked_and_realised(
+    part: Figure | SubFigure,
+    stacks: Sequence[str],
+    asked: Mapping[tuple[str, int], float],
+    left: Mapping[tuple[str, int], float],
+) -> None:
+    """For each layer the coefficient that is asked, as a line, and the one that rounding leaves, as a dot."""
+    for axes, stack in zip(_grid(part, len(stacks)), stacks, strict=True):
+        layers = sorted(index for name, index in asked if name == stack)
+        wanted, found = ([values[stack, index] for index in layers] for values in (asked, left))
+        style: dict[str, Any] = {"color": _GREY, "linewidth": 1.5, "label": "asked"}
+        (line,) = axes.plot(layers, wanted, marker="_" if len(layers) == 1 else None, markersize=20, **style)
+        (dots,) = axes.plot(layers, found, "o", color=_COLOURS[0], markersize=5, label="realised", clip_on=False)
+        known = [value for value in (*wanted, *found) if math.isfinite(value)]
+        axes.set_ylim(min(0.0, *known, 0.0) * 1.08, max(0.0, *known, 0.0) * 1.08 or 1.0)
+        axes.set_ylabel("coefficient")
+        _over_layers(axes, _called(stack), max(layers) + 1)
+    _legend(part, [line, dots])
 
 
 def _cosine_scale(together: Report) -> dict[str, Any]:

@@ -19,7 +19,9 @@ from lines_cli.inspection.open import Inspection, TensorEntry
 from lines_cli.inspection.statistics import Findings, Interference, UpdateStats, ValueStats
 from lines_cli.plan.coefficients import layer_coefficients, outside_coefficients
 from lines_cli.plan.layout import natural
+from lines_cli.plan.realised import Forecast, is_off
 from lines_cli.plan.statistics import Norms
+from lines_cli.plan.tensors import STORED
 from lines_cli.plan.tied_weights import tied_copies, tied_embeddings
 from lines_cli.scaling.find_depth import pattern_of
 
@@ -70,6 +72,8 @@ def make_report(inspection: Inspection, findings: Findings | None = None, *, ten
         "scaling": _scaling(inspection),
         "notes": list(inspection.notes),
     }
+    if inspection.made_by is not None and inspection.made_by.layers:
+        report["recorded"] = [layer.model_dump() for layer in inspection.made_by.layers]
     if tensors:
         report["map"] = [_tensor(part) | (one([part]) if one else {}) for part in inspection.parts]
     if findings is None:
@@ -78,10 +82,23 @@ def make_report(inspection: Inspection, findings: Findings | None = None, *, ten
         report["not_compared"] = [{"tensor": name, "why": why} for name, why in inspection.not_compared.items()]
         report["fine_tunes"] = [_fine_tune(inspection, findings, model) for model in range(len(inspection.models))]
         report["merge"] = _merge(inspection)
+        report["rounding"] = _rounding(inspection, report["layers"]) if findings.forecasts else None
         report["together"] = _together(inspection, findings) if len(changes) > 1 else None
     report["health"] = [_health(inspection, findings, side) for side in range(len(inspection.checkpoints))]
     report["bytes_read"], report["seconds"] = findings.bytes_read, round(findings.seconds, 3)
     return report
+
+
+def _rounding(inspection: Inspection, layers: Sequence[Report]) -> Report:
+    """What rounding would make of the scaling: to which dtype, which layers would be off."""
+    entries: Counter[str] = Counter()
+    for span in inspection.spans():
+        if span.planned is not None:
+            entries[span.planned.dtype] += span.segments[0].numel
+    dtype = next(name for name, stored in STORED.items() if stored == entries.most_common(1)[0][0])
+    keys = ("stack", "index", "coefficient", "realised")
+    off = (layer for layer in layers if is_off(layer["coefficient"], layer["realised"]))
+    return {"dtype": dtype, "off": [{key: layer[key] for key in keys} for layer in off]}
 
 
 def problems(report: Report) -> list[str]:
@@ -237,6 +254,9 @@ def _changes(findings: Findings, model: int) -> Numbers:
         if _vanishes(whole):
             norm = scaled = None
         largest = [abs(part.coefficient) * change.largest for part, change in known]
+        foreseen = reduce(
+            add, (findings.forecasts[part.name] for part, _ in known if part.name in findings.forecasts), Forecast()
+        )
         report = {
             "update_norm": norm,
             "relative_norm": _ratio(norm, base),
@@ -245,10 +265,17 @@ def _changes(findings: Findings, model: int) -> Numbers:
             "scaled_norm": scaled,
             "scaled_relative_norm": _ratio(scaled, base),
             "scaled_largest": max(largest, default=0.0) if all(map(math.isfinite, largest)) else None,
+            "realised": foreseen.realised.coefficient,
+            "units": {"median": foreseen.median, **{word: foreseen.share(n) for n, word in enumerate(_UNITS)}}
+            if foreseen.units
+            else None,
         }
         return report if whole.numel else dict.fromkeys(report)
 
     return numbers
+
+
+_UNITS = ("zero", "one", "two")
 
 
 def _vanishes(change: UpdateStats) -> bool:

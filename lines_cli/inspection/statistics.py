@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from lines_cli.plan.realised import Forecast
 from lines_cli.plan.statistics import Norms
 
 
@@ -107,6 +108,7 @@ class Findings:
 
     Attributes:
         changes: tensor -> what each fine-tune changed of it.
+        forecasts: tensor -> what rounding would leave of the scaled update; of one fine-tune.
         joint: tensor -> how they go together; empty for one fine-tune.
         seen: (checkpoint, tensor) -> what it holds; checkpoints as in `Inspection.checkpoints`.
         same: for each checkpoint, groups of tensors that hold the same bytes.
@@ -116,6 +118,7 @@ class Findings:
     """
 
     changes: Mapping[str, tuple[UpdateStats, ...]] = field(default_factory=dict)
+    forecasts: Mapping[str, Forecast] = field(default_factory=dict)
     joint: Mapping[str, Interference] = field(default_factory=dict)
     seen: Mapping[tuple[int, str], ValueStats] = field(default_factory=dict)
     same: Mapping[int, Sequence[tuple[str, ...]]] = field(default_factory=dict)

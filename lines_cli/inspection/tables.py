@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lines_cli.plan.realised import way_out
+
 if TYPE_CHECKING:
     from lines_cli.inspection.report import Report
 
@@ -97,6 +99,7 @@ def _headers(report: Report, *, full: bool) -> Section:
     tables = [("", Table(("stack", "layers", "tensors", "parameters", "bytes", "first", "last"), tuple(rows)))]
     if not report.get("fine_tunes"):
         tables += [_layers_of(report, stack, full=full) for stack in report["stacks"]]
+        tables += _recorded(report, full=full)
     return Section(report["checkpoint"], tuple(facts), tuple(tables))
 
 
@@ -223,6 +226,9 @@ def _fine_tune(report: Report, tune: Report, *, full: bool) -> Section:
         rows = [row(f"{layer['index']}", layer, coefficient(layer["coefficient"]), most=of_layers) for layer in shown]
         rows.append(row("all", stack, "", most=of_layers))
         tables.append((_titled(stack, more), Table(("layer", *headings), tuple(rows))))
+    if report["rounding"] is not None:
+        tables += [_rounded(tune, stack, report["rounding"]["dtype"], full=full) for stack in tune["stacks"]]
+    tables += _recorded(report, full=full)
     outside = [
         row(where, tune["outside"][side], coefficient(tune["outside"][side]["coefficient"]), most=of_outside)
         for side, where in _SIDES
@@ -233,7 +239,58 @@ def _fine_tune(report: Report, tune: Report, *, full: bool) -> Section:
     kinds = (row(kind["kind"], kind, "", most=largest(tune["kinds"])) for kind in tune["kinds"])
     without_c = tuple((*cells[:6], cells[7]) for cells in kinds)
     tables.append(("by kind", Table(("", *headings[:5], headings[6]), without_c)))
-    return Section(f"update of {tune['model']}", tuple(_changed(tune)), tuple(tables))
+    return Section(f"update of {tune['model']}", (*_changed(tune), *_undone(report)), tuple(tables))
+
+
+def _undone(report: Report) -> Iterable[Fact]:
+    """What rounding would make of the scaling."""
+    rounding = report["rounding"]
+    if rounding is None:
+        return
+    if not (off := rounding["off"]):
+        yield "rounding", (f"to {rounding['dtype']} leaves every layer the coefficient that is asked",)
+        return
+    worst = max(off, key=lambda layer: abs(layer["realised"] - layer["coefficient"]))
+    of_stack = f" of {worst['stack']}" if worst["stack"] else ""
+    more = f" ({len(off) - 1:,} more are off, too)" if len(off) > 1 else ""
+    what = (
+        f"to {rounding['dtype']} would undo part of the scaling: layer {worst['index']}{of_stack} would have "
+        f"{worst['realised']:.3g} where {worst['coefficient']:.3g} is asked{more}."
+    )
+    yield "rounding", (what, way_out(rounding["dtype"], edit=report["scaling"]["of"] != "merge", drawn=False))
+
+
+def _rounded(tune: Report, stack: Report, dtype: str, *, full: bool) -> tuple[str, Table]:
+    """What rounding would leave of each layer's coefficient, and how large updates are in units in the last place."""
+    shown, more = _folded(_of(tune["layers"], stack), full=full)
+    rows = []
+    for name, group in (*((f"{layer['index']}", layer) for layer in shown), ("all", stack)):
+        units = group["units"] or dict.fromkeys(("median", "zero", "one", "two"))
+        asked = coefficient(group["coefficient"]) if "coefficient" in group else ""
+        shares = ("-" if (part := units[word]) is None else f"{100 * part:.3g}" for word in ("zero", "one", "two"))
+        rows.append((name, asked, coefficient(group["realised"]), number(units["median"]), *shares))
+    headings = ("layer", "c", "realised", "median ulp", "% at 0 ulp", "% at 1", "% at 2")
+    title = f"{stack['name'] or '(no prefix)'} in {dtype}{more}"
+    return title, Table(headings, tuple(rows))
+
+
+def _recorded(report: Report, *, full: bool) -> list[tuple[str, Table]]:
+    """What an output's recipe records of rounding, stack by stack."""
+    tables = []
+    for name in dict.fromkeys(layer["stack"] for layer in report.get("recorded", ())):
+        shown, more = _folded([layer for layer in report["recorded"] if layer["stack"] == name], full=full)
+        rows = tuple(
+            (
+                f"{layer['index']}",
+                coefficient(layer["coefficient"]),
+                coefficient(layer["realised"]),
+                share(layer["changed"]),
+            )
+            for layer in shown
+        )
+        title = f"{name or '(no prefix)'}, as its recipe records it{more}"
+        tables.append((title, Table(("layer", "asked", "realised", "changed"), rows)))
+    return tables
 
 
 def _changed(tune: Report) -> Iterable[Fact]:

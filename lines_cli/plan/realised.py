@@ -8,8 +8,10 @@ one would find who compares the output with the base: the multiple of `tau` that
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from lines_cli.checkpoint.header import EXACT_DTYPES
@@ -55,8 +57,11 @@ class Realised:
 
     @property
     def coefficient(self) -> float | None:
-        """What was realised; None where there is no task vector, or nothing was computed."""
-        return self.product / self.squares if self.squares > 0 else None
+        """What was realised; None where there is no task vector, nothing was computed, or float64 cannot hold it."""
+        if not 0 < self.squares < math.inf:
+            return None
+        found = self.product / self.squares
+        return found if math.isfinite(found) else None
 
     @property
     def share_changed(self) -> float | None:
@@ -65,6 +70,63 @@ class Realised:
 
 
 NOTHING_REALISED = Realised()
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What rounding would leave of an update, before anything is written. Two of them add up.
+
+    Attributes:
+        realised: the sums, for the coefficient that is planned.
+        units: how large the whole update is in units in the last place of the output dtype: of how many numbers that it
+            holds an entry moved. A bin of those sizes (`unit_bin`) -> how many entries.
+    """
+
+    realised: Realised = NOTHING_REALISED
+    units: Mapping[int, int] = field(default_factory=dict)
+
+    def __add__(self, other: Forecast) -> Forecast:
+        units = dict(self.units)
+        for bin_, entries in other.units.items():
+            units[bin_] = units.get(bin_, 0) + entries
+        return Forecast(self.realised + other.realised, units)
+
+    def share(self, size: int) -> float | None:
+        """The share of entries whose update has a size below 16."""
+        entries = sum(self.units.values())
+        return self.units.get(unit_bin(size), 0) / entries if entries else None
+
+    @property
+    def median(self) -> float | None:
+        """The median size: exact below 16, above within an eighth."""
+        entries, seen = sum(self.units.values()), 0
+        for bin_ in sorted(self.units):
+            seen += self.units[bin_]
+            if 2 * seen >= entries:
+                low, end = unit_sizes(bin_)
+                return float(low) if end - low <= 1 else (low + end) / 2
+        return None
+
+
+UNIT_BITS = 20  # of a float32, which a bin leaves out: 3 of its fraction remain, so eight bins to an octave
+
+
+def unit_bin(size: int) -> int:
+    """The bin of an update of so many units: 0 of none, then one for each up to 15."""
+    bits = int.from_bytes(struct.pack("<f", size), "little")
+    return max(0, (bits >> UNIT_BITS) - BIN_OF_ONE + 1)
+
+
+def unit_sizes(bin_: int) -> tuple[float, float]:
+    """The sizes in a bin: from the first up to, and without, the second."""
+    if bin_ == 0:
+        return 0.0, 1.0
+    codes = ((bin_ - 1 + at + BIN_OF_ONE) << UNIT_BITS for at in (0, 1))
+    low, end = (struct.unpack("<f", struct.pack("<I", code))[0] for code in codes)
+    return low, end
+
+
+BIN_OF_ONE = 0x3F800000 >> UNIT_BITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,11 +214,16 @@ class Row(NamedTuple):
 
     @property
     def is_off(self) -> bool:
-        """Whether more than `_FAR` or a tenth of what was asked is missing, or too much."""
-        if self.realised is None:
-            return False
-        off, asked = abs(self.realised - self.group.coefficient), abs(self.group.coefficient)
-        return off > _FAR or (off > asked / 10 and asked > 0)
+        """Whether it is far from what was asked."""
+        return is_off(self.group.coefficient, self.realised)
+
+
+def is_off(asked: float, realised: float | None) -> bool:
+    """Whether a realised coefficient is further than 0.05, or than a tenth of what was asked, from that."""
+    if realised is None:
+        return False
+    off = abs(realised - asked)
+    return off > _FAR or (off > abs(asked) / 10 and asked != 0)
 
 
 _FAR = 0.05
@@ -209,24 +276,31 @@ def record_of(rows: Iterable[Row]) -> list[dict[str, Any]]:
 def warning_of(plan: Plan, rows: Sequence[Row]) -> str | None:
     """Where rounding undid the scaling, why, and the way out; None where it did not."""
     off = [row for row in rows if row.is_off]
-    if not off:
+    if not off or plan.dtype is None:
         return None
     worst = max(off, key=lambda row: abs((row.realised or 0.0) - row.group.coefficient))
     more = f" ({len(off) - 1:,} more are off, too)" if len(off) > 1 else ""
-    stored = plan.dtype
-    dtype, wider = stored, "float64" if stored in ("float32", "float64") else "float32"
-    option = "--" if plan.inputs.of_an_edit else ""
-    equals = " " if option else ": "
     what = (
-        f"rounding to {dtype} undid part of the scaling: {_called(worst.group)} has {worst.realised:.3g} where "
+        f"rounding to {plan.dtype} undid part of the scaling: {_called(worst.group)} has {worst.realised:.3g} where "
         f"{worst.group.coefficient:.3g} was asked{more}"
     )
-    if plan.recipe.rounding == "stochastic":
-        return (
-            f"{what}. The draw averages out over many entries only. {option}dtype{equals}{wider} holds what is asked."
-        )
+    return f"{what}. {way_out(plan.dtype, edit=plan.inputs.of_an_edit, drawn=plan.recipe.rounding == 'stochastic')}"
+
+
+def way_out(dtype: str, *, edit: bool, drawn: bool) -> str:
+    """Why rounding undid the scaling, and what helps.
+
+    Args:
+        dtype: of the output.
+        edit: whether to say it as options, or as keys of a recipe.
+        drawn: whether it was rounded stochastically.
+    """
+    wider = "float64" if dtype in ("float32", "float64") else "float32"
+    option, equals = ("--", " ") if edit else ("", ": ")
+    if drawn:
+        return f"The draw averages out over many entries only. {option}dtype{equals}{wider} holds what is asked."
     return (
-        f"{what}. Updates of about one unit in the last place are lost, or kept whole. "
+        "Updates of about one unit in the last place are lost, or kept whole. "
         f"{option}rounding{equals}stochastic keeps the scale on average; {option}dtype{equals}{wider} keeps it, in "
         "twice the bytes."
     )
@@ -246,7 +320,7 @@ def total(rows: Sequence[Row]) -> dict[str, float | None]:
     groups have in common, if they do.
     """
     found = sum((row.sums for row in rows), NOTHING_REALISED)
-    if found.squares > 0:
+    if found.coefficient is not None:
         asked = sum(row.group.coefficient * row.sums.squares for row in rows) / found.squares
         return {"asked": asked, "realised": found.coefficient, "changed": found.share_changed}
     same = {(row.group.coefficient, row.realised, row.changed) for row in rows}
