@@ -35,13 +35,13 @@ if TYPE_CHECKING:
 
     from lines_cli.inspection.report import Report
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
-_MARKERS = "osD^vPX*"
-_GREY, _LIGHT, _PALE = "0.35", "0.88", "#9ecae1"
-_WIDTH, _ROW = 9.0, 2.5  # inches
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
+MARKERS = "osD^vPX*"
+GREY, _LIGHT, _PALE = "0.35", "0.88", "#9ecae1"
+WIDTH, _ROW = 9.0, 2.5  # inches
 _MOST_BARS, _MOST_PAIRED = 8, 8  # fine-tunes with bars of their own, and with a row for each pair of them
-_LONGEST = 28  # characters of a name
-_STYLE: Any = {
+LONGEST = 28  # characters of a name
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.titlesize": 10,
@@ -112,12 +112,12 @@ class Drawing:
         with mpl.rc_context(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a glyph that the font lacks is drawn as a box
             mpl.rcdefaults()  # whatever a user prefers elsewhere
-            mpl.rcParams.update(_STYLE)
+            mpl.rcParams.update(STYLE)
             shown = panels(report)
             if self._form == "html":
-                content = page(report, [(panel.title, _render([panel], "svg")) for panel in shown]).encode()
+                content = page(report, [(panel.title, render([panel], "svg")) for panel in shown]).encode()
             else:
-                content = _render(shown, self._form)
+                content = render(shown, self._form)
         self._write(content)
         try:
             os.replace(self._staged, self.path)
@@ -139,10 +139,10 @@ class Drawing:
         )
 
 
-def _render(shown: Sequence[Panel], form: str) -> bytes:
+def render(shown: Sequence[Panel], form: str) -> bytes:
     """The panels below each other, as bytes of a file."""
     heights = [panel.height for panel in shown]
-    figure = Figure(figsize=(_WIDTH, sum(heights)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
     below: list[Any] = list(figure.subfigures(len(shown), 1, height_ratios=heights, squeeze=False)[:, 0])
     for panel, part in zip(shown, below, strict=True):
         part.suptitle(panel.title)
@@ -163,7 +163,7 @@ def panels(report: Report) -> list[Panel]:
     stacks = [stack["name"] for stack in report["stacks"]]
     if not stacks:
         return [Panel("No stack of layers was found, so there is no depth to draw over", 1.0, lambda _: None)]
-    names = _short_names([tune["model"] for tune in tunes])
+    names = short_names([tune["model"] for tune in tunes])
     rows = math.ceil(len(stacks) / 2) * _ROW + 0.7 + 0.2 * math.ceil(len(names) / 3)
     of_rounding = _of_rounding(report, stacks, rows)
     if not tunes:
@@ -183,7 +183,7 @@ def panels(report: Report) -> list[Panel]:
         lines = len(_strip_rows(names)) + 1
         strips = len(stacks) * (0.16 * max(lines, 5) + 0.9) + 0.8
         found += [
-            Panel("Whole models", min(0.4 * len(names) + 1.6, 4.4), lambda part: _matrices(part, together, names)),
+            Panel("Whole models", min(0.4 * len(names) + 1.6, 4.4), lambda part: matrices(part, together, names)),
             Panel("Layer by layer", strips, lambda part: _strips(part, together, stacks, names)),
         ]
     return found
@@ -208,12 +208,10 @@ def _of_rounding(report: Report, stacks: Sequence[str], height: float) -> list[P
     return [Panel(title, height, lambda part: _asked_and_realised(part, shown, asked, left))]
 
 
-def _short_names(models: Sequence[str]) -> list[str]:
+def short_names(models: Sequence[str]) -> list[str]:
     """The last part of each path, its middle cut out if it is long; numbered where there are several."""
     last = [printable(os.path.basename(os.path.normpath(model))) for model in models]
-    cut = [
-        name if len(name) <= _LONGEST else f"{name[: _LONGEST // 2 - 3]}…{name[-_LONGEST // 2 - 2 :]}" for name in last
-    ]
+    cut = [name if len(name) <= LONGEST else f"{name[: LONGEST // 2 - 3]}…{name[-LONGEST // 2 - 2 :]}" for name in last]
     return [f"{at} {name}" for at, name in enumerate(cut, 1)] if len(cut) > 1 else cut
 
 
@@ -257,15 +255,15 @@ def _coefficients(axes: Axes, layers: Sequence[Report]) -> Any:
     values = _values(layers, "coefficient")
     known = [value for value in values if math.isfinite(value)]
     right = axes.twinx()
-    style: dict[str, Any] = {"color": _GREY, "linestyle": "--", "linewidth": 1.2, "label": "coefficient"}
+    style: dict[str, Any] = {"color": GREY, "linestyle": "--", "linewidth": 1.2, "label": "coefficient"}
     (line,) = right.plot(range(len(values)), values, marker="_" if len(values) == 1 else None, markersize=20, **style)
     # More room above it than above the norms, or else their greatest values would lie on each other.
     right.set_ylim(min(0.0, *known, 0.0) * 1.08, max(0.0, *known, 0.0) * 1.18 or 1.0)
-    right.set_ylabel("coefficient", color=_GREY)
+    right.set_ylabel("coefficient", color=GREY)
     right.spines["right"].set_visible(True)
-    right.spines["right"].set_color(_GREY)
-    right.tick_params(axis="y", colors=_GREY)
-    right.fill_between(range(len(values)), values, color=_GREY, alpha=0.12, linewidth=0)
+    right.spines["right"].set_color(GREY)
+    right.tick_params(axis="y", colors=GREY)
+    right.fill_between(range(len(values)), values, color=GREY, alpha=0.12, linewidth=0)
     return line
 
 
@@ -290,7 +288,7 @@ def _updates(part: Figure | SubFigure, report: Report, stacks: Sequence[str], na
         handles, every = [], []
         for at, (tune, name) in enumerate(zip(report["fine_tunes"], names, strict=True)):
             norms = _values(_of(tune["layers"], stack), "update_norm")
-            style: dict[str, Any] = {"color": _COLOURS[at % 8], "marker": _MARKERS[at % 8]}
+            style: dict[str, Any] = {"color": COLOURS[at % 8], "marker": MARKERS[at % 8]}
             style |= {"markevery": max(1, len(norms) // 12), "linestyle": ("-", ":", "-.")[at // 8 % 3]}
             handles += axes.plot(norms, label=name, markersize=4, linewidth=1.5, **style)
             every += norms
@@ -311,7 +309,7 @@ def _before_and_after(part: Figure | SubFigure, report: Report, stacks: Sequence
         layers = _of(report["fine_tunes"][at]["layers"], stack)
         norms, places = _values(layers, "update_norm"), range(len(layers))
         before = axes.bar(places, norms, color=_PALE, label="before")
-        after = axes.bar(places, _values(layers, "scaled_norm"), width=0.45, color=_COLOURS[0], label="after LiNeS")
+        after = axes.bar(places, _values(layers, "scaled_norm"), width=0.45, color=COLOURS[0], label="after LiNeS")
         _from_zero(axes, most[stack])
         parts = ([names[at]] if len(names) > 1 else []) + (
             [_called(stack)] if len(stacks) > 1 or len(names) == 1 else []
@@ -358,7 +356,7 @@ def _cosine_scale(together: Report) -> dict[str, Any]:
 _SHARE_SCALE = {"cmap": "Blues", "vmin": 0, "vmax": 100}
 
 
-def _matrices(part: Figure | SubFigure, together: Report, names: Sequence[str]) -> None:
+def matrices(part: Figure | SubFigure, together: Report, names: Sequence[str]) -> None:
     left, right = part.subplots(1, 2)
     cosine = [[math.nan if value is None else value for value in row] for row in together["cosine"]]
     opposed = [[math.nan if value is None else 100 * value for value in row] for row in together["opposed"]]

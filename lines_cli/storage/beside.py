@@ -23,7 +23,7 @@ LARGEST_JSON = 16 * 2**20
 LARGEST_INDEX = 64 * 2**20
 """Bytes of an index."""
 
-_MOST_VALUES = 2_000_000  # a value takes some 100 bytes, and as long as it takes to look at it
+MOST_VALUES = 2_000_000  # a value takes some 100 bytes, and as long as it takes to look at it
 _DEEPEST_JSON = 100
 _UNREADABLE = "Ask whoever owns it for permission to read it."
 _NOT_JSON = "The file is damaged: copy or download it again."
@@ -110,8 +110,8 @@ def read_json(path: Path, most: int = LARGEST_JSON) -> Any:
         if raw.startswith(LFS_POINTER):
             raise CheckpointError(f"{path}: a Git LFS pointer, and not the file that it points to", hint=FETCH_LFS)
         containers = raw.count(b"[") + raw.count(b"{")
-        if containers + raw.count(b",") > _MOST_VALUES:
-            raise CheckpointError(f"{path}: JSON of more than {_MOST_VALUES:,} values", hint=_NOT_JSON)
+        if containers + raw.count(b",") > MOST_VALUES:
+            raise CheckpointError(f"{path}: JSON of more than {MOST_VALUES:,} values", hint=_NOT_JSON)
         value = json.loads(raw.decode("utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}", hint=_UNREADABLE) from error

@@ -100,13 +100,26 @@ def is_taken(output: Path) -> bool:
     """Whether anything stands at a destination, an empty folder apart."""
     output = placed(output)
     if os.path.isdir(output) and not is_one_file(output):
-        return bool(os.listdir(output))
+        with suppress(FileNotFoundError):  # another run has moved it away this moment
+            return bool(os.listdir(output))
     return os.path.lexists(output)
 
 
 def _refuse_another_kind(output: Path) -> None:
-    """A folder replaces a folder, and a file replaces a file."""
+    """A folder replaces a folder, and a file replaces a file. What another run moves away meanwhile is looked at again
+    once no other may.
+    """
     there = placed(output)
+    try:
+        _refuse_as_it_is(output, there)
+    except FileNotFoundError:
+        return
+    except OutputError:
+        if os.path.lexists(there):
+            raise
+
+
+def _refuse_as_it_is(output: Path, there: Path) -> None:
     if is_one_file(output):
         if not os.path.isfile(there):
             raise OutputError(

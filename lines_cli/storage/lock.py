@@ -38,7 +38,12 @@ class RunLock:
         path, until = folder / NAME, time.monotonic() + _PATIENCE
         while True:
             if make:
-                folder.mkdir(exist_ok=True)
+                try:
+                    folder.mkdir(exist_ok=True)
+                except FileExistsError:
+                    if os.path.lexists(folder):
+                        raise
+                    continue  # the run that had it removed it this moment
             try:
                 self._fd = os.open(path, os.O_RDWR | os.O_CREAT | _FLAGS, 0o666)
             except FileNotFoundError:

@@ -19,12 +19,14 @@ import enum
 import errno
 import os
 import stat
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 from lines_cli.errors import OF_NO_USE, Aftermath, OutputError, as_argument, attach_aftermath, some
 from lines_cli.storage.destination import (
@@ -56,6 +58,8 @@ from lines_cli.storage.renames import exchange, move_folder, put
 
 _JOURNAL, _NEW, _OLD, _MOVED = "journal", "new", "old", "moved"
 _LONGEST_NAME = 240  # bytes, so that the whole fits into a file name
+_PATIENCE = 1.0  # seconds for which a folder is looked at that changes all the time
+_TICK = 0.02  # seconds after which a change shows in the times of a folder
 
 
 def staging_of(output: Path) -> Path:
@@ -265,37 +269,67 @@ def leftover(output: Path) -> Unfinished | None:
         OutputError: a run is at work on it, or there is something else in that place.
     """
     with naming(output):
-        folder = staging_of(output)
-        if _is_busy(folder):
+        if _is_busy(folder := staging_of(output)):
             raise refusal(folder, output)
-        contents = _look(output, None)
-        if not folder.exists():
-            return None
-        total = written = 0
-        if contents is not None:
-            with suppress(KeyError, TypeError, ValueError, IndexError):  # no journal of ours would
-                sizes = [int(size) for _, size, _ in contents.run["outputs"]]
-                step = contents.run["step"]
-                whole = (part for part in contents.parts if is_part(part.file, part.start, part.blocks, sizes, step))
-                written = sum(min(step, sizes[part.file] - part.start) for part in whole) if is_step(step) else 0
-                total = sum(sizes)
-        is_over = _is_published(contents, folder) and _is_at(output.resolve(), contents)
-        set_aside = os.path.lexists(folder / _OLD) and not is_over
-        run = contents.run if contents else None
-        return Unfinished(folder, written, total, _taken_by(folder), set_aside, run, is_over)
+        return _at_rest(output, lambda: _unfinished(output))
 
 
-def _look(output: Path, names: Collection[str] | None) -> JournalContents | None:
-    """As `_ours`; what changes while it is looked at is a run at work, or one that has just come to its end."""
-    for last in (False, False, True):
+def _unfinished(output: Path) -> Unfinished | None:
+    folder = staging_of(output)
+    contents = _ours(output, None)
+    if not folder.exists():
+        return None
+    total = written = 0
+    if contents is not None:
+        with suppress(KeyError, TypeError, ValueError, IndexError):  # no journal of ours would
+            sizes = [int(size) for _, size, _ in contents.run["outputs"]]
+            step = contents.run["step"]
+            whole = (part for part in contents.parts if is_part(part.file, part.start, part.blocks, sizes, step))
+            written = sum(min(step, sizes[part.file] - part.start) for part in whole) if is_step(step) else 0
+            total = sum(sizes)
+    is_over = _is_published(contents, folder) and _is_at(output.resolve(), contents)
+    set_aside = os.path.lexists(folder / _OLD) and not is_over
+    run = contents.run if contents else None
+    return Unfinished(folder, written, total, _taken_by(folder), set_aside, run, is_over)
+
+
+_Found = TypeVar("_Found")
+
+
+def _at_rest(output: Path, look: Callable[[], _Found]) -> _Found:
+    """What a look at a staging folder finds, without its lock. What vanishes or changes meanwhile is a run at work, or
+    one that has just come to its end: it is looked at again. A refusal holds once the same is found twice in a folder
+    that has stood still between.
+
+    Raises:
+        OutputError: what `look` refuses; or another run is at work, as one is where the folder does not come to rest.
+        OSError: the folder cannot be read.
+    """
+    folder, until = staging_of(output), time.monotonic() + _PATIENCE
+    last = None
+    while True:
+        state = _state_of(folder)
         try:
-            return _ours(output, names)
-        except (OutputError, OSError):
-            if _is_busy(folder := staging_of(output)):
+            return look()
+        except (OutputError, OSError) as error:
+            if _is_busy(folder):
                 raise refusal(folder, output) from None
-            if last:
+            found = (state, type(error), str(error))
+            if found == last and state == _state_of(folder):
                 raise
-    raise AssertionError
+            if time.monotonic() > until:
+                raise refusal(folder, output) from error
+            last = found
+        time.sleep(_TICK)
+
+
+def _state_of(folder: Path) -> tuple[int, ...] | None:
+    """Another one once a name has come into the folder or has left it; None where it is not there."""
+    try:
+        there = folder.lstat()
+    except OSError:
+        return None
+    return there.st_dev, there.st_ino, there.st_ctime_ns
 
 
 def recover(output: Path) -> None:
@@ -438,7 +472,7 @@ class Staging:
     def __enter__(self) -> Staging:
         with naming(self.output):
             self._made = [parent for parent in self._target.parents if not parent.exists()]
-            _look(self.output, self._names)  # before anything is made in it
+            _at_rest(self.output, lambda: _ours(self.output, self._names))  # before anything is made in it
             fresh = False
             try:
                 self.folder.parent.mkdir(parents=True, exist_ok=True)

@@ -804,7 +804,7 @@ def test_json_of_too_many_values(what: str, tmp_path: Path) -> None:
 
 
 def test_json_with_as_many_values_as_it_may_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lines_cli.storage.beside._MOST_VALUES", 20_000)
+    monkeypatch.setattr("lines_cli.storage.beside.MOST_VALUES", 20_000)
     (tmp_path / "x.json").write_text("[" + "[]," * 9_990 + "[]]")
     assert len(read_json(tmp_path / "x.json")) == 9_991
     (tmp_path / "x.json").write_text("[" + "[]," * 10_010 + "[]]")

@@ -243,8 +243,8 @@ def test_the_same_twice_in_a_process(drawn: Any) -> None:
     """The same report gives the same bytes, whatever was drawn before it."""
     arguments, _ = drawn("one layer, two", "")
     told = run_lines("inspect", *arguments, "--json").json
-    with mpl.rc_context(plot._STYLE):
-        assert len({plot._render(plot.panels(told), "svg") for _ in range(2)}) == 1
+    with mpl.rc_context(plot.STYLE):
+        assert len({plot.render(plot.panels(told), "svg") for _ in range(2)}) == 1
 
 
 @pytest.mark.parametrize(
@@ -584,10 +584,10 @@ def parts(figure: Any) -> list[Any]:
 
 def figures(told: Any) -> Iterator[Figure]:
     """Each panel as a figure of its own, laid out as it is in a page."""
-    with mpl.rc_context(plot._STYLE), warnings.catch_warnings():
+    with mpl.rc_context(plot.STYLE), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for panel in plot.panels(told):
-            figure = Figure(figsize=(plot._WIDTH, panel.height), layout="constrained")
+            figure = Figure(figsize=(plot.WIDTH, panel.height), layout="constrained")
             FigureCanvasAgg(figure)
             figure.suptitle(panel.title)
             panel.draw(figure)
@@ -663,8 +663,8 @@ def test_numbers_on_colours_can_be_read() -> None:
         for at, (a, b) in enumerate(pairs):
             together[key][a][b] = together[key][b][a] = low + (1 - low) * at / (len(pairs) - 1)
     figure = Figure()
-    with mpl.rc_context(plot._STYLE):
-        plot._matrices(figure, together, [f"{at} x" for at in range(8)])
+    with mpl.rc_context(plot.STYLE):
+        plot.matrices(figure, together, [f"{at} x" for at in range(8)])
     for axes in figure.axes[:2]:
         image = axes.images[0]
         assert len(axes.texts) >= len(pairs)
@@ -686,7 +686,7 @@ BLIND = {
 @pytest.mark.parametrize("vision", BLIND)
 def test_colours_are_told_apart(vision: str) -> None:
     """No two lines of a figure have colours that are alike, whatever one's colour vision; nor the same marker."""
-    assert len(set(plot._MARKERS)) == len(plot._COLOURS) == 8
+    assert len(set(plot.MARKERS)) == len(plot.COLOURS) == 8
 
     def seen(colour: str) -> tuple[float, float, float]:
         linear = torch.tensor([c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb(colour)])
@@ -702,7 +702,7 @@ def test_colours_are_told_apart(vision: str) -> None:
     def rgb(colour: str) -> tuple[float, ...]:
         return mpl.colors.to_rgb(colour)
 
-    colours = [*plot._COLOURS, plot._GREY]
+    colours = [*plot.COLOURS, plot.GREY]
     close = {(a, b): math.dist(seen(a), seen(b)) for at, a in enumerate(colours) for b in colours[at + 1 :]}
     assert min(close.values()) > 10, min(close, key=lambda pair: close[pair])
 
@@ -759,13 +759,11 @@ def test_more_than_eight(drawn: Any) -> None:
 
 def test_names_that_differ_at_the_end() -> None:
     """Of names that differ at their ends what is drawn differs, too."""
-    names = plot._short_names(
-        [f"/models/Llama-3.1-8B-Instruct-finetuned-on-{task}" for task in ("code", "math", "law")]
-    )
+    names = plot.short_names([f"/models/Llama-3.1-8B-Instruct-finetuned-on-{task}" for task in ("code", "math", "law")])
     assert len({name.partition(" ")[2] for name in names}) == 3
-    assert all(len(name) <= plot._LONGEST + 2 and "…" in name for name in names)
-    assert plot._short_names(["/a/short", "b/"]) == ["1 short", "2 b"]
-    assert plot._short_names(["x" * plot._LONGEST]) == ["x" * plot._LONGEST]
+    assert all(len(name) <= plot.LONGEST + 2 and "…" in name for name in names)
+    assert plot.short_names(["/a/short", "b/"]) == ["1 short", "2 b"]
+    assert plot.short_names(["x" * plot.LONGEST]) == ["x" * plot.LONGEST]
 
 
 def test_every_layer_is_drawn(drawn: Any) -> None:

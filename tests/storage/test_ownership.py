@@ -103,6 +103,125 @@ def test_runs_into_one_destination(number: int, seconds: float, models: Path) ->
     print(seen)
 
 
+class Vanishing:
+    """While the block runs, a path is removed just before the system is asked for the so-manieth time about it or what
+    is in it; `asked` says how often it was.
+    """
+
+    def __init__(self, path: Path, at: int) -> None:
+        self.path, self.at, self.asked = str(path), at, 0
+
+    def __enter__(self) -> Vanishing:
+        self._patch = pytest.MonkeyPatch()
+        for name in ("stat", "lstat", "listdir", "scandir", "open", "access"):
+            self._patch.setattr(os, name, self._watched(getattr(os, name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._patch.undo()
+
+    def _watched(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def asking(path: Any = ".", *args: Any, **more: Any) -> Any:
+            if not isinstance(path, int) and f"{os.path.abspath(os.fspath(path))}/".startswith(f"{self.path}/"):
+                self.asked += 1
+                if self.asked == self.at:
+                    self._patch.undo()
+                    shutil.rmtree(self.path)
+            return real(path, *args, **more)
+
+        return asking
+
+
+def test_a_leftover_that_goes_while_it_is_looked_at(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At whatever moment another run removes it: then there is nothing left, or what was seen before."""
+    stopped(monkeypatch, *EDIT)
+    shutil.copytree(models / STAGING, models / "kept")
+    whole = staging.leftover(Path("out"))
+    assert whole is not None
+    at, found = 1, set()
+    while True:
+        with Vanishing(models / STAGING, at) as vanishing:
+            found.add(staging.leftover(Path("out")) is None)
+        if vanishing.asked < at:
+            break
+        at += 1
+        shutil.copytree(models / "kept", models / STAGING, dirs_exist_ok=True)
+    assert at > 20
+    assert True in found
+
+
+def test_a_destination_that_goes_while_it_is_looked_at(models: Path) -> None:
+    """Where folders cannot be exchanged, another run moves the old output away for a moment: that is no refusal."""
+    assert run_lines(*EDIT).code == 0
+    (models / "out").rename(models / "kept")
+    at = 1
+    while True:
+        shutil.copytree(models / "kept", models / "out", dirs_exist_ok=True)
+        with Vanishing(models / "out", at) as vanishing:
+            destination.check_destination(Path("out"), inputs=[], nbytes=0, force=True)
+        if vanishing.asked < at:
+            break
+        at += 1
+    assert at > 3
+
+
+def test_a_folder_that_does_not_come_to_rest(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where names come and go at each look, another run is writing, even if its lock is not met."""
+    (models / STAGING).mkdir()
+
+    def other(*_: Any) -> None:
+        (models / STAGING / "new").mkdir()
+        (models / STAGING / "new").rmdir()
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(models / STAGING / "new"))
+
+    monkeypatch.setattr(staging, "_ours", other)
+    monkeypatch.setattr(staging, "_PATIENCE", 0.1)
+    for command in (EDIT, [*EDIT, "--force"], [*EDIT, "--dry-run"], ["clean", "out"]):
+        ran = run_lines(*command)
+        assert (ran.code, ran.trace) == (6, "")
+        assert "another run is writing it" in ran.err
+        assert "cannot be written" not in ran.err
+
+
+def test_what_is_torn_is_looked_at_again(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A journal of one run beside the files of the next is nobody's fault; what stands still is refused as it is."""
+    ours, looks = staging._ours, []
+
+    def torn(*args: Any) -> Any:
+        looks.append(1)
+        if len(looks) == 1:
+            (models / STAGING).mkdir()
+            (models / STAGING / "mine.txt").touch()
+            try:
+                return ours(*args)
+            finally:
+                shutil.rmtree(models / STAGING)
+        return ours(*args)
+
+    monkeypatch.setattr(staging, "_ours", torn)
+    assert staging.leftover(Path("out")) is None
+    assert len(looks) == 2
+    (models / STAGING).mkdir()
+    (models / STAGING / "mine.txt").touch()
+    ran = run_lines(*EDIT)
+    assert (ran.code, "mine.txt" in ran.err, "another run" in ran.err) == (6, True, False)
+
+
+def test_a_folder_that_goes_while_it_is_made(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found there and gone the next moment: it is made again."""
+    mkdir, gone = Path.mkdir, []
+
+    def racing(path: Path, *args: Any, **more: Any) -> None:
+        if path.name == STAGING and not gone:
+            gone.append(path)
+            raise FileExistsError(errno.EEXIST, "File exists", str(path))
+        mkdir(path, *args, **more)
+
+    monkeypatch.setattr(Path, "mkdir", racing)
+    ran = run_lines(*EDIT)
+    assert (ran.code, ran.trace, len(gone)) == (0, "", 1), ran.err
+
+
 def test_the_lock_goes_last(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a run's folder is removed, another finds it locked, to its last file."""
     held = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -15,11 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from typer import testing
+from typer.main import get_command
 
 from support.files import write_checkpoint
-
-testing._get_command = cache(testing._get_command)  # what is declared is read once, not in each of thousands of runs
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,30 @@ class Ran:
         return json.loads(self.out)
 
 
-def run_lines(*args: object) -> Ran:
-    """Run `lines ARGS` in this process."""
+@cache
+def command() -> Any:
+    """What the options declare, read once, not in each of thousands of runs."""
     from lines_cli.cli.app import app
 
-    result = testing.CliRunner().invoke(app, [str(arg) for arg in args])
-    escaped = result.exception if not isinstance(result.exception, SystemExit) else None
-    trace = "".join(traceback.format_exception(escaped)) if escaped else ""
-    return Ran(result.exit_code, result.stdout, result.stderr, trace)
+    return get_command(app)
+
+
+def run_lines(*args: object) -> Ran:
+    """Run `lines ARGS` in this process."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
+    code, trace = 0, ""
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            command().main([str(arg) for arg in args], prog_name="lines")
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        except Exception:  # noqa: BLE001 - whatever it is, it has reached the user
+            code, trace = 1, traceback.format_exc()
+    told = []
+    for stream in (out, err):
+        stream.flush()
+        told.append(stream.buffer.getvalue().decode())  # type: ignore[attr-defined]
+    return Ran(code, *told, trace)
 
 
 @contextmanager
