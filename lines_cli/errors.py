@@ -205,6 +205,15 @@ def as_argument(path: object) -> str:
     return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
+def in_short(path: object) -> str:
+    """A path without `..` in its middle, where it leads to the same place without; a Hub id as it is."""
+    text = str(path)
+    short = os.path.normpath(text)
+    if ".." not in text.split(os.sep) or os.path.realpath(short) != os.path.realpath(text):
+        return text
+    return short if os.path.isabs(short) or short.startswith(".") else f"./{short}"
+
+
 def some(names: Sequence[str], limit: int = 8) -> str:
     """The first `limit` names, one to an indented line, and how many more there are."""
     shown = [f"  {printable(name)}" for name in names[:limit]]

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lines_cli.api import summary
-from lines_cli.errors import printable, without_secrets
+from lines_cli.errors import in_short, printable, without_secrets
 from lines_cli.inspection.tables import Bar, Cell, Section, coefficient, count, sections, size
 from lines_cli.inspection.tables import Table as Columns
 from lines_cli.plan.realised import warning_of
@@ -149,7 +149,7 @@ def show_outcome(outcome: Outcome, *, json: bool, quiet: bool) -> None:
 
 def show_claim(claim: Claim) -> None:
     """What will be read: a recipe may be a stranger's."""
-    inputs = (name if name == path else f"{name} ({path})" for path, name in claim.names.items())
+    inputs = (name if name == path else f"{name} ({in_short(path)})" for name, path in claim.places.items())
     remark(f"the inputs of {claim.file}: {', '.join(inputs)}")
 
 
@@ -167,7 +167,7 @@ def show_verification(found: Verification, *, json: bool, quiet: bool) -> None:
             _line(f"{found.output} is not what its recipe makes", style="bold")
             for read in found.inputs:
                 if read.difference is not None:
-                    _line(f"input   {read.path}: {read.difference}")
+                    _line(f"input   {in_short(read.path)}: {read.difference}")
             for file in found.files:
                 for line in _differences(file):
                     _line(f"file    {file.name}: {line}")

@@ -329,9 +329,9 @@ def _asked_and_realised(
     for axes, stack in zip(_grid(part, len(stacks)), stacks, strict=True):
         layers = sorted(index for name, index in asked if name == stack)
         wanted, found = ([values[stack, index] for index in layers] for values in (asked, left))
-        style: dict[str, Any] = {"color": _GREY, "linewidth": 1.5, "label": "asked"}
+        style: dict[str, Any] = {"color": GREY, "linewidth": 1.5, "label": "asked"}
         (line,) = axes.plot(layers, wanted, marker="_" if len(layers) == 1 else None, markersize=20, **style)
-        (dots,) = axes.plot(layers, found, "o", color=_COLOURS[0], markersize=5, label="realised", clip_on=False)
+        (dots,) = axes.plot(layers, found, "o", color=COLOURS[0], markersize=5, label="realised", clip_on=False)
         known = [value for value in (*wanted, *found) if math.isfinite(value)]
         axes.set_ylim(min(0.0, *known, 0.0) * 1.08, max(0.0, *known, 0.0) * 1.08 or 1.0)
         axes.set_ylabel("coefficient")

@@ -36,7 +36,7 @@ class Claim:
         hub_id: `org/name@commit`, for one that came from the Hub.
         file: that holds the recipe.
         recipe: what it says, record included.
-        names: each input as `recipe` names it -> as the file does.
+        places: each input as the file names it -> as `recipe` does.
         version: of lines, which wrote the recipe; None if it does not say.
     """
 
@@ -45,7 +45,7 @@ class Claim:
     hub_id: str | None
     file: Path
     recipe: Recipe
-    names: Mapping[str, str]
+    places: Mapping[str, str]
     version: str | None
 
     def path(self, file: str) -> Path:
@@ -90,7 +90,7 @@ def open_claim(output: str | Path, *, config: Path | None = None, inputs: Elsewh
                 f"{file}: a file is recorded as {name!r}, which is outside the folder",
                 hint="A record lists only files in its own folder: do not trust this one.",
             )
-    return Claim(found.name, path, found.hub_id, file, record.recipe, record.names, record.version)
+    return Claim(found.name, path, found.hub_id, file, record.recipe, record.places, record.version)
 
 
 _WHAT_TO_GIVE = f"Give a folder that lines wrote, with its {RECIPE}, or a .safetensors file and --config FILE."
@@ -115,8 +115,9 @@ def plan_claim(claim: Claim, *, quiet: bool = False) -> Plan:
     try:
         inputs = open_inputs(claim.recipe, quiet=quiet)
     except CheckpointError as error:
-        missing = [claim.names[name] for name in input_names(claim.recipe) if is_missing(name)]
-        names = map(printable, missing or claim.names.values())
+        gone = {name for name in input_names(claim.recipe) if is_missing(name)}
+        missing = [name for name, path in claim.places.items() if path in gone]
+        names = map(printable, missing or claim.places)
         given = " ".join(f"--input {shlex.quote(name)}=PATH" for name in dict.fromkeys(names))
         elsewhere = f"If an input is in another place here, say where: {given}"
         error.hint = f"{error.hint} {elsewhere}" if error.hint else elsewhere
@@ -145,15 +146,17 @@ def inputs_read(claim: Claim, plan: Plan) -> list[InputRead]:
     """The files of all inputs, held against the record by size and header. When a file was last changed says nothing on
     another machine.
     """
-    return list(_held_against(claim.recipe.inputs, plan, claim.names))
+    return list(_held_against(claim.recipe.inputs, plan, claim.places))
 
 
-def _held_against(recorded: Mapping[str, Any], plan: Plan, names: Mapping[str, str]) -> Iterator[InputRead]:
-    """The files of all inputs, held against what is recorded of them, where each input goes by one of these names."""
-    for name, checkpoint in inputs_by_name(plan).items():
-        for called, path, state in zip(
-            recorded_as(checkpoint, names.get(name, name)), checkpoint.files, checkpoint.states, strict=True
-        ):
+def _held_against(recorded: Mapping[str, Any], plan: Plan, places: Mapping[str, str]) -> Iterator[InputRead]:
+    """The files of all inputs, held against what is recorded of them, where inputs go by the names of `places`."""
+    checkpoints = inputs_by_name(plan)
+    names = [(name, path) for name, path in places.items() if path in checkpoints]
+    names += [(path, path) for path in checkpoints if path not in places.values()]
+    for name, there in names:
+        checkpoint = checkpoints[there]
+        for called, path, state in zip(recorded_as(checkpoint, name), checkpoint.files, checkpoint.states, strict=True):
             record = recorded.get(called)
             difference = None
             if isinstance(record, dict):

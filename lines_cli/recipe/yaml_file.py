@@ -33,21 +33,21 @@ def load_recipe(path: Path, sets: Iterable[str] = ()) -> Recipe:
         RecipeError: the file cannot be read, is not YAML, or says something impossible.
     """
     file = load_recipe_file(path, sets)
-    return _with_record(file.recipe, file.names)
+    return _with_record(file.recipe, file.places)
 
 
-def _with_record(recipe: Recipe, names: Mapping[str, str]) -> Recipe:
+def _with_record(recipe: Recipe, places: Mapping[str, str]) -> Recipe:
     """The recipe with its record of inputs by the names that they have in it.
 
     Args:
         recipe: as it was read.
-        names: each input as `recipe` names it -> as its file does, and the record.
+        places: each input as its file names it, and the record -> as `recipe` does.
     """
     recorded: dict[str, Any] = {}
-    for name, before in names.items():
+    for before, name in places.items():
         for called, record in recipe.inputs.items():
             if called == before or called.startswith(f"{before}/"):
-                recorded[name + called[len(before) :]] = record
+                recorded.setdefault(name + called[len(before) :], record)
     return recipe.model_copy(update={"inputs": recorded}) if recipe.inputs else recipe
 
 
@@ -57,12 +57,12 @@ class RecipeFile:
 
     Attributes:
         recipe: as `load_recipe` gives it.
-        names: each input as `recipe` names it -> as the file does.
+        places: each input as the file names it -> as `recipe` does; of one input, perhaps several.
         version: of lines, which wrote the file; None if it does not say so.
     """
 
     recipe: Recipe
-    names: dict[str, str]
+    places: dict[str, str]
     version: str | None
 
 
@@ -84,11 +84,11 @@ def load_recipe_file(path: Path, sets: Iterable[str] = (), *, elsewhere: Elsewhe
     values, at, text = _read(path)
     for one in sets:
         _set(values, one, at)
-    names: dict[str, str] = {}
-    values = _with_paths(path.parent, values, names, _elsewhere(values, elsewhere))
+    places: dict[str, str] = {}
+    values = _with_paths(path.parent, values, places, _elsewhere(values, elsewhere))
     version = _VERSION.match(text)
     recipe = make_recipe(values, where=str(path), at=at, constants=anchored_keys(text) if "&" in text else ())
-    return RecipeFile(recipe, names, version[1] if version else None)
+    return RecipeFile(recipe, places, version[1] if version else None)
 
 
 _VERSION = re.compile(r"# Written by lines (\d[\w.+-]{0,40})\.")
@@ -198,8 +198,8 @@ def recipe_from(values: Mapping[str, Any], sets: Iterable[str] = ()) -> Recipe:
     at: dict[Place, str] = {}
     for text in sets:
         _set(own, text, at)
-    names: dict[str, str] = {}
-    return _with_record(make_recipe(_with_paths(Path(), own, names, {}), where="recipe", at=at), names)
+    places: dict[str, str] = {}
+    return _with_record(make_recipe(_with_paths(Path(), own, places, {}), where="recipe", at=at), places)
 
 
 def _plain(value: Any) -> Any:
@@ -258,7 +258,7 @@ _MOST_PARTS = 32
 def _with_paths(
     folder: Path,
     values: dict[Any, Any],
-    names: dict[str, str],
+    places: dict[str, str],
     elsewhere: Mapping[str, str],
     *,
     look: bool = True,
@@ -268,7 +268,7 @@ def _with_paths(
     Args:
         folder: where paths count from.
         values: the recipe's.
-        names: is given each input's name: as seen from here -> as it was.
+        places: is given each input's name: as it was -> as seen from here.
         elsewhere: where inputs are that are not where their names say.
         look: whether to look at what is there. Else a name is a path or a Hub id by how it is written.
     """
@@ -287,7 +287,7 @@ def _with_paths(
             with suppress(OSError, ValueError):
                 there = os.stat(path)
                 path = files.setdefault((there.st_dev, there.st_ino), path)
-        names.setdefault(path, name)
+        places.setdefault(name, path)
         return path
 
     def of_models(sources: Any) -> None:
@@ -298,8 +298,8 @@ def _with_paths(
     def one_of_them(holder: Any, key: str) -> None:
         name = holder.get(key) if isinstance(holder, dict) else None
         if isinstance(name, str) and name != "base" and name and "\0" not in name:
-            known = set(names)
-            if name.startswith(_OF_A_MODEL) and name not in names.values():  # as mergekit once wrote it
+            known = set(places.values())
+            if name.startswith(_OF_A_MODEL) and name not in places:  # as mergekit once wrote it
                 name = name.removeprefix(_OF_A_MODEL)
             path = resolved(name)
             holder[key] = path if path in known else name

@@ -243,6 +243,26 @@ def test_inputs_that_lie_elsewhere(here: Path) -> None:
     assert lines.verify("out", inputs={"../base": "my=base", "../ft": "my=ft"}).same
 
 
+def test_the_note_of_inputs(here: Path) -> None:
+    """Each is named with where it is, without detours, before it is opened; none is hidden by another of one place."""
+    assert "../base (./base), ../ft (./ft)" in " ".join(verifies("out").err.split())
+    ran = differs("out", "--input", "../ft=base")
+    assert "../base (./base), ../ft (./base)" in " ".join(ran.err.split())
+    report = differs("out", "--input", "../ft=base", "--json").json["inputs"]
+    assert sorted({read["name"].rpartition("/")[0] for read in report}) == ["../base", "../ft"]
+    (here / "base").rename(here / "gone")
+    assert "--input ../base=PATH --input ../ft=PATH" in differs("out", "--input", "../ft=base", code=3).err
+    (here / "x/y").mkdir(parents=True)
+    shutil.move(here / "out", here / "x/y/out")
+    (here / "out").symlink_to("x/y/out")
+    shutil.move(here / "gone", here / "x/y/base")
+    ran = differs("out", code=3)  # `..` counts from where the link leads
+    assert "../base (./out/../base), ../ft (./out/../ft)" in " ".join(ran.err.split())
+    shutil.move(here / "ft", here / "x/y/ft")
+    assert "../base (./out/../base)" in " ".join(verifies("out").err.split())
+    assert "../base (./x/y/base)" in " ".join(verifies("x/y/out").err.split())
+
+
 def test_the_last_part_of_an_input_s_name(here: Path) -> None:
     """It has to be whole parts of one name; of a Hub id the revision may be left out."""
     recipe = {"base_model": "a/ft", "models": [{"model": "b/ft"}, {"model": "org/x@abc"}, {"model": "c=d/e"}]}
@@ -250,8 +270,8 @@ def test_the_last_part_of_an_input_s_name(here: Path) -> None:
     path.write_text(yaml.safe_dump({**recipe, "merge_method": "task_arithmetic"}))
 
     def found(*given: str) -> dict[str, str]:
-        names = load_recipe_file(path, elsewhere=given).names
-        return {name: there for there, name in names.items() if there != name}
+        places = load_recipe_file(path, elsewhere=given).places
+        return {name: there for name, there in places.items() if there != name}
 
     assert found("b/ft=p=q", "x=r", "e=t=u") == {"b/ft": "p=q", "org/x@abc": "r", "c=d/e": "t=u"}
     assert found("x@abc=r", "c=d/e=s") == {"org/x@abc": "r", "c=d/e": "s"}
@@ -540,7 +560,7 @@ def test_another_input(here: Path) -> None:
     flip(here / "ft" / "model-00001-of-00002.safetensors", 5 * MIB)
     ran = differs("new")
     first = ran.out.splitlines()[1]
-    assert first.startswith("input   new/../ft/model-00001-of-00002.safetensors: it holds sha256-tree-4MiB:")
+    assert first.startswith("input   ./ft/model-00001-of-00002.safetensors: it holds sha256-tree-4MiB:")
     assert "Some inputs are not the recorded ones" in ran.err
 
 
