@@ -64,10 +64,13 @@ class Lane:
 
 @dataclass(slots=True)
 class Order:
-    """The stacks in the order of their names, and what a person should know of how their layers were ordered."""
+    """The stacks in the order of their names, and what a person should know of how their layers were ordered; and how
+    many layers each list has by itself.
+    """
 
     lanes: list[Lane] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    counts: dict[Prefix, int] = field(default_factory=dict)
 
 
 def in_order(
@@ -94,6 +97,7 @@ def in_order(
                 "--series says otherwise"
             )
         order.lanes.append(Lane(one.name, units_of(one, lists, backwards=backwards), [one], one.prefix))
+        order.counts[one.prefix] = len(order.lanes[-1].units)
     lanes = _by_their_numbers(_in_turn(order.lanes, lists, every), lists, order.notes)
     order.lanes = _one_after_the_other(lanes, names)
     order.notes += [note for lane in order.lanes for note in _notes_of_ways_up(lane, lists)]
@@ -257,7 +261,8 @@ def _kinds_of_blocks(
     stages: list[list[tuple[str, str]]], *, glued: bool
 ) -> Iterator[tuple[str, list[dict[int, set[str]]]]]:
     """The names under which most stages hold blocks that are alike, with the children of each block of each stage."""
-    names = {name for tails in stages for tail, _ in tails if (name := _inner_name(tail, glued)) is not None}
+    different = {tail for tails in stages for tail, _ in tails}  # few, where all units are alike
+    names = {name for tail in different if (name := _inner_name(tail, glued)) is not None}
     for name in sorted(names, key=lambda name: (name == "", name)):
         blocks: list[dict[int, set[str]]] = []
         for tails in stages:
