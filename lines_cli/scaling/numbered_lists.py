@@ -394,7 +394,8 @@ def _barred_in(names: list[str]) -> Callable[[NumberedList], bool]:
         named = [at for at in range(one.common, len(one.prefix) - 1) if not is_index(one.prefix[at])]
         bars = [at for at in named if _BRIDGE.fullmatch(word_of(one.prefix[at]))]
         nearest = word_of(one.prefix[named[-1]]) if named else ""  # `bbox_embed.0.layers`: looked through numbers
-        if _EMBEDDER.fullmatch(nearest) or (_HEAD.fullmatch(nearest) and "transformer" not in own):
+        is_tower = one.called_layers and one.of_a_kind
+        if (_EMBEDDER.fullmatch(nearest) and not is_tower) or (_HEAD.fullmatch(nearest) and "transformer" not in own):
             bars.append(named[-1])
         return any(not holds_most(one.prefix[: at + 1]) for at in bars)
 

@@ -21,6 +21,7 @@ from lines_cli.scaling.numbered_lists import (
     is_bare,
     is_index,
     is_layer_name,
+    module_of,
     never_holds_layers,
 )
 
@@ -99,7 +100,7 @@ def in_order(
         order.lanes.append(Lane(one.name, units_of(one, lists, backwards=backwards), [one], one.prefix))
         order.counts[one.prefix] = len(order.lanes[-1].units)
     lanes = _by_their_numbers(_in_turn(order.lanes, lists, every), lists, order.notes)
-    order.lanes = _one_after_the_other(lanes, names)
+    order.lanes = _one_after_the_other(lanes, lists, names)
     order.notes += [note for lane in order.lanes for note in _notes_of_ways_up(lane, lists)]
     for lane in order.lanes:
         for one in lane.lists:
@@ -132,7 +133,7 @@ def _refuse_a_part(one: NumberedList, *, stages: bool) -> None:
 def _runs_backwards(one: NumberedList, lists: Mapping[Prefix, NumberedList]) -> bool:
     """Whether the last unit runs first: an `up` path whose first-numbered unit alone does not upsample, or numbered
     decoders that mirror numbered encoders beside them (`encoder1`, `decoder1`), or a numbered way up that lacks the
-    deepest level of the way down (`down4`).
+    deepest level of the way down (`down4`), or levels that mirror those of the way down (`up_levels`, `down_levels`).
     """
     if not one.prefix:
         return False
@@ -143,6 +144,9 @@ def _runs_backwards(one: NumberedList, lists: Mapping[Prefix, NumberedList]) -> 
         return mirrored(one.prefix) in lists or bool(lacks_the_deepest)
     if "up" not in _words(own):
         return False
+    down = lists.get((*one.prefix[:-1], own.replace("up", "down")))
+    if down and _words(own) & {"level", "levels"} and down.tails.keys() == one.tails.keys():
+        return True
     upsampling = {index for index, tails in one.tails.items() if any("upsample" in tail for tail, _ in tails)}
     return bool(upsampling) and max(one.tails) in upsampling and min(one.tails) not in upsampling
 
@@ -167,7 +171,12 @@ def units_of(one: NumberedList, lists: Mapping[Prefix, NumberedList], *, backwar
             if _split_inner(tail, inner) is None:
                 loose[tail.split(".")[0]].add(stage)
     units: list[Unit] = []
-    for stage in stages:
+    waiting: Unit = []
+    staged = [at for at, stage in enumerate(stages) if any(_split_inner(tail, inner) for tail, _ in one.tails[stage])]
+    for at, stage in enumerate(stages):
+        if _is_between_stages(one.tails[stage]) and staged[0] < at < staged[-1]:
+            waiting += [name for _, name in one.tails[stage]]
+            continue
         blocks: dict[int, Unit] = defaultdict(list)
         rest = []
         for tail, name in one.tails[stage]:
@@ -180,8 +189,19 @@ def units_of(one: NumberedList, lists: Mapping[Prefix, NumberedList], *, backwar
         for module, name in rest:
             ordered[-1 if _closes(module, loose.get(module, set()), stages) else 0].append(name)
         ordered[-1] += [name for _, name in closing.get(stage, [])]
+        ordered[0] += waiting
+        waiting = []
         units.extend(ordered)
     return units
+
+
+def _is_between_stages(tails: list[tuple[str, str]]) -> bool:
+    """Whether a unit of a list of stages is no stage, but a downsampling: a matrix or a convolution, and its norm."""
+    modules = {module_of(tail) for tail, _ in tails}
+    return len(modules) <= _MOST_OF_A_DOWNSAMPLING and not any("." in module for module in modules)
+
+
+_MOST_OF_A_DOWNSAMPLING = 2
 
 
 def _closes(module: str, having: set[int], stages: list[int]) -> bool:
@@ -441,9 +461,9 @@ def _by_their_numbers(lanes: list[Lane], lists: Mapping[Prefix, NumberedList], n
     return lanes
 
 
-def _one_after_the_other(lanes: list[Lane], names: list[str]) -> list[Lane]:
+def _one_after_the_other(lanes: list[Lane], lists: Mapping[Prefix, NumberedList], names: list[str]) -> list[Lane]:
     """Lists that run in a row joined into one, with what lies between them."""
-    waiting = _with_middles(lanes, names)
+    waiting = _with_middles(lanes, lists, names)
     joined: list[Lane] = []
     while waiting:
         chain = _chain(waiting)
@@ -511,9 +531,9 @@ def _after(begin: str, name: str) -> str:
     return name[len(begin) :] if name.startswith(begin) else ""
 
 
-def _with_middles(lanes: list[Lane], names: list[str]) -> list[Lane]:
+def _with_middles(lanes: list[Lane], lists: Mapping[Prefix, NumberedList], names: list[str]) -> list[Lane]:
     """The lanes, with the module beside a way down or up that is the middle of a U-Net, or an end of one: one layer,
-    whatever is numbered in it.
+    whatever is numbered in it; but where the way is counted by the blocks in its levels, so is a level in the middle.
     """
     middles: dict[Prefix, Unit] = {}
     ways = {lane.path[:at] for lane in lanes if (at := _way(lane)) is not None}
@@ -526,7 +546,17 @@ def _with_middles(lanes: list[Lane], names: list[str]) -> list[Lane]:
             if dot and _ONE_UNIT.fullmatch(module):
                 middles.setdefault((*parent, module), []).append(name)
     outside = [lane for lane in lanes if not any(lane.path[: len(path)] == path for path in middles)]
-    return outside + [Lane(begin_of(unit[0], path), [unit], [], path) for path, unit in middles.items()]
+    by_blocks = {lane.path[:-1] for lane in lanes if lane.lists and not _counts_units(lane)}
+    for path, unit in middles.items():
+        units, level = [unit], lists.get(path)
+        if level is not None and path[:-1] in by_blocks and _alike(_children(level)):
+            units = units_of(level, lists)
+        outside.append(Lane(begin_of(unit[0], path), units, [], path))
+    return outside
+
+
+def _children(one: NumberedList) -> dict[int, set[str]]:
+    return {index: {tail for tail, _ in tails} for index, tails in one.tails.items()}
 
 
 def _between(chain: list[Lane], waiting: list[Lane]) -> Lane | None:
