@@ -174,17 +174,10 @@ def units_of(one: NumberedList, lists: Mapping[Prefix, NumberedList], *, backwar
     waiting: Unit = []
     staged = [at for at, stage in enumerate(stages) if any(_split_inner(tail, inner) for tail, _ in one.tails[stage])]
     for at, stage in enumerate(stages):
-        if _is_between_stages(one.tails[stage]) and staged[0] < at < staged[-1]:
+        if staged[0] < at < staged[-1] and _is_between_stages(one.tails[stage]):
             waiting += [name for _, name in one.tails[stage]]
             continue
-        blocks: dict[int, Unit] = defaultdict(list)
-        rest = []
-        for tail, name in one.tails[stage]:
-            block = None if _is_plain(one.tails[stage]) else _split_inner(tail, inner)
-            if block is not None:
-                blocks[block[0]].append(name)
-            else:
-                rest.append((tail.split(".")[0], name))
+        blocks, rest = _blocks_of(one.tails[stage], inner)
         ordered = [blocks[index] for index in sorted(blocks)] or [[]]
         for module, name in rest:
             ordered[-1 if _closes(module, loose.get(module, set()), stages) else 0].append(name)
@@ -193,6 +186,33 @@ def units_of(one: NumberedList, lists: Mapping[Prefix, NumberedList], *, backwar
         waiting = []
         units.extend(ordered)
     return units
+
+
+def _blocks_of(tails: list[tuple[str, str]], inner: str) -> tuple[dict[int, Unit], list[tuple[str, str]]]:
+    """A stage's blocks by their numbers, and what lies in none: the module, and the tensor. Attention in a list beside
+    the blocks (`block.0`, `attn.0`) lies in those of the same numbers.
+    """
+    blocks: dict[int, Unit] = defaultdict(list)
+    rest = []
+    beside: dict[str, dict[int, Unit]] = defaultdict(lambda: defaultdict(list))
+    plain = _is_plain(tails)
+    for tail, name in tails:
+        block = None if plain else _split_inner(tail, inner)
+        module, _, after = tail.partition(".")
+        number = after.partition(".")[0]
+        if block is not None:
+            blocks[block[0]].append(name)
+        elif is_index(number) and _words(module) & (_ATTENTION | _IN_TURN):
+            beside[module][int(number)].append(name)
+        else:
+            rest.append((module, name))
+    for module, units in beside.items():
+        for number_of, unit in units.items():
+            if units.keys() == blocks.keys():
+                blocks[number_of] += unit
+            else:
+                rest += [(module, name) for name in unit]
+    return blocks, rest
 
 
 def _is_between_stages(tails: list[tuple[str, str]]) -> bool:
@@ -471,9 +491,9 @@ def _one_after_the_other(lanes: list[Lane], lists: Mapping[Prefix, NumberedList]
         if (between := _between(chain, waiting)) is not None:
             waiting.remove(between)
             chain.insert(1, between)
-        lists = [one for lane in chain for one in lane.lists]
+        parts = [one for lane in chain for one in lane.lists]
         units = [unit for lane in chain for unit in lane.units]
-        joined.append(Lane("+".join(lane.name for lane in chain), units, lists, chain[0].path))
+        joined.append(Lane("+".join(lane.name for lane in chain), units, parts, chain[0].path))
     return joined
 
 
