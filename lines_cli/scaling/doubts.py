@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Container, Iterable, Iterator, Mapping
+from itertools import repeat
 from typing import Any
 
 from lines_cli.errors import DepthError
@@ -43,9 +44,9 @@ def tossed(
         DepthError: the depth of most of the model hangs on it.
     """
     sizes = parameters or dict.fromkeys(names, 1)
-    total = sum(sizes.get(name, 0) for name in names) or 1
+    total = sum(map(sizes.get, names, repeat(0))) or 1
     for toss in found:
-        share = sum(sizes.get(name, 0) for name in toss.names) / total
+        share = sum(map(sizes.get, toss.names, repeat(0))) / total
         if share < _SMALLEST_SHARE or any(name in said for name in toss.names):
             continue
         if parameters and share > 0.5:
@@ -76,7 +77,7 @@ def left_outside(
         DepthError: one of them holds most of the model.
     """
     sizes = parameters or dict.fromkeys(names, 1)
-    total = sum(sizes.get(name, 0) for name in names) or 1
+    total = sum(map(sizes.get, names, repeat(0))) or 1
     doubtful = (one for one in lists.values() if _is_doubtful(one, places))
     found = [(_size(one, sizes) / total, one) for one in outermost(doubtful)]
     found = sorted(((share, one) for share, one in found if share >= _SMALLEST_SHARE), key=lambda pair: -pair[0])
@@ -139,9 +140,9 @@ def _size(one: NumberedList, parameters: Mapping[str, int]) -> int:
 
 def little_inside(places: Container[str], parameters: Mapping[str, int]) -> Iterator[str]:
     """A note where the stacks hold less than half of the parameters, tables and heads apart."""
-    counted = {name: size for name, size in parameters.items() if name in places or not _is_table(name)}
-    inside = sum(size for name, size in counted.items() if name in places)
-    total = sum(counted.values())
+    outside = [(name, size) for name, size in parameters.items() if name not in places]
+    inside = sum(parameters.values()) - sum(size for _, size in outside)
+    total = inside + sum(size for name, size in outside if not _is_table(name))
     if total and 2 * inside < total:
         yield f"the stacks hold only {inside / total:.0%} of the parameters, embeddings and heads apart"
 
@@ -156,7 +157,7 @@ def shared_layers(names: list[str], config: Mapping[str, Any]) -> Iterator[str]:
     if repeats:
         said = ", ".join(f"{key} is {times}" for key, times in repeats.items())
         yield f"in the config {said}: layers run more than once, and each is scaled by its place in its list"
-    shared = next((match[0] for name in names if (match := _SHARED.match(name))), None)
+    shared = next((match[0] for name in names if "shared_" in name and (match := _SHARED.match(name))), None)
     if shared is not None:
         yield f"{shared} serves several layers, and is scaled as part of the one that it is stored in"
 

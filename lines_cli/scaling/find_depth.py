@@ -226,8 +226,8 @@ def _detected(
         raise DepthError(
             f"no stack of layers could be found in {len(names):,} tensor names. {numbered}", hint=LAYERS_HINT
         )
-    tossed = list(tosses(found, choice.passed_over, lists, choice.barred))
     order = in_order(found, lists, names, _every(config))
+    tossed = list(tosses(found, choice.passed_over, lists, choice.barred, order.counts))
     notes = _check_against_config(order.lanes, config)
     if series:
         return order.lanes, notes, tossed

@@ -11,7 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate, takewhile
+from itertools import takewhile
 
 Prefix = tuple[str, ...]
 
@@ -166,7 +166,11 @@ class NumberedList:
 
 def is_bare(tails: Iterable[str]) -> bool:
     """Whether a unit is one module (a matrix, a table), or a convolution and its norm in an `nn.Sequential`."""
-    modules = {module_of(tail) for tail in tails}
+    modules = set()
+    for tail in tails:
+        modules.add(module_of(tail))
+        if len(modules) > 2:
+            return False
     if len(modules) == 1:
         return all(not module or is_index(module) or _ONE_MODULE.fullmatch(module) for module in modules)
     return len(modules) == 2 and all(is_index(module) for module in modules)
@@ -185,38 +189,80 @@ def _child(tail: str) -> str:
 
 def read_lists(names: Iterable[str]) -> dict[Prefix, NumberedList]:
     """Every numbered list in the names, by its prefix."""
-    lists: dict[Prefix, NumberedList] = {}
     names = list(names)
-    common = _segments_of_all(names)
-
-    def lists_of(begin: str, name: str) -> list[tuple[list[tuple[str, str]], int]]:
-        """The lists that a name which begins so is counted in, and where in the name its tail behind each starts."""
-        segments = tuple(begin.split("."))
-        lengths = list(accumulate(map(len, segments)))
-        found = []
-        for at, prefix, index in _numbers(segments, common):
-            numbered = len(prefix) > at
-            one = lists.get(prefix)
-            if one is None:
-                one = lists[prefix] = NumberedList(prefix, begin_of(name, prefix), common, numbered=numbered)
-            if one.numbered == numbered:
-                found.append((one.tails[index], lengths[at] + at + 1))
-        return found
-
-    known: dict[str, list[tuple[list[tuple[str, str]], int]]] = {}
+    reader = _Reader(_segments_of_all(names))
+    known, match_begin = reader.begins, _BEGIN.match
+    begin = "\n"
+    found: _Found | None = ()
+    unnumbered: set[str] = set()  # what follows the last number, which is mostly what followed it in the name before
     for name in names:
-        plain = dotted(name)
-        if match := _BEGIN.match(plain):
+        plain = name.replace("/", ".") if "/" in name else name  # as `dotted`
+        if not (plain.startswith(begin) and plain[len(begin) :] in unnumbered):
+            match = match_begin(plain)
+            if match is None:
+                continue
             begin = match[0]
+            unnumbered.add(plain[len(begin) :])
             found = known.get(begin)
             if found is None:
-                found = known[begin] = lists_of(begin, name)
-            for tails, at in found:
-                tails.append((plain[at:], name))
-    return lists
+                found = reader.read(begin, name)
+        assert found is not None
+        for tails, at in found:
+            tails.append((plain[at:], name))
+    return reader.lists
 
 
 _BEGIN = re.compile(r".*[0-9](?=\.|\Z)", re.DOTALL)  # a name up to its last segment with a number at the end
+_Found = tuple[tuple[list[tuple[str, str]], int], ...]
+"""The tails of each list that a name is counted in, and where in the name that behind it starts."""
+
+
+class _Reader:
+    """Reads the beginnings of names, each once: those of 500 experts share all but the last segment."""
+
+    def __init__(self, common: int) -> None:
+        self.common = common
+        self.lists: dict[Prefix, NumberedList] = {}
+        self.begins: dict[str, _Found] = {}
+        self._heads: dict[str, tuple[Prefix, _Found, bool]] = {"": ((), (), True)}
+
+    def read(self, begin: str, name: str) -> _Found:
+        """What names that begin so are counted in; `name` is one of them."""
+        at = begin.rfind(".") + 1
+        last = begin[at:]
+        segments, found, first = self._heads.get(begin[:at]) or self._read_head(begin[:at], name)
+        if is_index(last):
+            prefix, number, glued = segments, int(last), False
+        else:
+            word, counted, _ = _counts(last, len(segments), self.common, first=first)
+            prefix, number, glued = (*segments, word), counted or 0, True
+            if counted is None:
+                self.begins[begin] = found
+                return found
+        one = self.lists.get(prefix)
+        if one is None and len(segments) < _MOST_SEGMENTS:
+            text = begin_of(name, prefix)
+            one = self.lists[prefix] = NumberedList(prefix, text, self.common, numbered=glued)
+        if one is not None and one.numbered is glued and len(segments) < _MOST_SEGMENTS:
+            found = (*found, (one.tails[number], len(begin) + 1))
+        self.begins[begin] = found
+        return found
+
+    def _read_head(self, head: str, name: str) -> tuple[Prefix, _Found, bool]:
+        """What stands before a last segment, with the dot: its segments, what names that begin so are counted in, and
+        whether a number that is glued to any word could follow.
+        """
+        segments = tuple(head[:-1].split("."))
+        match = _BEGIN.match(".".join(segments[:_MOST_SEGMENTS]))
+        found: _Found = ()
+        first = True
+        if match is not None:
+            found = self.begins[match[0]] if match[0] in self.begins else self.read(match[0], name)
+            for at, segment in enumerate(segments[:_MOST_SEGMENTS]):
+                if segment[-1:].isdigit():
+                    first = _counts(segment, at, self.common, first=first)[2]
+        known = self._heads[head] = segments, found, first
+        return known
 
 
 def _segments_of_all(names: list[str]) -> int:
@@ -230,22 +276,30 @@ def _segments_of_all(names: list[str]) -> int:
 def _numbers(segments: Prefix, common: int) -> Iterator[tuple[int, Prefix, int]]:
     """Which segments count something: where each stands, the prefix of its list, and the number. A prefix is as long
     as what stands before the segment, or longer by the name in `layer1`.
-
-    A number that is glued to another word (`res2`) counts layers only where nothing before it does, behind the
-    segments that all names have in common.
     """
     first = True
     for at, segment in enumerate(segments[:_MOST_SEGMENTS]):
-        if not segment[-1:].isdigit():
-            continue  # what most are is seen fastest
-        if is_index(segment):
-            first = first and at < common
-            yield at, segments[:at], int(segment)
-        elif match := _NUMBERED_NAME.fullmatch(segment):
-            called = _GLUED_NAME.fullmatch(word_of(match[1])) is not None
-            if called or first:
-                yield at, (*segments[:at], match[1]), int(match[2])
-            first = first and (not called or at < common)
+        if segment[-1:].isdigit():  # what most are not
+            word, number, first = _counts(segment, at, common, first=first)
+            if number is not None:
+                yield at, (*segments[:at], word) if word else segments[:at], number
+
+
+def _counts(segment: str, at: int, common: int, *, first: bool) -> tuple[str, int | None, bool]:
+    """What a segment counts: the word that its number is glued to, if it is, and the number, or None; and what `first`
+    is behind it.
+
+    A number that is glued to another word (`res2`) counts layers only where nothing before it does (`first`), behind
+    the segments that all names have in common.
+    """
+    if is_index(segment):
+        return "", int(segment), first and at < common
+    match = _NUMBERED_NAME.fullmatch(segment)
+    if match is None:
+        return "", None, first
+    called = _GLUED_NAME.fullmatch(word_of(match[1])) is not None
+    number = int(match[2]) if called or first else None
+    return match[1], number, first and (not called or at < common)
 
 
 _MOST_SEGMENTS = 64  # of a name that are looked at; with each a longer prefix would be kept
@@ -340,7 +394,8 @@ def _barred_in(names: list[str]) -> Callable[[NumberedList], bool]:
         named = [at for at in range(one.common, len(one.prefix) - 1) if not is_index(one.prefix[at])]
         bars = [at for at in named if _BRIDGE.fullmatch(word_of(one.prefix[at]))]
         nearest = word_of(one.prefix[named[-1]]) if named else ""  # `bbox_embed.0.layers`: looked through numbers
-        if _EMBEDDER.fullmatch(nearest) or (_HEAD.fullmatch(nearest) and "transformer" not in own):
+        is_tower = one.called_layers and one.of_a_kind
+        if (_EMBEDDER.fullmatch(nearest) and not is_tower) or (_HEAD.fullmatch(nearest) and "transformer" not in own):
             bars.append(named[-1])
         return any(not holds_most(one.prefix[: at + 1]) for at in bars)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from lines_cli.scaling.numbered_lists import NumberedList, Prefix, is_index, word_of
-from lines_cli.scaling.running_order import inner_names, mirrored, units_of
+from lines_cli.scaling.running_order import inner_names, mirrored
 
 # A list of these is one of whole models, or of towers; others of lists are of stages.
 _WHOLE = re.compile(
@@ -46,6 +46,7 @@ def tosses(
     passed_over: list[NumberedList],
     lists: Mapping[Prefix, NumberedList],
     barred: Callable[[NumberedList], bool],
+    counts: Mapping[Prefix, int],
 ) -> Iterator[Toss]:
     """Every decision that could as well have gone the other way.
 
@@ -54,23 +55,23 @@ def tosses(
         passed_over: a group of lists that hold nearly as much, or more, and were not.
         lists: every numbered list.
         barred: whether a name on the way to a list rules out that it holds layers.
+        counts: how many layers those that were taken have, by prefix.
     """
     if passed_over:
         yield _of_two_groups(found, passed_over)
     for one in found:
-        inside = _inside(one, lists)
-        counted = units_of(one, lists)
-        by_units = len(counted) == len(one.tails)
-        stages = inner_names(one)
+        counted = counts[one.prefix]
+        by_units = counted == len(one.tails)
+        stages = {} if by_units else inner_names(one)
         if len(stages) > 1:
-            yield _of_two_kinds_of_blocks(one, stages, len(counted))
-        for rest, inner in inside.items():
+            yield _of_two_kinds_of_blocks(one, stages, counted)
+        for rest, inner in _inside(one, lists).items():
             if barred(next(iter(inner.values()))):
                 continue
             if by_units and _is_as_plain(one, inner):
                 yield _of_units_and_parts(one, rest, inner)
             elif not by_units and _stand_side_by_side(one, rest, inner, lists):
-                yield _of_a_row_and_a_rank(one, rest, inner, len(counted))
+                yield _of_a_row_and_a_rank(one, rest, inner, counted)
 
 
 def _inside(one: NumberedList, lists: Mapping[Prefix, NumberedList]) -> dict[Prefix, dict[int, NumberedList]]:

@@ -21,6 +21,7 @@ from lines_cli.scaling.numbered_lists import (
     is_bare,
     is_index,
     is_layer_name,
+    module_of,
     never_holds_layers,
 )
 
@@ -64,10 +65,13 @@ class Lane:
 
 @dataclass(slots=True)
 class Order:
-    """The stacks in the order of their names, and what a person should know of how their layers were ordered."""
+    """The stacks in the order of their names, and what a person should know of how their layers were ordered; and how
+    many layers each list has by itself.
+    """
 
     lanes: list[Lane] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    counts: dict[Prefix, int] = field(default_factory=dict)
 
 
 def in_order(
@@ -94,8 +98,9 @@ def in_order(
                 "--series says otherwise"
             )
         order.lanes.append(Lane(one.name, units_of(one, lists, backwards=backwards), [one], one.prefix))
+        order.counts[one.prefix] = len(order.lanes[-1].units)
     lanes = _by_their_numbers(_in_turn(order.lanes, lists, every), lists, order.notes)
-    order.lanes = _one_after_the_other(lanes, names)
+    order.lanes = _one_after_the_other(lanes, lists, names)
     order.notes += [note for lane in order.lanes for note in _notes_of_ways_up(lane, lists)]
     for lane in order.lanes:
         for one in lane.lists:
@@ -128,7 +133,7 @@ def _refuse_a_part(one: NumberedList, *, stages: bool) -> None:
 def _runs_backwards(one: NumberedList, lists: Mapping[Prefix, NumberedList]) -> bool:
     """Whether the last unit runs first: an `up` path whose first-numbered unit alone does not upsample, or numbered
     decoders that mirror numbered encoders beside them (`encoder1`, `decoder1`), or a numbered way up that lacks the
-    deepest level of the way down (`down4`).
+    deepest level of the way down (`down4`), or levels that mirror those of the way down (`up_levels`, `down_levels`).
     """
     if not one.prefix:
         return False
@@ -139,6 +144,9 @@ def _runs_backwards(one: NumberedList, lists: Mapping[Prefix, NumberedList]) -> 
         return mirrored(one.prefix) in lists or bool(lacks_the_deepest)
     if "up" not in _words(own):
         return False
+    down = lists.get((*one.prefix[:-1], own.replace("up", "down")))
+    if down and _words(own) & {"level", "levels"} and down.tails.keys() == one.tails.keys():
+        return True
     upsampling = {index for index, tails in one.tails.items() if any("upsample" in tail for tail, _ in tails)}
     return bool(upsampling) and max(one.tails) in upsampling and min(one.tails) not in upsampling
 
@@ -163,21 +171,57 @@ def units_of(one: NumberedList, lists: Mapping[Prefix, NumberedList], *, backwar
             if _split_inner(tail, inner) is None:
                 loose[tail.split(".")[0]].add(stage)
     units: list[Unit] = []
-    for stage in stages:
-        blocks: dict[int, Unit] = defaultdict(list)
-        rest = []
-        for tail, name in one.tails[stage]:
-            block = None if _is_plain(one.tails[stage]) else _split_inner(tail, inner)
-            if block is not None:
-                blocks[block[0]].append(name)
-            else:
-                rest.append((tail.split(".")[0], name))
+    waiting: Unit = []
+    staged = [at for at, stage in enumerate(stages) if any(_split_inner(tail, inner) for tail, _ in one.tails[stage])]
+    for at, stage in enumerate(stages):
+        if staged[0] < at < staged[-1] and _is_between_stages(one.tails[stage]):
+            waiting += [name for _, name in one.tails[stage]]
+            continue
+        blocks, rest = _blocks_of(one.tails[stage], inner)
         ordered = [blocks[index] for index in sorted(blocks)] or [[]]
         for module, name in rest:
             ordered[-1 if _closes(module, loose.get(module, set()), stages) else 0].append(name)
         ordered[-1] += [name for _, name in closing.get(stage, [])]
+        ordered[0] += waiting
+        waiting = []
         units.extend(ordered)
     return units
+
+
+def _blocks_of(tails: list[tuple[str, str]], inner: str) -> tuple[dict[int, Unit], list[tuple[str, str]]]:
+    """A stage's blocks by their numbers, and what lies in none: the module, and the tensor. Attention in a list beside
+    the blocks (`block.0`, `attn.0`) lies in those of the same numbers.
+    """
+    blocks: dict[int, Unit] = defaultdict(list)
+    rest = []
+    beside: dict[str, dict[int, Unit]] = defaultdict(lambda: defaultdict(list))
+    plain = _is_plain(tails)
+    for tail, name in tails:
+        block = None if plain else _split_inner(tail, inner)
+        module, _, after = tail.partition(".")
+        number = after.partition(".")[0]
+        if block is not None:
+            blocks[block[0]].append(name)
+        elif is_index(number) and _words(module) & (_ATTENTION | _IN_TURN):
+            beside[module][int(number)].append(name)
+        else:
+            rest.append((module, name))
+    for module, units in beside.items():
+        for number_of, unit in units.items():
+            if units.keys() == blocks.keys():
+                blocks[number_of] += unit
+            else:
+                rest += [(module, name) for name in unit]
+    return blocks, rest
+
+
+def _is_between_stages(tails: list[tuple[str, str]]) -> bool:
+    """Whether a unit of a list of stages is no stage, but a downsampling: a matrix or a convolution, and its norm."""
+    modules = {module_of(tail) for tail, _ in tails}
+    return len(modules) <= _MOST_OF_A_DOWNSAMPLING and not any("." in module for module in modules)
+
+
+_MOST_OF_A_DOWNSAMPLING = 2
 
 
 def _closes(module: str, having: set[int], stages: list[int]) -> bool:
@@ -257,7 +301,8 @@ def _kinds_of_blocks(
     stages: list[list[tuple[str, str]]], *, glued: bool
 ) -> Iterator[tuple[str, list[dict[int, set[str]]]]]:
     """The names under which most stages hold blocks that are alike, with the children of each block of each stage."""
-    names = {name for tails in stages for tail, _ in tails if (name := _inner_name(tail, glued)) is not None}
+    different = {tail for tails in stages for tail, _ in tails}  # few, where all units are alike
+    names = {name for tail in different if (name := _inner_name(tail, glued)) is not None}
     for name in sorted(names, key=lambda name: (name == "", name)):
         blocks: list[dict[int, set[str]]] = []
         for tails in stages:
@@ -436,9 +481,9 @@ def _by_their_numbers(lanes: list[Lane], lists: Mapping[Prefix, NumberedList], n
     return lanes
 
 
-def _one_after_the_other(lanes: list[Lane], names: list[str]) -> list[Lane]:
+def _one_after_the_other(lanes: list[Lane], lists: Mapping[Prefix, NumberedList], names: list[str]) -> list[Lane]:
     """Lists that run in a row joined into one, with what lies between them."""
-    waiting = _with_middles(lanes, names)
+    waiting = _with_middles(lanes, lists, names)
     joined: list[Lane] = []
     while waiting:
         chain = _chain(waiting)
@@ -446,9 +491,9 @@ def _one_after_the_other(lanes: list[Lane], names: list[str]) -> list[Lane]:
         if (between := _between(chain, waiting)) is not None:
             waiting.remove(between)
             chain.insert(1, between)
-        lists = [one for lane in chain for one in lane.lists]
+        parts = [one for lane in chain for one in lane.lists]
         units = [unit for lane in chain for unit in lane.units]
-        joined.append(Lane("+".join(lane.name for lane in chain), units, lists, chain[0].path))
+        joined.append(Lane("+".join(lane.name for lane in chain), units, parts, chain[0].path))
     return joined
 
 
@@ -506,9 +551,9 @@ def _after(begin: str, name: str) -> str:
     return name[len(begin) :] if name.startswith(begin) else ""
 
 
-def _with_middles(lanes: list[Lane], names: list[str]) -> list[Lane]:
+def _with_middles(lanes: list[Lane], lists: Mapping[Prefix, NumberedList], names: list[str]) -> list[Lane]:
     """The lanes, with the module beside a way down or up that is the middle of a U-Net, or an end of one: one layer,
-    whatever is numbered in it.
+    whatever is numbered in it; but where the way is counted by the blocks in its levels, so is a level in the middle.
     """
     middles: dict[Prefix, Unit] = {}
     ways = {lane.path[:at] for lane in lanes if (at := _way(lane)) is not None}
@@ -521,7 +566,17 @@ def _with_middles(lanes: list[Lane], names: list[str]) -> list[Lane]:
             if dot and _ONE_UNIT.fullmatch(module):
                 middles.setdefault((*parent, module), []).append(name)
     outside = [lane for lane in lanes if not any(lane.path[: len(path)] == path for path in middles)]
-    return outside + [Lane(begin_of(unit[0], path), [unit], [], path) for path, unit in middles.items()]
+    by_blocks = {lane.path[:-1] for lane in lanes if lane.lists and not _counts_units(lane)}
+    for path, unit in middles.items():
+        units, level = [unit], lists.get(path)
+        if level is not None and path[:-1] in by_blocks and _alike(_children(level)):
+            units = units_of(level, lists)
+        outside.append(Lane(begin_of(unit[0], path), units, [], path))
+    return outside
+
+
+def _children(one: NumberedList) -> dict[int, set[str]]:
+    return {index: {tail for tail, _ in tails} for index, tails in one.tails.items()}
 
 
 def _between(chain: list[Lane], waiting: list[Lane]) -> Lane | None:

@@ -15,6 +15,7 @@ import lines_cli as lines
 from lines_cli.errors import DepthError, LinesError, RecipeError
 from lines_cli.recipe.yaml_file import load_recipe
 from lines_cli.scaling.find_depth import DepthMap, find_depth
+from lines_cli.scaling.numbered_lists import read_lists
 from support import zoo
 from support.depth_cases import CASES, PLACED, names_and_config, saved
 from support.files import write_checkpoint
@@ -177,6 +178,34 @@ def test_zero_padded_numbers(pattern: str) -> None:
     except DepthError:
         return
     assert {name: index for name, (_, index) in found.items()} == {name: i for i, name in enumerate(names)}
+
+
+def test_names_are_read_together_as_each_is_read_alone() -> None:
+    """Beginnings that names share are read once: what each is counted in does not depend on those before it."""
+    choice = random.Random(0).choice
+    words = ["0", "1", "07", "1234567", "layers", "layer1", "layer_2", "b3", "res2", "block1-2", "", "x\n1", "w", "²"]
+    for _ in range(200):
+        lengths = (choice([1, 2, 3, 4, 6, 9, 70]) for _ in range(12))
+        names = [choice("./").join(choice(words) for _ in range(length)) for length in lengths]
+        names = list(dict.fromkeys([*names, *(f"{name}.{last}" for name in names for last in ("w", "3.w", "w"))]))
+        together = read_lists([*names, "?"])
+        alone = {name: read_lists([name, "?"]) for name in names}
+        expected = {
+            (prefix, index, tail, name)
+            for name, lists in alone.items()
+            for prefix, one in lists.items()
+            for index, tails in one.tails.items()
+            for tail, _ in tails
+            if one.numbered == together[prefix].numbered
+        }
+        got = [
+            (prefix, index, *held)
+            for prefix, one in together.items()
+            for index, tails in one.tails.items()
+            for held in tails
+        ]
+        assert set(got) == expected
+        assert len(got) == len(expected)
 
 
 # --- a part of a model ---
