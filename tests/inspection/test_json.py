@@ -10,6 +10,7 @@ import pytest
 
 from support.files import write_checkpoint
 from support.inspecting import llama, told, tuned
+from support.run import run_lines
 
 DOCS = Path(__file__).parents[2] / "docs" / "inspecting.md"
 
@@ -31,12 +32,15 @@ def modes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     model = llama()
     base = write_checkpoint(tmp / "base", model, config={"tie_word_embeddings": True})
     a, b = (write_checkpoint(tmp / f"ft{at}", tuned(model, at)) for at in range(2))
+    out = tmp / "out"
+    assert run_lines("edit", base, a, "-o", out).code == 0
     return {
         "always": told(a),
         "--tensors": told(a, "--tensors"),
         "--base": told(a, "--base", base, "--tensors"),
         "several": told(a, b, "--base", base, "--tensors"),
         "--check": told(a, "--check"),
+        "an output of `lines`": told(out),
     }
 
 
@@ -48,6 +52,7 @@ def test_json_is_documented(modes: dict[str, Any]) -> None:
         for key, (when, _) in described.items():
             asked = {"always", "--tensors"} if mode == "--tensors" else {"always", "--base", "--tensors"}
             asked = {"always", "--check"} if mode == "--check" else {"always"} if mode == "always" else asked
+            asked = {"always", mode} if mode.startswith("an output") else asked
             assert (key in report) == any(word in when for word in asked), (mode, key)
 
 
@@ -58,7 +63,7 @@ def test_nested_keys_are_documented(modes: dict[str, Any]) -> None:
         r"The numbers of an update are (.+?)(?:, all null|\.|;)", DOCS.read_text(encoding="utf-8"), re.DOTALL
     )
     update = set(re.findall(r"`(\w+)`", numbers[1]))
-    assert len(update) == 7
+    assert len(update) == 9
     pair = {"cosine", "opposed", "disagreement", "norm_of_sum", "sum_of_norms"}
     pair |= {"scaled_cosine", "scaled_norm_of_sum", "scaled_sum_of_norms"}
     extra = {"fine_tunes": update, "together": pair}

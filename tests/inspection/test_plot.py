@@ -770,7 +770,7 @@ def test_every_layer_is_drawn(drawn: Any) -> None:
     """The bars and lines are the numbers of the report, one for each layer."""
     arguments, _ = drawn("one fine-tune", "")
     told = run_lines("inspect", *arguments, "--json").json
-    line, bars = list(figures(told))
+    line, bars, rounded = list(figures(told))
     (drawn_line,) = line.axes[0].lines
     norms = [layer["update_norm"] for layer in told["layers"]]
     assert list(drawn_line.get_ydata()) == pytest.approx(norms)
@@ -778,6 +778,9 @@ def test_every_layer_is_drawn(drawn: Any) -> None:
     assert heights == pytest.approx(norms + [layer["scaled_norm"] for layer in told["layers"]])
     (coefficients,) = line.axes[1].lines
     assert list(coefficients.get_ydata()) == pytest.approx([layer["coefficient"] for layer in told["layers"]])
+    asked, realised = rounded.axes[0].lines
+    assert list(asked.get_ydata()) == pytest.approx([layer["coefficient"] for layer in told["layers"]])
+    assert list(realised.get_ydata()) == pytest.approx([layer["realised"] for layer in told["layers"]])
 
 
 @pytest.mark.parametrize("options", [["--alpha=-1", "--beta", "3"], ["--alpha", "0", "--beta", "0"], ["--gamma=-2"]])
