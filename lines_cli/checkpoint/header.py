@@ -12,6 +12,7 @@ import math
 import os
 import struct
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -255,7 +256,10 @@ def canonical_order(tensors: Mapping[str, str]) -> list[str]:
     Args:
         tensors: name -> dtype.
     """
-    return sorted(tensors, key=lambda name: (-_DTYPE_RANK[tensors[name]], name))
+    by_rank: dict[int, list[str]] = defaultdict(list)
+    for name, dtype in tensors.items():
+        by_rank[_DTYPE_RANK[dtype]].append(name)
+    return [name for rank in sorted(by_rank, reverse=True) for name in sorted(by_rank[rank])]
 
 
 def lay_out(
