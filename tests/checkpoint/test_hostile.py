@@ -5,7 +5,6 @@ is followed, nothing is written.
 from __future__ import annotations
 
 import json
-import resource
 import struct
 import subprocess
 from pathlib import Path
@@ -29,8 +28,7 @@ def mutate(kind: str, folder: Path, number: int, seed: int) -> None:
     """In a fork that may take 1 GiB more than it begins with, and a quarter of an hour."""
 
     def program() -> None:
-        most = forked.address_space() + 2**30
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        forked.allow_more_memory(2**30)
         print(*hostile.run(kind, folder, number, seed))
 
     ran = forked.run(program, timeout=900)

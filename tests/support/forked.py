@@ -35,9 +35,13 @@ def command(*args: object) -> Program:
     return run
 
 
-def address_space() -> int:
-    """Bytes of address space that this process has taken: what a limit of memory in a fork begins with."""
-    return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+def allow_more_memory(nbytes: int) -> None:
+    """Limit this process to the address space that it has taken, and so many bytes more, where that can be told."""
+    import resource
+
+    with suppress(FileNotFoundError):
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (taken + nbytes, taken + nbytes))
 
 
 @dataclass(frozen=True)
