@@ -40,6 +40,7 @@ _UP = frozenset({"up", "output", "out"})
 # What is said of lists whose units run in turn with those of a list beside them, and belong to the same layers.
 _IN_TURN = frozenset({"cross", "ffn", "ffns", "mlp", "temporal", "time", "global"})
 _ATTENTION = frozenset({"self", "attn", "attention", "attentions"})
+_NORMS = frozenset({"norm", "norms"})
 _UPSAMPLERS = re.compile(r"ups|upsampl\w*")
 _UP_TO_A_DECODER = re.compile(r"up(?:_?(?:convs?|samples?|samplers?))?_?|(?:trans|conv)?_?up_?")
 _GLUED_NUMBER = re.compile(r"(?P<word>[a-zA-Z_-]*[a-zA-Z][_-]?)(?P<number>\d{1,6})", re.ASCII)
@@ -189,8 +190,8 @@ def units_of(one: NumberedList, lists: Mapping[Prefix, NumberedList], *, backwar
 
 
 def _blocks_of(tails: list[tuple[str, str]], inner: str) -> tuple[dict[int, Unit], list[tuple[str, str]]]:
-    """A stage's blocks by their numbers, and what lies in none: the module, and the tensor. Attention in a list beside
-    the blocks (`block.0`, `attn.0`) lies in those of the same numbers.
+    """A stage's blocks by their numbers, and what lies in none: the module, and the tensor. Attention and norms in a
+    list beside the blocks (`block.0`, `attn.0`) lie in those of the same numbers.
     """
     blocks: dict[int, Unit] = defaultdict(list)
     rest = []
@@ -202,7 +203,7 @@ def _blocks_of(tails: list[tuple[str, str]], inner: str) -> tuple[dict[int, Unit
         number = after.partition(".")[0]
         if block is not None:
             blocks[block[0]].append(name)
-        elif is_index(number) and _words(module) & (_ATTENTION | _IN_TURN):
+        elif is_index(number) and _words(module) & (_ATTENTION | _IN_TURN | _NORMS):
             beside[module][int(number)].append(name)
         else:
             rest.append((module, name))
@@ -280,30 +281,42 @@ def _inner_blocks(stages: list[list[tuple[str, str]]], *, glued: bool) -> str | 
     """The name of the blocks within each stage (empty for `layer1.0`), or None if the units are no stages. Where the
     stages' numbers are glued to a word, so may the blocks' be (`denseblock1.denselayer2`).
     """
-    for name, several in _kinds_of_blocks(stages, glued=glued):
-        return None if _is_sequential(several, stages) else name
-    return None
+    kinds = _kinds_of_blocks(stages, glued=glued)
+    return kinds[0].name if kinds and not _is_sequential(kinds[0].several, stages) else None
 
 
 def inner_names(one: NumberedList) -> dict[str, int]:
-    """What the blocks in a list of stages may be called, each with their number; the first is what is counted."""
+    """What the blocks in a list of stages may be called, each with their number; the first is what is counted, and the
+    others hold nearly as much.
+    """
     stages = [one.tails[stage] for stage in sorted(_without_ends(one))]
     if _inner_blocks(stages, glued=one.numbered) is None:
         return {}
-    kinds = {}
-    for name, _ in _kinds_of_blocks(stages, glued=one.numbered):
-        found = [{split[0] for tail, _ in tails if (split := _split_inner(tail, name))} for tails in stages]
-        kinds[name] = sum(map(len, found))
-    return kinds
+    kinds = _kinds_of_blocks(stages, glued=one.numbered)
+    return {kind.name: kind.number for kind in kinds if kind.size >= _NEARLY * kinds[0].size}
 
 
-def _kinds_of_blocks(
-    stages: list[list[tuple[str, str]]], *, glued: bool
-) -> Iterator[tuple[str, list[dict[int, set[str]]]]]:
-    """The names under which most stages hold blocks that are alike, with the children of each block of each stage."""
+_NEARLY = 0.8
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """Blocks of stages: what they are called, how many there are, how many tensors they hold, and the children of each
+    in every stage that has several.
+    """
+
+    name: str
+    number: int
+    size: int
+    several: list[dict[int, set[str]]]
+
+
+def _kinds_of_blocks(stages: list[list[tuple[str, str]]], *, glued: bool) -> list[_Kind]:
+    """The kinds of blocks that most stages hold, and that are alike; those that hold most are first."""
     different = {tail for tails in stages for tail, _ in tails}  # few, where all units are alike
     names = {name for tail in different if (name := _inner_name(tail, glued)) is not None}
-    for name in sorted(names, key=lambda name: (name == "", name)):
+    kinds = []
+    for name in names:
         blocks: list[dict[int, set[str]]] = []
         for tails in stages:
             of_stage: dict[int, set[str]] = defaultdict(set)
@@ -314,7 +327,9 @@ def _kinds_of_blocks(
         several = [of_stage for of_stage in blocks if len(of_stage) > 1]
         alike = sum(_alike(of_stage) for of_stage in several)
         if several and 2 * sum(map(bool, blocks)) > len(blocks) and 2 * alike > len(several):
-            yield name, several
+            size = sum(len(held) for of_stage in blocks for held in of_stage.values())
+            kinds.append(_Kind(name, sum(map(len, blocks)), size, several))
+    return sorted(kinds, key=lambda kind: (-kind.size, kind.name == "", kind.name))
 
 
 def _is_sequential(several: list[dict[int, set[str]]], stages: list[list[tuple[str, str]]]) -> bool:

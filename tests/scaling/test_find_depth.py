@@ -565,6 +565,7 @@ UNIT = "{norm,attn,mlp}.w"
         (["encoder_{1..2}.layers.{0..5}." + UNIT], {"encoder": 12}, {"encoder_1": 6, "encoder_2": 6}),
         (["student.nets.{0..1}.h.{0..3}." + UNIT], {"student.nets": 8}, {"student.nets.0": 4, "student.nets.1": 4}),
         (["stages.{0..2}.{conv_blocks,attn_blocks}.{0..1}.{norm,fc}.w"], {"layers": 6}, {"layers": 6}),
+        (["denseblock{1..3}.{convblock,denselayer}{1..4}.{norm,fc}.w"], {"layers": 12}, {"layers": 12}),
         (["layers.{0..11}.weight", "blocks.0.{fc1,fc2}.w"], {"blocks": 1}, {"blocks": 1, "layers": 12}),
         (["net.{0..5}.{a,b}.w", "adapter.layers.{0..5}.{q,k}.w"], {"net": 6}, {"net": 6, "adapter.layers": 6}),
         (["models/{0..2}/layers/{0..3}/{norm,attn,mlp}/w"], {"models": 12}, {f"models/{i}": 4 for i in range(3)}),
@@ -603,6 +604,19 @@ def asked(options: str) -> dict[str, Any]:
         else:
             said[option.removeprefix("--").replace("-", "_")] = value
     return said
+
+
+@pytest.mark.parametrize("beside", ["gate_layers.{0..1}.weight", "a_layers.{0..1}.{p,q}.w", "norm_layers.{0..3}.w"])
+def test_the_blocks_of_a_stage_are_those_that_hold_most(beside: str) -> None:
+    """Another list in each stage, that holds less, is not counted, whatever it is called; norms lie in their blocks."""
+    names = expand("stages.{0..2}.layers.{0..3}." + UNIT, f"stages.{{0..2}}.{beside}")
+    depth = find_depth(names, parameters=dict.fromkeys(names, 1))
+    assert stacks(depth) == {"stages": 12}
+    assert [depth.places[f"stages.{s}.layers.{b}.norm.w"].index for s in range(3) for b in range(4)] == list(range(12))
+    if "norm" in beside:
+        assert [depth.places[f"stages.{s}.norm_layers.{b}.w"].index for s in range(3) for b in range(4)] == list(
+            range(12)
+        )
 
 
 @pytest.mark.parametrize(
