@@ -639,6 +639,33 @@ def test_what_is_no_toss_up(patterns: list[str]) -> None:
     assert not [note for note in find_depth(names, parameters=dict.fromkeys(names, 10)).notes if "two ways" in note]
 
 
+def test_a_toss_up_on_the_command_line(tmp_path: Path) -> None:
+    """edit ends with 4 and both readings, inspect says that depth is unknown; the option settles it and is recorded;
+    where little hangs on it the summary says so.
+    """
+    import torch
+    import yaml
+
+    names = expand("models.{0..1}.layers.{0..3}." + UNIT)
+    small = {name: torch.ones(2) for name in names}
+    sides = [write_checkpoint(tmp_path / side, small, config={}) for side in ("base", "ft")]
+    ran = run_lines("edit", *sides, "-o", tmp_path / "out")
+    assert (ran.code, ran.trace) == (4, "")
+    assert "models in a row (8 layers), or each models for itself (2 stacks of 4 layers)" in ran.err
+    assert not (tmp_path / "out").exists()
+    assert "two ways" in "".join(run_lines("inspect", sides[1], "--json").json["notes"])
+    settled = run_lines("edit", *sides, "-o", tmp_path / "out", "--series", "models", "--json")
+    assert settled.code == 0, settled.err
+    assert [stack["layers"] for stack in settled.json["stacks"]] == [8]
+    assert yaml.safe_load((tmp_path / "out" / "lines_recipe.yaml").read_text())["lines"]["series"] == [["models"]]
+    assert run_lines("verify", tmp_path / "out").code == 0
+    large = small | {"table.weight": torch.ones(3 * 2 * len(names))}
+    sides = [write_checkpoint(tmp_path / f"{side}2", large, config={}) for side in ("base", "ft")]
+    ran = run_lines("edit", *sides, "-o", tmp_path / "out2", "--dry-run")
+    assert ran.code == 0, ran.err
+    assert "the depth of 25% of the parameters can be read in two ways" in " ".join((ran.out + ran.err).split())
+
+
 @pytest.mark.zoo
 @pytest.mark.parametrize("case", PLACED, ids=str)
 def test_no_known_family_is_a_toss_up(case: zoo.Case) -> None:
