@@ -11,6 +11,7 @@ import shlex
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from lines_cli.errors import DepthError
 from lines_cli.scaling.numbered_lists import (
@@ -47,7 +48,7 @@ _GLUED_NUMBER = re.compile(r"(?P<word>[a-zA-Z_-]*[a-zA-Z][_-]?)(?P<number>\d{1,6
 _CLOSES_A_STAGE = re.compile(r"(?:.*_)?(?:transition|upsampl\w*|out|post|final|last)(?:_.*)?")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Lane:
     """A stack ready to be counted.
 
@@ -390,6 +391,7 @@ def _alike(blocks: Mapping[int, set[str]]) -> bool:
 # --- over several lists ---
 
 
+@lru_cache(maxsize=4096)
 def _words(segment: str) -> frozenset[str]:
     return frozenset(re.findall(r"[a-z]+", segment.lower()))
 
@@ -417,14 +419,19 @@ def _rank(words: frozenset[str]) -> int | None:
 
 def _in_turn(lanes: list[Lane], lists: Mapping[Prefix, NumberedList], every: int) -> list[Lane]:
     """Lists whose units belong to the layers of a list beside them are merged into that, unit by unit."""
-    merged = list(lanes)
-    composite: list[Lane] = []
+    beside: dict[Prefix, list[Lane]] = defaultdict(list)
+    for lane in lanes:
+        if any(_words(segment) & (_IN_TURN | _ATTENTION) for segment in lane.path[-1:]):
+            beside[lane.path[:-1]].append(lane)
+    gone: set[Lane] = set()
+    composite: set[Lane] = set()
     for main in lanes:
-        for lane in lanes:
-            if main in merged and lane in merged and main is not lane and (step := _belongs(lane, main, every)):
+        for lane in beside[main.path[:-1]]:
+            if not gone & {main, lane} and main is not lane and (step := _belongs(lane, main, every)):
                 _merge(dict(zip(sorted(lane.lists[0].tails), lane.units, strict=True)), main, step)
-                merged.remove(lane)
-                composite.append(main)
+                gone.add(lane)
+                composite.add(main)
+    merged = [lane for lane in lanes if lane not in gone]
     taken = {lane.path for lane in lanes}
     for main in merged:
         norms_only = main.lists[0].called_layers
@@ -515,11 +522,14 @@ def _one_after_the_other(lanes: list[Lane], lists: Mapping[Prefix, NumberedList]
 def _chain(waiting: list[Lane]) -> list[Lane]:
     """The lanes that run in a row with the first that waits, in order."""
     first = waiting[0]
-    if len(whole := _there_and_back(first, waiting)) > 1:
+    if whole := _there_and_back(first, waiting):
         return whole
     ranks = {first.name: 0}
     chain = [first]
+    says = _says_an_order(first)
     for lane in waiting[1:]:
+        if not (says or _says_an_order(lane)):
+            continue  # what most do is seen fastest
         difference = _difference(*_comparable(first, lane))
         if difference is None:
             continue
@@ -536,17 +546,25 @@ def _there_and_back(first: Lane, waiting: list[Lane]) -> list[Lane]:
     """Encoders, what is between, and the decoders that mirror them: a U-Net, if something is between, or if the last of
     numbered encoders has no decoder.
     """
-    beside = [lane for lane in waiting if lane.path[:-1] == first.path[:-1]]
-    middles = [lane for lane in beside if not lane.lists]
-    for up in beside:
-        for down in beside:
-            if not (down.lists and up.lists and mirrored(up.path) == down.path):
-                continue
-            deepest, others = max(down.lists[0].tails), up.lists[0].tails
-            if len(middles) == 1 or (not middles and down.lists[0].numbered and deepest == max(others) + 1):
-                whole = [down, *middles, up]
-                return whole if first in whole else []
-    return []
+    own = first.path[-1] if first.path and first.lists else ""
+    if "enc" not in own and "dec" not in own:
+        return []
+    by_path = {lane.path: lane for lane in waiting if lane.lists}
+    up = first if mirrored(first.path) else by_path.get((*first.path[:-1], own.replace("enc", "dec")))
+    down = by_path.get(mirrored(up.path) or ()) if up else None
+    if up is None or down is None or first not in (up, down):
+        return []
+    middles = [lane for lane in waiting if not lane.lists and lane.path[:-1] == first.path[:-1]]
+    lacks_one = down.lists[0].numbered and max(down.lists[0].tails) == max(up.lists[0].tails) + 1
+    return [down, *middles, up] if len(middles) == 1 or (not middles and lacks_one) else []
+
+
+def _says_an_order(lane: Lane) -> bool:
+    """Whether a word in a lane's path says that it runs first, between or last."""
+    return any(_words(segment) & _ORDER for segment in lane.path)
+
+
+_ORDER = _EARLIER | _BETWEEN | _LATER
 
 
 def _comparable(one: Lane, other: Lane) -> tuple[Prefix, Prefix]:

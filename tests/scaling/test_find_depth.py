@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import shlex
+import string
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,14 @@ def test_names_are_read_together_as_each_is_read_alone() -> None:
         ]
         assert set(got) == expected
         assert len(got) == len(expected)
+
+
+def test_a_thousand_towers() -> None:
+    """Each is a stack of its own; comparing every list with every other, again and again, took minutes."""
+    letters = [f"t{a}{b}" for a in string.ascii_letters[:32] for b in string.ascii_letters[:32]]
+    names = [f"{tower}.layers.{i}.{part}.w" for tower in letters for i in range(2) for part in ("norm", "mlp")]
+    depth = find_depth(names)
+    assert stacks(depth) == {f"{tower}.layers": 2 for tower in letters}
 
 
 # --- a part of a model ---
