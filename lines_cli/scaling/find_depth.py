@@ -292,7 +292,8 @@ def _check_against_config(lanes: list[Lane], config: Mapping[str, Any]) -> list[
     Raises:
         DepthError: the model's one stack has fewer layers than its config says.
     """
-    counts = _config_counts(config)
+    every = _config_counts(config)
+    counts = _of_its_tower(lanes[0], every) if len(lanes) == 1 else every
     notes = [note for lane in lanes for note in _gaps(lane)]
     for lane in lanes:
         counted = _counted_layers(lane, len(lanes), counts)
@@ -303,13 +304,13 @@ def _check_against_config(lanes: list[Lane], config: Mapping[str, Any]) -> list[
             notes.append(f"{lane.name}: {key} is {count}, so the layers from {count} on are outside the stack")
             lane.units = lane.units[:inside]
     found = Counter(n for lane in lanes for n in {len(lane.units), *(len(part.tails) for part in lane.lists)})
-    unmet = {key: count for key, count in counts.items() if not found[count]}
-    repeated = Counter(counts.values()) - found if len(lanes) > 1 else Counter()
+    unmet = {key: count for key, count in every.items() if not found[count]}
+    repeated = Counter(every.values()) - found if len(lanes) > 1 else Counter()
     if not unmet and not repeated:
         return notes
-    said = ", ".join(f"{key} is {count}" for key, count in (unmet or counts).items())
+    said = ", ".join(f"{key} is {count}" for key, count in (unmet or every).items())
     stacks = " and ".join(f"{lane.name} has {len(lane.units)} layers" for lane in lanes)
-    if len(lanes) == 1 and _says_how_many(config, lanes[0]) and len(lanes[0].units) < min(counts.values()):
+    if len(lanes) == 1 and _says_how_many(config, counts, lanes[0]) and len(lanes[0].units) < min(counts.values()):
         raise DepthError(
             f"{lanes[0].name} holds {len(lanes[0].units)} layers, but in the config {said}",
             hint="Is the checkpoint complete? If it is, say where the layer's number stands with --layers REGEX.",
@@ -327,13 +328,21 @@ def _every(config: Mapping[str, Any]) -> int:
 _INTERVAL = re.compile(r"cross_.*(?:interval|every).*")
 
 
-def _says_how_many(config: Mapping[str, Any], lane: Lane) -> bool:
+def _of_its_tower(lane: Lane, counts: Mapping[str, int]) -> dict[str, int]:
+    """Without the numbers that nested configs of other towers give, which the names may lack: a language model's layers
+    are not those of `vision_config`.
+    """
+    own = _OTHER_TOWER.search(lane.name)
+    return {key: n for key, n in counts.items() if own or "." not in key or not _OTHER_TOWER.search(key.split(".")[0])}
+
+
+def _says_how_many(config: Mapping[str, Any], counts: Mapping[str, int], lane: Lane) -> bool:
     """Whether a config's number of layers means those of a stack: there is one number, and neither the config nor the
     names count by stages (EfficientNet's `num_hidden_layers` is four times the stages' repeats, ResNet's `depth` 50).
     """
     staged = any(_BY_STAGE.fullmatch(key) and isinstance(value, list) for key, value in config.items())
     of_one_list = len(lane.units) == len(lane.lists[0].tails)
-    return len(set(_config_counts(config).values())) == 1 and of_one_list and not staged
+    return len(set(counts.values())) == 1 and of_one_list and not staged
 
 
 _BY_STAGE = re.compile(r"(?:.*_)?(?:depths|repeats)|(?:num_|n_)?(?:blocks|layers)(?:_per_stage)?")

@@ -145,8 +145,8 @@ def _of_a_row_and_a_rank(one: NumberedList, rest: Prefix, inner: Mapping[int, Nu
 def _of_two_kinds_of_blocks(one: NumberedList, kinds: Mapping[str, int], counted: int) -> Toss:
     taken, other = list(kinds)[:2]
     return Toss(
-        f"the {taken} in {one.name} ({_layers(counted)})",
-        f"the {other} in it ({_layers(kinds[other])})",
+        f"the {taken or 'numbered parts'} in {one.name} ({_layers(counted)})",
+        f"the {other or 'numbered parts'} in it ({_layers(kinds[other])})",
         _names(one),
         _counting(one, (taken,)),
         _counting(one, (other,)),
@@ -171,7 +171,10 @@ def _of_two_groups(found: list[NumberedList], passed_over: list[NumberedList]) -
 
 def _counting(one: NumberedList, within: Prefix) -> str:
     """The expression that counts through the parts of each unit."""
-    inner = rf"(?:{_escaped(within)}[./](?P<index2>\d+)[./])?"
+    begin = _escaped(within) + "[./]" if any(within) else ""
+    if one.numbered and begin:
+        begin = rf"{_escaped(within).rstrip('-')}(?:\d+-)?(?:[./])?"  # the blocks' numbers may be glued, too
+    inner = rf"(?:{begin}(?P<index2>\d+)[./])?"
     pattern = rf"^{re.escape(one.text)}{_joint(one)}(?P<index>\d+)[./]{inner}"
     return f"--layers {shlex.quote(pattern)}"
 

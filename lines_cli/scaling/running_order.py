@@ -11,6 +11,7 @@ import shlex
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from lines_cli.errors import DepthError
 from lines_cli.scaling.numbered_lists import (
@@ -40,13 +41,14 @@ _UP = frozenset({"up", "output", "out"})
 # What is said of lists whose units run in turn with those of a list beside them, and belong to the same layers.
 _IN_TURN = frozenset({"cross", "ffn", "ffns", "mlp", "temporal", "time", "global"})
 _ATTENTION = frozenset({"self", "attn", "attention", "attentions"})
+_NORMS = frozenset({"norm", "norms"})
 _UPSAMPLERS = re.compile(r"ups|upsampl\w*")
 _UP_TO_A_DECODER = re.compile(r"up(?:_?(?:convs?|samples?|samplers?))?_?|(?:trans|conv)?_?up_?")
 _GLUED_NUMBER = re.compile(r"(?P<word>[a-zA-Z_-]*[a-zA-Z][_-]?)(?P<number>\d{1,6})", re.ASCII)
 _CLOSES_A_STAGE = re.compile(r"(?:.*_)?(?:transition|upsampl\w*|out|post|final|last)(?:_.*)?")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Lane:
     """A stack ready to be counted.
 
@@ -189,8 +191,8 @@ def units_of(one: NumberedList, lists: Mapping[Prefix, NumberedList], *, backwar
 
 
 def _blocks_of(tails: list[tuple[str, str]], inner: str) -> tuple[dict[int, Unit], list[tuple[str, str]]]:
-    """A stage's blocks by their numbers, and what lies in none: the module, and the tensor. Attention in a list beside
-    the blocks (`block.0`, `attn.0`) lies in those of the same numbers.
+    """A stage's blocks by their numbers, and what lies in none: the module, and the tensor. Attention and norms in a
+    list beside the blocks (`block.0`, `attn.0`) lie in those of the same numbers.
     """
     blocks: dict[int, Unit] = defaultdict(list)
     rest = []
@@ -202,7 +204,7 @@ def _blocks_of(tails: list[tuple[str, str]], inner: str) -> tuple[dict[int, Unit
         number = after.partition(".")[0]
         if block is not None:
             blocks[block[0]].append(name)
-        elif is_index(number) and _words(module) & (_ATTENTION | _IN_TURN):
+        elif is_index(number) and _words(module) & (_ATTENTION | _IN_TURN | _NORMS):
             beside[module][int(number)].append(name)
         else:
             rest.append((module, name))
@@ -280,30 +282,42 @@ def _inner_blocks(stages: list[list[tuple[str, str]]], *, glued: bool) -> str | 
     """The name of the blocks within each stage (empty for `layer1.0`), or None if the units are no stages. Where the
     stages' numbers are glued to a word, so may the blocks' be (`denseblock1.denselayer2`).
     """
-    for name, several in _kinds_of_blocks(stages, glued=glued):
-        return None if _is_sequential(several, stages) else name
-    return None
+    kinds = _kinds_of_blocks(stages, glued=glued)
+    return kinds[0].name if kinds and not _is_sequential(kinds[0].several, stages) else None
 
 
 def inner_names(one: NumberedList) -> dict[str, int]:
-    """What the blocks in a list of stages may be called, each with their number; the first is what is counted."""
+    """What the blocks in a list of stages may be called, each with their number; the first is what is counted, and the
+    others hold nearly as much.
+    """
     stages = [one.tails[stage] for stage in sorted(_without_ends(one))]
     if _inner_blocks(stages, glued=one.numbered) is None:
         return {}
-    kinds = {}
-    for name, _ in _kinds_of_blocks(stages, glued=one.numbered):
-        found = [{split[0] for tail, _ in tails if (split := _split_inner(tail, name))} for tails in stages]
-        kinds[name] = sum(map(len, found))
-    return kinds
+    kinds = _kinds_of_blocks(stages, glued=one.numbered)
+    return {kind.name: kind.number for kind in kinds if kind.size >= _NEARLY * kinds[0].size}
 
 
-def _kinds_of_blocks(
-    stages: list[list[tuple[str, str]]], *, glued: bool
-) -> Iterator[tuple[str, list[dict[int, set[str]]]]]:
-    """The names under which most stages hold blocks that are alike, with the children of each block of each stage."""
+_NEARLY = 0.8
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """Blocks of stages: what they are called, how many there are, how many tensors they hold, and the children of each
+    in every stage that has several.
+    """
+
+    name: str
+    number: int
+    size: int
+    several: list[dict[int, set[str]]]
+
+
+def _kinds_of_blocks(stages: list[list[tuple[str, str]]], *, glued: bool) -> list[_Kind]:
+    """The kinds of blocks that most stages hold, and that are alike; those that hold most are first."""
     different = {tail for tails in stages for tail, _ in tails}  # few, where all units are alike
     names = {name for tail in different if (name := _inner_name(tail, glued)) is not None}
-    for name in sorted(names, key=lambda name: (name == "", name)):
+    kinds = []
+    for name in names:
         blocks: list[dict[int, set[str]]] = []
         for tails in stages:
             of_stage: dict[int, set[str]] = defaultdict(set)
@@ -314,7 +328,9 @@ def _kinds_of_blocks(
         several = [of_stage for of_stage in blocks if len(of_stage) > 1]
         alike = sum(_alike(of_stage) for of_stage in several)
         if several and 2 * sum(map(bool, blocks)) > len(blocks) and 2 * alike > len(several):
-            yield name, several
+            size = sum(len(held) for of_stage in blocks for held in of_stage.values())
+            kinds.append(_Kind(name, sum(map(len, blocks)), size, several))
+    return sorted(kinds, key=lambda kind: (-kind.size, kind.name == "", kind.name))
 
 
 def _is_sequential(several: list[dict[int, set[str]]], stages: list[list[tuple[str, str]]]) -> bool:
@@ -375,6 +391,7 @@ def _alike(blocks: Mapping[int, set[str]]) -> bool:
 # --- over several lists ---
 
 
+@lru_cache(maxsize=4096)
 def _words(segment: str) -> frozenset[str]:
     return frozenset(re.findall(r"[a-z]+", segment.lower()))
 
@@ -402,14 +419,19 @@ def _rank(words: frozenset[str]) -> int | None:
 
 def _in_turn(lanes: list[Lane], lists: Mapping[Prefix, NumberedList], every: int) -> list[Lane]:
     """Lists whose units belong to the layers of a list beside them are merged into that, unit by unit."""
-    merged = list(lanes)
-    composite: list[Lane] = []
+    beside: dict[Prefix, list[Lane]] = defaultdict(list)
+    for lane in lanes:
+        if any(_words(segment) & (_IN_TURN | _ATTENTION) for segment in lane.path[-1:]):
+            beside[lane.path[:-1]].append(lane)
+    gone: set[Lane] = set()
+    composite: set[Lane] = set()
     for main in lanes:
-        for lane in lanes:
-            if main in merged and lane in merged and main is not lane and (step := _belongs(lane, main, every)):
+        for lane in beside[main.path[:-1]]:
+            if not gone & {main, lane} and main is not lane and (step := _belongs(lane, main, every)):
                 _merge(dict(zip(sorted(lane.lists[0].tails), lane.units, strict=True)), main, step)
-                merged.remove(lane)
-                composite.append(main)
+                gone.add(lane)
+                composite.add(main)
+    merged = [lane for lane in lanes if lane not in gone]
     taken = {lane.path for lane in lanes}
     for main in merged:
         norms_only = main.lists[0].called_layers
@@ -500,11 +522,14 @@ def _one_after_the_other(lanes: list[Lane], lists: Mapping[Prefix, NumberedList]
 def _chain(waiting: list[Lane]) -> list[Lane]:
     """The lanes that run in a row with the first that waits, in order."""
     first = waiting[0]
-    if len(whole := _there_and_back(first, waiting)) > 1:
+    if whole := _there_and_back(first, waiting):
         return whole
     ranks = {first.name: 0}
     chain = [first]
+    says = _says_an_order(first)
     for lane in waiting[1:]:
+        if not (says or _says_an_order(lane)):
+            continue  # what most do is seen fastest
         difference = _difference(*_comparable(first, lane))
         if difference is None:
             continue
@@ -521,17 +546,25 @@ def _there_and_back(first: Lane, waiting: list[Lane]) -> list[Lane]:
     """Encoders, what is between, and the decoders that mirror them: a U-Net, if something is between, or if the last of
     numbered encoders has no decoder.
     """
-    beside = [lane for lane in waiting if lane.path[:-1] == first.path[:-1]]
-    middles = [lane for lane in beside if not lane.lists]
-    for up in beside:
-        for down in beside:
-            if not (down.lists and up.lists and mirrored(up.path) == down.path):
-                continue
-            deepest, others = max(down.lists[0].tails), up.lists[0].tails
-            if len(middles) == 1 or (not middles and down.lists[0].numbered and deepest == max(others) + 1):
-                whole = [down, *middles, up]
-                return whole if first in whole else []
-    return []
+    own = first.path[-1] if first.path and first.lists else ""
+    if "enc" not in own and "dec" not in own:
+        return []
+    by_path = {lane.path: lane for lane in waiting if lane.lists}
+    up = first if mirrored(first.path) else by_path.get((*first.path[:-1], own.replace("enc", "dec")))
+    down = by_path.get(mirrored(up.path) or ()) if up else None
+    if up is None or down is None or first not in (up, down):
+        return []
+    middles = [lane for lane in waiting if not lane.lists and lane.path[:-1] == first.path[:-1]]
+    lacks_one = down.lists[0].numbered and max(down.lists[0].tails) == max(up.lists[0].tails) + 1
+    return [down, *middles, up] if len(middles) == 1 or (not middles and lacks_one) else []
+
+
+def _says_an_order(lane: Lane) -> bool:
+    """Whether a word in a lane's path says that it runs first, between or last."""
+    return any(_words(segment) & _ORDER for segment in lane.path)
+
+
+_ORDER = _EARLIER | _BETWEEN | _LATER
 
 
 def _comparable(one: Lane, other: Lane) -> tuple[Prefix, Prefix]:

@@ -153,6 +153,19 @@ def test_a_tower_that_is_not_in_the_output(tmp_path: Path) -> None:
     assert [found["name"] for found in kept.json["stacks"]] == ["model.layers", "vision_tower.layers"]
 
 
+@pytest.mark.parametrize("vision", [2, 3, 24])
+@pytest.mark.parametrize("text", [{}, {"num_hidden_layers": 4}])
+def test_a_config_that_counts_a_tower_that_is_gone(text: dict[str, int], vision: int, tmp_path: Path) -> None:
+    """The layers of `vision_config` are not held against a language model that is alone in the output."""
+    said = {"model_type": "x", "text_config": {"hidden_size": 8, **text}, "vision_config": {"depth": vision}}
+    tower = stack("visual.blocks", vision, 0.0)
+    pair = Pair(tmp_path, model(4, 0.0) | tower, model(4, 1.0), said, said)
+    ran = pair.edit("--missing", "ft")
+    assert ran.code == 0, ran.err
+    assert pair.coefficients() == pytest.approx(linear(4))
+    assert [found["layers"] for found in pair.inspect()["stacks"]] == [4]
+
+
 def test_no_stack_of_nothing_after_a_prefix(tmp_path: Path) -> None:
     """Where --prefix pairs a tower saved by itself, what the other side has beside it is no stack of the output."""
     base = stack("text.layers", 4, 0.0) | stack("vision.layers", 3, 0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import shlex
+import string
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,14 @@ def test_names_are_read_together_as_each_is_read_alone() -> None:
         ]
         assert set(got) == expected
         assert len(got) == len(expected)
+
+
+def test_a_thousand_towers() -> None:
+    """Each is a stack of its own; comparing every list with every other, again and again, took minutes."""
+    letters = [f"t{a}{b}" for a in string.ascii_letters[:32] for b in string.ascii_letters[:32]]
+    names = [f"{tower}.layers.{i}.{part}.w" for tower in letters for i in range(2) for part in ("norm", "mlp")]
+    depth = find_depth(names)
+    assert stacks(depth) == {f"{tower}.layers": 2 for tower in letters}
 
 
 # --- a part of a model ---
@@ -572,6 +581,7 @@ UNIT = "{norm,attn,mlp}.w"
         (["encoder_{1..2}.layers.{0..5}." + UNIT], {"encoder": 12}, {"encoder_1": 6, "encoder_2": 6}),
         (["student.nets.{0..1}.h.{0..3}." + UNIT], {"student.nets": 8}, {"student.nets.0": 4, "student.nets.1": 4}),
         (["stages.{0..2}.{conv_blocks,attn_blocks}.{0..1}.{norm,fc}.w"], {"layers": 6}, {"layers": 6}),
+        (["denseblock{1..3}.{convblock,denselayer}{1..4}.{norm,fc}.w"], {"layers": 12}, {"layers": 12}),
         (["layers.{0..11}.weight", "blocks.0.{fc1,fc2}.w"], {"blocks": 1}, {"blocks": 1, "layers": 12}),
         (["net.{0..5}.{a,b}.w", "adapter.layers.{0..5}.{q,k}.w"], {"net": 6}, {"net": 6, "adapter.layers": 6}),
         (["models/{0..2}/layers/{0..3}/{norm,attn,mlp}/w"], {"models": 12}, {f"models/{i}": 4 for i in range(3)}),
@@ -612,6 +622,19 @@ def asked(options: str) -> dict[str, Any]:
     return said
 
 
+@pytest.mark.parametrize("beside", ["gate_layers.{0..1}.weight", "a_layers.{0..1}.{p,q}.w", "norm_layers.{0..3}.w"])
+def test_the_blocks_of_a_stage_are_those_that_hold_most(beside: str) -> None:
+    """Another list in each stage, that holds less, is not counted, whatever it is called; norms lie in their blocks."""
+    names = expand("stages.{0..2}.layers.{0..3}." + UNIT, f"stages.{{0..2}}.{beside}")
+    depth = find_depth(names, parameters=dict.fromkeys(names, 1))
+    assert stacks(depth) == {"stages": 12}
+    assert [depth.places[f"stages.{s}.layers.{b}.norm.w"].index for s in range(3) for b in range(4)] == list(range(12))
+    if "norm" in beside:
+        assert [depth.places[f"stages.{s}.norm_layers.{b}.w"].index for s in range(3) for b in range(4)] == list(
+            range(12)
+        )
+
+
 @pytest.mark.parametrize(
     "patterns",
     [
@@ -630,6 +653,33 @@ def test_what_is_no_toss_up(patterns: list[str]) -> None:
     """Towers, stages, U-Nets, parts of blocks, experts and norms are read in one way."""
     names = expand(*patterns)
     assert not [note for note in find_depth(names, parameters=dict.fromkeys(names, 10)).notes if "two ways" in note]
+
+
+def test_a_toss_up_on_the_command_line(tmp_path: Path) -> None:
+    """edit ends with 4 and both readings, inspect says that depth is unknown; the option settles it and is recorded;
+    where little hangs on it the summary says so.
+    """
+    import torch
+    import yaml
+
+    names = expand("models.{0..1}.layers.{0..3}." + UNIT)
+    small = {name: torch.ones(2) for name in names}
+    sides = [write_checkpoint(tmp_path / side, small, config={}) for side in ("base", "ft")]
+    ran = run_lines("edit", *sides, "-o", tmp_path / "out")
+    assert (ran.code, ran.trace) == (4, "")
+    assert "models in a row (8 layers), or each models for itself (2 stacks of 4 layers)" in ran.err
+    assert not (tmp_path / "out").exists()
+    assert "two ways" in "".join(run_lines("inspect", sides[1], "--json").json["notes"])
+    settled = run_lines("edit", *sides, "-o", tmp_path / "out", "--series", "models", "--json")
+    assert settled.code == 0, settled.err
+    assert [stack["layers"] for stack in settled.json["stacks"]] == [8]
+    assert yaml.safe_load((tmp_path / "out" / "lines_recipe.yaml").read_text())["lines"]["series"] == [["models"]]
+    assert run_lines("verify", tmp_path / "out").code == 0
+    large = small | {"table.weight": torch.ones(3 * 2 * len(names))}
+    sides = [write_checkpoint(tmp_path / f"{side}2", large, config={}) for side in ("base", "ft")]
+    ran = run_lines("edit", *sides, "-o", tmp_path / "out2", "--dry-run")
+    assert ran.code == 0, ran.err
+    assert "the depth of 25% of the parameters can be read in two ways" in " ".join((ran.out + ran.err).split())
 
 
 @pytest.mark.zoo
