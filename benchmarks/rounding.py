@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,13 +21,13 @@ import lines_cli as lines
 
 BLOCKS, WIDTH, HIDDEN, CLASSES = 6, 128, 512, 16
 RATES = (1e-6, 3e-6, 1e-5, 1e-4)
-WAYS = {
+WAYS: dict[str, dict[str, Any]] = {
     "nearest": {},
     "stochastic": {"rounding": "stochastic"},
     "float16": {"dtype": "float16"},
     "float32": {"dtype": "float32"},
 }
-SCHEDULES = {"ramp": {"alpha": 0.1, "beta": 0.9}, "constant": {"alpha": 0.4, "beta": 0.0}}
+SCHEDULES: dict[str, dict[str, Any]] = {"ramp": {"alpha": 0.1, "beta": 0.9}, "constant": {"alpha": 0.4, "beta": 0.0}}
 
 
 class Block(torch.nn.Module):
@@ -38,7 +39,8 @@ class Block(torch.nn.Module):
         self.up_proj, self.down_proj = torch.nn.Linear(WIDTH, HIDDEN), torch.nn.Linear(HIDDEN, WIDTH)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down_proj(torch.nn.functional.gelu(self.up_proj(self.norm(x))))
+        added: torch.Tensor = self.down_proj(torch.nn.functional.gelu(self.up_proj(self.norm(x))))
+        return x + added
 
 
 class Network(torch.nn.Module):
@@ -54,7 +56,8 @@ class Network(torch.nn.Module):
         x = self.embed(x)
         for layer in self.layers:
             x = layer(x)
-        return self.lm_head(x)
+        found: torch.Tensor = self.lm_head(x)
+        return found
 
 
 def batch(task: int, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,7 +76,7 @@ def train(model: Network, task: int, rate: float, steps: int) -> None:
     for _ in range(steps):
         x, y = batch(task, 256, generator)
         optimiser.zero_grad()
-        torch.nn.functional.cross_entropy(model(x), y).backward()
+        torch.nn.functional.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
         optimiser.step()
 
 
@@ -85,7 +88,8 @@ def logits(tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     model = Network().double()
     model.load_state_dict({name: tensor.double() for name, tensor in tensors.items()})
     with torch.no_grad():
-        return model(x.double())
+        found: torch.Tensor = model(x.double())
+    return found
 
 
 def main() -> None:
