@@ -11,6 +11,7 @@ from models import Model
 from timing import Contender
 
 IMPORT, FLOOR, DIGESTS, MERGEKIT = "import torch", "floor", "floor + digests", "mergekit, best flags"
+UNMEASURED = "lines edit, nothing measured"
 
 # The fastest and the smallest in memory of those tried on a CPU, with models of 0.5 and 1.7 GB. Asynchronous writing,
 # more or fewer threads and the lazy unpickler gain nothing beside small shards; `--multi-gpu` fails without a GPU.
@@ -98,6 +99,7 @@ class Suite:
         eight = [Model("base", sizes.eight), *(Model(f"ft{number}", sizes.eight) for number in range(1, 9))]
         return [
             edit,
+            self.realised(),
             self.cold(edit),
             *(self.scaling(shape) for shape in sizes.scaling),
             self.huge(),
@@ -138,6 +140,26 @@ class Suite:
             "weight for each tensor; `mergekit --help` is what mergekit takes to start. The plain script loads both "
             "models, loops over the tensors and saves.",
             recipes={"edit.yaml": _recipe("task_arithmetic", models, "weight: [0.1, 1.0]")},
+        )
+
+    def realised(self) -> Case:
+        models = [Model("base", self.sizes.edit), Model("ft1", self.sizes.edit)]
+        words = f"edit {_names(models)} -o out"
+        return Case(
+            "realised",
+            "`lines edit` and what rounding leaves, {size} of bf16",
+            models,
+            [
+                *_floors(models),
+                Contender(UNMEASURED, f"python ../unmeasured.py {words} --device {self.device} --quiet"),
+                self._lines("lines edit", words),
+                self._lines("lines edit --rounding stochastic", f"{words} --rounding stochastic"),
+            ],
+            writes=models[0].nbytes,
+            rounds=self.sizes.rounds,
+            reference=UNMEASURED,
+            about="What it costs to measure the realised coefficient of every layer on the way to the disk, and to "
+            "round by a draw.",
         )
 
     def edit_fp32(self) -> Case:
