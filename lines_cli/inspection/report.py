@@ -96,8 +96,8 @@ def _rounding(inspection: Inspection, layers: Sequence[Report]) -> Report:
         if span.planned is not None:
             entries[span.planned.dtype] += span.segments[0].numel
     dtype = next(name for name, stored in STORED.items() if stored == entries.most_common(1)[0][0])
-    keys = ("stack", "index", "coefficient", "realised")
-    off = (layer for layer in layers if is_off(layer["coefficient"], layer["realised"]))
+    keys = ("stack", "index", "asked", "realised")
+    off = (layer for layer in layers if layer["asked"] is not None and is_off(layer["asked"], layer["realised"]))
     return {"dtype": dtype, "off": [{key: layer[key] for key in keys} for layer in off]}
 
 
@@ -254,9 +254,8 @@ def _changes(findings: Findings, model: int) -> Numbers:
         if _vanishes(whole):
             norm = scaled = None
         largest = [abs(part.coefficient) * change.largest for part, change in known]
-        foreseen = reduce(
-            add, (findings.forecasts[part.name] for part, _ in known if part.name in findings.forecasts), Forecast()
-        )
+        planned = [part for part, _ in known if part.name in findings.forecasts]
+        foreseen = reduce(add, (findings.forecasts[part.name] for part in planned), Forecast())
         report = {
             "update_norm": norm,
             "relative_norm": _ratio(norm, base),
@@ -265,6 +264,7 @@ def _changes(findings: Findings, model: int) -> Numbers:
             "scaled_norm": scaled,
             "scaled_relative_norm": _ratio(scaled, base),
             "scaled_largest": max(largest, default=0.0) if all(map(math.isfinite, largest)) else None,
+            "asked": _asked([(part.coefficient, findings.forecasts[part.name]) for part in planned]),
             "realised": foreseen.realised.coefficient,
             "units": {"median": foreseen.median, **{word: foreseen.share(n) for n, word in enumerate(_UNITS)}}
             if foreseen.units
@@ -276,6 +276,17 @@ def _changes(findings: Findings, model: int) -> Numbers:
 
 
 _UNITS = ("zero", "one", "two")
+
+
+def _asked(parts: Sequence[tuple[float, Forecast]]) -> float | None:
+    """The coefficient that exact arithmetic would realise: the mean of the tensors' own, filters included, weighted by
+    their squared updates. None where there is no update.
+    """
+    weights = [(coefficient, forecast.realised.squares) for coefficient, forecast in parts if forecast.realised.squares]
+    if len(same := {coefficient for coefficient, _ in weights}) == 1:
+        return same.pop()
+    whole = sum(squares for _, squares in weights)
+    return _finite(sum(coefficient * squares for coefficient, squares in weights) / whole) if whole else None
 
 
 def _vanishes(change: UpdateStats) -> bool:
