@@ -159,7 +159,7 @@ def _recipe(recipe: Report) -> str:
     text = f"{recipe['merge_method']} of {models}"
     text += f" on {os.path.normpath(recipe['base_model'])}" if "base_model" in recipe else ""
     said = [f"{key} {_plain(value)}" for key, value in recipe.get("parameters", {}).items()]
-    said += [f"dtype {recipe['dtype']}"] if "dtype" in recipe else []
+    said += [f"{key} {recipe[key]}" for key in ("dtype", "rounding", "rounding_seed") if key in recipe]
     return text + (f" with {', '.join(said)}" if said else "")
 
 
@@ -246,6 +246,8 @@ def _undone(report: Report) -> Iterable[Fact]:
     """What rounding would make of the scaling."""
     rounding = report["rounding"]
     if rounding is None:
+        if len(report["fine_tunes"]) == 1 and report["merge"].get("rounding") == "stochastic":
+            yield "rounding", ("stochastic, which leaves on average what is asked; no forecast",)
         return
     if not (off := rounding["off"]):
         yield "rounding", (f"to {rounding['dtype']} leaves every layer the coefficient that is asked",)
