@@ -57,6 +57,7 @@ class TensorEntry:
         side: where it stands outside the blocks; None inside.
         kind: what it is a parameter of.
         coefficient: what its update is scaled by, in float64; NaN where that is not known.
+        filtered: whether a filter decides that.
     """
 
     name: str
@@ -65,6 +66,7 @@ class TensorEntry:
     side: Side | None
     kind: Kind
     coefficient: float
+    filtered: bool
 
 
 class Planned(NamedTuple):
@@ -451,11 +453,13 @@ def _parts(inspection: Inspection) -> Iterator[TensorEntry]:
         if alike not in kinds:
             kinds[alike] = kind_of(name, inside=place is not None)
         coefficient = math.nan
+        counts_as = name if place else inspection.stored_heads.get(name, name)
         if inspection.knows_coefficients:
-            counts_as = name if place else inspection.stored_heads.get(name, name)
             coefficient = rules.coefficient(counts_as, depth, scale=scale_of(values_for(counts_as)))
             rounded_coefficient(name, coefficient, in_float64=name in wide)  # refuses what an edit would
-        yield TensorEntry(name, info, place, None if place else depth.side_of(name), kinds[alike], coefficient)
+        filtered = rules.filter_of(counts_as) is not None
+        side = None if place else depth.side_of(name)
+        yield TensorEntry(name, info, place, side, kinds[alike], coefficient, filtered)
 
 
 _LAYER_NUMBER = re.compile(r"\.\d+\.")

@@ -19,7 +19,7 @@ from lines_cli.inspection.open import Inspection, TensorEntry
 from lines_cli.inspection.statistics import Findings, Interference, UpdateStats, ValueStats
 from lines_cli.plan.coefficients import layer_coefficients, outside_coefficients
 from lines_cli.plan.layout import natural
-from lines_cli.plan.realised import Forecast, is_off
+from lines_cli.plan.realised import NOTHING_REALISED, Forecast, Realised, is_off
 from lines_cli.plan.statistics import Norms
 from lines_cli.plan.tensors import STORED
 from lines_cli.plan.tied_weights import tied_copies, tied_embeddings
@@ -96,8 +96,8 @@ def _rounding(inspection: Inspection, layers: Sequence[Report]) -> Report:
         if span.planned is not None:
             entries[span.planned.dtype] += span.segments[0].numel
     dtype = next(name for name, stored in STORED.items() if stored == entries.most_common(1)[0][0])
-    keys = ("stack", "index", "coefficient", "realised")
-    off = (layer for layer in layers if is_off(layer["coefficient"], layer["realised"]))
+    keys = ("stack", "index", "asked", "realised")
+    off = (layer for layer in layers if layer["asked"] is not None and is_off(layer["asked"], layer["realised"]))
     return {"dtype": dtype, "off": [{key: layer[key] for key in keys} for layer in off]}
 
 
@@ -254,9 +254,10 @@ def _changes(findings: Findings, model: int) -> Numbers:
         if _vanishes(whole):
             norm = scaled = None
         largest = [abs(part.coefficient) * change.largest for part, change in known]
-        foreseen = reduce(
-            add, (findings.forecasts[part.name] for part, _ in known if part.name in findings.forecasts), Forecast()
-        )
+        planned = [part for part, _ in known if part.name in findings.forecasts]
+        foreseen = reduce(add, (findings.forecasts[part.name] for part in planned), Forecast())
+        apart = [(part.coefficient, findings.forecasts[part.name].realised) for part in _unfiltered(planned)]
+        realised = reduce(add, (sums for _, sums in apart), NOTHING_REALISED)
         report = {
             "update_norm": norm,
             "relative_norm": _ratio(norm, base),
@@ -265,7 +266,8 @@ def _changes(findings: Findings, model: int) -> Numbers:
             "scaled_norm": scaled,
             "scaled_relative_norm": _ratio(scaled, base),
             "scaled_largest": max(largest, default=0.0) if all(map(math.isfinite, largest)) else None,
-            "realised": foreseen.realised.coefficient,
+            "asked": _asked(apart),
+            "realised": realised.coefficient,
             "units": {"median": foreseen.median, **{word: foreseen.share(n) for n, word in enumerate(_UNITS)}}
             if foreseen.units
             else None,
@@ -276,6 +278,22 @@ def _changes(findings: Findings, model: int) -> Numbers:
 
 
 _UNITS = ("zero", "one", "two")
+
+
+def _unfiltered(parts: Sequence[TensorEntry]) -> Sequence[TensorEntry]:
+    """As an edit reports them, tensors that a filter decides apart; these where there are no others."""
+    return [part for part in parts if not part.filtered] or parts
+
+
+def _asked(parts: Sequence[tuple[float, Realised]]) -> float | None:
+    """The coefficient that exact arithmetic would realise: the mean of the tensors' own, weighted by their squared
+    updates. None where there is no update.
+    """
+    weights = [(coefficient, sums.squares) for coefficient, sums in parts if sums.squares]
+    if len(same := {coefficient for coefficient, _ in weights}) == 1:
+        return same.pop()
+    whole = sum(squares for _, squares in weights)
+    return _finite(sum(coefficient * squares for coefficient, squares in weights) / whole) if whole else None
 
 
 def _vanishes(change: UpdateStats) -> bool:

@@ -279,12 +279,20 @@ def warning_of(plan: Plan, rows: Sequence[Row]) -> str | None:
     if not off or plan.dtype is None:
         return None
     worst = max(off, key=lambda row: abs((row.realised or 0.0) - row.group.coefficient))
-    more = f" ({len(off) - 1:,} more are off, too)" if len(off) > 1 else ""
+    drawn = plan.recipe.rounding == "stochastic"
     what = (
-        f"rounding to {plan.dtype} undid part of the scaling: {_called(worst.group)} has {worst.realised:.3g} where "
-        f"{worst.group.coefficient:.3g} was asked{more}"
+        f"{'stochastic ' if drawn else ''}rounding to {plan.dtype} {'missed' if drawn else 'distorted'} the scaling: "
+        f"{_called(worst.group)} has {worst.realised:.3g} where {worst.group.coefficient:.3g} was asked"
+        f"{and_more(len(off) - 1, 'coefficient')}"
     )
-    return f"{what}. {way_out(plan.dtype, edit=plan.inputs.of_an_edit, drawn=plan.recipe.rounding == 'stochastic')}"
+    return f"{what}. {way_out(plan.dtype, edit=plan.inputs.of_an_edit, drawn=drawn)}"
+
+
+def and_more(others: int, what: str) -> str:
+    """How many others are off, as the end of a sentence about the worst."""
+    if others == 0:
+        return ""
+    return f", and {others:,} other {what}{' is' if others == 1 else 's are'} off"
 
 
 def way_out(dtype: str, *, edit: bool, drawn: bool) -> str:
@@ -296,13 +304,16 @@ def way_out(dtype: str, *, edit: bool, drawn: bool) -> str:
         drawn: whether it was rounded stochastically.
     """
     wider = "float64" if dtype in ("float32", "float64") else "float32"
-    option, equals = ("--", " ") if edit else ("", ": ")
+    option, equals, ends = ("--", " ", "") if edit else ("'", ": ", "'")
+    widest = f"{option}dtype{equals}{wider}{ends}"
     if drawn:
-        return f"The draw averages out over many entries only. {option}dtype{equals}{wider} holds what is asked."
+        return (
+            "Draws average out over many entries, but here few entries hold most of the update. "
+            f"{widest} holds what is asked, in twice the bytes."
+        )
     return (
         "Updates of about one unit in the last place are lost, or kept whole. "
-        f"{option}rounding{equals}stochastic keeps the scale on average; {option}dtype{equals}{wider} keeps it, in "
-        "twice the bytes."
+        f"{option}rounding{equals}stochastic{ends} keeps the scale on average; {widest} keeps it, in twice the bytes."
     )
 
 
@@ -311,7 +322,7 @@ def _called(group: Group) -> str:
         return f"layer {group.index}" + (f" of {printable(group.stack)}" if group.stack else "")
     if group.filter is not None:
         return f"what {printable(group.filter)} names"
-    return f"what lies {group.outside} the blocks"
+    return f"what lies {'before' if group.outside == 'before' else 'behind'} the blocks"
 
 
 def total(rows: Sequence[Row]) -> dict[str, float | None]:

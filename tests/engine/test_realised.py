@@ -250,12 +250,12 @@ def test_a_regex_for_layers_is_not_taken_for_the_record() -> None:
         make_recipe(recipe, where="recipe")
 
 
-def test_the_summary_says_where_rounding_undid_the_scaling(tmp_path: Path) -> None:
+def test_the_summary_says_where_rounding_distorts_the_scaling(tmp_path: Path) -> None:
     """One line: a layer, both numbers, why, and both ways out, which do what they say. Nothing where all is well."""
     pair(tmp_path, scale=2e-5)
     ran = run_lines("edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / "out")
     assert ran.code == 0
-    [said] = [line for line in ran.err.splitlines() if "undid" in line]
+    [said] = [line for line in ran.err.splitlines() if "distorted" in line]
     for words in (
         "warning: ",
         "bfloat16",
@@ -268,14 +268,14 @@ def test_the_summary_says_where_rounding_undid_the_scaling(tmp_path: Path) -> No
         assert words in said
     assert "realised  0: " in ran.out
     quiet = run_lines("edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / "quiet", "--quiet")
-    assert "undid" in quiet.err
+    assert "distorted" in quiet.err
     for flags in (["--dtype", "float32"], ["--rounding", "stochastic", "--alpha", "0.5"]):
         better = run_lines("edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / flags[1], *flags, "--json")
         assert better.code == 0
         off = [abs(layer["realised"] - layer["coefficient"]) for layer in json.loads(better.out)["layers"]]
         assert max(off) < 0.1
     exact = run_lines("edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / "exact", "--dtype", "float32")
-    assert "undid" not in exact.err
+    assert "distorted" not in exact.err
 
 
 def test_a_merge_names_the_keys_of_a_recipe(tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_a_merge_names_the_keys_of_a_recipe(tmp_path: Path) -> None:
     (tmp_path / "merge.yaml").write_text(yaml.safe_dump(recipe))
     ran = run_lines("merge", "--config", tmp_path / "merge.yaml", "-o", tmp_path / "out")
     assert ran.code == 0
-    [said] = [line for line in ran.err.splitlines() if "undid" in line]
+    [said] = [line for line in ran.err.splitlines() if "distorted" in line]
     assert "rounding: stochastic" in said
     assert "dtype: float32" in said
     assert "--" not in said
@@ -301,7 +301,7 @@ def test_rounding_a_whole_fine_tune_is_seen_too(tmp_path: Path) -> None:
         *("--schedule", "constant", "--alpha", "1", "--dtype", "bfloat16"),
     )
     assert ran.code == 0, ran.err
-    [said] = [line for line in ran.err.splitlines() if "undid" in line]
+    [said] = [line for line in ran.err.splitlines() if "distorted" in line]
     assert "where 1 was asked" in said
 
 

@@ -381,6 +381,12 @@ def test_what_is_said_of_rounding_is_checked(models: Path, said: dict[str, Any],
     assert [word for word in words if word not in str(refused.value)] == []
 
 
+def test_the_recipe_of_a_drawn_output_rounds_to_nearest_too(models: Path) -> None:
+    """It records the seed 0, which does not stand in the way of `--set rounding=nearest`."""
+    recipe = make_recipe(recipe_of(models) | {"rounding": "nearest", "rounding_seed": 0}, where="recipe")
+    assert recipe == make_recipe(recipe_of(models) | {"rounding": "nearest"}, where="recipe")
+
+
 def test_fractions_are_exact() -> None:
     """The reference itself: nearest is one of the neighbours."""
     for value in (0.02, 1e-40, 3.3, -7.77):

@@ -59,8 +59,14 @@ def test_it_is_what_the_edit_realises(tmp_path: Path, case: str) -> None:
     assert report["outside"]["realised"] == pytest.approx(outside, rel=1e-9)
     off = {row["index"] for row in report["rounding"]["off"]}
     for index, layer in enumerate(report["layers"]):
-        far = abs(layer["realised"] - layer["coefficient"])
-        assert (index in off) == (far > 0.05 or far > 0.1 * layer["coefficient"])
+        assert layer["asked"] == layer["coefficient"] == made["layers"][index]["coefficient"]
+        assert layer["realised"] == pytest.approx(made["layers"][index]["realised"], rel=1e-9)
+        far = abs(layer["realised"] - layer["asked"])
+        assert (index in off) == (far > 0.05 or far > 0.1 * layer["asked"])
+    inside = [tensor for tensor in report["map"] if "attn" in tensor["name"]]
+    weights = [tensor["update_norm"] ** 2 for tensor in inside]
+    products = [tensor["coefficient"] * weight for tensor, weight in zip(inside, weights, strict=True)]
+    assert report["stacks"][0]["asked"] == pytest.approx(sum(products) / sum(weights), rel=1e-9)
     assert report["rounding"]["dtype"] == (dtype or {torch.bfloat16: "bfloat16", torch.float16: "float16"}[ft])
 
 
@@ -121,14 +127,16 @@ def test_it_is_said_before_anything_is_written(tmp_path: Path) -> None:
     ran = run_lines("inspect", tmp_path / "ft", "--base", tmp_path / "base")
     assert ran.code == 0
     for words in (
-        "to bfloat16 would undo part of the scaling",
+        "to bfloat16 would distort the scaling",
         "--rounding stochastic",
         "layers in bfloat16",
-        "% at 0 ulp",
+        "at 0 ulp",
+        "outside the blocks in bfloat16",
     ):
         assert words in ran.out
-    fine = run_lines("inspect", tmp_path / "ft", "--base", tmp_path / "base", "--dtype", "float32")
-    assert "to float32 leaves every layer the coefficient that is asked" in fine.out
+    for flags in ([], ["--filter", "mlp=keep"]):  # a filter is asked, too: what it decides is not off
+        fine = run_lines("inspect", tmp_path / "ft", "--base", tmp_path / "base", "--dtype", "float32", *flags)
+        assert "to float32 leaves every layer the coefficient that is asked" in fine.out
     alone = run_lines("inspect", tmp_path / "ft", "--dtype", "float32")
     assert (alone.code, "--dtype" in alone.err) == (2, True)
 
