@@ -19,7 +19,7 @@ from lines_cli.inspection.open import Inspection, TensorEntry
 from lines_cli.inspection.statistics import Findings, Interference, UpdateStats, ValueStats
 from lines_cli.plan.coefficients import layer_coefficients, outside_coefficients
 from lines_cli.plan.layout import natural
-from lines_cli.plan.realised import Forecast, is_off
+from lines_cli.plan.realised import NOTHING_REALISED, Forecast, is_off
 from lines_cli.plan.statistics import Norms
 from lines_cli.plan.tensors import STORED
 from lines_cli.plan.tied_weights import tied_copies, tied_embeddings
@@ -76,6 +76,9 @@ def make_report(inspection: Inspection, findings: Findings | None = None, *, ten
         report["recorded"] = [layer.model_dump() for layer in inspection.made_by.layers]
     if tensors:
         report["map"] = [_tensor(part) | (one([part]) if one else {}) for part in inspection.parts]
+        for row in report["map"]:
+            if findings is not None and row["name"] in findings.forecasts:
+                row["realised"] = findings.forecasts[row["name"]].realised.coefficient
     if findings is None:
         return report
     if inspection.has_base:
@@ -254,9 +257,11 @@ def _changes(findings: Findings, model: int) -> Numbers:
         if _vanishes(whole):
             norm = scaled = None
         largest = [abs(part.coefficient) * change.largest for part, change in known]
-        foreseen = reduce(
-            add, (findings.forecasts[part.name] for part, _ in known if part.name in findings.forecasts), Forecast()
-        )
+        forecasts = [
+            (part.by_depth, findings.forecasts[part.name]) for part, _ in known if part.name in findings.forecasts
+        ]
+        foreseen = reduce(add, (forecast for _, forecast in forecasts), Forecast())
+        by_depth = reduce(add, (forecast.realised for shared, forecast in forecasts if shared), NOTHING_REALISED)
         report = {
             "update_norm": norm,
             "relative_norm": _ratio(norm, base),
@@ -265,7 +270,7 @@ def _changes(findings: Findings, model: int) -> Numbers:
             "scaled_norm": scaled,
             "scaled_relative_norm": _ratio(scaled, base),
             "scaled_largest": max(largest, default=0.0) if all(map(math.isfinite, largest)) else None,
-            "realised": foreseen.realised.coefficient,
+            "realised": by_depth.coefficient,
             "units": {"median": foreseen.median, **{word: foreseen.share(n) for n, word in enumerate(_UNITS)}}
             if foreseen.units
             else None,

@@ -155,17 +155,19 @@ class Groups:
         groups: layers in order, stack by stack; then what lies before and behind the blocks; then filters.
         of: tensor -> a number into `groups`; one whose coefficient is its own alone is in none.
         cast: those with a tensor that is no plain copy of any input's.
+        measured: those with a tensor that is computed, or that is a copy of which the base is read.
     """
 
     groups: tuple[Group, ...]
     of: Mapping[str, int]
     cast: frozenset[int]
+    measured: frozenset[int]
 
 
 def groups_of(plan: Plan) -> Groups:
     """The groups of a plan whose coefficients are known; none without a base, as there is no task vector."""
     if not plan.inputs.has_base:
-        return Groups((), {}, frozenset())
+        return Groups((), {}, frozenset(), frozenset())
     groups = [
         Group(stack, index, None, None, value)
         for stack, values in plan.coefficients()
@@ -177,7 +179,7 @@ def groups_of(plan: Plan) -> Groups:
     groups += [Group(None, None, None, pattern, value) for pattern, value in plan.filters()]
     numbers = {(group.stack, group.index, group.outside, group.filter): number for number, group in enumerate(groups)}
     of: dict[str, int] = {}
-    cast = set[int]()
+    cast, measured = set[int](), set[int]()
     for tensor in plan.tensors:
         if not tensor.spec.paired or tensor.info.dtype in EXACT_DTYPES:
             continue
@@ -186,7 +188,9 @@ def groups_of(plan: Plan) -> Groups:
             of[tensor.name] = number
             if any(segment.copy is None or segment.copy.dtype != tensor.info.dtype for segment in tensor.segments):
                 cast.add(number)
-    return Groups(tuple(groups), of, frozenset(cast))
+            if any(segment.numel and (segment.copy is None or segment.base is not None) for segment in tensor.segments):
+                measured.add(number)
+    return Groups(tuple(groups), of, frozenset(cast), frozenset(measured))
 
 
 def _key(plan: Plan, tensor: TensorPlan) -> tuple[str | None, int | None, str | None, str | None]:
@@ -202,7 +206,8 @@ class Row(NamedTuple):
 
     Attributes:
         group: which.
-        realised: the realised coefficient: of copies what was asked, 0 or 1; None where there is nothing to realise.
+        realised: the realised coefficient: of copies what was asked, 0 or 1; None where there is nothing to realise, or
+            nothing that is finite.
         changed: the share of entries that are not the base's; None where that was not seen.
         sums: what they rest on.
     """
@@ -239,9 +244,9 @@ def rows_of(groups: Groups, sums: Mapping[int, Realised]) -> tuple[Row, ...]:
     rows = []
     for number in sorted(set(groups.of.values())):
         group, found = groups.groups[number], sums.get(number, NOTHING_REALISED)
-        if found.entries:
+        if found.entries or number in groups.measured:
             rows.append(Row(group, found.coefficient, found.share_changed, found))
-        else:  # nothing was computed: all are copies, which only coefficients of 0 and 1 give
+        else:  # all are copies, which only coefficients of 0 and 1 give
             copied = float(round(group.coefficient))
             rows.append(Row(group, copied, 0.0 if copied == 0 and number not in groups.cast else None, found))
     return tuple(rows)

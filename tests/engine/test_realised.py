@@ -211,6 +211,48 @@ def test_what_is_not_finite_is_left_out(tmp_path: Path) -> None:
     assert summary["layers"][1]["realised"] == pytest.approx(expected(base, out, tau, of_layer(1))[0], rel=1e-9)
 
 
+def test_a_layer_that_is_not_finite_realises_nothing(tmp_path: Path) -> None:
+    """It is computed, so it is no copy that has what was asked; nor is it said to be off."""
+    base, ft = pair(tmp_path)
+    for name in of_layer(1):
+        ft[name].fill_(float("nan"))
+    write_checkpoint(tmp_path / "ft", ft)
+    ran = run_lines("edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / "out", "--allow-nonfinite", "--json")
+    layer = ran.json["layers"][1]
+    assert (layer["index"], layer["realised"], layer["changed"]) == (1, None, None)
+    assert not any("undid" in line and "layer 1" in line for line in ran.err.splitlines())
+    del base
+
+
+def test_a_copy_beside_what_has_to_be_rounded_is_measured_too(tmp_path: Path) -> None:
+    """Of a layer with a coefficient of 1 whose norms alone are in float32, the numbers are of the whole layer; a copy
+    keeps its bytes, those of a NaN too.
+    """
+    base = base_of(torch.bfloat16)
+    base |= {f"layers.{i}.norm.weight": torch.rand(50) for i in range(LAYERS)}
+    ft = tuned(base, 1, torch.bfloat16)
+    for i in range(LAYERS):
+        base[f"layers.{i}.norm.weight"] = base[f"layers.{i}.norm.weight"].bfloat16()
+        ft[f"layers.{i}.norm.weight"] = base[f"layers.{i}.norm.weight"].float() + 1e-3 * torch.randn(50)
+    ft["layers.2.mlp.w"].view(torch.int16)[0, 0] = 0x7FA1  # a signalling NaN with a payload
+    write_checkpoint(tmp_path / "base", base)
+    write_checkpoint(tmp_path / "ft", ft)
+    said = {"schedule": "constant", "alpha": 1.0, "dtype": "bfloat16", "allow_nonfinite": True}
+    summary = lines.edit(tmp_path / "base", tmp_path / "ft", tmp_path / "out", **said)
+    out = load_file(tmp_path / "out" / "model.safetensors")
+    for part in ("attn.w", "mlp.w"):
+        for i in range(LAYERS):
+            assert torch.equal(out[f"layers.{i}.{part}"].view(torch.int16), ft[f"layers.{i}.{part}"].view(torch.int16))
+    for tensors in (base, ft, out):
+        tensors["layers.2.mlp.w"][0, 0] = 0.0
+    tau = {name: ft[name].double() - base[name].double() for name in base}
+    for index, layer in enumerate(summary["layers"]):
+        names = [*of_layer(index), f"layers.{index}.norm.weight"]
+        assert layer["realised"] == pytest.approx(expected(base, out, tau, names)[0], rel=1e-6)
+    assert summary["realised"]["outside"]["realised"] == 1.0
+    assert summary["realised"]["outside"]["changed"] is None  # nothing of it is rounded: the base is not read
+
+
 def test_neither_workers_nor_chunks_change_it(tmp_path: Path) -> None:
     """The same numbers, and the same recipe, byte for byte, however the work is cut."""
     pair(tmp_path)

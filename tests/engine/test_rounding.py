@@ -158,6 +158,13 @@ def test_what_is_settled_goes_to_the_nearest() -> None:
     assert raw(free[settled]) != raw(found[settled])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_output_that_holds_every_value_draws_nothing(dtype: torch.dtype) -> None:
+    """As of float32 arithmetic that is written as float32 or float64."""
+    values = wide(1, torch.float32, 120)
+    assert raw(drawn(values, dtype)) == raw(values.to(dtype))
+
+
 # --- whole edits and merges ---
 
 
@@ -232,6 +239,13 @@ def test_the_same_bytes_however_it_is_computed(models: Path, tmp_path: Path, cas
     assert made(tmp_path, "sharded", recipe | {"max_shard_size": 7000}, workers=2) == plain
     assert made(tmp_path, "nearest", recipe | {"rounding": "nearest"}) != plain
     assert made(tmp_path, "seed", recipe | {"rounding_seed": 1}) != plain
+
+
+def test_a_wider_output_is_the_same_drawn_or_not(models: Path, tmp_path: Path) -> None:
+    """float64 holds whatever float32 arithmetic makes."""
+    recipe = recipe_of(models, dtype="float64")
+    drawn_ = made(tmp_path, "drawn.safetensors", recipe)
+    assert drawn_ == made(tmp_path, "nearest.safetensors", recipe | {"rounding": "nearest"})
 
 
 def test_copies_and_unchanged_entries_stay(models: Path, tmp_path: Path) -> None:

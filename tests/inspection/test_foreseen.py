@@ -57,6 +57,9 @@ def test_it_is_what_the_edit_realises(tmp_path: Path, case: str) -> None:
         assert tensor["realised"] == pytest.approx(realised, rel=1e-6)
     outside = made["realised"]["outside"]["realised"]
     assert report["outside"]["realised"] == pytest.approx(outside, rel=1e-9)
+    for layer, of_edit in zip(report["layers"], made["layers"], strict=True):
+        assert layer["coefficient"] == of_edit["coefficient"]
+        assert layer["realised"] == pytest.approx(of_edit["realised"], rel=1e-9)  # that of a filter apart
     off = {row["index"] for row in report["rounding"]["off"]}
     for index, layer in enumerate(report["layers"]):
         far = abs(layer["realised"] - layer["coefficient"])
@@ -113,6 +116,38 @@ def test_copies_and_no_update(tmp_path: Path) -> None:
     assert [layer["realised"] for layer in report["layers"]] == [None] * LAYERS
     assert [layer["units"]["zero"] for layer in report["layers"]] == [1.0] * LAYERS
     assert report["rounding"]["off"] == []
+
+
+def test_what_a_filter_asks_is_not_what_rounding_undoes(tmp_path: Path) -> None:
+    """In float32 nothing is undone, whatever a filter asks of a part of each layer; of a recipe's `weight` for a part
+    nothing is foreseen.
+    """
+    pair(tmp_path, torch.bfloat16, torch.bfloat16, scale=1e-3)
+    said = {"base": tmp_path / "base", "dtype": "float32"}
+    report = lines.inspect(tmp_path / "ft", filter={"attn": "base"}, tensors=True, **said)
+    assert report["rounding"]["off"] == []
+    assert [layer["realised"] for layer in report["layers"]] == pytest.approx(
+        [layer["coefficient"] for layer in report["layers"]], rel=1e-3
+    )
+    assert {row["name"]: row["realised"] for row in report["map"]}["layers.1.attn.w"] == 0.0
+    whole = lines.inspect(tmp_path / "ft", filter={"layers": 0.5}, **said)
+    assert [layer["realised"] for layer in whole["layers"]] == [None] * LAYERS
+    weights = [{"filter": "mlp", "value": 0.5}, {"value": 1.0}]
+    recipe = {"base_model": str(tmp_path / "base"), "merge_method": "task_arithmetic", "dtype": "float32"}
+    recipe["models"] = [{"model": str(tmp_path / "ft"), "parameters": {"weight": weights}}]
+    merge = lines.inspect(config=recipe | {"lines": {"alpha": 0.2, "beta": 0.8}})
+    assert merge["rounding"]["off"] == []
+    assert [layer["realised"] for layer in merge["layers"]] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0], rel=1e-3)
+
+
+def test_a_base_that_has_to_be_rounded_is_still_a_copy(tmp_path: Path) -> None:
+    """A coefficient of 0 is 0, here as in the edit, although rounding moves the base towards the fine-tune."""
+    pair(tmp_path, torch.float32, torch.bfloat16, scale=0.0)
+    report = lines.inspect(tmp_path / "ft", base=tmp_path / "base", schedule=[0, 0.5, 0.5, 0.5, 1])
+    made = lines.edit(tmp_path / "base", tmp_path / "ft", tmp_path / "out", schedule=[0, 0.5, 0.5, 0.5, 1])
+    assert report["layers"][0]["realised"] == made["layers"][0]["realised"] == 0.0
+    for foreseen, layer in zip(report["layers"][1:], made["layers"][1:], strict=True):
+        assert foreseen["realised"] == pytest.approx(layer["realised"], rel=1e-9)
 
 
 def test_it_is_said_before_anything_is_written(tmp_path: Path) -> None:
