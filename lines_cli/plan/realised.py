@@ -268,14 +268,22 @@ def layers_of(rows: Iterable[Row]) -> list[dict[str, Any]]:
 
 
 def record_of(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """The layers as an output's recipe records them, in four decimals."""
+    """The layers as an output's recipe records them, in four decimals; none where there are so many that the recipe
+    would be slow to read, or too large.
+    """
+    layers = layers_of(rows)
+    if len(layers) > MOST_RECORDED:
+        return []
     return [
         {
             key: round(value, 4) if isinstance(value, float) and key != "coefficient" else value
             for key, value in layer.items()
         }
-        for layer in layers_of(rows)
+        for layer in layers
     ]
+
+
+MOST_RECORDED = 2_000  # layers; ten thousand would be more values than a recipe may have
 
 
 def warning_of(plan: Plan, rows: Sequence[Row]) -> str | None:

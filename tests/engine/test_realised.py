@@ -285,6 +285,17 @@ def test_the_recipe_records_it_and_is_still_a_recipe(tmp_path: Path) -> None:
     assert run_lines("verify", tmp_path / "out").code == 0
 
 
+def test_a_record_of_very_many_layers_is_left_out(tmp_path: Path) -> None:
+    """A recipe may have so many values and no more; what lines wrote, lines reads."""
+    base = {f"layers.{i}.w": torch.full((2,), 1.0) for i in range(10_500)}
+    write_checkpoint(tmp_path / "base", base)
+    write_checkpoint(tmp_path / "ft", {name: tensor + 0.5 for name, tensor in base.items()})
+    ran = run_lines("edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / "out", "--json")
+    assert len(ran.json["layers"]) == len(base)
+    assert "layers:" not in (tmp_path / "out" / "lines_recipe.yaml").read_text().splitlines()
+    assert run_lines("verify", tmp_path / "out").code == 0
+
+
 def test_a_regex_for_layers_is_not_taken_for_the_record() -> None:
     """`layers:` at the top of a recipe is what lines records; whoever means lines.layers is told."""
     recipe = {"base_model": "b", "models": [{"model": "f"}], "layers": r"h\.(?P<index>\d+)"}
