@@ -94,14 +94,16 @@ def make_report(inspection: Inspection, findings: Findings | None = None, *, ten
 
 def _rounding(inspection: Inspection, layers: Sequence[Report]) -> Report:
     """What rounding would make of the scaling: to which dtype, which layers would be off."""
-    entries: Counter[str] = Counter()
+    entries: Counter[tuple[str, bool]] = Counter()
     for span in inspection.spans():
         if span.planned is not None:
-            entries[span.planned.dtype] += span.segments[0].numel
-    dtype = next(name for name, stored in STORED.items() if stored == entries.most_common(1)[0][0])
+            entries[span.planned.dtype, span.planned.in_float64] += span.segments[0].numel
+    (most, in_float64), _ = entries.most_common(1)[0]
+    dtype = next(name for name, stored in STORED.items() if stored == most)
     keys = ("stack", "index", "coefficient", "realised")
     off = (layer for layer in layers if is_off(layer["coefficient"], layer["realised"]))
-    return {"dtype": dtype, "off": [{key: layer[key] for key in keys} for layer in off]}
+    arithmetic = "float64" if in_float64 else "float32"
+    return {"dtype": dtype, "arithmetic": arithmetic, "off": [{key: layer[key] for key in keys} for layer in off]}
 
 
 def problems(report: Report) -> list[str]:

@@ -257,7 +257,8 @@ def _undone(report: Report) -> Iterable[Fact]:
         f"to {rounding['dtype']} would undo part of the scaling: layer {worst['index']}{of_stack} would have "
         f"{worst['realised']:.3g} where {worst['coefficient']:.3g} is asked{more}."
     )
-    yield "rounding", (what, way_out(rounding["dtype"], edit=report["scaling"]["of"] != "merge", drawn=False))
+    edit, in_float64 = report["scaling"]["of"] != "merge", rounding["arithmetic"] == "float64"
+    yield "rounding", (what, way_out(rounding["dtype"], in_float64=in_float64, edit=edit, drawn=False))
 
 
 def _rounded(tune: Report, stack: Report, dtype: str, *, full: bool) -> tuple[str, Table]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 from lines_cli.checkpoint.header import EXACT_DTYPES
 from lines_cli.errors import printable
 from lines_cli.plan.plan import Plan, TensorPlan
+from lines_cli.plan.tensors import STORED
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,33 +291,45 @@ MOST_RECORDED = 2_000  # layers; ten thousand would be more values than a recipe
 def warning_of(plan: Plan, rows: Sequence[Row]) -> str | None:
     """Where rounding undid the scaling, why, and the way out; None where it did not."""
     off = [row for row in rows if row.is_off]
-    if not off or plan.dtype is None:
+    if not off:
         return None
     worst = max(off, key=lambda row: abs((row.realised or 0.0) - row.group.coefficient))
+    groups = groups_of(plan)
+    number, entries = groups.groups.index(worst.group), Counter[tuple[str, bool]]()
+    for tensor in plan.tensors:
+        if groups.of.get(tensor.name) == number:
+            entries[tensor.info.dtype, tensor.in_float64] += tensor.info.numel
+    (stored, in_float64), _ = entries.most_common(1)[0]
+    dtype = next(name for name, known in STORED.items() if known == stored)
     more = f" ({len(off) - 1:,} more are off, too)" if len(off) > 1 else ""
     what = (
-        f"rounding to {plan.dtype} undid part of the scaling: {_called(worst.group)} has {worst.realised:.3g} where "
+        f"rounding to {dtype} undid part of the scaling: {_called(worst.group)} has {worst.realised:.3g} where "
         f"{worst.group.coefficient:.3g} was asked{more}"
     )
-    return f"{what}. {way_out(plan.dtype, edit=plan.inputs.of_an_edit, drawn=plan.recipe.rounding == 'stochastic')}"
+    drawn = plan.recipe.rounding == "stochastic"
+    return f"{what}. {way_out(dtype, in_float64=in_float64, edit=plan.inputs.of_an_edit, drawn=drawn)}"
 
 
-def way_out(dtype: str, *, edit: bool, drawn: bool) -> str:
+def way_out(dtype: str, *, in_float64: bool, edit: bool, drawn: bool) -> str:
     """Why rounding undid the scaling, and what helps.
 
     Args:
         dtype: of the output.
+        in_float64: whether the arithmetic ran in float64, else in float32.
         edit: whether to say it as options, or as keys of a recipe.
         drawn: whether it was rounded stochastically.
     """
-    wider = "float64" if dtype in ("float32", "float64") else "float32"
+    lost = "Updates of about one unit in the last place are lost, or kept whole"
+    arithmetic = "float64" if in_float64 else "float32"
+    if dtype in (arithmetic, "float64"):
+        return f"{lost}. The arithmetic itself runs in {arithmetic}, so no option changes that."
+    wider = "float64" if dtype == "float32" else "float32"
     option, equals = ("--", " ") if edit else ("", ": ")
     if drawn:
         return f"The draw averages out over many entries only. {option}dtype{equals}{wider} holds what is asked."
     return (
-        "Updates of about one unit in the last place are lost, or kept whole. "
-        f"{option}rounding{equals}stochastic keeps the scale on average; {option}dtype{equals}{wider} keeps it, in "
-        "twice the bytes."
+        f"{lost}. {option}rounding{equals}stochastic keeps the scale on average; {option}dtype{equals}{wider} keeps "
+        "it, in twice the bytes."
     )
 
 

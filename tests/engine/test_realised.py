@@ -331,6 +331,39 @@ def test_the_summary_says_where_rounding_undid_the_scaling(tmp_path: Path) -> No
     assert "undid" not in exact.err
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_way_out_is_named_where_there_is_none(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Updates of one unit of the dtype that the arithmetic runs in are lost before anything is rounded to the output's:
+    no option helps, and none is named, before or after.
+    """
+    base = {f"layers.{i}.w": torch.rand(1000, dtype=dtype) + 1 for i in range(3)}
+    ft = {name: torch.nextafter(tensor, torch.full_like(tensor, 9)) for name, tensor in base.items()}
+    write_checkpoint(tmp_path / "base", base)
+    write_checkpoint(tmp_path / "ft", ft)
+    for number, flags in enumerate(([], ["--rounding", "stochastic"], ["--dtype", "float64"])):
+        ran = run_lines(
+            "edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / f"{number}", "--alpha", "0.3", *flags
+        )
+        [said] = [line for line in ran.err.splitlines() if "undid" in line]
+        assert f"runs in {str(dtype).removeprefix('torch.')}, so no option changes that" in said
+        assert "--" not in said
+    seen = run_lines("inspect", tmp_path / "ft", "--base", tmp_path / "base", "--alpha", "0.3").out
+    assert "no option changes that" in " ".join(seen.split())
+
+
+def test_the_line_names_the_dtype_of_what_is_off(tmp_path: Path) -> None:
+    """Norms in float16 beside weights in float32: it is float16 that undoes their scaling."""
+    base = base_of(torch.float32)
+    ft = tuned(base, 1, torch.float32)
+    base["norm.weight"], ft["norm.weight"] = torch.ones(64).half(), torch.full((64,), 1 + 2.0**-10).half()
+    write_checkpoint(tmp_path / "base", base)
+    write_checkpoint(tmp_path / "ft", ft)
+    command = ("edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / "out", "--filter", "norm=0.3")
+    [said] = [line for line in run_lines(*command).err.splitlines() if "undid" in line]
+    assert "rounding to float16" in said
+    assert "what norm names has 0 where 0.3 was asked" in said
+
+
 def test_a_merge_names_the_keys_of_a_recipe(tmp_path: Path) -> None:
     """What helps is said as the reader would write it."""
     base, _ = pair(tmp_path, scale=2e-5)
