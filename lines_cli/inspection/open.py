@@ -58,6 +58,7 @@ class TensorEntry:
         kind: what it is a parameter of.
         coefficient: what its update is scaled by, in float64; NaN where that is not known.
         by_depth: whether that is its layer's, or its side's; not a filter's, or its own.
+        filter: the pattern that decides it, if one does.
     """
 
     name: str
@@ -67,6 +68,7 @@ class TensorEntry:
     kind: Kind
     coefficient: float
     by_depth: bool
+    filter: str | None
 
 
 class Planned(NamedTuple):
@@ -466,9 +468,9 @@ def _parts(inspection: Inspection) -> Iterator[TensorEntry]:
         if inspection.knows_coefficients:
             coefficient = rules.coefficient(counts_as, depth, scale=scale_of(values_for(counts_as)))
             rounded_coefficient(name, coefficient, in_float64=name in wide)  # refuses what an edit would
-        shared = rules.filter_of(counts_as) is None and coefficient == by_depth[place or depth.side_of(counts_as)]
-        side = None if place else depth.side_of(name)
-        yield TensorEntry(name, info, place, side, kinds[alike], coefficient, shared)
+        pattern, side = rules.filter_of(counts_as), None if place else depth.side_of(name)
+        shared = pattern is None and coefficient == by_depth[place or depth.side_of(counts_as)]
+        yield TensorEntry(name, info, place, side, kinds[alike], coefficient, shared, pattern)
 
 
 _LAYER_NUMBER = re.compile(r"\.\d+\.")

@@ -85,25 +85,41 @@ def make_report(inspection: Inspection, findings: Findings | None = None, *, ten
         report["not_compared"] = [{"tensor": name, "why": why} for name, why in inspection.not_compared.items()]
         report["fine_tunes"] = [_fine_tune(inspection, findings, model) for model in range(len(inspection.models))]
         report["merge"] = _merge(inspection)
-        report["rounding"] = _rounding(inspection, report["layers"]) if findings.forecasts else None
+        report["rounding"] = _rounding(inspection, findings, report) if findings.forecasts else None
         report["together"] = _together(inspection, findings) if len(changes) > 1 else None
     report["health"] = [_health(inspection, findings, side) for side in range(len(inspection.checkpoints))]
     report["bytes_read"], report["seconds"] = findings.bytes_read, round(findings.seconds, 3)
     return report
 
 
-def _rounding(inspection: Inspection, layers: Sequence[Report]) -> Report:
-    """What rounding would make of the scaling: to which dtype, which layers would be off."""
+def _rounding(inspection: Inspection, findings: Findings, report: Report) -> Report:
+    """What rounding would make of the scaling: to which dtype, and what would be off."""
     entries: Counter[tuple[str, bool]] = Counter()
     for span in inspection.spans():
         if span.planned is not None:
             entries[span.planned.dtype, span.planned.in_float64] += span.segments[0].numel
     (most, in_float64), _ = entries.most_common(1)[0]
-    dtype = next(name for name, stored in STORED.items() if stored == most)
     keys = ("stack", "index", "coefficient", "realised")
-    off = (layer for layer in layers if is_off(layer["coefficient"], layer["realised"]))
-    arithmetic = "float64" if in_float64 else "float32"
-    return {"dtype": dtype, "arithmetic": arithmetic, "off": [{key: layer[key] for key in keys} for layer in off]}
+    outside = [
+        {"side": side, **{key: report["outside"][side][key] for key in keys[2:]}} for side in ("before", "after")
+    ]
+    filters = []
+    for (pattern, coefficient), parts in _grouped(inspection, lambda part: (part.filter, part.coefficient)).items():
+        if pattern is not None:
+            known = (findings.forecasts[part.name].realised for part in parts if part.name in findings.forecasts)
+            realised = reduce(add, known, NOTHING_REALISED).coefficient
+            filters.append({"pattern": pattern, "coefficient": coefficient, "realised": realised})
+
+    def off(groups: Iterable[Report]) -> list[Report]:
+        return [group for group in groups if is_off(group["coefficient"], group["realised"])]
+
+    return {
+        "dtype": next(name for name, stored in STORED.items() if stored == most),
+        "arithmetic": "float64" if in_float64 else "float32",
+        "off": [{key: layer[key] for key in keys} for layer in off(report["layers"])],
+        "outside_off": off(outside),
+        "filters_off": off(filters),
+    }
 
 
 def problems(report: Report) -> list[str]:

@@ -247,15 +247,21 @@ def _undone(report: Report) -> Iterable[Fact]:
     rounding = report["rounding"]
     if rounding is None:
         return
-    if not (off := rounding["off"]):
-        yield "rounding", (f"to {rounding['dtype']} leaves every layer the coefficient that is asked",)
+    off = [*rounding["off"], *rounding["outside_off"], *rounding["filters_off"]]
+    if not off:
+        yield "rounding", (f"to {rounding['dtype']} leaves every coefficient as it is asked",)
         return
-    worst = max(off, key=lambda layer: abs(layer["realised"] - layer["coefficient"]))
-    of_stack = f" of {worst['stack']}" if worst["stack"] else ""
+    worst = max(off, key=lambda group: abs(group["realised"] - group["coefficient"]))
+    if "pattern" in worst:
+        called = f"what {worst['pattern']} names"
+    elif "side" in worst:
+        called = f"what lies {worst['side']} the blocks"
+    else:
+        called = f"layer {worst['index']}" + (f" of {worst['stack']}" if worst["stack"] else "")
     more = f" ({len(off) - 1:,} more are off, too)" if len(off) > 1 else ""
     what = (
-        f"to {rounding['dtype']} would undo part of the scaling: layer {worst['index']}{of_stack} would have "
-        f"{worst['realised']:.3g} where {worst['coefficient']:.3g} is asked{more}."
+        f"to {rounding['dtype']} would undo part of the scaling: {called} would have {worst['realised']:.3g} where "
+        f"{worst['coefficient']:.3g} is asked{more}."
     )
     edit, in_float64 = report["scaling"]["of"] != "merge", rounding["arithmetic"] == "float64"
     yield "rounding", (what, way_out(rounding["dtype"], in_float64=in_float64, edit=edit, drawn=False))

@@ -64,6 +64,12 @@ def test_it_is_what_the_edit_realises(tmp_path: Path, case: str) -> None:
     for index, layer in enumerate(report["layers"]):
         far = abs(layer["realised"] - layer["coefficient"])
         assert (index in off) == (far > 0.05 or far > 0.1 * layer["coefficient"])
+    rows = [(row["pattern"], row["realised"]) for row in report["rounding"]["filters_off"]]
+    [of_filter] = made["realised"]["filters"]
+    far = abs(of_filter["realised"] - 0.3) > 0.03
+    assert rows == ([("mlp", pytest.approx(of_filter["realised"], rel=1e-9))] if far else [])
+    sides = [(row["side"], row["coefficient"]) for row in report["rounding"]["outside_off"]]
+    assert sides == ([("before", 0.1)] if abs(outside - 0.1) > 0.01 else [])
     assert report["rounding"]["dtype"] == (dtype or {torch.bfloat16: "bfloat16", torch.float16: "float16"}[ft])
 
 
@@ -140,6 +146,25 @@ def test_what_a_filter_asks_is_not_what_rounding_undoes(tmp_path: Path) -> None:
     assert [layer["realised"] for layer in merge["layers"]] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0], rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--filter", "*=0.3"], "what * names would have"),
+        (["--schedule", "0,0,0,0,1", "--outside", "alpha", "--filter", "attn=base"], "leaves every coefficient as it"),
+        (["--alpha", "0.3", "--stack", "layers=keep"], "what lies before the blocks would have"),
+    ],
+)
+def test_what_would_be_off_outside_the_layers_is_said_too(tmp_path: Path, flags: list[str], words: str) -> None:
+    """Of a filter, and of what lies outside the blocks, as the edit says it afterwards."""
+    pair(tmp_path, torch.bfloat16, torch.bfloat16, scale=2e-5)
+    ran = run_lines("inspect", tmp_path / "ft", "--base", tmp_path / "base", *flags)
+    assert (ran.code, words in " ".join(ran.out.split())) == (0, True), ran.out
+    made = run_lines("edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / "out", *flags)
+    said = " ".join(made.err.split())
+    assert ("undid" in said) == ("would undo" in ran.out)
+    assert words.replace("would have", "has" if "would have" in words else "") in said or "leaves" in words
+
+
 def test_a_base_that_has_to_be_rounded_is_still_a_copy(tmp_path: Path) -> None:
     """A coefficient of 0 is 0, here as in the edit, although rounding moves the base towards the fine-tune."""
     pair(tmp_path, torch.float32, torch.bfloat16, scale=0.0)
@@ -163,7 +188,7 @@ def test_it_is_said_before_anything_is_written(tmp_path: Path) -> None:
     ):
         assert words in ran.out
     fine = run_lines("inspect", tmp_path / "ft", "--base", tmp_path / "base", "--dtype", "float32")
-    assert "to float32 leaves every layer the coefficient that is asked" in fine.out
+    assert "to float32 leaves every coefficient as it is asked" in fine.out
     alone = run_lines("inspect", tmp_path / "ft", "--dtype", "float32")
     assert (alone.code, "--dtype" in alone.err) == (2, True)
 
