@@ -16,6 +16,7 @@ from lines_cli.engine.run import run
 from lines_cli.errors import RecipeError
 from lines_cli.plan.build import make_plan
 from lines_cli.plan.inputs import open_inputs
+from lines_cli.plan.realised import is_off
 from lines_cli.plan.resources import Resources
 from lines_cli.recipe.validate import make_recipe
 from support.files import write_checkpoint
@@ -296,11 +297,35 @@ def test_a_record_of_very_many_layers_is_left_out(tmp_path: Path) -> None:
     assert run_lines("verify", tmp_path / "out").code == 0
 
 
+def _outside(told: Any) -> Any:
+    return {"coefficient": told["outside"]["first"], "realised": told["realised"]["outside"]["realised"]}
+
+
 def test_a_regex_for_layers_is_not_taken_for_the_record() -> None:
     """`layers:` at the top of a recipe is what lines records; whoever means lines.layers is told."""
     recipe = {"base_model": "b", "models": [{"model": "f"}], "layers": r"h\.(?P<index>\d+)"}
     with pytest.raises(RecipeError, match=r"lines\.layers"):
         make_recipe(recipe, where="recipe")
+
+
+@pytest.mark.parametrize(
+    ("asked", "realised", "off"),
+    [
+        (1.0, 0.949, True),
+        (1.0, 0.951, False),
+        (0.1, 0.111, True),
+        (0.1, 0.109, False),
+        (-0.1, -0.089, True),
+        (-0.1, -0.091, False),
+        (2.0, 2.06, True),
+        (0.0, 0.049, False),
+        (0.0, -0.051, True),
+        (0.5, None, False),
+    ],
+)
+def test_off_by_more_than_a_twentieth_or_than_a_tenth_of_it(asked: float, realised: float | None, off: bool) -> None:
+    """Whichever is less."""
+    assert is_off(asked, realised) == off
 
 
 def test_the_summary_says_where_rounding_undid_the_scaling(tmp_path: Path) -> None:
@@ -319,6 +344,11 @@ def test_the_summary_says_where_rounding_undid_the_scaling(tmp_path: Path) -> No
         "--dtype float32",
     ):
         assert words in said
+    told = run_lines("edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / "told", "--json").json
+    worst = max(told["layers"], key=lambda layer: abs(layer["realised"] - layer["coefficient"]))
+    off = [layer for layer in (*told["layers"], _outside(told)) if is_off(layer["coefficient"], layer["realised"])]
+    assert f"layer {worst['index']} of layers has {worst['realised']:.3g} where {worst['coefficient']:.3g} was" in said
+    assert f"({len(off) - 1} more are off, too)" in said
     assert "realised  0: " in ran.out
     quiet = run_lines("edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / "quiet", "--quiet")
     assert "undid" in quiet.err

@@ -97,6 +97,20 @@ def test_updates_in_units_in_the_last_place(tmp_path: Path, case: str) -> None:
         assert units["median"] == pytest.approx(np.sort(moved)[(len(moved) - 1) // 2], rel=0.07)
 
 
+def test_units_across_zero_and_beside_what_is_not_finite(tmp_path: Path) -> None:
+    """From -1 to +2 of the smallest numbers it is 3 units, and both zeros are one number; NaN and Inf on either side
+    are left out.
+    """
+    tiny, inf, nan = 2.0**-133, float("inf"), float("nan")
+    first = [[-tiny, 0.0, -0.0, tiny, 1.0, inf, 1.0, inf], [1.0] * 8]
+    second = [[2 * tiny, -0.0, tiny, -tiny, 1.0, inf, nan, 1.0], [1.0] * 8]
+    for side, rows in (("base", first), ("ft", second)):
+        tensors = {f"layers.{i}.w": torch.tensor(row, dtype=torch.bfloat16) for i, row in enumerate(rows)}
+        write_checkpoint(tmp_path / side, tensors)
+    units = lines.inspect(tmp_path / "ft", base=tmp_path / "base")["layers"][0]["units"]
+    assert units == {"median": 1.0, "zero": 0.4, "one": 0.2, "two": 0.2}  # of 3, 0, 1, 2, 0
+
+
 def test_bins_of_units() -> None:
     """Each size below 16 has a bin of its own; above, eight to an octave; in order, without a gap."""
     sizes = [*range(40), 1000, 2**20, 2**40]
