@@ -195,7 +195,6 @@ def _of_rounding(report: Report, stacks: Sequence[str], height: float) -> list[P
         layers, whose = report["recorded"], "as its recipe records them"
     elif report.get("rounding"):
         layers, whose = report["layers"], f"forecast for {report['rounding']['dtype']}"
-        layers = [layer if layer["asked"] is None else layer | {"coefficient": layer["asked"]} for layer in layers]
     else:
         return []
     asked, left = (

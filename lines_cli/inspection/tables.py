@@ -249,16 +249,23 @@ def _undone(report: Report) -> Iterable[Fact]:
         if len(report["fine_tunes"]) == 1 and report["merge"].get("rounding") == "stochastic":
             yield "rounding", ("stochastic, which leaves on average what is asked; no forecast",)
         return
-    if not (off := rounding["off"]):
-        yield "rounding", (f"to {rounding['dtype']} leaves every layer the coefficient that is asked",)
+    off = [*rounding["off"], *rounding["outside_off"], *rounding["filters_off"]]
+    if not off:
+        yield "rounding", (f"to {rounding['dtype']} leaves every coefficient as it is asked",)
         return
-    worst = max(off, key=lambda layer: abs(layer["realised"] - layer["asked"]))
-    of_stack = f" of {worst['stack']}" if worst["stack"] else ""
+    worst = max(off, key=lambda group: abs(group["realised"] - group["coefficient"]))
+    if "pattern" in worst:
+        called = f"what {worst['pattern']} names"
+    elif "side" in worst:
+        called = f"what lies {worst['side']} the blocks"
+    else:
+        called = f"layer {worst['index']}" + (f" of {worst['stack']}" if worst["stack"] else "")
     what = (
-        f"to {rounding['dtype']} would distort the scaling: layer {worst['index']}{of_stack} would have "
-        f"{worst['realised']:.3g} where {worst['asked']:.3g} is asked{and_more(len(off) - 1, 'layer')}."
+        f"to {rounding['dtype']} would distort the scaling: {called} would have {worst['realised']:.3g} where "
+        f"{worst['coefficient']:.3g} is asked{and_more(len(off) - 1, 'coefficient')}."
     )
-    yield "rounding", (what, way_out(rounding["dtype"], edit=report["scaling"]["of"] != "merge", drawn=False))
+    edit, in_float64 = report["scaling"]["of"] != "merge", rounding["arithmetic"] == "float64"
+    yield "rounding", (what, way_out(rounding["dtype"], in_float64=in_float64, edit=edit, drawn=False))
 
 
 def _rounded(report: Report, tune: Report, *, full: bool) -> Iterable[tuple[str, Table]]:
@@ -270,7 +277,8 @@ def _rounded(report: Report, tune: Report, *, full: bool) -> Iterable[tuple[str,
         units = group["units"] or dict.fromkeys(("median", "zero", "one", "two"))
         median = "-" if units["median"] is None else f"{units['median']:.2g}"
         shares = (share(units[word]) for word in ("zero", "one", "two"))
-        return name, coefficient(group["asked"]), coefficient(group["realised"]), median, *shares
+        asked = coefficient(group["coefficient"]) if "coefficient" in group else ""
+        return name, asked, coefficient(group["realised"]), median, *shares
 
     for stack in tune["stacks"]:
         shown, more = _folded(_of(tune["layers"], stack), full=full)

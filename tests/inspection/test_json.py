@@ -63,7 +63,7 @@ def test_nested_keys_are_documented(modes: dict[str, Any]) -> None:
         r"The numbers of an update are (.+?)(?:, all null|\.|;)", DOCS.read_text(encoding="utf-8"), re.DOTALL
     )
     update = set(re.findall(r"`(\w+)`", numbers[1]))
-    assert len(update) == 10
+    assert len(update) == 9
     pair = {"cosine", "opposed", "disagreement", "norm_of_sum", "sum_of_norms"}
     pair |= {"scaled_cosine", "scaled_norm_of_sum", "scaled_sum_of_norms"}
     extra = {"fine_tunes": update, "together": pair}
