@@ -159,7 +159,7 @@ def test_a_draw_depends_on_its_place_alone(source: torch.dtype, dtype: torch.dty
 
 
 def test_what_dare_drops_and_what_rounds_up_are_independent() -> None:
-    """With the same seed, tensor and place: for each model, as many of the kept entries go up as of the dropped ones."""
+    """With the same seed, tensor and place: for each model, of kept and dropped entries as many go up."""
     count = 2 * RNG_BLOCK
     went_up = drawn(torch.full((count,), 1 + 2.0**-8), torch.bfloat16) > 1
     tensors = [torch.zeros(count)] * 3
@@ -172,6 +172,7 @@ def test_what_dare_drops_and_what_rounds_up_are_independent() -> None:
 def test_what_is_settled_goes_to_the_nearest() -> None:
     """Entries that the caller settles are rounded to nearest; the others as they would be anyway."""
     values = torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    values[7] = math.inf  # which settles itself, and leaves the others as they are
     settled = torch.arange(5000) % 3 == 0
     found, free = drawn(values, torch.bfloat16, settled=settled), drawn(values, torch.bfloat16)
     assert raw(found[settled]) == raw(values.to(torch.bfloat16)[settled])
