@@ -158,6 +158,15 @@ def test_a_draw_depends_on_its_place_alone(source: torch.dtype, dtype: torch.dty
     assert raw(blocks[0]) != raw(blocks[1])
 
 
+@pytest.mark.parametrize("value", [1 + 2.0**-9 + 2.0**-40, 2.0**-130 + 2.0**-140 + 2.0**-180])
+def test_further_bits_depend_on_their_place_alone(value: float) -> None:
+    """Where sixteen bits do not decide, one entry in 65,536: here some thirty, in normal numbers and in subnormals."""
+    values = torch.full((2**21,), value, dtype=torch.float64)
+    cuts = [0, 1001, 2**20 + 3, len(values)]
+    parts = [drawn(values[at:end], torch.bfloat16, where=Where(HERE.tensor, at)) for at, end in pairwise(cuts)]
+    assert raw(torch.cat(parts)) == raw(drawn(values, torch.bfloat16))
+
+
 def test_what_dare_drops_and_what_rounds_up_are_independent() -> None:
     """With the same seed, tensor and place: for each model, of kept and dropped entries as many go up."""
     count = 2 * RNG_BLOCK
