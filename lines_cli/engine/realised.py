@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from lines_cli.engine.arithmetic import NAN, TORCH_DTYPES, add_scaled, cast, dot
+from lines_cli.engine.arithmetic import NAN, TORCH_DTYPES, add_scaled, cast, dot, is_finite
 from lines_cli.plan.realised import BIN_OF_ONE, NOTHING_REALISED, UNIT_BITS, Forecast, Realised
 
 _IN_CACHE = 64 * 1024  # entries: in float64 they stay in a core's cache
@@ -49,7 +49,16 @@ def forecast(base: torch.Tensor, fine_tuned: torch.Tensor, *, coefficient: float
         coefficient: exact in it; 0 and 1 are copies.
         dtype: of the output, as safetensors names it.
     """
-    tau, stored = fine_tuned - base, torch.empty(len(base), dtype=TORCH_DTYPES[dtype], device=base.device)
+    step = _IN_CACHE if base.device.type == "cpu" else _ON_CUDA
+    found = Forecast()
+    for first in range(0, len(base), step):
+        part = slice(first, first + step)
+        found += _forecast(base[part], fine_tuned[part], coefficient, TORCH_DTYPES[dtype])
+    return found
+
+
+def _forecast(base: torch.Tensor, fine_tuned: torch.Tensor, coefficient: float, dtype: torch.dtype) -> Forecast:
+    tau, stored = fine_tuned - base, torch.empty(len(base), dtype=dtype, device=base.device)
     cast(fine_tuned if coefficient == 1 else add_scaled(base, tau, coefficient), stored)
     found = realised(base if coefficient == 0 else stored, base, tau)  # an edit does not measure the base's copies
     return Forecast(found, _units(base, fine_tuned, stored))
@@ -58,13 +67,15 @@ def forecast(base: torch.Tensor, fine_tuned: torch.Tensor, *, coefficient: float
 def _units(base: torch.Tensor, fine_tuned: torch.Tensor, rounded: torch.Tensor) -> dict[int, int]:
     """How far entries moved, in numbers of the output dtype; `rounded` is overwritten."""
     places = []
+    wide = torch.int32 if rounded.element_size() == 2 else torch.int64
     for values in (base, fine_tuned):
         cast(values, rounded)
-        bits = rounded.view(NAN[rounded.dtype][0]).to(torch.int64)
+        bits = rounded.view(NAN[rounded.dtype][0]).to(wide)
         least = -(2 ** (8 * rounded.element_size() - 1))
         places.append(torch.where(bits < 0, least - bits, bits))  # in order, both zeros in one place
-    finite = base.isfinite() & fine_tuned.isfinite()
-    moved = (places[0] - places[1]).abs_()[finite].to(torch.float32)
-    bins = (moved.view(torch.int32) >> UNIT_BITS).sub_(BIN_OF_ONE - 1).clamp_(0)  # `unit_bin`
+    moved = (places[0] - places[1]).abs_()
+    if not (is_finite(base) and is_finite(fine_tuned)):
+        moved = moved[base.isfinite() & fine_tuned.isfinite()]
+    bins = (moved.to(torch.float32).view(torch.int32) >> UNIT_BITS).sub_(BIN_OF_ONE - 1).clamp_(0)  # `unit_bin`
     counts = torch.bincount(bins).tolist()
     return {number: entries for number, entries in enumerate(counts) if entries}

@@ -158,6 +158,15 @@ def test_a_draw_depends_on_its_place_alone(source: torch.dtype, dtype: torch.dty
     assert raw(blocks[0]) != raw(blocks[1])
 
 
+@pytest.mark.parametrize("value", [1 + 2.0**-9 + 2.0**-24, 2.0**-134 + 2.0**-150])
+def test_further_bits_depend_on_their_place_alone(value: float) -> None:
+    """Where sixteen bits do not decide, one entry in 65,536: here some thirty, in normal numbers and in subnormals."""
+    values = torch.full((2**21,), value, dtype=torch.float64)
+    cuts = [0, 1001, 2**20 + 3, len(values)]
+    parts = [drawn(values[at:end], torch.bfloat16, where=Where(HERE.tensor, at)) for at, end in pairwise(cuts)]
+    assert raw(torch.cat(parts)) == raw(drawn(values, torch.bfloat16))
+
+
 def test_what_dare_drops_and_what_rounds_up_are_independent() -> None:
     """With one seed, tensor and place: for each model as many of the kept entries go up as of the dropped ones."""
     count = 2 * RNG_BLOCK
@@ -172,6 +181,7 @@ def test_what_dare_drops_and_what_rounds_up_are_independent() -> None:
 def test_what_is_settled_goes_to_the_nearest() -> None:
     """Entries that the caller settles are rounded to nearest; the others as they would be anyway."""
     values = torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    values[7] = math.inf  # which settles itself, and leaves the others as they are
     settled = torch.arange(5000) % 3 == 0
     found, free = drawn(values, torch.bfloat16, settled=settled), drawn(values, torch.bfloat16)
     assert raw(found[settled]) == raw(values.to(torch.bfloat16)[settled])
