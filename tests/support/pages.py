@@ -1,4 +1,6 @@
-"""The pages of docs/ as programs: their files are written, their commands and their Python run, in the current folder."""
+"""The pages of docs/ as programs: their files are written, their commands and their Python run, in the current
+folder.
+"""
 
 from __future__ import annotations
 
