@@ -171,7 +171,9 @@ def test_dry_run_loads_no_torch(tmp_path: Path) -> None:
 
 
 def test_the_references_are_fresh() -> None:
-    """docs/cli.md says what --help says, docs/merge-methods.md what the table says; `make docs` writes them anew."""
+    """docs/cli.md says what --help says, docs/merge-methods.md what the table says, README.md and docs/tour.md what
+    their commands print; `make docs` writes them anew.
+    """
     sys.path.insert(0, str(ROOT / "docs"))
     try:
         from generate import PAGES, app_commands
@@ -180,6 +182,22 @@ def test_the_references_are_fresh() -> None:
     for page, text in PAGES.items():
         assert page.read_text(encoding="utf-8") == text()
     assert all(f"lines {name}" in (ROOT / "README.md").read_text(encoding="utf-8") for name in app_commands())
+
+
+def test_figures_are_the_demo_s_and_the_cases() -> None:
+    """README's picture is the demo's as it was drawn, and pages count as many cases of depth as there are."""
+    import yaml
+
+    readme, depth = (ROOT / name for name in ("README.md", "docs/finding-depth.md"))
+    cases = [
+        yaml.safe_load(path.read_text(encoding="utf-8")) for path in (ROOT / "tests/scaling/depth_cases").glob("*")
+    ]
+    counts = [re.findall(r"(\d+)\s+models and name", page.read_text(encoding="utf-8")) for page in (readme, depth)]
+    assert counts == [[str(sum(map(len, cases)))]] * 2
+    curves = re.findall(r"(?:task|before) ((?:[\d.]+(?:, )?){3})", (ROOT / "docs" / "demo.svg").read_text("utf-8"))
+    (task, known) = ([float(value) for value in curve.split(", ")] for curve in curves)
+    assert 0.75 < (known[2] - known[1]) / (known[0] - known[1]) < 0.85, "four fifths came back"
+    assert 0.28 < (task[1] - task[2]) / (task[1] - task[0]) < 0.38, "a third was lost"
 
 
 def anchors(page: Path) -> set[str]:
