@@ -36,7 +36,7 @@ lint: $(VENV)/dev ## Style and format.
 types: $(VENV)/dev ## Types.
 	$(BIN)/mypy
 
-docs: $(VENV)/dev ## Write anew what is generated: docs/cli.md, docs/merge-methods.md, outputs in README.md and docs/tour.md.
+docs: $(VENV)/dev ## Regenerate docs/cli.md and docs/merge-methods.md, and the outputs shown in README.md and docs/tour.md.
 	$(BIN)/python docs/generate.py
 
 bench: $(VENV)/dev benchmarks/.venv-peers/done ## Measure lines against the disk and its peers (QUICK=1: small models, not saved).

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from support.files import write_checkpoint
-from support.pages import DOCS, run_page
+from support.pages import DOCS, blocks, run_page
 
 GUIDES = {"adapters.md", "pickles.md", "diffusion.md", "mergekit.md", "forgetting.md", "jobs.md", "notebooks.md"}
 WIDTH = 64
@@ -118,6 +118,15 @@ def test_a_mergekit_file(here: Path) -> None:
     assert (here / "merged" / "config.json").exists()
     files = [here / f"{out}/model.safetensors" for out in ("merged", "scaled", "beta-0.3", "beta-0.6", "beta-0.9")]
     assert len({file.read_bytes() for file in files}) == len(files)
+
+
+def test_the_tour_from_python(here: Path) -> None:
+    """docs/tour.md: the call gives what the command gives, whose output the page shows."""
+    pair("base", "ft", "ft-code")
+    (code,) = (text for kind, text in blocks("tour.md") if kind == "python")
+    names: dict[str, Any] = {}
+    exec(compile(code, "docs/tour.md", "exec"), names)
+    assert names["summary"]["stacks"][0]["coefficients"] == pytest.approx([0.3, 0.3 + 0.7 / 3, 0.3 + 1.4 / 3, 1])
 
 
 @pytest.mark.slow
