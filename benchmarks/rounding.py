@@ -149,9 +149,10 @@ def plot(path: Path, drawn: dict[float, dict[str, list[float]]]) -> None:
     figure = Figure(figsize=(9.0, 3.2), layout="constrained")
     for axes, rate in zip(figure.subplots(1, len(rates), sharey=True), rates, strict=True):
         axes.plot(asked, color="0.35", linewidth=1.5, label="asked")
-        axes.plot(drawn[rate]["nearest"], "o", color="#D55E00", markersize=6, label="rounded to nearest")
-        axes.plot(drawn[rate]["stochastic"], "x", color="#0072B2", markersize=7, markeredgewidth=2, label="stochastic")
-        axes.set_title(f"fine-tuned at {rate:g}")
+        axes.plot(drawn[rate]["nearest"], "o", color="#D55E00", markersize=6, label="rounded to nearest", clip_on=False)
+        style = {"color": "#0072B2", "markersize": 7, "markeredgewidth": 2, "clip_on": False}
+        axes.plot(drawn[rate]["stochastic"], "x", label="stochastic", **style)
+        axes.set_title(f"fine-tuned at {rate:.0e}".replace("e-0", "e-"))
         axes.set_xlabel("block")
         axes.set_ylim(0, 1.05)
         for side in ("top", "right"):

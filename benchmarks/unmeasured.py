@@ -9,7 +9,7 @@ from lines_cli.cli.app import main
 from lines_cli.engine import run
 from lines_cli.plan.realised import Groups
 
-setattr(run, "groups_of", lambda _: Groups((), {}, frozenset()))  # noqa: B010 - it is imported there
+setattr(run, "groups_of", lambda _: Groups((), {}, frozenset(), frozenset()))  # noqa: B010 - it is imported there
 
 if __name__ == "__main__":
     main()

@@ -321,7 +321,7 @@ def _stacks(plan: Plan, realised: Sequence[Row] = ()) -> None:
     """The stacks with their coefficients; and once it is known, what rounding left of these."""
     found, left = plan.summary(), summary.of_realised(plan, realised)
     layers = {(layer["stack"], layer["index"]): layer["realised"] for layer in left["layers"]}
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 2 if realised else 3, 0, 0))
     table.add_column("stack", overflow="fold")
     for heading in ("layers", "tensors", "parameters", "first", "last"):
         table.add_column(heading, justify="right")

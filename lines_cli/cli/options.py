@@ -326,13 +326,13 @@ Rounding = Annotated[
         "--rounding",
         show_default="nearest",
         help="How a result is rounded to the output's dtype: to the nearest number; or stochastic, up or down by a "
-        "seeded draw, which keeps small updates at the scale that is asked, on average.",
+        "seeded draw, so that small updates keep, on average, the scale that is asked.",
     ),
 ]
 RoundingSeed = Annotated[
     int | None,
     typer.Option(
-        "--rounding-seed", metavar="N", min=0, show_default="0", help="Another one of stochastic rounding's results."
+        "--rounding-seed", metavar="N", min=0, show_default="0", help="Seed of the draws of --rounding stochastic."
     ),
 ]
 MaxShardSize = Annotated[

@@ -50,9 +50,9 @@ def forecast(base: torch.Tensor, fine_tuned: torch.Tensor, *, coefficient: float
         dtype: of the output, as safetensors names it.
     """
     tau, stored = fine_tuned - base, torch.empty(len(base), dtype=TORCH_DTYPES[dtype], device=base.device)
-    copied = {0.0: base, 1.0: fine_tuned}.get(coefficient)
-    cast(add_scaled(base, tau, coefficient) if copied is None else copied, stored)
-    return Forecast(realised(stored, base, tau), _units(base, fine_tuned, stored))
+    cast(fine_tuned if coefficient == 1 else add_scaled(base, tau, coefficient), stored)
+    found = realised(base if coefficient == 0 else stored, base, tau)  # an edit does not measure the base's copies
+    return Forecast(found, _units(base, fine_tuned, stored))
 
 
 def _units(base: torch.Tensor, fine_tuned: torch.Tensor, rounded: torch.Tensor) -> dict[int, int]:

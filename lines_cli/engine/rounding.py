@@ -44,7 +44,7 @@ def cast_at_random(
 
     Args:
         values: [n], float32 or float64.
-        out: [n], the output dtype: of the same width, or a narrower one.
+        out: [n], the output dtype. One that is no narrower holds every value exactly.
         seed: a whole number.
         where: which entries these are.
         settled: [n], boolean: entries that are rounded to nearest, whatever they are.
@@ -52,7 +52,7 @@ def cast_at_random(
     cast(values, out)
     source, target = _FORMATS[values.dtype], _FORMATS[out.dtype]
     dropped = source.fraction - target.fraction
-    if dropped == 0 or values.numel() == 0:
+    if dropped <= 0 or values.numel() == 0:
         return
     drawn = _drawn(values.numel(), seed, where).to(values.device)
     rounded = _with_carry(values, dropped, drawn, seed, where)

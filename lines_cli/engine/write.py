@@ -219,10 +219,9 @@ class Write:
         if dtype in TORCH_DTYPES and not is_finite(values):
             said = self._say_nonfinite(worker, chunk, values)
             tally.nonfinite.setdefault(name, said)
-            if raw is None:
+            if copy is None or copy.dtype != dtype:
                 same_nan(values)
-            else:  # looking for it read other inputs into the same buffer
-                assert copy is not None
+            else:  # the very bytes, once more: looking for it read other inputs into the same buffer
                 raw = worker.read(chunk, copy).raw
         if stays is not None:
             worker.put_back(chunk, stays, values)

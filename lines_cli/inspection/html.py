@@ -101,7 +101,7 @@ def _recipe(report: Report) -> list[str]:
     title, recipe = "The recipe that made it", report["recipe"]
     if "merge" in report:
         several = len(report["fine_tunes"]) > 1
-        title, recipe = f"The recipe that {'merges' if several else 'scales'} so", report["merge"]
+        title, recipe = f"The recipe for this {'merge' if several else 'scaling'}", report["merge"]
     if recipe is None:
         return []
     lines = yaml.safe_dump(recipe, sort_keys=False, width=100).splitlines()

@@ -21,7 +21,7 @@ from lines_cli.errors import DepthError, MismatchError, RecipeError, printable, 
 from lines_cli.hub.download import locate
 from lines_cli.inspection.kinds import Kind, kind_of
 from lines_cli.plan.align import aligned_names
-from lines_cli.plan.coefficients import rounded_coefficient
+from lines_cli.plan.coefficients import layer_coefficients, outside_coefficients, rounded_coefficient
 from lines_cli.plan.depth import depth_of_kept, places_of_all
 from lines_cli.plan.inputs import Inputs, inputs_of, refuse_variant_of_none
 from lines_cli.plan.layout import natural
@@ -57,6 +57,8 @@ class TensorEntry:
         side: where it stands outside the blocks; None inside.
         kind: what it is a parameter of.
         coefficient: what its update is scaled by, in float64; NaN where that is not known.
+        by_depth: whether that is its layer's, or its side's; not a filter's, or its own.
+        filter: the pattern that decides it, if one does.
     """
 
     name: str
@@ -65,6 +67,8 @@ class TensorEntry:
     side: Side | None
     kind: Kind
     coefficient: float
+    by_depth: bool
+    filter: str | None
 
 
 class Planned(NamedTuple):
@@ -226,21 +230,24 @@ class Inspection:
     @property
     def forecasts(self) -> bool:
         """Whether what rounding leaves of the coefficients is foreseen: an edit is planned, of one fine-tune that
-        lines did not write; nothing of it is dropped; and rounding draws nothing.
+        lines did not write; and rounding draws nothing.
         """
         recipe = self.recipe
-        edits = recipe.method.takes == "task vectors" and recipe.method.one_is_itself(recipe.values("", 0.0))
         alone = len(self.models) == len(recipe.merged) == 1 and self.made_by is None
-        return alone and edits and recipe.rounding == "nearest"
+        return alone and recipe.method.takes == "task vectors" and recipe.rounding == "nearest"
 
     def _planned(self) -> dict[str, Planned]:
         """What an edit would do to each tensor that is compared, where that is known."""
         if not self.forecasts:
             return {}
         entries = {entry.name: entry for entry in self.parts}
+        values_for = TensorValues(self.recipe, self.depth)
         found: dict[str, Planned] = {}
         for tensor in self.compared:
             entry = entries.get(tensor.name)
+            counts_as = tensor.name if entry and entry.place else self.stored_heads.get(tensor.name, tensor.name)
+            if not self.recipe.method.one_is_itself(values_for(counts_as)):
+                continue  # something of it is dropped, or weighted
             if entry is not None and not math.isnan(entry.coefficient) and entry.info.dtype in FLOAT_DTYPES:
                 dtype = STORED[self.recipe.dtype] if self.recipe.dtype else entry.info.dtype
                 wide = any(source.dtype == "F64" for source in tensor.segment.sources)
@@ -445,17 +452,25 @@ def _parts(inspection: Inspection) -> Iterator[TensorEntry]:
     kinds: dict[tuple[str, bool], Kind] = {}
     wide = {tensor.name for tensor in inspection.compared if any(s.dtype == "F64" for s in tensor.segment.sources)}
     wide |= {name for name, stored in checkpoint.tensors.items() if stored.info.dtype == "F64"}
+    by_depth: dict[Place | Side, float] = {
+        Place(stack, index): value
+        for stack, values in layer_coefficients(inspection.recipe, rules, depth)
+        for index, value in enumerate(values)
+    }
+    by_depth["before"], by_depth["after"] = outside_coefficients(inspection.recipe, rules)
     for name in sorted((name for name in checkpoint.tensors if name not in inspection.left_out), key=natural):
         place, info = depth.places.get(name), checkpoint.tensors[name].info
         alike = (_LAYER_NUMBER.sub(".0.", name), place is not None)
         if alike not in kinds:
             kinds[alike] = kind_of(name, inside=place is not None)
+        counts_as = name if place else inspection.stored_heads.get(name, name)
         coefficient = math.nan
         if inspection.knows_coefficients:
-            counts_as = name if place else inspection.stored_heads.get(name, name)
             coefficient = rules.coefficient(counts_as, depth, scale=scale_of(values_for(counts_as)))
             rounded_coefficient(name, coefficient, in_float64=name in wide)  # refuses what an edit would
-        yield TensorEntry(name, info, place, None if place else depth.side_of(name), kinds[alike], coefficient)
+        pattern, side = rules.filter_of(counts_as), None if place else depth.side_of(name)
+        shared = pattern is None and coefficient == by_depth[place or depth.side_of(counts_as)]
+        yield TensorEntry(name, info, place, side, kinds[alike], coefficient, shared, pattern)
 
 
 _LAYER_NUMBER = re.compile(r"\.\d+\.")

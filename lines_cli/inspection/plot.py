@@ -194,7 +194,7 @@ def _of_rounding(report: Report, stacks: Sequence[str], height: float) -> list[P
     if report.get("recorded"):
         layers, whose = report["recorded"], "as its recipe records them"
     elif report.get("rounding"):
-        layers, whose = report["layers"], f"foreseen in {report['rounding']['dtype']}"
+        layers, whose = report["layers"], f"forecast for {report['rounding']['dtype']}"
     else:
         return []
     asked, left = (
@@ -204,7 +204,7 @@ def _of_rounding(report: Report, stacks: Sequence[str], height: float) -> list[P
     shown = [stack for stack in stacks if any(name == stack for name, _ in asked)]
     if not shown:
         return []
-    title = f"Coefficients as asked, and as rounding leaves them ({whose})"
+    title = f"Coefficients asked and realised ({whose})"
     return [Panel(title, height, lambda part: _asked_and_realised(part, shown, asked, left))]
 
 

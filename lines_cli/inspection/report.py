@@ -19,7 +19,7 @@ from lines_cli.inspection.open import Inspection, TensorEntry
 from lines_cli.inspection.statistics import Findings, Interference, UpdateStats, ValueStats
 from lines_cli.plan.coefficients import layer_coefficients, outside_coefficients
 from lines_cli.plan.layout import natural
-from lines_cli.plan.realised import Forecast, is_off
+from lines_cli.plan.realised import NOTHING_REALISED, Forecast, is_off
 from lines_cli.plan.statistics import Norms
 from lines_cli.plan.tensors import STORED
 from lines_cli.plan.tied_weights import tied_copies, tied_embeddings
@@ -76,29 +76,50 @@ def make_report(inspection: Inspection, findings: Findings | None = None, *, ten
         report["recorded"] = [layer.model_dump() for layer in inspection.made_by.layers]
     if tensors:
         report["map"] = [_tensor(part) | (one([part]) if one else {}) for part in inspection.parts]
+        for row in report["map"]:
+            if findings is not None and row["name"] in findings.forecasts:
+                row["realised"] = findings.forecasts[row["name"]].realised.coefficient
     if findings is None:
         return report
     if inspection.has_base:
         report["not_compared"] = [{"tensor": name, "why": why} for name, why in inspection.not_compared.items()]
         report["fine_tunes"] = [_fine_tune(inspection, findings, model) for model in range(len(inspection.models))]
         report["merge"] = _merge(inspection)
-        report["rounding"] = _rounding(inspection, report["layers"]) if findings.forecasts else None
+        report["rounding"] = _rounding(inspection, findings, report) if findings.forecasts else None
         report["together"] = _together(inspection, findings) if len(changes) > 1 else None
     report["health"] = [_health(inspection, findings, side) for side in range(len(inspection.checkpoints))]
     report["bytes_read"], report["seconds"] = findings.bytes_read, round(findings.seconds, 3)
     return report
 
 
-def _rounding(inspection: Inspection, layers: Sequence[Report]) -> Report:
-    """What rounding would make of the scaling: to which dtype, which layers would be off."""
-    entries: Counter[str] = Counter()
+def _rounding(inspection: Inspection, findings: Findings, report: Report) -> Report:
+    """What rounding would make of the scaling: to which dtype, and what would be off."""
+    entries: Counter[tuple[str, bool]] = Counter()
     for span in inspection.spans():
         if span.planned is not None:
-            entries[span.planned.dtype] += span.segments[0].numel
-    dtype = next(name for name, stored in STORED.items() if stored == entries.most_common(1)[0][0])
+            entries[span.planned.dtype, span.planned.in_float64] += span.segments[0].numel
+    (most, in_float64), _ = entries.most_common(1)[0]
     keys = ("stack", "index", "coefficient", "realised")
-    off = (layer for layer in layers if is_off(layer["coefficient"], layer["realised"]))
-    return {"dtype": dtype, "off": [{key: layer[key] for key in keys} for layer in off]}
+    outside = [
+        {"side": side, **{key: report["outside"][side][key] for key in keys[2:]}} for side in ("before", "after")
+    ]
+    filters = []
+    for (pattern, coefficient), parts in _grouped(inspection, lambda part: (part.filter, part.coefficient)).items():
+        if pattern is not None:
+            known = (findings.forecasts[part.name].realised for part in parts if part.name in findings.forecasts)
+            realised = reduce(add, known, NOTHING_REALISED).coefficient
+            filters.append({"pattern": pattern, "coefficient": coefficient, "realised": realised})
+
+    def off(groups: Iterable[Report]) -> list[Report]:
+        return [group for group in groups if is_off(group["coefficient"], group["realised"])]
+
+    return {
+        "dtype": next(name for name, stored in STORED.items() if stored == most),
+        "arithmetic": "float64" if in_float64 else "float32",
+        "off": [{key: layer[key] for key in keys} for layer in off(report["layers"])],
+        "outside_off": off(outside),
+        "filters_off": off(filters),
+    }
 
 
 def problems(report: Report) -> list[str]:
@@ -254,9 +275,11 @@ def _changes(findings: Findings, model: int) -> Numbers:
         if _vanishes(whole):
             norm = scaled = None
         largest = [abs(part.coefficient) * change.largest for part, change in known]
-        foreseen = reduce(
-            add, (findings.forecasts[part.name] for part, _ in known if part.name in findings.forecasts), Forecast()
-        )
+        forecasts = [
+            (part.by_depth, findings.forecasts[part.name]) for part, _ in known if part.name in findings.forecasts
+        ]
+        foreseen = reduce(add, (forecast for _, forecast in forecasts), Forecast())
+        by_depth = reduce(add, (forecast.realised for shared, forecast in forecasts if shared), NOTHING_REALISED)
         report = {
             "update_norm": norm,
             "relative_norm": _ratio(norm, base),
@@ -265,7 +288,7 @@ def _changes(findings: Findings, model: int) -> Numbers:
             "scaled_norm": scaled,
             "scaled_relative_norm": _ratio(scaled, base),
             "scaled_largest": max(largest, default=0.0) if all(map(math.isfinite, largest)) else None,
-            "realised": foreseen.realised.coefficient,
+            "realised": by_depth.coefficient,
             "units": {"median": foreseen.median, **{word: foreseen.share(n) for n, word in enumerate(_UNITS)}}
             if foreseen.units
             else None,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lines_cli.plan.realised import way_out
+from lines_cli.plan.realised import and_more, way_out
 
 if TYPE_CHECKING:
     from lines_cli.inspection.report import Report
@@ -159,7 +159,7 @@ def _recipe(recipe: Report) -> str:
     text = f"{recipe['merge_method']} of {models}"
     text += f" on {os.path.normpath(recipe['base_model'])}" if "base_model" in recipe else ""
     said = [f"{key} {_plain(value)}" for key, value in recipe.get("parameters", {}).items()]
-    said += [f"dtype {recipe['dtype']}"] if "dtype" in recipe else []
+    said += [f"{key} {recipe[key]}" for key in ("dtype", "rounding", "rounding_seed") if key in recipe]
     return text + (f" with {', '.join(said)}" if said else "")
 
 
@@ -227,7 +227,7 @@ def _fine_tune(report: Report, tune: Report, *, full: bool) -> Section:
         rows.append(row("all", stack, "", most=of_layers))
         tables.append((_titled(stack, more), Table(("layer", *headings), tuple(rows))))
     if report["rounding"] is not None:
-        tables += [_rounded(tune, stack, report["rounding"]["dtype"], full=full) for stack in tune["stacks"]]
+        tables += _rounded(report, tune, full=full)
     tables += _recorded(report, full=full)
     outside = [
         row(where, tune["outside"][side], coefficient(tune["outside"][side]["coefficient"]), most=of_outside)
@@ -246,32 +246,47 @@ def _undone(report: Report) -> Iterable[Fact]:
     """What rounding would make of the scaling."""
     rounding = report["rounding"]
     if rounding is None:
+        if len(report["fine_tunes"]) == 1 and report["merge"].get("rounding") == "stochastic":
+            yield "rounding", ("stochastic, which leaves on average what is asked; no forecast",)
         return
-    if not (off := rounding["off"]):
-        yield "rounding", (f"to {rounding['dtype']} leaves every layer the coefficient that is asked",)
+    off = [*rounding["off"], *rounding["outside_off"], *rounding["filters_off"]]
+    if not off:
+        yield "rounding", (f"to {rounding['dtype']} leaves every coefficient as it is asked",)
         return
-    worst = max(off, key=lambda layer: abs(layer["realised"] - layer["coefficient"]))
-    of_stack = f" of {worst['stack']}" if worst["stack"] else ""
-    more = f" ({len(off) - 1:,} more are off, too)" if len(off) > 1 else ""
+    worst = max(off, key=lambda group: abs(group["realised"] - group["coefficient"]))
+    if "pattern" in worst:
+        called = f"what {worst['pattern']} names"
+    elif "side" in worst:
+        called = f"what lies {worst['side']} the blocks"
+    else:
+        called = f"layer {worst['index']}" + (f" of {worst['stack']}" if worst["stack"] else "")
     what = (
-        f"to {rounding['dtype']} would undo part of the scaling: layer {worst['index']}{of_stack} would have "
-        f"{worst['realised']:.3g} where {worst['coefficient']:.3g} is asked{more}."
+        f"to {rounding['dtype']} would distort the scaling: {called} would have {worst['realised']:.3g} where "
+        f"{worst['coefficient']:.3g} is asked{and_more(len(off) - 1, 'coefficient')}."
     )
-    yield "rounding", (what, way_out(rounding["dtype"], edit=report["scaling"]["of"] != "merge", drawn=False))
+    edit, in_float64 = report["scaling"]["of"] != "merge", rounding["arithmetic"] == "float64"
+    yield "rounding", (what, way_out(rounding["dtype"], in_float64=in_float64, edit=edit, drawn=False))
 
 
-def _rounded(tune: Report, stack: Report, dtype: str, *, full: bool) -> tuple[str, Table]:
+def _rounded(report: Report, tune: Report, *, full: bool) -> Iterable[tuple[str, Table]]:
     """What rounding would leave of each layer's coefficient, and how large updates are in units in the last place."""
-    shown, more = _folded(_of(tune["layers"], stack), full=full)
-    rows = []
-    for name, group in (*((f"{layer['index']}", layer) for layer in shown), ("all", stack)):
+    headings = ("asked", "realised", "median ulp", "at 0 ulp", "at 1", "at 2")
+    dtype = report["rounding"]["dtype"]
+
+    def row(name: str, group: Report) -> tuple[Cell, ...]:
         units = group["units"] or dict.fromkeys(("median", "zero", "one", "two"))
+        median = "-" if units["median"] is None else f"{units['median']:.2g}"
+        shares = (share(units[word]) for word in ("zero", "one", "two"))
         asked = coefficient(group["coefficient"]) if "coefficient" in group else ""
-        shares = ("-" if (part := units[word]) is None else f"{100 * part:.3g}" for word in ("zero", "one", "two"))
-        rows.append((name, asked, coefficient(group["realised"]), number(units["median"]), *shares))
-    headings = ("layer", "c", "realised", "median ulp", "% at 0 ulp", "% at 1", "% at 2")
-    title = f"{stack['name'] or '(no prefix)'} in {dtype}{more}"
-    return title, Table(headings, tuple(rows))
+        return name, asked, coefficient(group["realised"]), median, *shares
+
+    for stack in tune["stacks"]:
+        shown, more = _folded(_of(tune["layers"], stack), full=full)
+        rows = (*(row(f"{layer['index']}", layer) for layer in shown), row("all", stack))
+        yield f"{stack['name'] or '(no prefix)'} in {dtype}{more}", Table(("layer", *headings), rows)
+    sides = tuple(row(where, tune["outside"][side]) for side, where in _SIDES if report["outside"][side]["tensors"])
+    if sides:
+        yield f"outside the blocks in {dtype}", Table(("", *headings), sides)
 
 
 def _recorded(report: Report, *, full: bool) -> list[tuple[str, Table]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 from lines_cli.checkpoint.header import EXACT_DTYPES
 from lines_cli.errors import printable
 from lines_cli.plan.plan import Plan, TensorPlan
+from lines_cli.plan.tensors import STORED
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,17 +157,19 @@ class Groups:
         groups: layers in order, stack by stack; then what lies before and behind the blocks; then filters.
         of: tensor -> a number into `groups`; one whose coefficient is its own alone is in none.
         cast: those with a tensor that is no plain copy of any input's.
+        measured: those with a tensor that is computed, or that is a copy of which the base is read.
     """
 
     groups: tuple[Group, ...]
     of: Mapping[str, int]
     cast: frozenset[int]
+    measured: frozenset[int]
 
 
 def groups_of(plan: Plan) -> Groups:
     """The groups of a plan whose coefficients are known; none without a base, as there is no task vector."""
     if not plan.inputs.has_base:
-        return Groups((), {}, frozenset())
+        return Groups((), {}, frozenset(), frozenset())
     groups = [
         Group(stack, index, None, None, value)
         for stack, values in plan.coefficients()
@@ -177,7 +181,7 @@ def groups_of(plan: Plan) -> Groups:
     groups += [Group(None, None, None, pattern, value) for pattern, value in plan.filters()]
     numbers = {(group.stack, group.index, group.outside, group.filter): number for number, group in enumerate(groups)}
     of: dict[str, int] = {}
-    cast = set[int]()
+    cast, measured = set[int](), set[int]()
     for tensor in plan.tensors:
         if not tensor.spec.paired or tensor.info.dtype in EXACT_DTYPES:
             continue
@@ -186,7 +190,9 @@ def groups_of(plan: Plan) -> Groups:
             of[tensor.name] = number
             if any(segment.copy is None or segment.copy.dtype != tensor.info.dtype for segment in tensor.segments):
                 cast.add(number)
-    return Groups(tuple(groups), of, frozenset(cast))
+            if any(segment.numel and (segment.copy is None or segment.base is not None) for segment in tensor.segments):
+                measured.add(number)
+    return Groups(tuple(groups), of, frozenset(cast), frozenset(measured))
 
 
 def _key(plan: Plan, tensor: TensorPlan) -> tuple[str | None, int | None, str | None, str | None]:
@@ -202,7 +208,8 @@ class Row(NamedTuple):
 
     Attributes:
         group: which.
-        realised: the realised coefficient: of copies what was asked, 0 or 1; None where there is nothing to realise.
+        realised: the realised coefficient: of copies what was asked, 0 or 1; None where there is nothing to realise, or
+            nothing that is finite.
         changed: the share of entries that are not the base's; None where that was not seen.
         sums: what they rest on.
     """
@@ -239,9 +246,9 @@ def rows_of(groups: Groups, sums: Mapping[int, Realised]) -> tuple[Row, ...]:
     rows = []
     for number in sorted(set(groups.of.values())):
         group, found = groups.groups[number], sums.get(number, NOTHING_REALISED)
-        if found.entries:
+        if found.entries or number in groups.measured:
             rows.append(Row(group, found.coefficient, found.share_changed, found))
-        else:  # nothing was computed: all are copies, which only coefficients of 0 and 1 give
+        else:  # all are copies, which only coefficients of 0 and 1 give
             copied = float(round(group.coefficient))
             rows.append(Row(group, copied, 0.0 if copied == 0 and number not in groups.cast else None, found))
     return tuple(rows)
@@ -263,46 +270,77 @@ def layers_of(rows: Iterable[Row]) -> list[dict[str, Any]]:
 
 
 def record_of(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """The layers as an output's recipe records them, in four decimals."""
+    """The layers as an output's recipe records them, in four decimals; none where there are so many that the recipe
+    would be slow to read, or too large.
+    """
+    layers = layers_of(rows)
+    if len(layers) > MOST_RECORDED:
+        return []
     return [
         {
             key: round(value, 4) if isinstance(value, float) and key != "coefficient" else value
             for key, value in layer.items()
         }
-        for layer in layers_of(rows)
+        for layer in layers
     ]
 
 
+MOST_RECORDED = 2_000  # layers; ten thousand would be more values than a recipe may have
+
+
 def warning_of(plan: Plan, rows: Sequence[Row]) -> str | None:
-    """Where rounding undid the scaling, why, and the way out; None where it did not."""
+    """Where rounding distorted the scaling, why, and the way out; None where it did not."""
     off = [row for row in rows if row.is_off]
-    if not off or plan.dtype is None:
+    if not off:
         return None
     worst = max(off, key=lambda row: abs((row.realised or 0.0) - row.group.coefficient))
-    more = f" ({len(off) - 1:,} more are off, too)" if len(off) > 1 else ""
+    groups = groups_of(plan)
+    number, entries = groups.groups.index(worst.group), Counter[tuple[str, bool]]()
+    for tensor in plan.tensors:
+        if groups.of.get(tensor.name) == number:
+            entries[tensor.info.dtype, tensor.in_float64] += tensor.info.numel
+    (stored, in_float64), _ = entries.most_common(1)[0]
+    dtype = next(name for name, known in STORED.items() if known == stored)
+    drawn = plan.recipe.rounding == "stochastic"
     what = (
-        f"rounding to {plan.dtype} undid part of the scaling: {_called(worst.group)} has {worst.realised:.3g} where "
-        f"{worst.group.coefficient:.3g} was asked{more}"
+        f"{'stochastic ' if drawn else ''}rounding to {dtype} {'missed' if drawn else 'distorted'} the scaling: "
+        f"{_called(worst.group)} has {worst.realised:.3g} where {worst.group.coefficient:.3g} was asked"
+        f"{and_more(len(off) - 1, 'coefficient')}"
     )
-    return f"{what}. {way_out(plan.dtype, edit=plan.inputs.of_an_edit, drawn=plan.recipe.rounding == 'stochastic')}"
+    return f"{what}. {way_out(dtype, in_float64=in_float64, edit=plan.inputs.of_an_edit, drawn=drawn)}"
 
 
-def way_out(dtype: str, *, edit: bool, drawn: bool) -> str:
-    """Why rounding undid the scaling, and what helps.
+def and_more(others: int, what: str) -> str:
+    """How many others are off, as the end of a sentence about the worst."""
+    if others == 0:
+        return ""
+    return f", and {others:,} other {what}{' is' if others == 1 else 's are'} off"
+
+
+def way_out(dtype: str, *, in_float64: bool, edit: bool, drawn: bool) -> str:
+    """Why rounding distorted the scaling, and what helps.
 
     Args:
         dtype: of the output.
+        in_float64: whether the arithmetic ran in float64, else in float32.
         edit: whether to say it as options, or as keys of a recipe.
         drawn: whether it was rounded stochastically.
     """
-    wider = "float64" if dtype in ("float32", "float64") else "float32"
-    option, equals = ("--", " ") if edit else ("", ": ")
+    lost = "Updates of about one unit in the last place are lost, or kept whole"
+    arithmetic = "float64" if in_float64 else "float32"
+    if dtype in (arithmetic, "float64"):
+        return f"{lost}. The arithmetic itself runs in {arithmetic}, so no option changes that."
+    wider = "float64" if dtype == "float32" else "float32"
+    option, equals, ends = ("--", " ", "") if edit else ("'", ": ", "'")
+    widest = f"{option}dtype{equals}{wider}{ends}"
     if drawn:
-        return f"The draw averages out over many entries only. {option}dtype{equals}{wider} holds what is asked."
+        return (
+            "Draws average out over many entries, but here few entries hold most of the update. "
+            f"{widest} holds what is asked, in twice the bytes."
+        )
     return (
-        "Updates of about one unit in the last place are lost, or kept whole. "
-        f"{option}rounding{equals}stochastic keeps the scale on average; {option}dtype{equals}{wider} keeps it, in "
-        "twice the bytes."
+        f"{lost}. {option}rounding{equals}stochastic{ends} keeps the scale on average; {widest} keeps it, in twice the "
+        "bytes."
     )
 
 
@@ -311,7 +349,7 @@ def _called(group: Group) -> str:
         return f"layer {group.index}" + (f" of {printable(group.stack)}" if group.stack else "")
     if group.filter is not None:
         return f"what {printable(group.filter)} names"
-    return f"what lies {group.outside} the blocks"
+    return f"what lies {'before' if group.outside == 'before' else 'behind'} the blocks"
 
 
 def total(rows: Sequence[Row]) -> dict[str, float | None]:

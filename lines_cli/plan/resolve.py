@@ -17,6 +17,7 @@ from lines_cli.plan.coefficients import Coefficients, coefficient_of, rounded_co
 from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.match import Names
 from lines_cli.plan.plan import Plan, TensorPlan
+from lines_cli.plan.realised import groups_of
 from lines_cli.plan.sidecars import with_numbers
 from lines_cli.plan.statistics import Needs, Statistics
 from lines_cli.plan.tensors import Segment, TensorSpec, taken_whole
@@ -125,7 +126,26 @@ def decided(plan: Plan, placed: Iterable[tuple[TensorSpec, int, TensorInfo]]) ->
     rules = (plan.recipe.lines or UNSCALED).rules(plan.depth, alpha=alpha)
     plan = replace(plan, rules=rules)
     coefficients = Coefficients(plan.recipe, plan.depth, rules)
-    return replace(plan, tensors=tuple([_decide(plan, coefficients, *one) for one in placed]))
+    return _measured_whole(replace(plan, tensors=tuple([_decide(plan, coefficients, *one) for one in placed])))
+
+
+def _measured_whole(plan: Plan) -> Plan:
+    """The plan, where of what has one coefficient, a layer for example, nothing or all is measured: a copy of a
+    fine-tune's tensor beside one that is computed or rounded is measured, too, and the base is read for it.
+    """
+    if plan.needs:
+        return plan
+    groups = groups_of(plan)
+    tensors = []
+    for tensor in plan.tensors:
+        number = groups.of.get(tensor.name)
+        if number is not None and number in groups.measured and groups.groups[number].coefficient:
+            segments = zip(tensor.spec.segments, tensor.segments, strict=True)
+            beside = tuple(own._replace(base=spec.base) if own.copy and spec.models else own for spec, own in segments)
+            if beside != tensor.segments:
+                tensor = tensor._replace(segments=beside)  # noqa: PLW2901 - what has become of it
+        tensors.append(tensor)
+    return replace(plan, tensors=tuple(tensors))
 
 
 _MUCH = 3.0  # alpha lies below 1 in the paper's uses

@@ -391,8 +391,8 @@ class Recipe(_Part):
     @field_validator("rounding_seed")
     @classmethod
     def _of_a_draw(cls, seed: int, said: ValidationInfo) -> int:
-        if said.data.get("rounding") == "nearest":
-            raise ValueError("nothing is drawn where rounding is nearest; it goes with rounding: stochastic")
+        if seed and said.data.get("rounding") == "nearest":
+            raise ValueError("rounding to nearest draws nothing; leave the seed out, or set rounding: stochastic")
         return seed
 
     @model_serializer(mode="wrap")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lines_cli.engine.run import run
 from lines_cli.errors import RecipeError
 from lines_cli.plan.build import make_plan
 from lines_cli.plan.inputs import open_inputs
+from lines_cli.plan.realised import is_off
 from lines_cli.plan.resources import Resources
 from lines_cli.recipe.validate import make_recipe
 from support.files import write_checkpoint
@@ -211,6 +213,48 @@ def test_what_is_not_finite_is_left_out(tmp_path: Path) -> None:
     assert summary["layers"][1]["realised"] == pytest.approx(expected(base, out, tau, of_layer(1))[0], rel=1e-9)
 
 
+def test_a_layer_that_is_not_finite_realises_nothing(tmp_path: Path) -> None:
+    """It is computed, so it is no copy that has what was asked; nor is it said to be off."""
+    base, ft = pair(tmp_path)
+    for name in of_layer(1):
+        ft[name].fill_(float("nan"))
+    write_checkpoint(tmp_path / "ft", ft)
+    ran = run_lines("edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / "out", "--allow-nonfinite", "--json")
+    layer = ran.json["layers"][1]
+    assert (layer["index"], layer["realised"], layer["changed"]) == (1, None, None)
+    assert not any("undid" in line and "layer 1" in line for line in ran.err.splitlines())
+    del base
+
+
+def test_a_copy_beside_what_has_to_be_rounded_is_measured_too(tmp_path: Path) -> None:
+    """Of a layer with a coefficient of 1 whose norms alone are in float32, the numbers are of the whole layer; a copy
+    keeps its bytes, those of a NaN too.
+    """
+    base = base_of(torch.bfloat16)
+    base |= {f"layers.{i}.norm.weight": torch.rand(50) for i in range(LAYERS)}
+    ft = tuned(base, 1, torch.bfloat16)
+    for i in range(LAYERS):
+        base[f"layers.{i}.norm.weight"] = base[f"layers.{i}.norm.weight"].bfloat16()
+        ft[f"layers.{i}.norm.weight"] = base[f"layers.{i}.norm.weight"].float() + 1e-3 * torch.randn(50)
+    ft["layers.2.mlp.w"].view(torch.int16)[0, 0] = 0x7FA1  # a signalling NaN with a payload
+    write_checkpoint(tmp_path / "base", base)
+    write_checkpoint(tmp_path / "ft", ft)
+    said = {"schedule": "constant", "alpha": 1.0, "dtype": "bfloat16", "allow_nonfinite": True}
+    summary = lines.edit(tmp_path / "base", tmp_path / "ft", tmp_path / "out", **said)
+    out = load_file(tmp_path / "out" / "model.safetensors")
+    for part in ("attn.w", "mlp.w"):
+        for i in range(LAYERS):
+            assert torch.equal(out[f"layers.{i}.{part}"].view(torch.int16), ft[f"layers.{i}.{part}"].view(torch.int16))
+    for tensors in (base, ft, out):
+        tensors["layers.2.mlp.w"][0, 0] = 0.0
+    tau = {name: ft[name].double() - base[name].double() for name in base}
+    for index, layer in enumerate(summary["layers"]):
+        names = [*of_layer(index), f"layers.{index}.norm.weight"]
+        assert layer["realised"] == pytest.approx(expected(base, out, tau, names)[0], rel=1e-6)
+    assert summary["realised"]["outside"]["realised"] == 1.0
+    assert summary["realised"]["outside"]["changed"] is None  # nothing of it is rounded: the base is not read
+
+
 def test_neither_workers_nor_chunks_change_it(tmp_path: Path) -> None:
     """The same numbers, and the same recipe, byte for byte, however the work is cut."""
     pair(tmp_path)
@@ -243,6 +287,17 @@ def test_the_recipe_records_it_and_is_still_a_recipe(tmp_path: Path) -> None:
     assert run_lines("verify", tmp_path / "out").code == 0
 
 
+def test_a_record_of_very_many_layers_is_left_out(tmp_path: Path) -> None:
+    """A recipe may have so many values and no more; what lines wrote, lines reads."""
+    base = {f"layers.{i}.w": torch.full((2,), 1.0) for i in range(10_500)}
+    write_checkpoint(tmp_path / "base", base)
+    write_checkpoint(tmp_path / "ft", {name: tensor + 0.5 for name, tensor in base.items()})
+    ran = run_lines("edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / "out", "--json")
+    assert len(ran.json["layers"]) == len(base)
+    assert "layers:" not in (tmp_path / "out" / "lines_recipe.yaml").read_text().splitlines()
+    assert run_lines("verify", tmp_path / "out").code == 0
+
+
 def test_a_regex_for_layers_is_not_taken_for_the_record() -> None:
     """`layers:` at the top of a recipe is what lines records; whoever means lines.layers is told."""
     recipe = {"base_model": "b", "models": [{"model": "f"}], "layers": r"h\.(?P<index>\d+)"}
@@ -250,12 +305,32 @@ def test_a_regex_for_layers_is_not_taken_for_the_record() -> None:
         make_recipe(recipe, where="recipe")
 
 
-def test_the_summary_says_where_rounding_undid_the_scaling(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("asked", "realised", "off"),
+    [
+        (1.0, 0.949, True),
+        (1.0, 0.951, False),
+        (0.1, 0.111, True),
+        (0.1, 0.109, False),
+        (-0.1, -0.089, True),
+        (-0.1, -0.091, False),
+        (2.0, 2.06, True),
+        (0.0, 0.049, False),
+        (0.0, -0.051, True),
+        (0.5, None, False),
+    ],
+)
+def test_off_by_more_than_a_twentieth_or_than_a_tenth_of_it(asked: float, realised: float | None, off: bool) -> None:
+    """Whichever is less."""
+    assert is_off(asked, realised) == off
+
+
+def test_the_summary_says_where_rounding_distorts_the_scaling(tmp_path: Path) -> None:
     """One line: a layer, both numbers, why, and both ways out, which do what they say. Nothing where all is well."""
     pair(tmp_path, scale=2e-5)
     ran = run_lines("edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / "out")
     assert ran.code == 0
-    [said] = [line for line in ran.err.splitlines() if "undid" in line]
+    [said] = [line for line in ran.err.splitlines() if "distorted" in line]
     for words in (
         "warning: ",
         "bfloat16",
@@ -266,16 +341,56 @@ def test_the_summary_says_where_rounding_undid_the_scaling(tmp_path: Path) -> No
         "--dtype float32",
     ):
         assert words in said
+    told = run_lines("edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / "told", "--json").json
+    worst = max(told["layers"], key=lambda layer: abs(layer["realised"] - layer["coefficient"]))
+    off = [layer for layer in told["layers"] if is_off(layer["coefficient"], layer["realised"])]
+    assert f"layer {worst['index']} of layers has {worst['realised']:.3g} where {worst['coefficient']:.3g} was" in said
+    others = re.search(r", and (\d+) other coefficients are off\.", said)
+    assert others is not None
+    assert 0 <= int(others[1]) - (len(off) - 1) <= 2  # what lies before and behind the layers counts, too
     assert "realised  0: " in ran.out
     quiet = run_lines("edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / "quiet", "--quiet")
-    assert "undid" in quiet.err
+    assert "distorted" in quiet.err
     for flags in (["--dtype", "float32"], ["--rounding", "stochastic", "--alpha", "0.5"]):
         better = run_lines("edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / flags[1], *flags, "--json")
         assert better.code == 0
         off = [abs(layer["realised"] - layer["coefficient"]) for layer in json.loads(better.out)["layers"]]
         assert max(off) < 0.1
     exact = run_lines("edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / "exact", "--dtype", "float32")
-    assert "undid" not in exact.err
+    assert "distorted" not in exact.err
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_way_out_is_named_where_there_is_none(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Updates of one unit of the dtype that the arithmetic runs in are lost before anything is rounded to the output's:
+    no option helps, and none is named, before or after.
+    """
+    base = {f"layers.{i}.w": torch.rand(1000, dtype=dtype) + 1 for i in range(3)}
+    ft = {name: torch.nextafter(tensor, torch.full_like(tensor, 9)) for name, tensor in base.items()}
+    write_checkpoint(tmp_path / "base", base)
+    write_checkpoint(tmp_path / "ft", ft)
+    for number, flags in enumerate(([], ["--rounding", "stochastic"], ["--dtype", "float64"])):
+        ran = run_lines(
+            "edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / f"{number}", "--alpha", "0.3", *flags
+        )
+        [said] = [line for line in ran.err.splitlines() if "the scaling:" in line]
+        assert f"runs in {str(dtype).removeprefix('torch.')}, so no option changes that" in said
+        assert "--" not in said
+    seen = run_lines("inspect", tmp_path / "ft", "--base", tmp_path / "base", "--alpha", "0.3").out
+    assert "no option changes that" in " ".join(seen.split())
+
+
+def test_the_line_names_the_dtype_of_what_is_off(tmp_path: Path) -> None:
+    """Norms in float16 beside weights in float32: it is float16 that undoes their scaling."""
+    base = base_of(torch.float32)
+    ft = tuned(base, 1, torch.float32)
+    base["norm.weight"], ft["norm.weight"] = torch.ones(64).half(), torch.full((64,), 1 + 2.0**-10).half()
+    write_checkpoint(tmp_path / "base", base)
+    write_checkpoint(tmp_path / "ft", ft)
+    command = ("edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / "out", "--filter", "norm=0.3")
+    [said] = [line for line in run_lines(*command).err.splitlines() if "distorted" in line]
+    assert "rounding to float16" in said
+    assert "what norm names has 0 where 0.3 was asked" in said
 
 
 def test_a_merge_names_the_keys_of_a_recipe(tmp_path: Path) -> None:
@@ -287,7 +402,7 @@ def test_a_merge_names_the_keys_of_a_recipe(tmp_path: Path) -> None:
     (tmp_path / "merge.yaml").write_text(yaml.safe_dump(recipe))
     ran = run_lines("merge", "--config", tmp_path / "merge.yaml", "-o", tmp_path / "out")
     assert ran.code == 0
-    [said] = [line for line in ran.err.splitlines() if "undid" in line]
+    [said] = [line for line in ran.err.splitlines() if "distorted" in line]
     assert "rounding: stochastic" in said
     assert "dtype: float32" in said
     assert "--" not in said
@@ -301,7 +416,7 @@ def test_rounding_a_whole_fine_tune_is_seen_too(tmp_path: Path) -> None:
         *("--schedule", "constant", "--alpha", "1", "--dtype", "bfloat16"),
     )
     assert ran.code == 0, ran.err
-    [said] = [line for line in ran.err.splitlines() if "undid" in line]
+    [said] = [line for line in ran.err.splitlines() if "distorted" in line]
     assert "where 1 was asked" in said
 
 

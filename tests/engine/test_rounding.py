@@ -20,7 +20,7 @@ from lines_cli.engine.arithmetic import cast
 from lines_cli.engine.rounding import cast_at_random
 from lines_cli.engine.run import run
 from lines_cli.errors import RecipeError
-from lines_cli.methods.sparsify import RNG_BLOCK, Where
+from lines_cli.methods.sparsify import RNG_BLOCK, Where, random_masks
 from lines_cli.plan.build import make_plan
 from lines_cli.plan.inputs import open_inputs
 from lines_cli.plan.resources import Resources
@@ -118,6 +118,15 @@ def test_a_probability_below_the_sixteenth_bit(dtype: torch.dtype) -> None:
         assert 8 < int((drawn(values, dtype) > 0).sum()) < 64
 
 
+def test_a_probability_of_the_sixteenth_bit_among_subnormals() -> None:
+    """The largest number that can be drawn is enough, and without more bits."""
+    tiny = 2.0**-24
+    values = torch.full((2**22,), tiny * 2.0**-16)
+    assert 30 < int((drawn(values, torch.float16) > 0).sum()) < 110  # 64 are expected
+    values = torch.full((2**22,), tiny * (1 - 2.0**-16))
+    assert 30 < int((drawn(values, torch.float16) == 0).sum()) < 110
+
+
 @pytest.mark.parametrize(("source", "dtype"), CASTS)
 def test_nothing_is_drawn_beyond_the_largest_number(source: torch.dtype, dtype: torch.dtype) -> None:
     """NaN and Inf stay, and beyond the largest finite number nearest decides: it, or Inf."""
@@ -129,7 +138,8 @@ def test_nothing_is_drawn_beyond_the_largest_number(source: torch.dtype, dtype: 
     cast(given, expected)
     found = drawn(given, dtype)
     assert bool((found.isnan() == expected.isnan()).all())
-    assert raw(found.nan_to_num(nan=0.0)) == raw(expected.nan_to_num(nan=0.0))
+    zero = torch.zeros((), dtype=dtype)
+    assert raw(torch.where(found.isnan(), zero, found)) == raw(torch.where(expected.isnan(), zero, expected))
 
 
 @pytest.mark.parametrize(("source", "dtype"), CASTS)
@@ -148,6 +158,17 @@ def test_a_draw_depends_on_its_place_alone(source: torch.dtype, dtype: torch.dty
     assert raw(blocks[0]) != raw(blocks[1])
 
 
+def test_what_dare_drops_and_what_rounds_up_are_independent() -> None:
+    """With one seed, tensor and place: for each model as many of the kept entries go up as of the dropped ones."""
+    count = 2 * RNG_BLOCK
+    went_up = drawn(torch.full((count,), 1 + 2.0**-8), torch.bfloat16) > 1
+    tensors = [torch.zeros(count)] * 3
+    for mask in random_masks(tensors, density=[0.5] * 3, seed=0, where=HERE):
+        assert mask is not None
+        both = float((went_up & (mask == 1)).float().mean())
+        assert abs(both - 0.25) < 5 * math.sqrt(0.25 * 0.75 / count)
+
+
 def test_what_is_settled_goes_to_the_nearest() -> None:
     """Entries that the caller settles are rounded to nearest; the others as they would be anyway."""
     values = torch.randn(5000, generator=torch.Generator().manual_seed(0))
@@ -156,6 +177,13 @@ def test_what_is_settled_goes_to_the_nearest() -> None:
     assert raw(found[settled]) == raw(values.to(torch.bfloat16)[settled])
     assert raw(found[~settled]) == raw(free[~settled])
     assert raw(free[settled]) != raw(found[settled])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_output_that_holds_every_value_draws_nothing(dtype: torch.dtype) -> None:
+    """As of float32 arithmetic that is written as float32 or float64."""
+    values = wide(1, torch.float32, 120)
+    assert raw(drawn(values, dtype)) == raw(values.to(dtype))
 
 
 # --- whole edits and merges ---
@@ -232,6 +260,13 @@ def test_the_same_bytes_however_it_is_computed(models: Path, tmp_path: Path, cas
     assert made(tmp_path, "sharded", recipe | {"max_shard_size": 7000}, workers=2) == plain
     assert made(tmp_path, "nearest", recipe | {"rounding": "nearest"}) != plain
     assert made(tmp_path, "seed", recipe | {"rounding_seed": 1}) != plain
+
+
+def test_a_wider_output_is_the_same_drawn_or_not(models: Path, tmp_path: Path) -> None:
+    """float64 holds whatever float32 arithmetic makes."""
+    recipe = recipe_of(models, dtype="float64")
+    drawn_ = made(tmp_path, "drawn.safetensors", recipe)
+    assert drawn_ == made(tmp_path, "nearest.safetensors", recipe | {"rounding": "nearest"})
 
 
 def test_copies_and_unchanged_entries_stay(models: Path, tmp_path: Path) -> None:
@@ -379,6 +414,12 @@ def test_what_is_said_of_rounding_is_checked(models: Path, said: dict[str, Any],
     with pytest.raises(RecipeError) as refused:
         make_recipe(recipe_of(models) | {"rounding": "nearest"} | said, where="recipe")
     assert [word for word in words if word not in str(refused.value)] == []
+
+
+def test_the_recipe_of_a_drawn_output_rounds_to_nearest_too(models: Path) -> None:
+    """It records the seed 0, which does not stand in the way of `--set rounding=nearest`."""
+    recipe = make_recipe(recipe_of(models) | {"rounding": "nearest", "rounding_seed": 0}, where="recipe")
+    assert recipe == make_recipe(recipe_of(models) | {"rounding": "nearest"}, where="recipe")
 
 
 def test_fractions_are_exact() -> None:

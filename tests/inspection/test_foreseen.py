@@ -57,10 +57,19 @@ def test_it_is_what_the_edit_realises(tmp_path: Path, case: str) -> None:
         assert tensor["realised"] == pytest.approx(realised, rel=1e-6)
     outside = made["realised"]["outside"]["realised"]
     assert report["outside"]["realised"] == pytest.approx(outside, rel=1e-9)
+    for layer, of_edit in zip(report["layers"], made["layers"], strict=True):
+        assert layer["coefficient"] == of_edit["coefficient"]
+        assert layer["realised"] == pytest.approx(of_edit["realised"], rel=1e-9)  # that of a filter apart
     off = {row["index"] for row in report["rounding"]["off"]}
     for index, layer in enumerate(report["layers"]):
         far = abs(layer["realised"] - layer["coefficient"])
         assert (index in off) == (far > 0.05 or far > 0.1 * layer["coefficient"])
+    rows = [(row["pattern"], row["realised"]) for row in report["rounding"]["filters_off"]]
+    [of_filter] = made["realised"]["filters"]
+    far = abs(of_filter["realised"] - 0.3) > 0.03
+    assert rows == ([("mlp", pytest.approx(of_filter["realised"], rel=1e-9))] if far else [])
+    sides = [(row["side"], row["coefficient"]) for row in report["rounding"]["outside_off"]]
+    assert sides == ([("before", 0.1)] if abs(outside - 0.1) > 0.01 else [])
     assert report["rounding"]["dtype"] == (dtype or {torch.bfloat16: "bfloat16", torch.float16: "float16"}[ft])
 
 
@@ -86,6 +95,20 @@ def test_updates_in_units_in_the_last_place(tmp_path: Path, case: str) -> None:
         units = layer["units"]
         assert [units[word] for word in ("zero", "one", "two")] == pytest.approx(shares)
         assert units["median"] == pytest.approx(np.sort(moved)[(len(moved) - 1) // 2], rel=0.07)
+
+
+def test_units_across_zero_and_beside_what_is_not_finite(tmp_path: Path) -> None:
+    """From -1 to +2 of the smallest numbers it is 3 units, and both zeros are one number; NaN and Inf on either side
+    are left out.
+    """
+    tiny, inf, nan = 2.0**-133, float("inf"), float("nan")
+    first = [[-tiny, 0.0, -0.0, tiny, 1.0, inf, 1.0, inf], [1.0] * 8]
+    second = [[2 * tiny, -0.0, tiny, -tiny, 1.0, inf, nan, 1.0], [1.0] * 8]
+    for side, rows in (("base", first), ("ft", second)):
+        tensors = {f"layers.{i}.w": torch.tensor(row, dtype=torch.bfloat16) for i, row in enumerate(rows)}
+        write_checkpoint(tmp_path / side, tensors)
+    units = lines.inspect(tmp_path / "ft", base=tmp_path / "base")["layers"][0]["units"]
+    assert units == {"median": 1.0, "zero": 0.4, "one": 0.2, "two": 0.2}  # of 3, 0, 1, 2, 0
 
 
 def test_bins_of_units() -> None:
@@ -115,20 +138,73 @@ def test_copies_and_no_update(tmp_path: Path) -> None:
     assert report["rounding"]["off"] == []
 
 
+def test_what_a_filter_asks_is_not_what_rounding_undoes(tmp_path: Path) -> None:
+    """In float32 nothing is undone, whatever a filter asks of a part of each layer; of a recipe's `weight` for a part
+    nothing is foreseen.
+    """
+    pair(tmp_path, torch.bfloat16, torch.bfloat16, scale=1e-3)
+    said = {"base": tmp_path / "base", "dtype": "float32"}
+    report = lines.inspect(tmp_path / "ft", filter={"attn": "base"}, tensors=True, **said)
+    assert report["rounding"]["off"] == []
+    assert [layer["realised"] for layer in report["layers"]] == pytest.approx(
+        [layer["coefficient"] for layer in report["layers"]], rel=1e-3
+    )
+    assert {row["name"]: row["realised"] for row in report["map"]}["layers.1.attn.w"] == 0.0
+    whole = lines.inspect(tmp_path / "ft", filter={"layers": 0.5}, **said)
+    assert [layer["realised"] for layer in whole["layers"]] == [None] * LAYERS
+    weights = [{"filter": "mlp", "value": 0.5}, {"value": 1.0}]
+    recipe = {"base_model": str(tmp_path / "base"), "merge_method": "task_arithmetic", "dtype": "float32"}
+    recipe["models"] = [{"model": str(tmp_path / "ft"), "parameters": {"weight": weights}}]
+    merge = lines.inspect(config=recipe | {"lines": {"alpha": 0.2, "beta": 0.8}})
+    assert merge["rounding"]["off"] == []
+    assert [layer["realised"] for layer in merge["layers"]] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--filter", "*=0.3"], "what * names would have"),
+        (["--schedule", "0,0,0,0,1", "--outside", "alpha", "--filter", "attn=base"], "leaves every coefficient as it"),
+        (["--alpha", "0.3", "--stack", "layers=keep"], "what lies before the blocks would have"),
+    ],
+)
+def test_what_would_be_off_outside_the_layers_is_said_too(tmp_path: Path, flags: list[str], words: str) -> None:
+    """Of a filter, and of what lies outside the blocks, as the edit says it afterwards."""
+    pair(tmp_path, torch.bfloat16, torch.bfloat16, scale=2e-5)
+    ran = run_lines("inspect", tmp_path / "ft", "--base", tmp_path / "base", *flags)
+    assert (ran.code, words in " ".join(ran.out.split())) == (0, True), ran.out
+    made = run_lines("edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / "out", *flags)
+    said = " ".join(made.err.split())
+    assert ("undid" in said) == ("would undo" in ran.out)
+    assert words.replace("would have", "has" if "would have" in words else "") in said or "leaves" in words
+
+
+def test_a_base_that_has_to_be_rounded_is_still_a_copy(tmp_path: Path) -> None:
+    """A coefficient of 0 is 0, here as in the edit, although rounding moves the base towards the fine-tune."""
+    pair(tmp_path, torch.float32, torch.bfloat16, scale=0.0)
+    report = lines.inspect(tmp_path / "ft", base=tmp_path / "base", schedule=[0, 0.5, 0.5, 0.5, 1])
+    made = lines.edit(tmp_path / "base", tmp_path / "ft", tmp_path / "out", schedule=[0, 0.5, 0.5, 0.5, 1])
+    assert report["layers"][0]["realised"] == made["layers"][0]["realised"] == 0.0
+    for foreseen, layer in zip(report["layers"][1:], made["layers"][1:], strict=True):
+        assert foreseen["realised"] == pytest.approx(layer["realised"], rel=1e-9)
+
+
 def test_it_is_said_before_anything_is_written(tmp_path: Path) -> None:
     """In words: a layer, both numbers, and what helps; a table by layer; or that all is well."""
     pair(tmp_path, torch.bfloat16, torch.bfloat16, scale=2e-5)
     ran = run_lines("inspect", tmp_path / "ft", "--base", tmp_path / "base")
     assert ran.code == 0
     for words in (
-        "to bfloat16 would undo part of the scaling",
+        "to bfloat16 would distort the scaling",
         "--rounding stochastic",
         "layers in bfloat16",
-        "% at 0 ulp",
+        "at 0 ulp",
+        "outside the blocks in bfloat16",
     ):
         assert words in ran.out
-    fine = run_lines("inspect", tmp_path / "ft", "--base", tmp_path / "base", "--dtype", "float32")
-    assert "to float32 leaves every layer the coefficient that is asked" in fine.out
+    for flags in ([], ["--filter", "mlp=keep"]):  # a filter is asked, too: what it decides is not off
+        fine = run_lines("inspect", tmp_path / "ft", "--base", tmp_path / "base", "--dtype", "float32", *flags)
+        assert "to float32 leaves every coefficient as it is asked" in fine.out
     alone = run_lines("inspect", tmp_path / "ft", "--dtype", "float32")
     assert (alone.code, "--dtype" in alone.err) == (2, True)
 
