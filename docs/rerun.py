@@ -104,7 +104,7 @@ def _model(*, seed: int, scale: float) -> dict[str, list[float]]:
     for name, size in sizes.items():
         layer = int(match[1]) if (match := re.search(r"layers\.(\d+)", name)) else LAYERS // 2
         spread = scale * (1 + layer / LAYERS) * (5 if "norm" in name else 1)
-        found[name] = [chance.gauss(0, spread) for _ in range(size)]
+        found[name] = [round(chance.gauss(0, spread), 9) for _ in range(size)]
     return found
 
 
