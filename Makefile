@@ -17,7 +17,7 @@ unexport PYTHONDONTWRITEBYTECODE
 help: ## What there is to make.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
-demo: $(VENV)/demo ## Train, forget, edit, measure: LiNeS on handwritten digits, about two minutes.
+demo: $(VENV)/demo ## Train, forget, edit, measure, draw: LiNeS on handwritten digits, about two minutes.
 	$(BIN)/python demo/digits.py
 
 test: $(VENV)/dev ## The default suite.
@@ -36,7 +36,7 @@ lint: $(VENV)/dev ## Style and format.
 types: $(VENV)/dev ## Types.
 	$(BIN)/mypy
 
-docs: $(VENV)/dev ## Write docs/cli.md and docs/merge-methods.md anew from the code.
+docs: $(VENV)/dev ## Regenerate docs/cli.md and docs/merge-methods.md, and the outputs shown in README.md and docs/tour.md.
 	$(BIN)/python docs/generate.py
 
 bench: $(VENV)/dev benchmarks/.venv-peers/done ## Measure lines against the disk and its peers (QUICK=1: small models, not saved).

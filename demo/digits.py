@@ -1,12 +1,12 @@
 """What LiNeS does, seen on a toy: fine-tune a small vision transformer, then undo its forgetting.
 
-    .venv/bin/python demo/digits.py [--target inverted] [--seed 0]
+    .venv/bin/python demo/digits.py [--target inverted] [--seed 0] [--picture demo/out/picture.svg]
 
 1. Pre-train one encoder on five image domains of scikit-learn's handwritten digits.
 2. Fine-tune it on one of them, the target. It learns that one and forgets the others, the controls.
 3. Run `lines edit` as a user would. It scales the change that fine-tuning made by depth: little of
    it in the shallow blocks, all of it in the last.
-4. Read the results back from disk, and say what they keep and what that costs.
+4. Read the results back from disk, say what they keep and what that costs, and draw it.
 
 Nothing is downloaded. Every number is measured in this run. The checkpoints stay in demo/out/.
 """
@@ -33,6 +33,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize, unfold
 from torch.optim.lr_scheduler import OneCycleLR
 
+from picture import draw
+
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("demo/out")  # relative to ROOT, so that a command shown can be typed there again
 BASE, TUNED = OUT / "pretrained", OUT / "finetuned"
@@ -53,6 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="LiNeS on scikit-learn's handwritten digits.")
     parser.add_argument("--target", default="inverted", choices=make_domains())
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--picture", type=Path, default=ROOT / OUT / "picture.svg", help="an .svg file to draw")
     args = parser.parse_args()
     if LINES is None:
         parser.error("`lines` is not installed in the environment that runs this: `make` does that")
@@ -91,6 +94,10 @@ def main() -> None:
     }
     print_table(rows, args.target)
     print_reading(*rows.values())
+    stages = [rows[name] for name in ("pre-trained", "fine-tuned", "lines edit, defaults")]
+    curves = [marks.target for marks in stages], [marks.control for marks in stages]
+    draw(args.picture, update_norms(TUNED), update_norms(edited), *curves)
+    say(f"drawn: {args.picture}")
 
 
 def say(text: str) -> None:
@@ -194,6 +201,16 @@ def save_encoder(encoder: Encoder, folder: Path) -> None:
     save_file(encoder.state_dict(), ROOT / folder / "model.safetensors", {"format": "pt"})
     config = {"model_type": "digits-vit", "num_hidden_layers": DEPTH, "hidden_size": WIDTH}
     (ROOT / folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def update_norms(folder: Path) -> list[float]:
+    """How far a checkpoint is from the pre-trained one: the L2 norm of the difference, block by block."""
+    base, other = (load_file(ROOT / each / "model.safetensors") for each in (BASE, folder))
+    squares = [0.0] * DEPTH
+    for name, tensor in base.items():
+        if name.startswith("blocks."):
+            squares[int(name.split(".")[1])] += (other[name] - tensor).double().square().sum().item()
+    return [square**0.5 for square in squares]
 
 
 def lines_edit(out: Path, *options: str) -> None:

@@ -1,11 +1,13 @@
-"""Write docs/cli.md from the commands' own help, and docs/merge-methods.md from the table of methods. A test checks
-that both pages are fresh.
+"""Write docs/cli.md from the commands' own help, docs/merge-methods.md from the table of methods, and what the
+commands in README.md and docs/tour.md print. A test checks that all are fresh.
 
 python docs/generate.py
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import typer.main
@@ -14,6 +16,7 @@ from typer.testing import CliRunner
 from lines_cli.cli.app import EXIT_CODES, app
 from lines_cli.methods import METHODS, Method
 from lines_cli.methods.parameters import Parameter
+from rerun import rerun
 
 HERE = Path(__file__).parent
 
@@ -89,7 +92,8 @@ def help_of(command: list[str]) -> str:
     return result.stdout.strip()
 
 
-PAGES = {HERE / "cli.md": cli_reference, HERE / "merge-methods.md": methods_reference}
+PAGES: dict[Path, Callable[[], str]] = {HERE / "cli.md": cli_reference, HERE / "merge-methods.md": methods_reference}
+PAGES |= {page: partial(rerun, page) for page in (HERE / "tour.md", HERE.parent / "README.md")}
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from functools import cache
+from importlib import import_module
 from itertools import combinations, product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -170,16 +172,64 @@ def test_dry_run_loads_no_torch(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_the_references_are_fresh() -> None:
-    """docs/cli.md says what --help says, docs/merge-methods.md what the table says; `make docs` writes them anew."""
+def from_docs(name: str) -> Any:
+    """A module that lies in docs/."""
     sys.path.insert(0, str(ROOT / "docs"))
     try:
-        from generate import PAGES, app_commands
+        return import_module(name)
     finally:
         sys.path.remove(str(ROOT / "docs"))
-    for page, text in PAGES.items():
+
+
+def test_the_references_are_fresh() -> None:
+    """docs/cli.md says what --help says, docs/merge-methods.md what the table says, README.md and docs/tour.md what
+    their commands print; `make docs` writes them anew.
+    """
+    generate = from_docs("generate")
+    for page, text in generate.PAGES.items():
         assert page.read_text(encoding="utf-8") == text()
-    assert all(f"lines {name}" in (ROOT / "README.md").read_text(encoding="utf-8") for name in app_commands())
+    assert all(f"lines {name}" in (ROOT / "README.md").read_text(encoding="utf-8") for name in generate.app_commands())
+
+
+@pytest.mark.parametrize(
+    ("block", "shown"),
+    [
+        ("$ lines edit base ft -o base\n", "ended with 6"),
+        ("$ lines edit base ft -o base\nold\n$ echo $?\n", "would replace an input, base\nhint"),
+        ("$ echo a b c; echo 2; echo 3; echo 4\n...\n2\nx\n...\n", "...\n2\n3\n...\n```"),
+        ("$ echo a b c; echo 2\na b x\n...\n", "echo 2\na b c\n...\n```"),
+        ("$ echo 1; echo 2\n...\nold\n", "no line begins with 'old' now"),
+        ("$ rm nothing\n", "ended with 1"),
+    ],
+)
+def test_what_a_page_shows_is_run(block: str, shown: str, tmp_path: Path) -> None:
+    """Beneath a command stands what it prints, or the part that stood there; what fails or is gone is an error."""
+    rerun = from_docs("rerun").rerun
+    (tmp_path / "page.md").write_text(f"Before.\n\n```console\n{block}```\n\nBehind.\n", encoding="utf-8")
+    if re.match("ended|no line", shown):
+        with pytest.raises(RuntimeError, match=re.escape(shown)):
+            rerun(tmp_path / "page.md")
+    else:
+        text = rerun(tmp_path / "page.md")
+        assert shown in text
+        assert text.startswith("Before.")
+        assert text.endswith("Behind.\n")
+
+
+def test_figures_are_the_demo_s_and_the_cases() -> None:
+    """README's picture is the demo's as it was drawn, and pages count as many cases of depth as there are."""
+    import yaml
+
+    readme, depth = (ROOT / name for name in ("README.md", "docs/finding-depth.md"))
+    cases = [
+        yaml.safe_load(path.read_text(encoding="utf-8")) for path in (ROOT / "tests/scaling/depth_cases").glob("*")
+    ]
+    counts = [re.findall(r"(\d+)\s+models and name", page.read_text(encoding="utf-8")) for page in (readme, depth)]
+    assert counts == [[str(sum(map(len, cases)))]] * 2
+    curves = re.findall(r"(?:task|before) ((?:[\d.]+(?:, )?){3})", (ROOT / "docs" / "demo.svg").read_text("utf-8"))
+    (task, known) = ([float(value) for value in curve.split(", ")] for curve in curves)
+    assert 0.75 < (known[2] - known[1]) / (known[0] - known[1]) < 0.85, "four fifths came back"
+    assert 0.28 < (task[1] - task[2]) / (task[1] - task[0]) < 0.38, "a third was lost"
 
 
 def anchors(page: Path) -> set[str]:

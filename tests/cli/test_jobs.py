@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 import time
@@ -12,11 +11,10 @@ import pytest
 import torch
 
 from lines_cli.storage.files import NewFile
-from support import forked
+from support import forked, pages
 from support.files import snapshot, write_checkpoint
 from support.run import run_lines
 
-PAGE = (Path(__file__).parents[2] / "docs" / "jobs.md").read_text(encoding="utf-8")
 JOB = ["edit", "base", "ft", "-o", "out", "--resume", "--force"]
 
 
@@ -36,22 +34,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def blocks() -> list[str]:
     """The page's shell, block by block."""
-    return re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
+    return [text for kind, text in pages.blocks("jobs.md") if kind == "sh"]
 
 
 def test_the_page(here: Path) -> None:
     """In the order of the page, in one folder."""
-    commands = [line for block in blocks() if "for " not in block for line in block.splitlines()]
-    assert len(commands) >= 10
-    for line in commands:
-        command, _, said = line.partition("#")
-        expected = int(match[1]) if (match := re.search(r"ends with (\d+)", said)) else 0
-        program, *arguments = command.split()
-        if program == "lines":
-            ran = run_lines(*arguments)
-            assert (ran.code, ran.trace) == (expected, ""), f"{line}\n{ran.err}"
-        else:
-            subprocess.run(command.split(), check=True)
+    lines = [line for block in blocks() if "for " not in block for line in pages.commands(block)]
+    assert len(lines) >= 10
+    for line in lines:
+        pages.run_command(line)
     assert not (here / ".out.lines").exists()
     assert "ref" in (here / "clone" / ".git" / "HEAD").read_text()
 

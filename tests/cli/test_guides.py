@@ -1,0 +1,158 @@
+"""The pages for what a person comes with: every command on them ends as the page says, and gives what it promises."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from support.files import write_checkpoint
+from support.pages import DOCS, blocks, run_page
+
+GUIDES = {"adapters.md", "pickles.md", "diffusion.md", "mergekit.md", "forgetting.md", "jobs.md", "notebooks.md"}
+WIDTH = 64
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def tensors(names: list[str], seed: int) -> dict[str, torch.Tensor]:
+    """A model [WIDTH] per name; those of seed 1 and more are fine-tunes of that of seed 0."""
+    chance = np.random.default_rng(0)
+    made = {name: chance.normal(size=WIDTH) for name in names}
+    if seed:
+        chance = np.random.default_rng(seed)
+        made = {name: of + 0.1 * chance.normal(size=WIDTH) for name, of in made.items()}
+    return {name: torch.from_numpy(of.astype(np.float32)) for name, of in made.items()}
+
+
+LLM = ["model.embed_tokens.weight", *(f"model.layers.{i}.mlp.weight" for i in range(4)), "model.norm.weight"]
+
+
+def pair(*sides: str) -> None:
+    """A base and as many fine-tunes of it."""
+    for seed, side in enumerate(sides):
+        write_checkpoint(Path(side), tensors(LLM, seed), config={"model_type": "tiny", "num_hidden_layers": 4})
+
+
+def assert_scaled(out: dict[str, Any], base: dict[str, Any], ft: dict[str, Any], alphas: list[float]) -> None:
+    """The blocks of LLM have these coefficients."""
+    for layer, alpha in enumerate(alphas):
+        name = f"model.layers.{layer}.mlp.weight"
+        expected = base[name].double() + alpha * (ft[name].double() - base[name].double())
+        torch.testing.assert_close(out[name].double(), expected, rtol=0, atol=1e-6)
+
+
+DEFAULTS = [0.1, 0.4, 0.7, 1.0]
+
+
+def test_readme_names_every_guide() -> None:
+    """Who comes to README finds the page for what they have."""
+    links = set(re.findall(r"\]\(docs/([\w-]+\.md)", (DOCS.parent / "README.md").read_text(encoding="utf-8")))
+    assert links >= GUIDES | {"tour.md"}
+
+
+def test_it_forgot_too_much(here: Path) -> None:
+    """docs/forgetting.md: at alpha 0 the first block is the base's, to the byte."""
+    pair("base", "ft")
+    run_page("forgetting.md")
+    base, ft = (load_file(here / side / "model.safetensors") for side in ("base", "ft"))
+    first = "model.layers.0.mlp.weight"
+    assert torch.equal(load_file(here / "alpha-0" / "model.safetensors")[first], base[first])
+    assert_scaled(load_file(here / "out" / "model.safetensors"), base, ft, [0.3, 0.3 + 0.7 / 3, 0.3 + 1.4 / 3, 1])
+
+
+def test_pickles(here: Path) -> None:
+    """docs/pickles.md: file and memory give the same, with views, and a pickle that nests."""
+    base, ft = tensors(LLM, 0), tensors(LLM, 1)
+    for model in (base, ft):
+        model["lm_head.weight"] = model["model.embed_tokens.weight"].view(8, -1)[:, 1:].T
+    torch.save(base, here / "base.pt")
+    torch.save({"state_dict": ft, "epoch": 3, "optimizer": {"lr": 0.1}}, here / "ft.pt")
+    names = run_page("pickles.md")
+    out = torch.load(here / "out.pt", weights_only=True)
+    assert out.keys() == names["edited"].keys() == ft.keys()
+    assert all(torch.equal(out[name], tensor) for name, tensor in names["edited"].items())
+    assert_scaled(out, base, ft, DEFAULTS)
+
+
+def test_diffusion(here: Path) -> None:
+    """docs/diffusion.md: one component is edited in place in a copy; what lies beside it is the fine-tune's."""
+    unet = [f"down_blocks.{i}.resnets.{j}.conv1.weight" for i in range(3) for j in range(2)]
+    unet += ["mid_block.resnets.0.conv1.weight", "conv_in.weight", "conv_out.weight"]
+    unet += [f"up_blocks.{i}.resnets.{j}.conv1.weight" for i in range(3) for j in range(2)]
+    text = [f"text_model.encoder.layers.{i}.mlp.weight" for i in range(3)]
+    vae = [f"decoder.up_blocks.{i}.resnets.0.conv1.weight" for i in range(3)]
+    single = [f"model.diffusion_model.{name}" for name in unet] + [f"first_stage_model.{name}" for name in vae]
+    single += [f"cond_stage_model.transformer.{name}" for name in text]
+    for seed, side in enumerate(("base", "ft")):
+        for part, names, of in (("unet", unet, seed), ("text_encoder", text, 0), ("vae", vae, 0)):
+            stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+            write_checkpoint(here / side / part, tensors(names, of), config={"part": part}, stem=stem)
+        (here / side / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+        write_checkpoint(here / f"{side}.safetensors", tensors(single, seed))
+    run_page("diffusion.md")
+    file = Path("unet", "diffusion_pytorch_model.safetensors")
+    base, ft, out = (load_file(here / side / file) for side in ("base", "ft", "out"))
+    middle, last = "mid_block.resnets.0.conv1.weight", "up_blocks.2.resnets.0.conv1.weight"
+    assert torch.equal(out[middle], ft[middle])
+    torch.testing.assert_close(out[last], base[last] + 0.3 * (ft[last] - base[last]), rtol=0, atol=1e-6)
+    for beside in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "model_index.json"):
+        assert (here / "out" / beside).read_bytes() == (here / "ft" / beside).read_bytes()
+
+
+def test_a_mergekit_file(here: Path) -> None:
+    """docs/mergekit.md: the recipe that an output holds makes its weights again (the page compares them)."""
+    pair("base", "ft-math", "ft-code")
+    run_page("mergekit.md")
+    assert (here / "merged" / "config.json").exists()
+    files = [here / f"{out}/model.safetensors" for out in ("merged", "scaled", "beta-0.3", "beta-0.6", "beta-0.9")]
+    assert len({file.read_bytes() for file in files}) == len(files)
+
+
+def test_the_tour_from_python(here: Path) -> None:
+    """docs/tour.md: the call gives what the command gives, whose output the page shows."""
+    pair("base", "ft", "ft-code")
+    (code,) = (text for kind, text in blocks("tour.md") if kind == "python")
+    names: dict[str, Any] = {}
+    exec(compile(code, "docs/tour.md", "exec"), names)
+    assert names["summary"]["stacks"][0]["coefficients"] == pytest.approx([0.3, 0.3 + 0.7 / 3, 0.3 + 1.4 / 3, 1])
+
+
+@pytest.mark.slow
+def test_adapters(here: Path) -> None:
+    """docs/adapters.md: of an adapter that is folded, each layer keeps the share of B A that its coefficient says."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft = pytest.importorskip("peft")
+        transformers = pytest.importorskip("transformers")
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "vocab_size": 64}
+        config = transformers.LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)
+        transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(here / "base")
+        for adapter in ("adapter", "adapter2"):
+            model = transformers.LlamaForCausalLM.from_pretrained(here / "base", dtype="bfloat16")
+            lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=False)
+            peft.get_peft_model(model, lora).save_pretrained(here / adapter)
+        run_page("adapters.md")
+    base, out = (load_file(here / side / "model.safetensors") for side in ("base", "out"))
+    factors = load_file(here / "adapter" / "adapter_model.safetensors")
+    for layer, coefficient in enumerate(DEFAULTS):
+        name = f"model.layers.{layer}.self_attn.q_proj"
+        down, up = (factors[f"base_model.model.{name}.lora_{side}.weight"].double() for side in "AB")
+        update = out[f"{name}.weight"].double() - base[f"{name}.weight"].double()
+        product = 8 / 4 * up @ down
+        assert float((update * product).sum() / (product**2).sum()) == pytest.approx(coefficient, abs=0.02)
+    same = "model.layers.0.self_attn.v_proj.weight"
+    assert torch.equal(out[same], base[same])
+    assert out[same].dtype == torch.bfloat16
