@@ -336,7 +336,7 @@ def refuse_folder(folder: str, names: Collection[str], *, components: Sequence[s
     if _ADAPTER in names:
         raise UnsupportedError(
             f"{folder} is a PEFT adapter, not a whole checkpoint",
-            hint=_FOLD,
+            hint=FOLD,
         )
     if components:
         raise CheckpointError(
@@ -433,7 +433,7 @@ def unsupported_in(checkpoint: Checkpoint) -> UnsupportedError | None:
         return UnsupportedError(
             f"{checkpoint.where(factor)} is an adapter, not a whole checkpoint: it holds factors, such as "
             f"{printable(factor)}, and not the weights that they change",
-            hint=f"The result would be no sum of what they stand for. {_FOLD}",
+            hint=f"The result would be no sum of what they stand for. {FOLD}",
         )
     return None
 
@@ -441,4 +441,4 @@ def unsupported_in(checkpoint: Checkpoint) -> UnsupportedError | None:
 _DEQUANTISE = (
     "Give the checkpoint it was quantised from, or dequantise it first; a sum of quantised codes means nothing."
 )
-_FOLD = "Fold it into its base first (peft: merge_and_unload, then save_pretrained), and give that folder."
+FOLD = "Fold it into its base first (peft: merge_and_unload, then save_pretrained), and give that folder."
