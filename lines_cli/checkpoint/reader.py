@@ -278,13 +278,20 @@ def _weight_files(folder: Path, variant: str | None = None) -> tuple[dict[Path, 
 
 
 def _with_weights(folder: Path, names: Collection[str]) -> list[str]:
-    """The subfolders that hold weights, as those of a pipeline's components do."""
+    """The subfolders that hold weights, as those of a pipeline's components do; and those of the Hub's cache."""
     found = []
+    names = set(names)
+    if _SNAPSHOTS in names:
+        with suppress(OSError):
+            names |= {f"{_SNAPSHOTS}/{commit}" for commit in os.listdir(folder / _SNAPSHOTS)}
     for name in sorted(names):
         with suppress(OSError):
             if any(inner.endswith(_SUFFIX) for inner in os.listdir(folder / name)):
                 found.append(name)
     return found
+
+
+_SNAPSHOTS = "snapshots"
 
 
 def _stem_of(chosen: str) -> str:
@@ -340,7 +347,7 @@ def refuse_folder(folder: str, names: Collection[str], *, components: Sequence[s
         )
     if components:
         raise CheckpointError(
-            f"{folder} holds no weights itself; its components do:\n{some(components)}",
+            f"{folder} holds no weights itself; folders in it do:\n{some(components)}",
             hint=f"Give one of them, as in {folder}/{components[0]}; each is edited by itself.",
         )
     other = sorted(name for name in names if name.endswith(_OTHER_FORMATS))

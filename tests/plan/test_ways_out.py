@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -480,6 +481,17 @@ def test_models_that_are_empty(tmp_path: Path) -> None:
         write_checkpoint(tmp_path / side, nothing | {"norm.weight": torch.ones(3)}, config=LLAMA)
     ran = run_lines("edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / "out")
     assert (ran.code, "4 tensor(s) are empty" in ran.err, "without their weights?" in ran.err) == (0, True, True)
+
+
+def test_a_folder_of_the_hubs_cache(tmp_path: Path) -> None:
+    """Its snapshots are named, and each can be given."""
+    folders = write_pair(tmp_path, vit(0), vit(1))
+    cached = tmp_path / "models--org--name"
+    (cached / "snapshots").mkdir(parents=True)
+    shutil.move(folders[1], cached / "snapshots" / "abc")
+    ran = run_lines("edit", folders[0], cached, "-o", tmp_path / "out")
+    assert (ran.code, f"{cached}/snapshots/abc" in ran.err.replace("\n  ", "")) == (3, True)
+    assert run_lines("edit", folders[0], cached / "snapshots" / "abc", "-o", tmp_path / "out").code == 0
 
 
 def test_a_pipeline_of_components(tmp_path: Path) -> None:
