@@ -24,6 +24,7 @@ _SCALE = re.compile(
     r".*scales?(?:_(?:inv|max|and_zeros?))?|.*absmax|.*quant_map|.*zeros?(?:_points?)?|.*codebooks?|scb|s|s[uv]h?",
     re.IGNORECASE | re.DOTALL,
 )
+_ZERO = re.compile(r".*zeros?(?:_points?)?", re.IGNORECASE | re.DOTALL)
 _NO_SCALE = re.compile(r"(?:logit|layer|attn|attention|residual|res|skip|head|norm)_scales?", re.IGNORECASE)
 _COUNTS = re.compile(  # integers that number entries, or say which of them count
     r"(?:.*_)?(?:ids?|idxs?|index|indices|positions?|masks?|maps?|tracked|tables?|lengths?|counts?|steps?|buckets?"
@@ -76,8 +77,8 @@ _OF_CODES = re.compile(
 
 def _holds_codes(name: str, tensors: Tensors, beside: Iterable[str]) -> bool:
     """Whether a tensor of integers holds codes: it is a matrix, and beside it stands a scale that fits it, by its name
-    and by its shape; or one that is called after it; or floats in groups of its rows, by whatever name. Of narrow
-    codes, and of what is called a weight, one scale for all will do.
+    and by its shape; or one that is called after it; or a scale and a zero; or floats in groups of its rows, by
+    whatever name. Of narrow codes, and of what is called a weight, one scale for all will do.
 
     What is called like numbers of positions, a map or a mask is none, unless a scale is called after it. `beside` are
     the tensors of its module, and those behind its own name.
@@ -95,6 +96,8 @@ def _holds_codes(name: str, tensors: Tensors, beside: Iterable[str]) -> bool:
     if _COUNTS.fullmatch(last) and not numbers_rows:
         return not set(fitting).isdisjoint(called_after_it)
     if fitting or called_after_it or (scales and (info.dtype in _SIGNED or "weight" in last.lower())):
+        return True
+    if len({_ZERO.fullmatch(_last(other)) is None for other in scales}) == 2:  # a scale, and where zero lies
         return True
     floats = [other for other in near if tensors[other].dtype != "U8"]
     whole = any(tensors[other].numel >= info.numel for other in floats)  # the module's weight, as it is

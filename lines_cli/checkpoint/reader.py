@@ -278,13 +278,20 @@ def _weight_files(folder: Path, variant: str | None = None) -> tuple[dict[Path, 
 
 
 def _with_weights(folder: Path, names: Collection[str]) -> list[str]:
-    """The subfolders that hold weights, as those of a pipeline's components do."""
+    """The subfolders that hold weights, as those of a pipeline's components do; and those of the Hub's cache."""
     found = []
+    names = set(names)
+    if _SNAPSHOTS in names:
+        with suppress(OSError):
+            names |= {f"{_SNAPSHOTS}/{commit}" for commit in os.listdir(folder / _SNAPSHOTS)}
     for name in sorted(names):
         with suppress(OSError):
             if any(inner.endswith(_SUFFIX) for inner in os.listdir(folder / name)):
                 found.append(name)
     return found
+
+
+_SNAPSHOTS = "snapshots"
 
 
 def _stem_of(chosen: str) -> str:
@@ -336,11 +343,11 @@ def refuse_folder(folder: str, names: Collection[str], *, components: Sequence[s
     if _ADAPTER in names:
         raise UnsupportedError(
             f"{folder} is a PEFT adapter, not a whole checkpoint",
-            hint=_FOLD,
+            hint=FOLD,
         )
     if components:
         raise CheckpointError(
-            f"{folder} holds no weights itself; its components do:\n{some(components)}",
+            f"{folder} holds no weights itself; folders in it do:\n{some(components)}",
             hint=f"Give one of them, as in {folder}/{components[0]}; each is edited by itself.",
         )
     other = sorted(name for name in names if name.endswith(_OTHER_FORMATS))
@@ -433,7 +440,7 @@ def unsupported_in(checkpoint: Checkpoint) -> UnsupportedError | None:
         return UnsupportedError(
             f"{checkpoint.where(factor)} is an adapter, not a whole checkpoint: it holds factors, such as "
             f"{printable(factor)}, and not the weights that they change",
-            hint=f"The result would be no sum of what they stand for. {_FOLD}",
+            hint=f"The result would be no sum of what they stand for. {FOLD}",
         )
     return None
 
@@ -441,4 +448,4 @@ def unsupported_in(checkpoint: Checkpoint) -> UnsupportedError | None:
 _DEQUANTISE = (
     "Give the checkpoint it was quantised from, or dequantise it first; a sum of quantised codes means nothing."
 )
-_FOLD = "Fold it into its base first (peft: merge_and_unload, then save_pretrained), and give that folder."
+FOLD = "Fold it into its base first (peft: merge_and_unload, then save_pretrained), and give that folder."

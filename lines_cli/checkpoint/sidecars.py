@@ -27,6 +27,7 @@ from lines_cli.storage.names import CONFIG
 GENERATION = "generation_config.json"
 _TOKENIZER_CONFIG, _CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 _ADDED_TOKENS = "added_tokens.json"
+_ADAPTER_CONFIG = "adapter_config.json"
 
 TOKENIZER_FILES = tuple(
     """
@@ -46,9 +47,10 @@ NEVER_CARRIED = tuple(
     """
     *.safetensors *.index*.json *.bin *.pt *.pth *.ckpt *.pkl *.pickle *.joblib *.h5 *.msgpack *.onnx *.gguf *.np[yz]
     training_args* trainer_* optimizer* scheduler* rng_state* adapter_* zero_* *results*.json
+    quant*config*.json *quant_config*.json
     """.split()
 )
-"""Weights, pickles and training state, whatever pattern above they match."""
+"""Weights, pickles, training state, and what says that weights are quantised, whatever pattern above they match."""
 
 _VOCABULARY_FILES = tuple(
     """
@@ -185,7 +187,7 @@ def is_carried(name: str, patterns: Iterable[str] = CARRIED_FILES) -> bool:
 
 
 def never_carried(name: str) -> bool:
-    """Whether it is weights, a pickle or training state by its name."""
+    """Whether it is weights, a pickle, training state or another's claim that weights are quantised, by its name."""
     return _matches(name.rpartition("/")[2], NEVER_CARRIED)
 
 
@@ -245,11 +247,18 @@ def carry_over(
             notes.append(
                 f"the config.json of {name} says quantised ({said}), but its weights are whole; the output's does not"
             )
+        if each.folder is not None and beside(each.folder, _ADAPTER_CONFIG) is not None:
+            notes.append(
+                f"an adapter lies beside the weights of {name} ({_ADAPTER_CONFIG}), and a loader may add it to them: "
+                "it is not read and not carried over. Fold it in first if it belongs to the model"
+            )
     if inputs[0].folder is not None:
         notes += _left_behind(inputs[0].folder, own, called[0])
     if not rows and tokenizer is None:
         files, of_others = _with_what_it_lacks(files, inputs, called, vocabularies)
         notes += of_others
+    files, of_code = _with_code(files, inputs, called)
+    notes += of_code
     ids: Mapping[str, Any] | None = None
     if rows or tokenizer is not None:
         kept = tokenizer or rows_of
@@ -331,9 +340,10 @@ def _left_behind(folder: Path, carried: Mapping[str, Path], called: str) -> Iter
     left = [name for name in _listed(folder) if name not in known and not _matches(name, _NOT_MISSED)]
     left = [name if os.path.isfile(folder / name) else f"{name}/" for name in left if _may_be_read(folder / name)]
     if left:
-        yield f"not carried over from {called}, and not known to be needed:\n{some(left)}"
+        yield f"not carried over from {called}, and not known to be needed:\n{some(left, _MOST_LEFT)}"
 
 
+_MOST_LEFT = 32
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -381,14 +391,66 @@ def _with_what_it_lacks(
     return found, notes
 
 
+def _with_code(
+    files: Mapping[str, Path], inputs: Sequence[Checkpoint], called: Sequence[str]
+) -> tuple[dict[str, Path], list[str]]:
+    """The files with the model code that their configs name (`auto_map`) and that is not there, of the first input that
+    has it; a loader would miss it. And what to say of it, and of modules that only another input has.
+    """
+    found, notes = dict(files), list[str]()
+    lacking = _code_named(files) - files.keys()
+    for other, name in zip(inputs[1:], called[1:], strict=True):
+        theirs = carried_files(other.folder) if other.folder and lacking else {}
+        if lacking and lacking <= _code_named(theirs) & theirs.keys():
+            code = {file: path for file, path in theirs.items() if file.endswith(".py") and file not in found}
+            found |= code
+            listed = ", ".join(map(printable, sorted(code)))
+            notes.append(f"{called[0]} lacks the code that its auto_map names: that of {name} is taken ({listed})")
+            lacking = set()
+    if lacking:
+        listed = ", ".join(map(printable, sorted(lacking)))
+        notes.append(f"auto_map names {listed}, which is not there: a loader will miss it")
+    if files and MODULES not in files:
+        having = [name for other, name in zip(inputs[1:], called[1:], strict=True) if _has(other, MODULES)]
+        if having:
+            notes.append(
+                f"{' and '.join(having)} has {MODULES} (pooling and other modules), {called[0]} has none: the output "
+                "has the transformer alone"
+            )
+    return found, notes
+
+
+def _has(checkpoint: Checkpoint, file: str) -> bool:
+    return checkpoint.folder is not None and beside(checkpoint.folder, file) is not None
+
+
+def _code_named(files: Mapping[str, Path]) -> set[str]:
+    """The files of code in the same folder that configs name under `auto_map`."""
+    named: set[str] = set()
+    for file in _WITH_CODE & files.keys():
+        with suppress(CheckpointError):
+            auto_map = read_object(files[file]).get("auto_map")
+            values = auto_map.values() if isinstance(auto_map, dict) else ()
+            for value in (one for each in values for one in (each if isinstance(each, list) else [each])):
+                if isinstance(value, str) and (match := _IN_THIS_FOLDER.fullmatch(value)):
+                    named.add(f"{match['module']}.py")
+    return named
+
+
+_WITH_CODE = frozenset({CONFIG, _TOKENIZER_CONFIG, "processor_config.json", "preprocessor_config.json"})
+_IN_THIS_FOLDER = re.compile(r"(?P<module>\w+)\.\w+", re.ASCII)
+
+
 def _counts(rows: Collection[int]) -> str:
     return " and ".join(f"{number:,}" for number in sorted(rows)) or "none known"
 
 
 _DECIDES = re.compile(
-    r"rope|rotary|(?:^|_)heads?(?:_|$)|window|(?:^|_)eps|epsilon|(?:^|_)act(?:ivation)?(?:_|$)|softcap|_scal(?:ar|e|ing)"
-    r"|multiplier|pre_attn|layer_types|norm_type|parallel_residual|attention_bias|position_embedding_type|patch_size"
-    r"|tie_word_embeddings|chunk_size|tokens?_ids?$"
+    r"rope|rotary|alibi|(?:^|_)heads?(?:_|$)|window|(?:^|_)eps|epsilon|(?:^|_)act(?:ivation)?(?:_|$)|soft_?cap"
+    r"|_scal(?:ar|e|ing)|(?:^|_)scale_|multiplier|pre_attn|layer_types|norm_type|parallel_(?:residual|attn)"
+    r"|attention_bias|position_embedding_type|patch_size|tie_word_embeddings|chunk_size|tokens?_ids?$|clip_qkv|qk_norm"
+    r"|stable_layer_norm|extract_norm|experts_per_tok|norm_topk|moe_topk|scoring_func|is_causal|pool(?:er|ing)?_type"
+    r"|vision_feature|prediction_type"
 )
 """Keys of a config that decide how weights are used."""
 _TOKEN_IDS = re.compile(r"tokens?_ids?$")

@@ -200,7 +200,7 @@ Prefix = Annotated[
         metavar="PREFIX",
         show_default="found",
         help="What the names of one side begin with, and those of the other do not, as vision_model. where a "
-        "vision tower was saved by itself; empty for nothing.",
+        "vision tower was saved by itself; A=B if the names of the other side begin with B instead; empty for nothing.",
     ),
 ]
 Missing = Annotated[

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from typing import Literal
 
 from lines_cli.checkpoint.reader import Checkpoint
@@ -29,8 +30,8 @@ def aligned_names(inputs: Inputs, notes: list[str], *, prefix: str | None = None
     Args:
         inputs: the inputs.
         notes: gets a line for every side whose names are not paired as they are.
-        prefix: what the names of one side begin with and those of another do not, where that was asked for; empty for
-            none. Unless given, it is found.
+        prefix: what the names of one side begin with and those of another do not, where that was asked for; `a.=b.`
+            where those of the other begin with `b.` instead; empty for none. Unless given, it is found.
 
     Raises:
         MismatchError: two prefixes fit alike; or the one that was asked for is before no name.
@@ -42,10 +43,11 @@ def aligned_names(inputs: Inputs, notes: list[str], *, prefix: str | None = None
             continue
         names, used = _names_in(checkpoint, inputs, side, prefix, notes)
         aligned.append(names)
-        found = found or used == prefix
+        found = found or used
     if not found:
         raise MismatchError(
-            f"prefix {prefix!r}: no tensor is called so on one side, and the same without it on another",
+            f"prefix {prefix!r}: no tensor is called so on one side, and the same "
+            f"{'with the other' if _BOTH in (prefix or '') else 'without it'} on another",
             hint=f"Names of {inputs.leading.name} are\n{some(sorted(inputs.leading.tensors), 4)}",
         )
     return aligned
@@ -59,6 +61,7 @@ class _Reading:
         spelling: what is done to every name first.
         prefix: empty for none.
         of: whose names begin with it.
+        instead: what those of the other side begin with in its place; mostly empty.
         equal, named: how many tensors have a partner by it, of equal shape and of any.
         alike: all prefixes by which as many have one, if there are several.
     """
@@ -69,19 +72,20 @@ class _Reading:
     equal: int = 0
     named: int = 0
     alike: tuple[str, ...] = ()
+    instead: str = ""
 
 
 def _names_in(
     other: Checkpoint, inputs: Inputs, side: int, asked: str | None, notes: list[str]
-) -> tuple[dict[str, str], str]:
-    """The tensors of one side by the names that the leading one has for them; and the prefix that was used.
+) -> tuple[dict[str, str], bool]:
+    """The tensors of one side by the names that the leading one has for them; and whether a prefix was used.
 
     A model saved by itself and one saved inside another (GPT-2's `h.0` and `transformer.h.0`) differ by one prefix, as
     transformers, too, sees on loading.
     """
     lead = inputs.leading
     if not asked and other.tensors.keys() == lead.tensors.keys():
-        return {name: name for name in other.tensors}, ""
+        return {name: name for name in other.tensors}, False
     known_as = cache(canonical)  # for as long as this side is looked at
     reading = _best_reading(lead, other, _as_it_is, asked)
     names, known = _read_by(reading, lead, other, known_as)
@@ -96,14 +100,15 @@ def _names_in(
         whose = inputs.called(inputs.lead if reading.of == "lead" else side)
         shorter = other if reading.of == "lead" else lead
         others = "those of the other side" if len(inputs.checkpoints) == 2 else f"those of {shorter.name}"
-        notes.append(f"names of {whose} begin with {reading.prefix!r}, {others} do not: paired without")
+        those = f"{others} with {reading.instead!r}" if reading.instead else f"{others} do not"
+        notes.append(f"names of {whose} begin with {reading.prefix!r}, {those}: paired without")
     if known:
         there, own = next(iter(known.items()))
         notes.append(
             f"{len(known):,} tensor(s) have another name in {inputs.called(side)}, known to be the same, and are "
             f"paired, such as {printable(own)} with {printable(there)}"
         )
-    return names, reading.prefix
+    return names, bool(reading.prefix)
 
 
 def _as_it_is(name: str) -> str:
@@ -138,6 +143,11 @@ def _best_reading(lead: Checkpoint, other: Checkpoint, spelling: Spelling, asked
     none = _Reading(spelling, equal=equal, named=len(direct))
     if asked == "":
         return none
+    if asked is not None and _BOTH in asked:
+        one, another = asked.split(_BOTH)
+        ways = [_swapped(lead, of_lead, other, of_other, *pair) for pair in ((one, another), (another, one))]
+        both = max(ways, key=lambda reading: (reading.equal, reading.named))
+        return replace(both, spelling=spelling) if both.named else none
     readings = [
         _Reading(spelling, prefix, "lead", *counts)
         for prefix, counts in _prefixes(lead, of_lead, other, of_other).items()
@@ -194,6 +204,72 @@ def _prefixes(
 
 
 _MOST_PARTS = 64  # of a stranger's name that are looked at
+_BOTH = "="  # between two prefixes of which one stands where the other side has the other
+
+
+def _swapped(
+    lead: Checkpoint,
+    of_lead: Mapping[str, str],
+    other: Checkpoint,
+    of_other: Mapping[str, str],
+    prefix: str,
+    instead: str,
+) -> _Reading:
+    """The reading by which names of `lead` begin with `prefix` where those of `other` begin with `instead`."""
+    equal = named = 0
+    for key, own in of_other.items():
+        there = of_lead.get(prefix + key[len(instead) :]) if key.startswith(instead) else None
+        if there is not None:
+            named += 1
+            equal += _equal(lead, there, other, own)
+    return _Reading(_as_it_is, prefix, "lead", equal, named, instead=instead)
+
+
+def two_prefixes(inputs: Inputs) -> list[str]:
+    """What a prefix could be where each side has one of its own before the same names (`bert.`, `model.encoder.`): as
+    `a.=b.`, the base's first. Never taken unasked: the blocks of a text tower may be called as those of a vision tower.
+
+    Returns:
+        Those by which most tensors have a partner of equal shape, and more than half of one side's.
+    """
+    lead = inputs.leading
+    for side, other in enumerate(inputs.checkpoints):
+        of_lead, of_other = _spelt(lead, _as_it_is), _spelt(other, _as_it_is)
+        least = min(len(of_lead), len(of_other)) // 2
+        pairs = [] if side == inputs.lead else list(product(_begins(of_lead, least), _begins(of_other, least)))
+        readings = [_swapped(lead, of_lead, other, of_other, *pair) for pair in pairs if pair[0] != pair[1]]
+        most = max((reading.equal for reading in readings), default=0)
+        best = sorted((r for r in readings if r.equal == most > least), key=lambda r: len(r.prefix))
+        found: list[tuple[str, str]] = []
+        for reading in best:
+            pair = (reading.prefix, reading.instead)
+            if not any(_is_longer(pair, shorter) for shorter in found):  # which pairs the same
+                found.append(pair)
+        if found:
+            return [_BOTH.join(pair if inputs.lead < side else pair[::-1]) for pair in found]
+    return []
+
+
+def _begins(names: Iterable[str], least: int) -> list[str]:
+    """What more than so many names begin with, up to a dot."""
+    counted: Counter[str] = Counter()
+    for name in names:
+        at = name.find(".") + 1
+        for _ in range(_MOST_PARTS_SHARED):
+            if not at:
+                break
+            counted[name[:at]] += 1
+            at = name.find(".", at) + 1
+    return [begin for begin, times in counted.items() if times > least]
+
+
+_MOST_PARTS_SHARED = 6
+
+
+def _is_longer(pair: tuple[str, str], shorter: tuple[str, str]) -> bool:
+    """Whether two prefixes are two others with the same words behind each."""
+    rest = pair[0].removeprefix(shorter[0])
+    return pair == (shorter[0] + rest, shorter[1] + rest)
 
 
 def _ambiguous(reading: _Reading, inputs: Inputs, side: int) -> MismatchError:
@@ -202,12 +278,17 @@ def _ambiguous(reading: _Reading, inputs: Inputs, side: int) -> MismatchError:
         longer, shorter = shorter, longer
     counted = [f"{prefix}: {reading.equal:,} of {len(shorter.tensors):,}" for prefix in reading.alike]
     option = "--prefix" if inputs.of_an_edit else "prefix:"
-    ways = " or ".join(f"{option} {shlex.quote(prefix)}" for prefix in reading.alike[:_MOST_WAYS])
+    ways = or_so(option, reading.alike)
     return MismatchError(
         f"names of {shorter.name} are found in {longer.name} behind {len(counted)} prefixes, and as many tensors "
         f"have a partner of equal shape behind each:\n{some(counted)}",
-        hint=f"Say which is meant: {ways}.",
+        hint=f"Say which is meant: {ways}",
     )
+
+
+def or_so(option: str, prefixes: Sequence[str]) -> str:
+    """The option with each of a few prefixes."""
+    return " or ".join(f"{option} {shlex.quote(prefix)}" for prefix in prefixes[:_MOST_WAYS])
 
 
 _MOST_WAYS = 4
@@ -245,7 +326,7 @@ def _behind_prefix(reading: _Reading, lead: Checkpoint, other: Checkpoint) -> di
     of_lead, prefix, paired = _spelt(lead, reading.spelling), reading.prefix, {}
     for key, own in _spelt(other, reading.spelling).items():
         if reading.of == "lead":
-            there = of_lead.get(prefix + key)
+            there = of_lead.get(prefix + key[len(reading.instead) :]) if key.startswith(reading.instead) else None
         else:
             there = of_lead.get(key[len(prefix) :]) if key.startswith(prefix) else None
         if there is not None:
@@ -297,7 +378,9 @@ def _may_be_one(lead: Checkpoint, there: str, other: Checkpoint, own: str) -> bo
 
 def _prefixed(own: str, reading: _Reading) -> str:
     """A name as it would be on the leading side."""
-    return reading.prefix + own if reading.of == "lead" else own.removeprefix(reading.prefix)
+    if reading.of == "other":
+        return own.removeprefix(reading.prefix)
+    return reading.prefix + own.removeprefix(reading.instead) if own.startswith(reading.instead) else own
 
 
 def _free(own: str, reading: _Reading, taken: Container[str]) -> str:

@@ -123,7 +123,7 @@ def _factor_notes(inputs: Inputs) -> Iterator[str]:
         if factors := factors_among({name: stored.info for name, stored in checkpoint.tensors.items()}):
             yield (
                 f"{len(factors):,} tensor(s) of {checkpoint.name} are factors of an adapter, such as "
-                f"{printable(factors[0])}: they are scaled one by one, which is not the same as to scale their product"
+                f"{printable(factors[0])}: what is done to each is not the same as to scale their product"
             )
 
 

@@ -9,9 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import chain
 
+from lines_cli.checkpoint.contents import factors_among
 from lines_cli.checkpoint.header import TensorInfo
-from lines_cli.checkpoint.reader import Checkpoint
+from lines_cli.checkpoint.reader import FOLD, Checkpoint
 from lines_cli.errors import MismatchError, printable, some
+from lines_cli.plan.align import or_so, two_prefixes
 from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.layout import natural
 from lines_cli.plan.tied_weights import says_tied, tied_partner
@@ -50,9 +52,9 @@ def settle_missing(
     rows, incomplete = matched
     inside = missing_in_blocks(inputs, rows, incomplete, places)
     if incomplete and recipe.missing == "error":
-        raise _missing(inputs, own, incomplete, inside)
+        raise _missing(inputs, own, matched, inside)
     if len(inside) != (recipe.missing_in_blocks or 0):
-        raise _missing_in_blocks(inputs, incomplete, inside, recipe)
+        raise _missing_in_blocks(inputs, matched, inside, recipe)
     _note_incomplete(inputs, incomplete, recipe, notes)
     staying = {**rows, **kept(inputs, incomplete, recipe.missing)}
     if not staying:
@@ -76,7 +78,19 @@ def kept(inputs: Inputs, incomplete: Mapping[str, Names], missing: str) -> dict[
 def nothing_in_common(inputs: Inputs) -> MismatchError:
     """What is said of inputs of which no tensor is in all."""
     names = " and ".join(checkpoint.name for checkpoint in inputs.checkpoints)
-    return MismatchError(f"{names} have no tensor in common", hint="Check that they are versions of one model.")
+    hint = _under_two_prefixes(inputs, 0) or "Check that they are versions of one model."
+    return MismatchError(f"{names} have no tensor in common", hint=hint)
+
+
+def _under_two_prefixes(inputs: Inputs, paired: int) -> str | None:
+    """What says that the names of each side begin with a prefix of its own; None if they do not, or if most tensors
+    are paired without.
+    """
+    if 2 * paired >= min(len(checkpoint.tensors) for checkpoint in inputs.checkpoints):
+        return None
+    option = "--prefix" if inputs.of_an_edit else "prefix:"
+    ways = two_prefixes(inputs)
+    return f"If the two sides have the same tensors behind other prefixes: {or_so(option, ways)}" if ways else None
 
 
 def match_names(
@@ -232,8 +246,12 @@ def _is_made_anew(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def _missing(
-    inputs: Inputs, own: Sequence[Mapping[str, str]], incomplete: Mapping[str, Names], inside: Mapping[str, Names]
+    inputs: Inputs,
+    own: Sequence[Mapping[str, str]],
+    matched: tuple[Mapping[str, Names], Mapping[str, Names]],
+    inside: Mapping[str, Names],
 ) -> MismatchError:
+    rows, incomplete = matched
     nothing_in_common = len(incomplete) == len(set().union(*own))
     which = "two sides" if len(inputs.checkpoints) == 2 else "inputs"
     parts = [f"the {which} {'have no tensor in common' if nothing_in_common else 'do not hold the same tensors'}."]
@@ -251,14 +269,17 @@ def _missing(
             f"{len(names):,} of {len(holder.tensors):,} in {holder.name} that {lacker.name} lacks:\n"
             f"{some(sorted(names), 2 if nothing_in_common else 8)}"
         )
+    prefixes = _under_two_prefixes(inputs, len(rows))
     if nothing_in_common:
-        hint = "No tensor is on both sides. Check that they are versions of one model."
+        hint = prefixes or "No tensor is on both sides. Check that they are versions of one model."
     elif len(inside) == len(incomplete):
         hint = _hint_inside(inputs, inside)
     else:
         which = f"Of the {len(incomplete) - len(inside):,} outside the blocks, " if inside else ""
         hint = which + (_MISSING_OF_AN_EDIT if inputs.of_an_edit else _MISSING)
         hint += f"\n{_hint_inside(inputs, inside)}" if inside else ""
+    if prefixes and not nothing_in_common:
+        hint = f"{prefixes}\n{hint}"
     return MismatchError("\n".join(parts), hint=hint)
 
 
@@ -273,9 +294,13 @@ _MISSING = (
 
 
 def _missing_in_blocks(
-    inputs: Inputs, incomplete: Mapping[str, Names], inside: Mapping[str, Names], recipe: Recipe
+    inputs: Inputs,
+    matched: tuple[Mapping[str, Names], Mapping[str, Names]],
+    inside: Mapping[str, Names],
+    recipe: Recipe,
 ) -> MismatchError:
     """The recipe knows of another number of them, or of none."""
+    rows, incomplete = matched
     key = "--missing-in-blocks" if inputs.of_an_edit else "missing_in_blocks:"
     if not inside:
         return MismatchError(
@@ -283,7 +308,10 @@ def _missing_in_blocks(
             hint="Leave it out; or is it another checkpoint that is meant?",
         )
     said = f" {key} says {recipe.missing_in_blocks:,}." if recipe.missing_in_blocks is not None else ""
-    return MismatchError(f"{_inside(inputs, inside, incomplete)}{said}", hint=_hint_inside(inputs, inside))
+    hint = _hint_inside(inputs, inside)
+    if ways := _under_two_prefixes(inputs, len(rows)):
+        hint = f"{ways}\n{hint}"
+    return MismatchError(f"{_inside(inputs, inside, incomplete)}{said}", hint=hint)
 
 
 def _inside(inputs: Inputs, inside: Mapping[str, Names], incomplete: Mapping[str, Names]) -> str:
@@ -323,7 +351,26 @@ _LONGEST = 200
 def _hint_inside(inputs: Inputs, inside: Mapping[str, Names]) -> str:
     said = f"--missing-in-blocks {len(inside)}" if inputs.of_an_edit else f"missing_in_blocks: {len(inside)}"
     beside = "--missing" if inputs.of_an_edit else "missing:"
-    return (
+    hint = (
         "Inside blocks a tensor without a partner is mostly one that the other side calls otherwise: rename it there. "
         f"If one side really has more, {said}, beside {beside}, says so."
     )
+    factors = _factors_in(inputs, inside)
+    if not factors:
+        return hint
+    of_adapter = (
+        f"{len(factors):,} of them are factors of an adapter that is not folded into its weights, such as "
+        f"{printable(factors[0])}; beside weights that are scaled they would still act in full. {FOLD}"
+    )
+    if len(factors) == len(inside):
+        return f"{of_adapter} If they are to stay as they are, {said}, beside {beside}, says so."
+    return f"{of_adapter}\n{hint}"
+
+
+def _factors_in(inputs: Inputs, inside: Mapping[str, Names]) -> list[str]:
+    """Those that are an adapter's factors, by the names that they have where they are."""
+    found = []
+    for checkpoint in {one.name: one for one in inputs.checkpoints}.values():
+        factors = set(factors_among({name: stored.info for name, stored in checkpoint.tensors.items()}))
+        found += [name for row in inside.values() for name in row if name in factors] if factors else []
+    return list(dict.fromkeys(found))

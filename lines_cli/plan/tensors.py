@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
 from typing import NamedTuple
 
@@ -256,20 +257,41 @@ def _ways_of_a_merge(
 
 
 _MOST_PATTERNS = 8
+_MANY_PATTERNS = 3
 _NO_FILTER = "No few filters name these tensors and no others: rename them, or make the sides fit first."
 
 
 def _patterns(misfits: Sequence[TensorSpec], specs: Sequence[TensorSpec]) -> list[str]:
-    """Parts of names that are in those of all misfits and in no other: their modules', else their own. None
-    where some misfit has none, or they are too many to say: a filter would name others, too.
+    """Parts of names that are in those of all misfits and in no other: their modules', else their own; where these are
+    many, what they are called in every layer (`relative_position_bias_table`). None where some misfit has none, or
+    they are too many to say: a filter would name others, too.
     """
-    fitting = [spec.counts_as for spec in specs if not spec.misfit]
+    fitting = [spec.counts_as for spec in specs if spec.paired and not spec.misfit]  # what is copied anyway, is so
+    names = list(dict.fromkeys(spec.counts_as for spec in misfits))
+    of_each = _parts_of(names, fitting, lambda name: (name.rpartition(".")[0], name))
+    if 0 < len(of_each) < _MANY_PATTERNS:
+        return of_each
+    return _parts_of(names, fitting, _behind_numbers) or of_each
+
+
+def _behind_numbers(name: str) -> tuple[str, ...]:
+    """What a tensor is called within its layer: `relative_position_bias_table`, else `attn.qkv.weight`."""
+    rest = _UP_TO_A_NUMBER.sub("", name)
+    return (rest.rpartition(".")[2], rest)
+
+
+_UP_TO_A_NUMBER = re.compile(r".*(?:\A|\.)\d+\.", re.DOTALL)
+
+
+def _parts_of(names: Sequence[str], fitting: Sequence[str], parts: Callable[[str], Sequence[str]]) -> list[str]:
+    """For each name one of its parts that no other name has, or that of another; none where a name has none, or where
+    they are too many.
+    """
     patterns: list[str] = []
-    for name in dict.fromkeys(spec.counts_as for spec in misfits):
+    for name in names:
         if any(pattern in name for pattern in patterns):
             continue
-        parts = (name.rpartition(".")[0], name)
-        own = next((part for part in parts if part and not any(part in other for other in fitting)), None)
+        own = next((part for part in parts(name) if part and not any(part in other for other in fitting)), None)
         if own is None:
             return []
         patterns.append(own)

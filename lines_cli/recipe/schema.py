@@ -322,10 +322,13 @@ Like = Literal["base", "ft"]
 
 
 def _parse_prefix(value: Any) -> Any:
-    """A prefix ends at a dot, whether that is written or not."""
+    """A prefix ends at a dot, whether that is written or not; so do two, with a sign between them."""
     if value is not None and not isinstance(value, str):
         raise ValueError("expected what names begin with, as in vision_model.")
-    return f"{value.removesuffix('.')}." if value else value
+    parts = value.split("=") if value else []
+    if len(parts) > 2 or (len(parts) == 2 and not all(parts)):
+        raise ValueError("expected what names begin with, as in vision_model., or as in bert.=encoder.")
+    return "=".join(f"{part.removesuffix('.')}." for part in parts) if parts else value
 
 
 class Recipe(_Part):
@@ -344,7 +347,8 @@ class Recipe(_Part):
         tokenizer_source, chat_template: `base`, or one of the models; None takes the input that the output is like.
         like: which input gives the output its names, dtypes, integer tensors, config and other files: the `base`
             (the first model where there is none), or the (first) fine-tune.
-        prefix: what the names of one input begin with and those of another lack, ending at a dot; empty for none.
+        prefix: what the names of one input begin with and those of another lack, ending at a dot; `a.=b.` where those
+            of the other begin with `b.` instead; empty for none.
             Unless given, it is found.
         missing: a tensor that some inputs lack is an `error`; taken as it is if a fine-tune has it (`ft`); a `copy` of
             whichever has it, the base before the models; or left out (`skip`).

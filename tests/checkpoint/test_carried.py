@@ -102,6 +102,72 @@ def test_modules_of_a_stranger(content: str, tmp_path: Path) -> None:
     assert [path for path in out.rglob("*") if path.is_file() and b"secret" in path.read_bytes()] == []
 
 
+def test_modules_that_only_the_base_has(tmp_path: Path) -> None:
+    """A trainer saves the transformer alone: that pooling is not carried over is said."""
+    write(tmp_path / "base", 0, modules__json=[{"path": ""}, {"path": "1_Pooling"}])
+    write(tmp_path / "ft", 1)
+    assert len(about(edit(tmp_path)[1], "has modules.json")) == 1
+    write(tmp_path / "ft", 1, modules__json=[{"path": ""}])
+    assert about(edit(tmp_path, "--force")[1], "has modules.json") == []
+
+
+CODE = {"AutoModel": "modeling_x.XModel", "AutoTokenizer": ["tokenization_x.T", None], "AutoConfig": "org/x--conf.C"}
+
+
+def test_code_that_auto_map_names(tmp_path: Path) -> None:
+    """It is taken from the base where the fine-tune was saved without, with what it may import; else it is named."""
+    config = CONFIG | {"auto_map": CODE}
+    write(tmp_path / "base", 0, config=config, modeling_x__py="from .y import z", y__py="z = 1")
+    write(tmp_path / "ft", 1, config=config)
+    out, notes = edit(tmp_path)
+    assert len(about(notes, "modeling_x.py, tokenization_x.py, which is not there")) == 1
+    assert not (out / "y.py").exists()
+    (tmp_path / "base" / "tokenization_x.py").write_text("t")
+    (tmp_path / "ft" / "y.py").write_text("its own")
+    out, notes = edit(tmp_path, "--force")
+    assert len(about(notes, "that of the base is taken (modeling_x.py, tokenization_x.py)")) == 1
+    assert (out / "modeling_x.py").read_text() == "from .y import z"
+    assert (out / "y.py").read_text() == "its own"
+    write(tmp_path / "base", 0, config=CONFIG)  # of another model: its code would not be what is named
+    out, notes = edit(tmp_path, "--force")
+    assert len(about(notes, "which is not there")) == 1
+
+
+@pytest.mark.parametrize("auto_map", [[], "x.Y", {"AutoModel": 1}, {"AutoModel": "../x.Y"}, {"AutoModel": "a/b.c"}])
+def test_an_auto_map_of_a_stranger(auto_map: Any, tmp_path: Path) -> None:
+    for name in ("base", "ft"):
+        write(tmp_path / name, 0 if name == "base" else 1, config=CONFIG | {"auto_map": auto_map})
+    assert about(edit(tmp_path)[1], "auto_map") == []
+
+
+@pytest.mark.parametrize("name", ["quantize_config", "hf_quant_config", "quantization_config", "quant_config"])
+def test_a_claim_that_whole_weights_are_quantised(name: str, tmp_path: Path) -> None:
+    """A server that finds it would look for codes."""
+    write(tmp_path / "base", 0)
+    write(tmp_path / "ft", 1, **{f"{name}__json": {"bits": 4}})
+    out, notes = edit(tmp_path)
+    assert len(about(notes, f"{name}.json")) == 1
+    assert not (out / f"{name}.json").exists()
+
+
+@pytest.mark.parametrize("where", ["base", "ft"])
+def test_an_adapter_beside_whole_weights(where: str, tmp_path: Path) -> None:
+    """A loader would add it to the weights, so it decides what the model is."""
+    for seed, name in enumerate(("base", "ft")):
+        write(tmp_path / name, seed, **({"adapter_config__json": {}} if name == where else {}))
+    out, notes = edit(tmp_path)
+    called = "the base" if where == "base" else "the fine-tune"
+    assert len(about(notes, f"an adapter lies beside the weights of {called}")) == 1
+    assert not (out / "adapter_config.json").exists()
+
+
+def test_all_that_is_left_behind_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "base", 0)
+    write(tmp_path / "ft", 1, **{f"part_{i}__dat": "" for i in range(20)})
+    note = about(edit(tmp_path)[1], "not carried over")[0]
+    assert [i for i in range(20) if f"part_{i}.dat" not in note] == []
+
+
 def test_what_else_lies_there_is_carried_or_named(tmp_path: Path) -> None:
     """params.json is carried; a file of unknown use and a model in a subfolder are named; training state is not."""
     unknown = {
@@ -187,6 +253,12 @@ def test_a_chat_template_that_only_a_model_has(where: str, tmp_path: Path) -> No
         ("hidden_act", ("silu", "gelu")),
         ("eos_token_id", (2, [2, 9])),
         ("final_logit_softcapping", (30.0, None)),
+        ("logits_soft_cap", (30.0, None)),
+        ("num_experts_per_tok", (2, 4)),
+        ("norm_topk_prob", (True, False)),
+        ("do_stable_layer_norm", (True, False)),
+        ("vision_feature_layer", (-2, -1)),
+        ("alibi", (True, False)),
     ],
 )
 def test_configs_that_use_the_weights_in_other_ways(key: str, values: tuple[Any, Any], tmp_path: Path) -> None:

@@ -400,6 +400,8 @@ CODES: dict[str, Kinds] = {
     "one scale for all": {"kernel": (I8, (8, 4)), "scale": (F32, ())},
     "a weight of integers": {"weight": (I32, (8, 4)), "scales": (F16, (2, 2))},
     "HQQ by columns": {"W_q": (U8, (4, 32)), "scale": (F16, (1, 32)), "zero": (F16, (1, 32)), "bias": (F16, (256,))},
+    "HQQ in 4 bits": {"W_q": (U8, (4, 16)), "scale": (F16, (8, 1)), "zero": (F16, (8, 1))},
+    "HQQ in 3 bits": {"W_q": (I32, (2, 16)), "scale": (F16, (20, 1)), "zero": (F16, (20, 1))},
     "beside a bias": {"qw": (I8, (8, 16)), "delta": (F16, (8, 2)), "bias": (F16, (8,))},
 }
 # What integers stand beside floats in honest models.
@@ -427,6 +429,7 @@ HONEST: dict[str, Kinds] = {
     "a mask of rows": {"selfbias": (I32, (16, 16)), "slopes": (F32, (16, 1)), "scale": (F32, (16,))},
     "beside a whole weight": {"layout": (I32, (8, 4)), "weight": (F32, (8, 64)), "slopes": (F32, (8, 1))},
     "beside a bias alone": {"layout": (I32, (8, 4)), "bias": (F32, (8,)), "gamma": (F32, (8,))},
+    "a scale and no zero of it": {"layout": (I32, (8, 4)), "scale": (F32, ()), "zeroed_rows": (F32, (3,))},
     "a scale of all": {"layout": (I32, (8, 4)), "scale": (F32, ())},
     "tokens by name": {"token_types": (I32, (1, 16)), "cls_token": (F32, (1, 4)), "pos_embed": (F32, (1, 16))},
 }

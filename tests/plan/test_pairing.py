@@ -389,6 +389,101 @@ def test_a_prefix_of_a_merge(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-6)
 
 
+SWAPPED = {
+    "a sentence transformer": ("bert.", "model.0.auto_model."),
+    "a backbone": ("encoder.", "backbone.model."),
+    "one within the other's word": ("a.b.", "b."),
+    "the fine-tune's is shorter": ("net.module.trunk.", "t."),
+}
+
+
+@pytest.mark.parametrize("kind", SWAPPED)
+def test_each_side_has_a_prefix_of_its_own(kind: str, tmp_path: Path) -> None:
+    """They are not paired unasked; the hint says how, and what it says is right, also for a new head."""
+    one, another = SWAPPED[kind]
+    whole = tower(one, 0, own="stem") | drawn({"cls.weight": (2, 4)}, 5)
+    alone = tower(another, 2, own="stem") | drawn({"head.weight": (3, 4)}, 6)
+    base, ft = write_checkpoint(tmp_path / "base", whole), write_checkpoint(tmp_path / "ft", alone)
+    command = ("edit", base, ft, "-o", tmp_path / "out")
+    if not one.endswith(another):  # else it is one prefix, and found
+        ran = run_lines(*command)
+        assert (ran.code, f"--prefix {one}={another}" in ran.err.replace("\n  ", " ")) == (4, True), ran.err
+        ran = run_lines(*command, "--missing", "ft")
+        assert (ran.code, f"--prefix {one}={another}" in ran.err) == (4, True), ran.err
+    for said in (f"{one}={another}", f"{another.removesuffix('.')}={one.removesuffix('.')}"):
+        ran = run_lines(*command, "--prefix", said, "--missing", "ft", "--force")
+        assert ran.code == 0, ran.err
+        got = load_file(tmp_path / "out" / "model.safetensors")
+        assert torch.equal(got.pop("head.weight"), alone["head.weight"])
+        kept = {name: tensor for name, tensor in alone.items() if name in got}
+        check(got, whole, kept, lambda name: f"{one}{name.removeprefix(another)}")
+        assert run_lines("verify", tmp_path / "out").code == 0
+
+
+def test_two_towers_behind_two_prefixes(tmp_path: Path) -> None:
+    """Where several fit alike each is listed; a pairing that is whole needs no hint."""
+    whole = tower(TEXT, 0, own="stem") | tower(VISION, 1, own="stem")
+    alone = tower("image_encoder.", 2, own="stem")
+    base, ft = write_checkpoint(tmp_path / "base", whole), write_checkpoint(tmp_path / "ft", alone)
+    command = ("edit", base, ft, "-o", tmp_path / "out.safetensors", "--missing", "ft")
+    ran = run_lines(*command)
+    assert ran.code == 4
+    for prefix in (TEXT, VISION):
+        assert f"--prefix {prefix}=image_encoder." in ran.err
+        assert run_lines(*command, "--force", "--prefix", f"{prefix}=image_encoder.").code == 0
+        got = load_file(tmp_path / "out.safetensors")
+        check(got, whole, alone, lambda name, p=prefix: name.replace("image_encoder.", p))
+    few = {name: tensor for name, tensor in whole.items() if "mlp" not in name or "3" not in name}
+    with pytest.raises(MismatchError) as refusal:
+        lines.edit_state_dict(whole, few, missing="ft")
+    assert "prefix" not in str(refusal.value.hint)
+
+
+@pytest.mark.parametrize("said", ["a=b=c", "=b", "a=", "nowhere.=b."])
+def test_two_prefixes_that_are_none(said: str) -> None:
+    base, ft = tower("a.", 0, own="stem"), tower("b.", 1, own="stem")
+    with pytest.raises((MismatchError, RecipeError), match=r"prefix|begin with"):
+        lines.edit_state_dict(base, ft, prefix=said)
+
+
+def test_two_prefixes_of_a_merge(tmp_path: Path) -> None:
+    """`prefix: a.=b.` serves each input that has one of them, and none that needs it not."""
+    models = {"base": tower("a.", 0, own="stem"), "x": tower("b.", 1, own="stem"), "y": tower("a.", 2, own="stem")}
+    for name, tensors in models.items():
+        write_checkpoint(tmp_path / name, tensors)
+    recipe = {"merge_method": "task_arithmetic", "base_model": "base", "models": [{"model": "x"}, {"model": "y"}]}
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump(recipe))
+    command = ("merge", "--config", tmp_path / "m.yaml", "-o", tmp_path / "out.safetensors")
+    ran = run_lines(*command)
+    assert ran.code == 4
+    assert "prefix: a.=b." in ran.err
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump(recipe | {"prefix": "a.=b."}))
+    ran = run_lines(*command)
+    assert ran.code == 0, ran.err
+    base, x, y = models.values()
+    for name, tensor in load_file(tmp_path / "out.safetensors").items():
+        expected = base[name] + (x[name.replace("a.", "b.", 1)] - base[name]) + (y[name] - base[name])
+        torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("beside", ["", "mlp.extra.weight"])
+def test_an_adapter_that_is_not_folded_in(beside: str, tmp_path: Path) -> None:
+    """Its factors would be copied beside scaled weights, and act in full: they are named, not only counted."""
+    whole = llama(0)
+    ft = {f"base_model.model.{name.replace('q_proj.', 'q_proj.base_layer.')}": t for name, t in whole.items()}
+    for i in range(LAYERS):
+        at = f"base_model.model.model.layers.{i}"
+        ft |= drawn({f"{at}.self_attn.q_proj.lora_{x}.default.weight": s for x, s in (("A", (2, 4)), ("B", (4, 2)))}, i)
+        ft |= drawn({f"{at}.{beside}": (4, 4)}, i) if beside else {}
+    base, unmerged = write_checkpoint(tmp_path / "base", whole), write_checkpoint(tmp_path / "ft", ft)
+    for more in ((), ("--missing", "ft")):
+        ran = run_lines("edit", base, unmerged, "-o", tmp_path / "out", *more)
+        assert ran.code == 4
+        expected = ["8 of them are factors", "merge_and_unload", f"--missing-in-blocks {12 if beside else 8}"]
+        assert [word for word in expected if word not in ran.err] == []
+        assert ("rename it there" in ran.err) == bool(beside)
+
+
 def test_a_prefix_that_is_none() -> None:
     """One that stands before no name is refused; an empty one pairs names as they are."""
     base, ft = tower("a.", 0, own="stem"), tower("", 1, own="stem")
@@ -566,7 +661,7 @@ def test_factors_inside_a_whole_model_are_noted(tmp_path: Path) -> None:
     paths = [write_checkpoint(tmp_path / name, llama(n) | drawn(LORA, n)) for n, name in enumerate(("base", "ft"))]
     ran = run_lines("edit", *paths, "-o", tmp_path / "out", "--json")
     assert ran.code == 0, ran.err
-    notes = [note for note in ran.json["notes"] if "scaled one by one" in note]
+    notes = [note for note in ran.json["notes"] if "scale their product" in note]
     assert [note.split()[0] for note in notes] == ["8", "8"]
     base, ft = (llama(n) | drawn(LORA, n) for n in (0, 1))
     check(load_file(tmp_path / "out" / "model.safetensors"), base, ft, str)

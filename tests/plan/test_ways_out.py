@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,37 @@ def test_another_shape_within_a_block(tmp_path: Path) -> None:
     assert "--missing ft" not in ran.err
     way = ("--filter", "vit.encoder.layer.2.output.dense=keep")
     assert run_lines("edit", *folders, "-o", tmp_path / "out", *way).code == 0
+
+
+@pytest.mark.parametrize("name", ["attn.relative_position_bias_table", "attn.rel_pos", "rel_pos", "output.dense.gain"])
+@pytest.mark.parametrize("rule", ["keep", "base"])
+def test_another_shape_in_every_block(name: str, rule: str, tmp_path: Path) -> None:
+    """As where a Swin was fine-tuned with larger windows: one filter names the tensors of all blocks, and no others."""
+
+    def model(seed: int, rows: int) -> dict[str, torch.Tensor]:
+        chance = torch.Generator().manual_seed(seed)
+        each = {
+            f"swin.layers.{i}.{part}": torch.randn(n, 4, generator=chance)
+            for i in range(12)
+            for part, n in ((name, rows), ("attn.qkv.weight", 4), ("output.dense.weight", 4))
+        }
+        return each | {"head.weight": torch.randn(rows, 4, generator=chance)}
+
+    base, ft = model(0, 5), model(1, 9)
+    folders = write_pair(tmp_path, base, ft)
+    ran = run_lines("edit", *folders, "-o", tmp_path / "out")
+    assert ran.code == 4
+    flags = shlex.split(re.findall(rf"((?:--filter \S+={rule} ?)+)", ran.err.replace("\n  ", " "))[0])
+    assert len(flags) == 4
+    ran = run_lines("edit", *folders, "-o", tmp_path / "out", *flags)
+    assert ran.code == 0, ran.err
+    for key, tensor in load_file(tmp_path / "out/model.safetensors").items():
+        layer = re.search(r"\d+", key)
+        if base[key].shape == ft[key].shape:
+            coefficient = 0.1 + 0.9 * int(layer[0]) / 11 if layer else 0.1
+            assert torch.allclose(tensor, torch.lerp(base[key], ft[key], coefficient), atol=1e-5), key
+        else:
+            assert torch.equal(tensor, (ft if rule == "keep" else base)[key]), key
 
 
 def test_most_tensors_of_other_shapes(tmp_path: Path) -> None:
@@ -449,6 +481,17 @@ def test_models_that_are_empty(tmp_path: Path) -> None:
         write_checkpoint(tmp_path / side, nothing | {"norm.weight": torch.ones(3)}, config=LLAMA)
     ran = run_lines("edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / "out")
     assert (ran.code, "4 tensor(s) are empty" in ran.err, "without their weights?" in ran.err) == (0, True, True)
+
+
+def test_a_folder_of_the_hubs_cache(tmp_path: Path) -> None:
+    """Its snapshots are named, and each can be given."""
+    folders = write_pair(tmp_path, vit(0), vit(1))
+    cached = tmp_path / "models--org--name"
+    (cached / "snapshots").mkdir(parents=True)
+    shutil.move(folders[1], cached / "snapshots" / "abc")
+    ran = run_lines("edit", folders[0], cached, "-o", tmp_path / "out")
+    assert (ran.code, f"{cached}/snapshots/abc" in ran.err.replace("\n  ", "")) == (3, True)
+    assert run_lines("edit", folders[0], cached / "snapshots" / "abc", "-o", tmp_path / "out").code == 0
 
 
 def test_a_pipeline_of_components(tmp_path: Path) -> None:
