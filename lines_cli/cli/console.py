@@ -17,6 +17,7 @@ from lines_cli.errors import in_short, printable, without_secrets
 from lines_cli.inspection.tables import Bar, Cell, Section, coefficient, count, sections, size
 from lines_cli.inspection.tables import Table as Columns
 from lines_cli.plan.realised import warning_of
+from lines_cli.version import ABOUT
 
 if TYPE_CHECKING:
     from lines_cli.engine.measure import Track
@@ -42,6 +43,18 @@ def refuse(message: str, hint: str | None = None) -> None:
     _err.print(Text.assemble(("error: ", "bold red"), _printable(message)), soft_wrap=True)
     if hint:
         _err.print(Text.assemble(("hint: ", "bold"), _printable(hint)), soft_wrap=True)
+
+
+def show_error(code: int, message: str, hint: str | None) -> None:
+    """The same as JSON, where nothing has been printed on stdout yet: there is one object on it.
+
+    Args:
+        code: what the process ends with.
+        message, hint: as of `refuse`.
+    """
+    if not getattr(_out.file, "used", False):
+        error = {"code": int(code), "message": without_secrets(message), "hint": hint and without_secrets(hint)}
+        _print_json({**ABOUT, "error": error})
 
 
 def remark(text: str) -> None:

@@ -47,6 +47,12 @@ def edit(
     """Scale a fine-tune's update over depth, so that it forgets less (LiNeS).
 
     \b
+      lines edit BASE FT --dry-run             # what would be done, at what cost
+      lines edit BASE FT -o OUT                # block 1 keeps 0.1 of its update
+      lines edit BASE FT -o OUT --alpha 0.3    # more of what the fine-tune learnt
+      lines edit BASE FT -o OUT --resume       # go on after an interruption
+
+    \b
     Block l = 1..L becomes  base + c(l) * (ft - base),
                  where  c(l) = alpha + beta * (l-1) / (L-1).
 

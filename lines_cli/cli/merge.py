@@ -28,6 +28,10 @@ def merge(
     """Merge models, and scale what they learnt together over depth (LiNeS).
 
     \b
+      lines merge --config merge.yaml -o OUT
+      lines merge --config merge.yaml -o OUT --set lines.beta=0.4
+
+    \b
     The recipe says how, in mergekit's keys where mergekit has them:
 
     \b
