@@ -82,10 +82,10 @@ def _bar(title: str, total: int, done: Iterable[int]) -> Iterator[int]:
             yield nbytes
 
 
-def show_plan(plan: Plan, resources: Resources, *, json: bool) -> None:
-    """What would be done, for `--dry-run`."""
+def show_plan(plan: Plan, told: summary.Summary, resources: Resources, *, json: bool) -> None:
+    """What would be done, for `--dry-run`; `told` is the same as plain values."""
     if json:
-        _print_json(summary.of_plan(plan, resources))
+        _print_json(told)
         return
     _models(plan)
     _alpha(plan)
@@ -95,7 +95,8 @@ def show_plan(plan: Plan, resources: Resources, *, json: bool) -> None:
         _out.print(f"measure {', '.join(plan.passes)}: {size(plan.bytes_measured)} each time", soft_wrap=True)
     _out.print(f"read    {size(plan.bytes_read)}")
     files = f"{len(plan.outputs)} files" if len(plan.outputs) > 1 else plan.outputs[0].name
-    _out.print(f"write   {size(plan.bytes_written)} to {_printable(str(plan.output))} ({files})", soft_wrap=True)
+    to = f" to {_printable(str(plan.output))}" if told["output"] is not None else ""
+    _out.print(f"write   {size(plan.bytes_written)}{to} ({files})", soft_wrap=True)
     if plan.sidecars:
         _out.print("beside  " + ", ".join(_printable(sidecar.name) for sidecar in plan.sidecars))
     _out.print(

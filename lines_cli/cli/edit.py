@@ -12,7 +12,7 @@ def edit(
     base: opt.Base,
     ft: opt.FineTune,
     *,
-    output: opt.Output,
+    output: opt.Output = None,
     alpha: opt.Alpha = None,
     beta: opt.Beta = None,
     gamma: opt.Gamma = None,
@@ -87,4 +87,5 @@ def edit(
     )
     resources = arguments.resources(workers, device, gpu_memory)
     how = RunOptions(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)
-    carry_out(recipe, arguments.destination(output), resources, how, dry_run=dry_run, json=json, quiet=quiet)
+    destination = arguments.destination_unless(output, dry_run=dry_run, unnamed="no output is named")
+    carry_out(recipe, destination, resources, how, dry_run=dry_run, json=json, quiet=quiet)

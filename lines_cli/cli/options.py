@@ -320,12 +320,14 @@ AllowNonfinite = Annotated[
 ]
 
 Output = Annotated[
-    str,
+    str | None,
     typer.Option(
         "-o",
         "--output",
         metavar="OUT",
-        help="A folder that loads as it is, with config and tokenizer; or one file, if it ends in .safetensors.",
+        show_default=False,
+        help="A folder that loads as it is, with config and tokenizer; or one file, if it ends in .safetensors. "
+        "--dry-run needs none.",
         rich_help_panel=OUTPUT,
     ),
 ]
@@ -381,7 +383,8 @@ MaybeOutput = Annotated[
         "--output",
         metavar="OUT",
         show_default="the recipe's output",
-        help="A folder that loads as it is, with config and tokenizer; or one file, if it ends in .safetensors.",
+        help="A folder that loads as it is, with config and tokenizer; or one file, if it ends in .safetensors. "
+        "--dry-run needs none.",
         rich_help_panel=OUTPUT,
     ),
 ]

@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 
 
 def carry_out(
-    recipe: Recipe, destination: Path, resources: Resources, how: RunOptions, *, dry_run: bool, json: bool, quiet: bool
+    recipe: Recipe,
+    destination: Path | None,
+    resources: Resources,
+    how: RunOptions,
+    *,
+    dry_run: bool,
+    json: bool,
+    quiet: bool,
 ) -> None:
     """Plan a recipe's result, then show it (`dry_run`) or make it and say what was done."""
     from lines_cli.cli import console
@@ -40,7 +47,7 @@ def carry_out(
         console.show_finished(done.plan, verified=how["verify"], json=json, quiet=quiet)
         return
     if done.outcome is None:
-        console.show_plan(done.plan, resources, json=json)
+        console.show_plan(done.plan, done.summary, resources, json=json)
         return
     streams.holds(f"{destination} is in place and whole")
     try:
