@@ -1,10 +1,11 @@
 """`python -m lines_cli`, and the console script `lines`."""
 
-from lines_cli.cli import signals
+from lines_cli.cli import signals, streams
 
 
 def main() -> None:
-    """Mind signals first, then import all that the command line needs."""
+    """Mind signals and closed descriptors first, then import all that the command line needs."""
+    streams.occupy()
     signals.install()
     from lines_cli.cli.app import main as run
 

@@ -35,6 +35,19 @@ def path(flag: str, given: str | Path) -> Path:
     return Path(found)
 
 
+def destination_unless(given: str | Path | None, *, dry_run: bool, unnamed: str) -> Path | None:
+    """The same; None where it is not said and `dry_run` needs none.
+
+    Raises:
+        RecipeError: it is not said (`unnamed` says so), or its name is that of a file of another format.
+    """
+    if given is not None:
+        return destination(given)
+    if not dry_run:
+        raise RecipeError(unnamed, hint="Say where with -o OUT; only --dry-run needs none.")
+    return None
+
+
 def destination(given: str | Path) -> Path:
     """Where the output goes: a folder, or a .safetensors file.
 

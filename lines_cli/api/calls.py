@@ -46,7 +46,7 @@ Rounding = Literal["nearest", "stochastic"]
 def edit(
     base: Named,
     ft: Named,
-    output: Named,
+    output: Named | None = None,
     *,
     alpha: float | None = None,
     beta: float | None = None,
@@ -82,7 +82,7 @@ def edit(
 
     Args:
         base, ft: the checkpoints, each a path or a Hub id.
-        output: a folder; or one file, if it ends in `.safetensors`.
+        output: a folder; or one file, if it ends in `.safetensors`. Only a `dry_run` needs none.
         alpha, beta, gamma, schedule, outside: the coefficients; what is not given keeps its default.
         layers, series, not_layers: where depth is not as the names say (docs/finding-depth.md); a series is `"A,B"`, or
             a list of names, or several of these.
@@ -129,7 +129,8 @@ def edit(
     )
     resources = arguments.resources(workers, device, gpu_memory)
     how = RunOptions(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)
-    return carry_out(recipe, arguments.destination(output), resources, how, dry_run=dry_run, track=track).summary
+    destination = arguments.destination_unless(output, dry_run=dry_run, unnamed="no output is named")
+    return carry_out(recipe, destination, resources, how, dry_run=dry_run, track=track).summary
 
 
 def merge(
@@ -152,7 +153,7 @@ def merge(
     Args:
         config: a recipe: the path of a YAML file, from whose folder paths in it count; a mapping with the same keys,
             whose paths count from the current folder; or a `Recipe`.
-        output: a folder, or one file; unless given, the recipe's `output`.
+        output: a folder, or one file; unless given, the recipe's `output`. A `dry_run` needs neither.
         sets: what overrules the recipe: a mapping such as `{"lines.beta": 0.4}`, or texts as `--set` takes them.
         force, resume, verify, verify_inputs, workers, device, gpu_memory, dry_run, track: as in `edit`.
 
@@ -165,7 +166,7 @@ def merge(
     recipe = read_recipe(config, sets or ())
     resources = arguments.resources(workers, device, gpu_memory)
     how = RunOptions(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)
-    destination = destination_of(recipe, output, called=config)
+    destination = destination_of(recipe, output, called=config, dry_run=dry_run)
     return carry_out(recipe, destination, resources, how, dry_run=dry_run, track=track).summary
 
 
@@ -382,20 +383,15 @@ def read_recipe(config: Config, sets: Sets = ()) -> Recipe:
     return config
 
 
-def destination_of(recipe: Recipe, output: Named | None, *, called: Any) -> Path:
-    """Where a merge's output goes.
+def destination_of(recipe: Recipe, output: Named | None, *, called: Any, dry_run: bool) -> Path | None:
+    """Where a merge's output goes; None where neither the caller nor the recipe says so, and `dry_run` needs none.
 
     Raises:
         RecipeError: neither the caller nor the recipe says so.
     """
+    named = called if isinstance(called, (str, Path)) else "the recipe"
     destination = output if output is not None else recipe.output
-    if destination is None:
-        named = called if isinstance(called, (str, Path)) else "the recipe"
-        raise RecipeError(
-            f"{named} names no output",
-            hint="Say where with -o OUT, or with output: in the recipe.",
-        )
-    return arguments.destination(destination)
+    return arguments.destination_unless(destination, dry_run=dry_run, unnamed=f"{named} names no output")
 
 
 @contextmanager
@@ -428,7 +424,7 @@ Importing = Callable[[], AbstractContextManager[None]]
 
 def carry_out(
     recipe: Recipe,
-    destination: Path,
+    destination: Path | None,
     resources: Resources,
     how: RunOptions,
     *,
@@ -443,7 +439,7 @@ def carry_out(
 
     Args:
         recipe: what is asked.
-        destination: a folder, or a file.
+        destination: a folder, or a file; None in a dry run for which none is named.
         resources: what may be used.
         how: the options of `engine.run`.
         dry_run: plan only.
@@ -455,14 +451,15 @@ def carry_out(
     """
     from dataclasses import replace
 
-    from lines_cli.plan.build import make_plan
-    from lines_cli.plan.claim import notes_of_inputs, refuse_other_contents
+    from lines_cli.plan.claim import refuse_other_contents
     from lines_cli.plan.identity import is_finished, is_same_run, refuse_altered, replaceable
-    from lines_cli.plan.inputs import open_inputs
-    from lines_cli.storage.destination import check_destination
+    from lines_cli.storage.destination import check_destination, is_taken
     from lines_cli.storage.staging import clean, leftover, recover
 
     say = remark or (lambda _: None)
+    if destination is None:
+        plan = _planned(recipe, Path(UNNAMED), quiet=quiet)
+        return Done(plan, {**summary.of_plan(plan, resources), "output": None})
     inputs = [name for name in (recipe.base_model, *(source.model for source in recipe.models)) if name is not None]
     named = [Path(os.path.expanduser(name)) for name in inputs]
     before = leftover(destination)
@@ -470,15 +467,13 @@ def carry_out(
         if dry_run:
             puts_back = f"lines clean {as_argument(destination)}"
             say(f"the old {destination} is in {before.folder}; a run, or {puts_back}, puts it back")
-            if not how["force"]:
-                raise OutputError(f"{destination} exists", hint="Replace it with --force, or choose another with -o.")
         else:
             recover(destination)
     # Before anything is fetched. Whether what is there already is what is asked for, a plan will tell.
-    check_destination(destination, inputs=named, nbytes=0, force=how["force"] or how["resume"])
-    plan = make_plan(recipe, open_inputs(recipe, quiet=quiet), destination)
-    if recipe.inputs:
-        plan = replace(plan, notes=(*plan.notes, *notes_of_inputs(plan)))
+    check_destination(
+        destination, inputs=named, nbytes=0, force=how["force"] or how["resume"], may_exist=dry_run and not how["force"]
+    )
+    plan = _planned(recipe, destination, quiet=quiet)
     is_over = before is not None and before.is_over and is_same_run(plan, before.run)
     finished = how["resume"] and (is_over or is_finished(plan))
     if finished and (how["verify"] or how["verify_inputs"]):
@@ -500,7 +495,17 @@ def carry_out(
             say(_what_becomes_of(before, how, same=is_same_run(plan, before.run)))
         needed = plan.bytes_written - (before.nbytes if before else 0)
         ours = replaceable(plan) if how["force"] else None
-        check_destination(destination, inputs=plan.read_paths, nbytes=needed, force=how["force"], ours=ours)
+        check_destination(
+            destination,
+            inputs=plan.read_paths,
+            nbytes=needed,
+            force=how["force"],
+            ours=ours,
+            may_exist=not how["force"],
+        )
+        if not how["force"] and (is_taken(destination) or (before is not None and before.set_aside)):
+            note = f"{destination} exists: a run replaces it with --force alone, and ends with exit code 6 without"
+            plan = replace(plan, notes=(*plan.notes, note))
         return Done(plan, summary.of_plan(plan, resources))
     if before is not None and before.is_over and not quiet:
         say(f"{before.folder} holds the old output that a finished run replaced; it is removed")
@@ -517,6 +522,21 @@ def carry_out(
 
     outcome = run(plan, resources, **how, **({} if track is None else {"track": track}), at_last=at_last)
     return Done(outcome.plan, summary.of_outcome(outcome), outcome)
+
+
+UNNAMED = "OUT"
+"""What a plan calls a destination that nobody has named."""
+
+
+def _planned(recipe: Recipe, destination: Path, *, quiet: bool) -> Plan:
+    from dataclasses import replace
+
+    from lines_cli.plan.build import make_plan
+    from lines_cli.plan.claim import notes_of_inputs
+    from lines_cli.plan.inputs import open_inputs
+
+    plan = make_plan(recipe, open_inputs(recipe, quiet=quiet), destination)
+    return replace(plan, notes=(*plan.notes, *notes_of_inputs(plan))) if recipe.inputs else plan
 
 
 def _what_becomes_of(left: Unfinished, how: RunOptions, *, same: bool) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
+from lines_cli.version import ABOUT
+
 if TYPE_CHECKING:
     from lines_cli.engine.write import Outcome
     from lines_cli.plan.plan import Plan
@@ -19,12 +21,12 @@ Summary = dict[str, Any]
 
 def of_plan(plan: Plan, resources: Resources) -> Summary:
     """What would be done."""
-    return {"dry_run": True, **plan.summary(), "peak_memory": plan.peak_memory(resources), "map": plan.map()}
+    return {**ABOUT, "dry_run": True, **plan.summary(), "peak_memory": plan.peak_memory(resources), "map": plan.map()}
 
 
 def of_finished(plan: Plan) -> Summary:
     """What an earlier run has done."""
-    return {"dry_run": False, **plan.summary(), "done_before": True}
+    return {**ABOUT, "dry_run": False, **plan.summary(), "done_before": True}
 
 
 def of_outcome(outcome: Outcome) -> Summary:
@@ -42,7 +44,7 @@ def of_outcome(outcome: Outcome) -> Summary:
         "negative_variances": outcome.negative,
         "seconds": round(outcome.seconds, 3),
     }
-    return {"dry_run": False, **summary, "done_before": False, **found}
+    return {**ABOUT, "dry_run": False, **summary, "done_before": False, **found}
 
 
 def of_realised(plan: Plan, rows: Sequence[Row]) -> Summary:

@@ -19,6 +19,7 @@ from lines_cli.cli.clean import clean
 from lines_cli.cli.edit import edit
 from lines_cli.cli.inspect import inspect
 from lines_cli.cli.merge import merge
+from lines_cli.cli.parser import CODE_UNPRINTED, Command, Lines
 from lines_cli.cli.verify import verify
 from lines_cli.errors import LinesError, aftermath_of, as_argument
 from lines_cli.version import __version__
@@ -32,18 +33,45 @@ EXIT_CODES = {
     5: "NaN or Inf in an input, or a value that the output dtype cannot hold; lines inspect --check found something; "
     "lines verify found a difference",
     6: "the destination exists, is an input, or cannot be written",
+    CODE_UNPRINTED: "all was done, and an output is in place and whole; but stdout was closed or full, so that not "
+    "everything could be printed",
     130: "interrupted (Ctrl-C), and the destination is as it was (129: SIGHUP, 143: SIGTERM)",
 }
 """What the process ends with."""
 
+PAGES = {
+    "a base and its fine-tune": ("lines edit BASE FT -o OUT", "docs/editing.md"),
+    "several fine-tunes, or a mergekit file": ("lines merge --config FILE", "docs/merging.md"),
+    "a question about a checkpoint": ("lines inspect CHECKPOINT", "docs/inspecting.md"),
+    "an output, and a doubt": ("lines verify OUT", "docs/reliability.md"),
+    "a job in CI, or a shared disk": ("lines edit ... --resume --force", "docs/jobs.md"),
+    "a script that reads the result": ("lines ... --json", "docs/json.md"),
+    "a notebook": ("import lines_cli as lines", "docs/notebooks.md"),
+}
+"""What a person comes with: what to type, and where to read on."""
+
+
+def pages_by_what_you_have() -> str:
+    """The last part of `lines --help`."""
+    rows = "\n".join(f"  {what}\n      {command:<33} {page}" for what, (command, page) in PAGES.items())
+    return f"\b\nWhat do you have?\n{rows}"
+
+
+_HELP = """Edit and merge model checkpoints so that a model keeps what it learnt and stops forgetting what it knew.
+
+\b
+  lines edit BASE FT -o OUT     # a fine-tune that forgets less
+"""
+
 app = typer.Typer(
     name="lines",
-    help="Edit and merge model checkpoints so that a model keeps what it learnt and stops forgetting what it knew.",
+    cls=Lines,
+    help=_HELP,
+    epilog=pages_by_what_you_have(),
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: it reads well without colour, and starts faster
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
 
@@ -55,25 +83,26 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
                 command(**options)
         except (LinesError, KeyboardInterrupt, MemoryError) as error:
             signals.too_late()
-            raise typer.Exit(_say(error, writes=command in (edit, merge))) from error
+            raise typer.Exit(_say(error, writes=command in (edit, merge), json=options.get("json", False))) from error
 
     return guarded
 
 
-def _say(error: BaseException, *, writes: bool) -> int:
+def _say(error: BaseException, *, writes: bool, json: bool) -> int:
     """Say why a command ends, and what it leaves; the exit code.
 
     Args:
         error: what ended it.
         writes: whether the command writes a destination.
+        json: whether stdout is to say it, too.
     """
     from lines_cli.cli import console
 
     aftermath, code = aftermath_of(error), 1
+    message, hint = "", None
     match error:
         case LinesError():
-            console.refuse(error.message, error.hint)
-            code = error.exit_code
+            message, hint, code = error.message, error.hint, error.exit_code
         case KeyboardInterrupt():
             number = error.number if isinstance(error, signals.Signalled) else signal.SIGINT
             if aftermath.in_place is not None:
@@ -81,11 +110,12 @@ def _say(error: BaseException, *, writes: bool) -> int:
                 code = 0
             else:
                 unchanged = "; the destination is as it was" if writes else ""
-                console.refuse(f"interrupted ({number.name}){unchanged}")
-                code = 128 + number
+                message, code = f"interrupted ({number.name}){unchanged}", 128 + number
         case _:
             message = ": ".join(filter(None, ("out of memory", str(error))))
-            console.refuse(message, "Try fewer --workers: each has buffers of its own.")
+            hint = "Try fewer --workers: each has buffers of its own."
+    if message:
+        console.refuse(message, hint)
     if aftermath.kept is not None:
         removes = f"lines clean {as_argument(aftermath.output)} removes it"
         if aftermath.in_place is not None:
@@ -95,6 +125,8 @@ def _say(error: BaseException, *, writes: bool) -> int:
                 f"what was finished is kept in {aftermath.kept}: the same command with --resume continues from there, "
                 f"{removes}"
             )
+    if message and json:
+        console.show_error(code, message, hint)
     return code
 
 
@@ -113,11 +145,14 @@ def _lines(
     pass
 
 
-app.command("edit")(_guarded(edit))
-app.command("merge")(_guarded(merge))
-app.command("inspect")(_guarded(inspect))
-app.command("verify")(_guarded(verify))
-app.command("clean")(_guarded(clean))
+for _name, _command, _pages in (
+    ("edit", edit, "docs/editing.md, docs/finding-depth.md, docs/reliability.md"),
+    ("merge", merge, "docs/merging.md, docs/merge-methods.md, docs/reliability.md"),
+    ("inspect", inspect, "docs/inspecting.md, docs/finding-depth.md"),
+    ("verify", verify, "docs/reliability.md"),
+    ("clean", clean, "docs/reliability.md"),
+):
+    app.command(_name, cls=Command, epilog=f"More: {_pages}")(_guarded(_command))
 
 
 def main() -> None:

@@ -9,6 +9,9 @@ from lines_cli.cli import options as opt
 def clean(output: opt.Cleaned, *, quiet: opt.Quiet = False) -> None:
     """Remove what a run left that was killed or interrupted.
 
+    \b
+      lines clean OUT
+
     Such a run keeps its finished work beside OUT, for --resume; so does lines verify --resume. A run that is still at
     work is left alone, and so is OUT itself.
     """

@@ -17,6 +17,7 @@ from lines_cli.errors import in_short, printable, without_secrets
 from lines_cli.inspection.tables import Bar, Cell, Section, coefficient, count, sections, size
 from lines_cli.inspection.tables import Table as Columns
 from lines_cli.plan.realised import warning_of
+from lines_cli.version import ABOUT
 
 if TYPE_CHECKING:
     from lines_cli.engine.measure import Track
@@ -44,6 +45,18 @@ def refuse(message: str, hint: str | None = None) -> None:
         _err.print(Text.assemble(("hint: ", "bold"), _printable(hint)), soft_wrap=True)
 
 
+def show_error(code: int, message: str, hint: str | None) -> None:
+    """The same as JSON, where nothing has been printed on stdout yet: there is one object on it.
+
+    Args:
+        code: what the process ends with.
+        message, hint: as of `refuse`.
+    """
+    if not getattr(_out.file, "used", False):
+        error = {"code": int(code), "message": without_secrets(message), "hint": hint and without_secrets(hint)}
+        _print_json({**ABOUT, "error": error})
+
+
 def remark(text: str) -> None:
     """Say something by the way."""
     _notes([text])
@@ -69,10 +82,10 @@ def _bar(title: str, total: int, done: Iterable[int]) -> Iterator[int]:
             yield nbytes
 
 
-def show_plan(plan: Plan, resources: Resources, *, json: bool) -> None:
-    """What would be done, for `--dry-run`."""
+def show_plan(plan: Plan, told: summary.Summary, resources: Resources, *, json: bool) -> None:
+    """What would be done, for `--dry-run`; `told` is the same as plain values."""
     if json:
-        _print_json(summary.of_plan(plan, resources))
+        _print_json(told)
         return
     _models(plan)
     _alpha(plan)
@@ -82,7 +95,8 @@ def show_plan(plan: Plan, resources: Resources, *, json: bool) -> None:
         _out.print(f"measure {', '.join(plan.passes)}: {size(plan.bytes_measured)} each time", soft_wrap=True)
     _out.print(f"read    {size(plan.bytes_read)}")
     files = f"{len(plan.outputs)} files" if len(plan.outputs) > 1 else plan.outputs[0].name
-    _out.print(f"write   {size(plan.bytes_written)} to {_printable(str(plan.output))} ({files})", soft_wrap=True)
+    to = f" to {_printable(str(plan.output))}" if told["output"] is not None else ""
+    _out.print(f"write   {size(plan.bytes_written)}{to} ({files})", soft_wrap=True)
     if plan.sidecars:
         _out.print("beside  " + ", ".join(_printable(sidecar.name) for sidecar in plan.sidecars))
     _out.print(

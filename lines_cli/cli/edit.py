@@ -12,7 +12,7 @@ def edit(
     base: opt.Base,
     ft: opt.FineTune,
     *,
-    output: opt.Output,
+    output: opt.Output = None,
     alpha: opt.Alpha = None,
     beta: opt.Beta = None,
     gamma: opt.Gamma = None,
@@ -45,6 +45,12 @@ def edit(
     quiet: opt.Quiet = False,
 ) -> None:
     """Scale a fine-tune's update over depth, so that it forgets less (LiNeS).
+
+    \b
+      lines edit BASE FT --dry-run             # what would be done, at what cost
+      lines edit BASE FT -o OUT                # block 1 keeps 0.1 of its update
+      lines edit BASE FT -o OUT --alpha 0.3    # more of what the fine-tune learnt
+      lines edit BASE FT -o OUT --resume       # go on after an interruption
 
     \b
     Block l = 1..L becomes  base + c(l) * (ft - base),
@@ -81,4 +87,5 @@ def edit(
     )
     resources = arguments.resources(workers, device, gpu_memory)
     how = RunOptions(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)
-    carry_out(recipe, arguments.destination(output), resources, how, dry_run=dry_run, json=json, quiet=quiet)
+    destination = arguments.destination_unless(output, dry_run=dry_run, unnamed="no output is named")
+    carry_out(recipe, destination, resources, how, dry_run=dry_run, json=json, quiet=quiet)

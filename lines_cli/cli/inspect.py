@@ -39,10 +39,10 @@ def inspect(
     """Show what a checkpoint is, what a fine-tune changed, and what LiNeS would leave of it.
 
     \b
-      lines inspect CHECKPOINT                # from headers alone, at once, any size
-      lines inspect FT --base BASE            # what changed, layer by layer
-      lines inspect FT FT2 FT3 --base BASE    # and how the changes interfere
-      lines inspect --config merge.yaml       # the same of a merge, and its auto alpha
+      lines inspect CHECKPOINT               # from headers alone, at once
+      lines inspect FT --base BASE           # what changed, layer by layer
+      lines inspect FT FT2 --base BASE       # and how the changes interfere
+      lines inspect --config merge.yaml      # the same of a merge, its auto alpha
 
     An output of lines also tells its recipe.
     """

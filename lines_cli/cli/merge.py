@@ -28,6 +28,10 @@ def merge(
     """Merge models, and scale what they learnt together over depth (LiNeS).
 
     \b
+      lines merge --config merge.yaml -o OUT
+      lines merge --config merge.yaml -o OUT --set lines.beta=0.4
+
+    \b
     The recipe says how, in mergekit's keys where mergekit has them:
 
     \b
@@ -44,7 +48,7 @@ def merge(
     An output's lines_recipe.yaml is such a recipe, too: it makes the same files again.
     """
     recipe = read_recipe(config, sets or ())
-    destination = destination_of(recipe, output, called=config)
+    destination = destination_of(recipe, output, called=config, dry_run=dry_run)
     resources = arguments.resources(workers, device, gpu_memory)
     how = RunOptions(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)
     carry_out(recipe, destination, resources, how, dry_run=dry_run, json=json, quiet=quiet)

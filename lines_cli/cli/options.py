@@ -4,10 +4,26 @@ None.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+INSPECTING, RECIPE, SCALING = "Inspecting", "Recipe", "Scaling"
+DISAGREE, OUTPUT, RECOVERY, MACHINE = "When the inputs disagree", "Output", "Recovery", "Machine"
+PANELS = (INSPECTING, RECIPE, SCALING, DISAGREE, OUTPUT, RECOVERY, MACHINE)
+"""What options are shown under, in this order."""
+
+
+def _starting(*words: str) -> Callable[[str], list[str]]:
+    """What a shell offers, where not only these words can be said."""
+
+    def starting(incomplete: str) -> list[str]:
+        return [word for word in words if word.startswith(incomplete)]
+
+    return starting
+
 
 Base = Annotated[
     str,
@@ -38,6 +54,7 @@ Against = Annotated[
         metavar="BASE",
         show_default=False,
         help="What they were fine-tuned from: reads all weights and shows what changed.",
+        rich_help_panel=INSPECTING,
     ),
 ]
 MergeToInspect = Annotated[
@@ -48,6 +65,7 @@ MergeToInspect = Annotated[
         show_default=False,
         help="Inspect the models of this recipe against its base, with its coefficients; and measure what alpha: auto "
         "is with its method.",
+        rich_help_panel=INSPECTING,
     ),
 ]
 AlphaOrAuto = Annotated[
@@ -57,18 +75,49 @@ AlphaOrAuto = Annotated[
         metavar="FLOAT",
         show_default="0.1; of several fine-tunes auto, which is 1/N",
         help="Coefficient of the first block, and of everything outside the blocks.",
+        rich_help_panel=SCALING,
     ),
 ]
-JsonReport = Annotated[bool, typer.Option("--json", help="Print everything as one JSON object on stdout.")]
-NoProgress = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
-Tensors = Annotated[bool, typer.Option("--tensors", help="List every tensor.")]
-Full = Annotated[bool, typer.Option("--full", help="Show every layer of a deep model, and every name of a long list.")]
+JsonReport = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Print everything as one JSON object on stdout.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+NoProgress = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        "-q",
+        help="No progress.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Tensors = Annotated[
+    bool,
+    typer.Option(
+        "--tensors",
+        help="List every tensor.",
+        rich_help_panel=INSPECTING,
+    ),
+]
+Full = Annotated[
+    bool,
+    typer.Option(
+        "--full",
+        help="Show every layer of a deep model, and every name of a long list.",
+        rich_help_panel=INSPECTING,
+    ),
+]
 Check = Annotated[
     bool,
     typer.Option(
         "--check",
         help="Read all weights, and fail (exit code 5) on NaN, Inf, values that a narrower dtype cannot hold, tensors "
         "of zeros or of size 0, duplicates, and files of an output of lines that are not as it wrote them.",
+        rich_help_panel=INSPECTING,
     ),
 ]
 Plot = Annotated[
@@ -79,6 +128,7 @@ Plot = Annotated[
         show_default=False,
         help="Also draw it: FILE ends in .svg or .png, or in .html for a page with the figures and tables. Needs "
         'matplotlib: pip install "lines-cli[plot]".',
+        rich_help_panel=INSPECTING,
     ),
 ]
 
@@ -88,6 +138,7 @@ Config = Annotated[
         "--config",
         metavar="FILE",
         help="The recipe, in YAML. Relative paths in it count from its own folder.",
+        rich_help_panel=RECIPE,
     ),
 ]
 Set = Annotated[
@@ -97,6 +148,7 @@ Set = Annotated[
         metavar="KEY=VALUE",
         show_default=False,
         help="Overrule the recipe, as in --set lines.beta=0.4 or --set models.0.parameters.weight=0.3. Repeatable.",
+        rich_help_panel=RECIPE,
     ),
 ]
 
@@ -106,6 +158,7 @@ Alpha = Annotated[
         "--alpha",
         show_default="0.1",
         help="Coefficient of the first block, and of everything outside the blocks.",
+        rich_help_panel=SCALING,
     ),
 ]
 Beta = Annotated[
@@ -114,6 +167,7 @@ Beta = Annotated[
         "--beta",
         show_default="1 - alpha",
         help="What depth adds: the last block's coefficient is alpha + beta.",
+        rich_help_panel=SCALING,
     ),
 ]
 Gamma = Annotated[
@@ -122,16 +176,19 @@ Gamma = Annotated[
         "--gamma",
         show_default="1",
         help="Multiplies the coefficients that alpha and beta give (WiSE-FT's mixing weight).",
+        rich_help_panel=SCALING,
     ),
 ]
 Schedule = Annotated[
     str | None,
     typer.Option(
         "--schedule",
+        autocompletion=_starting("linear", "power:", "constant", "unet"),
         metavar="RULE",
         show_default="linear",
         help="How the coefficient grows with depth: linear, power:P, constant, unet (up to the middle, down "
         "again); or the coefficients themselves, first layer to last, as in 0.1,0.6,1.0.",
+        rich_help_panel=SCALING,
     ),
 ]
 Outside = Annotated[
@@ -141,6 +198,7 @@ Outside = Annotated[
         show_default="alpha",
         help="What lies outside the blocks gets alpha; alpha before them and alpha + beta behind them (position); "
         "0 (base); or 1 (keep).",
+        rich_help_panel=SCALING,
     ),
 ]
 Stack = Annotated[
@@ -151,6 +209,7 @@ Stack = Annotated[
         show_default=False,
         help="One stack's own alpha,beta; or keep (coefficient 1), or base (0). NAME is any dotted part of its name "
         "that no other has. Repeatable.",
+        rich_help_panel=SCALING,
     ),
 ]
 Filter = Annotated[
@@ -161,6 +220,7 @@ Filter = Annotated[
         show_default=False,
         help="The coefficient of every tensor whose name contains PATTERN: a number, keep or base. The last word over "
         "all; of several, the first that matches. Repeatable.",
+        rich_help_panel=SCALING,
     ),
 ]
 Layers = Annotated[
@@ -171,6 +231,7 @@ Layers = Annotated[
         show_default=False,
         help="Where a name holds its layer's number, if that cannot be found: "
         "group `index` (and `index2`, for blocks in stages), and group `stack` for more than one stack.",
+        rich_help_panel=SCALING,
     ),
 ]
 Series = Annotated[
@@ -181,6 +242,7 @@ Series = Annotated[
         show_default=False,
         help="Stacks that run one after the other, in this order, as one; reversed(NAME) runs against its numbers. "
         "A NAME may also be any numbered list, or a module that is one layer. Repeatable.",
+        rich_help_panel=SCALING,
     ),
 ]
 NotLayers = Annotated[
@@ -190,6 +252,7 @@ NotLayers = Annotated[
         metavar="REGEX",
         show_default=False,
         help="Names in which it is found lie outside the blocks.",
+        rich_help_panel=SCALING,
     ),
 ]
 
@@ -201,6 +264,7 @@ Prefix = Annotated[
         show_default="found",
         help="What the names of one side begin with, and those of the other do not, as vision_model. where a "
         "vision tower was saved by itself; A=B if the names of the other side begin with B instead; empty for nothing.",
+        rich_help_panel=DISAGREE,
     ),
 ]
 Missing = Annotated[
@@ -210,6 +274,7 @@ Missing = Annotated[
         show_default="an error",
         help="A tensor that one side lacks: keep the fine-tune's set of tensors, as for a new head (ft); copy it from "
         "the side that has it; or skip it.",
+        rich_help_panel=DISAGREE,
     ),
 ]
 MissingInBlocks = Annotated[
@@ -221,6 +286,7 @@ MissingInBlocks = Annotated[
         show_default="an error",
         help="So many of the tensors that one side lacks lie inside blocks, and are really its own: --missing alone "
         "does not settle these.",
+        rich_help_panel=DISAGREE,
     ),
 ]
 Resize = Annotated[
@@ -230,6 +296,7 @@ Resize = Annotated[
         show_default="an error",
         help="Token embeddings and heads with different numbers of rows: keep the rows of ft or of base. "
         "Shared rows are edited, rows that only the kept side has are copied, all others dropped.",
+        rich_help_panel=DISAGREE,
     ),
 ]
 Variant = Annotated[
@@ -239,6 +306,7 @@ Variant = Annotated[
         metavar="NAME",
         show_default="the weights without one",
         help="Of a folder with several sets of weights the one of this name, as fp16 in model.fp16.safetensors.",
+        rich_help_panel=DISAGREE,
     ),
 ]
 AllowNonfinite = Annotated[
@@ -247,16 +315,20 @@ AllowNonfinite = Annotated[
         "--allow-nonfinite",
         show_default="an error",
         help="Let NaN, Inf and overflow through, and say where they are.",
+        rich_help_panel=DISAGREE,
     ),
 ]
 
 Output = Annotated[
-    str,
+    str | None,
     typer.Option(
         "-o",
         "--output",
         metavar="OUT",
-        help="A folder that loads as it is, with config and tokenizer; or one file, if it ends in .safetensors.",
+        show_default=False,
+        help="A folder that loads as it is, with config and tokenizer; or one file, if it ends in .safetensors. "
+        "--dry-run needs none.",
+        rich_help_panel=OUTPUT,
     ),
 ]
 Cleaned = Annotated[str, typer.Argument(metavar="OUT", help="The destination that the run was to write.")]
@@ -274,6 +346,7 @@ RecipeOf = Annotated[
         metavar="FILE",
         show_default="OUT/lines_recipe.yaml",
         help="The recipe that made it. A single .safetensors file needs this: it holds no recipe.",
+        rich_help_panel=RECIPE,
     ),
 ]
 Elsewhere = Annotated[
@@ -284,6 +357,7 @@ Elsewhere = Annotated[
         show_default=False,
         help="Where an input is, if it is not where the recipe says. NAME is its name in the recipe, or the last "
         "part of that. Repeatable.",
+        rich_help_panel=RECIPE,
     ),
 ]
 ResumeVerify = Annotated[
@@ -291,9 +365,17 @@ ResumeVerify = Annotated[
     typer.Option(
         "--resume",
         help="Keep the progress in a hidden file beside OUT, and continue from it.",
+        rich_help_panel=RECOVERY,
     ),
 ]
-JsonVerified = Annotated[bool, typer.Option("--json", help="Print what was found as JSON on stdout.")]
+JsonVerified = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Print what was found as JSON on stdout.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 MaybeOutput = Annotated[
     str | None,
     typer.Option(
@@ -301,7 +383,9 @@ MaybeOutput = Annotated[
         "--output",
         metavar="OUT",
         show_default="the recipe's output",
-        help="A folder that loads as it is, with config and tokenizer; or one file, if it ends in .safetensors.",
+        help="A folder that loads as it is, with config and tokenizer; or one file, if it ends in .safetensors. "
+        "--dry-run needs none.",
+        rich_help_panel=OUTPUT,
     ),
 ]
 Dtype = Annotated[
@@ -310,6 +394,7 @@ Dtype = Annotated[
         "--dtype",
         show_default="the fine-tune's, tensor by tensor",
         help="Write every float tensor as this.",
+        rich_help_panel=OUTPUT,
     ),
 ]
 DtypeToForesee = Annotated[
@@ -318,6 +403,7 @@ DtypeToForesee = Annotated[
         "--dtype",
         show_default="the fine-tune's, tensor by tensor",
         help="Of what an edit would write: say what rounding to this leaves of the coefficients.",
+        rich_help_panel=OUTPUT,
     ),
 ]
 Rounding = Annotated[
@@ -326,13 +412,19 @@ Rounding = Annotated[
         "--rounding",
         show_default="nearest",
         help="How a result is rounded to the output's dtype: to the nearest number; or stochastic, up or down by a "
-        "seeded draw, so that small updates keep, on average, the scale that is asked.",
+        "seeded draw, so that small updates keep, on average, the scale that is asked for.",
+        rich_help_panel=OUTPUT,
     ),
 ]
 RoundingSeed = Annotated[
     int | None,
     typer.Option(
-        "--rounding-seed", metavar="N", min=0, show_default="0", help="Seed of the draws of --rounding stochastic."
+        "--rounding-seed",
+        metavar="N",
+        min=0,
+        show_default="0",
+        help="Seed of the draws of --rounding stochastic.",
+        rich_help_panel=OUTPUT,
     ),
 ]
 MaxShardSize = Annotated[
@@ -342,19 +434,40 @@ MaxShardSize = Annotated[
         metavar="SIZE",
         show_default="5GB",
         help="Most bytes of tensors per file of a folder: 500MB, 5GB (decimal), 2GiB.",
+        rich_help_panel=OUTPUT,
     ),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing output, once the new one is whole.")]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Continue what the same run had finished when it was killed or interrupted.")
+Force = Annotated[
+    bool,
+    typer.Option(
+        "--force",
+        help="Replace an existing output, once the new one is whole.",
+        rich_help_panel=OUTPUT,
+    ),
 ]
-Verify = Annotated[bool, typer.Option("--verify", help="Read the output back before it is put into place.")]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Continue what the same run had finished when it was killed or interrupted.",
+        rich_help_panel=RECOVERY,
+    ),
+]
+Verify = Annotated[
+    bool,
+    typer.Option(
+        "--verify",
+        help="Read the output back before it is put into place.",
+        rich_help_panel=RECOVERY,
+    ),
+]
 VerifyInputs = Annotated[
     bool,
     typer.Option(
         "--verify-inputs",
         help="Take digests of the inputs, whole, before they are used: to record them, and, with --resume, to see that "
         "they are those that the other run read.",
+        rich_help_panel=RECOVERY,
     ),
 ]
 
@@ -366,15 +479,18 @@ Workers = Annotated[
         max=64,
         show_default="one per core, up to 4; 4 per GPU",
         help="Threads that read, compute and write.",
+        rich_help_panel=MACHINE,
     ),
 ]
 Device = Annotated[
     str,
     typer.Option(
         "--device",
+        autocompletion=_starting("auto", "cpu", "cuda", "cuda:0"),
         metavar="auto|cpu|cuda[:N],...",
         help="Where to compute; auto is the first GPU where there is one, cuda:0,cuda:1 shares the work out. The bytes "
         "are the same.",
+        rich_help_panel=MACHINE,
     ),
 ]
 GpuMemory = Annotated[
@@ -384,18 +500,31 @@ GpuMemory = Annotated[
         metavar="SIZE",
         show_default="an eighth of it, up to 2GiB",
         help="Most memory to take of each GPU.",
+        rich_help_panel=MACHINE,
     ),
 ]
 DryRun = Annotated[
     bool,
-    typer.Option("--dry-run", help="Print the plan, its bytes and its peak memory; write nothing."),
+    typer.Option(
+        "--dry-run",
+        help="Print the plan, its bytes and its peak memory; write nothing.",
+        rich_help_panel=OUTPUT,
+    ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the summary (or the plan) as JSON on stdout.")]
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Print the summary (or the plan) as JSON on stdout.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Quiet = Annotated[
     bool,
     typer.Option(
         "--quiet",
         "-q",
         help="No progress and no summary; errors, a --dry-run's plan and --json are still printed.",
+        rich_help_panel=OUTPUT,
     ),
 ]

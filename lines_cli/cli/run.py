@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from lines_cli.api.calls import RunOptions, tolerant_torch_import
 from lines_cli.api.calls import carry_out as make
-from lines_cli.cli import signals
-from lines_cli.errors import Aftermath, LinesError, attach_aftermath
+from lines_cli.cli import signals, streams
+from lines_cli.errors import Aftermath, attach_aftermath
 
 if TYPE_CHECKING:
     from lines_cli.plan.resources import Resources
@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 
 
 def carry_out(
-    recipe: Recipe, destination: Path, resources: Resources, how: RunOptions, *, dry_run: bool, json: bool, quiet: bool
+    recipe: Recipe,
+    destination: Path | None,
+    resources: Resources,
+    how: RunOptions,
+    *,
+    dry_run: bool,
+    json: bool,
+    quiet: bool,
 ) -> None:
     """Plan a recipe's result, then show it (`dry_run`) or make it and say what was done."""
     from lines_cli.cli import console
@@ -36,20 +43,18 @@ def carry_out(
         at_last=signals.too_late,
     )
     if done.before:
+        streams.holds(f"{destination} is in place and whole")
         console.show_finished(done.plan, verified=how["verify"], json=json, quiet=quiet)
         return
     if done.outcome is None:
-        console.show_plan(done.plan, resources, json=json)
+        console.show_plan(done.plan, done.summary, resources, json=json)
         return
+    streams.holds(f"{destination} is in place and whole")
     try:
         console.show_outcome(done.outcome, json=json, quiet=quiet)
     except KeyboardInterrupt as interrupt:  # in a process that has not asked us to mind signals
         attach_aftermath(interrupt, Aftermath(in_place=destination))
         raise
-    except OSError as error:
-        raise LinesError(
-            f"{destination} is in place and whole; what was done cannot be printed: {error.strerror or error}"
-        ) from error
 
 
 @contextmanager

@@ -21,9 +21,9 @@ def verify(
     """Compute an output again from its recipe and inputs, and compare every byte.
 
     \b
-      lines verify OUT                               # a folder that lines wrote
-      lines verify org/name                          # such a folder on the Hub
-      lines verify OUT --input base=/models/base     # ../base of the recipe is in another place here
+      lines verify OUT                              # a folder that lines wrote
+      lines verify org/name                         # such a folder on the Hub
+      lines verify OUT --input base=/models/base    # the base is elsewhere here
       lines verify out.safetensors --config merge.yaml
 
     Ends with 0 if the output is what its recipe makes, and with 5 if anything differs; it then names the file, the

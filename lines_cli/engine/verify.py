@@ -53,7 +53,7 @@ from lines_cli.storage.digest import (
 from lines_cli.storage.files import in_whole_pages, read_into
 from lines_cli.storage.names import MODEL_CARD, RECIPE
 from lines_cli.storage.verified import Verified, verified_beside
-from lines_cli.version import __version__
+from lines_cli.version import ABOUT, __version__
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +191,7 @@ class Verification:
     def report(self) -> dict[str, Any]:
         """All of it, as plain values that JSON can hold (docs/json.md describes them)."""
         return {
+            **ABOUT,
             "output": self.output,
             "recipe": str(self.recipe),
             "same": self.same,

@@ -24,6 +24,7 @@ from lines_cli.plan.statistics import Norms
 from lines_cli.plan.tensors import STORED
 from lines_cli.plan.tied_weights import tied_copies, tied_embeddings
 from lines_cli.scaling.find_depth import pattern_of
+from lines_cli.version import ABOUT
 
 Report = dict[str, Any]
 """Nested dicts and lists of plain values."""
@@ -55,6 +56,7 @@ def make_report(inspection: Inspection, findings: Findings | None = None, *, ten
 
     checkpoint = inspection.checkpoint
     report: Report = {
+        **ABOUT,
         "checkpoint": checkpoint.name,
         "base": inspection.checkpoints[0].name if inspection.has_base else None,
         **_counts(inspection.parts),

@@ -28,7 +28,13 @@ def is_one_file(output: Path) -> bool:
 
 
 def check_destination(
-    output: Path, *, inputs: Iterable[Path], nbytes: int, force: bool, ours: Collection[str] | None = None
+    output: Path,
+    *,
+    inputs: Iterable[Path],
+    nbytes: int,
+    force: bool,
+    ours: Collection[str] | None = None,
+    may_exist: bool = False,
 ) -> None:
     """Refuse a destination that is taken, is one of the inputs or holds one, or has too little room.
 
@@ -39,6 +45,7 @@ def check_destination(
         force: an existing output may be replaced.
         ours: names, relative to the folder, that `force` may replace beside weights and their config; None where that
             is not known yet, and the folder is not looked into.
+        may_exist: what is there is no reason to refuse: nothing will be written.
 
     Raises:
         OutputError: with what is in the way.
@@ -66,7 +73,7 @@ def check_destination(
                 f"{output} is a link to {os.readlink(placed(output))}, which is not there",
                 hint="Remove the link, or choose another destination with -o.",
             )
-        if is_taken(output):
+        if is_taken(output) and not may_exist:
             if not force:
                 hint = "Choose another destination with -o, or replace it with --force."
                 raise OutputError(f"{output} exists", hint=hint)
