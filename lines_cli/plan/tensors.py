@@ -83,6 +83,7 @@ class TensorSpec(NamedTuple):
     paired: bool = True  # whether all inputs have it; otherwise it is a copy of the one that does
     misfit: str | None = None
     may_resize: bool = False  # of a misfit: whether `resize` would settle it
+    transposed: bool = False  # of a misfit: whether a matrix has the same two sides in the other order
 
 
 @gc_paused()
@@ -212,6 +213,8 @@ def refuse_misfits(specs: Sequence[TensorSpec], recipe: Recipe, inputs: Inputs) 
     if any(spec.may_resize for spec in misfits):
         said = "--resize ft or --resize base" if inputs.of_an_edit else "resize: base or resize: ft in the recipe"
         ways.insert(0, f"Rows of token embeddings and their heads can be settled with {said}.")
+    if sum(spec.transposed for spec in misfits) > 1:  # then square ones are, too, and nobody would notice
+        ways = [_TRANSPOSED]
     if 2 * len(misfits) > sum(spec.paired for spec in specs):
         ways.insert(0, "Most tensors do not fit: are these inputs of one model?")
     raise MismatchError(
@@ -256,6 +259,10 @@ def _ways_of_a_merge(
     return ways or ["Leave out the model whose tensors differ."]
 
 
+_TRANSPOSED = (
+    "One side holds its matrices transposed (as GPT-2's Conv1D and JAX do), also those that are square, which no shape "
+    "shows: transpose those of one side first. A filter for what does not fit would not be enough."
+)
 _MOST_PATTERNS = 8
 _MANY_PATTERNS = 3
 _NO_FILTER = "No few filters name these tensors and no others: rename them, or make the sides fit first."
@@ -366,7 +373,16 @@ def _specify(
     if axis is None or recipe.resize == "error":
         if axis is not None:
             misfit += f", which {'--resize' if inputs.of_an_edit else 'resize:'} would settle"
-        return TensorSpec(*begun, dtype, lead.shape, filter=decided_by, misfit=misfit, may_resize=axis is not None)
+        swapped = [info.shape in (lead.shape, lead.shape[::-1]) for info in infos]
+        return TensorSpec(
+            *begun,
+            dtype,
+            lead.shape,
+            filter=decided_by,
+            misfit=misfit,
+            may_resize=axis is not None,
+            transposed=len(lead.shape) > 1 and all(swapped),
+        )
     keeping = 0 if recipe.resize == "base" else len(ranges) - len(models)
     kept, source = infos[keeping], ranges[keeping]
     shared = min(info.numel for info in infos)

@@ -83,10 +83,12 @@ def left_outside(
     found = sorted(((share, one) for share, one in found if share >= _SMALLEST_SHARE), key=lambda pair: -pair[0])
     for share, one in found:
         if parameters and share > 0.5:
+            beside = [other.name for other in lists.values() if _may_run_on(other, one)]
+            also = f"; with what runs before or after it, of {', '.join(beside)}, --series A,B,C" if beside else ""
             raise DepthError(
                 f"{one.name}, of {len(one.tails)} units that are alike, holds {share:.0%} of the parameters, and by "
                 "its name it is no stack of layers",
-                hint=f"If it is one, --series {shlex.quote(one.name)} counts its units. "
+                hint=f"If it is one, --series {shlex.quote(one.name)} counts its units{also}. "
                 f"If not, --not-layers {shlex.quote('^' + re.escape(one.name))} says so.",
             )
     if found:
@@ -122,6 +124,11 @@ def _series_with_a_stack(
         if before or after:
             return [*before, stack.name, *after]
     return []
+
+
+def _may_run_on(one: NumberedList, other: NumberedList) -> bool:
+    """Whether a list stands beside another, and its units are more than one module."""
+    return one is not other and one.prefix[:-1] == other.prefix[:-1] and not one.bare
 
 
 def _is_doubtful(one: NumberedList, places: Container[str]) -> bool:

@@ -217,7 +217,8 @@ def _detected(
         raise DepthError(
             f"{shared[0]}: the layers of this model share their weights (as ALBERT's do), "
             "so a weight has no depth of its own",
-            hint="Scale all of it alike with --beta 0, or place the layers yourself with --layers REGEX.",
+            hint="Scale all of it alike with --beta 0, or place the layers yourself with --layers REGEX. If they are a "
+            "part of a larger model, --not-layers REGEX leaves them outside.",
         )
     choice = choose_stacks(lists, names)
     found = choice.found

@@ -30,7 +30,8 @@ _HEAD = re.compile(r".*(?:predictor|classifier).*|.*_proj|.*_?mlps?|.*_?heads?",
 _EMBEDDER = re.compile(r".*embed(?:s|der|ders|ding|dings)?")
 # Lists of these names are of parts that stand side by side.
 _ABREAST = re.compile(
-    r".*(?:expert|lateral|codebook).*|conv_layers?|linear_layers?|.*norms?|branch(?:es)?|discriminators?", re.DOTALL
+    r".*(?:expert|lateral|codebook).*|conv_layers?|linear_layers?|.*norms?(?:_layers?)?|branch(?:es)?|discriminators?",
+    re.DOTALL,
 )
 _STEM = re.compile(r"(?:conv|linear)_layers?")
 """Lists that are a stem's, unless stacks lie in them."""

@@ -42,7 +42,10 @@ _UP = frozenset({"up", "output", "out"})
 _IN_TURN = frozenset({"cross", "ffn", "ffns", "mlp", "temporal", "time", "global"})
 _ATTENTION = frozenset({"self", "attn", "attention", "attentions"})
 _NORMS = frozenset({"norm", "norms"})
+_WHOLE = re.compile(r".*(?:enc|dec)(?:oders?)?(?:_.*)?|(?:.*_)?(?:first|final|last|refine\w*|tail|head)(?:_.*)?")
+_PARTS = _IN_TURN | _ATTENTION | _NORMS
 _UPSAMPLERS = re.compile(r"ups|upsampl\w*")
+_SIDE_BY_SIDE = re.compile(r"(?:\w*_)?(?:res|mrf|amp)\w*", re.ASCII)  # a vocoder's blocks, of several widths
 _UP_TO_A_DECODER = re.compile(r"up(?:_?(?:convs?|samples?|samplers?))?_?|(?:trans|conv)?_?up_?")
 _GLUED_NUMBER = re.compile(r"(?P<word>[a-zA-Z_-]*[a-zA-Z][_-]?)(?P<number>\d{1,6})", re.ASCII)
 _CLOSES_A_STAGE = re.compile(r"(?:.*_)?(?:transition|upsampl\w*|out|post|final|last)(?:_.*)?")
@@ -267,6 +270,8 @@ def _with_upsamplers(one: NumberedList, lists: Mapping[Prefix, NumberedList], by
         before, _ = _beside(one, lists, _UP_TO_A_DECODER)
         if before.keys() == by_index.keys() and all(map(_is_plain, before.values())):
             return [[name for _, name in before[index]] + unit for index, unit in by_index.items()]
+    if not one.prefix or not _SIDE_BY_SIDE.fullmatch(one.prefix[-1]):
+        return units
     upsamplers, count = _beside(one, lists, _UPSAMPLERS)
     if not count or len(units) % count:
         return units
@@ -480,7 +485,14 @@ def _of_the_same_numbers(main: Lane, lists: Mapping[Prefix, NumberedList]) -> li
     if one.numbered or not one.prefix or not _counts_units(main):
         return []
     beside = (other for prefix, other in lists.items() if prefix[:-1] == one.prefix[:-1] and not other.numbered)
-    return [other for other in beside if set(other.tails) == set(one.tails)]
+    alike = [other for other in beside if set(other.tails) == set(one.tails)]
+    return [other for other in alike if _is_part(other)]
+
+
+def _is_part(one: NumberedList) -> bool:
+    """Whether a unit is a part of a layer: by its name, or as it is one module and neither a way nor an end."""
+    own = one.prefix[-1]
+    return bool(_words(own) & _PARTS) or (one.bare and not _WHOLE.fullmatch(own))
 
 
 def _by_their_numbers(lanes: list[Lane], lists: Mapping[Prefix, NumberedList], notes: list[str]) -> list[Lane]:

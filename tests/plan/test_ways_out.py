@@ -180,6 +180,29 @@ def test_another_shape_in_every_block(name: str, rule: str, tmp_path: Path) -> N
             assert torch.equal(tensor, (ft if rule == "keep" else base)[key]), key
 
 
+def test_matrices_that_are_transposed(tmp_path: Path) -> None:
+    """No filter is offered: square matrices would be mixed with their own transposes, and no shape shows it."""
+
+    def model(seed: int, *, transposed: bool) -> dict[str, torch.Tensor]:
+        chance = torch.Generator().manual_seed(seed)
+        each = {
+            f"h.{i}.{name}.weight": torch.randn(shape, generator=chance)
+            for i in range(4)
+            for name, shape in (("attn.c_proj", (4, 4)), ("mlp.c_fc", (4, 8)), ("ln", (4,)))
+        }
+        return {
+            name: tensor.T.contiguous() if transposed and tensor.ndim == 2 else tensor for name, tensor in each.items()
+        }
+
+    ran = run_lines(
+        "edit", *write_pair(tmp_path, model(0, transposed=False), model(1, transposed=True)), "-o", tmp_path / "out"
+    )
+    assert (ran.code, "transposed" in ran.err, "--filter" in ran.err) == (4, True, False)
+    folders = write_pair(tmp_path, vit(0) | {"x.w": torch.ones(2, 3)}, vit(1) | {"x.w": torch.ones(3, 2)})
+    ran = run_lines("edit", *folders, "-o", tmp_path / "out")  # one alone is rather another module
+    assert (ran.code, "--filter x.w=keep" in ran.err or "--filter x=keep" in ran.err) == (4, True)
+
+
 def test_most_tensors_of_other_shapes(tmp_path: Path) -> None:
     """Then the question is whether it is one model at all."""
     wider = {name: torch.cat([tensor, tensor]) for name, tensor in vit(1).items()}

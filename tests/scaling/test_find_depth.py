@@ -763,3 +763,28 @@ def test_a_close_decision_is_said() -> None:
     """Where no list is called layers and a plain Sequential is taken, a note says so."""
     assert "net (3)" in " ".join(find_depth([f"net.{i}.weight" for i in (0, 2, 4)]).notes)
     assert not find_depth([f"layers.{i}.weight" for i in range(3)]).notes
+
+
+def test_shared_layers_that_are_a_part_of_a_model() -> None:
+    """A small ALBERT in a speech model: the refusal names the option that leaves it outside, and it does."""
+    albert = "bert.encoder.albert_layer_groups.0.albert_layers.0.ffn.weight"
+    names = [albert, *(f"decoder.layers.{i}.{part}.weight" for i in range(4) for part in ("norm", "attn", "ffn"))]
+    with pytest.raises(DepthError) as refusal:
+        find_depth(names)
+    assert "--not-layers" in str(refusal.value.hint)
+    depth = find_depth(names, not_layers=r"^bert\.")
+    assert depth.layers == {"decoder.layers": 4}
+    assert albert not in depth.places
+
+
+def test_a_refused_list_names_what_may_run_on_from_it() -> None:
+    """Taken alone, `encoders` would leave `decoders` outside; both are named, and joined they are one stack."""
+    names = [f"encoders.{i}.{j}.{part}.weight" for i in range(3) for j in range(4) for part in ("norm", "conv1")]
+    names += [f"{list_}.{i}.0.{part}.weight" for list_ in ("middle_blks", "decoders") for i in range(3)
+              for part in ("norm", "conv1")]  # fmt: skip
+    names += [f"ups.{i}.weight" for i in range(3)]
+    with pytest.raises(DepthError) as refusal:
+        find_depth(names, parameters=dict.fromkeys(names, 1))
+    assert "of middle_blks, decoders, --series A,B,C" in str(refusal.value.hint)
+    depth = find_depth(names, series=[["encoders", "middle_blks", "decoders"]], parameters=dict.fromkeys(names, 1))
+    assert list(depth.layers.values()) == [18]
