@@ -391,7 +391,9 @@ def destination_of(recipe: Recipe, output: Named | None, *, called: Any, dry_run
     """
     named = called if isinstance(called, (str, Path)) else "the recipe"
     destination = output if output is not None else recipe.output
-    return arguments.destination_unless(destination, dry_run=dry_run, unnamed=f"{named} names no output")
+    return arguments.destination_unless(
+        destination, dry_run=dry_run, unnamed=f"{named} names no output", or_else=", or with output: in the recipe"
+    )
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def _headers(report: Report, *, full: bool) -> Section:
         if group["tensors"]:
             value = coefficient(group["coefficient"])
             rows.append((f"outside, {where}", "", *_amounts(group), value, value))
-    tables = [("", Table(("stack", "layers", "tensors", "parameters", "bytes", "first", "last"), tuple(rows)))]
+    tables = [("", Table(("stack", "layers", "tensors", "parameters", "bytes", "c first", "c last"), tuple(rows)))]
     if not report.get("fine_tunes"):
         tables += [_layers_of(report, stack, full=full) for stack in report["stacks"]]
         tables += _recorded(report, full=full)
