@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json as json_format
 import os
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
 from lines_cli.api import summary
 from lines_cli.checkpoint.header import EXACT_DTYPES
-from lines_cli.errors import in_short, printable, without_secrets
-from lines_cli.inspection.tables import Bar, Section, coefficient, count, sections, size
+from lines_cli.errors import in_short, printable, size, without_secrets
+from lines_cli.inspection.tables import Bar, Section, coefficient, count, sections
 from lines_cli.inspection.tables import Table as Columns
 from lines_cli.plan.realised import warning_of
 from lines_cli.version import ABOUT
@@ -64,23 +65,91 @@ def remark(text: str) -> None:
 
 
 def progress(*, quiet: bool) -> Track:
-    """A wrapper for each pass's stream of byte counts that draws a bar on stderr; draws nothing where stderr is no
-    terminal.
+    """A wrapper for each pass's stream of byte counts that says on stderr how far it is: a bar on a terminal;
+    elsewhere, and on a terminal without a cursor to move, a line at each tenth of a pass that takes a while.
     """
 
     def track(title: str, total: int, done: Iterable[int]) -> Iterable[int]:
-        return done if quiet or not _err.is_terminal else _bar(title, total, done)
+        if quiet or not total:
+            return done
+        draw = _bar if _err.is_terminal and not _err.is_dumb_terminal else _in_lines
+        return draw(title, total, done)
 
     return track
 
 
+class _Pace:
+    """How far a pass is, and how fast it was in the last seconds."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.started = total, 0, _clock()
+        self._seen = deque([(self.started, 0)])
+
+    def add(self, nbytes: int) -> None:
+        """So many more bytes are done."""
+        self.done += nbytes
+        self._seen.append((_clock(), self.done))
+        while len(self._seen) > 2 and self._seen[-1][0] - self._seen[1][0] >= _AVERAGED:
+            self._seen.popleft()
+
+    def __str__(self) -> str:
+        (begun, before), (now, done) = self._seen[0], self._seen[-1]
+        rate = (done - before) / (now - begun) if now > begun else 0.0
+        said = f"{size(min(self.done, self.total))} of {size(self.total)}"
+        if not rate:
+            return said
+        left = f", {_duration((self.total - self.done) / rate)} left" if self.done < self.total else ""
+        return f"{said}, {size(rate)}/s{left}"
+
+
+_clock = time.monotonic
+_AVERAGED = 10.0  # seconds that the speed is the average of
+_SILENT = 2.0  # seconds that a pass takes before a line is worth while
+
+
+def _duration(seconds: float) -> str:
+    """A time as people say it: `40 s`, `3 min 20 s`, `2 h 5 min`."""
+    whole = max(1, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if minutes < 10 and rest else f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+class _Said(ProgressColumn):
+    """Size, speed and the time that is left, as the summary says them."""
+
+    def __init__(self, pace: _Pace) -> None:
+        super().__init__()
+        self._pace = pace
+
+    def render(self, task: Task) -> Text:  # noqa: ARG002 - its own estimate jumps
+        return Text(str(self._pace))
+
+
 def _bar(title: str, total: int, done: Iterable[int]) -> Iterator[int]:
-    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    pace = _Pace(total)
+    columns = (TextColumn(title), BarColumn(max(8, min(40, _err.width - 60))), _Said(pace))
     with Progress(*columns, console=_err, transient=True) as bar:
         task = bar.add_task("", total=total)
         for nbytes in done:
+            pace.add(nbytes)
             bar.advance(task, nbytes)
             yield nbytes
+
+
+def _in_lines(title: str, total: int, done: Iterable[int]) -> Iterator[int]:
+    pace, said = _Pace(total), 0
+    for nbytes in done:
+        pace.add(nbytes)
+        tenth = min(10, 10 * pace.done // total)
+        if tenth > said and _clock() - pace.started >= _SILENT:
+            said = tenth
+            _err.file.write(f"{title}: {10 * tenth}% ({pace})\n")
+            _err.file.flush()
+        yield nbytes
 
 
 def show_plan(plan: Plan, told: summary.Summary, resources: Resources, *, json: bool) -> None:
@@ -154,9 +223,10 @@ def show_outcome(outcome: Outcome, *, json: bool, quiet: bool) -> None:
     _models(plan, outcome.norms, outcome.kept)
     _alpha(plan)
     _stacks(plan, outcome.realised)
-    rate = (outcome.bytes_read + plan.bytes_written) / max(outcome.seconds, 1e-9)
+    rate = (outcome.bytes_read + plan.bytes_written - outcome.resumed) / max(outcome.seconds, 1e-9)
     passes = f" in {outcome.passes} passes" if outcome.passes > 1 else ""
-    written = f"wrote {size(plan.bytes_written)} in {outcome.seconds:.1f} s ({size(rate)}/s)"
+    kept = f" ({size(outcome.resumed)} of it by an earlier run)" if outcome.resumed else ""
+    written = f"wrote {size(plan.bytes_written)}{kept} in {outcome.seconds:.1f} s ({size(rate)}/s read and written)"
     _line(f"read {size(outcome.bytes_read)}{passes}, {written}")
     _out.print(f"output  {_printable(str(plan.output))}", style="bold", soft_wrap=True)
     _notes(plan.notes)

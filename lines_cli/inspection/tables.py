@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lines_cli.errors import size
 from lines_cli.plan.realised import way_out
 
 if TYPE_CHECKING:
@@ -526,15 +527,6 @@ def share(value: float | None) -> str:
     if percent >= 10 or percent == 0:
         return f"{percent:.1f}%"
     return f"{percent:.2f}%" if percent >= 0.01 else f"{percent:.2g}%"
-
-
-def size(nbytes: float) -> str:
-    """Bytes as people say them, decimal: `3.1 GB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 999.5:
-            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} TB"
 
 
 def count(parameters: float) -> str:
