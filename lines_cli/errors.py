@@ -214,6 +214,15 @@ def in_short(path: object) -> str:
     return short if os.path.isabs(short) or short.startswith(".") else f"./{short}"
 
 
+def size(nbytes: float) -> str:
+    """Bytes as people say them, decimal: `3.1 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 999.5:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"
+
+
 def some(names: Sequence[str], limit: int = 8) -> str:
     """The first `limit` names, one to an indented line, and how many more there are."""
     shown = [f"  {printable(name)}" for name in names[:limit]]

@@ -35,7 +35,7 @@ def path(flag: str, given: str | Path) -> Path:
     return Path(found)
 
 
-def destination_unless(given: str | Path | None, *, dry_run: bool, unnamed: str) -> Path | None:
+def destination_unless(given: str | Path | None, *, dry_run: bool, unnamed: str, or_else: str = "") -> Path | None:
     """The same; None where it is not said and `dry_run` needs none.
 
     Raises:
@@ -44,7 +44,7 @@ def destination_unless(given: str | Path | None, *, dry_run: bool, unnamed: str)
     if given is not None:
         return destination(given)
     if not dry_run:
-        raise RecipeError(unnamed, hint="Say where with -o OUT; only --dry-run needs none.")
+        raise RecipeError(unnamed, hint=f"Say where with -o OUT{or_else}; only --dry-run needs none.")
     return None
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from lines_cli.api import arguments, summary
-from lines_cli.errors import DataError, OutputError, RecipeError, as_argument
+from lines_cli.errors import DataError, OutputError, RecipeError, as_argument, size
 
 if TYPE_CHECKING:
     from lines_cli.api.arguments import Pairs, Series
@@ -391,7 +391,9 @@ def destination_of(recipe: Recipe, output: Named | None, *, called: Any, dry_run
     """
     named = called if isinstance(called, (str, Path)) else "the recipe"
     destination = output if output is not None else recipe.output
-    return arguments.destination_unless(destination, dry_run=dry_run, unnamed=f"{named} names no output")
+    return arguments.destination_unless(
+        destination, dry_run=dry_run, unnamed=f"{named} names no output", or_else=", or with output: in the recipe"
+    )
 
 
 @contextmanager
@@ -511,7 +513,8 @@ def carry_out(
         say(f"{before.folder} holds the old output that a finished run replaced; it is removed")
     elif before is not None and not quiet:
         if how["resume"]:
-            say(f"{before.folder} holds unfinished work ({before.description})")
+            kept = f": {size(before.written)} of it is kept" if is_same_run(plan, before.run) else ""
+            say(f"{before.folder} holds unfinished work ({before.description}){kept}")
         else:
             say(f"discarding unfinished work in {before.folder} ({before.description}); --resume would have kept it")
 

@@ -42,6 +42,7 @@ def of_outcome(outcome: Outcome) -> Summary:
         "differing": outcome.differing,
         "unchanged": [outcome.plan.recipe.merged[model].model for model in outcome.unchanged],
         "negative_variances": outcome.negative,
+        "resumed": outcome.resumed,
         "seconds": round(outcome.seconds, 3),
     }
     return {**ABOUT, "dry_run": False, **summary, "done_before": False, **found}

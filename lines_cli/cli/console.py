@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json as json_format
 import os
+import time
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Table
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
 from lines_cli.api import summary
-from lines_cli.errors import in_short, printable, without_secrets
-from lines_cli.inspection.tables import Bar, Cell, Section, coefficient, count, sections, size
+from lines_cli.checkpoint.header import EXACT_DTYPES
+from lines_cli.errors import in_short, printable, size, without_secrets
+from lines_cli.inspection.tables import Bar, Section, coefficient, count, sections
 from lines_cli.inspection.tables import Table as Columns
 from lines_cli.plan.realised import warning_of
 from lines_cli.version import ABOUT
@@ -63,23 +65,91 @@ def remark(text: str) -> None:
 
 
 def progress(*, quiet: bool) -> Track:
-    """A wrapper for each pass's stream of byte counts that draws a bar on stderr; draws nothing where stderr is no
-    terminal.
+    """A wrapper for each pass's stream of byte counts that says on stderr how far it is: a bar on a terminal;
+    elsewhere, and on a terminal without a cursor to move, a line at each tenth of a pass that takes a while.
     """
 
     def track(title: str, total: int, done: Iterable[int]) -> Iterable[int]:
-        return done if quiet or not _err.is_terminal else _bar(title, total, done)
+        if quiet or not total:
+            return done
+        draw = _bar if _err.is_terminal and not _err.is_dumb_terminal else _in_lines
+        return draw(title, total, done)
 
     return track
 
 
+class _Pace:
+    """How far a pass is, and how fast it was in the last seconds."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.started = total, 0, _clock()
+        self._seen = deque([(self.started, 0)])
+
+    def add(self, nbytes: int) -> None:
+        """So many more bytes are done."""
+        self.done += nbytes
+        self._seen.append((_clock(), self.done))
+        while len(self._seen) > 2 and self._seen[-1][0] - self._seen[1][0] >= _AVERAGED:
+            self._seen.popleft()
+
+    def __str__(self) -> str:
+        (begun, before), (now, done) = self._seen[0], self._seen[-1]
+        rate = (done - before) / (now - begun) if now > begun else 0.0
+        said = f"{size(min(self.done, self.total))} of {size(self.total)}"
+        if not rate:
+            return said
+        left = f", {_duration((self.total - self.done) / rate)} left" if self.done < self.total else ""
+        return f"{said}, {size(rate)}/s{left}"
+
+
+_clock = time.monotonic
+_AVERAGED = 10.0  # seconds that the speed is the average of
+_SILENT = 2.0  # seconds that a pass takes before a line is worth while
+
+
+def _duration(seconds: float) -> str:
+    """A time as people say it: `40 s`, `3 min 20 s`, `2 h 5 min`."""
+    whole = max(1, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if minutes < 10 and rest else f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+class _Said(ProgressColumn):
+    """Size, speed and the time that is left, as the summary says them."""
+
+    def __init__(self, pace: _Pace) -> None:
+        super().__init__()
+        self._pace = pace
+
+    def render(self, task: Task) -> Text:  # noqa: ARG002 - its own estimate jumps
+        return Text(str(self._pace))
+
+
 def _bar(title: str, total: int, done: Iterable[int]) -> Iterator[int]:
-    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    pace = _Pace(total)
+    columns = (TextColumn(title), BarColumn(max(8, min(40, _err.width - 60))), _Said(pace))
     with Progress(*columns, console=_err, transient=True) as bar:
         task = bar.add_task("", total=total)
         for nbytes in done:
+            pace.add(nbytes)
             bar.advance(task, nbytes)
             yield nbytes
+
+
+def _in_lines(title: str, total: int, done: Iterable[int]) -> Iterator[int]:
+    pace, said = _Pace(total), 0
+    for nbytes in done:
+        pace.add(nbytes)
+        tenth = min(10, 10 * pace.done // total)
+        if tenth > said and _clock() - pace.started >= _SILENT:
+            said = tenth
+            _err.file.write(f"{title}: {10 * tenth}% ({pace})\n")
+            _err.file.flush()
+        yield nbytes
 
 
 def show_plan(plan: Plan, told: summary.Summary, resources: Resources, *, json: bool) -> None:
@@ -93,13 +163,13 @@ def show_plan(plan: Plan, told: summary.Summary, resources: Resources, *, json: 
     _outside(plan)
     if plan.passes:
         _out.print(f"measure {', '.join(plan.passes)}: {size(plan.bytes_measured)} each time", soft_wrap=True)
-    _out.print(f"read    {size(plan.bytes_read)}")
+    _line(f"read    {size(plan.bytes_read)}")
     files = f"{len(plan.outputs)} files" if len(plan.outputs) > 1 else plan.outputs[0].name
     to = f" to {_printable(str(plan.output))}" if told["output"] is not None else ""
     _out.print(f"write   {size(plan.bytes_written)}{to} ({files})", soft_wrap=True)
     if plan.sidecars:
-        _out.print("beside  " + ", ".join(_printable(sidecar.name) for sidecar in plan.sidecars))
-    _out.print(
+        _line("beside  " + ", ".join(sidecar.name for sidecar in plan.sidecars))
+    _line(
         f"memory  about {size(plan.peak_memory(resources))}, without CUDA; "
         f"{size(plan.buffer_bytes(resources))} of it buffers of {resources.threads} workers"
     )
@@ -153,10 +223,11 @@ def show_outcome(outcome: Outcome, *, json: bool, quiet: bool) -> None:
     _models(plan, outcome.norms, outcome.kept)
     _alpha(plan)
     _stacks(plan, outcome.realised)
-    rate = (outcome.bytes_read + plan.bytes_written) / max(outcome.seconds, 1e-9)
+    rate = (outcome.bytes_read + plan.bytes_written - outcome.resumed) / max(outcome.seconds, 1e-9)
     passes = f" in {outcome.passes} passes" if outcome.passes > 1 else ""
-    written = f"wrote {size(plan.bytes_written)} in {outcome.seconds:.1f} s ({size(rate)}/s)"
-    _out.print(f"read {size(outcome.bytes_read)}{passes}, {written}")
+    kept = f" ({size(outcome.resumed)} of it by an earlier run)" if outcome.resumed else ""
+    written = f"wrote {size(plan.bytes_written)}{kept} in {outcome.seconds:.1f} s ({size(rate)}/s read and written)"
+    _line(f"read {size(outcome.bytes_read)}{passes}, {written}")
     _out.print(f"output  {_printable(str(plan.output))}", style="bold", soft_wrap=True)
     _notes(plan.notes)
 
@@ -239,24 +310,60 @@ def _section(section: Section) -> None:
         _columns(table)
 
 
-def _columns(table: Columns) -> None:
-    """A table, as wide as it has to be; a first column that would not fit is broken, never a number."""
-    rows = [[_cell(cell) for cell in row] for row in (table.headings, *table.rows)]
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    bars = [not heading for heading in table.headings]
-    widths = [_BAR if bar and at else width for at, (bar, width) in enumerate(zip(bars, widths, strict=True))]
-    rest = sum(widths[1:]) + 2 * (len(widths) - 1)
-    first = max(_NARROWEST, min(widths[0], _out.width - rest))
-    for number, row in enumerate(rows):
-        cells = [cell.ljust(w) if bar else cell.rjust(w) for cell, w, bar in zip(row, widths, bars, strict=True)][1:]
-        name = [row[0][at : at + first] for at in range(0, len(row[0]), first)] or [""]
-        line = "  ".join([name[0].ljust(min(first, widths[0])), *cells]).rstrip()
-        _line(line, style=None if number else "bold")
-        for more in name[1:]:
-            _line(more)
+def _columns(table: Columns, gap: int = 2) -> None:
+    """A table that is no wider than the terminal, as long as its numbers fit: long names are elided in their middle,
+    then the columns move together, then bars become shorter, then all names are elided. No number is cut.
+    """
+    is_bar = [not heading and bool(at) for at, heading in enumerate(table.headings)]
+    texts = [
+        ["" if isinstance(cell, Bar) else printable(cell) for cell in row] for row in (table.headings, *table.rows)
+    ]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    name = min(widths[0], _NARROW)
+    numbers = sum(widths[1:])
+
+    def room(gap: int, bar: int) -> int:
+        """What the first column may take."""
+        columns = len(widths) - 1 - (0 if bar else sum(is_bar))
+        return _width() - numbers - sum(is_bar) * bar - gap * columns
+
+    bar = _BAR
+    if room(gap, bar) < name:
+        gap = 1
+    while bar and room(gap, bar) < name:
+        bar = bar - 1 if bar > _SHORTEST_BAR else 0
+    widths[0] = min(widths[0], max(_NARROWEST, room(gap, bar)))
+    for number, (row, shown) in enumerate(zip((table.headings, *table.rows), texts, strict=True)):
+        cells = [_elided(shown[0], widths[0]).ljust(widths[0])]
+        for at in range(1, len(row)):
+            cell = row[at]
+            if not is_bar[at]:
+                cells.append(shown[at].rjust(widths[at]))
+            elif bar:
+                cells.append((_drawn(cell, bar) if isinstance(cell, Bar) else "").ljust(bar))
+        _line((" " * gap).join(cells).rstrip(), style=None if number else "bold")
 
 
-_BAR, _NARROWEST = 12, 12  # characters
+_BAR, _SHORTEST_BAR, _NARROW, _NARROWEST = 12, 4, 20, 8  # characters
+_NOWHERE = 200  # columns of what is no terminal
+_TIGHT = 70  # columns
+
+
+def _width() -> int:
+    """How many columns there are. Off a terminal there are many: whoever searches the lines finds whole names."""
+    asked = os.environ.get("COLUMNS", "")
+    if asked.isdecimal() and int(asked):
+        return int(asked)
+    return _out.width if _out.is_terminal else _NOWHERE
+
+
+def _elided(name: str, width: int) -> str:
+    """A name without its middle, where it is longer than that."""
+    if len(name) <= width:
+        return name
+    gap = "…" if _out.encoding.lower().startswith("utf") else "..."
+    begin = max(0, width - len(gap)) // 2
+    return name[:begin] + gap + name[len(name) - max(0, width - len(gap) - begin) :]
 
 
 def _line(text: str, *, style: str | None = None) -> None:
@@ -267,10 +374,8 @@ def _line(text: str, *, style: str | None = None) -> None:
         _out.print(printable(text), style=style, soft_wrap=True)
 
 
-def _cell(cell: Cell) -> str:
-    if not isinstance(cell, Bar):
-        return printable(cell)
-    eighths = round(cell.share * _BAR * 8)
+def _drawn(bar: Bar, width: int) -> str:
+    eighths = round(bar.share * width * 8)
     if not _out.encoding.lower().startswith("utf"):
         return "#" * round(eighths / 8)
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
@@ -289,15 +394,12 @@ def _models(plan: Plan, norms: Sequence[float] = (), kept: Sequence[float] = ())
         model["kept"] = kept[number] if kept else model["kept"]
         model["norm"] = norms[number] if norms else None
     columns = [key for key in models[0] if key != "model" and any(model[key] is not None for model in models)]
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    table.add_column(plan.recipe.merge_method, overflow="fold")
-    for column in columns:
-        table.add_column(column, justify="right")
+    rows = []
     shown = {"kept": "{:.2%}".format, "norm": "{:.4g}".format}
     for model in models:
         cells = ["" if model[key] is None else shown.get(key, _span)(model[key]) for key in columns]
-        table.add_row(_printable(os.path.normpath(model["model"])), *cells)
-    _out.print(table)
+        rows.append((without_secrets(os.path.normpath(model["model"])), *cells))
+    _columns(Columns((plan.recipe.merge_method, *columns), tuple(rows)), gap=3)
     if settings := plan.settings():
         said = (
             f"{key} {_span(value) if isinstance(value, list) else _plain(value)}" for key, value in settings.items()
@@ -335,20 +437,17 @@ def _stacks(plan: Plan, realised: Sequence[Row] = ()) -> None:
     """The stacks with their coefficients; and once it is known, what rounding left of these."""
     found, left = plan.summary(), summary.of_realised(plan, realised)
     layers = {(layer["stack"], layer["index"]): layer["realised"] for layer in left["layers"]}
-    table = Table(box=None, pad_edge=False, padding=(0, 2 if realised else 3, 0, 0))
-    table.add_column("stack", overflow="fold")
-    for heading in ("layers", "tensors", "parameters", "first", "last"):
-        table.add_column(heading, justify="right")
-    if realised:
-        table.add_column("realised", justify="right")
+    headings = ("stack", "layers", "tensors", "parameters", "c first", "c last", *(["realised"] if realised else []))
+    rows: list[tuple[str, ...]] = []
+    to = " to " if _width() > _TIGHT else ".."
 
     def add_row(name: str, number: str, group: Mapping[str, Any], ends: Sequence[Any], of_it: Sequence[Any]) -> None:
         cells = [number, f"{group['tensors']:,}", count(group["parameters"]), *map(_coefficient, ends)]
-        table.add_row(name, *cells, *([" to ".join(dict.fromkeys(map(_realised, of_it)))] if realised else []))
+        rows.append((name, *cells, *([to.join(dict.fromkeys(map(_realised, of_it)))] if realised else [])))
 
     for stack in found["stacks"]:
         of_it = [layers.get((stack["name"], index)) for index in (0, stack["layers"] - 1)]
-        name = _printable(stack["name"]) or "(no prefix)"
+        name = stack["name"] or "(no prefix)"
         add_row(name, f"{stack['layers']}", stack, (stack["first"], stack["last"]), of_it)
     outside = found["outside"]
     add_row(
@@ -360,26 +459,62 @@ def _stacks(plan: Plan, realised: Sequence[Row] = ()) -> None:
     )
     for rule, of_rule in zip(found["filters"], left["realised"]["filters"], strict=True):
         ends = (rule["coefficient"],) * 2
-        add_row(f"names with {printable(rule['pattern'])}", "", rule, ends, [of_rule["realised"]])
-    _out.print(table)
+        add_row(f"names with {rule['pattern']}", "", rule, ends, [of_rule["realised"]])
+    _columns(Columns(headings, tuple(rows)), gap=3)
     for stack in found["stacks"]:
         values = stack["coefficients"]
         of_it = [layers.get((stack["name"], index)) for index in range(len(values))]
         if len(set(values)) > 2 or len({round(value, 2) for value in of_it if value is not None}) > 2:
-            shown = sorted({round(at * (len(values) - 1) / (_MOST_DEPTHS - 1)) for at in range(_MOST_DEPTHS)})
-            lines = [("by layer", [f"{index}: {values[index]:.3g}" for index in shown])]
+            called = _elided(printable(stack["name"]), max(_NARROW, _width() // 3))
+            name = f"  ({called})" if len(found["stacks"]) > 1 else ""
+            said = {"by layer": [f"{value:.3g}" for value in values]}
             if realised:
-                lines.append(("realised", [f"{index}: {_realised(of_it[index])}" for index in shown]))
-            widths = [max(len(cells[at]) for _, cells in lines) for at in range(len(shown))]
-            name = f"  ({printable(stack['name'])})" if len(found["stacks"]) > 1 else ""
-            for word, cells in lines:
-                depths = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
-                _out.print(f"{word}  {depths}{name}", soft_wrap=True)
+                said["realised"] = [_realised(value) for value in of_it]
+            for line in _along(said, len(values), _width() - len(name)):
+                _line(line + name)
     edited, copied = found["edited"], found["copied"]
-    _out.print(
+    _line(
         f"edited {edited['tensors']:,} tensors ({count(edited['parameters'])} parameters), "
-        f"copied {copied['tensors']:,} ({count(copied['parameters'])})"
+        f"copied {copied['tensors']:,} ({count(copied['parameters'])}){_why_copied(plan)}"
     )
+
+
+def _along(said: Mapping[str, Sequence[str]], layers: int, width: int) -> list[str]:
+    """Values at equal distances along the depth, the first and the last among them, as many as fit: a line for each
+    word, its cells below each other.
+    """
+    for most in range(min(_MOST_DEPTHS, layers), 1, -1):
+        shown = sorted({round(at * (layers - 1) / (most - 1)) for at in range(most)})
+        cells = {word: [f"{index}: {values[index]}" for index in shown] for word, values in said.items()}
+        widths = [max(len(each[at]) for each in cells.values()) for at in range(len(shown))]
+        lines = [
+            f"{word}  {'  '.join(cell.ljust(wide) for cell, wide in zip(each, widths, strict=True))}".rstrip()
+            for word, each in cells.items()
+        ]
+        if max(map(len, lines)) <= width:
+            break
+    return lines
+
+
+def _why_copied(plan: Plan) -> str:
+    """Why tensors are not computed, and how many for each reason."""
+    reasons = Counter(
+        "is not merged"
+        if not tensor.spec.paired
+        else "is not a float"
+        if tensor.info.dtype in EXACT_DTYPES
+        else "has a coefficient of 0 or 1"
+        for tensor in plan.tensors
+        if not tensor.edited
+    )
+    number = {"is not merged": "are not merged", "is not a float": "are not floats"}
+    number["has a coefficient of 0 or 1"] = "have a coefficient of 0 or 1"
+    said = [f"{many:,} {reason if many == 1 else number[reason]}" for reason, many in reasons.most_common()]
+    if len(reasons) == 1:
+        (only,) = reasons
+        said = [only if reasons[only] == 1 else number[only]]
+        return f", which {said[0]}"
+    return f": {', '.join(said)}" if said else ""
 
 
 def _coefficient(value: float | None) -> str:

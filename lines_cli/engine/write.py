@@ -402,6 +402,7 @@ class Write:
             tuple(sorted(self.unchanged)) if self.looked else (),
             tally.negative,
             realised=rows_of(self.groups, tally.realised) if self.groups is not None else (),
+            resumed=self.taken_over,
         )
 
 
@@ -459,6 +460,7 @@ class Outcome:
         negative: variances of batch norms with entries below 0 -> the least.
         remarks: what a person should know of how it ended.
         realised: what rounding left of each coefficient; empty without a base.
+        resumed: bytes of the output that an earlier run had written.
     """
 
     plan: Plan
@@ -473,3 +475,4 @@ class Outcome:
     negative: dict[str, float] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
     realised: tuple[Row, ...] = ()
+    resumed: int = 0

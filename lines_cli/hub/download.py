@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from pathlib import Path
 
 from lines_cli.checkpoint.reader import choose_weights, is_index, refuse_folder, shards_of
 from lines_cli.checkpoint.sidecars import MODULES, is_carried, is_of_a_module, module_paths
-from lines_cli.errors import CheckpointError, HubError, LinesError, some, without_secrets
+from lines_cli.errors import CheckpointError, HubError, LinesError, printable, size, some, without_secrets
 from lines_cli.storage.beside import leads_out
 from lines_cli.storage.names import MODEL_CARD, WEIGHT_STEMS
 
@@ -51,7 +52,8 @@ class Located:
 @dataclass(frozen=True, slots=True)
 class _Asked:
     """What is wanted of the Hub: the name as given, and its parts. A revision of None is the default branch. Of the
-    files that are neither weights nor carried over those in `also`; of several sets of weights the `variant`.
+    files that are neither weights nor carried over those in `also`; of several sets of weights the `variant`. `quiet`:
+    nothing is said of what is fetched.
     """
 
     name: str
@@ -59,6 +61,13 @@ class _Asked:
     revision: str | None
     also: tuple[str, ...] = ()
     variant: str | None = None
+    quiet: bool = True
+
+    def say(self, text: str) -> None:
+        """A line on stderr, unless it is quiet: fetching takes longer than all else."""
+        if not self.quiet:
+            sys.stderr.write(printable(without_secrets(text)) + "\n")
+            sys.stderr.flush()
 
     def at(self, snapshot: Path) -> Located:
         """The client keeps a commit's files in a folder named after the commit."""
@@ -106,14 +115,14 @@ def locate(name: str, *, quiet: bool = False, also: tuple[str, ...] = (), varian
             f"{name}: no such file or folder here, and the Hub's client does not accept its settings",
             hint="Check HF_ENDPOINT and the other HF_ variables in the environment.",
         ) from error
-    if quiet or not sys.stderr.isatty():
+    if quiet or not sys.stderr.isatty() or os.environ.get("TERM") in ("dumb", "unknown"):
         disable_progress_bars()
-    return _fetch(_Asked(name, match["repo"], revision, also, variant))
+    return _fetch(_Asked(name, match["repo"], revision, also, variant, quiet=quiet))
 
 
 def _fetch(asked: _Asked) -> Located:
     """Fetch what is not in the cache yet. One commit, whatever is pushed meanwhile."""
-    from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+    from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
 
     with _explained(asked):
         try:
@@ -126,6 +135,10 @@ def _fetch(asked: _Asked) -> Located:
         if not _COMMIT.fullmatch(commit):
             raise HubError(f"{asked.name}: the Hub should name a commit of {asked.repo}, and names {commit!r}")
         chosen = _choose(asked, names)
+        begun, saying = time.monotonic(), f"fetching {asked.name} from the Hub (commit {commit[:7]})"
+        fetched = set() if isinstance(try_to_load_from_cache(asked.repo, chosen, revision=commit), str) else {chosen}
+        if fetched:
+            asked.say(saying)
 
         # Asked for by branch, so that the cache notes the branch's commit and finds it again offline.
         first = Path(hf_hub_download(asked.repo, chosen, revision=asked.revision))
@@ -136,7 +149,11 @@ def _fetch(asked: _Asked) -> Located:
         wanted = _wanted(asked, names, first)
         if missing := sorted(set(wanted) - names):
             raise CheckpointError(f"{asked.name}: its {chosen} names shards that {asked.repo} lacks:\n{some(missing)}")
-        if _lacking(first.parent, wanted) or _cached_listing(asked.repo, commit) is None:
+        lacking = _lacking(first.parent, wanted)
+        if lacking and not fetched:
+            asked.say(saying)
+        fetched |= set(lacking)
+        if lacking or _cached_listing(asked.repo, commit) is None:
             exactly = [glob.escape(name) for name in wanted]
             snapshot_download(asked.repo, revision=commit, allow_patterns=exactly)
         if lacking := _lacking(first.parent, wanted):  # where the Hub fails midway the client makes do with what it has
@@ -144,6 +161,11 @@ def _fetch(asked: _Asked) -> Located:
                 f"{asked.name}: {len(lacking)} of {len(wanted)} files did not arrive:\n{some(lacking)}",
                 hint="Run it again: what is in the cache already is not fetched again.",
             )
+        if fetched:
+            nbytes, seconds = sum((first.parent / name).stat().st_size for name in fetched), time.monotonic() - begun
+            number = f"{len(fetched)} file{'s' if len(fetched) > 1 else ''}"
+            rate = nbytes / max(seconds, 1e-9)
+            asked.say(f"fetched {asked.name}: {number}, {size(nbytes)} in {seconds:.1f} s ({size(rate)}/s)")
         return asked.at(first.parent)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lines_cli.errors import size
 from lines_cli.plan.realised import and_more, way_out
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def _headers(report: Report, *, full: bool) -> Section:
         if group["tensors"]:
             value = coefficient(group["coefficient"])
             rows.append((f"outside, {where}", "", *_amounts(group), value, value))
-    tables = [("", Table(("stack", "layers", "tensors", "parameters", "bytes", "first", "last"), tuple(rows)))]
+    tables = [("", Table(("stack", "layers", "tensors", "parameters", "bytes", "c first", "c last"), tuple(rows)))]
     if not report.get("fine_tunes"):
         tables += [_layers_of(report, stack, full=full) for stack in report["stacks"]]
         tables += _recorded(report, full=full)
@@ -541,15 +542,6 @@ def share(value: float | None) -> str:
     if percent >= 10 or percent == 0:
         return f"{percent:.1f}%"
     return f"{percent:.2f}%" if percent >= 0.01 else f"{percent:.2g}%"
-
-
-def size(nbytes: float) -> str:
-    """Bytes as people say them, decimal: `3.1 GB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 999.5:
-            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} TB"
 
 
 def count(parameters: float) -> str:

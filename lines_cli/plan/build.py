@@ -7,11 +7,13 @@ in: a plan without needs has been resolved. Of tensor data only complex numbers 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from lines_cli.checkpoint.contents import factors_among
-from lines_cli.checkpoint.header import EXACT_DTYPES
+from lines_cli.checkpoint.header import EXACT_DTYPES, itemsize
 from lines_cli.checkpoint.reader import gc_paused
 from lines_cli.errors import (
     DepthError,
@@ -20,7 +22,7 @@ from lines_cli.errors import (
 )
 from lines_cli.methods import ByMagnitude
 from lines_cli.plan.align import aligned_names
-from lines_cli.plan.coefficients import coefficient_of
+from lines_cli.plan.coefficients import coefficient_of, unlike_lines
 from lines_cli.plan.complex_numbers import compared
 from lines_cli.plan.depth import depth_of_kept, places_of_all
 from lines_cli.plan.identity import named_inputs, refuse_two_names
@@ -31,7 +33,7 @@ from lines_cli.plan.plan import Plan
 from lines_cli.plan.resolve import UNSCALED, decided, settle_misfits
 from lines_cli.plan.sidecars import with_sidecars
 from lines_cli.plan.statistics import NOTHING_MEASURED, Needs
-from lines_cli.plan.tensors import TensorSpec, refuse_empty, refuse_misfits, settle_empty, specify_tensors
+from lines_cli.plan.tensors import STORED, TensorSpec, refuse_empty, refuse_misfits, settle_empty, specify_tensors
 from lines_cli.recipe.schema import Recipe
 from lines_cli.scaling.find_depth import DepthMap, Place
 from lines_cli.scaling.schedule import Rules
@@ -114,7 +116,36 @@ def make_plan(recipe: Recipe, inputs: Inputs, output: Path) -> Plan:
     )
     refuse_two_names(recipe, named_inputs(plan))
     plan = decided(plan, ((specs[name], number, info) for name, number, info in placed))
+    said = (*unlike_lines(recipe, rules, depth, of_an_edit=inputs.of_an_edit), *_larger_than_the_base(plan))
+    plan = replace(plan, notes=(*plan.notes, *said))
     return plan if is_one_file(output) else with_sidecars(plan)
+
+
+def _larger_than_the_base(plan: Plan) -> Iterator[str]:
+    """That an edit's output is much larger than its base, because the fine-tune is stored in wider numbers."""
+    if not plan.inputs.of_an_edit or plan.recipe.dtype is not None:
+        return
+    infos = (
+        [stored.info for stored in plan.inputs.checkpoints[0].tensors.values()],
+        [tensor.info for tensor in plan.tensors],
+    )
+    names = {there: name for name, there in STORED.items()}
+    most = [Counter[str]() for _ in infos]
+    for entries, side in zip(most, infos, strict=True):
+        for info in side:
+            entries[info.dtype] += info.numel
+    of_base, ours = (entries.most_common(1)[0][0] if entries else "" for entries in most)
+    if of_base not in names or ours not in names or itemsize(ours) <= itemsize(of_base):
+        return
+    before, after = (sum(info.numel * itemsize(info.dtype) for info in side) for side in infos)
+    if after >= _MUCH_LARGER * before:
+        yield (
+            f"the output is {after / before:.2g} times the size of the base, for the fine-tune is {names[ours]} and "
+            f"the base {names[of_base]}: --dtype {names[of_base]} (in a recipe dtype:) stores it as the base is"
+        )
+
+
+_MUCH_LARGER = 1.5
 
 
 def _factor_notes(inputs: Inputs) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Iterator
 
 from lines_cli.errors import (
     RecipeError,
@@ -12,7 +13,7 @@ from lines_cli.errors import (
 from lines_cli.plan.tensors import TensorSpec
 from lines_cli.recipe.schema import Recipe
 from lines_cli.scaling.find_depth import DepthMap, position
-from lines_cli.scaling.schedule import Rules
+from lines_cli.scaling.schedule import Listed, Rules, UpAndDown
 
 
 def layer_coefficients(recipe: Recipe, rules: Rules, depth: DepthMap) -> list[tuple[str, list[float]]]:
@@ -29,6 +30,35 @@ def layer_coefficients(recipe: Recipe, rules: Rules, depth: DepthMap) -> list[tu
         )
         for stack in depth.stacks
     ]
+
+
+def unlike_lines(recipe: Recipe, rules: Rules, depth: DepthMap, *, of_an_edit: bool) -> Iterator[str]:
+    """What is unlike LiNeS in the coefficients, and may be meant otherwise: that they fall with depth; and of an edit
+    that some are above 1, which nothing else would make larger than the fine-tune's.
+    """
+    if recipe.lines is None:
+        return
+    fall, above = [], []
+    for name, values in layer_coefficients(recipe, rules, depth):
+        ends = f"{values[0]:.4g} to {values[-1]:.4g}" + (f" in {printable(name)}" if len(depth.stacks) > 1 else "")
+        by_hand = isinstance(rules.stacks.get(name, rules.schedule), (Listed, UpAndDown))
+        if values[-1] < values[0] and not by_hand:
+            fall.append(ends)
+        if of_an_edit and max(values) > 1:
+            above.append(f"{max(values):.4g}")
+    if fall:
+        lines = recipe.lines
+        is_default = lines.beta is not None and isinstance(lines.alpha, float) and lines.beta == 1 - lines.alpha
+        why = f": beta is {lines.beta:.4g}, which is 1 - alpha" if is_default and not lines.stacks else ""
+        yield (
+            f"the coefficients fall with depth ({', '.join(fall)}){why}. LiNeS has them grow, so that shallow layers "
+            "keep what the base knew: that takes a beta above 0"
+        )
+    if above:
+        yield (
+            f"coefficients above 1 ({', '.join(dict.fromkeys(above))} at most) make the update larger than the "
+            "fine-tune's own"
+        )
 
 
 def outside_coefficients(recipe: Recipe, rules: Rules) -> tuple[float, float]:

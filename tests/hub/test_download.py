@@ -337,3 +337,24 @@ def test_edit_takes_hub_ids_and_pins_them(hub: HubServer, user: User) -> None:
     done = user.runs(forked.command(*again), HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr
     assert (out.with_name("again") / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+def test_a_line_for_each_model(hub: HubServer, user: User) -> None:
+    """What is fetched is said on stderr, model by model: when it begins, and how much it was. What is in the cache
+    already is not mentioned, and --quiet says nothing.
+    """
+    commit = hub.push("org/model", SHARDED)
+    hub.push("org/base", WHOLE | {"model.safetensors": weights(a=2, b=3)})
+    edit = ["edit", "org/base", "org/model", "--dry-run", "--alpha", "0.5", "--beta", "0"]
+    first, second = user.commands(edit, edit)
+    assert (first.code, second.code) == (0, 0), first.err
+    said = [line for line in first.err.splitlines() if line.startswith("fetch")]
+    assert said[2] == f"fetching org/model from the Hub (commit {commit[:7]})"
+    nbytes = sum(map(len, SHARDED.values()))
+    assert re.fullmatch(rf"fetched org/model: 4 files, {nbytes} B in [\d.]+ s \(.*B/s\)", said[3])
+    assert [line.split()[:2] for line in said[:2]] == [["fetching", "org/base"], ["fetched", "org/base:"]]
+    assert "fetch" not in second.err
+    hub.push("org/model", WHOLE)
+    [quiet] = user.commands([*edit, "--quiet", "--missing", "copy"])
+    assert quiet.code == 0, quiet.err
+    assert "fetch" not in quiet.err

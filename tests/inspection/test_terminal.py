@@ -43,10 +43,13 @@ def test_folding(layers: int, tunes: int, tmp_path: Path) -> None:
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?[%x]?|-")
 
 
+@pytest.mark.parametrize("columns", [60, 80])
 @pytest.mark.parametrize("tunes", [0, 1, 3, 8])
 @pytest.mark.parametrize("flags", [[], ["--tensors"], ["--check", "--full"]], ids=["", "tensors", "check"])
-def test_eighty_columns(tunes: int, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A table is no wider than 80 columns unless its numbers need that; a long first column is broken, no number is."""
+def test_columns(tunes: int, flags: list[str], columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table is no wider than the terminal unless its numbers need that: long names are elided in their middle, each
+    row is one line, and no number is cut. Off a terminal names are whole.
+    """
     monkeypatch.chdir(tmp_path)
     model = llama(14)
     write_checkpoint(tmp_path / "Llama-3.1-8B", model)
@@ -54,24 +57,32 @@ def test_eighty_columns(tunes: int, flags: list[str], tmp_path: Path, monkeypatc
     for at, ft in enumerate(fts):
         write_checkpoint(tmp_path / ft, tuned(model, at))
     arguments = [*fts, "--base", "Llama-3.1-8B"] if tunes else ["Llama-3.1-8B"]
+    monkeypatch.delenv("COLUMNS", raising=False)
+    whole = run_lines("inspect", *arguments, *flags)
+    monkeypatch.setenv("COLUMNS", str(columns))
     ran = run_lines("inspect", *arguments, *flags)
-    assert ran.code == 0, ran.trace
+    assert (ran.code, whole.code) == (0, 0), ran.trace
     for line in ran.out.splitlines():
-        fact = re.match(r"[a-zA-Z]+ {2,}|1 file|\(|\d+   ", line)
-        if len(line) > 80 and not fact:
-            first, *cells = re.split(r" {2,}", line)
-            assert len(first) <= 12, line
+        fact = re.match(r"[a-zA-Z]+ {2,}|1 file|\(|\d+   |.*: \d+ float tensors|.*: 12 of 14 layers", line)
+        if len(line) > columns and not fact:
+            first, *cells = re.split(r" +", line)
+            assert len(first) <= 8, line
             assert cells
     rows = rows_of(ran.out, "model.layers")
     assert len(rows) == (14 if "--full" in flags else 12) + bool(tunes)
     numbers = {0: 5, 1: 7}.get(tunes, 2 + tunes)  # "704 B" counts as one
     for row in rows:
         assert len([cell for cell in row if NUMBER.fullmatch(cell)]) == numbers - 2 * (row[0] == "all"), row
+    assert len(ran.out.splitlines()) == len(whole.out.splitlines())
     if "--tensors" in flags:
-        *_, table = ran.out.split("\ntensors\n")
-        starts = [line.split(" ")[0] for line in table.split("\n\n")[0].splitlines()[1:]]
-        joined = "".join(starts)
-        assert all(name in joined for name in model)
+        for out in (ran.out, whole.out):
+            *_, table = out.split("\ntensors\n")
+            starts = [line.split(" ")[0] for line in table.split("\n\n")[0].splitlines()[1:]]
+            assert len(starts) == len(model)
+            for start in starts:
+                begin, dots, end = start.partition("…")
+                assert any(name.startswith(begin) and name.endswith(end) for name in model), start
+                assert not (dots and out is whole.out)
 
 
 @pytest.mark.parametrize(("tunes", "columns"), [(8, 8), (9, 3)])

@@ -411,9 +411,11 @@ def coefficients(
 
 
 def refused(code: int, *args: object) -> str:
-    """What `lines inspect ARGS` says as it refuses with this exit code; nothing stands on stdout."""
+    """What `lines inspect ARGS` says as it refuses with this exit code; stdout has that alone, as JSON."""
     ran = run_lines("inspect", *args, "--json", "--quiet", "--device", "cpu")
-    assert (ran.code, ran.out, ran.trace) == (code, "", ""), ran.out + ran.err + ran.trace
+    assert (ran.code, ran.trace) == (code, ""), ran.out + ran.err + ran.trace
+    assert list(ran.json) == ["schema", "lines", "error"]
+    assert ran.json["error"]["code"] == code
     return ran.err
 
 

@@ -33,9 +33,10 @@ def told(*args: object) -> Any:
 
 
 def refused(code: int, *args: object, words: tuple[str, ...] = ()) -> Ran:
-    """`lines inspect ARGS`, which says why not on stderr, and nothing on stdout."""
+    """`lines inspect ARGS`, which says why not on stderr, and on stdout nothing, or with --json the same."""
     ran = run_lines("inspect", *args)
-    assert (ran.code, ran.out, ran.trace) == (code, "", ""), ran.trace or ran.err
+    assert (ran.code, ran.trace) == (code, ""), ran.trace or ran.err
+    assert (list(ran.json) == ["schema", "lines", "error"]) if "--json" in args else (ran.out == "")
     assert ran.err.startswith("error: ")
     assert all(word in ran.err for word in words), ran.err
     return ran
