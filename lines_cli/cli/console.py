@@ -49,6 +49,11 @@ def remark(text: str) -> None:
     _notes([text])
 
 
+def wrote(path: object) -> None:
+    """Name a file that was written beside what the command is about."""
+    _err.print(Text(_printable(f"wrote {path}")), soft_wrap=True)
+
+
 def progress(*, quiet: bool) -> Track:
     """A wrapper for each pass's stream of byte counts that draws a bar on stderr; draws nothing where stderr is no
     terminal.

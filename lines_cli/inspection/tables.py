@@ -29,15 +29,38 @@ class Bar:
     share: float
 
 
+class Quantity(str):
+    """A cell that says a number, with the number itself; None where there is none."""
+
+    __slots__ = ("value",)
+    value: float | None
+
+    def __new__(cls, text: str, value: float | None) -> Quantity:
+        made = super().__new__(cls, text)
+        made.value = value
+        return made
+
+
 Cell = str | Bar
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows under headings. The first column is text, the others are numbers; one without a heading holds bars."""
+    """Rows under headings. The first column is text, the others are numbers; one without a heading holds bars.
+
+    Attributes:
+        headings: one for each column.
+        rows: as many cells each.
+        total: whether the last row is of all others together.
+        stack: the name of the stack that it is about, if it is about one.
+        models: whether each fine-tune has a row (`rows`), a column, at the right (`columns`), or both.
+    """
 
     headings: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
+    total: bool = False
+    stack: str | None = None
+    models: tuple[str, ...] = ()
 
 
 Fact = tuple[str, tuple[str, ...]]
@@ -81,10 +104,10 @@ def sections(report: Report, *, full: bool = False) -> list[Section]:
 
 def _headers(report: Report, *, full: bool) -> Section:
     facts = [_held(report), *_known(report)]
-    rows = [
+    rows: list[tuple[Cell, ...]] = [
         (
             stack["name"] or "(no prefix)",
-            f"{stack['layers']}",
+            _index(stack["layers"]),
             *_amounts(stack),
             coefficient(stack["first"]),
             coefficient(stack["last"]),
@@ -132,10 +155,10 @@ def _known(report: Report) -> Iterable[Fact]:
         yield "names", (", ".join(names),)
     if report["recipe"]:
         yield "recipe", (_recipe(report["recipe"]),)
-    yield "LiNeS", (_scaling(report["scaling"]),)
+    yield "LiNeS", (settings(report["scaling"]),)
 
 
-def _scaling(scaling: Report) -> str:
+def settings(scaling: Report) -> str:
     """How the coefficients are chosen, and by whom."""
     of = {"output": "as in its recipe: ", "merge": "as in the recipe: ", "asked": ""}[scaling["of"]]
     if scaling["lines"] is None:
@@ -172,7 +195,7 @@ def _plain(value: Any) -> str:
 
 
 def _amounts(counts: Report) -> tuple[str, str, str]:
-    return f"{counts['tensors']:,}", count(counts["parameters"]), size(counts["bytes"])
+    return _whole(counts["tensors"]), count(counts["parameters"]), size(counts["bytes"])
 
 
 def _layers_of(report: Report, stack: Report, *, full: bool) -> tuple[str, Table]:
@@ -181,14 +204,15 @@ def _layers_of(report: Report, stack: Report, *, full: bool) -> tuple[str, Table
     shown, more = _folded(layers, full=full)
     rows = tuple(
         (
-            f"{layer['index']}",
+            _index(layer["index"]),
             *_amounts(layer),
             coefficient(layer["coefficient"]),
             _bar(abs(layer["coefficient"] or 0), most),
         )
         for layer in shown
     )
-    return _titled(stack, more), Table(("layer", "tensors", "parameters", "bytes", "c", ""), rows)
+    headings = ("layer", "tensors", "parameters", "bytes", "c", "")
+    return _titled(stack, more), Table(headings, rows, stack=stack["name"])
 
 
 def _of(rows: Sequence[Report], stack: Report) -> list[Report]:
@@ -223,9 +247,12 @@ def _fine_tune(report: Report, tune: Report, *, full: bool) -> Section:
     of_outside = largest(tune["outside"][side] for side, _ in _SIDES)
     for stack in tune["stacks"]:
         shown, more = _folded(_of(tune["layers"], stack), full=full)
-        rows = [row(f"{layer['index']}", layer, coefficient(layer["coefficient"]), most=of_layers) for layer in shown]
+        rows = [
+            row(_index(layer["index"]), layer, coefficient(layer["coefficient"]), most=of_layers) for layer in shown
+        ]
         rows.append(row("all", stack, "", most=of_layers))
-        tables.append((_titled(stack, more), Table(("layer", *headings), tuple(rows))))
+        table = Table(("layer", *headings), tuple(rows), total=True, stack=stack["name"])
+        tables.append((_titled(stack, more), table))
     if report["rounding"] is not None:
         tables += [_rounded(tune, stack, report["rounding"]["dtype"], full=full) for stack in tune["stacks"]]
     tables += _recorded(report, full=full)
@@ -264,14 +291,18 @@ def _rounded(tune: Report, stack: Report, dtype: str, *, full: bool) -> tuple[st
     """What rounding would leave of each layer's coefficient, and how large updates are in units in the last place."""
     shown, more = _folded(_of(tune["layers"], stack), full=full)
     rows = []
-    for name, group in (*((f"{layer['index']}", layer) for layer in shown), ("all", stack)):
+    for name, group in (*((_index(layer["index"]), layer) for layer in shown), ("all", stack)):
         units = group["units"] or dict.fromkeys(("median", "zero", "one", "two"))
         asked = coefficient(group["coefficient"]) if "coefficient" in group else ""
-        shares = ("-" if (part := units[word]) is None else f"{100 * part:.3g}" for word in ("zero", "one", "two"))
+        shares = (_percent(units[word]) for word in ("zero", "one", "two"))
         rows.append((name, asked, coefficient(group["realised"]), number(units["median"]), *shares))
     headings = ("layer", "c", "realised", "median ulp", "% at 0 ulp", "% at 1", "% at 2")
     title = f"{stack['name'] or '(no prefix)'} in {dtype}{more}"
-    return title, Table(headings, tuple(rows))
+    return title, Table(headings, tuple(rows), total=True, stack=stack["name"])
+
+
+def _percent(part: float | None) -> Quantity:
+    return Quantity("-" if part is None else f"{100 * part:.3g}", part)
 
 
 def _recorded(report: Report, *, full: bool) -> list[tuple[str, Table]]:
@@ -281,7 +312,7 @@ def _recorded(report: Report, *, full: bool) -> list[tuple[str, Table]]:
         shown, more = _folded([layer for layer in report["recorded"] if layer["stack"] == name], full=full)
         rows = tuple(
             (
-                f"{layer['index']}",
+                _index(layer["index"]),
                 coefficient(layer["coefficient"]),
                 coefficient(layer["realised"]),
                 share(layer["changed"]),
@@ -289,7 +320,7 @@ def _recorded(report: Report, *, full: bool) -> list[tuple[str, Table]]:
             for layer in shown
         )
         title = f"{name or '(no prefix)'}, as its recipe records it{more}"
-        tables.append((title, Table(("layer", "asked", "realised", "changed"), rows)))
+        tables.append((title, Table(("layer", "asked", "realised", "changed"), rows, stack=name)))
     return tables
 
 
@@ -332,23 +363,30 @@ def _fine_tunes(report: Report, tunes: Sequence[Report], *, full: bool) -> Secti
         for name, tune in zip(names, tunes, strict=True)
     )
     headings = ("fine-tune", "update", "relative", "unchanged", "first 1/3", "last 1/3", "scaled")
-    tables = [("", Table(headings, rows))]
+    tables = [("", Table(headings, rows, models=("rows",)))]
     columns, cells = _abreast(len(tunes), share, full=full)
+    each_one = ("columns",) if len(columns) == len(tunes) else ()
     for at, stack in enumerate(report["stacks"]):
         layers = list(zip(*(_of(tune["layers"], stack) for tune in tunes), strict=True))
         shown, more = _folded(layers, full=full)
         found = [
-            (f"{each[0]['index']}", coefficient(each[0]["coefficient"]), *cells([row["relative_norm"] for row in each]))
+            (
+                _index(each[0]["index"]),
+                coefficient(each[0]["coefficient"]),
+                *cells([row["relative_norm"] for row in each]),
+            )
             for each in shown
         ]
         found.append(("all", "", *cells([tune["stacks"][at]["relative_norm"] for tune in tunes])))
         title = f"update relative to the weights, {_titled(stack, more)}"
-        tables.append((title, Table(("layer", "c", *columns), tuple(found))))
+        tables.append(
+            (title, Table(("layer", "c", *columns), tuple(found), total=True, stack=stack["name"], models=each_one))
+        )
     kinds = tuple(
         (kind["kind"], *cells([tune["kinds"][at]["relative_norm"] for tune in tunes]))
         for at, kind in enumerate(tunes[0]["kinds"])
     )
-    tables.append(("update relative to the weights, by kind", Table(("", *columns), kinds)))
+    tables.append(("update relative to the weights, by kind", Table(("", *columns), kinds, models=each_one)))
     return Section(f"updates of {len(tunes)} fine-tunes", facts, tuple(tables))
 
 
@@ -374,13 +412,14 @@ def _together(together: Report, *, full: bool) -> Section:
     for at, (name, row) in enumerate(zip(_numbered(models), together["cosine"], strict=True)):
         others = row if full or len(models) <= _ABREAST else [value for to, value in enumerate(row) if to != at]
         cosines.append((name, *cells(others)))
-    tables = [("cosine similarity of the updates", Table(("", *columns), tuple(cosines)))]
+    each_one = ("rows", "columns") if len(columns) == len(models) else ("rows",)
+    tables = [("cosine similarity of the updates", Table(("", *columns), tuple(cosines), models=each_one))]
     headings = ("layer", "cosine", "lowest", "disagree", "", "norm of sum", "sum of norms")
     for stack in together["stacks"]:
         shown, more = _folded(_of(together["layers"], stack), full=full)
-        rows = [_interference(f"{layer['index']}", layer) for layer in shown]
+        rows = [_interference(_index(layer["index"]), layer) for layer in shown]
         rows.append(_interference("all", stack))
-        tables.append((_titled(stack, more), Table(headings, tuple(rows))))
+        tables.append((_titled(stack, more), Table(headings, tuple(rows), total=True, stack=stack["name"])))
     kinds = tuple(_interference(kind["kind"], kind) for kind in together["kinds"])
     tables.append(("by kind", Table(("", *headings[1:]), kinds)))
     return Section("how they interfere", tuple(_interfering(together)), tuple(tables))
@@ -414,8 +453,8 @@ def _interference(name: str, group: Report) -> tuple[Cell, ...]:
     )
 
 
-def _cosine(value: float | None) -> str:
-    return "-" if value is None else f"{round(value, 3) + 0.0:.3f}"
+def _cosine(value: float | None) -> Quantity:
+    return Quantity("-" if value is None else f"{round(value, 3) + 0.0:.3f}", value)
 
 
 # --- every tensor; what is left; health ---
@@ -428,7 +467,7 @@ def _map(tensors: Sequence[Report]) -> Section:
             tensor["name"],
             tensor["dtype"],
             "x".join(map(str, tensor["shape"])) or "scalar",
-            f"{tensor['index']}" if tensor["index"] is not None else dict(_SIDES)[tensor["side"]],
+            _index(tensor["index"]) if tensor["index"] is not None else dict(_SIDES)[tensor["side"]],
             tensor["kind"],
             coefficient(tensor["coefficient"]),
             *(
@@ -507,17 +546,29 @@ def _bar(value: float, most: float) -> Bar:
     return Bar(min(1.0, value / most) if most else 0.0)
 
 
-def coefficient(value: float | None) -> str:
+def _index(value: int) -> Quantity:
+    return Quantity(str(value), value)
+
+
+def _whole(value: int) -> Quantity:
+    return Quantity(f"{value:,}", value)
+
+
+def coefficient(value: float | None) -> Quantity:
     """Four digits; `-` where it is not known."""
-    return "-" if value is None else f"{value:.4g}"
+    return Quantity("-" if value is None else f"{value:.4g}", value)
 
 
 number = coefficient
 """Four digits; `-` where there is none."""
 
 
-def share(value: float | None) -> str:
+def share(value: float | None) -> Quantity:
     """A share in percent, three digits; what is many times the whole as a factor."""
+    return Quantity(_share(value), value)
+
+
+def _share(value: float | None) -> str:
     if value is None:
         return "-"
     percent = 100 * value
@@ -528,19 +579,21 @@ def share(value: float | None) -> str:
     return f"{percent:.2f}%" if percent >= 0.01 else f"{percent:.2g}%"
 
 
-def size(nbytes: float) -> str:
+def size(nbytes: float) -> Quantity:
     """Bytes as people say them, decimal: `3.1 GB`."""
+    value = nbytes
     for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 999.5:
-            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} TB"
+        if value < 999.5:
+            return Quantity(f"{value:.0f} B" if unit == "B" else f"{value:.3g} {unit}", nbytes)
+        value /= 1000
+    return Quantity(f"{value:.3g} TB", nbytes)
 
 
-def count(parameters: float) -> str:
+def count(parameters: float) -> Quantity:
     """A number of parameters as people say it: `1.53 B`."""
+    value = parameters
     for unit in ("", " K", " M", " B"):
-        if parameters < 999.5:
-            return f"{parameters:.3g}{unit}"
-        parameters /= 1000
-    return f"{parameters:.3g} T"
+        if value < 999.5:
+            return Quantity(f"{value:.3g}{unit}", parameters)
+        value /= 1000
+    return Quantity(f"{value:.3g} T", parameters)
