@@ -186,7 +186,7 @@ def _shape(series: _Series, points: Sequence[tuple[float, float] | None], step: 
     """A line with marks, dots or bars."""
     known = [(at, *point) for at, point in enumerate(points) if point is not None]
     if series.form in ("bars", "thin"):
-        wide = step * (0.84 if series.form == "bars" else 0.46)
+        wide = min(step, 60.0) * (0.84 if series.form == "bars" else 0.46)
         bars = "".join(f"M{_n(x - wide / 2)} {_n(zero)}V{_n(y)}h{_n(wide)}V{_n(zero)}z" for _, x, y in known)
         return f'<path class="bar" d="{bars}"/>'
     if series.form == "dots":

@@ -84,7 +84,7 @@ def picture(report: Report, form: str) -> bytes:
         warnings.simplefilter("ignore")  # a glyph that the font lacks is drawn as a box
         mpl.rcdefaults()  # whatever a user prefers elsewhere
         mpl.rcParams.update(STYLE)
-        return render([_about(report), *panels(report)], form)
+        return render([about(report), *panels(report)], form)
 
 
 def render(shown: Sequence[Panel], form: str) -> bytes:
@@ -108,7 +108,7 @@ def render(shown: Sequence[Panel], form: str) -> bytes:
     return buffer.getvalue()
 
 
-def _about(report: Report) -> Panel:
+def about(report: Report) -> Panel:
     """What is drawn: the checkpoint or the fine-tunes, the base, and the settings."""
     tunes = report.get("fine_tunes", [])
     what = report["checkpoint"] if len(tunes) < 2 else f"{len(tunes)} fine-tunes"

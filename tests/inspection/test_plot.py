@@ -14,7 +14,7 @@ from base64 import b64encode
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from html.parser import HTMLParser
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -660,6 +660,43 @@ def test_text_keeps_its_distance(case: str, drawn: Any) -> None:
                 wide = min(box.x1, beside.x1) - max(box.x0, beside.x0)
                 high = min(box.y1, beside.y1) - max(box.y0, beside.y0)
                 assert not (wide > 1 and high > 1), (text, other)
+
+
+@pytest.mark.parametrize("case", ["three", pytest.param("four stacks", marks=pytest.mark.slow)])
+def test_labels_are_clear_of_colour_bars(case: str, drawn: Any) -> None:
+    """Between a colour bar with its numbers and any other axes with its labels there is room to see."""
+    arguments, _ = drawn(case, "")
+    told = run_lines("inspect", *arguments, "--json").json
+    bars = 0
+    for figure in figures(told):
+        everything = [axes for part in parts(figure) for axes in part.axes if axes.get_visible()]
+        boxes = {axes: axes.get_tightbbox(figure.canvas.get_renderer()) for axes in everything}
+        for bar in (axes for axes in everything if axes.get_label() == "<colorbar>"):
+            bars += 1
+            padded = boxes[bar].padded(4)
+            assert not [axes for axes in everything if axes is not bar and padded.overlaps(boxes[axes])]
+    assert bars == 2
+
+
+def test_pictures_name_base_and_settings(drawn: Any) -> None:
+    """Above a picture stands what it is of: the fine-tune, its base, and where the coefficients come from."""
+    arguments, _ = drawn("one layer", "")
+    ft = write_checkpoint(Path(str(arguments[-1])).parent / ("long" * 40), tuned(decoder(1), 1))
+    told = run_lines("inspect", ft, "--base", arguments[-1], "--alpha", "0.3", "--json").json
+    with mpl.rc_context(plot.STYLE):
+        panel = plot.about(told)
+        figure = Figure(figsize=(plot.WIDTH, panel.height))
+        canvas = FigureCanvasAgg(figure)
+        panel.draw(figure)
+        said = [text.get_text() for text in figure.texts]
+        boxes = [text.get_window_extent(canvas.get_renderer()) for text in figure.texts]
+    assert said[0].endswith("longlong")
+    assert "…" in said[0]
+    assert said[1].startswith("base: ")
+    assert said[2] == "LiNeS: alpha 0.3, beta 0.7, gamma 1, schedule linear, outside alpha"
+    for above, below in pairwise(boxes):
+        assert above.y0 >= below.y1
+    assert all(box.x1 <= figure.bbox.x1 and box.y0 >= 0 for box in boxes)
 
 
 def contrast(a: tuple[float, ...], b: tuple[float, ...]) -> float:
