@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from lines_cli.inspection import plot
 from lines_cli.inspection.html import page
 from support import browser
 from support.files import write_checkpoint
@@ -152,6 +153,43 @@ def test_what_was_written_is_said(form: str, tmp_path: Path) -> None:
     json.loads(ran.out)
     assert ok(path, "--plot", file, "--json", "--quiet").err == ""
     assert ok(path, "--json").err == ""
+
+
+# --- colours ---
+
+
+def palettes() -> list[dict[str, str]]:
+    """The colours by name: light, dark as the system says, dark by the button."""
+    style = (Path(plot.__file__).parent / "page.css").read_text()
+    blocks = re.findall(r":root[^{]*\{([^}]*)\}", style)
+    return [dict(re.findall(r"--(\w+): (#\w+);", block)) for block in blocks]
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance (WCAG 2), 0 to 1."""
+    short = colour[1:]
+    parts = [int(part * (3 - len(short) // 3), 16) / 255 for part in re.findall("." * (len(short) // 3), short)]
+    r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+
+def contrast(a: str, b: str) -> float:
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_both_themes_can_be_read() -> None:
+    """Text stands out from what it lies on, lines from the paper; dark is the same however it is chosen."""
+    light, by_system, by_button = palettes()
+    assert by_system == by_button
+    assert light.keys() == by_system.keys() > {f"c{at}" for at in range(8)}
+    assert [light[f"c{at}"].upper() for at in range(6)] == list(plot.COLOURS[:6])  # as in the pictures
+    for theme in (light, by_system):
+        assert all(
+            contrast(theme[text], theme[ground]) >= 4.5 for text in ("ink", "soft") for ground in ("paper", "row")
+        )
+        assert all(contrast(theme[f"c{at}"], theme["paper"]) >= 2 for at in range(8))
+        assert len({theme[f"c{at}"] for at in range(8)}) == 8
 
 
 # --- in a browser ---
@@ -333,6 +371,23 @@ class TestInABrowser:
         assert [row[0]["text"] for row in table_of(at, LAYERS)[1:4]] == ["0", "1", "2"]
         assert at.run("[...document.querySelectorAll('figure')].every(f => f.getClientRects().length)")
         assert at.complaints == []
+
+    @pytest.mark.parametrize("width", [320, 1366])
+    def test_names_of_strangers(self, chromium: browser.Browser, width: int, tmp_path: Path) -> None:
+        """Whatever tensors and stacks are called: nothing runs, sticks out, or is logged, and all is shown as text."""
+        evil = ["<script>document.title=1</script>", "'\"><img src=x onerror=alert(1)>", "x" * 2000, "</title>", "a\nb"]
+        tensors = {f"{name}.layers.{i}.w": torch.ones(2) * i for name in evil for i in range(3)}
+        path = write_checkpoint(tmp_path / "m", tensors)
+        ok(path, "--tensors", "--plot", tmp_path / "p.html")
+        chromium.complaints.clear()
+        chromium.open(tmp_path / "p.html", width=width)
+        assert chromium.run("document.title") == str(path)
+        assert chromium.run("document.documentElement.scrollWidth") <= width
+        assert chromium.run("document.querySelectorAll('script, img').length") == 1
+        assert f"{evil[0]}.layers" in chromium.run("document.querySelector('fieldset').textContent")
+        chromium.hover(".hit")
+        assert chromium.run("document.querySelector('.say:not([hidden]) span').textContent") == "layer 0"
+        assert chromium.complaints == []
 
     def test_the_policy_holds(self, opened: Any, tmp_path: Path) -> None:
         """If markup of a stranger got through after all, it would neither run nor load anything."""
