@@ -573,7 +573,7 @@ def look(
 
     drawing = None
     if plot is not None:
-        from lines_cli.inspection.plot import Drawing
+        from lines_cli.inspection.drawing import Drawing
 
         drawing = Drawing(arguments.path("--plot", plot))
     inspection = _opened(checkpoints, base, config, scaling, quiet=quiet)

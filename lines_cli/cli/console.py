@@ -64,6 +64,11 @@ def remark(text: str) -> None:
     _notes([text])
 
 
+def wrote(path: object) -> None:
+    """Name a file that was written beside what the command is about."""
+    _err.print(Text(_printable(f"wrote {path}")), soft_wrap=True)
+
+
 def progress(*, quiet: bool) -> Track:
     """A wrapper for each pass's stream of byte counts that says on stderr how far it is: a bar on a terminal;
     elsewhere, and on a terminal without a cursor to move, a line at each tenth of a pass that takes a while.

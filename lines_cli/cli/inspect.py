@@ -78,5 +78,7 @@ def inspect(
         importing=interruptible_import,
     )
     console.show_report(report, json=json, full=full)
+    if plot is not None and not quiet:
+        console.wrote(plot)
     if check:
         refuse_problems(report)

@@ -126,8 +126,8 @@ Plot = Annotated[
         "--plot",
         metavar="FILE",
         show_default=False,
-        help="Also draw it: FILE ends in .svg or .png, or in .html for a page with the figures and tables. Needs "
-        'matplotlib: pip install "lines-cli[plot]".',
+        help="Also draw it: FILE ends in .html, for a page with figures and tables; or in .svg or .png, which needs "
+        "matplotlib.",
         rich_help_panel=INSPECTING,
     ),
 ]

@@ -1,64 +1,66 @@
-"""A report as one page of HTML that needs nothing else: figures, tables, recipe. Every text in it is escaped."""
+"""A report as one page of HTML that needs nothing else: figures, tables, recipe, digests. Every text in it is escaped.
+
+It reads the same without its script, which sorts, switches and shows values (page.js). A policy in the page lets
+nothing run or load but that script and its style sheet, by their digests.
+"""
 
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from hashlib import sha256
 from html import escape
+from importlib.resources import files
 from typing import TYPE_CHECKING
 
 import yaml
 
 from lines_cli.errors import printable
-from lines_cli.inspection.tables import Bar, Cell, Section, Table, sections
+from lines_cli.inspection.figures import figures, key
+from lines_cli.inspection.series import called, short_names
+from lines_cli.inspection.tables import Bar, Cell, Quantity, Section, Table, sections, size
 from lines_cli.version import __version__
 
 if TYPE_CHECKING:
     from lines_cli.inspection.report import Report
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 62rem; margin: 2rem auto;
-  padding: 0 1rem; }
-h1 { font-size: 1.5rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; margin-top: 2.5rem; overflow-wrap: anywhere; }
-h3 { font-size: 1rem; margin-bottom: .3rem; }
-img { max-width: 100%; height: auto; } figure { margin: 1rem 0; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin-bottom: 1rem; }
-th, td { padding: .1rem .8rem .1rem 0; text-align: right; vertical-align: top; }
-th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; }
-tbody tr:nth-child(odd) { background: #f5f5f5; }
-th { border-bottom: 1px solid #999; }
-.bar { width: 9rem; } .bar div { background: #0072b2; height: .7rem; margin-top: .4rem; }
-dl { display: grid; grid-template-columns: max-content auto; gap: 0 1rem; } dd { margin: 0; white-space: pre-wrap;
-  overflow-wrap: anywhere; } dt { color: #666; }
-pre { background: #f5f5f5; padding: 1rem; overflow-x: auto; }
-.scroll { overflow-x: auto; }
-"""
 
-
-def page(report: Report, figures: Sequence[tuple[str, bytes]]) -> str:
-    """The page.
+def page(report: Report) -> str:
+    """The page, the same for the same report.
 
     Args:
         report: from `lines_cli.inspection.report.make_report`.
-        figures: each with its title, as SVG.
     """
     first, *others = sections(report, full=True)
-    title = _text(first.title)
+    stacks = [stack["name"] for stack in report["stacks"]]
+    tunes = report.get("fine_tunes", [])
+    title = _text(first.title if len(tunes) < 2 else f"{len(tunes)} fine-tunes of {report['base']}")
+    style, script = (
+        (files("lines_cli.inspection") / name).read_text(encoding="utf-8").strip() for name in ("page.css", "page.js")
+    )
+    allowed = f"script-src {_hash(script)}; style-src {_hash(style)}"
+    policy = f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'"
     parts = [
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>',
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{_STYLE}</style>',
-        "</head>\n<body>",
-        f"<h1>{title}</h1>",
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{title}</title>\n<style>{style}</style>\n</head>\n<body>",
+        f"<header><h1>{title}</h1></header>\n<main>",
         _facts(first),
-        *(_figure(caption, svg) for caption, svg in figures),
-        *map(_table, first.tables),
-        *(f"<h2>{_text(section.title)}</h2>\n{_facts(section)}\n{_tables(section)}" for section in others),
+        *_switches(report, stacks),
+        _figures(report),
+        *(_table(titled, stacks) for titled in first.tables),
+        *(_section(section, stacks) for section in others),
         *_recipe(report),
+        *_digests(report),
         *_notes(report["notes"]),
-        f"<p>Drawn by lines {__version__}.</p>\n</body>\n</html>\n",
+        f"</main>\n<footer>Drawn by lines {__version__}.</footer>\n<script>{script}</script>\n</body>\n</html>\n",
     ]
     return "\n".join(parts)
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"
 
 
 def _text(text: str) -> str:
@@ -66,9 +68,30 @@ def _text(text: str) -> str:
     return escape(printable(text))
 
 
-def _figure(caption: str, svg: bytes) -> str:
-    source = f"data:image/svg+xml;base64,{b64encode(svg).decode()}"
-    return f'<figure><img src="{source}" alt="{_text(caption)}"></figure>'
+def _switches(report: Report, stacks: Sequence[str]) -> Iterable[str]:
+    """A legend of the fine-tunes, and boxes that page.js makes work."""
+    names = short_names([tune["model"] for tune in report.get("fine_tunes", [])])
+    for kind, legend, found in (("model", "Fine-tunes", names), ("stack", "Stacks", [called(name) for name in stacks])):
+        if len(found) < 2:
+            continue
+        boxes = (
+            f'<label><input type="checkbox" checked hidden autocomplete="off" data-switch="{kind}" value="{at}">'
+            f"{key(at) if kind == 'model' else ''}{_text(name)}</label>"
+            for at, name in enumerate(found)
+        )
+        hidden = "" if kind == "model" else " hidden"
+        yield f"<fieldset{hidden}><legend>{legend}</legend>{''.join(boxes)}</fieldset>"
+
+
+def _figures(report: Report) -> str:
+    drawn = "\n".join(figures(report))
+    none = "" if report["stacks"] else "<p>No stack of layers was found, so there is no depth to draw over.</p>\n"
+    return f'{none}<div class="figures">\n{drawn}\n</div>' if drawn else none
+
+
+def _section(section: Section, stacks: Sequence[str]) -> str:
+    tables = "\n".join(_table(titled, stacks) for titled in section.tables)
+    return f"<h2>{_text(section.title)}</h2>\n{_facts(section)}\n{tables}"
 
 
 def _facts(section: Section) -> str:
@@ -77,23 +100,61 @@ def _facts(section: Section) -> str:
     return f"<dl>{rows}</dl>" if rows else ""
 
 
-def _tables(section: Section) -> str:
-    return "\n".join(map(_table, section.tables))
+# --- tables ---
 
 
-def _table(titled: tuple[str, Table]) -> str:
+def _table(titled: tuple[str, Table], stacks: Sequence[str] = ()) -> str:
     title, table = titled
-    head = "".join(f"<th>{_text(heading)}</th>" for heading in table.headings)
-    rows = "\n".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in table.rows)
+    kinds = [_kind(heading, [row[at] for row in table.rows]) for at, heading in enumerate(table.headings)]
+    models = len(table.rows) if "rows" in table.models else 0
+    first = len(table.headings) - (_models_across(table) if "columns" in table.models else 0)
+    owners = ["" if "columns" not in table.models or at < first else _owner(at - first) for at in range(len(kinds))]
+    head = "".join(
+        f"<th{kind}{owner}>{_text(heading)}</th>"
+        for heading, kind, owner in zip(table.headings, kinds, owners, strict=True)
+    )
+    rows = [
+        f"<tr{_owner(at) if models else ''}>"
+        + "".join(_cell(cell, kind, owner) for cell, kind, owner in zip(row, kinds, owners, strict=True))
+        + "</tr>"
+        for at, row in enumerate(table.rows)
+    ]
+    foot = f"\n<tfoot>\n{rows.pop()}\n</tfoot>" if table.total else ""
+    body = "\n".join(rows)
     above = f"<h3>{_text(title)}</h3>\n" if title else ""
-    body = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>"
-    return f'{above}<div class="scroll">{body}</div>'
+    stack = f' data-stack="{stacks.index(table.stack)}"' if table.stack in stacks else ""
+    inside = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>{foot}\n</table>"
+    return f'<div class="table"{stack}>{above}<div class="scroll">{inside}</div></div>'
 
 
-def _cell(cell: Cell) -> str:
+def _models_across(table: Table) -> int:
+    """The number of columns that are of one fine-tune each: their headings are 1, 2, ..."""
+    return sum(heading.isdecimal() for heading in table.headings)
+
+
+def _owner(model: int) -> str:
+    return f' data-model="{model}"'
+
+
+def _kind(heading: str, column: Sequence[Cell]) -> str:
+    """The class of a column: numbers, bars, or digests."""
+    if heading == "digest":
+        return ' class="digest"'
+    if any(isinstance(cell, Bar) for cell in column):
+        return ' class="bar-cell"'
+    return ' class="n"' if any(isinstance(cell, Quantity) for cell in column) else ""
+
+
+def _cell(cell: Cell, kind: str, owner: str) -> str:
     if isinstance(cell, Bar):
-        return f'<td class="bar"><div style="width:{100 * cell.share:.1f}%"></div></td>'
-    return f"<td>{_text(cell)}</td>"
+        bar = f'<rect width="{100 * cell.share:.1f}" height="10"/>'
+        drawn = f'<svg viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">{bar}</svg>'
+        return f"<td{kind}{owner}>{drawn}</td>"
+    value = f' data-value="{cell.value!r}"' if isinstance(cell, Quantity) and cell.value is not None else ""
+    return f"<td{kind}{owner}{value}>{_text(cell)}</td>"
+
+
+# --- what stands below ---
 
 
 def _recipe(report: Report) -> list[str]:
@@ -106,6 +167,27 @@ def _recipe(report: Report) -> list[str]:
         return []
     lines = yaml.safe_dump(recipe, sort_keys=False, width=100).splitlines()
     return [f"<h2>{title}</h2>", "<pre>" + "\n".join(map(_text, lines)) + "</pre>"]
+
+
+def _digests(report: Report) -> Iterable[str]:
+    """What the recipe of an output records of the files that were read and written."""
+    digests = report.get("digests")
+    if digests is None:
+        return
+    yield "<h2>Digests, as its recipe records them</h2>"
+    if digests["run"] is not None:
+        yield f'<dl><dt>run</dt><dd class="digest">{_text(digests["run"])}</dd></dl>'
+    for title in ("read", "written"):
+        rows = tuple(
+            (
+                row["file"],
+                Quantity("-", None) if row["bytes"] is None else size(row["bytes"]),
+                row["digest"] or (f"of its header: {row['header']}" if row.get("header") else "-"),
+            )
+            for row in digests[title]
+        )
+        if rows:
+            yield _table((title, Table(("file", "bytes", "digest"), rows)))
 
 
 def _notes(notes: Sequence[str]) -> list[str]:

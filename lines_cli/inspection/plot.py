@@ -1,4 +1,4 @@
-"""A report in pictures: SVG, PNG, or one page of HTML. The only user of matplotlib, which is an extra.
+"""A report in pictures: SVG or PNG. The only user of matplotlib, which is an extra.
 
 Colours are those of Okabe and Ito (2008), which people with any colour vision can tell apart; every line also has a
 marker of its own.
@@ -8,17 +8,27 @@ from __future__ import annotations
 
 import io
 import math
-import os
+import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from itertools import combinations
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lines_cli.errors import OutputError, RecipeError, printable
-from lines_cli.inspection.html import page
+from lines_cli.errors import RecipeError
+from lines_cli.inspection.series import (
+    MOST_PAIRED,
+    asked_and_realised,
+    called,
+    elided,
+    mean,
+    of_stack,
+    paired,
+    short_names,
+    ticked_layers,
+    values_of,
+    widest_cosine,
+)
+from lines_cli.inspection.tables import settings
 
 try:
     import matplotlib as mpl
@@ -27,7 +37,8 @@ except ModuleNotFoundError as error:
     if error.name != "matplotlib":
         raise
     raise RecipeError(
-        "--plot draws with matplotlib, which is not installed", hint='Install it: pip install "lines-cli[plot]"'
+        "--plot draws SVG and PNG with matplotlib, which is not installed",
+        hint="Install it: pip install matplotlib. Or name a file that ends in .html: a page needs nothing.",
     ) from error
 
 if TYPE_CHECKING:
@@ -39,8 +50,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "osD^vPX*"
 GREY, _LIGHT, _PALE = "0.35", "0.88", "#9ecae1"
 WIDTH, _ROW = 9.0, 2.5  # inches
-_MOST_BARS, _MOST_PAIRED = 8, 8  # fine-tunes with bars of their own, and with a row for each pair of them
-LONGEST = 28  # characters of a name
+_LINE, _ABOUT = 0.19, 105  # of what stands above: inches of a line, and its most characters
 STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -63,80 +73,18 @@ class Panel:
     draw: Callable[[Figure | SubFigure], None]
 
 
-class Drawing:
-    """A file that a report will be drawn into.
+def picture(report: Report, form: str) -> bytes:
+    """A report as bytes of a file, the same for the same report.
 
     Args:
-        path: ends in .svg, .png or .html.
-
-    Raises:
-        RecipeError: it ends in something else.
-        OutputError: it cannot be written there.
+        report: from `lines_cli.inspection.report.make_report`.
+        form: `svg` or `png`.
     """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._form = path.suffix.lower().removeprefix(".")
-        if self._form not in ("svg", "png", "html"):
-            raise RecipeError(
-                f"--plot {path}: the formats are SVG, PNG and HTML",
-                hint="Name a file that ends in .svg, .png or .html.",
-            )
-        if os.path.isdir(path):
-            raise OutputError(f"--plot {path}: a folder", hint="Name a file.")
-        self._staged = path.with_name(f".lines-{os.getpid()}.part")
-        self._write(b"")  # whether that works is better known before the weights are read
-        os.unlink(self._staged)
-        try:
-            os.lstat(path)
-        except FileNotFoundError:
-            pass
-        except OSError as error:  # such as a name that is too long
-            raise self._refusal(error) from error
-
-    def spare(self, inputs: Iterable[Path]) -> None:
-        """Refuse to replace any of the inputs.
-
-        Raises:
-            OutputError: the file is one.
-        """
-        if any(self.path.exists() and self.path.samefile(file) for file in inputs):
-            raise OutputError(f"--plot {self.path}: an input", hint="Name another file.")
-
-    def save(self, report: Report) -> None:
-        """Draw and write it; the file appears whole or not at all, and replaces an older one.
-
-        Raises:
-            OutputError: it cannot be written.
-        """
-        with mpl.rc_context(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a glyph that the font lacks is drawn as a box
-            mpl.rcdefaults()  # whatever a user prefers elsewhere
-            mpl.rcParams.update(STYLE)
-            shown = panels(report)
-            if self._form == "html":
-                content = page(report, [(panel.title, render([panel], "svg")) for panel in shown]).encode()
-            else:
-                content = render(shown, self._form)
-        self._write(content)
-        try:
-            os.replace(self._staged, self.path)
-        except OSError as error:
-            raise self._refusal(error) from error
-
-    def _write(self, content: bytes) -> None:
-        try:
-            self._staged.write_bytes(content)
-        except OSError as error:
-            raise self._refusal(error) from error
-
-    def _refusal(self, error: OSError) -> OutputError:
-        with suppress(OSError):
-            self._staged.unlink()
-        return OutputError(
-            f"--plot {self.path}: cannot be written: {error.strerror or error}",
-            hint="Name a file in a folder that exists and that you may write to.",
-        )
+    with mpl.rc_context(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a glyph that the font lacks is drawn as a box
+        mpl.rcdefaults()  # whatever a user prefers elsewhere
+        mpl.rcParams.update(STYLE)
+        return render([about(report), *panels(report)], form)
 
 
 def render(shown: Sequence[Panel], form: str) -> bytes:
@@ -145,11 +93,14 @@ def render(shown: Sequence[Panel], form: str) -> bytes:
     figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
     below: list[Any] = list(figure.subfigures(len(shown), 1, height_ratios=heights, squeeze=False)[:, 0])
     for panel, part in zip(shown, below, strict=True):
-        part.suptitle(panel.title)
+        if panel.title:
+            part.suptitle(panel.title)
         panel.draw(part)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-    for axes in figure.axes:  # the layout's last digits differ from run to run
+    for part in below:  # the layout's last digits differ from run to run
+        part.bbox_relative.set_points(part.bbox_relative.get_points().round(4))
+    for axes in figure.axes:
         left, bottom, width, height = (round(edge, 4) for edge in axes.get_position().bounds)
         axes.set_position((left, bottom, width, height))
     buffer = io.BytesIO()
@@ -157,31 +108,50 @@ def render(shown: Sequence[Panel], form: str) -> bytes:
     return buffer.getvalue()
 
 
+def about(report: Report) -> Panel:
+    """What is drawn: the checkpoint or the fine-tunes, the base, and the settings."""
+    tunes = report.get("fine_tunes", [])
+    what = report["checkpoint"] if len(tunes) < 2 else f"{len(tunes)} fine-tunes"
+    said = [elided(what, _ABOUT)]
+    if report["base"] is not None:
+        said.append(f"base: {elided(report['base'], _ABOUT - 6)}")
+    said += textwrap.wrap(elided(f"LiNeS: {settings(report['scaling'])}", 4 * _ABOUT), _ABOUT)
+    height = _LINE * len(said) + 0.2
+
+    def draw(part: Figure | SubFigure) -> None:
+        for at, line in enumerate(said):
+            style: dict[str, Any] = {"fontweight": "bold"} if at == 0 else {"color": GREY}
+            part.text(0.01, 1 - (0.1 + at * _LINE) / height, line, va="top", ha="left", **style)
+
+    return Panel("", height, draw)
+
+
 def panels(report: Report) -> list[Panel]:
     """What there is to draw of a report."""
     tunes = report.get("fine_tunes", [])
     stacks = [stack["name"] for stack in report["stacks"]]
     if not stacks:
-        return [Panel("No stack of layers was found, so there is no depth to draw over", 1.0, lambda _: None)]
+        none = Panel("No stack of layers was found, so there is no depth to draw over", 1.0, lambda _: None)
+        return [none, *_by_kind(report)]
     names = short_names([tune["model"] for tune in tunes])
-    rows = math.ceil(len(stacks) / 2) * _ROW + 0.7 + 0.2 * math.ceil(len(names) / 3)
-    of_rounding = _of_rounding(report, stacks, rows)
+    rows = math.ceil(len(stacks) / 2) * _ROW + 0.7
+    of_rounding = _of_rounding(report, stacks, rows + 0.2)
     if not tunes:
-        first = Panel("Parameters and coefficients by depth", rows, lambda part: _parameters(part, report, stacks))
+        first = Panel("Parameters and coefficients by depth", rows + 0.2, lambda p: _parameters(p, report, stacks))
         return [first, *of_rounding]
-    bars = min(len(tunes), _MOST_BARS)
-    title = f"Before and after {'LiNeS' if report['scaling']['lines'] else 'scaling'}" + (
-        f" (the first {bars} of {len(tunes)})" if bars < len(tunes) else ""
-    )
-    height = math.ceil(bars * len(stacks) / 2) * _ROW * 0.85 + 0.9
-    found = [
-        Panel("Norm of the update by depth", rows, lambda part: _updates(part, report, stacks, names)),
-        Panel(title, height, lambda part: _before_and_after(part, report, stacks, names[:bars])),
-        *of_rounding,
-    ]
+    legend = 0.2 * math.ceil((len(names) + 1) / 3)
+    after = f"{'LiNeS' if report['scaling']['lines'] else 'scaling'}"
+    found = [Panel("Norm of the update by depth", rows + legend, lambda part: _updates(part, report, stacks, names))]
+    if len(names) == 1:
+        height = math.ceil(len(stacks) / 2) * _ROW * 0.85 + 0.9
+        draw = lambda part: _before_and_after(part, report, stacks, after)
+        found.append(Panel(f"Before and after {after}", height, draw))
+    else:
+        draw = lambda part: _updates(part, report, stacks, names, scaled=True)
+        found.append(Panel(f"After {after}, on the same scale", rows + _of_numbers(names), draw))
+    found += [*of_rounding, *_by_kind(report)]
     if together := report.get("together"):
-        lines = len(_strip_rows(names)) + 1
-        strips = len(stacks) * (0.16 * max(lines, 5) + 0.9) + 0.8
+        strips = len(stacks) * (0.16 * max(len(paired(len(names))) + 1, 5) + 0.9) + 0.8
         found += [
             Panel("Whole models", min(0.4 * len(names) + 1.6, 4.4), lambda part: matrices(part, together, names)),
             Panel("Layer by layer", strips, lambda part: _strips(part, together, stacks, names)),
@@ -190,13 +160,11 @@ def panels(report: Report) -> list[Panel]:
 
 
 def _of_rounding(report: Report, stacks: Sequence[str], height: float) -> list[Panel]:
-    """A panel of what rounding leaves of the coefficients, if that is known: recorded, or foreseen."""
-    if report.get("recorded"):
-        layers, whose = report["recorded"], "as its recipe records them"
-    elif report.get("rounding"):
-        layers, whose = report["layers"], f"forecast for {report['rounding']['dtype']}"
-    else:
+    """A panel of what rounding leaves of the coefficients, if that is known."""
+    known = asked_and_realised(report)
+    if known is None:
         return []
+    how, layers = known
     asked, left = (
         {(layer["stack"], layer["index"]): math.nan if layer[key] is None else layer[key] for layer in layers}
         for key in ("coefficient", "realised")
@@ -204,23 +172,27 @@ def _of_rounding(report: Report, stacks: Sequence[str], height: float) -> list[P
     shown = [stack for stack in stacks if any(name == stack for name, _ in asked)]
     if not shown:
         return []
-    title = f"Coefficients asked and realised ({whose})"
+    title = f"Coefficients asked and realised ({how})"
     return [Panel(title, height, lambda part: _asked_and_realised(part, shown, asked, left))]
 
 
-def short_names(models: Sequence[str]) -> list[str]:
-    """The last part of each path, its middle cut out if it is long; numbered where there are several."""
-    last = [printable(os.path.basename(os.path.normpath(model))) for model in models]
-    cut = [name if len(name) <= LONGEST else f"{name[: LONGEST // 2 - 3]}…{name[-LONGEST // 2 - 2 :]}" for name in last]
-    return [f"{at} {name}" for at, name in enumerate(cut, 1)] if len(cut) > 1 else cut
+def _by_kind(report: Report) -> list[Panel]:
+    """A panel of the relative update of each kind of parameter."""
+    tunes = report.get("fine_tunes", [])
+    kinds = [kind["kind"] for kind in tunes[0]["kinds"]] if tunes else []
+    if not kinds:
+        return []
+    names = short_names([tune["model"] for tune in tunes])
+    height = 0.3 * len(kinds) + 1.0 + (_of_numbers(names) if len(names) > 1 else 0)
+    return [Panel("Update relative to the weights, by kind", height, lambda part: _kinds(part, report, kinds, names))]
 
 
-def _of(rows: Sequence[Report], stack: str) -> list[Report]:
-    return [row for row in rows if row["stack"] == stack]
+def _of_numbers(names: Sequence[str]) -> float:
+    """The height of a legend that gives each model's number alone."""
+    return 0.2 * math.ceil(len(names) / _NUMBERS_ABREAST)
 
 
-def _values(rows: Sequence[Report], key: str) -> list[float]:
-    return [math.nan if row[key] is None else row[key] for row in rows]
+_NUMBERS_ABREAST = 16
 
 
 def _grid(part: Figure | SubFigure, number: int) -> list[Axes]:
@@ -237,12 +209,7 @@ def _over_layers(axes: Axes, title: str, number: int, *, ticks: int = 9) -> None
     axes.set_title(title)
     axes.set_xlabel("layer")
     axes.set_xlim(-0.6, number - 0.4)
-    step = max(1, math.ceil((number - 1) / ticks))
-    axes.set_xticks([at for at in range(0, number - 1, step) if number - 1 - at > step / 2] + [number - 1])
-
-
-def _called(stack: str) -> str:
-    return printable(stack) or "(no prefix)"
+    axes.set_xticks(ticked_layers(number, ticks))
 
 
 def _from_zero(axes: Axes, values: Iterable[float]) -> None:
@@ -252,7 +219,7 @@ def _from_zero(axes: Axes, values: Iterable[float]) -> None:
 
 def _coefficients(axes: Axes, layers: Sequence[Report]) -> Any:
     """The coefficient's line, on a scale of its own at the right, over whatever else is drawn."""
-    values = _values(layers, "coefficient")
+    values = values_of(layers, "coefficient")
     known = [value for value in values if math.isfinite(value)]
     right = axes.twinx()
     style: dict[str, Any] = {"color": GREY, "linestyle": "--", "linewidth": 1.2, "label": "coefficient"}
@@ -267,56 +234,87 @@ def _coefficients(axes: Axes, layers: Sequence[Report]) -> Any:
     return line
 
 
-def _legend(part: Figure | SubFigure, handles: Sequence[Any]) -> None:
-    columns = min(len(handles), 3)
+def _legend(part: Figure | SubFigure, handles: Sequence[Any], most: int = 3) -> None:
+    columns = min(len(handles), most)
     part.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def _look(at: int) -> dict[str, Any]:
+    """How the line of a model looks; no other of 24 looks the same, nor does its marker."""
+    turn = at // 8 % 3
+    style = {"linestyle": ("-", ":", "-.")[turn], "fillstyle": ("full", "none", "left")[turn]}
+    return style | {"color": COLOURS[at % 8], "marker": MARKERS[at % 8], "markersize": 4, "linewidth": 1.5}
 
 
 def _parameters(part: Figure | SubFigure, report: Report, stacks: Sequence[str]) -> None:
     for axes, stack in zip(_grid(part, len(stacks)), stacks, strict=True):
-        layers = _of(report["layers"], stack)
-        bars = axes.bar(range(len(layers)), _values(layers, "parameters"), width=0.5, color=_PALE, label="parameters")
+        layers = of_stack(report["layers"], stack)
+        bars = axes.bar(range(len(layers)), values_of(layers, "parameters"), width=0.5, color=_PALE, label="parameters")
         axes.set_ylabel("parameters")
-        _over_layers(axes, _called(stack), len(layers))
+        _over_layers(axes, called(stack), len(layers))
         line = _coefficients(axes, layers)
     _legend(part, [bars, line])
 
 
-def _updates(part: Figure | SubFigure, report: Report, stacks: Sequence[str], names: Sequence[str]) -> None:
+def _updates(
+    part: Figure | SubFigure, report: Report, stacks: Sequence[str], names: Sequence[str], *, scaled: bool = False
+) -> None:
+    """A line for each model: before scaling, with the coefficients over it; or after."""
     handles: list[Any] = []
     for axes, stack in zip(_grid(part, len(stacks)), stacks, strict=True):
         handles, every = [], []
         for at, (tune, name) in enumerate(zip(report["fine_tunes"], names, strict=True)):
-            norms = _values(_of(tune["layers"], stack), "update_norm")
-            style: dict[str, Any] = {"color": COLOURS[at % 8], "marker": MARKERS[at % 8]}
-            style |= {"markevery": max(1, len(norms) // 12), "linestyle": ("-", ":", "-.")[at // 8 % 3]}
-            handles += axes.plot(norms, label=name, markersize=4, linewidth=1.5, **style)
-            every += norms
+            layers = of_stack(tune["layers"], stack)
+            before, after = (values_of(layers, key) for key in ("update_norm", "scaled_norm"))
+            label = name.partition(" ")[0] if scaled else name
+            norms = after if scaled else before
+            handles += axes.plot(norms, label=label, markevery=max(1, len(norms) // 12), **_look(at))
+            every += [*before, *after] if len(names) > 1 else before
         _from_zero(axes, every)
         axes.set_ylabel("norm of the update")
-        _over_layers(axes, _called(stack), len(norms))
-        handles.append(_coefficients(axes, _of(report["layers"], stack)))
-    _legend(part, handles)
+        _over_layers(axes, called(stack), len(of_stack(report["layers"], stack)))
+        if not scaled:
+            handles.append(_coefficients(axes, of_stack(report["layers"], stack)))
+    _legend(part, handles, _NUMBERS_ABREAST if scaled else 3)
 
 
-def _before_and_after(part: Figure | SubFigure, report: Report, stacks: Sequence[str], names: Sequence[str]) -> None:
-    shown = [(at, stack) for at in range(len(names)) for stack in stacks]
-    rows = [row for tune in report["fine_tunes"][: len(names)] for row in tune["layers"]]
-    most = {
-        stack: [n for key in ("update_norm", "scaled_norm") for n in _values(_of(rows, stack), key)] for stack in stacks
-    }
-    for axes, (at, stack) in zip(_grid(part, len(shown)), shown, strict=True):
-        layers = _of(report["fine_tunes"][at]["layers"], stack)
-        norms, places = _values(layers, "update_norm"), range(len(layers))
+def _before_and_after(part: Figure | SubFigure, report: Report, stacks: Sequence[str], what: str) -> None:
+    """The bars of one model."""
+    for axes, stack in zip(_grid(part, len(stacks)), stacks, strict=True):
+        layers = of_stack(report["fine_tunes"][0]["layers"], stack)
+        (norms, scaled), places = (values_of(layers, key) for key in ("update_norm", "scaled_norm")), range(len(layers))
         before = axes.bar(places, norms, color=_PALE, label="before")
-        after = axes.bar(places, _values(layers, "scaled_norm"), width=0.45, color=COLOURS[0], label="after LiNeS")
-        _from_zero(axes, most[stack])
-        parts = ([names[at]] if len(names) > 1 else []) + (
-            [_called(stack)] if len(stacks) > 1 or len(names) == 1 else []
-        )
-        _over_layers(axes, ", ".join(parts), len(layers))
+        after = axes.bar(places, scaled, width=0.45, color=COLOURS[0], label=f"after {what}")
+        _from_zero(axes, [*norms, *scaled])
+        _over_layers(axes, called(stack), len(layers))
         axes.set_ylabel("norm of the update")
     _legend(part, [before, after])
+
+
+def _kinds(part: Figure | SubFigure, report: Report, kinds: Sequence[str], names: Sequence[str]) -> None:
+    """A bar for each kind; of several models, a mark of each on a line for each kind."""
+    axes, handles, every = part.subplots(), [], []
+    rows = range(len(kinds))
+    for at, (tune, name) in enumerate(zip(report["fine_tunes"], names, strict=True)):
+        values = [100 * value for value in values_of(tune["kinds"], "relative_norm")]
+        every += values
+        if len(names) == 1:
+            axes.barh(rows, values, height=0.6, color=COLOURS[0])
+        else:
+            handles += axes.plot(values, rows, label=name.partition(" ")[0], clip_on=False, **_look(at) | _UNJOINED)
+    _from_zero(axes, every)
+    axes.set_xlim(axes.get_ylim())
+    axes.set_ylim(len(kinds) - 0.5, -0.5)
+    axes.set_yticks(rows, kinds)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("norm of the update, % of the norm of the weights")
+    if handles:
+        axes.grid(axis="y", color=_LIGHT)
+        axes.set_axisbelow(True)
+        _legend(part, handles, _NUMBERS_ABREAST)
+
+
+_UNJOINED: Any = {"linestyle": "none", "markersize": 6}
 
 
 def _asked_and_realised(
@@ -335,21 +333,12 @@ def _asked_and_realised(
         known = [value for value in (*wanted, *found) if math.isfinite(value)]
         axes.set_ylim(min(0.0, *known, 0.0) * 1.08, max(0.0, *known, 0.0) * 1.08 or 1.0)
         axes.set_ylabel("coefficient")
-        _over_layers(axes, _called(stack), max(layers) + 1)
+        _over_layers(axes, called(stack), max(layers) + 1)
     _legend(part, [line, dots])
 
 
 def _cosine_scale(together: Report) -> dict[str, Any]:
-    """One scale for all cosines between two models: symmetric, and no finer than a quarter."""
-    groups = [together, *together["layers"]]
-    found = [
-        abs(value)
-        for group in groups
-        for at, row in enumerate(group["cosine"])
-        for value in row[:at]
-        if value is not None
-    ]
-    most = max([0.25, *found])
+    most = widest_cosine(together)
     return {"cmap": "PuOr_r", "vmin": -most, "vmax": most}
 
 
@@ -393,40 +382,28 @@ def _luminance(colour: Sequence[float]) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def _strip_rows(names: Sequence[str]) -> list[tuple[str, list[tuple[int, int]]]]:
-    """What each row of a strip is: a pair of models; of very many, one model and all others."""
-    models = range(len(names))
-    if len(names) <= _MOST_PAIRED:
-        return [(f"{a + 1}, {b + 1}", [(a, b)]) for a, b in combinations(models, 2)]
-    return [(f"{a + 1}", [(a, b) for b in models if b != a]) for a in models]
-
-
 def _strips(part: Figure | SubFigure, together: Report, stacks: Sequence[str], names: Sequence[str]) -> None:
     """For each pair of models a row, for each layer a column; cosines to the left, opposed signs to the right."""
-    rows = _strip_rows(names)
+    rows = paired(len(names))
     grid = part.subplots(len(stacks), 2, squeeze=False)
-    titles = ("cosine", "opposed signs, %") if len(names) <= _MOST_PAIRED else ("mean cosine", "mean opposed signs, %")
+    titles = ("cosine", "opposed signs, %") if len(names) <= MOST_PAIRED else ("mean cosine", "mean opposed signs, %")
     for at, (key, title, factor, scale) in enumerate(
         (("cosine", titles[0], 1, _cosine_scale(together)), ("opposed", titles[1], 100, _SHARE_SCALE))
     ):
         for line, stack in zip(grid, stacks, strict=True):
-            axes, layers = line[at], _of(together["layers"], stack)
-            values = [[_mean([layer[key][a][b] for a, b in pairs]) for layer in layers] for _, pairs in rows]
+            axes, layers = line[at], of_stack(together["layers"], stack)
+            values = [[mean([layer[key][a][b] for a, b in pairs]) for layer in layers] for _, pairs in rows]
             labels = [label for label, _ in rows]
             if key == "opposed" and len(names) > 2:
-                values.append([_mean([layer["disagreement"]]) for layer in layers])
+                values.append([mean([layer["disagreement"]]) for layer in layers])
                 labels.append("any")
             axes.set_facecolor(_LIGHT)
             table = [[factor * value for value in row] for row in values]
             image = axes.imshow(table, aspect="auto", interpolation="nearest", **scale)
-            _over_layers(axes, f"{title}, {_called(stack)}" if len(stacks) > 1 else title, len(layers), ticks=6)
+            _over_layers(axes, f"{title}, {called(stack)}" if len(stacks) > 1 else title, len(layers), ticks=6)
             axes.set_xlim(-0.5, len(layers) - 0.5)
             axes.set_yticks(range(len(labels)), labels, size=9 if len(labels) <= 8 else 6)
-            axes.set_ylabel("models")
+            if at == 0:  # on the right it would lie beside the colour bar's numbers
+                axes.set_ylabel("models")
             axes.tick_params(length=0)
         part.colorbar(image, ax=list(grid[:, at]), fraction=0.05, pad=0.02)
-
-
-def _mean(values: Sequence[float | None]) -> float:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else math.nan

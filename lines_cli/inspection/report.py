@@ -23,6 +23,7 @@ from lines_cli.plan.realised import NOTHING_REALISED, Forecast, is_off
 from lines_cli.plan.statistics import Norms
 from lines_cli.plan.tensors import STORED
 from lines_cli.plan.tied_weights import tied_copies, tied_embeddings
+from lines_cli.recipe.schema import Recipe
 from lines_cli.scaling.find_depth import pattern_of
 from lines_cli.version import ABOUT
 
@@ -76,6 +77,8 @@ def make_report(inspection: Inspection, findings: Findings | None = None, *, ten
     }
     if inspection.made_by is not None and inspection.made_by.layers:
         report["recorded"] = [layer.model_dump() for layer in inspection.made_by.layers]
+    if inspection.made_by is not None and (digests := _digests(inspection.made_by)):
+        report["digests"] = digests
     if tensors:
         report["map"] = [_tensor(part) | (one([part]) if one else {}) for part in inspection.parts]
         for row in report["map"]:
@@ -177,6 +180,18 @@ _UNSAID: dict[str, tuple[Any, ...]] = {
     "resize": ("error",),
     "max_shard_size": (5_000_000_000,),
 }
+
+
+def _digests(recipe: Recipe) -> Report:
+    """What an output's recipe records of the files that were read and written; empty if it records none."""
+    written = [{"file": name, "bytes": record.nbytes, "digest": record.digest} for name, record in recipe.files.items()]
+    read = []
+    for name, record in recipe.inputs.items():
+        said = record if isinstance(record, dict) else {}
+        texts = {key: said[key] if isinstance(said.get(key), str) else None for key in ("digest", "header")}
+        nbytes = said.get("bytes")
+        read.append({"file": name, "bytes": nbytes if type(nbytes) is int and nbytes >= 0 else None, **texts})
+    return {"run": recipe.run, "read": read, "written": written} if read or written else {}
 
 
 def _files(checkpoint: Checkpoint) -> list[Report]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lines_cli.errors import size
+from lines_cli.errors import size as size_in_words
 from lines_cli.plan.realised import and_more, way_out
 
 if TYPE_CHECKING:
@@ -30,15 +30,38 @@ class Bar:
     share: float
 
 
+class Quantity(str):
+    """A cell that says a number, with the number itself; None where there is none."""
+
+    __slots__ = ("value",)
+    value: float | None
+
+    def __new__(cls, text: str, value: float | None) -> Quantity:
+        made = super().__new__(cls, text)
+        made.value = value
+        return made
+
+
 Cell = str | Bar
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows under headings. The first column is text, the others are numbers; one without a heading holds bars."""
+    """Rows under headings. The first column is text, the others are numbers; one without a heading holds bars.
+
+    Attributes:
+        headings: one for each column.
+        rows: as many cells each.
+        total: whether the last row is of all others together.
+        stack: the name of the stack that it is about, if it is about one.
+        models: whether each fine-tune has a row (`rows`), a column, at the right (`columns`), or both.
+    """
 
     headings: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
+    total: bool = False
+    stack: str | None = None
+    models: tuple[str, ...] = ()
 
 
 Fact = tuple[str, tuple[str, ...]]
@@ -82,10 +105,10 @@ def sections(report: Report, *, full: bool = False) -> list[Section]:
 
 def _headers(report: Report, *, full: bool) -> Section:
     facts = [_held(report), *_known(report)]
-    rows = [
+    rows: list[tuple[Cell, ...]] = [
         (
             stack["name"] or "(no prefix)",
-            f"{stack['layers']}",
+            _index(stack["layers"]),
             *_amounts(stack),
             coefficient(stack["first"]),
             coefficient(stack["last"]),
@@ -133,10 +156,10 @@ def _known(report: Report) -> Iterable[Fact]:
         yield "names", (", ".join(names),)
     if report["recipe"]:
         yield "recipe", (_recipe(report["recipe"]),)
-    yield "LiNeS", (_scaling(report["scaling"]),)
+    yield "LiNeS", (settings(report["scaling"]),)
 
 
-def _scaling(scaling: Report) -> str:
+def settings(scaling: Report) -> str:
     """How the coefficients are chosen, and by whom."""
     of = {"output": "as in its recipe: ", "merge": "as in the recipe: ", "asked": ""}[scaling["of"]]
     if scaling["lines"] is None:
@@ -173,7 +196,7 @@ def _plain(value: Any) -> str:
 
 
 def _amounts(counts: Report) -> tuple[str, str, str]:
-    return f"{counts['tensors']:,}", count(counts["parameters"]), size(counts["bytes"])
+    return _whole(counts["tensors"]), count(counts["parameters"]), size(counts["bytes"])
 
 
 def _layers_of(report: Report, stack: Report, *, full: bool) -> tuple[str, Table]:
@@ -182,14 +205,15 @@ def _layers_of(report: Report, stack: Report, *, full: bool) -> tuple[str, Table
     shown, more = _folded(layers, full=full)
     rows = tuple(
         (
-            f"{layer['index']}",
+            _index(layer["index"]),
             *_amounts(layer),
             coefficient(layer["coefficient"]),
             _bar(abs(layer["coefficient"] or 0), most),
         )
         for layer in shown
     )
-    return _titled(stack, more), Table(("layer", "tensors", "parameters", "bytes", "c", ""), rows)
+    headings = ("layer", "tensors", "parameters", "bytes", "c", "")
+    return _titled(stack, more), Table(headings, rows, stack=stack["name"])
 
 
 def _of(rows: Sequence[Report], stack: Report) -> list[Report]:
@@ -224,9 +248,12 @@ def _fine_tune(report: Report, tune: Report, *, full: bool) -> Section:
     of_outside = largest(tune["outside"][side] for side, _ in _SIDES)
     for stack in tune["stacks"]:
         shown, more = _folded(_of(tune["layers"], stack), full=full)
-        rows = [row(f"{layer['index']}", layer, coefficient(layer["coefficient"]), most=of_layers) for layer in shown]
+        rows = [
+            row(_index(layer["index"]), layer, coefficient(layer["coefficient"]), most=of_layers) for layer in shown
+        ]
         rows.append(row("all", stack, "", most=of_layers))
-        tables.append((_titled(stack, more), Table(("layer", *headings), tuple(rows))))
+        table = Table(("layer", *headings), tuple(rows), total=True, stack=stack["name"])
+        tables.append((_titled(stack, more), table))
     if report["rounding"] is not None:
         tables += _rounded(report, tune, full=full)
     tables += _recorded(report, full=full)
@@ -276,15 +303,16 @@ def _rounded(report: Report, tune: Report, *, full: bool) -> Iterable[tuple[str,
 
     def row(name: str, group: Report) -> tuple[Cell, ...]:
         units = group["units"] or dict.fromkeys(("median", "zero", "one", "two"))
-        median = "-" if units["median"] is None else f"{units['median']:.2g}"
+        median = Quantity("-" if units["median"] is None else f"{units['median']:.2g}", units["median"])
         shares = (share(units[word]) for word in ("zero", "one", "two"))
         asked = coefficient(group["coefficient"]) if "coefficient" in group else ""
         return name, asked, coefficient(group["realised"]), median, *shares
 
     for stack in tune["stacks"]:
         shown, more = _folded(_of(tune["layers"], stack), full=full)
-        rows = (*(row(f"{layer['index']}", layer) for layer in shown), row("all", stack))
-        yield f"{stack['name'] or '(no prefix)'} in {dtype}{more}", Table(("layer", *headings), rows)
+        rows = (*(row(_index(layer["index"]), layer) for layer in shown), row("all", stack))
+        table = Table(("layer", *headings), rows, total=True, stack=stack["name"])
+        yield f"{stack['name'] or '(no prefix)'} in {dtype}{more}", table
     sides = tuple(row(where, tune["outside"][side]) for side, where in _SIDES if report["outside"][side]["tensors"])
     if sides:
         yield f"outside the blocks in {dtype}", Table(("", *headings), sides)
@@ -297,7 +325,7 @@ def _recorded(report: Report, *, full: bool) -> list[tuple[str, Table]]:
         shown, more = _folded([layer for layer in report["recorded"] if layer["stack"] == name], full=full)
         rows = tuple(
             (
-                f"{layer['index']}",
+                _index(layer["index"]),
                 coefficient(layer["coefficient"]),
                 coefficient(layer["realised"]),
                 share(layer["changed"]),
@@ -305,7 +333,7 @@ def _recorded(report: Report, *, full: bool) -> list[tuple[str, Table]]:
             for layer in shown
         )
         title = f"{name or '(no prefix)'}, as its recipe records it{more}"
-        tables.append((title, Table(("layer", "asked", "realised", "changed"), rows)))
+        tables.append((title, Table(("layer", "asked", "realised", "changed"), rows, stack=name)))
     return tables
 
 
@@ -348,23 +376,30 @@ def _fine_tunes(report: Report, tunes: Sequence[Report], *, full: bool) -> Secti
         for name, tune in zip(names, tunes, strict=True)
     )
     headings = ("fine-tune", "update", "relative", "unchanged", "first 1/3", "last 1/3", "scaled")
-    tables = [("", Table(headings, rows))]
+    tables = [("", Table(headings, rows, models=("rows",)))]
     columns, cells = _abreast(len(tunes), share, full=full)
+    each_one = ("columns",) if len(columns) == len(tunes) else ()
     for at, stack in enumerate(report["stacks"]):
         layers = list(zip(*(_of(tune["layers"], stack) for tune in tunes), strict=True))
         shown, more = _folded(layers, full=full)
         found = [
-            (f"{each[0]['index']}", coefficient(each[0]["coefficient"]), *cells([row["relative_norm"] for row in each]))
+            (
+                _index(each[0]["index"]),
+                coefficient(each[0]["coefficient"]),
+                *cells([row["relative_norm"] for row in each]),
+            )
             for each in shown
         ]
         found.append(("all", "", *cells([tune["stacks"][at]["relative_norm"] for tune in tunes])))
         title = f"update relative to the weights, {_titled(stack, more)}"
-        tables.append((title, Table(("layer", "c", *columns), tuple(found))))
+        tables.append(
+            (title, Table(("layer", "c", *columns), tuple(found), total=True, stack=stack["name"], models=each_one))
+        )
     kinds = tuple(
         (kind["kind"], *cells([tune["kinds"][at]["relative_norm"] for tune in tunes]))
         for at, kind in enumerate(tunes[0]["kinds"])
     )
-    tables.append(("update relative to the weights, by kind", Table(("", *columns), kinds)))
+    tables.append(("update relative to the weights, by kind", Table(("", *columns), kinds, models=each_one)))
     return Section(f"updates of {len(tunes)} fine-tunes", facts, tuple(tables))
 
 
@@ -390,13 +425,14 @@ def _together(together: Report, *, full: bool) -> Section:
     for at, (name, row) in enumerate(zip(_numbered(models), together["cosine"], strict=True)):
         others = row if full or len(models) <= _ABREAST else [value for to, value in enumerate(row) if to != at]
         cosines.append((name, *cells(others)))
-    tables = [("cosine similarity of the updates", Table(("", *columns), tuple(cosines)))]
+    each_one = ("rows", "columns") if len(columns) == len(models) else ("rows",)
+    tables = [("cosine similarity of the updates", Table(("", *columns), tuple(cosines), models=each_one))]
     headings = ("layer", "cosine", "lowest", "disagree", "", "norm of sum", "sum of norms")
     for stack in together["stacks"]:
         shown, more = _folded(_of(together["layers"], stack), full=full)
-        rows = [_interference(f"{layer['index']}", layer) for layer in shown]
+        rows = [_interference(_index(layer["index"]), layer) for layer in shown]
         rows.append(_interference("all", stack))
-        tables.append((_titled(stack, more), Table(headings, tuple(rows))))
+        tables.append((_titled(stack, more), Table(headings, tuple(rows), total=True, stack=stack["name"])))
     kinds = tuple(_interference(kind["kind"], kind) for kind in together["kinds"])
     tables.append(("by kind", Table(("", *headings[1:]), kinds)))
     return Section("how they interfere", tuple(_interfering(together)), tuple(tables))
@@ -430,8 +466,8 @@ def _interference(name: str, group: Report) -> tuple[Cell, ...]:
     )
 
 
-def _cosine(value: float | None) -> str:
-    return "-" if value is None else f"{round(value, 3) + 0.0:.3f}"
+def _cosine(value: float | None) -> Quantity:
+    return Quantity("-" if value is None else f"{round(value, 3) + 0.0:.3f}", value)
 
 
 # --- every tensor; what is left; health ---
@@ -444,7 +480,7 @@ def _map(tensors: Sequence[Report]) -> Section:
             tensor["name"],
             tensor["dtype"],
             "x".join(map(str, tensor["shape"])) or "scalar",
-            f"{tensor['index']}" if tensor["index"] is not None else dict(_SIDES)[tensor["side"]],
+            _index(tensor["index"]) if tensor["index"] is not None else dict(_SIDES)[tensor["side"]],
             tensor["kind"],
             coefficient(tensor["coefficient"]),
             *(
@@ -523,17 +559,29 @@ def _bar(value: float, most: float) -> Bar:
     return Bar(min(1.0, value / most) if most else 0.0)
 
 
-def coefficient(value: float | None) -> str:
+def _index(value: int) -> Quantity:
+    return Quantity(str(value), value)
+
+
+def _whole(value: int) -> Quantity:
+    return Quantity(f"{value:,}", value)
+
+
+def coefficient(value: float | None) -> Quantity:
     """Four digits; `-` where it is not known."""
-    return "-" if value is None else f"{value:.4g}"
+    return Quantity("-" if value is None else f"{value:.4g}", value)
 
 
 number = coefficient
 """Four digits; `-` where there is none."""
 
 
-def share(value: float | None) -> str:
+def share(value: float | None) -> Quantity:
     """A share in percent, three digits; what is many times the whole as a factor."""
+    return Quantity(_share(value), value)
+
+
+def _share(value: float | None) -> str:
     if value is None:
         return "-"
     percent = 100 * value
@@ -544,10 +592,16 @@ def share(value: float | None) -> str:
     return f"{percent:.2f}%" if percent >= 0.01 else f"{percent:.2g}%"
 
 
-def count(parameters: float) -> str:
+def size(nbytes: float) -> Quantity:
+    """Bytes as people say them, decimal: `3.1 GB`."""
+    return Quantity(size_in_words(nbytes), nbytes)
+
+
+def count(parameters: float) -> Quantity:
     """A number of parameters as people say it: `1.53 B`."""
+    value = parameters
     for unit in ("", " K", " M", " B"):
-        if parameters < 999.5:
-            return f"{parameters:.3g}{unit}"
-        parameters /= 1000
-    return f"{parameters:.3g} T"
+        if value < 999.5:
+            return Quantity(f"{value:.3g}{unit}", parameters)
+        value /= 1000
+    return Quantity(f"{value:.3g} T", parameters)

@@ -10,9 +10,11 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from base64 import b64encode
 from collections.abc import Iterator, Mapping
+from hashlib import sha256
 from html.parser import HTMLParser
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -26,7 +28,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lines_cli.inspection import compare as comparison
-from lines_cli.inspection import plot
+from lines_cli.inspection import plot, series
+from lines_cli.inspection.html import page as page_of
 from lines_cli.inspection.tables import Bar, sections
 from support.files import snapshot, write_checkpoint, write_raw
 from support.run import Ran, run_lines
@@ -121,7 +124,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "img", "br"):
+        if tag not in ("meta", "br", "input"):
             self.open.append(tag)
         if tag in ("td", "th"):
             self.cells.append("")
@@ -154,13 +157,23 @@ def check_file(path: Path) -> None:
 
 
 def check_page(page: Page) -> None:
-    """It needs no network, runs nothing, and is closed as it was opened."""
+    """It needs no network, runs nothing but its own script, and is closed as it was opened."""
     assert page.open == []
     for tag, attributes in page.tags:
-        assert tag not in ("script", "link", "iframe", "object", "embed", "form", "base", "svg", "a"), tag
-        assert not [key for key in attributes if key.startswith("on") or key in ("href", "srcset")]
-        assert (attributes.get("src") or "data:").startswith("data:")
+        assert tag not in ("link", "iframe", "object", "embed", "form", "base", "a", "img", "image", "use"), tag
+        assert not [
+            key for key in attributes if key.startswith("on") or key.endswith(("href", "srcset", "src", "style"))
+        ]
     assert not re.search(r"url\(|@import", page.source)
+    (policy,) = (told["content"] for tag, told in page.tags if tag == "meta" and "http-equiv" in told)
+    allowed = dict(part.strip().split(" ", 1) for part in str(policy).split(";"))
+    assert allowed.pop("default-src") == allowed.pop("base-uri") == allowed.pop("form-action") == "'none'"
+    assert allowed.keys() == {"script-src", "style-src"}
+    for tag, name in (("script", "page.js"), ("style", "page.css")):
+        (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page.source, re.DOTALL)
+        assert content == (Path(plot.__file__).parent / name).read_text(encoding="utf-8").strip()
+        digest = b64encode(sha256(content.encode()).digest()).decode()
+        assert allowed[f"{tag}-src"] == f"'sha256-{digest}'"
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +258,8 @@ def test_the_same_twice_in_a_process(drawn: Any) -> None:
     told = run_lines("inspect", *arguments, "--json").json
     with mpl.rc_context(plot.STYLE):
         assert len({plot.render(plot.panels(told), "svg") for _ in range(2)}) == 1
+    assert len({plot.picture(told, "svg") for _ in range(2)}) == 1
+    assert len({page_of(told) for _ in range(2)}) == 1
 
 
 @pytest.mark.parametrize(
@@ -271,7 +286,6 @@ def test_the_page_holds_every_number(case: str, drawn: Any) -> None:
     for section in sections(told, full=True):
         for _, lines in section.facts:
             assert all(line in page.text for line in lines)
-    assert sum(tag == "img" for tag, _ in page.tags) == len(plot.panels(told))
     assert "(--full" not in page.text
     if told.get("fine_tunes"):
         assert "merge_method: task_arithmetic" in page.text
@@ -321,7 +335,9 @@ def test_the_page_of_a_planned_merge(tmp_path: Path) -> None:
     assert "merge_method: ties" in page.text
     assert "alpha: auto" in page.text
     assert f"auto is {ran.json['together']['auto']['alpha']:.4g}" in page.text
-    assert sum(tag == "img" for tag, _ in page.tags) == 4
+    titles = re.findall(r"<figcaption>(.*?)</figcaption>", page.source)
+    assert sum("osine" in title for title in titles) == 2
+    assert "The same after LiNeS: model.layers" in titles
 
 
 # --- names from strangers ---
@@ -544,23 +560,25 @@ from lines_cli.cli.app import main; main()
 """
 
 
-@pytest.mark.parametrize("form", [".svg", pytest.param(".html", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("form", [".svg", pytest.param(".png", marks=pytest.mark.slow)])
 def test_without_matplotlib(form: str, tmp_path: Path) -> None:
-    """Without matplotlib --plot says what to install, before it reads; all else works."""
+    """Without matplotlib --plot says what to install, before it reads; a page, and all else, works."""
     path = write_checkpoint(tmp_path / "m", decoder(2))
     command = [sys.executable, "-c", NO_MATPLOTLIB, "inspect", str(path)]
     ran = subprocess.run([*command, "--plot", f"p{form}"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout) == (2, "")
-    assert 'pip install "lines-cli[plot]"' in ran.stderr
+    assert "pip install matplotlib" in ran.stderr
     assert "Traceback" not in ran.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["m"]
+    subprocess.run([*command, "--plot", "p.html"], cwd=tmp_path, capture_output=True, check=True)
+    check_file(tmp_path / "p.html")
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-def test_a_user_s_own_style(tmp_path: Path) -> None:
+def test_a_user_s_own_style(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a matplotlibrc of the user's says does not matter: the file is the same."""
     model = decoder(2)
-    path = write_checkpoint(tmp_path / "m", model)
+    write_checkpoint(tmp_path / "m", model)
     (tmp_path / "matplotlibrc").write_text(
         "text.usetex: True\nbackend: TkAgg\nsvg.fonttype: none\n"
         "font.size: 30\naxes.grid: True\nimage.cmap: jet\nsavefig.dpi: 20\naxes.prop_cycle: cycler('color', 'rgb')\n"
@@ -569,7 +587,8 @@ def test_a_user_s_own_style(tmp_path: Path) -> None:
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (ran.returncode, "Traceback" in ran.stderr) == (0, False), ran.stderr[-600:]
     check_file(tmp_path / "p.png")
-    draw(tmp_path / "q.png", path)
+    monkeypatch.chdir(tmp_path)
+    draw(Path("q.png"), "m")
     assert (tmp_path / "p.png").read_bytes() == (tmp_path / "q.png").read_bytes()
     assert mpl.rcParams["svg.hashsalt"] is None  # nor does lines change what others draw
 
@@ -641,6 +660,43 @@ def test_text_keeps_its_distance(case: str, drawn: Any) -> None:
                 wide = min(box.x1, beside.x1) - max(box.x0, beside.x0)
                 high = min(box.y1, beside.y1) - max(box.y0, beside.y0)
                 assert not (wide > 1 and high > 1), (text, other)
+
+
+@pytest.mark.parametrize("case", ["three", pytest.param("four stacks", marks=pytest.mark.slow)])
+def test_labels_are_clear_of_colour_bars(case: str, drawn: Any) -> None:
+    """Between a colour bar with its numbers and any other axes with its labels there is room to see."""
+    arguments, _ = drawn(case, "")
+    told = run_lines("inspect", *arguments, "--json").json
+    bars = 0
+    for figure in figures(told):
+        everything = [axes for part in parts(figure) for axes in part.axes if axes.get_visible()]
+        boxes = {axes: axes.get_tightbbox(figure.canvas.get_renderer()) for axes in everything}
+        for bar in (axes for axes in everything if axes.get_label() == "<colorbar>"):
+            bars += 1
+            padded = boxes[bar].padded(4)
+            assert not [axes for axes in everything if axes is not bar and padded.overlaps(boxes[axes])]
+    assert bars == 2
+
+
+def test_pictures_name_base_and_settings(drawn: Any) -> None:
+    """Above a picture stands what it is of: the fine-tune, its base, and where the coefficients come from."""
+    arguments, _ = drawn("one layer", "")
+    ft = write_checkpoint(Path(str(arguments[-1])).parent / ("long" * 40), tuned(decoder(1), 1))
+    told = run_lines("inspect", ft, "--base", arguments[-1], "--alpha", "0.3", "--json").json
+    with mpl.rc_context(plot.STYLE):
+        panel = plot.about(told)
+        figure = Figure(figsize=(plot.WIDTH, panel.height))
+        canvas = FigureCanvasAgg(figure)
+        panel.draw(figure)
+        said = [text.get_text() for text in figure.texts]
+        boxes = [text.get_window_extent(canvas.get_renderer()) for text in figure.texts]
+    assert said[0].endswith("longlong")
+    assert "…" in said[0]
+    assert said[1].startswith("base: ")
+    assert said[2] == "LiNeS: alpha 0.3, beta 0.7, gamma 1, schedule linear, outside alpha"
+    for above, below in pairwise(boxes):
+        assert above.y0 >= below.y1
+    assert all(box.x1 <= figure.bbox.x1 and box.y0 >= 0 for box in boxes)
 
 
 def contrast(a: tuple[float, ...], b: tuple[float, ...]) -> float:
@@ -738,15 +794,19 @@ def test_one_scale_for_all_cosines(case: str, drawn: Any) -> None:
 
 
 def test_more_than_eight(drawn: Any) -> None:
-    """Of more than 8 fine-tunes bars of the first 8 are drawn, and strips of means; lines and matrices of all."""
+    """Of more than 8 fine-tunes strips of means are drawn; lines, before and after, and matrices of all."""
     arguments, _ = drawn("twenty", "")
     told = run_lines("inspect", *arguments, "--json").json
-    lines, bars, whole, strips = figures(told)
+    lines, scaled, kinds, whole, strips = figures(told)
     assert len(lines.axes[0].lines) == 20
     styles = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines.axes[0].lines}
     assert len(styles) == 20
-    assert len([axes for axes in bars.axes if axes.get_visible()]) == 8
-    assert "the first 8 of 20" in bars._suptitle.get_text()
+    marks = {(line.get_color(), line.get_marker(), line.get_fillstyle()) for line in kinds.axes[0].lines}
+    assert len(marks) == 20
+    for tune, before, after in zip(told["fine_tunes"], lines.axes[0].lines, scaled.axes[0].lines, strict=True):
+        assert list(before.get_ydata()) == pytest.approx([layer["update_norm"] for layer in tune["layers"]])
+        assert list(after.get_ydata()) == pytest.approx([layer["scaled_norm"] for layer in tune["layers"]])
+    assert lines.axes[0].get_ylim() == scaled.axes[0].get_ylim()
     assert [image.get_array().shape for axes in whole.axes for image in axes.images] == [(20, 20)] * 2
     cosine, opposed = (image.get_array() for axes in strips.axes[:2] for image in axes.images)
     assert (cosine.shape, opposed.shape) == ((20, 8), (21, 8))
@@ -759,18 +819,20 @@ def test_more_than_eight(drawn: Any) -> None:
 
 def test_names_that_differ_at_the_end() -> None:
     """Of names that differ at their ends what is drawn differs, too."""
-    names = plot.short_names([f"/models/Llama-3.1-8B-Instruct-finetuned-on-{task}" for task in ("code", "math", "law")])
+    names = series.short_names(
+        [f"/models/Llama-3.1-8B-Instruct-finetuned-on-{task}" for task in ("code", "math", "law")]
+    )
     assert len({name.partition(" ")[2] for name in names}) == 3
-    assert all(len(name) <= plot.LONGEST + 2 and "…" in name for name in names)
-    assert plot.short_names(["/a/short", "b/"]) == ["1 short", "2 b"]
-    assert plot.short_names(["x" * plot.LONGEST]) == ["x" * plot.LONGEST]
+    assert all(len(name) <= series.LONGEST + 2 and "…" in name for name in names)
+    assert series.short_names(["/a/short", "b/"]) == ["1 short", "2 b"]
+    assert series.short_names(["x" * series.LONGEST]) == ["x" * series.LONGEST]
 
 
 def test_every_layer_is_drawn(drawn: Any) -> None:
     """The bars and lines are the numbers of the report, one for each layer."""
     arguments, _ = drawn("one fine-tune", "")
     told = run_lines("inspect", *arguments, "--json").json
-    line, bars, rounded = list(figures(told))
+    line, bars, rounded, kinds = list(figures(told))
     (drawn_line,) = line.axes[0].lines
     norms = [layer["update_norm"] for layer in told["layers"]]
     assert list(drawn_line.get_ydata()) == pytest.approx(norms)
@@ -781,6 +843,9 @@ def test_every_layer_is_drawn(drawn: Any) -> None:
     asked, realised = rounded.axes[0].lines
     assert list(asked.get_ydata()) == pytest.approx([layer["coefficient"] for layer in told["layers"]])
     assert list(realised.get_ydata()) == pytest.approx([layer["realised"] for layer in told["layers"]])
+    shares = [patch.get_width() for patch in kinds.axes[0].patches]
+    assert shares == pytest.approx([100 * kind["relative_norm"] for kind in told["kinds"]])
+    assert [tick.get_text() for tick in kinds.axes[0].get_yticklabels()] == [kind["kind"] for kind in told["kinds"]]
 
 
 @pytest.mark.parametrize("options", [["--alpha=-1", "--beta", "3"], ["--alpha", "0", "--beta", "0"], ["--gamma=-2"]])
