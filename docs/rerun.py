@@ -34,7 +34,7 @@ parameters: {density: 0.2}
 lines: {alpha: auto, beta: 0.5}
 """
 STABLE = [
-    (re.compile(r"\bin \d+\.\d s \([\d.]+ .?B/s\)"), "in 0.1 s"),
+    (re.compile(r"\bin \d+\.\d s \([\d.]+ .?B/s( read and written)?\)"), "in 0.1 s"),
     (re.compile(r"\bin \d+\.\d s\b"), "in 0.1 s"),
     (
         re.compile(r"^memory  about .*", re.MULTILINE),

@@ -69,7 +69,7 @@ def test_coefficients_as_asked_and_realised(tmp_path: Path) -> None:
     ft = write_checkpoint(tmp_path / "ft", {n: v.bfloat16() for n, v in tuned(llama(), 1).items()})
     ok(ft, "--base", base, "--plot", tmp_path / "p.html")
     report = told(ft, "--base", base)
-    found = titles((tmp_path / "p.html").read_text(), "Coefficients, foreseen in bfloat16: model.layers")
+    found = titles((tmp_path / "p.html").read_text(), "Coefficients, forecast for bfloat16: model.layers")
     assert found == [
         [f"layer {at}", f"asked: {row['coefficient']:.4g}", f"realised: {row['realised']:.4g}"]
         for at, row in enumerate(report["layers"])
