@@ -363,7 +363,7 @@ def _heat(
     axes.set_facecolor(_LIGHT)
     image = axes.imshow(values, aspect="equal", **scale)
     axes.set_title(title)
-    small = {"size": 6} if len(names) > 12 else {}
+    small: dict[str, Any] = {"size": 6} if len(names) > 12 else {}
     axes.set_xticks(range(len(names)), [name.partition(" ")[0] for name in names], **small)
     axes.set_yticks(range(len(names)), names)
     axes.tick_params(length=0)
