@@ -353,9 +353,8 @@ def _strips(together: Report, at: int, stack: str, models: int) -> Iterable[str]
             ]
             parts.append(_hit(lines, left + layer * step, _TOP, step, bottom - _TOP))
         what = f"{'' if few else 'mean '}{'cosine' if key == 'cosine' else 'opposed signs'}"
-        title = (
-            f"{what[0].upper()}{what[1:]} of {'two' if few else 'one and each other'}, layer by layer: {called(stack)}"
-        )
+        what += " of two" if few else " of each with all others"
+        title = f"{what[0].upper()}{what[1:]}, layer by layer: {called(stack)}"
         keys = ",".join(owners)
         yield _figure(title, "".join(parts), bottom + 34, keys, stack=at, legend=_scale(key, end))
 

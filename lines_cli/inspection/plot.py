@@ -192,7 +192,7 @@ def _of_numbers(names: Sequence[str]) -> float:
     return 0.2 * math.ceil(len(names) / _NUMBERS_ABREAST)
 
 
-_NUMBERS_ABREAST = 16
+_NUMBERS_ABREAST = 12
 
 
 def _grid(part: Figure | SubFigure, number: int) -> list[Axes]:
@@ -363,7 +363,8 @@ def _heat(
     axes.set_facecolor(_LIGHT)
     image = axes.imshow(values, aspect="equal", **scale)
     axes.set_title(title)
-    axes.set_xticks(range(len(names)), [name.partition(" ")[0] for name in names])
+    small: dict[str, Any] = {"size": 6} if len(names) > 12 else {}
+    axes.set_xticks(range(len(names)), [name.partition(" ")[0] for name in names], **small)
     axes.set_yticks(range(len(names)), names)
     axes.tick_params(length=0)
     if len(names) > 12:  # no room for numbers

@@ -93,6 +93,7 @@ CASES: dict[str, tuple[dict[str, torch.Tensor], int, str]] = {
     "towers, three": (towers(), 3, "ft{at}"),
     "80 layers": (decoder(80), 1, "ft{at}"),
     "twenty": (decoder(8), 20, "ft{at}"),
+    "twenty-four": (decoder(3), 24, "ft{at}"),
     "four stacks": (stacks(), 2, "ft{at}"),
     "unknown depth": ({"a.w": torch.ones(3, 3), "b.w": torch.ones(3, 3)}, 0, ""),
     "unknown depth, two": ({"a.w": torch.ones(3, 3), "b.w": torch.ones(3, 3)}, 2, "ft{at}"),
@@ -201,6 +202,7 @@ REDUNDANT = (
     "four stacks",
     "towers, three",
     "twenty",
+    "twenty-four",
     "one layer, two",
 )  # whose figures other tests draw
 QUICK: list[Any] = [pytest.param(case, "png", marks=pytest.mark.slow if case in REDUNDANT else ()) for case in CASES]

@@ -31,6 +31,10 @@ def found() -> str | None:
     return next(filter(None, map(shutil.which, NAMES)), None)
 
 
+class NotStartedError(Exception):
+    """The browser is installed, and does not run here (no sandbox, no libraries, ...)."""
+
+
 class Browser:
     """One page in a browser of its own, which ends with the `with` block.
 
@@ -62,7 +66,11 @@ class Browser:
         self.complaints: list[str] = []
 
     def __enter__(self) -> Browser:
-        (target,) = (t for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page")
+        try:
+            (target,) = (t for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page")
+        except (OSError, AssertionError) as error:
+            self.__exit__(None, None, None)
+            raise NotStartedError(str(error)) from error
         how = {"targetId": target["targetId"], "flatten": True}
         self._session = self.call("Target.attachToTarget", **how)["sessionId"]
         for domain in ("Page", "Runtime", "Log"):
