@@ -127,7 +127,7 @@ Plot = Annotated[
         metavar="FILE",
         show_default=False,
         help="Also draw it: FILE ends in .svg or .png, or in .html for a page with the figures and tables. Needs "
-        'matplotlib: pip install "lines-cli[plot]".',
+        "matplotlib: pip install matplotlib.",
         rich_help_panel=INSPECTING,
     ),
 ]

@@ -27,7 +27,7 @@ except ModuleNotFoundError as error:
     if error.name != "matplotlib":
         raise
     raise RecipeError(
-        "--plot draws with matplotlib, which is not installed", hint='Install it: pip install "lines-cli[plot]"'
+        "--plot draws with matplotlib, which is not installed", hint="Install it: pip install matplotlib"
     ) from error
 
 if TYPE_CHECKING:
