@@ -248,6 +248,14 @@ def test_pages_link_to_what_exists() -> None:
             assert not anchor or anchor in anchors(target), f"{page.name} links to {path}#{anchor}"
 
 
+def test_nothing_unpublished_is_to_be_installed() -> None:
+    """No page and no message says to install this package by its name: none is published, and anybody could take it."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *PACKAGE.rglob("*.py"), *(ROOT / "demo").rglob("*.py")]
+    advice = re.compile(r"(?:pip|pipx|uv|uvx)\s[^\n`]*\blines[-_]cli\b")
+    assert not [page.name for page in pages if advice.search(page.read_text(encoding="utf-8"))]
+    assert advice.search('pip install "lines-cli[plot]"')
+
+
 def test_the_citation_is_of_this_version() -> None:
     """CITATION.cff names the version that `lines --version` prints."""
     import yaml

@@ -126,6 +126,8 @@ def _in_our_words(error: Any, given: Sequence[str]) -> tuple[str, str]:
     command = context.command_path if context is not None else "lines"
     said, *near = re.split(r"\.? (?:\(Possible options: |Did you mean )", error.format_message())
     names = getattr(error, "possibilities", None) or re.findall(r"'([^']+)'", "".join(near))
+    if said.startswith("No such command"):
+        names = getattr(getattr(context, "command", None), "commands", {})
     hint = f"{command} --help lists what there is."
     if kind == "MissingParameter":
         message = "something is missing" if param is None else f"{_named(param)} is missing"

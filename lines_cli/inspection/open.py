@@ -21,7 +21,7 @@ from lines_cli.errors import DepthError, MismatchError, RecipeError, printable, 
 from lines_cli.hub.download import locate
 from lines_cli.inspection.kinds import Kind, kind_of
 from lines_cli.plan.align import aligned_names
-from lines_cli.plan.coefficients import layer_coefficients, outside_coefficients, rounded_coefficient
+from lines_cli.plan.coefficients import layer_coefficients, outside_coefficients, rounded_coefficient, unlike_lines
 from lines_cli.plan.depth import depth_of_kept, places_of_all
 from lines_cli.plan.inputs import Inputs, inputs_of, refuse_variant_of_none
 from lines_cli.plan.layout import natural
@@ -441,8 +441,12 @@ def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, qui
 
 @gc_paused()
 def _complete(inspection: Inspection) -> Inspection:
-    """With every tensor's place, kind and coefficient."""
-    return replace(inspection, parts=tuple(_parts(inspection)))
+    """With every tensor's place, kind and coefficient, and what an edit would say of these."""
+    parts, said = tuple(_parts(inspection)), list[str]()
+    if inspection.of == "asked" and inspection.knows_coefficients:
+        one = len(inspection.checkpoints) <= 2
+        said += unlike_lines(inspection.recipe, inspection.rules, inspection.depth, of_an_edit=one)
+    return replace(inspection, parts=parts, notes=(*inspection.notes, *said))
 
 
 def _parts(inspection: Inspection) -> Iterator[TensorEntry]:

@@ -144,7 +144,7 @@ def test_stderr_and_stdout_gone(pair: Path, tmp_path: Path) -> None:
     assert run_lines("verify", tmp_path / "out").code == 0
 
 
-@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-", ">&- 2>&- <&-"])
+@pytest.mark.parametrize("closed", [">&-", pytest.param(">&- 2>&-", marks=pytest.mark.slow), ">&- 2>&- <&-"])
 def test_descriptors_that_are_closed(closed: str, pair: Path, tmp_path: Path) -> None:
     """Where the shell closes them, no file of the output gets their numbers, nor what libraries print."""
     out = tmp_path / "out"

@@ -143,8 +143,9 @@ def test_coefficients_unlike_lines(flags: str, pair: tuple[Path, Path], tmp_path
         assert len(notes) == len(UNLIKE[flags])
         for said, note in zip(UNLIKE[flags], notes, strict=True):
             assert said in note
-    dry = run_lines("edit", *pair, "--dry-run", *flags.split())
-    assert all(said in dry.err for said in UNLIKE[flags])
+    for command in (["edit", *pair, "--dry-run"], ["inspect", pair[1]], ["inspect", pair[1], "--base", pair[0]]):
+        ran = run_lines(*command, *flags.split())
+        assert all(said in ran.err for said in UNLIKE[flags])
 
 
 @pytest.mark.parametrize(
