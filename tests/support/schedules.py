@@ -172,8 +172,9 @@ def one_value(tensor: torch.Tensor) -> float:
 
 
 def refused(ran: Ran, *words: str, code: int = 2) -> None:
-    """The command ended with that code, said all of these words, and wrote nothing to stdout."""
-    assert (ran.code, ran.out, ran.trace) == (code, "", ""), ran.err
+    """The command ended with that code, said all of these words, and on stdout nothing, or with --json the same."""
+    assert (ran.code, ran.trace) == (code, ""), ran.err
+    assert not ran.out or ran.json["error"]["code"] == code, ran.out
     assert [word for word in words if word not in ran.err] == [], ran.err
     assert "function-" not in ran.err, "the message speaks of pydantic's inside"
 
