@@ -7,26 +7,47 @@ import math
 import torch
 
 from lines_cli.engine.arithmetic import NAN, TORCH_DTYPES, add_scaled, cast, dot, is_finite
+from lines_cli.plan.plan import TensorPlan
 from lines_cli.plan.realised import BIN_OF_ONE, NOTHING_REALISED, UNIT_BITS, Forecast, Realised
 
 _IN_CACHE = 64 * 1024  # entries: in float64 they stay in a core's cache
 _ON_CUDA = 2**20  # entries: their temporaries are 24 MB
 
 
-def realised(stored: torch.Tensor, base: torch.Tensor, task_vector: torch.Tensor) -> Realised:
+def realised(
+    stored: torch.Tensor, base: torch.Tensor, task_vector: torch.Tensor, *, first: int = 0, every: int = 1
+) -> Realised:
     """The sums behind the realised coefficient, in float64, over the entries that are finite in all three.
 
     Args:
         stored: [n], what is written, in the output dtype.
         base: [n], in the compute dtype.
         task_vector: [n], the same, before it was scaled.
+        first: the number of the first of these entries in its tensor.
+        every: look at one of so many runs of 65,536 entries of the tensor, and count it for all of them.
     """
-    step = _IN_CACHE if stored.device.type == "cpu" else _ON_CUDA
+    size = len(stored)
+    if every == 1:
+        step = _IN_CACHE if stored.device.type == "cpu" else _ON_CUDA
+        parts = [slice(at, at + step) for at in range(0, size, step)]
+    else:  # runs are counted from the tensor's beginning, wherever it is cut
+        begin = first // _RUN
+        runs = range(begin + -begin % every, -(-(first + size) // _RUN), every)
+        parts = [slice(max(0, run * _RUN - first), (run + 1) * _RUN - first) for run in runs]
     found = NOTHING_REALISED
-    for first in range(0, len(stored), step):
-        part = slice(first, first + step)
+    for part in parts:
         found += _sums(stored[part], base[part], task_vector[part])
-    return found
+    return found if every == 1 else found.times(every)
+
+
+def every_for(tensor: TensorPlan) -> int:
+    """Of how many runs of a tensor one is looked at: of large ones inside the blocks one in eight. Updates go through
+    all of these; those of embeddings may lie in a few rows.
+    """
+    return 8 if tensor.place is not None and tensor.info.numel > _LARGE else 1
+
+
+_RUN, _LARGE = 64 * 1024, 2 * 2**20  # entries
 
 
 def _sums(stored: torch.Tensor, base: torch.Tensor, task_vector: torch.Tensor) -> Realised:

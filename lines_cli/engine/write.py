@@ -16,7 +16,7 @@ from lines_cli.engine.arithmetic import TORCH_DTYPES, add_scaled, cast, is_finit
 from lines_cli.engine.chunks import Chunk, PlanChunk
 from lines_cli.engine.measure import Measurement
 from lines_cli.engine.merge_chunk import Look, Merged, merge_chunk, nonfinite_behind
-from lines_cli.engine.realised import realised
+from lines_cli.engine.realised import every_for, realised
 from lines_cli.engine.rounding import cast_at_random
 from lines_cli.engine.workers import Worker
 from lines_cli.errors import DataError, MismatchError, printable
@@ -214,7 +214,7 @@ class Write:
             stored = worker.out.device_view(chunk.numel, TORCH_DTYPES[dtype])
             self._round(chunk, values, stored, base=base, tau=tau, alike=alike)
             if base is not None and tau is not None:
-                self._measure(name, stored, base, tau, tally)
+                self._measure(chunk, stored, base, tau, tally)
             values = stored
         if dtype in TORCH_DTYPES and not is_finite(values):
             said = self._say_nonfinite(worker, chunk, values)
@@ -279,11 +279,15 @@ class Write:
         where = Where(tensor.spec.counts_as, segment.start + chunk.first)
         cast_at_random(values, stored, seed=recipe.rounding_seed, where=where, settled=settled)
 
-    def _measure(self, name: str, stored: torch.Tensor, base: torch.Tensor, tau: torch.Tensor, tally: Tally) -> None:
+    def _measure(
+        self, chunk: PlanChunk, stored: torch.Tensor, base: torch.Tensor, tau: torch.Tensor, tally: Tally
+    ) -> None:
         """Add what rounding left of the task vector to what is counted."""
-        group = self.groups.of.get(name) if self.groups is not None else None
+        group = self.groups.of.get(chunk.tensor.name) if self.groups is not None else None
         if group is not None:
-            tally.realised[group] = tally.realised.get(group, NOTHING_REALISED) + realised(stored, base, tau)
+            first, every = chunk.segment.start + chunk.first, every_for(chunk.tensor)
+            found = realised(stored, base, tau, first=first, every=every)
+            tally.realised[group] = tally.realised.get(group, NOTHING_REALISED) + found
 
     @staticmethod
     def _coefficient(chunk: PlanChunk) -> float:

@@ -3,7 +3,8 @@
     realised = <out - base, tau> / <tau, tau>
 
 with `tau` the task vector (of a merge the merged one, before rounding), in float64 over what the files hold. It is what
-one would find who compares the output with the base: the multiple of `tau` that fits `out - base` best.
+one would find who compares the output with the base: the multiple of `tau` that fits `out - base` best. Of large tensors in
+blocks a part is looked at while an output is written (`engine.realised.every_for`).
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ class Realised:
             self.changed + other.changed,
             self.entries + other.entries,
         )
+
+    def times(self, number: int) -> Realised:
+        """The same for so many times the entries."""
+        return Realised(self.product * number, self.squares * number, self.changed * number, self.entries * number)
 
     @classmethod
     def of(cls, json: Mapping[str, Any]) -> Realised:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import yaml
 from safetensors.torch import load_file
 
 import lines_cli as lines
+from lines_cli.engine.realised import realised
 from lines_cli.engine.run import run
 from lines_cli.errors import RecipeError
 from lines_cli.plan.build import make_plan
 from lines_cli.plan.inputs import open_inputs
-from lines_cli.plan.realised import is_off
+from lines_cli.plan.realised import Realised, is_off
 from lines_cli.plan.resources import Resources
 from lines_cli.recipe.validate import make_recipe
 from support.files import write_checkpoint
@@ -468,3 +470,52 @@ def test_an_edit_that_was_interrupted_tells_the_whole(tmp_path: Path, monkeypatc
     for layer, other in zip(ran.json["layers"], whole["layers"], strict=True):
         assert layer["realised"] == pytest.approx(other["realised"], rel=1e-12)
         assert layer["changed"] == other["changed"]
+
+
+@pytest.mark.parametrize("cuts", [[], [1], [65_536], [7, 65_535, 65_537, 600_000, 1_200_000], [8 * 65_536 + 3]])
+def test_one_run_in_eight_is_counted_for_all(cuts: list[int]) -> None:
+    """However a large tensor is cut, the same runs of 65,536 entries are looked at: the first of each eight, whole."""
+    run_length, every = 65_536, 8
+    generator = torch.Generator().manual_seed(0)
+    size = 20 * run_length + 1000
+    base = torch.randn(size, generator=generator)
+    tau = torch.randn(size, generator=generator) * 1e-3
+    stored = (base + 0.3 * tau).bfloat16()
+    looked_at = [at for at in range(size) if at // run_length % every == 0]
+    change = stored.double()[looked_at] - base.double()[looked_at]
+    product, squares = float((change * tau.double()[looked_at]).sum()), float((tau.double()[looked_at] ** 2).sum())
+    found = Realised()
+    for first, end in pairwise([0, *cuts, size]):
+        part = slice(first, end)
+        found += realised(stored[part], base[part], tau[part], first=first, every=every)
+    assert found.product == pytest.approx(every * product, rel=1e-6)
+    assert found.squares == pytest.approx(every * squares, rel=1e-12)
+    assert (found.changed, found.entries) == (every * int((change != 0).sum()), every * len(looked_at))
+
+
+def test_large_tensors_in_blocks_are_sampled_and_others_are_not(tmp_path: Path) -> None:
+    """What an edit tells of a layer with a large matrix is within 0.002 of all its entries; an embedding as large, of
+    which only some rows were tuned, is looked at whole.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = 2200, 2048
+    base = {
+        name: (torch.randn(rows, columns, generator=generator) * 0.02).bfloat16()
+        for name in ("embed_tokens.weight", "layers.0.w", "layers.1.w")
+    }
+    ft = tuned(base, 1, torch.bfloat16, scale=5e-5)
+    ft["embed_tokens.weight"] = base["embed_tokens.weight"].clone()
+    ft["embed_tokens.weight"][40:50] = tuned(base, 2, torch.bfloat16, scale=5e-5)["embed_tokens.weight"][40:50]
+    for side, tensors in (("base", base), ("ft", ft)):
+        write_checkpoint(tmp_path / side, tensors)
+    summary = lines.edit(tmp_path / "base", tmp_path / "ft", tmp_path / "out", alpha=0.2, beta=0.4)
+    out = load_file(tmp_path / "out" / "model.safetensors")
+    tau = {name: ft[name].double() - base[name].double() for name in base}
+    for index, layer in enumerate(summary["layers"]):
+        realised_, changed = expected(base, out, tau, [f"layers.{index}.w"])
+        assert layer["realised"] == pytest.approx(realised_, abs=0.002)
+        assert layer["realised"] != pytest.approx(realised_, rel=1e-9)
+        assert layer["changed"] == pytest.approx(changed, abs=0.005)
+    realised_, changed = expected(base, out, tau, ["embed_tokens.weight"])
+    outside = summary["realised"]["outside"]
+    assert (outside["realised"], outside["changed"]) == (pytest.approx(realised_, rel=1e-9), changed)
