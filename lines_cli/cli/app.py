@@ -40,8 +40,14 @@ EXIT_CODES = {
 """What the process ends with."""
 
 PAGES = {
+    "five minutes to look around": ("lines inspect CHECKPOINT", "docs/tour.md"),
     "a base and its fine-tune": ("lines edit BASE FT -o OUT", "docs/editing.md"),
-    "several fine-tunes, or a mergekit file": ("lines merge --config FILE", "docs/merging.md"),
+    "a fine-tune that forgot too much": ("lines edit ... --alpha NUMBER", "docs/forgetting.md"),
+    "several fine-tunes of one base": ("lines merge --config FILE", "docs/merging.md"),
+    "a mergekit file": ("lines merge --config FILE", "docs/mergekit.md"),
+    "a LoRA adapter": ("fold it into its base first", "docs/adapters.md"),
+    "a .pt, .bin or .ckpt file": ("convert it first", "docs/pickles.md"),
+    "a diffusers folder": ("lines edit BASE/unet FT/unet ...", "docs/diffusion.md"),
     "a question about a checkpoint": ("lines inspect CHECKPOINT", "docs/inspecting.md"),
     "an output, and a doubt": ("lines verify OUT", "docs/reliability.md"),
     "a job in CI, or a shared disk": ("lines edit ... --resume --force", "docs/jobs.md"),
@@ -121,10 +127,12 @@ def _say(error: BaseException, *, writes: bool, json: bool) -> int:
         if aftermath.in_place is not None:
             console.remark(f"what it replaced is still in {aftermath.kept}: {removes}")
         else:
-            console.remark(
+            kept = (
                 f"what was finished is kept in {aftermath.kept}: the same command with --resume continues from there, "
                 f"{removes}"
             )
+            console.remark(kept)
+            hint = hint or f"{kept[0].upper()}{kept[1:]}."
     if message and json:
         console.show_error(code, message, hint)
     return code

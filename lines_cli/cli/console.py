@@ -338,8 +338,9 @@ def _columns(table: Columns, gap: int = 2) -> None:
     while bar and room(gap, bar) < name:
         bar = bar - 1 if bar > _SHORTEST_BAR else 0
     widths[0] = min(widths[0], max(_NARROWEST, room(gap, bar)))
+    firsts = _told_apart([shown[0] for shown in texts], widths[0])
     for number, (row, shown) in enumerate(zip((table.headings, *table.rows), texts, strict=True)):
-        cells = [_elided(shown[0], widths[0]).ljust(widths[0])]
+        cells = [firsts[number].ljust(widths[0])]
         for at in range(1, len(row)):
             cell = row[at]
             if not is_bar[at]:
@@ -362,13 +363,32 @@ def _width() -> int:
     return _out.width if _out.is_terminal else _NOWHERE
 
 
+def _gap() -> str:
+    return "…" if _out.encoding.lower().startswith("utf") else "..."
+
+
 def _elided(name: str, width: int) -> str:
     """A name without its middle, where it is longer than that."""
     if len(name) <= width:
         return name
-    gap = "…" if _out.encoding.lower().startswith("utf") else "..."
+    gap = _gap()
     begin = max(0, width - len(gap)) // 2
     return name[:begin] + gap + name[len(name) - max(0, width - len(gap) - begin) :]
+
+
+def _told_apart(names: Sequence[str], width: int) -> list[str]:
+    """Names elided to a width; those that would look alike are shown from where they begin to differ, if that helps."""
+    alike: dict[str, set[str]] = {}
+    for name in names:
+        alike.setdefault(_elided(name, width), set()).add(name)
+    shown: dict[str, str] = {}
+    for short, same in alike.items():
+        first, last = min(same), max(same)
+        begin = next((at for at, pair in enumerate(zip(first, last, strict=False)) if len({*pair}) > 1), len(first) - 1)
+        ends = {name: _gap() + name[begin:] for name in same}
+        ends = {name: end if len(end) <= width else end[: width - len(_gap())] + _gap() for name, end in ends.items()}
+        shown |= ends if len(set(ends.values())) == len(same) > 1 else dict.fromkeys(same, short)
+    return [shown[name] for name in names]
 
 
 def _line(text: str, *, style: str | None = None) -> None:
@@ -466,12 +486,12 @@ def _stacks(plan: Plan, realised: Sequence[Row] = ()) -> None:
         ends = (rule["coefficient"],) * 2
         add_row(f"names with {rule['pattern']}", "", rule, ends, [of_rule["realised"]])
     _columns(Columns(headings, tuple(rows)), gap=3)
-    for stack in found["stacks"]:
+    called = _told_apart([printable(stack["name"]) for stack in found["stacks"]], max(_NARROW, _width() // 3))
+    for stack, short in zip(found["stacks"], called, strict=True):
         values = stack["coefficients"]
         of_it = [layers.get((stack["name"], index)) for index in range(len(values))]
         if len(set(values)) > 2 or len({round(value, 2) for value in of_it if value is not None}) > 2:
-            called = _elided(printable(stack["name"]), max(_NARROW, _width() // 3))
-            name = f"  ({called})" if len(found["stacks"]) > 1 else ""
+            name = f"  ({short})" if len(found["stacks"]) > 1 else ""
             said = {"by layer": [f"{value:.3g}" for value in values]}
             if realised:
                 said["realised"] = [_realised(value) for value in of_it]

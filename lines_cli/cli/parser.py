@@ -58,7 +58,7 @@ class Lines(TyperGroup):
     def main(
         self,
         args: Sequence[str] | None = None,
-        prog_name: str | None = None,
+        prog_name: str | None = "lines",
         complete_var: str | None = None,
         standalone_mode: bool = True,
         windows_expand_args: bool = True,  # noqa: ARG002 - of another system
@@ -68,7 +68,7 @@ class Lines(TyperGroup):
 
         Args:
             args: what stands behind `lines`; unless given, those of the process.
-            prog_name: what the program is called.
+            prog_name: what the program is called, by `python -m` too: hints and completion name a command to type.
             complete_var: the variable by which a shell asks for completions.
             standalone_mode: end the process with the exit code; otherwise return, and raise what the parser raises.
             extra: as of the parser.

@@ -59,6 +59,14 @@ def test_where_to_begin() -> None:
     assert all(re.search(rf"lines {command}\b", out) for command in ("edit", "merge", "inspect", "verify"))
 
 
+def test_every_page_for_what_one_has() -> None:
+    """`lines --help` names each page that the table of README names for what a person has, and the tour."""
+    _, _, table = (ROOT / "README.md").read_text().partition("## What do you have?")
+    named = re.findall(r"docs/[\w-]+\.md", table.partition("\n## ")[0])
+    assert len(named) > 5
+    assert {*named, "docs/tour.md"} <= set(re.findall(r"docs/[\w-]+\.md", run_lines("--help").out))
+
+
 @pytest.mark.parametrize("columns", [60, 80, 120])
 @pytest.mark.parametrize("command", [[], *([command] for command in COMMANDS)], ids=str)
 def test_help_fits(command: list[str], columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,6 +137,20 @@ def test_no_words_of_a_library_in_recipes(recipe: str, tmp_path: Path) -> None:
     assert (ran.code, ran.trace) in ((2, ""), (3, ""))
     assert ran.err.startswith("error: ")
     assert not re.search(r"Value error|Assertion failed|Input should|validation error|pydantic", ran.err)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_by_module(shell: str) -> None:
+    """`python -m lines_cli` names the command that is installed, in hints and in what it hands to a shell."""
+    module = [sys.executable, "-m", "lines_cli"]
+    ran = subprocess.run([*module, "edit", "a"], check=False, capture_output=True, text=True, cwd=ROOT)
+    assert ran.stderr == "error: FT is missing\nhint: Write lines edit [OPTIONS] BASE FT.\n"
+    env = {**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    show = [*module, "--show-completion", shell]
+    ran = subprocess.run(show, check=True, capture_output=True, text=True, cwd=ROOT, env=env)
+    assert ran.stderr == ""
+    assert "_LINES_COMPLETE=complete_" + shell in ran.stdout
+    assert "python" not in ran.stdout.lower()
 
 
 def completed(*words: str, cwd: Path | None = None) -> list[str]:

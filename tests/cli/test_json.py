@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,21 @@ def test_what_is_no_refusal(raised: BaseException, code: int, pair: Path, monkey
     ran = run_lines("edit", "base", "ft", "-o", "out", "--json")
     assert (ran.code, ran.trace) == (code, "")
     assert ran.json["error"]["code"] == code
+
+
+def test_kept_work_is_in_the_hint(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where an interrupted run keeps what it had finished, the hint says how to continue."""
+    write, written = NewFile.write, []
+
+    def third(*args: Any) -> None:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(write(*args))
+
+    monkeypatch.setattr(NewFile, "write", third)
+    ran = run_lines("edit", "base", "ft", "-o", "out", "--max-shard-size", "300", "--workers", "1", "--json")
+    assert (ran.code, ran.trace) == (130, "")
+    assert re.fullmatch(r"What was finished is kept in .*--resume continues.*", ran.json["error"]["hint"])
 
 
 def test_a_bug(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:

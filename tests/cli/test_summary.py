@@ -36,6 +36,23 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_long_names_stay_apart(encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stacks whose names begin and end alike are not shown as the same name."""
+    made = torch.Generator().manual_seed(0)
+    prefix = "a_long_prefix_of_a_vision_language_model"
+    towers = {"language_model.model.decoder": 7, "vision_tower.vision_model.encoder": 5}
+    names = [f"{prefix}.{tower}.layers.{at}.w" for tower, layers in towers.items() for at in range(layers)]
+    for side in ("base", "ft"):
+        write_checkpoint(tmp_path / side, {name: torch.randn(8, 8, generator=made) for name in names})
+    env = {**os.environ, "COLUMNS": "60", "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    command = ["edit", tmp_path / "base", tmp_path / "ft", "--dry-run"]
+    out = forked.run(forked.command(*command), env=env).stdout
+    rows = [line for line in out.splitlines() if "language" in line or "vision" in line]
+    assert [re.search("language|vision", row).group() for row in rows] == ["language", "vision"] * 2, out  # type: ignore[union-attr]
+    assert all(len(row) <= 60 for row in rows)
+
+
 @pytest.mark.parametrize("columns", [60, 80])
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -375,6 +377,31 @@ class TestInABrowser:
         at = get(width=width)
         assert at.run("document.documentElement.scrollWidth") <= width
         assert at.complaints == []
+
+    @pytest.mark.parametrize("scripts", [True, False])
+    def test_headings_on_every_sheet(self, chromium: browser.Browser, scripts: bool, tmp_path: Path) -> None:
+        """A table that goes on behind a page break has its headings there again."""
+        reader = shutil.which("pdftotext")
+        if reader is None:
+            pytest.skip("pdftotext is not installed (Debian: apt-get install poppler-utils)")
+        base = write_checkpoint(tmp_path / "base", llama(100))
+        ok(write_checkpoint(tmp_path / "ft", tuned(llama(100), 1)), "--base", base, "--plot", tmp_path / "p.html")
+        chromium.open(tmp_path / "p.html", width=1366, scripts=scripts)
+        chromium.pdf(tmp_path / "p.pdf")
+        told = subprocess.run([reader, "-layout", tmp_path / "p.pdf", "-"], capture_output=True, text=True, check=True)
+        sheets = [sheet.strip().splitlines()[0].split() for sheet in told.stdout.split("\f") if sheet.strip()]
+        assert not [first for first in sheets if first[0].isdecimal()]
+        assert ["layer", "update", "relative", "unchanged", "largest", "c", "scaled"] in sheets
+
+    def test_names_are_whole_on_a_phone(self, chromium: browser.Browser, tmp_path: Path) -> None:
+        """A name that fits beside numbers is not broken in its middle."""
+        ok(write_checkpoint(tmp_path / "m", llama(3)), "--plot", tmp_path / "p.html")
+        chromium.open(tmp_path / "p.html", width=390)
+        lines = (
+            "[...document.querySelectorAll('td')].map(cell => { const range = document.createRange();"
+            "range.selectNodeContents(cell); return [cell.textContent, range.getClientRects().length]; })"
+        )
+        assert dict(chromium.run(lines))["model.layers"] == 1
 
     def test_without_javascript(self, opened: Any) -> None:
         """Tables, figures, and values on hover all stand there, and no control that does nothing."""
