@@ -3,8 +3,8 @@
     realised = <out - base, tau> / <tau, tau>
 
 with `tau` the task vector (of a merge the merged one, before rounding), in float64 over what the files hold. It is what
-one would find who compares the output with the base: the multiple of `tau` that fits `out - base` best. Of large tensors
-in blocks a part is looked at while an output is written (`engine.realised.every_for`).
+one would find who compares the output with the base: the multiple of `tau` that fits `out - base` best. Of large
+tensors in blocks a part is looked at while an output is written (`engine.realised.every_for`).
 """
 
 from __future__ import annotations
