@@ -293,7 +293,9 @@ def _undone(report: Report) -> Iterable[Fact]:
         f"{worst['coefficient']:.3g} is asked{and_more(len(off) - 1, 'coefficient')}."
     )
     edit, in_float64 = report["scaling"]["of"] != "merge", rounding["arithmetic"] == "float64"
-    yield "rounding", (what, way_out(rounding["dtype"], in_float64=in_float64, edit=edit, drawn=False))
+    command = "lines edit " if edit else ""
+    helps = way_out(rounding["dtype"], in_float64=in_float64, edit=edit, drawn=False, command=command)
+    yield "rounding", (what, helps)
 
 
 def _rounded(report: Report, tune: Report, *, full: bool) -> Iterable[tuple[str, Table]]:

@@ -322,7 +322,7 @@ def and_more(others: int, what: str) -> str:
     return f", and {others:,} other {what}{' is' if others == 1 else 's are'} off"
 
 
-def way_out(dtype: str, *, in_float64: bool, edit: bool, drawn: bool) -> str:
+def way_out(dtype: str, *, in_float64: bool, edit: bool, drawn: bool, command: str = "") -> str:
     """Why rounding distorted the scaling, and what helps.
 
     Args:
@@ -330,6 +330,7 @@ def way_out(dtype: str, *, in_float64: bool, edit: bool, drawn: bool) -> str:
         in_float64: whether the arithmetic ran in float64, else in float32.
         edit: whether to say it as options, or as keys of a recipe.
         drawn: whether it was rounded stochastically.
+        command: what has the options, if it is not the one that says this.
     """
     lost = "Updates of about one unit in the last place are lost, or kept whole"
     arithmetic = "float64" if in_float64 else "float32"
@@ -344,8 +345,8 @@ def way_out(dtype: str, *, in_float64: bool, edit: bool, drawn: bool) -> str:
             f"{widest} holds what is asked, in twice the bytes."
         )
     return (
-        f"{lost}. {option}rounding{equals}stochastic{ends} keeps the scale on average; {widest} keeps it, in twice the "
-        "bytes."
+        f"{lost}. {command}{option}rounding{equals}stochastic{ends} keeps the scale on average; {widest} keeps it, in "
+        "twice the bytes."
     )
 
 

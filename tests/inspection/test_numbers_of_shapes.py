@@ -67,7 +67,7 @@ def many(seed: int) -> Tensors:
     return {n: torch.randn(s, generator=random).to(d) for n, s, d in zip(names, sizes, dtypes, strict=False)}
 
 
-@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("number", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_chunks_shards_and_workers(number: int, tmp_path: Path) -> None:
     """However tensors are cut, sharded and shared out, the numbers are the reference's, the JSON one to the bit."""
     base = many(1)
