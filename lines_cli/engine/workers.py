@@ -210,7 +210,7 @@ class Worker(Reader):
         return base if base is None or is_finite(base) else self.inputs(chunk)[0]
 
     def copied(self, chunk: PlanChunk) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of a copy that has to be rounded: its entries, the base's, and the difference; [numel] each, in the compute
+        """Of a copy that is measured: its entries, the base's, and the difference; [numel] each, in the compute
         dtype.
         """
         assert chunk.segment.copy is not None
