@@ -307,7 +307,7 @@ def _missing_in_blocks(
             f"{key} {recipe.missing_in_blocks}, but no tensor inside blocks is missing on any side",
             hint="Leave it out; or is it another checkpoint that is meant?",
         )
-    said = f" {key} says {recipe.missing_in_blocks:,}." if recipe.missing_in_blocks is not None else ""
+    said = f"\n{key} says {recipe.missing_in_blocks:,}." if recipe.missing_in_blocks is not None else ""
     hint = _hint_inside(inputs, inside)
     if ways := _under_two_prefixes(inputs, len(rows)):
         hint = f"{ways}\n{hint}"
