@@ -307,11 +307,12 @@ def _missing_in_blocks(
             f"{key} {recipe.missing_in_blocks}, but no tensor inside blocks is missing on any side",
             hint="Leave it out; or is it another checkpoint that is meant?",
         )
-    said = f" {key} says {recipe.missing_in_blocks:,}." if recipe.missing_in_blocks is not None else ""
+    said = f"; {key} says {recipe.missing_in_blocks:,}" if recipe.missing_in_blocks is not None else ""
     hint = _hint_inside(inputs, inside)
     if ways := _under_two_prefixes(inputs, len(rows)):
         hint = f"{ways}\n{hint}"
-    return MismatchError(f"{_inside(inputs, inside, incomplete)}{said}", hint=hint)
+    counted, colon, listed = _inside(inputs, inside, incomplete).partition(":\n")
+    return MismatchError(f"{counted}{said}{colon}{listed}", hint=hint)
 
 
 def _inside(inputs: Inputs, inside: Mapping[str, Names], incomplete: Mapping[str, Names]) -> str:

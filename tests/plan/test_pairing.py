@@ -520,6 +520,7 @@ def test_renamed_blocks_are_no_new_tensors(missing: str, tmp_path: Path) -> None
     for number in (0, 7, 9):
         ran = run_lines(*command, "--missing", missing, "--missing-in-blocks", number)
         assert (ran.code, "--missing-in-blocks 8" in ran.err) == (4, True)
+        assert ran.err.splitlines()[0].endswith(f"a partner; --missing-in-blocks says {number}:")
     ran = run_lines(*command, "--missing", missing, "--missing-in-blocks", 8)
     assert ran.code == 0, ran.err
     assert yaml.safe_load((tmp_path / "out" / "lines_recipe.yaml").read_text())["missing_in_blocks"] == 8
