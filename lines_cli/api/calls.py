@@ -302,8 +302,8 @@ def _named_only(names: Any, config: Any) -> Checkpoint:
     """A checkpoint of which names and shapes count."""
     from dataclasses import replace
 
-    from lines_cli.checkpoint.header import TensorInfo
-    from lines_cli.checkpoint.reader import Checkpoint, StoredTensor, open_checkpoint
+    from lines_cli.checkpoint.header import StoredTensor, TensorInfo
+    from lines_cli.checkpoint.reader import Checkpoint, open_checkpoint
     from lines_cli.hub.download import locate
 
     said = config_values(config, names)

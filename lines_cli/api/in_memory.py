@@ -19,8 +19,8 @@ import torch
 
 from lines_cli.api import arguments
 from lines_cli.api.calls import Dtype, Missing, Outside, Resize, Rounding, config_values, state_dict_of
-from lines_cli.checkpoint.header import TensorInfo, itemsize
-from lines_cli.checkpoint.reader import Checkpoint, StoredTensor, unsupported_in
+from lines_cli.checkpoint.header import StoredTensor, TensorInfo, itemsize
+from lines_cli.checkpoint.reader import Checkpoint, unsupported_in
 from lines_cli.engine.arithmetic import FLOAT8, TORCH_DTYPES
 from lines_cli.engine.buffers import keep_freed_memory
 from lines_cli.engine.chunks import PlanChunk, items_of

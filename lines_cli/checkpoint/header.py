@@ -89,6 +89,13 @@ class TensorInfo(NamedTuple):
         return math.prod(self.shape)
 
 
+class StoredTensor(NamedTuple):
+    """A tensor and the file it lies in (a number into `Checkpoint.files`)."""
+
+    file: int
+    info: TensorInfo
+
+
 @dataclass(frozen=True, slots=True)
 class Header:
     """What a safetensors file says of itself: its tensors by name in file order, and its free-form metadata."""

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from lines_cli.checkpoint.contents import codes_or_scales, factors_among, is_adapter, quantised_tensor
-from lines_cli.checkpoint.header import EXACT_DTYPES, FLOAT_DTYPES, Known, TensorInfo, read_header
+from lines_cli.checkpoint.formulas import Made
+from lines_cli.checkpoint.header import EXACT_DTYPES, FLOAT_DTYPES, Known, StoredTensor, read_header
 from lines_cli.errors import CheckpointError, UnsupportedError, printable, some
 from lines_cli.storage.beside import LARGEST_INDEX, beside, leads_out, read_json, read_object
 from lines_cli.storage.names import CONFIG, WEIGHT_STEMS
@@ -33,13 +34,6 @@ _MOST_SHARDS = 100_000  # as many as five digits can number
 _CONVERT = "Load it with the library that wrote it and save it as safetensors (transformers: save_pretrained)."
 _UNREADABLE = "Ask whoever owns it for permission to read it."
 _NOT_JSON = "The file is damaged: copy or download it again."
-
-
-class StoredTensor(NamedTuple):
-    """A tensor and the file it lies in (a number into `Checkpoint.files`)."""
-
-    file: int
-    info: TensorInfo
 
 
 class FileState(NamedTuple):
@@ -70,6 +64,10 @@ class Checkpoint:
         config: the parsed `config.json`; empty where there is none.
         hub_id: `org/name@commit`, for one that came from the Hub.
         metadata: what the header of its only file says beside the tensors; empty where there are several files.
+        formulas: tensors that are not stored as they are -> what they are made of.
+        parts: of one that is put together, what it is put together of: a base, and an adapter on it.
+        base_named: of such a one, whether its name says both (`base+adapter`); else the base is the recipe's.
+        notes: what a person should know of how it was read.
     """
 
     name: str
@@ -81,12 +79,18 @@ class Checkpoint:
     config: Mapping[str, Any] = field(default_factory=dict)
     hub_id: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    formulas: Mapping[str, Made] = field(default_factory=dict)
+    parts: tuple[Checkpoint, ...] = ()
+    base_named: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path | None:
         """The checkpoint's own folder, also where its index was named; None for a lone file, whose neighbours are not
-        known to belong to it.
+        known to belong to it. An adapter on a base has the base's.
         """
+        if self.parts:
+            return self.parts[0].folder
         if self.path.is_dir():
             return self.path
         return self.path.parent if is_index(self.path.name) else None

@@ -17,7 +17,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +76,25 @@ class _Asked:
 
 def is_missing(name: str) -> bool:
     """Whether a name is a path, for it cannot be a Hub id, and nothing is there."""
-    return not os.path.exists(os.path.expanduser(name)) and _HUB_ID.fullmatch(name) is None
+    if os.path.exists(os.path.expanduser(name)) or _HUB_ID.fullmatch(name) is not None:
+        return False
+    return base_and_adapter(name) is None
+
+
+def base_and_adapter(name: str, seen: Callable[[str], str] = str) -> tuple[str, str] | None:
+    """The two halves of `base+adapter`, where no path is called so, and both are there or may be on the Hub.
+
+    Args:
+        name: as a person or a recipe gives it.
+        seen: where a half lies, as seen from the current folder.
+    """
+    if "+" not in name or os.path.lexists(os.path.expanduser(seen(name))):
+        return None
+    for at in (at for at, letter in enumerate(name) if letter == "+"):
+        halves = name[:at], name[at + 1 :]
+        if all(half and not is_missing(seen(half)) for half in halves):
+            return halves
+    return None
 
 
 def locate(name: str, *, quiet: bool = False, also: tuple[str, ...] = (), variant: str | None = None) -> Located:

@@ -180,8 +180,8 @@ def _look(worker: Reader, chunk: Chunk[ReadRange]) -> _Found:
     values: list[torch.Tensor] = []
     for source, into in zip(chunk.segment.sources, worker.held(chunk)[1], strict=False):
         loaded = worker.read(chunk, source)
-        values.append(into.copy_(loaded.values()))
-        holds.append(_seen(values[-1], loaded.bits()))
+        values.append(worker.made_of(loaded, chunk, source, into))
+        holds.append(_seen(values[-1], 0 if source.steps else loaded.bits()))
     if not chunk.tensor.compares:
         return _Found(chunk, holds)
     base, *models = values
@@ -274,16 +274,17 @@ def _same(
         found, info = seen[side, name], inspection.checkpoints[side].tensors[name].info
         constant = found.low == found.high and not found.nan and not found.inf
         told_elsewhere = constant and (found.high == 0 or len(info.shape) < 2)
-        if found.numel and not told_elsewhere and not _BUFFER.fullmatch(name):
+        stored = name not in inspection.checkpoints[side].formulas
+        if found.numel and stored and not told_elsewhere and not _BUFFER.fullmatch(name):
             alike[side, info.dtype, info.shape, found.bits].append(name)
     same: dict[int, list[tuple[str, ...]]] = defaultdict(list)
     for (side, *_), names in alike.items():
-        stored = inspection.checkpoints[side].tensors
+        tensors = inspection.checkpoints[side].tensors
         groups: list[list[str]] = []
         for name in names:
-            this = stored[name]
+            this = tensors[name]
             for group in groups:
-                other = stored[group[0]]
+                other = tensors[group[0]]
                 ends = (fd_of[side, this.file], this.info.offset), (fd_of[side, other.file], other.info.offset)
                 if _equal(*ends, this.info.nbytes):
                     group.append(name)

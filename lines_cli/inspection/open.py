@@ -15,22 +15,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from lines_cli.checkpoint.header import EXACT_DTYPES, FLOAT8_DTYPES, FLOAT_DTYPES, Known, TensorInfo
-from lines_cli.checkpoint.reader import Checkpoint, gc_paused, open_checkpoint, unsupported_in
+from lines_cli.checkpoint.header import EXACT_DTYPES, FLOAT8_DTYPES, FLOAT_DTYPES, TensorInfo
+from lines_cli.checkpoint.reader import Checkpoint, gc_paused, unsupported_in
 from lines_cli.errors import DepthError, MismatchError, RecipeError, printable, some
-from lines_cli.hub.download import locate
 from lines_cli.inspection.kinds import Kind, kind_of
 from lines_cli.plan.align import aligned_names
 from lines_cli.plan.coefficients import layer_coefficients, outside_coefficients, rounded_coefficient, unlike_lines
 from lines_cli.plan.depth import depth_of_kept, places_of_all
-from lines_cli.plan.inputs import Inputs, inputs_of, refuse_variant_of_none
+from lines_cli.plan.inputs import Inputs, Opening, inputs_of, refuse_variant_of_none
 from lines_cli.plan.layout import natural
 from lines_cli.plan.match import Names, kept, match_names, missing_in_blocks, nothing_in_common
 from lines_cli.plan.resolve import UNSCALED
 from lines_cli.plan.tensors import (
     STORED,
+    Ranges,
     Segment,
-    SourceRange,
     TensorSpec,
     TensorValues,
     refuse_idle_filters,
@@ -218,13 +217,13 @@ class Inspection:
                 if fresh:
                     counted.add((side, name))
             spans.append(ReadRange(tensor.name, (tensor.segment,), tuple(counts_for), planned.get(tensor.name)))
-        first = 0
+        inputs = Inputs(self.checkpoints, self.has_base, self.lead, of_an_edit=False)
         for side, checkpoint in enumerate(self.checkpoints):
+            range_of = Ranges(inputs, side)
             for name, stored in checkpoint.tensors.items():
                 if (side, name) not in counted and stored.info.dtype in FLOAT_DTYPES | FLOAT8_DTYPES:
-                    source = SourceRange(first + stored.file, stored.info.offset, stored.info.dtype)
-                    spans.append(ReadRange(name, (Segment(0, stored.info.numel, copy=source),), ((side, name),)))
-            first += len(checkpoint.files)
+                    segment = Segment(0, stored.info.numel, copy=range_of(name))
+                    spans.append(ReadRange(name, (segment,), ((side, name),)))
         return spans
 
     @property
@@ -333,18 +332,9 @@ def open_merge(recipe: Recipe, *, quiet: bool = False) -> Inspection:
     return _against(recipe.base_model, names, recipe, "merge", quiet=quiet)
 
 
-def _opened(
-    name: str, *, to_look_at: bool, quiet: bool, known: Known | None = None, variant: str | None = None
-) -> Checkpoint:
-    found = locate(name, quiet=quiet, variant=variant)
-    return open_checkpoint(
-        found.path, name=found.name, hub_id=found.hub_id, to_look_at=to_look_at, known=known, variant=variant
-    )
-
-
 def _alone(name: str, variant: str | None, scaling: Mapping[str, Any], *, quiet: bool) -> Inspection:
     asked = edit_recipe(name, name, variant=variant, **scaling)
-    checkpoint = _opened(name, to_look_at=True, quiet=quiet, variant=variant)
+    checkpoint = Opening(None, variant=variant, to_look_at=True, quiet=quiet)(name)
     refuse_variant_of_none(variant, [checkpoint])
     notes: list[str] = []
     made_by = _made_by(checkpoint, notes)
@@ -383,10 +373,7 @@ def _alone(name: str, variant: str | None, scaling: Mapping[str, Any], *, quiet:
 
 
 def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, quiet: bool) -> Inspection:
-    known: Known = {}
-    opened = [
-        _opened(name, to_look_at=False, quiet=quiet, known=known, variant=recipe.variant) for name in (base, *names)
-    ]
+    opened = list(map(Opening(base, variant=recipe.variant, quiet=quiet), (base, *names)))
     refuse_variant_of_none(recipe.variant, opened)
     _refuse_twice(opened)
     notes: list[str] = []

@@ -49,7 +49,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, output: Path) -> Plan:
         DepthError: which tensor stands at which depth cannot be decided.
         RecipeError: a stack or a filter names nothing there, or a coefficient is beyond float32.
     """
-    notes: list[str] = list(recipe.notes)
+    notes: list[str] = [*recipe.notes, *(note for checkpoint in inputs.checkpoints for note in checkpoint.notes)]
     notes += _factor_notes(inputs)
     own = aligned_names(inputs, notes, prefix=recipe.prefix)
     matched = match_names(inputs, own, resize=recipe.resize != "error", notes=notes)

@@ -115,7 +115,8 @@ class Plan:
     @property
     def read_paths(self) -> tuple[Path, ...]:
         """Everything the output must not replace: the inputs as they were named, and all their files."""
-        return (*(checkpoint.path for checkpoint in self.inputs.checkpoints), *self.paths)
+        named = [part for checkpoint in self.inputs.checkpoints for part in checkpoint.parts or (checkpoint,)]
+        return (*(checkpoint.path for checkpoint in named), *self.paths)
 
     @property
     def names(self) -> frozenset[str]:
@@ -386,7 +387,12 @@ class Plan:
 
 
 def _bytes_of(segments: Iterable[Segment]) -> int:
-    return sum(segment.numel * itemsize(source.dtype) for segment in segments for source in segment.sources)
+    """Of what is stored; what an adapter's entries are made of is read once, with the base's."""
+    total = 0
+    for segment in segments:
+        ranges = {source[:3] for source in segment.sources} if len(segment.sources) > 1 else segment.sources
+        total += segment.numel * sum(itemsize(source[2]) for source in ranges)
+    return total
 
 
 BYTES_COUNTING = 6 * 2**20
