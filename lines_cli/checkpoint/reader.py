@@ -11,14 +11,15 @@ import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from lines_cli.checkpoint.contents import codes_or_scales, factors_among, is_adapter, quantised_tensor
-from lines_cli.checkpoint.formulas import Made
-from lines_cli.checkpoint.header import EXACT_DTYPES, FLOAT_DTYPES, Known, StoredTensor, read_header
+from lines_cli.checkpoint.formulas import Dequantised, Made
+from lines_cli.checkpoint.header import EXACT_DTYPES, FLOAT_DTYPES, Known, StoredTensor, TensorInfo, read_header
+from lines_cli.checkpoint.quantised import QUANTIZATION, Quantised, read_quantised, said_to_be
 from lines_cli.errors import CheckpointError, UnsupportedError, printable, some
 from lines_cli.storage.beside import LARGEST_INDEX, beside, leads_out, read_json, read_object
 from lines_cli.storage.names import CONFIG, WEIGHT_STEMS
@@ -65,6 +66,8 @@ class Checkpoint:
         hub_id: `org/name@commit`, for one that came from the Hub.
         metadata: what the header of its only file says beside the tensors; empty where there are several files.
         formulas: tensors that are not stored as they are -> what they are made of.
+        beside: tensors of a quantised format that belong to no weight: scales of activations.
+        stored_as: the format that most weights are stored in, in words, if they are quantised.
         parts: of one that is put together, what it is put together of: a base, and an adapter on it.
         base_named: of such a one, whether its name says both (`base+adapter`); else the base is the recipe's.
         notes: what a person should know of how it was read.
@@ -80,6 +83,8 @@ class Checkpoint:
     hub_id: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     formulas: Mapping[str, Made] = field(default_factory=dict)
+    beside: Mapping[str, StoredTensor] = field(default_factory=dict)
+    stored_as: str | None = None
     parts: tuple[Checkpoint, ...] = ()
     base_named: bool = False
     notes: tuple[str, ...] = ()
@@ -108,7 +113,22 @@ class Checkpoint:
     @cached_property
     def nbytes(self) -> int:
         """Bytes of tensor data."""
-        return sum(tensor.info.nbytes for tensor in self.tensors.values())
+        return sum(self.as_stored(name).nbytes for name in self.tensors)
+
+    def codes(self, tensor: str) -> tuple[StoredTensor, StoredTensor] | None:
+        """What a weight that is nothing but quantised is stored as: its codes, and their scales; else None."""
+        if (made := self.formulas.get(tensor)) is None:
+            return None
+        one = made.steps[0] if len(made.steps) == 1 else None
+        return (made.stored, one.factors[0][1]) if isinstance(one, Dequantised) else None
+
+    def as_stored(self, tensor: str) -> TensorInfo:
+        """A tensor's dtype as it is stored, its shape, and its bytes, those of its scales among them."""
+        codes = self.codes(tensor)
+        if codes is None:
+            return self.tensors[tensor].info
+        (_, info), (_, scales) = codes
+        return info._replace(nbytes=info.nbytes + scales.nbytes)
 
     def where(self, tensor: str) -> str:
         """The file that holds `tensor`, for a message."""
@@ -183,9 +203,49 @@ def open_checkpoint(
             _refuse_shard(file, held.keys(), expected)
         tensors.update({tensor: StoredTensor(number, info) for tensor, info in held.items()})
     checkpoint = Checkpoint(name, path, tuple(files), tensors, tuple(states), stem, config, hub_id, metadata)
-    if not to_look_at and (unsupported := unsupported_in(checkpoint)):
+    return to_be_looked_at(checkpoint) if to_look_at else as_model(checkpoint)
+
+
+def as_model(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint as it is stored, as the model that can be computed with: FP8 weights are what they stand for.
+
+    Raises:
+        CheckpointError: what is stored contradicts itself.
+        UnsupportedError: it cannot be computed with.
+    """
+    found = read_quantised(checkpoint.tensors, checkpoint.config, checkpoint.where)
+    if found is not None:
+        checkpoint = replace(checkpoint, **found._asdict(), notes=(*checkpoint.notes, *_said_of(checkpoint, found)))
+    if unsupported := unsupported_in(checkpoint):
         raise unsupported
     return checkpoint
+
+
+def refusal_of(checkpoint: Checkpoint) -> CheckpointError | None:
+    """Why it cannot be computed with; None where it can."""
+    try:
+        as_model(checkpoint)
+    except CheckpointError as error:
+        return error
+    return None
+
+
+def to_be_looked_at(checkpoint: Checkpoint) -> Checkpoint:
+    """The same where it can be, else as it is stored."""
+    try:
+        return as_model(checkpoint)
+    except CheckpointError:
+        return checkpoint
+
+
+def _said_of(checkpoint: Checkpoint, found: Quantised) -> Iterator[str]:
+    of_them = f"{len(found.formulas):,} of {len(found.tensors):,} tensors of {checkpoint.name}"
+    yield f"{of_them} are stored in 8 bits ({found.stored_as}): they are read as the numbers that these stand for"
+    if found.beside:
+        yield (
+            f"{len(found.beside):,} tensor(s) of {checkpoint.name} scale activations in 8 bits, and are no part of the "
+            f"model\n{some(list(found.beside))}"
+        )
 
 
 def _config_in(folder: Path) -> Mapping[str, Any]:
@@ -403,14 +463,11 @@ def _refuse_shard(file: Path, held: Collection[str], expected: set[str]) -> None
     )
 
 
-QUANTIZATION = "quantization_config"
-
-
 def quantisation_said(config: Mapping[str, Any]) -> str | None:
     """The method by which a config says that weights are quantised; None if it does not. It may have been left behind
     when they were made whole again.
     """
-    said = config.get(QUANTIZATION)
+    said = said_to_be(config) or config.get(QUANTIZATION)
     method = said.get("quant_method") if isinstance(said, Mapping) else None
     return printable(str(method or "unnamed method")) if said else None
 
