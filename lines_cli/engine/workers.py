@@ -110,8 +110,13 @@ class Reader:
     def cut(self, chunks: Iterable[Chunk[Tensor]]) -> Iterator[Chunk[Tensor]]:
         """The same entries, in steps that fit the buffers."""
         for chunk in chunks:
-            self.at = chunk.tensor.name
+            self._begin(chunk.tensor.name)
             yield from chunk.cut(self.chunk)
+
+    def _begin(self, tensor: str) -> None:
+        if tensor != self.at:
+            self._makers.forget()
+        self.at = tensor
 
     def held(self, chunk: Chunk[Tensor]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """A place for the chunk's entries in each input, in the dtype they are widened to: all of it [inputs, numel],
@@ -218,7 +223,8 @@ class Worker(Reader):
     def cut(self, chunks: Iterable[PlanChunk]) -> Iterator[PlanChunk]:  # type: ignore[override]
         """The same entries, in steps that fit the buffers."""
         for chunk in chunks:
-            self.at, self.alone = chunk.tensor.name, chunk.numel == chunk.segment.numel
+            self._begin(chunk.tensor.name)
+            self.alone = chunk.numel == chunk.segment.numel
             yield from chunk.cut(self.chunk)
 
     def inputs(self, chunk: PlanChunk) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
