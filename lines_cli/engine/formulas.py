@@ -44,7 +44,7 @@ class Adder(Maker, Protocol):
 
 
 class Makers:
-    """One thread's: what the formulas of a tensor need, read when it is first asked for, and kept until the next tensor.
+    """One thread's: what the formulas of a tensor need, read when it is first asked for, kept until the next tensor.
 
     Args:
         load: reads a factor.
