@@ -146,6 +146,7 @@ class Inspection:
         stored_heads: heads that are stored all the same, each with its embedding.
         quantised: why it cannot be computed with.
         notes: what a person should know.
+        relaid: for each checkpoint the tensors that are not stored as `checkpoints` has them (`Inputs.relaid`).
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -166,6 +167,7 @@ class Inspection:
     stored_heads: Mapping[str, str] = field(default_factory=dict)
     quantised: str | None = None
     notes: tuple[str, ...] = ()
+    relaid: tuple[frozenset[str], ...] = ()
 
     @property
     def models(self) -> tuple[Checkpoint, ...]:
@@ -222,7 +224,7 @@ class Inspection:
         for side, checkpoint in enumerate(self.checkpoints):
             for name, stored in checkpoint.tensors.items():
                 if (side, name) not in counted and stored.info.dtype in FLOAT_DTYPES | FLOAT8_DTYPES:
-                    source = SourceRange(first + stored.file, stored.info.offset, stored.info.dtype)
+                    source = SourceRange.of(stored, first)
                     spans.append(ReadRange(name, (Segment(0, stored.info.numel, copy=source),), ((side, name),)))
             first += len(checkpoint.files)
         return spans
@@ -392,7 +394,7 @@ def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, qui
     notes: list[str] = []
     pairing = _pairing(base, names, recipe, recipe.like if of == "merge" else "ft")
     inputs = inputs_of(pairing, *opened)
-    own = aligned_names(inputs, notes, prefix=recipe.prefix)
+    inputs, own = aligned_names(inputs, notes, prefix=recipe.prefix, strict=False)
     rows, incomplete = match_names(inputs, own, resize=True, notes=notes)
     if not rows:
         raise nothing_in_common(inputs)
@@ -419,7 +421,8 @@ def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, qui
         notes.append(f"{opened[1].name} is an output of lines already; what is shown as scaled is scaled a second time")
     return _complete(
         Inspection(
-            checkpoints=tuple(opened),
+            checkpoints=inputs.checkpoints,
+            relaid=inputs.relaid,
             has_base=True,
             lead=inputs.lead,
             recipe=recipe,

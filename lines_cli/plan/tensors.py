@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
+from operator import mul
 from typing import NamedTuple
 
 from lines_cli.checkpoint.header import EXACT_DTYPES, TensorInfo, itemsize
-from lines_cli.checkpoint.reader import StoredTensor, gc_paused
+from lines_cli.checkpoint.reader import Part, StoredTensor, gc_paused
 from lines_cli.errors import (
     MismatchError,
     RecipeError,
@@ -32,11 +34,50 @@ STORED = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF1
 class SourceRange(NamedTuple):
     """A run of entries in an input: which file (a number into `Plan.paths`), where its bytes start, and how to
     read them.
+
+    Attributes:
+        file, offset: of the first entry.
+        dtype: how entries are stored.
+        parts: where they are, if they do not stand side by side.
     """
 
     file: int
     offset: int
     dtype: str
+    parts: tuple[Part, ...] = ()
+
+    @classmethod
+    def of(cls, stored: StoredTensor, first_file: int) -> SourceRange:
+        """All of a tensor, in a checkpoint whose files are counted from `first_file` on."""
+        file, info, parts = stored
+        if parts and first_file:
+            parts = tuple([part._replace(file=first_file + part.file) for part in parts])
+        return cls(first_file + file, info.offset, info.dtype, parts)
+
+    def place_of(self, entry: int) -> tuple[int, str | None, int]:
+        """Where an entry is: the file, what that calls the tensor (None: as the output does), and which of its entries
+        it is there.
+        """
+        if not self.parts:
+            return self.file, None, entry
+        part = self.parts[bisect_right(self.parts, entry, key=lambda part: part.start) - 1]
+        inside = entry - part.start
+        steps = divmod(inside, part.sizes[1]) if len(part.sizes) > 1 else (inside,)
+        return part.file, part.tensor, part.entry + sum(map(mul, steps, part.strides))
+
+    def behind(self, entries: int) -> SourceRange:
+        """The same without its first entries."""
+        if not self.parts:
+            return self._replace(offset=self.offset + entries * itemsize(self.dtype))
+        assert all(part.strides == (1,) for part in self.parts), "rows of a vocabulary are never turned"
+        rest = []
+        for part in self.parts:
+            gone = min(max(entries - part.start, 0), part.numel)
+            if gone < part.numel:
+                offset = part.offset + gone * itemsize(self.dtype)
+                numel, start = part.numel - gone, part.start + gone - entries
+                rest.append(part._replace(start=start, numel=numel, offset=offset, sizes=(numel,)))
+        return self._replace(file=rest[0].file, offset=rest[0].offset, parts=tuple(rest))
 
 
 class Segment(NamedTuple):
@@ -112,8 +153,12 @@ def specify_tensors(
         ranges, infos = [], []
         for (tensors, first_file), there in zip(held, row):  # noqa: B905 - as many by `Names`; strictness takes time
             if there is not None:
-                file, info = tensors[there]
-                ranges.append(SourceRange(first_file + file, info.offset, info.dtype))
+                file, info, parts = stored = tensors[there]
+                ranges.append(
+                    SourceRange.of(stored, first_file)
+                    if parts
+                    else SourceRange(first_file + file, info.offset, info.dtype)
+                )
                 infos.append(info)
         specs.append(
             _specify(
@@ -139,8 +184,9 @@ def specify_tensors(
 def taken_whole(spec: TensorSpec, recipe: Recipe, inputs: Inputs, side: int, there: str) -> TensorSpec:
     """A tensor that cannot be merged as one input has it, under the name `there`."""
     first_file = sum(len(checkpoint.files) for checkpoint in inputs.checkpoints[:side])
-    file, info = inputs.checkpoints[side].tensors[there]
-    whole = Segment(0, info.numel, copy=SourceRange(first_file + file, info.offset, info.dtype))
+    stored = inputs.checkpoints[side].tensors[there]
+    info = stored.info
+    whole = Segment(0, info.numel, copy=SourceRange.of(stored, first_file))
     kept = spec._replace(dtype=_written_as(recipe, info.dtype), shape=info.shape, segments=(whole,))
     return kept._replace(in_float64=False, paired=False, misfit=None)
 
@@ -388,8 +434,7 @@ def _specify(
     shared = min(info.numel for info in infos)
     segments = [Segment(0, shared, base=base, models=models)]
     if kept.numel > shared:  # rows that only the kept side surely has: as they are there
-        rest = SourceRange(source.file, source.offset + shared * itemsize(source.dtype), source.dtype)
-        segments.append(Segment(shared, kept.numel - shared, copy=rest))
+        segments.append(Segment(shared, kept.numel - shared, copy=source.behind(shared)))
     others = frozenset(info.shape[axis] for info in infos if info.shape != kept.shape)
     return TensorSpec(*begun, dtype, kept.shape, tuple(segments), decided_by, in_float64, (others, kept.shape[axis]))
 
