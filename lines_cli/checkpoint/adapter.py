@@ -200,7 +200,7 @@ def on_base(adapter: Adapter, base: Checkpoint, *, name: str | None = None) -> C
     tensors, formulas = dict(base.tensors), dict(base.formulas)
     targets = _targets(adapter, base)
     for change, target in zip(adapter.changes, targets, strict=True):
-        placed = {role: StoredTensor(first + file, info) for role, (file, info) in change.factors.items()}
+        placed = {role: stored._replace(file=first + stored.file) for role, stored in change.factors.items()}
         if change.kind == "whole":
             tensors[target] = placed["whole"]
             formulas.pop(target, None)

@@ -89,11 +89,41 @@ class TensorInfo(NamedTuple):
         return math.prod(self.shape)
 
 
+class Part(NamedTuple):
+    """A run of a tensor's entries that lies by itself, because the file has another layout (`plan.relaid`).
+
+    Attributes:
+        start, numel: which of the tensor's entries.
+        file: a number into `Checkpoint.files`; of a `SourceRange` into `Plan.paths`.
+        offset: the byte at which the first of them stands.
+        sizes, strides: how many there are along one axis or two, and how many entries apart they stand in the file;
+            with a stride of 1 along one axis they stand side by side.
+        tensor: what the file calls the tensor that they are of.
+        entry: which of its entries the first is.
+    """
+
+    start: int
+    numel: int
+    file: int
+    offset: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    tensor: str
+    entry: int
+
+
 class StoredTensor(NamedTuple):
-    """A tensor and the file it lies in (a number into `Checkpoint.files`)."""
+    """A tensor and the file it lies in (a number into `Checkpoint.files`).
+
+    Attributes:
+        file: the file; of one in parts that of the first.
+        info: dtype, shape, place.
+        parts: where its entries are, if they do not stand side by side.
+    """
 
     file: int
     info: TensorInfo
+    parts: tuple[Part, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

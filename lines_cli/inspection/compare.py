@@ -162,9 +162,12 @@ def _stream(inspection: Inspection, devices: Devices, track: Track, sums: _Sums)
         def look(worker: Reader, item: list[Chunk[ReadRange]]) -> list[_Found]:
             return [_look(worker, chunk) for chunk in worker.cut(item)]
 
-        pool = Pool(
-            lambda device: Reader(inspection.inputs, fds, device, chunk=size, per_entry=per_entry), items, look, devices
-        )
+        turned = devices.turned(len(inspection.checkpoints) if any(inspection.relaid) else 0)
+
+        def reader(device: torch.device) -> Reader:
+            return Reader(inspection.inputs, fds, device, chunk=size, per_entry=per_entry, turned=turned)
+
+        pool = Pool(reader, items, look, devices)
         title = "comparing" if inspection.has_base else "checking"
         with closing(pool.in_order()) as results:
             for _ in track(title, total, (sum(map(sums.add, found)) for found in results)):
@@ -274,8 +277,9 @@ def _same(
         found, info = seen[side, name], inspection.checkpoints[side].tensors[name].info
         constant = found.low == found.high and not found.nan and not found.inf
         told_elsewhere = constant and (found.high == 0 or len(info.shape) < 2)
-        stored = name not in inspection.checkpoints[side].formulas
-        if found.numel and stored and not told_elsewhere and not _BUFFER.fullmatch(name):
+        there = inspection.checkpoints[side]
+        as_stored = name not in there.formulas and not there.tensors[name].parts
+        if found.numel and as_stored and not told_elsewhere and not _BUFFER.fullmatch(name):
             alike[side, info.dtype, info.shape, found.bits].append(name)
     same: dict[int, list[tuple[str, ...]]] = defaultdict(list)
     for (side, *_), names in alike.items():

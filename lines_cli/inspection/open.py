@@ -145,6 +145,7 @@ class Inspection:
         stored_heads: heads that are stored all the same, each with its embedding.
         quantised: why it cannot be computed with.
         notes: what a person should know.
+        relaid: for each checkpoint the tensors that are not stored as `checkpoints` has them (`Inputs.relaid`).
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -165,6 +166,7 @@ class Inspection:
     stored_heads: Mapping[str, str] = field(default_factory=dict)
     quantised: str | None = None
     notes: tuple[str, ...] = ()
+    relaid: tuple[frozenset[str], ...] = ()
 
     @property
     def models(self) -> tuple[Checkpoint, ...]:
@@ -379,7 +381,7 @@ def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, qui
     notes: list[str] = []
     pairing = _pairing(base, names, recipe, recipe.like if of == "merge" else "ft")
     inputs = inputs_of(pairing, *opened)
-    own = aligned_names(inputs, notes, prefix=recipe.prefix)
+    inputs, own = aligned_names(inputs, notes, prefix=recipe.prefix, strict=False)
     rows, incomplete = match_names(inputs, own, resize=True, notes=notes)
     if not rows:
         raise nothing_in_common(inputs)
@@ -406,7 +408,8 @@ def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, qui
         notes.append(f"{opened[1].name} is an output of lines already; what is shown as scaled is scaled a second time")
     return _complete(
         Inspection(
-            checkpoints=tuple(opened),
+            checkpoints=inputs.checkpoints,
+            relaid=inputs.relaid,
             has_base=True,
             lead=inputs.lead,
             recipe=recipe,

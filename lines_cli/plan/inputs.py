@@ -121,12 +121,15 @@ class Inputs:
         has_base: whether the first is the base.
         lead: the number of the one that the output is like: its names, dtypes, integers and config.
         of_an_edit: whether they are a base and one fine-tune that the output is like, and are called so.
+        relaid: for each of them, the tensors that its files have in another layout; by the leading side's names, which
+            are theirs in `checkpoints`, too (`plan.relaid`). Empty if there are none.
     """
 
     checkpoints: tuple[Checkpoint, ...]
     has_base: bool
     lead: int
     of_an_edit: bool
+    relaid: tuple[frozenset[str], ...] = ()
 
     @property
     def leading(self) -> Checkpoint:
