@@ -179,7 +179,7 @@ def named_inputs(plan: Plan, *, seen_from: Path | None = None) -> dict[str, str]
     return {
         name: path_seen_from(seen_from, checkpoint)
         if seen_from is not None
-        else checkpoint.hub_id or str(checkpoint.real)
+        else checkpoint.with_part(checkpoint.hub_id or str(checkpoint.real))
         for name, checkpoint in inputs_by_name(plan).items()
     }
 
@@ -219,7 +219,7 @@ def path_seen_from(folder: Path, checkpoint: Checkpoint) -> str:
     together. Both ends are real paths, for `..` behind a link is not the folder that the words say.
     """
     if checkpoint.hub_id:
-        return checkpoint.hub_id
+        return checkpoint.with_part(checkpoint.hub_id)
     if checkpoint.path.is_absolute():
-        return str(checkpoint.real)
-    return os.path.relpath(checkpoint.real, os.path.realpath(folder))
+        return checkpoint.with_part(str(checkpoint.real))
+    return checkpoint.with_part(os.path.relpath(checkpoint.real, os.path.realpath(folder)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -38,7 +38,12 @@ def open_inputs(recipe: Recipe, *, quiet: bool = False) -> Inputs:
         if name not in opened:
             found = locate(name, quiet=quiet, variant=recipe.variant)
             opened[name] = open_checkpoint(
-                found.path, name=found.name, hub_id=found.hub_id, known=known, variant=recipe.variant
+                found.path,
+                name=found.name,
+                hub_id=found.hub_id,
+                known=known,
+                variant=recipe.variant,
+                part=found.part,
             )
         return opened[name]
 
@@ -59,6 +64,11 @@ def refuse_variant_of_none(variant: str | None, checkpoints: Sequence[Checkpoint
             f"variant {variant}: no input has weights of that variant",
             hint="Leave it out, or check its spelling.",
         )
+
+
+def notes_of_files(checkpoints: Iterable[Checkpoint]) -> list[str]:
+    """What a person should know of what was found in the checkpoints' files, each once."""
+    return list(dict.fromkeys(note for checkpoint in checkpoints for note in checkpoint.notes))
 
 
 def inputs_of(recipe: Recipe, *checkpoints: Checkpoint) -> Inputs:
