@@ -169,14 +169,16 @@ def _placed(file: TorchFile, found: _Found) -> StateDict:
     views: dict[int, View] = {}
     others: list[str] = []
     end, seen = file.nbytes, set[int]()
+    numbers: dict[View, int] = {}
     for name, value in found.items.items():
         if isinstance(value, Tensor):
             _refuse_name(file.path, name)
             info, view = file.place(name, value)
-            if view is not None:
-                info = info._replace(offset=end)
-                views[end] = view
+            if view is not None and view not in numbers:
+                numbers[view], views[end] = end, view
                 end += info.nbytes
+            if view is not None:
+                info = info._replace(offset=numbers[view])
             tensors[name] = info
         elif what := _unlike_plain(value, seen):
             raise UnsupportedError(f"{file.path}: {printable(str(name))} is {what}", hint=_MAKE_PLAIN)
@@ -186,7 +188,10 @@ def _placed(file: TorchFile, found: _Found) -> StateDict:
     return StateDict(tensors, views, file.digest, tuple(_notes(file, found, others)))
 
 
-_MAKE_PLAIN = "Make a plain tensor of it with torch (to_dense, dequantize, full_tensor), and save the state dict again."
+_MAKE_PLAIN = (
+    "Make a plain tensor of it with torch (to_dense, dequantize, full_tensor, resolve_conj, from_numpy), and save the "
+    "state dict again."
+)
 
 
 def _refuse_name(path: Path, name: Any) -> None:
@@ -211,23 +216,21 @@ def _unlike_plain(value: Any, seen: set[int]) -> str | None:
 
 
 def _has_a_tensor(value: Any, seen: set[int]) -> bool:
-    """Whether there is a tensor, not too deep, in what an object was to be made of."""
-    level = [value]
-    for _ in range(_DEEPEST):
-        deeper: list[Any] = []
-        for inner in level:
-            if isinstance(inner, Tensor | Odd | Storage):
-                return True
-            if not isinstance(inner, Made | dict | list) and type(inner) is not tuple:
-                continue
-            if id(inner) in seen or len(seen) > _MOST_LOOKED_AT:
-                continue
-            seen.add(id(inner))
-            if isinstance(inner, Made):
-                deeper += (inner.arguments, inner.state, inner.items)
-            else:
-                deeper += inner.values() if isinstance(inner, dict) else inner
-        level = deeper
+    """Whether there is a tensor in what an object was to be made of; or too much for one to tell."""
+    found = [value]
+    while found:
+        inner = found.pop()
+        if isinstance(inner, Tensor | Odd | Storage):
+            return True
+        if id(inner) in seen or not (isinstance(inner, Made | dict | list) or type(inner) is tuple):
+            continue
+        if len(seen) > _MOST_LOOKED_AT:
+            return True
+        seen.add(id(inner))
+        if isinstance(inner, Made):
+            found += (inner.arguments, inner.state, inner.items)
+        else:
+            found += inner.values() if isinstance(inner, dict) else inner
     return False
 
 
@@ -277,11 +280,11 @@ def _refuse_none(path: Path, value: Any, keys: tuple[str, ...], called: str) -> 
     for key, inner in (((), value), *(((key,), inner) for key, inner in _items(value).items())):
         if isinstance(inner, Made) and _has_a_tensor(inner, set()):
             way = "".join(f"[{key!r}]" for key in (*keys, *key))
-            named = f"; under {_quoted('.'.join(map(str, (*keys, *key))))}" if way else ""
+            where = f", under {_quoted('.'.join(map(str, (*keys, *key))))}" if way else ""
             loaded = f"torch.load({in_python(path)}, map_location='cpu', weights_only=False){way}"
             raise UnsupportedError(
-                f"{path} holds no state dict{named}, but a whole pickled object, of {printable(str(inner.of))}: it "
-                "could be read by running code alone",
+                f"{path} holds no state dict, but a whole pickled object, of {printable(str(inner.of))}{where}: to "
+                "load that is to run code",
                 hint=in_two_lines(loaded, path),
             )
     if others := _state_dicts(value, keys, everything=True):
@@ -302,4 +305,4 @@ def _plainly(value: Any) -> str:
     items = _items(value)
     if "param_groups" in items:
         return "the state of an optimizer"
-    return f"a {type(value).__name__} of {_named(list(map(str, items)))}" if items else f"a {type(value).__name__}"
+    return f"a {type(value).__name__} of {_named(list(map(str, items)))}" if items else f"{type(value).__name__} alone"

@@ -20,7 +20,7 @@ from time import perf_counter
 import torch
 
 from lines_cli.checkpoint.header import itemsize
-from lines_cli.checkpoint.reader import views_of
+from lines_cli.checkpoint.reader import StoredTensor, views_of
 from lines_cli.engine.arithmetic import dot, task_vector
 from lines_cli.engine.buffers import keep_freed_memory
 from lines_cli.engine.chunks import Chunk, items_of
@@ -267,27 +267,30 @@ def _same(
     """For each checkpoint, the tensors that hold the same bytes as others: groups of them, in the order of their names.
 
     Left out are tensors of zeros, which are listed as such; of one dimension whose entries are all the same, new norms
-    and biases; and buffers that every layer has.
+    and biases; buffers that every layer has; and other names of what is stored once, as torch.save stores tied weights.
     """
     places = [
         (side, file) for side, checkpoint in enumerate(inspection.checkpoints) for file in range(len(checkpoint.files))
     ]
     source_of = dict(zip(places, sources, strict=True))
     alike: dict[tuple[int, str, tuple[int, ...], int], list[str]] = defaultdict(list)
+    stored_once: set[tuple[int, StoredTensor]] = set()
     for side, name in sorted(seen, key=lambda key: natural(key[1])):
-        found, info = seen[side, name], inspection.checkpoints[side].tensors[name].info
+        found, stored = seen[side, name], inspection.checkpoints[side].tensors[name]
+        info, known = stored.info, (side, stored) in stored_once
+        stored_once.add((side, stored))
         constant = found.low == found.high and not found.nan and not found.inf
         told_elsewhere = constant and (found.high == 0 or len(info.shape) < 2)
-        if found.numel and not told_elsewhere and not _BUFFER.fullmatch(name):
+        if found.numel and not known and not told_elsewhere and not _BUFFER.fullmatch(name):
             alike[side, info.dtype, info.shape, found.bits].append(name)
     same: dict[int, list[tuple[str, ...]]] = defaultdict(list)
     for (side, *_), names in alike.items():
-        stored = inspection.checkpoints[side].tensors
+        tensors = inspection.checkpoints[side].tensors
         groups: list[list[str]] = []
         for name in names:
-            this = stored[name]
+            this = tensors[name]
             for group in groups:
-                other = stored[group[0]]
+                other = tensors[group[0]]
                 ends = (source_of[side, this.file], this.info.offset), (source_of[side, other.file], other.info.offset)
                 if _equal(*ends, this.info.nbytes):
                     group.append(name)
