@@ -309,7 +309,7 @@ def _named_only(names: Any, config: Any) -> Checkpoint:
     said = config_values(config, names)
     if isinstance(names, (str, Path)):
         found = locate(str(names), quiet=True)
-        checkpoint = open_checkpoint(found.path, name=found.name, hub_id=found.hub_id, to_look_at=True)
+        checkpoint = open_checkpoint(found.path, name=found.name, hub_id=found.hub_id, to_look_at=True, part=found.part)
         return checkpoint if config is None else replace(checkpoint, config=said)
     names = state_dict_of(names)
     tensors = names if isinstance(names, Mapping) else dict.fromkeys(names)

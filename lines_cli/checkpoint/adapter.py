@@ -18,7 +18,7 @@ from typing import Any
 
 from lines_cli.checkpoint.formulas import LowRank, Made
 from lines_cli.checkpoint.header import FLOAT_DTYPES, StoredTensor, read_header
-from lines_cli.checkpoint.reader import Checkpoint, FileState, choose_weights
+from lines_cli.checkpoint.reader import Checkpoint, FileState, choose_weights, views_of
 from lines_cli.errors import CheckpointError, MismatchError, UnsupportedError, printable, some
 from lines_cli.storage.beside import beside, read_object
 
@@ -231,6 +231,8 @@ def on_base(adapter: Adapter, base: Checkpoint, *, name: str | None = None) -> C
         formulas=formulas,
         metadata={},
         parts=(base, own),
+        part=own.part,
+        views=tuple(views_of((base, own))),
         base_named=name is not None,
         notes=(),
     )

@@ -160,6 +160,8 @@ def read_header(path: Path, known: Known | None = None) -> Header:
                 _refuse(path, f"the file holds {size} bytes, too few for a safetensors header")
             if prefix == LFS_POINTER[:8] and file.read(len(LFS_POINTER) - 8) == LFS_POINTER[8:]:
                 _refuse(path, "a Git LFS pointer, and not the weights that it points to", FETCH_LFS)
+            if prefix.startswith(_OF_TORCH):
+                _refuse(path, "by its content a file that torch.save wrote", "Give it a name that ends with .pt.")
             (length,) = _LENGTH.unpack(prefix)
             if length > HEADER_LIMIT:
                 # How many it claims would tell what the file holds, which may be another's.
@@ -185,6 +187,7 @@ def read_header(path: Path, known: Known | None = None) -> Header:
     return header
 
 
+_OF_TORCH = b"PK\x03\x04"  # a zip file, which any other could be, too
 _NOT_SAFETENSORS = "This does not look like a safetensors file."
 _INCOMPLETE = "The file is incomplete: copy or download it again."
 _DAMAGED = "The file is damaged, or was not written as safetensors: copy or download it again."

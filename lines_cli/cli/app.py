@@ -46,7 +46,7 @@ PAGES = {
     "several fine-tunes of one base": ("lines merge --config FILE", "docs/merging.md"),
     "a mergekit file": ("lines merge --config FILE", "docs/mergekit.md"),
     "a LoRA adapter": ("fold it into its base first", "docs/adapters.md"),
-    "a .pt, .bin or .ckpt file": ("convert it first", "docs/pickles.md"),
+    "a .pt, .bin or .ckpt file": ("lines edit base.pt ft.ckpt -o out", "docs/pickles.md"),
     "a diffusers folder": ("lines edit BASE/unet FT/unet ...", "docs/diffusion.md"),
     "a question about a checkpoint": ("lines inspect CHECKPOINT", "docs/inspecting.md"),
     "an output, and a doubt": ("lines verify OUT", "docs/reliability.md"),

@@ -29,7 +29,8 @@ Base = Annotated[
     str,
     typer.Argument(
         metavar="BASE",
-        help="The pre-trained checkpoint: a .safetensors file, a folder, or a Hub id (org/name, org/name@revision).",
+        help="The pre-trained checkpoint: a file (.safetensors, .pt, .bin, ...), a folder, or a Hub id (org/name, "
+        "org/name@revision).",
     ),
 ]
 FineTune = Annotated[

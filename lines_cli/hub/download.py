@@ -1,9 +1,9 @@
 """A checkpoint's name -> where it lies: a path as it is, or a Hub id fetched through the Hub's own client and cache.
 
 The client decides on endpoint, token, cache, offline mode and progress bars (HF_ENDPOINT, HF_TOKEN, HF_HOME,
-HF_HUB_OFFLINE, ...). Of a repository only what an edit reads is fetched: one set of safetensors weights, and the files
-that an output folder takes over. It is imported only once a name is no path: importing it takes longer than reading a
-header.
+HF_HUB_OFFLINE, ...). Of a repository only what an edit reads is fetched: one set of weights, safetensors if there are
+any, and the files that an output folder takes over. It is imported only once a name is no path: importing it takes
+longer than reading a header.
 
 An endpoint, a proxy and a token may be secret, and the client quotes them: what it says is shown and logged without.
 """
@@ -19,18 +19,17 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lines_cli.checkpoint.reader import choose_weights, is_index, refuse_folder, shards_of
+from lines_cli.checkpoint.reader import choose_weights, is_index, refuse_folder, shards_of, weights_among
 from lines_cli.checkpoint.sidecars import MODULES, is_carried, is_of_a_module, module_paths
 from lines_cli.errors import CheckpointError, HubError, LinesError, printable, size, some, without_secrets
 from lines_cli.storage.beside import leads_out
-from lines_cli.storage.names import MODEL_CARD, WEIGHT_STEMS
+from lines_cli.storage.names import MODEL_CARD, PICKLE_STEMS, WEIGHT_STEMS, file_and_part
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9_][\w.-]*/[\w.-]+)(?:@(?P<revision>.*))?", re.ASCII | re.DOTALL)
 _NOT_IN_A_REVISION = re.compile(r"[\s\x00-\x1f\x7f\\:?*~^\[]|\.\.|//|^[/-]|/$|^$")
-_WEIGHTS = ".safetensors"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -42,11 +41,13 @@ class Located:
         path: the file or folder.
         name: as its user named it.
         hub_id: `org/name@commit`, for one that came from the Hub.
+        part: which part of its file is meant (`file_and_part`), if the name says so.
     """
 
     path: Path
     name: str
     hub_id: str | None
+    part: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,8 @@ class _Asked:
 
 def is_missing(name: str) -> bool:
     """Whether a name is a path, for it cannot be a Hub id, and nothing is there."""
-    if os.path.exists(os.path.expanduser(name)) or _HUB_ID.fullmatch(name) is not None:
+    file, _ = file_and_part(name)
+    if os.path.exists(os.path.expanduser(file)) or _HUB_ID.fullmatch(file) is not None:
         return False
     return base_and_adapter(name) is None
 
@@ -101,7 +103,7 @@ def locate(name: str, *, quiet: bool = False, also: tuple[str, ...] = (), varian
     """Find a checkpoint by path or, where there is no such path, by its Hub id `org/name[@revision]`.
 
     Args:
-        name: as a person or a recipe gives it. `~` is expanded.
+        name: as a person or a recipe gives it; behind a `#` the part of its file. `~` is expanded.
         quiet: no progress bars; there are none where stderr is no terminal, either.
         also: names of files that are wanted, too, where the repository has them.
         variant: of several sets of weights, which, where the repository has it (`open_checkpoint`).
@@ -110,6 +112,9 @@ def locate(name: str, *, quiet: bool = False, also: tuple[str, ...] = (), varian
         CheckpointError: it is neither a path that exists nor a Hub id, or the repository holds no clear set of weights.
         HubError: the Hub does not have it, does not give it to this user, or cannot be reached.
     """
+    file, part = file_and_part(name)
+    if part is not None:
+        return replace(locate(file, quiet=quiet, also=also, variant=variant), name=name, part=part)
     path = os.path.expanduser(name)
     if os.path.exists(path):
         return Located(Path(path), name, None)
@@ -216,7 +221,7 @@ def _from_cache(asked: _Asked, why: str) -> Located:
     if names is None:
         names = {file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*") if file.is_file()}
         chosen = choose_weights({name for name in names if "/" not in name}, asked.variant)
-        if chosen is None or chosen.partition(".")[0] not in WEIGHT_STEMS:
+        if chosen is None or chosen.partition(".")[0] not in (*WEIGHT_STEMS, *PICKLE_STEMS):
             raise refusal("whether the copy in the Hub's cache is complete is not known", as_it_is)
     else:
         chosen = _choose(asked, names)
@@ -243,7 +248,8 @@ def _cached_listing(repo: str, commit: str) -> set[str] | None:
 def _choose(asked: _Asked, names: Collection[str]) -> str:
     """The index or the weight file that the repository's weights hang on."""
     top = {name for name in names if "/" not in name}
-    components = sorted({name.partition("/")[0] for name in names if name.count("/") == 1 and name.endswith(_WEIGHTS)})
+    inside = [name.split("/") for name in names if name.count("/") == 1]
+    components = sorted({folder for folder, name in inside if weights_among([name])})
     chosen = choose_weights(top, asked.variant)
     return chosen or refuse_folder(f"{asked.name} (on the Hub)", top, components=components)
 

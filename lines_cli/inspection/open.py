@@ -22,7 +22,7 @@ from lines_cli.inspection.kinds import Kind, kind_of
 from lines_cli.plan.align import aligned_names
 from lines_cli.plan.coefficients import layer_coefficients, outside_coefficients, rounded_coefficient, unlike_lines
 from lines_cli.plan.depth import depth_of_kept, places_of_all
-from lines_cli.plan.inputs import Inputs, Opening, inputs_of, refuse_variant_of_none
+from lines_cli.plan.inputs import Inputs, Opening, inputs_of, notes_of_files, refuse_variant_of_none
 from lines_cli.plan.layout import natural
 from lines_cli.plan.match import Names, kept, match_names, missing_in_blocks, nothing_in_common
 from lines_cli.plan.resolve import UNSCALED
@@ -338,7 +338,7 @@ def _alone(name: str, variant: str | None, scaling: Mapping[str, Any], *, quiet:
     asked = edit_recipe(name, name, variant=variant, **scaling)
     checkpoint = Opening(None, variant=variant, to_look_at=True, quiet=quiet)(name)
     refuse_variant_of_none(variant, [checkpoint])
-    notes: list[str] = []
+    notes = list(checkpoint.notes)
     made_by = _made_by(checkpoint, notes)
     quantised = unsupported_in(checkpoint)
 
@@ -378,7 +378,7 @@ def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, qui
     opened = list(map(Opening(base, variant=recipe.variant, quiet=quiet), (base, *names)))
     refuse_variant_of_none(recipe.variant, opened)
     _refuse_twice(opened)
-    notes: list[str] = []
+    notes = notes_of_files(opened)
     pairing = _pairing(base, names, recipe, recipe.like if of == "merge" else "ft")
     inputs = inputs_of(pairing, *opened)
     inputs, own = aligned_names(inputs, notes, prefix=recipe.prefix, strict=False)
@@ -554,7 +554,7 @@ def _rules(recipe: Recipe, depth: DepthMap) -> Rules:
 def _refuse_twice(opened: Sequence[Checkpoint]) -> None:
     paths: dict[str, str] = {}
     for checkpoint in opened:
-        path = os.path.realpath(checkpoint.path)
+        path = checkpoint.with_part(os.path.realpath(checkpoint.path))
         if path in paths:
             raise RecipeError(f"{paths[path]} and {checkpoint.name} are one checkpoint", hint="Name it once.")
         paths[path] = checkpoint.name

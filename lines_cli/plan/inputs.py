@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -84,6 +84,7 @@ class Opening:
             to_look_at=self._to_look_at,
             known=self._known,
             variant=self._variant,
+            part=found.part,
         )
 
 
@@ -99,6 +100,11 @@ def refuse_variant_of_none(variant: str | None, checkpoints: Sequence[Checkpoint
             f"variant {variant}: no input has weights of that variant",
             hint="Leave it out, or check its spelling.",
         )
+
+
+def notes_of_files(checkpoints: Iterable[Checkpoint]) -> list[str]:
+    """What a person should know of what was found in the checkpoints' files, each once."""
+    return list(dict.fromkeys(note for checkpoint in checkpoints for note in checkpoint.notes))
 
 
 def inputs_of(recipe: Recipe, *checkpoints: Checkpoint) -> Inputs:

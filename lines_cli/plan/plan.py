@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lines_cli.checkpoint.header import Part, TensorInfo, itemsize
-from lines_cli.checkpoint.reader import FileState
+from lines_cli.checkpoint.reader import FileState, views_of
 from lines_cli.checkpoint.sidecars import Sidecar
 from lines_cli.methods import ByMagnitude, Drawn, Measured, Values
 from lines_cli.methods.sparsify import Bounds
@@ -28,6 +28,7 @@ from lines_cli.plan.tensors import STORED, Segment, SourceRange, TensorSpec
 from lines_cli.recipe.schema import Recipe
 from lines_cli.scaling.find_depth import DepthMap, Place
 from lines_cli.scaling.schedule import Rules
+from lines_cli.storage.views import Views
 
 
 class TensorPlan(NamedTuple):
@@ -111,6 +112,11 @@ class Plan:
     sidecars: tuple[Sidecar, ...]
     notes: tuple[str, ...]
     rows: Mapping[int, int]
+
+    @property
+    def views(self) -> list[Views]:
+        """The views in each of `paths`."""
+        return views_of(self.inputs.checkpoints)
 
     @property
     def read_paths(self) -> tuple[Path, ...]:
