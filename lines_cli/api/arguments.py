@@ -85,6 +85,13 @@ def each_series(given: Iterable[str] | None) -> list[list[str]] | None:
     return [one.split(",") for one in given or ()] or None
 
 
+def use_cache(given: str | Path | None) -> None:
+    """Have what is fetched from the Hub kept in a folder; None for the one that the Hub's client chooses."""
+    from lines_cli.hub.client import CACHE
+
+    CACHE.set(None if given is None else path("--cache", given))
+
+
 def resources(workers: int | None, device: str, gpu_memory: str | int | None) -> Resources:
     """What a run may use."""
     from lines_cli.plan.resources import Resources

@@ -308,8 +308,10 @@ def _named_only(names: Any, config: Any) -> Checkpoint:
 
     said = config_values(config, names)
     if isinstance(names, (str, Path)):
-        found = locate(str(names), quiet=True)
-        checkpoint = open_checkpoint(found.path, name=found.name, hub_id=found.hub_id, to_look_at=True)
+        found = locate(str(names), quiet=True, only="headers")
+        checkpoint = open_checkpoint(
+            found.path, name=found.name, hub_id=found.hub_id, to_look_at=True, heads=found.heads
+        )
         return checkpoint if config is None else replace(checkpoint, config=said)
     names = state_dict_of(names)
     tensors = names if isinstance(names, Mapping) else dict.fromkeys(names)
@@ -476,6 +478,8 @@ def carry_out(
         destination, inputs=named, nbytes=0, force=how["force"] or how["resume"], may_exist=dry_run and not how["force"]
     )
     plan = _planned(recipe, destination, quiet=quiet)
+    if not dry_run and not all(checkpoint.is_here for checkpoint in plan.inputs.checkpoints):
+        plan = _planned(recipe, destination, quiet=quiet, weights=True)  # nothing is to be refused any more
     is_over = before is not None and before.is_over and is_same_run(plan, before.run)
     finished = how["resume"] and (is_over or is_finished(plan))
     if finished and (how["verify"] or how["verify_inputs"]):
@@ -531,14 +535,15 @@ UNNAMED = "OUT"
 """What a plan calls a destination that nobody has named."""
 
 
-def _planned(recipe: Recipe, destination: Path, *, quiet: bool) -> Plan:
+def _planned(recipe: Recipe, destination: Path, *, quiet: bool, weights: bool = False) -> Plan:
+    """The plan; without `weights` those that are on the Hub stay there, and only their headers are fetched."""
     from dataclasses import replace
 
     from lines_cli.plan.build import make_plan
     from lines_cli.plan.claim import notes_of_inputs
     from lines_cli.plan.inputs import open_inputs
 
-    plan = make_plan(recipe, open_inputs(recipe, quiet=quiet), destination)
+    plan = make_plan(recipe, open_inputs(recipe, quiet=quiet, weights=weights), destination)
     return replace(plan, notes=(*plan.notes, *notes_of_inputs(plan))) if recipe.inputs else plan
 
 
@@ -576,7 +581,7 @@ def look(
         from lines_cli.inspection.drawing import Drawing
 
         drawing = Drawing(arguments.path("--plot", plot))
-    inspection = _opened(checkpoints, base, config, scaling, quiet=quiet)
+    inspection = _opened(checkpoints, base, config, scaling, quiet=quiet, weights=check)
     if drawing is not None:
         drawing.spare(inspection.inputs)
     findings = None
@@ -598,13 +603,14 @@ def _opened(
     scaling: Mapping[str, Any],
     *,
     quiet: bool,
+    weights: bool,
 ) -> Inspection:
     from lines_cli.inspection.open import open_inspection, open_merge
 
     if config is None:
         if not checkpoints:
             raise RecipeError("there is nothing to inspect", hint="Name a checkpoint; or a recipe, with --config FILE.")
-        return open_inspection(checkpoints, base=base, quiet=quiet, **scaling)
+        return open_inspection(checkpoints, base=base, quiet=quiet, weights=weights, **scaling)
     if checkpoints or base is not None or any(value is not None for value in scaling.values()):
         raise RecipeError(
             "--config already gives the base, the models and the coefficients",

@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from lines_cli.checkpoint.contents import codes_or_scales, factors_among, is_adapter, quantised_tensor
-from lines_cli.checkpoint.header import EXACT_DTYPES, FLOAT_DTYPES, Known, TensorInfo, read_header
+from lines_cli.checkpoint.header import (
+    EXACT_DTYPES,
+    FLOAT_DTYPES,
+    Header,
+    Known,
+    TensorInfo,
+    parse_header,
+    read_header,
+)
 from lines_cli.errors import CheckpointError, UnsupportedError, printable, some
 from lines_cli.storage.beside import LARGEST_INDEX, beside, leads_out, read_json, read_object
 from lines_cli.storage.names import CONFIG, WEIGHT_STEMS
@@ -56,6 +64,19 @@ class FileState(NamedTuple):
     header: str
 
 
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Weight files that are elsewhere, and of which only the headers are here.
+
+    Attributes:
+        chosen: the index or the weight file that the weights hang on; an index is here.
+        files: each weight file by its name, with its size and the JSON of its header.
+    """
+
+    chosen: str
+    files: Mapping[str, tuple[int, bytes]]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """An opened checkpoint: where every tensor lies, and what its config says.
@@ -70,6 +91,7 @@ class Checkpoint:
         config: the parsed `config.json`; empty where there is none.
         hub_id: `org/name@commit`, for one that came from the Hub.
         metadata: what the header of its only file says beside the tensors; empty where there are several files.
+        is_here: whether the files are; else only their headers were fetched, and no tensor can be read.
     """
 
     name: str
@@ -81,6 +103,7 @@ class Checkpoint:
     config: Mapping[str, Any] = field(default_factory=dict)
     hub_id: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    is_here: bool = True
 
     @property
     def folder(self) -> Path | None:
@@ -134,6 +157,7 @@ def open_checkpoint(
     to_look_at: bool = False,
     known: Known | None = None,
     variant: str | None = None,
+    heads: Heads | None = None,
 ) -> Checkpoint:
     """Open the checkpoint at `path`: headers, index and config, no data.
 
@@ -145,13 +169,19 @@ def open_checkpoint(
         known: headers of checkpoints that were opened before (`read_header`).
         variant: of a folder with several sets of weights, which: `fp16` of `model.fp16.safetensors`. One without it is
             opened as without.
+        heads: of a folder without its weight files, their headers.
 
     Raises:
         CheckpointError: it is missing, malformed, incomplete, or its index and its shards disagree.
         UnsupportedError: it is quantised, an adapter, or holds no safetensors.
     """
     name = name or str(path)
-    if os.path.isdir(path):
+    files: Mapping[Path, set[str] | None]
+    if heads is not None:
+        sharded = is_index(heads.chosen)
+        files = _in_order(path, shards_of(path / heads.chosen)) if sharded else {path / heads.chosen: None}
+        stem, config = _stem_of(heads.chosen), _config_in(path)
+    elif os.path.isdir(path):
         files, stem = _weight_files(path, variant)
         config = _config_in(path)
     elif os.path.isfile(path) and is_index(path.name):
@@ -170,18 +200,30 @@ def open_checkpoint(
     states: list[FileState] = []
     metadata: Mapping[str, str] = {}
     for number, (file, expected) in enumerate(files.items()):
-        there = _stat(file)  # before the header is read: what is written meanwhile shows
-        header = read_header(file, known)
+        if heads is None:
+            there = _stat(file)  # before the header is read: what is written meanwhile shows
+            header = read_header(file, known)
+            states.append(FileState(there.st_size, there.st_mtime_ns, header.digest))
+        else:
+            header, nbytes = _fetched(name, file.relative_to(path), heads, known)
+            states.append(FileState(nbytes, 0, header.digest))
         held = header.tensors
         metadata = header.metadata if len(files) == 1 else {}
-        states.append(FileState(there.st_size, there.st_mtime_ns, header.digest))
         if expected is not None and held.keys() != expected:
             _refuse_shard(file, held.keys(), expected)
         tensors.update({tensor: StoredTensor(number, info) for tensor, info in held.items()})
-    checkpoint = Checkpoint(name, path, tuple(files), tensors, tuple(states), stem, config, hub_id, metadata)
+    checkpoint = Checkpoint(
+        name, path, tuple(files), tensors, tuple(states), stem, config, hub_id, metadata, heads is None
+    )
     if not to_look_at and (unsupported := unsupported_in(checkpoint)):
         raise unsupported
     return checkpoint
+
+
+def _fetched(name: str, file: Path, heads: Heads, known: Known | None) -> tuple[Header, int]:
+    """The header of a weight file that is elsewhere, and the file's size."""
+    nbytes, raw = heads.files[file.as_posix()]
+    return parse_header(Path(name, file), raw, nbytes, known), nbytes
 
 
 def _config_in(folder: Path) -> Mapping[str, Any]:
@@ -309,6 +351,10 @@ def _shards_beside(index: Path) -> dict[Path, set[str] | None]:
             f"{index} names {len(missing)} of {len(shards)} shards that are not there:\n{some(missing)}",
             hint="The checkpoint is incomplete: copy or download the missing files.",
         )
+    return _in_order(folder, shards)
+
+
+def _in_order(folder: Path, shards: Mapping[str, set[str]]) -> dict[Path, set[str] | None]:
     return {folder / shard: tensors for shard, tensors in sorted(shards.items())}
 
 

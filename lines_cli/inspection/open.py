@@ -268,6 +268,7 @@ def open_inspection(
     variant: str | None = None,
     dtype: str | None = None,
     quiet: bool = False,
+    weights: bool = True,
     **scaling: Any,
 ) -> Inspection:
     """Open what is to be inspected: headers, configs, recipes.
@@ -279,6 +280,8 @@ def open_inspection(
         variant: of folders with several sets of weights, which (`Recipe`).
         dtype: what an output would be stored as (`Recipe`).
         quiet: no progress bars while fetching from the Hub.
+        weights: whether tensors will be read (`compare`). If not, of one checkpoint that is on the Hub only headers are
+            fetched.
         scaling: the fields of `Scaling`. One that is None keeps its default: an edit's, or for several fine-tunes those
             of a merge by task arithmetic, alpha `auto` (which is 1/N) and beta 0.5. If all are None, an output of ours
             is shown with those of its recipe.
@@ -302,7 +305,7 @@ def open_inspection(
             hint="Name it with --base BASE; or inspect them one at a time.",
         )
     if base is None:
-        return _alone(names[0], variant, scaling, quiet=quiet)
+        return _alone(names[0], variant, scaling, quiet=quiet, weights=weights)
     given = {key: value for key, value in scaling.items() if value is not None}
     if len(names) > 1 and not {"alpha", "schedule"} & given.keys():
         given = {"alpha": "auto", "beta": 0.5} | given
@@ -334,17 +337,29 @@ def open_merge(recipe: Recipe, *, quiet: bool = False) -> Inspection:
 
 
 def _opened(
-    name: str, *, to_look_at: bool, quiet: bool, known: Known | None = None, variant: str | None = None
+    name: str,
+    *,
+    to_look_at: bool,
+    quiet: bool,
+    known: Known | None = None,
+    variant: str | None = None,
+    weights: bool = True,
 ) -> Checkpoint:
-    found = locate(name, quiet=quiet, variant=variant)
+    found = locate(name, quiet=quiet, also=(RECIPE,), variant=variant, only=None if weights else "headers")
     return open_checkpoint(
-        found.path, name=found.name, hub_id=found.hub_id, to_look_at=to_look_at, known=known, variant=variant
+        found.path,
+        name=found.name,
+        hub_id=found.hub_id,
+        to_look_at=to_look_at,
+        known=known,
+        variant=variant,
+        heads=found.heads,
     )
 
 
-def _alone(name: str, variant: str | None, scaling: Mapping[str, Any], *, quiet: bool) -> Inspection:
+def _alone(name: str, variant: str | None, scaling: Mapping[str, Any], *, quiet: bool, weights: bool) -> Inspection:
     asked = edit_recipe(name, name, variant=variant, **scaling)
-    checkpoint = _opened(name, to_look_at=True, quiet=quiet, variant=variant)
+    checkpoint = _opened(name, to_look_at=True, quiet=quiet, variant=variant, weights=weights)
     refuse_variant_of_none(variant, [checkpoint])
     notes: list[str] = []
     made_by = _made_by(checkpoint, notes)

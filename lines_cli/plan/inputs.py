@@ -8,19 +8,24 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from lines_cli.checkpoint.header import Known
+from lines_cli.checkpoint.header import COMPLEX, Known
 from lines_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from lines_cli.errors import (
     CheckpointError,
     some,
 )
-from lines_cli.hub.download import is_missing, locate
+from lines_cli.hub.download import Only, is_missing, locate
 from lines_cli.plan.tied_weights import is_vocabulary
 from lines_cli.recipe.schema import Recipe
 
 
-def open_inputs(recipe: Recipe, *, quiet: bool = False) -> Inputs:
-    """Open the recipe's base and models, fetching from the Hub what is no path; `quiet` without progress bars.
+def open_inputs(recipe: Recipe, *, quiet: bool = False, weights: bool = True) -> Inputs:
+    """Open the recipe's base and models, fetching from the Hub what is no path.
+
+    Args:
+        recipe: which names them.
+        quiet: no progress bars.
+        weights: fetch the weights, too; else their headers are enough (`Checkpoint.is_here`).
 
     Raises:
         CheckpointError: one cannot be found or read; or several, whose paths are not there.
@@ -34,15 +39,23 @@ def open_inputs(recipe: Recipe, *, quiet: bool = False) -> Inputs:
     opened: dict[str, Checkpoint] = {}
     known: Known = {}
 
-    def opening(name: str) -> Checkpoint:
-        if name not in opened:
-            found = locate(name, quiet=quiet, variant=recipe.variant)
-            opened[name] = open_checkpoint(
-                found.path, name=found.name, hub_id=found.hub_id, known=known, variant=recipe.variant
-            )
-        return opened[name]
+    def opening(name: str, only: Only | None) -> Checkpoint:
+        found = locate(name, quiet=quiet, variant=recipe.variant, only=only)
+        return open_checkpoint(
+            found.path,
+            name=found.name,
+            hub_id=found.hub_id,
+            known=known,
+            variant=recipe.variant,
+            heads=found.heads,
+        )
 
-    inputs = inputs_of(recipe, *map(opening, names))
+    for name in dict.fromkeys(names):
+        opened[name] = opening(name, None if weights else "plan")
+        if not opened[name].is_here and any(t.info.dtype == COMPLEX for t in opened[name].tensors.values()):
+            opened[name] = opening(name, None)  # the one kind of number that a plan looks at
+
+    inputs = inputs_of(recipe, *(opened[name] for name in names))
     refuse_variant_of_none(recipe.variant, inputs.checkpoints)
     return inputs
 
