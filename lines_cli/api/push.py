@@ -257,15 +257,7 @@ class Push:
         if paths := _paths_of(contents.record):
             self.say(f"{RECIPE} names inputs by paths, which nobody else can follow: {', '.join(paths)}")
         nbytes = sum(files.values())
-        told: Summary = {
-            "repo": target.repo,
-            "revision": target.branch,
-            "commit": None,
-            "url": None,
-            "files": sorted(files),
-            "bytes": nbytes,
-            "removed": removed,
-        }
+        told = {**self.told(files), "bytes": nbytes, "removed": removed}
         if dry_run:
             return told
         number = f"{len(files)} file{'s' if len(files) > 1 else ''}"
@@ -293,6 +285,12 @@ class Push:
                 hint=f"Push it again: {command}",
             )
         return told | {"commit": commit.oid, "url": commit.url}
+
+    def told(self, names: Iterable[str]) -> Summary:
+        """What would be pushed, as far as the names of the files tell."""
+        target = self.target
+        told: Summary = {"repo": target.repo, "revision": target.branch, "commit": None, "url": None}
+        return told | {"files": sorted(names), "bytes": None, "removed": []}
 
     def _look(self, then: str) -> Remote:
         from lines_cli.hub.upload import look

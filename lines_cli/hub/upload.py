@@ -124,35 +124,46 @@ def look(target: Target, *, quiet: bool, then: str = "") -> Remote:
     Raises:
         PushError: it may not, or the Hub cannot be asked.
     """
-    from huggingface_hub import HfApi, errors, get_token
-
     prepare(f"{target}:", quiet=quiet)
     with _explained(target, then):
-        if get_token() is None:
-            raise PushError(f"{target}: there is no token to push with", hint=_and(_LOG_IN, then))
-        api = HfApi()
-        try:
-            info = api.model_info(target.repo, timeout=_TIMEOUT)
-        except errors.GatedRepoError:
-            raise
-        except errors.RepositoryNotFoundError:
-            _refuse_to_create(api, target, then)
-            return Remote()
-        if target.private and not info.private:
-            raise PushError(
-                f"{target}: it is there already, and everybody can see it; --private makes a new repository private, "
-                "and changes none",
-                hint=_and("Choose another name; or change its settings on the Hub, or leave --private out.", then),
-            )
-        _refuse_to_write(api, target)
-        if target.revision is not None and not target.revision.startswith("refs/"):
-            refs = api.list_repo_refs(target.repo)
-            if target.revision in {tag.name for tag in refs.tags}:
-                raise PushError(f"{target}: {target.revision} is a tag, and no branch", hint="Choose another revision.")
-            if target.revision not in {branch.name for branch in refs.branches}:
-                return Remote(exists=True)
-        info = api.model_info(target.repo, revision=target.branch, files_metadata=True, timeout=_TIMEOUT)
-        return Remote(True, info.sha, _listed(info.siblings))
+        for wait in _WAITS:
+            try:
+                return _look(target, then)
+            except Exception as error:
+                if not is_transient(error):
+                    raise
+            time.sleep(wait)
+        return _look(target, then)
+
+
+def _look(target: Target, then: str) -> Remote:
+    from huggingface_hub import HfApi, errors, get_token
+
+    if get_token() is None:
+        raise PushError(f"{target}: there is no token to push with", hint=_and(_LOG_IN, then))
+    api = HfApi()
+    try:
+        info = api.model_info(target.repo, timeout=_TIMEOUT)
+    except errors.GatedRepoError:
+        raise
+    except errors.RepositoryNotFoundError:
+        _refuse_to_create(api, target, then)
+        return Remote()
+    if target.private and not info.private:
+        raise PushError(
+            f"{target}: it is there already, and everybody can see it; --private makes a new repository private, "
+            "and changes none",
+            hint=_and("Choose another name; or change its settings on the Hub, or leave --private out.", then),
+        )
+    _refuse_to_write(api, target)
+    if target.revision is not None and not target.revision.startswith("refs/"):
+        refs = api.list_repo_refs(target.repo)
+        if target.revision in {tag.name for tag in refs.tags}:
+            raise PushError(f"{target}: {target.revision} is a tag, and no branch", hint="Choose another revision.")
+        if target.revision not in {branch.name for branch in refs.branches}:
+            return Remote(exists=True)
+    info = api.model_info(target.repo, revision=target.branch, files_metadata=True, timeout=_TIMEOUT)
+    return Remote(True, info.sha, _listed(info.siblings))
 
 
 def _listed(siblings: object) -> dict[str, RemoteFile]:
@@ -247,17 +258,15 @@ def upload(
         PushError: the Hub does not take them.
     """
     with _explained(target, then):
-        for wait in (*_WAITS, None):
+        for wait in _WAITS:
             try:
                 return _upload(folder, files, target, remote, removed, message, description)
-            except PushError:
-                raise
             except Exception as error:
-                if wait is None or not is_transient(error):
+                if not is_transient(error):
                     raise
             time.sleep(wait)
-            remote = look(target, quiet=True, then=then)  # a part may be there by now
-        raise AssertionError
+            remote = _look(target, then)  # a part may be there by now
+        return _upload(folder, files, target, remote, removed, message, description)
 
 
 def _upload(
