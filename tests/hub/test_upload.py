@@ -6,9 +6,11 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,43 +34,53 @@ def layers(value: float, entries: int = 64) -> bytes:
     return save({name: made.standard_normal((entries, 16)).astype(np.float32) for name in NAMES})
 
 
+def with_models(hub: HubServer) -> HubServer:
+    hub.push("org/base", {"config.json": CONFIG, "model.safetensors": layers(1)})
+    hub.push("org/ft", {"config.json": CONFIG, "model.safetensors": layers(2)})
+    return hub
+
+
 @pytest.fixture
 def hub() -> Iterator[HubServer]:
     with HubServer() as server:
-        yield server
+        yield with_models(server)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The home of someone with a base and a fine-tune in the cache, and beside it an output of both, `out`."""
+    home = tmp_path_factory.mktemp("made") / "home"
+    with HubServer() as server:
+        ran = run_on(User(with_models(server), home), ["edit", "org/base", "org/ft", "-o", "out"])
+    assert ran.code == 0, ran.err
+    return home
 
 
 @pytest.fixture
-def user(hub: HubServer, tmp_path: Path) -> User:
-    """Someone with a base and a fine-tune on the Hub, and an output of both in `out`."""
-    hub.push("org/base", {"config.json": CONFIG, "model.safetensors": layers(1)})
-    hub.push("org/ft", {"config.json": CONFIG, "model.safetensors": layers(2)})
-    user = User(hub, tmp_path / "home")
-    made = run_on(user, ["edit", "org/base", "org/ft", "-o", "out"])
-    assert made.code == 0, made.err
-    hub.requests.clear()
-    return user
+def user(hub: HubServer, made: Path, tmp_path: Path) -> User:
+    """The same, of one's own."""
+    shutil.copytree(made.parent, tmp_path, dirs_exist_ok=True, symlinks=True)
+    return User(hub, tmp_path / "home")
 
 
-def run_on(
-    user: User, *commands: list[str], token: str | None = "hf_letmein", patient: bool = False, **env: str
-) -> Ran:
-    """What `lines` says to the last of these commands, by someone with this token. Unless `patient`, no pause is waited
-    for between tries.
-    """
+def run_all(user: User, *commands: list[str], token: str | None = "hf_letmein", **env: str) -> list[Ran]:
+    """What `lines` says to each of these commands, by someone with this token. No pause is waited for between tries."""
 
     def program() -> None:
-        if not patient:
-            time.sleep = lambda _: None  # type: ignore[assignment]
-        ran = [run_lines(*command) for command in commands][-1]
-        print(json.dumps([ran.code, ran.out, ran.err, ran.trace]))
+        time.sleep = lambda _: None  # type: ignore[assignment]
+        print(json.dumps([asdict(run_lines(*command)) for command in commands]))
 
     done = user.runs(program, **({"HF_TOKEN": token} if token else {}), **env)
     assert done.returncode == 0, done.stderr
-    ran = Ran(*json.loads(done.stdout))
-    assert ran.trace == ""
     assert "letmein" not in done.stderr + done.stdout
-    return ran
+    told = [Ran(**ran) for ran in json.loads(done.stdout)]
+    assert [ran.trace for ran in told] == [""] * len(told)
+    return told
+
+
+def run_on(user: User, *commands: list[str], token: str | None = "hf_letmein", **env: str) -> Ran:
+    """What it says to the last of them."""
+    return run_all(user, *commands, token=token, **env)[-1]
 
 
 def out_of(user: User) -> Path:
@@ -204,14 +216,8 @@ def test_weights_of_others_are_not_replaced(other: str, hub: HubServer, user: Us
     begins empty, and takes the output.
     """
     hub.push("org/theirs", {"config.json": b"{}", other: b"weights"})
-    edit = ["edit", "org/base", "org/ft", "-o", "new", "--push-to", "org/theirs"]
-    for command in (
-        ["push", "out", "org/theirs"],
-        ["push", "out", "org/theirs", "--dry-run"],
-        edit,
-        [*edit, "--dry-run"],
-    ):
-        ran = run_on(user, command)
+    push, edit = ["push", "out", "org/theirs"], ["edit", "org/base", "org/ft", "-o", "new", "--push-to", "org/theirs"]
+    for ran in run_all(user, push, [*push, "--dry-run"], edit, [*edit, "--dry-run"]):
         assert ran.code == 8, ran.out
         assert "holds weights that lines did not write" in ran.err
         assert other in ran.err
@@ -222,12 +228,12 @@ def test_weights_of_others_are_not_replaced(other: str, hub: HubServer, user: Us
     first = repository.add({".gitattributes": b""}, "main")
     repository.parents[first] = None
     repository.add({other: b"weights"}, "main")
-    ran = run_on(user, ["push", "out", "org/theirs", "--revision", "lines", "--json"])
-    assert ran.code == 0, ran.err
+    verify = ["verify", "org/theirs@lines"]
+    ran, verified = run_all(user, ["push", "out", "org/theirs", "--revision", "lines", "--json"], verify)
+    assert (ran.code, verified.code) == (0, 0), ran.err
     assert hub.holds("org/theirs", "lines").keys() == OUTPUT | {".gitattributes"}
     assert hub.holds("org/theirs").keys() == {other}
     assert ran.json["pushed"]["revision"] == "lines"
-    assert run_on(user, ["verify", "org/theirs@lines"]).code == 0
 
 
 def test_a_record_of_others_makes_nothing_ours(hub: HubServer, user: User) -> None:
@@ -320,12 +326,6 @@ def weights_linked(out: Path) -> None:
     (out / "config.json").symlink_to("/etc/passwd")
 
 
-def unfinished(out: Path) -> None:
-    """A run that was to replace it was killed."""
-    stopped = partial(stop_in_the_middle, ["edit", "org/base", "org/ft", "-o", str(out), "--force", "--alpha", "0.7"])
-    forked.run(stopped, cwd=out.parent)
-
-
 def stop_in_the_middle(command: list[str]) -> None:
     from lines_cli.storage.files import NewFile
 
@@ -349,14 +349,16 @@ DAMAGED: dict[Callable[[Path], None], tuple[int, str]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGED, ids=lambda damage: damage.__name__)
-def test_what_is_not_whole_is_not_pushed(damage: Callable[[Path], None], hub: HubServer, user: User) -> None:
+def test_what_is_not_whole_is_not_pushed(hub: HubServer, user: User) -> None:
     """The Hub is not even asked."""
-    damage(out_of(user))
-    code, said = DAMAGED[damage]
-    ran = run_on(user, ["push", "out", "org/made"])
-    assert (ran.code, ran.out) == (code, "")
-    assert said in ran.err
+    folders = [out_of(user).with_name(f"out {damage.__name__}") for damage in DAMAGED]
+    for damage, folder in zip(DAMAGED, folders, strict=True):
+        shutil.copytree(out_of(user), folder)
+        damage(folder)
+    found = run_all(user, *(["push", str(folder), "org/made"] for folder in folders))
+    for (code, said), ran in zip(DAMAGED.values(), found, strict=True):
+        assert (ran.code, ran.out) == (code, "")
+        assert said in ran.err
     assert hub.requests == []
 
 
@@ -373,32 +375,26 @@ def test_unfinished_work_is_not_pushed(hub: HubServer, user: User) -> None:
     assert run_on(user, ["clean", "out"], ["push", "out", "org/made"]).code == 0
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["push", "out", "made"], "not the name of a repository"),
-        (["push", "out", "org/made@main"], "not the name of a repository"),
-        (["push", "out", "../made"], "not the name of a repository"),
-        (["push", "out", "org/made.git"], "not the name of a repository"),
-        (["push", "out", "org/made", "--revision", "a b"], "not a branch"),
-        (["push", "out", "org/made", "--revision", "0" * 40], "not a branch"),
-        (["edit", "org/base", "org/ft", "-o", "new", "--private"], "nothing is pushed"),
-        (["edit", "org/base", "org/ft", "-o", "new", "--revision", "v1"], "nothing is pushed"),
-        (["edit", "org/base", "org/ft", "-o", "new.safetensors", "--push-to", "org/made"], "a folder"),
-    ],
-)
-def test_what_is_impossible(arguments: list[str], said: str, hub: HubServer, user: User) -> None:
-    """Such a command line is refused unasked."""
-    ran = run_on(user, arguments)
-    assert (ran.code, said in ran.err) == (2, True), ran.err
-    assert hub.requests == []
+IMPOSSIBLE = [
+    (["push", "out", "made"], "not the name of a repository"),
+    (["push", "out", "org/made@main"], "not the name of a repository"),
+    (["push", "out", "../made"], "not the name of a repository"),
+    (["push", "out", "org/made.git"], "not the name of a repository"),
+    (["push", "out", "org/made", "--revision", "a b"], "not a branch"),
+    (["push", "out", "org/made", "--revision", "0" * 40], "not a branch"),
+    (["edit", "org/base", "org/ft", "-o", "new", "--private"], "nothing is pushed"),
+    (["edit", "org/base", "org/ft", "-o", "new", "--revision", "v1"], "nothing is pushed"),
+    (["edit", "org/base", "org/ft", "-o", "new.safetensors", "--push-to", "org/made"], "a folder"),
+]
 
 
-@pytest.mark.parametrize("path", ["absent", "model.safetensors", "home"])
-def test_what_is_no_output(path: str, hub: HubServer, user: User) -> None:
-    """Neither a folder that is not there, nor a file, nor a folder of something else."""
+def test_what_is_impossible(hub: HubServer, user: User) -> None:
+    """Such a command line is refused unasked; and so is what is not there, a file, or a folder of something else."""
     (user.home.parent / "model.safetensors").write_bytes(layers(1))
-    assert run_on(user, ["push", path, "org/made"]).code == 3
+    for (arguments, said), ran in zip(IMPOSSIBLE, run_all(user, *(line for line, _ in IMPOSSIBLE)), strict=True):
+        assert (ran.code, said in ran.err) == (2, True), (arguments, ran.err)
+    for ran in run_all(user, *(["push", path, "org/made"] for path in ("absent", "model.safetensors", "home"))):
+        assert ran.code == 3
     assert hub.requests == []
 
 
@@ -440,15 +436,12 @@ REFUSALS: dict[str, tuple[dict[str, Any], str, str]] = {
 
 @pytest.mark.parametrize("why", REFUSALS)
 def test_a_refusal_says_which_it_was(why: str, hub: HubServer, user: User) -> None:
-    """Each ends with 8, says what it was and the next step, shows no token, and leaves the output as it was; and once
-    the reason is gone, the same command ends well.
-    """
+    """Each ends with 8, says what it was and the next step, shows no token, and leaves the output as it was."""
     how, said, step = REFUSALS[why]
     repo = how.get("repo", "org/made")
     if how.get("there"):
         hub.push(repo, {".gitattributes": b""})
-    account = hub.accounts[hub.token]
-    hub.accounts[hub.token] = how.get("account", account)
+    hub.accounts[hub.token] = how.get("account", Account())
     hub.faults = dict(how.get("faults", {}))
     before = contents(out_of(user))
     token = how.get("token", hub.token)
@@ -460,10 +453,6 @@ def test_a_refusal_says_which_it_was(why: str, hub: HubServer, user: User) -> No
     assert step in (error["hint"] or "")
     assert "hf_" not in ran.err.replace("hf_***", "")
     assert contents(out_of(user)) == before
-    hub.accounts[hub.token], hub.faults = Account(orgs={"org": "write", "others": "write"}), {}
-    again = run_on(user, ["push", "out", repo])
-    assert again.code == 0, again.err
-    assert hub.holds(repo).keys() == OUTPUT | {".gitattributes"}
 
 
 @pytest.mark.parametrize("kind", ["info", "create", "batch", "upload", "verify", "commit"])
@@ -492,9 +481,8 @@ def test_a_failed_push_after_an_edit(as_json: bool, hub: HubServer, user: User) 
         assert ran.json["error"]["code"] == 8
     else:
         assert "output  new" in ran.out
-    assert run_on(user, ["inspect", "new", "--check"]).code == 0
     hub.faults = {}
-    assert run_on(user, command.split()[1:]).code == 0
+    assert [ran.code for ran in run_all(user, ["inspect", "new", "--check"], command.split()[1:])] == [0, 0]
 
 
 def test_nothing_is_computed_for_a_push_that_cannot_be(hub: HubServer, user: User) -> None:
