@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 from lines_cli.checkpoint.header import EXACT_DTYPES, FLOAT8_DTYPES, FLOAT_DTYPES, TensorInfo
 from lines_cli.checkpoint.reader import Checkpoint, gc_paused, unsupported_in
 from lines_cli.errors import DepthError, MismatchError, RecipeError, printable, some
+from lines_cli.hub.download import Only
 from lines_cli.inspection.kinds import Kind, kind_of
 from lines_cli.plan.align import aligned_names
 from lines_cli.plan.coefficients import layer_coefficients, outside_coefficients, rounded_coefficient, unlike_lines
@@ -269,6 +270,7 @@ def open_inspection(
     variant: str | None = None,
     dtype: str | None = None,
     quiet: bool = False,
+    weights: bool = True,
     **scaling: Any,
 ) -> Inspection:
     """Open what is to be inspected: headers, configs, recipes.
@@ -280,6 +282,8 @@ def open_inspection(
         variant: of folders with several sets of weights, which (`Recipe`).
         dtype: what an output would be stored as (`Recipe`).
         quiet: no progress bars while fetching from the Hub.
+        weights: whether tensors will be read (`compare`). If not, of one checkpoint that is on the Hub only headers are
+            fetched.
         scaling: the fields of `Scaling`. One that is None keeps its default: an edit's, or for several fine-tunes those
             of a merge by task arithmetic, alpha `auto` (which is 1/N) and beta 0.5. If all are None, an output of ours
             is shown with those of its recipe.
@@ -303,7 +307,7 @@ def open_inspection(
             hint="Name it with --base BASE; or inspect them one at a time.",
         )
     if base is None:
-        return _alone(names[0], variant, scaling, quiet=quiet)
+        return _alone(names[0], variant, scaling, quiet=quiet, weights=weights)
     given = {key: value for key, value in scaling.items() if value is not None}
     if len(names) > 1 and not {"alpha", "schedule"} & given.keys():
         given = {"alpha": "auto", "beta": 0.5} | given
@@ -334,9 +338,10 @@ def open_merge(recipe: Recipe, *, quiet: bool = False) -> Inspection:
     return _against(recipe.base_model, names, recipe, "merge", quiet=quiet)
 
 
-def _alone(name: str, variant: str | None, scaling: Mapping[str, Any], *, quiet: bool) -> Inspection:
+def _alone(name: str, variant: str | None, scaling: Mapping[str, Any], *, quiet: bool, weights: bool) -> Inspection:
     asked = edit_recipe(name, name, variant=variant, **scaling)
-    checkpoint = Opening(None, variant=variant, to_look_at=True, quiet=quiet)(name)
+    only: Only | None = None if weights else "headers"
+    checkpoint = Opening(None, variant=variant, to_look_at=True, quiet=quiet, also=(RECIPE,), only=only)(name)
     refuse_variant_of_none(variant, [checkpoint])
     notes = list(checkpoint.notes)
     made_by = _made_by(checkpoint, notes)
@@ -375,7 +380,7 @@ def _alone(name: str, variant: str | None, scaling: Mapping[str, Any], *, quiet:
 
 
 def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, quiet: bool) -> Inspection:
-    opened = list(map(Opening(base, variant=recipe.variant, quiet=quiet), (base, *names)))
+    opened = list(map(Opening(base, variant=recipe.variant, quiet=quiet, also=(RECIPE,)), (base, *names)))
     refuse_variant_of_none(recipe.variant, opened)
     _refuse_twice(opened)
     notes = notes_of_files(opened)
