@@ -76,8 +76,8 @@ def read_quantised(
     """
     codes = [
         name
-        for name, (_, info) in tensors.items()
-        if info.dtype in FLOAT8_DTYPES and info.numel and not name.endswith(_NO_WEIGHTS)
+        for name, stored in tensors.items()
+        if stored.info.dtype in FLOAT8_DTYPES and stored.info.numel and not name.endswith(_NO_WEIGHTS)
     ]
     scales = {name: scale for name in codes if (scale := _scale_of(name, tensors)) is not None}
     said = _said_of(config)

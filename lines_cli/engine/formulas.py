@@ -19,7 +19,6 @@ from lines_cli.checkpoint.header import StoredTensor, TensorInfo, itemsize
 from lines_cli.plan.tensors import SourceRange
 
 _BLOCK = 128 * 1024  # entries of an update that are computed at a time; more leave the cache
-_MOST_HELD = 8  # formulas whose factors are held, of a thread
 
 Load = Callable[[StoredTensor], torch.Tensor]
 """Reads a factor: in its shape, as it is stored, on the thread's device."""
@@ -45,7 +44,7 @@ class Adder(Maker, Protocol):
 
 
 class Makers:
-    """One thread's: what the formulas of its tensors need, read when it is first asked for, and kept for a while.
+    """One thread's: what the formulas of a tensor need, read when it is first asked for, kept until the next tensor.
 
     Args:
         load: reads a factor.
@@ -73,14 +72,14 @@ class Makers:
             else:
                 maker.apply(into, first)
 
+    def forget(self) -> None:
+        """Another tensor begins."""
+        self._held.clear()
+
     def _maker(self, step: Formula) -> Maker:
-        maker = self._held.pop(step, None)
-        if maker is None:
-            while len(self._held) >= _MOST_HELD:
-                del self._held[next(iter(self._held))]
-            maker = _maker_of(step, self._load, self._device)
-        self._held[step] = maker
-        return maker
+        if step not in self._held:
+            self._held[step] = _maker_of(step, self._load, self._device)
+        return self._held[step]
 
 
 def _maker_of(step: Formula, load: Load, device: torch.device) -> Maker:
@@ -196,7 +195,7 @@ class _Dequantised:
         """The scales of the rows of blocks from `self._first` on, those from `begin` up to `end` among them."""
         if begin < self._first or end > self._first + len(self._held) or self._held.dtype != dtype:
             number = max(end - begin, _SCALES // max(1, self._across))
-            file, info = self._stored
+            file, info, _ = self._stored
             self._first = 0 if self._down <= number else begin
             number = min(number, self._down - self._first)
             offset = info.offset + self._first * self._across * itemsize(info.dtype)

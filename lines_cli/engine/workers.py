@@ -31,6 +31,7 @@ from lines_cli.engine.chunks import Chunk, PlanChunk, Tensor
 from lines_cli.engine.devices import SLOTS, has_own_memory
 from lines_cli.engine.formulas import Makers
 from lines_cli.engine.input_files import Opened, read_input
+from lines_cli.engine.parts import Turned, read_parts
 from lines_cli.engine.shared_entries import are_shared
 from lines_cli.engine.whole_tensors import Kept, Whole
 from lines_cli.errors import ChangedInputError, CheckpointError, DataError, printable
@@ -51,6 +52,7 @@ class Reader:
         device: where entries are held. A CUDA device gets a stream of this thread's own.
         chunk: most entries of one.
         per_entry: what one entry takes.
+        turned: matrices that an input stores the other way round, for all workers.
 
     Raises:
         MemoryError: there is not enough memory for the buffers, on the host or on the device.
@@ -64,11 +66,13 @@ class Reader:
         *,
         chunk: int,
         per_entry: BytesPerEntry,
+        turned: Turned,
     ) -> None:
         self.paths, self.sources, self.device, self.chunk, self._room = paths, sources, device, chunk, per_entry
         if device.type == "cuda":
             torch.cuda.set_device(device)
             torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call] # this thread's
+        self._turned = turned
         self.at: str | None = None
         """The tensor that is being worked on."""
         self._raw: list[Buffer] = []
@@ -118,8 +122,13 @@ class Reader:
     def cut(self, chunks: Iterable[Chunk[Tensor]]) -> Iterator[Chunk[Tensor]]:
         """The same entries, in steps that fit the buffers."""
         for chunk in chunks:
-            self.at = chunk.tensor.name
+            self._begin(chunk.tensor.name)
             yield from chunk.cut(self.chunk)
+
+    def _begin(self, tensor: str) -> None:
+        if tensor != self.at:
+            self._makers.forget()
+        self.at = tensor
 
     def held(self, chunk: Chunk[Tensor]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """A place for the chunk's entries in each input, in the dtype they are widened to: all of it [inputs, numel],
@@ -142,8 +151,10 @@ class Reader:
             self._raw.append(self._raw.pop(0))  # the next input goes into the next one
         width = itemsize(source.dtype)
         view = buffer.to_fill(chunk.numel * width)
-        what = f"tensor {printable(chunk.tensor.name)}"
-        self._fill(view, source.file, source.offset + chunk.first * width, what)
+        if source.parts:
+            read_parts(source.parts, chunk.first, view, width, self._fill, self._turned)
+        else:
+            self._fill(source.file, view, source.offset + chunk.first * width)
         return Loaded(buffer, source.dtype, chunk.numel, view)
 
     def made(self, chunk: Chunk[Tensor], source: SourceRange, into: torch.Tensor) -> torch.Tensor:
@@ -167,23 +178,24 @@ class Reader:
         Raises:
             CheckpointError: the file cannot be read, or is shorter than it was.
         """
-        file, info = stored
+        file, info, _ = stored
         dtype = _OF_FACTORS[info.dtype]
         raw = bytearray(info.nbytes)
-        self._fill(memoryview(raw), file, info.offset, "a factor")
+        self._fill(file, memoryview(raw), info.offset)
         values = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
         return values.view(info.shape).to(self.device)
 
-    def _fill(self, view: memoryview, file: int, offset: int, what: str) -> None:
-        """Read bytes of an input into all of `view`; `what` they are part of."""
+    def _fill(self, file: int, view: memoryview, offset: int) -> None:
+        """Read bytes of an input into all of `view`."""
         path = self.paths[file]
         try:
             got = read_input(self.sources[file], view, offset)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
         if got < len(view):
+            of = f" in the middle of tensor {printable(self.at)}" if self.at is not None else ""
             raise ChangedInputError(
-                f"{path}: ends in the middle of {what}; it was whole a moment ago",
+                f"{path}: ends{of}; it was whole a moment ago",
                 hint="Something shortened it. Run it again when nothing writes to it.",
             )
 
@@ -197,6 +209,7 @@ class Worker(Reader):
         device: where entries are held.
         chunk: most entries of one.
         shared: segments that were merged whole, for all workers of a pass.
+        turned: matrices that were turned, likewise.
 
     Raises:
         MemoryError: there is not enough memory for the buffers, on the host or on the device.
@@ -208,9 +221,10 @@ class Worker(Reader):
         sources: Sequence[Opened],
         device: torch.device,
         chunk: int,
-        shared: Kept[Whole] | None = None,
+        shared: Kept[Whole],
+        turned: Turned,
     ) -> None:
-        super().__init__(plan.paths, sources, device, chunk=chunk, per_entry=plan.per_entry)
+        super().__init__(plan.paths, sources, device, chunk=chunk, per_entry=plan.per_entry, turned=turned)
         self.plan, self.shared = plan, shared
         self.write_buffer = in_whole_pages(WRITE_SIZE)  # of the output, on its way to the disk
         self.stays: torch.Tensor | None = None
@@ -226,7 +240,8 @@ class Worker(Reader):
     def cut(self, chunks: Iterable[PlanChunk]) -> Iterator[PlanChunk]:  # type: ignore[override]
         """The same entries, in steps that fit the buffers."""
         for chunk in chunks:
-            self.at, self.alone = chunk.tensor.name, chunk.numel == chunk.segment.numel
+            self._begin(chunk.tensor.name)
+            self.alone = chunk.numel == chunk.segment.numel
             yield from chunk.cut(self.chunk)
 
     def inputs(self, chunk: PlanChunk) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
@@ -355,16 +370,18 @@ class Worker(Reader):
         for source in behind if chunk.segment.copy is None else (chunk.segment.copy,):
             if source.dtype not in TORCH_DTYPES and not source.steps:
                 continue
-            name, start = printable(chunk.tensor.name), chunk.segment.start + chunk.first
             values = self._codes(chunk, source)
             if bad := first_nonfinite(values if stays is None else values.masked_fill(stays, 0.0)):
-                path = self.plan.paths[source.file]
-                return f"{path}: tensor {name} holds {bad[1]}, first at entry {start + bad[0]:,}"
+                file, own, at = source.place_of(chunk.first + bad[0])
+                at += 0 if own else chunk.segment.start
+                name = printable(own or chunk.tensor.name)
+                return f"{self.plan.paths[file]}: tensor {name} holds {bad[1]}, first at entry {at:,}"
             if source.steps:
                 values = self.made(chunk, source, torch.empty(chunk.numel, dtype=torch.float64, device=self.device))
                 if bad := first_nonfinite(values if stays is None else values.masked_fill(stays, 0.0)):
-                    path = self.plan.paths[source.steps[-1].file]
-                    return f"{path}: what it makes of tensor {name} holds {bad[1]}, first at entry {start + bad[0]:,}"
+                    path, at = self.plan.paths[source.steps[-1].file], chunk.segment.start + chunk.first + bad[0]
+                    name = printable(chunk.tensor.name)
+                    return f"{path}: what it makes of tensor {name} holds {bad[1]}, first at entry {at:,}"
         return None
 
     def refuse_nonfinite(self, chunk: PlanChunk) -> None:

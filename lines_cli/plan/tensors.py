@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
+from operator import mul
 from typing import NamedTuple
 
 from lines_cli.checkpoint.formulas import Formula
-from lines_cli.checkpoint.header import EXACT_DTYPES, StoredTensor, TensorInfo, itemsize
+from lines_cli.checkpoint.header import EXACT_DTYPES, Part, StoredTensor, TensorInfo, itemsize
 from lines_cli.checkpoint.reader import gc_paused
 from lines_cli.errors import (
     MismatchError,
@@ -35,8 +37,11 @@ class SourceRange(NamedTuple):
     read them; and what is done with them, where the input does not store them as they are.
 
     Attributes:
+        file, offset: of the first entry.
+        dtype: how entries are stored.
         steps: what makes the entries of those that are stored (`checkpoint.formulas`).
         first: the number of the first one within its tensor, for the steps.
+        parts: where they are, if they do not stand side by side.
     """
 
     file: int
@@ -44,16 +49,38 @@ class SourceRange(NamedTuple):
     dtype: str
     steps: tuple[Formula, ...] = ()
     first: int = 0
+    parts: tuple[Part, ...] = ()
 
-    def behind(self, numel: int) -> SourceRange:
-        """What stands behind that many entries."""
-        return self._replace(offset=self.offset + numel * itemsize(self.dtype), first=self.first + numel)
+    def place_of(self, entry: int) -> tuple[int, str | None, int]:
+        """Where an entry is: the file, what that calls the tensor (None: as the output does), and which of its entries
+        it is there.
+        """
+        if not self.parts:
+            return self.file, None, entry
+        part = self.parts[bisect_right(self.parts, entry, key=lambda part: part.start) - 1]
+        inside = entry - part.start
+        steps = divmod(inside, part.sizes[1]) if len(part.sizes) > 1 else (inside,)
+        return part.file, part.tensor, part.entry + sum(map(mul, steps, part.strides))
+
+    def behind(self, entries: int) -> SourceRange:
+        """The same without its first entries."""
+        if not self.parts:
+            return self._replace(offset=self.offset + entries * itemsize(self.dtype), first=self.first + entries)
+        assert all(part.strides == (1,) for part in self.parts), "rows of a vocabulary are never turned"
+        rest = []
+        for part in self.parts:
+            gone = min(max(entries - part.start, 0), part.numel)
+            if gone < part.numel:
+                offset = part.offset + gone * itemsize(self.dtype)
+                numel, start = part.numel - gone, part.start + gone - entries
+                rest.append(part._replace(start=start, numel=numel, offset=offset, sizes=(numel,)))
+        return self._replace(file=rest[0].file, offset=rest[0].offset, parts=tuple(rest))
 
     def update_on(self, base: SourceRange) -> tuple[Formula, ...] | None:
         """The steps that add an update to another range's entries and so make its own; none where both are the same.
         None where it is made otherwise, and the two have to be subtracted.
         """
-        if (self.file, self.offset, self.dtype) != (base.file, base.offset, base.dtype):
+        if (self.file, self.offset, self.dtype, self.parts) != (base.file, base.offset, base.dtype, base.parts):
             return None
         own = len(base.steps)
         same = self.steps[:own] == base.steps and all(step.adds for step in self.steps[own:])
@@ -75,10 +102,13 @@ class Ranges:
     def __call__(self, name: str) -> SourceRange:
         """All of a tensor, by its name there."""
         if name in self._made:
-            (file, info), steps = self._made[name]
+            (file, info, _), steps = self._made[name]
             placed = tuple(step.placed(self._numbers.__getitem__) for step in steps)
             return SourceRange(self._numbers[file], info.offset, info.dtype, placed)
-        file, info = self._tensors[name]
+        file, info, parts = self._tensors[name]
+        if parts:
+            parts = tuple([part._replace(file=self._numbers[part.file]) for part in parts])
+            return SourceRange(self._numbers[file], info.offset, info.dtype, parts=parts)
         return SourceRange(self._numbers[file], info.offset, info.dtype)
 
 
