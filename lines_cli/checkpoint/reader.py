@@ -17,8 +17,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from lines_cli.checkpoint.contents import codes_or_scales, factors_among, is_adapter, quantised_tensor
+from lines_cli.checkpoint.contents import (
+    UNSCALED,
+    WAYS,
+    codes_or_scales,
+    factors_among,
+    format_of,
+    is_adapter,
+    quantised_tensor,
+    way_out,
+)
 from lines_cli.checkpoint.formulas import Dequantised, Made
+from lines_cli.checkpoint.gguf import SUFFIX as GGUF
+from lines_cli.checkpoint.gguf import read_gguf
 from lines_cli.checkpoint.header import (
     EXACT_DTYPES,
     FLOAT_DTYPES,
@@ -241,6 +252,8 @@ def open_checkpoint(
         files = _in_order(path, shards_of(path / heads.chosen)) if sharded else {path / heads.chosen: None}
         stem, config = _stem_of(heads.chosen), _config_in(path)
     elif os.path.isdir(path):
+        if to_look_at and (alone := _lone_gguf(path)) is not None:
+            return _open_gguf(alone, name, hub_id, to_look_at=True)
         files, stem = _weight_files(path, variant)
         config = _config_in(path)
     elif os.path.isfile(path) and is_index(path.name):
@@ -248,6 +261,8 @@ def open_checkpoint(
         config = _config_in(path.parent)
     elif os.path.isfile(path):
         _refuse_lone_shard(path.parent, path.name)
+        if path.name.lower().endswith(GGUF):
+            return _open_gguf(path, name, hub_id, to_look_at=to_look_at)
         if path.name.endswith(_OTHER_FORMATS):
             raise UnsupportedError(f"{path} is of a format that lines does not read, by its name", hint=_CONVERT)
         if _PARTS.fullmatch(path.name):
@@ -289,6 +304,34 @@ def open_checkpoint(
         is_here=heads is None,
     )
     return to_be_looked_at(checkpoint) if to_look_at else as_model(checkpoint)
+
+
+def _open_gguf(path: Path, name: str, hub_id: str | None, *, to_look_at: bool) -> Checkpoint:
+    """A GGUF file, to be looked at.
+
+    Raises:
+        UnsupportedError: it is to be computed with.
+        CheckpointError: it is damaged.
+    """
+    there = _stat(path)
+    header = read_gguf(path)
+    tensors = {tensor: StoredTensor(0, info) for tensor, info in header.tensors.items()}
+    state = FileState(there.st_size, there.st_mtime_ns, header.digest)
+    found = Checkpoint(
+        name, path, (path,), tensors, (state,), WEIGHT_STEMS[0], header.config, hub_id, stored_as=header.described
+    )
+    if not to_look_at and (unsupported := unsupported_in(found)):
+        raise unsupported
+    return found
+
+
+def _lone_gguf(folder: Path) -> Path | None:
+    """The only GGUF file of a folder that holds no other weights."""
+    with suppress(OSError):
+        names = os.listdir(folder)
+        if not weights_among(names) and len(found := [name for name in names if name.lower().endswith(GGUF)]) == 1:
+            return folder / found[0]
+    return None
 
 
 def as_model(checkpoint: Checkpoint) -> Checkpoint:
@@ -564,7 +607,9 @@ def refuse_folder(folder: str, names: Collection[str], *, components: Sequence[s
             f"{folder} holds no weights itself; folders in it do:\n{some(components)}",
             hint=f"Give one of them, as in {folder}/{components[0]}; each is edited by itself.",
         )
-    other = sorted(name for name in names if name.endswith(_OTHER_FORMATS))
+    other = sorted(name for name in names if name.lower().endswith(_OTHER_FORMATS))
+    if other and all(name.lower().endswith(GGUF) for name in other):
+        raise UnsupportedError(f"{folder} holds GGUF files only:\n{some(other)}", hint=WAYS["GGUF"])
     if other:
         raise UnsupportedError(
             f"{folder} holds no weights but in formats that lines does not read:\n{some(other)}",
@@ -627,25 +672,32 @@ def unsupported_in(checkpoint: Checkpoint) -> UnsupportedError | None:
     """Why it cannot be computed with: it is quantised, an adapter, or holds a tensor of a dtype that there is no
     arithmetic for.
     """
+    if checkpoint.files[0].name.lower().endswith(GGUF):
+        return UnsupportedError(
+            f"{checkpoint.files[0]} is quantised, or may be: it is a GGUF file ({checkpoint.stored_as})",
+            hint=WAYS["GGUF"],
+        )
     tensors = {name: stored.info for name, stored in checkpoint.tensors.items()}
     if (method := quantisation_said(checkpoint.config)) and (held := codes_or_scales(tensors)):
         return UnsupportedError(
             f"{checkpoint.name} is quantised: its config.json has a quantization_config ({method}), and it holds "
-            f"{printable(held)} ({checkpoint.tensors[held].info.dtype})",
-            hint=_DEQUANTISE,
+            f"{printable(held)} ({checkpoint.tensors[held].info.dtype}){_by_name(format_of(tensors, method))}",
+            hint=way_out(format_of(tensors, method)),
         )
     for tensor, stored in checkpoint.tensors.items():
         dtype = stored.info.dtype
         if dtype not in FLOAT_DTYPES and dtype not in EXACT_DTYPES:
             kind = "quantised" if dtype.startswith("F") else "of a kind lines does not edit"
             return UnsupportedError(
-                f"{checkpoint.where(tensor)} is {kind}: tensor {printable(tensor)} is {dtype}",
-                hint=_DEQUANTISE if dtype.startswith("F") else None,
+                f"{checkpoint.where(tensor)} is {kind}: tensor {printable(tensor)} is {dtype}"
+                f"{_by_name(format_of(tensors)) if dtype.startswith('F') else ''}",
+                hint=way_out(format_of(tensors)) if dtype.startswith("F") else None,
             )
     if (codes := quantised_tensor(tensors)) is not None:
         return UnsupportedError(
-            f"{checkpoint.where(codes)} is quantised: it holds {printable(codes)} ({tensors[codes].dtype})",
-            hint=_DEQUANTISE,
+            f"{checkpoint.where(codes)} is quantised: it holds {printable(codes)} ({tensors[codes].dtype})"
+            f"{_by_name(format_of(tensors))}",
+            hint=way_out(format_of(tensors)),
         )
     if is_adapter(tensors):
         factor = factors_among(tensors)[0]
@@ -657,7 +709,8 @@ def unsupported_in(checkpoint: Checkpoint) -> UnsupportedError | None:
     return None
 
 
-_DEQUANTISE = (
-    "Give the checkpoint it was quantised from, or dequantise it first; a sum of quantised codes means nothing."
-)
+def _by_name(known: str | None) -> str:
+    return "" if known is None or known == UNSCALED else f", as {known} does"
+
+
 FOLD = "Fold it into its base first (peft: merge_and_unload, then save_pretrained), and give that folder."

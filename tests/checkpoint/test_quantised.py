@@ -358,3 +358,62 @@ def test_in_memory(tmp_path: Path) -> None:
     lines.edit(tmp_path / "base", tmp_path / "ft", tmp_path / "out", alpha=0.25, beta=0.5)
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert {n: raw(w) for n, w in found.items()} == {n: raw(w) for n, w in written.items()}
+
+
+# --- what is not read ---
+
+U8, I8, I32, F16 = torch.uint8, torch.int8, torch.int32, torch.float16
+OTHERS: dict[str, tuple[dict[str, torch.dtype], str, str]] = {
+    "GPTQ": ({"qweight": I32, "qzeros": I32, "scales": F16, "g_idx": I32}, "gptq", "quantised from"),
+    "AWQ": ({"qweight": I32, "qzeros": I32, "scales": F16}, "awq", "quantised from"),
+    "bitsandbytes (8 bits)": ({"weight": I8, "SCB": torch.float32}, "bitsandbytes", "model.dequantize()"),
+    "bitsandbytes (4 bits)": (
+        {
+            "weight": U8,
+            "weight.absmax": U8,
+            "weight.quant_map": torch.float32,
+            "weight.quant_state.bitsandbytes__nf4": U8,
+        },
+        "bitsandbytes",
+        "model.dequantize()",
+    ),
+    "compressed-tensors (pack-quantized)": (
+        {"weight_packed": I32, "weight_scale": torch.bfloat16, "weight_shape": torch.int64},
+        "compressed-tensors",
+        "CompressedTensorsConfig(dequantize=True)",
+    ),
+    "compressed-tensors (int-quantized)": (
+        {"weight": I8, "weight_scale": torch.bfloat16},
+        "compressed-tensors",
+        "CompressedTensorsConfig(dequantize=True)",
+    ),
+    "MXFP4": ({"proj_blocks": U8, "proj_scales": U8}, "mxfp4", "Mxfp4Config(dequantize=True)"),
+    "NVFP4": (
+        {"weight": U8, "weight_scale": E4M3, "weight_scale_2": torch.float32, "input_scale": torch.float32},
+        "modelopt",
+        "quantised from",
+    ),
+    "MLX": ({"weight": torch.uint32, "scales": F16, "biases": F16}, "", "quantised from"),
+    "HQQ": ({"W_q": U8, "scale": F16, "zero": F16}, "hqq", "quantised from"),
+    "8-bit floats without scales": ({"weight": E4M3}, "", "cast them to bfloat16"),
+}
+
+
+@pytest.mark.parametrize("config", [True, False])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_formats_are_named(kind: str, config: bool, tmp_path: Path) -> None:
+    """With a config and as a lone file: the format, a tensor of it, and what to do."""
+    parts, method, way = OTHERS[kind]
+    tensors = plain()
+    for layer in range(LAYERS):
+        for part, dtype in parts.items():
+            shape = (16, 4, 16) if part == "proj_blocks" else (16, 4)
+            tensors[f"model.layers.{layer}.gate.{part}"] = torch.ones(shape).to(dtype)
+    said = {"quantization_config": {"quant_method": method}} if method else {}
+    base = write_checkpoint(tmp_path / "q", tensors, config=said) if config else tmp_path / "q.safetensors"
+    write_checkpoint(base, tensors, config=said)
+    ran = run_lines("edit", base, write_checkpoint(tmp_path / "ft", plain()), "-o", tmp_path / "out")
+    assert (ran.code, ran.trace) == (3, "")
+    named = kind if kind != "8-bit floats without scales" else "F8_E4M3"
+    assert [word for word in (named, way, "model.layers.", "quantised") if word not in ran.err] == [], ran.err
+    assert told(base)["quantised"]

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from support.files import write_checkpoint
 from support.fp8 import FORMATS, LAYERS, near, plain
+from support.gguf import write_gguf
 from support.pages import DOCS, blocks, run_page
 
 GUIDES = {"adapters", "quantised", "pickles", "diffusion", "mergekit", "forgetting", "jobs", "notebooks"}
@@ -120,6 +121,7 @@ def test_quantised(here: Path) -> None:
         whole[side], whole[f"{side}-fp8"] = model, stored.whole
         write_checkpoint(here / side, model, config={"num_hidden_layers": LAYERS})
         write_checkpoint(here / f"{side}-fp8", stored.tensors, config=stored.config)
+    write_gguf(here / "model.gguf", {f"blk.{i}.ffn_up.weight": ("Q8_0", [8, 32]) for i in range(3)})
     run_page("quantised.md")
     name = "model.layers.0.q_proj.weight"
     for out, base, ft in (("out", "base-fp8", "ft"), ("out2", "base", "ft-fp8")):
