@@ -1,8 +1,9 @@
 """What lies beside the weights in a folder that may be a stranger's: which names and links leave the folder, and small
 files, each read whole or refused.
 
-Weights (safetensors files, what torch.save wrote, and their index) may be links to wherever their user keeps them: nothing of them is copied as
-it stands. Every other file is looked up with `beside`, which follows no link out of the folder.
+Weights (safetensors files, what torch.save wrote, and their index) may be links to wherever their user keeps them:
+nothing of them is copied as it stands. Every other file is looked up with `beside`, which follows no link out of the
+folder.
 """
 
 from __future__ import annotations
