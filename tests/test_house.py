@@ -124,7 +124,7 @@ def test_no_module_imports_itself_in_a_circle() -> None:
         ("rich", {"cli.console"}),
         ("matplotlib", {"inspection.plot"}),
         ("typer", {"cli.app", "cli.options", "cli.parser"}),
-        ("huggingface_hub", {"hub.download"}),
+        ("huggingface_hub", {"hub.client", "hub.download", "hub.heads"}),
         ("torch", {"api.in_memory", "inspection.compare"}),
         ("pydantic", {"recipe.schema", "recipe.validate"}),
         ("yaml", {"checkpoint.model_card", "inspection.html", "recipe.plain_yaml", "recipe.yaml_file"}),
@@ -299,6 +299,7 @@ OTHER_MEANINGS = {
     "inspection.kinds": {"weight", "scale"},
     "plan.tied_weights": {"weight"},
     "checkpoint.contents": {"weight"},
+    "checkpoint.adapter": {"weight"},
     "inspection.report": {"lambda"},  # a key of the report
     "inspection.tables": {"lambda"},
     "recipe.schema": {"task_arithmetic"},  # what a recipe is that says no method

@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from lines_cli.checkpoint.contents import codes_or_scales, factors_among, is_adapter, quantised_tensor
-from lines_cli.checkpoint.header import EXACT_DTYPES, FLOAT_DTYPES, Known, TensorInfo, read_header
+from lines_cli.checkpoint.formulas import Made
+from lines_cli.checkpoint.header import (
+    EXACT_DTYPES,
+    FLOAT_DTYPES,
+    Known,
+    StoredTensor,
+    TensorInfo,
+    parse_header,
+    read_header,
+)
 from lines_cli.checkpoint.state_dict import read_state_dict
 from lines_cli.errors import CheckpointError, UnsupportedError, printable, some
 from lines_cli.storage.beside import LARGEST_INDEX, beside, leads_out, read_json, read_object
@@ -54,13 +63,6 @@ _UNREADABLE = "Ask whoever owns it for permission to read it."
 _NOT_JSON = "The file is damaged: copy or download it again."
 
 
-class StoredTensor(NamedTuple):
-    """A tensor and the file it lies in (a number into `Checkpoint.files`)."""
-
-    file: int
-    info: TensorInfo
-
-
 class FileState(NamedTuple):
     """What tells one state of a file from another, short of reading all of it.
 
@@ -73,6 +75,19 @@ class FileState(NamedTuple):
     nbytes: int
     mtime_ns: int
     header: str
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Weight files that are elsewhere, and of which only the headers are here.
+
+    Attributes:
+        chosen: the index or the weight file that the weights hang on; an index is here.
+        files: each weight file by its name, with its size and the JSON of its header.
+    """
+
+    chosen: str
+    files: Mapping[str, tuple[int, bytes]]
 
 
 @dataclass(frozen=True)
@@ -89,9 +104,13 @@ class Checkpoint:
         config: the parsed `config.json`; empty where there is none.
         hub_id: `org/name@commit`, for one that came from the Hub.
         metadata: what the header of its only file says beside the tensors; empty where there are several files.
+        formulas: tensors that are not stored as they are -> what they are made of.
+        parts: of one that is put together, what it is put together of: a base, and an adapter on it.
+        base_named: of such a one, whether its name says both (`base+adapter`); else the base is the recipe's.
         part: which of several state dicts in its file, if its user said so: `ema` of `ft.ckpt#ema`.
         views: for each file the tensors whose entries do not stand in order; empty where there are none.
-        notes: what a person should know of what was found in the files.
+        notes: what a person should know of how it was read.
+        is_here: whether the files are; else only their headers were fetched, and no tensor can be read.
     """
 
     name: str
@@ -103,15 +122,21 @@ class Checkpoint:
     config: Mapping[str, Any] = field(default_factory=dict)
     hub_id: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    formulas: Mapping[str, Made] = field(default_factory=dict)
+    parts: tuple[Checkpoint, ...] = ()
+    base_named: bool = False
     part: str | None = None
     views: tuple[Views, ...] = ()
     notes: tuple[str, ...] = ()
+    is_here: bool = True
 
     @property
     def folder(self) -> Path | None:
         """The checkpoint's own folder, also where its index was named; None for a lone file, whose neighbours are not
-        known to belong to it.
+        known to belong to it. An adapter on a base has the base's.
         """
+        if self.parts:
+            return self.parts[0].folder
         if self.path.is_dir():
             return self.path
         return self.path.parent if is_index(self.path.name) else None
@@ -170,6 +195,7 @@ def open_checkpoint(
     known: Known | None = None,
     variant: str | None = None,
     part: str | None = None,
+    heads: Heads | None = None,
 ) -> Checkpoint:
     """Open the checkpoint at `path`: headers, index and config, no data.
 
@@ -182,13 +208,19 @@ def open_checkpoint(
         variant: of a folder with several sets of weights, which: `fp16` of `model.fp16.safetensors`. One without it is
             opened as without.
         part: which of several state dicts in a file that `torch.save` wrote.
+        heads: of a folder without its weight files, their headers.
 
     Raises:
         CheckpointError: it is missing, malformed, incomplete, or its index and its shards disagree.
         UnsupportedError: it is quantised, an adapter, or holds no weights in a format that is read.
     """
     name = name or str(path)
-    if os.path.isdir(path):
+    files: Mapping[Path, set[str] | None]
+    if heads is not None:
+        sharded = is_index(heads.chosen)
+        files = _in_order(path, shards_of(path / heads.chosen)) if sharded else {path / heads.chosen: None}
+        stem, config = _stem_of(heads.chosen), _config_in(path)
+    elif os.path.isdir(path):
         files, stem = _weight_files(path, variant)
         config = _config_in(path)
     elif os.path.isfile(path) and is_index(path.name):
@@ -209,9 +241,15 @@ def open_checkpoint(
     states: list[FileState] = []
     tensors: dict[str, StoredTensor] = {}
     for number, (file, expected) in enumerate(files.items()):
-        there = _stat(file)  # before the header is read: what is written meanwhile shows
-        held.append(_contents(file, known, part, name))
-        states.append(FileState(there.st_size, there.st_mtime_ns, held[-1].digest))
+        if heads is None:
+            there = _stat(file)  # before the header is read: what is written meanwhile shows
+            nbytes, mtime_ns = there.st_size, there.st_mtime_ns
+            held.append(_contents(file, known, part, name))
+        else:
+            contents, nbytes = _fetched(name, file.relative_to(path), heads, known)
+            mtime_ns = 0
+            held.append(contents)
+        states.append(FileState(nbytes, mtime_ns, held[-1].digest))
         if expected is not None and held[-1].tensors.keys() != expected:
             _refuse_shard(file, held[-1].tensors.keys(), expected)
         tensors.update({tensor: StoredTensor(number, info) for tensor, info in held[-1].tensors.items()})
@@ -228,6 +266,7 @@ def open_checkpoint(
         part=part,
         views=tuple(of.views for of in held) if any(of.views for of in held) else (),
         notes=tuple(note for of in held for note in of.notes),
+        is_here=heads is None,
     )
     if not to_look_at and (unsupported := unsupported_in(checkpoint)):
         raise unsupported
@@ -261,6 +300,13 @@ def _contents(file: Path, known: Known | None, part: str | None, name: str) -> _
 def is_pickle(name: str) -> bool:
     """Whether a file is one that `torch.save` wrote, by its name."""
     return name.lower().endswith(PICKLES)
+
+
+def _fetched(name: str, file: Path, heads: Heads, known: Known | None) -> tuple[_Contents, int]:
+    """What a weight file that is elsewhere says of itself, and its size."""
+    nbytes, raw = heads.files[file.as_posix()]
+    header = parse_header(Path(name, file), raw, nbytes, known)
+    return _Contents(header.tensors, header.digest, header.metadata, {}, ()), nbytes
 
 
 def _config_in(folder: Path) -> Mapping[str, Any]:
@@ -409,6 +455,10 @@ def _shards_beside(index: Path) -> dict[Path, set[str] | None]:
             f"{index} names {len(missing)} of {len(shards)} shards that are not there:\n{some(missing)}",
             hint="The checkpoint is incomplete: copy or download the missing files.",
         )
+    return _in_order(folder, shards)
+
+
+def _in_order(folder: Path, shards: Mapping[str, set[str]]) -> dict[Path, set[str] | None]:
     return {folder / shard: tensors for shard, tensors in sorted(shards.items())}
 
 

@@ -113,9 +113,9 @@ def run(
         job = Write(plan, targets, groups_of(plan))
         finished = job.take_over(staging.contents.parts) if staging.contents else set()
         size = devices.chunk(plan.per_entry, whole=plan.whole_bytes(len(devices.members)))
-        shared = devices.whole_tensors()
+        shared, turned = devices.whole_tensors(), devices.turned(plan.turned_sides)
         spans = (span for span in output_ranges(plan, staging.step) if (span.file, span.start) not in finished)
-        pool = Pool(lambda device: Worker(plan, sources, device, size, shared), spans, job, devices)
+        pool = Pool(lambda device: Worker(plan, sources, device, size, shared, turned), spans, job, devices)
         number = len(plan.passes) + 1
         title = f"writing {number}/{number}" if number > 1 else "writing"
         # Closing stops and joins the threads, whatever interrupts this one, before the files they write are closed.

@@ -473,8 +473,8 @@ def _compare_weights(
             if files[span.file].problem is None and (span.file, span.start) not in done_before
         )
         size = devices.chunk(plan.per_entry, whole=plan.whole_bytes(len(devices.members)))
-        shared = devices.whole_tensors()
-        pool = Pool(lambda device: Worker(plan, sources, device, size, shared), spans, job, devices)
+        shared, turned = devices.whole_tensors(), devices.turned(plan.turned_sides)
+        pool = Pool(lambda device: Worker(plan, sources, device, size, shared, turned), spans, job, devices)
         total = sum(file.nbytes for file, there in zip(plan.outputs, files, strict=True) if there.problem is None)
         with closing(pool.in_order()) as results:
             done = (job.compared(span, kept) for span, _ in results)

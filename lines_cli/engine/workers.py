@@ -15,12 +15,15 @@ from pathlib import Path
 
 import torch
 
-from lines_cli.checkpoint.header import itemsize
-from lines_cli.engine.arithmetic import TORCH_DTYPES, first_nonfinite, is_finite, same_nan, task_vector
+from lines_cli.checkpoint.formulas import Formula
+from lines_cli.checkpoint.header import StoredTensor, itemsize
+from lines_cli.engine.arithmetic import FLOAT8, TORCH_DTYPES, first_nonfinite, is_finite, same_nan, task_vector
 from lines_cli.engine.buffers import Buffer, Loaded
 from lines_cli.engine.chunks import Chunk, PlanChunk, Tensor
 from lines_cli.engine.devices import SLOTS, has_own_memory
+from lines_cli.engine.formulas import Makers
 from lines_cli.engine.input_files import Opened, read_input
+from lines_cli.engine.parts import Turned, read_parts
 from lines_cli.engine.shared_entries import are_shared
 from lines_cli.engine.whole_tensors import Kept, Whole
 from lines_cli.errors import ChangedInputError, CheckpointError, DataError, printable
@@ -41,6 +44,7 @@ class Reader:
         device: where entries are held. A CUDA device gets a stream of this thread's own.
         chunk: most entries of one.
         per_entry: what one entry takes.
+        turned: matrices that an input stores the other way round, for all workers.
 
     Raises:
         MemoryError: there is not enough memory for the buffers, on the host or on the device.
@@ -54,17 +58,20 @@ class Reader:
         *,
         chunk: int,
         per_entry: BytesPerEntry,
+        turned: Turned,
     ) -> None:
         self.paths, self.sources, self.device, self.chunk, self._room = paths, sources, device, chunk, per_entry
         if device.type == "cuda":
             torch.cuda.set_device(device)
             torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call] # this thread's
+        self._turned = turned
         self.at: str | None = None
         """The tensor that is being worked on."""
         self._raw: list[Buffer] = []
         self._held = torch.empty(0)
         self._views: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None  # of what is held: the last asked for
         self._out: list[Buffer] = []
+        self._makers = Makers(self._factor, device)
         if not self._allocate():
             self.halve()
 
@@ -107,8 +114,13 @@ class Reader:
     def cut(self, chunks: Iterable[Chunk[Tensor]]) -> Iterator[Chunk[Tensor]]:
         """The same entries, in steps that fit the buffers."""
         for chunk in chunks:
-            self.at = chunk.tensor.name
+            self._begin(chunk.tensor.name)
             yield from chunk.cut(self.chunk)
+
+    def _begin(self, tensor: str) -> None:
+        if tensor != self.at:
+            self._makers.forget()
+        self.at = tensor
 
     def held(self, chunk: Chunk[Tensor]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """A place for the chunk's entries in each input, in the dtype they are widened to: all of it [inputs, numel],
@@ -131,17 +143,53 @@ class Reader:
             self._raw.append(self._raw.pop(0))  # the next input goes into the next one
         width = itemsize(source.dtype)
         view = buffer.to_fill(chunk.numel * width)
-        path = self.paths[source.file]
+        if source.parts:
+            read_parts(source.parts, chunk.first, view, width, self._fill, self._turned)
+        else:
+            self._fill(source.file, view, source.offset + chunk.first * width)
+        return Loaded(buffer, source.dtype, chunk.numel, view)
+
+    def made(self, chunk: Chunk[Tensor], source: SourceRange, into: torch.Tensor) -> torch.Tensor:
+        """A chunk's entries in one input, widened, made of what is stored where it has steps: `into`, [numel]."""
+        return self.made_of(self.read(chunk, source), chunk, source, into)
+
+    def made_of(self, loaded: Loaded, chunk: Chunk[Tensor], source: SourceRange, into: torch.Tensor) -> torch.Tensor:
+        """The same of stored entries that were read before."""
+        into.copy_(loaded.values())
+        if source.steps:
+            self._makers.apply(into, source, chunk.first)
+        return into
+
+    def update(self, chunk: Chunk[Tensor], source: SourceRange, steps: tuple[Formula, ...], into: torch.Tensor) -> None:
+        """Put into [numel] what the last `steps` of a range add to a chunk's entries."""
+        self._makers.update(into, steps, source.first + chunk.first)
+
+    def _factor(self, stored: StoredTensor) -> torch.Tensor:
+        """All of a tensor that a step needs, in its shape.
+
+        Raises:
+            CheckpointError: the file cannot be read, or is shorter than it was.
+        """
+        file, info, _ = stored
+        dtype = (TORCH_DTYPES | FLOAT8)[info.dtype]
+        raw = bytearray(info.nbytes)
+        self._fill(file, memoryview(raw), info.offset)
+        values = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+        return values.view(info.shape).to(self.device)
+
+    def _fill(self, file: int, view: memoryview, offset: int) -> None:
+        """Read bytes of an input into all of `view`."""
+        path = self.paths[file]
         try:
-            got = read_input(self.sources[source.file], view, source.offset + chunk.first * width)
+            got = read_input(self.sources[file], view, offset)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
         if got < len(view):
+            of = f" in the middle of tensor {printable(self.at)}" if self.at is not None else ""
             raise ChangedInputError(
-                f"{path}: ends in the middle of tensor {printable(chunk.tensor.name)}; it was whole a moment ago",
+                f"{path}: ends{of}; it was whole a moment ago",
                 hint="Something shortened it. Run it again when nothing writes to it.",
             )
-        return Loaded(buffer, source.dtype, chunk.numel, view)
 
 
 class Worker(Reader):
@@ -153,6 +201,7 @@ class Worker(Reader):
         device: where entries are held.
         chunk: most entries of one.
         shared: segments that were merged whole, for all workers of a pass.
+        turned: matrices that were turned, likewise.
 
     Raises:
         MemoryError: there is not enough memory for the buffers, on the host or on the device.
@@ -164,9 +213,10 @@ class Worker(Reader):
         sources: Sequence[Opened],
         device: torch.device,
         chunk: int,
-        shared: Kept[Whole] | None = None,
+        shared: Kept[Whole],
+        turned: Turned,
     ) -> None:
-        super().__init__(plan.paths, sources, device, chunk=chunk, per_entry=plan.per_entry)
+        super().__init__(plan.paths, sources, device, chunk=chunk, per_entry=plan.per_entry, turned=turned)
         self.plan, self.shared = plan, shared
         self.write_buffer = in_whole_pages(WRITE_SIZE)  # of the output, on its way to the disk
         self.stays: torch.Tensor | None = None
@@ -182,18 +232,27 @@ class Worker(Reader):
     def cut(self, chunks: Iterable[PlanChunk]) -> Iterator[PlanChunk]:  # type: ignore[override]
         """The same entries, in steps that fit the buffers."""
         for chunk in chunks:
-            self.at, self.alone = chunk.tensor.name, chunk.numel == chunk.segment.numel
+            self._begin(chunk.tensor.name)
+            self.alone = chunk.numel == chunk.segment.numel
             yield from chunk.cut(self.chunk)
 
     def inputs(self, chunk: PlanChunk) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """What is merged: the base's entries, if there is a base, and each model's; [numel] each, in the compute dtype,
         to be overwritten. NaN and Inf that all of them share are 0 there (`stays`).
         """
-        base = self._read_base(chunk)
-        _, (_, *models) = self.held(chunk)
-        models = models[: len(chunk.segment.models)]
+        base, models = self._read_base(chunk), self._models(chunk)
         for into, source in zip(models, chunk.segment.models, strict=True):
-            into.copy_(self.read(chunk, source).values())
+            self.made(chunk, source, into)
+        self._set_aside(chunk, base, models)
+        return base, models
+
+    def _models(self, chunk: PlanChunk) -> list[torch.Tensor]:
+        """A place for each model's entries."""
+        _, (_, *models) = self.held(chunk)
+        return models[: len(chunk.segment.models)]
+
+    def _set_aside(self, chunk: PlanChunk, base: torch.Tensor | None, models: list[torch.Tensor]) -> None:
+        """Note NaN and Inf that all inputs of a chunk share (`stays`), and put 0 in their place."""
         every = models if base is None else [base, *models]
         self.stays = None
         if len(every) > 1 and not is_finite(every[0]):
@@ -201,7 +260,6 @@ class Worker(Reader):
             if self.stays is not None:
                 for entries in every:
                     entries.masked_fill_(self.stays, 0.0)
-        return base, models
 
     def base(self, chunk: PlanChunk) -> torch.Tensor | None:
         """The base's entries, as `inputs` gives them."""
@@ -216,14 +274,14 @@ class Worker(Reader):
         assert chunk.segment.copy is not None
         base = self._read_base(chunk)
         assert base is not None
-        values = self.held(chunk)[1][1].copy_(self.read(chunk, chunk.segment.copy).values())
+        values = self.made(chunk, chunk.segment.copy, self.held(chunk)[1][1])
         return values, base, values - base
 
     def _read_base(self, chunk: PlanChunk) -> torch.Tensor | None:
         if chunk.segment.base is None:
             return None
         _, (base, *_) = self.held(chunk)
-        return base.copy_(self.read(chunk, chunk.segment.base).values())
+        return self.made(chunk, chunk.segment.base, base)
 
     def _shared(self, chunk: PlanChunk, sources: Sequence[SourceRange]) -> torch.Tensor | None:
         """Where all inputs share NaN or Inf: [numel], boolean; None where one of them is no float that is
@@ -253,11 +311,26 @@ class Worker(Reader):
         stored.view(bits).copy_(torch.where(stays, values.view(bits), stored.view(bits)))
 
     def task_vectors(self, chunk: PlanChunk) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The base's entries, and what each model changed of them: `f32(model) - f32(base)`, rounded."""
-        base, models = self.inputs(chunk)
+        """The base's entries, and what each model changed of them: `f32(model) - f32(base)`, rounded; of an adapter on
+        the base the update itself.
+        """
+        stored_base = chunk.segment.base
+        assert stored_base is not None
+        if not any(source.file == stored_base.file for source in chunk.segment.models):
+            base, models = self.inputs(chunk)
+            assert base is not None
+            every, _ = self.held(chunk)
+            task_vector(every[1 : 1 + len(models)], base)  # of all at once
+            return base, models
+        base, models = self._read_base(chunk), self._models(chunk)
         assert base is not None
-        every, _ = self.held(chunk)
-        task_vector(every[1 : 1 + len(models)], base)  # of all at once
+        for into, source in zip(models, chunk.segment.models, strict=True):
+            steps = source.update_on(stored_base)
+            if steps is None:
+                task_vector(self.made(chunk, source, into), base)
+            else:
+                self.update(chunk, source, steps, into)
+        self._set_aside(chunk, base, models)
         return base, models
 
     def keywords(self, tensor: TensorPlan, *, majority: int | None = None) -> Values:
@@ -271,13 +344,20 @@ class Worker(Reader):
         behind = _sources_behind(chunk)
         stays = self._shared(chunk, behind) if len(behind) > 1 else None
         for source in behind if chunk.segment.copy is None else (chunk.segment.copy,):
-            if source.dtype not in TORCH_DTYPES:
+            if source.dtype not in TORCH_DTYPES and not source.steps:
                 continue
             values = self.read(chunk, source).values()
             if bad := first_nonfinite(values if stays is None else values.masked_fill(stays, 0.0)):
-                name, at = printable(chunk.tensor.name), chunk.segment.start + chunk.first + bad[0]
-                path = self.plan.paths[source.file]
-                return f"{path}: tensor {name} holds {bad[1]}, first at entry {at:,}"
+                file, own, at = source.place_of(chunk.first + bad[0])
+                at += 0 if own else chunk.segment.start
+                name = printable(own or chunk.tensor.name)
+                return f"{self.plan.paths[file]}: tensor {name} holds {bad[1]}, first at entry {at:,}"
+            if source.steps:
+                values = self.made(chunk, source, torch.empty(chunk.numel, dtype=torch.float64, device=self.device))
+                if bad := first_nonfinite(values if stays is None else values.masked_fill(stays, 0.0)):
+                    path, at = self.plan.paths[source.steps[-1].file], chunk.segment.start + chunk.first + bad[0]
+                    name = printable(chunk.tensor.name)
+                    return f"{path}: what it makes of tensor {name} holds {bad[1]}, first at entry {at:,}"
         return None
 
     def refuse_nonfinite(self, chunk: PlanChunk) -> None:

@@ -190,6 +190,8 @@ class Write:
             values, tau = self._scaled(chunk, merged)
         elif chunk.segment.base is not None:
             values, base, tau = worker.copied(chunk)
+        elif copy.steps:
+            values = worker.made(chunk, copy, worker.held(chunk)[1][0])
         else:
             loaded = worker.read(chunk, copy)
             if chunk.segment.compare and (differing := self._compare(worker, chunk, loaded.raw)):
@@ -219,7 +221,7 @@ class Write:
         if dtype in TORCH_DTYPES and not is_finite(values):
             said = self._say_nonfinite(worker, chunk, values)
             tally.nonfinite.setdefault(name, said)
-            if copy is None or copy.dtype != dtype:
+            if copy is None or copy.dtype != dtype or copy.steps:
                 same_nan(values)
             else:  # the very bytes, once more: looking for it read other inputs into the same buffer
                 raw = worker.read(chunk, copy).raw
@@ -340,7 +342,7 @@ class Write:
         found, wider = nonfinite_behind(worker, chunk), ""
         if found is None and chunk.segment.copy is not None:
             copied = worker.read(chunk, chunk.segment.copy).values()
-            if not (~values.isfinite() & copied.isfinite()).any():
+            if not chunk.segment.copy.steps and not (~values.isfinite() & copied.isfinite()).any():
                 return _shared(chunk.tensor.name)
         if found is None:
             name, dtype = printable(chunk.tensor.name), chunk.tensor.info.dtype

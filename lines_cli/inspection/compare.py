@@ -19,8 +19,8 @@ from time import perf_counter
 
 import torch
 
-from lines_cli.checkpoint.header import itemsize
-from lines_cli.checkpoint.reader import StoredTensor, views_of
+from lines_cli.checkpoint.header import StoredTensor, itemsize
+from lines_cli.checkpoint.reader import views_of
 from lines_cli.engine.arithmetic import dot, task_vector
 from lines_cli.engine.buffers import keep_freed_memory
 from lines_cli.engine.chunks import Chunk, items_of
@@ -163,12 +163,12 @@ def _stream(inspection: Inspection, devices: Devices, track: Track, sums: _Sums)
         def look(worker: Reader, item: list[Chunk[ReadRange]]) -> list[_Found]:
             return [_look(worker, chunk) for chunk in worker.cut(item)]
 
-        pool = Pool(
-            lambda device: Reader(inspection.inputs, sources, device, chunk=size, per_entry=per_entry),
-            items,
-            look,
-            devices,
-        )
+        turned = devices.turned(len(inspection.checkpoints) if any(inspection.relaid) else 0)
+
+        def reader(device: torch.device) -> Reader:
+            return Reader(inspection.inputs, sources, device, chunk=size, per_entry=per_entry, turned=turned)
+
+        pool = Pool(reader, items, look, devices)
         title = "comparing" if inspection.has_base else "checking"
         with closing(pool.in_order()) as results:
             for _ in track(title, total, (sum(map(sums.add, found)) for found in results)):
@@ -184,8 +184,8 @@ def _look(worker: Reader, chunk: Chunk[ReadRange]) -> _Found:
     values: list[torch.Tensor] = []
     for source, into in zip(chunk.segment.sources, worker.held(chunk)[1], strict=False):
         loaded = worker.read(chunk, source)
-        values.append(into.copy_(loaded.values()))
-        holds.append(_seen(values[-1], loaded.bits()))
+        values.append(worker.made_of(loaded, chunk, source, into))
+        holds.append(_seen(values[-1], 0 if source.steps else loaded.bits()))
     if not chunk.tensor.compares:
         return _Found(chunk, holds)
     base, *models = values
@@ -281,7 +281,9 @@ def _same(
         stored_once.add((side, stored))
         constant = found.low == found.high and not found.nan and not found.inf
         told_elsewhere = constant and (found.high == 0 or len(info.shape) < 2)
-        if found.numel and not known and not told_elsewhere and not _BUFFER.fullmatch(name):
+        there = inspection.checkpoints[side]
+        as_stored = name not in there.formulas and not stored.parts and not known
+        if found.numel and as_stored and not told_elsewhere and not _BUFFER.fullmatch(name):
             alike[side, info.dtype, info.shape, found.bits].append(name)
     same: dict[int, list[tuple[str, ...]]] = defaultdict(list)
     for (side, *_), names in alike.items():

@@ -15,22 +15,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from lines_cli.checkpoint.header import EXACT_DTYPES, FLOAT8_DTYPES, FLOAT_DTYPES, Known, TensorInfo
-from lines_cli.checkpoint.reader import Checkpoint, gc_paused, open_checkpoint, unsupported_in
+from lines_cli.checkpoint.header import EXACT_DTYPES, FLOAT8_DTYPES, FLOAT_DTYPES, TensorInfo
+from lines_cli.checkpoint.reader import Checkpoint, gc_paused, unsupported_in
 from lines_cli.errors import DepthError, MismatchError, RecipeError, printable, some
-from lines_cli.hub.download import locate
+from lines_cli.hub.download import Only
 from lines_cli.inspection.kinds import Kind, kind_of
 from lines_cli.plan.align import aligned_names
 from lines_cli.plan.coefficients import layer_coefficients, outside_coefficients, rounded_coefficient, unlike_lines
 from lines_cli.plan.depth import depth_of_kept, places_of_all
-from lines_cli.plan.inputs import Inputs, inputs_of, notes_of_files, refuse_variant_of_none
+from lines_cli.plan.inputs import Inputs, Opening, inputs_of, notes_of_files, refuse_variant_of_none
 from lines_cli.plan.layout import natural
 from lines_cli.plan.match import Names, kept, match_names, missing_in_blocks, nothing_in_common
 from lines_cli.plan.resolve import UNSCALED
 from lines_cli.plan.tensors import (
     STORED,
+    Ranges,
     Segment,
-    SourceRange,
     TensorSpec,
     TensorValues,
     refuse_idle_filters,
@@ -146,6 +146,7 @@ class Inspection:
         stored_heads: heads that are stored all the same, each with its embedding.
         quantised: why it cannot be computed with.
         notes: what a person should know.
+        relaid: for each checkpoint the tensors that are not stored as `checkpoints` has them (`Inputs.relaid`).
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -166,6 +167,7 @@ class Inspection:
     stored_heads: Mapping[str, str] = field(default_factory=dict)
     quantised: str | None = None
     notes: tuple[str, ...] = ()
+    relaid: tuple[frozenset[str], ...] = ()
 
     @property
     def models(self) -> tuple[Checkpoint, ...]:
@@ -218,13 +220,13 @@ class Inspection:
                 if fresh:
                     counted.add((side, name))
             spans.append(ReadRange(tensor.name, (tensor.segment,), tuple(counts_for), planned.get(tensor.name)))
-        first = 0
+        inputs = Inputs(self.checkpoints, self.has_base, self.lead, of_an_edit=False)
         for side, checkpoint in enumerate(self.checkpoints):
+            range_of = Ranges(inputs, side)
             for name, stored in checkpoint.tensors.items():
                 if (side, name) not in counted and stored.info.dtype in FLOAT_DTYPES | FLOAT8_DTYPES:
-                    source = SourceRange(first + stored.file, stored.info.offset, stored.info.dtype)
-                    spans.append(ReadRange(name, (Segment(0, stored.info.numel, copy=source),), ((side, name),)))
-            first += len(checkpoint.files)
+                    segment = Segment(0, stored.info.numel, copy=range_of(name))
+                    spans.append(ReadRange(name, (segment,), ((side, name),)))
         return spans
 
     @property
@@ -268,6 +270,7 @@ def open_inspection(
     variant: str | None = None,
     dtype: str | None = None,
     quiet: bool = False,
+    weights: bool = True,
     **scaling: Any,
 ) -> Inspection:
     """Open what is to be inspected: headers, configs, recipes.
@@ -279,6 +282,8 @@ def open_inspection(
         variant: of folders with several sets of weights, which (`Recipe`).
         dtype: what an output would be stored as (`Recipe`).
         quiet: no progress bars while fetching from the Hub.
+        weights: whether tensors will be read (`compare`). If not, of one checkpoint that is on the Hub only headers are
+            fetched.
         scaling: the fields of `Scaling`. One that is None keeps its default: an edit's, or for several fine-tunes those
             of a merge by task arithmetic, alpha `auto` (which is 1/N) and beta 0.5. If all are None, an output of ours
             is shown with those of its recipe.
@@ -302,7 +307,7 @@ def open_inspection(
             hint="Name it with --base BASE; or inspect them one at a time.",
         )
     if base is None:
-        return _alone(names[0], variant, scaling, quiet=quiet)
+        return _alone(names[0], variant, scaling, quiet=quiet, weights=weights)
     given = {key: value for key, value in scaling.items() if value is not None}
     if len(names) > 1 and not {"alpha", "schedule"} & given.keys():
         given = {"alpha": "auto", "beta": 0.5} | given
@@ -333,24 +338,10 @@ def open_merge(recipe: Recipe, *, quiet: bool = False) -> Inspection:
     return _against(recipe.base_model, names, recipe, "merge", quiet=quiet)
 
 
-def _opened(
-    name: str, *, to_look_at: bool, quiet: bool, known: Known | None = None, variant: str | None = None
-) -> Checkpoint:
-    found = locate(name, quiet=quiet, variant=variant)
-    return open_checkpoint(
-        found.path,
-        name=found.name,
-        hub_id=found.hub_id,
-        to_look_at=to_look_at,
-        known=known,
-        variant=variant,
-        part=found.part,
-    )
-
-
-def _alone(name: str, variant: str | None, scaling: Mapping[str, Any], *, quiet: bool) -> Inspection:
+def _alone(name: str, variant: str | None, scaling: Mapping[str, Any], *, quiet: bool, weights: bool) -> Inspection:
     asked = edit_recipe(name, name, variant=variant, **scaling)
-    checkpoint = _opened(name, to_look_at=True, quiet=quiet, variant=variant)
+    only: Only | None = None if weights else "headers"
+    checkpoint = Opening(None, variant=variant, to_look_at=True, quiet=quiet, also=(RECIPE,), only=only)(name)
     refuse_variant_of_none(variant, [checkpoint])
     notes = list(checkpoint.notes)
     made_by = _made_by(checkpoint, notes)
@@ -389,16 +380,13 @@ def _alone(name: str, variant: str | None, scaling: Mapping[str, Any], *, quiet:
 
 
 def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, quiet: bool) -> Inspection:
-    known: Known = {}
-    opened = [
-        _opened(name, to_look_at=False, quiet=quiet, known=known, variant=recipe.variant) for name in (base, *names)
-    ]
+    opened = list(map(Opening(base, variant=recipe.variant, quiet=quiet, also=(RECIPE,)), (base, *names)))
     refuse_variant_of_none(recipe.variant, opened)
     _refuse_twice(opened)
     notes = notes_of_files(opened)
     pairing = _pairing(base, names, recipe, recipe.like if of == "merge" else "ft")
     inputs = inputs_of(pairing, *opened)
-    own = aligned_names(inputs, notes, prefix=recipe.prefix)
+    inputs, own = aligned_names(inputs, notes, prefix=recipe.prefix, strict=False)
     rows, incomplete = match_names(inputs, own, resize=True, notes=notes)
     if not rows:
         raise nothing_in_common(inputs)
@@ -425,7 +413,8 @@ def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, qui
         notes.append(f"{opened[1].name} is an output of lines already; what is shown as scaled is scaled a second time")
     return _complete(
         Inspection(
-            checkpoints=tuple(opened),
+            checkpoints=inputs.checkpoints,
+            relaid=inputs.relaid,
             has_base=True,
             lead=inputs.lead,
             recipe=recipe,

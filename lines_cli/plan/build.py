@@ -51,7 +51,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, output: Path) -> Plan:
     """
     notes: list[str] = [*recipe.notes, *notes_of_files(inputs.checkpoints)]
     notes += _factor_notes(inputs)
-    own = aligned_names(inputs, notes, prefix=recipe.prefix)
+    inputs, own = aligned_names(inputs, notes, prefix=recipe.prefix, strict=recipe.missing_in_blocks is None)
     matched = match_names(inputs, own, resize=recipe.resize != "error", notes=notes)
     parameters = inputs.parameters(own)
     try:

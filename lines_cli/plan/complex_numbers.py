@@ -34,6 +34,9 @@ def compared(specs: Iterable[TensorSpec], inputs: Inputs) -> Iterator[TensorSpec
     left = _MOST_READ if on_disk else 0
     for spec in specs:
         if spec.dtype == COMPLEX and spec.paired and not spec.misfit:
+            if any(source.parts for segment in spec.segments for source in segment.sources):
+                yield spec  # compared while it is written
+                continue
             left -= sum(segment.numel * len(segment.sources) for segment in spec.segments) * itemsize(COMPLEX)
             if left >= 0 and not all(_alike(segment, files) for segment in spec.segments):
                 yield spec._replace(segments=(), misfit="complex numbers, and not the same")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
+from operator import mul
 from typing import NamedTuple
 
-from lines_cli.checkpoint.header import EXACT_DTYPES, TensorInfo, itemsize
-from lines_cli.checkpoint.reader import StoredTensor, gc_paused
+from lines_cli.checkpoint.formulas import Formula
+from lines_cli.checkpoint.header import EXACT_DTYPES, Part, StoredTensor, TensorInfo, itemsize
+from lines_cli.checkpoint.reader import gc_paused
 from lines_cli.errors import (
     MismatchError,
     RecipeError,
@@ -31,12 +34,82 @@ STORED = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF1
 
 class SourceRange(NamedTuple):
     """A run of entries in an input: which file (a number into `Plan.paths`), where its bytes start, and how to
-    read them.
+    read them; and what is done with them, where the input does not store them as they are.
+
+    Attributes:
+        file, offset: of the first entry.
+        dtype: how entries are stored.
+        steps: what makes the entries of those that are stored (`checkpoint.formulas`).
+        first: the number of the first one within its tensor, for the steps.
+        parts: where they are, if they do not stand side by side.
     """
 
     file: int
     offset: int
     dtype: str
+    steps: tuple[Formula, ...] = ()
+    first: int = 0
+    parts: tuple[Part, ...] = ()
+
+    def place_of(self, entry: int) -> tuple[int, str | None, int]:
+        """Where an entry is: the file, what that calls the tensor (None: as the output does), and which of its entries
+        it is there.
+        """
+        if not self.parts:
+            return self.file, None, entry
+        part = self.parts[bisect_right(self.parts, entry, key=lambda part: part.start) - 1]
+        inside = entry - part.start
+        steps = divmod(inside, part.sizes[1]) if len(part.sizes) > 1 else (inside,)
+        return part.file, part.tensor, part.entry + sum(map(mul, steps, part.strides))
+
+    def behind(self, entries: int) -> SourceRange:
+        """The same without its first entries."""
+        if not self.parts:
+            return self._replace(offset=self.offset + entries * itemsize(self.dtype), first=self.first + entries)
+        assert all(part.strides == (1,) for part in self.parts), "rows of a vocabulary are never turned"
+        rest = []
+        for part in self.parts:
+            gone = min(max(entries - part.start, 0), part.numel)
+            if gone < part.numel:
+                offset = part.offset + gone * itemsize(self.dtype)
+                numel, start = part.numel - gone, part.start + gone - entries
+                rest.append(part._replace(start=start, numel=numel, offset=offset, sizes=(numel,)))
+        return self._replace(file=rest[0].file, offset=rest[0].offset, parts=tuple(rest))
+
+    def update_on(self, base: SourceRange) -> tuple[Formula, ...] | None:
+        """The steps that add an update to another range's entries and so make its own; none where both are the same.
+        None where it is made otherwise, and the two have to be subtracted.
+        """
+        if (self.file, self.offset, self.dtype, self.parts) != (base.file, base.offset, base.dtype, base.parts):
+            return None
+        own = len(base.steps)
+        same = self.steps[:own] == base.steps and all(step.adds for step in self.steps[own:])
+        return self.steps[own:] if same else None
+
+
+class Ranges:
+    """Where the tensors of one input are read from.
+
+    Args:
+        inputs: all inputs.
+        side: the number of that one.
+    """
+
+    def __init__(self, inputs: Inputs, side: int) -> None:
+        checkpoint = inputs.checkpoints[side]
+        self._tensors, self._made, self._numbers = checkpoint.tensors, checkpoint.formulas, inputs.file_numbers[side]
+
+    def __call__(self, name: str) -> SourceRange:
+        """All of a tensor, by its name there."""
+        if name in self._made:
+            (file, info, _), steps = self._made[name]
+            placed = tuple(step.placed(self._numbers.__getitem__) for step in steps)
+            return SourceRange(self._numbers[file], info.offset, info.dtype, placed)
+        file, info, parts = self._tensors[name]
+        if parts:
+            parts = tuple([part._replace(file=self._numbers[part.file]) for part in parts])
+            return SourceRange(self._numbers[file], info.offset, info.dtype, parts=parts)
+        return SourceRange(self._numbers[file], info.offset, info.dtype)
 
 
 class Segment(NamedTuple):
@@ -97,10 +170,7 @@ def specify_tensors(
         RecipeError: a filter matches no tensor.
     """
     refuse_idle_filters(rules, rows)
-    held, first_file = [], 0
-    for checkpoint in inputs.checkpoints:
-        held.append((checkpoint.tensors, first_file))
-        first_file += len(checkpoint.files)
+    held = [(checkpoint.tensors, Ranges(inputs, side)) for side, checkpoint in enumerate(inputs.checkpoints)]
     heads = tied_embeddings(inputs.leading, inputs.config_of(inputs.lead))
     values_for, places = TensorValues(recipe, depth), depth.places
 
@@ -110,11 +180,10 @@ def specify_tensors(
         # A head that is tied to its embedding is one weight with it, and has one coefficient.
         counts_as = name if inside else heads.get(name, name)
         ranges, infos = [], []
-        for (tensors, first_file), there in zip(held, row):  # noqa: B905 - as many by `Names`; strictness takes time
+        for (tensors, range_of), there in zip(held, row):  # noqa: B905 - as many by `Names`; strictness takes time
             if there is not None:
-                file, info = tensors[there]
-                ranges.append(SourceRange(first_file + file, info.offset, info.dtype))
-                infos.append(info)
+                ranges.append(range_of(there))
+                infos.append(tensors[there].info)
         specs.append(
             _specify(
                 recipe,
@@ -138,9 +207,8 @@ def specify_tensors(
 
 def taken_whole(spec: TensorSpec, recipe: Recipe, inputs: Inputs, side: int, there: str) -> TensorSpec:
     """A tensor that cannot be merged as one input has it, under the name `there`."""
-    first_file = sum(len(checkpoint.files) for checkpoint in inputs.checkpoints[:side])
-    file, info = inputs.checkpoints[side].tensors[there]
-    whole = Segment(0, info.numel, copy=SourceRange(first_file + file, info.offset, info.dtype))
+    info = inputs.checkpoints[side].tensors[there].info
+    whole = Segment(0, info.numel, copy=Ranges(inputs, side)(there))
     kept = spec._replace(dtype=_written_as(recipe, info.dtype), shape=info.shape, segments=(whole,))
     return kept._replace(in_float64=False, paired=False, misfit=None)
 
@@ -388,8 +456,7 @@ def _specify(
     shared = min(info.numel for info in infos)
     segments = [Segment(0, shared, base=base, models=models)]
     if kept.numel > shared:  # rows that only the kept side surely has: as they are there
-        rest = SourceRange(source.file, source.offset + shared * itemsize(source.dtype), source.dtype)
-        segments.append(Segment(shared, kept.numel - shared, copy=rest))
+        segments.append(Segment(shared, kept.numel - shared, copy=source.behind(shared)))
     others = frozenset(info.shape[axis] for info in infos if info.shape != kept.shape)
     return TensorSpec(*begun, dtype, kept.shape, tuple(segments), decided_by, in_float64, (others, kept.shape[axis]))
 

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from lines_cli.errors import RecipeError, some
+from lines_cli.hub.download import base_and_adapter
 from lines_cli.recipe.plain_yaml import LARGEST, Place, YamlError, anchored_keys, read_yaml
 from lines_cli.recipe.schema import Recipe
 from lines_cli.recipe.validate import dotted, make_recipe
@@ -275,16 +276,21 @@ def _with_paths(
     """
     files: dict[tuple[int, int, str | None], str] = {}
 
+    def seen(half: str) -> str:
+        return _beside(folder, half, look=True)
+
     def resolved(name: Any) -> Any:
         if not isinstance(name, str) or not name or "\0" in name:
             return name  # which will be refused
         path = os.path.expanduser(elsewhere[name]) if name in elsewhere else _beside(folder, name, look=look)
-        if look and "+" in name and not os.path.lexists(file_and_part(path)[0]):
-            raise RecipeError(
-                f"{name}: no such file or folder; if this means a LoRA adapter, lines does not fold it in",
-                hint="Fold it into its base first (peft: merge_and_unload, save_pretrained), and give that folder.",
-            )
-        if look:
+        if (
+            look
+            and "+" in name
+            and not os.path.lexists(file_and_part(path)[0])
+            and (halves := base_and_adapter(name, seen))
+        ):
+            path = "+".join(map(resolved, halves))
+        elif look:
             with suppress(OSError, ValueError):
                 file, part = file_and_part(path)
                 there = os.stat(file)
