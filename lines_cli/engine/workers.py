@@ -22,6 +22,7 @@ from lines_cli.engine.buffers import Buffer, Loaded
 from lines_cli.engine.chunks import Chunk, PlanChunk, Tensor
 from lines_cli.engine.devices import SLOTS, has_own_memory
 from lines_cli.engine.formulas import Makers
+from lines_cli.engine.gather import Gather
 from lines_cli.engine.input_files import Opened, read_input
 from lines_cli.engine.shared_entries import are_shared
 from lines_cli.engine.whole_tensors import Kept, Whole
@@ -68,6 +69,7 @@ class Reader:
         self._views: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None  # of what is held: the last asked for
         self._out: list[Buffer] = []
         self._makers = Makers(self._factor, device)
+        self._gather = Gather(self._fill, self._makers, device)
         if not self._allocate():
             self.halve()
 
@@ -135,7 +137,10 @@ class Reader:
         width = itemsize(source.dtype)
         view = buffer.to_fill(chunk.numel * width)
         what = f"tensor {printable(chunk.tensor.name)}"
-        self._fill(view, source.file, source.offset + chunk.first * width, what)
+        if source.gathered is not None:
+            self._gather.read(view, source, source.first + chunk.first, what)
+        else:
+            self._fill(view, source.file, source.offset + chunk.first * width, what)
         return Loaded(buffer, source.dtype, chunk.numel, view)
 
     def made(self, chunk: Chunk[Tensor], source: SourceRange, into: torch.Tensor) -> torch.Tensor:
@@ -280,6 +285,17 @@ class Worker(Reader):
             found &= are_shared(first, self.read(chunk, source).values())
         return found
 
+    def as_is(self, chunk: PlanChunk) -> torch.Tensor | None:
+        """Which entries of a chunk one input alone has, so that they are its own: [numel], boolean; None of none."""
+        rows = chunk.segment.as_is
+        spans = list(rows.within(chunk.first, chunk.first + chunk.numel)) if rows is not None else []
+        if not spans:
+            return None
+        found = torch.zeros(chunk.numel, dtype=torch.bool)
+        for begin, end in spans:
+            found[begin - chunk.first : end - chunk.first] = True
+        return found.to(self.device)
+
     def put_back(self, chunk: PlanChunk, stays: torch.Tensor, stored: torch.Tensor) -> None:
         """Write the entries that stay into a chunk as the inputs have them; NaN of another dtype loses its payload.
 
@@ -334,7 +350,7 @@ class Worker(Reader):
             name, start = printable(chunk.tensor.name), chunk.segment.start + chunk.first
             values = self.read(chunk, source).values()
             if bad := first_nonfinite(values if stays is None else values.masked_fill(stays, 0.0)):
-                path = self.plan.paths[source.file]
+                path = self.plan.paths[file_behind(source, source.first + chunk.first + bad[0])]
                 return f"{path}: tensor {name} holds {bad[1]}, first at entry {start + bad[0]:,}"
             if source.steps:
                 values = self.made(chunk, source, torch.empty(chunk.numel, dtype=torch.float64, device=self.device))
@@ -375,6 +391,16 @@ class Worker(Reader):
         else:
             return ALLOW_NONFINITE
         return f"It looks like a mask that the inputs write differently: {way} {ALLOW_NONFINITE}"
+
+
+def file_behind(source: SourceRange, entry: int) -> int:
+    """The file that an entry of a table comes from: of gathered rows that of its row, of a mean of one of them."""
+    if source.gathered is None:
+        return source.file
+    row = entry // source.gathered.width
+    (part, *_), *_ = source.gathered.runs.within(row, row + 1)
+    tables = source.gathered.parts[part]
+    return file_behind(tables[0], entry) if tables else source.file
 
 
 def _sources_behind(chunk: PlanChunk) -> tuple[SourceRange, ...]:
