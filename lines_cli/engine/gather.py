@@ -107,7 +107,7 @@ class Gather:
             for row in range(0, gathered.mean_of, rows):
                 number = min(rows, gathered.mean_of - row)
                 part = raw[: number * width * itemsize(source.dtype)]
-                self.read(part, source, row * width, "a token embedding")
+                self.read(part, source, row * width)
                 total += _entries(part, source.dtype).view(number, width).sum(0, dtype=torch.float64)
             known = self._means[id(gathered)] = gathered, total / max(1, gathered.mean_of)
         entries = _entries(into, source.dtype)
