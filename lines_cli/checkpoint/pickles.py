@@ -54,6 +54,17 @@ class Made:
         self.items: dict[Any, Any] = {}
 
 
+class OtherKey:
+    """Stands for the key of a dict that is neither text nor a number that 64 bits hold. Of others, as many as one likes
+    could have one hash, or be nested so deep that to hash them takes more stack than there is.
+    """
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "a key of another kind"
+
+
 class Hooks:
     """What a reader makes of the three instructions that reach out of the pickle; here as little as can be."""
 
@@ -74,7 +85,8 @@ class Hooks:
 
 
 def read_pickle(data: bytes, at: int = 0, hooks: Hooks | None = None) -> tuple[Any, int]:
-    """The value that a pickle describes, and where the pickle ends. Of dicts only items are kept whose key is plain.
+    """The value that a pickle describes, and where the pickle ends. Keys of dicts are text, or small numbers; any other
+    becomes an `OtherKey` of its own.
 
     Args:
         data: the bytes, of protocol 2 or later.
@@ -100,9 +112,6 @@ def read_pickle(data: bytes, at: int = 0, hooks: Hooks | None = None) -> tuple[A
 
 _ENDS = "it ends within its pickle"
 _NONSENSE = "its pickle makes no sense, at byte {:,} of it"
-
-_PLAIN = (str, int, bytes, float, type(None), Global)
-"""Keys that are kept. Others could be nested so deep that to hash them takes more stack than there is."""
 
 _U1, _U2, _U4, _U8 = (struct.Struct(f"<{size}") for size in "BHIQ")
 _I4, _F8 = struct.Struct("<i"), struct.Struct(">d")
@@ -291,7 +300,9 @@ def _put(into: Any, keys: Sequence[Any], values: Sequence[Any]) -> None:
     items = into.items if isinstance(into, Made) else into
     if not isinstance(items, dict) or len(keys) != len(values):
         raise TypeError(items)
-    items.update((key, value) for key, value in zip(keys, values, strict=True) if isinstance(key, _PLAIN))
+    for key, value in zip(keys, values, strict=True):
+        plain = isinstance(key, str) or (isinstance(key, int) and -(2**63) <= key < 2**63)
+        items[key if plain else OtherKey()] = value
 
 
 def _append(values: Sequence[Any], into: Any) -> None:

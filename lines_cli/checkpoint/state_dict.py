@@ -197,9 +197,12 @@ _MAKE_PLAIN = (
 def _refuse_name(path: Path, name: Any) -> None:
     """Refuse a tensor that safetensors could not hold by its name."""
     if not isinstance(name, str):
-        raise UnsupportedError(f"{path}: a tensor is stored under {name!r}, which is no text")
+        raise UnsupportedError(f"{path}: a tensor is stored under {name!r}, which is no text", hint=_RENAME)
     if name == "__metadata__" or any("\ud800" <= character <= "\udfff" for character in name):
-        raise CheckpointError(f"{path}: a tensor is called {name!r}, which safetensors does not allow")
+        raise UnsupportedError(f"{path}: a tensor is called {name!r}, which safetensors does not allow", hint=_RENAME)
+
+
+_RENAME = "Give it another name with torch, and save the state dict again."
 
 
 def _unlike_plain(value: Any, seen: set[int]) -> str | None:
@@ -255,7 +258,10 @@ _SHOWN = 6
 
 
 def _quoted(name: str) -> str:
-    return repr(printable(name))
+    return repr(printable(name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..."))
+
+
+_LONGEST_NAME = 200
 
 
 def _refuse_part(called: str, value: Any, part: str) -> NoReturn:
@@ -282,10 +288,11 @@ def _refuse_none(path: Path, value: Any, keys: tuple[str, ...], called: str) -> 
             way = "".join(f"[{key!r}]" for key in (*keys, *key))
             where = f", under {_quoted('.'.join(map(str, (*keys, *key))))}" if way else ""
             loaded = f"torch.load({in_python(path)}, map_location='cpu', weights_only=False){way}"
+            module = isinstance(inner.state, dict) and "_modules" in inner.state
             raise UnsupportedError(
-                f"{path} holds no state dict, but a whole pickled object, of {printable(str(inner.of))}{where}: to "
-                "load that is to run code",
-                hint=in_two_lines(loaded, path),
+                f"{path} holds no state dict, but a whole pickled {'module' if module else 'object'}, of "
+                f"{printable(str(inner.of))}{where}: to load that is to run code",
+                hint=in_two_lines(loaded, path, of_module=module),
             )
     if others := _state_dicts(value, keys, everything=True):
         raise CheckpointError(

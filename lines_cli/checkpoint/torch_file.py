@@ -92,8 +92,8 @@ _HARMFUL_MODULES = re.compile(
     r"(?:os|posix|nt|subprocess|_posixsubprocess|pty|shutil|socket|runpy|ctypes|webbrowser|importlib|pip|code|codeop"
     r"|commands|popen2|bdb|pdb|timeit|pydoc|cProfile)(?:\..+)?"
 )
-_HARMFUL_NAMES = frozenset("eval exec execfile compile open __import__ input breakpoint".split())
-_BUILTINS = frozenset({"builtins", "__builtin__", "__builtins__"})
+_HARMFUL_NAMES = frozenset("eval exec execfile compile open open_code FileIO __import__ input breakpoint".split())
+_BUILTINS = frozenset({"builtins", "__builtin__", "__builtins__", "io", "_io", "codecs", "_pyio"})
 
 
 class Storage(NamedTuple):
@@ -329,7 +329,7 @@ class _Hooks(Hooks):
             function, of_type, inner, *_ = arguments
             if isinstance(function, Global) and isinstance(of_type, Global) and str(of_type) in _PLAIN_TYPES:
                 return self.called(function, inner)
-            return Odd(f"a tensor of a subclass, {of_type}")
+            return Odd(f"a tensor of a subclass{f', {of_type}' if isinstance(of_type, Global) else ''}")
         if name == "torch.Size":
             return tuple(arguments[0])
         if name in _ODD or name.startswith(_REBUILT):
@@ -344,7 +344,9 @@ def _tensor(function: str, storage: Any, first: Any, shape: Any, strides: Any, *
     of_third_kind = function.endswith("_v3")
     dtype = storage.dtype
     if of_third_kind:
-        dtype = more[2].name if isinstance(more[2], Global) and more[2].module == "torch" else str(more[2])
+        if not isinstance(more[2], Global):
+            raise TypeError(dtype)
+        dtype = more[2].name
     metadata = more[3 if of_third_kind else 2 :]
     if any(metadata):
         return Odd("a view that is yet to be conjugated or negated")
@@ -436,7 +438,7 @@ def _of_old(path: Path, fd: int, size: int) -> TorchFile:
     for key in keys:
         storage = storages.get(key) if isinstance(key, str) else None
         if storage is None or key in places:
-            raise PickleError(f"it holds a storage that its pickle does not name, {str(key)[:100]!r}")
+            raise PickleError("it holds a storage that its pickle does not name")
         count = _read(fd, at, 8)
         if len(count) < 8:
             raise PickleEndError("it ends before its last storage")
@@ -458,7 +460,9 @@ def _old_pickles(path: Path, raw: bytes) -> tuple[Any, list[Any], dict[str, Stor
     if magic != _MAGIC:
         raise UnsupportedError(
             f"{path}: pickled, but not by torch.save: lines cannot read its tensors one by one",
-            hint=in_two_lines(f"pickle.load(open({in_python(path)}, 'rb'))", path, imports="pickle, torch"),
+            hint=in_two_lines(
+                f"pickle.load(open({in_python(path)}, 'rb'))", path, imports="pickle, torch", of_module=False
+            ),
         )
     _, at = read_pickle(raw, at, hooks)
     machine, at = read_pickle(raw, at, hooks)
@@ -502,21 +506,21 @@ def in_python(path: Path) -> str:
     return json.dumps(printable(str(path)), ensure_ascii=False)
 
 
-def in_two_lines(found: str, path: Path, *, imports: str = "torch", warn: bool = True) -> str:
-    """How to save weights so that they can be read: where the program that made the file can be imported, for loading
-    such a file runs code.
+def in_two_lines(loaded: str, path: Path, *, imports: str = "torch", of_module: bool = True) -> str:
+    """How to get a state dict out of a file that has to be loaded, which runs code.
 
     Args:
-        found: an expression of Python that is a module, or has `state_dict` of what is in the file.
+        loaded: an expression of Python that loads it.
         path: the file.
         imports: the modules that it takes.
-        warn: whether to say that it runs code.
+        of_module: whether what is loaded is known to be a module.
     """
-    safe = " That runs code in the file: do it only if you trust it." if warn else ""
+    state = "model.state_dict()" if of_module else "getattr(model, 'state_dict', lambda: model)()"
     return (
-        f"Save its state dict, where the code that made it can be imported.{safe}\n"
-        f"    import {imports}; found = {found}\n"
-        f"    torch.save(found.state_dict() if hasattr(found, 'state_dict') else found, {_beside(path)})"
+        "Save its state dict, where the code that made it can be imported. That runs what the file says: do it only if "
+        "you trust it.\n"
+        f"    import {imports}; model = {loaded}\n"
+        f"    torch.save({state}, {_beside(path)})"
     )
 
 
@@ -524,8 +528,8 @@ def of_torchscript(path: Path) -> str:
     """How to get a state dict of a TorchScript program."""
     return (
         "Save its state dict:\n"
-        f"    import torch; found = torch.jit.load({in_python(path)}, map_location='cpu')\n"
-        f"    torch.save(found.state_dict(), {_beside(path)})"
+        f"    import torch; model = torch.jit.load({in_python(path)}, map_location='cpu')\n"
+        f"    torch.save(model.state_dict(), {_beside(path)})"
     )
 
 
