@@ -200,14 +200,14 @@ class _Dequantised:
             number = min(number, self._down - self._first)
             offset = info.offset + self._first * self._across * itemsize(info.dtype)
             part = TensorInfo(info.dtype, (number, self._across), offset, number * self._across * itemsize(info.dtype))
-            self._held = _as_scales(self._load(StoredTensor(file, part)), dtype)
+            self._held = as_scales(self._load(StoredTensor(file, part)), dtype)
         return self._held
 
 
 _SCALES = 64 * 1024  # that are held at a time, or a row of blocks
 
 
-def _as_scales(stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def as_scales(stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Scales as numbers; bytes are exponents of two, 127 too large, the largest of which is NaN (E8M0 of OCP's
     microscaling formats).
     """

@@ -21,11 +21,12 @@ from lines_cli.engine.devices import Devices
 from lines_cli.engine.input_files import Opened, allow_open_files, opened, refuse_changed, with_views
 from lines_cli.engine.measure import Measurement, Track, measure, untracked
 from lines_cli.engine.pool import Pool
+from lines_cli.engine.scales import measure_scales, with_scales
 from lines_cli.engine.workers import Worker
 from lines_cli.engine.write import Outcome, Target, Write, output_ranges
 from lines_cli.errors import OutputError
 from lines_cli.plan.identity import digests_of, identity, replaceable
-from lines_cli.plan.plan import Plan
+from lines_cli.plan.plan import SCALES, Plan
 from lines_cli.plan.realised import groups_of
 from lines_cli.plan.realised import record_of as record_of_layers
 from lines_cli.plan.resolve import resolve
@@ -109,6 +110,7 @@ def run(
         measurement = _measured(staging, plan, sources, devices, track)
         if plan.needs:
             plan = resolve(plan, measurement.statistics)
+        plan, measurement = _with_scales(staging, plan, measurement, (sources, devices, track))
         targets = [Target(staging.create(f.name, f.nbytes), GrowingDigest(f.nbytes)) for f in plan.outputs]
         job = Write(plan, targets, groups_of(plan))
         finished = job.take_over(staging.contents.parts) if staging.contents else set()
@@ -157,6 +159,24 @@ def _measured(staging: Staging, plan: Plan, sources: Sequence[Opened], devices: 
         with naming(plan.output):
             staging.journal.measured(measurement.statistics.to_json())
     return measurement
+
+
+def _with_scales(
+    staging: Staging, plan: Plan, measurement: Measurement, how: tuple[Sequence[Opened], Devices, Track]
+) -> tuple[Plan, Measurement]:
+    """The plan with the scales of what is stored in 8 bits, from the journal if they were measured before."""
+    if not plan.to_quantise:
+        return plan, measurement
+    if staging.contents is not None and staging.contents.measured is not None:
+        with suppress(KeyError, TypeError, ValueError, AttributeError):
+            known = Statistics.of(staging.contents.measured, plan.number_of_models)
+            if (found := with_scales(plan, known)) is not None:
+                return found, measurement
+    nbytes = plan.bytes_of_pass(SCALES)
+    plan = measure_scales(plan, *how)
+    with naming(plan.output):
+        staging.journal.measured(plan.statistics.to_json())
+    return plan, Measurement(plan.statistics, measurement.passes + 1, measurement.bytes_read + nbytes)
 
 
 def _verify(staging: Staging, records: Mapping[str, FileRecord]) -> None:
