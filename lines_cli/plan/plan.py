@@ -461,7 +461,7 @@ def _bytes_of(segments: Iterable[Segment]) -> int:
     return total
 
 
-SCALES = "scales of 8 bits"
+SCALES = "FP8 scales"
 """What the pass measures that finds the scales of an output in FP8."""
 
 BYTES_COUNTING = 6 * 2**20
