@@ -310,6 +310,7 @@ OTHER_MEANINGS = {
     "checkpoint.contents": {"weight"},
     "checkpoint.adapter": {"weight"},
     "checkpoint.quantised": {"scale", "weight"},
+    "plan.fp8": {"scale"},
     "inspection.report": {"lambda"},  # a key of the report
     "inspection.tables": {"lambda"},
     "recipe.schema": {"task_arithmetic"},  # what a recipe is that says no method

@@ -187,21 +187,28 @@ class _Dequantised:
     def apply(self, entries: torch.Tensor, first: int) -> None:
         for part in parts_of(self._step, first, entries.numel()):
             below = part.rows_of_blocks(self._step)
-            scales = self._scales(int(below[0]), int(below[-1]) + 1, entries.dtype)
-            scales = scales[(below - self._first).to(self._device), part.left : part.left + part.blocks]
+            if part.rows == 1 and self._across > _SCALES:  # of a row that is longer than any chunk
+                scales = self._read(int(below[0]) * self._across + part.left, (1, part.blocks), entries.dtype)
+            else:
+                scales = self._scales(int(below[0]), int(below[-1]) + 1, entries.dtype)
+                scales = scales[(below - self._first).to(self._device), part.left : part.left + part.blocks]
             part.of(entries).mul_(scales.unsqueeze(-1))
 
     def _scales(self, begin: int, end: int, dtype: torch.dtype) -> torch.Tensor:
         """The scales of the rows of blocks from `self._first` on, those from `begin` up to `end` among them."""
         if begin < self._first or end > self._first + len(self._held) or self._held.dtype != dtype:
             number = max(end - begin, _SCALES // max(1, self._across))
-            file, info, _ = self._stored
             self._first = 0 if self._down <= number else begin
             number = min(number, self._down - self._first)
-            offset = info.offset + self._first * self._across * itemsize(info.dtype)
-            part = TensorInfo(info.dtype, (number, self._across), offset, number * self._across * itemsize(info.dtype))
-            self._held = as_scales(self._load(StoredTensor(file, part)), dtype)
+            self._held = self._read(self._first * self._across, (number, self._across), dtype)
         return self._held
+
+    def _read(self, first: int, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        """Scales from one on, which follow one another."""
+        file, info, _ = self._stored
+        width = itemsize(info.dtype)
+        part = TensorInfo(info.dtype, shape, info.offset + first * width, math.prod(shape) * width)
+        return as_scales(self._load(StoredTensor(file, part)), dtype)
 
 
 _SCALES = 64 * 1024  # that are held at a time, or a row of blocks
