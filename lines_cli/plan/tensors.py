@@ -419,7 +419,8 @@ def _specify(
     if axis is None or recipe.resize == "error":
         if axis is not None:
             misfit += f", which {'--resize' if inputs.of_an_edit else 'resize:'} would settle"
-        swapped = [info.shape in (lead.shape, lead.shape[::-1]) for info in infos]
+        ways = (lead.shape, lead.shape[::-1], (*lead.shape[:-2], *lead.shape[-2:][::-1]))  # the last of many matrices
+        swapped = [info.shape in ways for info in infos]
         return TensorSpec(
             *begun,
             dtype,
