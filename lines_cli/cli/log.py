@@ -14,7 +14,7 @@ from lines_cli.errors import printable, without_secrets
 from lines_cli.version import ABOUT
 
 FLAG, VARIABLE = "--log-json", "LINES_LOG_JSON"
-_YES = ("1", "true", "t", "yes", "y", "on")  # what the option parser takes for it
+_YES = "1 true t yes y on".split()  # what the option parser takes for it
 
 
 def is_asked_for(given: Sequence[str]) -> bool:

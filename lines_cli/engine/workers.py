@@ -22,6 +22,7 @@ from lines_cli.engine.buffers import Buffer, Loaded
 from lines_cli.engine.chunks import Chunk, PlanChunk, Tensor
 from lines_cli.engine.devices import SLOTS, has_own_memory
 from lines_cli.engine.formulas import Makers
+from lines_cli.engine.gather import Gather
 from lines_cli.engine.input_files import Opened, read_input
 from lines_cli.engine.parts import Turned, read_parts
 from lines_cli.engine.shared_entries import are_shared
@@ -72,6 +73,7 @@ class Reader:
         self._views: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None  # of what is held: the last asked for
         self._out: list[Buffer] = []
         self._makers = Makers(self._factor, device)
+        self._gather = Gather(self._fill, self._makers, device)
         if not self._allocate():
             self.halve()
 
@@ -143,7 +145,9 @@ class Reader:
             self._raw.append(self._raw.pop(0))  # the next input goes into the next one
         width = itemsize(source.dtype)
         view = buffer.to_fill(chunk.numel * width)
-        if source.parts:
+        if source.gathered is not None:
+            self._gather.read(view, source, source.first + chunk.first)
+        elif source.parts:
             read_parts(source.parts, chunk.first, view, width, self._fill, self._turned)
         else:
             self._fill(source.file, view, source.offset + chunk.first * width)
@@ -295,6 +299,17 @@ class Worker(Reader):
             found &= are_shared(first, self.read(chunk, source).values())
         return found
 
+    def as_is(self, chunk: PlanChunk) -> torch.Tensor | None:
+        """Which entries of a chunk one input alone has, so that they are its own: [numel], boolean; None of none."""
+        rows = chunk.segment.as_is
+        spans = list(rows.within(chunk.first, chunk.first + chunk.numel)) if rows is not None else []
+        if not spans:
+            return None
+        found = torch.zeros(chunk.numel, dtype=torch.bool)
+        for begin, end in spans:
+            found[begin - chunk.first : end - chunk.first] = True
+        return found.to(self.device)
+
     def put_back(self, chunk: PlanChunk, stays: torch.Tensor, stored: torch.Tensor) -> None:
         """Write the entries that stay into a chunk as the inputs have them; NaN of another dtype loses its payload.
 
@@ -349,6 +364,8 @@ class Worker(Reader):
             values = self.read(chunk, source).values()
             if bad := first_nonfinite(values if stays is None else values.masked_fill(stays, 0.0)):
                 file, own, at = source.place_of(chunk.first + bad[0])
+                if source.gathered is not None:
+                    file = file_behind(source, source.first + chunk.first + bad[0])
                 at += 0 if own else chunk.segment.start
                 name = printable(own or chunk.tensor.name)
                 return f"{self.plan.paths[file]}: tensor {name} holds {bad[1]}, first at entry {at:,}"
@@ -392,6 +409,16 @@ class Worker(Reader):
         else:
             return ALLOW_NONFINITE
         return f"It looks like a mask that the inputs write differently: {way} {ALLOW_NONFINITE}"
+
+
+def file_behind(source: SourceRange, entry: int) -> int:
+    """The file that an entry of a table comes from: of gathered rows that of its row, of a mean of one of them."""
+    if source.gathered is None:
+        return source.file
+    row = entry // source.gathered.width
+    (part, *_), *_ = source.gathered.runs.within(row, row + 1)
+    tables = source.gathered.parts[part]
+    return file_behind(tables[0], entry) if tables else source.file
 
 
 def _sources_behind(chunk: PlanChunk) -> tuple[SourceRange, ...]:

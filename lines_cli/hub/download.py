@@ -216,8 +216,8 @@ def _fetch(asked: _Asked) -> Located:
 
 
 def _heads(asked: _Asked, commit: str, names: Collection[str], chosen: str) -> Located | None:
-    """The headers of the weights, and the small files that are wanted with them; None where all weights are here, or in a
-    format whose structure is not at the beginning of its files.
+    """The headers of the weights, and the small files that are wanted with them; None where all weights are here, or
+    in a format whose structure is not at the beginning of its files.
     """
     from huggingface_hub import hf_hub_download, snapshot_download
 

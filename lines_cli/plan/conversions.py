@@ -192,7 +192,10 @@ class Rules:
             return name
         for pattern, instead in self._renames:
             if found := pattern.search(name):
-                name = name.replace(found[0], found.expand(instead) if "\\" in instead else instead, 1)
+                new = found.expand(instead) if "\\" in instead else instead
+                more = new.find(found[0])
+                if more < 0 or not name.startswith(new, max(found.start() - more, 0)):  # else it is called so already
+                    name = name.replace(found[0], new, 1)
         return name
 
     def canonical(self, name: str) -> str:

@@ -37,6 +37,7 @@ def identity(plan: Plan) -> dict[str, Any]:
     return {
         "lines": __version__,
         **({"package": package} if package else {}),
+        **({"vocabulary": plan.vocabulary.digest} if plan.vocabulary else {}),
         "recipe": dump_recipe(plan.recipe, named=named_inputs(plan)),
         "inputs": {os.path.realpath(path): [*state] for path, state in zip(plan.paths, plan.states, strict=True)},
         "outputs": [[file.name, file.nbytes, sha256(file.head).hexdigest()] for file in plan.outputs],

@@ -25,6 +25,8 @@ from lines_cli.plan.layout import OutputFile
 from lines_cli.plan.resources import TURNED_AT_ONCE, TURNING, BytesPerEntry, Resources
 from lines_cli.plan.statistics import NOTHING_MEASURED, Needs, Statistics
 from lines_cli.plan.tensors import STORED, Segment, SourceRange, TensorSpec
+from lines_cli.plan.vocabulary import Vocabulary
+from lines_cli.plan.vocabulary import report as vocabulary_report
 from lines_cli.recipe.schema import Recipe
 from lines_cli.scaling.find_depth import DepthMap, Place
 from lines_cli.scaling.schedule import Rules
@@ -97,6 +99,7 @@ class Plan:
         sidecars: the other files of an output folder; empty for a single file.
         notes: what a person should know of how disagreements were settled.
         rows: numbers of vocabulary rows that became another number.
+        vocabulary: the output's tokens, where rows are paired by them.
     """
 
     recipe: Recipe
@@ -112,6 +115,7 @@ class Plan:
     sidecars: tuple[Sidecar, ...]
     notes: tuple[str, ...]
     rows: Mapping[int, int]
+    vocabulary: Vocabulary | None = None
 
     @property
     def views(self) -> list[Views]:
@@ -409,6 +413,7 @@ class Plan:
                 }
                 for pattern, value in self.filters()
             ],
+            "vocabulary": vocabulary_report(self.vocabulary, self.inputs),
             "edited": counts(tensor for tensor in self.tensors if tensor.edited),
             "copied": counts(tensor for tensor in self.tensors if not tensor.edited),
             "bytes": {"read": self.bytes_read, "written": self.bytes_written},

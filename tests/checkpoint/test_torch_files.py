@@ -585,9 +585,15 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], type[LinesError], list[str]]] =
     ),
     "a part of a state": (named("mp_rank_00_model_states.pt"), UnsupportedError, ["one part of a training state"]),
     "ZeRO's": (named("zero_pp_rank_0_mp_rank_00_model_states.pt"), UnsupportedError, ["one part of a training"]),
-    "a folder of parts": (folder_of("__0_0.distcp", "__1_0.distcp"), UnsupportedError, ["__0_0.distcp", "the parts of"]),
+    "a folder of parts": (
+        folder_of("__0_0.distcp", "__1_0.distcp"),
+        UnsupportedError,
+        ["__0_0.distcp", "parts of a training"],
+    ),
     "a folder of ZeRO's": (
-        folder_of("mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"), UnsupportedError, ["the parts of a"],
+        folder_of("mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"),
+        UnsupportedError,
+        ["parts of a training"],
     ),
     "what trainers keep alone": (folder_of("optimizer.pt", "rng_state.pth"), CheckpointError, ["no weights"]),
     "several files": (folder_of("a.pt", "b.ckpt"), CheckpointError, ["several sets of weights", "a.pt", "b.ckpt"]),

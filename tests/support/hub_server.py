@@ -174,9 +174,16 @@ class HubServer:
 
     def _serve(self, handler: type[_Handler]) -> ThreadingHTTPServer:
         bound = type(handler.__name__, (handler,), {"hub": self})
-        server = ThreadingHTTPServer(("127.0.0.1", 0), bound)
+        server = _Server(("127.0.0.1", 0), bound)
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return server
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that closes its connection is no fault of ours."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -297,6 +304,8 @@ class _Hub(_Handler):
         elif parts[2:3] == ["resolve"]:
             repo, file = "/".join(parts[:2]), unquote("/".join(parts[4:]))
             self.note("file", repo, file)
+            if self.fails("file"):
+                return
             commit = self.admitted(repo, unquote(parts[3]), content=True)
             if commit:
                 self.file(repo, commit, file)
