@@ -34,7 +34,7 @@ def weights(**values: float) -> bytes:
 def pickled(**values: float) -> bytes:
     """The same, as torch.save writes it."""
     into = io.BytesIO()
-    torch.save({name: torch.full((2, 2), value) for name, value in values.items()}, into)
+    torch.save({name: torch.full((2, 2), float(value)) for name, value in values.items()}, into)
     return into.getvalue()
 
 
