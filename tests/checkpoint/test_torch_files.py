@@ -373,6 +373,7 @@ FOUND: dict[str, tuple[Any, str | None, list[str]]] = {
     "fairseq": ({"args": argparse.Namespace(), "model": W, "last_optimizer_state": {"a": W}}, "model", ["args"]),
     "whisper": ({"dims": {"n_mels": 80}, "model_state_dict": W}, "model_state_dict", ["dims"]),
     "DeepSpeed": ({"module": W, "optimizer": None, "lr_scheduler": {"x": torch.ones(2)}}, "module", ["optimizer"]),
+    "LiNeS": (W | {"model_name": "ViT-B-32"}, None, ["model_name"]),
     "averaged": ({"n_averaged": torch.tensor(3), "module": W}, "module", ["n_averaged"]),
     "a queue beside it": ({"net": W, "queue": torch.ones(8, 8)}, "net", ["queue"]),
     "a loss with a centre": ({"teacher": W, "dino_loss": {"center": torch.ones(1, 9)}}, "teacher", ["dino_loss"]),
