@@ -15,10 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 from support.files import write_checkpoint
+from support.fp8 import FORMATS, LAYERS, near, plain
+from support.gguf import write_gguf
 from support.pages import DOCS, blocks, run_page
 from support.torch_files import write_folder
 
-GUIDES = {"adapters.md", "pickles.md", "diffusion.md", "mergekit.md", "forgetting.md", "jobs.md", "notebooks.md"}
+GUIDES = {"adapters", "quantised", "pickles", "diffusion", "mergekit", "forgetting", "jobs", "notebooks"}
 WIDTH = 64
 
 
@@ -61,7 +63,7 @@ DEFAULTS = [0.1, 0.4, 0.7, 1.0]
 def test_readme_names_every_guide() -> None:
     """Who comes to README finds the page for what they have."""
     links = set(re.findall(r"\]\(docs/([\w-]+\.md)", (DOCS.parent / "README.md").read_text(encoding="utf-8")))
-    assert links >= GUIDES | {"tour.md"}
+    assert links >= {f"{guide}.md" for guide in GUIDES | {"tour"}}
 
 
 def test_it_forgot_too_much(here: Path) -> None:
@@ -140,6 +142,23 @@ def test_diffusion(here: Path) -> None:
     torch.testing.assert_close(out[last], base[last] + 0.3 * (ft[last] - base[last]), rtol=0, atol=1e-6)
     for beside in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "model_index.json"):
         assert (here / "out" / beside).read_bytes() == (here / "ft" / beside).read_bytes()
+
+
+def test_quantised(here: Path) -> None:
+    """docs/quantised.md: what is in FP8 is edited as the numbers that it stands for."""
+    whole = {}
+    for side, model in (("base", plain()), ("ft", near(plain(), 1))):
+        stored = FORMATS["blocks"](model)
+        whole[side], whole[f"{side}-fp8"] = model, stored.whole
+        write_checkpoint(here / side, model, config={"num_hidden_layers": LAYERS})
+        write_checkpoint(here / f"{side}-fp8", stored.tensors, config=stored.config)
+    write_gguf(here / "model.gguf", {f"blk.{i}.ffn_up.weight": ("Q8_0", [8, 32]) for i in range(3)})
+    run_page("quantised.md")
+    name = "model.layers.0.q_proj.weight"
+    for out, base, ft in (("out", "base-fp8", "ft"), ("out2", "base", "ft-fp8")):
+        b, f = whole[base][name].float(), whole[ft][name].float()
+        wanted = b + torch.tensor(0.1) * (f - b)
+        assert torch.equal(load_file(here / out / "model.safetensors")[name], wanted.bfloat16())
 
 
 def test_a_mergekit_file(here: Path) -> None:
