@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from lines_cli.checkpoint.reader import Part
+from lines_cli.checkpoint.header import Part
 from lines_cli.engine.whole_tensors import Kept
 from lines_cli.plan.resources import TURNED_AT_ONCE
 

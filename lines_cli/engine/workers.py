@@ -15,11 +15,22 @@ from pathlib import Path
 
 import torch
 
-from lines_cli.checkpoint.header import itemsize
-from lines_cli.engine.arithmetic import TORCH_DTYPES, first_nonfinite, is_finite, same_nan, task_vector
+from lines_cli.checkpoint.formulas import Formula
+from lines_cli.checkpoint.header import StoredTensor, itemsize
+from lines_cli.engine.arithmetic import (
+    FLOAT8,
+    TORCH_DTYPES,
+    first_nonfinite,
+    is_finite,
+    same_nan,
+    task_vector,
+    widen,
+)
 from lines_cli.engine.buffers import Buffer, Loaded
 from lines_cli.engine.chunks import Chunk, PlanChunk, Tensor
 from lines_cli.engine.devices import SLOTS, has_own_memory
+from lines_cli.engine.formulas import Makers
+from lines_cli.engine.gather import Gather
 from lines_cli.engine.input_files import Opened, read_input
 from lines_cli.engine.parts import Turned, read_parts
 from lines_cli.engine.shared_entries import are_shared
@@ -69,6 +80,8 @@ class Reader:
         self._held = torch.empty(0)
         self._views: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None  # of what is held: the last asked for
         self._out: list[Buffer] = []
+        self._makers = Makers(self._factor, device)
+        self._gather = Gather(self._fill, self._makers, device)
         if not self._allocate():
             self.halve()
 
@@ -111,8 +124,13 @@ class Reader:
     def cut(self, chunks: Iterable[Chunk[Tensor]]) -> Iterator[Chunk[Tensor]]:
         """The same entries, in steps that fit the buffers."""
         for chunk in chunks:
-            self.at = chunk.tensor.name
+            self._begin(chunk.tensor.name)
             yield from chunk.cut(self.chunk)
+
+    def _begin(self, tensor: str) -> None:
+        if tensor != self.at:
+            self._makers.forget()
+        self.at = tensor
 
     def held(self, chunk: Chunk[Tensor]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """A place for the chunk's entries in each input, in the dtype they are widened to: all of it [inputs, numel],
@@ -135,13 +153,44 @@ class Reader:
             self._raw.append(self._raw.pop(0))  # the next input goes into the next one
         width = itemsize(source.dtype)
         view = buffer.to_fill(chunk.numel * width)
-        if source.parts:
+        if source.gathered is not None:
+            self._gather.read(view, source, source.first + chunk.first)
+        elif source.parts:
             read_parts(source.parts, chunk.first, view, width, self._fill, self._turned)
         else:
             self._fill(source.file, view, source.offset + chunk.first * width)
         return Loaded(buffer, source.dtype, chunk.numel, view)
 
+    def made(self, chunk: Chunk[Tensor], source: SourceRange, into: torch.Tensor) -> torch.Tensor:
+        """A chunk's entries in one input, widened, made of what is stored where it has steps: `into`, [numel]."""
+        return self.made_of(self.read(chunk, source), chunk, source, into)
+
+    def made_of(self, loaded: Loaded, chunk: Chunk[Tensor], source: SourceRange, into: torch.Tensor) -> torch.Tensor:
+        """The same of stored entries that were read before."""
+        widen(loaded.values(), into)
+        if source.steps:
+            self._makers.apply(into, source, chunk.first)
+        return into
+
+    def update(self, chunk: Chunk[Tensor], source: SourceRange, steps: tuple[Formula, ...], into: torch.Tensor) -> None:
+        """Put into [numel] what the last `steps` of a range add to a chunk's entries."""
+        self._makers.update(into, steps, source.first + chunk.first)
+
+    def _factor(self, stored: StoredTensor) -> torch.Tensor:
+        """All of a tensor that a step needs, in its shape.
+
+        Raises:
+            CheckpointError: the file cannot be read, or is shorter than it was.
+        """
+        file, info, _ = stored
+        dtype = _OF_FACTORS[info.dtype]
+        raw = bytearray(info.nbytes)
+        self._fill(file, memoryview(raw), info.offset)
+        values = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+        return values.view(info.shape).to(self.device)
+
     def _fill(self, file: int, view: memoryview, offset: int) -> None:
+        """Read bytes of an input into all of `view`."""
         path = self.paths[file]
         try:
             got = read_input(self.sources[file], view, offset)
@@ -195,18 +244,27 @@ class Worker(Reader):
     def cut(self, chunks: Iterable[PlanChunk]) -> Iterator[PlanChunk]:  # type: ignore[override]
         """The same entries, in steps that fit the buffers."""
         for chunk in chunks:
-            self.at, self.alone = chunk.tensor.name, chunk.numel == chunk.segment.numel
+            self._begin(chunk.tensor.name)
+            self.alone = chunk.numel == chunk.segment.numel
             yield from chunk.cut(self.chunk)
 
     def inputs(self, chunk: PlanChunk) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """What is merged: the base's entries, if there is a base, and each model's; [numel] each, in the compute dtype,
         to be overwritten. NaN and Inf that all of them share are 0 there (`stays`).
         """
-        base = self._read_base(chunk)
-        _, (_, *models) = self.held(chunk)
-        models = models[: len(chunk.segment.models)]
+        base, models = self._read_base(chunk), self._models(chunk)
         for into, source in zip(models, chunk.segment.models, strict=True):
-            into.copy_(self.read(chunk, source).values())
+            self.made(chunk, source, into)
+        self._set_aside(chunk, base, models)
+        return base, models
+
+    def _models(self, chunk: PlanChunk) -> list[torch.Tensor]:
+        """A place for each model's entries."""
+        _, (_, *models) = self.held(chunk)
+        return models[: len(chunk.segment.models)]
+
+    def _set_aside(self, chunk: PlanChunk, base: torch.Tensor | None, models: list[torch.Tensor]) -> None:
+        """Note NaN and Inf that all inputs of a chunk share (`stays`), and put 0 in their place."""
         every = models if base is None else [base, *models]
         self.stays = None
         if len(every) > 1 and not is_finite(every[0]):
@@ -214,7 +272,6 @@ class Worker(Reader):
             if self.stays is not None:
                 for entries in every:
                     entries.masked_fill_(self.stays, 0.0)
-        return base, models
 
     def base(self, chunk: PlanChunk) -> torch.Tensor | None:
         """The base's entries, as `inputs` gives them."""
@@ -229,26 +286,53 @@ class Worker(Reader):
         assert chunk.segment.copy is not None
         base = self._read_base(chunk)
         assert base is not None
-        values = self.held(chunk)[1][1].copy_(self.read(chunk, chunk.segment.copy).values())
+        values = self.made(chunk, chunk.segment.copy, self.held(chunk)[1][1])
         return values, base, values - base
 
     def _read_base(self, chunk: PlanChunk) -> torch.Tensor | None:
         if chunk.segment.base is None:
             return None
         _, (base, *_) = self.held(chunk)
-        return base.copy_(self.read(chunk, chunk.segment.base).values())
+        return self.made(chunk, chunk.segment.base, base)
 
     def _shared(self, chunk: PlanChunk, sources: Sequence[SourceRange]) -> torch.Tensor | None:
         """Where all inputs share NaN or Inf: [numel], boolean; None where one of them is no float that is
         computed with.
         """
-        if any(source.dtype not in TORCH_DTYPES for source in sources):
+        if any(source.dtype not in TORCH_DTYPES and not source.steps for source in sources):
             return None
-        first = self.read(chunk, sources[0]).values().clone()
+        first = self._numbers(chunk, sources[0]).clone()
         found = ~first.isfinite()
         for source in sources[1:]:
-            found &= are_shared(first, self.read(chunk, source).values())
+            found &= are_shared(first, self._numbers(chunk, source))
         return found
+
+    def _numbers(self, chunk: PlanChunk, source: SourceRange) -> torch.Tensor:
+        """A chunk's entries in one input: [numel], as they are stored, or in the compute dtype if they are made."""
+        if not source.steps:
+            return self.read(chunk, source).values()
+        dtype = torch.float64 if chunk.tensor.in_float64 else torch.float32
+        return self.made(chunk, source, torch.empty(chunk.numel, dtype=dtype, device=self.device))
+
+    def _codes(self, chunk: PlanChunk, source: SourceRange) -> torch.Tensor:
+        """What is stored of a chunk in one input: [numel], in a float dtype that is computed with."""
+        stored = self.read(chunk, source).values()
+        if source.dtype in TORCH_DTYPES:
+            return stored
+        wide = torch.empty(chunk.numel, dtype=torch.float32, device=self.device)
+        widen(stored, wide)
+        return wide
+
+    def as_is(self, chunk: PlanChunk) -> torch.Tensor | None:
+        """Which entries of a chunk one input alone has, so that they are its own: [numel], boolean; None of none."""
+        rows = chunk.segment.as_is
+        spans = list(rows.within(chunk.first, chunk.first + chunk.numel)) if rows is not None else []
+        if not spans:
+            return None
+        found = torch.zeros(chunk.numel, dtype=torch.bool)
+        for begin, end in spans:
+            found[begin - chunk.first : end - chunk.first] = True
+        return found.to(self.device)
 
     def put_back(self, chunk: PlanChunk, stays: torch.Tensor, stored: torch.Tensor) -> None:
         """Write the entries that stay into a chunk as the inputs have them; NaN of another dtype loses its payload.
@@ -258,7 +342,7 @@ class Worker(Reader):
             stays: [numel], boolean.
             stored: [numel], in the output's dtype.
         """
-        values = self.read(chunk, chunk.segment.sources[0]).values()
+        values = self._numbers(chunk, chunk.segment.sources[0])
         if values.dtype != stored.dtype:
             values = values.to(stored.dtype)
             same_nan(values)
@@ -266,11 +350,26 @@ class Worker(Reader):
         stored.view(bits).copy_(torch.where(stays, values.view(bits), stored.view(bits)))
 
     def task_vectors(self, chunk: PlanChunk) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The base's entries, and what each model changed of them: `f32(model) - f32(base)`, rounded."""
-        base, models = self.inputs(chunk)
+        """The base's entries, and what each model changed of them: `f32(model) - f32(base)`, rounded; of an adapter on
+        the base the update itself.
+        """
+        stored_base = chunk.segment.base
+        assert stored_base is not None
+        if not any(source.file == stored_base.file for source in chunk.segment.models):
+            base, models = self.inputs(chunk)
+            assert base is not None
+            every, _ = self.held(chunk)
+            task_vector(every[1 : 1 + len(models)], base)  # of all at once
+            return base, models
+        base, models = self._read_base(chunk), self._models(chunk)
         assert base is not None
-        every, _ = self.held(chunk)
-        task_vector(every[1 : 1 + len(models)], base)  # of all at once
+        for into, source in zip(models, chunk.segment.models, strict=True):
+            steps = source.update_on(stored_base)
+            if steps is None:
+                task_vector(self.made(chunk, source, into), base)
+            else:
+                self.update(chunk, source, steps, into)
+        self._set_aside(chunk, base, models)
         return base, models
 
     def keywords(self, tensor: TensorPlan, *, majority: int | None = None) -> Values:
@@ -284,14 +383,22 @@ class Worker(Reader):
         behind = _sources_behind(chunk)
         stays = self._shared(chunk, behind) if len(behind) > 1 else None
         for source in behind if chunk.segment.copy is None else (chunk.segment.copy,):
-            if source.dtype not in TORCH_DTYPES:
+            if source.dtype not in TORCH_DTYPES and not source.steps:
                 continue
-            values = self.read(chunk, source).values()
+            values = self._codes(chunk, source)
             if bad := first_nonfinite(values if stays is None else values.masked_fill(stays, 0.0)):
                 file, own, at = source.place_of(chunk.first + bad[0])
+                if source.gathered is not None:
+                    file = file_behind(source, source.first + chunk.first + bad[0])
                 at += 0 if own else chunk.segment.start
                 name = printable(own or chunk.tensor.name)
                 return f"{self.plan.paths[file]}: tensor {name} holds {bad[1]}, first at entry {at:,}"
+            if source.steps:
+                values = self.made(chunk, source, torch.empty(chunk.numel, dtype=torch.float64, device=self.device))
+                if bad := first_nonfinite(values if stays is None else values.masked_fill(stays, 0.0)):
+                    path, at = self.plan.paths[source.steps[-1].file], chunk.segment.start + chunk.first + bad[0]
+                    name = printable(chunk.tensor.name)
+                    return f"{path}: what it makes of tensor {name} holds {bad[1]}, first at entry {at:,}"
         return None
 
     def refuse_nonfinite(self, chunk: PlanChunk) -> None:
@@ -328,6 +435,16 @@ class Worker(Reader):
         return f"It looks like a mask that the inputs write differently: {way} {ALLOW_NONFINITE}"
 
 
+def file_behind(source: SourceRange, entry: int) -> int:
+    """The file that an entry of a table comes from: of gathered rows that of its row, of a mean of one of them."""
+    if source.gathered is None:
+        return source.file
+    row = entry // source.gathered.width
+    (part, *_), *_ = source.gathered.runs.within(row, row + 1)
+    tables = source.gathered.parts[part]
+    return file_behind(tables[0], entry) if tables else source.file
+
+
 def _sources_behind(chunk: PlanChunk) -> tuple[SourceRange, ...]:
     """Where all inputs have a chunk's entries, of a copy also those that it is no copy of."""
     if chunk.segment.copy is None:
@@ -344,6 +461,7 @@ def _pattern_of(name: str, plan: Plan) -> str:
     return pattern if alone else name
 
 
+_OF_FACTORS = {**TORCH_DTYPES, **FLOAT8, "U8": torch.uint8, "F8_E8M0": torch.uint8}
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 ALLOW_NONFINITE = "allow_nonfinite: true in the recipe (--allow-nonfinite of lines edit) lets such values through."

@@ -190,6 +190,8 @@ class Write:
             values, tau = self._scaled(chunk, merged)
         elif chunk.segment.base is not None:
             values, base, tau = worker.copied(chunk)
+        elif copy.steps:
+            values = worker.made(chunk, copy, worker.held(chunk)[1][0])
         else:
             loaded = worker.read(chunk, copy)
             if chunk.segment.compare and (differing := self._compare(worker, chunk, loaded.raw)):
@@ -206,7 +208,7 @@ class Write:
         if (
             self.draws
             and copy is not None
-            and copy.dtype in TORCH_DTYPES
+            and (copy.dtype in TORCH_DTYPES or copy.steps)
             and any(copy in segment.models for segment in chunk.tensor.spec.segments)
         ):
             kept = (float(chunk.numel),)  # to be merged, but one model with nothing dropped is itself
@@ -219,7 +221,7 @@ class Write:
         if dtype in TORCH_DTYPES and not is_finite(values):
             said = self._say_nonfinite(worker, chunk, values)
             tally.nonfinite.setdefault(name, said)
-            if copy is None or copy.dtype != dtype:
+            if copy is None or copy.dtype != dtype or copy.steps:
                 same_nan(values)
             else:  # the very bytes, once more: looking for it read other inputs into the same buffer
                 raw = worker.read(chunk, copy).raw
@@ -227,6 +229,8 @@ class Write:
             worker.put_back(chunk, stays, values)
             if not is_finite(values):
                 tally.nonfinite.setdefault(name, _shared(name))
+        if copy is None and (own := worker.as_is(chunk)) is not None:
+            worker.put_back(chunk, own, values)
         if copy is None and _VARIANCE.search(name) and (least := float(values.min())) < 0:
             tally.negative[name] = min(least, tally.negative.get(name, 0.0))
         if raw is None:
@@ -339,8 +343,8 @@ class Write:
         """
         found, wider = nonfinite_behind(worker, chunk), ""
         if found is None and chunk.segment.copy is not None:
-            copied = worker.read(chunk, chunk.segment.copy).values()
-            if not (~values.isfinite() & copied.isfinite()).any():
+            copied = chunk.segment.copy
+            if not copied.steps and not (~values.isfinite() & worker.read(chunk, copied).values().isfinite()).any():
                 return _shared(chunk.tensor.name)
         if found is None:
             name, dtype = printable(chunk.tensor.name), chunk.tensor.info.dtype

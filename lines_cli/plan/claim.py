@@ -16,7 +16,7 @@ from typing import Any
 from lines_cli.errors import ChangedInputError, CheckpointError, RecipeError, as_argument, printable, some
 from lines_cli.hub.download import is_missing, locate
 from lines_cli.plan.build import make_plan
-from lines_cli.plan.identity import digests_of, inputs_by_name, recorded_as
+from lines_cli.plan.identity import digests_of, inputs_by_name, recorded_files
 from lines_cli.plan.inputs import input_names, open_inputs
 from lines_cli.plan.plan import Plan
 from lines_cli.recipe.schema import Recipe
@@ -156,7 +156,7 @@ def _held_against(recorded: Mapping[str, Any], plan: Plan, places: Mapping[str, 
     names += [(path, path) for path in checkpoints if path not in places.values()]
     for name, there in names:
         checkpoint = checkpoints[there]
-        for called, path, state in zip(recorded_as(checkpoint, name), checkpoint.files, checkpoint.states, strict=True):
+        for called, path, state in recorded_files(checkpoint, name):
             record = recorded.get(called)
             difference = None
             if isinstance(record, dict):
@@ -184,7 +184,7 @@ def notes_of_inputs(plan: Plan) -> list[str]:
     for name, checkpoint in inputs_by_name(plan).items():
         if checkpoint.hub_id is not None:  # its commit says what it is, and its time when it was fetched
             continue
-        for called, path, state in zip(recorded_as(checkpoint, name), checkpoint.files, checkpoint.states, strict=True):
+        for called, path, state in recorded_files(checkpoint, name):
             record = recorded.get(called)
             if isinstance(record, dict) and (record.get("bytes"), record.get("header")) == (state.nbytes, state.header):
                 times += [path] if record.get("mtime_ns") != state.mtime_ns else []

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from lines_cli.checkpoint.reader import Checkpoint
+from lines_cli.checkpoint.reader import Checkpoint, FileState
 from lines_cli.errors import (
     ChangedInputError,
     CheckpointError,
@@ -20,6 +20,7 @@ from lines_cli.errors import (
     some,
 )
 from lines_cli.methods.registry import package_of
+from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.plan import Plan
 from lines_cli.recipe.schema import Recipe
 from lines_cli.recipe.yaml_file import dump_recipe, is_by_lines, load_record
@@ -36,6 +37,7 @@ def identity(plan: Plan) -> dict[str, Any]:
     return {
         "lines": __version__,
         **({"package": package} if package else {}),
+        **({"vocabulary": plan.vocabulary.digest} if plan.vocabulary else {}),
         "recipe": dump_recipe(plan.recipe, named=named_inputs(plan)),
         "inputs": {os.path.realpath(path): [*state] for path, state in zip(plan.paths, plan.states, strict=True)},
         "outputs": [[file.name, file.nbytes, sha256(file.head).hexdigest()] for file in plan.outputs],
@@ -146,9 +148,8 @@ def replaceable(plan: Plan) -> frozenset[str]:
 def inputs_read(plan: Plan, contents: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """What the recipe records of each file that was read."""
     found: dict[str, dict[str, Any]] = {}
-    for checkpoint in plan.inputs.checkpoints:
-        called = recorded_as(checkpoint, path_seen_from(plan.output, checkpoint))
-        for name, path, state in zip(called, checkpoint.files, checkpoint.states, strict=True):
+    for checkpoint in (*plan.inputs.checkpoints, *_bases_of_adapters(plan.inputs)):
+        for name, path, state in recorded_files(checkpoint, path_seen_from(plan.output, checkpoint)):
             record: dict[str, Any] = {"bytes": state.nbytes, "mtime_ns": state.mtime_ns, "header": state.header}
             if os.path.realpath(path) in contents:
                 record["digest"] = contents[os.path.realpath(path)]
@@ -156,13 +157,23 @@ def inputs_read(plan: Plan, contents: Mapping[str, str]) -> dict[str, dict[str, 
     return found
 
 
-def recorded_as(checkpoint: Checkpoint, name: str) -> list[str]:
-    """What the record of a recipe calls each file of an input that the recipe calls `name`. Shards may lie in folders
-    within the checkpoint's, where several have one name.
+def recorded_files(checkpoint: Checkpoint, name: str) -> Iterator[tuple[str, Path, FileState]]:
+    """The files of an input that the recipe calls `name`: what its record calls each, where it is, and its state.
+    Shards may lie in folders within the checkpoint's, where several have one name.
     """
-    if checkpoint.folder is None:
-        return [name]
-    return [f"{name}/{path.relative_to(checkpoint.folder).as_posix()}" for path in checkpoint.files]
+    if checkpoint.parts:
+        base, adapter = checkpoint.parts
+        if checkpoint.base_named:
+            # The base's name may have a + in it, as often as its path has; so has what is written before the sign.
+            halves = name.split("+")
+            at = min(len(halves) - 1, 1 + str(base.path).count("+"))
+            yield from recorded_files(base, "+".join(halves[:at]))
+            name = "+".join(halves[at:])
+        yield from recorded_files(adapter, name)
+        return
+    for path, state in zip(checkpoint.files, checkpoint.states, strict=True):
+        within = "" if checkpoint.folder is None else f"/{path.relative_to(checkpoint.folder).as_posix()}"
+        yield name + within, path, state
 
 
 def inputs_by_name(plan: Plan) -> dict[str, Checkpoint]:
@@ -171,17 +182,29 @@ def inputs_by_name(plan: Plan) -> dict[str, Checkpoint]:
     named = dict(zip((source.model for source in recipe.merged), inputs.models, strict=True))
     if recipe.base_model is not None and inputs.has_base:
         named[recipe.base_model] = inputs.checkpoints[0]
+    for base in _bases_of_adapters(inputs):
+        named.setdefault(str(recipe.base_model), base)
     return named
+
+
+def _bases_of_adapters(inputs: Inputs) -> list[Checkpoint]:
+    """The recipe's base, where it is no input itself, but adapters among the models change it."""
+    if inputs.has_base:
+        return []
+    return [model.parts[0] for model in inputs.models if model.parts and not model.base_named][:1]
 
 
 def named_inputs(plan: Plan, *, seen_from: Path | None = None) -> dict[str, str]:
     """What a recipe in a folder calls the inputs, by their names in the plan's; without a folder, where they are."""
     return {
-        name: path_seen_from(seen_from, checkpoint)
-        if seen_from is not None
-        else checkpoint.hub_id or str(checkpoint.real)
+        name: path_seen_from(seen_from, checkpoint) if seen_from is not None else _real(checkpoint)
         for name, checkpoint in inputs_by_name(plan).items()
     }
+
+
+def _real(checkpoint: Checkpoint) -> str:
+    parts = checkpoint.parts if checkpoint.base_named else (checkpoint,)
+    return "+".join(part.with_part(part.hub_id or str(part.real)) for part in parts)
 
 
 def refuse_two_names(recipe: Recipe, named: Mapping[str, str]) -> None:
@@ -218,8 +241,10 @@ def path_seen_from(folder: Path, checkpoint: Checkpoint) -> str:
     """How a recipe in `folder` names an input: a relative path stays relative, so that inputs and output can move
     together. Both ends are real paths, for `..` behind a link is not the folder that the words say.
     """
+    if checkpoint.parts and checkpoint.base_named:
+        return "+".join(path_seen_from(folder, part) for part in checkpoint.parts)
     if checkpoint.hub_id:
-        return checkpoint.hub_id
+        return checkpoint.with_part(checkpoint.hub_id)
     if checkpoint.path.is_absolute():
-        return str(checkpoint.real)
-    return os.path.relpath(checkpoint.real, os.path.realpath(folder))
+        return checkpoint.with_part(str(checkpoint.real))
+    return checkpoint.with_part(os.path.relpath(checkpoint.real, os.path.realpath(folder)))

@@ -14,8 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lines_cli.checkpoint.header import TensorInfo, itemsize
-from lines_cli.checkpoint.reader import FileState, Part
+from lines_cli.checkpoint.header import Part, TensorInfo, itemsize
+from lines_cli.checkpoint.reader import FileState, views_of
 from lines_cli.checkpoint.sidecars import Sidecar
 from lines_cli.methods import ByMagnitude, Drawn, Measured, Values
 from lines_cli.methods.sparsify import Bounds
@@ -25,9 +25,12 @@ from lines_cli.plan.layout import OutputFile
 from lines_cli.plan.resources import TURNED_AT_ONCE, TURNING, BytesPerEntry, Resources
 from lines_cli.plan.statistics import NOTHING_MEASURED, Needs, Statistics
 from lines_cli.plan.tensors import STORED, Segment, SourceRange, TensorSpec
+from lines_cli.plan.vocabulary import Vocabulary
+from lines_cli.plan.vocabulary import report as vocabulary_report
 from lines_cli.recipe.schema import Recipe
 from lines_cli.scaling.find_depth import DepthMap, Place
 from lines_cli.scaling.schedule import Rules
+from lines_cli.storage.views import Views
 
 
 class TensorPlan(NamedTuple):
@@ -96,6 +99,7 @@ class Plan:
         sidecars: the other files of an output folder; empty for a single file.
         notes: what a person should know of how disagreements were settled.
         rows: numbers of vocabulary rows that became another number.
+        vocabulary: the output's tokens, where rows are paired by them.
     """
 
     recipe: Recipe
@@ -111,11 +115,18 @@ class Plan:
     sidecars: tuple[Sidecar, ...]
     notes: tuple[str, ...]
     rows: Mapping[int, int]
+    vocabulary: Vocabulary | None = None
+
+    @property
+    def views(self) -> list[Views]:
+        """The views in each of `paths`."""
+        return views_of(self.inputs.checkpoints)
 
     @property
     def read_paths(self) -> tuple[Path, ...]:
         """Everything the output must not replace: the inputs as they were named, and all their files."""
-        return (*(checkpoint.path for checkpoint in self.inputs.checkpoints), *self.paths)
+        named = [part for checkpoint in self.inputs.checkpoints for part in checkpoint.parts or (checkpoint,)]
+        return (*(checkpoint.path for checkpoint in named), *self.paths)
 
     @property
     def names(self) -> frozenset[str]:
@@ -402,6 +413,7 @@ class Plan:
                 }
                 for pattern, value in self.filters()
             ],
+            "vocabulary": vocabulary_report(self.vocabulary, self.inputs),
             "edited": counts(tensor for tensor in self.tensors if tensor.edited),
             "copied": counts(tensor for tensor in self.tensors if not tensor.edited),
             "bytes": {"read": self.bytes_read, "written": self.bytes_written},
@@ -411,7 +423,12 @@ class Plan:
 
 
 def _bytes_of(segments: Iterable[Segment]) -> int:
-    return sum(segment.numel * itemsize(source.dtype) for segment in segments for source in segment.sources)
+    """Of what is stored; what an adapter's entries are made of is read once, with the base's."""
+    total = 0
+    for segment in segments:
+        ranges = {source[:3] for source in segment.sources} if len(segment.sources) > 1 else segment.sources
+        total += segment.numel * sum(itemsize(source[2]) for source in ranges)
+    return total
 
 
 BYTES_COUNTING = 6 * 2**20

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from lines_cli.checkpoint.header import TensorInfo, itemsize
-from lines_cli.checkpoint.reader import Checkpoint, Part, StoredTensor
+from lines_cli.checkpoint.header import Part, StoredTensor, TensorInfo, itemsize
+from lines_cli.checkpoint.reader import Checkpoint
 from lines_cli.errors import printable
 from lines_cli.plan.conversions import Conversion, Found, Pattern, Rules, plain_rules, rules_for
 from lines_cli.plan.layout import natural
@@ -76,6 +76,12 @@ def relaid(lead: Checkpoint, other: Checkpoint, left: tuple[Sequence[str], Seque
     if ours and theirs and not found.problems and (best := _best(ours, theirs)):
         found.rules.append(best)
         _convert(best, lead, other, (ours, theirs), rules, found, called)
+    if made := sorted(found.used & other.formulas.keys()):
+        found.problems.append(
+            f"{len(made):,} tensors of {called}, such as {printable(made[0])}, are not stored as they are, and so "
+            "cannot be put together in another layout"
+        )
+        found.tensors, found.used = {}, set()
     return found
 
 

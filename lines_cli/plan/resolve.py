@@ -46,6 +46,8 @@ def settle_misfits(
     settled, taken = [], dict[int, list[TensorSpec]]()
     for spec in specs:
         side = _side_kept(spec, recipe, inputs, depth, rules) if spec.misfit else None
+        if spec.of_other_tokens and side != inputs.lead:  # the output has another tokenizer
+            side = None
         there = None if side is None else rows[spec.name][side]
         if side is not None and there is not None:
             taken.setdefault(side, []).append(spec)
@@ -141,7 +143,10 @@ def _measured_whole(plan: Plan) -> Plan:
         number = groups.of.get(tensor.name)
         if number is not None and number in groups.measured and groups.groups[number].coefficient:
             segments = zip(tensor.spec.segments, tensor.segments, strict=True)
-            beside = tuple(own._replace(base=spec.base) if own.copy and spec.models else own for spec, own in segments)
+            beside = tuple(
+                own._replace(base=spec.base) if own.copy and spec.models and own.copy != spec.base else own
+                for spec, own in segments
+            )
             if beside != tensor.segments:
                 tensor = tensor._replace(segments=beside)  # noqa: PLW2901 - what has become of it
         tensors.append(tensor)
@@ -186,11 +191,18 @@ def _segments(plan: Plan, spec: TensorSpec, coefficient: float) -> tuple[Segment
     if plan.needs:  # measured is what the inputs hold, whatever becomes of it
         return spec.segments
     has_base = plan.inputs.has_base
-    if has_base and coefficient == 0:
+    if has_base and (coefficient == 0 or _is_the_base(plan, spec)):
         return tuple(Segment(segment.start, segment.numel, segment.copy or segment.base) for segment in spec.segments)
     if (not has_base or coefficient == 1) and plan.gives_one(spec.values):
         return tuple(_own(spec, segment) for segment in spec.segments)
     return spec.segments
+
+
+def _is_the_base(plan: Plan, spec: TensorSpec) -> bool:
+    """Whether all models have the base's very entries, as with tensors that no adapter changes."""
+    if plan.recipe.method.takes != "task vectors":
+        return False
+    return all(source == segment.base for segment in spec.segments for source in segment.models)
 
 
 def _own(spec: TensorSpec, segment: Segment) -> Segment:
@@ -200,7 +212,7 @@ def _own(spec: TensorSpec, segment: Segment) -> Segment:
     if segment.copy is not None:
         return segment
     copied = segment.models[0]
-    rounded = copied.dtype != spec.dtype and (copied.dtype, spec.dtype) not in WIDER
+    rounded = bool(copied.steps) or (copied.dtype != spec.dtype and (copied.dtype, spec.dtype) not in WIDER)
     return Segment(segment.start, segment.numel, copied, base=segment.base if rounded else None)
 
 
