@@ -39,7 +39,7 @@ from lines_cli.errors import ChangedInputError, CheckpointError, DataError, prin
 from lines_cli.methods import Values
 from lines_cli.plan.plan import Plan, TensorPlan
 from lines_cli.plan.resources import SUM_BLOCK, BytesPerEntry
-from lines_cli.plan.tensors import SourceRange
+from lines_cli.plan.tensors import Segment, SourceRange
 from lines_cli.storage.digest import WRITE_SIZE
 from lines_cli.storage.files import in_whole_pages
 
@@ -305,6 +305,8 @@ class Worker(Reader):
         found = ~first.isfinite()
         for source in sources[1:]:
             found &= are_shared(first, self._numbers(chunk, source))
+        if not self.plan.recipe.allow_nonfinite and (own := self.as_is(chunk)) is not None:
+            found &= ~own  # one input has them, whatever stands for the others
         return found
 
     def _numbers(self, chunk: PlanChunk, source: SourceRange) -> torch.Tensor:
@@ -325,7 +327,7 @@ class Worker(Reader):
 
     def as_is(self, chunk: PlanChunk) -> torch.Tensor | None:
         """Which entries of a chunk one input alone has, so that they are its own: [numel], boolean; None of none."""
-        rows = chunk.segment.as_is
+        rows = _segment_behind(chunk).as_is
         spans = list(rows.within(chunk.first, chunk.first + chunk.numel)) if rows is not None else []
         if not spans:
             return None
@@ -447,10 +449,15 @@ def file_behind(source: SourceRange, entry: int) -> int:
 
 def _sources_behind(chunk: PlanChunk) -> tuple[SourceRange, ...]:
     """Where all inputs have a chunk's entries, of a copy also those that it is no copy of."""
+    return _segment_behind(chunk).sources
+
+
+def _segment_behind(chunk: PlanChunk) -> Segment:
+    """A chunk's segment; of a copy, what it was before it was known to be one."""
     if chunk.segment.copy is None:
-        return chunk.segment.sources
+        return chunk.segment
     same = [segment for segment in chunk.tensor.spec.segments if segment.start == chunk.segment.start]
-    return same[0].sources if same else chunk.segment.sources
+    return same[0] if same else chunk.segment
 
 
 def _pattern_of(name: str, plan: Plan) -> str:

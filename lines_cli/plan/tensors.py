@@ -597,6 +597,23 @@ def _gathered(
     return tuple(found)
 
 
+def in_common(spec: TensorSpec) -> Segment:
+    """What is read to compare a tensor on all sides: its first segment; of rows that are paired by token those that all
+    have, one behind the other.
+    """
+    segment, table = spec.segments[0], spec.table
+    if table is None:
+        return segment
+    width = math.prod(spec.shape[row_axis(spec.shape) + 1 :])
+    read = []
+    for side, (source, runs) in enumerate(zip(segment.sources, table.in_common(), strict=True)):
+        own = source if source.gathered is None else source.gathered.parts[side][0]
+        dtype = "F32" if own.steps and own.dtype != "F64" else own.dtype
+        read.append(SourceRange(own.file, own.offset, dtype, gathered=Gathered(width, runs, ((own,), ()))))
+    numel = table.merged * width
+    return Segment(0, numel, base=read[0], models=tuple(read[1:]))
+
+
 def _first_of(runs: Runs, part: int) -> int:
     """The first row that comes from a part."""
     return runs.starts[list(runs.parts).index(part)]
