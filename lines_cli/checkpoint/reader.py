@@ -68,6 +68,7 @@ class Checkpoint:
         parts: of one that is put together, what it is put together of: a base, and an adapter on it.
         base_named: of such a one, whether its name says both (`base+adapter`); else the base is the recipe's.
         notes: what a person should know of how it was read.
+        config_changes: what is otherwise in `config` than in the folder's file, by the path of keys.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Checkpoint:
     parts: tuple[Checkpoint, ...] = ()
     base_named: bool = False
     notes: tuple[str, ...] = ()
+    config_changes: Mapping[tuple[str, ...], Any] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path | None:

@@ -9,17 +9,36 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
 from lines_cli.checkpoint.reader import FileState
+from lines_cli.engine.whole_tensors import Kept
 from lines_cli.errors import ChangedInputError, CheckpointError
 from lines_cli.storage.files import open_to_stream, read_into
 
 
+class OpenFiles(list[int]):
+    """The inputs' file descriptors; and what the threads that read them make of them once for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = new_shared()
+
+
+def new_shared() -> Kept[torch.Tensor]:
+    """Where threads keep what all of them need: norms, and factors put in another order."""
+    return Kept(_MOST_SHARED)
+
+
+_MOST_SHARED = 8
+
+
 @contextmanager
-def opened(paths: Iterable[Path]) -> Iterator[list[int]]:
+def opened(paths: Iterable[Path]) -> Iterator[OpenFiles]:
     """The inputs' file descriptors, for the length of a `with` block."""
     paths = list(paths)
     allow_open_files(len(paths))
-    fds: list[int] = []
+    fds = OpenFiles()
     try:
         for path in paths:
             try:
