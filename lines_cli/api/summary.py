@@ -21,12 +21,19 @@ Summary = dict[str, Any]
 
 def of_plan(plan: Plan, resources: Resources) -> Summary:
     """What would be done."""
-    return {**ABOUT, "dry_run": True, **plan.summary(), "peak_memory": plan.peak_memory(resources), "map": plan.map()}
+    return {
+        **ABOUT,
+        "dry_run": True,
+        **plan.summary(),
+        "peak_memory": plan.peak_memory(resources),
+        "map": plan.map(),
+        "pushed": None,
+    }
 
 
 def of_finished(plan: Plan) -> Summary:
     """What an earlier run has done."""
-    return {**ABOUT, "dry_run": False, **plan.summary(), "done_before": True}
+    return {**ABOUT, "dry_run": False, **plan.summary(), "done_before": True, "pushed": None}
 
 
 def of_outcome(outcome: Outcome) -> Summary:
@@ -45,7 +52,7 @@ def of_outcome(outcome: Outcome) -> Summary:
         "resumed": outcome.resumed,
         "seconds": round(outcome.seconds, 3),
     }
-    return {**ABOUT, "dry_run": False, **summary, "done_before": False, **found}
+    return {**ABOUT, "dry_run": False, **summary, "done_before": False, **found, "pushed": None}
 
 
 def of_realised(plan: Plan, rows: Sequence[Row]) -> Summary:

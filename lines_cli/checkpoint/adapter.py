@@ -13,7 +13,7 @@ import os
 import struct
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,17 @@ from typing import Any
 from lines_cli.checkpoint.adapter_config import AdapterConfig, by_component, checked_config
 from lines_cli.checkpoint.adapter_names import NO_COMPONENT, PREFIX, Component, Part, component_of, parts_of
 from lines_cli.checkpoint.contents import is_adapter
-from lines_cli.checkpoint.header import FLOAT_DTYPES, Header, Known, StoredTensor, itemsize, read_header
-from lines_cli.checkpoint.reader import Checkpoint, FileState, choose_weights, is_index
+from lines_cli.checkpoint.header import FLOAT_DTYPES, Known, StoredTensor, itemsize, read_header
+from lines_cli.checkpoint.reader import Checkpoint, choose_weights, is_index, open_checkpoint
 from lines_cli.errors import CheckpointError, UnsupportedError, printable, some
 from lines_cli.storage.beside import beside, read_object
+from lines_cli.storage.files import open_regular, read_into
+from lines_cli.storage.views import FileWithViews
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+ADAPTERS = (WEIGHTS, "adapter_model.bin")
+"""What PEFT calls the file with an adapter's weights; the second is a pickle, of which nothing is run."""
 _SUFFIX = ".safetensors"
 _METADATA = "lora_adapter_metadata"  # where diffusers keeps the configs of an adapter's components
 
@@ -122,11 +126,13 @@ def adapter_at(path: Path, known: Known | None = None) -> Path | None:
             return None
         chosen = choose_weights(names)
         if chosen is None:
-            return path / WEIGHTS if WEIGHTS in names else None
+            return next((path / name for name in ADAPTERS if name in names), None)
         path /= chosen
-    if not path.name.endswith(_SUFFIX) or is_index(path.name) or not os.path.isfile(path):
+    if is_index(path.name) or not os.path.isfile(path):
         return None
-    return path if path.name == WEIGHTS or is_adapter(read_header(path, known).tensors) else None
+    if path.name in ADAPTERS:
+        return path
+    return path if path.name.endswith(_SUFFIX) and is_adapter(read_header(path, known).tensors) else None
 
 
 def is_adapter_at(path: Path) -> bool:
@@ -146,25 +152,12 @@ def open_adapter(path: Path, *, name: str | None = None, hub_id: str | None = No
         CheckpointError: it is missing or malformed, or its config and its tensors disagree.
         UnsupportedError: it is of a kind that cannot be folded in.
     """
-    weights = adapter_at(path)
-    if weights is None:
-        raise CheckpointError(f"{path} is not an adapter", hint=f"Give a folder with {CONFIG} and {WEIGHTS}.")
-    there = os.stat(weights)
-    header = read_header(weights)
-    checkpoint = Checkpoint(
-        name or str(path),
-        path,
-        (weights,),
-        {tensor: StoredTensor(0, info) for tensor, info in header.tensors.items()},
-        (FileState(there.st_size, there.st_mtime_ns, header.digest),),
-        "adapter_model",
-        {},
-        hub_id,
-        header.metadata,
-    )
+    weights = adapter_at(path) or path
+    checkpoint = open_checkpoint(weights, name=name or str(path), hub_id=hub_id, to_look_at=True)
+    checkpoint = replace(checkpoint, path=path, stem="adapter_model")
     config_path = beside(weights.parent, CONFIG)
     config = read_object(config_path) if config_path is not None else {}
-    reading = _Reading(weights, header, config, config_path)
+    reading = _Reading(checkpoint, config, config_path)
     return Adapter(checkpoint, config, tuple(reading.changes()), tuple(reading.notes))
 
 
@@ -176,18 +169,17 @@ class _Reading:
     """The changes that an adapter's tensors come to.
 
     Args:
-        file: its weights.
-        header: their header.
+        checkpoint: its weights.
         config: `adapter_config.json`, parsed; empty where there is none.
         config_path: where that is.
     """
 
-    def __init__(self, file: Path, header: Header, config: Mapping[str, Any], config_path: Path | None) -> None:
-        self.file = file
+    def __init__(self, checkpoint: Checkpoint, config: Mapping[str, Any], config_path: Path | None) -> None:
+        self.checkpoint, self.file = checkpoint, checkpoint.files[0]
         self.config = checked_config(config, str(config_path)) if config_path is not None else None
-        self.of_component = {} if self.config else _configs_in(header.metadata, file)
-        self.notes: list[str] = list(self.config.notes) if self.config else []
-        self.tensors = header.tensors
+        self.of_component = {} if self.config else _configs_in(checkpoint.metadata, self.file)
+        self.notes: list[str] = [*(self.config.notes if self.config else ()), *checkpoint.notes]
+        self.tensors = {tensor: stored.info for tensor, stored in checkpoint.tensors.items()}
         self.modules: dict[tuple[str, int], Factors] = defaultdict(dict)
         self.plain_names: set[tuple[str, int]] = set()  # of modules whose factors others than PEFT call so
         self.twice: set[tuple[str, int]] = set()  # of modules whose product PEFT adds twice
@@ -427,7 +419,7 @@ class _Reading:
         """The rank that a module is said to have, and what its product is multiplied by."""
         config = self._config_of(module)
         if alpha is not None:
-            number = _number(self.file, module, alpha)
+            number = _number(self.checkpoint, module, alpha)
             return rank, number / (rank or 1)
         if config is not None:
             said = self._said_by(config).ranks[module]
@@ -590,21 +582,31 @@ def _configs_in(metadata: Mapping[str, str], file: Path) -> dict[str, AdapterCon
 _FORMATS = {"F64": "<d", "F32": "<f", "F16": "<e"}
 
 
-def _number(file: Path, module: str, stored: StoredTensor) -> float:
+def _number(checkpoint: Checkpoint, module: str, stored: StoredTensor) -> float:
     """A module's alpha, which is stored as a tensor.
 
     Raises:
         CheckpointError: it is not one number, or not finite; or cannot be read.
     """
-    info = stored.info
+    file, info = checkpoint.files[0], stored.info
     if info.numel != 1:
         raise CheckpointError(f"{file}: the alpha of {printable(module)} is {list(info.shape)}, not a number")
+    raw = bytearray(itemsize(info.dtype))
     try:
-        with open(file, "rb") as data:
-            data.seek(info.offset)
-            raw = data.read(itemsize(info.dtype))
+        fd = open_regular(file)
+        try:
+            views = checkpoint.views[0] if checkpoint.views else {}
+            got = (
+                FileWithViews(fd, views).read_into(memoryview(raw), info.offset)
+                if views
+                else read_into(fd, memoryview(raw), info.offset)
+            )
+        finally:
+            os.close(fd)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
+    if got < len(raw):
+        raise CheckpointError(f"{file}: ends within the alpha of {printable(module)}", hint=_DAMAGED)
     if info.dtype == "BF16":
         number = float(struct.unpack("<f", b"\0\0" + raw)[0])
     elif info.dtype in _FORMATS:

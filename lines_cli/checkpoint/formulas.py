@@ -39,7 +39,7 @@ class Formula:
 
     def placed(self, number_of: Callable[[int], int]) -> Formula:
         """The same, with other numbers of the files that its factors lie in."""
-        factors = tuple((role, StoredTensor(number_of(file), info)) for role, (file, info) in self.factors)
+        factors = tuple((role, stored._replace(file=number_of(stored.file))) for role, stored in self.factors)
         return replace(self, factors=factors)
 
     @property
@@ -122,7 +122,7 @@ class Rescaled(LowRank):
         placed = super().placed(number_of)
         assert isinstance(placed, Rescaled)
         assert self.base is not None
-        base = StoredTensor(number_of(self.base.file), self.base.info)
+        base = self.base._replace(file=number_of(self.base.file))
         return replace(placed, base=base, before=tuple(step.placed(number_of) for step in self.before))
 
     @property

@@ -9,7 +9,7 @@ no byte.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
@@ -18,7 +18,7 @@ from lines_cli.checkpoint.crosscheck import refuse_misread
 from lines_cli.checkpoint.header import TensorInfo
 from lines_cli.engine.buffers import keep_freed_memory
 from lines_cli.engine.devices import Devices
-from lines_cli.engine.input_files import allow_open_files, opened, refuse_changed
+from lines_cli.engine.input_files import Opened, allow_open_files, opened, refuse_changed, with_views
 from lines_cli.engine.measure import Measurement, Track, measure, untracked
 from lines_cli.engine.pool import Pool
 from lines_cli.engine.workers import Worker
@@ -100,10 +100,11 @@ def run(
             replaceable=partial(replaceable, plan) if force else None,
             resume=resume,
         ) as staging,
-        opened(plan.paths) as sources,
+        opened(plan.paths) as fds,
         devices.bounded(),
     ):
-        refuse_changed(plan.paths, sources, plan.states)
+        refuse_changed(plan.paths, fds, plan.states)
+        sources = with_views(fds, plan.views)
         records = _carried_over(staging, plan)
         measurement = _measured(staging, plan, sources, devices, track)
         if plan.needs:
@@ -112,9 +113,9 @@ def run(
         job = Write(plan, targets, groups_of(plan))
         finished = job.take_over(staging.contents.parts) if staging.contents else set()
         size = devices.chunk(plan.per_entry, whole=plan.whole_bytes(len(devices.members)))
-        shared = devices.whole_tensors()
+        shared, turned = devices.whole_tensors(), devices.turned(plan.turned_sides)
         spans = (span for span in output_ranges(plan, staging.step) if (span.file, span.start) not in finished)
-        pool = Pool(lambda device: Worker(plan, sources, device, size, shared), spans, job, devices)
+        pool = Pool(lambda device: Worker(plan, sources, device, size, shared, turned), spans, job, devices)
         number = len(plan.passes) + 1
         title = f"writing {number}/{number}" if number > 1 else "writing"
         # Closing stops and joins the threads, whatever interrupts this one, before the files they write are closed.
@@ -122,7 +123,7 @@ def run(
             done = (job.take(result, staging.journal) for result in results)
             for _ in track(title, plan.bytes_written - job.taken_over, done):
                 pass
-        refuse_changed(plan.paths, sources, plan.states)
+        refuse_changed(plan.paths, fds, plan.states)
         records |= job.records()
         outcome = job.outcome(measurement)
         for name, content in contents_beside(plan, identified, records, record_of_layers(outcome.realised)):
@@ -146,7 +147,7 @@ def _carried_over(staging: Staging, plan: Plan) -> dict[str, FileRecord]:
     return records
 
 
-def _measured(staging: Staging, plan: Plan, sources: list[int], devices: Devices, track: Track) -> Measurement:
+def _measured(staging: Staging, plan: Plan, sources: Sequence[Opened], devices: Devices, track: Track) -> Measurement:
     """What the plan needs to know, from the journal if it was measured before."""
     if staging.contents is not None and staging.contents.measured is not None and plan.needs:
         with suppress(KeyError, TypeError, ValueError, AttributeError):  # no journal of ours would

@@ -26,7 +26,7 @@ from lines_cli.checkpoint.formulas import (
     Rows,
 )
 from lines_cli.checkpoint.header import StoredTensor
-from lines_cli.checkpoint.reader import Checkpoint
+from lines_cli.checkpoint.reader import Checkpoint, views_of
 from lines_cli.errors import MismatchError, printable, some
 from lines_cli.plan.same_names import canonical
 from lines_cli.plan.tied_weights import is_head, is_vocabulary, says_tied, tied_embeddings, tied_partner, untied
@@ -65,6 +65,8 @@ def on_base(adapter: Adapter, base: Checkpoint, *, name: str | None = None) -> C
         config_changes=made.config_changes,
         metadata={},
         parts=(base, own),
+        part=own.part,
+        views=tuple(views_of((base, own))),
         base_named=name is not None,
         notes=tuple(notes),
     )
@@ -515,7 +517,7 @@ class _Making:
         Raises:
             MismatchError: the tensor has another shape.
         """
-        factors = {role: StoredTensor(self._first + file, info) for role, (file, info) in change.factors.items()}
+        factors = {role: stored._replace(file=self._first + stored.file) for role, stored in change.factors.items()}
         if is_head(change.name):
             target = self._heads.get(target, target)
         if change.kind == "whole":
@@ -667,7 +669,8 @@ class _Turned:
     def _by_bias(self) -> dict[str, bool]:
         """By the last part of modules' names: whether their biases are as long as rows, and weights no squares."""
         votes: dict[str, Counter[bool]] = defaultdict(Counter)
-        for name, (_, info) in self._base.tensors.items():
+        for name, stored in self._base.tensors.items():
+            info = stored.info
             if len(info.shape) == 2 and info.shape[0] != info.shape[1] and name.endswith(".weight"):
                 bias = self._base.tensors.get(f"{name.removesuffix('.weight')}.bias")
                 if bias is not None and len(bias.info.shape) == 1 and bias.info.shape[0] in info.shape:

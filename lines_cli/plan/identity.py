@@ -37,6 +37,7 @@ def identity(plan: Plan) -> dict[str, Any]:
     return {
         "lines": __version__,
         **({"package": package} if package else {}),
+        **({"vocabulary": plan.vocabulary.digest} if plan.vocabulary else {}),
         "recipe": dump_recipe(plan.recipe, named=named_inputs(plan)),
         "inputs": {os.path.realpath(path): [*state] for path, state in zip(plan.paths, plan.states, strict=True)},
         "outputs": [[file.name, file.nbytes, sha256(file.head).hexdigest()] for file in plan.outputs],
@@ -196,14 +197,14 @@ def _bases_of_adapters(inputs: Inputs) -> list[Checkpoint]:
 def named_inputs(plan: Plan, *, seen_from: Path | None = None) -> dict[str, str]:
     """What a recipe in a folder calls the inputs, by their names in the plan's; without a folder, where they are."""
     return {
-        name: path_seen_from(seen_from, checkpoint) if seen_from is not None else checkpoint.hub_id or _real(checkpoint)
+        name: path_seen_from(seen_from, checkpoint) if seen_from is not None else _real(checkpoint)
         for name, checkpoint in inputs_by_name(plan).items()
     }
 
 
 def _real(checkpoint: Checkpoint) -> str:
     parts = checkpoint.parts if checkpoint.base_named else (checkpoint,)
-    return "+".join(part.hub_id or str(part.real) for part in parts)
+    return "+".join(part.with_part(part.hub_id or str(part.real)) for part in parts)
 
 
 def refuse_two_names(recipe: Recipe, named: Mapping[str, str]) -> None:
@@ -243,7 +244,7 @@ def path_seen_from(folder: Path, checkpoint: Checkpoint) -> str:
     if checkpoint.parts and checkpoint.base_named:
         return "+".join(path_seen_from(folder, part) for part in checkpoint.parts)
     if checkpoint.hub_id:
-        return checkpoint.hub_id
+        return checkpoint.with_part(checkpoint.hub_id)
     if checkpoint.path.is_absolute():
-        return str(checkpoint.real)
-    return os.path.relpath(checkpoint.real, os.path.realpath(folder))
+        return checkpoint.with_part(str(checkpoint.real))
+    return checkpoint.with_part(os.path.relpath(checkpoint.real, os.path.realpath(folder)))
