@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from lines_cli.api.arguments import Pairs, Series
     from lines_cli.api.summary import Summary
     from lines_cli.checkpoint.reader import Checkpoint
+    from lines_cli.engine.adapter_write import AdapterOutcome
     from lines_cli.engine.measure import Track
     from lines_cli.engine.write import Outcome
     from lines_cli.inspection.open import Inspection
     from lines_cli.inspection.report import Report
-    from lines_cli.plan.plan import Plan
+    from lines_cli.plan.adapter_plan import AnyPlan
     from lines_cli.plan.resources import Resources
     from lines_cli.recipe.schema import Recipe
     from lines_cli.storage.staging import Unfinished
@@ -133,11 +134,162 @@ def edit(
     return carry_out(recipe, destination, resources, how, dry_run=dry_run, track=track).summary
 
 
+def edit_adapter(
+    adapter: Named,
+    output: Named | None = None,
+    *,
+    base: Named | None = None,
+    num_layers: int | Mapping[str, int] | Iterable[str] | None = None,
+    alpha: float | None = None,
+    beta: float | None = None,
+    gamma: float | None = None,
+    schedule: str | Sequence[float] | None = None,
+    outside: Outside | None = None,
+    stack: Pairs | None = None,
+    filter: Pairs | None = None,  # noqa: A002 - the option's name
+    layers: str | None = None,
+    series: Series | None = None,
+    not_layers: str | None = None,
+    variant: str | None = None,
+    allow_nonfinite: bool = False,
+    dtype: Dtype | None = None,
+    force: bool = False,
+    resume: bool = False,
+    verify: bool = False,
+    verify_inputs: bool = False,
+    workers: int | None = None,
+    device: str = "auto",
+    gpu_memory: str | int | None = None,
+    dry_run: bool = False,
+    track: Track | None = None,
+) -> Summary:
+    """Scale an adapter over depth, in place, as `lines edit --adapter ADAPTER -o OUTPUT` does: what is written is an
+    adapter, and no weight of a base is read.
+
+    Args:
+        adapter: a folder with PEFT's config and tensors, or a Hub id.
+        output: a folder. Only a `dry_run` needs none.
+        base: what it was trained on, of which headers are read, or the config; in its place
+        num_layers: how many layers that has, or a mapping of the names of stacks.
+        alpha, ..., dry_run, track: as in `edit`.
+
+    Returns:
+        What `--json` prints (docs/json.md).
+
+    Raises:
+        LinesError: where the command would end with that message.
+    """
+    from lines_cli.recipe.validate import edit_adapter_recipe
+
+    recipe = edit_adapter_recipe(
+        str(adapter),
+        base_model=None if base is None else str(base),
+        num_layers=arguments.num_layers(num_layers),
+        alpha=alpha,
+        beta=beta,
+        gamma=gamma,
+        schedule=schedule,
+        outside=outside,
+        stacks=arguments.pairs("--stack", stack),
+        filter=arguments.pairs("--filter", filter),
+        layers=layers,
+        series=series,
+        not_layers=not_layers,
+        variant=variant,
+        allow_nonfinite=allow_nonfinite or None,
+        dtype=dtype,
+    )
+    resources = arguments.resources(workers, device, gpu_memory)
+    how = RunOptions(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)
+    destination = arguments.destination_unless(output, dry_run=dry_run, unnamed="no output is named")
+    return carry_out(recipe, destination, resources, how, dry_run=dry_run, track=track).summary
+
+
+def extract(
+    ft: Named,
+    base: Named,
+    output: Named | None = None,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    save_rest: bool = False,
+    alpha: float | None = None,
+    beta: float | None = None,
+    gamma: float | None = None,
+    schedule: str | Sequence[float] | None = None,
+    outside: Outside | None = None,
+    stack: Pairs | None = None,
+    filter: Pairs | None = None,  # noqa: A002 - the option's name
+    layers: str | None = None,
+    series: Series | None = None,
+    not_layers: str | None = None,
+    prefix: str | None = None,
+    variant: str | None = None,
+    dtype: Dtype | None = None,
+    force: bool = False,
+    resume: bool = False,
+    verify: bool = False,
+    verify_inputs: bool = False,
+    workers: int | None = None,
+    device: str = "auto",
+    gpu_memory: str | int | None = None,
+    dry_run: bool = False,
+    track: Track | None = None,
+) -> Summary:
+    """Make the adapter that is nearest to a full fine-tune, as `lines extract FT --base BASE -o OUTPUT` does.
+
+    Args:
+        ft, base: the fine-tune and what it was trained on, each a path or a Hub id.
+        output: a folder. Only a `dry_run` needs none.
+        rank: of every module, at most; or
+        energy: the share of a module's squared update that its rank is to keep, above 0 and at most 1.
+        save_rest: also store, whole, what is no matrix and changed: embeddings, norms, biases.
+        alpha, ..., not_layers: the coefficients, as in `edit`. Where none is given, the update is not scaled.
+        prefix, variant, dtype, ..., track: as in `edit`. Unless `dtype` says otherwise, factors are float32.
+
+    Returns:
+        What `--json` prints (docs/json.md).
+
+    Raises:
+        LinesError: where the command would end with that message.
+    """
+    from lines_cli.recipe.validate import extract_recipe
+
+    recipe = extract_recipe(
+        str(base),
+        str(ft),
+        rank=rank,
+        energy=energy,
+        save_rest=save_rest or None,
+        alpha=alpha,
+        beta=beta,
+        gamma=gamma,
+        schedule=schedule,
+        outside=outside,
+        stacks=arguments.pairs("--stack", stack),
+        filter=arguments.pairs("--filter", filter),
+        layers=layers,
+        series=series,
+        not_layers=not_layers,
+        prefix=prefix,
+        variant=variant,
+        dtype=dtype,
+    )
+    resources = arguments.resources(workers, device, gpu_memory)
+    how = RunOptions(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)
+    destination = arguments.destination_unless(output, dry_run=dry_run, unnamed="no output is named")
+    return carry_out(recipe, destination, resources, how, dry_run=dry_run, track=track).summary
+
+
 def merge(
     config: Config,
     output: Named | None = None,
     *,
     sets: Sets | None = None,
+    as_adapter: bool = False,
+    rank: int | None = None,
+    energy: float | None = None,
+    num_layers: int | Mapping[str, int] | Iterable[str] | None = None,
     force: bool = False,
     resume: bool = False,
     verify: bool = False,
@@ -155,6 +307,8 @@ def merge(
             whose paths count from the current folder; or a `Recipe`.
         output: a folder, or one file; unless given, the recipe's `output`. A `dry_run` needs neither.
         sets: what overrules the recipe: a mapping such as `{"lines.beta": 0.4}`, or texts as `--set` takes them.
+        as_adapter, rank, energy, num_layers: merge adapters into an adapter (docs/adapters-out.md); as the recipe's
+            keys.
         force, resume, verify, verify_inputs, workers, device, gpu_memory, dry_run, track: as in `edit`.
 
     Returns:
@@ -163,7 +317,7 @@ def merge(
     Raises:
         LinesError: where the command would end with that message.
     """
-    recipe = read_recipe(config, sets or ())
+    recipe = read_recipe(config, with_adapter_keys(sets or (), as_adapter, rank, energy, num_layers))
     resources = arguments.resources(workers, device, gpu_memory)
     how = RunOptions(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)
     destination = destination_of(recipe, output, called=config, dry_run=dry_run)
@@ -355,9 +509,9 @@ class RunOptions(TypedDict):
 class Done:
     """What came of a recipe: what was done; or, without an outcome, what was planned, or was finished before."""
 
-    plan: Plan
+    plan: AnyPlan
     summary: Summary
-    outcome: Outcome | None = None
+    outcome: Outcome | AdapterOutcome | None = None
     before: bool = False
 
 
@@ -381,6 +535,21 @@ def read_recipe(config: Config, sets: Sets = ()) -> Recipe:
             hint="Change it with its model_copy() instead.",
         )
     return config
+
+
+def with_adapter_keys(
+    sets: Sets,
+    as_adapter: bool,
+    rank: int | None,
+    energy: float | None,
+    num_layers: int | Mapping[str, int] | Iterable[str] | None,
+) -> list[str]:
+    """What overrules a recipe, with what options of `merge` say of an adapter."""
+    from lines_cli.recipe.yaml_file import set_texts
+
+    said = {"rank": rank, "energy": energy, "num_layers": arguments.num_layers(num_layers)}
+    own = {key: value for key, value in said.items() if value is not None}
+    return [*set_texts(sets), *set_texts({"as_adapter": True, **own} if as_adapter else own)]
 
 
 def destination_of(recipe: Recipe, output: Named | None, *, called: Any, dry_run: bool) -> Path | None:
@@ -524,21 +693,20 @@ def carry_out(
         from lines_cli.engine.run import run
 
     outcome = run(plan, resources, **how, **({} if track is None else {"track": track}), at_last=at_last)
-    return Done(outcome.plan, summary.of_outcome(outcome), outcome)
+    return Done(outcome.plan, summary.of_any_outcome(outcome), outcome)
 
 
 UNNAMED = "OUT"
 """What a plan calls a destination that nobody has named."""
 
 
-def _planned(recipe: Recipe, destination: Path, *, quiet: bool) -> Plan:
+def _planned(recipe: Recipe, destination: Path, *, quiet: bool) -> AnyPlan:
     from dataclasses import replace
 
-    from lines_cli.plan.build import make_plan
+    from lines_cli.plan.any_plan import planning
     from lines_cli.plan.claim import notes_of_inputs
-    from lines_cli.plan.inputs import open_inputs
 
-    plan = make_plan(recipe, open_inputs(recipe, quiet=quiet), destination)
+    plan = planning(recipe, quiet=quiet)(destination)
     return replace(plan, notes=(*plan.notes, *notes_of_inputs(plan))) if recipe.inputs else plan
 
 

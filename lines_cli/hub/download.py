@@ -26,7 +26,7 @@ from lines_cli.checkpoint.reader import choose_weights, is_index, refuse_folder,
 from lines_cli.checkpoint.sidecars import MODULES, is_carried, is_of_a_module, module_paths
 from lines_cli.errors import CheckpointError, HubError, LinesError, printable, size, some, without_secrets
 from lines_cli.storage.beside import leads_out
-from lines_cli.storage.names import MODEL_CARD, WEIGHT_STEMS
+from lines_cli.storage.names import CONFIG, MODEL_CARD, WEIGHT_STEMS
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9_][\w.-]*/[\w.-]+)(?:@(?P<revision>.*))?", re.ASCII | re.DOTALL)
 _NOT_IN_A_REVISION = re.compile(r"[\s\x00-\x1f\x7f\\:?*~^\[]|\.\.|//|^[/-]|/$|^$")
@@ -136,6 +136,27 @@ def locate(name: str, *, quiet: bool = False, also: tuple[str, ...] = (), varian
     if quiet or not sys.stderr.isatty() or os.environ.get("TERM") in ("dumb", "unknown"):
         disable_progress_bars()
     return _fetch(_Asked(name, match["repo"], revision, also, variant, quiet=quiet))
+
+
+def locate_config(name: str, *, quiet: bool = False) -> Located:
+    """Find a model of which its config is read: a path as it is; of a Hub id only `config.json` is fetched.
+
+    Args:
+        name: as of `locate`.
+        quiet: no progress bars.
+
+    Raises:
+        CheckpointError, HubError: as `locate`.
+    """
+    path = os.path.expanduser(name)
+    match = _HUB_ID.fullmatch(name)
+    if os.path.exists(path) or match is None:
+        return locate(name, quiet=quiet)
+    from huggingface_hub import hf_hub_download
+
+    asked = _Asked(name, match["repo"], match["revision"], quiet=quiet)
+    with _explained(asked):
+        return asked.at(Path(hf_hub_download(asked.repo, CONFIG, revision=asked.revision)).parent)
 
 
 def _fetch(asked: _Asked) -> Located:
