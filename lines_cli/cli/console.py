@@ -256,8 +256,8 @@ def _adapter(plan: AdapterPlan, norms: Mapping[str, tuple[float, float]]) -> Non
                 _line(line + name)
     if norms:
         kept = kept_of(norms)
-        said = "-" if kept is None else f"{kept:.2%}"
-        _line(f"kept    {said} of the squared update of these {len(plan.modules):,} modules")
+        share = "-" if kept is None else f"{kept:.2%}"
+        _line(f"kept    {share} of the squared update of these {len(plan.modules):,} modules")
     for reason in left_out(plan, norms):
         saved = f", {reason['saved']:,} stored whole" if reason["saved"] else ""
         measured = (

@@ -401,7 +401,7 @@ def _found(worker: FactorReader, module: AdapterModule, energy: float | None) ->
 def _squared_norm(worker: FactorReader, rest: Rest) -> float | None:
     """How much a tensor changed; None where there is nothing to compare it with."""
     if rest.base is None:
-        return None
+        return None if rest.dtype in TORCH_DTYPES else 0.0  # whole numbers are no update
     numel, total = math.prod(rest.shape), 0.0
     tensor = AdapterTensor(rest.name, 0, _NO_INFO, FactorOf(0, "A"))
     for first in range(0, numel, ROWS):

@@ -104,7 +104,7 @@ def open_adapter_inputs(recipe: Recipe, *, quiet: bool = False) -> AdapterInputs
     if whole:
         refuse_variant_of_none(recipe.variant, checkpoints)
     own = recipe.model_copy(update={"base_model": base_name, "models": tuple(sources)})
-    inputs = Inputs(checkpoints, base is not None, 1 if base else 0, False)
+    inputs = Inputs(checkpoints, base is not None, 1 if base else 0, bool(whole))
     return AdapterInputs(own, inputs, adapters, tuple(notes))
 
 

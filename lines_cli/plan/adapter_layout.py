@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from lines_cli.checkpoint.adapter import WEIGHTS
+from lines_cli.checkpoint.adapter_output import PREFIX
 from lines_cli.plan.adapter_plan import AdapterPlan, AdapterTensor, Entries, FactorOf, Found, Rest
 from lines_cli.plan.adapter_sidecars import with_sidecars
 from lines_cli.plan.layout import FILE_METADATA, lay_out_files
@@ -39,7 +40,9 @@ def laid_out(plan: AdapterPlan) -> AdapterPlan:
         if module.made is not None:
             for role, name, shape in module.tensors:
                 wanted[name] = (module.dtype, shape, FactorOf(number, role))
-    wanted |= {str(rest.saved_as): (rest.dtype, rest.shape, rest.entries) for rest in saved}
+    for rest in saved:
+        names = (str(rest.saved_as), *(f"{PREFIX}{module}.weight" for module in rest.copies))
+        wanted |= dict.fromkeys(names, (rest.dtype, rest.shape, rest.entries))
     files, placed = lay_out_files(
         {name: (dtype, shape) for name, (dtype, shape, _) in wanted.items()},
         stem="adapter_model",
@@ -50,7 +53,8 @@ def laid_out(plan: AdapterPlan) -> AdapterPlan:
     tensors = tuple(AdapterTensor(name, number, info, wanted[name][2]) for name, number, info in placed)
     if plan.how == "extracted":
         of_targets = any(rest.of_target for rest in saved)
-        modules = tuple(dict.fromkeys(rest.module for rest in saved if not rest.of_target))
+        whole = [rest for rest in saved if not rest.of_target]
+        modules = tuple(dict.fromkeys(module for rest in whole for module in (rest.module, *rest.copies)))
         plan = replace(plan, saved=modules, bias="lora_only" if of_targets else "none")
     return with_sidecars(replace(plan, outputs=tuple(files), tensors=tensors))
 

@@ -182,6 +182,7 @@ class Rest:
         entries: what makes it.
         ft: where the fine-tune has it, with the base's to compare it with, if that has it, too.
         why: why it is no matrix to take apart, in words.
+        copies: modules that share it in the model, and are stored beside it: PEFT gives each its own.
         dtype, shape: as it is stored.
     """
 
@@ -195,6 +196,7 @@ class Rest:
     why: str
     dtype: str
     shape: tuple[int, ...]
+    copies: tuple[str, ...] = ()
 
 
 class Found(NamedTuple):
