@@ -188,6 +188,8 @@ class _Builder:
                 parameters = {name: stored.info.numel for name, stored in base.tensors.items()}
                 return find_depth(parameters, config=base.config, parameters=parameters, **by_hand)
             layers = recipe.num_layers if base is None else _layers_in(base.config, base.name)
+            if layers is None and not needed:  # as many as are numbered: it makes no difference but to the summary
+                layers = {stack: max(numbers) + 1 for stack, numbers in layers_held(names).items()}
             layers = _known(layers, names)
             depth = find_depth(completed(names, layers), **by_hand)
             refuse_other_counts(depth, names, layers)

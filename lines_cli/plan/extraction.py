@@ -36,6 +36,7 @@ _EMBEDDING = re.compile(
 """The last part of a module's name that is a table with a row per token, place or type."""
 _ROUTER = re.compile(r"gate|router|gating|wg")
 """The same of one that chooses experts, which is no linear layer to every library."""
+_FUSED = "tensors of fused experts"
 _OF_EXPERTS = re.compile(r"(?:\A|\.)(?:shared_)?experts?(?:\.|\Z)")
 
 
@@ -187,7 +188,7 @@ class _Parts:
             return "vectors (norms and the like)"
         if last != "weight" or not module:
             fused = len(info.shape) == 3 and _OF_EXPERTS.search(name)
-            return "tensors of fused experts" if fused else "parameters that are no layer's weight"
+            return _FUSED if fused else "parameters that are no layer's weight"
         if len(info.shape) == 2 and _EMBEDDING.fullmatch(word):
             return "embeddings"
         if self._experts and _ROUTER.fullmatch(word):
@@ -244,7 +245,7 @@ class _Parts:
             saved_as: str | None = f"{PREFIX}{name}"
             if module in self._targets:
                 saved_as = f"{PREFIX}{module}.base_layer.{last}" if last == "bias" else None
-            elif not module or module in holding or _ends_another(module, every):
+            elif not module or module in holding or why == _FUSED or _ends_another(module, every):
                 saved_as = None
             if is_float and base is None and factor != 1:
                 saved_as = None  # there is no update to scale
