@@ -112,7 +112,7 @@ def _like(base: Checkpoint, config: Mapping[str, Any], *, transposed: bool) -> d
     """What the adapter's config says of the base, as PEFT would have written it."""
     repository, _, commit = (base.hub_id or "").partition("@")
     return {
-        "base_model_name_or_path": repository or str(base.path),
+        "base_model_name_or_path": repository or base.real.name,  # where it lies here is nobody's business
         "revision": commit or None,
         "task_type": "CAUSAL_LM" if _architecture(config).endswith(_CAUSAL) else None,
         "fan_in_fan_out": transposed,
