@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lines_cli.api.calls import merge as merge
     from lines_cli.api.in_memory import edit_state_dict as edit_state_dict
     from lines_cli.api.in_memory import merge_state_dicts as merge_state_dicts
+    from lines_cli.api.push import push as push
     from lines_cli.engine.run import run as run
     from lines_cli.engine.verify import Verification as Verification
     from lines_cli.engine.verify import verify as verify
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "api.calls": ("coefficients", "edit", "edit_adapter", "extract", "inspect", "merge"),
+    "api.push": ("push",),
     "inspection.compare": ("compare",),
     "scaling.find_depth": ("DepthMap", "find_depth"),
     "engine.run": ("run",),

@@ -19,11 +19,13 @@ from lines_cli.errors import DataError, OutputError, RecipeError, as_argument, s
 
 if TYPE_CHECKING:
     from lines_cli.api.arguments import Pairs, Series
+    from lines_cli.api.push import Push
     from lines_cli.api.summary import Summary
     from lines_cli.checkpoint.reader import Checkpoint
     from lines_cli.engine.adapter_write import AdapterOutcome
     from lines_cli.engine.measure import Track
     from lines_cli.engine.write import Outcome
+    from lines_cli.hub.upload import Target
     from lines_cli.inspection.open import Inspection
     from lines_cli.inspection.report import Report
     from lines_cli.plan.adapter_plan import AnyPlan
@@ -73,9 +75,13 @@ def edit(
     resume: bool = False,
     verify: bool = False,
     verify_inputs: bool = False,
+    push_to: str | None = None,
+    private: bool = False,
+    revision: str | None = None,
     workers: int | None = None,
     device: str = "auto",
     gpu_memory: str | int | None = None,
+    cache: Named | None = None,
     dry_run: bool = False,
     track: Track | None = None,
 ) -> Summary:
@@ -92,7 +98,8 @@ def edit(
         variant: of folders with several sets of weights, which.
         dtype, rounding, rounding_seed, max_shard_size: how the output is stored.
         force, resume, verify, verify_inputs: as the options.
-        workers, device, gpu_memory: what may be used; it changes no byte.
+        push_to, private, revision: where on the Hub to put the output, once it is in place (`push`).
+        workers, device, gpu_memory, cache: what may be used; it changes no byte.
         dry_run: return the plan, and write nothing.
         track: wraps the stream of byte counts of each pass, to show progress: called with title, total and stream.
 
@@ -131,7 +138,10 @@ def edit(
     resources = arguments.resources(workers, device, gpu_memory)
     how = RunOptions(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)
     destination = arguments.destination_unless(output, dry_run=dry_run, unnamed="no output is named")
-    return carry_out(recipe, destination, resources, how, dry_run=dry_run, track=track).summary
+    arguments.use_cache(cache)
+    pushing = _push_to(arguments.target(push_to, private=private, revision=revision, destination=destination))
+    done = carry_out(recipe, destination, resources, how, dry_run=dry_run, track=track, pushing=pushing)
+    return done.summary if pushing is None or dry_run else put_on_the_hub(pushing, done)
 
 
 def edit_adapter(
@@ -157,9 +167,13 @@ def edit_adapter(
     resume: bool = False,
     verify: bool = False,
     verify_inputs: bool = False,
+    push_to: str | None = None,
+    private: bool = False,
+    revision: str | None = None,
     workers: int | None = None,
     device: str = "auto",
     gpu_memory: str | int | None = None,
+    cache: Named | None = None,
     dry_run: bool = False,
     track: Track | None = None,
 ) -> Summary:
@@ -202,7 +216,10 @@ def edit_adapter(
     resources = arguments.resources(workers, device, gpu_memory)
     how = RunOptions(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)
     destination = arguments.destination_unless(output, dry_run=dry_run, unnamed="no output is named")
-    return carry_out(recipe, destination, resources, how, dry_run=dry_run, track=track).summary
+    arguments.use_cache(cache)
+    pushing = _push_to(arguments.target(push_to, private=private, revision=revision, destination=destination))
+    done = carry_out(recipe, destination, resources, how, dry_run=dry_run, track=track, pushing=pushing)
+    return done.summary if pushing is None or dry_run else put_on_the_hub(pushing, done)
 
 
 def extract(
@@ -230,9 +247,13 @@ def extract(
     resume: bool = False,
     verify: bool = False,
     verify_inputs: bool = False,
+    push_to: str | None = None,
+    private: bool = False,
+    revision: str | None = None,
     workers: int | None = None,
     device: str = "auto",
     gpu_memory: str | int | None = None,
+    cache: Named | None = None,
     dry_run: bool = False,
     track: Track | None = None,
 ) -> Summary:
@@ -278,7 +299,10 @@ def extract(
     resources = arguments.resources(workers, device, gpu_memory)
     how = RunOptions(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)
     destination = arguments.destination_unless(output, dry_run=dry_run, unnamed="no output is named")
-    return carry_out(recipe, destination, resources, how, dry_run=dry_run, track=track).summary
+    arguments.use_cache(cache)
+    pushing = _push_to(arguments.target(push_to, private=private, revision=revision, destination=destination))
+    done = carry_out(recipe, destination, resources, how, dry_run=dry_run, track=track, pushing=pushing)
+    return done.summary if pushing is None or dry_run else put_on_the_hub(pushing, done)
 
 
 def merge(
@@ -294,9 +318,13 @@ def merge(
     resume: bool = False,
     verify: bool = False,
     verify_inputs: bool = False,
+    push_to: str | None = None,
+    private: bool = False,
+    revision: str | None = None,
     workers: int | None = None,
     device: str = "auto",
     gpu_memory: str | int | None = None,
+    cache: Named | None = None,
     dry_run: bool = False,
     track: Track | None = None,
 ) -> Summary:
@@ -309,7 +337,8 @@ def merge(
         sets: what overrules the recipe: a mapping such as `{"lines.beta": 0.4}`, or texts as `--set` takes them.
         as_adapter, rank, energy, num_layers: merge adapters into an adapter (docs/adapters-out.md); as the recipe's
             keys.
-        force, resume, verify, verify_inputs, workers, device, gpu_memory, dry_run, track: as in `edit`.
+        force, resume, verify, verify_inputs, push_to, private, revision, workers, device, gpu_memory, cache, dry_run,
+            track: as in `edit`.
 
     Returns:
         What `--json` prints (docs/json.md).
@@ -321,7 +350,10 @@ def merge(
     resources = arguments.resources(workers, device, gpu_memory)
     how = RunOptions(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)
     destination = destination_of(recipe, output, called=config, dry_run=dry_run)
-    return carry_out(recipe, destination, resources, how, dry_run=dry_run, track=track).summary
+    arguments.use_cache(cache)
+    pushing = _push_to(arguments.target(push_to, private=private, revision=revision, destination=destination))
+    done = carry_out(recipe, destination, resources, how, dry_run=dry_run, track=track, pushing=pushing)
+    return done.summary if pushing is None or dry_run else put_on_the_hub(pushing, done)
 
 
 def inspect(
@@ -348,6 +380,7 @@ def inspect(
     workers: int | None = None,
     device: str = "auto",
     gpu_memory: str | int | None = None,
+    cache: Named | None = None,
     track: Track | None = None,
 ) -> Report:
     """Look at checkpoints, as `lines inspect` does.
@@ -363,7 +396,7 @@ def inspect(
         tensors: also every tensor.
         check: read all weights, and refuse what is wrong with them.
         plot: also draw it, into this `.svg`, `.png` or `.html` file.
-        workers, device, gpu_memory, track: as in `edit`.
+        workers, device, gpu_memory, cache, track: as in `edit`.
 
     Returns:
         What `--json` prints (docs/inspecting.md).
@@ -388,6 +421,7 @@ def inspect(
         "dtype": dtype,
     }
     resources = arguments.resources(workers, device, gpu_memory)
+    arguments.use_cache(cache)
     named = [checkpoints] if isinstance(checkpoints, (str, Path)) else list(checkpoints or ())
     report = look(
         named, base, config, scaling, resources, tensors=tensors, check=check, plot=plot, quiet=True, track=track
@@ -462,8 +496,15 @@ def _named_only(names: Any, config: Any) -> Checkpoint:
 
     said = config_values(config, names)
     if isinstance(names, (str, Path)):
-        found = locate(str(names), quiet=True)
-        checkpoint = open_checkpoint(found.path, name=found.name, hub_id=found.hub_id, to_look_at=True)
+        found = locate(str(names), quiet=True, only="headers")
+        checkpoint = open_checkpoint(
+            found.path,
+            name=found.name,
+            hub_id=found.hub_id,
+            to_look_at=True,
+            part=found.part,
+            heads=found.heads,
+        )
         return checkpoint if config is None else replace(checkpoint, config=said)
     names = state_dict_of(names)
     tensors = names if isinstance(names, Mapping) else dict.fromkeys(names)
@@ -605,6 +646,7 @@ def carry_out(
     remark: Callable[[str], None] | None = None,
     importing: Importing = tolerant_torch_import,
     at_last: Callable[[], None] = lambda: None,
+    pushing: Push | None = None,
 ) -> Done:
     """Plan a recipe's result, and unless `dry_run` says otherwise make it.
 
@@ -619,6 +661,7 @@ def carry_out(
         remark: gets what a person should know by the way.
         importing: what torch is imported within.
         at_last: as of `engine.run`.
+        pushing: a push of the output, of which only is asked here whether it can be done; and the output is read back.
     """
     from dataclasses import replace
 
@@ -630,7 +673,10 @@ def carry_out(
     say = remark or (lambda _: None)
     if destination is None:
         plan = _planned(recipe, Path(UNNAMED), quiet=quiet)
-        return Done(plan, {**summary.of_plan(plan, resources), "output": None})
+        pushed = _foreseen(pushing, plan)
+        return Done(plan, {**summary.of_plan(plan, resources), "output": None, "pushed": pushed})
+    if pushing is not None:
+        how = {**how, "verify": True}
     inputs = [name for name in (recipe.base_model, *(source.model for source in recipe.models)) if name is not None]
     named = [Path(os.path.expanduser(name)) for name in inputs]
     before = leftover(destination)
@@ -645,6 +691,9 @@ def carry_out(
         destination, inputs=named, nbytes=0, force=how["force"] or how["resume"], may_exist=dry_run and not how["force"]
     )
     plan = _planned(recipe, destination, quiet=quiet)
+    pushed = _foreseen(pushing, plan)
+    if not dry_run and not all(checkpoint.is_here for checkpoint in plan.inputs.checkpoints):
+        plan = _planned(recipe, destination, quiet=quiet, weights=True)  # nothing is to be refused any more
     is_over = before is not None and before.is_over and is_same_run(plan, before.run)
     finished = how["resume"] and (is_over or is_finished(plan))
     if finished and (how["verify"] or how["verify_inputs"]):
@@ -677,7 +726,7 @@ def carry_out(
         if not how["force"] and (is_taken(destination) or (before is not None and before.set_aside)):
             note = f"{destination} exists: a run replaces it with --force alone, and ends with exit code 6 without"
             plan = replace(plan, notes=(*plan.notes, note))
-        return Done(plan, summary.of_plan(plan, resources))
+        return Done(plan, {**summary.of_plan(plan, resources), "pushed": pushed})
     if before is not None and before.is_over and not quiet:
         say(f"{before.folder} holds the old output that a finished run replaced; it is removed")
     elif before is not None and not quiet:
@@ -700,13 +749,48 @@ UNNAMED = "OUT"
 """What a plan calls a destination that nobody has named."""
 
 
-def _planned(recipe: Recipe, destination: Path, *, quiet: bool) -> AnyPlan:
+def _push_to(target: Target | None) -> Push | None:
+    if target is None:
+        return None
+    from lines_cli.api.push import Push
+
+    return Push(target)
+
+
+def _foreseen(pushing: Push | None, plan: AnyPlan) -> Summary | None:
+    """What would be pushed of a plan's output, once the Hub was asked whether it would take it."""
+    if pushing is None:
+        return None
+    pushing.check(plan.output, plan.names)
+    return pushing.told(plan.names)
+
+
+def put_on_the_hub(pushing: Push, done: Done) -> Summary:
+    """Push the output of a run, which has read it back; the summary.
+
+    Raises:
+        PushError: the Hub does not take it; it is in place, and whole.
+    """
+    from lines_cli.api.push import contents_of
+    from lines_cli.errors import PushError
+
+    output = done.plan.output
+    try:
+        return {**done.summary, "pushed": pushing(contents_of(output, read=False))}
+    except PushError as error:
+        raise PushError(
+            f"{output} is in place and whole, but not on the Hub. {error.message}", hint=error.hint
+        ) from error
+
+
+def _planned(recipe: Recipe, destination: Path, *, quiet: bool, weights: bool = False) -> AnyPlan:
+    """The plan; without `weights` those that are on the Hub stay there, and only their headers are fetched."""
     from dataclasses import replace
 
     from lines_cli.plan.any_plan import planning
     from lines_cli.plan.claim import notes_of_inputs
 
-    plan = planning(recipe, quiet=quiet)(destination)
+    plan = planning(recipe, quiet=quiet, weights=weights)(destination)
     return replace(plan, notes=(*plan.notes, *notes_of_inputs(plan))) if recipe.inputs else plan
 
 
@@ -744,7 +828,7 @@ def look(
         from lines_cli.inspection.drawing import Drawing
 
         drawing = Drawing(arguments.path("--plot", plot))
-    inspection = _opened(checkpoints, base, config, scaling, quiet=quiet)
+    inspection = _opened(checkpoints, base, config, scaling, quiet=quiet, weights=check)
     if drawing is not None:
         drawing.spare(inspection.inputs)
     findings = None
@@ -766,13 +850,14 @@ def _opened(
     scaling: Mapping[str, Any],
     *,
     quiet: bool,
+    weights: bool,
 ) -> Inspection:
     from lines_cli.inspection.open import open_inspection, open_merge
 
     if config is None:
         if not checkpoints:
             raise RecipeError("there is nothing to inspect", hint="Name a checkpoint; or a recipe, with --config FILE.")
-        return open_inspection(checkpoints, base=base, quiet=quiet, **scaling)
+        return open_inspection(checkpoints, base=base, quiet=quiet, weights=weights, **scaling)
     if checkpoints or base is not None or any(value is not None for value in scaling.values()):
         raise RecipeError(
             "--config already gives the base, the models and the coefficients",

@@ -350,9 +350,9 @@ def _computed(
     ]
     with devices.bounded():
         size = devices.chunk(plan.per_entry, whole=plan.whole_bytes(len(devices.members)))
-        shared = devices.whole_tensors()
+        shared, turned = devices.whole_tensors(), devices.turned(plan.turned_sides)
         pool = Pool(
-            lambda device: Worker(plan, sources, device, size, shared), items_of(segments), job.of_item, devices
+            lambda device: Worker(plan, sources, device, size, shared, turned), items_of(segments), job.of_item, devices
         )
         total = sum(segment.numel * itemsize(tensor.info.dtype) for tensor, segment in segments)
         with closing(pool.in_order()) as done:
@@ -378,7 +378,8 @@ def _result(plan: Plan, tensor: TensorPlan, sources: Sequence[_Tensors]) -> _Res
     merged = (*((segment.base,) if segment.base else ()), *segment.models)
     like = of(segment.copy or merged[plan.inputs.lead])
     shape = torch.Size(tensor.info.shape)
-    if len(tensor.segments) == 1 and segment.copy is not None and (like.dtype, like.shape) == (dtype, shape):
+    whole = segment.copy is not None and not segment.copy.parts and len(tensor.segments) == 1
+    if whole and (like.dtype, like.shape) == (dtype, shape):
         return _Result(like, shared=True)
     return _Result(torch.empty(shape, dtype=dtype, device=like.device), shared=False)
 

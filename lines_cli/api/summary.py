@@ -26,13 +26,20 @@ def of_plan(plan: AnyPlan, resources: Resources) -> Summary:
     """What would be done."""
     if isinstance(plan, AdapterPlan):
         told = {**ABOUT, "dry_run": True, **plan.summary(), "peak_memory": plan.peak_memory(resources)}
-        return {**told, "modules": modules_of(plan, {})}
-    return {**ABOUT, "dry_run": True, **plan.summary(), "peak_memory": plan.peak_memory(resources), "map": plan.map()}
+        return {**told, "modules": modules_of(plan, {}), "pushed": None}
+    return {
+        **ABOUT,
+        "dry_run": True,
+        **plan.summary(),
+        "peak_memory": plan.peak_memory(resources),
+        "map": plan.map(),
+        "pushed": None,
+    }
 
 
 def of_finished(plan: AnyPlan) -> Summary:
     """What an earlier run has done."""
-    return {**ABOUT, "dry_run": False, **plan.summary(), "done_before": True}
+    return {**ABOUT, "dry_run": False, **plan.summary(), "done_before": True, "pushed": None}
 
 
 def of_any_outcome(outcome: Outcome | AdapterOutcome) -> Summary:
@@ -53,7 +60,7 @@ def of_adapter(outcome: AdapterOutcome) -> Summary:
         "resumed": outcome.resumed,
         "seconds": round(outcome.seconds, 3),
     }
-    return {**ABOUT, "dry_run": False, **plan.summary(), "done_before": False, **found}
+    return {**ABOUT, "dry_run": False, **plan.summary(), "done_before": False, **found, "pushed": None}
 
 
 def of_outcome(outcome: Outcome) -> Summary:
@@ -72,7 +79,7 @@ def of_outcome(outcome: Outcome) -> Summary:
         "resumed": outcome.resumed,
         "seconds": round(outcome.seconds, 3),
     }
-    return {**ABOUT, "dry_run": False, **summary, "done_before": False, **found}
+    return {**ABOUT, "dry_run": False, **summary, "done_before": False, **found, "pushed": None}
 
 
 def of_realised(plan: Plan, rows: Sequence[Row]) -> Summary:

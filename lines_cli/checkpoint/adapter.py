@@ -18,7 +18,7 @@ from typing import Any
 
 from lines_cli.checkpoint.formulas import LowRank, Made
 from lines_cli.checkpoint.header import FLOAT_DTYPES, StoredTensor, read_header
-from lines_cli.checkpoint.reader import Checkpoint, FileState, choose_weights
+from lines_cli.checkpoint.reader import Checkpoint, FileState, choose_weights, views_of
 from lines_cli.errors import CheckpointError, MismatchError, UnsupportedError, printable, some
 from lines_cli.storage.beside import beside, read_object
 
@@ -200,7 +200,7 @@ def on_base(adapter: Adapter, base: Checkpoint, *, name: str | None = None) -> C
     tensors, formulas = dict(base.tensors), dict(base.formulas)
     targets = _targets(adapter, base)
     for change, target in zip(adapter.changes, targets, strict=True):
-        placed = {role: StoredTensor(first + file, info) for role, (file, info) in change.factors.items()}
+        placed = {role: stored._replace(file=first + stored.file) for role, stored in change.factors.items()}
         if change.kind == "whole":
             tensors[target] = placed["whole"]
             formulas.pop(target, None)
@@ -231,6 +231,8 @@ def on_base(adapter: Adapter, base: Checkpoint, *, name: str | None = None) -> C
         formulas=formulas,
         metadata={},
         parts=(base, own),
+        part=own.part,
+        views=tuple(views_of((base, own))),
         base_named=name is not None,
         notes=(),
     )

@@ -32,7 +32,7 @@ class Formula:
 
     def placed(self, number_of: Callable[[int], int]) -> Formula:
         """The same, with other numbers of the files that its factors lie in."""
-        factors = tuple((role, StoredTensor(number_of(file), info)) for role, (file, info) in self.factors)
+        factors = tuple((role, stored._replace(file=number_of(stored.file))) for role, stored in self.factors)
         return replace(self, factors=factors)
 
     @property

@@ -206,6 +206,7 @@ def carry_over(
     rows_of: Checkpoint,
     vocabularies: Sequence[Collection[int]],
     tokenizer: Checkpoint | None = None,
+    extended: Mapping[str, bytes] | None = None,
     chat_template: Checkpoint | None = None,
 ) -> tuple[list[Sidecar], list[str]]:
     """The carried-over files of an output folder, and what to say of them.
@@ -222,6 +223,7 @@ def carry_over(
         rows_of: the input whose number of rows that is: where there are any, its tokenizer goes with them.
         vocabularies: for each input, how many rows its token embeddings and heads have.
         tokenizer, chat_template: the inputs to take these from, if they are named.
+        extended: of the tokenizer the files that know further tokens; what else lists its vocabulary is left out.
 
     Raises:
         CheckpointError: an input that is named for its tokenizer or chat template has none.
@@ -279,8 +281,14 @@ def carry_over(
             )
 
     written: dict[str, bytes] = {}
+    if extended:
+        dropped = [name for name in files if _matches(name, _VOCABULARY_FILES) and name not in extended]
+        files = {name: path for name, path in files.items() if name not in dropped}
+        if dropped:
+            listed = ", ".join(map(printable, sorted(dropped)))
+            notes.append(f"not carried over, for they list the vocabulary without its new tokens: {listed}")
     if chat_template is not None:
-        files, written = _with_chat_template(files, chat_template)
+        files, written = _with_chat_template(files, chat_template, extended or {})
     elif not _has_template(files):
         having = [name for other, name in zip(inputs[1:], called[1:], strict=True) if _has_template(_of(other))]
         if having:
@@ -298,6 +306,7 @@ def carry_over(
         followed = _with_ids(generation, read_object(source) if source else ids)
         if followed != generation:
             written[GENERATION] = _as_json(followed)
+    written = {**(extended or {}), **written}
     sidecars = [
         Sidecar(name, content=written[name]) if name in written else Sidecar(name, source=path)
         for name, path in files.items()
@@ -529,8 +538,12 @@ def special_tokens(checkpoint: Checkpoint) -> dict[int, str]:
     return found
 
 
-def _with_chat_template(files: Mapping[str, Path], source: Checkpoint) -> tuple[dict[str, Path], dict[str, bytes]]:
-    """The files with another input's chat template: in files of its own, or in the tokenizer's config."""
+def _with_chat_template(
+    files: Mapping[str, Path], source: Checkpoint, written: Mapping[str, bytes]
+) -> tuple[dict[str, Path], dict[str, bytes]]:
+    """The files with another input's chat template: in files of its own, or in the tokenizer's config; of some it is
+    known what will be written.
+    """
     patterns = _TEMPLATE_FILES
     theirs = carried_files(source.folder, patterns) if source.folder else {}
     theirs_config = beside(source.folder, _TOKENIZER_CONFIG) if source.folder else None
@@ -563,7 +576,11 @@ def _with_chat_template(files: Mapping[str, Path], source: Checkpoint) -> tuple[
                 f"{theirs_config}: its chat_template holds {inside[error.start]!r}, which is not valid text",
                 hint="The file is damaged: copy or download it again.",
             ) from error
-    config = read_object(merged[_TOKENIZER_CONFIG])
+    config = (
+        json.loads(written[_TOKENIZER_CONFIG])
+        if _TOKENIZER_CONFIG in written
+        else read_object(merged[_TOKENIZER_CONFIG])
+    )
     config.pop("chat_template", None)
     if inside is not None:
         config["chat_template"] = inside

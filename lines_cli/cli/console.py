@@ -15,6 +15,7 @@ from rich.text import Text
 
 from lines_cli.api import summary
 from lines_cli.checkpoint.header import EXACT_DTYPES
+from lines_cli.cli import log
 from lines_cli.errors import in_short, printable, size, without_secrets
 from lines_cli.inspection.tables import Bar, Section, coefficient, count, sections
 from lines_cli.inspection.tables import Table as Columns
@@ -44,8 +45,11 @@ _out = Console(markup=False, highlight=False, emoji=False)
 _err = Console(markup=False, highlight=False, emoji=False, stderr=True)
 
 
-def refuse(message: str, hint: str | None = None) -> None:
-    """Say why the run ends, and what to do next."""
+def refuse(message: str, hint: str | None = None, *, code: int) -> None:
+    """Say why the run ends, and what to do next; `code` is what the process ends with."""
+    if (told := log.active()) is not None:
+        told.event("error", code=code, message=without_secrets(message), hint=hint and without_secrets(hint))
+        return
     _err.print(Text.assemble(("error: ", "bold red"), _printable(message)), soft_wrap=True)
     if hint:
         _err.print(Text.assemble(("hint: ", "bold"), _printable(hint)), soft_wrap=True)
@@ -70,17 +74,23 @@ def remark(text: str) -> None:
 
 def wrote(path: object) -> None:
     """Name a file that was written beside what the command is about."""
+    if (told := log.active()) is not None:
+        told.event("note", message=without_secrets(f"wrote {path}"))
+        return
     _err.print(Text(_printable(f"wrote {path}")), soft_wrap=True)
 
 
 def progress(*, quiet: bool) -> Track:
     """A wrapper for each pass's stream of byte counts that says on stderr how far it is: a bar on a terminal;
-    elsewhere, and on a terminal without a cursor to move, a line at each tenth of a pass that takes a while.
+    elsewhere, and on a terminal without a cursor to move, a line at each tenth of a pass that takes a while; in a log
+    of JSON an event at its begin, its end, and every few seconds.
     """
 
     def track(title: str, total: int, done: Iterable[int]) -> Iterable[int]:
         if quiet or not total:
             return done
+        if (told := log.active()) is not None:
+            return _in_events(told, title, total, done)
         draw = _bar if _err.is_terminal and not _err.is_dumb_terminal else _in_lines
         return draw(title, total, done)
 
@@ -101,9 +111,20 @@ class _Pace:
         while len(self._seen) > 2 and self._seen[-1][0] - self._seen[1][0] >= _AVERAGED:
             self._seen.popleft()
 
-    def __str__(self) -> str:
+    @property
+    def rate(self) -> float:
+        """Bytes a second; 0 where that is not known yet."""
         (begun, before), (now, done) = self._seen[0], self._seen[-1]
-        rate = (done - before) / (now - begun) if now > begun else 0.0
+        return (done - before) / (now - begun) if now > begun else 0.0
+
+    def values(self) -> dict[str, float | None]:
+        """Bytes that are done, of how many, how fast, and how many seconds are left; None where that is not known."""
+        rate, left = self.rate, max(0, self.total - self.done)
+        eta = 0.0 if not left else left / rate if rate else None
+        return {"done": min(self.done, self.total), "total": self.total, "rate": rate or None, "eta": eta}
+
+    def __str__(self) -> str:
+        rate = self.rate
         said = f"{size(min(self.done, self.total))} of {size(self.total)}"
         if not rate:
             return said
@@ -113,6 +134,7 @@ class _Pace:
 
 _clock = time.monotonic
 _AVERAGED = 10.0  # seconds that the speed is the average of
+_LOGGED_EVERY = 5.0  # seconds
 _SILENT = 2.0  # seconds that a pass takes before a line is worth while
 
 
@@ -147,6 +169,19 @@ def _bar(title: str, total: int, done: Iterable[int]) -> Iterator[int]:
             pace.add(nbytes)
             bar.advance(task, nbytes)
             yield nbytes
+
+
+def _in_events(told: log.Log, title: str, total: int, done: Iterable[int]) -> Iterator[int]:
+    pace = _Pace(total)
+    said = pace.started
+    told.event("progress", **{"pass": title}, **pace.values())
+    for nbytes in done:
+        pace.add(nbytes)
+        if _clock() - said >= _LOGGED_EVERY and pace.done < total:
+            said = _clock()
+            told.event("progress", **{"pass": title}, **pace.values())
+        yield nbytes
+    told.event("progress", **{"pass": title}, **pace.values())
 
 
 def _in_lines(title: str, total: int, done: Iterable[int]) -> Iterator[int]:
@@ -201,10 +236,10 @@ def _show_adapter_plan(plan: AdapterPlan, told: summary.Summary, resources: Reso
     _err.print("Nothing was written (--dry-run).", style="dim")
 
 
-def _show_adapter_outcome(outcome: AdapterOutcome, *, json: bool, quiet: bool) -> None:
+def _show_adapter_outcome(outcome: AdapterOutcome, told: summary.Summary, *, json: bool, quiet: bool) -> None:
     plan = outcome.plan
     if json:
-        _print_json(summary.of_adapter(outcome))
+        _print_json(told)
     for found in outcome.nonfinite.values():
         _warn(found)
     _notes(outcome.remarks)
@@ -273,10 +308,10 @@ def _ranks(layers: Sequence[Mapping[str, Any]]) -> list[str]:
     return [_span([min(ends), max(ends)]), f"{min(kept):.1%} to {max(kept):.1%}" if kept else "-"]
 
 
-def show_finished(plan: AnyPlan, *, verified: bool, json: bool, quiet: bool) -> None:
-    """That there is nothing left to do; `verified` if the output was read back."""
+def show_finished(plan: AnyPlan, told: summary.Summary, *, verified: bool, json: bool, quiet: bool) -> None:
+    """That there is nothing left to do; `verified` if the output was read back. `told` is the same as plain values."""
     if json:
-        _print_json(summary.of_finished(plan))
+        _print_json(told)
     elif not quiet:
         remark(
             f"{plan.output} is finished: this recipe has written it from these inputs"
@@ -294,18 +329,18 @@ def show_cleaned(output: str, found: Unfinished | None) -> None:
         remark(f"removed {found.folder} ({size(found.nbytes)}, {found.description})")
 
 
-def show_outcome(outcome: Outcome | AdapterOutcome, *, json: bool, quiet: bool) -> None:
-    """What was done."""
+def show_outcome(outcome: Outcome | AdapterOutcome, told: summary.Summary, *, json: bool, quiet: bool) -> None:
+    """What was done; `told` is the same as plain values."""
     plan = outcome.plan
     if isinstance(plan, AdapterPlan):
-        _show_adapter_outcome(outcome, json=json, quiet=quiet)  # type: ignore[arg-type]
+        _show_adapter_outcome(outcome, told, json=json, quiet=quiet)  # type: ignore[arg-type]
         return
-    _show_outcome(outcome, plan, json=json, quiet=quiet)  # type: ignore[arg-type]
+    _show_outcome(outcome, plan, told, json=json, quiet=quiet)  # type: ignore[arg-type]
 
 
-def _show_outcome(outcome: Outcome, plan: Plan, *, json: bool, quiet: bool) -> None:
+def _show_outcome(outcome: Outcome, plan: Plan, told: summary.Summary, *, json: bool, quiet: bool) -> None:
     if json:
-        _print_json(summary.of_outcome(outcome))
+        _print_json(told)
     for found in outcome.nonfinite.values():
         _warn(found)
     _notes(outcome.remarks)
@@ -333,6 +368,29 @@ def _show_outcome(outcome: Outcome, plan: Plan, *, json: bool, quiet: bool) -> N
     _line(f"read {size(outcome.bytes_read)}{passes}, {written}")
     _out.print(f"output  {_printable(str(plan.output))}", style="bold", soft_wrap=True)
     _notes(plan.notes)
+
+
+def show_pushed(told: summary.Summary, *, json: bool, quiet: bool) -> None:
+    """What was put on the Hub, or would be."""
+    if json:
+        _print_json(told)
+        return
+    pushed = told["pushed"]
+    if pushed["removed"]:
+        remark(f"removed from {pushed['repo']}, for an earlier output had it: {', '.join(pushed['removed'])}")
+    if quiet:
+        return
+    number = f"{len(pushed['files'])} file{'s' if len(pushed['files']) > 1 else ''}"
+    what = f"{number}, {size(pushed['bytes'])}" if pushed["bytes"] is not None else number
+    to = f"{pushed['repo']} ({pushed['revision']})"
+    if pushed["commit"] is None:
+        _line(f"to push {what}, to {to}")
+        for name in pushed["files"]:
+            _line(f"        {name}")
+        _err.print("Nothing was pushed (--dry-run).", style="dim")
+    else:
+        _line(f"pushed  {what}, to {to}, commit {pushed['commit'][:7]}")
+        _line(pushed["url"])
 
 
 def show_claim(claim: Claim) -> None:
@@ -505,6 +563,9 @@ def _drawn(bar: Bar, width: int) -> str:
 
 
 def _warn(text: str) -> None:
+    if (told := log.active()) is not None:
+        told.event("warning", message=without_secrets(text))
+        return
     _err.print(Text.assemble(("warning: ", "bold yellow"), _printable(text)), soft_wrap=True)
 
 
@@ -665,6 +726,9 @@ def _outside(plan: Plan) -> None:
 
 def _notes(notes: Iterable[str]) -> None:
     for note in notes:
+        if (told := log.active()) is not None:
+            told.event("note", message=without_secrets(note))
+            continue
         _err.print(Text.assemble(("note: ", "bold"), _printable(note)), soft_wrap=True)
 
 

@@ -43,12 +43,17 @@ def edit(
     resume: opt.Resume = False,
     verify: opt.Verify = False,
     verify_inputs: opt.VerifyInputs = False,
+    push_to: opt.PushTo = None,
+    private: opt.Private = False,
+    revision: opt.Revision = None,
     workers: opt.Workers = None,
     device: opt.Device = "auto",
     gpu_memory: opt.GpuMemory = None,
+    cache: opt.Cache = None,
     dry_run: opt.DryRun = False,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
+    log_json: opt.LogJson = False,  # noqa: ARG001 - heeded before the command line is parsed
 ) -> None:
     """Scale a fine-tune's update over depth, so that it forgets less (LiNeS).
 
@@ -103,7 +108,9 @@ def edit(
     resources = arguments.resources(workers, device, gpu_memory)
     how = RunOptions(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)
     destination = arguments.destination_unless(output, dry_run=dry_run, unnamed="no output is named")
-    carry_out(recipe, destination, resources, how, dry_run=dry_run, json=json, quiet=quiet)
+    arguments.use_cache(cache)
+    target = arguments.target(push_to, private=private, revision=revision, destination=destination)
+    carry_out(recipe, destination, resources, how, target=target, dry_run=dry_run, json=json, quiet=quiet)
 
 
 def _both(

@@ -22,12 +22,17 @@ def merge(
     resume: opt.Resume = False,
     verify: opt.Verify = False,
     verify_inputs: opt.VerifyInputs = False,
+    push_to: opt.PushTo = None,
+    private: opt.Private = False,
+    revision: opt.Revision = None,
     workers: opt.Workers = None,
     device: opt.Device = "auto",
     gpu_memory: opt.GpuMemory = None,
+    cache: opt.Cache = None,
     dry_run: opt.DryRun = False,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
+    log_json: opt.LogJson = False,  # noqa: ARG001 - heeded before the command line is parsed
 ) -> None:
     """Merge models, and scale what they learnt together over depth (LiNeS).
 
@@ -56,7 +61,9 @@ def merge(
     destination = destination_of(recipe, output, called=config, dry_run=dry_run)
     resources = arguments.resources(workers, device, gpu_memory)
     how = RunOptions(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)
-    carry_out(recipe, destination, resources, how, dry_run=dry_run, json=json, quiet=quiet)
+    arguments.use_cache(cache)
+    target = arguments.target(push_to, private=private, revision=revision, destination=destination)
+    carry_out(recipe, destination, resources, how, target=target, dry_run=dry_run, json=json, quiet=quiet)
 
 
 merge.__doc__ = (merge.__doc__ or "").replace("METHODS", ", ".join(METHODS))

@@ -11,9 +11,15 @@ from typing import Annotated, Literal
 import typer
 
 INSPECTING, RECIPE, ADAPTER, SCALING = "Inspecting", "Recipe", "Adapter", "Scaling"
-DISAGREE, OUTPUT, RECOVERY, MACHINE = "When the inputs disagree", "Output", "Recovery", "Machine"
-PANELS = (INSPECTING, RECIPE, ADAPTER, SCALING, DISAGREE, OUTPUT, RECOVERY, MACHINE)
+DISAGREE, OUTPUT, HUB, RECOVERY, MACHINE = "When the inputs disagree", "Output", "The Hub", "Recovery", "Machine"
+PANELS = (INSPECTING, RECIPE, ADAPTER, SCALING, DISAGREE, OUTPUT, HUB, RECOVERY, MACHINE)
 """What options are shown under, in this order."""
+
+VARIABLES = {
+    flag: f"LINES_{flag[2:].replace('-', '_').upper()}"
+    for flag in ("--workers", "--device", "--gpu-memory", "--cache", "--quiet", "--log-json")
+}
+"""Options whose default a variable in the environment sets: those that change no byte of any output."""
 
 
 def _starting(*words: str) -> Callable[[str], list[str]]:
@@ -30,7 +36,8 @@ Base = Annotated[
     typer.Argument(
         metavar="BASE",
         show_default=False,
-        help="The pre-trained checkpoint: a .safetensors file, a folder, or a Hub id (org/name, org/name@revision).",
+        help="The pre-trained checkpoint: a file (.safetensors, .pt, .bin, ...), a folder, or a Hub id (org/name, "
+        "org/name@revision).",
     ),
 ]
 FineTune = Annotated[
@@ -179,6 +186,7 @@ NoProgress = Annotated[
         "--quiet",
         "-q",
         help="No progress.",
+        envvar=VARIABLES["--quiet"],
         rich_help_panel=OUTPUT,
     ),
 ]
@@ -595,6 +603,7 @@ Workers = Annotated[
         max=64,
         show_default="one per core, up to 4; 4 per GPU",
         help="Threads that read, compute and write.",
+        envvar=VARIABLES["--workers"],
         rich_help_panel=MACHINE,
     ),
 ]
@@ -606,6 +615,7 @@ Device = Annotated[
         metavar="auto|cpu|cuda[:N],...",
         help="Where to compute; auto is the first GPU where there is one, cuda:0,cuda:1 shares the work out. The bytes "
         "are the same.",
+        envvar=VARIABLES["--device"],
         rich_help_panel=MACHINE,
     ),
 ]
@@ -616,6 +626,18 @@ GpuMemory = Annotated[
         metavar="SIZE",
         show_default="an eighth of it, up to 2GiB",
         help="Most memory to take of each GPU.",
+        envvar=VARIABLES["--gpu-memory"],
+        rich_help_panel=MACHINE,
+    ),
+]
+Cache = Annotated[
+    str | None,
+    typer.Option(
+        "--cache",
+        metavar="DIR",
+        show_default="the Hub's own",
+        help="The folder in which what is fetched from the Hub is kept.",
+        envvar=VARIABLES["--cache"],
         rich_help_panel=MACHINE,
     ),
 ]
@@ -641,6 +663,65 @@ Quiet = Annotated[
         "--quiet",
         "-q",
         help="No progress and no summary; errors, a --dry-run's plan and --json are still printed.",
+        envvar=VARIABLES["--quiet"],
         rich_help_panel=OUTPUT,
+    ),
+]
+LogJson = Annotated[
+    bool,
+    typer.Option(
+        "--log-json",
+        help="Have every line on stderr be a JSON object: progress, notes, warnings, errors.",
+        envvar=VARIABLES["--log-json"],
+        rich_help_panel=OUTPUT,
+    ),
+]
+
+JsonPushed = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Print what was pushed as JSON on stdout.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Pushed = Annotated[str, typer.Argument(metavar="OUT", help="A folder that lines wrote.")]
+Repository = Annotated[
+    str, typer.Argument(metavar="REPO", help="Where to on the Hub: org/name. It is made if it is not there.")
+]
+PushTo = Annotated[
+    str | None,
+    typer.Option(
+        "--push-to",
+        metavar="REPO",
+        show_default=False,
+        help="Put the output, once it is in place and read back, on the Hub as org/name. Implies --verify.",
+        rich_help_panel=HUB,
+    ),
+]
+Private = Annotated[
+    bool,
+    typer.Option(
+        "--private",
+        help="Make the repository that is pushed to a private one; refuse one that is there and public.",
+        rich_help_panel=HUB,
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(
+        "--revision",
+        metavar="BRANCH",
+        show_default="main",
+        help="The branch that is pushed to; a new one begins empty. Or a pull request, refs/pr/1.",
+        rich_help_panel=HUB,
+    ),
+]
+DryPush = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Check the files and ask the Hub, say what would be pushed, and send nothing.",
+        rich_help_panel=HUB,
     ),
 ]

@@ -31,6 +31,7 @@ from lines_cli.engine.low_rank import (
     stacked,
 )
 from lines_cli.engine.measure import Track
+from lines_cli.engine.parts import Turned
 from lines_cli.engine.pool import Pool
 from lines_cli.engine.whole_tensors import Kept
 from lines_cli.engine.workers import Reader
@@ -127,8 +128,10 @@ class AdapterOutcome:
 class FactorReader(Reader):
     """One thread's device and buffers, and what it reads whole."""
 
-    def __init__(self, plan: AdapterPlan, sources: Sequence[Opened], device: torch.device, chunk: int) -> None:
-        super().__init__(plan.paths, sources, device, chunk=chunk, per_entry=plan.per_entry)
+    def __init__(
+        self, plan: AdapterPlan, sources: Sequence[Opened], device: torch.device, chunk: int, turned: Turned
+    ) -> None:
+        super().__init__(plan.paths, sources, device, chunk=chunk, per_entry=plan.per_entry, turned=turned)
         self.write_buffer = in_whole_pages(WRITE_SIZE)  # of the output, on its way to the disk
 
     def factor(self, stored: StoredTensor) -> Tensor:
@@ -358,7 +361,8 @@ def measured(plan: AdapterPlan, sources: Sequence[Opened], devices: Devices, tra
         return item.name, _found(worker, item, energy), _entries_of(item)
 
     found: dict[str, Found] = {}
-    pool = Pool(lambda device: FactorReader(plan, sources, device, size), iter(items), job, devices)
+    turned = devices.turned(1)
+    pool = Pool(lambda device: FactorReader(plan, sources, device, size, turned), iter(items), job, devices)
     with closing(pool.in_order()) as results:
         done = (_noted(found, name, what, numel) for name, what, numel in results)
         for _ in track("measuring", sum(map(_entries_of, items)), done):

@@ -12,6 +12,7 @@ from typing import Protocol
 from lines_cli.checkpoint.reader import FileState
 from lines_cli.errors import ChangedInputError, CheckpointError
 from lines_cli.storage.files import open_to_stream, read_into
+from lines_cli.storage.views import FileWithViews, Views
 
 
 @contextmanager
@@ -80,6 +81,11 @@ class Held(Protocol):
 
 Opened = int | Held
 """An opened input: a file descriptor, or what is read in the same way."""
+
+
+def with_views(fds: Sequence[int], views: Sequence[Views]) -> list[Opened]:
+    """The same inputs, to be read with the views that are in them."""
+    return [FileWithViews(fd, of_file) if of_file else fd for fd, of_file in zip(fds, views, strict=True)]
 
 
 def read_input(source: Opened, view: memoryview, offset: int) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from lines_cli.engine.adapter_write import AdapterWrite, FactorReader, measured
 from lines_cli.engine.devices import Devices
-from lines_cli.engine.input_files import Opened, opened, refuse_changed
+from lines_cli.engine.input_files import Opened, opened, refuse_changed, with_views
 from lines_cli.engine.measure import Track
 from lines_cli.engine.workers import Worker
 from lines_cli.engine.write import Target, Write
@@ -37,9 +37,9 @@ def sized(plan: AnyPlan, devices: Devices, track: Track, *, known: Mapping[str, 
         found = {str(name): Found(int(rank), norm) for name, (rank, norm) in (known or {})["ranks"].items()}
         if found.keys() == names:
             return settled(plan, found)
-    with opened(plan.paths) as sources, devices.bounded():
-        refuse_changed(plan.paths, sources, plan.states)
-        return settled(plan, measured(plan, sources, devices, track))
+    with opened(plan.paths) as fds, devices.bounded():
+        refuse_changed(plan.paths, fds, plan.states)
+        return settled(plan, measured(plan, with_views(fds, plan.views), devices, track))
 
 
 def job_of(plan: AnyPlan, targets: list[Target], devices: Devices, *, measures: bool) -> AnyJob:
@@ -60,7 +60,7 @@ def worker_of(plan: AnyPlan, sources: Sequence[Opened], devices: Devices) -> Cal
     """Makes a thread's worker, given its device."""
     size = devices.chunk(plan.per_entry, whole=plan.whole_bytes(len(devices.members)))
     if isinstance(plan, AdapterPlan):
-        adapter = plan
-        return lambda device: FactorReader(adapter, sources, device, size)
-    whole, shared = plan, devices.whole_tensors()
-    return lambda device: Worker(whole, sources, device, size, shared)
+        adapter, matrices = plan, devices.turned(1)
+        return lambda device: FactorReader(adapter, sources, device, size, matrices)
+    whole, shared, turned = plan, devices.whole_tensors(), devices.turned(plan.turned_sides)
+    return lambda device: Worker(whole, sources, device, size, shared, turned)

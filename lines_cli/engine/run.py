@@ -20,7 +20,7 @@ from lines_cli.checkpoint.header import TensorInfo
 from lines_cli.engine.adapter_write import AdapterOutcome
 from lines_cli.engine.buffers import keep_freed_memory
 from lines_cli.engine.devices import Devices
-from lines_cli.engine.input_files import allow_open_files, opened, refuse_changed
+from lines_cli.engine.input_files import Opened, allow_open_files, opened, refuse_changed, with_views
 from lines_cli.engine.jobs import job_of, sized, worker_of
 from lines_cli.engine.measure import Measurement, Track, measure, untracked
 from lines_cli.engine.pool import Pool
@@ -132,10 +132,11 @@ def run(
             replaceable=partial(replaceable, plan) if force else None,
             resume=resume,
         ) as staging,
-        opened(plan.paths) as sources,
+        opened(plan.paths) as fds,
         devices.bounded(),
     ):
-        refuse_changed(plan.paths, sources, plan.states)
+        refuse_changed(plan.paths, fds, plan.states)
+        sources = with_views(fds, plan.views)
         records = _carried_over(staging, plan)
         measurement = _measured(staging, plan, sources, devices, track)
         if isinstance(plan, Plan) and plan.needs:
@@ -153,7 +154,7 @@ def run(
             done = (job.take(result, staging.journal) for result in results)
             for _ in track(title, plan.bytes_written - job.taken_over, done):
                 pass
-        refuse_changed(plan.paths, sources, plan.states)
+        refuse_changed(plan.paths, fds, plan.states)
         records |= job.records()
         outcome: Outcome | AdapterOutcome
         layers: Sequence[Mapping[str, Any]] = ()
@@ -183,7 +184,9 @@ def _carried_over(staging: Staging, plan: AnyPlan) -> dict[str, FileRecord]:
     return records
 
 
-def _measured(staging: Staging, plan: AnyPlan, sources: list[int], devices: Devices, track: Track) -> Measurement:
+def _measured(
+    staging: Staging, plan: AnyPlan, sources: Sequence[Opened], devices: Devices, track: Track
+) -> Measurement:
     """What the plan needs to know, from the journal if it was measured before."""
     if isinstance(plan, AdapterPlan):
         if plan.found and (staging.contents is None or staging.contents.measured is None):

@@ -25,7 +25,7 @@ from lines_cli.checkpoint.header import itemsize, read_header
 from lines_cli.checkpoint.sidecars import CARRIED_FILES, Sidecar
 from lines_cli.engine.buffers import keep_freed_memory
 from lines_cli.engine.devices import Devices
-from lines_cli.engine.input_files import opened, refuse_changed
+from lines_cli.engine.input_files import Opened, opened, refuse_changed, with_views
 from lines_cli.engine.jobs import job_of, sized, worker_of
 from lines_cli.engine.measure import Track, measure, untracked
 from lines_cli.engine.pool import Pool
@@ -460,10 +460,11 @@ def _compare_weights(
     if not present:
         return _Compare(plan, files, devices)
     with opened([*plan.paths, *(there.path for there in present)]) as fds, devices.bounded():
-        sources = fds[: len(plan.paths)]
+        of_inputs = fds[: len(plan.paths)]
+        sources = with_views(of_inputs, plan.views)
         for there, fd in zip(present, fds[len(plan.paths) :], strict=True):
             there.open_as(fd)
-        refuse_changed(plan.paths, sources, plan.states)
+        refuse_changed(plan.paths, of_inputs, plan.states)
         if isinstance(plan, Plan) and plan.needs:
             plan = resolve(plan, _statistics(plan, sources, devices, kept, track))
         job = _Compare(plan, files, devices)
@@ -478,13 +479,15 @@ def _compare_weights(
             done = (job.compared(span, kept) for span, _ in results)
             for _ in track("comparing", total - job.taken_over, done):
                 pass
-        refuse_changed(plan.paths, sources, plan.states)
+        refuse_changed(plan.paths, of_inputs, plan.states)
         for there in present:
             there.refuse_changed()
     return job
 
 
-def _statistics(plan: Plan, sources: list[int], devices: Devices, kept: Verified | None, track: Track) -> Statistics:
+def _statistics(
+    plan: Plan, sources: Sequence[Opened], devices: Devices, kept: Verified | None, track: Track
+) -> Statistics:
     """What the plan needs to know of the numbers, from an earlier run if that has measured it."""
     for line in kept.lines if kept is not None else ():
         with suppress(KeyError, TypeError, ValueError, AttributeError):

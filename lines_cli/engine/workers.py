@@ -22,7 +22,9 @@ from lines_cli.engine.buffers import Buffer, Loaded
 from lines_cli.engine.chunks import Chunk, PlanChunk, Tensor
 from lines_cli.engine.devices import SLOTS, has_own_memory
 from lines_cli.engine.formulas import Makers
+from lines_cli.engine.gather import Gather
 from lines_cli.engine.input_files import Opened, read_input
+from lines_cli.engine.parts import Turned, read_parts
 from lines_cli.engine.shared_entries import are_shared
 from lines_cli.engine.whole_tensors import Kept, Whole
 from lines_cli.errors import ChangedInputError, CheckpointError, DataError, printable
@@ -43,6 +45,7 @@ class Reader:
         device: where entries are held. A CUDA device gets a stream of this thread's own.
         chunk: most entries of one.
         per_entry: what one entry takes.
+        turned: matrices that an input stores the other way round, for all workers.
 
     Raises:
         MemoryError: there is not enough memory for the buffers, on the host or on the device.
@@ -56,11 +59,13 @@ class Reader:
         *,
         chunk: int,
         per_entry: BytesPerEntry,
+        turned: Turned,
     ) -> None:
         self.paths, self.sources, self.device, self.chunk, self._room = paths, sources, device, chunk, per_entry
         if device.type == "cuda":
             torch.cuda.set_device(device)
             torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call] # this thread's
+        self._turned = turned
         self.at: str | None = None
         """The tensor that is being worked on."""
         self._raw: list[Buffer] = []
@@ -68,6 +73,7 @@ class Reader:
         self._views: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None  # of what is held: the last asked for
         self._out: list[Buffer] = []
         self._makers = Makers(self._factor, device)
+        self._gather = Gather(self._fill, self._makers, device)
         if not self._allocate():
             self.halve()
 
@@ -139,8 +145,12 @@ class Reader:
             self._raw.append(self._raw.pop(0))  # the next input goes into the next one
         width = itemsize(source.dtype)
         view = buffer.to_fill(chunk.numel * width)
-        what = f"tensor {printable(chunk.tensor.name)}"
-        self._fill(view, source.file, source.offset + chunk.first * width, what)
+        if source.gathered is not None:
+            self._gather.read(view, source, source.first + chunk.first)
+        elif source.parts:
+            read_parts(source.parts, chunk.first, view, width, self._fill, self._turned)
+        else:
+            self._fill(source.file, view, source.offset + chunk.first * width)
         return Loaded(buffer, source.dtype, chunk.numel, view)
 
     def made(self, chunk: Chunk[Tensor], source: SourceRange, into: torch.Tensor) -> torch.Tensor:
@@ -164,23 +174,24 @@ class Reader:
         Raises:
             CheckpointError: the file cannot be read, or is shorter than it was.
         """
-        file, info = stored
+        file, info, _ = stored
         dtype = (TORCH_DTYPES | FLOAT8)[info.dtype]
         raw = bytearray(info.nbytes)
-        self._fill(memoryview(raw), file, info.offset, "a factor")
+        self._fill(file, memoryview(raw), info.offset)
         values = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
         return values.view(info.shape).to(self.device)
 
-    def _fill(self, view: memoryview, file: int, offset: int, what: str) -> None:
-        """Read bytes of an input into all of `view`; `what` they are part of."""
+    def _fill(self, file: int, view: memoryview, offset: int) -> None:
+        """Read bytes of an input into all of `view`."""
         path = self.paths[file]
         try:
             got = read_input(self.sources[file], view, offset)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
         if got < len(view):
+            of = f" in the middle of tensor {printable(self.at)}" if self.at is not None else ""
             raise ChangedInputError(
-                f"{path}: ends in the middle of {what}; it was whole a moment ago",
+                f"{path}: ends{of}; it was whole a moment ago",
                 hint="Something shortened it. Run it again when nothing writes to it.",
             )
 
@@ -194,6 +205,7 @@ class Worker(Reader):
         device: where entries are held.
         chunk: most entries of one.
         shared: segments that were merged whole, for all workers of a pass.
+        turned: matrices that were turned, likewise.
 
     Raises:
         MemoryError: there is not enough memory for the buffers, on the host or on the device.
@@ -205,9 +217,10 @@ class Worker(Reader):
         sources: Sequence[Opened],
         device: torch.device,
         chunk: int,
-        shared: Kept[Whole] | None = None,
+        shared: Kept[Whole],
+        turned: Turned,
     ) -> None:
-        super().__init__(plan.paths, sources, device, chunk=chunk, per_entry=plan.per_entry)
+        super().__init__(plan.paths, sources, device, chunk=chunk, per_entry=plan.per_entry, turned=turned)
         self.plan, self.shared = plan, shared
         self.write_buffer = in_whole_pages(WRITE_SIZE)  # of the output, on its way to the disk
         self.stays: torch.Tensor | None = None
@@ -286,6 +299,17 @@ class Worker(Reader):
             found &= are_shared(first, self.read(chunk, source).values())
         return found
 
+    def as_is(self, chunk: PlanChunk) -> torch.Tensor | None:
+        """Which entries of a chunk one input alone has, so that they are its own: [numel], boolean; None of none."""
+        rows = chunk.segment.as_is
+        spans = list(rows.within(chunk.first, chunk.first + chunk.numel)) if rows is not None else []
+        if not spans:
+            return None
+        found = torch.zeros(chunk.numel, dtype=torch.bool)
+        for begin, end in spans:
+            found[begin - chunk.first : end - chunk.first] = True
+        return found.to(self.device)
+
     def put_back(self, chunk: PlanChunk, stays: torch.Tensor, stored: torch.Tensor) -> None:
         """Write the entries that stay into a chunk as the inputs have them; NaN of another dtype loses its payload.
 
@@ -337,16 +361,20 @@ class Worker(Reader):
         for source in behind if chunk.segment.copy is None else (chunk.segment.copy,):
             if source.dtype not in TORCH_DTYPES and not source.steps:
                 continue
-            name, start = printable(chunk.tensor.name), chunk.segment.start + chunk.first
             values = self.read(chunk, source).values()
             if bad := first_nonfinite(values if stays is None else values.masked_fill(stays, 0.0)):
-                path = self.plan.paths[source.file]
-                return f"{path}: tensor {name} holds {bad[1]}, first at entry {start + bad[0]:,}"
+                file, own, at = source.place_of(chunk.first + bad[0])
+                if source.gathered is not None:
+                    file = file_behind(source, source.first + chunk.first + bad[0])
+                at += 0 if own else chunk.segment.start
+                name = printable(own or chunk.tensor.name)
+                return f"{self.plan.paths[file]}: tensor {name} holds {bad[1]}, first at entry {at:,}"
             if source.steps:
                 values = self.made(chunk, source, torch.empty(chunk.numel, dtype=torch.float64, device=self.device))
                 if bad := first_nonfinite(values if stays is None else values.masked_fill(stays, 0.0)):
-                    path = self.plan.paths[source.steps[-1].file]
-                    return f"{path}: what it makes of tensor {name} holds {bad[1]}, first at entry {start + bad[0]:,}"
+                    path, at = self.plan.paths[source.steps[-1].file], chunk.segment.start + chunk.first + bad[0]
+                    name = printable(chunk.tensor.name)
+                    return f"{path}: what it makes of tensor {name} holds {bad[1]}, first at entry {at:,}"
         return None
 
     def refuse_nonfinite(self, chunk: PlanChunk) -> None:
@@ -381,6 +409,16 @@ class Worker(Reader):
         else:
             return ALLOW_NONFINITE
         return f"It looks like a mask that the inputs write differently: {way} {ALLOW_NONFINITE}"
+
+
+def file_behind(source: SourceRange, entry: int) -> int:
+    """The file that an entry of a table comes from: of gathered rows that of its row, of a mean of one of them."""
+    if source.gathered is None:
+        return source.file
+    row = entry // source.gathered.width
+    (part, *_), *_ = source.gathered.runs.within(row, row + 1)
+    tables = source.gathered.parts[part]
+    return file_behind(tables[0], entry) if tables else source.file
 
 
 def _sources_behind(chunk: PlanChunk) -> tuple[SourceRange, ...]:

@@ -342,6 +342,8 @@ class Write(RangeJob[Worker, TensorPlan, Tally]):
             worker.put_back(chunk, stays, values)
             if not is_finite(values):
                 tally.nonfinite.setdefault(name, _shared(name))
+        if copy is None and (own := worker.as_is(chunk)) is not None:
+            worker.put_back(chunk, own, values)
         if copy is None and _VARIANCE.search(name) and (least := float(values.min())) < 0:
             tally.negative[name] = min(least, tally.negative.get(name, 0.0))
         if raw is None:

@@ -18,11 +18,12 @@ from typing import Any, Literal, NamedTuple
 from lines_cli.checkpoint.header import EXACT_DTYPES, FLOAT8_DTYPES, FLOAT_DTYPES, TensorInfo
 from lines_cli.checkpoint.reader import Checkpoint, gc_paused, unsupported_in
 from lines_cli.errors import DepthError, MismatchError, RecipeError, printable, some
+from lines_cli.hub.download import Only
 from lines_cli.inspection.kinds import Kind, kind_of
 from lines_cli.plan.align import aligned_names
 from lines_cli.plan.coefficients import layer_coefficients, outside_coefficients, rounded_coefficient, unlike_lines
 from lines_cli.plan.depth import depth_of_kept, places_of_all
-from lines_cli.plan.inputs import Inputs, Opening, inputs_of, refuse_variant_of_none
+from lines_cli.plan.inputs import Inputs, Opening, inputs_of, notes_of_files, refuse_variant_of_none
 from lines_cli.plan.layout import natural
 from lines_cli.plan.match import Names, kept, match_names, missing_in_blocks, nothing_in_common
 from lines_cli.plan.resolve import UNSCALED
@@ -145,6 +146,7 @@ class Inspection:
         stored_heads: heads that are stored all the same, each with its embedding.
         quantised: why it cannot be computed with.
         notes: what a person should know.
+        relaid: for each checkpoint the tensors that are not stored as `checkpoints` has them (`Inputs.relaid`).
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -165,6 +167,7 @@ class Inspection:
     stored_heads: Mapping[str, str] = field(default_factory=dict)
     quantised: str | None = None
     notes: tuple[str, ...] = ()
+    relaid: tuple[frozenset[str], ...] = ()
 
     @property
     def models(self) -> tuple[Checkpoint, ...]:
@@ -267,6 +270,7 @@ def open_inspection(
     variant: str | None = None,
     dtype: str | None = None,
     quiet: bool = False,
+    weights: bool = True,
     **scaling: Any,
 ) -> Inspection:
     """Open what is to be inspected: headers, configs, recipes.
@@ -278,6 +282,8 @@ def open_inspection(
         variant: of folders with several sets of weights, which (`Recipe`).
         dtype: what an output would be stored as (`Recipe`).
         quiet: no progress bars while fetching from the Hub.
+        weights: whether tensors will be read (`compare`). If not, of one checkpoint that is on the Hub only headers are
+            fetched.
         scaling: the fields of `Scaling`. One that is None keeps its default: an edit's, or for several fine-tunes those
             of a merge by task arithmetic, alpha `auto` (which is 1/N) and beta 0.5. If all are None, an output of ours
             is shown with those of its recipe.
@@ -301,7 +307,7 @@ def open_inspection(
             hint="Name it with --base BASE; or inspect them one at a time.",
         )
     if base is None:
-        return _alone(names[0], variant, scaling, quiet=quiet)
+        return _alone(names[0], variant, scaling, quiet=quiet, weights=weights)
     given = {key: value for key, value in scaling.items() if value is not None}
     if len(names) > 1 and not {"alpha", "schedule"} & given.keys():
         given = {"alpha": "auto", "beta": 0.5} | given
@@ -332,11 +338,12 @@ def open_merge(recipe: Recipe, *, quiet: bool = False) -> Inspection:
     return _against(recipe.base_model, names, recipe, "merge", quiet=quiet)
 
 
-def _alone(name: str, variant: str | None, scaling: Mapping[str, Any], *, quiet: bool) -> Inspection:
+def _alone(name: str, variant: str | None, scaling: Mapping[str, Any], *, quiet: bool, weights: bool) -> Inspection:
     asked = edit_recipe(name, name, variant=variant, **scaling)
-    checkpoint = Opening(None, variant=variant, to_look_at=True, quiet=quiet)(name)
+    only: Only | None = None if weights else "headers"
+    checkpoint = Opening(None, variant=variant, to_look_at=True, quiet=quiet, also=(RECIPE,), only=only)(name)
     refuse_variant_of_none(variant, [checkpoint])
-    notes: list[str] = []
+    notes = list(checkpoint.notes)
     made_by = _made_by(checkpoint, notes)
     quantised = unsupported_in(checkpoint)
 
@@ -373,13 +380,13 @@ def _alone(name: str, variant: str | None, scaling: Mapping[str, Any], *, quiet:
 
 
 def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, quiet: bool) -> Inspection:
-    opened = list(map(Opening(base, variant=recipe.variant, quiet=quiet), (base, *names)))
+    opened = list(map(Opening(base, variant=recipe.variant, quiet=quiet, also=(RECIPE,)), (base, *names)))
     refuse_variant_of_none(recipe.variant, opened)
     _refuse_twice(opened)
-    notes: list[str] = []
+    notes = notes_of_files(opened)
     pairing = _pairing(base, names, recipe, recipe.like if of == "merge" else "ft")
     inputs = inputs_of(pairing, *opened)
-    own = aligned_names(inputs, notes, prefix=recipe.prefix)
+    inputs, own = aligned_names(inputs, notes, prefix=recipe.prefix, strict=False)
     rows, incomplete = match_names(inputs, own, resize=True, notes=notes)
     if not rows:
         raise nothing_in_common(inputs)
@@ -406,7 +413,8 @@ def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, qui
         notes.append(f"{opened[1].name} is an output of lines already; what is shown as scaled is scaled a second time")
     return _complete(
         Inspection(
-            checkpoints=tuple(opened),
+            checkpoints=inputs.checkpoints,
+            relaid=inputs.relaid,
             has_base=True,
             lead=inputs.lead,
             recipe=recipe,
@@ -551,7 +559,7 @@ def _rules(recipe: Recipe, depth: DepthMap) -> Rules:
 def _refuse_twice(opened: Sequence[Checkpoint]) -> None:
     paths: dict[str, str] = {}
     for checkpoint in opened:
-        path = os.path.realpath(checkpoint.path)
+        path = checkpoint.with_part(os.path.realpath(checkpoint.path))
         if path in paths:
             raise RecipeError(f"{paths[path]} and {checkpoint.name} are one checkpoint", hint="Name it once.")
         paths[path] = checkpoint.name

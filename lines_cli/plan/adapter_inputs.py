@@ -5,13 +5,12 @@ headers are read, or no more than the config.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 from lines_cli.checkpoint.adapter import Adapter, is_adapter_at, on_base, open_adapter
 from lines_cli.checkpoint.reader import Checkpoint, choose_weights, open_checkpoint
-from lines_cli.errors import CheckpointError, RecipeError, UnsupportedError
-from lines_cli.hub.download import base_and_adapter, locate, locate_config
+from lines_cli.errors import RecipeError, UnsupportedError
+from lines_cli.hub.download import Located, Only, base_and_adapter, locate
 from lines_cli.plan.inputs import Inputs, refuse_variant_of_none
 from lines_cli.recipe.schema import Recipe
 from lines_cli.storage.beside import beside, read_object
@@ -26,18 +25,15 @@ class AdapterInputs:
         recipe: with the base that is known from elsewhere, where it names none.
         inputs: all of them: the base first, if there is one.
         adapters: the models, where they are adapters.
+        base: the base, if one is known; without tensors where only its config is.
         notes: how the base was found.
     """
 
     recipe: Recipe
     inputs: Inputs
     adapters: tuple[Adapter, ...]
+    base: Checkpoint | None
     notes: tuple[str, ...]
-
-    @property
-    def base(self) -> Checkpoint | None:
-        """The base, if one is known; without tensors where only its config is."""
-        return self.inputs.checkpoints[0] if self.inputs.has_base else None
 
     def tensors_of(self, adapter: Adapter) -> dict[int, str]:
         """The base's name of what an adapter's tensors change, by where each begins in the adapter's file.
@@ -59,8 +55,13 @@ class AdapterInputs:
         return found | {s.info.offset: name for name, s in whole.tensors.items() if s.file >= first}
 
 
-def open_adapter_inputs(recipe: Recipe, *, quiet: bool = False) -> AdapterInputs:
-    """Open what a recipe names whose output is an adapter; `quiet` without progress bars.
+def open_adapter_inputs(recipe: Recipe, *, quiet: bool = False, weights: bool = True) -> AdapterInputs:
+    """Open what a recipe names whose output is an adapter.
+
+    Args:
+        recipe: which names them.
+        quiet: no progress bars.
+        weights: fetch weights from the Hub that are read; else their headers are enough (`open_inputs`).
 
     Raises:
         CheckpointError: an input cannot be found or read.
@@ -75,7 +76,7 @@ def open_adapter_inputs(recipe: Recipe, *, quiet: bool = False) -> AdapterInputs
         if halves := base_and_adapter(name):
             base_name, name = base_name or halves[0], halves[1]
         sources.append(source.model_copy(update={"model": name}))
-        opened.append(_opened(name, recipe, quiet=quiet))
+        opened.append(_opened(name, recipe, quiet=quiet, only=None if weights else "plan"))
     adapters = tuple(one for one in opened if isinstance(one, Adapter))
     whole = [one for one in opened if isinstance(one, Checkpoint)]
     if whole and len(opened) > 1:
@@ -96,23 +97,36 @@ def open_adapter_inputs(recipe: Recipe, *, quiet: bool = False) -> AdapterInputs
             f"{whole[0].name} is a whole fine-tune: what it changed is seen by its base, and none is named",
             hint="Name it: --base BASE, in a recipe base_model.",
         )
-    base = None
+    base = headers = None
     if base_name is not None:
         needed = bool(whole) or any(change.kind == "whole" for adapter in adapters for change in adapter.changes)
-        base = _base(base_name, recipe, weights=needed, quiet=quiet)
+        base = _base(base_name, recipe, quiet=quiet, only=None if weights and needed else "plan")
+        if not (needed or base.is_here):
+            headers, base = base, replace(base, files=(), states=(), is_here=True)  # of which nothing is read
     checkpoints = (*((base,) if base else ()), *(one.checkpoint if isinstance(one, Adapter) else one for one in opened))
     if whole:
         refuse_variant_of_none(recipe.variant, checkpoints)
     own = recipe.model_copy(update={"base_model": base_name, "models": tuple(sources)})
     inputs = Inputs(checkpoints, base is not None, 1 if base else 0, bool(whole))
-    return AdapterInputs(own, inputs, adapters, tuple(notes))
+    return AdapterInputs(own, inputs, adapters, headers or base, tuple(notes))
 
 
-def _opened(name: str, recipe: Recipe, *, quiet: bool) -> Adapter | Checkpoint:
-    found = locate(name, quiet=quiet, variant=recipe.variant)
+def _opened(name: str, recipe: Recipe, *, quiet: bool, only: Only | None) -> Adapter | Checkpoint:
+    found = locate(name, quiet=quiet, variant=recipe.variant, only=only)
     if is_adapter_at(found.path):
         return open_adapter(found.path, name=found.name, hub_id=found.hub_id)
-    return open_checkpoint(found.path, name=found.name, hub_id=found.hub_id, variant=recipe.variant)
+    return _whole(found, recipe)
+
+
+def _whole(found: Located, recipe: Recipe) -> Checkpoint:
+    return open_checkpoint(
+        found.path,
+        name=found.name,
+        hub_id=found.hub_id,
+        variant=recipe.variant,
+        part=found.part,
+        heads=found.heads,
+    )
 
 
 def _base_beside(adapters: tuple[Adapter, ...], notes: list[str]) -> str | None:
@@ -125,21 +139,15 @@ def _base_beside(adapters: tuple[Adapter, ...], notes: list[str]) -> str | None:
     return name
 
 
-def _base(name: str, recipe: Recipe, *, weights: bool, quiet: bool) -> Checkpoint:
-    """The base, by its headers; where its weights are not needed and not here, by its config.
+def _base(name: str, recipe: Recipe, *, quiet: bool, only: Only | None) -> Checkpoint:
+    """The base, by its headers; of a folder that has no weights, by its config.
 
     Raises:
-        CheckpointError: as `open_checkpoint`; or it has no config.
+        CheckpointError: as `open_checkpoint`.
     """
-    path = Path(os.path.expanduser(name))
-    if weights or (path.exists() and not (path.is_dir() and choose_weights(os.listdir(path)) is None)):
-        found = locate(name, quiet=quiet, variant=recipe.variant)
-        return open_checkpoint(found.path, name=found.name, hub_id=found.hub_id, variant=recipe.variant)
-    found = locate_config(name, quiet=quiet)
-    if beside(found.path, CONFIG) is None:
-        raise CheckpointError(
-            f"{found.name} holds neither weights nor a {CONFIG}",
-            hint="Give the base that the adapter was trained on, or say how many layers it has: --num-layers L.",
-        )
-    config = read_object(found.path / CONFIG)
-    return Checkpoint(found.name, found.path, (), {}, (), "model", config, found.hub_id)
+    found = locate(name, quiet=quiet, variant=recipe.variant, only=only)
+    if found.heads is None and found.path.is_dir() and choose_weights(os.listdir(found.path)) is None:
+        config = beside(found.path, CONFIG)
+        if config is not None and only == "plan":
+            return Checkpoint(found.name, found.path, (), {}, (), "model", read_object(config), found.hub_id)
+    return _whole(found, recipe)

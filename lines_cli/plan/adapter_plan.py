@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lines_cli.checkpoint.header import StoredTensor, TensorInfo, itemsize
-from lines_cli.checkpoint.reader import FileState
+from lines_cli.checkpoint.reader import FileState, views_of
 from lines_cli.checkpoint.sidecars import Sidecar
 from lines_cli.plan.coefficients import known, layer_coefficients, outside_coefficients, scale_at
 from lines_cli.plan.inputs import Inputs
@@ -25,6 +25,7 @@ from lines_cli.plan.tensors import Segment, SourceRange
 from lines_cli.recipe.schema import Recipe
 from lines_cli.scaling.find_depth import DepthMap, Place
 from lines_cli.scaling.schedule import Rules
+from lines_cli.storage.views import Views
 
 Role = Literal["A", "B", "bias"]
 
@@ -275,6 +276,11 @@ class AdapterPlan:
     def names(self) -> frozenset[str]:
         """Every file that is written, by its name relative to the destination."""
         return frozenset((*(file.name for file in self.outputs), *(sidecar.name for sidecar in self.sidecars)))
+
+    @property
+    def views(self) -> list[Views]:
+        """The views in each of `paths`."""
+        return views_of(self.inputs.checkpoints)
 
     @property
     def states(self) -> tuple[FileState, ...]:

@@ -53,7 +53,8 @@ def plan_of_extraction(opened: AdapterInputs, output: Path) -> AdapterPlan:
     recipe, inputs = opened.recipe, opened.inputs
     base, ft = inputs.checkpoints
     notes = [*recipe.notes, *opened.notes, *base.notes, *ft.notes]
-    theirs = aligned_names(inputs, notes, prefix=recipe.prefix)[0]
+    inputs, (theirs, _) = aligned_names(inputs, notes, prefix=recipe.prefix)
+    base = inputs.checkpoints[0]
     if theirs.keys().isdisjoint(ft.tensors):
         raise nothing_in_common(inputs)
     config = inputs.config_of(1)

@@ -22,6 +22,7 @@ from lines_cli.errors import (
 from lines_cli.methods.registry import package_of
 from lines_cli.plan.adapter_plan import AdapterPlan, AnyPlan
 from lines_cli.plan.inputs import Inputs
+from lines_cli.plan.plan import Plan
 from lines_cli.recipe.schema import Recipe
 from lines_cli.recipe.yaml_file import dump_recipe, is_by_lines, load_record
 from lines_cli.storage.beside import beside
@@ -37,6 +38,7 @@ def identity(plan: AnyPlan) -> dict[str, Any]:
     return {
         "lines": __version__,
         **({"package": package} if package else {}),
+        **({"vocabulary": plan.vocabulary.digest} if isinstance(plan, Plan) and plan.vocabulary else {}),
         "recipe": dump_recipe(plan.recipe, named=named_inputs(plan)),
         "inputs": {os.path.realpath(path): [*state] for path, state in zip(plan.paths, plan.states, strict=True)},
         "outputs": [[file.name, file.nbytes, sha256(file.head).hexdigest()] for file in plan.outputs],
@@ -203,14 +205,14 @@ def _bases_of_adapters(inputs: Inputs) -> list[Checkpoint]:
 def named_inputs(plan: AnyPlan, *, seen_from: Path | None = None) -> dict[str, str]:
     """What a recipe in a folder calls the inputs, by their names in the plan's; without a folder, where they are."""
     return {
-        name: path_seen_from(seen_from, checkpoint) if seen_from is not None else checkpoint.hub_id or _real(checkpoint)
+        name: path_seen_from(seen_from, checkpoint) if seen_from is not None else _real(checkpoint)
         for name, checkpoint in inputs_by_name(plan).items()
     }
 
 
 def _real(checkpoint: Checkpoint) -> str:
     parts = checkpoint.parts if checkpoint.base_named else (checkpoint,)
-    return "+".join(part.hub_id or str(part.real) for part in parts)
+    return "+".join(part.with_part(part.hub_id or str(part.real)) for part in parts)
 
 
 def refuse_two_names(recipe: Recipe, named: Mapping[str, str]) -> None:
@@ -250,7 +252,7 @@ def path_seen_from(folder: Path, checkpoint: Checkpoint) -> str:
     if checkpoint.parts and checkpoint.base_named:
         return "+".join(path_seen_from(folder, part) for part in checkpoint.parts)
     if checkpoint.hub_id:
-        return checkpoint.hub_id
+        return checkpoint.with_part(checkpoint.hub_id)
     if checkpoint.path.is_absolute():
-        return str(checkpoint.real)
-    return os.path.relpath(checkpoint.real, os.path.realpath(folder))
+        return checkpoint.with_part(str(checkpoint.real))
+    return checkpoint.with_part(os.path.relpath(checkpoint.real, os.path.realpath(folder)))

@@ -10,6 +10,7 @@ from typing import Any
 from lines_cli.checkpoint.model_card import Card, model_card
 from lines_cli.checkpoint.reader import Checkpoint
 from lines_cli.checkpoint.sidecars import Sidecar, carry_over, disagreements, index_file
+from lines_cli.checkpoint.tokenizer import with_tokens
 from lines_cli.errors import (
     RecipeError,
 )
@@ -18,6 +19,7 @@ from lines_cli.plan.identity import inputs_by_name, inputs_read, named_inputs, r
 from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.plan import Plan
 from lines_cli.recipe.plain_yaml import YamlError, read_yaml
+from lines_cli.recipe.schema import UNION
 from lines_cli.recipe.yaml_file import dump_recipe, dump_record
 from lines_cli.storage.beside import beside
 from lines_cli.storage.digest import FileRecord, record_of
@@ -35,8 +37,14 @@ def with_sidecars(plan: Plan) -> Plan:
     def named(name: str | None) -> Checkpoint | None:
         return by_name[str(recipe.base_model) if name == "base" else name] if name is not None else None
 
-    tokenizer = named(recipe.tokenizer_source)
-    if tokenizer is not None and (other_rows := plan.rows.keys() & _vocabularies(inputs, tokenizer)):
+    vocabulary, asked = plan.vocabulary, recipe.vocabulary_source
+    tokenizer = named(asked) if asked != UNION else None
+    extended: dict[str, bytes] = {}
+    if vocabulary is not None:
+        tokenizer = inputs.checkpoints[vocabulary.of]
+        if vocabulary.changes_tokenizer and tokenizer.folder is not None:
+            extended = with_tokens(tokenizer.folder, vocabulary.ids, vocabulary.added)
+    elif tokenizer is not None and (other_rows := plan.rows.keys() & _vocabularies(inputs, tokenizer)):
         raise RecipeError(
             f"tokenizer_source: {tokenizer.name} has {min(other_rows):,} rows of token embeddings, and "
             f"resize: {recipe.resize} keeps {plan.rows[min(other_rows)]:,}",
@@ -52,6 +60,7 @@ def with_sidecars(plan: Plan) -> Plan:
         rows_of=inputs.checkpoints[0] if recipe.resize == "base" else inputs.models[0],
         vocabularies=[_vocabularies(inputs, inputs.checkpoints[number]) for number in order],
         tokenizer=tokenizer,
+        extended=extended,
         chat_template=named(recipe.chat_template),
     )
     notes += disagreements(

@@ -14,7 +14,7 @@ from lines_cli.methods import METHODS, Method, find_method
 from lines_cli.methods.parameters import evaluate
 from lines_cli.methods.said import Conflict, Note, Settled
 from lines_cli.recipe.plain_yaml import Place
-from lines_cli.recipe.schema import OF_ADAPTERS, DtypeName, Recipe, Scaling, parse_schedule
+from lines_cli.recipe.schema import OF_ADAPTERS, UNION, DtypeName, Recipe, Scaling, parse_schedule
 
 
 def make_recipe(
@@ -166,13 +166,15 @@ def _in_our_keys(values: Mapping[Any, Any], problems: list[Problem], notes: list
         moved["dtype",] = ("out_dtype",)
     if "tokenizer" in own:
         tokenizer = own.pop("tokenizer")
-        if not isinstance(tokenizer, dict) or tokenizer.keys() != {"source"}:
-            problems.append((("tokenizer",), "tokenizer: only {source: ...} is supported; tokens are not rearranged"))
-        elif "tokenizer_source" in own:
+        if isinstance(tokenizer, dict):  # mergekit lets them be empty
+            tokenizer = {k: v for k, v in tokenizer.items() if v is not None or k not in _MAY_BE_EMPTY_OF_TOKENIZER}
+        if "tokenizer_source" in own:
             problems.append((("tokenizer",), "tokenizer and tokenizer_source say the same thing: leave one out"))
-        else:
+        elif isinstance(tokenizer, dict) and tokenizer.keys() == {"source"}:
             own["tokenizer_source"] = tokenizer["source"]
             moved["tokenizer_source",] = ("tokenizer", "source")
+        else:
+            own["tokenizer"] = tokenizer
     if own.get("chat_template") == "auto":
         del own["chat_template"]
         notes.append("chat_template: auto takes that of the tokenizer, as without it")
@@ -200,6 +202,7 @@ def _in_our_keys(values: Mapping[Any, Any], problems: list[Problem], notes: list
     return own, said_at
 
 
+_MAY_BE_EMPTY_OF_TOKENIZER = frozenset({"tokens", "pad_to_multiple_of"})
 _MAY_BE_EMPTY = frozenset(
     "base_model dtype out_dtype tokenizer_source tokenizer chat_template parameters slices models output".split()
 )
@@ -396,7 +399,13 @@ def _with_parameters(recipe: Recipe, problems: list[Problem], said_at: SaidAt) -
     )
     names = {source.model for source in models} | {recipe.base_model}
     for key in ("tokenizer_source", "chat_template"):
-        problems += _wrong_source(key, getattr(recipe, key), names, said_at)
+        problems += _wrong_source((key,), getattr(recipe, key), names, said_at)
+    if recipe.tokenizer is not None:
+        problems += _wrong_source(("tokenizer", "source"), recipe.tokenizer.source, names, said_at)
+        for token, rule in recipe.tokenizer.tokens.items():
+            if rule.model is not None and rule.model not in names:
+                what = f"tokenizer.tokens: {rule.model!r}, from which {token!r} is to come, is none of the models"
+                problems.append((("tokenizer", "tokens"), what))
     recipe = recipe.model_copy(update={"parameters": top, "models": models})
     _check_models(recipe, problems)
     if not problems:
@@ -425,16 +434,17 @@ def _misplaced(key: str, here: Place, name: str, method: Method, *, of_model: bo
     return f"{dotted(here)} is not a parameter of {name}{more}"
 
 
-def _wrong_source(key: str, value: str | None, names: set[str | None], said_at: SaidAt) -> Iterator[Problem]:
-    if value is None or (value == "base" and None not in names) or (value != "base" and value in names):
+def _wrong_source(place: Place, value: str | None, names: set[str | None], said_at: SaidAt) -> Iterator[Problem]:
+    may_be = value in names or (value == UNION and place != ("chat_template",))
+    if value is None or (value == "base" and None not in names) or (value != "base" and may_be):
         return
-    if value == "union":
-        what = f"{key}: union would rearrange every embedding; take the base's or one model's tokenizer"
-    elif value == "base":
+    key = dotted(place)
+    if value == "base":
         what = f"{key}: base, but there is no base_model"
     else:
-        what = f"{key}: {value!r} is neither base nor one of the models, from one of which it is taken"
-    yield said_at((key,)), what
+        or_union = "" if place == ("chat_template",) else ", nor union"
+        what = f"{key}: {value!r} is neither base nor one of the models, from one of which it is taken{or_union}"
+    yield said_at(place), what
 
 
 def _check_models(recipe: Recipe, problems: list[Problem]) -> None:

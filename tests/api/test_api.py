@@ -22,7 +22,7 @@ from golden.recipes import CASES, Case, inputs, llama, llama_config, model, writ
 from lines_cli import errors
 from lines_cli.api import arguments
 from lines_cli.checkpoint import crosscheck
-from lines_cli.cli import edit, extract, merge
+from lines_cli.cli import edit, extract, merge, push
 from lines_cli.cli import inspect as inspect_command
 from lines_cli.errors import LinesError, OutputError
 from lines_cli.recipe.schema import Scaling
@@ -72,10 +72,11 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # --- one call each ---
 
 
-ON_CONSOLES = {"json", "quiet", "full"}
+ON_CONSOLES = {"json", "quiet", "full", "log_json"}
 """Options that say what is shown, and how."""
 OF_ADAPTERS = {"adapter", "base_of_adapter", "num_layers"}
-OF_FILES = {"output", "variant", "max_shard_size", "force", "resume", "verify", "verify_inputs", "dry_run"}
+ON_THE_HUB = {"push_to", "private", "revision", "cache"}
+OF_FILES = {"output", "variant", "max_shard_size", "force", "resume", "verify", "verify_inputs", "dry_run", *ON_THE_HUB}
 
 
 def keywords(function: Callable[..., Any]) -> dict[str, Any]:
@@ -90,6 +91,7 @@ def keywords(function: Callable[..., Any]) -> dict[str, Any]:
         (lines.merge, merge.merge),
         (lines.extract, extract.extract),
         (lines.inspect, inspect_command.inspect),
+        (lines.push, push.push),
     ],
 )
 def test_keywords_are_the_options(function: Callable[..., Any], command: Callable[..., None]) -> None:
