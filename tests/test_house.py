@@ -309,6 +309,7 @@ OTHER_MEANINGS = {
     "plan.tied_weights": {"weight"},
     "checkpoint.contents": {"weight"},
     "checkpoint.adapter": {"weight"},
+    "checkpoint.quantised": {"scale", "weight"},
     "inspection.report": {"lambda"},  # a key of the report
     "inspection.tables": {"lambda"},
     "recipe.schema": {"task_arithmetic"},  # what a recipe is that says no method

@@ -17,7 +17,15 @@ import torch
 
 from lines_cli.checkpoint.formulas import Formula
 from lines_cli.checkpoint.header import StoredTensor, itemsize
-from lines_cli.engine.arithmetic import FLOAT8, TORCH_DTYPES, first_nonfinite, is_finite, same_nan, task_vector
+from lines_cli.engine.arithmetic import (
+    FLOAT8,
+    TORCH_DTYPES,
+    first_nonfinite,
+    is_finite,
+    same_nan,
+    task_vector,
+    widen,
+)
 from lines_cli.engine.buffers import Buffer, Loaded
 from lines_cli.engine.chunks import Chunk, PlanChunk, Tensor
 from lines_cli.engine.devices import SLOTS, has_own_memory
@@ -159,7 +167,7 @@ class Reader:
 
     def made_of(self, loaded: Loaded, chunk: Chunk[Tensor], source: SourceRange, into: torch.Tensor) -> torch.Tensor:
         """The same of stored entries that were read before."""
-        into.copy_(loaded.values())
+        widen(loaded.values(), into)
         if source.steps:
             self._makers.apply(into, source, chunk.first)
         return into
@@ -175,7 +183,7 @@ class Reader:
             CheckpointError: the file cannot be read, or is shorter than it was.
         """
         file, info, _ = stored
-        dtype = (TORCH_DTYPES | FLOAT8)[info.dtype]
+        dtype = _OF_FACTORS[info.dtype]
         raw = bytearray(info.nbytes)
         self._fill(file, memoryview(raw), info.offset)
         values = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
@@ -291,13 +299,29 @@ class Worker(Reader):
         """Where all inputs share NaN or Inf: [numel], boolean; None where one of them is no float that is
         computed with.
         """
-        if any(source.dtype not in TORCH_DTYPES for source in sources):
+        if any(source.dtype not in TORCH_DTYPES and not source.steps for source in sources):
             return None
-        first = self.read(chunk, sources[0]).values().clone()
+        first = self._numbers(chunk, sources[0]).clone()
         found = ~first.isfinite()
         for source in sources[1:]:
-            found &= are_shared(first, self.read(chunk, source).values())
+            found &= are_shared(first, self._numbers(chunk, source))
         return found
+
+    def _numbers(self, chunk: PlanChunk, source: SourceRange) -> torch.Tensor:
+        """A chunk's entries in one input: [numel], as they are stored, or in the compute dtype if they are made."""
+        if not source.steps:
+            return self.read(chunk, source).values()
+        dtype = torch.float64 if chunk.tensor.in_float64 else torch.float32
+        return self.made(chunk, source, torch.empty(chunk.numel, dtype=dtype, device=self.device))
+
+    def _codes(self, chunk: PlanChunk, source: SourceRange) -> torch.Tensor:
+        """What is stored of a chunk in one input: [numel], in a float dtype that is computed with."""
+        stored = self.read(chunk, source).values()
+        if source.dtype in TORCH_DTYPES:
+            return stored
+        wide = torch.empty(chunk.numel, dtype=torch.float32, device=self.device)
+        widen(stored, wide)
+        return wide
 
     def as_is(self, chunk: PlanChunk) -> torch.Tensor | None:
         """Which entries of a chunk one input alone has, so that they are its own: [numel], boolean; None of none."""
@@ -318,7 +342,7 @@ class Worker(Reader):
             stays: [numel], boolean.
             stored: [numel], in the output's dtype.
         """
-        values = self.read(chunk, chunk.segment.sources[0]).values()
+        values = self._numbers(chunk, chunk.segment.sources[0])
         if values.dtype != stored.dtype:
             values = values.to(stored.dtype)
             same_nan(values)
@@ -361,7 +385,7 @@ class Worker(Reader):
         for source in behind if chunk.segment.copy is None else (chunk.segment.copy,):
             if source.dtype not in TORCH_DTYPES and not source.steps:
                 continue
-            values = self.read(chunk, source).values()
+            values = self._codes(chunk, source)
             if bad := first_nonfinite(values if stays is None else values.masked_fill(stays, 0.0)):
                 file, own, at = source.place_of(chunk.first + bad[0])
                 if source.gathered is not None:
@@ -437,6 +461,7 @@ def _pattern_of(name: str, plan: Plan) -> str:
     return pattern if alone else name
 
 
+_OF_FACTORS = {**TORCH_DTYPES, **FLOAT8, "U8": torch.uint8, "F8_E8M0": torch.uint8}
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 ALLOW_NONFINITE = "allow_nonfinite: true in the recipe (--allow-nonfinite of lines edit) lets such values through."

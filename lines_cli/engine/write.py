@@ -321,7 +321,7 @@ class Write(RangeJob[Worker, TensorPlan, Tally]):
         if (
             self.draws
             and copy is not None
-            and copy.dtype in TORCH_DTYPES
+            and (copy.dtype in TORCH_DTYPES or copy.steps)
             and any(copy in segment.models for segment in chunk.tensor.spec.segments)
         ):
             kept = (float(chunk.numel),)  # to be merged, but one model with nothing dropped is itself
@@ -456,8 +456,8 @@ class Write(RangeJob[Worker, TensorPlan, Tally]):
         """
         found, wider = nonfinite_behind(worker, chunk), ""
         if found is None and chunk.segment.copy is not None:
-            copied = worker.read(chunk, chunk.segment.copy).values()
-            if not chunk.segment.copy.steps and not (~values.isfinite() & copied.isfinite()).any():
+            copied = chunk.segment.copy
+            if not copied.steps and not (~values.isfinite() & worker.read(chunk, copied).values().isfinite()).any():
                 return _shared(chunk.tensor.name)
         if found is None:
             name, dtype = printable(chunk.tensor.name), chunk.tensor.info.dtype

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lines_cli.checkpoint.header import EXACT_DTYPES, FLOAT8_DTYPES, FLOAT_DTYPES, TensorInfo
-from lines_cli.checkpoint.reader import Checkpoint, gc_paused, unsupported_in
+from lines_cli.checkpoint.reader import Checkpoint, gc_paused, refusal_of
 from lines_cli.errors import DepthError, MismatchError, RecipeError, printable, some
 from lines_cli.hub.download import Only
 from lines_cli.inspection.kinds import Kind, kind_of
@@ -59,6 +59,7 @@ class TensorEntry:
         coefficient: what its update is scaled by, in float64; NaN where that is not known.
         by_depth: whether that is its layer's, or its side's; not a filter's, or its own.
         filter: the pattern that decides it, if one does.
+        dtype: what its entries count as: another than that of `info`, if it is stored in codes.
     """
 
     name: str
@@ -69,6 +70,7 @@ class TensorEntry:
     coefficient: float
     by_depth: bool
     filter: str | None
+    dtype: str
 
 
 class Planned(NamedTuple):
@@ -250,8 +252,8 @@ class Inspection:
             counts_as = tensor.name if entry and entry.place else self.stored_heads.get(tensor.name, tensor.name)
             if not self.recipe.method.one_is_itself(values_for(counts_as)):
                 continue  # something of it is dropped, or weighted
-            if entry is not None and not math.isnan(entry.coefficient) and entry.info.dtype in FLOAT_DTYPES:
-                dtype = STORED[self.recipe.dtype] if self.recipe.dtype else entry.info.dtype
+            if entry is not None and not math.isnan(entry.coefficient) and entry.dtype in FLOAT_DTYPES:
+                dtype = STORED[self.recipe.dtype] if self.recipe.dtype else entry.dtype
                 wide = any(source.dtype == "F64" for source in tensor.segment.sources)
                 rounded = rounded_coefficient(tensor.name, entry.coefficient, in_float64=wide)
                 found[tensor.name] = Planned(rounded, wide, dtype)
@@ -345,7 +347,7 @@ def _alone(name: str, variant: str | None, scaling: Mapping[str, Any], *, quiet:
     refuse_variant_of_none(variant, [checkpoint])
     notes = list(checkpoint.notes)
     made_by = _made_by(checkpoint, notes)
-    quantised = unsupported_in(checkpoint)
+    refused = refusal_of(checkpoint)
 
     def shown(recipe: Recipe, of: Origin) -> Inspection:
         of_depth: list[str] = []
@@ -366,7 +368,7 @@ def _alone(name: str, variant: str | None, scaling: Mapping[str, Any], *, quiet:
                 made_by=made_by,
                 says_tied=says_tied(checkpoint.config),
                 stored_heads=tied_embeddings(checkpoint, checkpoint.config),
-                quantised=quantised.message if quantised else None,
+                quantised=refused.message if refused else None,
                 notes=(*notes, *of_depth, *depth.notes),
             )
         )
@@ -458,7 +460,7 @@ def _parts(inspection: Inspection) -> Iterator[TensorEntry]:
     }
     by_depth["before"], by_depth["after"] = outside_coefficients(inspection.recipe, rules)
     for name in sorted((name for name in checkpoint.tensors if name not in inspection.left_out), key=natural):
-        place, info = depth.places.get(name), checkpoint.tensors[name].info
+        place, info, dtype = depth.places.get(name), checkpoint.as_stored(name), checkpoint.tensors[name].info.dtype
         alike = (_LAYER_NUMBER.sub(".0.", name), place is not None)
         if alike not in kinds:
             kinds[alike] = kind_of(name, inside=place is not None)
@@ -469,7 +471,7 @@ def _parts(inspection: Inspection) -> Iterator[TensorEntry]:
             rounded_coefficient(name, coefficient, in_float64=name in wide)  # refuses what an edit would
         pattern, side = rules.filter_of(counts_as), None if place else depth.side_of(name)
         shared = pattern is None and coefficient == by_depth[place or depth.side_of(counts_as)]
-        yield TensorEntry(name, info, place, side, kinds[alike], coefficient, shared, pattern)
+        yield TensorEntry(name, info, place, side, kinds[alike], coefficient, shared, pattern, dtype)
 
 
 _LAYER_NUMBER = re.compile(r"\.\d+\.")

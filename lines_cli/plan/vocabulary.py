@@ -239,7 +239,7 @@ def find_vocabulary(
         LinesError: a vocabulary was asked for that cannot be made.
     """
     tables = [row for name, row in rows.items() if name not in inside and is_vocabulary(name)]
-    asked, said = recipe.vocabulary_source, recipe.tokenizer or Tokenizer()
+    asked = recipe.vocabulary_source
     if not tables or len(inputs.checkpoints) < 2:
         if asked == UNION:
             notes.append(f"tokenizer_source: {UNION} says nothing: no token embedding or head is merged")
@@ -248,9 +248,9 @@ def find_vocabulary(
     if asked is None and recipe.resize == "error" and differ:
         return None, None  # which is refused as it is
     main = [_main_rows(inputs, side, tables) for side in range(len(inputs.checkpoints))]
-    tokens = _tokens(inputs, main, notes, asked=asked is not None)
+    rearranged = asked == UNION or recipe.tokenizer is not None
+    tokens = _tokens(inputs, main, notes, needed=rearranged)
     difference = _difference(tokens, main)
-    rearranged = asked == UNION or bool(said.tokens) or said.pad_to_multiple_of is not None
     rearranged = rearranged or (asked is not None and recipe.resize == "error" and differ)
     if difference is None and not rearranged:
         return None, None
@@ -258,11 +258,11 @@ def find_vocabulary(
     if of is None:
         return None, difference
     if tokens[of] is None:
-        if asked is None:
+        if asked != UNION and recipe.tokenizer is None:
             return None, difference
         raise RecipeError(
-            f"tokenizer_source: {inputs.checkpoints[of].name} has no tokenizer whose ids can be read",
-            hint="Name an input that has one, or leave the key out.",
+            f"tokenizer_source: {asked}, but {inputs.checkpoints[of].name} has no tokenizer, to say which row is whose",
+            hint="Copy its tokenizer into its folder, or leave the key out.",
         )
     assumed = _assumed(inputs, of, tokens, main, notes)
     return _vocabulary(recipe, inputs, of, assumed, main, difference), None
@@ -308,7 +308,7 @@ def _main_rows(inputs: Inputs, side: int, tables: Sequence[Names]) -> int:
     return next((size for size in said if type(size) is int and size in there), max(there, default=0))
 
 
-def _tokens(inputs: Inputs, main: Sequence[int], notes: list[str], *, asked: bool) -> list[Tokens | None]:
+def _tokens(inputs: Inputs, main: Sequence[int], notes: list[str], *, needed: bool) -> list[Tokens | None]:
     """What each side's tokenizer knows; sides that have the same files share one value."""
     found: list[Tokens | None] = []
     for side, checkpoint in enumerate(inputs.checkpoints):
@@ -323,16 +323,20 @@ def _tokens(inputs: Inputs, main: Sequence[int], notes: list[str], *, asked: boo
         if same is not None:
             found.append(found[same])
             continue
+        read: Tokens | None = None
         try:
-            found.append(tokens_of(checkpoint.folder, checkpoint.config.get("model_type")) if main[side] else None)
-        except (CheckpointError, UnsupportedError) as error:
-            if asked:
+            read = tokens_of(checkpoint.folder, checkpoint.config.get("model_type")) if main[side] else None
+        except UnsupportedError:
+            if needed:
+                raise
+        except CheckpointError as error:
+            if needed:
                 raise
             notes.append(
                 f"the tokenizer of {inputs.called(side)} cannot be read, so whether its rows are of the same tokens "
                 f"was not seen: {error.message}"
             )
-            found.append(None)
+        found.append(read)
     return found
 
 
