@@ -7,10 +7,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 
-from lines_cli.checkpoint.adapter import Adapter, is_adapter_at, on_base, open_adapter
+from lines_cli.checkpoint.adapter import Adapter, is_adapter_at, open_adapter
 from lines_cli.checkpoint.reader import Checkpoint, choose_weights, open_checkpoint
 from lines_cli.errors import RecipeError, UnsupportedError
 from lines_cli.hub.download import Located, Only, base_and_adapter, locate
+from lines_cli.plan.adapted import on_base
 from lines_cli.plan.inputs import Inputs, refuse_variant_of_none
 from lines_cli.recipe.schema import Recipe
 from lines_cli.storage.beside import beside, read_object
