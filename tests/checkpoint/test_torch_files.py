@@ -344,15 +344,16 @@ def test_no_torch_for_headers(tmp_path: Path) -> None:
     """A file of torch's is inspected, and an edit of it planned, without torch."""
     saved({"state_dict": model(), "args": argparse.Namespace(a=1)}, tmp_path / "m.ckpt")
     saved(model(1), tmp_path / "o.pt", **OLD)
-    program = (
-        "import sys\nfrom lines_cli.cli.app import app\napp(standalone_mode=False)\nassert 'torch' not in sys.modules\n"
-        "assert 'pickle' not in sys.modules or 'unpickle' not in repr(sys.modules)"
-    )
-    for command in (["inspect", "m.ckpt"], ["edit", "m.ckpt", "o.pt", "-o", "out", "--dry-run"]):
-        run = subprocess.run(
-            [sys.executable, "-c", program, *command], capture_output=True, text=True, check=True, cwd=tmp_path
-        )
-        assert "layers" in run.stdout
+    program = """
+import sys
+from lines_cli.cli.app import app
+for command in (["inspect", "m.ckpt"], ["edit", "m.ckpt", "o.pt", "-o", "out", "--dry-run"]):
+    sys.argv[1:] = command
+    app(standalone_mode=False)
+    assert not {"torch", "numpy"} & sys.modules.keys()
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert run.stdout.count("layers") > 2
 
 
 # --- where the weights are ---
@@ -810,7 +811,7 @@ BOMBS: dict[str, Callable[[int], bytes]] = {
     "a text without an end": lambda _: b"X\xff\xff\xff\x7f",
     "bytes without an end": lambda _: b"\x8e" + b"\xff" * 7 + b"\x7f",
 }
-FEWER = {"tuples in each other, as a key", "remembered", "too many"}
+FEWER = {"tuples in each other, as a key", "remembered"}
 
 
 @pytest.mark.parametrize(
