@@ -196,9 +196,10 @@ def groups_of(plan: Plan) -> Groups:
             of[tensor.name] = number
             if any(segment.copy is None or segment.copy.dtype != tensor.info.dtype for segment in tensor.segments):
                 cast.add(number)
-            if any(segment.numel and (segment.copy is None or segment.base is not None) for segment in tensor.segments):
-                measured.add(number)
-            elif tensor.spec.is_the_base_s:  # there is nothing to realise
+            if (
+                any(segment.numel and (segment.copy is None or segment.base is not None) for segment in tensor.segments)
+                or tensor.spec.is_the_base_s
+            ):
                 measured.add(number)
     return Groups(tuple(groups), of, frozenset(cast), frozenset(measured))
 
