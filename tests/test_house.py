@@ -308,6 +308,7 @@ OTHER_MEANINGS = {
     "inspection.kinds": {"weight", "scale"},
     "plan.tied_weights": {"weight"},
     "checkpoint.contents": {"weight"},
+    "checkpoint.quantised": {"scale", "weight"},
     "checkpoint.adapter": {"weight", "t"},  # a factor of LoHa
     "engine.formulas": {"t"},
     "checkpoint.adapter_names": {"weight"},

@@ -20,7 +20,7 @@ import torch
 from lines_cli.api import arguments
 from lines_cli.api.calls import Dtype, Missing, Outside, Resize, Rounding, config_values, state_dict_of
 from lines_cli.checkpoint.header import StoredTensor, TensorInfo, itemsize
-from lines_cli.checkpoint.reader import Checkpoint, unsupported_in
+from lines_cli.checkpoint.reader import Checkpoint, as_model
 from lines_cli.engine.arithmetic import FLOAT8, TORCH_DTYPES
 from lines_cli.engine.buffers import keep_freed_memory
 from lines_cli.engine.chunks import PlanChunk, items_of
@@ -61,6 +61,8 @@ _EXACT = {
 }
 _DTYPES: dict[str, torch.dtype] = {**TORCH_DTYPES, **_EXACT, "C64": torch.complex64}
 _NAMES = {dtype: name for name, dtype in {**_DTYPES, **FLOAT8, "C64": torch.complex64}.items()}
+if hasattr(torch, "float8_e8m0fnu"):  # scales of codes; torch 2.7 and later
+    _NAMES[torch.float8_e8m0fnu] = "F8_E8M0"
 
 
 def edit_state_dict(
@@ -253,10 +255,7 @@ class _Tensors:
         """
         path = Path(self.name)
         stored = {name: StoredTensor(0, info) for name, info in self.infos.items()}
-        checkpoint = _InMemory(self.name, path, (path,), stored, (), "model", config)
-        if unsupported := unsupported_in(checkpoint):
-            raise unsupported
-        return checkpoint
+        return as_model(_InMemory(self.name, path, (path,), stored, (), "model", config))
 
     def at(self, offset: int) -> tuple[torch.Tensor, int]:
         """The tensor that a byte belongs to, and where in it the byte stands."""

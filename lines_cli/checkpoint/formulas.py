@@ -213,6 +213,54 @@ class Rows(Formula):
         return _WIDE * math.prod(self.shape[1:])
 
 
+@dataclass(frozen=True)
+class Dequantised(Formula):
+    """`code * scale`, a product of floats: one scale for each block of each of a batch of matrices.
+
+    Its one factor, `scale`, has a number for each block, row by row of blocks: [matrices, ceil(rows / block rows),
+    ceil(columns / block columns)], in whatever shape; blocks at the ends of rows and columns may be cut short. It holds
+    floats, or (U8, F8_E8M0) exponents of two, 127 too large. Its `name` is that of the tensor of scales.
+
+    Attributes:
+        matrices: how many matrices the tensor is: its first axes, or its halves where two are stacked.
+        block: the rows and columns that share a scale.
+    """
+
+    matrices: int = 1
+    block: tuple[int, int] = (1, 1)
+
+    @property
+    def columns(self) -> int:
+        """Of a matrix, and so of the tensor."""
+        return self.shape[-1] if self.shape else 1
+
+    @property
+    def rows(self) -> int:
+        """Of a matrix."""
+        return math.prod(self.shape[:-1]) // self.matrices
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """How many matrices, blocks above each other, and blocks beside each other there are."""
+        return self.matrices, -(-self.rows // self.block[0]), -(-self.columns // self.block[1])
+
+    @property
+    def granularity(self) -> str:
+        """What has a scale of its own, in words."""
+        _, down, across = self.grid
+        if down == across == 1 and self.matrices > 1:
+            return "matrix"
+        if down == across == 1:
+            return "tensor"
+        if across == 1 and self.block[0] == 1:
+            return "row"
+        if down == 1 and self.block[1] == 1:
+            return "column"
+        if self.block[0] == 1:
+            return f"{self.block[1]} entries of a row"
+        return f"block of {self.block[0]} x {self.block[1]}"
+
+
 class Made(NamedTuple):
     """What a tensor is made of.
 

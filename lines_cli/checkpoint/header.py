@@ -184,6 +184,8 @@ def header_bytes(path: Path, begin: bytes, size: int) -> int:
         _refuse(path, f"the file holds {size} bytes, too few for a safetensors header")
     if begin.startswith(LFS_POINTER):
         _refuse(path, "a Git LFS pointer, and not the weights that it points to", FETCH_LFS)
+    if begin.startswith(b"GGUF"):
+        _refuse(path, "by its content a GGUF file", "Give it a name that ends with .gguf, and lines inspect shows it.")
     if begin.startswith(_OF_TORCH):
         _refuse(path, "by its content a file that torch.save wrote", "Give it a name that ends with .pt.")
     (length,) = _LENGTH.unpack(begin[:8])

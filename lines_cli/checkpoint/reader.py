@@ -12,13 +12,24 @@ import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from lines_cli.checkpoint.contents import codes_or_scales, factors_among, is_adapter, quantised_tensor
-from lines_cli.checkpoint.formulas import Made
+from lines_cli.checkpoint.contents import (
+    UNSCALED,
+    WAYS,
+    codes_or_scales,
+    factors_among,
+    format_of,
+    is_adapter,
+    quantised_tensor,
+    way_out,
+)
+from lines_cli.checkpoint.formulas import Dequantised, Made
+from lines_cli.checkpoint.gguf import SUFFIX as GGUF
+from lines_cli.checkpoint.gguf import read_gguf
 from lines_cli.checkpoint.header import (
     EXACT_DTYPES,
     FLOAT_DTYPES,
@@ -28,6 +39,7 @@ from lines_cli.checkpoint.header import (
     parse_header,
     read_header,
 )
+from lines_cli.checkpoint.quantised import QUANTIZATION, Quantised, read_quantised, said_to_be
 from lines_cli.checkpoint.state_dict import read_state_dict
 from lines_cli.errors import CheckpointError, UnsupportedError, printable, some
 from lines_cli.storage.beside import LARGEST_INDEX, beside, leads_out, read_json, read_object
@@ -105,6 +117,8 @@ class Checkpoint:
         hub_id: `org/name@commit`, for one that came from the Hub.
         metadata: what the header of its only file says beside the tensors; empty where there are several files.
         formulas: tensors that are not stored as they are -> what they are made of.
+        beside: tensors of a quantised format that belong to no weight: scales of activations.
+        stored_as: the format that most weights are stored in, in words, if they are quantised.
         parts: of one that is put together, what it is put together of: a base, and an adapter on it.
         base_named: of such a one, whether its name says both (`base+adapter`); else the base is the recipe's.
         part: which of several state dicts in its file, if its user said so: `ema` of `ft.ckpt#ema`.
@@ -124,6 +138,8 @@ class Checkpoint:
     hub_id: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     formulas: Mapping[str, Made] = field(default_factory=dict)
+    beside: Mapping[str, StoredTensor] = field(default_factory=dict)
+    stored_as: str | None = None
     parts: tuple[Checkpoint, ...] = ()
     base_named: bool = False
     part: str | None = None
@@ -156,7 +172,22 @@ class Checkpoint:
     @cached_property
     def nbytes(self) -> int:
         """Bytes of tensor data."""
-        return sum(tensor.info.nbytes for tensor in self.tensors.values())
+        return sum(self.as_stored(name).nbytes for name in self.tensors)
+
+    def codes(self, tensor: str) -> tuple[StoredTensor, StoredTensor] | None:
+        """What a weight that is nothing but quantised is stored as: its codes, and their scales; else None."""
+        if (made := self.formulas.get(tensor)) is None:
+            return None
+        one = made.steps[0] if len(made.steps) == 1 else None
+        return (made.stored, one.factors[0][1]) if isinstance(one, Dequantised) else None
+
+    def as_stored(self, tensor: str) -> TensorInfo:
+        """A tensor's dtype as it is stored, its shape, and its bytes, those of its scales among them."""
+        codes = self.codes(tensor)
+        if codes is None:
+            return self.tensors[tensor].info
+        stored, scales = codes
+        return stored.info._replace(nbytes=stored.info.nbytes + scales.info.nbytes)
 
     def with_part(self, place: str) -> str:
         """The name of the place where it lies, as a recipe has it: with its part, if it is one."""
@@ -223,6 +254,8 @@ def open_checkpoint(
         files = _in_order(path, shards_of(path / heads.chosen)) if sharded else {path / heads.chosen: None}
         stem, config = _stem_of(heads.chosen), _config_in(path)
     elif os.path.isdir(path):
+        if to_look_at and (alone := _lone_gguf(path)) is not None:
+            return _open_gguf(alone, name, hub_id, to_look_at=True)
         files, stem = _weight_files(path, variant)
         config = _config_in(path)
     elif os.path.isfile(path) and is_index(path.name):
@@ -230,6 +263,8 @@ def open_checkpoint(
         config = _config_in(path.parent)
     elif os.path.isfile(path):
         _refuse_lone_shard(path.parent, path.name)
+        if path.name.lower().endswith(GGUF):
+            return _open_gguf(path, name, hub_id, to_look_at=to_look_at)
         if path.name.endswith(_OTHER_FORMATS):
             raise UnsupportedError(f"{path} is of a format that lines does not read, by its name", hint=_CONVERT)
         if _PARTS.fullmatch(path.name):
@@ -270,9 +305,77 @@ def open_checkpoint(
         notes=tuple(note for of in held for note in of.notes),
         is_here=heads is None,
     )
-    if not to_look_at and (unsupported := unsupported_in(checkpoint)):
+    return to_be_looked_at(checkpoint) if to_look_at else as_model(checkpoint)
+
+
+def _open_gguf(path: Path, name: str, hub_id: str | None, *, to_look_at: bool) -> Checkpoint:
+    """A GGUF file, to be looked at.
+
+    Raises:
+        UnsupportedError: it is to be computed with.
+        CheckpointError: it is damaged.
+    """
+    there = _stat(path)
+    header = read_gguf(path)
+    tensors = {tensor: StoredTensor(0, info) for tensor, info in header.tensors.items()}
+    state = FileState(there.st_size, there.st_mtime_ns, header.digest)
+    found = Checkpoint(
+        name, path, (path,), tensors, (state,), WEIGHT_STEMS[0], header.config, hub_id, stored_as=header.described
+    )
+    if not to_look_at and (unsupported := unsupported_in(found)):
+        raise unsupported
+    return found
+
+
+def _lone_gguf(folder: Path) -> Path | None:
+    """The only GGUF file of a folder that holds no other weights."""
+    with suppress(OSError):
+        names = os.listdir(folder)
+        if not weights_among(names) and len(found := [name for name in names if name.lower().endswith(GGUF)]) == 1:
+            return folder / found[0]
+    return None
+
+
+def as_model(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint as it is stored, as the model that can be computed with: FP8 weights are what they stand for.
+
+    Raises:
+        CheckpointError: what is stored contradicts itself.
+        UnsupportedError: it cannot be computed with.
+    """
+    found = read_quantised(checkpoint.tensors, checkpoint.config, checkpoint.where)
+    if found is not None:
+        checkpoint = replace(checkpoint, **found._asdict(), notes=(*checkpoint.notes, *_said_of(checkpoint, found)))
+    if unsupported := unsupported_in(checkpoint):
         raise unsupported
     return checkpoint
+
+
+def refusal_of(checkpoint: Checkpoint) -> CheckpointError | None:
+    """Why it cannot be computed with; None where it can."""
+    try:
+        as_model(checkpoint)
+    except CheckpointError as error:
+        return error
+    return None
+
+
+def to_be_looked_at(checkpoint: Checkpoint) -> Checkpoint:
+    """The same where it can be, else as it is stored."""
+    try:
+        return as_model(checkpoint)
+    except CheckpointError:
+        return checkpoint
+
+
+def _said_of(checkpoint: Checkpoint, found: Quantised) -> Iterator[str]:
+    of_them = f"{len(found.formulas):,} of {len(found.tensors):,} tensors of {checkpoint.name}"
+    yield f"{of_them} are stored in 8 bits ({found.stored_as}): they are read as the numbers that these stand for"
+    if found.beside:
+        yield (
+            f"{len(found.beside):,} tensor(s) of {checkpoint.name} scale activations in 8 bits, and are no part of the "
+            f"model\n{some(list(found.beside))}"
+        )
 
 
 class _Contents(NamedTuple):
@@ -506,7 +609,9 @@ def refuse_folder(folder: str, names: Collection[str], *, components: Sequence[s
             f"{folder} holds no weights itself; folders in it do:\n{some(components)}",
             hint=f"Give one of them, as in {folder}/{components[0]}; each is edited by itself.",
         )
-    other = sorted(name for name in names if name.endswith(_OTHER_FORMATS))
+    other = sorted(name for name in names if name.lower().endswith(_OTHER_FORMATS))
+    if other and all(name.lower().endswith(GGUF) for name in other):
+        raise UnsupportedError(f"{folder} holds GGUF files only:\n{some(other)}", hint=WAYS["GGUF"])
     if other:
         raise UnsupportedError(
             f"{folder} holds no weights but in formats that lines does not read:\n{some(other)}",
@@ -556,14 +661,11 @@ def _refuse_shard(file: Path, held: Collection[str], expected: set[str]) -> None
     )
 
 
-QUANTIZATION = "quantization_config"
-
-
 def quantisation_said(config: Mapping[str, Any]) -> str | None:
     """The method by which a config says that weights are quantised; None if it does not. It may have been left behind
     when they were made whole again.
     """
-    said = config.get(QUANTIZATION)
+    said = said_to_be(config) or config.get(QUANTIZATION)
     method = said.get("quant_method") if isinstance(said, Mapping) else None
     return printable(str(method or "unnamed method")) if said else None
 
@@ -572,25 +674,32 @@ def unsupported_in(checkpoint: Checkpoint) -> UnsupportedError | None:
     """Why it cannot be computed with: it is quantised, an adapter, or holds a tensor of a dtype that there is no
     arithmetic for.
     """
+    if checkpoint.files[0].name.lower().endswith(GGUF):
+        return UnsupportedError(
+            f"{checkpoint.files[0]} is quantised, or may be: it is a GGUF file ({checkpoint.stored_as})",
+            hint=WAYS["GGUF"],
+        )
     tensors = {name: stored.info for name, stored in checkpoint.tensors.items()}
     if (method := quantisation_said(checkpoint.config)) and (held := codes_or_scales(tensors)):
         return UnsupportedError(
             f"{checkpoint.name} is quantised: its config.json has a quantization_config ({method}), and it holds "
-            f"{printable(held)} ({checkpoint.tensors[held].info.dtype})",
-            hint=_DEQUANTISE,
+            f"{printable(held)} ({checkpoint.tensors[held].info.dtype}){_by_name(format_of(tensors, method))}",
+            hint=way_out(format_of(tensors, method)),
         )
     for tensor, stored in checkpoint.tensors.items():
         dtype = stored.info.dtype
         if dtype not in FLOAT_DTYPES and dtype not in EXACT_DTYPES:
             kind = "quantised" if dtype.startswith("F") else "of a kind lines does not edit"
             return UnsupportedError(
-                f"{checkpoint.where(tensor)} is {kind}: tensor {printable(tensor)} is {dtype}",
-                hint=_DEQUANTISE if dtype.startswith("F") else None,
+                f"{checkpoint.where(tensor)} is {kind}: tensor {printable(tensor)} is {dtype}"
+                f"{_by_name(format_of(tensors)) if dtype.startswith('F') else ''}",
+                hint=way_out(format_of(tensors)) if dtype.startswith("F") else None,
             )
     if (codes := quantised_tensor(tensors)) is not None:
         return UnsupportedError(
-            f"{checkpoint.where(codes)} is quantised: it holds {printable(codes)} ({tensors[codes].dtype})",
-            hint=_DEQUANTISE,
+            f"{checkpoint.where(codes)} is quantised: it holds {printable(codes)} ({tensors[codes].dtype})"
+            f"{_by_name(format_of(tensors))}",
+            hint=way_out(format_of(tensors)),
         )
     if is_adapter(tensors):
         factor = factors_among(tensors)[0]
@@ -602,7 +711,8 @@ def unsupported_in(checkpoint: Checkpoint) -> UnsupportedError | None:
     return None
 
 
-_DEQUANTISE = (
-    "Give the checkpoint it was quantised from, or dequantise it first; a sum of quantised codes means nothing."
-)
+def _by_name(known: str | None) -> str:
+    return "" if known is None or known == UNSCALED else f", as {known} does"
+
+
 FOLD = "Fold it into its base first (peft: merge_and_unload, then save_pretrained), and give that folder."

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lines_cli.checkpoint.reader import QUANTIZATION, Checkpoint, quantisation_said
+from lines_cli.checkpoint.quantised import QUANTIZATION
+from lines_cli.checkpoint.reader import Checkpoint, quantisation_said
 from lines_cli.errors import CheckpointError, printable, some
 from lines_cli.storage.beside import beside, leads_out, read_json, read_object, refuse_link_out
 from lines_cli.storage.files import FETCH_LFS, LFS_POINTER, read_small
@@ -248,7 +249,7 @@ def carry_over(
                 which = "neither input" if len(inputs) == 2 else "no input"
                 notes.append(f"{which} is a folder with a config.json: the output folder holds weights only")
     for each, name in zip(inputs, called, strict=True):
-        if said := quantisation_said(each.config):
+        if each.stored_as is None and (said := quantisation_said(each.config)):
             notes.append(
                 f"the config.json of {name} says quantised ({said}), but its weights are whole; the output's does not"
             )

@@ -1,5 +1,6 @@
 """Carries out the steps by which tensors are made that no input stores as they are (`checkpoint/formulas`), chunk by
-chunk: an adapter's update is never stored, and of its factors those of one tensor are held.
+chunk: an adapter's update is never stored, and of its factors those of one tensor are held; codes are multiplied by
+their scales.
 
 An update is mostly a product of small matrices. It is computed in float64 and rounded once to the dtype of the
 arithmetic, in blocks of rows that are the same however a tensor is cut into chunks: so chunks change no byte, and
@@ -9,15 +10,17 @@ ties).
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from lines_cli.checkpoint.formulas import (
     BLOCK,
     SLAB,
+    Dequantised,
     Difference,
     Formula,
     Hadamard,
@@ -121,6 +124,8 @@ def _maker_of(step: Formula, makers: Makers) -> Maker:
             return _Difference(step, makers)
         case Rows():
             return _Rows(step, makers)
+        case Dequantised():
+            return _Dequantised(step, makers)
     raise NotImplementedError(type(step).__name__)
 
 
@@ -375,3 +380,95 @@ class _Rows:
             begin, until = max(first, start), min(end, start + columns)
             kept = self._load(self._stored, self._order[at] * columns + begin - start, until - begin)
             entries[begin - first : until - first].copy_(kept)
+
+
+class Part(NamedTuple):
+    """Some of a run of entries: `rows` rows of `blocks` blocks of `width` entries each.
+
+    Attributes:
+        at: where the entries begin in the run; the rows lie `stride` apart.
+        rows, blocks, width, stride: how they lie.
+        first_row: the number of the first row, counted through all matrices.
+        left: the number of the first block in its row of blocks.
+    """
+
+    at: int
+    rows: int
+    blocks: int
+    width: int
+    stride: int
+    first_row: int
+    left: int
+
+    def of(self, entries: torch.Tensor) -> torch.Tensor:
+        """These of a run [n]: a view [rows, blocks, width]."""
+        return entries.as_strided(
+            (self.rows, self.blocks, self.width), (self.stride, self.width, 1), entries.storage_offset() + self.at
+        )
+
+    def rows_of_blocks(self, step: Dequantised) -> torch.Tensor:
+        """The number of the row of blocks that each row lies in: [rows], on the CPU."""
+        _, down, _ = step.grid
+        rows = torch.arange(self.first_row, self.first_row + self.rows)
+        return rows // step.rows * down + rows % step.rows // step.block[0]
+
+
+def parts_of(step: Dequantised, first: int, numel: int) -> Iterator[Part]:
+    """A run of a tensor's entries, `numel` from `first` on, in parts in which blocks lie alike."""
+    columns, done = step.columns, 0
+    while done < numel:
+        row, column = divmod(first + done, columns)
+        whole = (numel - done) // columns if column == 0 else 0
+        rows, end = (whole, columns) if whole else (1, min(columns, column + numel - done))
+        at, width, begin = done, step.block[1], column
+        while begin < end:
+            left, inside = divmod(begin, width)
+            blocks = 0 if inside else (end - begin) // width
+            size = width if blocks else min(width - inside, end - begin)
+            yield Part(at, rows, max(1, blocks), size, columns, row, left)
+            begin, at = begin + max(1, blocks) * size, at + max(1, blocks) * size
+        done += rows * (end - column)
+
+
+class _Dequantised:
+    """Multiplies codes by their scales, of which a few rows of blocks are held."""
+
+    def __init__(self, step: Dequantised, makers: Makers) -> None:
+        self._step, self._load, self._device = step, makers.load, makers.device
+        ((_, self._stored),) = step.factors
+        matrices, down, self._across = step.grid
+        self._down = matrices * down
+        self._first, self._held = 0, torch.empty(0, self._across)
+
+    def apply(self, entries: torch.Tensor, first: int) -> None:
+        for part in parts_of(self._step, first, entries.numel()):
+            below = part.rows_of_blocks(self._step)
+            scales = self._scales(int(below[0]), int(below[-1]) + 1, entries.dtype)
+            scales = scales[(below - self._first).to(self._device), part.left : part.left + part.blocks]
+            part.of(entries).mul_(scales.unsqueeze(-1))
+
+    def _scales(self, begin: int, end: int, dtype: torch.dtype) -> torch.Tensor:
+        """The scales of the rows of blocks from `self._first` on, those from `begin` up to `end` among them."""
+        if begin < self._first or end > self._first + len(self._held) or self._held.dtype != dtype:
+            number = max(end - begin, _SCALES // max(1, self._across))
+            self._first = 0 if self._down <= number else begin
+            number = min(number, self._down - self._first)
+            stored = self._load(self._stored, self._first * self._across, number * self._across)
+            self._held = _as_scales(stored.view(number, self._across), dtype)
+        return self._held
+
+
+_SCALES = 64 * 1024  # that are held at a time, or a row of blocks
+
+
+def _as_scales(stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Scales as numbers; bytes are exponents of two, 127 too large, the largest of which is NaN (E8M0 of OCP's
+    microscaling formats).
+    """
+    if stored.dtype != torch.uint8:
+        return stored.to(dtype)
+    exact = torch.ldexp(torch.ones((), dtype=torch.float64, device=stored.device), stored.to(torch.float64) - 127)
+    return exact.masked_fill(stored == _NAN_EXPONENT, math.nan).to(dtype)
+
+
+_NAN_EXPONENT = 255

@@ -17,7 +17,15 @@ import torch
 
 from lines_cli.checkpoint.formulas import Formula
 from lines_cli.checkpoint.header import StoredTensor, itemsize
-from lines_cli.engine.arithmetic import FLOAT8, TORCH_DTYPES, first_nonfinite, is_finite, same_nan, task_vector
+from lines_cli.engine.arithmetic import (
+    FLOAT8,
+    TORCH_DTYPES,
+    first_nonfinite,
+    is_finite,
+    same_nan,
+    task_vector,
+    widen,
+)
 from lines_cli.engine.buffers import Buffer, Loaded
 from lines_cli.engine.chunks import Chunk, PlanChunk, Tensor
 from lines_cli.engine.devices import SLOTS, has_own_memory
@@ -31,7 +39,7 @@ from lines_cli.errors import ChangedInputError, CheckpointError, DataError, prin
 from lines_cli.methods import Values
 from lines_cli.plan.plan import Plan, TensorPlan
 from lines_cli.plan.resources import SUM_BLOCK, BytesPerEntry
-from lines_cli.plan.tensors import SourceRange
+from lines_cli.plan.tensors import Segment, SourceRange
 from lines_cli.storage.digest import WRITE_SIZE
 from lines_cli.storage.files import in_whole_pages
 
@@ -160,7 +168,7 @@ class Reader:
 
     def made_of(self, loaded: Loaded, chunk: Chunk[Tensor], source: SourceRange, into: torch.Tensor) -> torch.Tensor:
         """The same of stored entries that were read before."""
-        into.copy_(loaded.values())
+        widen(loaded.values(), into)
         if source.steps:
             self._makers.apply(into, source, chunk.first)
         return into
@@ -175,7 +183,7 @@ class Reader:
         Raises:
             CheckpointError: the file cannot be read, or is shorter than it was.
         """
-        dtype, width = (TORCH_DTYPES | FLOAT8)[stored.info.dtype], itemsize(stored.info.dtype)
+        dtype, width = _OF_FACTORS[stored.info.dtype], itemsize(stored.info.dtype)
         raw = bytearray(numel * width)
         self._fill(stored.file, memoryview(raw), stored.info.offset + first * width)
         values = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
@@ -291,17 +299,35 @@ class Worker(Reader):
         """Where all inputs share NaN or Inf: [numel], boolean; None where one of them is no float that is
         computed with.
         """
-        if any(source.dtype not in TORCH_DTYPES for source in sources):
+        if any(source.dtype not in TORCH_DTYPES and not source.steps for source in sources):
             return None
-        first = self.read(chunk, sources[0]).values().clone()
+        first = self._numbers(chunk, sources[0]).clone()
         found = ~first.isfinite()
         for source in sources[1:]:
-            found &= are_shared(first, self.read(chunk, source).values())
+            found &= are_shared(first, self._numbers(chunk, source))
+        if not self.plan.recipe.allow_nonfinite and (own := self.as_is(chunk)) is not None:
+            found &= ~own  # one input has them, whatever stands for the others
         return found
+
+    def _numbers(self, chunk: PlanChunk, source: SourceRange) -> torch.Tensor:
+        """A chunk's entries in one input: [numel], as they are stored, or in the compute dtype if they are made."""
+        if not source.steps:
+            return self.read(chunk, source).values()
+        dtype = torch.float64 if chunk.tensor.in_float64 else torch.float32
+        return self.made(chunk, source, torch.empty(chunk.numel, dtype=dtype, device=self.device))
+
+    def _codes(self, chunk: PlanChunk, source: SourceRange) -> torch.Tensor:
+        """What is stored of a chunk in one input: [numel], in a float dtype that is computed with."""
+        stored = self.read(chunk, source).values()
+        if source.dtype in TORCH_DTYPES:
+            return stored
+        wide = torch.empty(chunk.numel, dtype=torch.float32, device=self.device)
+        widen(stored, wide)
+        return wide
 
     def as_is(self, chunk: PlanChunk) -> torch.Tensor | None:
         """Which entries of a chunk one input alone has, so that they are its own: [numel], boolean; None of none."""
-        rows = chunk.segment.as_is
+        rows = _segment_behind(chunk).as_is
         spans = list(rows.within(chunk.first, chunk.first + chunk.numel)) if rows is not None else []
         if not spans:
             return None
@@ -318,7 +344,7 @@ class Worker(Reader):
             stays: [numel], boolean.
             stored: [numel], in the output's dtype.
         """
-        values = self.read(chunk, chunk.segment.sources[0]).values()
+        values = self._numbers(chunk, chunk.segment.sources[0])
         if values.dtype != stored.dtype:
             values = values.to(stored.dtype)
             same_nan(values)
@@ -361,7 +387,7 @@ class Worker(Reader):
         for source in behind if chunk.segment.copy is None else (chunk.segment.copy,):
             if source.dtype not in TORCH_DTYPES and not source.steps:
                 continue
-            values = self.read(chunk, source).values()
+            values = self._codes(chunk, source)
             if bad := first_nonfinite(values if stays is None else values.masked_fill(stays, 0.0)):
                 file, own, at = source.place_of(chunk.first + bad[0])
                 if source.gathered is not None:
@@ -423,10 +449,15 @@ def file_behind(source: SourceRange, entry: int) -> int:
 
 def _sources_behind(chunk: PlanChunk) -> tuple[SourceRange, ...]:
     """Where all inputs have a chunk's entries, of a copy also those that it is no copy of."""
+    return _segment_behind(chunk).sources
+
+
+def _segment_behind(chunk: PlanChunk) -> Segment:
+    """A chunk's segment; of a copy, what it was before it was known to be one."""
     if chunk.segment.copy is None:
-        return chunk.segment.sources
+        return chunk.segment
     same = [segment for segment in chunk.tensor.spec.segments if segment.start == chunk.segment.start]
-    return same[0].sources if same else chunk.segment.sources
+    return same[0] if same else chunk.segment
 
 
 def _pattern_of(name: str, plan: Plan) -> str:
@@ -437,6 +468,7 @@ def _pattern_of(name: str, plan: Plan) -> str:
     return pattern if alone else name
 
 
+_OF_FACTORS = {**TORCH_DTYPES, **FLOAT8, "U8": torch.uint8, "F8_E8M0": torch.uint8}
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 ALLOW_NONFINITE = "allow_nonfinite: true in the recipe (--allow-nonfinite of lines edit) lets such values through."

@@ -361,6 +361,11 @@ def _explain(error: Exception, target: Target, then: str) -> PushError:
                 return said(f"this token may not write there (403){quoted}", _A_WRITER)
             case 404 if isinstance(cause, errors.RevisionNotFoundError):
                 return said(f"the repository has no revision {target.branch!r}", "Check its spelling.")
+            case 404 if "xet-write-token" in str(cause):
+                return said(
+                    "the Hub has no Xet storage, to which the client would send large files (404)",
+                    "Set HF_HUB_DISABLE_XET=1.",
+                )
             case 404:
                 return said(
                     f"the Hub has no such place, or hides it from this token (404){quoted}",

@@ -20,7 +20,7 @@ from time import perf_counter
 import torch
 
 from lines_cli.checkpoint.header import StoredTensor, itemsize
-from lines_cli.checkpoint.reader import views_of
+from lines_cli.checkpoint.reader import Checkpoint, views_of
 from lines_cli.engine.arithmetic import dot, task_vector
 from lines_cli.engine.buffers import keep_freed_memory
 from lines_cli.engine.chunks import Chunk, items_of
@@ -185,7 +185,7 @@ def _look(worker: Reader, chunk: Chunk[ReadRange]) -> _Found:
     for source, into in zip(chunk.segment.sources, worker.held(chunk)[1], strict=False):
         loaded = worker.read(chunk, source)
         values.append(worker.made_of(loaded, chunk, source, into))
-        holds.append(_seen(values[-1], 0 if source.steps else loaded.bits()))
+        holds.append(_seen(values[-1], loaded.bits()))
     if not chunk.tensor.compares:
         return _Found(chunk, holds)
     base, *models = values
@@ -276,31 +276,43 @@ def _same(
     alike: dict[tuple[int, str, tuple[int, ...], int], list[str]] = defaultdict(list)
     stored_once: set[tuple[int, StoredTensor]] = set()
     for side, name in sorted(seen, key=lambda key: natural(key[1])):
-        found, stored = seen[side, name], inspection.checkpoints[side].tensors[name]
-        info, known = stored.info, (side, stored) in stored_once
+        there = inspection.checkpoints[side]
+        found, info, stored = seen[side, name], there.as_stored(name), there.tensors[name]
+        known = (side, stored) in stored_once
         stored_once.add((side, stored))
         constant = found.low == found.high and not found.nan and not found.inf
         told_elsewhere = constant and (found.high == 0 or len(info.shape) < 2)
-        there = inspection.checkpoints[side]
-        as_stored = name not in there.formulas and not stored.parts and not known
-        if found.numel and as_stored and not told_elsewhere and not _BUFFER.fullmatch(name):
+        held = _held(there, name)
+        if found.numel and held and not known and not told_elsewhere and not _BUFFER.fullmatch(name):
             alike[side, info.dtype, info.shape, found.bits].append(name)
     same: dict[int, list[tuple[str, ...]]] = defaultdict(list)
     for (side, *_), names in alike.items():
-        tensors = inspection.checkpoints[side].tensors
+        checkpoint = inspection.checkpoints[side]
+
+        def begins(stored: StoredTensor, side: int = side) -> tuple[Opened, int]:
+            return source_of[side, stored.file], stored.info.offset
+
         groups: list[list[str]] = []
         for name in names:
-            this = tensors[name]
+            this = _held(checkpoint, name)
             for group in groups:
-                other = tensors[group[0]]
-                ends = (source_of[side, this.file], this.info.offset), (source_of[side, other.file], other.info.offset)
-                if _equal(*ends, this.info.nbytes):
+                pairs = list(zip(this, _held(checkpoint, group[0]), strict=True))
+                alike_too = all((a.info.dtype, a.info.nbytes) == (b.info.dtype, b.info.nbytes) for a, b in pairs)
+                if alike_too and all(_equal(begins(a), begins(b), a.info.nbytes) for a, b in pairs):
                     group.append(name)
                     break
             else:
                 groups.append([name])
         same[side] += [tuple(group) for group in groups if len(group) > 1]
     return same
+
+
+def _held(checkpoint: Checkpoint, name: str) -> tuple[StoredTensor, ...]:
+    """What a tensor is stored as: itself, or codes and scales; nothing of one that is made otherwise, or in parts."""
+    if (codes := checkpoint.codes(name)) is not None:
+        return codes
+    stored = checkpoint.tensors[name]
+    return () if name in checkpoint.formulas or stored.parts else (stored,)
 
 
 # Rotary frequencies and causal masks, which older checkpoints store once for every layer.

@@ -68,7 +68,7 @@ def on_base(adapter: Adapter, base: Checkpoint, *, name: str | None = None) -> C
         part=own.part,
         views=tuple(views_of((base, own))),
         base_named=name is not None,
-        notes=tuple(notes),
+        notes=(*base.notes, *notes),
     )
 
 

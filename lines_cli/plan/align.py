@@ -127,7 +127,11 @@ def _names_in(
         if found.tensors or _paired(again.names, others, rest) > _paired(paired.names, lead, other):
             notes += found.notes
             paired = again._replace(names=again.names | {name: name for name in found.tensors})
-        notes += [f"{problem}: not paired" for problem in found.problems]
+        if found.problems:
+            notes.append(
+                f"{called} and {lead.name} have layouts that differ, and do not add up in {len(found.problems):,} "
+                f"place(s), which are not paired:\n{some(found.problems)}"
+            )
         if found.tensors:
             converted = replace(rest, tensors=rest.tensors | found.tensors), frozenset(found.tensors)
     names, reading, known = paired

@@ -284,8 +284,8 @@ def _convert(
         there, own = example
         ours_made, theirs_used = len(found.tensors) - before[0], len(found.used) - before[1]
         found.notes.append(
-            f"{theirs_used:,} tensor(s) of {called} are laid out otherwise, and are read as {ours_made:,} "
-            f"({' and '.join(of)} in transformers' table of layouts), such as {printable(own)} for {printable(there)}"
+            f"{theirs_used:,} tensor(s) of {called} have another layout, and are read as {ours_made:,}, such as "
+            f"{printable(own)} for {printable(there)} ({' and '.join(of)} in transformers' table of layouts)"
         )
 
 
@@ -462,8 +462,12 @@ def _put(found: Relaid, lead: Checkpoint, other: Checkpoint, there: str, tensor:
     """Add a tensor under the leading side's name for it."""
     of = runs(tensor)
     owns = {piece.source for piece in tensor.pieces}
-    if not of or any(other.tensors[own].parts for own in owns) or (there in other.tensors and there not in owns):
-        found.problems.append(_unlike(lead, there, other, sorted(owns, key=natural), tensor.shape))
+    if not of or (there in other.tensors and there not in owns):
+        why = "it would have to be read entry by entry" if not of else "that has a tensor of the name, too"
+        found.problems.append(
+            f"{printable(there)} {list(tensor.shape)} in {lead.name} is not made of what {other.name} has, "
+            f"{len(owns):,} tensor(s) such as {printable(min(owns, key=natural))}: {why}"
+        )
         return
     dtype = other.tensors[of[0].source].info.dtype
     width = itemsize(dtype)

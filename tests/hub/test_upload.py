@@ -455,6 +455,18 @@ def test_a_refusal_says_which_it_was(why: str, hub: HubServer, user: User) -> No
     assert contents(out_of(user)) == before
 
 
+@pytest.mark.parametrize(("status", "said"), [(None, "no Xet storage"), (403, "may not write there (403)")])
+def test_the_storage_of_hf_xet(status: int | None, said: str, hub: HubServer, user: User) -> None:
+    """Where hf_xet is installed, large files go its way, and its errors are told as those of the Hub."""
+    pytest.importorskip("hf_xet")
+    pytest.importorskip("huggingface_hub._upload_pipeline")  # older clients first ask whether there is one
+    hub.faults = {} if status is None else {"xet": Fault(status)}
+    ran = run_on(user, ["push", "out", "org/made"], HF_HUB_DISABLE_XET="0")
+    assert (ran.code, said in ran.err) == (8, True), ran.err
+    assert hub.kinds("xet")
+    assert run_on(user, ["push", "out", "org/made"]).code == 0
+
+
 @pytest.mark.parametrize("kind", ["info", "create", "batch", "upload", "verify", "commit"])
 def test_what_passes(kind: str, hub: HubServer, user: User) -> None:
     """An error of a moment at any step is waited for, and then all is well."""
