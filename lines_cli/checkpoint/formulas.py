@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 from lines_cli.checkpoint.header import StoredTensor
 
@@ -28,8 +28,10 @@ class Formula:
     factors: tuple[tuple[str, StoredTensor], ...]
     shape: tuple[int, ...]
 
-    adds: ClassVar[bool] = False
-    """Whether the step adds an update that does not depend on the entries: then that is the task vector."""
+    @property
+    def adds(self) -> bool:
+        """Whether the step adds an update that does not depend on the entries: then that is the task vector."""
+        return False
 
     def placed(self, number_of: Callable[[int], int]) -> Formula:
         """The same, with other numbers of the files that its factors lie in."""
@@ -57,7 +59,10 @@ class LowRank(Formula):
     scale: float = 1.0
     transposed: bool = False
 
-    adds: ClassVar[bool] = True
+    @property
+    def adds(self) -> bool:
+        """It does."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,51 @@ class Dequantised(Formula):
         if self.block[0] == 1:
             return f"{self.block[1]} entries of a row"
         return f"block of {self.block[0]} x {self.block[1]}"
+
+
+class OfPart(NamedTuple):
+    """What is done to some entries of a tensor that is put together of others.
+
+    Attributes:
+        start, numel: which of its entries.
+        first: which entry the first of them is in the tensor that they are of.
+        steps: that one's.
+    """
+
+    start: int
+    numel: int
+    first: int
+    steps: tuple[Formula, ...]
+
+
+@dataclass(frozen=True)
+class InParts(Formula):
+    """The steps of other tensors, each on those entries that are its own: for a tensor that is put together of them.
+
+    Attributes:
+        parts: in order; entries that are in none stay as they are.
+    """
+
+    parts: tuple[OfPart, ...] = ()
+
+    def __hash__(self) -> int:
+        first = self.parts[0]
+        return hash((self.name, self.shape, len(self.parts), first.start, first.first))
+
+    @property
+    def adds(self) -> bool:
+        """Whether all of them do."""
+        return all(step.adds for part in self.parts for step in part.steps)
+
+    def placed(self, number_of: Callable[[int], int]) -> Formula:
+        """As that of one step."""
+        parts = tuple(part._replace(steps=tuple(step.placed(number_of) for step in part.steps)) for part in self.parts)
+        return replace(self, parts=parts)
+
+    @property
+    def file(self) -> int:
+        """That of the first."""
+        return self.parts[0].steps[0].file
 
 
 class Made(NamedTuple):

@@ -9,12 +9,13 @@ any (float64 products of other orders of summation differ by less than an entry'
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
 
-from lines_cli.checkpoint.formulas import Dequantised, Formula, LowRank
+from lines_cli.checkpoint.formulas import Dequantised, Formula, InParts, LowRank
 from lines_cli.checkpoint.header import StoredTensor, TensorInfo, itemsize
 from lines_cli.plan.tensors import SourceRange
 
@@ -66,7 +67,7 @@ class Makers:
             into.zero_()
         for number, step in enumerate(steps):
             maker = self._maker(step)
-            assert isinstance(maker, _LowRank)
+            assert isinstance(maker, _LowRank | _InParts)
             if number == 0:
                 maker.update(into, first)
             else:
@@ -87,6 +88,8 @@ def _maker_of(step: Formula, load: Load, device: torch.device) -> Maker:
         return _LowRank(step, load, device)
     if isinstance(step, Dequantised):
         return _Dequantised(step, load, device)
+    if isinstance(step, InParts):
+        return _InParts(step, load, device)
     raise NotImplementedError(type(step).__name__)
 
 
@@ -124,6 +127,54 @@ class _LowRank:
             rows = self._left[number * self._rows : (number + 1) * self._rows]
             self._block = number, (rows @ self._right).view(-1)
         return self._block[1]
+
+
+class _InParts:
+    """Carries out the steps of the tensors that another is put together of, each on its own entries; what those need is
+    kept for a few of them.
+    """
+
+    def __init__(self, step: InParts, load: Load, device: torch.device) -> None:
+        self._parts, self._load, self._device = step.parts, load, device
+        self._makers: dict[int, list[Maker]] = {}
+
+    def update(self, into: torch.Tensor, first: int) -> None:
+        into.zero_()
+        for entries, inside, makers in self._within(into, first):
+            for number, maker in enumerate(makers):
+                assert isinstance(maker, _LowRank)
+                if number == 0:
+                    maker.update(entries, inside)
+                else:
+                    maker.apply(entries, inside)
+
+    def apply(self, entries: torch.Tensor, first: int) -> None:
+        for own, inside, makers in self._within(entries, first):
+            for maker in makers:
+                maker.apply(own, inside)
+
+    def _within(self, entries: torch.Tensor, first: int) -> Iterator[tuple[torch.Tensor, int, list[Maker]]]:
+        """The parts of a run: the entries of each, the number of the first within its tensor, and what is done."""
+        at = max(0, bisect_right(self._parts, first, key=lambda part: part.start) - 1)
+        end = first + entries.numel()
+        while at < len(self._parts) and self._parts[at].start < end:
+            part = self._parts[at]
+            begin, until = max(first, part.start), min(end, part.start + part.numel)
+            if begin < until:
+                yield entries[begin - first : until - first], part.first + begin - part.start, self._of(at)
+            at += 1
+
+    def _of(self, number: int) -> list[Maker]:
+        makers = self._makers.pop(number, None)
+        if makers is None:
+            makers = [_maker_of(step, self._load, self._device) for step in self._parts[number].steps]
+        self._makers[number] = makers
+        while len(self._makers) > _PARTS_HELD:
+            del self._makers[next(iter(self._makers))]
+        return makers
+
+
+_PARTS_HELD = 4
 
 
 class Part(NamedTuple):

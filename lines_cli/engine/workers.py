@@ -396,9 +396,11 @@ class Worker(Reader):
             if source.steps:
                 values = self.made(chunk, source, torch.empty(chunk.numel, dtype=torch.float64, device=self.device))
                 if bad := first_nonfinite(values if stays is None else values.masked_fill(stays, 0.0)):
-                    path, at = self.plan.paths[source.steps[-1].file], chunk.segment.start + chunk.first + bad[0]
-                    name = printable(chunk.tensor.name)
-                    return f"{path}: what it makes of tensor {name} holds {bad[1]}, first at entry {at:,}"
+                    file = source.place_of(chunk.first + bad[0])[0] if source.parts else source.steps[-1].file
+                    at, name = chunk.segment.start + chunk.first + bad[0], printable(chunk.tensor.name)
+                    return (
+                        f"{self.plan.paths[file]}: what it makes of tensor {name} holds {bad[1]}, first at entry {at:,}"
+                    )
         return None
 
     def refuse_nonfinite(self, chunk: PlanChunk) -> None:
