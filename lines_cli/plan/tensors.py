@@ -80,7 +80,8 @@ class SourceRange(NamedTuple):
                 offset = part.offset + gone * itemsize(self.dtype)
                 numel, start = part.numel - gone, part.start + gone - entries
                 rest.append(part._replace(start=start, numel=numel, offset=offset, sizes=(numel,)))
-        return self._replace(file=rest[0].file, offset=rest[0].offset, parts=tuple(rest))
+        first = self.first + entries
+        return self._replace(file=rest[0].file, offset=rest[0].offset, first=first, parts=tuple(rest))
 
     def update_on(self, base: SourceRange) -> tuple[Formula, ...] | None:
         """The steps that add an update to another range's entries and so make its own; none where both are the same.
@@ -109,14 +110,16 @@ class Ranges:
     def __call__(self, name: str) -> SourceRange:
         """All of a tensor, by its name there."""
         if name in self._made:
-            (file, info, _), steps = self._made[name]
+            (file, info, parts), steps = self._made[name]
             placed = tuple(step.placed(self._numbers.__getitem__) for step in steps)
-            return SourceRange(self._numbers[file], info.offset, info.dtype, placed)
+            return SourceRange(self._numbers[file], info.offset, info.dtype, placed, parts=self._placed(parts))
         file, info, parts = self._tensors[name]
         if parts:
-            parts = tuple([part._replace(file=self._numbers[part.file]) for part in parts])
-            return SourceRange(self._numbers[file], info.offset, info.dtype, parts=parts)
+            return SourceRange(self._numbers[file], info.offset, info.dtype, parts=self._placed(parts))
         return SourceRange(self._numbers[file], info.offset, info.dtype)
+
+    def _placed(self, parts: tuple[Part, ...]) -> tuple[Part, ...]:
+        return tuple([part._replace(file=self._numbers[part.file]) for part in parts])
 
 
 class Segment(NamedTuple):
