@@ -49,7 +49,8 @@ def table() -> dict[str, Any]:
     rules |= BY_HAND
     kept: dict[str, list[list[Any]]] = {}
     like: dict[str, str] = {}
-    for name in sorted(rules):
+    named_after = set(conversion_mapping._MODEL_TO_CONVERSION_PATTERN.values())  # noqa: SLF001
+    for name in sorted(rules, key=lambda name: (name not in named_after, name)):
         if name == "legacy" or not rules[name]:
             continue
         same = next((other for other in kept if kept[other] == rules[name]), None)

@@ -86,7 +86,7 @@ def same_tokenizer(folders: list[Path | None]) -> bool:
     if None in folders or len(folders) < 2:
         return False
     for name in (TOKENIZER, TOKENIZER_CONFIG, ADDED_TOKENS):
-        with suppress(OSError):
+        with suppress(OSError, CheckpointError):
             paths = [beside(folder, name) for folder in folders if folder is not None]
             contents = {None if path is None else read_small(path, _LARGEST) for path in paths}
             if len(contents) == 1 and (name != TOKENIZER or None not in contents):

@@ -106,8 +106,7 @@ def unreachable(error: BaseException, how: str = "cannot be reached") -> str | N
     for cause in chain(error):
         if isinstance(cause, errors.OfflineModeIsEnabled):
             return "the Hub is offline (HF_HUB_OFFLINE is set)"
-        if isinstance(cause, errors.HfHubHTTPError):
-            status = status_of(cause) or 0
+        if (status := status_of(cause)) is not None:
             return f"the Hub reports an error of its own ({status})" if status >= 500 else None
         library = type(cause).__module__.partition(".")[0]
         if library.startswith(("httpx", "httpcore", "requests", "urllib3")) or isinstance(
@@ -144,6 +143,10 @@ def status_of(error: BaseException) -> int | None:
     from huggingface_hub import errors
 
     if not isinstance(error, errors.HfHubHTTPError):
-        return None
+        said = _STATUS.search(str(error))  # as hf_xet says it
+        return int(said[1]) if said else None
     status = getattr(error.response, "status_code", None)
     return int(status) if status is not None else None
+
+
+_STATUS = re.compile(r"HTTP status (?:client|server) error \((\d{3})\b")

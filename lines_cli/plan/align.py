@@ -120,16 +120,27 @@ def _names_in(
     if found := _relaid(lead, other, paired, called):
         if found.problems and strict:
             raise _unfit(found.problems, inputs, side)
-        rest = replace(other, tensors={name: of for name, of in other.tensors.items() if name not in found.used})
+        rest = replace(
+            other,
+            tensors={name: of for name, of in other.tensors.items() if name not in found.used},
+            formulas={name: of for name, of in other.formulas.items() if name not in found.used},
+        )
         others = replace(lead, tensors={name: of for name, of in lead.tensors.items() if name not in found.tensors})
         tries = [_read(others, rest, asked, spelling) for spelling in (canonical, *(r.canonical for r in found.rules))]
         again = max(tries, key=lambda one: _paired(one.names, others, rest))
         if found.tensors or _paired(again.names, others, rest) > _paired(paired.names, lead, other):
             notes += found.notes
             paired = again._replace(names=again.names | {name: name for name in found.tensors})
-        notes += [f"{problem}: not paired" for problem in found.problems]
+        if found.problems:
+            notes.append(
+                f"{called} and {lead.name} have layouts that differ, and do not add up in {len(found.problems):,} "
+                f"place(s), which are not paired:\n{some(found.problems)}"
+            )
         if found.tensors:
-            converted = replace(rest, tensors=rest.tensors | found.tensors), frozenset(found.tensors)
+            relaid_side = replace(
+                rest, tensors=rest.tensors | found.tensors, formulas={**rest.formulas, **found.formulas}
+            )
+            converted = relaid_side, frozenset(found.tensors)
     names, reading, known = paired
     if reading.alike:
         raise _ambiguous(reading, inputs, side)
@@ -182,6 +193,7 @@ def _relaid(lead: Checkpoint, other: Checkpoint, paired: _Paired, called: str) -
         more = relaid(lead, other, (ours, theirs), called)
         found = Relaid(
             found.tensors | more.tensors,
+            found.formulas | more.formulas,
             found.used | more.used,
             more.rules,
             found.problems + more.problems,

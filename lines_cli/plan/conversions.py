@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -230,7 +230,10 @@ def rules_for(configs: Iterable[Mapping[str, Any]]) -> Rules:
             names |= dict.fromkeys(one for one in classes if one in of_type)
             names[kind] = None
             names |= dict.fromkeys(one for one in of_type if one.endswith(_OF_ALL))
-    return Rules([name for name in names if _rules_of(name)])
+    return _rules_by(tuple(name for name in names if _rules_of(name)))
+
+
+_rules_by = lru_cache(maxsize=64)(Rules)
 
 
 def turning(configs: Sequence[Mapping[str, Any]]) -> bool:

@@ -148,7 +148,11 @@ def runs(tensor: Pieced) -> list[Run] | None:
     """A tensor as runs of its entries, in their order; None where its pieces do not cover it, or where some could only
     be read entry by entry.
     """
-    found = sorted(run for piece in tensor.pieces for run in _runs_of(piece, tensor.shape))
+    cuts = [_cut_to_runs(piece, tensor.shape) for piece in tensor.pieces]
+    if sum(math.prod(piece.sizes[:inner]) for piece, inner in zip(tensor.pieces, cuts, strict=True)) > _MOST_RUNS:
+        return None
+    pairs = zip(tensor.pieces, cuts, strict=True)
+    found = sorted(run for piece, inner in pairs for run in _runs_of(piece, tensor.shape, inner))
     ends = accumulate((run.numel for run in found), initial=0)
     if sum(run.numel for run in found) != math.prod(tensor.shape):
         return None
@@ -164,17 +168,24 @@ def runs(tensor: Pieced) -> list[Run] | None:
     return joined_up if all(map(_can_be_read, joined_up)) else None
 
 
-def _runs_of(piece: Piece, shape: tuple[int, ...]) -> Iterator[Run]:
-    """A piece as runs: it is cut along its first axes where it does not reach over all of the others, and, where its
+_MOST_RUNS = 2**20
+
+
+def _cut_to_runs(piece: Piece, shape: tuple[int, ...]) -> int:
+    """Along how many of its first axes a piece is cut: where it does not reach over all of the others, and, where its
     entries do not stand side by side, to boxes of two axes.
     """
     inner = len(shape)  # the axes from here on are reached over wholly, but for the first of them
     while inner and (inner == len(shape) or piece.sizes[inner] == shape[inner]):
         inner -= 1
-    sizes, strides = _simplified(piece.sizes[inner:], piece.strides[inner:])
-    while len(sizes) > _MOST_AXES and inner < len(shape):
+    while inner < len(shape) and len(_simplified(piece.sizes[inner:], piece.strides[inner:])[0]) > _MOST_AXES:
         inner += 1
-        sizes, strides = _simplified(piece.sizes[inner:], piece.strides[inner:])
+    return inner
+
+
+def _runs_of(piece: Piece, shape: tuple[int, ...], inner: int) -> Iterator[Run]:
+    """A piece as runs, cut along so many of its first axes."""
+    sizes, strides = _simplified(piece.sizes[inner:], piece.strides[inner:])
     numel = math.prod(sizes)
     for place in product(*(range(size) for size in piece.sizes[:inner])):
         steps = (*place, *([0] * (len(shape) - inner)))

@@ -80,7 +80,8 @@ class SourceRange(NamedTuple):
                 offset = part.offset + gone * itemsize(self.dtype)
                 numel, start = part.numel - gone, part.start + gone - entries
                 rest.append(part._replace(start=start, numel=numel, offset=offset, sizes=(numel,)))
-        return self._replace(file=rest[0].file, offset=rest[0].offset, parts=tuple(rest))
+        first = self.first + entries
+        return self._replace(file=rest[0].file, offset=rest[0].offset, first=first, parts=tuple(rest))
 
     def update_on(self, base: SourceRange) -> tuple[Formula, ...] | None:
         """The steps that add an update to another range's entries and so make its own; none where both are the same.
@@ -109,18 +110,20 @@ class Ranges:
     def __call__(self, name: str) -> SourceRange:
         """All of a tensor, by its name there."""
         if name in self._made:
-            (file, info, _), steps = self._made[name]
+            (file, info, parts), steps = self._made[name]
             placed = tuple(step.placed(self._numbers.__getitem__) for step in steps)
-            return SourceRange(self._numbers[file], info.offset, info.dtype, placed)
+            return SourceRange(self._numbers[file], info.offset, info.dtype, placed, parts=self._placed(parts))
         file, info, parts = self._tensors[name]
         if parts:
-            parts = tuple([part._replace(file=self._numbers[part.file]) for part in parts])
-            return SourceRange(self._numbers[file], info.offset, info.dtype, parts=parts)
+            return SourceRange(self._numbers[file], info.offset, info.dtype, parts=self._placed(parts))
         return SourceRange(self._numbers[file], info.offset, info.dtype)
 
     def of(self, stored: StoredTensor) -> SourceRange:
         """All of what is stored, whatever it is called."""
         return SourceRange(self._numbers[stored.file], stored.info.offset, stored.info.dtype)
+
+    def _placed(self, parts: tuple[Part, ...]) -> tuple[Part, ...]:
+        return tuple([part._replace(file=self._numbers[part.file]) for part in parts])
 
 
 class Segment(NamedTuple):
@@ -191,6 +194,11 @@ class TensorSpec(NamedTuple):
             self.quantised.block,
         )
         return copy if alike and (own.dtype, own.shape) == (there.dtype, there.shape) else None
+
+    @property
+    def is_the_base_s(self) -> bool:
+        """Whether all models have the base's very entries, as with tensors that no adapter changes."""
+        return all(source == segment.base for segment in self.segments for source in segment.models)
 
 
 @gc_paused()
@@ -511,7 +519,8 @@ def _specify(
     if axis is None or recipe.resize == "error":
         if axis is not None:
             misfit += f", which {'--resize' if inputs.of_an_edit else 'resize:'} would settle"
-        swapped = [info.shape in (lead.shape, lead.shape[::-1]) for info in infos]
+        ways = (lead.shape, lead.shape[::-1], (*lead.shape[:-2], *lead.shape[-2:][::-1]))  # the last of many matrices
+        swapped = [info.shape in ways for info in infos]
         return TensorSpec(
             *begun,
             dtype,
@@ -617,6 +626,23 @@ def _gathered(
         in_order = len(runs.starts) == 1 and runs.parts[0] == side and runs.rows[0] == 0
         found.append(mine[0] if in_order and mine is not None else of(runs, parts, side))
     return tuple(found)
+
+
+def in_common(spec: TensorSpec) -> Segment:
+    """What is read to compare a tensor on all sides: its first segment; of rows that are paired by token those that all
+    have, one behind the other.
+    """
+    segment, table = spec.segments[0], spec.table
+    if table is None:
+        return segment
+    width = math.prod(spec.shape[row_axis(spec.shape) + 1 :])
+    read = []
+    for side, (source, runs) in enumerate(zip(segment.sources, table.in_common(), strict=True)):
+        own = source if source.gathered is None else source.gathered.parts[side][0]
+        dtype = "F32" if own.steps and own.dtype != "F64" else own.dtype
+        read.append(SourceRange(own.file, own.offset, dtype, gathered=Gathered(width, runs, ((own,), ()))))
+    numel = table.merged * width
+    return Segment(0, numel, base=read[0], models=tuple(read[1:]))
 
 
 def _first_of(runs: Runs, part: int) -> int:

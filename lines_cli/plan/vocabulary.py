@@ -76,6 +76,15 @@ class TableRows(NamedTuple):
     as_is: Spans | None
     merged: int
 
+    def in_common(self) -> tuple[Runs, ...]:
+        """For each side where the rows are that all sides have, one behind the other."""
+        there = []
+        for side, runs in enumerate(self.runs):
+            of = [(part, row + at) for part, begin, end, row in runs.within(0, self.numel) for at in range(end - begin)]
+            there.append([row if part == side else -1 for part, row in of])
+        common = [row for row in range(self.numel) if all(rows[row] >= 0 for rows in there)]
+        return tuple(Runs.of(((0, rows[row]) for row in common), 1) for rows in there)
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -239,7 +248,7 @@ def find_vocabulary(
         LinesError: a vocabulary was asked for that cannot be made.
     """
     tables = [row for name, row in rows.items() if name not in inside and is_vocabulary(name)]
-    asked, said = recipe.vocabulary_source, recipe.tokenizer or Tokenizer()
+    asked = recipe.vocabulary_source
     if not tables or len(inputs.checkpoints) < 2:
         if asked == UNION:
             notes.append(f"tokenizer_source: {UNION} says nothing: no token embedding or head is merged")
@@ -248,9 +257,9 @@ def find_vocabulary(
     if asked is None and recipe.resize == "error" and differ:
         return None, None  # which is refused as it is
     main = [_main_rows(inputs, side, tables) for side in range(len(inputs.checkpoints))]
-    tokens = _tokens(inputs, main, notes, asked=asked is not None)
+    rearranged = asked == UNION or recipe.tokenizer is not None
+    tokens = _tokens(inputs, main, notes, needed=rearranged)
     difference = _difference(tokens, main)
-    rearranged = asked == UNION or bool(said.tokens) or said.pad_to_multiple_of is not None
     rearranged = rearranged or (asked is not None and recipe.resize == "error" and differ)
     if difference is None and not rearranged:
         return None, None
@@ -258,11 +267,11 @@ def find_vocabulary(
     if of is None:
         return None, difference
     if tokens[of] is None:
-        if asked is None:
+        if asked != UNION and recipe.tokenizer is None:
             return None, difference
         raise RecipeError(
-            f"tokenizer_source: {inputs.checkpoints[of].name} has no tokenizer whose ids can be read",
-            hint="Name an input that has one, or leave the key out.",
+            f"tokenizer_source: {asked}, but {inputs.checkpoints[of].name} has no tokenizer, to say which row is whose",
+            hint="Copy its tokenizer into its folder, or leave the key out.",
         )
     assumed = _assumed(inputs, of, tokens, main, notes)
     return _vocabulary(recipe, inputs, of, assumed, main, difference), None
@@ -308,7 +317,7 @@ def _main_rows(inputs: Inputs, side: int, tables: Sequence[Names]) -> int:
     return next((size for size in said if type(size) is int and size in there), max(there, default=0))
 
 
-def _tokens(inputs: Inputs, main: Sequence[int], notes: list[str], *, asked: bool) -> list[Tokens | None]:
+def _tokens(inputs: Inputs, main: Sequence[int], notes: list[str], *, needed: bool) -> list[Tokens | None]:
     """What each side's tokenizer knows; sides that have the same files share one value."""
     found: list[Tokens | None] = []
     for side, checkpoint in enumerate(inputs.checkpoints):
@@ -323,16 +332,20 @@ def _tokens(inputs: Inputs, main: Sequence[int], notes: list[str], *, asked: boo
         if same is not None:
             found.append(found[same])
             continue
+        read: Tokens | None = None
         try:
-            found.append(tokens_of(checkpoint.folder, checkpoint.config.get("model_type")) if main[side] else None)
-        except (CheckpointError, UnsupportedError) as error:
-            if asked:
+            read = tokens_of(checkpoint.folder, checkpoint.config.get("model_type")) if main[side] else None
+        except UnsupportedError:
+            if needed:
+                raise
+        except CheckpointError as error:
+            if needed:
                 raise
             notes.append(
                 f"the tokenizer of {inputs.called(side)} cannot be read, so whether its rows are of the same tokens "
                 f"was not seen: {error.message}"
             )
-            found.append(None)
+        found.append(read)
     return found
 
 
@@ -552,13 +565,14 @@ def notes_of(vocabulary: Vocabulary, inputs: Inputs, tables: Sequence[TableRows]
 
 
 def report(vocabulary: Vocabulary | None, inputs: Inputs) -> dict[str, Any] | None:
-    """The same, as JSON has it."""
+    """The same, as JSON has it; None where rows are paired by their numbers."""
     if vocabulary is None:
         return None
     return {
         "of": inputs.checkpoints[vocabulary.of].name,
         "union": vocabulary.union,
         "tokens": len(vocabulary.ids),
+        "rows": max((table.numel for table in vocabulary.known.values()), default=0),
         "new": vocabulary.new,
         "moved": vocabulary.difference.number if vocabulary.difference else 0,
     }

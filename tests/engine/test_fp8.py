@@ -253,7 +253,7 @@ def test_extremes(case: str, scales: torch.dtype, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=str)
 def test_nan_and_inf_let_through(dtype: torch.dtype, tmp_path: Path) -> None:
-    """They are refused by name; let through, NaN is NaN, and Inf is Inf where codes have it; scales are those of the rest."""
+    """They are refused by name; let through, NaN is NaN, and Inf is Inf where codes have it; the scales stay."""
     name = "model.layers.1.q_proj.weight"
     stored = of_blocks(plain(), dtype=dtype)
     written(tmp_path, "base", stored)
@@ -379,6 +379,8 @@ def test_no_draws(tmp_path: Path) -> None:
     assert (ran.code, "rounding: stochastic does not go with dtype: fp8" in ran.err) == (2, True)
     recipe = {"merge_method": "linear", "models": [{"model": "a"}], "dtype": "fp8", "rounding": "stochastic"}
     (tmp_path / "merge.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    ran = run_lines("edit", "--adapter", "a", "-o", tmp_path / "out", "--dtype", "fp8")
+    assert (ran.code, ran.trace, "dtype: fp8 is for whole models" in ran.err) == (2, "", True)
     ran = run_lines("merge", "--config", tmp_path / "merge.yaml", "-o", tmp_path / "out")
     assert (ran.code, "line 5" in ran.err) == (2, True)
 

@@ -39,8 +39,8 @@ def user(hub: HubServer, tmp_path: Path) -> User:
 
 
 def run_shell(user: User, *blocks: str, **env: str) -> list[Ran]:
-    """Run blocks of shell: of `lines` each command in this process, where `> FILE` takes what it prints; what else
-    there is in a shell. All end with 0.
+    """Run blocks of shell, which all end with 0: a command of `lines` in this process, where `> FILE` takes what it
+    prints, and anything else in a shell.
     """
 
     def program() -> None:
