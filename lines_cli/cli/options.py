@@ -513,11 +513,11 @@ DtypeOfFactors = Annotated[
     ),
 ]
 Dtype = Annotated[
-    Literal["float64", "float32", "float16", "bfloat16"] | None,
+    Literal["float64", "float32", "float16", "bfloat16", "fp8"] | None,
     typer.Option(
         "--dtype",
         show_default="the fine-tune's, tensor by tensor",
-        help="Write every float tensor as this.",
+        help="Write every float tensor as this; fp8: those that an input stores in 8 bits, as it does.",
         rich_help_panel=OUTPUT,
     ),
 ]

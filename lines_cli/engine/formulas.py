@@ -504,14 +504,14 @@ class _Dequantised:
             self._first = 0 if self._down <= number else begin
             number = min(number, self._down - self._first)
             stored = self._load(self._stored, self._first * self._across, number * self._across)
-            self._held = _as_scales(stored.view(number, self._across), dtype)
+            self._held = as_scales(stored.view(number, self._across), dtype)
         return self._held
 
 
 _SCALES = 64 * 1024  # that are held at a time, or a row of blocks
 
 
-def _as_scales(stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def as_scales(stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Scales as numbers; bytes are exponents of two, 127 too large, the largest of which is NaN (E8M0 of OCP's
     microscaling formats).
     """

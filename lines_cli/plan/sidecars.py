@@ -15,6 +15,7 @@ from lines_cli.errors import (
     RecipeError,
 )
 from lines_cli.plan.adapter_plan import AnyPlan
+from lines_cli.plan.fp8 import layout_of
 from lines_cli.plan.identity import inputs_by_name, inputs_read, named_inputs, run_digest
 from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.plan import Plan
@@ -50,11 +51,12 @@ def with_sidecars(plan: Plan) -> Plan:
             f"resize: {recipe.resize} keeps {plan.rows[min(other_rows)]:,}",
             hint="Take the tokenizer of the input whose rows are kept.",
         )
+    like = layout_of(recipe, inputs)
     order = [inputs.lead, *(number for number in range(len(inputs.checkpoints)) if number != inputs.lead)]
     carried, notes = carry_over(
         [inputs.checkpoints[number] for number in order],
         called=[inputs.called(number) for number in order],
-        dtype=recipe.dtype,
+        dtype=None if like is not None else recipe.dtype,
         stored=plan.dtype,
         rows=plan.rows,
         rows_of=inputs.checkpoints[0] if recipe.resize == "base" else inputs.models[0],
@@ -62,6 +64,7 @@ def with_sidecars(plan: Plan) -> Plan:
         tokenizer=tokenizer,
         extended=extended,
         chat_template=named(recipe.chat_template),
+        quantised_like=like,
     )
     notes += disagreements(
         [inputs.checkpoints[number] for number in order],

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from operator import mul
 from typing import NamedTuple
 
-from lines_cli.checkpoint.formulas import Formula
+from lines_cli.checkpoint.formulas import Dequantised, Formula
 from lines_cli.checkpoint.header import EXACT_DTYPES, Part, StoredTensor, TensorInfo, itemsize
 from lines_cli.checkpoint.reader import gc_paused
 from lines_cli.errors import (
@@ -121,6 +121,10 @@ class Ranges:
     def _placed(self, parts: tuple[Part, ...]) -> tuple[Part, ...]:
         return tuple([part._replace(file=self._numbers[part.file]) for part in parts])
 
+    def of(self, stored: StoredTensor) -> SourceRange:
+        """All of what is stored, whatever it is called."""
+        return SourceRange(self._numbers[stored.file], stored.info.offset, stored.info.dtype)
+
 
 class Segment(NamedTuple):
     """A run of entries of one output tensor, made by one operation.
@@ -171,6 +175,25 @@ class TensorSpec(NamedTuple):
     transposed: bool = False  # of a misfit: whether a matrix has the same two sides in the other order
     table: TableRows | None = None  # where rows are paired by token: which they are
     of_other_tokens: bool = False  # of a misfit: whether it is that
+    quantised: Dequantised | None = None  # how it is stored in 8 bits: the step that reads it, with its scales' name
+    of_format: bool = False  # whether it belongs to how weights are stored, and is no tensor of the model
+    scales_of: str = ""  # of such: the weight whose scales it holds
+
+    def as_stored(self, segments: tuple[Segment, ...]) -> SourceRange | None:
+        """Where codes and scales are copied from, if what the tensor is made of is stored as it is to be."""
+        copy = segments[0].copy if len(segments) == 1 else None
+        if copy is None or self.quantised is None or copy.gathered is not None or copy.parts or copy.first:
+            return None
+        (step,) = copy.steps if len(copy.steps) == 1 else (None,)
+        if not isinstance(step, Dequantised) or copy.dtype != self.dtype:
+            return None
+        own, there = self.quantised.factors[0][1].info, step.factors[0][1].info
+        alike = (step.shape, step.matrices, step.block) == (
+            self.quantised.shape,
+            self.quantised.matrices,
+            self.quantised.block,
+        )
+        return copy if alike and (own.dtype, own.shape) == (there.dtype, there.shape) else None
 
     @property
     def is_the_base_s(self) -> bool:
@@ -629,7 +652,7 @@ def _first_of(runs: Runs, part: int) -> int:
 
 def _written_as(recipe: Recipe, dtype: str) -> str:
     """What entries stored so are stored as in the output."""
-    return STORED[recipe.dtype] if recipe.dtype and dtype not in EXACT_DTYPES else dtype
+    return STORED[recipe.dtype] if recipe.dtype in STORED and dtype not in EXACT_DTYPES else dtype
 
 
 def _row_axis(shapes: Sequence[tuple[int, ...]]) -> int | None:

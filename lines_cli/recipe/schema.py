@@ -68,7 +68,7 @@ def _no_flag(value: Any) -> Any:
 
 
 Finite = Annotated[float, BeforeValidator(_no_flag), Field(allow_inf_nan=False)]
-DtypeName = Literal["float64", "float32", "float16", "bfloat16"]
+DtypeName = Literal["float64", "float32", "float16", "bfloat16", "fp8"]
 Rounding = Literal["nearest", "stochastic"]
 
 
@@ -441,7 +441,8 @@ class Recipe(_Part):
         models: the fine-tunes, in the order of every sum.
         parameters: the method's, for all models.
         lines: the scaling over depth; without it the merged task vector is scaled by the method's own parameter alone.
-        dtype: what every float tensor is written as; None keeps what the input has that the output is like.
+        dtype: what every float tensor is written as; None keeps what the input has that the output is like; `fp8`
+            stores those in 8 bits that an input stores so, as it does, and keeps the others.
         rounding: how a result is rounded to that: to the `nearest` number; or `stochastic`, up or down by a draw.
         rounding_seed: of the draw.
         tokenizer_source, chat_template: `base`, or one of the models; None takes the input that the output is like.
