@@ -230,6 +230,19 @@ def test_a_norm_of_nothing(rows: bool, tmp_path: Path) -> None:
         lines.edit(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", alpha=1, beta=0)
 
 
+def test_another_scale_is_another_run(tmp_path: Path) -> None:
+    """What an adapter's config says is in no file with tensors, and is a part of which run it is."""
+    base = model(0)
+    write_checkpoint(tmp_path / "base", base)
+    write_lora(tmp_path / "adapter", 50, base)
+    edit = ["edit", tmp_path / "base", tmp_path / "adapter", "-o", tmp_path / "out", "--resume", "--force", "--json"]
+    assert run_lines(*edit).json["done_before"] is False
+    assert run_lines(*edit).json["done_before"] is True
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(path.read_text().replace(f'"lora_alpha": {2 * RANK}', '"lora_alpha": 1'))
+    assert run_lines(*edit).json["done_before"] is False
+
+
 @pytest.mark.parametrize("changed", ["adapter_model.safetensors", "adapter_config.json"])
 def test_an_output_of_an_adapter_is_verified(changed: str, tmp_path: Path) -> None:
     """`verify` computes it again; another adapter's factors or scale do not make it. Its inputs' digests are kept."""
