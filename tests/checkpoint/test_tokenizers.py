@@ -23,11 +23,11 @@ from support.tokenizers import tokenizer_json
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
-TEXTS = {
-    "base": ["the cat sat on the mat", "a dog ran in the park", "these things are there"] * 4,
-    "ft": ["def foo(bar): return baz", "import numpy as np", "raise an error there"] * 4,
+TEXTS = {  # the base has every letter of the fine-tune's but for its signs
+    "base": ["the cat sat on the mat", "a dog ran in the park", "these big things are for me 12 xyz ünïcode lump"] * 4,
+    "ft": ["def foo(bar): return baz", "import numpy as np", "raise an error there", "import more of it"] * 4,
 }
-SENTENCES = ("the cat ran there", "import the mat as np", "def  these(things): 12 ünïcode", "raise")
+SENTENCES = ("the cat ran there", "import the mat in the park", "rise  these things", "raise an error", "12 ünïcode")
 EMBED = "model.embed_tokens.weight"
 
 
