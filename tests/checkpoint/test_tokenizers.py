@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -20,8 +21,7 @@ from support.files import write_checkpoint
 from support.run import run_lines
 from support.tokenizers import tokenizer_json
 
-tokenizers = pytest.importorskip("tokenizers")
-transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.zoo
 
 TEXTS = {  # the base has every letter of the fine-tune's but for its signs
     "base": ["the cat sat on the mat", "a dog ran in the park", "these big things are for me 12 xyz ünïcode lump"] * 4,
@@ -131,7 +131,9 @@ def test_transformers_gives_each_token_its_row(kind: str, tmp_path: Path) -> Non
     (tmp_path / "merge.yaml").write_text(yaml.safe_dump(recipe))
     ran = run_lines("merge", "--config", tmp_path / "merge.yaml", "-o", tmp_path / "out")
     assert (ran.code, ran.trace) == (0, ""), ran.err
-    before, after = (transformers.AutoTokenizer.from_pretrained(tmp_path / side) for side in ("base", "out"))
+    from transformers import AutoTokenizer
+
+    before, after = (AutoTokenizer.from_pretrained(tmp_path / side) for side in ("base", "out"))
     rows = {side: load_file(tmp_path / side / "model.safetensors")[EMBED] for side in ("base", "ft", "out")}
     assert len(rows["out"]) == len(base.keys() | ft.keys())
     for token in base.keys() | ft.keys():
@@ -170,7 +172,9 @@ def test_ids_are_those_that_the_library_gives(case: str, tmp_path: Path) -> None
     decoder = {str(number): {"content": token, **flags} for number, token in in_config}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": decoder}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    from transformers import AutoTokenizer
+
     found = tokens_of(tmp_path)
     assert found is not None
-    assert dict(found.ids) == transformers.AutoTokenizer.from_pretrained(tmp_path).get_vocab()
+    assert dict(found.ids) == AutoTokenizer.from_pretrained(tmp_path).get_vocab()
     assert found.ordinary == 6
