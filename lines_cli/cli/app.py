@@ -45,7 +45,7 @@ PAGES = {
     "a fine-tune that forgot too much": ("lines edit ... --alpha NUMBER", "docs/forgetting.md"),
     "several fine-tunes of one base": ("lines merge --config FILE", "docs/merging.md"),
     "a mergekit file": ("lines merge --config FILE", "docs/mergekit.md"),
-    "tokens of their own": ("tokenizer_source: union", "docs/vocabularies.md"),
+    "fine-tunes with other tokens": ("tokenizer_source: union", "docs/vocabularies.md"),
     "a LoRA adapter": ("fold it into its base first", "docs/adapters.md"),
     "a .pt, .bin or .ckpt file": ("convert it first", "docs/pickles.md"),
     "a diffusers folder": ("lines edit BASE/unet FT/unet ...", "docs/diffusion.md"),
