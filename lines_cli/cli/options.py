@@ -398,8 +398,9 @@ Resize = Annotated[
     typer.Option(
         "--resize",
         show_default="an error",
-        help="Token embeddings and heads with different numbers of rows: keep the rows of ft or of base. "
-        "Shared rows are edited, rows that only the kept side has are copied, all others dropped.",
+        help="Token embeddings and heads with different numbers of rows, or of other tokens: keep the rows of ft or of "
+        "base. Shared rows are edited, rows that only the kept side has are copied, all others dropped. Where the "
+        "tokenizers number tokens differently, rows are paired by token.",
         rich_help_panel=DISAGREE,
     ),
 ]

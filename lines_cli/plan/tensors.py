@@ -345,7 +345,9 @@ def refuse_misfits(
     listed = some([f"{printable(spec.name)}: {spec.misfit}" for spec in misfits])
     ways = _ways_of_an_edit(misfits, specs) if inputs.of_an_edit else _ways_of_a_merge(misfits, specs, recipe, inputs)
     if any(spec.may_resize for spec in misfits):
-        said = "--resize ft or --resize base" if inputs.of_an_edit else "resize: base or resize: ft in the recipe"
+        said = "--resize ft or --resize base"
+        if not inputs.of_an_edit:
+            said = "resize: base or resize: ft in the recipe, or tokenizer_source: union, which keeps all tokens"
         ways.insert(0, f"Rows of token embeddings and their heads can be settled with {said}.")
     if sum(spec.transposed for spec in misfits) > 1:  # then square ones are, too, and nobody would notice
         ways = [_TRANSPOSED]

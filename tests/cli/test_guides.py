@@ -19,6 +19,7 @@ from support.files import write_checkpoint
 from support.fp8 import FORMATS, LAYERS, near, plain
 from support.gguf import write_gguf
 from support.pages import DOCS, blocks, run_page
+from support.tokenizers import ids_in, write_tokenizer
 from support.torch_files import write_folder
 
 GUIDES = {
@@ -31,6 +32,7 @@ GUIDES = {
     "forgetting",
     "jobs",
     "notebooks",
+    "vocabularies",
 }
 WIDTH = 64
 
@@ -179,6 +181,33 @@ def test_a_mergekit_file(here: Path) -> None:
     assert (here / "merged" / "config.json").exists()
     files = [here / f"{out}/model.safetensors" for out in ("merged", "scaled", "beta-0.3", "beta-0.6", "beta-0.9")]
     assert len({file.read_bytes() for file in files}) == len(files)
+
+
+def test_vocabularies(here: Path) -> None:
+    """docs/vocabularies.md: the union has every token's row; renumbered rows are edited by token."""
+    words = [f"w{number}" for number in range(12)]
+    order = words[::-1]
+    vocabularies = {"base": (words, ()), "ft-chat": (words, ("<|im_end|>",)), "ft-tools": (words, ("<tool>",))}
+    sides: dict[str, tuple[dict[str, torch.Tensor], dict[str, int]]] = {}
+    for seed, (side, (own, extra)) in enumerate({**vocabularies, "ft-renumbered": (order, ())}.items()):
+        ids = write_tokenizer(here / side, own, extra)
+        chance = torch.Generator().manual_seed(seed)
+        model = tensors(LLM, seed) | {LLM[0]: torch.randn(len(ids), WIDTH, generator=chance)}
+        write_checkpoint(
+            here / side, model, config={"model_type": "tiny", "num_hidden_layers": 4, "vocab_size": len(ids)}
+        )
+        sides[side] = model, ids
+    run_page("vocabularies.md")
+    merged = load_file(here / "merged" / "model.safetensors")[LLM[0]]
+    for token, side in (("<|im_end|>", "ft-chat"), ("<tool>", "ft-tools")):
+        model, ids = sides[side]
+        assert torch.equal(merged[ids_in(here / "merged")[token]], model[LLM[0]][ids[token]])
+    base, ft, out = (
+        sides["base"][0][LLM[0]],
+        sides["ft-renumbered"][0][LLM[0]],
+        load_file(here / "out" / "model.safetensors"),
+    )
+    torch.testing.assert_close(out[LLM[0]], base.flip(0) + 0.1 * (ft - base.flip(0)))
 
 
 def test_the_tour_from_python(here: Path) -> None:
