@@ -51,6 +51,28 @@ class FileState(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Component:
+    """One model of several that a checkpoint holds: a U-Net, a text encoder, a module.
+
+    Attributes:
+        name: as people call it: `unet`.
+        prefix: what stands before its tensors' names among those of the whole: `unet.`; empty where they say it
+            themselves.
+        folder: its folder within that of the whole; empty for that one itself; None in a single file.
+        checkpoint: it by itself, with its own names, config and files.
+        begins: what its tensors' names begin with among those of the whole, any of these; empty for all others.
+        after: whether it runs on what another gives, as a dense layer does behind a transformer.
+    """
+
+    name: str
+    prefix: str
+    folder: str | None
+    checkpoint: Checkpoint
+    begins: tuple[str, ...]
+    after: bool = False
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """An opened checkpoint: where every tensor lies, and what its config says.
 
@@ -68,6 +90,7 @@ class Checkpoint:
         parts: of one that is put together, what it is put together of: a base, and an adapter on it.
         base_named: of such a one, whether its name says both (`base+adapter`); else the base is the recipe's.
         notes: what a person should know of how it was read.
+        components: of one that holds several models, each by itself; `tensors` are those of all.
     """
 
     name: str
@@ -83,6 +106,7 @@ class Checkpoint:
     parts: tuple[Checkpoint, ...] = ()
     base_named: bool = False
     notes: tuple[str, ...] = ()
+    components: tuple[Component, ...] = ()
 
     @property
     def folder(self) -> Path | None:
@@ -138,6 +162,7 @@ def open_checkpoint(
     to_look_at: bool = False,
     known: Known | None = None,
     variant: str | None = None,
+    stems: Sequence[str] = WEIGHT_STEMS,
 ) -> Checkpoint:
     """Open the checkpoint at `path`: headers, index and config, no data.
 
@@ -149,6 +174,7 @@ def open_checkpoint(
         known: headers of checkpoints that were opened before (`read_header`).
         variant: of a folder with several sets of weights, which: `fp16` of `model.fp16.safetensors`. One without it is
             opened as without.
+        stems: what a folder's weights may be called, the first of these that is there.
 
     Raises:
         CheckpointError: it is missing, malformed, incomplete, or its index and its shards disagree.
@@ -156,7 +182,7 @@ def open_checkpoint(
     """
     name = name or str(path)
     if os.path.isdir(path):
-        files, stem = _weight_files(path, variant)
+        files, stem = _weight_files(path, variant, stems)
         config = _config_in(path)
     elif os.path.isfile(path) and is_index(path.name):
         files, stem = _shards_beside(path), _stem_of(path.name)
@@ -215,7 +241,9 @@ def _stat(path: Path) -> os.stat_result:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}", hint=_UNREADABLE) from error
 
 
-def choose_weights(names: Collection[str], variant: str | None = None) -> str | None:
+def choose_weights(
+    names: Collection[str], variant: str | None = None, stems: Sequence[str] = WEIGHT_STEMS
+) -> str | None:
     """Of a folder's file names, the one that says what its weights are: an index, or the only weight file. None if
     no choice is clear. The variant that is asked for comes first, if it is there; one that is the only set is taken.
 
@@ -226,7 +254,7 @@ def choose_weights(names: Collection[str], variant: str | None = None) -> str | 
         return variants[variant]
     indices = [name for name in names if name.endswith(_INDEX_SUFFIX)]
     files = [name for name in names if name.endswith(_SUFFIX) and name != _ADAPTER]
-    for stem in WEIGHT_STEMS:
+    for stem in stems:
         own = [name for name in (stem + _INDEX_SUFFIX, stem + _SUFFIX) if name in names]
         if own:
             return own[0] if len(own) == 1 else None
@@ -266,13 +294,15 @@ def shards_of(index: Path) -> dict[str, set[str]]:
     return shards
 
 
-def _weight_files(folder: Path, variant: str | None = None) -> tuple[dict[Path, set[str] | None], str]:
+def _weight_files(
+    folder: Path, variant: str | None, stems: Sequence[str]
+) -> tuple[dict[Path, set[str] | None], str]:
     """The folder's weight files, each with the tensors the index expects in it, and their stem."""
     try:
         names = set(os.listdir(folder))
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be read: {error.strerror}", hint=_UNREADABLE) from error
-    chosen = choose_weights(names, variant)
+    chosen = choose_weights(names, variant, stems)
     if chosen is None:
         refuse_folder(str(folder), names, components=_with_weights(folder, names))
     _refuse_lone_shard(folder, chosen)

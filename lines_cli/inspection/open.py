@@ -25,7 +25,6 @@ from lines_cli.plan.depth import depth_of_kept, places_of_all
 from lines_cli.plan.inputs import Inputs, Opening, inputs_of, refuse_variant_of_none
 from lines_cli.plan.layout import natural
 from lines_cli.plan.match import Names, kept, match_names, missing_in_blocks, nothing_in_common
-from lines_cli.plan.resolve import UNSCALED
 from lines_cli.plan.tensors import (
     STORED,
     Ranges,
@@ -36,7 +35,7 @@ from lines_cli.plan.tensors import (
     specify_tensors,
 )
 from lines_cli.plan.tied_weights import says_tied, tied_embeddings
-from lines_cli.recipe.schema import Like, Recipe, Scaling
+from lines_cli.recipe.schema import UNSCALED, Like, Recipe, Scaling
 from lines_cli.recipe.validate import edit_recipe, make_recipe
 from lines_cli.recipe.yaml_file import load_record
 from lines_cli.scaling.find_depth import DepthMap, Place, Side
@@ -545,7 +544,7 @@ def _rules(recipe: Recipe, depth: DepthMap) -> Rules:
     """The coefficients. `alpha: auto` is 1/N where the merged task vector is the sum; else it is to be measured."""
     said = recipe.parameters or any(source.parameters for source in recipe.merged)
     plain = not said and recipe.method.plain_sum(recipe.values("", 0.0))
-    return (recipe.lines or UNSCALED).rules(depth, alpha=1 / len(recipe.merged) if plain else None)
+    return recipe.rules(depth, alpha=1 / len(recipe.merged) if plain else None)
 
 
 def _refuse_twice(opened: Sequence[Checkpoint]) -> None:

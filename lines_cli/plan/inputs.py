@@ -11,10 +11,11 @@ from typing import Any
 
 from lines_cli.checkpoint.adapter import is_adapter_at, on_base, open_adapter
 from lines_cli.checkpoint.header import Known
-from lines_cli.checkpoint.reader import Checkpoint, FileState, open_checkpoint
+from lines_cli.checkpoint.pipeline import Reads, open_whole
+from lines_cli.checkpoint.reader import Checkpoint, FileState
 from lines_cli.errors import CheckpointError, UnsupportedError, some
 from lines_cli.hub.download import base_and_adapter, is_missing, locate
-from lines_cli.plan.tied_weights import is_vocabulary
+from lines_cli.plan.tied_weights import is_vocabulary, tied_embeddings
 from lines_cli.recipe.schema import Recipe
 
 
@@ -30,10 +31,22 @@ def open_inputs(recipe: Recipe, *, quiet: bool = False) -> Inputs:
             f"{len(missing)} inputs are missing; there are no such files or folders:\n{some(missing)}",
             hint="Check the paths.",
         )
-    opening = Opening(recipe.base_model, variant=recipe.variant, quiet=quiet)
+    opening = Opening(recipe.base_model, variant=recipe.variant, quiet=quiet, reads=_read_of_the_base(recipe))
     inputs = inputs_of(recipe, *map(opening, names))
     refuse_variant_of_none(recipe.variant, inputs.checkpoints)
     return inputs
+
+
+def _read_of_the_base(recipe: Recipe) -> Reads | None:
+    """Which components of the base are needed; None for all, as where the output is like it."""
+    models = [source.model for source in recipe.merged]
+    if recipe.like == "base" or not recipe.subtracts_base or recipe.base_model in models:
+        return None
+
+    def reads(component: str) -> bool:
+        return recipe.rule_of(component) not in (None, "keep")
+
+    return reads
 
 
 class Opening:
@@ -44,12 +57,20 @@ class Opening:
         variant: of folders with several sets of weights, which.
         to_look_at: not to compute with (`open_checkpoint`).
         quiet: no progress bars while fetching from the Hub.
+        reads: of a pipeline that is the base, the components that are needed; None for all.
     """
 
     def __init__(
-        self, base: str | None, *, variant: str | None = None, to_look_at: bool = False, quiet: bool = False
+        self,
+        base: str | None,
+        *,
+        variant: str | None = None,
+        to_look_at: bool = False,
+        quiet: bool = False,
+        reads: Reads | None = None,
     ) -> None:
         self._base, self._variant, self._to_look_at, self._quiet = base, variant, to_look_at, quiet
+        self._reads = reads
         self._opened: dict[str, Checkpoint] = {}
         self._known: Known = {}
 
@@ -68,6 +89,7 @@ class Opening:
         if halves := base_and_adapter(name):
             base, found = self(halves[0]), locate(halves[1], quiet=self._quiet)
             return on_base(open_adapter(found.path, name=found.name, hub_id=found.hub_id), base, name=name)
+        reads = self._reads if name == self._base else None
         found = locate(name, quiet=self._quiet, variant=self._variant)
         if is_adapter_at(found.path):
             if self._base is None or name == self._base:
@@ -77,13 +99,14 @@ class Opening:
                 )
             adapter = open_adapter(found.path, name=found.name, hub_id=found.hub_id)
             return on_base(adapter, self(self._base))
-        return open_checkpoint(
+        return open_whole(
             found.path,
             name=found.name,
             hub_id=found.hub_id,
             to_look_at=self._to_look_at,
             known=self._known,
             variant=self._variant,
+            reads=reads,
         )
 
 
@@ -183,6 +206,18 @@ class Inputs:
             for name, there in names.items():
                 if name not in found:
                     found[name] = checkpoint.tensors[there].info.numel
+        return found
+
+    @cached_property
+    def tied_heads(self) -> dict[str, str]:
+        """The heads of the leading side that its config ties to their embeddings, each with its embedding."""
+        lead = self.leading
+        if not lead.components:
+            return tied_embeddings(lead, self.config_of(self.lead))
+        found: dict[str, str] = {}
+        for one in lead.components:
+            tied = tied_embeddings(one.checkpoint, one.checkpoint.config)
+            found |= {one.prefix + head: one.prefix + embedding for head, embedding in tied.items()}
         return found
 
     def config_of(self, side: int) -> Mapping[str, Any]:

@@ -20,6 +20,7 @@ from lines_cli.checkpoint.sidecars import Sidecar
 from lines_cli.methods import ByMagnitude, Drawn, Measured, Values
 from lines_cli.methods.sparsify import Bounds
 from lines_cli.plan.coefficients import known, layer_coefficients, outside_coefficients, scale_at
+from lines_cli.plan.components import Share
 from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.layout import OutputFile
 from lines_cli.plan.resources import BytesPerEntry, Resources
@@ -96,6 +97,7 @@ class Plan:
         sidecars: the other files of an output folder; empty for a single file.
         notes: what a person should know of how disagreements were settled.
         rows: numbers of vocabulary rows that became another number.
+        shares: of inputs that hold several models, what becomes of each.
     """
 
     recipe: Recipe
@@ -111,6 +113,7 @@ class Plan:
     sidecars: tuple[Sidecar, ...]
     notes: tuple[str, ...]
     rows: Mapping[int, int]
+    shares: tuple[Share, ...] = ()
 
     @property
     def read_paths(self) -> tuple[Path, ...]:

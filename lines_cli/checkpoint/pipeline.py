@@ -1,0 +1,295 @@
+"""Checkpoints that hold several models: a pipeline of diffusers, a folder of sentence-transformers with modules that have
+weights of their own, and one file with everything. Each of the models is a component, with a name, a config and a depth
+of its own; the tensors of the whole are those of all, with the component's name before each.
+
+As of any checkpoint only headers and configs are read. The folders that an index names lie within its own, and a link
+out of that is not followed; code that lies there is never run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lines_cli.checkpoint.header import Known, StoredTensor
+from lines_cli.checkpoint.reader import (
+    Checkpoint,
+    Component,
+    choose_weights,
+    gc_paused,
+    open_checkpoint,
+)
+from lines_cli.errors import CheckpointError, printable, some
+from lines_cli.storage.beside import beside, leads_out, read_json, read_object, refuse_link_out
+from lines_cli.storage.names import CONFIG, MODEL_INDEX, MODULES, WEIGHT_STEMS
+
+_OF_DIFFUSERS = ("diffusion_pytorch_model", *(stem for stem in WEIGHT_STEMS if stem != "diffusion_pytorch_model"))
+_WEIGHTS = tuple(".safetensors .bin .pt .pth .ckpt .gguf .h5 .msgpack .onnx".split())
+
+Reads = Callable[[str], bool]
+"""Whether a component of this name is needed."""
+
+
+def open_whole(
+    path: Path,
+    *,
+    name: str | None = None,
+    hub_id: str | None = None,
+    to_look_at: bool = False,
+    known: Known | None = None,
+    variant: str | None = None,
+    reads: Reads | None = None,
+) -> Checkpoint:
+    """Open whatever is at `path` (`open_checkpoint`), with the components that it holds.
+
+    Args:
+        path, name, hub_id, to_look_at, known, variant: as of `open_checkpoint`.
+        reads: of a folder's components, those that are needed; all of them unless given.
+
+    Raises:
+        CheckpointError, UnsupportedError: as of `open_checkpoint`; or an index names a folder that is not there, or that
+            leads out of its own.
+    """
+
+    def opened(there: Path, called: str, stems: Sequence[str] = WEIGHT_STEMS) -> Checkpoint:
+        return open_checkpoint(
+            there, name=called, hub_id=hub_id, to_look_at=to_look_at, known=known, variant=variant, stems=stems
+        )
+
+    called = name or str(path)
+    if not os.path.isdir(path):
+        return _split(opened(path, called))
+    if beside(path, MODEL_INDEX) is not None:
+        folders = component_folders(path)
+        wanted = [folder for folder in folders if reads is None or reads(folder)]
+        _refuse_absent(path, [folder for folder in wanted if not os.path.isdir(path / folder)])
+        held = [folder for folder in wanted if _holds_weights(path / folder)]
+        if not held and len(wanted) == len(folders):
+            raise CheckpointError(
+                f"{path}: none of the folders that its {MODEL_INDEX} names holds weights",
+                hint="The pipeline is incomplete: copy or download all of it.",
+            )
+        components = []
+        for folder in held:
+            stems = _OF_DIFFUSERS if _is_of_diffusers(path / folder) else WEIGHT_STEMS
+            one = opened(path / folder, f"{called}/{folder}", stems)
+            components.append(Component(folder, f"{folder}.", folder, one, (f"{folder}.",)))
+        return _together(path, called, hub_id, components)
+    modules = modules_with_weights(path)
+    if any(folder for folder in modules.values()):
+        components = []
+        for module, folder in modules.items():
+            prefix = f"{module.replace('/', '.')}." if folder else ""
+            one = opened(path / folder, f"{called}/{folder}" if folder else called)
+            components.append(Component(module, prefix, folder, one, (prefix,), after=bool(components)))
+        whole = _together(path, called, hub_id, components)
+        own = next((one.checkpoint.config for one in components if not one.folder), {})
+        return replace(whole, config=own)
+    return opened(path, called)
+
+
+@gc_paused()
+def _together(path: Path, name: str, hub_id: str | None, components: Sequence[Component]) -> Checkpoint:
+    """The checkpoint that holds these.
+
+    Raises:
+        CheckpointError: two tensors would have one name.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    first = 0
+    for component in components:
+        for own, (file, info) in component.checkpoint.tensors.items():
+            full = component.prefix + own
+            if full in tensors:
+                raise CheckpointError(
+                    f"{path}: two of its tensors would be called {printable(full)}, one of {component.name}",
+                    hint="Rename the folder of one of them, or edit the two by themselves.",
+                )
+            tensors[full] = StoredTensor(first + file, info)
+        first += len(component.checkpoint.files)
+    files = tuple(file for component in components for file in component.checkpoint.files)
+    states = tuple(state for component in components for state in component.checkpoint.states)
+    stem = components[0].checkpoint.stem if components else WEIGHT_STEMS[0]
+    return Checkpoint(name, path, files, tensors, states, stem, {}, hub_id, components=tuple(components))
+
+
+# --- a pipeline of diffusers ---
+
+
+def component_folders(folder: Path) -> list[str]:
+    """The folders that a pipeline's `model_index.json` names, in its order: of models, and of what has no weights.
+
+    Raises:
+        CheckpointError: it is malformed, a link out of the folder, or names a folder elsewhere.
+    """
+    path = beside(folder, MODEL_INDEX)
+    named = named_components(read_object(path), str(path)) if path is not None else []
+    for name in named:
+        refuse_link_out(folder, name)
+    return named
+
+
+def named_components(index: Mapping[str, Any], called: str) -> list[str]:
+    """The folders that the content of a `model_index.json` names; `[null, null]` stands for none.
+
+    Raises:
+        CheckpointError: a name leads elsewhere.
+    """
+    named = [
+        name
+        for name, value in index.items()
+        if not name.startswith("_") and isinstance(value, list) and len(value) == _LIBRARY_AND_CLASS and any(value)
+    ]
+    for name in named:
+        if not _A_FOLDER.fullmatch(name) or leads_out(name):
+            raise CheckpointError(
+                f"{called}: a component is called {name!r}, which is no folder beside it",
+                hint="Components lie in the folder of their index. Do not trust this pipeline, or correct its index.",
+            )
+    if len(named) > _MOST_COMPONENTS:
+        raise CheckpointError(f"{called}: more than {_MOST_COMPONENTS} components", hint="The file is damaged.")
+    return named
+
+
+_LIBRARY_AND_CLASS = 2
+_MOST_COMPONENTS = 100
+_A_FOLDER = re.compile(r"\w[\w.-]*")
+
+
+def _refuse_absent(folder: Path, absent: Sequence[str]) -> None:
+    if absent:
+        raise CheckpointError(
+            f"{folder}: its {MODEL_INDEX} names {len(absent)} folder(s) that are not there:\n{some(absent)}",
+            hint="The pipeline is incomplete: copy or download all of it. Or edit one component by itself, as in "
+            f"{folder}/unet.",
+        )
+
+
+def _holds_weights(folder: Path) -> bool:
+    """Whether there are weights in a folder, in whatever format."""
+    names = _listed(folder)
+    return any(name.endswith(_WEIGHTS) for name in names)
+
+
+def _is_of_diffusers(folder: Path) -> bool:
+    """Whether a component is a model of diffusers, and not one of transformers, by its config."""
+    path = beside(folder, CONFIG)
+    return path is not None and "_class_name" in read_object(path)
+
+
+def _listed(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: cannot be read: {error.strerror or error}", hint="Check that you may read it."
+        ) from error
+
+
+# --- the modules of sentence-transformers ---
+
+
+def modules_with_weights(folder: Path) -> dict[str, str]:
+    """The modules that `modules.json` names and that have weights: what each is called -> its folder, empty for the
+    folder itself. None where the file is missing or of another form.
+
+    Raises:
+        CheckpointError: a link leaves the folder.
+    """
+    return {
+        name: within
+        for name, within in named_modules(folder).items()
+        if os.path.isdir(folder / within) and choose_weights(_files_in(folder, within)) is not None
+    }
+
+
+def _files_in(folder: Path, within: str) -> list[str]:
+    if within:
+        refuse_link_out(folder, within)
+    return [name for name in _listed(folder / within) if os.path.isfile(folder / within / name)]
+
+
+def named_modules(folder: Path) -> dict[str, str]:
+    """The modules that `modules.json` names, in its order: what each is called -> its folder. One in the folder itself
+    is called as sentence-transformers would call its folder: `0_Transformer`.
+
+    Raises:
+        CheckpointError: it is a link that leaves the folder.
+    """
+    path = beside(folder, MODULES)
+    modules: Any = None
+    if path is not None:
+        with suppress(CheckpointError):
+            modules = read_json(path)
+    found: dict[str, str] = {}
+    for number, module in enumerate(modules if isinstance(modules, list) else ()):
+        within = module.get("path") if isinstance(module, dict) else None
+        if not isinstance(within, str) or (within and leads_out(within)) or within == "." or len(found) >= _MOST_MODULES:
+            continue
+        kind = module.get("type")
+        last = kind.rpartition(".")[2] if isinstance(kind, str) else ""
+        name = within or f"{number}_{last if _A_FOLDER.fullmatch(last) else 'Transformer'}"
+        if name not in found and within not in found.values():
+            found[name] = within
+    return found
+
+
+_MOST_MODULES = 100
+
+
+# --- one file with everything ---
+
+_PREFIXES = {
+    "model.diffusion_model.": "unet",
+    "first_stage_model.": "vae",
+    "vae.": "vae",
+    "cond_stage_model.": "text_encoder",
+    "conditioner.embedders.0.transformer.": "text_encoder",
+    "conditioner.embedders.0.model.": "text_encoder_2",  # SDXL's refiner has its second one alone
+    "conditioner.embedders.1.": "text_encoder_2",
+    "text_encoders.clip_l.": "text_encoder",
+    "text_encoders.clip_g.": "text_encoder_2",
+    "text_encoders.t5xxl.": "text_encoder_3",
+}
+"""What names begin with in a file with everything, and what diffusers calls the component that they belong to."""
+_OTHERS = "others"
+
+
+def _split(checkpoint: Checkpoint) -> Checkpoint:
+    """A lone file, with its components if it holds a diffusion model and more."""
+    regions = regions_of(checkpoint.tensors)
+    if not regions:
+        return checkpoint
+    held: dict[str, dict[str, StoredTensor]] = {name: {} for name in dict.fromkeys(regions.values())}
+    for tensor, stored in checkpoint.tensors.items():
+        prefix = next((prefix for prefix in regions if tensor.startswith(prefix)), "")
+        held.setdefault(regions.get(prefix, _OTHERS), {})[tensor] = stored
+    begins = {name: tuple(prefix for prefix, of in regions.items() if of == name) or ("",) for name in held}
+    components = tuple(
+        Component(
+            name, "", None, replace(checkpoint, tensors=tensors, name=f"{checkpoint.name} ({name})"), begins[name]
+        )
+        for name, tensors in held.items()
+    )
+    return replace(checkpoint, components=components)
+
+
+def regions_of(names: Iterable[str]) -> dict[str, str]:
+    """What names begin with that are those of a file with everything -> the component; empty where they are those of one
+    model.
+    """
+    names = list(names)
+    found = {prefix: name for prefix, name in _PREFIXES.items() if any(own.startswith(prefix) for own in names)}
+    denoiser = "model.diffusion_model."
+    if denoiser not in found or len(set(found.values())) == 1:
+        return {}
+    if not any(name.startswith(f"{denoiser}input_blocks.") for name in names):
+        found[denoiser] = "transformer"
+    if "text_encoders.clip_g." not in found and "text_encoders.t5xxl." in found:  # FLUX has two
+        found["text_encoders.t5xxl."] = "text_encoder_2"
+    return found
