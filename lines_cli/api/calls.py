@@ -18,7 +18,7 @@ from lines_cli.api import arguments, summary
 from lines_cli.errors import DataError, OutputError, RecipeError, as_argument, size
 
 if TYPE_CHECKING:
-    from lines_cli.api.arguments import Pairs, Series
+    from lines_cli.api.arguments import Components, Pairs, Series
     from lines_cli.api.summary import Summary
     from lines_cli.checkpoint.reader import Checkpoint
     from lines_cli.engine.measure import Track
@@ -55,6 +55,7 @@ def edit(
     outside: Outside | None = None,
     stack: Pairs | None = None,
     filter: Pairs | None = None,  # noqa: A002 - the option's name
+    component: Components | None = None,
     layers: str | None = None,
     series: Series | None = None,
     not_layers: str | None = None,
@@ -87,6 +88,8 @@ def edit(
         layers, series, not_layers: where depth is not as the names say (docs/finding-depth.md); a series is `"A,B"`, or
             a list of names, or several of these.
         stack, filter: a mapping such as `{"visual": "keep"}`, or texts as on the command line.
+        component: of a pipeline: a mapping as under `components:` in a recipe, such as `{"vae": "base"}`; or texts as on
+            the command line, such as `"unet"`.
         prefix, missing, missing_in_blocks, resize, allow_nonfinite: what is done where inputs disagree, or hold NaN.
         variant: of folders with several sets of weights, which.
         dtype, rounding, rounding_seed, max_shard_size: how the output is stored.
@@ -113,6 +116,7 @@ def edit(
         outside=outside,
         stacks=arguments.pairs("--stack", stack),
         filter=arguments.pairs("--filter", filter),
+        components=arguments.components(component),
         layers=layers,
         series=series,
         not_layers=not_layers,

@@ -1,6 +1,6 @@
-"""Checkpoints that hold several models: a pipeline of diffusers, a folder of sentence-transformers with modules that have
-weights of their own, and one file with everything. Each of the models is a component, with a name, a config and a depth
-of its own; the tensors of the whole are those of all, with the component's name before each.
+"""Checkpoints that hold several models: a pipeline of diffusers, a folder of sentence-transformers whose modules have
+weights of their own, and one file with everything. Each model is a component, with a name, a config and a depth of its
+own; the tensors of the whole are those of all, in a folder with the component's name before each.
 
 As of any checkpoint only headers and configs are read. The folders that an index names lie within its own, and a link
 out of that is not followed; code that lies there is never run.
@@ -52,8 +52,8 @@ def open_whole(
         reads: of a folder's components, those that are needed; all of them unless given.
 
     Raises:
-        CheckpointError, UnsupportedError: as of `open_checkpoint`; or an index names a folder that is not there, or that
-            leads out of its own.
+        CheckpointError, UnsupportedError: as of `open_checkpoint`; or an index names a folder that is not there, or
+            that leads out of its own.
     """
 
     def opened(there: Path, called: str, stems: Sequence[str] = WEIGHT_STEMS) -> Checkpoint:
@@ -229,7 +229,12 @@ def named_modules(folder: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     for number, module in enumerate(modules if isinstance(modules, list) else ()):
         within = module.get("path") if isinstance(module, dict) else None
-        if not isinstance(within, str) or (within and leads_out(within)) or within == "." or len(found) >= _MOST_MODULES:
+        if (
+            not isinstance(within, str)
+            or (within and leads_out(within))
+            or within == "."
+            or len(found) >= _MOST_MODULES
+        ):
             continue
         kind = module.get("type")
         last = kind.rpartition(".")[2] if isinstance(kind, str) else ""
@@ -280,9 +285,7 @@ def _split(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def regions_of(names: Iterable[str]) -> dict[str, str]:
-    """What names begin with that are those of a file with everything -> the component; empty where they are those of one
-    model.
-    """
+    """What the names in a file with everything begin with -> the component; empty where they are those of one model."""
     names = list(names)
     found = {prefix: name for prefix, name in _PREFIXES.items() if any(own.startswith(prefix) for own in names)}
     denoiser = "model.diffusion_model."

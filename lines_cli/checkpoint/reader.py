@@ -294,9 +294,7 @@ def shards_of(index: Path) -> dict[str, set[str]]:
     return shards
 
 
-def _weight_files(
-    folder: Path, variant: str | None, stems: Sequence[str]
-) -> tuple[dict[Path, set[str] | None], str]:
+def _weight_files(folder: Path, variant: str | None, stems: Sequence[str]) -> tuple[dict[Path, set[str] | None], str]:
     """The folder's weight files, each with the tensors the index expects in it, and their stem."""
     try:
         names = set(os.listdir(folder))

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lines_cli.checkpoint.reader import choose_weights, is_index, refuse_folder, shards_of
-from lines_cli.checkpoint.sidecars import MODULES, is_carried, is_of_a_module, module_paths
+from lines_cli.checkpoint.sidecars import is_carried, is_of_a_module, module_paths
 from lines_cli.errors import CheckpointError, HubError, LinesError, printable, size, some, without_secrets
 from lines_cli.storage.beside import leads_out
-from lines_cli.storage.names import MODEL_CARD, WEIGHT_STEMS
+from lines_cli.storage.names import MODEL_CARD, MODULES, WEIGHT_STEMS
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9_][\w.-]*/[\w.-]+)(?:@(?P<revision>.*))?", re.ASCII | re.DOTALL)
 _NOT_IN_A_REVISION = re.compile(r"[\s\x00-\x1f\x7f\\:?*~^\[]|\.\.|//|^[/-]|/$|^$")

@@ -240,10 +240,11 @@ def _in_component(error: LinesError, group: Sequence[Share], shares: Sequence[Sh
     if len(group) == 1:
         name = group[0].name
         error.message = f"{name}: {error.message}"
-        others = " ".join(f"--component {share.name}" for share in shares if share.side is None and share is not group[0])
-        keep = f"{others} edits the others alone, and takes {name} as it is" if others else ""
-        said = f"{keep}; so does components: {{{name}: keep}} in a recipe." if keep else ""
-        error.hint = "\n".join(filter(None, (error.hint, said))) or None
+        others = [share.name for share in shares if share.side is None and share is not group[0]]
+        if others:
+            keep = f"To take {name} as it is: {' '.join(f'--component {other}' for other in others)}"
+            said = f"{keep} (in a recipe components: {{{name}: keep}})."
+            error.hint = f"{error.hint}\n{said}" if error.hint else said
     return error
 
 

@@ -14,6 +14,7 @@ from lines_cli.plan.tensors import Ranges, Segment, TensorSpec
 from lines_cli.recipe.schema import ALL_OTHERS, ComponentRule, Recipe
 from lines_cli.scaling.find_depth import Region
 
+
 @dataclass(frozen=True)
 class Share:
     """One component of the output.
@@ -49,7 +50,7 @@ class Share:
 
 
 def in_one_shape(inputs: Inputs, notes: list[str]) -> Inputs:
-    """The inputs with the components of the leading one: a single model beside a pipeline is the component that it fits.
+    """The inputs with the leading one's components: a single model beside a pipeline is the component that it fits.
 
     Args:
         inputs: as they were opened.
@@ -104,7 +105,8 @@ def _fitting(single: Checkpoint, whole: Checkpoint) -> Component:
     candidates = [one for one in whole.components if not one.after]
     if len(candidates) == 1:
         return candidates[0]
-    scores = [(_in_common(single, one.checkpoint, shapes=True), _in_common(single, one.checkpoint)) for one in candidates]
+    models = [one.checkpoint for one in candidates]
+    scores = [(_in_common(single, model, shapes=True), _in_common(single, model)) for model in models]
     best = max(scores)
     least = min(len(single.tensors), len(candidates[scores.index(best)].checkpoint.tensors))
     if scores.count(best) == 1 and 2 * best[1] > least:
@@ -182,7 +184,7 @@ def shares_of(recipe: Recipe, inputs: Inputs, notes: list[str]) -> tuple[Share, 
 
 
 def together(shares: Sequence[Share], inputs: Inputs) -> Inputs:
-    """The inputs with the tensors of some components alone, which are in one file and say themselves where they belong."""
+    """The inputs with the tensors of some components alone, of one file with everything."""
     held = []
     for side, checkpoint in enumerate(inputs.checkpoints):
         tensors = [share.inputs.checkpoints[side].tensors for share in shares]
@@ -268,8 +270,8 @@ def _note(
     if not_scaled:
         those = ", ".join(map(printable, not_scaled))
         notes.append(
-            f"{those}: as {whose} has {'it' if len(not_scaled) == 1 else 'them'}, for a codec or a filter is not scaled "
-            f"unless it is named: components: {{{not_scaled[0]}: edit}} in a recipe"
+            f"{those}: as {whose} has {'it' if len(not_scaled) == 1 else 'them'}, for a codec or a filter is scaled "
+            f"only if it is named (in a recipe components: {{{not_scaled[0]}: edit}})"
         )
     if alone:
         those = ", ".join(map(printable, alone))

@@ -334,7 +334,7 @@ def _parse_component(value: Any) -> Any:
 ALL_OTHERS = "*"
 """Stands for the components of which nothing else is said."""
 
-# Names of what turns images and sounds into latents and back, and of filters: half of one and half of another is no codec.
+# Names of what turns images and sounds into latents and back, and of filters: half of one and half of another is none.
 _NOT_SCALED = re.compile(
     r"(?:.*_)?(?:vae|vqvae|vqgan|movq|autoencoder)(?:_.*)?|safety_checker|watermarker|vocoder", re.DOTALL
 )

@@ -74,7 +74,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """A run of residual blocks. `name` is its dotted prefix, `layers` its L; `component` is the model that it belongs to,
+    """A run of residual blocks. `name` is its dotted prefix, `layers` its L; `component` is the model that it is of,
     where there are several.
     """
 
@@ -128,7 +128,7 @@ class Region:
 class DepthMap:
     """Which tensor stands where. A name that `places` lacks is outside the blocks.
 
-    `notes` are what a person should know of how it was decided; `regions` say which of several models a name belongs to.
+    `notes` are what a person should know of how it was decided; `regions` say which of several models a name is of.
     """
 
     stacks: tuple[Stack, ...]
