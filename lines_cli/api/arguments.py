@@ -84,8 +84,8 @@ def pairs(flag: str, given: Pairs | None) -> dict[str, Any] | None:
 
 
 def components(given: Components | None) -> dict[str, Any] | None:
-    """`NAME`, `NAME=keep` and `NAME=alpha,beta` as the recipe has them, where one that is to be edited leaves all others as
-    they are; a mapping from Python is so already.
+    """`NAME`, `NAME=keep` and `NAME=alpha,beta` as the recipe has them: one that is to be edited leaves all others as
+    they are. A mapping from Python is so already.
     """
     if isinstance(given, Mapping):
         return dict(given) or None

@@ -88,8 +88,8 @@ def edit(
         layers, series, not_layers: where depth is not as the names say (docs/finding-depth.md); a series is `"A,B"`, or
             a list of names, or several of these.
         stack, filter: a mapping such as `{"visual": "keep"}`, or texts as on the command line.
-        component: of a pipeline: a mapping as under `components:` in a recipe, such as `{"vae": "base"}`; or texts as on
-            the command line, such as `"unet"`.
+        component: of a pipeline: a mapping as under `components:` in a recipe, such as `{"vae": "base"}`; or texts as
+            on the command line, such as `"unet"`.
         prefix, missing, missing_in_blocks, resize, allow_nonfinite: what is done where inputs disagree, or hold NaN.
         variant: of folders with several sets of weights, which.
         dtype, rounding, rounding_seed, max_shard_size: how the output is stored.
@@ -186,6 +186,7 @@ def inspect(
     outside: Outside | None = None,
     stack: Pairs | None = None,
     filter: Pairs | None = None,  # noqa: A002 - the option's name
+    component: Components | None = None,
     layers: str | None = None,
     series: Series | None = None,
     not_layers: str | None = None,
@@ -230,6 +231,7 @@ def inspect(
         "outside": outside,
         "stacks": arguments.pairs("--stack", stack),
         "filter": arguments.pairs("--filter", filter),
+        "components": arguments.components(component),
         "layers": layers,
         "series": series,
         "not_layers": not_layers,

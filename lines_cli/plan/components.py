@@ -11,7 +11,7 @@ from lines_cli.checkpoint.reader import Checkpoint, Component
 from lines_cli.errors import MismatchError, RecipeError, printable, some
 from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.tensors import Ranges, Segment, TensorSpec
-from lines_cli.recipe.schema import ALL_OTHERS, ComponentRule, Recipe
+from lines_cli.recipe.schema import ALL_OTHERS, Recipe
 from lines_cli.scaling.find_depth import Region
 
 
@@ -149,14 +149,10 @@ def shares_of(recipe: Recipe, inputs: Inputs, notes: list[str]) -> tuple[Share, 
     """
     lead = inputs.leading
     if not lead.components:
-        if recipe.components:
-            raise RecipeError(
-                f"components: {lead.name} is one model, and not several of which one could be named",
-                hint="Leave it out (--component, or components: in the recipe).",
-            )
+        refuse_unknown(recipe, lead)
         return ()
     sides = [{one.name: one for one in checkpoint.components} for checkpoint in inputs.checkpoints]
-    _refuse_unknown(recipe, inputs, sides)
+    refuse_unknown(recipe, lead, inputs.checkpoints)
     shares, not_scaled, alone = [], [], []
     for component in lead.components:
         name, rule = component.name, recipe.rule_of(component.name)
@@ -204,21 +200,32 @@ def taken_whole(shares: Sequence[Share], recipe: Recipe, inputs: Inputs) -> Iter
             yield TensorSpec(name, name, values, False, info.dtype, info.shape, (whole,), paired=False)
 
 
-def _refuse_unknown(recipe: Recipe, inputs: Inputs, sides: Sequence[dict[str, Component]]) -> None:
-    lead = inputs.leading
-    for name, rule in recipe.components.items():
-        if name == ALL_OTHERS or name in sides[inputs.lead]:
-            continue
-        there = [checkpoint.name for checkpoint, held in zip(inputs.checkpoints, sides, strict=True) if name in held]
-        if there:
+def refuse_unknown(recipe: Recipe, lead: Checkpoint, others: Sequence[Checkpoint] = ()) -> None:
+    """Refuse what is said of a component that is not there.
+
+    Args:
+        recipe: says it.
+        lead: what the output is like.
+        others: which may have it.
+
+    Raises:
+        RecipeError: names those that are there.
+    """
+    if recipe.components and not lead.components:
+        raise RecipeError(
+            f"components: {lead.name} is one model, and not several of which one could be named",
+            hint="Leave it out (--component, or components: in the recipe).",
+        )
+    there = [one.name for one in lead.components]
+    for name in (name for name in recipe.components if name not in (ALL_OTHERS, *there)):
+        having = [other.name for other in others if name in {one.name for one in other.components}]
+        if having:
             raise RecipeError(
-                f"component {name!r}: {' and '.join(there)} has it, but not {lead.name}, which the output is like",
+                f"component {name!r}: {' and '.join(having)} has it, but not {lead.name}, which the output is like",
                 hint="Leave it out, or add it to that pipeline and its index first.",
             )
-        said = "" if isinstance(rule, ComponentRule) or rule == "edit" else f" (to be as {rule})"
         raise RecipeError(
-            f"component {name!r}{said}: {lead.name} has none of that name with weights; it has\n"
-            f"{some([one.name for one in lead.components], 32)}"
+            f"component {name!r}: {lead.name} has none of that name with weights; it has\n{some(there, 32)}"
         )
 
 

@@ -15,7 +15,7 @@ from lines_cli.checkpoint.pipeline import Reads, open_whole
 from lines_cli.checkpoint.reader import Checkpoint, FileState
 from lines_cli.errors import CheckpointError, UnsupportedError, some
 from lines_cli.hub.download import base_and_adapter, is_missing, locate
-from lines_cli.plan.tied_weights import is_vocabulary, tied_embeddings
+from lines_cli.plan.tied_weights import is_vocabulary, tied_heads
 from lines_cli.recipe.schema import Recipe
 
 
@@ -33,6 +33,9 @@ def open_inputs(recipe: Recipe, *, quiet: bool = False) -> Inputs:
         )
     opening = Opening(recipe.base_model, variant=recipe.variant, quiet=quiet, reads=_read_of_the_base(recipe))
     inputs = inputs_of(recipe, *map(opening, names))
+    if inputs.checkpoints[0].components and not inputs.leading.components:  # which of them fits is to be seen
+        again = Opening(recipe.base_model, variant=recipe.variant, quiet=quiet)
+        inputs = inputs_of(recipe, *map(again, names))
     refuse_variant_of_none(recipe.variant, inputs.checkpoints)
     return inputs
 
@@ -211,14 +214,7 @@ class Inputs:
     @cached_property
     def tied_heads(self) -> dict[str, str]:
         """The heads of the leading side that its config ties to their embeddings, each with its embedding."""
-        lead = self.leading
-        if not lead.components:
-            return tied_embeddings(lead, self.config_of(self.lead))
-        found: dict[str, str] = {}
-        for one in lead.components:
-            tied = tied_embeddings(one.checkpoint, one.checkpoint.config)
-            found |= {one.prefix + head: one.prefix + embedding for head, embedding in tied.items()}
-        return found
+        return tied_heads(self.leading, self.config_of(self.lead))
 
     def config_of(self, side: int) -> Mapping[str, Any]:
         """Its config; of a lone file, the leading side's or the first that there is."""

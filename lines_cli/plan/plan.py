@@ -278,9 +278,17 @@ class Plan:
         """Each stack's name, and the coefficient of each of its layers (filters apart)."""
         return layer_coefficients(self.recipe, self.rules, self.depth)
 
-    def outside(self) -> tuple[float, float]:
-        """The coefficients outside the blocks, before and behind them (filters apart)."""
-        return outside_coefficients(self.recipe, self.rules)
+    def outside(self, component: str | None = None) -> tuple[float, float]:
+        """The coefficients outside the blocks, before and behind them (filters apart); or those of one component."""
+        return outside_coefficients(self.recipe, self.rules, component)
+
+    @cached_property
+    def taken_whole(self) -> frozenset[str]:
+        """The tensors of components that are taken as one input has them."""
+        whole = {share.name for share in self.shares if share.side is not None}
+        if not whole:
+            return frozenset()
+        return frozenset(t.name for t in self.tensors if self.depth.component_of(t.name) in whole)
 
     def filters(self) -> list[tuple[str, float]]:
         """The patterns that fix coefficients, and the coefficient of each."""
@@ -348,7 +356,11 @@ class Plan:
 
         by_stack: dict[str | None, list[TensorPlan]] = defaultdict(list)
         for tensor in self.tensors:
-            by_stack[tensor.place.stack if tensor.place else None].append(tensor)
+            if tensor.name not in self.taken_whole:
+                by_stack[tensor.place.stack if tensor.place else None].append(tensor)
+        by_component: dict[str | None, list[TensorPlan]] = defaultdict(list)
+        for tensor in self.tensors if self.shares else ():
+            by_component[self.depth.component_of(tensor.name)].append(tensor)
         norms = self.statistics.norms
         return {
             "output": str(self.output),
@@ -373,6 +385,22 @@ class Plan:
                 **dict(zip(("first", "last"), map(known, self.outside()), strict=True)),
                 **counts(by_stack[None]),
             },
+            "components": [
+                {
+                    "name": share.name,
+                    "folder": share.component.folder,
+                    "as": None if share.side is None else self.inputs.checkpoints[share.side].name,
+                    "stacks": [stack.name for stack in self.depth.stacks if stack.component == share.name],
+                    "outside": {
+                        **dict(zip(("first", "last"), map(known, self.outside(share.name)), strict=True)),
+                        **counts(t for t in by_component[share.name] if t.place is None),
+                    }
+                    if share.side is None
+                    else None,
+                    **counts(by_component[share.name]),
+                }
+                for share in self.shares
+            ],
             "filters": [
                 {
                     "pattern": pattern,

@@ -110,8 +110,7 @@ def _of_a_model(
 
 
 def _of_components(plan: Plan) -> tuple[list[Sidecar], list[str]]:
-    """What stands beside the weights of several models in one folder: what belongs to each, in that model's folder, and
-    what to none; and what to say of it.
+    """What stands beside the weights of several models in one folder, and what to say of it.
 
     Raises:
         RecipeError: a tokenizer or a chat template is asked for from an input, and they lie in folders of their own.
@@ -124,30 +123,41 @@ def _of_components(plan: Plan) -> tuple[list[Sidecar], list[str]]:
     named = _named(plan)
     if is_pipeline and any(named):
         raise RecipeError(
-            f"tokenizer_source and chat_template: the tokenizers of a pipeline are folders of their own, as {lead.name} "
-            "has them",
+            f"tokenizer_source and chat_template: {lead.name} is a pipeline, whose tokenizers are folders of their own",
             hint="Leave the two out.",
         )
     found: dict[str, Sidecar] = {}
     notes: list[str] = []
-    own = files_of_pipeline(folder, component_folders(folder), folders) if is_pipeline else carried_files(folder)
-    own = {name: path for name, path in own.items() if not name.startswith(tuple(f"{one}/" for one in apart))}
-    found |= {name: Sidecar(name, source=path) for name, path in own.items()}
     if "" not in folders:
+        own = files_of_pipeline(folder, component_folders(folder), folders) if is_pipeline else carried_files(folder)
+        found = {name: Sidecar(name, source=own[name]) for name in own if not _is_in(name, apart)}
         notes += left_behind(folder, own, whose, component_folders(folder) if is_pipeline else apart)
     for share in plan.shares:
+        carried, said = _of_a_share(plan, share, named, () if share.component.folder else apart)
         within = f"{share.component.folder}/" if share.component.folder else ""
-        home = share.inputs.leading.folder or (folder / within if share.side is None or within else None)
-        others = files_of_component(home, module=not is_pipeline) if home is not None and within else {}
-        carried = [Sidecar(name, source=path) for name, path in others.items()]
-        if share.side is None:
-            rows = _rows_of(plan, share)
-            from_it = _own(plan, share, named[0]), _own(plan, share, named[1])
-            of_it, said = _of_a_model(plan, share.inputs, from_it, rows, apart if not within else ())
-            carried += of_it
-            notes += [f"{share.name}: {note}" for note in said]
         found |= {within + sidecar.name: replace(sidecar, name=within + sidecar.name) for sidecar in carried}
+        notes += [f"{share.name}: {note}" for note in said]
     return list(found.values()), notes
+
+
+def _is_in(name: str, folders: Collection[str]) -> bool:
+    return name.startswith(tuple(f"{folder}/" for folder in folders))
+
+
+def _of_a_share(plan: Plan, share: Share, named: _Sources, apart: Collection[str]) -> tuple[list[Sidecar], list[str]]:
+    """What stands beside the weights of a component, in its own folder; and what to say of it."""
+    folder = plan.inputs.leading.folder
+    assert folder is not None
+    home = share.inputs.leading.folder or folder / (share.component.folder or "")
+    is_module = beside(folder, MODEL_INDEX) is None and bool(share.component.folder)
+    others = files_of_component(home, module=is_module)
+    carried = {name: Sidecar(name, source=path) for name, path in others.items() if not _is_in(name, apart)}
+    if share.side is not None:
+        return list(carried.values()), []
+    from_it = _own(plan, share, named[0]), _own(plan, share, named[1])
+    own, said = _of_a_model(plan, share.inputs, from_it, _rows_of(plan, share), apart)
+    carried = carried if is_module else {}
+    return list((carried | {sidecar.name: sidecar for sidecar in own}).values()), said
 
 
 def _own(plan: Plan, share: Share, named: Checkpoint | None) -> Checkpoint | None:
@@ -230,6 +240,9 @@ def with_numbers(plan: Plan) -> tuple[Sidecar, Sidecar]:
             outside=plan.outside(),
             filters=plan.filters(),
             front=_front_of(inputs.leading),
+            whole=[(s.name, inputs.checkpoints[s.side]) for s in plan.shares if s.side is not None],
+            apart=[(name, plan.outside(name)) for name in plan.rules.components],
+            code=code_among(sidecar.name for sidecar in plan.sidecars),
         )
     )
     return card, Sidecar(RECIPE, content=text.encode())
