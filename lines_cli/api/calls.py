@@ -309,13 +309,14 @@ def _named_only(names: Any, config: Any) -> Checkpoint:
     from dataclasses import replace
 
     from lines_cli.checkpoint.header import StoredTensor, TensorInfo
-    from lines_cli.checkpoint.reader import Checkpoint, open_checkpoint
+    from lines_cli.checkpoint.pipeline import open_whole
+    from lines_cli.checkpoint.reader import Checkpoint
     from lines_cli.hub.download import locate
 
     said = config_values(config, names)
     if isinstance(names, (str, Path)):
         found = locate(str(names), quiet=True)
-        checkpoint = open_checkpoint(found.path, name=found.name, hub_id=found.hub_id, to_look_at=True)
+        checkpoint = open_whole(found.path, name=found.name, hub_id=found.hub_id, to_look_at=True)
         return checkpoint if config is None else replace(checkpoint, config=said)
     names = state_dict_of(names)
     tensors = names if isinstance(names, Mapping) else dict.fromkeys(names)
@@ -541,10 +542,9 @@ def _planned(recipe: Recipe, destination: Path, *, quiet: bool) -> Plan:
     from dataclasses import replace
 
     from lines_cli.plan.build import make_plan
-    from lines_cli.plan.claim import notes_of_inputs
-    from lines_cli.plan.inputs import open_inputs
+    from lines_cli.plan.claim import notes_of_inputs, opened_for
 
-    plan = make_plan(recipe, open_inputs(recipe, quiet=quiet), destination)
+    plan = make_plan(recipe, opened_for(recipe, destination, quiet=quiet), destination)
     return replace(plan, notes=(*plan.notes, *notes_of_inputs(plan))) if recipe.inputs else plan
 
 

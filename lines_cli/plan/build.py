@@ -76,7 +76,11 @@ def make_plan(recipe: Recipe, inputs: Inputs, output: Path) -> Plan:
     specified = settle_empty(specified, recipe, inputs, rows, notes)
     refuse_empty(inputs, {spec.name: rows[spec.name] for spec in specified if spec.misfit})
     specified = settle_misfits(specified, recipe, inputs, rows, depth, rules, notes)
-    refuse_misfits(specified, recipe, inputs)
+    try:
+        refuse_misfits(specified, recipe, inputs)
+    except MismatchError as error:
+        wrong = {depth.component_of(spec.name) for spec in specified if spec.misfit}
+        raise _in_component(error, [share for share in shares if share.name in wrong], shares) from None
     specified += taken_whole(shares, recipe, inputs)
     specs = {spec.name: spec for spec in specified}
     resized = {other: spec.rows[1] for spec in specs.values() if spec.rows for other in sorted(spec.rows[0])}
@@ -145,7 +149,7 @@ def _matched(
     parameters = inputs.parameters(own)
     if of_several and not read_lists(list(parameters)):
         rows = settle_missing(inputs, own, matched, {}, recipe.model_copy(update={"missing_in_blocks": None}), notes)
-        notes.append("it has no layers, so all of it is outside the blocks, and has the coefficient of that")
+        notes.append("it has no layers, and is scaled as what lies outside the blocks")
         return rows, DepthMap((), {}), 0
     try:
         places = _places_of_all(recipe, inputs, scaling, parameters, matched[1])
@@ -237,7 +241,7 @@ def _has_prefix(inputs: Inputs, prefix: str) -> bool:
 
 def _in_component(error: LinesError, group: Sequence[Share], shares: Sequence[Share]) -> LinesError:
     """The same refusal, with the name of the component that it is about, and the way to leave that as it is."""
-    if len(group) == 1:
+    if len(group) == 1 and group[0].component.folder is not None:
         name = group[0].name
         error.message = f"{name}: {error.message}"
         others = [share.name for share in shares if share.side is None and share is not group[0]]

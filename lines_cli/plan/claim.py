@@ -16,8 +16,9 @@ from typing import Any
 from lines_cli.errors import ChangedInputError, CheckpointError, RecipeError, as_argument, printable, some
 from lines_cli.hub.download import is_missing, locate
 from lines_cli.plan.build import make_plan
+from lines_cli.plan.components import in_one_file
 from lines_cli.plan.identity import digests_of, inputs_by_name, recorded_files
-from lines_cli.plan.inputs import input_names, open_inputs
+from lines_cli.plan.inputs import Inputs, input_names, open_inputs
 from lines_cli.plan.plan import Plan
 from lines_cli.recipe.schema import Recipe
 from lines_cli.recipe.yaml_file import Elsewhere, load_recipe_file
@@ -113,7 +114,7 @@ def plan_claim(claim: Claim, *, quiet: bool = False) -> Plan:
         LinesError: as `make_plan`.
     """
     try:
-        inputs = open_inputs(claim.recipe, quiet=quiet)
+        inputs = opened_for(claim.recipe, claim.output, quiet=quiet)
     except CheckpointError as error:
         gone = {name for name in input_names(claim.recipe) if is_missing(name)}
         missing = [name for name, path in claim.places.items() if path in gone]
@@ -123,6 +124,12 @@ def plan_claim(claim: Claim, *, quiet: bool = False) -> Plan:
         error.hint = f"{error.hint} {elsewhere}" if error.hint else elsewhere
         raise
     return make_plan(claim.recipe, inputs, claim.output)
+
+
+def opened_for(recipe: Recipe, output: Path, *, quiet: bool = False) -> Inputs:
+    """A recipe's inputs (`open_inputs`), as an output in one file or in a folder needs them."""
+    inputs = open_inputs(recipe, quiet=quiet)
+    return in_one_file(inputs) if is_one_file(output) else inputs
 
 
 @dataclass(frozen=True, slots=True)

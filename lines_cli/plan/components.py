@@ -79,6 +79,29 @@ def in_one_shape(inputs: Inputs, notes: list[str]) -> Inputs:
     return replace(inputs, checkpoints=tuple(found))
 
 
+def in_one_file(inputs: Inputs) -> Inputs:
+    """The inputs of an output that is one file: of a folder of sentence-transformers its transformer alone.
+
+    Raises:
+        RecipeError: the output is like a pipeline, whose components need a folder each.
+    """
+    lead = inputs.leading
+    if not lead.components or lead.components[0].folder is None:
+        return inputs
+    main, others = lead.components[0], [one.name for one in lead.components[1:]]
+    if not all(one.after for one in lead.components[1:]):
+        raise RecipeError(
+            f"{lead.name} is a pipeline, and its components do not go into one file",
+            hint=f"Give a folder: -o OUT. Or edit one component by itself, as {main.checkpoint.name}.",
+        )
+    found = []
+    for checkpoint in inputs.checkpoints:
+        own = next((one.checkpoint for one in checkpoint.components if one.name == main.name), checkpoint)
+        said = f"one file holds {main.name} alone, without {', '.join(map(printable, others))}"
+        found.append(replace(own, notes=(*own.notes, said)) if checkpoint is lead and others else own)
+    return replace(inputs, checkpoints=tuple(found))
+
+
 def _refuse_other_kind(lead: Checkpoint, other: Checkpoint) -> None:
     """Refuse a folder of components beside one file with everything: their tensors have other names, and other shapes.
 
