@@ -65,17 +65,8 @@ def open_whole(
     if not os.path.isdir(path):
         return _split(opened(path, called))
     if beside(path, MODEL_INDEX) is not None:
-        folders = component_folders(path)
-        wanted = [folder for folder in folders if reads is None or reads(folder)]
-        _refuse_absent(path, [folder for folder in wanted if not os.path.isdir(path / folder)])
-        held = [folder for folder in wanted if _holds_weights(path / folder)]
-        if not held and len(wanted) == len(folders):
-            raise CheckpointError(
-                f"{path}: none of the folders that its {MODEL_INDEX} names holds weights",
-                hint="The pipeline is incomplete: copy or download all of it.",
-            )
         components = []
-        for folder in held:
+        for folder in _folders_with_weights(path, reads):
             stems = _OF_DIFFUSERS if _is_of_diffusers(path / folder) else WEIGHT_STEMS
             one = opened(path / folder, f"{called}/{folder}", stems)
             components.append(Component(folder, f"{folder}.", folder, one, (f"{folder}.",)))
@@ -159,6 +150,23 @@ def named_components(index: Mapping[str, Any], called: str) -> list[str]:
 _LIBRARY_AND_CLASS = 2
 _MOST_COMPONENTS = 100
 _A_FOLDER = re.compile(r"\w[\w.-]*")
+
+
+def _folders_with_weights(path: Path, reads: Reads | None) -> list[str]:
+    """The folders of a pipeline's components that are needed; all, where none of those that are asked for has weights.
+
+    Raises:
+        CheckpointError: one is not there, or none has weights.
+    """
+    folders = component_folders(path)
+    for wanted in ([folder for folder in folders if reads is None or reads(folder)], folders):
+        _refuse_absent(path, [folder for folder in wanted if not os.path.isdir(path / folder)])
+        if held := [folder for folder in wanted if _holds_weights(path / folder)]:
+            return held
+    raise CheckpointError(
+        f"{path}: none of the folders that its {MODEL_INDEX} names holds weights",
+        hint="The pipeline is incomplete: copy or download all of it.",
+    )
 
 
 def _refuse_absent(folder: Path, absent: Sequence[str]) -> None:

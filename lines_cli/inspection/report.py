@@ -116,7 +116,8 @@ def _rounding(inspection: Inspection, findings: Findings, report: Report) -> Rep
             filters.append({"pattern": pattern, "coefficient": coefficient, "realised": realised})
 
     def off(groups: Iterable[Report]) -> list[Report]:
-        return [group for group in groups if is_off(group["coefficient"], group["realised"])]
+        known = (group for group in groups if group["coefficient"] is not None)
+        return [group for group in known if is_off(group["coefficient"], group["realised"])]
 
     return {
         "dtype": next(name for name, stored in STORED.items() if stored == most),

@@ -150,6 +150,11 @@ class Plan:
         last = [word for word, needed in (("signs", needs.majority), ("norms", needs.norms)) if needed]
         return (*found, " and ".join(last)) if last else tuple(found)
 
+    def measured_with(self, tensor: TensorPlan) -> str | None:
+        """What names the thresholds that a tensor shares with others (`Statistics.thresholds`): None for one model."""
+        component = self.depth.component_of(tensor.name)
+        return None if component is None else f"all of {component}"
+
     @property
     def trims_globally(self) -> bool:
         """Whether there is one threshold for all of a model's tensors."""
@@ -188,7 +193,7 @@ class Plan:
             return Measured()
         thresholds: tuple[Bounds, ...] = ()
         if found.thresholds:
-            whole = None if self._of_model(tensor) else name
+            whole = self.measured_with(tensor) if self._of_model(tensor) else name
             thresholds = tuple(found.thresholds.get((model, whole), ()) for model in range(self.number_of_models))
         products = found.products.get(name, (0.0, 0.0, 0.0))
         return Measured(thresholds, found.majority, found.l1.get(name, ()), products)
@@ -196,12 +201,12 @@ class Plan:
     @property
     def bytes_read(self) -> int:
         """Bytes of tensor data read from the inputs by the last pass, the one that writes."""
-        return _bytes_of(segment for tensor in self.tensors for segment in tensor.segments)
+        return bytes_of(segment for tensor in self.tensors for segment in tensor.segments)
 
     @property
     def bytes_measured(self) -> int:
         """Bytes of tensor data that one measuring pass reads."""
-        return _bytes_of(segment for tensor in self.tensors for segment in tensor.segments if segment.models)
+        return bytes_of(segment for tensor in self.tensors for segment in tensor.segments if segment.models)
 
     @cached_property
     def per_entry(self) -> BytesPerEntry:
@@ -417,7 +422,7 @@ class Plan:
         }
 
 
-def _bytes_of(segments: Iterable[Segment]) -> int:
+def bytes_of(segments: Iterable[Segment]) -> int:
     """Of what is stored; what an adapter's entries are made of is read once, with the base's."""
     total = 0
     for segment in segments:
