@@ -163,6 +163,12 @@ def _folders_with_weights(path: Path, reads: Reads | None) -> list[str]:
         _refuse_absent(path, [folder for folder in wanted if not os.path.isdir(path / folder)])
         if held := [folder for folder in wanted if _holds_weights(path / folder)]:
             return held
+    others = [name for name in _listed(path) if os.path.isdir(path / name) and _holds_weights(path / name)]
+    if others:
+        raise CheckpointError(
+            f"{path}: its {MODEL_INDEX} names no folder that holds weights; others do:\n{some(others)}",
+            hint=f"Correct the index; or edit one of them by itself, as {path}/{others[0]}.",
+        )
     raise CheckpointError(
         f"{path}: none of the folders that its {MODEL_INDEX} names holds weights",
         hint="The pipeline is incomplete: copy or download all of it.",

@@ -64,10 +64,10 @@ _DEEPEST = 4  # folders within a module's
 _NOT_MISSED = tuple(
     """
     .* *.md *.png *.jp*g *.gif *.webp *.svg *.pdf *.mp4 *.log *.index*.json pytorch_model* *_model.h5
-    model*.safetensors pytorch_model*.safetensors diffusion_pytorch_model* consolidated*.safetensors openvino_*
-    *.gguf *.onnx *.onnx_data *.msgpack *.ot training_args* trainer_* optimizer* scheduler* scaler.pt rng_state* adapter_* zero_*
-    *results*.json latest events.out* mergekit_config.y*ml lines_recipe.yaml
-    checkpoint-* global_step* onnx openvino runs wandb eval* logs
+    model*.safetensors pytorch_model*.safetensors diffusion_pytorch_model* consolidated*.safetensors openvino_* *.gguf
+    *.onnx *.onnx_data *.msgpack *.ot training_args* trainer_* optimizer* scheduler* scaler.pt rng_state* adapter_*
+    zero_* *results*.json latest events.out* mergekit_config.y*ml lines_recipe.yaml checkpoint-* global_step* onnx
+    openvino runs wandb eval* logs
     """.split()
 )
 """Patterns of what may lie in a checkpoint's folder and is nothing to a loader of its weights."""

@@ -74,7 +74,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 ON_CONSOLES = {"json", "quiet", "full"}
 """Options that say what is shown, and how."""
-OF_FILES = {"output", "variant", "max_shard_size", "force", "resume", "verify", "verify_inputs", "dry_run"}
+OF_FILES = {"output", "variant", "component", "max_shard_size", "force", "resume", "verify", "verify_inputs", "dry_run"}
 
 
 def keywords(function: Callable[..., Any]) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def test_a_merge_in_memory_takes_what_a_recipe_takes() -> None:
         "notes",
         "layers",
     }
-    files |= {"variant"}
+    files |= {"variant", "components"}
     keys = {renamed.get(key, key) for key in lines.Recipe.model_fields.keys() - files}
     resources = {"workers", "device", "gpu_memory", "track"}
     assert keywords(lines.merge_state_dicts).keys() == keys | resources | {"config", "model_parameters"}

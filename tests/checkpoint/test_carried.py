@@ -63,7 +63,9 @@ MODULES = [{"idx": number, "path": path} for number, path in enumerate(("", "1_P
 
 
 def test_modules_with_weights_of_their_own(tmp_path: Path) -> None:
-    """The fine-tune's as they are, a note says whose; an output is replaced and verified with them."""
+    """They are scaled as what lies outside the blocks, and a note says so; an output is replaced and verified with
+    them.
+    """
     for seed, side in enumerate(("base", "ft")):
         write(tmp_path / side, seed, modules__json=MODULES, **{"1_Pooling___config__json": {"of": side}})
         (tmp_path / side / "2_Dense/deeper").mkdir(parents=True)
@@ -73,12 +75,10 @@ def test_modules_with_weights_of_their_own(tmp_path: Path) -> None:
         (tmp_path / side / "2_Dense/optimizer.pt").write_text("no")
         save_file({"linear.weight": torch.full((2, 2), float(seed))}, tmp_path / side / "2_Dense/model.safetensors")
     out, notes = edit(tmp_path)
-    assert load_file(out / "2_Dense/model.safetensors")["linear.weight"].unique().item() == 1
+    assert load_file(out / "2_Dense/model.safetensors")["linear.weight"].unique() == torch.tensor(0.1)
     assert (out / "2_Dense/deeper/vocab.txt").read_text() == "ft"
     assert not (out / "2_Dense/optimizer.pt").exists()
-    assert about(notes, "2_Dense") == [
-        "modules with weights of their own are those of the fine-tune as they are: 2_Dense"
-    ]
+    assert about(notes, "2_Dense") == ["2_Dense: it has no layers, and is scaled as what lies outside the blocks"]
     edit(tmp_path, "--force")
     assert run_lines("verify", out).code == 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from support.files import snapshot, write_checkpoint
 from support.pipelines import (
     COMPONENTS,
     DEPTHS,
+    EVERYTHING,
     FILES,
     TEXT,
     UNET,
-    VAE,
     loaded,
     scaled,
     tensors,
+    write_everything,
     write_modules,
     write_pipeline,
 )
@@ -601,7 +603,7 @@ def test_inspect_shows_every_component(tmp_path: Path) -> None:
     write_pair(tmp_path)
     alone = run_lines("inspect", tmp_path / "ft", "--json").json
     sizes = {one["name"]: one["tensors"] for one in alone["components"]}
-    assert sizes == {"unet": 15, "text_encoder": 5, "vae": 4}
+    assert sizes == {"unet": 15, "text_encoder": 6, "vae": 4}
     first = {stack["name"]: stack["first"] for stack in alone["stacks"]}
     assert first["vae.decoder.up_blocks"] == 1
     assert first["text_encoder.text_model.encoder.layers"] == pytest.approx(0.1)
@@ -726,42 +728,37 @@ def test_modules_that_lie_deeper_or_elsewhere(tmp_path: Path) -> None:
 
 # --- one file with everything ---
 
+_UNET, _VAE, _TEXT, _OTHERS = EVERYTHING.values()
 SDXL = {
-    "model.diffusion_model.": [f"input_blocks.{i}.0.w" for i in range(3)]
-    + ["middle_block.0.w"]
-    + [f"output_blocks.{i}.0.w" for i in range(3)],
-    "first_stage_model.": [f"decoder.up.{i}.block.0.conv1.weight" for i in range(3)],
-    "conditioner.embedders.0.transformer.": [f"text_model.encoder.layers.{i}.mlp.w" for i in range(4)],
+    "model.diffusion_model.": _UNET,
+    "first_stage_model.": _VAE,
+    "conditioner.embedders.0.transformer.": _TEXT,
     "conditioner.embedders.1.model.": [f"transformer.resblocks.{i}.mlp.w" for i in range(4)],
     "": ["denoiser.sigmas"],
 }
-SD1 = {"cond_stage_model.transformer.": SDXL["conditioner.embedders.0.transformer."]} | {
-    prefix: names for prefix, names in SDXL.items() if not prefix.startswith("conditioner")
-}
 FLUX = {
-    "model.diffusion_model.": [f"double_blocks.{i}.w" for i in range(3)] + [f"single_blocks.{i}.w" for i in range(3)],
-    "vae.": SDXL["first_stage_model."],
-    "text_encoders.clip_l.transformer.": SDXL["conditioner.embedders.0.transformer."],
+    "model.diffusion_model.": [f"{kind}_blocks.{i}.w" for kind in ("double", "single") for i in range(3)],
+    "vae.": _VAE,
+    "text_encoders.clip_l.transformer.": _TEXT,
     "text_encoders.t5xxl.transformer.": [f"encoder.block.{i}.layer.0.w" for i in range(3)],
 }
 
 
-def write_files(tmp_path: Path, parts: dict[str, list[str]]) -> None:
+def write_files(tmp_path: Path, parts: Mapping[str, Sequence[str]]) -> None:
     for seed, side in enumerate(("base", "ft")):
-        names = [prefix + name for prefix, names in parts.items() for name in names]
-        write_checkpoint(tmp_path / f"{side}.safetensors", tensors(names, seed))
+        write_everything(tmp_path / f"{side}.safetensors", seed, parts)
 
 
 @pytest.mark.parametrize(
     ("parts", "names"),
     [
         (SDXL, ["unet", "vae", "text_encoder", "text_encoder_2", "others"]),
-        (SD1, ["unet", "vae", "text_encoder", "others"]),
+        (EVERYTHING, ["unet", "vae", "text_encoder", "others"]),
         (FLUX, ["transformer", "vae", "text_encoder", "text_encoder_2"]),
     ],
     ids=["sdxl", "sd1", "flux"],
 )
-def test_one_file_with_everything(parts: dict[str, list[str]], names: list[str], tmp_path: Path) -> None:
+def test_one_file_with_everything(parts: Mapping[str, Sequence[str]], names: list[str], tmp_path: Path) -> None:
     """Its components are known by what their names begin with; the VAE is as the fine-tune has it; each stack has its
     own depth, and the file its own names.
     """
@@ -793,7 +790,7 @@ def test_one_file_with_everything(parts: dict[str, list[str]], names: list[str],
 
 def test_depth_by_hand_of_one_file(tmp_path: Path) -> None:
     """An expression is searched for in all of its names, whatever component they are of."""
-    write_files(tmp_path, SD1)
+    write_files(tmp_path, EVERYTHING)
     pair = (tmp_path / "base.safetensors", tmp_path / "ft.safetensors")
     layers = r"(?P<stack>\w+)_blocks\.(?P<index>\d+)\."
     ran = run_lines("edit", *pair, "-o", tmp_path / "out.safetensors", "--json", "--layers", layers)
@@ -804,7 +801,6 @@ def test_depth_by_hand_of_one_file(tmp_path: Path) -> None:
 def test_a_file_beside_a_folder(tmp_path: Path) -> None:
     """The same model in two layouts is refused, with the way to convert it."""
     write_pair(tmp_path)
-    write_files(tmp_path, SD1)
+    write_files(tmp_path, EVERYTHING)
     refused(edit(tmp_path, ft="ft.safetensors"), 4, "one file with everything", "save_pretrained")
     refused(edit(tmp_path, base="base.safetensors"), 4, "one file with everything", "save_pretrained")
-    assert VAE

@@ -17,7 +17,10 @@ UNET = [
     *("mid_block.resnets.0.conv1.weight", "conv_in.weight", "conv_out.weight"),
     *(f"up_blocks.{i}.resnets.{j}.conv1.weight" for i in range(3) for j in range(2)),
 ]
-TEXT = ["text_model.embeddings.token_embedding.weight", *(f"text_model.encoder.layers.{i}.mlp.w" for i in range(4))]
+TEXT = [
+    *("text_model.embeddings.token_embedding.weight", "text_model.final_layer_norm.weight"),
+    *(f"text_model.encoder.layers.{i}.mlp.w" for i in range(4)),
+]
 VAE = [f"{half}.{i}.resnets.0.conv1.weight" for half in ("encoder.down_blocks", "decoder.up_blocks") for i in range(2)]
 COMPONENTS: dict[str, tuple[Sequence[str], str, dict[str, Any]]] = {
     "unet": (UNET, "diffusion_pytorch_model", {"_class_name": "UNet2DConditionModel", "_diffusers_version": "0.30"}),
@@ -99,6 +102,23 @@ def scaled(
         made = tensor.float() if c == 1 else old if c == 0 else old + torch.tensor(c) * (tensor.float() - old)
         found[name] = made.to(tensor.dtype)
     return found
+
+
+EVERYTHING = {
+    "model.diffusion_model.": [
+        *(f"{half}_blocks.{i}.0.w" for half in ("input", "output") for i in range(3)),
+        "middle_block.0.w",
+    ],
+    "first_stage_model.": [f"decoder.up.{i}.block.0.conv1.weight" for i in range(3)],
+    "cond_stage_model.transformer.": [f"text_model.encoder.layers.{i}.mlp.w" for i in range(4)],
+    "": ["alphas_cumprod"],
+}
+"""Of a single file what names begin with, and how they go on."""
+
+
+def write_everything(path: Path, seed: int, parts: Mapping[str, Sequence[str]] = EVERYTHING) -> Path:
+    """Write a single file with everything."""
+    return write_checkpoint(path, tensors([prefix + name for prefix, names in parts.items() for name in names], seed))
 
 
 def write_modules(
