@@ -16,20 +16,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lines_cli.checkpoint.formulas import Made
 from lines_cli.checkpoint.header import Known, StoredTensor
 from lines_cli.checkpoint.reader import (
     Checkpoint,
     Component,
+    Heads,
     choose_weights,
     gc_paused,
     open_checkpoint,
+    views_of,
+    weights_among,
 )
 from lines_cli.errors import CheckpointError, printable, some
 from lines_cli.storage.beside import beside, leads_out, read_json, read_object, refuse_link_out
 from lines_cli.storage.names import CONFIG, MODEL_INDEX, MODULES, WEIGHT_STEMS
 
 _OF_DIFFUSERS = ("diffusion_pytorch_model", *(stem for stem in WEIGHT_STEMS if stem != "diffusion_pytorch_model"))
-_WEIGHTS = tuple(".safetensors .bin .pt .pth .ckpt .gguf .h5 .msgpack .onnx".split())
+_OTHERS_WEIGHTS = (".gguf", ".h5", ".msgpack", ".onnx")
 
 Reads = Callable[[str], bool]
 """Whether a component of this name is needed."""
@@ -44,11 +48,13 @@ def open_whole(
     known: Known | None = None,
     variant: str | None = None,
     reads: Reads | None = None,
+    part: str | None = None,
+    heads: Heads | None = None,
 ) -> Checkpoint:
     """Open whatever is at `path` (`open_checkpoint`), with the components that it holds.
 
     Args:
-        path, name, hub_id, to_look_at, known, variant: as of `open_checkpoint`.
+        path, name, hub_id, to_look_at, known, variant, part, heads: as of `open_checkpoint`.
         reads: of a folder's components, those that are needed; all of them unless given.
 
     Raises:
@@ -62,8 +68,18 @@ def open_whole(
         )
 
     called = name or str(path)
-    if not os.path.isdir(path):
-        return _split(opened(path, called))
+    if not os.path.isdir(path) or part is not None or heads is not None:
+        one = open_checkpoint(
+            path,
+            name=called,
+            hub_id=hub_id,
+            to_look_at=to_look_at,
+            known=known,
+            variant=variant,
+            part=part,
+            heads=heads,
+        )
+        return _split(one)
     if beside(path, MODEL_INDEX) is not None:
         components = []
         for folder in _folders_with_weights(path, reads):
@@ -81,7 +97,7 @@ def open_whole(
         whole = _together(path, called, hub_id, components)
         own = next((one.checkpoint.config for one in components if not one.folder), {})
         return replace(whole, config=own)
-    return opened(path, called)
+    return _split(opened(path, called))
 
 
 @gc_paused()
@@ -92,21 +108,77 @@ def _together(path: Path, name: str, hub_id: str | None, components: Sequence[Co
         CheckpointError: two tensors would have one name.
     """
     tensors: dict[str, StoredTensor] = {}
+    formulas: dict[str, Made] = {}
+    beside_them: dict[str, StoredTensor] = {}
+    models = [component.checkpoint for component in components]
     first = 0
-    for component in components:
-        for own, (file, info) in component.checkpoint.tensors.items():
-            full = component.prefix + own
-            if full in tensors:
-                raise CheckpointError(
-                    f"{path}: two of its tensors would be called {printable(full)}, one of {component.name}",
-                    hint="Rename the folder of one of them, or edit the two by themselves.",
-                )
-            tensors[full] = StoredTensor(first + file, info)
-        first += len(component.checkpoint.files)
-    files = tuple(file for component in components for file in component.checkpoint.files)
-    states = tuple(state for component in components for state in component.checkpoint.states)
-    stem = components[0].checkpoint.stem if components else WEIGHT_STEMS[0]
-    return Checkpoint(name, path, files, tensors, states, stem, {}, hub_id, components=tuple(components))
+    for prefix, model in zip((component.prefix for component in components), models, strict=True):
+        held = {prefix + own: _behind(stored, first) for own, stored in model.tensors.items()}
+        if twice := tensors.keys() & held.keys():
+            raise CheckpointError(
+                f"{path}: two of its tensors would be called {printable(min(twice))}, one of {model.name}",
+                hint="Rename the folder of one of them, or edit the two by themselves.",
+            )
+        tensors |= held
+        for own, made in model.formulas.items():
+            steps = tuple(step.placed(range(first, first + len(model.files)).__getitem__) for step in made.steps)
+            formulas[prefix + own] = Made(_behind(made.stored, first), steps)
+        beside_them |= {prefix + own: _behind(stored, first) for own, stored in model.beside.items()}
+        first += len(model.files)
+    said = dict.fromkeys(model.stored_as for model in models if model.stored_as)
+    return Checkpoint(
+        name=name,
+        path=path,
+        files=tuple(file for model in models for file in model.files),
+        tensors=tensors,
+        states=tuple(state for model in models for state in model.states),
+        stem=models[0].stem if models else WEIGHT_STEMS[0],
+        hub_id=hub_id,
+        formulas=formulas,
+        beside=beside_them,
+        stored_as=", ".join(said) or None,
+        views=tuple(views_of(models)) if any(model.views for model in models) else (),
+        notes=tuple(note for model in models for note in model.notes),
+        is_here=all(model.is_here for model in models),
+        components=tuple(components),
+    )
+
+
+def _behind(stored: StoredTensor, first: int) -> StoredTensor:
+    """Where a tensor is, if so many files stand before those of its own checkpoint."""
+    parts = tuple(part._replace(file=first + part.file) for part in stored.parts)
+    return stored._replace(file=first + stored.file, parts=parts)
+
+
+def with_tensors_of(whole: Checkpoint, name: str, model: Checkpoint) -> Checkpoint:
+    """A checkpoint with the tensors of one of its components as `model` has them, which has the component's files."""
+    tensors, first = dict(whole.tensors), 0
+    for one in whole.components:
+        if one.name == name:
+            for own in one.checkpoint.tensors:
+                del tensors[one.prefix + own]
+            tensors |= {one.prefix + own: _behind(stored, first) for own, stored in model.tensors.items()}
+        first += len(one.checkpoint.files) if one.checkpoint.files != whole.files else 0
+    return replace(whole, tensors=tensors)
+
+
+def with_its_components(whole: Checkpoint) -> Checkpoint:
+    """A checkpoint that was changed as a whole, by an adapter, with its components changed likewise."""
+    components = []
+    for one in whole.components:
+        names = {own: one.prefix + own for own in one.checkpoint.tensors}
+        changed = replace(
+            one.checkpoint,
+            files=whole.files,
+            states=whole.states,
+            views=whole.views,
+            tensors={own: whole.tensors[full] for own, full in names.items()},
+            formulas={own: whole.formulas[full] for own, full in names.items() if full in whole.formulas},
+        )
+        if one.folder == "":
+            changed = replace(changed, config=whole.config, config_changes=whole.config_changes)
+        components.append(replace(one, checkpoint=changed))
+    return replace(whole, components=tuple(components)) if components else whole
 
 
 # --- a pipeline of diffusers ---
@@ -187,7 +259,7 @@ def _refuse_absent(folder: Path, absent: Sequence[str]) -> None:
 def _holds_weights(folder: Path) -> bool:
     """Whether there are weights in a folder, in whatever format."""
     names = _listed(folder)
-    return any(name.endswith(_WEIGHTS) for name in names)
+    return bool(weights_among(names)) or any(name.endswith(_OTHERS_WEIGHTS) for name in names)
 
 
 def _is_of_diffusers(folder: Path) -> bool:
@@ -300,10 +372,11 @@ def _split(checkpoint: Checkpoint) -> Checkpoint:
 
 def regions_of(names: Iterable[str]) -> dict[str, str]:
     """What the names in a file with everything begin with -> the component; empty where they are those of one model."""
-    names = list(names)
+    names, denoiser = list(names), "model.diffusion_model."
+    if not any(name.startswith(denoiser) for name in names):
+        return {}
     found = {prefix: name for prefix, name in _PREFIXES.items() if any(own.startswith(prefix) for own in names)}
-    denoiser = "model.diffusion_model."
-    if denoiser not in found or len(set(found.values())) == 1:
+    if len(set(found.values())) == 1:
         return {}
     if not any(name.startswith(f"{denoiser}input_blocks.") for name in names):
         found[denoiser] = "transformer"

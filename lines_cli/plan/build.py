@@ -26,10 +26,10 @@ from lines_cli.methods import ByMagnitude
 from lines_cli.plan.align import aligned_names
 from lines_cli.plan.coefficients import coefficient_of, unlike_lines
 from lines_cli.plan.complex_numbers import compared
-from lines_cli.plan.components import Share, in_one_shape, shares_of, taken_whole, together
+from lines_cli.plan.components import Share, in_one_shape, shares_of, taken_whole, together, with_layouts
 from lines_cli.plan.depth import depth_of_kept, places_of_all
 from lines_cli.plan.identity import named_inputs, refuse_two_names
-from lines_cli.plan.inputs import Inputs
+from lines_cli.plan.inputs import Inputs, notes_of_files
 from lines_cli.plan.layout import OutputFile, lay_out_files, metadata_like
 from lines_cli.plan.match import Names, match_names, missing_in_blocks, nothing_in_common, settle_missing
 from lines_cli.plan.plan import Plan
@@ -37,6 +37,7 @@ from lines_cli.plan.resolve import decided, settle_misfits
 from lines_cli.plan.sidecars import with_sidecars
 from lines_cli.plan.statistics import NOTHING_MEASURED, Needs
 from lines_cli.plan.tensors import STORED, TensorSpec, refuse_empty, refuse_misfits, settle_empty, specify_tensors
+from lines_cli.plan.vocabulary import Difference, Vocabulary, find_vocabulary, notes_of
 from lines_cli.recipe.schema import Recipe, Scaling
 from lines_cli.scaling.find_depth import DepthMap, Place, Region, joined
 from lines_cli.scaling.numbered_lists import read_lists
@@ -53,14 +54,17 @@ def make_plan(recipe: Recipe, inputs: Inputs, output: Path) -> Plan:
         DepthError: which tensor stands at which depth cannot be decided.
         RecipeError: a stack or a filter names nothing there, or a coefficient is beyond float32.
     """
-    notes: list[str] = [*recipe.notes, *(note for checkpoint in inputs.checkpoints for note in checkpoint.notes)]
+    notes: list[str] = [*recipe.notes, *notes_of_files(inputs.checkpoints)]
     inputs = in_one_shape(inputs, notes)
     notes += _factor_notes(inputs)
     shares = shares_of(recipe, inputs, notes)
+    vocabulary: Vocabulary | None = None
+    difference: Difference | None = None
     if shares:
-        rows, depth = _matched_by_component(recipe, inputs, shares, notes)
+        found = _matched_by_component(recipe, inputs, shares, notes)
+        inputs, rows, depth, vocabulary, difference = found
     else:
-        rows, depth, _ = _matched(recipe, inputs, recipe.lines, notes)
+        inputs, rows, depth, _ = _matched(recipe, inputs, recipe.lines, notes)
     rules = recipe.rules(depth)
     notes += [
         f"filter {part!r} under parameters matches no tensor name, so it has no effect"
@@ -72,19 +76,24 @@ def make_plan(recipe: Recipe, inputs: Inputs, output: Path) -> Plan:
             f"{recipe.method.scale} differs by name; the coefficients shown are those of names that no filter of it "
             "matches"
         )
-    specified = list(compared(specify_tensors(recipe, inputs, depth, rules, rows), inputs))
+    if not shares:
+        vocabulary, difference = find_vocabulary(recipe, inputs, rows, depth.places, notes)
+    specs_of = specify_tensors(recipe, inputs, depth, rules, rows, vocabulary or difference)
+    specified = list(compared(specs_of, inputs))
     specified = settle_empty(specified, recipe, inputs, rows, notes)
     refuse_empty(inputs, {spec.name: rows[spec.name] for spec in specified if spec.misfit})
     specified = settle_misfits(specified, recipe, inputs, rows, depth, rules, notes)
     try:
-        refuse_misfits(specified, recipe, inputs)
+        refuse_misfits(specified, recipe, inputs, difference)
     except MismatchError as error:
         wrong = {depth.component_of(spec.name) for spec in specified if spec.misfit}
         raise _in_component(error, [share for share in shares if share.name in wrong], shares) from None
     specified += taken_whole(shares, recipe, inputs)
     specs = {spec.name: spec for spec in specified}
     resized = {other: spec.rows[1] for spec in specs.values() if spec.rows for other in sorted(spec.rows[0])}
-    if resized:
+    if vocabulary is not None:
+        notes += notes_of(vocabulary, inputs, [spec.table for spec in specs.values() if spec.table])
+    elif resized:
         keeping = inputs.called(0 if recipe.resize == "base" or not inputs.has_base else 1)
         shared = min(*resized, *resized.values())
         kept = ", ".join(f"{rows:,}" for rows in sorted(set(resized.values())))
@@ -121,17 +130,23 @@ def make_plan(recipe: Recipe, inputs: Inputs, output: Path) -> Plan:
         (*notes, *depth.notes),
         resized,
         shares,
+        vocabulary,
     )
     refuse_two_names(recipe, named_inputs(plan))
     plan = decided(plan, ((specs[name], number, info) for name, number, info in placed))
     said = (*unlike_lines(recipe, rules, depth, of_an_edit=inputs.of_an_edit), *_larger_than_the_base(plan))
     plan = replace(plan, notes=(*plan.notes, *said))
+    if is_one_file(output) and vocabulary is not None and vocabulary.new:
+        raise RecipeError(
+            f"the output gets {vocabulary.new:,} new tokens, and a single file holds no tokenizer that knows them",
+            hint="Write a folder: -o OUT.",
+        )
     return plan if is_one_file(output) else with_sidecars(plan)
 
 
 def _matched(
     recipe: Recipe, inputs: Inputs, scaling: Scaling | None, notes: list[str], *, of_several: bool = False
-) -> tuple[dict[str, Names], DepthMap, int]:
+) -> tuple[Inputs, dict[str, Names], DepthMap, int]:
     """Which tensors of models belong together, and where they stand.
 
     Args:
@@ -142,15 +157,16 @@ def _matched(
         of_several: whether they are one component of several, which may have no layers.
 
     Returns:
-        Output tensor name -> where it is read from; the depth; how many tensors inside blocks some side lacks.
+        The inputs, in one layout; output tensor name -> where it is read from; the depth; how many tensors inside
+        blocks some side lacks.
     """
-    own = aligned_names(inputs, notes, prefix=recipe.prefix)
+    inputs, own = aligned_names(inputs, notes, prefix=recipe.prefix, strict=recipe.missing_in_blocks is None)
     matched = match_names(inputs, own, resize=recipe.resize != "error", notes=notes)
     parameters = inputs.parameters(own)
     if of_several and not read_lists(list(parameters)):
         rows = settle_missing(inputs, own, matched, {}, recipe.model_copy(update={"missing_in_blocks": None}), notes)
         notes.append("it has no layers, and is scaled as what lies outside the blocks")
-        return rows, DepthMap((), {}), 0
+        return inputs, rows, DepthMap((), {}), 0
     try:
         places = _places_of_all(recipe, inputs, scaling, parameters, matched[1])
     except DepthError:
@@ -163,19 +179,23 @@ def _matched(
     if of_several and not inside:
         recipe = recipe.model_copy(update={"missing_in_blocks": None})
     rows = settle_missing(inputs, own, matched, places, recipe, notes)
-    return rows, _depth(recipe, inputs, scaling, parameters, rows, notes), inside
+    return inputs, rows, _depth(recipe, inputs, scaling, parameters, rows, notes), inside
 
 
 def _matched_by_component(
     recipe: Recipe, inputs: Inputs, shares: Sequence[Share], notes: list[str]
-) -> tuple[dict[str, Names], DepthMap]:
-    """The same of several models: each by itself, by its own config, and then all by the names of the whole."""
+) -> tuple[Inputs, dict[str, Names], DepthMap, Vocabulary | None, Difference | None]:
+    """The same of several models: each by itself, by its own config, and then all by the names of the whole; and how
+    the rows of their vocabularies are paired.
+    """
     edited = [share for share in shares if share.side is None]
     groups = _groups(recipe, edited)
     several = len(edited) > 1
     with_prefix = recipe if not recipe.prefix else None
     rows: dict[str, Names] = {}
     parts: list[tuple[DepthMap, Sequence[Region]]] = []
+    relaid: list[tuple[Share, Inputs]] = []
+    tokens: list[tuple[Vocabulary | None, Difference | None]] = []
     inside = 0
     for group in groups:
         alone = len(group) == 1
@@ -188,10 +208,12 @@ def _matched_by_component(
         else:
             with_prefix = own_recipe
         try:
-            own, depth, lacking = _matched(own_recipe, models, scaling, said, of_several=True)
+            models, own, depth, lacking = _matched(own_recipe, models, scaling, said, of_several=True)
+            tokens.append(find_vocabulary(recipe, models, own, depth.places, said if alone else []))
         except LinesError as error:
             raise _in_component(error, group, shares) from error
         inside += lacking
+        relaid += [(group[0], models)] if alone and models.relaid else []
         notes += [f"{group[0].name}: {note}" if alone else note for note in said]
         parts.append((depth, [region for share in group for region in share.regions]))
         prefix, before = group[0].prefix, group[0].prefixes
@@ -208,7 +230,8 @@ def _matched_by_component(
             hint="Leave it out; or is it another checkpoint that is meant?",
         )
     regions = tuple(region for share in shares for region in share.regions)
-    return rows, replace(joined(parts), regions=regions)
+    vocabulary, difference = next(filter(any, tokens), (None, None))  # those of one model at most have a tokenizer
+    return with_layouts(inputs, relaid), rows, replace(joined(parts), regions=regions), vocabulary, difference
 
 
 def _groups(recipe: Recipe, edited: Sequence[Share]) -> list[Sequence[Share]]:

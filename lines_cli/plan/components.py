@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from lines_cli.checkpoint.formulas import Made
+from lines_cli.checkpoint.pipeline import with_tensors_of
 from lines_cli.checkpoint.reader import Checkpoint, Component
-from lines_cli.errors import MismatchError, RecipeError, printable, some
+from lines_cli.errors import MismatchError, RecipeError, UnsupportedError, printable, some
 from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.tensors import Ranges, Segment, TensorSpec
 from lines_cli.recipe.schema import ALL_OTHERS, Recipe
@@ -211,6 +212,42 @@ def together(shares: Sequence[Share], inputs: Inputs) -> Inputs:
     return replace(inputs, checkpoints=tuple(held))
 
 
+def with_layouts(inputs: Inputs, relaid: Sequence[tuple[Share, Inputs]]) -> Inputs:
+    """The inputs, with the tensors of components that have another layout as the leading side has them.
+
+    Args:
+        inputs: the whole ones.
+        relaid: components, and their inputs in one layout (`aligned_names`).
+    """
+    if not relaid:
+        return inputs
+    checkpoints, names = [], []
+    for side, whole in enumerate(inputs.checkpoints):
+        checkpoint, changed = whole, set[str]()
+        for share, models in relaid:
+            prefix = share.prefixes[side]
+            checkpoint = with_tensors_of(checkpoint, share.name, models.checkpoints[side])
+            changed |= {prefix + name for name in models.relaid[side]}
+        checkpoints.append(checkpoint)
+        names.append(frozenset(changed))
+    return replace(inputs, checkpoints=tuple(checkpoints), relaid=tuple(names))
+
+
+def refuse_pipelines(inputs: Inputs) -> None:
+    """Refuse inputs that hold several models where one is asked for.
+
+    Raises:
+        UnsupportedError: names the components.
+    """
+    for checkpoint in inputs.checkpoints:
+        if checkpoint.components:
+            names = [one.checkpoint.name for one in checkpoint.components]
+            raise UnsupportedError(
+                f"{checkpoint.name} holds several models, and an adapter is made of one",
+                hint=f"Give one of them, as {names[0]}." if checkpoint.components[0].folder is not None else None,
+            )
+
+
 def taken_whole(shares: Sequence[Share], recipe: Recipe, inputs: Inputs) -> Iterator[TensorSpec]:
     """What makes the tensors of components that are taken as they are: copies, to the byte, of one input's."""
     for share in shares:
@@ -218,7 +255,7 @@ def taken_whole(shares: Sequence[Share], recipe: Recipe, inputs: Inputs) -> Iter
             continue
         values = recipe.values("", 0.0, share.name)
         range_of = Ranges(inputs, share.side)
-        for own, (_, info) in share.inputs.leading.tensors.items():
+        for own, (_, info, _) in share.inputs.leading.tensors.items():
             name, whole = share.prefix + own, Segment(0, info.numel, copy=range_of(share.prefixes[0] + own))
             yield TensorSpec(name, name, values, False, info.dtype, info.shape, (whole,), paired=False)
 

@@ -14,8 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lines_cli.checkpoint.header import TensorInfo, itemsize
-from lines_cli.checkpoint.reader import FileState
+from lines_cli.checkpoint.header import Part, TensorInfo, itemsize
+from lines_cli.checkpoint.reader import FileState, views_of
 from lines_cli.checkpoint.sidecars import Sidecar
 from lines_cli.methods import ByMagnitude, Drawn, Measured, Values
 from lines_cli.methods.sparsify import Bounds
@@ -23,12 +23,15 @@ from lines_cli.plan.coefficients import known, layer_coefficients, outside_coeff
 from lines_cli.plan.components import Share
 from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.layout import OutputFile
-from lines_cli.plan.resources import BytesPerEntry, Resources
+from lines_cli.plan.resources import TURNED_AT_ONCE, TURNING, BytesPerEntry, Resources
 from lines_cli.plan.statistics import NOTHING_MEASURED, Needs, Statistics
-from lines_cli.plan.tensors import STORED, Segment, TensorSpec
+from lines_cli.plan.tensors import STORED, Segment, SourceRange, TensorSpec
+from lines_cli.plan.vocabulary import Vocabulary
+from lines_cli.plan.vocabulary import report as vocabulary_report
 from lines_cli.recipe.schema import Recipe
 from lines_cli.scaling.find_depth import DepthMap, Place
 from lines_cli.scaling.schedule import Rules
+from lines_cli.storage.views import Views
 
 
 class TensorPlan(NamedTuple):
@@ -98,6 +101,7 @@ class Plan:
         notes: what a person should know of how disagreements were settled.
         rows: numbers of vocabulary rows that became another number.
         shares: of inputs that hold several models, what becomes of each.
+        vocabulary: the output's tokens, where rows are paired by them.
     """
 
     recipe: Recipe
@@ -114,6 +118,12 @@ class Plan:
     notes: tuple[str, ...]
     rows: Mapping[int, int]
     shares: tuple[Share, ...] = ()
+    vocabulary: Vocabulary | None = None
+
+    @property
+    def views(self) -> list[Views]:
+        """The views in each of `paths`."""
+        return views_of(self.inputs.checkpoints)
 
     @property
     def read_paths(self) -> tuple[Path, ...]:
@@ -228,15 +238,26 @@ class Plan:
         models = self.number_of_models
         counts = models * BYTES_COUNTING if self.needs.thresholds else 0
         buffers = resources.threads * (resources.chunk_for(self.per_entry) * self.per_entry.nbytes() + counts)
-        return buffers + self.whole_bytes(resources.threads)
+        return buffers + self.whole_bytes(resources.threads) + self.turned_bytes(resources.threads)
+
+    @cached_property
+    def formula_bytes(self) -> int:
+        """Bytes that a thread holds at most of what makes a tensor of its input's factors."""
+        sources = (
+            {step for segment in tensor.segments for source in segment.sources for step in source.steps}
+            for tensor in self.tensors
+        )
+        return max((sum(step.held for step in steps) for steps in sources), default=0)
 
     def whole_bytes(self, workers: int) -> int:
-        """Bytes that whole tensors take at most, where the method sees tensors whole: each worker makes one, the
-        largest there are, from all models' and in what space the method needs; and as many results are kept.
+        """Bytes that is held at most of whole tensors: of the factors that make tensors of inputs; and where the method
+        sees tensors whole each worker makes one, the largest there are, from all models' and in what space the method
+        needs, and as many results are kept.
         """
         method = self.recipe.method
+        factors = workers * self.formula_bytes
         if method.sees == "entries":
-            return 0
+            return factors
         each = [
             segment.numel * (8 if tensor.in_float64 else 4) * (self.number_of_models + 2)
             + method.workspace(tensor.shape_of(segment))
@@ -244,7 +265,32 @@ class Plan:
             for segment in tensor.segments
             if segment.models
         ]
-        return sum(sorted(each, reverse=True)[:workers])
+        return factors + sum(sorted(each, reverse=True)[:workers])
+
+    @cached_property
+    def turned_sides(self) -> int:
+        """How many inputs of a tensor, at most, store its matrices the other way round."""
+        return max((len(sources) for sources in self._turned), default=0)
+
+    def turned_bytes(self, workers: int) -> int:
+        """Bytes that matrices take at most which are read the other way round than they are stored: some are kept, and
+        each worker may be turning one.
+        """
+        sizes = [itemsize(source.dtype) * part.numel for sources in self._turned for source, part in sources]
+        largest = min(max(sizes, default=0), TURNED_AT_ONCE)
+        return largest * (self.turned_sides * (workers + 1) + TURNING * workers)
+
+    @cached_property
+    def _turned(self) -> list[list[tuple[SourceRange, Part]]]:
+        """For each segment that is read so, such a source, and its largest part that is."""
+        if not any(self.inputs.relaid):
+            return []
+        found = []
+        for tensor in self.tensors:
+            for segment in tensor.segments:
+                parts = [(source, [part for part in source.parts if len(part.sizes) > 1]) for source in segment.sources]
+                found.append([(source, max(of_it, key=lambda part: part.numel)) for source, of_it in parts if of_it])
+        return [sources for sources in found if sources]
 
     @cached_property
     def in_float64(self) -> bool:
@@ -414,6 +460,7 @@ class Plan:
                 }
                 for pattern, value in self.filters()
             ],
+            "vocabulary": vocabulary_report(self.vocabulary, self.inputs),
             "edited": counts(tensor for tensor in self.tensors if tensor.edited),
             "copied": counts(tensor for tensor in self.tensors if not tensor.edited),
             "bytes": {"read": self.bytes_read, "written": self.bytes_written},

@@ -22,12 +22,16 @@ from lines_cli.checkpoint.sidecars import (
     index_file,
     left_behind,
 )
+from lines_cli.checkpoint.tokenizer import with_tokens
 from lines_cli.errors import RecipeError, printable
+from lines_cli.plan.adapter_plan import AnyPlan
 from lines_cli.plan.components import Share
 from lines_cli.plan.identity import inputs_by_name, inputs_read, named_inputs, run_digest
 from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.plan import Plan
+from lines_cli.plan.vocabulary import Vocabulary
 from lines_cli.recipe.plain_yaml import YamlError, read_yaml
+from lines_cli.recipe.schema import UNION
 from lines_cli.recipe.yaml_file import dump_recipe, dump_record
 from lines_cli.storage.beside import beside
 from lines_cli.storage.digest import FileRecord, record_of
@@ -44,10 +48,10 @@ def with_sidecars(plan: Plan) -> Plan:
     if any(share.component.folder is not None for share in plan.shares):
         carried, notes = _of_components(plan)
     else:
-        carried, notes = _of_a_model(plan, plan.inputs, _named(plan), plan.rows)
+        carried, notes = _of_a_model(plan, plan.inputs, _named(plan), plan.rows, plan.vocabulary)
     if code := code_among(sidecar.name for sidecar in carried):
         notes.append(f"custom code, carried over and never run here: {', '.join(map(printable, code))}")
-    licences = {_shown_licence(_front_of(checkpoint)): checkpoint.name for checkpoint in plan.inputs.checkpoints}
+    licences = {_shown_licence(front_of(checkpoint)): checkpoint.name for checkpoint in plan.inputs.checkpoints}
     if len(licences.keys() - {""}) > 1:
         each = " and ".join(f"{said or 'none'} ({name})" for said, name in licences.items())
         whose = plan.inputs.leading.name
@@ -66,7 +70,8 @@ def _named(plan: Plan) -> _Sources:
     def named(name: str | None) -> Checkpoint | None:
         return by_name[str(recipe.base_model) if name == "base" else name] if name is not None else None
 
-    return named(recipe.tokenizer_source), named(recipe.chat_template)
+    asked = recipe.vocabulary_source
+    return named(asked) if asked != UNION else None, named(recipe.chat_template)
 
 
 def _of_a_model(
@@ -74,6 +79,7 @@ def _of_a_model(
     inputs: Inputs,
     named: _Sources,
     rows: Mapping[int, int],
+    vocabulary: Vocabulary | None,
     apart: Collection[str] = (),
 ) -> tuple[list[Sidecar], list[str]]:
     """What stands beside the weights of one model, and what to say of it.
@@ -83,10 +89,16 @@ def _of_a_model(
         inputs: the model's.
         named: the inputs to take the tokenizer and the chat template from, if they are named.
         rows: numbers of vocabulary rows that became another number.
+        vocabulary: the model's tokens, where rows are paired by them.
         apart: folders of other models within the leading one's.
     """
     recipe, (tokenizer, template) = plan.recipe, named
-    if tokenizer is not None and (other_rows := rows.keys() & _vocabularies(inputs, tokenizer)):
+    extended: dict[str, bytes] = {}
+    if vocabulary is not None:
+        tokenizer = inputs.checkpoints[vocabulary.of]
+        if vocabulary.changes_tokenizer and tokenizer.folder is not None:
+            extended = with_tokens(tokenizer.folder, vocabulary.ids, vocabulary.added)
+    elif tokenizer is not None and (other_rows := rows.keys() & _vocabularies(inputs, tokenizer)):
         raise RecipeError(
             f"tokenizer_source: {tokenizer.name} has {min(other_rows):,} rows of token embeddings, and "
             f"resize: {recipe.resize} keeps {rows[min(other_rows)]:,}",
@@ -103,6 +115,7 @@ def _of_a_model(
         rows_of=inputs.checkpoints[0] if recipe.resize == "base" else inputs.models[0],
         vocabularies=[_vocabularies(inputs, checkpoint) for checkpoint in checkpoints],
         tokenizer=tokenizer,
+        extended=extended,
         chat_template=template,
         apart=apart,
     )
@@ -155,7 +168,7 @@ def _of_a_share(plan: Plan, share: Share, named: _Sources, apart: Collection[str
     if share.side is not None:
         return list(carried.values()), []
     from_it = _own(plan, share, named[0]), _own(plan, share, named[1])
-    own, said = _of_a_model(plan, share.inputs, from_it, _rows_of(plan, share), apart)
+    own, said = _of_a_model(plan, share.inputs, from_it, *_rows_of(plan, share), apart)
     carried = carried if is_module else {}
     return list((carried | {sidecar.name: sidecar for sidecar in own}).values()), said
 
@@ -166,10 +179,11 @@ def _own(plan: Plan, share: Share, named: Checkpoint | None) -> Checkpoint | Non
     return next((own for whole, own in each if whole is named), named)
 
 
-def _rows_of(plan: Plan, share: Share) -> dict[int, int]:
-    """Numbers of vocabulary rows of a component that became another number."""
-    resized = (t.spec.rows for t in plan.tensors if t.spec.rows and plan.depth.component_of(t.name) == share.name)
-    return {other: kept for others, kept in resized for other in sorted(others)}
+def _rows_of(plan: Plan, share: Share) -> tuple[dict[int, int], Vocabulary | None]:
+    """Numbers of vocabulary rows of a component that became another number; and its tokens, if they are paired."""
+    specs = [tensor.spec for tensor in plan.tensors if plan.depth.component_of(tensor.name) == share.name]
+    rows = {other: spec.rows[1] for spec in specs if spec.rows for other in sorted(spec.rows[0])}
+    return rows, plan.vocabulary if any(spec.table for spec in specs) else None
 
 
 def _indices(plan: Plan) -> Iterator[Sidecar]:
@@ -193,7 +207,7 @@ def _indices(plan: Plan) -> Iterator[Sidecar]:
 
 
 def contents_beside(
-    plan: Plan, run: Mapping[str, Any], written: Mapping[str, FileRecord], layers: Sequence[Mapping[str, Any]] = ()
+    plan: AnyPlan, run: Mapping[str, Any], written: Mapping[str, FileRecord], layers: Sequence[Mapping[str, Any]] = ()
 ) -> Iterator[tuple[str, bytes]]:
     """Name and content of every file beside the weights that is no copy, in the order to write them: the recipe now
     records what was read, and written into all the others. The model card is recorded by itself: people edit it, and an
@@ -239,7 +253,7 @@ def with_numbers(plan: Plan) -> tuple[Sidecar, Sidecar]:
             coefficients=plan.coefficients(),
             outside=plan.outside(),
             filters=plan.filters(),
-            front=_front_of(inputs.leading),
+            front=front_of(inputs.leading),
             whole=[(s.name, inputs.checkpoints[s.side]) for s in plan.shares if s.side is not None],
             apart=[(name, plan.outside(name)) for name in plan.rules.components],
             code=code_among(sidecar.name for sidecar in plan.sidecars),
@@ -251,7 +265,7 @@ def with_numbers(plan: Plan) -> tuple[Sidecar, Sidecar]:
 _TAKEN_OVER = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
 
-def _front_of(checkpoint: Checkpoint) -> dict[str, Any]:
+def front_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """What the front matter of a checkpoint's model card says of licence, language and use."""
     path = beside(checkpoint.folder, MODEL_CARD) if checkpoint.folder else None
     values: Any = None

@@ -84,13 +84,23 @@ def test_modules_with_weights_of_their_own(tmp_path: Path) -> None:
 
 
 def test_a_module_that_is_a_pickle_or_missing(tmp_path: Path) -> None:
-    """It is named, with what follows; the pickle is not copied."""
+    """What torch.save wrote is read, and written as safetensors; of several pickles none is copied, and they are named;
+    so is what is not there.
+    """
     write(tmp_path / "base", 0)
-    write(tmp_path / "ft", 1, modules__json=MODULES, **{"2_Dense___pytorch_model__bin": "x"})
+    write(tmp_path / "ft", 1, modules__json=MODULES, **{"2_Dense___config__json": "{}"})
+    dense = {"linear.weight": torch.ones(2, 2)}
+    torch.save(dense, tmp_path / "ft/2_Dense/pytorch_model.bin")
     out, notes = edit(tmp_path)
-    assert not (out / "2_Dense/pytorch_model.bin").exists()
-    assert about(notes, "2_Dense/pytorch_model.bin")
+    assert sorted(path.name for path in (out / "2_Dense").iterdir()) == ["config.json", "model.safetensors"]
+    assert torch.equal(load_file(out / "2_Dense/model.safetensors")["linear.weight"], dense["linear.weight"])
     assert about(notes, "3_Normalize, which is not there")
+    for name in ("a.bin", "b.bin"):
+        torch.save(dense, tmp_path / "ft/2_Dense" / name)
+    (tmp_path / "ft/2_Dense/pytorch_model.bin").unlink()
+    out, notes = edit(tmp_path, "--force")
+    assert sorted(path.name for path in (out / "2_Dense").iterdir()) == ["config.json"]
+    assert about(notes, "2_Dense/a.bin")
 
 
 @pytest.mark.parametrize("content", ["no JSON", "{}", '[{"path": "../base"}, {"path": "/etc"}, {"path": 3}, 4]'])
