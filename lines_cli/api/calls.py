@@ -511,6 +511,7 @@ def _named_only(names: Any, config: Any) -> Checkpoint:
             to_look_at=True,
             part=found.part,
             heads=found.heads,
+            heads_of=found.heads_of,
         )
         return checkpoint if config is None else replace(checkpoint, config=said)
     names = state_dict_of(names)

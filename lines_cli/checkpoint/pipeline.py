@@ -50,49 +50,49 @@ def open_whole(
     reads: Reads | None = None,
     part: str | None = None,
     heads: Heads | None = None,
+    heads_of: Mapping[str, Heads] | None = None,
 ) -> Checkpoint:
     """Open whatever is at `path` (`open_checkpoint`), with the components that it holds.
 
     Args:
         path, name, hub_id, to_look_at, known, variant, part, heads: as of `open_checkpoint`.
         reads: of a folder's components, those that are needed; all of them unless given.
+        heads_of: of components whose weight files are elsewhere their headers, by folder: all that are needed.
 
     Raises:
         CheckpointError, UnsupportedError: as of `open_checkpoint`; or an index names a folder that is not there, or
             that leads out of its own.
     """
 
-    def opened(there: Path, called: str, stems: Sequence[str] = WEIGHT_STEMS) -> Checkpoint:
+    def opened(there: Path, called: str, folder: str = "") -> Checkpoint:
         return open_checkpoint(
-            there, name=called, hub_id=hub_id, to_look_at=to_look_at, known=known, variant=variant, stems=stems
-        )
-
-    called = name or str(path)
-    if not os.path.isdir(path) or part is not None or heads is not None:
-        one = open_checkpoint(
-            path,
+            there,
             name=called,
             hub_id=hub_id,
             to_look_at=to_look_at,
             known=known,
             variant=variant,
             part=part,
-            heads=heads,
+            heads=heads_of[folder] if heads_of is not None else heads,
+            stems=stems_in(there) if folder else WEIGHT_STEMS,
         )
-        return _split(one)
+
+    called = name or str(path)
+    if not os.path.isdir(path) or part is not None or heads is not None:
+        return _split(opened(path, called))
     if beside(path, MODEL_INDEX) is not None:
         components = []
-        for folder in _folders_with_weights(path, reads):
-            stems = _OF_DIFFUSERS if _is_of_diffusers(path / folder) else WEIGHT_STEMS
-            one = opened(path / folder, f"{called}/{folder}", stems)
+        held = list(heads_of) if heads_of is not None else _folders_with_weights(path, reads)
+        for folder in held:
+            one = opened(path / folder, f"{called}/{folder}", folder)
             components.append(Component(folder, f"{folder}.", folder, one, (f"{folder}.",)))
         return _together(path, called, hub_id, components)
-    modules = modules_with_weights(path)
+    modules = {name: name for name in heads_of} if heads_of is not None else modules_with_weights(path)
     if any(folder for folder in modules.values()):
         components = []
         for module, folder in modules.items():
             prefix = f"{module.replace('/', '.')}." if folder else ""
-            one = opened(path / folder, f"{called}/{folder}" if folder else called)
+            one = opened(path / folder, f"{called}/{folder}" if folder else called, folder)
             components.append(Component(module, prefix, folder, one, (prefix,), after=bool(components)))
         whole = _together(path, called, hub_id, components)
         own = next((one.checkpoint.config for one in components if not one.folder), {})
@@ -262,10 +262,12 @@ def _holds_weights(folder: Path) -> bool:
     return bool(weights_among(names)) or any(name.endswith(_OTHERS_WEIGHTS) for name in names)
 
 
-def _is_of_diffusers(folder: Path) -> bool:
-    """Whether a component is a model of diffusers, and not one of transformers, by its config."""
-    path = beside(folder, CONFIG)
-    return path is not None and "_class_name" in read_object(path)
+def stems_in(folder: Path) -> Sequence[str]:
+    """What the weights of a component are called, the first of these that is there: those of a model of diffusers, by
+    its config, otherwise than those of transformers.
+    """
+    path = beside(folder, CONFIG) if os.path.isdir(folder) else None
+    return _OF_DIFFUSERS if path is not None and "_class_name" in read_object(path) else WEIGHT_STEMS
 
 
 def _listed(folder: Path) -> list[str]:

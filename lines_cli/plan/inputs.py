@@ -109,7 +109,7 @@ class Opening:
             adapter = open_adapter(found.path, name=found.name, hub_id=found.hub_id)
             return with_its_components(on_base(adapter, base, name=name))
         reads = self._reads if name == self._base else None
-        found = locate(name, quiet=self._quiet, also=self._also, variant=self._variant, only=only)
+        found = locate(name, quiet=self._quiet, also=self._also, variant=self._variant, only=only, reads=reads)
         if not (self._to_look_at and self._base is None) and adapter_at(found.path, self._known) is not None:
             if self._base is None or name == self._base:
                 raise UnsupportedError(
@@ -129,6 +129,7 @@ class Opening:
             reads=reads,
             part=found.part,
             heads=found.heads,
+            heads_of=found.heads_of,
         )
 
 
