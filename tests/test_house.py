@@ -308,8 +308,11 @@ OTHER_MEANINGS = {
     "inspection.kinds": {"weight", "scale"},
     "plan.tied_weights": {"weight"},
     "checkpoint.contents": {"weight"},
-    "checkpoint.adapter": {"weight"},
     "checkpoint.quantised": {"scale", "weight"},
+    "checkpoint.adapter": {"weight", "t"},  # a factor of LoHa
+    "engine.formulas": {"t"},
+    "checkpoint.adapter_names": {"weight"},
+    "plan.adapted": {"weight"},
     "inspection.report": {"lambda"},  # a key of the report
     "inspection.tables": {"lambda"},
     "recipe.schema": {"task_arithmetic"},  # what a recipe is that says no method

@@ -81,6 +81,28 @@ def pairs(flag: str, given: Pairs | None) -> dict[str, Any] | None:
     return pairs or None
 
 
+def num_layers(given: int | Mapping[str, int] | Iterable[str] | None) -> Any:
+    """`--num-layers 12`, or `--num-layers NAME=12` for each stack, as the recipe has it.
+
+    Raises:
+        RecipeError: several without names.
+    """
+    if given is None or isinstance(given, (int, Mapping)):
+        return given
+    texts = [given] if isinstance(given, str) else list(given)
+    if not texts:
+        return None
+    if len(texts) == 1 and "=" not in texts[0]:
+        return texts[0]
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, number = text.rpartition("=")
+        if not equals or not name or name in found:
+            raise RecipeError(f"--num-layers {text}: expected --num-layers L, or --num-layers NAME=L for each stack")
+        found[name] = number
+    return found
+
+
 def each_series(given: Iterable[str] | None) -> list[list[str]] | None:
     """Each `--series A,B,C` of a command line as a list of names."""
     return [one.split(",") for one in given or ()] or None

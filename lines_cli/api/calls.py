@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from lines_cli.api.push import Push
     from lines_cli.api.summary import Summary
     from lines_cli.checkpoint.reader import Checkpoint
+    from lines_cli.engine.adapter_write import AdapterOutcome
     from lines_cli.engine.measure import Track
     from lines_cli.engine.write import Outcome
     from lines_cli.hub.upload import Target
     from lines_cli.inspection.open import Inspection
     from lines_cli.inspection.report import Report
-    from lines_cli.plan.plan import Plan
+    from lines_cli.plan.adapter_plan import AnyPlan
     from lines_cli.plan.resources import Resources
     from lines_cli.recipe.schema import Recipe
     from lines_cli.storage.staging import Unfinished
@@ -143,11 +144,176 @@ def edit(
     return done.summary if pushing is None or dry_run else put_on_the_hub(pushing, done)
 
 
+def edit_adapter(
+    adapter: Named,
+    output: Named | None = None,
+    *,
+    base: Named | None = None,
+    num_layers: int | Mapping[str, int] | Iterable[str] | None = None,
+    alpha: float | None = None,
+    beta: float | None = None,
+    gamma: float | None = None,
+    schedule: str | Sequence[float] | None = None,
+    outside: Outside | None = None,
+    stack: Pairs | None = None,
+    filter: Pairs | None = None,  # noqa: A002 - the option's name
+    layers: str | None = None,
+    series: Series | None = None,
+    not_layers: str | None = None,
+    variant: str | None = None,
+    allow_nonfinite: bool = False,
+    dtype: Dtype | None = None,
+    force: bool = False,
+    resume: bool = False,
+    verify: bool = False,
+    verify_inputs: bool = False,
+    push_to: str | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    workers: int | None = None,
+    device: str = "auto",
+    gpu_memory: str | int | None = None,
+    cache: Named | None = None,
+    dry_run: bool = False,
+    track: Track | None = None,
+) -> Summary:
+    """Scale an adapter over depth, in place, as `lines edit --adapter ADAPTER -o OUTPUT` does: what is written is an
+    adapter, and no weight of a base is read.
+
+    Args:
+        adapter: a folder with PEFT's config and tensors, or a Hub id.
+        output: a folder. Only a `dry_run` needs none.
+        base: what it was trained on, of which headers are read, or the config; in its place
+        num_layers: how many layers that has, or a mapping of the names of stacks.
+        alpha, ..., dry_run, track: as in `edit`.
+
+    Returns:
+        What `--json` prints (docs/json.md).
+
+    Raises:
+        LinesError: where the command would end with that message.
+    """
+    from lines_cli.recipe.validate import edit_adapter_recipe
+
+    recipe = edit_adapter_recipe(
+        str(adapter),
+        base_model=None if base is None else str(base),
+        num_layers=arguments.num_layers(num_layers),
+        alpha=alpha,
+        beta=beta,
+        gamma=gamma,
+        schedule=schedule,
+        outside=outside,
+        stacks=arguments.pairs("--stack", stack),
+        filter=arguments.pairs("--filter", filter),
+        layers=layers,
+        series=series,
+        not_layers=not_layers,
+        variant=variant,
+        allow_nonfinite=allow_nonfinite or None,
+        dtype=dtype,
+    )
+    resources = arguments.resources(workers, device, gpu_memory)
+    how = RunOptions(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)
+    destination = arguments.destination_unless(output, dry_run=dry_run, unnamed="no output is named")
+    arguments.use_cache(cache)
+    pushing = _push_to(arguments.target(push_to, private=private, revision=revision, destination=destination))
+    done = carry_out(recipe, destination, resources, how, dry_run=dry_run, track=track, pushing=pushing)
+    return done.summary if pushing is None or dry_run else put_on_the_hub(pushing, done)
+
+
+def extract(
+    ft: Named,
+    base: Named,
+    output: Named | None = None,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    save_rest: bool = False,
+    alpha: float | None = None,
+    beta: float | None = None,
+    gamma: float | None = None,
+    schedule: str | Sequence[float] | None = None,
+    outside: Outside | None = None,
+    stack: Pairs | None = None,
+    filter: Pairs | None = None,  # noqa: A002 - the option's name
+    layers: str | None = None,
+    series: Series | None = None,
+    not_layers: str | None = None,
+    prefix: str | None = None,
+    variant: str | None = None,
+    dtype: Dtype | None = None,
+    force: bool = False,
+    resume: bool = False,
+    verify: bool = False,
+    verify_inputs: bool = False,
+    push_to: str | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    workers: int | None = None,
+    device: str = "auto",
+    gpu_memory: str | int | None = None,
+    cache: Named | None = None,
+    dry_run: bool = False,
+    track: Track | None = None,
+) -> Summary:
+    """Make the adapter that is nearest to a full fine-tune, as `lines extract FT --base BASE -o OUTPUT` does.
+
+    Args:
+        ft, base: the fine-tune and what it was trained on, each a path or a Hub id.
+        output: a folder. Only a `dry_run` needs none.
+        rank: of every module, at most; or
+        energy: the share of a module's squared update that its rank is to keep, above 0 and at most 1.
+        save_rest: also store, whole, what is no matrix and changed: embeddings, norms, biases.
+        alpha, ..., not_layers: the coefficients, as in `edit`. Where none is given, the update is not scaled.
+        prefix, variant, dtype, ..., track: as in `edit`. Unless `dtype` says otherwise, factors are float32.
+
+    Returns:
+        What `--json` prints (docs/json.md).
+
+    Raises:
+        LinesError: where the command would end with that message.
+    """
+    from lines_cli.recipe.validate import extract_recipe
+
+    recipe = extract_recipe(
+        str(base),
+        str(ft),
+        rank=rank,
+        energy=energy,
+        save_rest=save_rest or None,
+        alpha=alpha,
+        beta=beta,
+        gamma=gamma,
+        schedule=schedule,
+        outside=outside,
+        stacks=arguments.pairs("--stack", stack),
+        filter=arguments.pairs("--filter", filter),
+        layers=layers,
+        series=series,
+        not_layers=not_layers,
+        prefix=prefix,
+        variant=variant,
+        dtype=dtype,
+    )
+    resources = arguments.resources(workers, device, gpu_memory)
+    how = RunOptions(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)
+    destination = arguments.destination_unless(output, dry_run=dry_run, unnamed="no output is named")
+    arguments.use_cache(cache)
+    pushing = _push_to(arguments.target(push_to, private=private, revision=revision, destination=destination))
+    done = carry_out(recipe, destination, resources, how, dry_run=dry_run, track=track, pushing=pushing)
+    return done.summary if pushing is None or dry_run else put_on_the_hub(pushing, done)
+
+
 def merge(
     config: Config,
     output: Named | None = None,
     *,
     sets: Sets | None = None,
+    as_adapter: bool = False,
+    rank: int | None = None,
+    energy: float | None = None,
+    num_layers: int | Mapping[str, int] | Iterable[str] | None = None,
     force: bool = False,
     resume: bool = False,
     verify: bool = False,
@@ -169,6 +335,8 @@ def merge(
             whose paths count from the current folder; or a `Recipe`.
         output: a folder, or one file; unless given, the recipe's `output`. A `dry_run` needs neither.
         sets: what overrules the recipe: a mapping such as `{"lines.beta": 0.4}`, or texts as `--set` takes them.
+        as_adapter, rank, energy, num_layers: merge adapters into an adapter (docs/adapters-out.md); as the recipe's
+            keys.
         force, resume, verify, verify_inputs, push_to, private, revision, workers, device, gpu_memory, cache, dry_run,
             track: as in `edit`.
 
@@ -178,7 +346,7 @@ def merge(
     Raises:
         LinesError: where the command would end with that message.
     """
-    recipe = read_recipe(config, sets or ())
+    recipe = read_recipe(config, with_adapter_keys(sets or (), as_adapter, rank, energy, num_layers))
     resources = arguments.resources(workers, device, gpu_memory)
     how = RunOptions(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)
     destination = destination_of(recipe, output, called=config, dry_run=dry_run)
@@ -382,9 +550,9 @@ class RunOptions(TypedDict):
 class Done:
     """What came of a recipe: what was done; or, without an outcome, what was planned, or was finished before."""
 
-    plan: Plan
+    plan: AnyPlan
     summary: Summary
-    outcome: Outcome | None = None
+    outcome: Outcome | AdapterOutcome | None = None
     before: bool = False
 
 
@@ -408,6 +576,21 @@ def read_recipe(config: Config, sets: Sets = ()) -> Recipe:
             hint="Change it with its model_copy() instead.",
         )
     return config
+
+
+def with_adapter_keys(
+    sets: Sets,
+    as_adapter: bool,
+    rank: int | None,
+    energy: float | None,
+    num_layers: int | Mapping[str, int] | Iterable[str] | None,
+) -> list[str]:
+    """What overrules a recipe, with what options of `merge` say of an adapter."""
+    from lines_cli.recipe.yaml_file import set_texts
+
+    said = {"rank": rank, "energy": energy, "num_layers": arguments.num_layers(num_layers)}
+    own = {key: value for key, value in said.items() if value is not None}
+    return [*set_texts(sets), *set_texts({"as_adapter": True, **own} if as_adapter else own)]
 
 
 def destination_of(recipe: Recipe, output: Named | None, *, called: Any, dry_run: bool) -> Path | None:
@@ -559,7 +742,7 @@ def carry_out(
         from lines_cli.engine.run import run
 
     outcome = run(plan, resources, **how, **({} if track is None else {"track": track}), at_last=at_last)
-    return Done(outcome.plan, summary.of_outcome(outcome), outcome)
+    return Done(outcome.plan, summary.of_any_outcome(outcome), outcome)
 
 
 UNNAMED = "OUT"
@@ -574,7 +757,7 @@ def _push_to(target: Target | None) -> Push | None:
     return Push(target)
 
 
-def _foreseen(pushing: Push | None, plan: Plan) -> Summary | None:
+def _foreseen(pushing: Push | None, plan: AnyPlan) -> Summary | None:
     """What would be pushed of a plan's output, once the Hub was asked whether it would take it."""
     if pushing is None:
         return None
@@ -600,15 +783,14 @@ def put_on_the_hub(pushing: Push, done: Done) -> Summary:
         ) from error
 
 
-def _planned(recipe: Recipe, destination: Path, *, quiet: bool, weights: bool = False) -> Plan:
+def _planned(recipe: Recipe, destination: Path, *, quiet: bool, weights: bool = False) -> AnyPlan:
     """The plan; without `weights` those that are on the Hub stay there, and only their headers are fetched."""
     from dataclasses import replace
 
-    from lines_cli.plan.build import make_plan
+    from lines_cli.plan.any_plan import planning
     from lines_cli.plan.claim import notes_of_inputs
-    from lines_cli.plan.inputs import open_inputs
 
-    plan = make_plan(recipe, open_inputs(recipe, quiet=quiet, weights=weights), destination)
+    plan = planning(recipe, quiet=quiet, weights=weights)(destination)
     return replace(plan, notes=(*plan.notes, *notes_of_inputs(plan))) if recipe.inputs else plan
 
 

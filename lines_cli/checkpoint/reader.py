@@ -125,6 +125,7 @@ class Checkpoint:
         views: for each file the tensors whose entries do not stand in order; empty where there are none.
         notes: what a person should know of how it was read.
         is_here: whether the files are; else only their headers were fetched, and no tensor can be read.
+        config_changes: what is otherwise in `config` than in the folder's file, by the path of keys.
     """
 
     name: str
@@ -145,6 +146,7 @@ class Checkpoint:
     views: tuple[Views, ...] = ()
     notes: tuple[str, ...] = ()
     is_here: bool = True
+    config_changes: Mapping[tuple[str, ...], Any] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path | None:

@@ -17,6 +17,7 @@ import typer
 from lines_cli.cli import signals
 from lines_cli.cli.clean import clean
 from lines_cli.cli.edit import edit
+from lines_cli.cli.extract import extract
 from lines_cli.cli.inspect import inspect
 from lines_cli.cli.merge import merge
 from lines_cli.cli.options import VARIABLES
@@ -50,6 +51,8 @@ PAGES = {
     "several fine-tunes of one base": ("lines merge --config FILE", "docs/merging.md"),
     "a mergekit file": ("lines merge --config FILE", "docs/mergekit.md"),
     "a LoRA adapter": ("fold it into its base first", "docs/adapters.md"),
+    "adapters to scale or to merge": ("lines edit --adapter ADAPTER -o OUT", "docs/adapters-out.md"),
+    "a full fine-tune, for an adapter": ("lines extract FT --base BASE ...", "docs/adapters-out.md"),
     "a .pt, .bin or .ckpt file": ("lines edit base.pt ft.ckpt -o out", "docs/pickles.md"),
     "a diffusers folder": ("lines edit BASE/unet FT/unet ...", "docs/diffusion.md"),
     "a question about a checkpoint": ("lines inspect CHECKPOINT", "docs/inspecting.md"),
@@ -94,7 +97,9 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
                 command(**options)
         except (LinesError, KeyboardInterrupt, MemoryError) as error:
             signals.too_late()
-            raise typer.Exit(_say(error, writes=command in (edit, merge), json=options.get("json", False))) from error
+            raise typer.Exit(
+                _say(error, writes=command in (edit, extract, merge), json=options.get("json", False))
+            ) from error
 
     return guarded
 
@@ -167,6 +172,7 @@ def _lines(
 for _name, _command, _pages in (
     ("edit", edit, "docs/editing.md, docs/finding-depth.md, docs/reliability.md"),
     ("merge", merge, "docs/merging.md, docs/merge-methods.md, docs/reliability.md"),
+    ("extract", extract, "docs/adapters-out.md, docs/finding-depth.md, docs/reliability.md"),
     ("inspect", inspect, "docs/inspecting.md, docs/finding-depth.md"),
     ("verify", verify, "docs/reliability.md"),
     ("push", push, "docs/hub.md"),

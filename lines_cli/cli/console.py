@@ -19,14 +19,18 @@ from lines_cli.cli import log
 from lines_cli.errors import in_short, printable, size, without_secrets
 from lines_cli.inspection.tables import Bar, Section, coefficient, count, sections
 from lines_cli.inspection.tables import Table as Columns
+from lines_cli.plan.adapter_plan import AdapterPlan
+from lines_cli.plan.adapter_report import kept_of, layers_of, left_out
 from lines_cli.plan.realised import warning_of
 from lines_cli.version import ABOUT
 
 if TYPE_CHECKING:
+    from lines_cli.engine.adapter_write import AdapterOutcome
     from lines_cli.engine.measure import Track
     from lines_cli.engine.verify import FileVerified, Verification
     from lines_cli.engine.write import Outcome
     from lines_cli.inspection.report import Report
+    from lines_cli.plan.adapter_plan import AnyPlan
     from lines_cli.plan.claim import Claim
     from lines_cli.plan.plan import Plan
     from lines_cli.plan.realised import Row
@@ -192,10 +196,13 @@ def _in_lines(title: str, total: int, done: Iterable[int]) -> Iterator[int]:
         yield nbytes
 
 
-def show_plan(plan: Plan, told: summary.Summary, resources: Resources, *, json: bool) -> None:
+def show_plan(plan: AnyPlan, told: summary.Summary, resources: Resources, *, json: bool) -> None:
     """What would be done, for `--dry-run`; `told` is the same as plain values."""
     if json:
         _print_json(told)
+        return
+    if isinstance(plan, AdapterPlan):
+        _show_adapter_plan(plan, told, resources)
         return
     _models(plan)
     _alpha(plan)
@@ -217,7 +224,91 @@ def show_plan(plan: Plan, told: summary.Summary, resources: Resources, *, json: 
     _err.print("Nothing was written (--dry-run).", style="dim")
 
 
-def show_finished(plan: Plan, told: summary.Summary, *, verified: bool, json: bool, quiet: bool) -> None:
+def _show_adapter_plan(plan: AdapterPlan, told: summary.Summary, resources: Resources) -> None:
+    _adapter(plan, {})
+    bound = "at most " if plan.needs else ""
+    _line(f"read    {size(plan.bytes_read)}{', and once more to measure ranks' if plan.needs else ''}")
+    to = f" to {_printable(str(plan.output))}" if told["output"] is not None else ""
+    _out.print(f"write   {bound}{size(plan.bytes_written)}{to} ({plan.outputs[0].name})", soft_wrap=True)
+    _line("beside  " + ", ".join(sidecar.name for sidecar in plan.sidecars))
+    _line(f"memory  about {size(plan.peak_memory(resources))}, without CUDA")
+    _notes(plan.notes)
+    _err.print("Nothing was written (--dry-run).", style="dim")
+
+
+def _show_adapter_outcome(outcome: AdapterOutcome, told: summary.Summary, *, json: bool, quiet: bool) -> None:
+    plan = outcome.plan
+    if json:
+        _print_json(told)
+    for found in outcome.nonfinite.values():
+        _warn(found)
+    _notes(outcome.remarks)
+    if json or quiet:
+        return
+    _adapter(plan, outcome.norms)
+    kept = f" ({size(outcome.resumed)} of it by an earlier run)" if outcome.resumed else ""
+    written = f"wrote {size(plan.bytes_written)}{kept} in {outcome.seconds:.1f} s"
+    _line(f"read {size(plan.bytes_read)}, {written}")
+    _out.print(f"output  {_printable(str(plan.output))}", style="bold", soft_wrap=True)
+    _notes(plan.notes)
+
+
+def _adapter(plan: AdapterPlan, norms: Mapping[str, tuple[float, float]]) -> None:
+    """An adapter's stacks with their coefficients, ranks, and what these keep; and what is left out."""
+    found, layers = plan.summary(), layers_of(plan, norms)
+    if len(found["models"]) > 1:
+        for model in found["models"]:
+            _line(f"model   {without_secrets(os.path.normpath(model['model']))}")
+    rows = []
+    for stack in found["stacks"]:
+        of_it = [layer for layer in layers if layer["stack"] == stack["name"]]
+        if of_it:
+            ends = [_coefficient(stack["first"]), _coefficient(stack["last"])]
+            rows.append((stack["name"], f"{stack['layers']}", f"{stack['modules']:,}", *ends, *_ranks(of_it)))
+    of_it = [layer for layer in layers if layer["stack"] is None]
+    if of_it:
+        ends = [_coefficient(found["outside"]["first"]), _coefficient(found["outside"]["last"])]
+        name = "outside the blocks" if rows else "all modules"
+        rows.append((name, "", f"{found['outside']['modules']:,}", *ends, *_ranks(of_it)))
+    headings = ("stack", "layers", "modules", "c first", "c last", "rank", "kept" if norms else "")
+    shown = len(headings) if norms else len(headings) - 1
+    _columns(Columns(headings[:shown], tuple(row[:shown] for row in rows)), gap=3)
+    for stack in found["stacks"]:
+        by_layer = {layer["index"]: layer for layer in layers if layer["stack"] == stack["name"]}
+        values = stack["coefficients"]
+        said = {}
+        if len(set(values)) > 2:
+            said["by layer"] = [f"{value:.3g}" for value in values]
+        if norms and by_layer:
+            empty: dict[str, Any] = {"kept": None, "rank": None}
+            of_layers = [by_layer.get(index, empty) for index in range(len(values))]
+            said["rank"] = ["-" if one["rank"] is None else _span(one["rank"]) for one in of_layers]
+            said["kept"] = ["-" if one["kept"] is None else f"{one['kept']:.1%}" for one in of_layers]
+        if said and by_layer:
+            said = {word.ljust(max(map(len, said))): cells for word, cells in said.items()}
+            name = f"  ({printable(stack['name'])})" if len(found["stacks"]) > 1 else ""
+            for line in _along(said, len(values), _width() - len(name)):
+                _line(line + name)
+    if norms:
+        kept = kept_of(norms)
+        share = "-" if kept is None else f"{kept:.2%}"
+        _line(f"kept    {share} of the squared update of these {len(plan.modules):,} modules")
+    for reason in left_out(plan, norms):
+        saved = f", {reason['saved']:,} stored whole" if reason["saved"] else ""
+        measured = (
+            f": {reason['changed']:,} changed, {reason['share']:.2%} of all that changed{saved}" if norms else saved
+        )
+        _line(f"{'rest' if saved else 'left':<7} {reason['tensors']:,} {reason['why']}{measured}")
+
+
+def _ranks(layers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The span of ranks in some layers, and of the shares that they keep."""
+    ends = [rank for layer in layers for rank in layer["rank"]]
+    kept = [layer["kept"] for layer in layers if layer["kept"] is not None]
+    return [_span([min(ends), max(ends)]), f"{min(kept):.1%} to {max(kept):.1%}" if kept else "-"]
+
+
+def show_finished(plan: AnyPlan, told: summary.Summary, *, verified: bool, json: bool, quiet: bool) -> None:
     """That there is nothing left to do; `verified` if the output was read back. `told` is the same as plain values."""
     if json:
         _print_json(told)
@@ -238,9 +329,16 @@ def show_cleaned(output: str, found: Unfinished | None) -> None:
         remark(f"removed {found.folder} ({size(found.nbytes)}, {found.description})")
 
 
-def show_outcome(outcome: Outcome, told: summary.Summary, *, json: bool, quiet: bool) -> None:
+def show_outcome(outcome: Outcome | AdapterOutcome, told: summary.Summary, *, json: bool, quiet: bool) -> None:
     """What was done; `told` is the same as plain values."""
     plan = outcome.plan
+    if isinstance(plan, AdapterPlan):
+        _show_adapter_outcome(outcome, told, json=json, quiet=quiet)  # type: ignore[arg-type]
+        return
+    _show_outcome(outcome, plan, told, json=json, quiet=quiet)  # type: ignore[arg-type]
+
+
+def _show_outcome(outcome: Outcome, plan: Plan, told: summary.Summary, *, json: bool, quiet: bool) -> None:
     if json:
         _print_json(told)
     for found in outcome.nonfinite.values():
@@ -589,11 +687,14 @@ def _why_copied(plan: Plan) -> str:
         if not tensor.spec.paired
         else "is not a float"
         if tensor.info.dtype in EXACT_DTYPES
+        else "is the same in all inputs"
+        if tensor.coefficient not in (0, 1) and tensor.spec.is_the_base_s
         else "has a coefficient of 0 or 1"
         for tensor in plan.tensors
         if not tensor.edited
     )
     number = {"is not merged": "are not merged", "is not a float": "are not floats"}
+    number |= {"is the same in all inputs": "are the same in all inputs"}
     number["has a coefficient of 0 or 1"] = "have a coefficient of 0 or 1"
     said = [f"{many:,} {reason if many == 1 else number[reason]}" for reason, many in reasons.most_common()]
     if len(reasons) == 1:

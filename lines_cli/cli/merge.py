@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lines_cli.api import arguments
-from lines_cli.api.calls import RunOptions, destination_of, read_recipe
+from lines_cli.api.calls import RunOptions, destination_of, read_recipe, with_adapter_keys
 from lines_cli.cli import options as opt
 from lines_cli.cli.run import carry_out
 from lines_cli.methods import METHODS
@@ -14,6 +14,10 @@ def merge(
     config: opt.Config,
     output: opt.MaybeOutput = None,
     sets: opt.Set = None,
+    as_adapter: opt.AsAdapter = False,
+    rank: opt.Rank = None,
+    energy: opt.Energy = None,
+    num_layers: opt.NumLayers = None,
     force: opt.Force = False,
     resume: opt.Resume = False,
     verify: opt.Verify = False,
@@ -35,6 +39,7 @@ def merge(
     \b
       lines merge --config merge.yaml -o OUT
       lines merge --config merge.yaml -o OUT --set lines.beta=0.4
+      lines merge --config merge.yaml -o OUT --as-adapter    # adapters into one
 
     \b
     The recipe says how, in mergekit's keys where mergekit has them:
@@ -52,7 +57,7 @@ def merge(
 
     An output's lines_recipe.yaml is such a recipe, too: it makes the same files again.
     """
-    recipe = read_recipe(config, sets or ())
+    recipe = read_recipe(config, with_adapter_keys(sets or (), as_adapter, rank, energy, num_layers))
     destination = destination_of(recipe, output, called=config, dry_run=dry_run)
     resources = arguments.resources(workers, device, gpu_memory)
     how = RunOptions(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)

@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 
 import typer
 
-INSPECTING, RECIPE, SCALING = "Inspecting", "Recipe", "Scaling"
+INSPECTING, RECIPE, ADAPTER, SCALING = "Inspecting", "Recipe", "Adapter", "Scaling"
 DISAGREE, OUTPUT, HUB, RECOVERY, MACHINE = "When the inputs disagree", "Output", "The Hub", "Recovery", "Machine"
-PANELS = (INSPECTING, RECIPE, SCALING, DISAGREE, OUTPUT, HUB, RECOVERY, MACHINE)
+PANELS = (INSPECTING, RECIPE, ADAPTER, SCALING, DISAGREE, OUTPUT, HUB, RECOVERY, MACHINE)
 """What options are shown under, in this order."""
 
 VARIABLES = {
@@ -32,18 +32,105 @@ def _starting(*words: str) -> Callable[[str], list[str]]:
 
 
 Base = Annotated[
-    str,
+    str | None,
     typer.Argument(
         metavar="BASE",
+        show_default=False,
         help="The pre-trained checkpoint: a file (.safetensors, .pt, .bin, ...), a folder, or a Hub id (org/name, "
         "org/name@revision).",
     ),
 ]
 FineTune = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="FT",
+        show_default=False,
+        help="The fine-tuned checkpoint, in any of the same forms; it may be sharded differently.",
+    ),
+]
+WholeFineTune = Annotated[
     str,
     typer.Argument(
         metavar="FT",
-        help="The fine-tuned checkpoint, in any of the same forms; it may be sharded differently.",
+        help="The fine-tuned checkpoint: a .safetensors file, a folder, or a Hub id (org/name, org/name@revision).",
+    ),
+]
+OfBase = Annotated[
+    str,
+    typer.Option(
+        "--base",
+        metavar="BASE",
+        help="What it was fine-tuned from, in any of the same forms.",
+        rich_help_panel=ADAPTER,
+    ),
+]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter",
+        metavar="ADAPTER",
+        show_default=False,
+        help="In place of BASE and FT: a PEFT adapter, which is scaled as it is. OUT is an adapter, too.",
+        rich_help_panel=ADAPTER,
+    ),
+]
+BaseOfAdapter = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="BASE",
+        show_default="the folder that the adapter's config names, if it is here",
+        help="Of --adapter: what it was trained on. Only headers are read, of a Hub id only the config, unless the "
+        "adapter holds tensors whole.",
+        rich_help_panel=ADAPTER,
+    ),
+]
+NumLayers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--num-layers",
+        metavar="L",
+        show_default=False,
+        help="How many layers the base has, where it is not named; NAME=L for each stack of several. Repeatable.",
+        rich_help_panel=ADAPTER,
+    ),
+]
+AsAdapter = Annotated[
+    bool,
+    typer.Option(
+        "--as-adapter",
+        help="Merge adapters into an adapter: a weighted sum exactly, their ranks side by side. No base is read.",
+        rich_help_panel=ADAPTER,
+    ),
+]
+Rank = Annotated[
+    int | None,
+    typer.Option(
+        "--rank",
+        metavar="R",
+        min=1,
+        show_default=False,
+        help="The rank of every module at most: the nearest of that rank is taken.",
+        rich_help_panel=ADAPTER,
+    ),
+]
+Energy = Annotated[
+    float | None,
+    typer.Option(
+        "--energy",
+        metavar="SHARE",
+        show_default=False,
+        help="In place of --rank: each module gets the smallest rank that keeps this share of its squared update, as "
+        "0.95.",
+        rich_help_panel=ADAPTER,
+    ),
+]
+SaveRest = Annotated[
+    bool,
+    typer.Option(
+        "--save-rest",
+        help="Also store, whole, what changed and is no matrix: embeddings, norms, biases (PEFT's modules_to_save).",
+        rich_help_panel=ADAPTER,
     ),
 ]
 Checkpoints = Annotated[
@@ -165,6 +252,15 @@ Alpha = Annotated[
     typer.Option(
         "--alpha",
         show_default="0.1",
+        help="Coefficient of the first block, and of everything outside the blocks.",
+        rich_help_panel=SCALING,
+    ),
+]
+AlphaIfAsked = Annotated[
+    float | None,
+    typer.Option(
+        "--alpha",
+        show_default="0.1 where another of these is given; else nothing is scaled",
         help="Coefficient of the first block, and of everything outside the blocks.",
         rich_help_panel=SCALING,
     ),
@@ -339,6 +435,17 @@ Output = Annotated[
         rich_help_panel=OUTPUT,
     ),
 ]
+OutputAdapter = Annotated[
+    str | None,
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="ADAPTER",
+        show_default=False,
+        help="A folder, as PEFT loads it. --dry-run needs none.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Cleaned = Annotated[str, typer.Argument(metavar="OUT", help="The destination that the run was to write.")]
 Verified = Annotated[
     str,
@@ -393,6 +500,15 @@ MaybeOutput = Annotated[
         show_default="the recipe's output",
         help="A folder that loads as it is, with config and tokenizer; or one file, if it ends in .safetensors. "
         "--dry-run needs none.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+DtypeOfFactors = Annotated[
+    Literal["float64", "float32", "float16", "bfloat16"] | None,
+    typer.Option(
+        "--dtype",
+        show_default="float32; what is stored whole as the fine-tune has it",
+        help="Write every float tensor as this.",
         rich_help_panel=OUTPUT,
     ),
 ]

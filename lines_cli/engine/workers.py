@@ -31,7 +31,7 @@ from lines_cli.engine.chunks import Chunk, PlanChunk, Tensor
 from lines_cli.engine.devices import SLOTS, has_own_memory
 from lines_cli.engine.formulas import Makers
 from lines_cli.engine.gather import Gather
-from lines_cli.engine.input_files import Opened, read_input
+from lines_cli.engine.input_files import Opened, Sources, new_shared, read_input
 from lines_cli.engine.parts import Turned, read_parts
 from lines_cli.engine.shared_entries import are_shared
 from lines_cli.engine.whole_tensors import Kept, Whole
@@ -39,7 +39,7 @@ from lines_cli.errors import ChangedInputError, CheckpointError, DataError, prin
 from lines_cli.methods import Values
 from lines_cli.plan.plan import Plan, TensorPlan
 from lines_cli.plan.resources import SUM_BLOCK, BytesPerEntry
-from lines_cli.plan.tensors import SourceRange
+from lines_cli.plan.tensors import Segment, SourceRange
 from lines_cli.storage.digest import WRITE_SIZE
 from lines_cli.storage.files import in_whole_pages
 
@@ -80,7 +80,8 @@ class Reader:
         self._held = torch.empty(0)
         self._views: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None  # of what is held: the last asked for
         self._out: list[Buffer] = []
-        self._makers = Makers(self._factor, device)
+        shared = sources.shared if isinstance(sources, Sources) else new_shared()
+        self._makers = Makers(self._factor, device, shared)
         self._gather = Gather(self._fill, self._makers, device)
         if not self._allocate():
             self.halve()
@@ -176,18 +177,17 @@ class Reader:
         """Put into [numel] what the last `steps` of a range add to a chunk's entries."""
         self._makers.update(into, steps, source.first + chunk.first)
 
-    def _factor(self, stored: StoredTensor) -> torch.Tensor:
-        """All of a tensor that a step needs, in its shape.
+    def _factor(self, stored: StoredTensor, first: int, numel: int) -> torch.Tensor:
+        """Entries of a tensor that a step needs, from `first` on: [numel], as they are stored.
 
         Raises:
             CheckpointError: the file cannot be read, or is shorter than it was.
         """
-        file, info, _ = stored
-        dtype = _OF_FACTORS[info.dtype]
-        raw = bytearray(info.nbytes)
-        self._fill(file, memoryview(raw), info.offset)
+        dtype, width = _OF_FACTORS[stored.info.dtype], itemsize(stored.info.dtype)
+        raw = bytearray(numel * width)
+        self._fill(stored.file, memoryview(raw), stored.info.offset + first * width)
         values = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
-        return values.view(info.shape).to(self.device)
+        return values.to(self.device)
 
     def _fill(self, file: int, view: memoryview, offset: int) -> None:
         """Read bytes of an input into all of `view`."""
@@ -305,6 +305,8 @@ class Worker(Reader):
         found = ~first.isfinite()
         for source in sources[1:]:
             found &= are_shared(first, self._numbers(chunk, source))
+        if not self.plan.recipe.allow_nonfinite and (own := self.as_is(chunk)) is not None:
+            found &= ~own  # one input has them, whatever stands for the others
         return found
 
     def _numbers(self, chunk: PlanChunk, source: SourceRange) -> torch.Tensor:
@@ -325,7 +327,7 @@ class Worker(Reader):
 
     def as_is(self, chunk: PlanChunk) -> torch.Tensor | None:
         """Which entries of a chunk one input alone has, so that they are its own: [numel], boolean; None of none."""
-        rows = chunk.segment.as_is
+        rows = _segment_behind(chunk).as_is
         spans = list(rows.within(chunk.first, chunk.first + chunk.numel)) if rows is not None else []
         if not spans:
             return None
@@ -396,11 +398,10 @@ class Worker(Reader):
             if source.steps:
                 values = self.made(chunk, source, torch.empty(chunk.numel, dtype=torch.float64, device=self.device))
                 if bad := first_nonfinite(values if stays is None else values.masked_fill(stays, 0.0)):
-                    file = source.place_of(chunk.first + bad[0])[0] if source.parts else source.steps[-1].file
-                    at, name = chunk.segment.start + chunk.first + bad[0], printable(chunk.tensor.name)
-                    return (
-                        f"{self.plan.paths[file]}: what it makes of tensor {name} holds {bad[1]}, first at entry {at:,}"
-                    )
+                    step, at = source.steps[-1], chunk.segment.start + chunk.first + bad[0]
+                    file = source.place_of(chunk.first + bad[0])[0] if source.parts else step.file
+                    made = f"what {printable(step.name)} makes of tensor {printable(chunk.tensor.name)}"
+                    return f"{self.plan.paths[file]}: {made} holds {bad[1]}, first at entry {at:,}"
         return None
 
     def refuse_nonfinite(self, chunk: PlanChunk) -> None:
@@ -449,10 +450,15 @@ def file_behind(source: SourceRange, entry: int) -> int:
 
 def _sources_behind(chunk: PlanChunk) -> tuple[SourceRange, ...]:
     """Where all inputs have a chunk's entries, of a copy also those that it is no copy of."""
+    return _segment_behind(chunk).sources
+
+
+def _segment_behind(chunk: PlanChunk) -> Segment:
+    """A chunk's segment; of a copy, what it was before it was known to be one."""
     if chunk.segment.copy is None:
-        return chunk.segment.sources
+        return chunk.segment
     same = [segment for segment in chunk.tensor.spec.segments if segment.start == chunk.segment.start]
-    return same[0].sources if same else chunk.segment.sources
+    return same[0] if same else chunk.segment
 
 
 def _pattern_of(name: str, plan: Plan) -> str:

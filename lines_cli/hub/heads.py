@@ -99,7 +99,7 @@ def _answer(url: str, start: int, end: int) -> Iterator[tuple[int | None, Iterat
 
     headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
     session: Any = get_session()
-    if hasattr(session, "stream"):
+    if callable(getattr(session, "stream", None)):
         asking = session.stream("GET", url, headers=headers, timeout=_TIMEOUT)
     else:  # the client had another HTTP library before 1.0
         asking = session.get(url, headers=headers, timeout=_TIMEOUT, stream=True)

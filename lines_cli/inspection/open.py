@@ -33,10 +33,12 @@ from lines_cli.plan.tensors import (
     Segment,
     TensorSpec,
     TensorValues,
+    in_common,
     refuse_idle_filters,
     specify_tensors,
 )
 from lines_cli.plan.tied_weights import says_tied, tied_embeddings
+from lines_cli.plan.vocabulary import find_vocabulary, in_words
 from lines_cli.recipe.schema import Like, Recipe, Scaling
 from lines_cli.recipe.validate import edit_recipe, make_recipe
 from lines_cli.recipe.yaml_file import load_record
@@ -216,7 +218,8 @@ class Inspection:
             counts_for: list[tuple[int, str] | None] = []
             for side, name in enumerate(tensor.names):
                 assert name is not None
-                whole = tensor.segment.numel == self.checkpoints[side].tensors[name].info.numel
+                numel = self.checkpoints[side].tensors[name].info.numel
+                whole = tensor.segment.numel == numel and tensor.segment.sources[side].gathered is None
                 fresh = whole and (side, name) not in counted  # two heads may be read from one embedding
                 counts_for.append((side, name) if fresh else None)
                 if fresh:
@@ -399,7 +402,12 @@ def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, qui
     staying = rows.keys() | kept(inputs, incomplete, _missing(recipe, of))
     depth = _depth(parameters, config, by_hand, notes, kept=staying)
     rules = _rules(recipe, depth)
-    specs = specify_tensors(pairing, inputs, depth, rules, rows)
+    vocabulary, difference = find_vocabulary(pairing, inputs, rows, depth.places, notes)
+    specs = specify_tensors(pairing, inputs, depth, rules, rows, vocabulary or difference)
+    if vocabulary is not None:
+        rows_paired = max((spec.table.merged for spec in specs if spec.table), default=0)
+        why = f": {in_words(vocabulary.difference, inputs)}" if vocabulary.difference else ""
+        notes.append(f"the {rows_paired:,} rows of tokens that all have are compared, token by token{why}")
     not_compared |= {spec.name: f"{spec.misfit} (base first)" for spec in specs if spec.misfit}
     fitting = [spec for spec in specs if not spec.misfit]
     compared = _compared(inputs, fitting, rows, notes)
@@ -572,7 +580,11 @@ def _pairing(base: str, names: Sequence[str], recipe: Recipe, like: Like) -> Rec
     the base.
     """
     sources = [{"model": name} for name in names]
-    settled = {"like": like, "resize": "ft", "missing": "skip"}
+    settled: dict[str, Any] = {"like": like, "missing": "skip"}
+    if recipe.vocabulary_source is None:
+        settled["resize"] = "ft"
+    else:
+        settled["tokenizer_source"] = recipe.vocabulary_source
     return make_recipe({"base_model": base, "models": sources, "lines": recipe.lines, **settled}, where="inspect")
 
 
@@ -590,12 +602,12 @@ def _compared(
 ) -> list[Compared]:
     """Where the float entries lie that all have."""
     for spec in specs:
-        if spec.rows:
+        if spec.rows and spec.table is None:
             others = " and ".join(f"{number:,}" for number in sorted(spec.rows[0]))
             what = f"{spec.rows[1]:,} rows in {inputs.called(1)}, {others} in others"
             notes.append(f"{printable(spec.name)}: {what}; only those that all have are compared")
     return [
-        Compared(spec.name, rows[spec.name], spec.segments[0])
+        Compared(spec.name, rows[spec.name], in_common(spec))
         for spec in specs
         if not any(source.dtype in EXACT_DTYPES for source in spec.segments[0].sources)
     ]

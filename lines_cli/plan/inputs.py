@@ -9,11 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lines_cli.checkpoint.adapter import is_adapter_at, on_base, open_adapter
+from lines_cli.checkpoint.adapter import adapter_at, open_adapter
 from lines_cli.checkpoint.header import COMPLEX, Known
 from lines_cli.checkpoint.reader import Checkpoint, FileState, open_checkpoint
 from lines_cli.errors import CheckpointError, UnsupportedError, some
 from lines_cli.hub.download import Only, base_and_adapter, is_missing, locate
+from lines_cli.plan.adapted import on_base
 from lines_cli.plan.tied_weights import is_vocabulary
 from lines_cli.recipe.schema import Recipe
 
@@ -87,11 +88,12 @@ class Opening:
             base, found = self(halves[0]), locate(halves[1], quiet=self._quiet)
             return on_base(open_adapter(found.path, name=found.name, hub_id=found.hub_id), base, name=name)
         found = locate(name, quiet=self._quiet, also=self._also, variant=self._variant, only=only)
-        if is_adapter_at(found.path):
+        if not (self._to_look_at and self._base is None) and adapter_at(found.path, self._known) is not None:
             if self._base is None or name == self._base:
                 raise UnsupportedError(
                     f"{name} is an adapter, not a whole checkpoint: it changes a base, and none is named",
-                    hint="Write BASE+ADAPTER, with the base that it was trained on.",
+                    hint="Write BASE+ADAPTER, with the base that it was trained on. Adapters alone are merged into an "
+                    "adapter: --as-adapter (in the recipe as_adapter: true).",
                 )
             adapter = open_adapter(found.path, name=found.name, hub_id=found.hub_id)
             return on_base(adapter, self(self._base))

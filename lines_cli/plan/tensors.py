@@ -172,6 +172,11 @@ class TensorSpec(NamedTuple):
     table: TableRows | None = None  # where rows are paired by token: which they are
     of_other_tokens: bool = False  # of a misfit: whether it is that
 
+    @property
+    def is_the_base_s(self) -> bool:
+        """Whether all models have the base's very entries, as with tensors that no adapter changes."""
+        return all(source == segment.base for segment in self.segments for source in segment.models)
+
 
 @gc_paused()
 def specify_tensors(
@@ -598,6 +603,23 @@ def _gathered(
         in_order = len(runs.starts) == 1 and runs.parts[0] == side and runs.rows[0] == 0
         found.append(mine[0] if in_order and mine is not None else of(runs, parts, side))
     return tuple(found)
+
+
+def in_common(spec: TensorSpec) -> Segment:
+    """What is read to compare a tensor on all sides: its first segment; of rows that are paired by token those that all
+    have, one behind the other.
+    """
+    segment, table = spec.segments[0], spec.table
+    if table is None:
+        return segment
+    width = math.prod(spec.shape[row_axis(spec.shape) + 1 :])
+    read = []
+    for side, (source, runs) in enumerate(zip(segment.sources, table.in_common(), strict=True)):
+        own = source if source.gathered is None else source.gathered.parts[side][0]
+        dtype = "F32" if own.steps and own.dtype != "F64" else own.dtype
+        read.append(SourceRange(own.file, own.offset, dtype, gathered=Gathered(width, runs, ((own,), ()))))
+    numel = table.merged * width
+    return Segment(0, numel, base=read[0], models=tuple(read[1:]))
 
 
 def _first_of(runs: Runs, part: int) -> int:

@@ -76,6 +76,15 @@ class TableRows(NamedTuple):
     as_is: Spans | None
     merged: int
 
+    def in_common(self) -> tuple[Runs, ...]:
+        """For each side where the rows are that all sides have, one behind the other."""
+        there = []
+        for side, runs in enumerate(self.runs):
+            of = [(part, row + at) for part, begin, end, row in runs.within(0, self.numel) for at in range(end - begin)]
+            there.append([row if part == side else -1 for part, row in of])
+        common = [row for row in range(self.numel) if all(rows[row] >= 0 for rows in there)]
+        return tuple(Runs.of(((0, rows[row]) for row in common), 1) for rows in there)
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -556,13 +565,14 @@ def notes_of(vocabulary: Vocabulary, inputs: Inputs, tables: Sequence[TableRows]
 
 
 def report(vocabulary: Vocabulary | None, inputs: Inputs) -> dict[str, Any] | None:
-    """The same, as JSON has it."""
+    """The same, as JSON has it; None where rows are paired by their numbers."""
     if vocabulary is None:
         return None
     return {
         "of": inputs.checkpoints[vocabulary.of].name,
         "union": vocabulary.union,
         "tokens": len(vocabulary.ids),
+        "rows": max((table.numel for table in vocabulary.known.values()), default=0),
         "new": vocabulary.new,
         "moved": vocabulary.difference.number if vocabulary.difference else 0,
     }
