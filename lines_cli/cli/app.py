@@ -54,6 +54,7 @@ PAGES = {
     "a LoRA adapter": ("fold it into its base first", "docs/adapters.md"),
     "adapters to scale or to merge": ("lines edit --adapter ADAPTER -o OUT", "docs/adapters-out.md"),
     "a full fine-tune, for an adapter": ("lines extract FT --base BASE ...", "docs/adapters-out.md"),
+    "weights in FP8, GGUF and the like": ("lines edit BASE FT -o OUT", "docs/quantised.md"),
     "a .pt, .bin or .ckpt file": ("lines edit base.pt ft.ckpt -o out", "docs/pickles.md"),
     "a diffusers folder": ("lines edit BASE/unet FT/unet ...", "docs/diffusion.md"),
     "a question about a checkpoint": ("lines inspect CHECKPOINT", "docs/inspecting.md"),

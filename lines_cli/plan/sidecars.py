@@ -204,7 +204,7 @@ def _indices(plan: Plan) -> Iterator[Sidecar]:
             names[numbers[0]].partition("-00001-of-")[0],
             {tensor.name.removeprefix(prefix): names[tensor.file] for tensor in tensors},
             nbytes=sum(tensor.info.nbytes for tensor in tensors),
-            parameters=sum(tensor.info.numel for tensor in tensors),
+            parameters=sum(tensor.info.numel for tensor in tensors if not tensor.spec.of_format),
         )
         yield replace(index, name=f"{within}/{index.name}" if within else index.name)
 
