@@ -130,7 +130,7 @@ FACTOR = torch.ones(12, 4)
     ("config", "tensors", "code", "said"),
     [
         ({}, {"lora_B_weight": None}, 3, ["has lora_A, and no lora_B"]),
-        ({}, {"lora_B_weight": torch.ones(12, 3)}, 3, ["says rank 4"]),
+        ({}, {"lora_B_weight": torch.ones(12, 3)}, 3, ["[4, 8] and [12, 3], which have no product"]),
         ({"r": 8}, {}, 3, ["says rank 8"]),
         ({"peft_type": "IA3"}, {}, 3, ["IA3"]),
         ({}, {"lora_C_weight": FACTOR}, 3, ["lora_C"]),
