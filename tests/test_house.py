@@ -316,6 +316,7 @@ OTHER_MEANINGS = {
     "plan.extraction": {"weight"},
     "recipe.validate": {"rank"},
     "checkpoint.quantised": {"scale", "weight"},
+    "plan.fp8": {"scale"},
     "checkpoint.adapter": {"weight", "t"},  # a factor of LoHa
     "engine.formulas": {"t"},
     "checkpoint.adapter_names": {"weight"},

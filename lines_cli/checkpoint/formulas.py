@@ -17,6 +17,8 @@ BLOCK = 128 * 1024
 """Entries of an update that are computed at a time; more leave the cache."""
 SLAB = 512 * 1024
 """Entries of a long factor that are held at a time."""
+PARTS_HELD = 4
+"""How many tensors a thread keeps the steps' needs of, where one is put together of them."""
 _WIDE = 8  # bytes of an entry as updates are computed
 
 
@@ -317,6 +319,11 @@ class InParts(Formula):
     def file(self) -> int:
         """That of the first."""
         return self.parts[0].steps[0].file
+
+    @property
+    def held(self) -> int:
+        """What those parts need that a thread keeps."""
+        return PARTS_HELD * max(sum(step.held for step in part.steps) for part in self.parts)
 
 
 class Made(NamedTuple):

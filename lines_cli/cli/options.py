@@ -327,6 +327,17 @@ Filter = Annotated[
         rich_help_panel=SCALING,
     ),
 ]
+Component = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--component",
+        metavar="NAME[=RULE]",
+        show_default="all but codecs and filters",
+        help="Of a pipeline, edit this component and no other that is not named, too; its own alpha,beta may follow. "
+        "NAME=keep or NAME=base takes it as the fine-tune or the base has it. Repeatable.",
+        rich_help_panel=SCALING,
+    ),
+]
 Layers = Annotated[
     str | None,
     typer.Option(
@@ -398,8 +409,9 @@ Resize = Annotated[
     typer.Option(
         "--resize",
         show_default="an error",
-        help="Token embeddings and heads with different numbers of rows: keep the rows of ft or of base. "
-        "Shared rows are edited, rows that only the kept side has are copied, all others dropped.",
+        help="Token embeddings and heads with different numbers of rows, or of other tokens: keep the rows of ft or of "
+        "base. Shared rows are edited, rows that only the kept side has are copied, all others dropped. Where the "
+        "tokenizers number tokens differently, rows are paired by token.",
         rich_help_panel=DISAGREE,
     ),
 ]

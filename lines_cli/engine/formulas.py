@@ -19,6 +19,7 @@ import torch
 
 from lines_cli.checkpoint.formulas import (
     BLOCK,
+    PARTS_HELD,
     SLAB,
     Dequantised,
     Difference,
@@ -424,12 +425,9 @@ class _InParts:
         if makers is None:
             makers = [_maker_of(step, self._all) for step in self._parts[number].steps]
         self._makers[number] = makers
-        while len(self._makers) > _PARTS_HELD:
+        while len(self._makers) > PARTS_HELD:
             del self._makers[next(iter(self._makers))]
         return makers
-
-
-_PARTS_HELD = 4
 
 
 class Part(NamedTuple):

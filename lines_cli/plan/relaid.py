@@ -508,13 +508,16 @@ def _obstacle(
 
 
 def _steps(parts: Sequence[Part], other: Checkpoint, there: str, shape: tuple[int, ...]) -> Iterator[InParts]:
-    """What makes the entries of those that are stored: first what gives the weights, then what is added to them."""
-    for adding in (False, True):
-        own = [
-            OfPart(part.start, part.numel, part.entry, steps)
-            for part in parts
-            if part.tensor in other.formulas
-            and (steps := tuple(step for step in other.formulas[part.tensor].steps if step.adds == adding))
-        ]
-        if own:
-            yield InParts(there, (), shape, tuple(own))
+    """What makes the entries of those that are stored: first what gives the weights, then what is only added to them,
+    so that that is the task vector upon the same weights.
+    """
+    made, added = list[OfPart](), list[OfPart]()
+    for part in parts:
+        steps = other.formulas[part.tensor].steps if part.tensor in other.formulas else ()
+        last = max((number for number, step in enumerate(steps, 1) if not step.adds), default=0)
+        for into, own in ((made, steps[:last]), (added, steps[last:])):
+            if own:
+                into.append(OfPart(part.start, part.numel, part.entry, own))
+    for of in (made, added):
+        if of:
+            yield InParts(there, (), shape, tuple(of))

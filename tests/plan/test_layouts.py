@@ -455,26 +455,29 @@ def test_fused_experts_in_fp8_that_are_cut(tmp_path: Path) -> None:
     same(QWEN.together(got), wanted)
 
 
-def write_adapter(path: Path, seed: int) -> None:
-    """LoRA of rank 2 on the gates of some experts and on the attention."""
+def write_adapter(path: Path, seed: int, *, dora: bool) -> None:
+    """LoRA of rank 2 on the gates of some experts and on the attention; or DoRA, which rescales rows."""
     modules = {f"model.layers.{i}.mlp.experts.{e}.gate_proj": (INNER, HIDDEN) for i in range(LAYERS) for e in (0, 3)}
     modules |= {f"model.layers.{i}.self_attn.q_proj": (HIDDEN, HIDDEN) for i in range(LAYERS)}
     shapes: dict[str, tuple[int, ...]] = {}
     for module, (rows, columns) in modules.items():
         shapes[f"base_model.model.{module}.lora_A.weight"] = (2, columns)
         shapes[f"base_model.model.{module}.lora_B.weight"] = (rows, 2)
+        if dora:
+            shapes[f"base_model.model.{module}.lora_magnitude_vector"] = (rows,)
     path.mkdir()
     save_file(drawn(shapes, seed), path / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": ["gate_proj", "q_proj"]}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": ["gate_proj", "q_proj"], "use_dora": dora}
     (path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("quantised", [False, True])
-def test_an_adapter_on_a_base_in_another_layout(quantised: bool, tmp_path: Path) -> None:
+def test_an_adapter_on_a_base_in_another_layout(quantised: bool, dora: bool, tmp_path: Path) -> None:
     """An expert's update is not lost where experts are put together: the bytes are those of a merge in one layout."""
     stored = in_fp8(QWEN.apart(0)) if quantised else QWEN.apart(0)
     write_checkpoint(tmp_path / "other", stored, config=QWEN.config | (IN_FP8 if quantised else {}))
-    write_adapter(tmp_path / "adapter", 5)
+    write_adapter(tmp_path / "adapter", 5, dora=dora)
     for name, draw in (("apart", QWEN.apart), ("together", fused_qwen)):
         write_checkpoint(tmp_path / name, draw(2), config=QWEN.config)
         models = (f"{tmp_path / 'other'}+{tmp_path / 'adapter'}", "third")
