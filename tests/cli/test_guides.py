@@ -138,15 +138,19 @@ def test_diffusion(here: Path) -> None:
         write_pipeline(here / side, seed)
         write_everything(here / f"{side}.safetensors", seed)
         write_modules(here / f"st-{side}", seed)
+    module = "unet.mid_block.resnets.0.conv1.lora"
+    factors = {f"{module}_A.weight": torch.ones(2, 3), f"{module}_B.weight": torch.ones(4, 2)}
+    write_checkpoint(here / "lora/pytorch_lora_weights.safetensors", factors)
     run_page("diffusion.md")
     base, ft, out, unet = (loaded(here / side) for side in ("base", "ft", "out", "unet"))
     middle, last = "mid_block.resnets.0.conv1.weight", "up_blocks.2.resnets.0.conv1.weight"
     assert torch.equal(unet["."][last], ft["unet"][last])
     assert not torch.equal(unet["."][middle], ft["unet"][middle])
-    for component in ("vae", "text_encoder"):  # the last that wrote it had a U-Net as its base
-        assert all(torch.equal(tensor, ft[component][name]) for name, tensor in out[component].items())
-    assert not torch.equal(out["unet"][middle], ft["unet"][middle])
-    assert (here / "out/model_index.json").read_bytes() == (here / "ft/model_index.json").read_bytes()
+    for component in ("vae", "text_encoder"):  # the last that wrote it put the LoRA onto the U-Net
+        assert all(torch.equal(tensor, base[component][name]) for name, tensor in out[component].items())
+    changed = {name for name, tensor in out["unet"].items() if not torch.equal(tensor, base["unet"][name])}
+    assert changed == {middle}
+    assert (here / "out/model_index.json").read_bytes() == (here / "base/model_index.json").read_bytes()
     single, theirs = load_file(here / "out.safetensors"), load_file(here / "ft.safetensors")
     changed = {name.partition(".")[0] for name in single if not torch.equal(single[name], theirs[name])}
     assert changed == {"model"}
