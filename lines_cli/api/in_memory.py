@@ -20,13 +20,14 @@ import torch
 from lines_cli.api import arguments
 from lines_cli.api.calls import Dtype, Missing, Outside, Resize, Rounding, config_values, state_dict_of
 from lines_cli.checkpoint.header import StoredTensor, TensorInfo, itemsize
-from lines_cli.checkpoint.reader import Checkpoint, unsupported_in
+from lines_cli.checkpoint.reader import Checkpoint, as_model
 from lines_cli.engine.arithmetic import FLOAT8, TORCH_DTYPES
 from lines_cli.engine.buffers import keep_freed_memory
 from lines_cli.engine.chunks import PlanChunk, items_of
 from lines_cli.engine.devices import Devices
 from lines_cli.engine.measure import Track, measure, untracked
 from lines_cli.engine.pool import Pool
+from lines_cli.engine.scales import measure_scales
 from lines_cli.engine.workers import Worker
 from lines_cli.engine.write import Write
 from lines_cli.errors import RecipeError, UnsupportedError, printable
@@ -61,6 +62,9 @@ _EXACT = {
 }
 _DTYPES: dict[str, torch.dtype] = {**TORCH_DTYPES, **_EXACT, "C64": torch.complex64}
 _NAMES = {dtype: name for name, dtype in {**_DTYPES, **FLOAT8, "C64": torch.complex64}.items()}
+if hasattr(torch, "float8_e8m0fnu"):  # scales of codes; torch 2.7 and later
+    _NAMES[torch.float8_e8m0fnu] = "F8_E8M0"
+_OF_RESULTS = {name: dtype for dtype, name in _NAMES.items()}
 
 
 def edit_state_dict(
@@ -253,10 +257,7 @@ class _Tensors:
         """
         path = Path(self.name)
         stored = {name: StoredTensor(0, info) for name, info in self.infos.items()}
-        checkpoint = _InMemory(self.name, path, (path,), stored, (), "model", config)
-        if unsupported := unsupported_in(checkpoint):
-            raise unsupported
-        return checkpoint
+        return as_model(_InMemory(self.name, path, (path,), stored, (), "model", config))
 
     def at(self, offset: int) -> tuple[torch.Tensor, int]:
         """The tensor that a byte belongs to, and where in it the byte stands."""
@@ -340,6 +341,9 @@ def _computed(
     if plan.needs:
         with devices.bounded():
             plan = resolve(plan, measure(plan, sources, devices, track).statistics)
+    if plan.to_quantise:
+        with devices.bounded():
+            plan = measure_scales(plan, sources, devices, track)
     results = {tensor.name: _result(plan, tensor, sources) for tensor in plan.tensors}
     job = _Keep(plan, results)
     segments = [
@@ -350,9 +354,9 @@ def _computed(
     ]
     with devices.bounded():
         size = devices.chunk(plan.per_entry, whole=plan.whole_bytes(len(devices.members)))
-        shared = devices.whole_tensors()
+        shared, turned = devices.whole_tensors(), devices.turned(plan.turned_sides)
         pool = Pool(
-            lambda device: Worker(plan, sources, device, size, shared), items_of(segments), job.of_item, devices
+            lambda device: Worker(plan, sources, device, size, shared, turned), items_of(segments), job.of_item, devices
         )
         total = sum(segment.numel * itemsize(tensor.info.dtype) for tensor, segment in segments)
         with closing(pool.in_order()) as done:
@@ -374,11 +378,18 @@ def _result(plan: Plan, tensor: TensorPlan, sources: Sequence[_Tensors]) -> _Res
     def of(source: SourceRange) -> torch.Tensor:
         return sources[source.file].at(source.offset)[0]
 
-    segment, dtype = tensor.segments[0], _DTYPES[tensor.info.dtype]
+    segment, dtype = tensor.segments[0], _OF_RESULTS[tensor.info.dtype]
+    shape = torch.Size(tensor.info.shape)
+    if not segment.sources:  # scales that were measured
+        weight = next(one for one in plan.tensors if one.name == tensor.spec.scales_of)
+        return _Result(
+            torch.empty(shape, dtype=dtype, device=_result(plan, weight, sources).tensor.device), shared=False
+        )
     merged = (*((segment.base,) if segment.base else ()), *segment.models)
     like = of(segment.copy or merged[plan.inputs.lead])
-    shape = torch.Size(tensor.info.shape)
-    if len(tensor.segments) == 1 and segment.copy is not None and (like.dtype, like.shape) == (dtype, shape):
+    whole = segment.copy is not None and not segment.copy.parts and len(tensor.segments) == 1
+    whole = whole and (tensor.spec.quantised is None or tensor.as_stored is not None)
+    if whole and (like.dtype, like.shape) == (dtype, shape):
         return _Result(like, shared=True)
     return _Result(torch.empty(shape, dtype=dtype, device=like.device), shared=False)
 

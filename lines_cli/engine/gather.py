@@ -16,8 +16,8 @@ from lines_cli.engine.formulas import Makers
 from lines_cli.plan.rows import Gathered
 from lines_cli.plan.tensors import SourceRange
 
-Fill = Callable[[memoryview, int, int, str], None]
-"""Reads bytes: into all of a view, of which file, from which offset on, and part of what they are."""
+Fill = Callable[[int, memoryview, int], None]
+"""Reads bytes: of which file, into all of a view, from which offset on."""
 
 _STEP = 64 * 1024  # entries that are widened at a time
 _SUMMED = 2**20  # entries that are added to a mean of rows at a time
@@ -36,14 +36,13 @@ class Gather:
         self._fill, self._makers, self._device = fill, makers, device
         self._means: dict[int, tuple[Gathered, torch.Tensor]] = {}
 
-    def read(self, view: memoryview, source: SourceRange, first: int, what: str) -> None:
+    def read(self, view: memoryview, source: SourceRange, first: int) -> None:
         """Fill `view` with entries of gathered rows, from the entry `first` of the table on.
 
         Args:
             view: bytes, of whole entries in the source's dtype.
             source: whose rows are gathered.
             first: a number within the table.
-            what: they are part of, for messages.
         """
         gathered = source.gathered
         assert gathered is not None
@@ -60,13 +59,13 @@ class Gather:
             if not tables:
                 into[:] = bytes(len(into))
             elif len(tables) > 1:
-                self._mean(into, source.dtype, tables, one, what)
+                self._mean(into, source.dtype, tables, one)
             elif tables[0].dtype == source.dtype and not tables[0].steps and tables[0].gathered is None:
-                self._fill(into, tables[0].file, tables[0].offset + at * size, what)
+                self._fill(tables[0].file, into, tables[0].offset + at * size)
             else:
-                _entries(into, source.dtype).copy_(self._widened(tables[0], at, other - one, source.dtype, what))
+                _entries(into, source.dtype).copy_(self._widened(tables[0], at, other - one, source.dtype))
 
-    def _widened(self, table: SourceRange, first: int, numel: int, dtype: str, what: str) -> torch.Tensor:
+    def _widened(self, table: SourceRange, first: int, numel: int, dtype: str) -> torch.Tensor:
         """Entries of one table: [numel], in another dtype than they are stored in, on the CPU."""
         found = torch.empty(numel, dtype=TORCH_DTYPES[dtype])
         size = itemsize(table.dtype)
@@ -75,9 +74,9 @@ class Gather:
             part = found[done : done + _STEP]
             view = memoryview(raw)[: part.numel() * size]
             if table.gathered is not None:
-                self.read(view, table, first + done, what)
+                self.read(view, table, first + done)
             else:
-                self._fill(view, table.file, table.offset + (first + done) * size, what)
+                self._fill(table.file, view, table.offset + (first + done) * size)
             entries = _entries(view, table.dtype).to(found.dtype)
             if table.steps:
                 entries = entries.to(self._device)
@@ -85,14 +84,14 @@ class Gather:
             part.copy_(entries)
         return found
 
-    def _mean(self, into: memoryview, dtype: str, tables: tuple[SourceRange, ...], first: int, what: str) -> None:
+    def _mean(self, into: memoryview, dtype: str, tables: tuple[SourceRange, ...], first: int) -> None:
         """The mean of the same entries of several tables."""
         numel = len(into) // itemsize(dtype)
         for done in range(0, numel, _STEP):
             number = min(_STEP, numel - done)
-            total = self._widened(tables[0], first + done, number, dtype, what)
+            total = self._widened(tables[0], first + done, number, dtype)
             for table in tables[1:]:
-                total += self._widened(table, first + done, number, dtype, what)
+                total += self._widened(table, first + done, number, dtype)
             _entries(into, dtype)[done : done + number].copy_(total.div_(len(tables)))
 
     def _padding(self, into: memoryview, source: SourceRange, first: int) -> None:
@@ -108,7 +107,7 @@ class Gather:
             for row in range(0, gathered.mean_of, rows):
                 number = min(rows, gathered.mean_of - row)
                 part = raw[: number * width * itemsize(source.dtype)]
-                self.read(part, source, row * width, "a token embedding")
+                self.read(part, source, row * width)
                 total += _entries(part, source.dtype).view(number, width).sum(0, dtype=torch.float64)
             known = self._means[id(gathered)] = gathered, total / max(1, gathered.mean_of)
         entries = _entries(into, source.dtype)

@@ -25,8 +25,9 @@ from lines_cli.plan.align import aligned_names
 from lines_cli.plan.coefficients import coefficient_of, unlike_lines
 from lines_cli.plan.complex_numbers import compared
 from lines_cli.plan.depth import depth_of_kept, places_of_all
+from lines_cli.plan.fp8 import in_fp8
 from lines_cli.plan.identity import named_inputs, refuse_two_names
-from lines_cli.plan.inputs import Inputs
+from lines_cli.plan.inputs import Inputs, notes_of_files
 from lines_cli.plan.layout import lay_out_files, metadata_like
 from lines_cli.plan.match import Names, match_names, nothing_in_common, settle_missing
 from lines_cli.plan.plan import Plan
@@ -50,9 +51,9 @@ def make_plan(recipe: Recipe, inputs: Inputs, output: Path) -> Plan:
         DepthError: which tensor stands at which depth cannot be decided.
         RecipeError: a stack or a filter names nothing there, or a coefficient is beyond float32.
     """
-    notes: list[str] = [*recipe.notes, *(note for checkpoint in inputs.checkpoints for note in checkpoint.notes)]
+    notes: list[str] = [*recipe.notes, *notes_of_files(inputs.checkpoints)]
     notes += _factor_notes(inputs)
-    own = aligned_names(inputs, notes, prefix=recipe.prefix)
+    inputs, own = aligned_names(inputs, notes, prefix=recipe.prefix, strict=recipe.missing_in_blocks is None)
     matched = match_names(inputs, own, resize=recipe.resize != "error", notes=notes)
     parameters = inputs.parameters(own)
     try:
@@ -96,6 +97,8 @@ def make_plan(recipe: Recipe, inputs: Inputs, output: Path) -> Plan:
             f"token embeddings and heads keep the {kept} rows of {keeping} (others: {others}): the first {shared:,} "
             "are merged, the rest is as it is there; what only others have is dropped"
         )
+
+    specs = in_fp8(specs, recipe, inputs, rows, notes)
 
     files, placed = lay_out_files(
         {name: (spec.dtype, spec.shape) for name, spec in specs.items()},

@@ -8,28 +8,29 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lines_cli.checkpoint.header import TensorInfo, itemsize
-from lines_cli.checkpoint.reader import FileState
+from lines_cli.checkpoint.header import Part, TensorInfo, itemsize
+from lines_cli.checkpoint.reader import FileState, views_of
 from lines_cli.checkpoint.sidecars import Sidecar
 from lines_cli.methods import ByMagnitude, Drawn, Measured, Values
 from lines_cli.methods.sparsify import Bounds
 from lines_cli.plan.coefficients import known, layer_coefficients, outside_coefficients, scale_at
 from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.layout import OutputFile
-from lines_cli.plan.resources import BytesPerEntry, Resources
+from lines_cli.plan.resources import TURNED_AT_ONCE, TURNING, BytesPerEntry, Resources
 from lines_cli.plan.statistics import NOTHING_MEASURED, Needs, Statistics
-from lines_cli.plan.tensors import STORED, Segment, TensorSpec
+from lines_cli.plan.tensors import STORED, Segment, SourceRange, TensorSpec
 from lines_cli.plan.vocabulary import Vocabulary
 from lines_cli.plan.vocabulary import report as vocabulary_report
 from lines_cli.recipe.schema import Recipe
 from lines_cli.scaling.find_depth import DepthMap, Place
 from lines_cli.scaling.schedule import Rules
+from lines_cli.storage.views import Views
 
 
 class TensorPlan(NamedTuple):
@@ -75,6 +76,11 @@ class TensorPlan(NamedTuple):
         return (*shape[:axis], segment.numel // math.prod(shape[axis + 1 :]), *shape[axis + 1 :])
 
     @property
+    def as_stored(self) -> SourceRange | None:
+        """Where codes and scales are copied from, if an input stores the tensor as it is to be stored."""
+        return self.spec.as_stored(self.segments)
+
+    @property
     def edited(self) -> bool:
         """Whether any entry is computed; otherwise all are copied (or cast)."""
         return any(segment.models for segment in self.segments)
@@ -117,6 +123,11 @@ class Plan:
     vocabulary: Vocabulary | None = None
 
     @property
+    def views(self) -> list[Views]:
+        """The views in each of `paths`."""
+        return views_of(self.inputs.checkpoints)
+
+    @property
     def read_paths(self) -> tuple[Path, ...]:
         """Everything the output must not replace: the inputs as they were named, and all their files."""
         named = [part for checkpoint in self.inputs.checkpoints for part in checkpoint.parts or (checkpoint,)]
@@ -149,7 +160,20 @@ class Plan:
         found += ["L1 norms"] if needs.l1 else []
         found += ["angles"] if needs.products else []
         last = [word for word, needed in (("signs", needs.majority), ("norms", needs.norms)) if needed]
-        return (*found, " and ".join(last)) if last else tuple(found)
+        found += [" and ".join(last)] if last else []
+        return (*found, *((SCALES,) if self.to_quantise else ()))
+
+    @cached_property
+    def to_quantise(self) -> tuple[TensorPlan, ...]:
+        """The tensors whose scales are still to be measured, for they are stored in 8 bits."""
+        return tuple(
+            tensor
+            for tensor in self.tensors
+            if tensor.spec.quantised is not None
+            and tensor.info.numel
+            and tensor.as_stored is None
+            and tensor.name not in self.statistics.scales
+        )
 
     @property
     def trims_globally(self) -> bool:
@@ -201,8 +225,14 @@ class Plan:
 
     @property
     def bytes_measured(self) -> int:
-        """Bytes of tensor data that one measuring pass reads."""
+        """Bytes of tensor data that one measuring pass reads, but for that of the scales."""
         return _bytes_of(segment for tensor in self.tensors for segment in tensor.segments if segment.models)
+
+    def bytes_of_pass(self, what: str) -> int:
+        """Bytes of tensor data that one of the `passes` reads."""
+        if what == SCALES:
+            return _bytes_of(segment for tensor in self.to_quantise for segment in tensor.segments)
+        return self.bytes_measured
 
     @cached_property
     def per_entry(self) -> BytesPerEntry:
@@ -214,6 +244,7 @@ class Plan:
         temporaries += models if isinstance(method.sparsifier, Drawn) else 0
         temporaries += 1  # the scaled task vector: what it was is compared with what is written
         temporaries += 5 if self.recipe.rounding == "stochastic" else 0
+        temporaries += 2 if self.recipe.dtype == "fp8" else 0  # what is divided by the scales, and what that leaves
         temporaries += 2 * models + 1 if self.needs.thresholds else 0  # how far magnitudes are from a window
         return BytesPerEntry(stored, written, 8 if self.in_float64 else 4, models + 1, temporaries)
 
@@ -224,15 +255,26 @@ class Plan:
         models = self.number_of_models
         counts = models * BYTES_COUNTING if self.needs.thresholds else 0
         buffers = resources.threads * (resources.chunk_for(self.per_entry) * self.per_entry.nbytes() + counts)
-        return buffers + self.whole_bytes(resources.threads)
+        return buffers + self.whole_bytes(resources.threads) + self.turned_bytes(resources.threads)
+
+    @cached_property
+    def formula_bytes(self) -> int:
+        """Bytes that a thread holds at most of what makes a tensor of its input's factors."""
+        sources = (
+            {step for segment in tensor.segments for source in segment.sources for step in source.steps}
+            for tensor in self.tensors
+        )
+        return max((sum(step.held for step in steps) for steps in sources), default=0)
 
     def whole_bytes(self, workers: int) -> int:
-        """Bytes that whole tensors take at most, where the method sees tensors whole: each worker makes one, the
-        largest there are, from all models' and in what space the method needs; and as many results are kept.
+        """Bytes that is held at most of whole tensors: of the factors that make tensors of inputs; and where the method
+        sees tensors whole each worker makes one, the largest there are, from all models' and in what space the method
+        needs, and as many results are kept.
         """
         method = self.recipe.method
+        factors = workers * self.formula_bytes
         if method.sees == "entries":
-            return 0
+            return factors
         each = [
             segment.numel * (8 if tensor.in_float64 else 4) * (self.number_of_models + 2)
             + method.workspace(tensor.shape_of(segment))
@@ -240,7 +282,32 @@ class Plan:
             for segment in tensor.segments
             if segment.models
         ]
-        return sum(sorted(each, reverse=True)[:workers])
+        return factors + sum(sorted(each, reverse=True)[:workers])
+
+    @cached_property
+    def turned_sides(self) -> int:
+        """How many inputs of a tensor, at most, store its matrices the other way round."""
+        return max((len(sources) for sources in self._turned), default=0)
+
+    def turned_bytes(self, workers: int) -> int:
+        """Bytes that matrices take at most which are read the other way round than they are stored: some are kept, and
+        each worker may be turning one.
+        """
+        sizes = [itemsize(source.dtype) * part.numel for sources in self._turned for source, part in sources]
+        largest = min(max(sizes, default=0), TURNED_AT_ONCE)
+        return largest * (self.turned_sides * (workers + 1) + TURNING * workers)
+
+    @cached_property
+    def _turned(self) -> list[list[tuple[SourceRange, Part]]]:
+        """For each segment that is read so, such a source, and its largest part that is."""
+        if not any(self.inputs.relaid):
+            return []
+        found = []
+        for tensor in self.tensors:
+            for segment in tensor.segments:
+                parts = [(source, [part for part in source.parts if len(part.sizes) > 1]) for source in segment.sources]
+                found.append([(source, max(of_it, key=lambda part: part.numel)) for source, of_it in parts if of_it])
+        return [sources for sources in found if sources]
 
     @cached_property
     def in_float64(self) -> bool:
@@ -289,9 +356,14 @@ class Plan:
         return [(pattern, scale * value) for pattern, value in self.rules.filters]
 
     @property
+    def of_model(self) -> Iterator[TensorPlan]:
+        """The tensors of the model: without those that only say how weights are stored."""
+        return (tensor for tensor in self.tensors if not tensor.spec.of_format)
+
+    @property
     def parameters(self) -> int:
         """Entries of all output tensors."""
-        return sum(tensor.info.numel for tensor in self.tensors)
+        return sum(tensor.info.numel for tensor in self.of_model)
 
     def map(self) -> list[dict[str, Any]]:
         """Every output tensor's stack (None outside the blocks), layer and coefficient, as plain values."""
@@ -302,7 +374,7 @@ class Plan:
                 "index": tensor.place.index if tensor.place else None,
                 "coefficient": known(tensor.coefficient),
             }
-            for tensor in self.tensors
+            for tensor in self.of_model
         ]
 
     def models(self) -> list[dict[str, Any]]:
@@ -348,7 +420,7 @@ class Plan:
             return {"tensors": len(numels), "parameters": sum(numels)}
 
         by_stack: dict[str | None, list[TensorPlan]] = defaultdict(list)
-        for tensor in self.tensors:
+        for tensor in self.of_model:
             by_stack[tensor.place.stack if tensor.place else None].append(tensor)
         norms = self.statistics.norms
         return {
@@ -383,10 +455,10 @@ class Plan:
                 for pattern, value in self.filters()
             ],
             "vocabulary": vocabulary_report(self.vocabulary, self.inputs),
-            "edited": counts(tensor for tensor in self.tensors if tensor.edited),
-            "copied": counts(tensor for tensor in self.tensors if not tensor.edited),
+            "edited": counts(tensor for tensor in self.of_model if tensor.edited),
+            "copied": counts(tensor for tensor in self.of_model if not tensor.edited),
             "bytes": {"read": self.bytes_read, "written": self.bytes_written},
-            "passes": [{"measures": what, "bytes": self.bytes_measured} for what in self.passes],
+            "passes": [{"measures": what, "bytes": self.bytes_of_pass(what)} for what in self.passes],
             "notes": list(self.notes),
         }
 
@@ -399,6 +471,9 @@ def _bytes_of(segments: Iterable[Segment]) -> int:
         total += segment.numel * sum(itemsize(source[2]) for source in ranges)
     return total
 
+
+SCALES = "FP8 scales"
+"""What the pass measures that finds the scales of an output in FP8."""
 
 BYTES_COUNTING = 6 * 2**20
 """What a worker takes for each model whose magnitudes it counts."""

@@ -14,6 +14,8 @@ from lines_cli.checkpoint.tokenizer import with_tokens
 from lines_cli.errors import (
     RecipeError,
 )
+from lines_cli.plan.adapter_plan import AnyPlan
+from lines_cli.plan.fp8 import layout_of
 from lines_cli.plan.identity import inputs_by_name, inputs_read, named_inputs, run_digest
 from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.plan import Plan
@@ -49,11 +51,12 @@ def with_sidecars(plan: Plan) -> Plan:
             f"resize: {recipe.resize} keeps {plan.rows[min(other_rows)]:,}",
             hint="Take the tokenizer of the input whose rows are kept.",
         )
+    like = layout_of(recipe, inputs)
     order = [inputs.lead, *(number for number in range(len(inputs.checkpoints)) if number != inputs.lead)]
     carried, notes = carry_over(
         [inputs.checkpoints[number] for number in order],
         called=[inputs.called(number) for number in order],
-        dtype=recipe.dtype,
+        dtype=None if like is not None else recipe.dtype,
         stored=plan.dtype,
         rows=plan.rows,
         rows_of=inputs.checkpoints[0] if recipe.resize == "base" else inputs.models[0],
@@ -61,13 +64,14 @@ def with_sidecars(plan: Plan) -> Plan:
         tokenizer=tokenizer,
         extended=extended,
         chat_template=named(recipe.chat_template),
+        quantised_like=like,
     )
     notes += disagreements(
         [inputs.checkpoints[number] for number in order],
         [inputs.called(number) for number in order],
         of_an_edit=inputs.of_an_edit,
     )
-    licences = {_shown_licence(_front_of(checkpoint)): checkpoint.name for checkpoint in inputs.checkpoints}
+    licences = {_shown_licence(front_of(checkpoint)): checkpoint.name for checkpoint in inputs.checkpoints}
     if len(licences.keys() - {""}) > 1:
         each = " and ".join(f"{said or 'none'} ({name})" for said, name in licences.items())
         notes.append(f"the inputs' model cards name other licences: {each}; the card has that of {inputs.leading.name}")
@@ -80,7 +84,7 @@ def with_sidecars(plan: Plan) -> Plan:
 
 
 def contents_beside(
-    plan: Plan, run: Mapping[str, Any], written: Mapping[str, FileRecord], layers: Sequence[Mapping[str, Any]] = ()
+    plan: AnyPlan, run: Mapping[str, Any], written: Mapping[str, FileRecord], layers: Sequence[Mapping[str, Any]] = ()
 ) -> Iterator[tuple[str, bytes]]:
     """Name and content of every file beside the weights that is no copy, in the order to write them: the recipe now
     records what was read, and written into all the others. The model card is recorded by itself: people edit it, and an
@@ -126,7 +130,7 @@ def with_numbers(plan: Plan) -> tuple[Sidecar, Sidecar]:
             coefficients=plan.coefficients(),
             outside=plan.outside(),
             filters=plan.filters(),
-            front=_front_of(inputs.leading),
+            front=front_of(inputs.leading),
         )
     )
     return card, Sidecar(RECIPE, content=text.encode())
@@ -135,7 +139,7 @@ def with_numbers(plan: Plan) -> tuple[Sidecar, Sidecar]:
 _TAKEN_OVER = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
 
-def _front_of(checkpoint: Checkpoint) -> dict[str, Any]:
+def front_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """What the front matter of a checkpoint's model card says of licence, language and use."""
     path = beside(checkpoint.folder, MODEL_CARD) if checkpoint.folder else None
     values: Any = None

@@ -6,12 +6,14 @@ import json
 import math
 import re
 import shlex
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
+from operator import mul
 from typing import NamedTuple
 
-from lines_cli.checkpoint.formulas import Formula
-from lines_cli.checkpoint.header import EXACT_DTYPES, StoredTensor, TensorInfo, itemsize
+from lines_cli.checkpoint.formulas import Dequantised, Formula
+from lines_cli.checkpoint.header import EXACT_DTYPES, Part, StoredTensor, TensorInfo, itemsize
 from lines_cli.checkpoint.reader import gc_paused
 from lines_cli.errors import (
     MismatchError,
@@ -38,8 +40,11 @@ class SourceRange(NamedTuple):
     read them; and what is done with them, where the input does not store them as they are.
 
     Attributes:
+        file, offset: of the first entry.
+        dtype: how entries are stored.
         steps: what makes the entries of those that are stored (`checkpoint.formulas`).
         first: the number of the first one within its tensor, for the steps and for gathered rows.
+        parts: where they are, if they do not stand side by side.
         gathered: where the rows are read, if they do not follow one another in that file: then `offset` says nothing,
             `file` is the one that most are in, and `dtype` is what all are widened to.
     """
@@ -49,17 +54,41 @@ class SourceRange(NamedTuple):
     dtype: str
     steps: tuple[Formula, ...] = ()
     first: int = 0
+    parts: tuple[Part, ...] = ()
     gathered: Gathered | None = None
 
-    def behind(self, numel: int) -> SourceRange:
-        """What stands behind that many entries."""
-        return self._replace(offset=self.offset + numel * itemsize(self.dtype), first=self.first + numel)
+    def place_of(self, entry: int) -> tuple[int, str | None, int]:
+        """Where an entry is: the file, what that calls the tensor (None: as the output does), and which of its entries
+        it is there.
+        """
+        if not self.parts:
+            return self.file, None, entry
+        part = self.parts[bisect_right(self.parts, entry, key=lambda part: part.start) - 1]
+        inside = entry - part.start
+        steps = divmod(inside, part.sizes[1]) if len(part.sizes) > 1 else (inside,)
+        return part.file, part.tensor, part.entry + sum(map(mul, steps, part.strides))
+
+    def behind(self, entries: int) -> SourceRange:
+        """The same without its first entries."""
+        if not self.parts:
+            return self._replace(offset=self.offset + entries * itemsize(self.dtype), first=self.first + entries)
+        assert all(part.strides == (1,) for part in self.parts), "rows of a vocabulary are never turned"
+        rest = []
+        for part in self.parts:
+            gone = min(max(entries - part.start, 0), part.numel)
+            if gone < part.numel:
+                offset = part.offset + gone * itemsize(self.dtype)
+                numel, start = part.numel - gone, part.start + gone - entries
+                rest.append(part._replace(start=start, numel=numel, offset=offset, sizes=(numel,)))
+        first = self.first + entries
+        return self._replace(file=rest[0].file, offset=rest[0].offset, first=first, parts=tuple(rest))
 
     def update_on(self, base: SourceRange) -> tuple[Formula, ...] | None:
         """The steps that add an update to another range's entries and so make its own; none where both are the same.
         None where it is made otherwise, and the two have to be subtracted.
         """
-        if (self.file, self.offset, self.dtype) != (base.file, base.offset, base.dtype) or self.gathered is not None:
+        place = self.file, self.offset, self.dtype, self.parts
+        if place != (base.file, base.offset, base.dtype, base.parts) or self.gathered is not None:
             return () if self == base else None
         own = len(base.steps)
         same = self.steps[:own] == base.steps and all(step.adds for step in self.steps[own:])
@@ -81,11 +110,20 @@ class Ranges:
     def __call__(self, name: str) -> SourceRange:
         """All of a tensor, by its name there."""
         if name in self._made:
-            (file, info), steps = self._made[name]
+            (file, info, parts), steps = self._made[name]
             placed = tuple(step.placed(self._numbers.__getitem__) for step in steps)
-            return SourceRange(self._numbers[file], info.offset, info.dtype, placed)
-        file, info = self._tensors[name]
+            return SourceRange(self._numbers[file], info.offset, info.dtype, placed, parts=self._placed(parts))
+        file, info, parts = self._tensors[name]
+        if parts:
+            return SourceRange(self._numbers[file], info.offset, info.dtype, parts=self._placed(parts))
         return SourceRange(self._numbers[file], info.offset, info.dtype)
+
+    def _placed(self, parts: tuple[Part, ...]) -> tuple[Part, ...]:
+        return tuple([part._replace(file=self._numbers[part.file]) for part in parts])
+
+    def of(self, stored: StoredTensor) -> SourceRange:
+        """All of what is stored, whatever it is called."""
+        return SourceRange(self._numbers[stored.file], stored.info.offset, stored.info.dtype)
 
 
 class Segment(NamedTuple):
@@ -137,6 +175,30 @@ class TensorSpec(NamedTuple):
     transposed: bool = False  # of a misfit: whether a matrix has the same two sides in the other order
     table: TableRows | None = None  # where rows are paired by token: which they are
     of_other_tokens: bool = False  # of a misfit: whether it is that
+    quantised: Dequantised | None = None  # how it is stored in 8 bits: the step that reads it, with its scales' name
+    of_format: bool = False  # whether it belongs to how weights are stored, and is no tensor of the model
+    scales_of: str = ""  # of such: the weight whose scales it holds
+
+    def as_stored(self, segments: tuple[Segment, ...]) -> SourceRange | None:
+        """Where codes and scales are copied from, if what the tensor is made of is stored as it is to be."""
+        copy = segments[0].copy if len(segments) == 1 else None
+        if copy is None or self.quantised is None or copy.gathered is not None or copy.parts or copy.first:
+            return None
+        (step,) = copy.steps if len(copy.steps) == 1 else (None,)
+        if not isinstance(step, Dequantised) or copy.dtype != self.dtype:
+            return None
+        own, there = self.quantised.factors[0][1].info, step.factors[0][1].info
+        alike = (step.shape, step.matrices, step.block) == (
+            self.quantised.shape,
+            self.quantised.matrices,
+            self.quantised.block,
+        )
+        return copy if alike and (own.dtype, own.shape) == (there.dtype, there.shape) else None
+
+    @property
+    def is_the_base_s(self) -> bool:
+        """Whether all models have the base's very entries, as with tensors that no adapter changes."""
+        return all(source == segment.base for segment in self.segments for source in segment.models)
 
 
 @gc_paused()
@@ -459,7 +521,8 @@ def _specify(
     if axis is None or recipe.resize == "error":
         if axis is not None:
             misfit += f", which {'--resize' if inputs.of_an_edit else 'resize:'} would settle"
-        swapped = [info.shape in (lead.shape, lead.shape[::-1]) for info in infos]
+        ways = (lead.shape, lead.shape[::-1], (*lead.shape[:-2], *lead.shape[-2:][::-1]))  # the last of many matrices
+        swapped = [info.shape in ways for info in infos]
         return TensorSpec(
             *begun,
             dtype,
@@ -591,7 +654,7 @@ def _first_of(runs: Runs, part: int) -> int:
 
 def _written_as(recipe: Recipe, dtype: str) -> str:
     """What entries stored so are stored as in the output."""
-    return STORED[recipe.dtype] if recipe.dtype and dtype not in EXACT_DTYPES else dtype
+    return STORED[recipe.dtype] if recipe.dtype in STORED and dtype not in EXACT_DTYPES else dtype
 
 
 def _row_axis(shapes: Sequence[tuple[int, ...]]) -> int | None:

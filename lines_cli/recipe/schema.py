@@ -68,7 +68,7 @@ def _no_flag(value: Any) -> Any:
 
 
 Finite = Annotated[float, BeforeValidator(_no_flag), Field(allow_inf_nan=False)]
-DtypeName = Literal["float64", "float32", "float16", "bfloat16"]
+DtypeName = Literal["float64", "float32", "float16", "bfloat16", "fp8"]
 Rounding = Literal["nearest", "stochastic"]
 
 
@@ -403,6 +403,22 @@ def _parse_layers(value: Any) -> Any:
 
 
 Like = Literal["base", "ft"]
+OF_ADAPTERS = ("as_adapter", "num_layers", "rank", "energy", "save_rest")
+"""The keys of a recipe whose output is an adapter."""
+
+
+def _parse_num_layers(value: Any) -> Any:
+    """A number of layers; or for each stack, by its name, its own."""
+    if isinstance(value, dict) and value and all(isinstance(name, str) and name for name in value):
+        return {name: _count(number) for name, number in value.items()}
+    return value if value is None else _count(value)
+
+
+def _count(value: Any) -> int:
+    text = str(_no_flag(value))
+    if not text.isdecimal() or len(text) > 6 or int(text) == 0:
+        raise ValueError("expected how many layers the base has, or that of each stack, as in encoder=12")
+    return int(text)
 
 
 def _parse_prefix(value: Any) -> Any:
@@ -425,7 +441,8 @@ class Recipe(_Part):
         models: the fine-tunes, in the order of every sum.
         parameters: the method's, for all models.
         lines: the scaling over depth; without it the merged task vector is scaled by the method's own parameter alone.
-        dtype: what every float tensor is written as; None keeps what the input has that the output is like.
+        dtype: what every float tensor is written as; None keeps what the input has that the output is like; `fp8`
+            stores those in 8 bits that an input stores so, as it does, and keeps the others.
         rounding: how a result is rounded to that: to the `nearest` number; or `stochastic`, up or down by a draw.
         rounding_seed: of the draw.
         tokenizer_source, chat_template: `base`, or one of the models; None takes the input that the output is like.
@@ -444,6 +461,12 @@ class Recipe(_Part):
         variant: of a folder with several sets of weights the one of this name, as `fp16` in `model.fp16.safetensors`;
             inputs that do not have it are read as without.
         allow_nonfinite: let NaN and Inf through.
+        as_adapter: the output is an adapter (PEFT's LoRA) in place of a whole model: one adapter scaled, several merged
+            with their ranks side by side, or of one whole fine-tune the nearest one. Adapters need no base then.
+        num_layers: how many layers the base has, where it is not named; or of each stack, by its name.
+        rank: the rank that each module of such an output has at most.
+        energy: in its place, the share of a module's squared update that its rank keeps at least.
+        save_rest: of a whole fine-tune also what is no matrix is stored, whole.
         max_shard_size: bytes of tensors per file of the output folder.
         output: the destination, unless the command line names another.
         run, inputs, files, card, layers: of an output's own recipe: which run it was, what it read, what it wrote into
@@ -470,6 +493,11 @@ class Recipe(_Part):
     resize: Literal["error", "ft", "base"] = "error"
     variant: Annotated[str, Field(pattern=r"^[\w-]+$")] | None = None
     allow_nonfinite: bool = False
+    as_adapter: bool = False
+    num_layers: Annotated[int | dict[str, int] | None, PlainValidator(_parse_num_layers)] = None
+    rank: Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_no_flag)] = None
+    energy: Annotated[Annotated[float, Field(gt=0, le=1)] | None, BeforeValidator(_no_flag)] = None
+    save_rest: bool = False
     max_shard_size: Size = parse_size("5GB")
     output: InputName | None = Field(default=None, exclude=True)
     run: str | None = Field(default=None, exclude=True)
@@ -487,9 +515,10 @@ class Recipe(_Part):
         return seed
 
     @model_serializer(mode="wrap")
-    def _without_a_seed_that_nothing_draws_from(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_what_says_nothing(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = serialize(self)
         unsaid = {"rounding", "rounding_seed"} if self.rounding == "nearest" else set()
+        unsaid |= {key for key in OF_ADAPTERS if not values.get(key)}
         return {key: value for key, value in values.items() if key not in unsaid}
 
     @property

@@ -14,7 +14,7 @@ from lines_cli.methods import METHODS, Method, find_method
 from lines_cli.methods.parameters import evaluate
 from lines_cli.methods.said import Conflict, Note, Settled
 from lines_cli.recipe.plain_yaml import Place
-from lines_cli.recipe.schema import UNION, DtypeName, Recipe, Scaling, parse_schedule
+from lines_cli.recipe.schema import OF_ADAPTERS, UNION, DtypeName, Recipe, Scaling, parse_schedule
 
 
 def make_recipe(
@@ -449,6 +449,7 @@ def _wrong_source(place: Place, value: str | None, names: set[str | None], said_
 
 def _check_models(recipe: Recipe, problems: list[Problem]) -> None:
     """Refuse a number of models that the method cannot take, and a base where none applies or where one is needed."""
+    problems += _of_adapters(recipe)
     method, name = recipe.method, recipe.merge_method
     number, (least, most) = len(recipe.merged), method.models
     beside = " beside the base" if method.takes == "task vectors" else ""
@@ -456,9 +457,12 @@ def _check_models(recipe: Recipe, problems: list[Problem]) -> None:
         problems.append((("models",), f"models: {name} needs {least}{beside}, and there {_are(number)}"))
     if most is not None and number > most:
         problems.append((("models",), f"models: {name} takes {most}{beside}, and there {_are(number)}"))
+    if recipe.as_adapter:
+        return
     if recipe.base_model is None and recipe.subtracts_base:
         why = f"{name} merges task vectors" if method.takes == "task vectors" else "lines: scales task vectors"
         what = f"base_model is missing: {why}, the differences to a base; add base_model: PATH"
+        what += " (adapters can be merged into an adapter without one: as_adapter: true, or --as-adapter)"
         problems.append((("base_model",), what))
     is_one_of_them = any(source.model == recipe.base_model for source in recipe.merged)
     if recipe.base_model is not None and not recipe.subtracts_base and not is_one_of_them:
@@ -466,6 +470,32 @@ def _check_models(recipe: Recipe, problems: list[Problem]) -> None:
         problems.append((("base_model",), f"{what}; leave it out, or list it under models"))
     if recipe.resize == "base" and recipe.base_model is None:
         problems.append((("resize",), "resize: base, but there is no base_model"))
+
+
+def _of_adapters(recipe: Recipe) -> Iterator[Problem]:
+    """What contradicts itself in what is said of an output that is an adapter, or is none."""
+    if not recipe.as_adapter:
+        for key in OF_ADAPTERS[1:]:
+            if getattr(recipe, key):
+                yield (key,), f"{key}: that is of an output that is an adapter; add as_adapter: true (--as-adapter)"
+        return
+    if recipe.rank is not None and recipe.energy is not None:
+        yield ("energy",), "energy: rank and energy are two ways to say one thing; leave one out"
+    if recipe.num_layers is not None and recipe.base_model is not None:
+        yield ("num_layers",), "num_layers: the base says how many layers there are; leave one of the two out"
+    for key, default in _NOT_OF_ADAPTERS.items():
+        if getattr(recipe, key) != default:
+            yield (key,), f"{key}: that is of whole models, and the output is an adapter; leave it out"
+
+
+_NOT_OF_ADAPTERS = {
+    "rounding": "nearest",
+    "missing": "error",
+    "missing_in_blocks": None,
+    "resize": "error",
+    "tokenizer_source": None,
+    "chat_template": None,
+}
 
 
 def _are(number: int) -> str:
@@ -493,6 +523,9 @@ def _check_values(recipe: Recipe, problems: list[Problem], notes: list[str]) -> 
     notes += [f"{name} is merged {times} times" for name, times in twice]
     if method.takes == "task vectors" and names == [recipe.base_model] and recipe.like == "base":
         notes.append("the only model is the base itself: its task vector is zero")
+    if recipe.dtype == "fp8" and recipe.rounding != "nearest":
+        text = "rounding: stochastic does not go with dtype: fp8, whose codes are rounded to nearest"
+        problems.append((("rounding",), text))
     if recipe.dtype in ("bfloat16", "float16") and recipe.like == "base" and method.takes == "task vectors":
         notes.append(f"{recipe.dtype} is what the output is written in; the arithmetic is float32 all the same")
     return settled
@@ -509,14 +542,47 @@ def edit_recipe(base: str, ft: str, **options: Any) -> Recipe:
     Raises:
         RecipeError: an unknown option or an impossible value.
     """
+    given, scaling = _split(options)
+    recipe = {"base_model": base, "models": [{"model": ft}], "lines": _with_defaults(scaling), "like": "ft", **given}
+    return make_recipe(recipe, where="recipe")
+
+
+def edit_adapter_recipe(adapter: str, **options: Any) -> Recipe:
+    """The recipe of `lines edit --adapter ADAPTER` with the given options, as `edit_recipe`; among them `base_model` or
+    `num_layers`.
+    """
+    given, scaling = _split(options)
+    for key in ("prefix", "max_shard_size"):
+        if key in given:
+            raise RecipeError(f"--{key.replace('_', '-')}: that is of whole models, and the output is an adapter")
+    recipe = {"models": [{"model": adapter}], "as_adapter": True, "lines": _with_defaults(scaling), **given}
+    return make_recipe(recipe, where="recipe")
+
+
+def extract_recipe(base: str, ft: str, **options: Any) -> Recipe:
+    """The recipe of `lines extract FT --base BASE` with the given options, as `edit_recipe`: scaled over depth only if
+    an option says so.
+    """
+    given, scaling = _split(options)
+    recipe = {"base_model": base, "models": [{"model": ft}], "as_adapter": True, **given}
+    if scaling:
+        recipe["lines"] = _with_defaults(scaling)
+    return make_recipe(recipe, where="recipe")
+
+
+def _split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options that are given, and those of them that are of the scaling."""
     given = {key: value for key, value in options.items() if value is not None}
-    scaling = {key: given.pop(key) for key in Scaling.model_fields if key in given}
+    return given, {key: given.pop(key) for key in Scaling.model_fields if key in given}
+
+
+def _with_defaults(scaling: dict[str, Any]) -> dict[str, Any]:
+    """The scaling of an edit: alpha is 0.1 unless it is given, beta 1 - alpha."""
     if not _lists_coefficients(scaling.get("schedule")):
         alpha = scaling.setdefault("alpha", 0.1)
         if alpha != "auto":
             scaling.setdefault("beta", _rest(alpha))
-    recipe = {"base_model": base, "models": [{"model": ft}], "lines": scaling, "like": "ft", **given}
-    return make_recipe(recipe, where="recipe")
+    return scaling
 
 
 def _lists_coefficients(schedule: Any) -> bool:

@@ -19,6 +19,7 @@ from lines_cli.recipe.schema import UNION, Recipe
 from lines_cli.recipe.validate import dotted, make_recipe
 from lines_cli.storage.digest import FileRecord
 from lines_cli.storage.files import read_small
+from lines_cli.storage.names import file_and_part
 from lines_cli.version import __version__
 
 
@@ -273,7 +274,7 @@ def _with_paths(
         elsewhere: where inputs are that are not where their names say.
         look: whether to look at what is there. Else a name is a path or a Hub id by how it is written.
     """
-    files: dict[tuple[int, int], str] = {}
+    files: dict[tuple[int, int, str | None], str] = {}
 
     def seen(half: str) -> str:
         return _beside(folder, half, look=True)
@@ -282,12 +283,18 @@ def _with_paths(
         if not isinstance(name, str) or not name or "\0" in name:
             return name  # which will be refused
         path = os.path.expanduser(elsewhere[name]) if name in elsewhere else _beside(folder, name, look=look)
-        if look and "+" in name and not os.path.lexists(path) and (halves := base_and_adapter(name, seen)):
+        if (
+            look
+            and "+" in name
+            and not os.path.lexists(file_and_part(path)[0])
+            and (halves := base_and_adapter(name, seen))
+        ):
             path = "+".join(map(resolved, halves))
         elif look:
             with suppress(OSError, ValueError):
-                there = os.stat(path)
-                path = files.setdefault((there.st_dev, there.st_ino), path)
+                file, part = file_and_part(path)
+                there = os.stat(file)
+                path = files.setdefault((there.st_dev, there.st_ino, part), path)
         places.setdefault(name, path)
         return path
 
@@ -330,10 +337,10 @@ def _beside(folder: Path, name: str, *, look: bool) -> str:
     name = os.path.expanduser(name) if look else name
     beside = os.path.join(folder, name)
     by_spelling = os.path.isabs(name) or name.partition("@")[0].count("/") != 1 or name.startswith(".")
-    if by_spelling or (look and os.path.lexists(beside)):
+    if by_spelling or (look and os.path.lexists(file_and_part(beside)[0])):
         # What is a path stays one: `conf/base` would be looked for on the Hub.
         return beside if os.path.isabs(beside) or beside.startswith(".") else os.path.join(".", beside)
-    if look and os.path.lexists(name):
+    if look and os.path.lexists(file_and_part(name)[0]):
         raise RecipeError(
             f"{name}: not beside the recipe in {folder}, but in the current folder",
             hint="Paths in a recipe count from its own folder: correct the path, or give it as an absolute one.",

@@ -1,8 +1,9 @@
 """What lies beside the weights in a folder that may be a stranger's: which names and links leave the folder, and small
 files, each read whole or refused.
 
-Weights (safetensors files and their index) may be links to wherever their user keeps them: nothing of them is copied as
-it stands. Every other file is looked up with `beside`, which follows no link out of the folder.
+Weights (safetensors files, what torch.save wrote, and their index) may be links to wherever their user keeps them:
+nothing of them is copied as it stands. Every other file is looked up with `beside`, which follows no link out of the
+folder.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from lines_cli.errors import CheckpointError, some
 from lines_cli.storage.files import FETCH_LFS, LFS_POINTER, read_small
+from lines_cli.storage.names import PICKLES
 
 LARGEST_JSON = 16 * 2**20
 """Bytes of a JSON file that is parsed."""
@@ -76,7 +78,7 @@ def _links_out(folder: Path) -> list[str]:
     return []
 
 
-_WEIGHTS = (".safetensors", ".safetensors.index.json")
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin.index.json", *PICKLES)
 
 
 def outside(folder: Path, name: str) -> Path | None:
