@@ -80,8 +80,8 @@ BaseOfAdapter = Annotated[
         "--base",
         metavar="BASE",
         show_default="the folder that the adapter's config names, if it is here",
-        help="Of --adapter: what it was trained on. Only headers are read, of a Hub id only the config, unless the "
-        "adapter holds tensors whole.",
+        help="Of --adapter: what it was trained on. Its headers are read, no weights (but of tensors that the adapter "
+        "holds whole).",
         rich_help_panel=ADAPTER,
     ),
 ]

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from support.adapters import factors, layers_of, updates, write_adapter
 from support.files import write_checkpoint
 from support.fp8 import FORMATS, LAYERS, near, plain
 from support.gguf import write_gguf
@@ -21,8 +22,18 @@ from support.pages import DOCS, blocks, run_page
 from support.tokenizers import ids_in, write_tokenizer
 from support.torch_files import write_folder
 
-GUIDES = {"adapters", "quantised", "pickles", "diffusion", "mergekit", "forgetting", "jobs", "notebooks"}
-GUIDES |= {"vocabularies"}
+GUIDES = {
+    "adapters",
+    "adapters-out",
+    "quantised",
+    "pickles",
+    "diffusion",
+    "mergekit",
+    "forgetting",
+    "jobs",
+    "notebooks",
+    "vocabularies",
+}
 WIDTH = 64
 
 
@@ -206,6 +217,27 @@ def test_the_tour_from_python(here: Path) -> None:
     names: dict[str, Any] = {}
     exec(compile(code, "docs/tour.md", "exec"), names)
     assert names["summary"]["stacks"][0]["coefficients"] == pytest.approx([0.3, 0.3 + 0.7 / 3, 0.3 + 1.4 / 3, 1])
+
+
+def test_adapters_out(here: Path) -> None:
+    """docs/adapters-out.md: of an adapter that is scaled each layer has its coefficient, and a sum is the dense one."""
+    sizes = {"self_attn.q_proj": (12, 8), "mlp.up_proj": (16, 8)}
+    modules = layers_of(4, sizes)
+    for seed, side in enumerate(("base", "ft")):
+        chance = torch.Generator().manual_seed(seed)
+        weights = {f"{module}.weight": torch.randn(*size, generator=chance) for module, size in modules.items()}
+        weights["model.norm.weight"] = torch.ones(8)
+        write_checkpoint(here / side, weights, config={"model_type": "tiny", "num_hidden_layers": 4})
+    for seed, name in enumerate(("adapter", "adapter2")):
+        write_adapter(here / name, factors(modules, 4, seed))
+    run_page("adapters-out.md")
+    before, scaled, other, merged = (updates(here / name) for name in ("adapter", "scaled", "adapter2", "merged"))
+    for name, tau in before.items():
+        layer = int(name.split(".")[2])
+        torch.testing.assert_close(scaled[name], DEFAULTS[layer] * tau, rtol=1e-5, atol=1e-5)
+        coefficient = 0.5 + 0.5 * layer / 3
+        wanted = coefficient * (0.6 * tau + 0.5 * other[name])
+        torch.testing.assert_close(merged[name], wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
