@@ -637,14 +637,22 @@ def _stacks(plan: Plan, realised: Sequence[Row] = ()) -> None:
         of_it = [layers.get((stack["name"], index)) for index in (0, stack["layers"] - 1)]
         name = stack["name"] or "(no prefix)"
         add_row(name, f"{stack['layers']}", stack, (stack["first"], stack["last"]), of_it)
-    outside = found["outside"]
-    add_row(
-        "outside the blocks",
-        "",
-        outside,
-        (outside["first"], outside["last"]),
-        [left["realised"]["outside"]["realised"]],
-    )
+    own = {component["name"]: component["realised"] for component in left["realised"]["components"]}
+    of_all = left["realised"]["outside"]["realised"]
+    outside = [("outside the blocks", found["outside"], of_all)]
+    if own:
+        outside = [
+            (f"outside the blocks of {component['name']}", component["outside"], own.get(component["name"], of_all))
+            for component in found["components"]
+            if component["outside"] is not None and component["outside"]["tensors"]
+        ]
+    for name, group, of_it in outside:
+        add_row(name, "", group, (group["first"], group["last"]), [of_it])
+    for component in found["components"]:
+        if component["as"] is not None:
+            cells = ("", f"{component['tensors']:,}", count(component["parameters"]), "", "")
+            as_it_is = f"{component['name']}, as {in_short(component['as'])} has it"
+            rows.append((as_it_is, *cells, *([""] if realised else [])))
     for rule, of_rule in zip(found["filters"], left["realised"]["filters"], strict=True):
         ends = (rule["coefficient"],) * 2
         add_row(f"names with {rule['pattern']}", "", rule, ends, [of_rule["realised"]])
@@ -693,7 +701,9 @@ def _along(said: Mapping[str, Sequence[str]], layers: int, width: int) -> list[s
 def _why_copied(plan: Plan) -> str:
     """Why tensors are not computed, and how many for each reason."""
     reasons = Counter(
-        "is not merged"
+        "is of a component that is taken as it is"
+        if tensor.name in plan.taken_whole
+        else "is not merged"
         if not tensor.spec.paired
         else "is not a float"
         if tensor.info.dtype in EXACT_DTYPES
@@ -706,6 +716,7 @@ def _why_copied(plan: Plan) -> str:
     number = {"is not merged": "are not merged", "is not a float": "are not floats"}
     number |= {"is the same in all inputs": "are the same in all inputs"}
     number["has a coefficient of 0 or 1"] = "have a coefficient of 0 or 1"
+    number["is of a component that is taken as it is"] = "are of components that are taken as they are"
     said = [f"{many:,} {reason if many == 1 else number[reason]}" for reason, many in reasons.most_common()]
     if len(reasons) == 1:
         (only,) = reasons
@@ -727,7 +738,7 @@ def _outside(plan: Plan) -> None:
     lines = [
         f"{_coefficient(place['coefficient']):>8}  {printable(place['name'])}"
         for place in plan.map()
-        if place["stack"] is None
+        if place["stack"] is None and place["name"] not in plan.taken_whole
     ]
     if lines:
         _out.print("outside:")

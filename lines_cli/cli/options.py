@@ -327,6 +327,17 @@ Filter = Annotated[
         rich_help_panel=SCALING,
     ),
 ]
+Component = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--component",
+        metavar="NAME[=RULE]",
+        show_default="all but codecs and filters",
+        help="Of a pipeline, edit this component and no other that is not named, too; its own alpha,beta may follow. "
+        "NAME=keep or NAME=base takes it as the fine-tune or the base has it. Repeatable.",
+        rich_help_panel=SCALING,
+    ),
+]
 Layers = Annotated[
     str | None,
     typer.Option(

@@ -249,6 +249,6 @@ def _refuse_misread(staging: Staging, plan: AnyPlan) -> None:
     """
     planned: list[dict[str, TensorInfo]] = [{} for _ in plan.outputs]
     for tensor in plan.tensors:
-        planned[tensor.file][tensor.name] = tensor.info
+        planned[tensor.file][tensor.name.removeprefix(plan.outputs[tensor.file].prefix)] = tensor.info
     for file, tensors in zip(plan.outputs, planned, strict=True):
         refuse_misread(staging.path(file.name), tensors, called=f"{plan.output}: {file.name}")

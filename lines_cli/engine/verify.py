@@ -430,7 +430,8 @@ class _Compare:
             held = read_header(self.files[number].path).tensors
         except LinesError as error:
             return f"it cannot be read: {error.message}"
-        made = {tensor.name: tensor.info for tensor in self.plan.tensors if tensor.file == number}
+        prefix = self.plan.outputs[number].prefix
+        made = {t.name.removeprefix(prefix): t.info for t in self.plan.tensors if t.file == number}
         kinds = {
             "lacks {}": [name for name in made if name not in held],
             "has {} more": [name for name in held if name not in made],

@@ -20,6 +20,7 @@ from lines_cli.checkpoint.sidecars import Sidecar
 from lines_cli.methods import ByMagnitude, Drawn, Measured, Values
 from lines_cli.methods.sparsify import Bounds
 from lines_cli.plan.coefficients import known, layer_coefficients, outside_coefficients, scale_at
+from lines_cli.plan.components import Share
 from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.layout import OutputFile
 from lines_cli.plan.resources import TURNED_AT_ONCE, TURNING, BytesPerEntry, Resources
@@ -104,6 +105,7 @@ class Plan:
         sidecars: the other files of an output folder; empty for a single file.
         notes: what a person should know of how disagreements were settled.
         rows: numbers of vocabulary rows that became another number.
+        shares: of inputs that hold several models, what becomes of each.
         vocabulary: the output's tokens, where rows are paired by them.
     """
 
@@ -120,6 +122,7 @@ class Plan:
     sidecars: tuple[Sidecar, ...]
     notes: tuple[str, ...]
     rows: Mapping[int, int]
+    shares: tuple[Share, ...] = ()
     vocabulary: Vocabulary | None = None
 
     @property
@@ -175,6 +178,11 @@ class Plan:
             and tensor.name not in self.statistics.scales
         )
 
+    def measured_with(self, tensor: TensorPlan) -> str | None:
+        """What names the thresholds that a tensor shares with others (`Statistics.thresholds`): None for one model."""
+        component = self.depth.component_of(tensor.name)
+        return None if component is None else f"all of {component}"
+
     @property
     def trims_globally(self) -> bool:
         """Whether there is one threshold for all of a model's tensors."""
@@ -213,7 +221,7 @@ class Plan:
             return Measured()
         thresholds: tuple[Bounds, ...] = ()
         if found.thresholds:
-            whole = None if self._of_model(tensor) else name
+            whole = self.measured_with(tensor) if self._of_model(tensor) else name
             thresholds = tuple(found.thresholds.get((model, whole), ()) for model in range(self.number_of_models))
         products = found.products.get(name, (0.0, 0.0, 0.0))
         return Measured(thresholds, found.majority, found.l1.get(name, ()), products)
@@ -221,17 +229,17 @@ class Plan:
     @property
     def bytes_read(self) -> int:
         """Bytes of tensor data read from the inputs by the last pass, the one that writes."""
-        return _bytes_of(segment for tensor in self.tensors for segment in tensor.segments)
+        return bytes_of(segment for tensor in self.tensors for segment in tensor.segments)
 
     @property
     def bytes_measured(self) -> int:
         """Bytes of tensor data that one measuring pass reads, but for that of the scales."""
-        return _bytes_of(segment for tensor in self.tensors for segment in tensor.segments if segment.models)
+        return bytes_of(segment for tensor in self.tensors for segment in tensor.segments if segment.models)
 
     def bytes_of_pass(self, what: str) -> int:
         """Bytes of tensor data that one of the `passes` reads."""
         if what == SCALES:
-            return _bytes_of(segment for tensor in self.to_quantise for segment in tensor.segments)
+            return bytes_of(segment for tensor in self.to_quantise for segment in tensor.segments)
         return self.bytes_measured
 
     @cached_property
@@ -346,9 +354,17 @@ class Plan:
         """Each stack's name, and the coefficient of each of its layers (filters apart)."""
         return layer_coefficients(self.recipe, self.rules, self.depth)
 
-    def outside(self) -> tuple[float, float]:
-        """The coefficients outside the blocks, before and behind them (filters apart)."""
-        return outside_coefficients(self.recipe, self.rules)
+    def outside(self, component: str | None = None) -> tuple[float, float]:
+        """The coefficients outside the blocks, before and behind them (filters apart); or those of one component."""
+        return outside_coefficients(self.recipe, self.rules, component)
+
+    @cached_property
+    def taken_whole(self) -> frozenset[str]:
+        """The tensors of components that are taken as one input has them."""
+        whole = {share.name for share in self.shares if share.side is not None}
+        if not whole:
+            return frozenset()
+        return frozenset(t.name for t in self.tensors if self.depth.component_of(t.name) in whole)
 
     def filters(self) -> list[tuple[str, float]]:
         """The patterns that fix coefficients, and the coefficient of each."""
@@ -421,7 +437,11 @@ class Plan:
 
         by_stack: dict[str | None, list[TensorPlan]] = defaultdict(list)
         for tensor in self.of_model:
-            by_stack[tensor.place.stack if tensor.place else None].append(tensor)
+            if tensor.name not in self.taken_whole:
+                by_stack[tensor.place.stack if tensor.place else None].append(tensor)
+        by_component: dict[str | None, list[TensorPlan]] = defaultdict(list)
+        for tensor in self.tensors if self.shares else ():
+            by_component[self.depth.component_of(tensor.name)].append(tensor)
         norms = self.statistics.norms
         return {
             "output": str(self.output),
@@ -446,6 +466,22 @@ class Plan:
                 **dict(zip(("first", "last"), map(known, self.outside()), strict=True)),
                 **counts(by_stack[None]),
             },
+            "components": [
+                {
+                    "name": share.name,
+                    "folder": share.component.folder,
+                    "as": None if share.side is None else self.inputs.checkpoints[share.side].name,
+                    "stacks": [stack.name for stack in self.depth.stacks if stack.component == share.name],
+                    "outside": {
+                        **dict(zip(("first", "last"), map(known, self.outside(share.name)), strict=True)),
+                        **counts(t for t in by_component[share.name] if t.place is None),
+                    }
+                    if share.side is None
+                    else None,
+                    **counts(by_component[share.name]),
+                }
+                for share in self.shares
+            ],
             "filters": [
                 {
                     "pattern": pattern,
@@ -463,7 +499,7 @@ class Plan:
         }
 
 
-def _bytes_of(segments: Iterable[Segment]) -> int:
+def bytes_of(segments: Iterable[Segment]) -> int:
     """Of what is stored; what an adapter's entries are made of is read once, with the base's."""
     total = 0
     for segment in segments:

@@ -178,6 +178,7 @@ class Group:
         outside: of what lies outside the blocks: `before` or `after` them; else None.
         filter: of tensors whose coefficient a filter fixes: its pattern; else None.
         coefficient: what was asked, in float64.
+        component: of what lies outside the blocks of one of several models that has rules of its own; else None.
     """
 
     stack: str | None
@@ -185,6 +186,7 @@ class Group:
     outside: str | None
     filter: str | None
     coefficient: float
+    component: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,10 +217,12 @@ def groups_of(plan: Plan) -> Groups:
         for index, value in enumerate(values)
     ]
     groups += [
-        Group(None, None, side, None, value) for side, value in zip(("before", "after"), plan.outside(), strict=True)
+        Group(None, None, side, None, value, component)
+        for component in (None, *plan.rules.components)
+        for side, value in zip(("before", "after"), plan.outside(component), strict=True)
     ]
     groups += [Group(None, None, None, pattern, value) for pattern, value in plan.filters()]
-    numbers = {(group.stack, group.index, group.outside, group.filter): number for number, group in enumerate(groups)}
+    numbers = {(g.stack, g.index, g.outside, g.filter, g.component): number for number, g in enumerate(groups)}
     of: dict[str, int] = {}
     cast, measured = set[int](), set[int]()
     for tensor in plan.tensors:
@@ -237,12 +241,14 @@ def groups_of(plan: Plan) -> Groups:
     return Groups(tuple(groups), of, frozenset(cast), frozenset(measured))
 
 
-def _key(plan: Plan, tensor: TensorPlan) -> tuple[str | None, int | None, str | None, str | None]:
+def _key(plan: Plan, tensor: TensorPlan) -> tuple[str | None, int | None, str | None, str | None, str | None]:
     if tensor.spec.filter is not None:
-        return None, None, None, tensor.spec.filter
+        return None, None, None, tensor.spec.filter, None
     if tensor.place is not None:
-        return tensor.place.stack, tensor.place.index, None, None
-    return None, None, plan.depth.side_of(tensor.spec.counts_as), None
+        return tensor.place.stack, tensor.place.index, None, None, None
+    component = plan.depth.component_of(tensor.name)
+    own = component if component in plan.rules.components else None
+    return None, None, plan.depth.side_of(tensor.spec.counts_as), None, own
 
 
 class Row(NamedTuple):
@@ -402,7 +408,8 @@ def _called(group: Group) -> str:
         return f"layer {group.index}" + (f" of {printable(group.stack)}" if group.stack else "")
     if group.filter is not None:
         return f"what {printable(group.filter)} names"
-    return f"what lies {'before' if group.outside == 'before' else 'behind'} the blocks"
+    of = f" of {printable(group.component)}" if group.component is not None else ""
+    return f"what lies {'before' if group.outside == 'before' else 'behind'} the blocks{of}"
 
 
 def total(rows: Sequence[Row]) -> dict[str, float | None]:

@@ -22,7 +22,7 @@ from lines_cli.plan.realised import groups_of
 from lines_cli.plan.sidecars import with_numbers
 from lines_cli.plan.statistics import Needs, Statistics
 from lines_cli.plan.tensors import Segment, TensorSpec, taken_whole
-from lines_cli.recipe.schema import Recipe, Scaling
+from lines_cli.recipe.schema import Recipe
 from lines_cli.scaling.find_depth import DepthMap
 from lines_cli.scaling.schedule import Rules
 
@@ -126,7 +126,7 @@ def decided(plan: Plan, placed: Iterable[tuple[TensorSpec, int, TensorInfo]]) ->
     if plan.recipe.lines is not None and plan.recipe.lines.needs_alpha and not plan.needs.norms:
         norms = plan.statistics.norms
         alpha = norms.alpha if norms else 1 / plan.number_of_models  # the merged task vector is the sum
-    rules = (plan.recipe.lines or UNSCALED).rules(plan.depth, alpha=alpha)
+    rules = plan.recipe.rules(plan.depth, alpha=alpha)
     plan = replace(plan, rules=rules)
     coefficients = Coefficients(plan.recipe, plan.depth, rules)
     return _with_scales(
@@ -169,10 +169,6 @@ def _measured_whole(plan: Plan) -> Plan:
 
 
 _MUCH = 3.0  # alpha lies below 1 in the paper's uses
-
-
-UNSCALED = Scaling(alpha=1.0, beta=0.0)
-"""What the merged task vector is scaled by where the recipe has no `lines:`, lambda apart."""
 
 
 def _decide(plan: Plan, coefficients: Coefficients, spec: TensorSpec, file: int, info: TensorInfo) -> TensorPlan:

@@ -36,8 +36,8 @@ class Statistics:
     """What was measured of the numbers in the inputs.
 
     Attributes:
-        thresholds: (model, tensor, or None for all of them) -> the magnitudes that the sparsifier asked for: the least
-            that is kept, and perhaps the greatest.
+        thresholds: (model, tensor, or None for all of them, or `all of NAME` for a component's) -> the magnitudes that
+            the sparsifier asked for: the least that is kept, and perhaps the greatest.
         kept: for each model, how many entries are kept, and of how many; empty where that was not counted.
         majority: the sign that most elections gave.
         l1: tensor -> for each model the L1 norm of its task vector, before and after entries were dropped.

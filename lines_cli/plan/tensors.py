@@ -25,7 +25,7 @@ from lines_cli.methods import Values
 from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.match import Names
 from lines_cli.plan.rows import Gathered, RowsAsIs, Runs
-from lines_cli.plan.tied_weights import is_vocabulary, tied_embeddings
+from lines_cli.plan.tied_weights import is_vocabulary
 from lines_cli.plan.vocabulary import Difference, TableRows, Vocabulary, in_words, row_axis, rows_in
 from lines_cli.recipe.schema import Recipe
 from lines_cli.scaling.find_depth import DepthMap
@@ -223,7 +223,7 @@ def specify_tensors(
     """
     refuse_idle_filters(rules, rows)
     held = [(checkpoint.tensors, Ranges(inputs, side)) for side, checkpoint in enumerate(inputs.checkpoints)]
-    heads = tied_embeddings(inputs.leading, inputs.config_of(inputs.lead))
+    heads = inputs.tied_heads
     values_for, places = TensorValues(recipe, depth), depth.places
 
     specs = []
@@ -474,15 +474,15 @@ class TensorValues:
 
     def __init__(self, recipe: Recipe, depth: DepthMap) -> None:
         self._recipe, self._depth, self._filters = recipe, depth, sorted(recipe.filters)
-        self._known: dict[tuple[tuple[str, int] | None, tuple[bool, ...]], Values] = {}
+        self._known: dict[tuple[tuple[str | int | None, ...], tuple[bool, ...]], Values] = {}
 
     def __call__(self, name: str) -> Values:
-        place = self._depth.places.get(name)
-        where = None if place is None else (place.stack, place.index)
+        place, component = self._depth.places.get(name), self._depth.component_of(name)
+        where = (component,) if place is None else (component, place.stack, place.index)
         key = (where, tuple([part in name for part in self._filters]) if self._filters else ())
         values = self._known.get(key)
         if values is None:
-            values = self._known[key] = self._recipe.values(name, self._depth.position_of(name))
+            values = self._known[key] = self._recipe.values(name, self._depth.position_of(name), component)
         return values
 
 

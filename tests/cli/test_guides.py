@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections import OrderedDict
@@ -19,6 +18,7 @@ from support.files import write_checkpoint
 from support.fp8 import FORMATS, LAYERS, near, plain
 from support.gguf import write_gguf
 from support.pages import DOCS, blocks, run_page
+from support.pipelines import loaded, write_everything, write_modules, write_pipeline
 from support.tokenizers import ids_in, write_tokenizer
 from support.torch_files import write_folder
 
@@ -133,28 +133,27 @@ def test_pickles(here: Path) -> None:
 
 
 def test_diffusion(here: Path) -> None:
-    """docs/diffusion.md: one component is edited in place in a copy; what lies beside it is the fine-tune's."""
-    unet = [f"down_blocks.{i}.resnets.{j}.conv1.weight" for i in range(3) for j in range(2)]
-    unet += ["mid_block.resnets.0.conv1.weight", "conv_in.weight", "conv_out.weight"]
-    unet += [f"up_blocks.{i}.resnets.{j}.conv1.weight" for i in range(3) for j in range(2)]
-    text = [f"text_model.encoder.layers.{i}.mlp.weight" for i in range(3)]
-    vae = [f"decoder.up_blocks.{i}.resnets.0.conv1.weight" for i in range(3)]
-    single = [f"model.diffusion_model.{name}" for name in unet] + [f"first_stage_model.{name}" for name in vae]
-    single += [f"cond_stage_model.transformer.{name}" for name in text]
+    """docs/diffusion.md: a whole pipeline is written, one file with everything, and one of sentence-transformers."""
     for seed, side in enumerate(("base", "ft")):
-        for part, names, of in (("unet", unet, seed), ("text_encoder", text, 0), ("vae", vae, 0)):
-            stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
-            write_checkpoint(here / side / part, tensors(names, of), config={"part": part}, stem=stem)
-        (here / side / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
-        write_checkpoint(here / f"{side}.safetensors", tensors(single, seed))
+        write_pipeline(here / side, seed)
+        write_everything(here / f"{side}.safetensors", seed)
+        write_modules(here / f"st-{side}", seed)
     run_page("diffusion.md")
-    file = Path("unet", "diffusion_pytorch_model.safetensors")
-    base, ft, out = (load_file(here / side / file) for side in ("base", "ft", "out"))
+    base, ft, out, unet = (loaded(here / side) for side in ("base", "ft", "out", "unet"))
     middle, last = "mid_block.resnets.0.conv1.weight", "up_blocks.2.resnets.0.conv1.weight"
-    assert torch.equal(out[middle], ft[middle])
-    torch.testing.assert_close(out[last], base[last] + 0.3 * (ft[last] - base[last]), rtol=0, atol=1e-6)
-    for beside in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "model_index.json"):
-        assert (here / "out" / beside).read_bytes() == (here / "ft" / beside).read_bytes()
+    assert torch.equal(unet["."][last], ft["unet"][last])
+    assert not torch.equal(unet["."][middle], ft["unet"][middle])
+    for component in ("vae", "text_encoder"):  # the last that wrote it had a U-Net as its base
+        assert all(torch.equal(tensor, ft[component][name]) for name, tensor in out[component].items())
+    assert not torch.equal(out["unet"][middle], ft["unet"][middle])
+    assert (here / "out/model_index.json").read_bytes() == (here / "ft/model_index.json").read_bytes()
+    single, theirs = load_file(here / "out.safetensors"), load_file(here / "ft.safetensors")
+    changed = {name.partition(".")[0] for name in single if not torch.equal(single[name], theirs[name])}
+    assert changed == {"model"}
+    assert torch.equal(
+        loaded(here / "st")["2_Dense"]["linear.weight"], loaded(here / "st-ft")["2_Dense"]["linear.weight"]
+    )
+    assert base.keys() == ft.keys()
 
 
 def test_quantised(here: Path) -> None:
