@@ -417,6 +417,23 @@ def test_an_adapter_on_a_base_with_other_ids(tmp_path: Path) -> None:
             torch.testing.assert_close(got[HEAD][number], expected, rtol=1e-5, atol=1e-5)
 
 
+def test_rows_of_a_pickle_that_lies_otherwise(tmp_path: Path) -> None:
+    """Rows are those of the tensor, however torch stored it: turned, or with gaps."""
+    base, ids = model(tmp_path / "base", WORDS, seed=1)
+    ft, ft_ids = model(tmp_path / "ft", [*sorted(WORDS)[:4], "new", *sorted(WORDS)[4:]], seed=2)
+    (tmp_path / "ft" / "model.safetensors").unlink()
+    turned = {**ft, EMBED: ft[EMBED].T.contiguous().T, HEAD: torch.cat([ft[HEAD], ft[HEAD]], dim=1)[:, :WIDTH]}
+    torch.save(turned, tmp_path / "ft" / "pytorch_model.bin")
+    ran = edit(tmp_path, "--resize", "ft")
+    assert ran.code == 0, ran.err
+    got = output(tmp_path)
+    for name in (EMBED, HEAD):
+        for token, number in ft_ids.items():
+            pair = [row(base, name, ids, token), ft[name][number]]
+            expected = ft[name][number] if None in pair else task_arithmetic(pair, [0.25])
+            assert raw(got[name][number]) == raw(expected)
+
+
 def test_a_union_without_a_base(tmp_path: Path) -> None:
     """Methods that take whole weights: what a model lacks is the mean of those that have it."""
     sides = [
