@@ -846,6 +846,23 @@ def test_inspect_compares_by_token(tmp_path: Path) -> None:
     assert report["fine_tunes"][0]["compared"]["parameters"] == 10 * (2 * WIDTH + 1) + 16 * WIDTH + 6 + WIDTH
 
 
+def test_an_adapter_is_not_extracted_across_ids(tmp_path: Path) -> None:
+    """The head's update would be one of other tokens: refused, and the way that the message gives works."""
+    model(tmp_path / "base", WORDS, seed=1)
+    ft, ft_ids = model(tmp_path / "ft", sorted(WORDS), seed=2)
+    extract = ("extract", tmp_path / "ft", "--base", tmp_path / "base", "--rank", 2, "-o", tmp_path / "adapter")
+    ran = run_lines(*extract)
+    assert (ran.code, ran.trace) == (4, ""), ran.err
+    assert "--resize base --alpha 1 --beta 0" in ran.err
+    again = ("edit", tmp_path / "base", tmp_path / "ft", "--resize", "base", "--alpha", 1, "--beta", 0)
+    assert run_lines(*again, "-o", tmp_path / "renumbered").code == 0
+    got = load_file(tmp_path / "renumbered" / "model.safetensors")
+    assert all(raw(got[HEAD][number]) == raw(ft[HEAD][ft_ids[word]]) for number, word in enumerate(WORDS))
+    assert ids_in(tmp_path / "renumbered") == {word: number for number, word in enumerate(WORDS)}
+    ran = run_lines("extract", tmp_path / "renumbered", *extract[2:])
+    assert (ran.code, ran.trace) == (0, ""), ran.err
+
+
 # --- runs and spans ---
 
 
