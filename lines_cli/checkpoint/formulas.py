@@ -59,6 +59,13 @@ class LowRank(Formula):
     adds: ClassVar[bool] = True
 
 
+@dataclass(frozen=True)
+class StoredUpdate(Formula):
+    """`W + update`, where the update is stored entry by entry, in the dtype of the arithmetic: factor `update`."""
+
+    adds: ClassVar[bool] = True
+
+
 class Made(NamedTuple):
     """What a tensor is made of.
 

@@ -183,11 +183,12 @@ Schedule = Annotated[
     str | None,
     typer.Option(
         "--schedule",
-        autocompletion=_starting("linear", "power:", "constant", "unet"),
+        autocompletion=_starting("linear", "power:", "constant", "reversed", "unet"),
         metavar="RULE",
         show_default="linear",
-        help="How the coefficient grows with depth: linear, power:P, constant, unet (up to the middle, down "
-        "again); or the coefficients themselves, first layer to last, as in 0.1,0.6,1.0.",
+        help="How the coefficient grows with depth: linear, power:P, constant, reversed (it falls: the control for "
+        "linear), unet (up to the middle, down again); or the coefficients themselves, first layer to last, as in "
+        "0.1,0.6,1.0.",
         rich_help_panel=SCALING,
     ),
 ]

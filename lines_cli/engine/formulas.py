@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from lines_cli.checkpoint.formulas import Formula, LowRank
+from lines_cli.checkpoint.formulas import Formula, LowRank, StoredUpdate
 from lines_cli.checkpoint.header import StoredTensor
 from lines_cli.plan.tensors import SourceRange
 
@@ -22,6 +22,8 @@ _BLOCK = 128 * 1024  # entries of an update that are computed at a time; more le
 
 Load = Callable[[StoredTensor], torch.Tensor]
 """Reads a factor: in its shape, as it is stored, on the thread's device."""
+LoadPart = Callable[[StoredTensor, int, int], torch.Tensor]
+"""Reads some entries of one, [n]: of which, the number of the first one, and how many."""
 
 
 class Maker(Protocol):
@@ -47,12 +49,12 @@ class Makers:
     """One thread's: what the formulas of a tensor need, read when it is first asked for, kept until the next tensor.
 
     Args:
-        load: reads a factor.
+        load, load_part: read a factor, or some of its entries.
         device: where entries are held.
     """
 
-    def __init__(self, load: Load, device: torch.device) -> None:
-        self._load, self._device = load, device
+    def __init__(self, load: Load, load_part: LoadPart, device: torch.device) -> None:
+        self._load, self._load_part, self._device = load, load_part, device
         self._held: dict[Formula, Maker] = {}
 
     def apply(self, entries: torch.Tensor, source: SourceRange, first: int) -> None:
@@ -66,7 +68,7 @@ class Makers:
             into.zero_()
         for number, step in enumerate(steps):
             maker = self._maker(step)
-            assert isinstance(maker, _LowRank)
+            assert isinstance(maker, (_LowRank, _Stored))
             if number == 0:
                 maker.update(into, first)
             else:
@@ -78,14 +80,29 @@ class Makers:
 
     def _maker(self, step: Formula) -> Maker:
         if step not in self._held:
-            self._held[step] = _maker_of(step, self._load, self._device)
+            self._held[step] = _maker_of(step, self._load, self._load_part, self._device)
         return self._held[step]
 
 
-def _maker_of(step: Formula, load: Load, device: torch.device) -> Maker:
+def _maker_of(step: Formula, load: Load, load_part: LoadPart, device: torch.device) -> Maker:
+    if isinstance(step, StoredUpdate):
+        return _Stored(step, load_part)
     if isinstance(step, LowRank):
         return _LowRank(step, load, device)
     raise NotImplementedError(type(step).__name__)
+
+
+class _Stored:
+    """Adds what is stored."""
+
+    def __init__(self, step: StoredUpdate, load_part: LoadPart) -> None:
+        self._stored, self._load_part = step.factors[0][1], load_part
+
+    def update(self, into: torch.Tensor, first: int) -> None:
+        into.copy_(self._load_part(self._stored, first, into.numel()))
+
+    def apply(self, entries: torch.Tensor, first: int) -> None:
+        entries += self._load_part(self._stored, first, entries.numel())
 
 
 class _LowRank:

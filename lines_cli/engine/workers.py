@@ -67,7 +67,7 @@ class Reader:
         self._held = torch.empty(0)
         self._views: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None  # of what is held: the last asked for
         self._out: list[Buffer] = []
-        self._makers = Makers(self._factor, device)
+        self._makers = Makers(self._factor, self._part_of_factor, device)
         if not self._allocate():
             self.halve()
 
@@ -164,12 +164,17 @@ class Reader:
         Raises:
             CheckpointError: the file cannot be read, or is shorter than it was.
         """
+        info = stored.info
+        return self._part_of_factor(stored, 0, info.numel).view(info.shape)
+
+    def _part_of_factor(self, stored: StoredTensor, first: int, numel: int) -> torch.Tensor:
+        """Some of its entries, [numel]."""
         file, info = stored
-        dtype = (TORCH_DTYPES | FLOAT8)[info.dtype]
-        raw = bytearray(info.nbytes)
-        self._fill(memoryview(raw), file, info.offset, "a factor")
+        dtype, width = (TORCH_DTYPES | FLOAT8)[info.dtype], itemsize(info.dtype)
+        raw = bytearray(numel * width)
+        self._fill(memoryview(raw), file, info.offset + first * width, "a factor")
         values = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
-        return values.view(info.shape).to(self.device)
+        return values.to(self.device)
 
     def _fill(self, view: memoryview, file: int, offset: int, what: str) -> None:
         """Read bytes of an input into all of `view`; `what` they are part of."""
