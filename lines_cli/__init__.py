@@ -19,10 +19,13 @@ from lines_cli.version import __version__ as __version__
 if TYPE_CHECKING:
     from lines_cli.api.calls import coefficients as coefficients
     from lines_cli.api.calls import edit as edit
+    from lines_cli.api.calls import edit_adapter as edit_adapter
+    from lines_cli.api.calls import extract as extract
     from lines_cli.api.calls import inspect as inspect
     from lines_cli.api.calls import merge as merge
     from lines_cli.api.in_memory import edit_state_dict as edit_state_dict
     from lines_cli.api.in_memory import merge_state_dicts as merge_state_dicts
+    from lines_cli.api.push import push as push
     from lines_cli.engine.run import run as run
     from lines_cli.engine.verify import Verification as Verification
     from lines_cli.engine.verify import verify as verify
@@ -47,7 +50,8 @@ if TYPE_CHECKING:
 
 
 _HOMES = {
-    "api.calls": ("coefficients", "edit", "inspect", "merge"),
+    "api.calls": ("coefficients", "edit", "edit_adapter", "extract", "inspect", "merge"),
+    "api.push": ("push",),
     "inspection.compare": ("compare",),
     "scaling.find_depth": ("DepthMap", "find_depth"),
     "engine.run": ("run",),

@@ -9,7 +9,8 @@
     |-- MismatchError        4   two inputs disagree (names, shapes), or with each other's config
     |   `-- DepthError           no single reading of which tensor stands at which depth
     |-- DataError            5   the numbers themselves: NaN, Inf, overflow; or they are not what a recipe makes
-    `-- OutputError          6   the destination: exists, is an input, cannot be written, no space
+    |-- OutputError          6   the destination: exists, is an input, cannot be written, no space
+    `-- PushError            8   the Hub does not take an output; what is on the disk stays as it is
 
 A message names the file, the tensor and both inputs of the disagreement; `hint` is the next step, where there is
 one. `cli.app` is the only place that turns these into text and an exit code.
@@ -110,6 +111,12 @@ class OutputError(LinesError):
     exit_code = 6
 
 
+class PushError(LinesError):
+    """An output could not be put on the Hugging Face Hub; on the disk it is as it was."""
+
+    exit_code = 8
+
+
 OF_NO_USE = (DataError, ChangedInputError, MismatchError, RecipeError)
 """Errors after which what was finished is of no use: it is made of an input that changed, or would be refused again."""
 
@@ -122,11 +129,13 @@ class Aftermath:
         kept: the folder in which what was finished is kept, to `resume` from; None where nothing is.
         in_place: the destination, if the new output had taken its place before; None where that is as it was.
         output: the destination, to name in the commands that go on from there.
+        unpushed: of an output that was being put on the Hub: the command that goes on with it.
     """
 
     kept: Path | None = None
     in_place: Path | None = None
     output: Path | None = None
+    unpushed: str | None = None
 
 
 def attach_aftermath(error: BaseException, aftermath: Aftermath) -> None:

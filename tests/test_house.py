@@ -124,7 +124,7 @@ def test_no_module_imports_itself_in_a_circle() -> None:
         ("rich", {"cli.console"}),
         ("matplotlib", {"inspection.plot"}),
         ("typer", {"cli.app", "cli.options", "cli.parser"}),
-        ("huggingface_hub", {"hub.download"}),
+        ("huggingface_hub", {"hub.client", "hub.download", "hub.heads", "hub.upload"}),
         ("torch", {"api.in_memory", "inspection.compare"}),
         ("pydantic", {"recipe.schema", "recipe.validate"}),
         ("yaml", {"checkpoint.model_card", "inspection.html", "recipe.plain_yaml", "recipe.yaml_file"}),
@@ -141,7 +141,15 @@ def test_each_dependency_has_one_home(dependency: str, homes: set[str]) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["edit", "--help"], ["merge", "--help"], ["inspect", "--help"], ["verify", "--help"], ["--version"]],
+    [
+        ["--help"],
+        ["edit", "--help"],
+        ["merge", "--help"],
+        ["inspect", "--help"],
+        ["verify", "--help"],
+        ["push", "--help"],
+        ["--version"],
+    ],
 )
 def test_help_loads_no_torch(arguments: list[str]) -> None:
     """`lines --help` answers at once: it loads neither torch nor anything else that is slow."""
@@ -272,9 +280,10 @@ def test_json_is_documented(tmp_path: Path) -> None:
         write_checkpoint(tmp_path / side, {f"h.{i}.w": torch.ones(2) for i in range(2)})
     arguments = ["edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / "out", "--json"]
     printed = run_lines(*arguments, "--dry-run").json.keys() | run_lines(*arguments).json.keys()
-    _, making, verifying = (ROOT / "docs" / "json.md").read_text(encoding="utf-8").split("\n## ")
+    _, making, verifying, pushing, _ = (ROOT / "docs" / "json.md").read_text(encoding="utf-8").split("\n## ")
     keys = re.compile(r"^\| `(\w+)`", re.MULTILINE)
     assert set(keys.findall(making)) == printed
+    assert set(keys.findall(pushing)) == {"schema", "lines", "dry_run", "output", "pushed"}  # tests/hub runs it
     told = run_lines("verify", tmp_path / "out", "--json").json
     assert set(keys.findall(verifying)) == told.keys()
     assert all(re.search(rf"\b{key}\b", verifying) for name in ("inputs", "files") for key in told[name][0])
@@ -299,7 +308,11 @@ OTHER_MEANINGS = {
     "inspection.kinds": {"weight", "scale"},
     "plan.tied_weights": {"weight"},
     "checkpoint.contents": {"weight"},
-    "checkpoint.adapter": {"weight"},
+    "checkpoint.quantised": {"scale", "weight"},
+    "checkpoint.adapter": {"weight", "t"},  # a factor of LoHa
+    "engine.formulas": {"t"},
+    "checkpoint.adapter_names": {"weight"},
+    "plan.adapted": {"weight"},
     "inspection.report": {"lambda"},  # a key of the report
     "inspection.tables": {"lambda"},
     "recipe.schema": {"task_arithmetic"},  # what a recipe is that says no method

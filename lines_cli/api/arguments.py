@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lines_cli.errors import RecipeError
 
 if TYPE_CHECKING:
+    from lines_cli.hub.upload import Target
     from lines_cli.plan.resources import Resources
 
 Pairs = Mapping[str, Any] | Iterable[str]
@@ -80,9 +81,61 @@ def pairs(flag: str, given: Pairs | None) -> dict[str, Any] | None:
     return pairs or None
 
 
+def num_layers(given: int | Mapping[str, int] | Iterable[str] | None) -> Any:
+    """`--num-layers 12`, or `--num-layers NAME=12` for each stack, as the recipe has it.
+
+    Raises:
+        RecipeError: several without names.
+    """
+    if given is None or isinstance(given, (int, Mapping)):
+        return given
+    texts = [given] if isinstance(given, str) else list(given)
+    if not texts:
+        return None
+    if len(texts) == 1 and "=" not in texts[0]:
+        return texts[0]
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, number = text.rpartition("=")
+        if not equals or not name or name in found:
+            raise RecipeError(f"--num-layers {text}: expected --num-layers L, or --num-layers NAME=L for each stack")
+        found[name] = number
+    return found
+
+
 def each_series(given: Iterable[str] | None) -> list[list[str]] | None:
     """Each `--series A,B,C` of a command line as a list of names."""
     return [one.split(",") for one in given or ()] or None
+
+
+def use_cache(given: str | Path | None) -> None:
+    """Have what is fetched from the Hub kept in a folder; None for the one that the Hub's client chooses."""
+    from lines_cli.hub.client import CACHE
+
+    CACHE.set(None if given is None else path("--cache", given))
+
+
+def target(repo: str | None, *, private: bool, revision: str | None, destination: Path | None) -> Target | None:
+    """Where on the Hub the output goes, if it does.
+
+    Raises:
+        RecipeError: it cannot go there, or what is said of the Hub says nothing without `--push-to`.
+    """
+    if repo is None:
+        for flag, given in (("--private", private), (f"--revision {revision}", revision is not None)):
+            if given:
+                raise RecipeError(f"{flag} is said of a push, and nothing is pushed", hint="Add --push-to org/name.")
+        return None
+    from lines_cli.hub.upload import target_of
+    from lines_cli.storage.destination import is_one_file
+
+    found = target_of(repo, private=private, revision=revision)
+    if destination is not None and is_one_file(destination):
+        raise RecipeError(
+            f"-o {destination}: --push-to puts a folder on the Hub, with config and record, and no single file",
+            hint=f"Write a folder: -o {destination.with_suffix('')}.",
+        )
+    return found
 
 
 def resources(workers: int | None, device: str, gpu_memory: str | int | None) -> Resources:

@@ -19,13 +19,16 @@ from lines_cli.errors import DataError, OutputError, RecipeError, as_argument, s
 
 if TYPE_CHECKING:
     from lines_cli.api.arguments import Pairs, Series
+    from lines_cli.api.push import Push
     from lines_cli.api.summary import Summary
     from lines_cli.checkpoint.reader import Checkpoint
+    from lines_cli.engine.adapter_write import AdapterOutcome
     from lines_cli.engine.measure import Track
     from lines_cli.engine.write import Outcome
+    from lines_cli.hub.upload import Target
     from lines_cli.inspection.open import Inspection
     from lines_cli.inspection.report import Report
-    from lines_cli.plan.plan import Plan
+    from lines_cli.plan.adapter_plan import AnyPlan
     from lines_cli.plan.resources import Resources
     from lines_cli.recipe.schema import Recipe
     from lines_cli.storage.staging import Unfinished
@@ -72,9 +75,13 @@ def edit(
     resume: bool = False,
     verify: bool = False,
     verify_inputs: bool = False,
+    push_to: str | None = None,
+    private: bool = False,
+    revision: str | None = None,
     workers: int | None = None,
     device: str = "auto",
     gpu_memory: str | int | None = None,
+    cache: Named | None = None,
     dry_run: bool = False,
     track: Track | None = None,
 ) -> Summary:
@@ -91,7 +98,8 @@ def edit(
         variant: of folders with several sets of weights, which.
         dtype, rounding, rounding_seed, max_shard_size: how the output is stored.
         force, resume, verify, verify_inputs: as the options.
-        workers, device, gpu_memory: what may be used; it changes no byte.
+        push_to, private, revision: where on the Hub to put the output, once it is in place (`push`).
+        workers, device, gpu_memory, cache: what may be used; it changes no byte.
         dry_run: return the plan, and write nothing.
         track: wraps the stream of byte counts of each pass, to show progress: called with title, total and stream.
 
@@ -130,7 +138,171 @@ def edit(
     resources = arguments.resources(workers, device, gpu_memory)
     how = RunOptions(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)
     destination = arguments.destination_unless(output, dry_run=dry_run, unnamed="no output is named")
-    return carry_out(recipe, destination, resources, how, dry_run=dry_run, track=track).summary
+    arguments.use_cache(cache)
+    pushing = _push_to(arguments.target(push_to, private=private, revision=revision, destination=destination))
+    done = carry_out(recipe, destination, resources, how, dry_run=dry_run, track=track, pushing=pushing)
+    return done.summary if pushing is None or dry_run else put_on_the_hub(pushing, done)
+
+
+def edit_adapter(
+    adapter: Named,
+    output: Named | None = None,
+    *,
+    base: Named | None = None,
+    num_layers: int | Mapping[str, int] | Iterable[str] | None = None,
+    alpha: float | None = None,
+    beta: float | None = None,
+    gamma: float | None = None,
+    schedule: str | Sequence[float] | None = None,
+    outside: Outside | None = None,
+    stack: Pairs | None = None,
+    filter: Pairs | None = None,  # noqa: A002 - the option's name
+    layers: str | None = None,
+    series: Series | None = None,
+    not_layers: str | None = None,
+    variant: str | None = None,
+    allow_nonfinite: bool = False,
+    dtype: Dtype | None = None,
+    force: bool = False,
+    resume: bool = False,
+    verify: bool = False,
+    verify_inputs: bool = False,
+    push_to: str | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    workers: int | None = None,
+    device: str = "auto",
+    gpu_memory: str | int | None = None,
+    cache: Named | None = None,
+    dry_run: bool = False,
+    track: Track | None = None,
+) -> Summary:
+    """Scale an adapter over depth, in place, as `lines edit --adapter ADAPTER -o OUTPUT` does: what is written is an
+    adapter, and no weight of a base is read.
+
+    Args:
+        adapter: a folder with PEFT's config and tensors, or a Hub id.
+        output: a folder. Only a `dry_run` needs none.
+        base: what it was trained on, of which headers are read, or the config; in its place
+        num_layers: how many layers that has, or a mapping of the names of stacks.
+        alpha, ..., dry_run, track: as in `edit`.
+
+    Returns:
+        What `--json` prints (docs/json.md).
+
+    Raises:
+        LinesError: where the command would end with that message.
+    """
+    from lines_cli.recipe.validate import edit_adapter_recipe
+
+    recipe = edit_adapter_recipe(
+        str(adapter),
+        base_model=None if base is None else str(base),
+        num_layers=arguments.num_layers(num_layers),
+        alpha=alpha,
+        beta=beta,
+        gamma=gamma,
+        schedule=schedule,
+        outside=outside,
+        stacks=arguments.pairs("--stack", stack),
+        filter=arguments.pairs("--filter", filter),
+        layers=layers,
+        series=series,
+        not_layers=not_layers,
+        variant=variant,
+        allow_nonfinite=allow_nonfinite or None,
+        dtype=dtype,
+    )
+    resources = arguments.resources(workers, device, gpu_memory)
+    how = RunOptions(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)
+    destination = arguments.destination_unless(output, dry_run=dry_run, unnamed="no output is named")
+    arguments.use_cache(cache)
+    pushing = _push_to(arguments.target(push_to, private=private, revision=revision, destination=destination))
+    done = carry_out(recipe, destination, resources, how, dry_run=dry_run, track=track, pushing=pushing)
+    return done.summary if pushing is None or dry_run else put_on_the_hub(pushing, done)
+
+
+def extract(
+    ft: Named,
+    base: Named,
+    output: Named | None = None,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    save_rest: bool = False,
+    alpha: float | None = None,
+    beta: float | None = None,
+    gamma: float | None = None,
+    schedule: str | Sequence[float] | None = None,
+    outside: Outside | None = None,
+    stack: Pairs | None = None,
+    filter: Pairs | None = None,  # noqa: A002 - the option's name
+    layers: str | None = None,
+    series: Series | None = None,
+    not_layers: str | None = None,
+    prefix: str | None = None,
+    variant: str | None = None,
+    dtype: Dtype | None = None,
+    force: bool = False,
+    resume: bool = False,
+    verify: bool = False,
+    verify_inputs: bool = False,
+    push_to: str | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    workers: int | None = None,
+    device: str = "auto",
+    gpu_memory: str | int | None = None,
+    cache: Named | None = None,
+    dry_run: bool = False,
+    track: Track | None = None,
+) -> Summary:
+    """Make the adapter that is nearest to a full fine-tune, as `lines extract FT --base BASE -o OUTPUT` does.
+
+    Args:
+        ft, base: the fine-tune and what it was trained on, each a path or a Hub id.
+        output: a folder. Only a `dry_run` needs none.
+        rank: of every module, at most; or
+        energy: the share of a module's squared update that its rank is to keep, above 0 and at most 1.
+        save_rest: also store, whole, what is no matrix and changed: embeddings, norms, biases.
+        alpha, ..., not_layers: the coefficients, as in `edit`. Where none is given, the update is not scaled.
+        prefix, variant, dtype, ..., track: as in `edit`. Unless `dtype` says otherwise, factors are float32.
+
+    Returns:
+        What `--json` prints (docs/json.md).
+
+    Raises:
+        LinesError: where the command would end with that message.
+    """
+    from lines_cli.recipe.validate import extract_recipe
+
+    recipe = extract_recipe(
+        str(base),
+        str(ft),
+        rank=rank,
+        energy=energy,
+        save_rest=save_rest or None,
+        alpha=alpha,
+        beta=beta,
+        gamma=gamma,
+        schedule=schedule,
+        outside=outside,
+        stacks=arguments.pairs("--stack", stack),
+        filter=arguments.pairs("--filter", filter),
+        layers=layers,
+        series=series,
+        not_layers=not_layers,
+        prefix=prefix,
+        variant=variant,
+        dtype=dtype,
+    )
+    resources = arguments.resources(workers, device, gpu_memory)
+    how = RunOptions(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)
+    destination = arguments.destination_unless(output, dry_run=dry_run, unnamed="no output is named")
+    arguments.use_cache(cache)
+    pushing = _push_to(arguments.target(push_to, private=private, revision=revision, destination=destination))
+    done = carry_out(recipe, destination, resources, how, dry_run=dry_run, track=track, pushing=pushing)
+    return done.summary if pushing is None or dry_run else put_on_the_hub(pushing, done)
 
 
 def merge(
@@ -138,13 +310,21 @@ def merge(
     output: Named | None = None,
     *,
     sets: Sets | None = None,
+    as_adapter: bool = False,
+    rank: int | None = None,
+    energy: float | None = None,
+    num_layers: int | Mapping[str, int] | Iterable[str] | None = None,
     force: bool = False,
     resume: bool = False,
     verify: bool = False,
     verify_inputs: bool = False,
+    push_to: str | None = None,
+    private: bool = False,
+    revision: str | None = None,
     workers: int | None = None,
     device: str = "auto",
     gpu_memory: str | int | None = None,
+    cache: Named | None = None,
     dry_run: bool = False,
     track: Track | None = None,
 ) -> Summary:
@@ -155,7 +335,10 @@ def merge(
             whose paths count from the current folder; or a `Recipe`.
         output: a folder, or one file; unless given, the recipe's `output`. A `dry_run` needs neither.
         sets: what overrules the recipe: a mapping such as `{"lines.beta": 0.4}`, or texts as `--set` takes them.
-        force, resume, verify, verify_inputs, workers, device, gpu_memory, dry_run, track: as in `edit`.
+        as_adapter, rank, energy, num_layers: merge adapters into an adapter (docs/adapters-out.md); as the recipe's
+            keys.
+        force, resume, verify, verify_inputs, push_to, private, revision, workers, device, gpu_memory, cache, dry_run,
+            track: as in `edit`.
 
     Returns:
         What `--json` prints (docs/json.md).
@@ -163,11 +346,14 @@ def merge(
     Raises:
         LinesError: where the command would end with that message.
     """
-    recipe = read_recipe(config, sets or ())
+    recipe = read_recipe(config, with_adapter_keys(sets or (), as_adapter, rank, energy, num_layers))
     resources = arguments.resources(workers, device, gpu_memory)
     how = RunOptions(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)
     destination = destination_of(recipe, output, called=config, dry_run=dry_run)
-    return carry_out(recipe, destination, resources, how, dry_run=dry_run, track=track).summary
+    arguments.use_cache(cache)
+    pushing = _push_to(arguments.target(push_to, private=private, revision=revision, destination=destination))
+    done = carry_out(recipe, destination, resources, how, dry_run=dry_run, track=track, pushing=pushing)
+    return done.summary if pushing is None or dry_run else put_on_the_hub(pushing, done)
 
 
 def inspect(
@@ -194,6 +380,7 @@ def inspect(
     workers: int | None = None,
     device: str = "auto",
     gpu_memory: str | int | None = None,
+    cache: Named | None = None,
     track: Track | None = None,
 ) -> Report:
     """Look at checkpoints, as `lines inspect` does.
@@ -209,7 +396,7 @@ def inspect(
         tensors: also every tensor.
         check: read all weights, and refuse what is wrong with them.
         plot: also draw it, into this `.svg`, `.png` or `.html` file.
-        workers, device, gpu_memory, track: as in `edit`.
+        workers, device, gpu_memory, cache, track: as in `edit`.
 
     Returns:
         What `--json` prints (docs/inspecting.md).
@@ -234,6 +421,7 @@ def inspect(
         "dtype": dtype,
     }
     resources = arguments.resources(workers, device, gpu_memory)
+    arguments.use_cache(cache)
     named = [checkpoints] if isinstance(checkpoints, (str, Path)) else list(checkpoints or ())
     report = look(
         named, base, config, scaling, resources, tensors=tensors, check=check, plot=plot, quiet=True, track=track
@@ -308,8 +496,15 @@ def _named_only(names: Any, config: Any) -> Checkpoint:
 
     said = config_values(config, names)
     if isinstance(names, (str, Path)):
-        found = locate(str(names), quiet=True)
-        checkpoint = open_checkpoint(found.path, name=found.name, hub_id=found.hub_id, to_look_at=True)
+        found = locate(str(names), quiet=True, only="headers")
+        checkpoint = open_checkpoint(
+            found.path,
+            name=found.name,
+            hub_id=found.hub_id,
+            to_look_at=True,
+            part=found.part,
+            heads=found.heads,
+        )
         return checkpoint if config is None else replace(checkpoint, config=said)
     names = state_dict_of(names)
     tensors = names if isinstance(names, Mapping) else dict.fromkeys(names)
@@ -355,9 +550,9 @@ class RunOptions(TypedDict):
 class Done:
     """What came of a recipe: what was done; or, without an outcome, what was planned, or was finished before."""
 
-    plan: Plan
+    plan: AnyPlan
     summary: Summary
-    outcome: Outcome | None = None
+    outcome: Outcome | AdapterOutcome | None = None
     before: bool = False
 
 
@@ -381,6 +576,21 @@ def read_recipe(config: Config, sets: Sets = ()) -> Recipe:
             hint="Change it with its model_copy() instead.",
         )
     return config
+
+
+def with_adapter_keys(
+    sets: Sets,
+    as_adapter: bool,
+    rank: int | None,
+    energy: float | None,
+    num_layers: int | Mapping[str, int] | Iterable[str] | None,
+) -> list[str]:
+    """What overrules a recipe, with what options of `merge` say of an adapter."""
+    from lines_cli.recipe.yaml_file import set_texts
+
+    said = {"rank": rank, "energy": energy, "num_layers": arguments.num_layers(num_layers)}
+    own = {key: value for key, value in said.items() if value is not None}
+    return [*set_texts(sets), *set_texts({"as_adapter": True, **own} if as_adapter else own)]
 
 
 def destination_of(recipe: Recipe, output: Named | None, *, called: Any, dry_run: bool) -> Path | None:
@@ -436,6 +646,7 @@ def carry_out(
     remark: Callable[[str], None] | None = None,
     importing: Importing = tolerant_torch_import,
     at_last: Callable[[], None] = lambda: None,
+    pushing: Push | None = None,
 ) -> Done:
     """Plan a recipe's result, and unless `dry_run` says otherwise make it.
 
@@ -450,6 +661,7 @@ def carry_out(
         remark: gets what a person should know by the way.
         importing: what torch is imported within.
         at_last: as of `engine.run`.
+        pushing: a push of the output, of which only is asked here whether it can be done; and the output is read back.
     """
     from dataclasses import replace
 
@@ -461,7 +673,10 @@ def carry_out(
     say = remark or (lambda _: None)
     if destination is None:
         plan = _planned(recipe, Path(UNNAMED), quiet=quiet)
-        return Done(plan, {**summary.of_plan(plan, resources), "output": None})
+        pushed = _foreseen(pushing, plan)
+        return Done(plan, {**summary.of_plan(plan, resources), "output": None, "pushed": pushed})
+    if pushing is not None:
+        how = {**how, "verify": True}
     inputs = [name for name in (recipe.base_model, *(source.model for source in recipe.models)) if name is not None]
     named = [Path(os.path.expanduser(name)) for name in inputs]
     before = leftover(destination)
@@ -476,6 +691,9 @@ def carry_out(
         destination, inputs=named, nbytes=0, force=how["force"] or how["resume"], may_exist=dry_run and not how["force"]
     )
     plan = _planned(recipe, destination, quiet=quiet)
+    pushed = _foreseen(pushing, plan)
+    if not dry_run and not all(checkpoint.is_here for checkpoint in plan.inputs.checkpoints):
+        plan = _planned(recipe, destination, quiet=quiet, weights=True)  # nothing is to be refused any more
     is_over = before is not None and before.is_over and is_same_run(plan, before.run)
     finished = how["resume"] and (is_over or is_finished(plan))
     if finished and (how["verify"] or how["verify_inputs"]):
@@ -508,7 +726,7 @@ def carry_out(
         if not how["force"] and (is_taken(destination) or (before is not None and before.set_aside)):
             note = f"{destination} exists: a run replaces it with --force alone, and ends with exit code 6 without"
             plan = replace(plan, notes=(*plan.notes, note))
-        return Done(plan, summary.of_plan(plan, resources))
+        return Done(plan, {**summary.of_plan(plan, resources), "pushed": pushed})
     if before is not None and before.is_over and not quiet:
         say(f"{before.folder} holds the old output that a finished run replaced; it is removed")
     elif before is not None and not quiet:
@@ -524,21 +742,55 @@ def carry_out(
         from lines_cli.engine.run import run
 
     outcome = run(plan, resources, **how, **({} if track is None else {"track": track}), at_last=at_last)
-    return Done(outcome.plan, summary.of_outcome(outcome), outcome)
+    return Done(outcome.plan, summary.of_any_outcome(outcome), outcome)
 
 
 UNNAMED = "OUT"
 """What a plan calls a destination that nobody has named."""
 
 
-def _planned(recipe: Recipe, destination: Path, *, quiet: bool) -> Plan:
+def _push_to(target: Target | None) -> Push | None:
+    if target is None:
+        return None
+    from lines_cli.api.push import Push
+
+    return Push(target)
+
+
+def _foreseen(pushing: Push | None, plan: AnyPlan) -> Summary | None:
+    """What would be pushed of a plan's output, once the Hub was asked whether it would take it."""
+    if pushing is None:
+        return None
+    pushing.check(plan.output, plan.names)
+    return pushing.told(plan.names)
+
+
+def put_on_the_hub(pushing: Push, done: Done) -> Summary:
+    """Push the output of a run, which has read it back; the summary.
+
+    Raises:
+        PushError: the Hub does not take it; it is in place, and whole.
+    """
+    from lines_cli.api.push import contents_of
+    from lines_cli.errors import PushError
+
+    output = done.plan.output
+    try:
+        return {**done.summary, "pushed": pushing(contents_of(output, read=False))}
+    except PushError as error:
+        raise PushError(
+            f"{output} is in place and whole, but not on the Hub. {error.message}", hint=error.hint
+        ) from error
+
+
+def _planned(recipe: Recipe, destination: Path, *, quiet: bool, weights: bool = False) -> AnyPlan:
+    """The plan; without `weights` those that are on the Hub stay there, and only their headers are fetched."""
     from dataclasses import replace
 
-    from lines_cli.plan.build import make_plan
+    from lines_cli.plan.any_plan import planning
     from lines_cli.plan.claim import notes_of_inputs
-    from lines_cli.plan.inputs import open_inputs
 
-    plan = make_plan(recipe, open_inputs(recipe, quiet=quiet), destination)
+    plan = planning(recipe, quiet=quiet, weights=weights)(destination)
     return replace(plan, notes=(*plan.notes, *notes_of_inputs(plan))) if recipe.inputs else plan
 
 
@@ -576,7 +828,7 @@ def look(
         from lines_cli.inspection.drawing import Drawing
 
         drawing = Drawing(arguments.path("--plot", plot))
-    inspection = _opened(checkpoints, base, config, scaling, quiet=quiet)
+    inspection = _opened(checkpoints, base, config, scaling, quiet=quiet, weights=check)
     if drawing is not None:
         drawing.spare(inspection.inputs)
     findings = None
@@ -598,13 +850,14 @@ def _opened(
     scaling: Mapping[str, Any],
     *,
     quiet: bool,
+    weights: bool,
 ) -> Inspection:
     from lines_cli.inspection.open import open_inspection, open_merge
 
     if config is None:
         if not checkpoints:
             raise RecipeError("there is nothing to inspect", hint="Name a checkpoint; or a recipe, with --config FILE.")
-        return open_inspection(checkpoints, base=base, quiet=quiet, **scaling)
+        return open_inspection(checkpoints, base=base, quiet=quiet, weights=weights, **scaling)
     if checkpoints or base is not None or any(value is not None for value in scaling.values()):
         raise RecipeError(
             "--config already gives the base, the models and the coefficients",

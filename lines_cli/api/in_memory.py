@@ -20,7 +20,7 @@ import torch
 from lines_cli.api import arguments
 from lines_cli.api.calls import Dtype, Missing, Outside, Resize, Rounding, config_values, state_dict_of
 from lines_cli.checkpoint.header import StoredTensor, TensorInfo, itemsize
-from lines_cli.checkpoint.reader import Checkpoint, unsupported_in
+from lines_cli.checkpoint.reader import Checkpoint, as_model
 from lines_cli.engine.arithmetic import FLOAT8, TORCH_DTYPES
 from lines_cli.engine.buffers import keep_freed_memory
 from lines_cli.engine.chunks import PlanChunk, items_of
@@ -61,6 +61,8 @@ _EXACT = {
 }
 _DTYPES: dict[str, torch.dtype] = {**TORCH_DTYPES, **_EXACT, "C64": torch.complex64}
 _NAMES = {dtype: name for name, dtype in {**_DTYPES, **FLOAT8, "C64": torch.complex64}.items()}
+if hasattr(torch, "float8_e8m0fnu"):  # scales of codes; torch 2.7 and later
+    _NAMES[torch.float8_e8m0fnu] = "F8_E8M0"
 
 
 def edit_state_dict(
@@ -253,10 +255,7 @@ class _Tensors:
         """
         path = Path(self.name)
         stored = {name: StoredTensor(0, info) for name, info in self.infos.items()}
-        checkpoint = _InMemory(self.name, path, (path,), stored, (), "model", config)
-        if unsupported := unsupported_in(checkpoint):
-            raise unsupported
-        return checkpoint
+        return as_model(_InMemory(self.name, path, (path,), stored, (), "model", config))
 
     def at(self, offset: int) -> tuple[torch.Tensor, int]:
         """The tensor that a byte belongs to, and where in it the byte stands."""
@@ -350,9 +349,9 @@ def _computed(
     ]
     with devices.bounded():
         size = devices.chunk(plan.per_entry, whole=plan.whole_bytes(len(devices.members)))
-        shared = devices.whole_tensors()
+        shared, turned = devices.whole_tensors(), devices.turned(plan.turned_sides)
         pool = Pool(
-            lambda device: Worker(plan, sources, device, size, shared), items_of(segments), job.of_item, devices
+            lambda device: Worker(plan, sources, device, size, shared, turned), items_of(segments), job.of_item, devices
         )
         total = sum(segment.numel * itemsize(tensor.info.dtype) for tensor, segment in segments)
         with closing(pool.in_order()) as done:
@@ -378,7 +377,8 @@ def _result(plan: Plan, tensor: TensorPlan, sources: Sequence[_Tensors]) -> _Res
     merged = (*((segment.base,) if segment.base else ()), *segment.models)
     like = of(segment.copy or merged[plan.inputs.lead])
     shape = torch.Size(tensor.info.shape)
-    if len(tensor.segments) == 1 and segment.copy is not None and (like.dtype, like.shape) == (dtype, shape):
+    whole = segment.copy is not None and not segment.copy.parts and len(tensor.segments) == 1
+    if whole and (like.dtype, like.shape) == (dtype, shape):
         return _Result(like, shared=True)
     return _Result(torch.empty(shape, dtype=dtype, device=like.device), shared=False)
 

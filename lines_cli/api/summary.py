@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
+from lines_cli.plan.adapter_plan import AdapterPlan, AnyPlan
+from lines_cli.plan.adapter_report import kept_of, layers_of, left_out, modules_of
 from lines_cli.version import ABOUT
 
 if TYPE_CHECKING:
+    from lines_cli.engine.adapter_write import AdapterOutcome
     from lines_cli.engine.write import Outcome
     from lines_cli.plan.plan import Plan
     from lines_cli.plan.realised import Row
@@ -19,14 +22,45 @@ if TYPE_CHECKING:
 Summary = dict[str, Any]
 
 
-def of_plan(plan: Plan, resources: Resources) -> Summary:
+def of_plan(plan: AnyPlan, resources: Resources) -> Summary:
     """What would be done."""
-    return {**ABOUT, "dry_run": True, **plan.summary(), "peak_memory": plan.peak_memory(resources), "map": plan.map()}
+    if isinstance(plan, AdapterPlan):
+        told = {**ABOUT, "dry_run": True, **plan.summary(), "peak_memory": plan.peak_memory(resources)}
+        return {**told, "modules": modules_of(plan, {}), "pushed": None}
+    return {
+        **ABOUT,
+        "dry_run": True,
+        **plan.summary(),
+        "peak_memory": plan.peak_memory(resources),
+        "map": plan.map(),
+        "pushed": None,
+    }
 
 
-def of_finished(plan: Plan) -> Summary:
+def of_finished(plan: AnyPlan) -> Summary:
     """What an earlier run has done."""
-    return {**ABOUT, "dry_run": False, **plan.summary(), "done_before": True}
+    return {**ABOUT, "dry_run": False, **plan.summary(), "done_before": True, "pushed": None}
+
+
+def of_any_outcome(outcome: Outcome | AdapterOutcome) -> Summary:
+    """What was done, whatever was made."""
+    plan = outcome.plan
+    return of_adapter(outcome) if isinstance(plan, AdapterPlan) else of_outcome(outcome)  # type: ignore[arg-type]
+
+
+def of_adapter(outcome: AdapterOutcome) -> Summary:
+    """What was done to make an adapter."""
+    plan, norms = outcome.plan, outcome.norms
+    found = {
+        "kept": kept_of(norms),
+        "layers": layers_of(plan, norms),
+        "modules": modules_of(plan, norms),
+        "left_out": left_out(plan, norms),
+        "nonfinite": dict(outcome.nonfinite),
+        "resumed": outcome.resumed,
+        "seconds": round(outcome.seconds, 3),
+    }
+    return {**ABOUT, "dry_run": False, **plan.summary(), "done_before": False, **found, "pushed": None}
 
 
 def of_outcome(outcome: Outcome) -> Summary:
@@ -45,7 +79,7 @@ def of_outcome(outcome: Outcome) -> Summary:
         "resumed": outcome.resumed,
         "seconds": round(outcome.seconds, 3),
     }
-    return {**ABOUT, "dry_run": False, **summary, "done_before": False, **found}
+    return {**ABOUT, "dry_run": False, **summary, "done_before": False, **found, "pushed": None}
 
 
 def of_realised(plan: Plan, rows: Sequence[Row]) -> Summary:

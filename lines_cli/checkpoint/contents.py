@@ -75,6 +75,74 @@ _OF_CODES = re.compile(
 )
 
 
+def format_of(tensors: Tensors, said: str | None = None) -> str | None:
+    """The name of the format that quantised weights are in, by their tensors' names and dtypes, else by what a config
+    says; None if it is not known by name.
+    """
+    ends = {_last(name) for name in tensors}
+    scales_of_8_bits = any(_last(name) == "weight_scale" and info.dtype == "F8_E4M3" for name, info in tensors.items())
+    packed = {info.dtype for name, info in tensors.items() if _last(name) == "weight_packed"}
+    weights = {info.dtype for name, info in tensors.items() if _last(name) == "weight"}
+    by_name = {
+        "GPTQ": {"qweight", "qzeros"} <= ends and ("g_idx" in ends or said == "gptq"),
+        "AWQ": {"qweight", "qzeros"} <= ends and "g_idx" not in ends,
+        "bitsandbytes (8 bits)": "SCB" in ends,
+        "bitsandbytes (4 bits)": not ends.isdisjoint({"absmax", "quant_map"})
+        or any(".quant_state." in n for n in tensors),
+        "NVFP4": bool(packed | weights & {"U8"}) and scales_of_8_bits,
+        "MXFP4": any(name.endswith("_blocks") and f"{name[:-7]}_scales" in tensors for name in tensors)
+        or (packed == {"U8"} and not scales_of_8_bits),
+        "compressed-tensors (pack-quantized)": packed == {"I32"},
+        "MLX": bool(weights & {"U32"}) and {"scales", "biases"} <= ends,
+        "HQQ": "W_q" in ends,
+        "AQLM": {"codes", "codebooks"} <= ends,
+        "EXL3": {"trellis", "svh"} <= ends,
+        "EXL2": {"q_weight", "q_scale"} <= ends,
+        "quanto": {"_data", "_scale"} <= ends,
+        "compressed-tensors (int-quantized)": bool(weights & {"I8"}) and "weight_scale" in ends,
+        UNSCALED: any(info.dtype in FLOAT8_DTYPES for info in tensors.values()),
+    }
+    found = next((name for name, is_so in by_name.items() if is_so), None)
+    return found or _CALLED.get(said or "")
+
+
+UNSCALED = "8-bit floats without scales"
+_CALLED = {
+    "gptq": "GPTQ",
+    "awq": "AWQ",
+    "hqq": "HQQ",
+    "aqlm": "AQLM",
+    "quanto": "quanto",
+    "mxfp4": "MXFP4",
+    "exl3": "EXL3",
+}
+
+_ORIGINAL = "Give the checkpoint that it was quantised from (its model card names it), and quantise the output again"
+_BY_TRANSFORMERS = "transformers makes it whole: from_pretrained"
+_BY_BITSANDBYTES = f"{_ORIGINAL}; or {_BY_TRANSFORMERS}, model.dequantize(), save_pretrained."
+_BY_COMPRESSED_TENSORS = (
+    f"{_ORIGINAL}; or {_BY_TRANSFORMERS} with CompressedTensorsConfig(dequantize=True), save_pretrained."
+)
+WAYS = {
+    "bitsandbytes (8 bits)": _BY_BITSANDBYTES,
+    "bitsandbytes (4 bits)": _BY_BITSANDBYTES,
+    "MXFP4": f"{_ORIGINAL}; or {_BY_TRANSFORMERS} with Mxfp4Config(dequantize=True), save_pretrained.",
+    "compressed-tensors (pack-quantized)": _BY_COMPRESSED_TENSORS,
+    "compressed-tensors (int-quantized)": _BY_COMPRESSED_TENSORS,
+    "GGUF": "Give the safetensors checkpoint that it was made from, and convert the output again (llama.cpp: "
+    f"convert_hf_to_gguf.py); or {_BY_TRANSFORMERS} with gguf_file, save_pretrained. lines inspect "
+    "shows what is in it.",
+    UNSCALED: "If no scales were lost, cast them to bfloat16 and save that: then they are what "
+    "they say. Else give the checkpoint that it was made from.",
+}
+"""Formats -> what to do in place of giving a checkpoint that is in one."""
+
+
+def way_out(known: str | None) -> str:
+    """What to do in place of giving a checkpoint in such a format; None stands for one that is not known by name."""
+    return WAYS.get(known or "", f"{_ORIGINAL}; a sum of quantised codes means nothing.")
+
+
 def _holds_codes(name: str, tensors: Tensors, beside: Iterable[str]) -> bool:
     """Whether a tensor of integers holds codes: it is a matrix, and beside it stands a scale that fits it, by its name
     and by its shape; or one that is called after it; or a scale and a zero; or floats in groups of its rows, by

@@ -89,11 +89,41 @@ class TensorInfo(NamedTuple):
         return math.prod(self.shape)
 
 
+class Part(NamedTuple):
+    """A run of a tensor's entries that lies by itself, because the file has another layout (`plan.relaid`).
+
+    Attributes:
+        start, numel: which of the tensor's entries.
+        file: a number into `Checkpoint.files`; of a `SourceRange` into `Plan.paths`.
+        offset: the byte at which the first of them stands.
+        sizes, strides: how many there are along one axis or two, and how many entries apart they stand in the file;
+            with a stride of 1 along one axis they stand side by side.
+        tensor: what the file calls the tensor that they are of.
+        entry: which of its entries the first is.
+    """
+
+    start: int
+    numel: int
+    file: int
+    offset: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    tensor: str
+    entry: int
+
+
 class StoredTensor(NamedTuple):
-    """A tensor and the file it lies in (a number into `Checkpoint.files`)."""
+    """A tensor and the file it lies in (a number into `Checkpoint.files`).
+
+    Attributes:
+        file: the file; of one in parts that of the first.
+        info: dtype, shape, place.
+        parts: where its entries are, if they do not stand side by side.
+    """
 
     file: int
     info: TensorInfo
+    parts: tuple[Part, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,22 +155,10 @@ def read_header(path: Path, known: Known | None = None) -> Header:
     try:
         with open(open_regular(path), "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            prefix = file.read(8) if size >= 8 else b""  # a file of /proc has no size, and a content
-            if len(prefix) < 8:
-                _refuse(path, f"the file holds {size} bytes, too few for a safetensors header")
-            if prefix == LFS_POINTER[:8] and file.read(len(LFS_POINTER) - 8) == LFS_POINTER[8:]:
-                _refuse(path, "a Git LFS pointer, and not the weights that it points to", FETCH_LFS)
-            (length,) = _LENGTH.unpack(prefix)
-            if length > HEADER_LIMIT:
-                # How many it claims would tell what the file holds, which may be another's.
-                _refuse(
-                    path,
-                    f"its first 8 bytes give its header more than {HEADER_LIMIT:,} bytes, the format's limit",
-                    _NOT_SAFETENSORS,
-                )
-            if length > size - 8:
-                _refuse(path, f"its header should be {length:,} bytes, but only {size - 8:,} follow", _INCOMPLETE)
-            raw = file.read(length)
+            begin = file.read(8) if size >= 8 else b""  # a file of /proc has no size, and a content
+            if begin == LFS_POINTER[:8]:
+                begin += file.read(len(LFS_POINTER) - 8)
+            raw = file.read(header_bytes(path, begin, size) - 8)
     except OSError as error:
         if error.strerror == NOT_REGULAR:
             _refuse(path, "not a file", _NOT_SAFETENSORS)
@@ -148,13 +166,61 @@ def read_header(path: Path, known: Known | None = None) -> Header:
             f"{path}: cannot be read: {error.strerror or error}",
             hint="Check that it is a file and that you may read it.",
         ) from error
+    return parse_header(path, raw, size, known)
+
+
+def header_bytes(path: Path, begin: bytes, size: int) -> int:
+    """How many bytes of a file come before its tensors: 8, and those of the JSON.
+
+    Args:
+        path: what messages call the file.
+        begin: its first bytes, 8 or more.
+        size: how many it has.
+
+    Raises:
+        CheckpointError: they are not those of a safetensors file.
+    """
+    if len(begin) < 8:
+        _refuse(path, f"the file holds {size} bytes, too few for a safetensors header")
+    if begin.startswith(LFS_POINTER):
+        _refuse(path, "a Git LFS pointer, and not the weights that it points to", FETCH_LFS)
+    if begin.startswith(b"GGUF"):
+        _refuse(path, "by its content a GGUF file", "Give it a name that ends with .gguf, and lines inspect shows it.")
+    if begin.startswith(_OF_TORCH):
+        _refuse(path, "by its content a file that torch.save wrote", "Give it a name that ends with .pt.")
+    (length,) = _LENGTH.unpack(begin[:8])
+    if length > HEADER_LIMIT:
+        # How many it claims would tell what the file holds, which may be another's.
+        _refuse(
+            path,
+            f"its first 8 bytes give its header more than {HEADER_LIMIT:,} bytes, the format's limit",
+            _NOT_SAFETENSORS,
+        )
+    if length > size - 8:
+        _refuse(path, f"its header should be {length:,} bytes, but only {size - 8:,} follow", _INCOMPLETE)
+    return 8 + int(length)
+
+
+def parse_header(path: Path, raw: bytes, size: int, known: Known | None = None) -> Header:
+    """The header of a safetensors file from its JSON.
+
+    Args:
+        path: what messages call the file.
+        raw: the JSON, as it stands behind the first 8 bytes.
+        size: how many bytes the file has.
+        known: as of `read_header`.
+
+    Raises:
+        CheckpointError: as `read_header`.
+    """
     known = {} if known is None else known
     header = known.get((raw, size))
     if header is None:
-        header = known[raw, size] = _parse(path, raw, data_start=8 + length, file_size=size)
+        header = known[raw, size] = _parse(path, raw, data_start=8 + len(raw), file_size=size)
     return header
 
 
+_OF_TORCH = b"PK\x03\x04"  # a zip file, which any other could be, too
 _NOT_SAFETENSORS = "This does not look like a safetensors file."
 _INCOMPLETE = "The file is incomplete: copy or download it again."
 _DAMAGED = "The file is damaged, or was not written as safetensors: copy or download it again."

@@ -82,6 +82,86 @@ def model_card(card: Card) -> Sidecar:
     return Sidecar(MODEL_CARD, content=text.encode())
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterCard:
+    """What the model card of an adapter says.
+
+    Attributes:
+        title: its name.
+        how: `scaled`, `merged` or `extracted`.
+        base: what it changes, if that was named.
+        base_said: what its config calls that.
+        models: what it was made of.
+        scaled: whether it is scaled over depth.
+        ranks: of its modules.
+        coefficients, outside, filters, front: as of `Card`.
+    """
+
+    title: str
+    how: str
+    base: Checkpoint | None
+    base_said: str | None
+    models: Sequence[Checkpoint]
+    scaled: bool
+    ranks: Sequence[int]
+    coefficients: Iterable[tuple[str, Sequence[float]]]
+    outside: tuple[float, float]
+    filters: Iterable[tuple[str, float]]
+    front: Mapping[str, Any] = field(default_factory=dict)
+
+
+def adapter_card(card: AdapterCard) -> Sidecar:
+    """A model card for the Hub, of an adapter."""
+    front = dict(card.front)
+    base = _id_on_the_hub(card.base) if card.base is not None else None
+    if base is None and card.base_said and _HUB_ID.fullmatch(card.base_said):
+        base = card.base_said
+    if base is not None:
+        front |= {"base_model": base, "base_model_relation": "adapter"}
+    front["tags"] = ["lines", "lora", *(["merge"] if card.how == "merged" else [])]
+    front["library_name"] = "peft"
+    name = "fine-tune" if card.how == "extracted" else "adapter"
+    models = [f"| base | {_code(_public_name(card.base))} |"] if card.base else []
+    models += [f"| {name} | {_code(_public_name(model))} |" for model in card.models]
+    rows = [
+        f"| {_code(stack)} | {len(values)} | {values[0]:.6g} | {values[-1]:.6g} |"
+        for stack, values in card.coefficients
+    ]
+    rows.append(f"| outside the blocks | | {card.outside[0]:.6g} | {card.outside[1]:.6g} |")
+    rows += [f"| names with {_code(pattern)} | | {value:.6g} | {value:.6g} |" for pattern, value in card.filters]
+    table = ["", "| stack | layers | first coefficient | last coefficient |", "|---|---|---|---|", *rows]
+    ranks = sorted(set(card.ranks))
+    said = "" if not ranks else f" Rank {ranks[0]}." if len(ranks) == 1 else f" Ranks {ranks[0]} to {ranks[-1]}."
+    scaled = f" {_SCALED_BY_DEPTH}" if card.scaled else ""
+    text = f"""---
+{yaml.safe_dump(front, sort_keys=False)}---
+
+# {_plain(card.title)}
+
+{_ADAPTER[card.how]}{said}{scaled}
+
+| | model |
+|---|---|
+{chr(10).join(models)}
+{chr(10).join(table if card.scaled else [])}
+
+[`{RECIPE}`]({RECIPE}) beside this card runs it again: `lines merge --config {RECIPE} -o OUT`. In this folder,
+`lines verify .` says whether the files here are what it makes.
+{_SOURCE if card.scaled else ""}"""
+    return Sidecar(MODEL_CARD, content=text.encode())
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
+_ADAPTER = {
+    "scaled": "An adapter (LoRA) whose factors B were scaled.",
+    "merged": "Several adapters (LoRA) merged into one: their weighted sum, or the nearest to it of a given rank.",
+    "extracted": "An adapter (LoRA) that is the nearest to a full fine-tune's update, matrix by matrix.",
+}
+_SCALED_BY_DEPTH = (
+    "Its update was scaled over depth by [LiNeS](https://arxiv.org/abs/2410.17146): a coefficient for each block, "
+    "which grows with depth. Shallow blocks stay near the base, which keeps what it knew."
+)
+
 _ONE_SCALED = """A fine-tuned model whose update to its base was scaled over depth by
 [LiNeS](https://arxiv.org/abs/2410.17146): `base + c(l) * (fine-tune - base)`, with a coefficient `c` that depends on
 the depth of a block. Shallow blocks stay near the base, which keeps what it knew; deep blocks keep what the fine-tune

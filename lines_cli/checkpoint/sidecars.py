@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lines_cli.checkpoint.reader import QUANTIZATION, Checkpoint, quantisation_said
+from lines_cli.checkpoint.quantised import QUANTIZATION
+from lines_cli.checkpoint.reader import Checkpoint, quantisation_said
 from lines_cli.errors import CheckpointError, printable, some
 from lines_cli.storage.beside import beside, leads_out, read_json, read_object, refuse_link_out
 from lines_cli.storage.files import FETCH_LFS, LFS_POINTER, read_small
@@ -206,6 +207,7 @@ def carry_over(
     rows_of: Checkpoint,
     vocabularies: Sequence[Collection[int]],
     tokenizer: Checkpoint | None = None,
+    extended: Mapping[str, bytes] | None = None,
     chat_template: Checkpoint | None = None,
 ) -> tuple[list[Sidecar], list[str]]:
     """The carried-over files of an output folder, and what to say of them.
@@ -222,16 +224,20 @@ def carry_over(
         rows_of: the input whose number of rows that is: where there are any, its tokenizer goes with them.
         vocabularies: for each input, how many rows its token embeddings and heads have.
         tokenizer, chat_template: the inputs to take these from, if they are named.
+        extended: of the tokenizer the files that know further tokens; what else lists its vocabulary is left out.
 
     Raises:
         CheckpointError: an input that is named for its tokenizer or chat template has none.
     """
     notes: list[str] = []
-    own = carried_files(inputs[0].folder) if inputs[0].folder else {}
+    own = _carried(inputs[0])
+    if (beside_adapter := _beside_adapter(inputs[0])) and beside_adapter.items() <= own.items():
+        notes.append(f"the tokenizer is the one beside the adapter {called[0]}: {', '.join(sorted(beside_adapter))}")
+        notes += _beyond_the_rows(inputs[0], vocabularies[0])
     files = own
     if CONFIG not in own:
         for other, name in zip(inputs[1:], called[1:], strict=True):
-            others = carried_files(other.folder) if other.folder else {}
+            others = _carried(other)
             if CONFIG in others:
                 files = others | own
                 dtype = dtype or stored
@@ -243,7 +249,7 @@ def carry_over(
                 which = "neither input" if len(inputs) == 2 else "no input"
                 notes.append(f"{which} is a folder with a config.json: the output folder holds weights only")
     for each, name in zip(inputs, called, strict=True):
-        if said := quantisation_said(each.config):
+        if each.stored_as is None and (said := quantisation_said(each.config)):
             notes.append(
                 f"the config.json of {name} says quantised ({said}), but its weights are whole; the output's does not"
             )
@@ -262,7 +268,7 @@ def carry_over(
     ids: Mapping[str, Any] | None = None
     if rows or tokenizer is not None:
         kept = tokenizer or rows_of
-        theirs = carried_files(kept.folder, TOKENIZER_FILES) if kept.folder else {}
+        theirs = _of(kept)
         files = {name: path for name, path in files.items() if not _matches(name, TOKENIZER_FILES)} | theirs
         ids = kept.config or None
         if tokenizer is not None and not theirs and any(map(_of, inputs)):
@@ -279,8 +285,14 @@ def carry_over(
             )
 
     written: dict[str, bytes] = {}
+    if extended:
+        dropped = [name for name in files if _matches(name, _VOCABULARY_FILES) and name not in extended]
+        files = {name: path for name, path in files.items() if name not in dropped}
+        if dropped:
+            listed = ", ".join(map(printable, sorted(dropped)))
+            notes.append(f"not carried over, for they list the vocabulary without its new tokens: {listed}")
     if chat_template is not None:
-        files, written = _with_chat_template(files, chat_template)
+        files, written = _with_chat_template(files, chat_template, extended or {})
     elif not _has_template(files):
         having = [name for other, name in zip(inputs[1:], called[1:], strict=True) if _has_template(_of(other))]
         if having:
@@ -289,6 +301,8 @@ def carry_over(
     if CONFIG in files:
         config = read_object(files[CONFIG])
         followed = _follow(config, dtype=dtype, rows=rows, ids=ids)
+        for path, value in inputs[0].config_changes.items():
+            followed = _with(followed, path, value)
         if followed != config:
             written[CONFIG] = _as_json(followed)
     if GENERATION in files and ids is not None:
@@ -298,6 +312,7 @@ def carry_over(
         followed = _with_ids(generation, read_object(source) if source else ids)
         if followed != generation:
             written[GENERATION] = _as_json(followed)
+    written = {**(extended or {}), **written}
     sidecars = [
         Sidecar(name, content=written[name]) if name in written else Sidecar(name, source=path)
         for name, path in files.items()
@@ -305,8 +320,46 @@ def carry_over(
     return sorted(sidecars, key=lambda sidecar: sidecar.name == CONFIG), notes
 
 
+def _with(config: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
+    """A config with another value at the end of a path of keys."""
+    key, *rest = path
+    inner = config.get(key)
+    return {**config, key: _with(inner if isinstance(inner, dict) else {}, rest, value) if rest else value}
+
+
+def _carried(checkpoint: Checkpoint, patterns: Iterable[str] = CARRIED_FILES) -> dict[str, Path]:
+    """The files of a checkpoint's folder that an output takes over; of an adapter on its base those of the base, with
+    the tokenizer that lies beside the adapter, if one does.
+    """
+    found = carried_files(checkpoint.folder, patterns) if checkpoint.folder else {}
+    theirs = {name: path for name, path in _beside_adapter(checkpoint).items() if is_carried(name, patterns)}
+    if any(_matches(name, _VOCABULARY_FILES) for name in theirs):
+        found = {name: path for name, path in found.items() if not _matches(name, TOKENIZER_FILES)}
+    return found | theirs
+
+
+def _beside_adapter(checkpoint: Checkpoint) -> dict[str, Path]:
+    """The tokenizer that lies beside an adapter, or the chat template alone where it has no vocabulary."""
+    if not checkpoint.parts or not checkpoint.path.is_dir():
+        return {}
+    found = carried_files(checkpoint.path, TOKENIZER_FILES)
+    if any(_matches(name, _VOCABULARY_FILES) for name in found):
+        return found
+    return {name: path for name, path in found.items() if _matches(name, _TEMPLATE_FILES)}
+
+
+def _beyond_the_rows(checkpoint: Checkpoint, rows: Collection[int]) -> Iterator[str]:
+    """That a tokenizer has tokens for which there are no rows."""
+    tokens = special_tokens(checkpoint)
+    if tokens and rows and (most := max(tokens)) >= max(rows):
+        yield (
+            f"the tokenizer beside {checkpoint.name} has {printable(tokens[most])} as token {most:,}, and the "
+            f"embeddings have {max(rows):,} rows"
+        )
+
+
 def _of(checkpoint: Checkpoint) -> dict[str, Path]:
-    return carried_files(checkpoint.folder, TOKENIZER_FILES) if checkpoint.folder else {}
+    return _carried(checkpoint, TOKENIZER_FILES)
 
 
 def _has_template(files: Mapping[str, Path]) -> bool:
@@ -529,11 +582,16 @@ def special_tokens(checkpoint: Checkpoint) -> dict[int, str]:
     return found
 
 
-def _with_chat_template(files: Mapping[str, Path], source: Checkpoint) -> tuple[dict[str, Path], dict[str, bytes]]:
-    """The files with another input's chat template: in files of its own, or in the tokenizer's config."""
+def _with_chat_template(
+    files: Mapping[str, Path], source: Checkpoint, written: Mapping[str, bytes]
+) -> tuple[dict[str, Path], dict[str, bytes]]:
+    """The files with another input's chat template: in files of its own, or in the tokenizer's config; of some it is
+    known what will be written.
+    """
     patterns = _TEMPLATE_FILES
-    theirs = carried_files(source.folder, patterns) if source.folder else {}
-    theirs_config = beside(source.folder, _TOKENIZER_CONFIG) if source.folder else None
+    of_source = _of(source)
+    theirs = {name: path for name, path in of_source.items() if _matches(name, patterns)}
+    theirs_config = of_source.get(_TOKENIZER_CONFIG)
     inside = read_object(theirs_config).get("chat_template") if theirs_config else None
     if inside is not None and not isinstance(inside, (str, list)):
         raise CheckpointError(
@@ -563,7 +621,11 @@ def _with_chat_template(files: Mapping[str, Path], source: Checkpoint) -> tuple[
                 f"{theirs_config}: its chat_template holds {inside[error.start]!r}, which is not valid text",
                 hint="The file is damaged: copy or download it again.",
             ) from error
-    config = read_object(merged[_TOKENIZER_CONFIG])
+    config = (
+        json.loads(written[_TOKENIZER_CONFIG])
+        if _TOKENIZER_CONFIG in written
+        else read_object(merged[_TOKENIZER_CONFIG])
+    )
     config.pop("chat_template", None)
     if inside is not None:
         config["chat_template"] = inside

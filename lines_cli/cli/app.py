@@ -17,9 +17,12 @@ import typer
 from lines_cli.cli import signals
 from lines_cli.cli.clean import clean
 from lines_cli.cli.edit import edit
+from lines_cli.cli.extract import extract
 from lines_cli.cli.inspect import inspect
 from lines_cli.cli.merge import merge
-from lines_cli.cli.parser import CODE_UNPRINTED, Command, Lines
+from lines_cli.cli.options import VARIABLES
+from lines_cli.cli.parser import CODE_UNPRINTED, Command, Lines, variable_behind
+from lines_cli.cli.push import push
 from lines_cli.cli.verify import verify
 from lines_cli.errors import LinesError, aftermath_of, as_argument
 from lines_cli.version import __version__
@@ -35,6 +38,8 @@ EXIT_CODES = {
     6: "the destination exists, is an input, or cannot be written",
     CODE_UNPRINTED: "all was done, and an output is in place and whole; but stdout was closed or full, so that not "
     "everything could be printed",
+    8: "the Hub does not take an output: no right to write, no connection, weights of others in its place; what is on "
+    "the disk is in place and whole, and lines push goes on from there",
     130: "interrupted (Ctrl-C), and the destination is as it was (129: SIGHUP, 143: SIGTERM)",
 }
 """What the process ends with."""
@@ -46,10 +51,13 @@ PAGES = {
     "several fine-tunes of one base": ("lines merge --config FILE", "docs/merging.md"),
     "a mergekit file": ("lines merge --config FILE", "docs/mergekit.md"),
     "a LoRA adapter": ("fold it into its base first", "docs/adapters.md"),
-    "a .pt, .bin or .ckpt file": ("convert it first", "docs/pickles.md"),
+    "adapters to scale or to merge": ("lines edit --adapter ADAPTER -o OUT", "docs/adapters-out.md"),
+    "a full fine-tune, for an adapter": ("lines extract FT --base BASE ...", "docs/adapters-out.md"),
+    "a .pt, .bin or .ckpt file": ("lines edit base.pt ft.ckpt -o out", "docs/pickles.md"),
     "a diffusers folder": ("lines edit BASE/unet FT/unet ...", "docs/diffusion.md"),
     "a question about a checkpoint": ("lines inspect CHECKPOINT", "docs/inspecting.md"),
     "an output, and a doubt": ("lines verify OUT", "docs/reliability.md"),
+    "an output, for the Hub": ("lines push OUT org/name", "docs/hub.md"),
     "a job in CI, or a shared disk": ("lines edit ... --resume --force", "docs/jobs.md"),
     "a script that reads the result": ("lines ... --json", "docs/json.md"),
     "a notebook": ("import lines_cli as lines", "docs/notebooks.md"),
@@ -89,7 +97,9 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
                 command(**options)
         except (LinesError, KeyboardInterrupt, MemoryError) as error:
             signals.too_late()
-            raise typer.Exit(_say(error, writes=command in (edit, merge), json=options.get("json", False))) from error
+            raise typer.Exit(
+                _say(error, writes=command in (edit, extract, merge), json=options.get("json", False))
+            ) from error
 
     return guarded
 
@@ -109,9 +119,15 @@ def _say(error: BaseException, *, writes: bool, json: bool) -> int:
     match error:
         case LinesError():
             message, hint, code = error.message, error.hint, error.exit_code
+            for flag in VARIABLES:
+                if message.startswith(f"{flag} ") and (variable := variable_behind([flag])):
+                    message = f"{variable} says {message}"
         case KeyboardInterrupt():
             number = error.number if isinstance(error, signals.Signalled) else signal.SIGINT
-            if aftermath.in_place is not None:
+            if aftermath.unpushed is not None:
+                message = f"interrupted ({number.name}) while {aftermath.in_place} was pushed; on the disk it is whole"
+                hint, code = f"To go on: {aftermath.unpushed}", 128 + number
+            elif aftermath.in_place is not None:
                 console.remark(f"interrupted ({number.name}) after {aftermath.in_place} was in place: it is whole")
                 code = 0
             else:
@@ -121,8 +137,8 @@ def _say(error: BaseException, *, writes: bool, json: bool) -> int:
             message = ": ".join(filter(None, ("out of memory", str(error))))
             hint = "Try fewer --workers: each has buffers of its own."
     if message:
-        console.refuse(message, hint)
-    if aftermath.kept is not None:
+        console.refuse(message, hint, code=code)
+    if aftermath.kept is not None and aftermath.unpushed is None:
         removes = f"lines clean {as_argument(aftermath.output)} removes it"
         if aftermath.in_place is not None:
             console.remark(f"what it replaced is still in {aftermath.kept}: {removes}")
@@ -156,8 +172,10 @@ def _lines(
 for _name, _command, _pages in (
     ("edit", edit, "docs/editing.md, docs/finding-depth.md, docs/reliability.md"),
     ("merge", merge, "docs/merging.md, docs/merge-methods.md, docs/reliability.md"),
+    ("extract", extract, "docs/adapters-out.md, docs/finding-depth.md, docs/reliability.md"),
     ("inspect", inspect, "docs/inspecting.md, docs/finding-depth.md"),
     ("verify", verify, "docs/reliability.md"),
+    ("push", push, "docs/hub.md"),
     ("clean", clean, "docs/reliability.md"),
 ):
     app.command(_name, cls=Command, epilog=f"More: {_pages}")(_guarded(_command))

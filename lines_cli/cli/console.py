@@ -15,17 +15,22 @@ from rich.text import Text
 
 from lines_cli.api import summary
 from lines_cli.checkpoint.header import EXACT_DTYPES
+from lines_cli.cli import log
 from lines_cli.errors import in_short, printable, size, without_secrets
 from lines_cli.inspection.tables import Bar, Section, coefficient, count, sections
 from lines_cli.inspection.tables import Table as Columns
+from lines_cli.plan.adapter_plan import AdapterPlan
+from lines_cli.plan.adapter_report import kept_of, layers_of, left_out
 from lines_cli.plan.realised import warning_of
 from lines_cli.version import ABOUT
 
 if TYPE_CHECKING:
+    from lines_cli.engine.adapter_write import AdapterOutcome
     from lines_cli.engine.measure import Track
     from lines_cli.engine.verify import FileVerified, Verification
     from lines_cli.engine.write import Outcome
     from lines_cli.inspection.report import Report
+    from lines_cli.plan.adapter_plan import AnyPlan
     from lines_cli.plan.claim import Claim
     from lines_cli.plan.plan import Plan
     from lines_cli.plan.realised import Row
@@ -40,8 +45,11 @@ _out = Console(markup=False, highlight=False, emoji=False)
 _err = Console(markup=False, highlight=False, emoji=False, stderr=True)
 
 
-def refuse(message: str, hint: str | None = None) -> None:
-    """Say why the run ends, and what to do next."""
+def refuse(message: str, hint: str | None = None, *, code: int) -> None:
+    """Say why the run ends, and what to do next; `code` is what the process ends with."""
+    if (told := log.active()) is not None:
+        told.event("error", code=code, message=without_secrets(message), hint=hint and without_secrets(hint))
+        return
     _err.print(Text.assemble(("error: ", "bold red"), _printable(message)), soft_wrap=True)
     if hint:
         _err.print(Text.assemble(("hint: ", "bold"), _printable(hint)), soft_wrap=True)
@@ -66,17 +74,23 @@ def remark(text: str) -> None:
 
 def wrote(path: object) -> None:
     """Name a file that was written beside what the command is about."""
+    if (told := log.active()) is not None:
+        told.event("note", message=without_secrets(f"wrote {path}"))
+        return
     _err.print(Text(_printable(f"wrote {path}")), soft_wrap=True)
 
 
 def progress(*, quiet: bool) -> Track:
     """A wrapper for each pass's stream of byte counts that says on stderr how far it is: a bar on a terminal;
-    elsewhere, and on a terminal without a cursor to move, a line at each tenth of a pass that takes a while.
+    elsewhere, and on a terminal without a cursor to move, a line at each tenth of a pass that takes a while; in a log
+    of JSON an event at its begin, its end, and every few seconds.
     """
 
     def track(title: str, total: int, done: Iterable[int]) -> Iterable[int]:
         if quiet or not total:
             return done
+        if (told := log.active()) is not None:
+            return _in_events(told, title, total, done)
         draw = _bar if _err.is_terminal and not _err.is_dumb_terminal else _in_lines
         return draw(title, total, done)
 
@@ -97,9 +111,20 @@ class _Pace:
         while len(self._seen) > 2 and self._seen[-1][0] - self._seen[1][0] >= _AVERAGED:
             self._seen.popleft()
 
-    def __str__(self) -> str:
+    @property
+    def rate(self) -> float:
+        """Bytes a second; 0 where that is not known yet."""
         (begun, before), (now, done) = self._seen[0], self._seen[-1]
-        rate = (done - before) / (now - begun) if now > begun else 0.0
+        return (done - before) / (now - begun) if now > begun else 0.0
+
+    def values(self) -> dict[str, float | None]:
+        """Bytes that are done, of how many, how fast, and how many seconds are left; None where that is not known."""
+        rate, left = self.rate, max(0, self.total - self.done)
+        eta = 0.0 if not left else left / rate if rate else None
+        return {"done": min(self.done, self.total), "total": self.total, "rate": rate or None, "eta": eta}
+
+    def __str__(self) -> str:
+        rate = self.rate
         said = f"{size(min(self.done, self.total))} of {size(self.total)}"
         if not rate:
             return said
@@ -109,6 +134,7 @@ class _Pace:
 
 _clock = time.monotonic
 _AVERAGED = 10.0  # seconds that the speed is the average of
+_LOGGED_EVERY = 5.0  # seconds
 _SILENT = 2.0  # seconds that a pass takes before a line is worth while
 
 
@@ -145,6 +171,19 @@ def _bar(title: str, total: int, done: Iterable[int]) -> Iterator[int]:
             yield nbytes
 
 
+def _in_events(told: log.Log, title: str, total: int, done: Iterable[int]) -> Iterator[int]:
+    pace = _Pace(total)
+    said = pace.started
+    told.event("progress", **{"pass": title}, **pace.values())
+    for nbytes in done:
+        pace.add(nbytes)
+        if _clock() - said >= _LOGGED_EVERY and pace.done < total:
+            said = _clock()
+            told.event("progress", **{"pass": title}, **pace.values())
+        yield nbytes
+    told.event("progress", **{"pass": title}, **pace.values())
+
+
 def _in_lines(title: str, total: int, done: Iterable[int]) -> Iterator[int]:
     pace, said = _Pace(total), 0
     for nbytes in done:
@@ -157,10 +196,13 @@ def _in_lines(title: str, total: int, done: Iterable[int]) -> Iterator[int]:
         yield nbytes
 
 
-def show_plan(plan: Plan, told: summary.Summary, resources: Resources, *, json: bool) -> None:
+def show_plan(plan: AnyPlan, told: summary.Summary, resources: Resources, *, json: bool) -> None:
     """What would be done, for `--dry-run`; `told` is the same as plain values."""
     if json:
         _print_json(told)
+        return
+    if isinstance(plan, AdapterPlan):
+        _show_adapter_plan(plan, told, resources)
         return
     _models(plan)
     _alpha(plan)
@@ -182,10 +224,94 @@ def show_plan(plan: Plan, told: summary.Summary, resources: Resources, *, json: 
     _err.print("Nothing was written (--dry-run).", style="dim")
 
 
-def show_finished(plan: Plan, *, verified: bool, json: bool, quiet: bool) -> None:
-    """That there is nothing left to do; `verified` if the output was read back."""
+def _show_adapter_plan(plan: AdapterPlan, told: summary.Summary, resources: Resources) -> None:
+    _adapter(plan, {})
+    bound = "at most " if plan.needs else ""
+    _line(f"read    {size(plan.bytes_read)}{', and once more to measure ranks' if plan.needs else ''}")
+    to = f" to {_printable(str(plan.output))}" if told["output"] is not None else ""
+    _out.print(f"write   {bound}{size(plan.bytes_written)}{to} ({plan.outputs[0].name})", soft_wrap=True)
+    _line("beside  " + ", ".join(sidecar.name for sidecar in plan.sidecars))
+    _line(f"memory  about {size(plan.peak_memory(resources))}, without CUDA")
+    _notes(plan.notes)
+    _err.print("Nothing was written (--dry-run).", style="dim")
+
+
+def _show_adapter_outcome(outcome: AdapterOutcome, told: summary.Summary, *, json: bool, quiet: bool) -> None:
+    plan = outcome.plan
     if json:
-        _print_json(summary.of_finished(plan))
+        _print_json(told)
+    for found in outcome.nonfinite.values():
+        _warn(found)
+    _notes(outcome.remarks)
+    if json or quiet:
+        return
+    _adapter(plan, outcome.norms)
+    kept = f" ({size(outcome.resumed)} of it by an earlier run)" if outcome.resumed else ""
+    written = f"wrote {size(plan.bytes_written)}{kept} in {outcome.seconds:.1f} s"
+    _line(f"read {size(plan.bytes_read)}, {written}")
+    _out.print(f"output  {_printable(str(plan.output))}", style="bold", soft_wrap=True)
+    _notes(plan.notes)
+
+
+def _adapter(plan: AdapterPlan, norms: Mapping[str, tuple[float, float]]) -> None:
+    """An adapter's stacks with their coefficients, ranks, and what these keep; and what is left out."""
+    found, layers = plan.summary(), layers_of(plan, norms)
+    if len(found["models"]) > 1:
+        for model in found["models"]:
+            _line(f"model   {without_secrets(os.path.normpath(model['model']))}")
+    rows = []
+    for stack in found["stacks"]:
+        of_it = [layer for layer in layers if layer["stack"] == stack["name"]]
+        if of_it:
+            ends = [_coefficient(stack["first"]), _coefficient(stack["last"])]
+            rows.append((stack["name"], f"{stack['layers']}", f"{stack['modules']:,}", *ends, *_ranks(of_it)))
+    of_it = [layer for layer in layers if layer["stack"] is None]
+    if of_it:
+        ends = [_coefficient(found["outside"]["first"]), _coefficient(found["outside"]["last"])]
+        name = "outside the blocks" if rows else "all modules"
+        rows.append((name, "", f"{found['outside']['modules']:,}", *ends, *_ranks(of_it)))
+    headings = ("stack", "layers", "modules", "c first", "c last", "rank", "kept" if norms else "")
+    shown = len(headings) if norms else len(headings) - 1
+    _columns(Columns(headings[:shown], tuple(row[:shown] for row in rows)), gap=3)
+    for stack in found["stacks"]:
+        by_layer = {layer["index"]: layer for layer in layers if layer["stack"] == stack["name"]}
+        values = stack["coefficients"]
+        said = {}
+        if len(set(values)) > 2:
+            said["by layer"] = [f"{value:.3g}" for value in values]
+        if norms and by_layer:
+            empty: dict[str, Any] = {"kept": None, "rank": None}
+            of_layers = [by_layer.get(index, empty) for index in range(len(values))]
+            said["rank"] = ["-" if one["rank"] is None else _span(one["rank"]) for one in of_layers]
+            said["kept"] = ["-" if one["kept"] is None else f"{one['kept']:.1%}" for one in of_layers]
+        if said and by_layer:
+            said = {word.ljust(max(map(len, said))): cells for word, cells in said.items()}
+            name = f"  ({printable(stack['name'])})" if len(found["stacks"]) > 1 else ""
+            for line in _along(said, len(values), _width() - len(name)):
+                _line(line + name)
+    if norms:
+        kept = kept_of(norms)
+        share = "-" if kept is None else f"{kept:.2%}"
+        _line(f"kept    {share} of the squared update of these {len(plan.modules):,} modules")
+    for reason in left_out(plan, norms):
+        saved = f", {reason['saved']:,} stored whole" if reason["saved"] else ""
+        measured = (
+            f": {reason['changed']:,} changed, {reason['share']:.2%} of all that changed{saved}" if norms else saved
+        )
+        _line(f"{'rest' if saved else 'left':<7} {reason['tensors']:,} {reason['why']}{measured}")
+
+
+def _ranks(layers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The span of ranks in some layers, and of the shares that they keep."""
+    ends = [rank for layer in layers for rank in layer["rank"]]
+    kept = [layer["kept"] for layer in layers if layer["kept"] is not None]
+    return [_span([min(ends), max(ends)]), f"{min(kept):.1%} to {max(kept):.1%}" if kept else "-"]
+
+
+def show_finished(plan: AnyPlan, told: summary.Summary, *, verified: bool, json: bool, quiet: bool) -> None:
+    """That there is nothing left to do; `verified` if the output was read back. `told` is the same as plain values."""
+    if json:
+        _print_json(told)
     elif not quiet:
         remark(
             f"{plan.output} is finished: this recipe has written it from these inputs"
@@ -203,11 +329,18 @@ def show_cleaned(output: str, found: Unfinished | None) -> None:
         remark(f"removed {found.folder} ({size(found.nbytes)}, {found.description})")
 
 
-def show_outcome(outcome: Outcome, *, json: bool, quiet: bool) -> None:
-    """What was done."""
+def show_outcome(outcome: Outcome | AdapterOutcome, told: summary.Summary, *, json: bool, quiet: bool) -> None:
+    """What was done; `told` is the same as plain values."""
     plan = outcome.plan
+    if isinstance(plan, AdapterPlan):
+        _show_adapter_outcome(outcome, told, json=json, quiet=quiet)  # type: ignore[arg-type]
+        return
+    _show_outcome(outcome, plan, told, json=json, quiet=quiet)  # type: ignore[arg-type]
+
+
+def _show_outcome(outcome: Outcome, plan: Plan, told: summary.Summary, *, json: bool, quiet: bool) -> None:
     if json:
-        _print_json(summary.of_outcome(outcome))
+        _print_json(told)
     for found in outcome.nonfinite.values():
         _warn(found)
     _notes(outcome.remarks)
@@ -235,6 +368,29 @@ def show_outcome(outcome: Outcome, *, json: bool, quiet: bool) -> None:
     _line(f"read {size(outcome.bytes_read)}{passes}, {written}")
     _out.print(f"output  {_printable(str(plan.output))}", style="bold", soft_wrap=True)
     _notes(plan.notes)
+
+
+def show_pushed(told: summary.Summary, *, json: bool, quiet: bool) -> None:
+    """What was put on the Hub, or would be."""
+    if json:
+        _print_json(told)
+        return
+    pushed = told["pushed"]
+    if pushed["removed"]:
+        remark(f"removed from {pushed['repo']}, for an earlier output had it: {', '.join(pushed['removed'])}")
+    if quiet:
+        return
+    number = f"{len(pushed['files'])} file{'s' if len(pushed['files']) > 1 else ''}"
+    what = f"{number}, {size(pushed['bytes'])}" if pushed["bytes"] is not None else number
+    to = f"{pushed['repo']} ({pushed['revision']})"
+    if pushed["commit"] is None:
+        _line(f"to push {what}, to {to}")
+        for name in pushed["files"]:
+            _line(f"        {name}")
+        _err.print("Nothing was pushed (--dry-run).", style="dim")
+    else:
+        _line(f"pushed  {what}, to {to}, commit {pushed['commit'][:7]}")
+        _line(pushed["url"])
 
 
 def show_claim(claim: Claim) -> None:
@@ -407,6 +563,9 @@ def _drawn(bar: Bar, width: int) -> str:
 
 
 def _warn(text: str) -> None:
+    if (told := log.active()) is not None:
+        told.event("warning", message=without_secrets(text))
+        return
     _err.print(Text.assemble(("warning: ", "bold yellow"), _printable(text)), soft_wrap=True)
 
 
@@ -567,6 +726,9 @@ def _outside(plan: Plan) -> None:
 
 def _notes(notes: Iterable[str]) -> None:
     for note in notes:
+        if (told := log.active()) is not None:
+            told.event("note", message=without_secrets(note))
+            continue
         _err.print(Text.assemble(("note: ", "bold"), _printable(note)), soft_wrap=True)
 
 

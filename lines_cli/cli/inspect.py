@@ -32,14 +32,17 @@ def inspect(
     plot: opt.Plot = None,
     json: opt.JsonReport = False,
     quiet: opt.NoProgress = False,
+    log_json: opt.LogJson = False,  # noqa: ARG001 - heeded before the command line is parsed
     workers: opt.Workers = None,
     device: opt.Device = "auto",
     gpu_memory: opt.GpuMemory = None,
+    cache: opt.Cache = None,
 ) -> None:
     """Show what a checkpoint is, what a fine-tune changed, and what LiNeS would leave of it.
 
     \b
       lines inspect CHECKPOINT               # from headers alone, at once
+      lines inspect org/name                 # on the Hub, without a download
       lines inspect FT --base BASE           # what changed, layer by layer
       lines inspect FT FT2 --base BASE       # and how the changes interfere
       lines inspect --config merge.yaml      # the same of a merge, its auto alpha
@@ -49,6 +52,7 @@ def inspect(
     from lines_cli.cli import console
 
     resources = arguments.resources(workers, device, gpu_memory)
+    arguments.use_cache(cache)
     scaling = {
         "alpha": alpha,
         "beta": beta,

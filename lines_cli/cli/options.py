@@ -10,10 +10,16 @@ from typing import Annotated, Literal
 
 import typer
 
-INSPECTING, RECIPE, SCALING = "Inspecting", "Recipe", "Scaling"
-DISAGREE, OUTPUT, RECOVERY, MACHINE = "When the inputs disagree", "Output", "Recovery", "Machine"
-PANELS = (INSPECTING, RECIPE, SCALING, DISAGREE, OUTPUT, RECOVERY, MACHINE)
+INSPECTING, RECIPE, ADAPTER, SCALING = "Inspecting", "Recipe", "Adapter", "Scaling"
+DISAGREE, OUTPUT, HUB, RECOVERY, MACHINE = "When the inputs disagree", "Output", "The Hub", "Recovery", "Machine"
+PANELS = (INSPECTING, RECIPE, ADAPTER, SCALING, DISAGREE, OUTPUT, HUB, RECOVERY, MACHINE)
 """What options are shown under, in this order."""
+
+VARIABLES = {
+    flag: f"LINES_{flag[2:].replace('-', '_').upper()}"
+    for flag in ("--workers", "--device", "--gpu-memory", "--cache", "--quiet", "--log-json")
+}
+"""Options whose default a variable in the environment sets: those that change no byte of any output."""
 
 
 def _starting(*words: str) -> Callable[[str], list[str]]:
@@ -26,17 +32,105 @@ def _starting(*words: str) -> Callable[[str], list[str]]:
 
 
 Base = Annotated[
-    str,
+    str | None,
     typer.Argument(
         metavar="BASE",
-        help="The pre-trained checkpoint: a .safetensors file, a folder, or a Hub id (org/name, org/name@revision).",
+        show_default=False,
+        help="The pre-trained checkpoint: a file (.safetensors, .pt, .bin, ...), a folder, or a Hub id (org/name, "
+        "org/name@revision).",
     ),
 ]
 FineTune = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="FT",
+        show_default=False,
+        help="The fine-tuned checkpoint, in any of the same forms; it may be sharded differently.",
+    ),
+]
+WholeFineTune = Annotated[
     str,
     typer.Argument(
         metavar="FT",
-        help="The fine-tuned checkpoint, in any of the same forms; it may be sharded differently.",
+        help="The fine-tuned checkpoint: a .safetensors file, a folder, or a Hub id (org/name, org/name@revision).",
+    ),
+]
+OfBase = Annotated[
+    str,
+    typer.Option(
+        "--base",
+        metavar="BASE",
+        help="What it was fine-tuned from, in any of the same forms.",
+        rich_help_panel=ADAPTER,
+    ),
+]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter",
+        metavar="ADAPTER",
+        show_default=False,
+        help="In place of BASE and FT: a PEFT adapter, which is scaled as it is. OUT is an adapter, too.",
+        rich_help_panel=ADAPTER,
+    ),
+]
+BaseOfAdapter = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="BASE",
+        show_default="the folder that the adapter's config names, if it is here",
+        help="Of --adapter: what it was trained on. Only headers are read, of a Hub id only the config, unless the "
+        "adapter holds tensors whole.",
+        rich_help_panel=ADAPTER,
+    ),
+]
+NumLayers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--num-layers",
+        metavar="L",
+        show_default=False,
+        help="How many layers the base has, where it is not named; NAME=L for each stack of several. Repeatable.",
+        rich_help_panel=ADAPTER,
+    ),
+]
+AsAdapter = Annotated[
+    bool,
+    typer.Option(
+        "--as-adapter",
+        help="Merge adapters into an adapter: a weighted sum exactly, their ranks side by side. No base is read.",
+        rich_help_panel=ADAPTER,
+    ),
+]
+Rank = Annotated[
+    int | None,
+    typer.Option(
+        "--rank",
+        metavar="R",
+        min=1,
+        show_default=False,
+        help="The rank of every module at most: the nearest of that rank is taken.",
+        rich_help_panel=ADAPTER,
+    ),
+]
+Energy = Annotated[
+    float | None,
+    typer.Option(
+        "--energy",
+        metavar="SHARE",
+        show_default=False,
+        help="In place of --rank: each module gets the smallest rank that keeps this share of its squared update, as "
+        "0.95.",
+        rich_help_panel=ADAPTER,
+    ),
+]
+SaveRest = Annotated[
+    bool,
+    typer.Option(
+        "--save-rest",
+        help="Also store, whole, what changed and is no matrix: embeddings, norms, biases (PEFT's modules_to_save).",
+        rich_help_panel=ADAPTER,
     ),
 ]
 Checkpoints = Annotated[
@@ -92,6 +186,7 @@ NoProgress = Annotated[
         "--quiet",
         "-q",
         help="No progress.",
+        envvar=VARIABLES["--quiet"],
         rich_help_panel=OUTPUT,
     ),
 ]
@@ -157,6 +252,15 @@ Alpha = Annotated[
     typer.Option(
         "--alpha",
         show_default="0.1",
+        help="Coefficient of the first block, and of everything outside the blocks.",
+        rich_help_panel=SCALING,
+    ),
+]
+AlphaIfAsked = Annotated[
+    float | None,
+    typer.Option(
+        "--alpha",
+        show_default="0.1 where another of these is given; else nothing is scaled",
         help="Coefficient of the first block, and of everything outside the blocks.",
         rich_help_panel=SCALING,
     ),
@@ -332,6 +436,17 @@ Output = Annotated[
         rich_help_panel=OUTPUT,
     ),
 ]
+OutputAdapter = Annotated[
+    str | None,
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="ADAPTER",
+        show_default=False,
+        help="A folder, as PEFT loads it. --dry-run needs none.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Cleaned = Annotated[str, typer.Argument(metavar="OUT", help="The destination that the run was to write.")]
 Verified = Annotated[
     str,
@@ -386,6 +501,15 @@ MaybeOutput = Annotated[
         show_default="the recipe's output",
         help="A folder that loads as it is, with config and tokenizer; or one file, if it ends in .safetensors. "
         "--dry-run needs none.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+DtypeOfFactors = Annotated[
+    Literal["float64", "float32", "float16", "bfloat16"] | None,
+    typer.Option(
+        "--dtype",
+        show_default="float32; what is stored whole as the fine-tune has it",
+        help="Write every float tensor as this.",
         rich_help_panel=OUTPUT,
     ),
 ]
@@ -480,6 +604,7 @@ Workers = Annotated[
         max=64,
         show_default="one per core, up to 4; 4 per GPU",
         help="Threads that read, compute and write.",
+        envvar=VARIABLES["--workers"],
         rich_help_panel=MACHINE,
     ),
 ]
@@ -491,6 +616,7 @@ Device = Annotated[
         metavar="auto|cpu|cuda[:N],...",
         help="Where to compute; auto is the first GPU where there is one, cuda:0,cuda:1 shares the work out. The bytes "
         "are the same.",
+        envvar=VARIABLES["--device"],
         rich_help_panel=MACHINE,
     ),
 ]
@@ -501,6 +627,18 @@ GpuMemory = Annotated[
         metavar="SIZE",
         show_default="an eighth of it, up to 2GiB",
         help="Most memory to take of each GPU.",
+        envvar=VARIABLES["--gpu-memory"],
+        rich_help_panel=MACHINE,
+    ),
+]
+Cache = Annotated[
+    str | None,
+    typer.Option(
+        "--cache",
+        metavar="DIR",
+        show_default="the Hub's own",
+        help="The folder in which what is fetched from the Hub is kept.",
+        envvar=VARIABLES["--cache"],
         rich_help_panel=MACHINE,
     ),
 ]
@@ -526,6 +664,65 @@ Quiet = Annotated[
         "--quiet",
         "-q",
         help="No progress and no summary; errors, a --dry-run's plan and --json are still printed.",
+        envvar=VARIABLES["--quiet"],
         rich_help_panel=OUTPUT,
+    ),
+]
+LogJson = Annotated[
+    bool,
+    typer.Option(
+        "--log-json",
+        help="Have every line on stderr be a JSON object: progress, notes, warnings, errors.",
+        envvar=VARIABLES["--log-json"],
+        rich_help_panel=OUTPUT,
+    ),
+]
+
+JsonPushed = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Print what was pushed as JSON on stdout.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Pushed = Annotated[str, typer.Argument(metavar="OUT", help="A folder that lines wrote.")]
+Repository = Annotated[
+    str, typer.Argument(metavar="REPO", help="Where to on the Hub: org/name. It is made if it is not there.")
+]
+PushTo = Annotated[
+    str | None,
+    typer.Option(
+        "--push-to",
+        metavar="REPO",
+        show_default=False,
+        help="Put the output, once it is in place and read back, on the Hub as org/name. Implies --verify.",
+        rich_help_panel=HUB,
+    ),
+]
+Private = Annotated[
+    bool,
+    typer.Option(
+        "--private",
+        help="Make the repository that is pushed to a private one; refuse one that is there and public.",
+        rich_help_panel=HUB,
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(
+        "--revision",
+        metavar="BRANCH",
+        show_default="main",
+        help="The branch that is pushed to; a new one begins empty. Or a pull request, refs/pr/1.",
+        rich_help_panel=HUB,
+    ),
+]
+DryPush = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Check the files and ask the Hub, say what would be pushed, and send nothing.",
+        rich_help_panel=HUB,
     ),
 ]

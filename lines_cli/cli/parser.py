@@ -4,6 +4,7 @@ one end for everything that is printed.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -13,8 +14,8 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from lines_cli.cli import streams
-from lines_cli.cli.options import PANELS
+from lines_cli.cli import log, streams
+from lines_cli.cli.options import PANELS, VARIABLES
 
 CODE_UNPRINTED = 7
 """All was done, but stdout was closed or full."""
@@ -22,6 +23,17 @@ CODE_UNPRINTED = 7
 _UsageError: Any = typer.BadParameter.__base__  # of click, which some versions of typer hold within
 _ParserError: Any = _UsageError.__base__
 _MOST = 22  # columns that an option and its value take before its help begins on the next line
+
+
+_given: list[str] = []  # what stands on the command line, before --
+
+
+def variable_behind(param_or_flags: Any) -> str | None:
+    """The variable in the environment that gives an option its value: the command line does not, and it is set."""
+    flags = getattr(param_or_flags, "opts", param_or_flags)
+    variable = VARIABLES.get(max(flags, key=len, default=""))
+    named = any(word in flags or word.partition("=")[0] in flags for word in _given)
+    return variable if variable and not named and os.environ.get(variable) else None
 
 
 class Command(TyperCommand):
@@ -42,7 +54,7 @@ class Command(TyperCommand):
             name, said = (param.metavar or record[0], record[1]) if is_argument else record
             shown = getattr(param, "show_default", None)
             if isinstance(shown, str):
-                said = said.replace(f"[default: ({shown})", f"[default: {shown}")
+                said = said.replace(f"default: ({shown})", f"default: {shown}")
             panel = "Arguments" if is_argument else getattr(param, "rich_help_panel", None) or "Other"
             panels.setdefault(panel, []).append((name, said))
         order = ["Arguments", *PANELS, "Other"]
@@ -74,11 +86,16 @@ class Lines(TyperGroup):
             extra: as of the parser.
         """
         given = list(sys.argv[1:] if args is None else args)
-        with streams.watched() as stdout:
+        _given[:] = given[: given.index("--")] if "--" in given else given
+        with streams.watched(as_json=standalone_mode and log.is_asked_for(given)) as stdout:
             if not standalone_mode:
                 return super().main(given, prog_name, complete_var, False, **extra)
+            told = log.active()
             code = self._code(given, prog_name, complete_var, stdout, **extra)
-        sys.exit(code or (CODE_UNPRINTED if stdout.error is not None else 0))
+        code = code or (CODE_UNPRINTED if stdout.error is not None else 0)
+        if told is not None:
+            told.event("end", code=int(code))
+        sys.exit(code)
 
     def _code(
         self, given: list[str], prog_name: str | None, complete_var: str | None, stdout: streams.Stream, **extra: Any
@@ -114,7 +131,7 @@ def _refuse(error: Any, given: Sequence[str], *, json: bool) -> int:
     from lines_cli.cli import console
 
     message, hint = _in_our_words(error, given)
-    console.refuse(message, hint)
+    console.refuse(message, hint, code=int(error.exit_code))
     if json:
         console.show_error(error.exit_code, message, hint)
     return int(error.exit_code)
@@ -136,9 +153,11 @@ def _in_our_words(error: Any, given: Sequence[str]) -> tuple[str, str]:
         elif context is not None:
             hint = f"Write {context.get_usage().removeprefix('Usage: ').strip()}."
     elif param is not None and not kind.endswith("OptionUsage"):
-        value = _value(param, given)
+        variable = variable_behind(param)
+        value = os.environ[variable] if variable else _value(param, given)
         got = f" (got {value!r})" if value is not None and repr(value) not in error.message else ""
-        message = f"{_named(param)}: {_plainly(error.message)}{got}"
+        says = f"{variable} says " if variable else ""
+        message = f"{says}{_named(param)}: {_plainly(error.message)}{got}"
     else:
         message = (said[:1].lower() + said[1:]).rstrip(". \n")
     asked = getattr(error, "option_name", None) or "".join(re.findall(r"'([^']+)'", message)[:1])

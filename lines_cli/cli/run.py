@@ -7,12 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lines_cli.api.calls import RunOptions, tolerant_torch_import
+from lines_cli.api.calls import RunOptions, put_on_the_hub, tolerant_torch_import
 from lines_cli.api.calls import carry_out as make
 from lines_cli.cli import signals, streams
-from lines_cli.errors import Aftermath, attach_aftermath
+from lines_cli.errors import Aftermath, PushError, aftermath_of, attach_aftermath
 
 if TYPE_CHECKING:
+    from lines_cli.api.calls import Done
+    from lines_cli.api.push import Push
+    from lines_cli.api.summary import Summary
+    from lines_cli.hub.upload import Target
     from lines_cli.plan.resources import Resources
     from lines_cli.recipe.schema import Recipe
 
@@ -23,12 +27,21 @@ def carry_out(
     resources: Resources,
     how: RunOptions,
     *,
+    target: Target | None,
     dry_run: bool,
     json: bool,
     quiet: bool,
 ) -> None:
-    """Plan a recipe's result, then show it (`dry_run`) or make it and say what was done."""
+    """Plan a recipe's result, then show it (`dry_run`) or make it and say what was done; and put it on the Hub, if a
+    target there is named.
+    """
     from lines_cli.cli import console
+
+    pushing = None
+    if target is not None:
+        from lines_cli.api.push import Push
+
+        pushing = Push(target, quiet=quiet, say=(lambda _: None) if quiet else console.remark)
 
     done = make(
         recipe,
@@ -41,20 +54,44 @@ def carry_out(
         remark=console.remark,
         importing=interruptible_import,
         at_last=signals.too_late,
+        pushing=pushing,
     )
-    if done.before:
-        streams.holds(f"{destination} is in place and whole")
-        console.show_finished(done.plan, verified=how["verify"], json=json, quiet=quiet)
-        return
-    if done.outcome is None:
+    if done.outcome is None and not done.before:
         console.show_plan(done.plan, done.summary, resources, json=json)
+        if pushing is not None and not json:
+            console.show_pushed(done.summary, json=False, quiet=quiet)
         return
     streams.holds(f"{destination} is in place and whole")
+    told, refused = done.summary, None
     try:
-        console.show_outcome(done.outcome, json=json, quiet=quiet)
+        if pushing is not None and json:  # one object says both
+            told, refused = _pushed(pushing, done)
+        if done.outcome is None:
+            console.show_finished(
+                done.plan, told, verified=how["verify"] or pushing is not None, json=json, quiet=quiet
+            )
+        else:
+            console.show_outcome(done.outcome, told, json=json, quiet=quiet)
     except KeyboardInterrupt as interrupt:  # in a process that has not asked us to mind signals
-        attach_aftermath(interrupt, Aftermath(in_place=destination))
+        if aftermath_of(interrupt).unpushed is None:
+            attach_aftermath(interrupt, Aftermath(in_place=destination))
         raise
+    if pushing is not None and not json:
+        told, refused = _pushed(pushing, done)
+        if refused is None:
+            console.show_pushed(told, json=False, quiet=quiet)
+    if refused is not None:
+        raise refused
+
+
+def _pushed(pushing: Push, done: Done) -> tuple[Summary, PushError | None]:
+    """Put an output that is in place on the Hub: the summary, and why it is not there if it is not."""
+    signals.again()
+    try:
+        return put_on_the_hub(pushing, done), None
+    except PushError as error:
+        said = {"code": error.exit_code, "message": error.message, "hint": error.hint}
+        return {**done.summary, "pushed": None, "error": said}, error
 
 
 @contextmanager

@@ -25,6 +25,7 @@ class Signalled(KeyboardInterrupt):
 
 
 _at_work = False
+_ignored: list[int] = []  # those that come too late
 
 
 def install() -> None:
@@ -62,6 +63,13 @@ def too_late() -> None:
     for number in ENDING:
         if signal.getsignal(number) is _end:
             signal.signal(number, signal.SIG_IGN)
+            _ignored.append(number)
+
+
+def again() -> None:
+    """Mind them again: the output is in place, and what comes now takes its time."""
+    while _ignored:
+        signal.signal(_ignored.pop(), _end)
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
+from lines_cli.cli.log import Log
+
 
 class Stream:
     """A text stream that never fails.
@@ -83,20 +85,23 @@ def holds(text: str) -> None:
 
 
 @contextmanager
-def watched() -> Iterator[Stream]:
-    """Within it stdout (which it gives) and stderr never fail."""
+def watched(*, as_json: bool = False) -> Iterator[Stream]:
+    """Within it stdout (which it gives) and stderr never fail; `as_json` has stderr be lines of JSON."""
     global _in_place  # noqa: PLW0603
     before = sys.stdout, sys.stderr
     out, err = (Stream(stream) for stream in before)
-    sys.stdout, sys.stderr = cast("TextIO", out), cast("TextIO", err)
+    told: Any = Log(cast("TextIO", err)) if as_json else err
+    sys.stdout, sys.stderr = cast("TextIO", out), told
     _in_place = None
     try:
         yield out
         out.flush()
         if out.error is not None and (why := _unprinted(out.error)):
-            err.write(f"warning: {why}\n")
+            told.write(f"warning: {why}\n")
     finally:
         out.flush()
+        if as_json:
+            told.close()
         err.flush()
         sys.stdout, sys.stderr = before
 

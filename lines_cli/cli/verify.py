@@ -15,8 +15,10 @@ def verify(
     workers: opt.Workers = None,
     device: opt.Device = "auto",
     gpu_memory: opt.GpuMemory = None,
+    cache: opt.Cache = None,
     json: opt.JsonVerified = False,
     quiet: opt.Quiet = False,
+    log_json: opt.LogJson = False,  # noqa: ARG001 - heeded before the command line is parsed
 ) -> None:
     """Compute an output again from its recipe and inputs, and compare every byte.
 
@@ -34,6 +36,7 @@ def verify(
     from lines_cli.plan.claim import open_claim, plan_claim
 
     resources = arguments.resources(workers, device, gpu_memory)
+    arguments.use_cache(cache)
     claim = open_claim(
         output,
         config=arguments.path("--config", config) if config is not None else None,

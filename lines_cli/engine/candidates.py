@@ -8,21 +8,22 @@ flushed to the disk and no digest is taken; the bytes are those of a run.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from lines_cli.checkpoint.formulas import StoredUpdate
+from lines_cli.checkpoint.formulas import Difference
 from lines_cli.checkpoint.header import EXACT_DTYPES, StoredTensor, TensorInfo, itemsize
 from lines_cli.checkpoint.reader import FileState
 from lines_cli.engine.arithmetic import TORCH_DTYPES
 from lines_cli.engine.buffers import keep_freed_memory
 from lines_cli.engine.chunks import PlanChunk, items_of
 from lines_cli.engine.devices import Devices
-from lines_cli.engine.input_files import allow_open_files, opened, refuse_changed
+from lines_cli.engine.input_files import allow_open_files, opened, refuse_changed, with_views
+from lines_cli.engine.jobs import worker_of
 from lines_cli.engine.measure import Track, measure, untracked
 from lines_cli.engine.merge_chunk import merge_chunk
 from lines_cli.engine.pool import Pool
@@ -73,7 +74,8 @@ class Candidates:
         if plan.needs:
             key = (_but_for_coefficients(recipe), plan.needs)
             if key not in self._measured:
-                with opened(plan.paths) as sources, self._devices.bounded():
+                with opened(plan.paths) as fds, self._devices.bounded():
+                    sources = with_views(fds, plan.views)
                     self._measured[key] = measure(plan, sources, self._devices, self._track).statistics
             plan = resolve(plan, self._measured[key])
         return plan
@@ -92,9 +94,9 @@ class Candidates:
                 path = folder / sidecar.name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(sidecar.read())
-        with naming(folder), _files(folder, plan) as fds, opened(carried.paths) as sources:
+        with naming(folder), _files(folder, plan) as fds, opened(carried.paths) as fds_of_inputs:
             job = _ToFiles(carried, fds)
-            self._run(carried, sources, job.of_item, ((t, s) for t in carried.tensors for s in t.segments), "writing")
+            self._run(carried, fds_of_inputs, job.of_item, _all(carried), "writing")
 
     def put(self, plan: Plan, into: Mapping[str, torch.Tensor]) -> None:
         """Put a candidate's tensors into those of a live module.
@@ -110,9 +112,9 @@ class Candidates:
         for tensor in plan.tensors:
             _refuse_other(tensor, into)
         carried = self._with_merged(plan)
-        with opened(carried.paths) as sources:
+        with opened(carried.paths) as fds_of_inputs:
             job = _ToTensors(carried, into)
-            self._run(carried, sources, job.of_item, ((t, s) for t in carried.tensors for s in t.segments), "computing")
+            self._run(carried, fds_of_inputs, job.of_item, _all(carried), "computing")
 
     def close(self) -> None:
         """Remove the scratch file, if there is one."""
@@ -139,7 +141,7 @@ class Candidates:
         assert self._scratch is not None
         self._scratch.mkdir(parents=True, exist_ok=True)
         merged = _Merged(self._scratch / "merged.bin", plan)
-        with naming(merged.path), opened(plan.paths) as sources:
+        with naming(merged.path), opened(plan.paths) as fds_of_inputs:
             fd = os.open(merged.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
             try:
 
@@ -150,7 +152,7 @@ class Candidates:
                         write_from(fd, _bytes_of(values), offset)
                     return sum(chunk.nbytes for chunk in item)
 
-                self._run(plan, sources, store, _mergeable(plan), "merging the task vectors")
+                self._run(plan, fds_of_inputs, store, _mergeable(plan), "merging the task vectors")
             finally:
                 os.close(fd)
         return merged
@@ -158,20 +160,23 @@ class Candidates:
     def _run(
         self,
         plan: Plan,
-        sources: Sequence[int],
-        job: object,
+        fds: Sequence[int],
+        job: Callable[[Worker, list[PlanChunk]], int],
         segments: Iterable[tuple[TensorPlan, Segment]],
         title: str,
     ) -> None:
         devices, listed = self._devices, list(segments)
         with devices.bounded():
-            size = devices.chunk(plan.per_entry, whole=plan.whole_bytes(len(devices.members)))
-            shared = devices.whole_tensors()
-            pool = Pool(lambda device: Worker(plan, sources, device, size, shared), items_of(listed), job, devices)  # type: ignore[arg-type, var-annotated]
+            views = [*plan.views, *({},) * (len(plan.paths) - len(plan.views))]  # of a scratch file none
+            pool = Pool(worker_of(plan, with_views(fds, views), devices), items_of(listed), job, devices)
             total = sum(segment.numel * itemsize(source.dtype) for _, segment in listed for source in segment.sources)
             with closing(pool.in_order()) as done:
                 for _ in self._track(title, total, done):
                     pass
+
+
+def _all(plan: Plan) -> Iterator[tuple[TensorPlan, Segment]]:
+    return ((tensor, segment) for tensor in plan.tensors for segment in tensor.segments)
 
 
 def _but_for_coefficients(recipe: Recipe) -> str:
@@ -232,7 +237,7 @@ class _Merged:
             return segment
         assert segment.base is not None
         info = self._infos[tensor.name]
-        step = StoredUpdate(tensor.name, (("update", StoredTensor(number, info)),), info.shape)
+        step = Difference(tensor.name, (("update", StoredTensor(number, info)),), info.shape)
         model = segment.base._replace(steps=(*segment.base.steps, step), first=segment.start)
         return segment._replace(base=segment.base._replace(first=segment.start), models=(model,))
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from lines_cli.engine.parts import Turned
 from lines_cli.engine.whole_tensors import Kept, Whole
 from lines_cli.errors import RecipeError
 from lines_cli.plan.resources import SUM_BLOCK, BytesPerEntry, Resources
@@ -53,6 +54,10 @@ class Devices:
     def whole_tensors(self) -> Kept[Whole]:
         """Where the workers of a pass keep what they merge whole."""
         return Kept(len(self.members))
+
+    def turned(self, sides: int) -> Turned:
+        """Where the workers of a pass keep matrices that so many of the inputs store the other way round."""
+        return Kept(sides * (len(self.members) + 1))
 
     def chunk(self, per_entry: BytesPerEntry, *, whole: int = 0, whole_blocks: bool = False) -> int:
         """Entries per step.

@@ -9,9 +9,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
 from lines_cli.checkpoint.reader import FileState
+from lines_cli.engine.whole_tensors import Kept
 from lines_cli.errors import ChangedInputError, CheckpointError
 from lines_cli.storage.files import open_to_stream, read_into
+from lines_cli.storage.views import FileWithViews, Views
 
 
 @contextmanager
@@ -80,6 +84,27 @@ class Held(Protocol):
 
 Opened = int | Held
 """An opened input: a file descriptor, or what is read in the same way."""
+
+
+class Sources(list[Opened]):
+    """Opened inputs; and what the threads that read them make of them once for all."""
+
+    def __init__(self, opened: Iterable[Opened]) -> None:
+        super().__init__(opened)
+        self.shared = new_shared()
+
+
+def new_shared() -> Kept[torch.Tensor]:
+    """Where threads keep what all of them need: norms, and factors put in another order."""
+    return Kept(_MOST_SHARED)
+
+
+_MOST_SHARED = 8
+
+
+def with_views(fds: Sequence[int], views: Sequence[Views]) -> Sources:
+    """The same inputs, to be read with the views that are in them."""
+    return Sources(FileWithViews(fd, of_file) if of_file else fd for fd, of_file in zip(fds, views, strict=True))
 
 
 def read_input(source: Opened, view: memoryview, offset: int) -> int:

@@ -133,8 +133,8 @@ class _Measuring:
         """
         plan = self.plan
         size = self.devices.chunk(plan.per_entry, whole=plan.whole_bytes(len(self.devices.members)), whole_blocks=True)
-        shared = self.devices.whole_tensors()
-        pool = Pool(lambda device: Worker(plan, self.sources, device, size, shared), items, job, self.devices)
+        shared, turned = self.devices.whole_tensors(), self.devices.turned(plan.turned_sides)
+        pool = Pool(lambda device: Worker(plan, self.sources, device, size, shared, turned), items, job, self.devices)
         title = f"measuring {what}"
         if total is None:
             self.passes += 1

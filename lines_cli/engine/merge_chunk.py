@@ -156,7 +156,7 @@ def _whole(worker: Worker, chunk: PlanChunk) -> Whole:
     if worker.last_whole is not None and worker.last_whole[0] == key:
         return worker.last_whole[1]
     worker.last_whole = None
-    if worker.alone or worker.shared is None:
+    if worker.alone:
         worker.last_whole = key, _make_whole(worker, chunk)
         return worker.last_whole[1]
     found = worker.shared.get(key, lambda: _make_whole(worker, chunk))

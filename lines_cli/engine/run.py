@@ -9,29 +9,31 @@ no byte.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
+from typing import Any, overload
 
 from lines_cli.checkpoint.crosscheck import refuse_misread
 from lines_cli.checkpoint.header import TensorInfo
+from lines_cli.engine.adapter_write import AdapterOutcome
 from lines_cli.engine.buffers import keep_freed_memory
 from lines_cli.engine.devices import Devices
-from lines_cli.engine.input_files import allow_open_files, opened, refuse_changed
+from lines_cli.engine.input_files import Opened, allow_open_files, opened, refuse_changed, with_views
+from lines_cli.engine.jobs import job_of, sized, worker_of
 from lines_cli.engine.measure import Measurement, Track, measure, untracked
 from lines_cli.engine.pool import Pool
-from lines_cli.engine.workers import Worker
 from lines_cli.engine.write import Outcome, Target, Write, output_ranges
 from lines_cli.errors import OutputError
-from lines_cli.plan.identity import digests_of, identity, replaceable
+from lines_cli.plan.adapter_plan import AdapterPlan, AnyPlan
+from lines_cli.plan.identity import digests_of, identity, is_same_run, replaceable
 from lines_cli.plan.plan import Plan
-from lines_cli.plan.realised import groups_of
 from lines_cli.plan.realised import record_of as record_of_layers
 from lines_cli.plan.resolve import resolve
 from lines_cli.plan.resources import Resources
 from lines_cli.plan.sidecars import contents_beside
-from lines_cli.plan.statistics import Statistics
+from lines_cli.plan.statistics import NOTHING_MEASURED, Statistics
 from lines_cli.storage.destination import check_destination, naming
 from lines_cli.storage.digest import (
     DIGEST_BLOCK,
@@ -44,8 +46,34 @@ from lines_cli.storage.digest import (
 from lines_cli.storage.staging import Staging, leftover, recover
 
 
+@overload
 def run(
     plan: Plan,
+    resources: Resources | None = ...,
+    *,
+    force: bool = ...,
+    resume: bool = ...,
+    verify: bool = ...,
+    verify_inputs: bool = ...,
+    track: Track = ...,
+    at_last: Callable[[], None] = ...,
+) -> Outcome: ...
+@overload
+def run(
+    plan: AdapterPlan,
+    resources: Resources | None = ...,
+    *,
+    force: bool = ...,
+    resume: bool = ...,
+    verify: bool = ...,
+    verify_inputs: bool = ...,
+    track: Track = ...,
+    at_last: Callable[[], None] = ...,
+) -> AdapterOutcome: ...
+
+
+def run(
+    plan: AnyPlan,
     resources: Resources | None = None,
     *,
     force: bool = False,
@@ -54,7 +82,7 @@ def run(
     verify_inputs: bool = False,
     track: Track = untracked,
     at_last: Callable[[], None] = lambda: None,
-) -> Outcome:
+) -> Outcome | AdapterOutcome:
     """Carry a plan out: measure, write, publish. On any failure before that the destination is as it was, and what was
     finished is kept beside it, to `resume` from, unless an input holds NaN or has changed. In this process glibc keeps
     freed memory from then on, and the limit of open files is raised as is needed.
@@ -84,6 +112,10 @@ def run(
     before = leftover(plan.output)
     if before is not None and before.set_aside:
         recover(plan.output)
+    if isinstance(plan, AdapterPlan):
+        check_destination(plan.output, inputs=plan.read_paths, nbytes=0, force=force)
+        same = resume and before is not None and is_same_run(plan, before.run)
+        plan = sized(plan, devices, track, known=before.measured if same and before is not None else None)
     needed = plan.bytes_written - (before.nbytes if before else 0)
     # Whose the files are that --force would replace is looked at under the lock, when nobody else replaces them.
     check_destination(plan.output, inputs=plan.read_paths, nbytes=needed, force=force)
@@ -100,21 +132,21 @@ def run(
             replaceable=partial(replaceable, plan) if force else None,
             resume=resume,
         ) as staging,
-        opened(plan.paths) as sources,
+        opened(plan.paths) as fds,
         devices.bounded(),
     ):
-        refuse_changed(plan.paths, sources, plan.states)
+        refuse_changed(plan.paths, fds, plan.states)
+        sources = with_views(fds, plan.views)
         records = _carried_over(staging, plan)
         measurement = _measured(staging, plan, sources, devices, track)
-        if plan.needs:
+        if isinstance(plan, Plan) and plan.needs:
             plan = resolve(plan, measurement.statistics)
         targets = [Target(staging.create(f.name, f.nbytes), GrowingDigest(f.nbytes)) for f in plan.outputs]
-        job = Write(plan, targets, groups_of(plan))
+        job = job_of(plan, targets, devices, measures=True)
         finished = job.take_over(staging.contents.parts) if staging.contents else set()
-        size = devices.chunk(plan.per_entry, whole=plan.whole_bytes(len(devices.members)))
-        shared = devices.whole_tensors()
-        spans = (span for span in output_ranges(plan, staging.step) if (span.file, span.start) not in finished)
-        pool = Pool(lambda device: Worker(plan, sources, device, size, shared), spans, job, devices)
+        ranges: Iterable[Any] = output_ranges(plan.outputs, plan.tensors, staging.step)
+        spans = (span for span in ranges if (span.file, span.start) not in finished)
+        pool: Pool[Any, Any, Any] = Pool(worker_of(plan, sources, devices), spans, job, devices)
         number = len(plan.passes) + 1
         title = f"writing {number}/{number}" if number > 1 else "writing"
         # Closing stops and joins the threads, whatever interrupts this one, before the files they write are closed.
@@ -122,10 +154,16 @@ def run(
             done = (job.take(result, staging.journal) for result in results)
             for _ in track(title, plan.bytes_written - job.taken_over, done):
                 pass
-        refuse_changed(plan.paths, sources, plan.states)
+        refuse_changed(plan.paths, fds, plan.states)
         records |= job.records()
-        outcome = job.outcome(measurement)
-        for name, content in contents_beside(plan, identified, records, record_of_layers(outcome.realised)):
+        outcome: Outcome | AdapterOutcome
+        layers: Sequence[Mapping[str, Any]] = ()
+        if isinstance(job, Write):
+            outcome = job.outcome(measurement)
+            layers = record_of_layers(outcome.realised)
+        else:
+            outcome = job.outcome()
+        for name, content in contents_beside(plan, identified, records, layers):
             staging.add(name, content)
         if verify:
             _verify(staging, records)
@@ -134,7 +172,7 @@ def run(
     return replace(outcome, seconds=time.perf_counter() - started, remarks=tuple(staging.remarks))
 
 
-def _carried_over(staging: Staging, plan: Plan) -> dict[str, FileRecord]:
+def _carried_over(staging: Staging, plan: AnyPlan) -> dict[str, FileRecord]:
     """Copy what stands beside the weights before anything else, while it is there; what was written of each."""
     records: dict[str, FileRecord] = {}
     for sidecar in plan.sidecars:
@@ -146,8 +184,15 @@ def _carried_over(staging: Staging, plan: Plan) -> dict[str, FileRecord]:
     return records
 
 
-def _measured(staging: Staging, plan: Plan, sources: list[int], devices: Devices, track: Track) -> Measurement:
+def _measured(
+    staging: Staging, plan: AnyPlan, sources: Sequence[Opened], devices: Devices, track: Track
+) -> Measurement:
     """What the plan needs to know, from the journal if it was measured before."""
+    if isinstance(plan, AdapterPlan):
+        if plan.found and (staging.contents is None or staging.contents.measured is None):
+            with naming(plan.output):
+                staging.journal.measured({"ranks": {name: [*found] for name, found in plan.found.items()}})
+        return Measurement(NOTHING_MEASURED, 0, 0)
     if staging.contents is not None and staging.contents.measured is not None and plan.needs:
         with suppress(KeyError, TypeError, ValueError, AttributeError):  # no journal of ours would
             return Measurement(Statistics.of(staging.contents.measured, plan.number_of_models), 0, 0)
@@ -175,7 +220,7 @@ def _verify(staging: Staging, records: Mapping[str, FileRecord]) -> None:
             )
 
 
-def _refuse_misread(staging: Staging, plan: Plan) -> None:
+def _refuse_misread(staging: Staging, plan: AnyPlan) -> None:
     """Have the safetensors package open what was written.
 
     Raises:

@@ -25,12 +25,13 @@ from lines_cli.checkpoint.header import itemsize, read_header
 from lines_cli.checkpoint.sidecars import CARRIED_FILES, Sidecar
 from lines_cli.engine.buffers import keep_freed_memory
 from lines_cli.engine.devices import Devices
-from lines_cli.engine.input_files import opened, refuse_changed
+from lines_cli.engine.input_files import Opened, opened, refuse_changed, with_views
+from lines_cli.engine.jobs import job_of, sized, worker_of
 from lines_cli.engine.measure import Track, measure, untracked
 from lines_cli.engine.pool import Pool
-from lines_cli.engine.workers import Worker
-from lines_cli.engine.write import OutputRange, Target, Write, output_ranges
+from lines_cli.engine.write import OutputRange, Target, output_ranges
 from lines_cli.errors import CheckpointError, DataError, LinesError, RecipeError, as_argument, printable
+from lines_cli.plan.adapter_plan import AnyPlan
 from lines_cli.plan.claim import Claim, InputRead, inputs_read, open_claim, plan_claim
 from lines_cli.plan.identity import identity
 from lines_cli.plan.plan import Plan
@@ -238,7 +239,7 @@ def verify(
 
 def check(
     claim: Claim,
-    plan: Plan,
+    plan: AnyPlan,
     resources: Resources | None = None,
     *,
     resume: bool = False,
@@ -253,6 +254,7 @@ def check(
         )
     devices = Devices(resources or Resources())
     keep_freed_memory()
+    plan = sized(plan, devices, track)
     for sidecar in _made_beside(plan):
         if not sidecar.name.endswith(".index.json"):  # which may lie where the weights do
             refuse_link_out(claim.output, sidecar.name)
@@ -350,16 +352,16 @@ class _Present:
             self.differs.setdefault((offset + first) // DIGEST_BLOCK * DIGEST_BLOCK, offset + first)
 
 
-class _Compare(Write):
+class _Compare:
     """The engine's job, with files that are compared in the place of files that are written."""
 
-    def __init__(self, plan: Plan, files: Sequence[_Present]) -> None:
-        super().__init__(
-            plan, [Target(there, GrowingDigest(f.nbytes)) for f, there in zip(plan.outputs, files, strict=True)]
-        )
-        self.files, self.sizes = files, [file.nbytes for file in plan.outputs]
+    def __init__(self, plan: AnyPlan, files: Sequence[_Present], devices: Devices) -> None:
+        self.plan, self.files, self.sizes = plan, files, [file.nbytes for file in plan.outputs]
+        self.targets = [Target(there, GrowingDigest(f.nbytes)) for f, there in zip(plan.outputs, files, strict=True)]
+        self.job = job_of(plan, self.targets, devices, measures=False)
+        self.taken_over = 0
 
-    def compared(self, span: OutputRange, kept: Verified | None) -> int:
+    def compared(self, span: OutputRange[Any], kept: Verified | None) -> int:
         """Write down what was found of a span; its bytes."""
         if kept is not None:
             blocks = [block.hex() for block in self.targets[span.file].digest.blocks(span.start, span.end)]
@@ -450,42 +452,42 @@ def _counted(tensors: Sequence[str]) -> str:
 
 
 def _compare_weights(
-    plan: Plan, files: Sequence[_Present], devices: Devices, kept: Verified | None, step: int, track: Track
+    plan: AnyPlan, files: Sequence[_Present], devices: Devices, kept: Verified | None, step: int, track: Track
 ) -> _Compare:
     """Compute the weights again, and compare those that are there."""
     present = [there for there in files if there.problem is None]
     step = kept.step if kept is not None else step
     if not present:
-        return _Compare(plan, files)
+        return _Compare(plan, files, devices)
     with opened([*plan.paths, *(there.path for there in present)]) as fds, devices.bounded():
-        sources = fds[: len(plan.paths)]
+        of_inputs = fds[: len(plan.paths)]
+        sources = with_views(of_inputs, plan.views)
         for there, fd in zip(present, fds[len(plan.paths) :], strict=True):
             there.open_as(fd)
-        refuse_changed(plan.paths, sources, plan.states)
-        if plan.needs:
+        refuse_changed(plan.paths, of_inputs, plan.states)
+        if isinstance(plan, Plan) and plan.needs:
             plan = resolve(plan, _statistics(plan, sources, devices, kept, track))
-        job = _Compare(plan, files)
+        job = _Compare(plan, files, devices)
         done_before = job.go_on_from(kept.lines, step) if kept is not None else set()
+        ranges: Iterable[Any] = output_ranges(plan.outputs, plan.tensors, step)
         spans = (
-            span
-            for span in output_ranges(plan, step)
-            if files[span.file].problem is None and (span.file, span.start) not in done_before
+            span for span in ranges if files[span.file].problem is None and (span.file, span.start) not in done_before
         )
-        size = devices.chunk(plan.per_entry, whole=plan.whole_bytes(len(devices.members)))
-        shared = devices.whole_tensors()
-        pool = Pool(lambda device: Worker(plan, sources, device, size, shared), spans, job, devices)
+        pool: Pool[Any, Any, Any] = Pool(worker_of(plan, sources, devices), spans, job.job, devices)
         total = sum(file.nbytes for file, there in zip(plan.outputs, files, strict=True) if there.problem is None)
         with closing(pool.in_order()) as results:
             done = (job.compared(span, kept) for span, _ in results)
             for _ in track("comparing", total - job.taken_over, done):
                 pass
-        refuse_changed(plan.paths, sources, plan.states)
+        refuse_changed(plan.paths, of_inputs, plan.states)
         for there in present:
             there.refuse_changed()
     return job
 
 
-def _statistics(plan: Plan, sources: list[int], devices: Devices, kept: Verified | None, track: Track) -> Statistics:
+def _statistics(
+    plan: Plan, sources: Sequence[Opened], devices: Devices, kept: Verified | None, track: Track
+) -> Statistics:
     """What the plan needs to know of the numbers, from an earlier run if that has measured it."""
     for line in kept.lines if kept is not None else ():
         with suppress(KeyError, TypeError, ValueError, AttributeError):
@@ -499,7 +501,7 @@ def _statistics(plan: Plan, sources: list[int], devices: Devices, kept: Verified
 # --- what stands beside them ---
 
 
-def _made_beside(plan: Plan) -> list[Sidecar]:
+def _made_beside(plan: AnyPlan) -> list[Sidecar]:
     """Every file beside the weights, but for the recipe itself and the model card, which people edit."""
     return [sidecar for sidecar in plan.sidecars if sidecar.name not in (RECIPE, MODEL_CARD)]
 

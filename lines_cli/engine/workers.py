@@ -17,19 +17,29 @@ import torch
 
 from lines_cli.checkpoint.formulas import Formula
 from lines_cli.checkpoint.header import StoredTensor, itemsize
-from lines_cli.engine.arithmetic import FLOAT8, TORCH_DTYPES, first_nonfinite, is_finite, same_nan, task_vector
+from lines_cli.engine.arithmetic import (
+    FLOAT8,
+    TORCH_DTYPES,
+    first_nonfinite,
+    is_finite,
+    same_nan,
+    task_vector,
+    widen,
+)
 from lines_cli.engine.buffers import Buffer, Loaded
 from lines_cli.engine.chunks import Chunk, PlanChunk, Tensor
 from lines_cli.engine.devices import SLOTS, has_own_memory
 from lines_cli.engine.formulas import Makers
-from lines_cli.engine.input_files import Opened, read_input
+from lines_cli.engine.gather import Gather
+from lines_cli.engine.input_files import Opened, Sources, new_shared, read_input
+from lines_cli.engine.parts import Turned, read_parts
 from lines_cli.engine.shared_entries import are_shared
 from lines_cli.engine.whole_tensors import Kept, Whole
 from lines_cli.errors import ChangedInputError, CheckpointError, DataError, printable
 from lines_cli.methods import Values
 from lines_cli.plan.plan import Plan, TensorPlan
 from lines_cli.plan.resources import SUM_BLOCK, BytesPerEntry
-from lines_cli.plan.tensors import SourceRange
+from lines_cli.plan.tensors import Segment, SourceRange
 from lines_cli.storage.digest import WRITE_SIZE
 from lines_cli.storage.files import in_whole_pages
 
@@ -43,6 +53,7 @@ class Reader:
         device: where entries are held. A CUDA device gets a stream of this thread's own.
         chunk: most entries of one.
         per_entry: what one entry takes.
+        turned: matrices that an input stores the other way round, for all workers.
 
     Raises:
         MemoryError: there is not enough memory for the buffers, on the host or on the device.
@@ -56,18 +67,22 @@ class Reader:
         *,
         chunk: int,
         per_entry: BytesPerEntry,
+        turned: Turned,
     ) -> None:
         self.paths, self.sources, self.device, self.chunk, self._room = paths, sources, device, chunk, per_entry
         if device.type == "cuda":
             torch.cuda.set_device(device)
             torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call] # this thread's
+        self._turned = turned
         self.at: str | None = None
         """The tensor that is being worked on."""
         self._raw: list[Buffer] = []
         self._held = torch.empty(0)
         self._views: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None  # of what is held: the last asked for
         self._out: list[Buffer] = []
-        self._makers = Makers(self._factor, self._part_of_factor, device)
+        shared = sources.shared if isinstance(sources, Sources) else new_shared()
+        self._makers = Makers(self._factor, device, shared)
+        self._gather = Gather(self._fill, self._makers, device)
         if not self._allocate():
             self.halve()
 
@@ -139,8 +154,12 @@ class Reader:
             self._raw.append(self._raw.pop(0))  # the next input goes into the next one
         width = itemsize(source.dtype)
         view = buffer.to_fill(chunk.numel * width)
-        what = f"tensor {printable(chunk.tensor.name)}"
-        self._fill(view, source.file, source.offset + chunk.first * width, what)
+        if source.gathered is not None:
+            self._gather.read(view, source, source.first + chunk.first)
+        elif source.parts:
+            read_parts(source.parts, chunk.first, view, width, self._fill, self._turned)
+        else:
+            self._fill(source.file, view, source.offset + chunk.first * width)
         return Loaded(buffer, source.dtype, chunk.numel, view)
 
     def made(self, chunk: Chunk[Tensor], source: SourceRange, into: torch.Tensor) -> torch.Tensor:
@@ -149,7 +168,7 @@ class Reader:
 
     def made_of(self, loaded: Loaded, chunk: Chunk[Tensor], source: SourceRange, into: torch.Tensor) -> torch.Tensor:
         """The same of stored entries that were read before."""
-        into.copy_(loaded.values())
+        widen(loaded.values(), into)
         if source.steps:
             self._makers.apply(into, source, chunk.first)
         return into
@@ -158,34 +177,29 @@ class Reader:
         """Put into [numel] what the last `steps` of a range add to a chunk's entries."""
         self._makers.update(into, steps, source.first + chunk.first)
 
-    def _factor(self, stored: StoredTensor) -> torch.Tensor:
-        """All of a tensor that a step needs, in its shape.
+    def _factor(self, stored: StoredTensor, first: int, numel: int) -> torch.Tensor:
+        """Entries of a tensor that a step needs, from `first` on: [numel], as they are stored.
 
         Raises:
             CheckpointError: the file cannot be read, or is shorter than it was.
         """
-        info = stored.info
-        return self._part_of_factor(stored, 0, info.numel).view(info.shape)
-
-    def _part_of_factor(self, stored: StoredTensor, first: int, numel: int) -> torch.Tensor:
-        """Some of its entries, [numel]."""
-        file, info = stored
-        dtype, width = (TORCH_DTYPES | FLOAT8)[info.dtype], itemsize(info.dtype)
+        dtype, width = _OF_FACTORS[stored.info.dtype], itemsize(stored.info.dtype)
         raw = bytearray(numel * width)
-        self._fill(memoryview(raw), file, info.offset + first * width, "a factor")
+        self._fill(stored.file, memoryview(raw), stored.info.offset + first * width)
         values = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
         return values.to(self.device)
 
-    def _fill(self, view: memoryview, file: int, offset: int, what: str) -> None:
-        """Read bytes of an input into all of `view`; `what` they are part of."""
+    def _fill(self, file: int, view: memoryview, offset: int) -> None:
+        """Read bytes of an input into all of `view`."""
         path = self.paths[file]
         try:
             got = read_input(self.sources[file], view, offset)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
         if got < len(view):
+            of = f" in the middle of tensor {printable(self.at)}" if self.at is not None else ""
             raise ChangedInputError(
-                f"{path}: ends in the middle of {what}; it was whole a moment ago",
+                f"{path}: ends{of}; it was whole a moment ago",
                 hint="Something shortened it. Run it again when nothing writes to it.",
             )
 
@@ -199,6 +213,7 @@ class Worker(Reader):
         device: where entries are held.
         chunk: most entries of one.
         shared: segments that were merged whole, for all workers of a pass.
+        turned: matrices that were turned, likewise.
 
     Raises:
         MemoryError: there is not enough memory for the buffers, on the host or on the device.
@@ -210,9 +225,10 @@ class Worker(Reader):
         sources: Sequence[Opened],
         device: torch.device,
         chunk: int,
-        shared: Kept[Whole] | None = None,
+        shared: Kept[Whole],
+        turned: Turned,
     ) -> None:
-        super().__init__(plan.paths, sources, device, chunk=chunk, per_entry=plan.per_entry)
+        super().__init__(plan.paths, sources, device, chunk=chunk, per_entry=plan.per_entry, turned=turned)
         self.plan, self.shared = plan, shared
         self.write_buffer = in_whole_pages(WRITE_SIZE)  # of the output, on its way to the disk
         self.stays: torch.Tensor | None = None
@@ -283,13 +299,42 @@ class Worker(Reader):
         """Where all inputs share NaN or Inf: [numel], boolean; None where one of them is no float that is
         computed with.
         """
-        if any(source.dtype not in TORCH_DTYPES for source in sources):
+        if any(source.dtype not in TORCH_DTYPES and not source.steps for source in sources):
             return None
-        first = self.read(chunk, sources[0]).values().clone()
+        first = self._numbers(chunk, sources[0]).clone()
         found = ~first.isfinite()
         for source in sources[1:]:
-            found &= are_shared(first, self.read(chunk, source).values())
+            found &= are_shared(first, self._numbers(chunk, source))
+        if not self.plan.recipe.allow_nonfinite and (own := self.as_is(chunk)) is not None:
+            found &= ~own  # one input has them, whatever stands for the others
         return found
+
+    def _numbers(self, chunk: PlanChunk, source: SourceRange) -> torch.Tensor:
+        """A chunk's entries in one input: [numel], as they are stored, or in the compute dtype if they are made."""
+        if not source.steps:
+            return self.read(chunk, source).values()
+        dtype = torch.float64 if chunk.tensor.in_float64 else torch.float32
+        return self.made(chunk, source, torch.empty(chunk.numel, dtype=dtype, device=self.device))
+
+    def _codes(self, chunk: PlanChunk, source: SourceRange) -> torch.Tensor:
+        """What is stored of a chunk in one input: [numel], in a float dtype that is computed with."""
+        stored = self.read(chunk, source).values()
+        if source.dtype in TORCH_DTYPES:
+            return stored
+        wide = torch.empty(chunk.numel, dtype=torch.float32, device=self.device)
+        widen(stored, wide)
+        return wide
+
+    def as_is(self, chunk: PlanChunk) -> torch.Tensor | None:
+        """Which entries of a chunk one input alone has, so that they are its own: [numel], boolean; None of none."""
+        rows = _segment_behind(chunk).as_is
+        spans = list(rows.within(chunk.first, chunk.first + chunk.numel)) if rows is not None else []
+        if not spans:
+            return None
+        found = torch.zeros(chunk.numel, dtype=torch.bool)
+        for begin, end in spans:
+            found[begin - chunk.first : end - chunk.first] = True
+        return found.to(self.device)
 
     def put_back(self, chunk: PlanChunk, stays: torch.Tensor, stored: torch.Tensor) -> None:
         """Write the entries that stay into a chunk as the inputs have them; NaN of another dtype loses its payload.
@@ -299,7 +344,7 @@ class Worker(Reader):
             stays: [numel], boolean.
             stored: [numel], in the output's dtype.
         """
-        values = self.read(chunk, chunk.segment.sources[0]).values()
+        values = self._numbers(chunk, chunk.segment.sources[0])
         if values.dtype != stored.dtype:
             values = values.to(stored.dtype)
             same_nan(values)
@@ -342,16 +387,20 @@ class Worker(Reader):
         for source in behind if chunk.segment.copy is None else (chunk.segment.copy,):
             if source.dtype not in TORCH_DTYPES and not source.steps:
                 continue
-            name, start = printable(chunk.tensor.name), chunk.segment.start + chunk.first
-            values = self.read(chunk, source).values()
+            values = self._codes(chunk, source)
             if bad := first_nonfinite(values if stays is None else values.masked_fill(stays, 0.0)):
-                path = self.plan.paths[source.file]
-                return f"{path}: tensor {name} holds {bad[1]}, first at entry {start + bad[0]:,}"
+                file, own, at = source.place_of(chunk.first + bad[0])
+                if source.gathered is not None:
+                    file = file_behind(source, source.first + chunk.first + bad[0])
+                at += 0 if own else chunk.segment.start
+                name = printable(own or chunk.tensor.name)
+                return f"{self.plan.paths[file]}: tensor {name} holds {bad[1]}, first at entry {at:,}"
             if source.steps:
                 values = self.made(chunk, source, torch.empty(chunk.numel, dtype=torch.float64, device=self.device))
                 if bad := first_nonfinite(values if stays is None else values.masked_fill(stays, 0.0)):
-                    path = self.plan.paths[source.steps[-1].file]
-                    return f"{path}: what it makes of tensor {name} holds {bad[1]}, first at entry {start + bad[0]:,}"
+                    step, at = source.steps[-1], chunk.segment.start + chunk.first + bad[0]
+                    made = f"what {printable(step.name)} makes of tensor {printable(chunk.tensor.name)}"
+                    return f"{self.plan.paths[step.file]}: {made} holds {bad[1]}, first at entry {at:,}"
         return None
 
     def refuse_nonfinite(self, chunk: PlanChunk) -> None:
@@ -388,12 +437,27 @@ class Worker(Reader):
         return f"It looks like a mask that the inputs write differently: {way} {ALLOW_NONFINITE}"
 
 
+def file_behind(source: SourceRange, entry: int) -> int:
+    """The file that an entry of a table comes from: of gathered rows that of its row, of a mean of one of them."""
+    if source.gathered is None:
+        return source.file
+    row = entry // source.gathered.width
+    (part, *_), *_ = source.gathered.runs.within(row, row + 1)
+    tables = source.gathered.parts[part]
+    return file_behind(tables[0], entry) if tables else source.file
+
+
 def _sources_behind(chunk: PlanChunk) -> tuple[SourceRange, ...]:
     """Where all inputs have a chunk's entries, of a copy also those that it is no copy of."""
+    return _segment_behind(chunk).sources
+
+
+def _segment_behind(chunk: PlanChunk) -> Segment:
+    """A chunk's segment; of a copy, what it was before it was known to be one."""
     if chunk.segment.copy is None:
-        return chunk.segment.sources
+        return chunk.segment
     same = [segment for segment in chunk.tensor.spec.segments if segment.start == chunk.segment.start]
-    return same[0].sources if same else chunk.segment.sources
+    return same[0] if same else chunk.segment
 
 
 def _pattern_of(name: str, plan: Plan) -> str:
@@ -404,6 +468,7 @@ def _pattern_of(name: str, plan: Plan) -> str:
     return pattern if alone else name
 
 
+_OF_FACTORS = {**TORCH_DTYPES, **FLOAT8, "U8": torch.uint8, "F8_E8M0": torch.uint8}
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 ALLOW_NONFINITE = "allow_nonfinite: true in the recipe (--allow-nonfinite of lines edit) lets such values through."

@@ -7,13 +7,14 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from lines_cli.checkpoint.header import COMPLEX, itemsize
+from lines_cli.checkpoint.header import COMPLEX, TensorInfo, itemsize
 from lines_cli.engine.arithmetic import TORCH_DTYPES, add_scaled, cast, is_finite, same_nan, task_vector
-from lines_cli.engine.chunks import Chunk, PlanChunk
+from lines_cli.engine.chunks import Chunk, PlanChunk, Streamed
 from lines_cli.engine.measure import Measurement
 from lines_cli.engine.merge_chunk import Look, Merged, merge_chunk, nonfinite_behind
 from lines_cli.engine.realised import every_for, realised
@@ -23,6 +24,7 @@ from lines_cli.errors import DataError, MismatchError, printable
 from lines_cli.methods import Drawn
 from lines_cli.methods.sparsify import Where
 from lines_cli.plan.coefficients import to_float32
+from lines_cli.plan.layout import OutputFile
 from lines_cli.plan.plan import Plan, TensorPlan
 from lines_cli.plan.realised import NOTHING_REALISED, Groups, Realised, Row, rows_of
 from lines_cli.storage.destination import naming
@@ -36,8 +38,25 @@ from lines_cli.storage.digest import (
 from lines_cli.storage.journal import Journal, WrittenRange
 
 
+class Placed(Streamed, Protocol):
+    """A tensor with its place in an output file."""
+
+    @property
+    def file(self) -> int:
+        """The number of the file."""
+
+    @property
+    def info(self) -> TensorInfo:
+        """Its dtype and shape, and its place there."""
+
+
+Tensor = TypeVar("Tensor", bound=Placed)
+Thread = TypeVar("Thread", bound="Writer")
+Counts = TypeVar("Counts", bound="Counted")
+
+
 @dataclass(frozen=True, slots=True)
-class OutputRange:
+class OutputRange(Generic[Tensor]):
     """Part of an output file, from `start` up to `end`, and the chunks that make it, in order.
 
     It is cut without regard to tensors, yet never within an entry: a file begins with the widest, at a multiple of 8.
@@ -46,15 +65,15 @@ class OutputRange:
     file: int
     start: int
     end: int
-    chunks: tuple[PlanChunk, ...]
+    chunks: tuple[Chunk[Tensor], ...]
 
 
-def output_ranges(plan: Plan, size: int) -> Iterator[OutputRange]:
+def output_ranges(outputs: Sequence[OutputFile], tensors: Iterable[Tensor], size: int) -> Iterator[OutputRange[Tensor]]:
     """All of the output files, in steps of `size` bytes."""
-    by_file: dict[int, list[TensorPlan]] = defaultdict(list)
-    for tensor in plan.tensors:
+    by_file: dict[int, list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
         by_file[tensor.file].append(tensor)
-    for number, file in enumerate(plan.outputs):
+    for number, file in enumerate(outputs):
         start, chunks = 0, []
         for tensor in by_file[number]:
             width = itemsize(tensor.info.dtype)
@@ -138,8 +157,107 @@ class Tally:
             self.realised[group] = self.realised.get(group, NOTHING_REALISED) + sums
 
 
-class Write:
+class Writer(Protocol):
+    """A thread that makes ranges of the output."""
+
+    write_buffer: memoryview
+
+    def cut(self, chunks: Iterable[Any]) -> Iterator[Any]:
+        """The same entries, in steps that fit its buffers."""
+
+
+class Counted(Protocol):
+    """What is counted while a part of the output is made, or all of it."""
+
+    def add(self, other: Any) -> None:
+        """Take account of another part, which comes behind."""
+
+
+class RangeJob(Generic[Thread, Tensor, Counts]):
     """The job of making a range of the output and writing it; and the sum of what was counted.
+
+    Args:
+        outputs: the files of the output.
+        output: the destination, for messages.
+        targets: the files that are written.
+        tally: nothing, yet.
+    """
+
+    def __init__(self, outputs: Sequence[OutputFile], output: Path, targets: list[Target], tally: Counts) -> None:
+        self.outputs, self.output, self.targets, self.tally, self.taken_over = outputs, output, targets, tally, 0
+
+    def nothing(self) -> Counts:
+        """A tally to begin with."""
+        raise NotImplementedError
+
+    def tally_of(self, told: Mapping[str, Any]) -> Counts:
+        """What a journal has of a part.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError, OverflowError: it is something else.
+        """
+        raise NotImplementedError
+
+    def _make(self, worker: Thread, chunk: Chunk[Tensor], tally: Counts) -> memoryview:
+        """One chunk as it is to be written, in a buffer of the worker's; what is counted is added."""
+        raise NotImplementedError
+
+    def __call__(self, worker: Thread, span: OutputRange[Tensor]) -> tuple[OutputRange[Tensor], Counts]:
+        """Make one range: itself, and what was counted."""
+        target, tally = self.targets[span.file], self.nothing()
+        writer = RangeWriter(target.file, span.start, target.digest, worker.write_buffer)
+        with naming(self.output):
+            writer.write(self.outputs[span.file].head[span.start : span.end])
+        for chunk in worker.cut(span.chunks):
+            raw = self._make(worker, chunk, tally)
+            with naming(self.output):
+                writer.write(raw)
+        assert writer.at == span.end, "the chunks of a span do not fill it"
+        with naming(self.output):
+            writer.close()
+        return span, tally
+
+    def take(self, done: tuple[OutputRange[Tensor], Counts], journal: Journal) -> int:
+        """Add a range, in the order of the files, to the sum, and write it down; its bytes."""
+        span, tally = done
+        self.tally.add(tally)
+        nothing = tally == self.nothing()
+        blocks = self.targets[span.file].digest.blocks(span.start, span.end)
+        with naming(self.output):
+            told = {} if nothing else asdict(tally)  # type: ignore[call-overload]
+            journal.wrote(WrittenRange(span.file, span.start, blocks, told))
+        return span.end - span.start
+
+    def take_over(self, parts: Iterable[WrittenRange]) -> set[tuple[int, int]]:
+        """Take account of what an earlier run has written; where each part begins, and in which file."""
+        finished: set[tuple[int, int]] = set()
+        for part in parts:
+            if part.tally:
+                try:
+                    self.tally.add(self.tally_of(part.tally))
+                except (
+                    KeyError,
+                    TypeError,
+                    ValueError,
+                    AttributeError,
+                    OverflowError,
+                ):  # none of ours would: it is made again
+                    continue
+            for number, block in enumerate(part.blocks):
+                self.targets[part.file].digest.wrote(part.start + DIGEST_BLOCK * number, block)
+            end = part.start + DIGEST_BLOCK * len(part.blocks)
+            self.taken_over += min(end, self.outputs[part.file].nbytes) - part.start
+            finished.add((part.file, part.start))
+        return finished
+
+    def records(self) -> dict[str, FileRecord]:
+        """What was written into each weight file."""
+        files = zip(self.outputs, self.targets, strict=True)
+        return {file.name: target.digest.record() for file, target in files}
+
+
+class Write(RangeJob[Worker, TensorPlan, Tally]):
+    """The same, of a plan's whole model.
 
     Args:
         plan: what is carried out.
@@ -148,27 +266,22 @@ class Write:
     """
 
     def __init__(self, plan: Plan, targets: list[Target], groups: Groups | None = None) -> None:
-        self.plan, self.targets, self.models = plan, targets, plan.number_of_models
+        self.plan, self.models = plan, plan.number_of_models
+        super().__init__(plan.outputs, plan.output, targets, self.nothing())
         self.groups = groups
         self.draws = isinstance(plan.recipe.method.sparsifier, Drawn)
-        self.tally, self.taken_over = Tally.nothing(self.models), 0
         self.unchanged, self.looked = set(range(self.models)), False
         """Models of which no merged entry was seen that is not the base's; and whether any entry was."""
 
-    def __call__(self, worker: Worker, span: OutputRange) -> tuple[OutputRange, Tally]:
-        """Make one range: itself, and what was counted."""
-        target, tally = self.targets[span.file], Tally.nothing(self.models)
-        writer = RangeWriter(target.file, span.start, target.digest, worker.write_buffer)
-        with naming(self.plan.output):
-            writer.write(self.plan.outputs[span.file].head[span.start : span.end])
-        for chunk in worker.cut(span.chunks):
-            raw = self._make(worker, chunk, tally)
-            with naming(self.plan.output):
-                writer.write(raw)
-        assert writer.at == span.end, "the chunks of a span do not fill it"
-        with naming(self.plan.output):
-            writer.close()
-        return span, tally
+    def nothing(self) -> Tally:
+        return Tally.nothing(self.models)
+
+    def tally_of(self, told: Mapping[str, Any]) -> Tally:
+        return Tally.of(told, self.models)
+
+    def take_over(self, parts: Iterable[WrittenRange]) -> set[tuple[int, int]]:
+        self.unchanged = set()  # what an earlier run saw of that is not known
+        return super().take_over(parts)
 
     def _make(self, worker: Worker, chunk: PlanChunk, tally: Tally) -> memoryview:
         """One chunk as it is to be written, in a buffer of the worker's; what is counted is added."""
@@ -208,7 +321,7 @@ class Write:
         if (
             self.draws
             and copy is not None
-            and copy.dtype in TORCH_DTYPES
+            and (copy.dtype in TORCH_DTYPES or copy.steps)
             and any(copy in segment.models for segment in chunk.tensor.spec.segments)
         ):
             kept = (float(chunk.numel),)  # to be merged, but one model with nothing dropped is itself
@@ -229,6 +342,8 @@ class Write:
             worker.put_back(chunk, stays, values)
             if not is_finite(values):
                 tally.nonfinite.setdefault(name, _shared(name))
+        if copy is None and (own := worker.as_is(chunk)) is not None:
+            worker.put_back(chunk, own, values)
         if copy is None and _VARIANCE.search(name) and (least := float(values.min())) < 0:
             tally.negative[name] = min(least, tally.negative.get(name, 0.0))
         if raw is None:
@@ -341,8 +456,8 @@ class Write:
         """
         found, wider = nonfinite_behind(worker, chunk), ""
         if found is None and chunk.segment.copy is not None:
-            copied = worker.read(chunk, chunk.segment.copy).values()
-            if not chunk.segment.copy.steps and not (~values.isfinite() & copied.isfinite()).any():
+            copied = chunk.segment.copy
+            if not copied.steps and not (~values.isfinite() & worker.read(chunk, copied).values().isfinite()).any():
                 return _shared(chunk.tensor.name)
         if found is None:
             name, dtype = printable(chunk.tensor.name), chunk.tensor.info.dtype
@@ -351,44 +466,6 @@ class Write:
         if not self.plan.recipe.allow_nonfinite:
             raise DataError(found, hint=wider + worker.hint_of_nonfinite(chunk))
         return found
-
-    def take(self, done: tuple[OutputRange, Tally], journal: Journal) -> int:
-        """Add a range, in the order of the files, to the sum, and write it down; its bytes."""
-        span, tally = done
-        self.tally.add(tally)
-        nothing = tally == Tally.nothing(self.models)
-        blocks = self.targets[span.file].digest.blocks(span.start, span.end)
-        with naming(self.plan.output):
-            journal.wrote(WrittenRange(span.file, span.start, blocks, {} if nothing else asdict(tally)))
-        return span.end - span.start
-
-    def take_over(self, parts: Iterable[WrittenRange]) -> set[tuple[int, int]]:
-        """Take account of what an earlier run has written; where each part begins, and in which file."""
-        finished: set[tuple[int, int]] = set()
-        self.unchanged = set()  # what an earlier run saw of that is not known
-        for part in parts:
-            if part.tally:
-                try:
-                    self.tally.add(Tally.of(part.tally, self.models))
-                except (
-                    KeyError,
-                    TypeError,
-                    ValueError,
-                    AttributeError,
-                    OverflowError,
-                ):  # none of ours would: it is made again
-                    continue
-            for number, block in enumerate(part.blocks):
-                self.targets[part.file].digest.wrote(part.start + DIGEST_BLOCK * number, block)
-            end = part.start + DIGEST_BLOCK * len(part.blocks)
-            self.taken_over += min(end, self.plan.outputs[part.file].nbytes) - part.start
-            finished.add((part.file, part.start))
-        return finished
-
-    def records(self) -> dict[str, FileRecord]:
-        """What was written into each weight file."""
-        files = zip(self.plan.outputs, self.targets, strict=True)
-        return {file.name: target.digest.record() for file, target in files}
 
     def outcome(self, measurement: Measurement) -> Outcome:
         """What the whole run did, but for how long it took."""

@@ -1,37 +1,47 @@
 """A checkpoint's name -> where it lies: a path as it is, or a Hub id fetched through the Hub's own client and cache.
 
-The client decides on endpoint, token, cache, offline mode and progress bars (HF_ENDPOINT, HF_TOKEN, HF_HOME,
-HF_HUB_OFFLINE, ...). Of a repository only what an edit reads is fetched: one set of safetensors weights, and the files
-that an output folder takes over. It is imported only once a name is no path: importing it takes longer than reading a
-header.
-
-An endpoint, a proxy and a token may be secret, and the client quotes them: what it says is shown and logged without.
+Of a repository only what an edit reads is fetched: one set of weights, safetensors if there are any, and the files that
+an output folder takes over. Where headers are enough, the weights stay where they are.
 """
 
 from __future__ import annotations
 
 import glob
-import logging
 import os
-import re
-import sys
 import time
-import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
-from lines_cli.checkpoint.reader import choose_weights, is_index, refuse_folder, shards_of
+from lines_cli.checkpoint.reader import (
+    Heads,
+    choose_weights,
+    is_index,
+    is_pickle,
+    refuse_folder,
+    shards_of,
+    weights_among,
+)
 from lines_cli.checkpoint.sidecars import MODULES, is_carried, is_of_a_module, module_paths
-from lines_cli.errors import CheckpointError, HubError, LinesError, printable, size, some, without_secrets
+from lines_cli.errors import CheckpointError, HubError, LinesError, size, some
+from lines_cli.hub.client import (
+    CACHE,
+    COMMIT,
+    HUB_ID,
+    NOT_IN_A_REVISION,
+    chain,
+    discreet,
+    one_line,
+    prepare,
+    say,
+    status_of,
+    unreachable,
+)
+from lines_cli.hub.heads import headers_of
 from lines_cli.storage.beside import leads_out
-from lines_cli.storage.names import MODEL_CARD, WEIGHT_STEMS
-
-_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9_][\w.-]*/[\w.-]+)(?:@(?P<revision>.*))?", re.ASCII | re.DOTALL)
-_NOT_IN_A_REVISION = re.compile(r"[\s\x00-\x1f\x7f\\:?*~^\[]|\.\.|//|^[/-]|/$|^$")
-_WEIGHTS = ".safetensors"
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+from lines_cli.storage.names import CONFIG, MODEL_CARD, PICKLE_STEMS, RECIPE, WEIGHT_STEMS, file_and_part
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,18 +52,28 @@ class Located:
         path: the file or folder.
         name: as its user named it.
         hub_id: `org/name@commit`, for one that came from the Hub.
+        part: which part of its file is meant (`file_and_part`), if the name says so.
+        heads: where only headers were asked for, and the weights are not here: these.
     """
 
     path: Path
     name: str
     hub_id: str | None
+    part: str | None = None
+    heads: Heads | None = None
+
+
+Only = Literal["headers", "plan"]
+"""What is wanted of a checkpoint on the Hub, if not all that an edit reads: headers and config, to look at; or what a
+plan is made of, which is headers and every file that is carried over.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
     """What is wanted of the Hub: the name as given, and its parts. A revision of None is the default branch. Of the
     files that are neither weights nor carried over those in `also`; of several sets of weights the `variant`. `quiet`:
-    nothing is said of what is fetched.
+    nothing is said of what is fetched. `only`: what is not needed of it (`locate`).
     """
 
     name: str
@@ -62,12 +82,11 @@ class _Asked:
     also: tuple[str, ...] = ()
     variant: str | None = None
     quiet: bool = True
+    only: Only | None = None
 
     def say(self, text: str) -> None:
-        """A line on stderr, unless it is quiet: fetching takes longer than all else."""
-        if not self.quiet:
-            sys.stderr.write(printable(without_secrets(text)) + "\n")
-            sys.stderr.flush()
+        """A line on stderr, unless it is quiet."""
+        say(text, quiet=self.quiet)
 
     def at(self, snapshot: Path) -> Located:
         """The client keeps a commit's files in a folder named after the commit."""
@@ -76,7 +95,8 @@ class _Asked:
 
 def is_missing(name: str) -> bool:
     """Whether a name is a path, for it cannot be a Hub id, and nothing is there."""
-    if os.path.exists(os.path.expanduser(name)) or _HUB_ID.fullmatch(name) is not None:
+    file, _ = file_and_part(name)
+    if os.path.exists(os.path.expanduser(file)) or HUB_ID.fullmatch(file) is not None:
         return False
     return base_and_adapter(name) is None
 
@@ -97,45 +117,47 @@ def base_and_adapter(name: str, seen: Callable[[str], str] = str) -> tuple[str, 
     return None
 
 
-def locate(name: str, *, quiet: bool = False, also: tuple[str, ...] = (), variant: str | None = None) -> Located:
+def locate(
+    name: str,
+    *,
+    quiet: bool = False,
+    also: tuple[str, ...] = (),
+    variant: str | None = None,
+    only: Only | None = None,
+) -> Located:
     """Find a checkpoint by path or, where there is no such path, by its Hub id `org/name[@revision]`.
 
     Args:
-        name: as a person or a recipe gives it. `~` is expanded.
+        name: as a person or a recipe gives it; behind a `#` the part of its file. `~` is expanded.
         quiet: no progress bars; there are none where stderr is no terminal, either.
         also: names of files that are wanted, too, where the repository has them.
         variant: of several sets of weights, which, where the repository has it (`open_checkpoint`).
+        only: that the weights are not needed, if they are not in the cache already.
 
     Raises:
         CheckpointError: it is neither a path that exists nor a Hub id, or the repository holds no clear set of weights.
         HubError: the Hub does not have it, does not give it to this user, or cannot be reached.
     """
+    file, part = file_and_part(name)
+    if part is not None:
+        return replace(locate(file, quiet=quiet, also=also, variant=variant, only=only), name=name, part=part)
     path = os.path.expanduser(name)
     if os.path.exists(path):
         return Located(Path(path), name, None)
-    match = _HUB_ID.fullmatch(name)
+    match = HUB_ID.fullmatch(name)
     if match is None:
         hint = "A model on the Hugging Face Hub is named org/name or org/name@revision."
         if name.startswith(("/", ".", "~")):
             hint = "Check the path: give a .safetensors file, or a folder that holds a checkpoint."
         raise CheckpointError(f"{name}: there is no such file or folder", hint=hint)
     revision = match["revision"]
-    if revision is not None and _NOT_IN_A_REVISION.search(revision):
+    if revision is not None and NOT_IN_A_REVISION.search(revision):
         raise HubError(
             f"{name}: {revision!r} is not a valid revision, and there is no such file or folder here",
             hint="After the @ comes a branch, a tag or a commit, as in org/name@main.",
         )
-    try:
-        from huggingface_hub import HfApi  # noqa: F401 - as much of it as there will be
-        from huggingface_hub.utils.tqdm import disable_progress_bars
-    except ValueError as error:  # it reads its settings then; what it says of them may be part of a password
-        raise HubError(
-            f"{name}: no such file or folder here, and the Hub's client does not accept its settings",
-            hint="Check HF_ENDPOINT and the other HF_ variables in the environment.",
-        ) from error
-    if quiet or not sys.stderr.isatty() or os.environ.get("TERM") in ("dumb", "unknown"):
-        disable_progress_bars()
-    return _fetch(_Asked(name, match["repo"], revision, also, variant, quiet=quiet))
+    prepare(f"{name}: no such file or folder here, and", quiet=quiet)
+    return _fetch(_Asked(name, match["repo"], revision, also, variant, quiet=quiet, only=only))
 
 
 def _fetch(asked: _Asked) -> Located:
@@ -146,34 +168,40 @@ def _fetch(asked: _Asked) -> Located:
         try:
             info = HfApi().model_info(asked.repo, revision=asked.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         except Exception as error:
-            if why := _unreachable(error):
+            if why := unreachable(error):
                 return _from_cache(asked, why)
             raise
         commit, names = info.sha or "", {file.rfilename for file in info.siblings or ()}
-        if not _COMMIT.fullmatch(commit):
+        if not COMMIT.fullmatch(commit):
             raise HubError(f"{asked.name}: the Hub should name a commit of {asked.repo}, and names {commit!r}")
         chosen = _choose(asked, names)
+        cache = CACHE.get()
         begun, saying = time.monotonic(), f"fetching {asked.name} from the Hub (commit {commit[:7]})"
-        fetched = set() if isinstance(try_to_load_from_cache(asked.repo, chosen, revision=commit), str) else {chosen}
+        in_cache = isinstance(try_to_load_from_cache(asked.repo, chosen, cache, revision=commit), str)
+        if asked.only is not None and (is_index(chosen) or not in_cache):
+            found = _heads(asked, commit, names, chosen)
+            if found is not None:
+                return found
+        fetched = set() if in_cache else {chosen}
         if fetched:
             asked.say(saying)
 
         # Asked for by branch, so that the cache notes the branch's commit and finds it again offline.
-        first = Path(hf_hub_download(asked.repo, chosen, revision=asked.revision))
+        first = Path(hf_hub_download(asked.repo, chosen, revision=asked.revision, cache_dir=cache))
         if first.parent.name != commit:  # pushed to since
-            first = Path(hf_hub_download(asked.repo, chosen, revision=commit))
+            first = Path(hf_hub_download(asked.repo, chosen, revision=commit, cache_dir=cache))
         if MODULES in names:  # which says what else is needed
-            hf_hub_download(asked.repo, MODULES, revision=commit)
+            hf_hub_download(asked.repo, MODULES, revision=commit, cache_dir=cache)
         wanted = _wanted(asked, names, first)
         if missing := sorted(set(wanted) - names):
-            raise CheckpointError(f"{asked.name}: its {chosen} names shards that {asked.repo} lacks:\n{some(missing)}")
+            raise _lacks(asked, chosen, missing)
         lacking = _lacking(first.parent, wanted)
         if lacking and not fetched:
             asked.say(saying)
         fetched |= set(lacking)
         if lacking or _cached_listing(asked.repo, commit) is None:
             exactly = [glob.escape(name) for name in wanted]
-            snapshot_download(asked.repo, revision=commit, allow_patterns=exactly)
+            snapshot_download(asked.repo, revision=commit, allow_patterns=exactly, cache_dir=cache)
         if lacking := _lacking(first.parent, wanted):  # where the Hub fails midway the client makes do with what it has
             raise HubError(
                 f"{asked.name}: {len(lacking)} of {len(wanted)} files did not arrive:\n{some(lacking)}",
@@ -185,6 +213,39 @@ def _fetch(asked: _Asked) -> Located:
             rate = nbytes / max(seconds, 1e-9)
             asked.say(f"fetched {asked.name}: {number}, {size(nbytes)} in {seconds:.1f} s ({size(rate)}/s)")
         return asked.at(first.parent)
+
+
+def _heads(asked: _Asked, commit: str, names: Collection[str], chosen: str) -> Located | None:
+    """The headers of the weights, and the small files that are wanted with them; None where all weights are here, or
+    in a format whose structure is not at the beginning of its files.
+    """
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    cache = CACHE.get()
+    small = [chosen] if is_index(chosen) else []
+    small += [name for name in (CONFIG, RECIPE, MODULES) if name in names]
+    folder = Path(asked.name)
+    for name in small:
+        folder = Path(hf_hub_download(asked.repo, name, revision=commit, cache_dir=cache)).parent
+    shards = list(shards_of(folder / chosen)) if is_index(chosen) else [chosen]
+    if missing := sorted(set(shards) - set(names)):
+        raise _lacks(asked, chosen, missing)
+    if any(map(is_pickle, shards)) or (small and not _lacking(folder, shards)):
+        return None
+    if asked.only == "plan":
+        beside = sorted(set(_wanted(asked, names, folder / chosen)) - set(shards))
+        if lacking := _lacking(folder, beside):
+            exactly = [glob.escape(name) for name in lacking]
+            folder = Path(snapshot_download(asked.repo, revision=commit, allow_patterns=exactly, cache_dir=cache))
+    files = headers_of(asked.name, asked.repo, commit, shards)
+    read, weights = sum(len(header) for _, header in files.values()), sum(nbytes for nbytes, _ in files.values())
+    number = f"{len(files)} header{'s' if len(files) > 1 else ''}"
+    asked.say(f"read {number} of {asked.name} on the Hub (commit {commit[:7]}): {size(read)} of {size(weights)}")
+    return Located(folder, asked.name, f"{asked.repo}@{commit}", heads=Heads(chosen, files))
+
+
+def _lacks(asked: _Asked, chosen: str, missing: Sequence[str]) -> CheckpointError:
+    return CheckpointError(f"{asked.name}: its {chosen} names shards that {asked.repo} lacks:\n{some(missing)}")
 
 
 def _from_cache(asked: _Asked, why: str) -> Located:
@@ -206,7 +267,9 @@ def _from_cache(asked: _Asked, why: str) -> Located:
 
     try:  # no patterns: the snapshot's folder, however full
         snapshot = Path(
-            snapshot_download(asked.repo, revision=asked.revision, allow_patterns=[], local_files_only=True)
+            snapshot_download(
+                asked.repo, revision=asked.revision, allow_patterns=[], local_files_only=True, cache_dir=CACHE.get()
+            )
         )
     except LocalEntryNotFoundError as error:
         absent = f"no such file or folder here, and no copy of {asked.repo} in the Hub's cache"
@@ -216,7 +279,7 @@ def _from_cache(asked: _Asked, why: str) -> Located:
     if names is None:
         names = {file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*") if file.is_file()}
         chosen = choose_weights({name for name in names if "/" not in name}, asked.variant)
-        if chosen is None or chosen.partition(".")[0] not in WEIGHT_STEMS:
+        if chosen is None or chosen.partition(".")[0] not in (*WEIGHT_STEMS, *PICKLE_STEMS):
             raise refusal("whether the copy in the Hub's cache is complete is not known", as_it_is)
     else:
         chosen = _choose(asked, names)
@@ -235,7 +298,7 @@ def _cached_listing(repo: str, commit: str) -> set[str] | None:
     except ImportError:
         return None
     try:
-        return {file.path for file in get_cached_repo_tree(repo, revision=commit)}
+        return {file.path for file in get_cached_repo_tree(repo, revision=commit, cache_dir=CACHE.get())}
     except CachedRepoTreeNotFoundError:
         return None
 
@@ -243,7 +306,8 @@ def _cached_listing(repo: str, commit: str) -> set[str] | None:
 def _choose(asked: _Asked, names: Collection[str]) -> str:
     """The index or the weight file that the repository's weights hang on."""
     top = {name for name in names if "/" not in name}
-    components = sorted({name.partition("/")[0] for name in names if name.count("/") == 1 and name.endswith(_WEIGHTS)})
+    inside = [name.split("/") for name in names if name.count("/") == 1]
+    components = sorted({folder for folder, name in inside if weights_among([name])})
     chosen = choose_weights(top, asked.variant)
     return chosen or refuse_folder(f"{asked.name} (on the Hub)", top, components=components)
 
@@ -272,7 +336,7 @@ def _lacking(snapshot: Path, wanted: Collection[str]) -> list[str]:
 def _explained(asked: _Asked) -> Iterator[None]:
     """Turn whatever the client raises into a HubError, and hide what is secret in what it logs."""
     try:
-        with _discreet():
+        with discreet():
             yield
     except LinesError:
         raise
@@ -280,52 +344,16 @@ def _explained(asked: _Asked) -> Iterator[None]:
         raise _explain(error, asked) from error
 
 
-@contextmanager
-def _discreet() -> Iterator[None]:
-    """Within it, logs and warnings hold no credentials."""
-
-    def hide(record: logging.LogRecord) -> bool:
-        record.msg, record.args, record.exc_info = _hidden(record.getMessage()), None, None
-        return True
-
-    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
-        sys.stderr.write(_hidden(warnings.formatwarning(message, category, filename, lineno)))
-
-    handlers = [*logging.getLogger("huggingface_hub").handlers, *logging.getLogger().handlers]
-    handlers += [logging.lastResort] if logging.lastResort else []
-    for handler in handlers:
-        handler.addFilter(hide)
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = show  # type: ignore[assignment]
-            yield
-    finally:
-        for handler in handlers:
-            handler.removeFilter(hide)
-
-
-_LIKE_A_TOKEN = re.compile(r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{6,}")
-
-
-def _hidden(text: str) -> str:
-    """What the client says without credentials, the token that it found in its own files among them."""
-    from huggingface_hub import get_token
-
-    if token := get_token():
-        text = text.replace(token, "***")
-    return _LIKE_A_TOKEN.sub("hf_***", without_secrets(text))
-
-
 def _explain(error: Exception, asked: _Asked) -> HubError:
     from huggingface_hub import constants, errors
 
     log_in = "log in (hf auth login) or set HF_TOKEN"
     name, page = asked.name, f"{constants.ENDPOINT}/{asked.repo}"
-    if why := _unreachable(error):
+    if why := unreachable(error):
         return HubError(
             f"{name}: no such file or folder here, and {why}", hint="Check the path, or the connection, and try again."
         )
-    for cause in _chain(error):
+    for cause in chain(error):
         match cause:
             case errors.GatedRepoError():
                 return HubError(
@@ -345,46 +373,14 @@ def _explain(error: Exception, asked: _Asked) -> HubError:
             case errors.HFValidationError():
                 return HubError(f"{name}: there is no such file or folder, and it is not a valid Hub id")
             case errors.HfHubHTTPError():
-                status = getattr(cause.response, "status_code", "an error")
+                status = status_of(cause) or "an error"
                 if status in (401, 403):
                     return HubError(f"{name}: the Hub refuses access to {asked.repo} ({status})", hint=f"To {log_in}.")
-                return HubError(f"{name}: the Hub answered {status} for {asked.repo}: {_one_line(cause)}")
+                return HubError(f"{name}: the Hub answered {status} for {asked.repo}: {one_line(cause)}")
             case OSError(errno=int(), strerror=str(reason)):
                 return HubError(
-                    f"{name}: the Hub's cache cannot be used: {cause.filename or constants.HF_HUB_CACHE}: {reason}",
-                    hint="Set HF_HOME or HF_HUB_CACHE to another place.",
+                    f"{name}: the Hub's cache cannot be used: "
+                    f"{cause.filename or CACHE.get() or constants.HF_HUB_CACHE}: {reason}",
+                    hint="Set HF_HOME or HF_HUB_CACHE to another place, or give one with --cache.",
                 )
-    return HubError(f"{name}: {asked.repo} could not be fetched: {type(error).__name__}: {_one_line(error)}")
-
-
-def _unreachable(error: BaseException) -> str | None:
-    """Why the Hub could not be asked; None if it did answer, or never had to.
-
-    The client's HTTP library has changed with its versions (requests, httpx, httpx2), so its errors are known by where
-    they come from.
-    """
-    from huggingface_hub import constants, errors
-
-    for cause in _chain(error):
-        if isinstance(cause, errors.OfflineModeIsEnabled):
-            return "the Hub is offline (HF_HUB_OFFLINE is set)"
-        if isinstance(cause, errors.HfHubHTTPError):
-            status = getattr(cause.response, "status_code", 0)
-            return f"the Hub reports an error of its own ({status})" if status >= 500 else None
-        library = type(cause).__module__.partition(".")[0]
-        if library.startswith(("httpx", "httpcore", "requests", "urllib3")) or isinstance(
-            cause, ConnectionError | TimeoutError
-        ):
-            return f"{constants.ENDPOINT} cannot be reached ({type(cause).__name__}: {_one_line(cause)})"
-    return None
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it was raised from, the last first."""
-    while error is not None:
-        yield error
-        error = error.__cause__
-
-
-def _one_line(error: BaseException) -> str:
-    return next((line.strip() for line in _hidden(str(error)).splitlines() if line.strip()), "no reason given")
+    return HubError(f"{name}: {asked.repo} could not be fetched: {type(error).__name__}: {one_line(error)}")

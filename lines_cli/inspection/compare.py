@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import combinations
@@ -19,12 +19,13 @@ from time import perf_counter
 
 import torch
 
-from lines_cli.checkpoint.header import itemsize
+from lines_cli.checkpoint.header import StoredTensor, itemsize
+from lines_cli.checkpoint.reader import Checkpoint, views_of
 from lines_cli.engine.arithmetic import dot, task_vector
 from lines_cli.engine.buffers import keep_freed_memory
 from lines_cli.engine.chunks import Chunk, items_of
 from lines_cli.engine.devices import Devices
-from lines_cli.engine.input_files import opened
+from lines_cli.engine.input_files import Opened, opened, read_input, with_views
 from lines_cli.engine.measure import Track, measure, untracked
 from lines_cli.engine.pool import Pool
 from lines_cli.engine.realised import forecast
@@ -40,7 +41,6 @@ from lines_cli.plan.realised import Forecast
 from lines_cli.plan.resources import BytesPerEntry, Resources
 from lines_cli.recipe.schema import Scaling
 from lines_cli.storage.digest import altered
-from lines_cli.storage.files import read_into
 from lines_cli.storage.names import RECIPE
 
 
@@ -72,7 +72,7 @@ def compare(
     norms = None
     if merge is not None:
         with opened(merge.paths) as fds, devices.bounded():
-            norms = measure(merge, fds, devices, track).statistics.norms
+            norms = measure(merge, with_views(fds, merge.views), devices, track).statistics.norms
     return Findings(
         changes=sums.changes,
         forecasts=sums.forecasts,
@@ -158,18 +158,22 @@ def _stream(inspection: Inspection, devices: Devices, track: Track, sums: _Sums)
     items = list(items_of(segments))
     total = sum(chunk.nbytes for item in items for chunk in item)
     with opened(inspection.inputs) as fds:
+        sources = with_views(fds, views_of(inspection.checkpoints))
 
         def look(worker: Reader, item: list[Chunk[ReadRange]]) -> list[_Found]:
             return [_look(worker, chunk) for chunk in worker.cut(item)]
 
-        pool = Pool(
-            lambda device: Reader(inspection.inputs, fds, device, chunk=size, per_entry=per_entry), items, look, devices
-        )
+        turned = devices.turned(len(inspection.checkpoints) if any(inspection.relaid) else 0)
+
+        def reader(device: torch.device) -> Reader:
+            return Reader(inspection.inputs, sources, device, chunk=size, per_entry=per_entry, turned=turned)
+
+        pool = Pool(reader, items, look, devices)
         title = "comparing" if inspection.has_base else "checking"
         with closing(pool.in_order()) as results:
             for _ in track(title, total, (sum(map(sums.add, found)) for found in results)):
                 pass
-        sums.same = _same(inspection, sums.seen, fds)
+        sums.same = _same(inspection, sums.seen, sources)
 
 
 _TEMPORARIES = 8  # chunks that are made beside what is held
@@ -181,7 +185,7 @@ def _look(worker: Reader, chunk: Chunk[ReadRange]) -> _Found:
     for source, into in zip(chunk.segment.sources, worker.held(chunk)[1], strict=False):
         loaded = worker.read(chunk, source)
         values.append(worker.made_of(loaded, chunk, source, into))
-        holds.append(_seen(values[-1], 0 if source.steps else loaded.bits()))
+        holds.append(_seen(values[-1], loaded.bits()))
     if not chunk.tensor.compares:
         return _Found(chunk, holds)
     base, *models = values
@@ -258,35 +262,43 @@ def _joint(updates: list[torch.Tensor], numel: int, squares: tuple[float, ...]) 
 
 
 def _same(
-    inspection: Inspection, seen: Mapping[tuple[int, str], ValueStats], fds: list[int]
+    inspection: Inspection, seen: Mapping[tuple[int, str], ValueStats], sources: Sequence[Opened]
 ) -> dict[int, list[tuple[str, ...]]]:
     """For each checkpoint, the tensors that hold the same bytes as others: groups of them, in the order of their names.
 
     Left out are tensors of zeros, which are listed as such; of one dimension whose entries are all the same, new norms
-    and biases; and buffers that every layer has.
+    and biases; buffers that every layer has; and other names of what is stored once, as torch.save stores tied weights.
     """
     places = [
         (side, file) for side, checkpoint in enumerate(inspection.checkpoints) for file in range(len(checkpoint.files))
     ]
-    fd_of = dict(zip(places, fds, strict=True))
+    source_of = dict(zip(places, sources, strict=True))
     alike: dict[tuple[int, str, tuple[int, ...], int], list[str]] = defaultdict(list)
+    stored_once: set[tuple[int, StoredTensor]] = set()
     for side, name in sorted(seen, key=lambda key: natural(key[1])):
-        found, info = seen[side, name], inspection.checkpoints[side].tensors[name].info
+        there = inspection.checkpoints[side]
+        found, info, stored = seen[side, name], there.as_stored(name), there.tensors[name]
+        known = (side, stored) in stored_once
+        stored_once.add((side, stored))
         constant = found.low == found.high and not found.nan and not found.inf
         told_elsewhere = constant and (found.high == 0 or len(info.shape) < 2)
-        stored = name not in inspection.checkpoints[side].formulas
-        if found.numel and stored and not told_elsewhere and not _BUFFER.fullmatch(name):
+        held = _held(there, name)
+        if found.numel and held and not known and not told_elsewhere and not _BUFFER.fullmatch(name):
             alike[side, info.dtype, info.shape, found.bits].append(name)
     same: dict[int, list[tuple[str, ...]]] = defaultdict(list)
     for (side, *_), names in alike.items():
-        tensors = inspection.checkpoints[side].tensors
+        checkpoint = inspection.checkpoints[side]
+
+        def begins(stored: StoredTensor, side: int = side) -> tuple[Opened, int]:
+            return source_of[side, stored.file], stored.info.offset
+
         groups: list[list[str]] = []
         for name in names:
-            this = tensors[name]
+            this = _held(checkpoint, name)
             for group in groups:
-                other = tensors[group[0]]
-                ends = (fd_of[side, this.file], this.info.offset), (fd_of[side, other.file], other.info.offset)
-                if _equal(*ends, this.info.nbytes):
+                pairs = list(zip(this, _held(checkpoint, group[0]), strict=True))
+                alike_too = all((a.info.dtype, a.info.nbytes) == (b.info.dtype, b.info.nbytes) for a, b in pairs)
+                if alike_too and all(_equal(begins(a), begins(b), a.info.nbytes) for a, b in pairs):
                     group.append(name)
                     break
             else:
@@ -295,17 +307,25 @@ def _same(
     return same
 
 
+def _held(checkpoint: Checkpoint, name: str) -> tuple[StoredTensor, ...]:
+    """What a tensor is stored as: itself, or codes and scales; nothing of one that is made otherwise, or in parts."""
+    if (codes := checkpoint.codes(name)) is not None:
+        return codes
+    stored = checkpoint.tensors[name]
+    return () if name in checkpoint.formulas or stored.parts else (stored,)
+
+
 # Rotary frequencies and causal masks, which older checkpoints store once for every layer.
 _BUFFER = re.compile(r"(?:.*\.)?(?:inv_freq|masked_bias|attn\.bias|attention\.bias|relative_position_index)")
 
 
-def _equal(a: tuple[int, int], b: tuple[int, int], nbytes: int) -> bool:
+def _equal(a: tuple[Opened, int], b: tuple[Opened, int], nbytes: int) -> bool:
     """Whether two runs of bytes, each in an open file from an offset on, are the same."""
     buffers = bytearray(min(_STEP, nbytes)), bytearray(min(_STEP, nbytes))
     for at in range(0, nbytes, _STEP):
         views = [memoryview(buffer)[: min(_STEP, nbytes - at)] for buffer in buffers]
-        for (fd, offset), view in zip((a, b), views, strict=True):
-            read_into(fd, view, offset + at)
+        for (source, offset), view in zip((a, b), views, strict=True):
+            read_input(source, view, offset + at)
         if views[0] != views[1]:
             return False
     return True

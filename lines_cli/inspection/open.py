@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lines_cli.checkpoint.header import EXACT_DTYPES, FLOAT8_DTYPES, FLOAT_DTYPES, TensorInfo
-from lines_cli.checkpoint.reader import Checkpoint, gc_paused, unsupported_in
+from lines_cli.checkpoint.reader import Checkpoint, gc_paused, refusal_of
 from lines_cli.errors import DepthError, MismatchError, RecipeError, printable, some
+from lines_cli.hub.download import Only
 from lines_cli.inspection.kinds import Kind, kind_of
 from lines_cli.plan.align import aligned_names
 from lines_cli.plan.coefficients import layer_coefficients, outside_coefficients, rounded_coefficient, unlike_lines
 from lines_cli.plan.depth import depth_of_kept, places_of_all
-from lines_cli.plan.inputs import Inputs, Opening, inputs_of, refuse_variant_of_none
+from lines_cli.plan.inputs import Inputs, Opening, inputs_of, notes_of_files, refuse_variant_of_none
 from lines_cli.plan.layout import natural
 from lines_cli.plan.match import Names, kept, match_names, missing_in_blocks, nothing_in_common
 from lines_cli.plan.resolve import UNSCALED
@@ -32,10 +33,12 @@ from lines_cli.plan.tensors import (
     Segment,
     TensorSpec,
     TensorValues,
+    in_common,
     refuse_idle_filters,
     specify_tensors,
 )
 from lines_cli.plan.tied_weights import says_tied, tied_embeddings
+from lines_cli.plan.vocabulary import find_vocabulary, in_words
 from lines_cli.recipe.schema import Like, Recipe, Scaling
 from lines_cli.recipe.validate import edit_recipe, make_recipe
 from lines_cli.recipe.yaml_file import load_record
@@ -58,6 +61,7 @@ class TensorEntry:
         coefficient: what its update is scaled by, in float64; NaN where that is not known.
         by_depth: whether that is its layer's, or its side's; not a filter's, or its own.
         filter: the pattern that decides it, if one does.
+        dtype: what its entries count as: another than that of `info`, if it is stored in codes.
     """
 
     name: str
@@ -68,6 +72,7 @@ class TensorEntry:
     coefficient: float
     by_depth: bool
     filter: str | None
+    dtype: str
 
 
 class Planned(NamedTuple):
@@ -145,6 +150,7 @@ class Inspection:
         stored_heads: heads that are stored all the same, each with its embedding.
         quantised: why it cannot be computed with.
         notes: what a person should know.
+        relaid: for each checkpoint the tensors that are not stored as `checkpoints` has them (`Inputs.relaid`).
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -165,6 +171,7 @@ class Inspection:
     stored_heads: Mapping[str, str] = field(default_factory=dict)
     quantised: str | None = None
     notes: tuple[str, ...] = ()
+    relaid: tuple[frozenset[str], ...] = ()
 
     @property
     def models(self) -> tuple[Checkpoint, ...]:
@@ -211,7 +218,8 @@ class Inspection:
             counts_for: list[tuple[int, str] | None] = []
             for side, name in enumerate(tensor.names):
                 assert name is not None
-                whole = tensor.segment.numel == self.checkpoints[side].tensors[name].info.numel
+                numel = self.checkpoints[side].tensors[name].info.numel
+                whole = tensor.segment.numel == numel and tensor.segment.sources[side].gathered is None
                 fresh = whole and (side, name) not in counted  # two heads may be read from one embedding
                 counts_for.append((side, name) if fresh else None)
                 if fresh:
@@ -247,8 +255,8 @@ class Inspection:
             counts_as = tensor.name if entry and entry.place else self.stored_heads.get(tensor.name, tensor.name)
             if not self.recipe.method.one_is_itself(values_for(counts_as)):
                 continue  # something of it is dropped, or weighted
-            if entry is not None and not math.isnan(entry.coefficient) and entry.info.dtype in FLOAT_DTYPES:
-                dtype = STORED[self.recipe.dtype] if self.recipe.dtype else entry.info.dtype
+            if entry is not None and not math.isnan(entry.coefficient) and entry.dtype in FLOAT_DTYPES:
+                dtype = STORED[self.recipe.dtype] if self.recipe.dtype else entry.dtype
                 wide = any(source.dtype == "F64" for source in tensor.segment.sources)
                 rounded = rounded_coefficient(tensor.name, entry.coefficient, in_float64=wide)
                 found[tensor.name] = Planned(rounded, wide, dtype)
@@ -267,6 +275,7 @@ def open_inspection(
     variant: str | None = None,
     dtype: str | None = None,
     quiet: bool = False,
+    weights: bool = True,
     **scaling: Any,
 ) -> Inspection:
     """Open what is to be inspected: headers, configs, recipes.
@@ -278,6 +287,8 @@ def open_inspection(
         variant: of folders with several sets of weights, which (`Recipe`).
         dtype: what an output would be stored as (`Recipe`).
         quiet: no progress bars while fetching from the Hub.
+        weights: whether tensors will be read (`compare`). If not, of one checkpoint that is on the Hub only headers are
+            fetched.
         scaling: the fields of `Scaling`. One that is None keeps its default: an edit's, or for several fine-tunes those
             of a merge by task arithmetic, alpha `auto` (which is 1/N) and beta 0.5. If all are None, an output of ours
             is shown with those of its recipe.
@@ -301,7 +312,7 @@ def open_inspection(
             hint="Name it with --base BASE; or inspect them one at a time.",
         )
     if base is None:
-        return _alone(names[0], variant, scaling, quiet=quiet)
+        return _alone(names[0], variant, scaling, quiet=quiet, weights=weights)
     given = {key: value for key, value in scaling.items() if value is not None}
     if len(names) > 1 and not {"alpha", "schedule"} & given.keys():
         given = {"alpha": "auto", "beta": 0.5} | given
@@ -332,13 +343,14 @@ def open_merge(recipe: Recipe, *, quiet: bool = False) -> Inspection:
     return _against(recipe.base_model, names, recipe, "merge", quiet=quiet)
 
 
-def _alone(name: str, variant: str | None, scaling: Mapping[str, Any], *, quiet: bool) -> Inspection:
+def _alone(name: str, variant: str | None, scaling: Mapping[str, Any], *, quiet: bool, weights: bool) -> Inspection:
     asked = edit_recipe(name, name, variant=variant, **scaling)
-    checkpoint = Opening(None, variant=variant, to_look_at=True, quiet=quiet)(name)
+    only: Only | None = None if weights else "headers"
+    checkpoint = Opening(None, variant=variant, to_look_at=True, quiet=quiet, also=(RECIPE,), only=only)(name)
     refuse_variant_of_none(variant, [checkpoint])
-    notes: list[str] = []
+    notes = list(checkpoint.notes)
     made_by = _made_by(checkpoint, notes)
-    quantised = unsupported_in(checkpoint)
+    refused = refusal_of(checkpoint)
 
     def shown(recipe: Recipe, of: Origin) -> Inspection:
         of_depth: list[str] = []
@@ -359,7 +371,7 @@ def _alone(name: str, variant: str | None, scaling: Mapping[str, Any], *, quiet:
                 made_by=made_by,
                 says_tied=says_tied(checkpoint.config),
                 stored_heads=tied_embeddings(checkpoint, checkpoint.config),
-                quantised=quantised.message if quantised else None,
+                quantised=refused.message if refused else None,
                 notes=(*notes, *of_depth, *depth.notes),
             )
         )
@@ -373,13 +385,13 @@ def _alone(name: str, variant: str | None, scaling: Mapping[str, Any], *, quiet:
 
 
 def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, quiet: bool) -> Inspection:
-    opened = list(map(Opening(base, variant=recipe.variant, quiet=quiet), (base, *names)))
+    opened = list(map(Opening(base, variant=recipe.variant, quiet=quiet, also=(RECIPE,)), (base, *names)))
     refuse_variant_of_none(recipe.variant, opened)
     _refuse_twice(opened)
-    notes: list[str] = []
+    notes = notes_of_files(opened)
     pairing = _pairing(base, names, recipe, recipe.like if of == "merge" else "ft")
     inputs = inputs_of(pairing, *opened)
-    own = aligned_names(inputs, notes, prefix=recipe.prefix)
+    inputs, own = aligned_names(inputs, notes, prefix=recipe.prefix, strict=False)
     rows, incomplete = match_names(inputs, own, resize=True, notes=notes)
     if not rows:
         raise nothing_in_common(inputs)
@@ -390,7 +402,12 @@ def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, qui
     staying = rows.keys() | kept(inputs, incomplete, _missing(recipe, of))
     depth = _depth(parameters, config, by_hand, notes, kept=staying)
     rules = _rules(recipe, depth)
-    specs = specify_tensors(pairing, inputs, depth, rules, rows)
+    vocabulary, difference = find_vocabulary(pairing, inputs, rows, depth.places, notes)
+    specs = specify_tensors(pairing, inputs, depth, rules, rows, vocabulary or difference)
+    if vocabulary is not None:
+        rows_paired = max((spec.table.merged for spec in specs if spec.table), default=0)
+        why = f": {in_words(vocabulary.difference, inputs)}" if vocabulary.difference else ""
+        notes.append(f"the {rows_paired:,} rows of tokens that all have are compared, token by token{why}")
     not_compared |= {spec.name: f"{spec.misfit} (base first)" for spec in specs if spec.misfit}
     fitting = [spec for spec in specs if not spec.misfit]
     compared = _compared(inputs, fitting, rows, notes)
@@ -406,7 +423,8 @@ def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, qui
         notes.append(f"{opened[1].name} is an output of lines already; what is shown as scaled is scaled a second time")
     return _complete(
         Inspection(
-            checkpoints=tuple(opened),
+            checkpoints=inputs.checkpoints,
+            relaid=inputs.relaid,
             has_base=True,
             lead=inputs.lead,
             recipe=recipe,
@@ -450,7 +468,7 @@ def _parts(inspection: Inspection) -> Iterator[TensorEntry]:
     }
     by_depth["before"], by_depth["after"] = outside_coefficients(inspection.recipe, rules)
     for name in sorted((name for name in checkpoint.tensors if name not in inspection.left_out), key=natural):
-        place, info = depth.places.get(name), checkpoint.tensors[name].info
+        place, info, dtype = depth.places.get(name), checkpoint.as_stored(name), checkpoint.tensors[name].info.dtype
         alike = (_LAYER_NUMBER.sub(".0.", name), place is not None)
         if alike not in kinds:
             kinds[alike] = kind_of(name, inside=place is not None)
@@ -461,7 +479,7 @@ def _parts(inspection: Inspection) -> Iterator[TensorEntry]:
             rounded_coefficient(name, coefficient, in_float64=name in wide)  # refuses what an edit would
         pattern, side = rules.filter_of(counts_as), None if place else depth.side_of(name)
         shared = pattern is None and coefficient == by_depth[place or depth.side_of(counts_as)]
-        yield TensorEntry(name, info, place, side, kinds[alike], coefficient, shared, pattern)
+        yield TensorEntry(name, info, place, side, kinds[alike], coefficient, shared, pattern, dtype)
 
 
 _LAYER_NUMBER = re.compile(r"\.\d+\.")
@@ -551,7 +569,7 @@ def _rules(recipe: Recipe, depth: DepthMap) -> Rules:
 def _refuse_twice(opened: Sequence[Checkpoint]) -> None:
     paths: dict[str, str] = {}
     for checkpoint in opened:
-        path = os.path.realpath(checkpoint.path)
+        path = checkpoint.with_part(os.path.realpath(checkpoint.path))
         if path in paths:
             raise RecipeError(f"{paths[path]} and {checkpoint.name} are one checkpoint", hint="Name it once.")
         paths[path] = checkpoint.name
@@ -562,7 +580,11 @@ def _pairing(base: str, names: Sequence[str], recipe: Recipe, like: Like) -> Rec
     the base.
     """
     sources = [{"model": name} for name in names]
-    settled = {"like": like, "resize": "ft", "missing": "skip"}
+    settled: dict[str, Any] = {"like": like, "missing": "skip"}
+    if recipe.vocabulary_source is None:
+        settled["resize"] = "ft"
+    else:
+        settled["tokenizer_source"] = recipe.vocabulary_source
     return make_recipe({"base_model": base, "models": sources, "lines": recipe.lines, **settled}, where="inspect")
 
 
@@ -580,12 +602,12 @@ def _compared(
 ) -> list[Compared]:
     """Where the float entries lie that all have."""
     for spec in specs:
-        if spec.rows:
+        if spec.rows and spec.table is None:
             others = " and ".join(f"{number:,}" for number in sorted(spec.rows[0]))
             what = f"{spec.rows[1]:,} rows in {inputs.called(1)}, {others} in others"
             notes.append(f"{printable(spec.name)}: {what}; only those that all have are compared")
     return [
-        Compared(spec.name, rows[spec.name], spec.segments[0])
+        Compared(spec.name, rows[spec.name], in_common(spec))
         for spec in specs
         if not any(source.dtype in EXACT_DTYPES for source in spec.segments[0].sources)
     ]

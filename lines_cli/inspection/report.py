@@ -8,7 +8,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import reduce
-from itertools import combinations
+from itertools import chain, combinations
 from operator import add
 from typing import Any, TypeVar
 
@@ -71,6 +71,7 @@ def make_report(inspection: Inspection, findings: Findings | None = None, *, ten
             "stored": [list(pair) for pair in inspection.stored_heads.items()],
         },
         "quantised": inspection.quantised,
+        "stored_as": checkpoint.stored_as,
         "recipe": inspection.made_by.model_dump(mode="json", exclude_none=True) if inspection.made_by else None,
         "scaling": _scaling(inspection),
         "notes": list(inspection.notes),
@@ -195,9 +196,12 @@ def _digests(recipe: Recipe) -> Report:
 
 
 def _files(checkpoint: Checkpoint) -> list[Report]:
-    tensors = Counter(stored.file for stored in checkpoint.tensors.values())
+    codes = (found for name in checkpoint.formulas if (found := checkpoint.codes(name)))
+    plain = (stored for name, stored in checkpoint.tensors.items() if checkpoint.codes(name) is None)
+    tensors: Counter[int] = Counter()
     nbytes: Counter[int] = Counter()
-    for stored in checkpoint.tensors.values():
+    for stored in (*plain, *chain.from_iterable(codes), *checkpoint.beside.values()):
+        tensors[stored.file] += 1
         nbytes[stored.file] += stored.info.nbytes
     return [
         {"name": file.name, "tensors": tensors[number], "bytes": nbytes[number]}

@@ -152,6 +152,8 @@ def _known(report: Report) -> Iterable[Fact]:
         yield "tied", ("the head to the token embedding, by config.json",)
     if report["quantised"]:
         yield "not edited", (report["quantised"],)
+    if report["stored_as"]:
+        yield "quantised", (report["stored_as"],)
     if names := [stack["names"] for stack in report["stacks"] if stack["names"]]:
         yield "names", (", ".join(names),)
     if report["recipe"]:

@@ -54,6 +54,10 @@ def _never(_: Values) -> bool:
     return False
 
 
+def _no_sum(_values: Values, _models: int) -> None:
+    return None
+
+
 def _five_of_float64(shape: Sequence[int]) -> int:
     return 5 * 8 * math.prod(shape)
 
@@ -87,6 +91,9 @@ class Method:
             and, if `waiting` asks for that, whether the result depends on the majority. It overwrites nothing.
         one_is_itself: whether with these values one model comes back as it is. Then it is copied.
         plain_sum: whether with these values the result is the sum of the task vectors, to the bit.
+        shares: what each of so many task vectors is multiplied by, where with these values the result is their weighted
+            sum and nothing else; None where it is not. `scale` apart. Of a method that takes whole weights: where the
+            base comes out as it is.
         norm_of_kept: whether `alpha: auto` compares with the sum of what is kept of the task vectors, in place of the
             sum of whole ones.
         scale: the name of the parameter that multiplies the merged task vector, if there is one.
@@ -110,6 +117,7 @@ class Method:
     elect: Callable[..., tuple[Tensor, bool]] | None = None
     one_is_itself: Callable[[Values], bool] = _never
     plain_sum: Callable[[Values], bool] = _never
+    shares: Callable[[Values, int], tuple[float, ...] | None] = _no_sum
     norm_of_kept: bool = False
     scale: str | None = None
     choose: Callable[[Sequence[str], str | None], Chosen] | None = None
@@ -127,6 +135,11 @@ class Method:
     def scale_of(self, values: Values) -> float:
         """What the merged task vector is multiplied by."""
         return 1.0 if self.scale is None else float(values[self.scale])
+
+    @property
+    def may_be_a_sum(self) -> bool:
+        """Whether with some values the result is a weighted sum of task vectors (`shares`)."""
+        return self.shares is not _no_sum
 
     @property
     def counts_by(self) -> str | None:

@@ -80,6 +80,18 @@ def whole_and_unweighted(values: Values) -> bool:
     return all_are_1(values, "weight", "density")
 
 
+def shares_of_sum(values: Values, _: int) -> tuple[float, ...] | None:
+    """What each task vector is multiplied by in a weighted sum, over the sum of the weights with `normalize`; None
+    where entries are dropped.
+    """
+    weight = tuple(float(w) for w in values["weight"])
+    if not all_are_1({"density": (1.0,), **values}, "density"):
+        return None
+    divisor = sum(weight)
+    divided_by = divisor if values["normalize"] and abs(divisor) >= NEGLIGIBLE else 1.0
+    return tuple(w / divided_by for w in weight)
+
+
 def _review(said: Said) -> Iterator[Remark]:
     yield from review_trim(said, "density")
     if any(density != 1 for density in said.values("density")):
@@ -93,6 +105,7 @@ METHODS = {
         parameters={"lambda": LAMBDA},
         keywords=lambda *_: {},
         one_is_itself=lambda _: True,
+        shares=lambda _, models: (1 / models,) * models,
         scale="lambda",
     ),
     "task_arithmetic": Method(
@@ -103,6 +116,7 @@ METHODS = {
         keywords=lambda values, _: {key: values[key] for key in ("weight", "normalize")},
         one_is_itself=whole_and_unweighted,
         plain_sum=lambda values: not values["normalize"] and all_are_1(values, "weight"),
+        shares=shares_of_sum,
         norm_of_kept=True,
         scale="lambda",
         review=_review,

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING
 from lines_cli.methods.method import Chosen, Measured, Method
 from lines_cli.methods.parameters import Parameter
 from lines_cli.methods.said import Values
-from lines_cli.methods.sums import NEGLIGIBLE, NORMALIZE, ON_OFF, WEIGHT, all_are_1, divided, weighted_sum
+from lines_cli.methods.sums import (
+    NEGLIGIBLE,
+    NORMALIZE,
+    ON_OFF,
+    WEIGHT,
+    all_are_1,
+    divided,
+    shares_of_sum,
+    weighted_sum,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,6 +67,12 @@ def passthrough(weights: Sequence[Tensor], *, scale: Sequence[float | None]) -> 
     return weights[0] if scale[0] is None else weights[0].mul_(scale[0])
 
 
+def _shares(values: Values, models: int) -> tuple[float, ...] | None:
+    """Those of the weighted sum, where they are 1 together: else the base is multiplied, too."""
+    shares = shares_of_sum(values, models)
+    return shares if shares is not None and abs(sum(shares) - 1) < NEGLIGIBLE else None
+
+
 def _between(values: Values, measured: Measured) -> Values:
     dot, *squares = measured.products
     return {"shares": slerp_shares(values["t"], dot=dot, norms=(squares[0] ** 0.5, squares[1] ** 0.5))}
@@ -82,6 +97,7 @@ METHODS = {
             "normalize": Parameter(True, NORMALIZE.about, varies=False, choices=ON_OFF),
         },
         one_is_itself=lambda values: all_are_1(values, "weight"),
+        shares=_shares,
     ),
     "slerp": Method(
         slerp,

@@ -13,18 +13,22 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from lines_cli.checkpoint.reader import Checkpoint
 from lines_cli.errors import MismatchError, printable, some
+from lines_cli.plan.conversions import turning
 from lines_cli.plan.inputs import Inputs
+from lines_cli.plan.relaid import Relaid, relaid, turn
 from lines_cli.plan.same_names import canonical
 from lines_cli.plan.tied_weights import is_vocabulary
 
 Spelling = Callable[[str], str]
 
 
-def aligned_names(inputs: Inputs, notes: list[str], *, prefix: str | None = None) -> list[dict[str, str]]:
+def aligned_names(
+    inputs: Inputs, notes: list[str], *, prefix: str | None = None, strict: bool = True
+) -> tuple[Inputs, list[dict[str, str]]]:
     """For each side, its own names by the leading side's names for the same tensors.
 
     Args:
@@ -32,16 +36,24 @@ def aligned_names(inputs: Inputs, notes: list[str], *, prefix: str | None = None
         notes: gets a line for every side whose names are not paired as they are.
         prefix: what the names of one side begin with and those of another do not, where that was asked for; `a.=b.`
             where those of the other begin with `b.` instead; empty for none. Unless given, it is found.
+        strict: whether layouts that do not add up are refused; else they stay without partners, and are a note.
+
+    Returns:
+        The inputs, with the tensors of a side that has another layout as the leading side has them; and the names.
 
     Raises:
-        MismatchError: two prefixes fit alike; or the one that was asked for is before no name.
+        MismatchError: two prefixes fit alike; or the one that was asked for is before no name; or layouts differ, and
+            do not add up.
     """
     aligned, found = [], not prefix
+    checkpoints, relaid_names = list(inputs.checkpoints), [frozenset[str]() for _ in inputs.checkpoints]
     for side, checkpoint in enumerate(inputs.checkpoints):
         if side == inputs.lead:
             aligned.append({name: name for name in checkpoint.tensors})
             continue
-        names, used = _names_in(checkpoint, inputs, side, prefix, notes)
+        names, used, converted = _names_in(checkpoint, inputs, side, prefix, notes, strict=strict)
+        if converted is not None:
+            checkpoints[side], relaid_names[side] = converted
         aligned.append(names)
         found = found or used
     if not found:
@@ -50,7 +62,9 @@ def aligned_names(inputs: Inputs, notes: list[str], *, prefix: str | None = None
             f"{'with the other' if _BOTH in (prefix or '') else 'without it'} on another",
             hint=f"Names of {inputs.leading.name} are\n{some(sorted(inputs.leading.tensors), 4)}",
         )
-    return aligned
+    if any(relaid_names):
+        inputs = replace(inputs, checkpoints=tuple(checkpoints), relaid=tuple(relaid_names))
+    return inputs, aligned
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,18 +89,72 @@ class _Reading:
     instead: str = ""
 
 
+class _Paired(NamedTuple):
+    """How two sides' names were read.
+
+    Attributes:
+        names: of all tensors of the other side, by what the leading side calls them.
+        reading: the prefix.
+        known: those whose names are only known to be the same.
+    """
+
+    names: dict[str, str]
+    reading: _Reading
+    known: dict[str, str]
+
+
 def _names_in(
-    other: Checkpoint, inputs: Inputs, side: int, asked: str | None, notes: list[str]
-) -> tuple[dict[str, str], bool]:
-    """The tensors of one side by the names that the leading one has for them; and whether a prefix was used.
+    other: Checkpoint, inputs: Inputs, side: int, asked: str | None, notes: list[str], *, strict: bool
+) -> tuple[dict[str, str], bool, tuple[Checkpoint, frozenset[str]] | None]:
+    """The tensors of one side by the names that the leading one has for them; whether a prefix was used; and the side
+    with its tensors in the leading one's layout, if they are not, with the names of those.
 
     A model saved by itself and one saved inside another (GPT-2's `h.0` and `transformer.h.0`) differ by one prefix, as
     transformers, too, sees on loading.
     """
-    lead = inputs.leading
-    if not asked and other.tensors.keys() == lead.tensors.keys():
-        return {name: name for name in other.tensors}, False
-    known_as = cache(canonical)  # for as long as this side is looked at
+    lead, called = inputs.leading, inputs.called(side)
+    if not asked and other.tensors.keys() == lead.tensors.keys() and not _may_be_turned(lead, other):
+        return {name: name for name in other.tensors}, False, None
+    paired = _read(lead, other, asked, canonical)
+    converted = None
+    if found := _relaid(lead, other, paired, called):
+        if found.problems and strict:
+            raise _unfit(found.problems, inputs, side)
+        rest = replace(other, tensors={name: of for name, of in other.tensors.items() if name not in found.used})
+        others = replace(lead, tensors={name: of for name, of in lead.tensors.items() if name not in found.tensors})
+        tries = [_read(others, rest, asked, spelling) for spelling in (canonical, *(r.canonical for r in found.rules))]
+        again = max(tries, key=lambda one: _paired(one.names, others, rest))
+        if found.tensors or _paired(again.names, others, rest) > _paired(paired.names, lead, other):
+            notes += found.notes
+            paired = again._replace(names=again.names | {name: name for name in found.tensors})
+        if found.problems:
+            notes.append(
+                f"{called} and {lead.name} have layouts that differ, and do not add up in {len(found.problems):,} "
+                f"place(s), which are not paired:\n{some(found.problems)}"
+            )
+        if found.tensors:
+            converted = replace(rest, tensors=rest.tensors | found.tensors), frozenset(found.tensors)
+    names, reading, known = paired
+    if reading.alike:
+        raise _ambiguous(reading, inputs, side)
+    if reading.prefix:
+        whose = inputs.called(inputs.lead if reading.of == "lead" else side)
+        shorter = other if reading.of == "lead" else lead
+        others_called = "those of the other side" if len(inputs.checkpoints) == 2 else f"those of {shorter.name}"
+        those = f"{others_called} with {reading.instead!r}" if reading.instead else f"{others_called} do not"
+        notes.append(f"names of {whose} begin with {reading.prefix!r}, {those}: paired without")
+    if known:
+        there, own = next(iter(known.items()))
+        notes.append(
+            f"{len(known):,} tensor(s) have another name in {called}, known to be the same, and are "
+            f"paired, such as {printable(own)} with {printable(there)}"
+        )
+    return names, bool(reading.prefix), converted
+
+
+def _read(lead: Checkpoint, other: Checkpoint, asked: str | None, spelling: Spelling) -> _Paired:
+    """The names of both sides, read so that as many tensors as possible have a partner."""
+    known_as = cache(spelling)  # for as long as this side is looked at
     reading = _best_reading(lead, other, _as_it_is, asked)
     names, known = _read_by(reading, lead, other, known_as)
     if _leaves_many(names, lead) or reading.alike:
@@ -94,21 +162,48 @@ def _names_in(
         spelt, spelt_known = _read_by(again, lead, other, known_as)
         if _paired(spelt, lead, other) > _paired(names, lead, other):
             reading, names, known = again, spelt, spelt_known
-    if reading.alike:
-        raise _ambiguous(reading, inputs, side)
-    if reading.prefix:
-        whose = inputs.called(inputs.lead if reading.of == "lead" else side)
-        shorter = other if reading.of == "lead" else lead
-        others = "those of the other side" if len(inputs.checkpoints) == 2 else f"those of {shorter.name}"
-        those = f"{others} with {reading.instead!r}" if reading.instead else f"{others} do not"
-        notes.append(f"names of {whose} begin with {reading.prefix!r}, {those}: paired without")
-    if known:
-        there, own = next(iter(known.items()))
-        notes.append(
-            f"{len(known):,} tensor(s) have another name in {inputs.called(side)}, known to be the same, and are "
-            f"paired, such as {printable(own)} with {printable(there)}"
+    return _Paired(names, reading, known)
+
+
+# --- layouts ---
+
+
+def _may_be_turned(lead: Checkpoint, other: Checkpoint) -> bool:
+    """Whether tensors of one name may be stored the other way round, and some are."""
+    if not turning([lead.config, other.config]):
+        return False
+    return any(of.info.shape != other.tensors[name].info.shape for name, of in lead.tensors.items())
+
+
+def _relaid(lead: Checkpoint, other: Checkpoint, paired: _Paired, called: str) -> Relaid | None:
+    """The other side's tensors that have no partner, or none of their shape, in the leading one's layout; None where
+    there is nothing to look for.
+    """
+    ours = [name for name in lead.tensors if name not in paired.names]
+    theirs = [own for there, own in paired.names.items() if there not in lead.tensors]
+    found = turn(lead, other, paired.names, called)
+    if ours and theirs:
+        more = relaid(lead, other, (ours, theirs), called)
+        found = Relaid(
+            found.tensors | more.tensors,
+            found.used | more.used,
+            more.rules,
+            found.problems + more.problems,
+            found.notes + more.notes,
         )
-    return names, bool(reading.prefix)
+    return found if found.tensors or found.problems or found.rules else None
+
+
+def _unfit(problems: list[str], inputs: Inputs, side: int) -> MismatchError:
+    other, lead = inputs.checkpoints[side], inputs.leading
+    option = "--missing-in-blocks N" if inputs.of_an_edit else "missing_in_blocks: N"
+    return MismatchError(
+        f"{other.name} and {lead.name} have layouts that differ, and do not add up in {len(problems):,} place(s):\n"
+        f"{some(problems)}",
+        hint="Bring one side into the other's layout first (transformers: from_pretrained, then save_pretrained). "
+        f"If they are to stay without partners, {option}, beside "
+        f"{'--missing' if inputs.of_an_edit else 'missing:'}, says so.",
+    )
 
 
 def _as_it_is(name: str) -> str:

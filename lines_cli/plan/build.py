@@ -26,7 +26,7 @@ from lines_cli.plan.coefficients import coefficient_of, unlike_lines
 from lines_cli.plan.complex_numbers import compared
 from lines_cli.plan.depth import depth_of_kept, places_of_all
 from lines_cli.plan.identity import named_inputs, refuse_two_names
-from lines_cli.plan.inputs import Inputs
+from lines_cli.plan.inputs import Inputs, notes_of_files
 from lines_cli.plan.layout import lay_out_files, metadata_like
 from lines_cli.plan.match import Names, match_names, nothing_in_common, settle_missing
 from lines_cli.plan.plan import Plan
@@ -34,6 +34,7 @@ from lines_cli.plan.resolve import UNSCALED, decided, settle_misfits
 from lines_cli.plan.sidecars import with_sidecars
 from lines_cli.plan.statistics import NOTHING_MEASURED, Needs
 from lines_cli.plan.tensors import STORED, TensorSpec, refuse_empty, refuse_misfits, settle_empty, specify_tensors
+from lines_cli.plan.vocabulary import find_vocabulary, notes_of
 from lines_cli.recipe.schema import Recipe
 from lines_cli.scaling.find_depth import DepthMap, Place
 from lines_cli.scaling.schedule import Rules
@@ -49,9 +50,9 @@ def make_plan(recipe: Recipe, inputs: Inputs, output: Path) -> Plan:
         DepthError: which tensor stands at which depth cannot be decided.
         RecipeError: a stack or a filter names nothing there, or a coefficient is beyond float32.
     """
-    notes: list[str] = [*recipe.notes, *(note for checkpoint in inputs.checkpoints for note in checkpoint.notes)]
+    notes: list[str] = [*recipe.notes, *notes_of_files(inputs.checkpoints)]
     notes += _factor_notes(inputs)
-    own = aligned_names(inputs, notes, prefix=recipe.prefix)
+    inputs, own = aligned_names(inputs, notes, prefix=recipe.prefix, strict=recipe.missing_in_blocks is None)
     matched = match_names(inputs, own, resize=recipe.resize != "error", notes=notes)
     parameters = inputs.parameters(own)
     try:
@@ -75,14 +76,18 @@ def make_plan(recipe: Recipe, inputs: Inputs, output: Path) -> Plan:
             f"{recipe.method.scale} differs by name; the coefficients shown are those of names that no filter of it "
             "matches"
         )
-    specified = list(compared(specify_tensors(recipe, inputs, depth, rules, rows), inputs))
+    vocabulary, difference = find_vocabulary(recipe, inputs, rows, depth.places, notes)
+    specs_of = specify_tensors(recipe, inputs, depth, rules, rows, vocabulary or difference)
+    specified = list(compared(specs_of, inputs))
     specified = settle_empty(specified, recipe, inputs, rows, notes)
     refuse_empty(inputs, {spec.name: rows[spec.name] for spec in specified if spec.misfit})
     specified = settle_misfits(specified, recipe, inputs, rows, depth, rules, notes)
-    refuse_misfits(specified, recipe, inputs)
+    refuse_misfits(specified, recipe, inputs, difference)
     specs = {spec.name: spec for spec in specified}
     resized = {other: spec.rows[1] for spec in specs.values() if spec.rows for other in sorted(spec.rows[0])}
-    if resized:
+    if vocabulary is not None:
+        notes += notes_of(vocabulary, inputs, [spec.table for spec in specs.values() if spec.table])
+    elif resized:
         keeping = inputs.called(0 if recipe.resize == "base" or not inputs.has_base else 1)
         shared = min(*resized, *resized.values())
         kept = ", ".join(f"{rows:,}" for rows in sorted(set(resized.values())))
@@ -113,11 +118,17 @@ def make_plan(recipe: Recipe, inputs: Inputs, output: Path) -> Plan:
         (),
         (*notes, *depth.notes),
         resized,
+        vocabulary,
     )
     refuse_two_names(recipe, named_inputs(plan))
     plan = decided(plan, ((specs[name], number, info) for name, number, info in placed))
     said = (*unlike_lines(recipe, rules, depth, of_an_edit=inputs.of_an_edit), *_larger_than_the_base(plan))
     plan = replace(plan, notes=(*plan.notes, *said))
+    if is_one_file(output) and vocabulary is not None and vocabulary.new:
+        raise RecipeError(
+            f"the output gets {vocabulary.new:,} new tokens, and a single file holds no tokenizer that knows them",
+            hint="Write a folder: -o OUT.",
+        )
     return plan if is_one_file(output) else with_sidecars(plan)
 
 

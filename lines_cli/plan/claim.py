@@ -15,10 +15,10 @@ from typing import Any
 
 from lines_cli.errors import ChangedInputError, CheckpointError, RecipeError, as_argument, printable, some
 from lines_cli.hub.download import is_missing, locate
-from lines_cli.plan.build import make_plan
+from lines_cli.plan.adapter_plan import AnyPlan
+from lines_cli.plan.any_plan import planning
 from lines_cli.plan.identity import digests_of, inputs_by_name, recorded_files
-from lines_cli.plan.inputs import input_names, open_inputs
-from lines_cli.plan.plan import Plan
+from lines_cli.plan.inputs import input_names
 from lines_cli.recipe.schema import Recipe
 from lines_cli.recipe.yaml_file import Elsewhere, load_recipe_file
 from lines_cli.storage.beside import leads_out, refuse_link_out
@@ -105,7 +105,7 @@ def _hint_for_a_file(path: Path) -> str:
     )
 
 
-def plan_claim(claim: Claim, *, quiet: bool = False) -> Plan:
+def plan_claim(claim: Claim, *, quiet: bool = False) -> AnyPlan:
     """Open what the recipe names, and plan the output anew.
 
     Raises:
@@ -113,7 +113,7 @@ def plan_claim(claim: Claim, *, quiet: bool = False) -> Plan:
         LinesError: as `make_plan`.
     """
     try:
-        inputs = open_inputs(claim.recipe, quiet=quiet)
+        make = planning(claim.recipe, quiet=quiet)
     except CheckpointError as error:
         gone = {name for name in input_names(claim.recipe) if is_missing(name)}
         missing = [name for name, path in claim.places.items() if path in gone]
@@ -122,7 +122,7 @@ def plan_claim(claim: Claim, *, quiet: bool = False) -> Plan:
         elsewhere = f"If an input is in another place here, say where: {given}"
         error.hint = f"{error.hint} {elsewhere}" if error.hint else elsewhere
         raise
-    return make_plan(claim.recipe, inputs, claim.output)
+    return make(claim.output)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,14 +142,14 @@ class InputRead:
     digest: str | None
 
 
-def inputs_read(claim: Claim, plan: Plan) -> list[InputRead]:
+def inputs_read(claim: Claim, plan: AnyPlan) -> list[InputRead]:
     """The files of all inputs, held against the record by size and header. When a file was last changed says nothing on
     another machine.
     """
     return list(_held_against(claim.recipe.inputs, plan, claim.places))
 
 
-def _held_against(recorded: Mapping[str, Any], plan: Plan, places: Mapping[str, str]) -> Iterator[InputRead]:
+def _held_against(recorded: Mapping[str, Any], plan: AnyPlan, places: Mapping[str, str]) -> Iterator[InputRead]:
     """The files of all inputs, held against what is recorded of them, where inputs go by the names of `places`."""
     checkpoints = inputs_by_name(plan)
     names = [(name, path) for name, path in places.items() if path in checkpoints]
@@ -170,7 +170,7 @@ def _held_against(recorded: Mapping[str, Any], plan: Plan, places: Mapping[str, 
             yield InputRead(called, path, difference, digest if isinstance(digest, str) else None)
 
 
-def notes_of_inputs(plan: Plan) -> list[str]:
+def notes_of_inputs(plan: AnyPlan) -> list[str]:
     """How the inputs are not those that the plan's recipe records, if it is the record of an output."""
     recorded = plan.recipe.inputs
     notes = [
@@ -197,7 +197,7 @@ def notes_of_inputs(plan: Plan) -> list[str]:
 _MOST_NOTES = 4
 
 
-def refuse_other_contents(plan: Plan) -> None:
+def refuse_other_contents(plan: AnyPlan) -> None:
     """Refuse inputs that hold something else than the plan's recipe records, as far as it has digests of them.
 
     Raises:

@@ -20,6 +20,7 @@ from lines_cli.errors import (
     some,
 )
 from lines_cli.methods.registry import package_of
+from lines_cli.plan.adapter_plan import AdapterPlan, AnyPlan
 from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.plan import Plan
 from lines_cli.recipe.schema import Recipe
@@ -31,30 +32,38 @@ from lines_cli.storage.names import MODEL_CARD, RECIPE
 from lines_cli.version import __version__
 
 
-def identity(plan: Plan) -> dict[str, Any]:
+def identity(plan: AnyPlan) -> dict[str, Any]:
     """Which run a plan is, as JSON has it: all that decides a byte of its weights, for another run to compare."""
     package = package_of(plan.recipe.merge_method)
     return {
         "lines": __version__,
         **({"package": package} if package else {}),
+        **({"vocabulary": plan.vocabulary.digest} if isinstance(plan, Plan) and plan.vocabulary else {}),
         "recipe": dump_recipe(plan.recipe, named=named_inputs(plan)),
         "inputs": {os.path.realpath(path): [*state] for path, state in zip(plan.paths, plan.states, strict=True)},
         "outputs": [[file.name, file.nbytes, sha256(file.head).hexdigest()] for file in plan.outputs],
+        **(_of_adapters(plan) if isinstance(plan, AdapterPlan) else {}),
     }
 
 
+def _of_adapters(plan: AdapterPlan) -> dict[str, str]:
+    """What else decides the bytes of an adapter."""
+    return {"configs": plan.configs, **({"ranks": "measured"} if plan.measures else {})}
+
+
 def run_digest(run: Mapping[str, Any]) -> str:
-    """An `identity` in short."""
-    own = {key: value for key, value in run.items() if key not in ("contents", "step")}
+    """An `identity` in short: before anything was measured it is the same as after."""
+    apart = {"contents", "step", *(("outputs",) if "ranks" in run else ())}
+    own = {key: value for key, value in run.items() if key not in apart}
     return f"sha256:{sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()}"
 
 
-def is_same_run(plan: Plan, run: Mapping[str, Any] | None) -> bool:
+def is_same_run(plan: AnyPlan, run: Mapping[str, Any] | None) -> bool:
     """Whether a run, by its `identity`, is that of a plan."""
     return run is not None and run_digest(run) == run_digest(identity(plan))
 
 
-def is_finished(plan: Plan) -> bool:
+def is_finished(plan: AnyPlan) -> bool:
     """Whether the destination is a folder that this very run has written, and is all there, by its files' sizes."""
     try:
         path = beside(placed(plan.output), RECIPE)
@@ -68,7 +77,7 @@ def is_finished(plan: Plan) -> bool:
     return whole and recipe.run == run_digest(identity(plan))
 
 
-def refuse_altered(plan: Plan, *, output: bool, inputs: bool) -> None:
+def refuse_altered(plan: AnyPlan, *, output: bool, inputs: bool) -> None:
     """Read what a finished run has written, or what it has read, and hold that against its recipe's record.
 
     Args:
@@ -122,7 +131,7 @@ def digests_of(paths: Iterable[Path]) -> dict[str, str]:
     return found
 
 
-def replaceable(plan: Plan) -> frozenset[str]:
+def replaceable(plan: AnyPlan) -> frozenset[str]:
     """The names in the destination's folder that `--force` may replace: those that this run writes, those that the
     folder's own recipe says were written into it, and the model card as long as it is the one that was.
 
@@ -144,7 +153,7 @@ def replaceable(plan: Plan) -> frozenset[str]:
     return own
 
 
-def inputs_read(plan: Plan, contents: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+def inputs_read(plan: AnyPlan, contents: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """What the recipe records of each file that was read."""
     found: dict[str, dict[str, Any]] = {}
     for checkpoint in (*plan.inputs.checkpoints, *_bases_of_adapters(plan.inputs)):
@@ -175,7 +184,7 @@ def recorded_files(checkpoint: Checkpoint, name: str) -> Iterator[tuple[str, Pat
         yield name + within, path, state
 
 
-def inputs_by_name(plan: Plan) -> dict[str, Checkpoint]:
+def inputs_by_name(plan: AnyPlan) -> dict[str, Checkpoint]:
     """The inputs by their names in the recipe."""
     recipe, inputs = plan.recipe, plan.inputs
     named = dict(zip((source.model for source in recipe.merged), inputs.models, strict=True))
@@ -193,17 +202,17 @@ def _bases_of_adapters(inputs: Inputs) -> list[Checkpoint]:
     return [model.parts[0] for model in inputs.models if model.parts and not model.base_named][:1]
 
 
-def named_inputs(plan: Plan, *, seen_from: Path | None = None) -> dict[str, str]:
+def named_inputs(plan: AnyPlan, *, seen_from: Path | None = None) -> dict[str, str]:
     """What a recipe in a folder calls the inputs, by their names in the plan's; without a folder, where they are."""
     return {
-        name: path_seen_from(seen_from, checkpoint) if seen_from is not None else checkpoint.hub_id or _real(checkpoint)
+        name: path_seen_from(seen_from, checkpoint) if seen_from is not None else _real(checkpoint)
         for name, checkpoint in inputs_by_name(plan).items()
     }
 
 
 def _real(checkpoint: Checkpoint) -> str:
     parts = checkpoint.parts if checkpoint.base_named else (checkpoint,)
-    return "+".join(part.hub_id or str(part.real) for part in parts)
+    return "+".join(part.with_part(part.hub_id or str(part.real)) for part in parts)
 
 
 def refuse_two_names(recipe: Recipe, named: Mapping[str, str]) -> None:
@@ -243,7 +252,7 @@ def path_seen_from(folder: Path, checkpoint: Checkpoint) -> str:
     if checkpoint.parts and checkpoint.base_named:
         return "+".join(path_seen_from(folder, part) for part in checkpoint.parts)
     if checkpoint.hub_id:
-        return checkpoint.hub_id
+        return checkpoint.with_part(checkpoint.hub_id)
     if checkpoint.path.is_absolute():
-        return str(checkpoint.real)
-    return os.path.relpath(checkpoint.real, os.path.realpath(folder))
+        return checkpoint.with_part(str(checkpoint.real))
+    return checkpoint.with_part(os.path.relpath(checkpoint.real, os.path.realpath(folder)))

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lines_cli.checkpoint.adapter import is_adapter_at, on_base, open_adapter
-from lines_cli.checkpoint.header import Known
+from lines_cli.checkpoint.adapter import adapter_at, open_adapter
+from lines_cli.checkpoint.header import COMPLEX, Known
 from lines_cli.checkpoint.reader import Checkpoint, FileState, open_checkpoint
 from lines_cli.errors import CheckpointError, UnsupportedError, some
-from lines_cli.hub.download import base_and_adapter, is_missing, locate
+from lines_cli.hub.download import Only, base_and_adapter, is_missing, locate
+from lines_cli.plan.adapted import on_base
 from lines_cli.plan.tied_weights import is_vocabulary
 from lines_cli.recipe.schema import Recipe
 
 
-def open_inputs(recipe: Recipe, *, quiet: bool = False) -> Inputs:
-    """Open the recipe's base and models, fetching from the Hub what is no path; `quiet` without progress bars.
+def open_inputs(recipe: Recipe, *, quiet: bool = False, weights: bool = True) -> Inputs:
+    """Open the recipe's base and models, fetching from the Hub what is no path.
+
+    Args:
+        recipe: which names them.
+        quiet: no progress bars.
+        weights: fetch the weights, too; else their headers are enough (`Checkpoint.is_here`).
 
     Raises:
         CheckpointError: one cannot be found or read; or several, whose paths are not there.
@@ -30,7 +36,7 @@ def open_inputs(recipe: Recipe, *, quiet: bool = False) -> Inputs:
             f"{len(missing)} inputs are missing; there are no such files or folders:\n{some(missing)}",
             hint="Check the paths.",
         )
-    opening = Opening(recipe.base_model, variant=recipe.variant, quiet=quiet)
+    opening = Opening(recipe.base_model, variant=recipe.variant, quiet=quiet, only=None if weights else "plan")
     inputs = inputs_of(recipe, *map(opening, names))
     refuse_variant_of_none(recipe.variant, inputs.checkpoints)
     return inputs
@@ -43,13 +49,23 @@ class Opening:
         base: the name of what adapters are put onto that do not name their base (`base+adapter`); None for nothing.
         variant: of folders with several sets of weights, which.
         to_look_at: not to compute with (`open_checkpoint`).
+        also: names of other files that are wanted of repositories on the Hub (`locate`).
+        only: what is not needed of what lies on the Hub (`locate`).
         quiet: no progress bars while fetching from the Hub.
     """
 
     def __init__(
-        self, base: str | None, *, variant: str | None = None, to_look_at: bool = False, quiet: bool = False
+        self,
+        base: str | None,
+        *,
+        variant: str | None = None,
+        to_look_at: bool = False,
+        also: tuple[str, ...] = (),
+        only: Only | None = None,
+        quiet: bool = False,
     ) -> None:
         self._base, self._variant, self._to_look_at, self._quiet = base, variant, to_look_at, quiet
+        self._also, self._only = also, only
         self._opened: dict[str, Checkpoint] = {}
         self._known: Known = {}
 
@@ -61,19 +77,23 @@ class Opening:
             MismatchError: an adapter of another base.
         """
         if name not in self._opened:
-            self._opened[name] = self._open(name)
+            found = self._open(name, self._only)
+            if self._only == "plan" and any(tensor.info.dtype == COMPLEX for tensor in found.tensors.values()):
+                found = self._open(name, None)  # the one kind of number that a plan looks at
+            self._opened[name] = found
         return self._opened[name]
 
-    def _open(self, name: str) -> Checkpoint:
+    def _open(self, name: str, only: Only | None) -> Checkpoint:
         if halves := base_and_adapter(name):
             base, found = self(halves[0]), locate(halves[1], quiet=self._quiet)
             return on_base(open_adapter(found.path, name=found.name, hub_id=found.hub_id), base, name=name)
-        found = locate(name, quiet=self._quiet, variant=self._variant)
-        if is_adapter_at(found.path):
+        found = locate(name, quiet=self._quiet, also=self._also, variant=self._variant, only=only)
+        if not (self._to_look_at and self._base is None) and adapter_at(found.path, self._known) is not None:
             if self._base is None or name == self._base:
                 raise UnsupportedError(
                     f"{name} is an adapter, not a whole checkpoint: it changes a base, and none is named",
-                    hint="Write BASE+ADAPTER, with the base that it was trained on.",
+                    hint="Write BASE+ADAPTER, with the base that it was trained on. Adapters alone are merged into an "
+                    "adapter: --as-adapter (in the recipe as_adapter: true).",
                 )
             adapter = open_adapter(found.path, name=found.name, hub_id=found.hub_id)
             return on_base(adapter, self(self._base))
@@ -84,6 +104,8 @@ class Opening:
             to_look_at=self._to_look_at,
             known=self._known,
             variant=self._variant,
+            part=found.part,
+            heads=found.heads,
         )
 
 
@@ -99,6 +121,11 @@ def refuse_variant_of_none(variant: str | None, checkpoints: Sequence[Checkpoint
             f"variant {variant}: no input has weights of that variant",
             hint="Leave it out, or check its spelling.",
         )
+
+
+def notes_of_files(checkpoints: Iterable[Checkpoint]) -> list[str]:
+    """What a person should know of what was found in the checkpoints' files, each once."""
+    return list(dict.fromkeys(note for checkpoint in checkpoints for note in checkpoint.notes))
 
 
 def inputs_of(recipe: Recipe, *checkpoints: Checkpoint) -> Inputs:
@@ -121,12 +148,15 @@ class Inputs:
         has_base: whether the first is the base.
         lead: the number of the one that the output is like: its names, dtypes, integers and config.
         of_an_edit: whether they are a base and one fine-tune that the output is like, and are called so.
+        relaid: for each of them, the tensors that its files have in another layout; by the leading side's names, which
+            are theirs in `checkpoints`, too (`plan.relaid`). Empty if there are none.
     """
 
     checkpoints: tuple[Checkpoint, ...]
     has_base: bool
     lead: int
     of_an_edit: bool
+    relaid: tuple[frozenset[str], ...] = ()
 
     @property
     def leading(self) -> Checkpoint:

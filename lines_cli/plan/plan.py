@@ -14,20 +14,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lines_cli.checkpoint.header import TensorInfo, itemsize
-from lines_cli.checkpoint.reader import FileState
+from lines_cli.checkpoint.header import Part, TensorInfo, itemsize
+from lines_cli.checkpoint.reader import FileState, views_of
 from lines_cli.checkpoint.sidecars import Sidecar
 from lines_cli.methods import ByMagnitude, Drawn, Measured, Values
 from lines_cli.methods.sparsify import Bounds
 from lines_cli.plan.coefficients import known, layer_coefficients, outside_coefficients, scale_at
 from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.layout import OutputFile
-from lines_cli.plan.resources import BytesPerEntry, Resources
+from lines_cli.plan.resources import TURNED_AT_ONCE, TURNING, BytesPerEntry, Resources
 from lines_cli.plan.statistics import NOTHING_MEASURED, Needs, Statistics
-from lines_cli.plan.tensors import STORED, Segment, TensorSpec
+from lines_cli.plan.tensors import STORED, Segment, SourceRange, TensorSpec
+from lines_cli.plan.vocabulary import Vocabulary
+from lines_cli.plan.vocabulary import report as vocabulary_report
 from lines_cli.recipe.schema import Recipe
 from lines_cli.scaling.find_depth import DepthMap, Place
 from lines_cli.scaling.schedule import Rules
+from lines_cli.storage.views import Views
 
 
 class TensorPlan(NamedTuple):
@@ -96,6 +99,7 @@ class Plan:
         sidecars: the other files of an output folder; empty for a single file.
         notes: what a person should know of how disagreements were settled.
         rows: numbers of vocabulary rows that became another number.
+        vocabulary: the output's tokens, where rows are paired by them.
     """
 
     recipe: Recipe
@@ -111,6 +115,12 @@ class Plan:
     sidecars: tuple[Sidecar, ...]
     notes: tuple[str, ...]
     rows: Mapping[int, int]
+    vocabulary: Vocabulary | None = None
+
+    @property
+    def views(self) -> list[Views]:
+        """The views in each of `paths`."""
+        return views_of(self.inputs.checkpoints)
 
     @property
     def read_paths(self) -> tuple[Path, ...]:
@@ -220,7 +230,7 @@ class Plan:
         models = self.number_of_models
         counts = models * BYTES_COUNTING if self.needs.thresholds else 0
         buffers = resources.threads * (resources.chunk_for(self.per_entry) * self.per_entry.nbytes() + counts)
-        return buffers + self.whole_bytes(resources.threads)
+        return buffers + self.whole_bytes(resources.threads) + self.turned_bytes(resources.threads)
 
     def whole_bytes(self, workers: int) -> int:
         """Bytes that whole tensors take at most, where the method sees tensors whole: each worker makes one, the
@@ -237,6 +247,31 @@ class Plan:
             if segment.models
         ]
         return sum(sorted(each, reverse=True)[:workers])
+
+    @cached_property
+    def turned_sides(self) -> int:
+        """How many inputs of a tensor, at most, store its matrices the other way round."""
+        return max((len(sources) for sources in self._turned), default=0)
+
+    def turned_bytes(self, workers: int) -> int:
+        """Bytes that matrices take at most which are read the other way round than they are stored: some are kept, and
+        each worker may be turning one.
+        """
+        sizes = [itemsize(source.dtype) * part.numel for sources in self._turned for source, part in sources]
+        largest = min(max(sizes, default=0), TURNED_AT_ONCE)
+        return largest * (self.turned_sides * (workers + 1) + TURNING * workers)
+
+    @cached_property
+    def _turned(self) -> list[list[tuple[SourceRange, Part]]]:
+        """For each segment that is read so, such a source, and its largest part that is."""
+        if not any(self.inputs.relaid):
+            return []
+        found = []
+        for tensor in self.tensors:
+            for segment in tensor.segments:
+                parts = [(source, [part for part in source.parts if len(part.sizes) > 1]) for source in segment.sources]
+                found.append([(source, max(of_it, key=lambda part: part.numel)) for source, of_it in parts if of_it])
+        return [sources for sources in found if sources]
 
     @cached_property
     def in_float64(self) -> bool:
@@ -378,6 +413,7 @@ class Plan:
                 }
                 for pattern, value in self.filters()
             ],
+            "vocabulary": vocabulary_report(self.vocabulary, self.inputs),
             "edited": counts(tensor for tensor in self.tensors if tensor.edited),
             "copied": counts(tensor for tensor in self.tensors if not tensor.edited),
             "bytes": {"read": self.bytes_read, "written": self.bytes_written},

@@ -46,6 +46,8 @@ def settle_misfits(
     settled, taken = [], dict[int, list[TensorSpec]]()
     for spec in specs:
         side = _side_kept(spec, recipe, inputs, depth, rules) if spec.misfit else None
+        if spec.of_other_tokens and side != inputs.lead:  # the output has another tokenizer
+            side = None
         there = None if side is None else rows[spec.name][side]
         if side is not None and there is not None:
             taken.setdefault(side, []).append(spec)

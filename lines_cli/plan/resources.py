@@ -11,6 +11,11 @@ from lines_cli.errors import RecipeError
 SUM_BLOCK = 64 * 1024
 """Entries whose sum is taken in one go when a norm is measured; no chunk that is measured cuts one."""
 
+TURNED_AT_ONCE = 64 * 2**20
+"""Bytes of a matrix that are read the other way round at a time; those of most models are smaller."""
+TURNING = 2
+"""How many times these bytes are held while they are turned, the result apart."""
+
 _ON_CPU = 384 * 1024  # entries: more gain nothing
 _IN_CACHE = 13 * 2**20  # bytes that a step takes there, or somewhat more where that is fewer entries than BLOCK
 _ON_CUDA = 4 * 2**20  # entries: there a step has to be worth its launches

@@ -10,13 +10,16 @@ from typing import Any
 from lines_cli.checkpoint.model_card import Card, model_card
 from lines_cli.checkpoint.reader import Checkpoint
 from lines_cli.checkpoint.sidecars import Sidecar, carry_over, disagreements, index_file
+from lines_cli.checkpoint.tokenizer import with_tokens
 from lines_cli.errors import (
     RecipeError,
 )
+from lines_cli.plan.adapter_plan import AnyPlan
 from lines_cli.plan.identity import inputs_by_name, inputs_read, named_inputs, run_digest
 from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.plan import Plan
 from lines_cli.recipe.plain_yaml import YamlError, read_yaml
+from lines_cli.recipe.schema import UNION
 from lines_cli.recipe.yaml_file import dump_recipe, dump_record
 from lines_cli.storage.beside import beside
 from lines_cli.storage.digest import FileRecord, record_of
@@ -34,8 +37,14 @@ def with_sidecars(plan: Plan) -> Plan:
     def named(name: str | None) -> Checkpoint | None:
         return by_name[str(recipe.base_model) if name == "base" else name] if name is not None else None
 
-    tokenizer = named(recipe.tokenizer_source)
-    if tokenizer is not None and (other_rows := plan.rows.keys() & _vocabularies(inputs, tokenizer)):
+    vocabulary, asked = plan.vocabulary, recipe.vocabulary_source
+    tokenizer = named(asked) if asked != UNION else None
+    extended: dict[str, bytes] = {}
+    if vocabulary is not None:
+        tokenizer = inputs.checkpoints[vocabulary.of]
+        if vocabulary.changes_tokenizer and tokenizer.folder is not None:
+            extended = with_tokens(tokenizer.folder, vocabulary.ids, vocabulary.added)
+    elif tokenizer is not None and (other_rows := plan.rows.keys() & _vocabularies(inputs, tokenizer)):
         raise RecipeError(
             f"tokenizer_source: {tokenizer.name} has {min(other_rows):,} rows of token embeddings, and "
             f"resize: {recipe.resize} keeps {plan.rows[min(other_rows)]:,}",
@@ -51,6 +60,7 @@ def with_sidecars(plan: Plan) -> Plan:
         rows_of=inputs.checkpoints[0] if recipe.resize == "base" else inputs.models[0],
         vocabularies=[_vocabularies(inputs, inputs.checkpoints[number]) for number in order],
         tokenizer=tokenizer,
+        extended=extended,
         chat_template=named(recipe.chat_template),
     )
     notes += disagreements(
@@ -58,7 +68,7 @@ def with_sidecars(plan: Plan) -> Plan:
         [inputs.called(number) for number in order],
         of_an_edit=inputs.of_an_edit,
     )
-    licences = {_shown_licence(_front_of(checkpoint)): checkpoint.name for checkpoint in inputs.checkpoints}
+    licences = {_shown_licence(front_of(checkpoint)): checkpoint.name for checkpoint in inputs.checkpoints}
     if len(licences.keys() - {""}) > 1:
         each = " and ".join(f"{said or 'none'} ({name})" for said, name in licences.items())
         notes.append(f"the inputs' model cards name other licences: {each}; the card has that of {inputs.leading.name}")
@@ -71,7 +81,7 @@ def with_sidecars(plan: Plan) -> Plan:
 
 
 def contents_beside(
-    plan: Plan, run: Mapping[str, Any], written: Mapping[str, FileRecord], layers: Sequence[Mapping[str, Any]] = ()
+    plan: AnyPlan, run: Mapping[str, Any], written: Mapping[str, FileRecord], layers: Sequence[Mapping[str, Any]] = ()
 ) -> Iterator[tuple[str, bytes]]:
     """Name and content of every file beside the weights that is no copy, in the order to write them: the recipe now
     records what was read, and written into all the others. The model card is recorded by itself: people edit it, and an
@@ -117,7 +127,7 @@ def with_numbers(plan: Plan) -> tuple[Sidecar, Sidecar]:
             coefficients=plan.coefficients(),
             outside=plan.outside(),
             filters=plan.filters(),
-            front=_front_of(inputs.leading),
+            front=front_of(inputs.leading),
         )
     )
     return card, Sidecar(RECIPE, content=text.encode())
@@ -126,7 +136,7 @@ def with_numbers(plan: Plan) -> tuple[Sidecar, Sidecar]:
 _TAKEN_OVER = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
 
-def _front_of(checkpoint: Checkpoint) -> dict[str, Any]:
+def front_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """What the front matter of a checkpoint's model card says of licence, language and use."""
     path = beside(checkpoint.folder, MODEL_CARD) if checkpoint.folder else None
     values: Any = None

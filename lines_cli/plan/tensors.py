@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
+from operator import mul
 from typing import NamedTuple
 
 from lines_cli.checkpoint.formulas import Formula
-from lines_cli.checkpoint.header import EXACT_DTYPES, StoredTensor, TensorInfo, itemsize
+from lines_cli.checkpoint.header import EXACT_DTYPES, Part, StoredTensor, TensorInfo, itemsize
 from lines_cli.checkpoint.reader import gc_paused
 from lines_cli.errors import (
     MismatchError,
@@ -21,7 +24,9 @@ from lines_cli.errors import (
 from lines_cli.methods import Values
 from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.match import Names
+from lines_cli.plan.rows import Gathered, RowsAsIs, Runs
 from lines_cli.plan.tied_weights import is_vocabulary, tied_embeddings
+from lines_cli.plan.vocabulary import Difference, TableRows, Vocabulary, in_words, row_axis, rows_in
 from lines_cli.recipe.schema import Recipe
 from lines_cli.scaling.find_depth import DepthMap
 from lines_cli.scaling.schedule import Rules
@@ -35,8 +40,13 @@ class SourceRange(NamedTuple):
     read them; and what is done with them, where the input does not store them as they are.
 
     Attributes:
+        file, offset: of the first entry.
+        dtype: how entries are stored.
         steps: what makes the entries of those that are stored (`checkpoint.formulas`).
-        first: the number of the first one within its tensor, for the steps.
+        first: the number of the first one within its tensor, for the steps and for gathered rows.
+        parts: where they are, if they do not stand side by side.
+        gathered: where the rows are read, if they do not follow one another in that file: then `offset` says nothing,
+            `file` is the one that most are in, and `dtype` is what all are widened to.
     """
 
     file: int
@@ -44,17 +54,41 @@ class SourceRange(NamedTuple):
     dtype: str
     steps: tuple[Formula, ...] = ()
     first: int = 0
+    parts: tuple[Part, ...] = ()
+    gathered: Gathered | None = None
 
-    def behind(self, numel: int) -> SourceRange:
-        """What stands behind that many entries."""
-        return self._replace(offset=self.offset + numel * itemsize(self.dtype), first=self.first + numel)
+    def place_of(self, entry: int) -> tuple[int, str | None, int]:
+        """Where an entry is: the file, what that calls the tensor (None: as the output does), and which of its entries
+        it is there.
+        """
+        if not self.parts:
+            return self.file, None, entry
+        part = self.parts[bisect_right(self.parts, entry, key=lambda part: part.start) - 1]
+        inside = entry - part.start
+        steps = divmod(inside, part.sizes[1]) if len(part.sizes) > 1 else (inside,)
+        return part.file, part.tensor, part.entry + sum(map(mul, steps, part.strides))
+
+    def behind(self, entries: int) -> SourceRange:
+        """The same without its first entries."""
+        if not self.parts:
+            return self._replace(offset=self.offset + entries * itemsize(self.dtype), first=self.first + entries)
+        assert all(part.strides == (1,) for part in self.parts), "rows of a vocabulary are never turned"
+        rest = []
+        for part in self.parts:
+            gone = min(max(entries - part.start, 0), part.numel)
+            if gone < part.numel:
+                offset = part.offset + gone * itemsize(self.dtype)
+                numel, start = part.numel - gone, part.start + gone - entries
+                rest.append(part._replace(start=start, numel=numel, offset=offset, sizes=(numel,)))
+        return self._replace(file=rest[0].file, offset=rest[0].offset, parts=tuple(rest))
 
     def update_on(self, base: SourceRange) -> tuple[Formula, ...] | None:
         """The steps that add an update to another range's entries and so make its own; none where both are the same.
         None where it is made otherwise, and the two have to be subtracted.
         """
-        if (self.file, self.offset, self.dtype) != (base.file, base.offset, base.dtype):
-            return None
+        place = self.file, self.offset, self.dtype, self.parts
+        if place != (base.file, base.offset, base.dtype, base.parts) or self.gathered is not None:
+            return () if self == base else None
         own = len(base.steps)
         same = self.steps[:own] == base.steps and all(step.adds for step in self.steps[own:])
         return self.steps[own:] if same else None
@@ -75,10 +109,13 @@ class Ranges:
     def __call__(self, name: str) -> SourceRange:
         """All of a tensor, by its name there."""
         if name in self._made:
-            (file, info), steps = self._made[name]
+            (file, info, _), steps = self._made[name]
             placed = tuple(step.placed(self._numbers.__getitem__) for step in steps)
             return SourceRange(self._numbers[file], info.offset, info.dtype, placed)
-        file, info = self._tensors[name]
+        file, info, parts = self._tensors[name]
+        if parts:
+            parts = tuple([part._replace(file=self._numbers[part.file]) for part in parts])
+            return SourceRange(self._numbers[file], info.offset, info.dtype, parts=parts)
         return SourceRange(self._numbers[file], info.offset, info.dtype)
 
 
@@ -94,6 +131,7 @@ class Segment(NamedTuple):
         copy: where the entries come from as they are.
         base, models: where those come from that are merged, the models in recipe order.
         compare: of a copy: where the same entries are expected to stand, too.
+        as_is: of what is merged: rows that are the same in all sources, for one input alone has them.
     """
 
     start: int
@@ -102,6 +140,7 @@ class Segment(NamedTuple):
     base: SourceRange | None = None
     models: tuple[SourceRange, ...] = ()
     compare: tuple[SourceRange, ...] = ()
+    as_is: RowsAsIs | None = None
 
     @property
     def sources(self) -> tuple[SourceRange, ...]:
@@ -127,14 +166,26 @@ class TensorSpec(NamedTuple):
     misfit: str | None = None
     may_resize: bool = False  # of a misfit: whether `resize` would settle it
     transposed: bool = False  # of a misfit: whether a matrix has the same two sides in the other order
+    table: TableRows | None = None  # where rows are paired by token: which they are
+    of_other_tokens: bool = False  # of a misfit: whether it is that
 
 
 @gc_paused()
 def specify_tensors(
-    recipe: Recipe, inputs: Inputs, depth: DepthMap, rules: Rules, rows: Mapping[str, Names]
+    recipe: Recipe,
+    inputs: Inputs,
+    depth: DepthMap,
+    rules: Rules,
+    rows: Mapping[str, Names],
+    vocabulary: Vocabulary | Difference | None = None,
 ) -> list[TensorSpec]:
     """What makes each output tensor. Those whose shapes or dtypes differ, and of which the recipe does not say what to
     do, are misfits (`refuse_misfits`).
+
+    Args:
+        recipe, inputs, depth, rules: as in a plan.
+        rows: the tensors, and where each is read from.
+        vocabulary: where rows of a vocabulary are paired by token: which they are; or why they have to be.
 
     Raises:
         RecipeError: a filter matches no tensor.
@@ -154,16 +205,18 @@ def specify_tensors(
             if there is not None:
                 ranges.append(range_of(there))
                 infos.append(tensors[there].info)
+        begun = (name, counts_as, values_for(counts_as), inside)
+        decided_by = rules.filter_of(counts_as) if rules.filters else None
+        of_vocabulary = not inside and is_vocabulary(name)
+        spec = None
+        if of_vocabulary and vocabulary is not None:
+            sides: list[tuple[SourceRange, TensorInfo] | None] = []
+            read = iter(zip(ranges, infos, strict=True))
+            sides = [None if there is None else next(read) for there in row]
+            spec = _by_token(recipe, inputs, begun, sides, decided_by=decided_by, vocabulary=vocabulary)
         specs.append(
-            _specify(
-                recipe,
-                inputs,
-                (name, counts_as, values_for(counts_as), inside),
-                tuple(ranges),
-                infos,
-                decided_by=rules.filter_of(counts_as) if rules.filters else None,
-                may_resize=not inside and is_vocabulary(name),
-            )
+            spec
+            or _specify(recipe, inputs, begun, tuple(ranges), infos, decided_by=decided_by, may_resize=of_vocabulary)
         )
     for key, parameter in recipe.method.parameters.items():
         silent = [spec.name for spec in specs if parameter.required and spec.paired and spec.values[key] is None]
@@ -236,8 +289,14 @@ def refuse_empty(inputs: Inputs, rows: Mapping[str, Names]) -> None:
         )
 
 
-def refuse_misfits(specs: Sequence[TensorSpec], recipe: Recipe, inputs: Inputs) -> None:
+def refuse_misfits(
+    specs: Sequence[TensorSpec], recipe: Recipe, inputs: Inputs, difference: Difference | None = None
+) -> None:
     """Refuse inputs that do not fit together, with the ways to keep one side's.
+
+    Args:
+        specs, recipe, inputs: of a plan.
+        difference: why rows of vocabularies are not of the same tokens, if they are not.
 
     Raises:
         MismatchError: names every misfit.
@@ -245,6 +304,12 @@ def refuse_misfits(specs: Sequence[TensorSpec], recipe: Recipe, inputs: Inputs) 
     misfits = [spec for spec in specs if spec.misfit]
     if not misfits:
         return
+    if difference is not None and all(spec.of_other_tokens for spec in misfits):
+        names = some([printable(spec.name) for spec in misfits])
+        raise MismatchError(
+            f"{in_words(difference, inputs)}\nSo rows of one number are not of one token in\n{names}",
+            hint=_ways_of_other_tokens(inputs),
+        )
     between = " and ".join(checkpoint.name for checkpoint in inputs.checkpoints)
     listed = some([f"{printable(spec.name)}: {spec.misfit}" for spec in misfits])
     ways = _ways_of_an_edit(misfits, specs) if inputs.of_an_edit else _ways_of_a_merge(misfits, specs, recipe, inputs)
@@ -259,6 +324,18 @@ def refuse_misfits(specs: Sequence[TensorSpec], recipe: Recipe, inputs: Inputs) 
         f"{len(misfits):,} tensor(s) do not fit between {between} "
         f"({'base first' if inputs.has_base else 'in that order'}):\n{listed}",
         hint="\n".join(ways),
+    )
+
+
+def _ways_of_other_tokens(inputs: Inputs) -> str:
+    if inputs.of_an_edit:
+        return (
+            "--resize ft pairs rows by token, and keeps the fine-tune's vocabulary; --resize base keeps the base's. "
+            "--outside keep takes the fine-tune's rows as they are."
+        )
+    return (
+        "In the recipe, tokenizer_source: union pairs rows by token, and keeps the tokens of all inputs; "
+        "tokenizer_source: base, or a model, keeps those of that input."
     )
 
 
@@ -411,7 +488,8 @@ def _specify(
     if axis is None or recipe.resize == "error":
         if axis is not None:
             misfit += f", which {'--resize' if inputs.of_an_edit else 'resize:'} would settle"
-        swapped = [info.shape in (lead.shape, lead.shape[::-1]) for info in infos]
+        ways = (lead.shape, lead.shape[::-1], (*lead.shape[:-2], *lead.shape[-2:][::-1]))  # the last of many matrices
+        swapped = [info.shape in ways for info in infos]
         return TensorSpec(
             *begun,
             dtype,
@@ -429,6 +507,116 @@ def _specify(
         segments.append(Segment(shared, kept.numel - shared, copy=source.behind(shared)))
     others = frozenset(info.shape[axis] for info in infos if info.shape != kept.shape)
     return TensorSpec(*begun, dtype, kept.shape, tuple(segments), decided_by, in_float64, (others, kept.shape[axis]))
+
+
+# --- rows of a vocabulary, paired by token ---
+
+
+def _by_token(
+    recipe: Recipe,
+    inputs: Inputs,
+    begun: tuple[str, str, Values, bool],
+    sides: Sequence[tuple[SourceRange, TensorInfo] | None],
+    *,
+    decided_by: str | None,
+    vocabulary: Vocabulary | Difference,
+) -> TensorSpec | None:
+    """The spec of a table with a row for each token; None of a table that is not such a one."""
+    infos = [None if side is None else side[1] for side in sides]
+    having = [info for info in infos if info is not None]
+    lead = infos[inputs.lead] or having[0]
+    if len({_but_rows(info.shape) for info in having}) > 1:
+        return None  # which is a misfit
+    dtype = _written_as(recipe, lead.dtype)
+    if isinstance(vocabulary, Difference):
+        if len(having) < len(sides):
+            return None
+        misfit = "its rows are of other tokens"
+        return TensorSpec(
+            *begun, dtype, lead.shape, filter=decided_by, misfit=misfit, may_resize=True, of_other_tokens=True
+        )
+    if not vocabulary.covers(infos):
+        return None
+    table, axis = vocabulary.rows(infos), row_axis(lead.shape)
+    shape = (*lead.shape[:axis], table.numel, *lead.shape[axis + 1 :])
+    width, numel = math.prod(shape[axis + 1 :]), math.prod(shape)
+    sources = _gathered(sides, table, width)
+    others = frozenset(rows_in(info.shape) for info in having) - {table.numel}
+    spec = TensorSpec(
+        *begun,
+        dtype,
+        shape,
+        filter=decided_by,
+        in_float64=any(info.dtype == "F64" for info in having),
+        rows=(others, table.numel),
+        table=table,
+    )
+    if len(having) < len(sides):  # not merged: as it is in the first that has it
+        first = next(side for side, info in enumerate(infos) if info is not None)
+        return spec._replace(segments=(Segment(0, numel, copy=sources[first]),), in_float64=False, paired=False)
+    base, models = (sources[0], sources[1:]) if inputs.has_base else (None, sources)
+    as_is = None if table.as_is is None else RowsAsIs(table.as_is, width)
+    return spec._replace(segments=(Segment(0, numel, base=base, models=models, as_is=as_is),))
+
+
+def _but_rows(shape: tuple[int, ...]) -> tuple[int, ...]:
+    axis = row_axis(shape)
+    return (*shape[:axis], 0, *shape[axis + 1 :])
+
+
+def _gathered(
+    sides: Sequence[tuple[SourceRange, TensorInfo] | None], table: TableRows, width: int
+) -> tuple[SourceRange, ...]:
+    """Where each side's rows are read; those of a side that has them all in their order as they stand."""
+    tables = tuple(() if side is None else (side[0],) for side in sides)
+    plain = next(side[0] for side in sides if side is not None)
+
+    def of(runs: Runs, parts: tuple[tuple[SourceRange, ...], ...], own: int) -> SourceRange:
+        used = [source for part in set(runs.parts) if part < len(parts) for source in parts[part]]
+        like = sides[own]
+        first = like[0] if like is not None else plain
+        padding = len(sides) + 1 if len(parts) > len(sides) and len(sides) + 1 in set(runs.parts) else -1
+        widened = padding >= 0 or any(source.steps for source in used) or len({source.dtype for source in used}) > 1
+        widened = widened or any(len(parts[part]) > 1 for part in set(runs.parts))
+        dtype = used[0].dtype if used else first.dtype
+        if widened:
+            dtype = "F64" if any(source.dtype == "F64" for source in used) else "F32"
+        mean_of = table.numel if padding < 0 else _first_of(runs, padding)
+        return SourceRange(
+            first.file, first.offset, dtype, gathered=Gathered(width, runs, parts, own, padding, mean_of)
+        )
+
+    own = [of(runs, (tables[side], ()), 0) for side, runs in enumerate(table.own)]
+    means = tuple(tuple(own[side] for side in mean) for mean in table.means)
+    parts = (*tables, (), (), *means)  # behind the tables: zeros, and the mean of all rows
+    found = []
+    for side, runs in enumerate(table.runs):
+        mine = sides[side]
+        in_order = len(runs.starts) == 1 and runs.parts[0] == side and runs.rows[0] == 0
+        found.append(mine[0] if in_order and mine is not None else of(runs, parts, side))
+    return tuple(found)
+
+
+def in_common(spec: TensorSpec) -> Segment:
+    """What is read to compare a tensor on all sides: its first segment; of rows that are paired by token those that all
+    have, one behind the other.
+    """
+    segment, table = spec.segments[0], spec.table
+    if table is None:
+        return segment
+    width = math.prod(spec.shape[row_axis(spec.shape) + 1 :])
+    read = []
+    for side, (source, runs) in enumerate(zip(segment.sources, table.in_common(), strict=True)):
+        own = source if source.gathered is None else source.gathered.parts[side][0]
+        dtype = "F32" if own.steps and own.dtype != "F64" else own.dtype
+        read.append(SourceRange(own.file, own.offset, dtype, gathered=Gathered(width, runs, ((own,), ()))))
+    numel = table.merged * width
+    return Segment(0, numel, base=read[0], models=tuple(read[1:]))
+
+
+def _first_of(runs: Runs, part: int) -> int:
+    """The first row that comes from a part."""
+    return runs.starts[list(runs.parts).index(part)]
 
 
 def _written_as(recipe: Recipe, dtype: str) -> str:

@@ -102,6 +102,11 @@ def is_vocabulary(name: str) -> bool:
     return _module(name) in _OF_VOCABULARY and not _NOT_OF_TOKENS.search(name)
 
 
+def is_head(name: str) -> bool:
+    """Whether a tensor is of a head over tokens, by its name."""
+    return _module(name) in _TOKEN_HEADS and not _NOT_OF_TOKENS.search(name)
+
+
 def says_tied(config: Mapping[str, Any]) -> bool:
     """Whether a config ties the head to the token embedding.
 
@@ -113,3 +118,12 @@ def says_tied(config: Mapping[str, Any]) -> bool:
             return part["tie_word_embeddings"] is True
     version = re.match(r"\d{1,9}", str(config.get("transformers_version", "0")))
     return "model_type" in config and version is not None and int(version[0]) < 5
+
+
+def untied(config: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The key of a config that ties the head to the token embedding, as a path; and the config that does not."""
+    for nested in ("text_config", "decoder", "language_config"):
+        part = config.get(nested)
+        if "tie_word_embeddings" not in config and isinstance(part, Mapping) and "tie_word_embeddings" in part:
+            return (nested, "tie_word_embeddings"), {**config, nested: {**part, "tie_word_embeddings": False}}
+    return ("tie_word_embeddings",), {**config, "tie_word_embeddings": False}

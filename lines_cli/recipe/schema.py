@@ -300,6 +300,90 @@ class Source(_Part):
         return {key: value for key, value in serialize(self).items() if key == "model" or value}
 
 
+UNION = "union"
+"""The vocabulary with the tokens of all inputs."""
+
+
+def _parse_token_source(value: Any) -> Any:
+    """A model, or what mergekit writes for a token of one and for zeros."""
+    if value is None or (isinstance(value, str) and value and "\0" not in value):
+        return value
+    if value == {"kind": "zero"}:
+        return value
+    if isinstance(value, dict) and value.get("kind") == "model_token" and isinstance(value.get("model"), str):
+        of, number, token = (value.get(key) for key in ("model", "token_id", "token"))
+        if of and "\0" not in of and not value.keys() - {"kind", "model", "token_id", "token"}:
+            if type(number) is int and 0 <= number < 2**31 and token is None:
+                return {"kind": "model_token", "model": of, "token_id": number}
+            if isinstance(token, str) and number is None:
+                return {"kind": "model_token", "model": of, "token": token}
+    raise ValueError(
+        "expected a model, {kind: zero}, or {kind: model_token, model: PATH, token: TEXT}, or token_id: NUMBER there"
+    )
+
+
+class TokenRule(_Part):
+    """Where the row of one token comes from.
+
+    Attributes:
+        source: a model; `{kind: zero}`; `{kind: model_token, model, token}` or `token_id`; None says nothing of it.
+        force: also in models that have the token themselves.
+    """
+
+    source: Annotated[Any, PlainValidator(_parse_token_source)] = None
+    force: bool = False
+
+    @model_validator(mode="after")
+    def _of_something(self) -> TokenRule:
+        if self.force and self.source is None:
+            raise ValueError("force says that all models have the row of a source, and there is none")
+        return self
+
+    @property
+    def says(self) -> bool:
+        """Whether it says where the row comes from."""
+        return self.source is not None
+
+    @property
+    def zero(self) -> bool:
+        """Whether the row is one of zeros."""
+        return isinstance(self.source, dict) and self.source["kind"] == "zero"
+
+    @property
+    def model(self) -> str | None:
+        """The input that the row is of."""
+        found = self.source.get("model") if isinstance(self.source, dict) else self.source
+        return str(found) if found is not None else None
+
+    @property
+    def token_id(self) -> int | None:
+        """Which row of it, by its number."""
+        return self.source.get("token_id") if isinstance(self.source, dict) else None
+
+    @property
+    def token(self) -> str | None:
+        """Of which of its tokens; None for the same."""
+        return self.source.get("token") if isinstance(self.source, dict) else None
+
+
+class Tokenizer(_Part):
+    """The `tokenizer:` key, where it says more than whose.
+
+    Attributes:
+        source: as `tokenizer_source`.
+        tokens: token -> where its row comes from; those that the tokenizer lacks are added to it.
+        pad_to_multiple_of: of which number the rows of embeddings and heads are a multiple.
+    """
+
+    source: str = UNION
+    tokens: dict[str, TokenRule] = Field(default_factory=dict, max_length=MOST_RULES)
+    pad_to_multiple_of: Annotated[Annotated[int, Field(ge=1, le=2**16)] | None, BeforeValidator(_no_flag)] = None
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_said(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in serialize(self).items() if key == "source" or value}
+
+
 def _parse_record(value: Any) -> FileRecord:
     if isinstance(value, dict) and value.keys() == {"bytes", "digest"}:
         nbytes, digest = value["bytes"], value["digest"]
@@ -325,6 +409,22 @@ def _parse_layers(value: Any) -> Any:
 
 
 Like = Literal["base", "ft"]
+OF_ADAPTERS = ("as_adapter", "num_layers", "rank", "energy", "save_rest")
+"""The keys of a recipe whose output is an adapter."""
+
+
+def _parse_num_layers(value: Any) -> Any:
+    """A number of layers; or for each stack, by its name, its own."""
+    if isinstance(value, dict) and value and all(isinstance(name, str) and name for name in value):
+        return {name: _count(number) for name, number in value.items()}
+    return value if value is None else _count(value)
+
+
+def _count(value: Any) -> int:
+    text = str(_no_flag(value))
+    if not text.isdecimal() or len(text) > 6 or int(text) == 0:
+        raise ValueError("expected how many layers the base has, or that of each stack, as in encoder=12")
+    return int(text)
 
 
 def _parse_prefix(value: Any) -> Any:
@@ -351,6 +451,8 @@ class Recipe(_Part):
         rounding: how a result is rounded to that: to the `nearest` number; or `stochastic`, up or down by a draw.
         rounding_seed: of the draw.
         tokenizer_source, chat_template: `base`, or one of the models; None takes the input that the output is like.
+            `tokenizer_source` may be `union`: the tokens of all.
+        tokenizer: says `tokenizer_source`, and more; then that is None.
         like: which input gives the output its names, dtypes, integer tensors, config and other files: the `base`
             (the first model where there is none), or the (first) fine-tune.
         prefix: what the names of one input begin with and those of another lack, ending at a dot; `a.=b.` where those
@@ -364,6 +466,12 @@ class Recipe(_Part):
         variant: of a folder with several sets of weights the one of this name, as `fp16` in `model.fp16.safetensors`;
             inputs that do not have it are read as without.
         allow_nonfinite: let NaN and Inf through.
+        as_adapter: the output is an adapter (PEFT's LoRA) in place of a whole model: one adapter scaled, several merged
+            with their ranks side by side, or of one whole fine-tune the nearest one. Adapters need no base then.
+        num_layers: how many layers the base has, where it is not named; or of each stack, by its name.
+        rank: the rank that each module of such an output has at most.
+        energy: in its place, the share of a module's squared update that its rank keeps at least.
+        save_rest: of a whole fine-tune also what is no matrix is stored, whole.
         max_shard_size: bytes of tensors per file of the output folder.
         output: the destination, unless the command line names another.
         run, inputs, files, card, layers: of an output's own recipe: which run it was, what it read, what it wrote into
@@ -381,6 +489,7 @@ class Recipe(_Part):
     rounding: Rounding = "nearest"
     rounding_seed: Annotated[Annotated[int, Field(ge=0, le=2**53)], BeforeValidator(_no_flag)] = 0
     tokenizer_source: str | None = None
+    tokenizer: Tokenizer | None = None
     chat_template: str | None = None
     like: Like = "base"
     prefix: Annotated[str | None, BeforeValidator(_parse_prefix)] = None
@@ -389,6 +498,11 @@ class Recipe(_Part):
     resize: Literal["error", "ft", "base"] = "error"
     variant: Annotated[str, Field(pattern=r"^[\w-]+$")] | None = None
     allow_nonfinite: bool = False
+    as_adapter: bool = False
+    num_layers: Annotated[int | dict[str, int] | None, PlainValidator(_parse_num_layers)] = None
+    rank: Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_no_flag)] = None
+    energy: Annotated[Annotated[float, Field(gt=0, le=1)] | None, BeforeValidator(_no_flag)] = None
+    save_rest: bool = False
     max_shard_size: Size = parse_size("5GB")
     output: InputName | None = Field(default=None, exclude=True)
     run: str | None = Field(default=None, exclude=True)
@@ -406,9 +520,10 @@ class Recipe(_Part):
         return seed
 
     @model_serializer(mode="wrap")
-    def _without_a_seed_that_nothing_draws_from(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_what_says_nothing(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = serialize(self)
         unsaid = {"rounding", "rounding_seed"} if self.rounding == "nearest" else set()
+        unsaid |= {key for key in OF_ADAPTERS if not values.get(key)}
         return {key: value for key, value in values.items() if key not in unsaid}
 
     @property
@@ -422,6 +537,11 @@ class Recipe(_Part):
         chosen = self.method.chosen([source.model for source in self.models], self.base_model)
         base = self.base_model or ""
         return tuple(Source(model=base) if number is None else self.models[number] for number in chosen)
+
+    @property
+    def vocabulary_source(self) -> str | None:
+        """Whose tokens the output has, if that is said: `base`, a model, or `union`."""
+        return self.tokenizer.source if self.tokenizer is not None else self.tokenizer_source
 
     @property
     def subtracts_base(self) -> bool:

@@ -14,7 +14,7 @@ from lines_cli.methods import METHODS, Method, find_method
 from lines_cli.methods.parameters import evaluate
 from lines_cli.methods.said import Conflict, Note, Settled
 from lines_cli.recipe.plain_yaml import Place
-from lines_cli.recipe.schema import DtypeName, Recipe, Scaling, parse_schedule
+from lines_cli.recipe.schema import OF_ADAPTERS, UNION, DtypeName, Recipe, Scaling, parse_schedule
 
 
 def make_recipe(
@@ -166,13 +166,15 @@ def _in_our_keys(values: Mapping[Any, Any], problems: list[Problem], notes: list
         moved["dtype",] = ("out_dtype",)
     if "tokenizer" in own:
         tokenizer = own.pop("tokenizer")
-        if not isinstance(tokenizer, dict) or tokenizer.keys() != {"source"}:
-            problems.append((("tokenizer",), "tokenizer: only {source: ...} is supported; tokens are not rearranged"))
-        elif "tokenizer_source" in own:
+        if isinstance(tokenizer, dict):  # mergekit lets them be empty
+            tokenizer = {k: v for k, v in tokenizer.items() if v is not None or k not in _MAY_BE_EMPTY_OF_TOKENIZER}
+        if "tokenizer_source" in own:
             problems.append((("tokenizer",), "tokenizer and tokenizer_source say the same thing: leave one out"))
-        else:
+        elif isinstance(tokenizer, dict) and tokenizer.keys() == {"source"}:
             own["tokenizer_source"] = tokenizer["source"]
             moved["tokenizer_source",] = ("tokenizer", "source")
+        else:
+            own["tokenizer"] = tokenizer
     if own.get("chat_template") == "auto":
         del own["chat_template"]
         notes.append("chat_template: auto takes that of the tokenizer, as without it")
@@ -200,6 +202,7 @@ def _in_our_keys(values: Mapping[Any, Any], problems: list[Problem], notes: list
     return own, said_at
 
 
+_MAY_BE_EMPTY_OF_TOKENIZER = frozenset({"tokens", "pad_to_multiple_of"})
 _MAY_BE_EMPTY = frozenset(
     "base_model dtype out_dtype tokenizer_source tokenizer chat_template parameters slices models output".split()
 )
@@ -396,7 +399,13 @@ def _with_parameters(recipe: Recipe, problems: list[Problem], said_at: SaidAt) -
     )
     names = {source.model for source in models} | {recipe.base_model}
     for key in ("tokenizer_source", "chat_template"):
-        problems += _wrong_source(key, getattr(recipe, key), names, said_at)
+        problems += _wrong_source((key,), getattr(recipe, key), names, said_at)
+    if recipe.tokenizer is not None:
+        problems += _wrong_source(("tokenizer", "source"), recipe.tokenizer.source, names, said_at)
+        for token, rule in recipe.tokenizer.tokens.items():
+            if rule.model is not None and rule.model not in names:
+                what = f"tokenizer.tokens: {rule.model!r}, from which {token!r} is to come, is none of the models"
+                problems.append((("tokenizer", "tokens"), what))
     recipe = recipe.model_copy(update={"parameters": top, "models": models})
     _check_models(recipe, problems)
     if not problems:
@@ -425,20 +434,22 @@ def _misplaced(key: str, here: Place, name: str, method: Method, *, of_model: bo
     return f"{dotted(here)} is not a parameter of {name}{more}"
 
 
-def _wrong_source(key: str, value: str | None, names: set[str | None], said_at: SaidAt) -> Iterator[Problem]:
-    if value is None or (value == "base" and None not in names) or (value != "base" and value in names):
+def _wrong_source(place: Place, value: str | None, names: set[str | None], said_at: SaidAt) -> Iterator[Problem]:
+    may_be = value in names or (value == UNION and place != ("chat_template",))
+    if value is None or (value == "base" and None not in names) or (value != "base" and may_be):
         return
-    if value == "union":
-        what = f"{key}: union would rearrange every embedding; take the base's or one model's tokenizer"
-    elif value == "base":
+    key = dotted(place)
+    if value == "base":
         what = f"{key}: base, but there is no base_model"
     else:
-        what = f"{key}: {value!r} is neither base nor one of the models, from one of which it is taken"
-    yield said_at((key,)), what
+        or_union = "" if place == ("chat_template",) else ", nor union"
+        what = f"{key}: {value!r} is neither base nor one of the models, from one of which it is taken{or_union}"
+    yield said_at(place), what
 
 
 def _check_models(recipe: Recipe, problems: list[Problem]) -> None:
     """Refuse a number of models that the method cannot take, and a base where none applies or where one is needed."""
+    problems += _of_adapters(recipe)
     method, name = recipe.method, recipe.merge_method
     number, (least, most) = len(recipe.merged), method.models
     beside = " beside the base" if method.takes == "task vectors" else ""
@@ -446,9 +457,12 @@ def _check_models(recipe: Recipe, problems: list[Problem]) -> None:
         problems.append((("models",), f"models: {name} needs {least}{beside}, and there {_are(number)}"))
     if most is not None and number > most:
         problems.append((("models",), f"models: {name} takes {most}{beside}, and there {_are(number)}"))
+    if recipe.as_adapter:
+        return
     if recipe.base_model is None and recipe.subtracts_base:
         why = f"{name} merges task vectors" if method.takes == "task vectors" else "lines: scales task vectors"
         what = f"base_model is missing: {why}, the differences to a base; add base_model: PATH"
+        what += " (adapters can be merged into an adapter without one: as_adapter: true, or --as-adapter)"
         problems.append((("base_model",), what))
     is_one_of_them = any(source.model == recipe.base_model for source in recipe.merged)
     if recipe.base_model is not None and not recipe.subtracts_base and not is_one_of_them:
@@ -456,6 +470,32 @@ def _check_models(recipe: Recipe, problems: list[Problem]) -> None:
         problems.append((("base_model",), f"{what}; leave it out, or list it under models"))
     if recipe.resize == "base" and recipe.base_model is None:
         problems.append((("resize",), "resize: base, but there is no base_model"))
+
+
+def _of_adapters(recipe: Recipe) -> Iterator[Problem]:
+    """What contradicts itself in what is said of an output that is an adapter, or is none."""
+    if not recipe.as_adapter:
+        for key in OF_ADAPTERS[1:]:
+            if getattr(recipe, key):
+                yield (key,), f"{key}: that is of an output that is an adapter; add as_adapter: true (--as-adapter)"
+        return
+    if recipe.rank is not None and recipe.energy is not None:
+        yield ("energy",), "energy: rank and energy are two ways to say one thing; leave one out"
+    if recipe.num_layers is not None and recipe.base_model is not None:
+        yield ("num_layers",), "num_layers: the base says how many layers there are; leave one of the two out"
+    for key, default in _NOT_OF_ADAPTERS.items():
+        if getattr(recipe, key) != default:
+            yield (key,), f"{key}: that is of whole models, and the output is an adapter; leave it out"
+
+
+_NOT_OF_ADAPTERS = {
+    "rounding": "nearest",
+    "missing": "error",
+    "missing_in_blocks": None,
+    "resize": "error",
+    "tokenizer_source": None,
+    "chat_template": None,
+}
 
 
 def _are(number: int) -> str:
@@ -499,14 +539,47 @@ def edit_recipe(base: str, ft: str, **options: Any) -> Recipe:
     Raises:
         RecipeError: an unknown option or an impossible value.
     """
+    given, scaling = _split(options)
+    recipe = {"base_model": base, "models": [{"model": ft}], "lines": _with_defaults(scaling), "like": "ft", **given}
+    return make_recipe(recipe, where="recipe")
+
+
+def edit_adapter_recipe(adapter: str, **options: Any) -> Recipe:
+    """The recipe of `lines edit --adapter ADAPTER` with the given options, as `edit_recipe`; among them `base_model` or
+    `num_layers`.
+    """
+    given, scaling = _split(options)
+    for key in ("prefix", "max_shard_size"):
+        if key in given:
+            raise RecipeError(f"--{key.replace('_', '-')}: that is of whole models, and the output is an adapter")
+    recipe = {"models": [{"model": adapter}], "as_adapter": True, "lines": _with_defaults(scaling), **given}
+    return make_recipe(recipe, where="recipe")
+
+
+def extract_recipe(base: str, ft: str, **options: Any) -> Recipe:
+    """The recipe of `lines extract FT --base BASE` with the given options, as `edit_recipe`: scaled over depth only if
+    an option says so.
+    """
+    given, scaling = _split(options)
+    recipe = {"base_model": base, "models": [{"model": ft}], "as_adapter": True, **given}
+    if scaling:
+        recipe["lines"] = _with_defaults(scaling)
+    return make_recipe(recipe, where="recipe")
+
+
+def _split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options that are given, and those of them that are of the scaling."""
     given = {key: value for key, value in options.items() if value is not None}
-    scaling = {key: given.pop(key) for key in Scaling.model_fields if key in given}
+    return given, {key: given.pop(key) for key in Scaling.model_fields if key in given}
+
+
+def _with_defaults(scaling: dict[str, Any]) -> dict[str, Any]:
+    """The scaling of an edit: alpha is 0.1 unless it is given, beta 1 - alpha."""
     if not _lists_coefficients(scaling.get("schedule")):
         alpha = scaling.setdefault("alpha", 0.1)
         if alpha != "auto":
             scaling.setdefault("beta", _rest(alpha))
-    recipe = {"base_model": base, "models": [{"model": ft}], "lines": scaling, "like": "ft", **given}
-    return make_recipe(recipe, where="recipe")
+    return scaling
 
 
 def _lists_coefficients(schedule: Any) -> bool:

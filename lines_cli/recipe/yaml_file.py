@@ -15,10 +15,11 @@ import yaml
 from lines_cli.errors import RecipeError, some
 from lines_cli.hub.download import base_and_adapter
 from lines_cli.recipe.plain_yaml import LARGEST, Place, YamlError, anchored_keys, read_yaml
-from lines_cli.recipe.schema import Recipe
+from lines_cli.recipe.schema import UNION, Recipe
 from lines_cli.recipe.validate import dotted, make_recipe
 from lines_cli.storage.digest import FileRecord
 from lines_cli.storage.files import read_small
+from lines_cli.storage.names import file_and_part
 from lines_cli.version import __version__
 
 
@@ -277,7 +278,7 @@ def _with_paths(
         elsewhere: where inputs are that are not where their names say.
         look: whether to look at what is there. Else a name is a path or a Hub id by how it is written.
     """
-    files: dict[tuple[int, int], str] = {}
+    files: dict[tuple[int, int, str | None], str] = {}
 
     def seen(half: str) -> str:
         return _beside(folder, half, look=True)
@@ -286,12 +287,18 @@ def _with_paths(
         if not isinstance(name, str) or not name or "\0" in name:
             return name  # which will be refused
         path = os.path.expanduser(elsewhere[name]) if name in elsewhere else _beside(folder, name, look=look)
-        if look and "+" in name and not os.path.lexists(path) and (halves := base_and_adapter(name, seen)):
+        if (
+            look
+            and "+" in name
+            and not os.path.lexists(file_and_part(path)[0])
+            and (halves := base_and_adapter(name, seen))
+        ):
             path = "+".join(map(resolved, halves))
         elif look:
             with suppress(OSError, ValueError):
-                there = os.stat(path)
-                path = files.setdefault((there.st_dev, there.st_ino), path)
+                file, part = file_and_part(path)
+                there = os.stat(file)
+                path = files.setdefault((there.st_dev, there.st_ino, part), path)
         places.setdefault(name, path)
         return path
 
@@ -302,7 +309,7 @@ def _with_paths(
 
     def one_of_them(holder: Any, key: str) -> None:
         name = holder.get(key) if isinstance(holder, dict) else None
-        if isinstance(name, str) and name != "base" and name and "\0" not in name:
+        if isinstance(name, str) and name not in ("base", UNION) and name and "\0" not in name:
             known = set(places.values())
             if name.startswith(_OF_A_MODEL) and name not in places:  # as mergekit once wrote it
                 name = name.removeprefix(_OF_A_MODEL)
@@ -317,6 +324,10 @@ def _with_paths(
         of_models(one.get("sources") if isinstance(one, dict) else None)
     for holder, key in ((values, "tokenizer_source"), (values, "chat_template"), (values.get("tokenizer"), "source")):
         one_of_them(holder, key)
+    tokens = values["tokenizer"].get("tokens") if isinstance(values.get("tokenizer"), dict) else None
+    for rule in tokens.values() if isinstance(tokens, dict) else ():
+        one_of_them(rule, "source")
+        one_of_them(rule.get("source") if isinstance(rule, dict) else None, "model")
     if isinstance(values.get("output"), str) and values["output"] and look:
         values["output"] = os.path.join(folder, os.path.expanduser(values["output"]))
     return values
@@ -330,10 +341,10 @@ def _beside(folder: Path, name: str, *, look: bool) -> str:
     name = os.path.expanduser(name) if look else name
     beside = os.path.join(folder, name)
     by_spelling = os.path.isabs(name) or name.partition("@")[0].count("/") != 1 or name.startswith(".")
-    if by_spelling or (look and os.path.lexists(beside)):
+    if by_spelling or (look and os.path.lexists(file_and_part(beside)[0])):
         # What is a path stays one: `conf/base` would be looked for on the Hub.
         return beside if os.path.isabs(beside) or beside.startswith(".") else os.path.join(".", beside)
-    if look and os.path.lexists(name):
+    if look and os.path.lexists(file_and_part(name)[0]):
         raise RecipeError(
             f"{name}: not beside the recipe in {folder}, but in the current folder",
             hint="Paths in a recipe count from its own folder: correct the path, or give it as an absolute one.",
@@ -357,6 +368,8 @@ def dump_recipe(recipe: Recipe, *, named: Mapping[str, str], alpha: float | None
     for key in ("base_model", "tokenizer_source", "chat_template"):
         if key in values and (key, values[key]) not in _BASE_ITSELF:
             values[key] = named.get(values[key], values[key])
+    if "tokenizer" in values:
+        _name_in(values["tokenizer"], named)
     for source in values["models"]:
         source["model"] = named.get(source["model"], source["model"])
     if not values["parameters"]:
@@ -368,6 +381,16 @@ def dump_recipe(recipe: Recipe, *, named: Mapping[str, str], alpha: float | None
     text = yaml.safe_dump(values, sort_keys=False, width=1_000)
     again = "lines merge --config lines_recipe.yaml -o OUT"
     return f"# Written by lines {__version__}. To run it again: {again}\n{measured}{text}"
+
+
+def _name_in(tokenizer: dict[str, Any], named: Mapping[str, str]) -> None:
+    """Call the inputs in the `tokenizer:` key as they are to be written."""
+    if tokenizer["source"] != "base":
+        tokenizer["source"] = named.get(tokenizer["source"], tokenizer["source"])
+    for rule in tokenizer.get("tokens", {}).values():
+        holder, key = (rule["source"], "model") if isinstance(rule.get("source"), dict) else (rule, "source")
+        if holder.get(key) is not None:
+            holder[key] = named.get(holder[key], holder[key])
 
 
 def dump_record(

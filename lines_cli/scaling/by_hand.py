@@ -1,6 +1,6 @@
 """Depth as a user gives it: the expressions of `--layers` and `--not-layers`, and the lists of `--series`.
 
-Recipes come from strangers, too, so an expression is searched for under a time limit.
+Recipes and adapters come from strangers, too, so an expression is searched for under a time limit.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lines_cli.errors import DepthError, RecipeError, printable, some
 from lines_cli.scaling.numbered_lists import NumberedList, Prefix, dotted, is_index
@@ -46,7 +46,7 @@ def place_by_pattern(names: Sequence[str], pattern: str) -> list[Lane]:
     if "index" not in groups:
         raise RecipeError(f"--layers {pattern!r} has no group `index`", hint=LAYERS_HINT)
     found: dict[str, dict[Key, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for name, match in _matches(names, pattern, "--layers"):
+    for name, match in found_in(names, pattern, "--layers"):
         if match["index"] is not None:
             stack = match["stack"] if "stack" in groups else "layers"
             found[stack or "layers"][_key(name, match, pattern)].append(name)
@@ -64,7 +64,7 @@ def without(names: Sequence[str], pattern: str) -> list[str]:
     Raises:
         RecipeError: not a usable expression, or one that takes too long, or that is found nowhere.
     """
-    found = {name for name, _ in _matches(names, pattern, "--not-layers")}
+    found = {name for name, _ in found_in(names, pattern, "--not-layers")}
     if not found:
         raise RecipeError(
             f"--not-layers {pattern!r} matches none of {len(names):,} tensor names, such as\n{some(list(names), 4)}"
@@ -110,16 +110,29 @@ def _compiled(pattern: str, option: str) -> regex.Pattern[str]:
     return compiled
 
 
-def _matches(names: Sequence[str], pattern: str, option: str) -> Iterable[tuple[str, Any]]:
-    """Every name in which an expression is found, with its match."""
+def found_in(
+    names: Sequence[str], pattern: str, option: str, *, of: str = "tensor", ends: float | None = None
+) -> Iterable[tuple[str, regex.Match[str]]]:
+    """Every name in which an expression is found, with its match.
+
+    Args:
+        names: of tensors, or of what `of` says.
+        pattern: the expression.
+        option: what says it, for messages.
+        of: what has these names.
+        ends: when the search has to be over, by `time.monotonic`; `SECONDS_TO_MATCH` from now, unless given.
+
+    Raises:
+        RecipeError: not a usable expression, or one that takes too long.
+    """
     expression = _compiled(pattern, option)
-    ends = time.monotonic() + SECONDS_TO_MATCH
+    ends = time.monotonic() + SECONDS_TO_MATCH if ends is None else ends
     for name in names:
         try:
             match = expression.search(name, timeout=max(ends - time.monotonic(), _SOON))
         except TimeoutError as error:
             raise RecipeError(
-                f"{option} {pattern!r} takes more than {SECONDS_TO_MATCH:g} s over {len(names):,} tensor names; "
+                f"{option} {pattern!r} takes more than {SECONDS_TO_MATCH:g} s over {len(names):,} {of} names; "
                 f"the last was {printable(name[:100])}",
                 hint="Start it with ^, and avoid repeats within repeats, such as (a+)+.",
             ) from error

@@ -273,7 +273,7 @@ _INNER_NUMBER = re.compile(r"(?P<begin>\.(?:\w+\.)?)\d+(?:\.|$)")
 # --- the config's word on the number of layers ---
 
 
-def _config_counts(config: Mapping[str, Any]) -> dict[str, int]:
+def config_counts(config: Mapping[str, Any]) -> dict[str, int]:
     """Every number of layers that a config gives, nested configs included: dotted key -> count."""
     counts = {key: n for key, n in config.items() if key in _CONFIG_COUNTS and type(n) is int and n > 0}
     if len(counts) > 1:
@@ -281,7 +281,7 @@ def _config_counts(config: Mapping[str, Any]) -> dict[str, int]:
     for key, value in config.items():
         nested = isinstance(value, Mapping) and key.endswith("config")
         if nested and not never_holds_layers(key.removesuffix("_config")):
-            counts.update((f"{key}.{inner}", count) for inner, count in _config_counts(value).items())
+            counts.update((f"{key}.{inner}", count) for inner, count in config_counts(value).items())
     return counts
 
 
@@ -293,7 +293,7 @@ def _check_against_config(lanes: list[Lane], config: Mapping[str, Any]) -> list[
     Raises:
         DepthError: the model's one stack has fewer layers than its config says.
     """
-    every = _config_counts(config)
+    every = config_counts(config)
     counts = _of_its_tower(lanes[0], every) if len(lanes) == 1 else every
     notes = [note for lane in lanes for note in _gaps(lane)]
     for lane in lanes:

@@ -1,8 +1,9 @@
 """What lies beside the weights in a folder that may be a stranger's: which names and links leave the folder, and small
 files, each read whole or refused.
 
-Weights (safetensors files and their index) may be links to wherever their user keeps them: nothing of them is copied as
-it stands. Every other file is looked up with `beside`, which follows no link out of the folder.
+Weights (safetensors files, what torch.save wrote, and their index) may be links to wherever their user keeps them:
+nothing of them is copied as it stands. Every other file is looked up with `beside`, which follows no link out of the
+folder.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from lines_cli.errors import CheckpointError, some
 from lines_cli.storage.files import FETCH_LFS, LFS_POINTER, read_small
+from lines_cli.storage.names import PICKLES
 
 LARGEST_JSON = 16 * 2**20
 """Bytes of a JSON file that is parsed."""
@@ -76,7 +78,7 @@ def _links_out(folder: Path) -> list[str]:
     return []
 
 
-_WEIGHTS = (".safetensors", ".safetensors.index.json")
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin.index.json", *PICKLES)
 
 
 def outside(folder: Path, name: str) -> Path | None:
@@ -95,12 +97,13 @@ def _is_blob(target: Path, home: Path) -> bool:
     return False
 
 
-def read_json(path: Path, most: int = LARGEST_JSON) -> Any:
+def read_json(path: Path, most: int = LARGEST_JSON, most_values: int | None = None) -> Any:
     """Parse a JSON file of moderate size and depth.
 
     Args:
         path: the file.
         most: how many bytes it may have.
+        most_values: and how many values; `MOST_VALUES` unless said.
 
     Raises:
         CheckpointError: it cannot be read, is no JSON, or is larger or deeper, or has more values, than such a file.
@@ -110,8 +113,9 @@ def read_json(path: Path, most: int = LARGEST_JSON) -> Any:
         if raw.startswith(LFS_POINTER):
             raise CheckpointError(f"{path}: a Git LFS pointer, and not the file that it points to", hint=FETCH_LFS)
         containers = raw.count(b"[") + raw.count(b"{")
-        if containers + raw.count(b",") > MOST_VALUES:
-            raise CheckpointError(f"{path}: JSON of more than {MOST_VALUES:,} values", hint=_NOT_JSON)
+        limit = MOST_VALUES if most_values is None else most_values
+        if containers + raw.count(b",") > limit:
+            raise CheckpointError(f"{path}: JSON of more than {limit:,} values", hint=_NOT_JSON)
         value = json.loads(raw.decode("utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}", hint=_UNREADABLE) from error

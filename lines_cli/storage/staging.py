@@ -244,6 +244,7 @@ class Unfinished:
         set_aside: whether the old output is in it, and not at the destination: a run was killed between two renames.
         run: which run it was; None where that is not known.
         is_over: whether that run's output is in place, and what is left is what it replaced.
+        measured: what it had measured; None where that was not finished.
     """
 
     folder: Path
@@ -253,6 +254,7 @@ class Unfinished:
     set_aside: bool = False
     run: Json | None = None
     is_over: bool = False
+    measured: Json | None = None
 
     @property
     def description(self) -> str:
@@ -290,7 +292,8 @@ def _unfinished(output: Path) -> Unfinished | None:
     is_over = _is_published(contents, folder) and _is_at(output.resolve(), contents)
     set_aside = os.path.lexists(folder / _OLD) and not is_over
     run = contents.run if contents else None
-    return Unfinished(folder, written, total, _taken_by(folder), set_aside, run, is_over)
+    measured = contents.measured if contents else None
+    return Unfinished(folder, written, total, _taken_by(folder), set_aside, run, is_over, measured)
 
 
 _Found = TypeVar("_Found")

@@ -22,7 +22,7 @@ from golden.recipes import CASES, Case, inputs, llama, llama_config, model, writ
 from lines_cli import errors
 from lines_cli.api import arguments
 from lines_cli.checkpoint import crosscheck
-from lines_cli.cli import edit, merge
+from lines_cli.cli import edit, extract, merge, push
 from lines_cli.cli import inspect as inspect_command
 from lines_cli.errors import LinesError, OutputError
 from lines_cli.recipe.schema import Scaling
@@ -72,9 +72,11 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # --- one call each ---
 
 
-ON_CONSOLES = {"json", "quiet", "full"}
+ON_CONSOLES = {"json", "quiet", "full", "log_json"}
 """Options that say what is shown, and how."""
-OF_FILES = {"output", "variant", "max_shard_size", "force", "resume", "verify", "verify_inputs", "dry_run"}
+OF_ADAPTERS = {"adapter", "base_of_adapter", "num_layers"}
+ON_THE_HUB = {"push_to", "private", "revision", "cache"}
+OF_FILES = {"output", "variant", "max_shard_size", "force", "resume", "verify", "verify_inputs", "dry_run", *ON_THE_HUB}
 
 
 def keywords(function: Callable[..., Any]) -> dict[str, Any]:
@@ -84,13 +86,34 @@ def keywords(function: Callable[..., Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("function", "command"),
-    [(lines.edit, edit.edit), (lines.merge, merge.merge), (lines.inspect, inspect_command.inspect)],
+    [
+        (lines.edit, edit.edit),
+        (lines.merge, merge.merge),
+        (lines.extract, extract.extract),
+        (lines.inspect, inspect_command.inspect),
+        (lines.push, push.push),
+    ],
 )
 def test_keywords_are_the_options(function: Callable[..., Any], command: Callable[..., None]) -> None:
-    """Name for name, default for default; beside them there is only `track`."""
+    """Name for name, default for default; beside them there is only `track`. What `edit` has for adapters is
+    `edit_adapter`'s.
+    """
     own, options = keywords(function), keywords(command)
     assert own.pop("track") is None
-    assert own == {name: default for name, default in options.items() if name not in ON_CONSOLES}
+    wanted = {name: default for name, default in options.items() if name not in ON_CONSOLES}
+    if function is lines.edit:
+        wanted = {name: default for name, default in wanted.items() if name not in OF_ADAPTERS}
+        own |= {"base": None, "ft": None}  # which the command needs where there is no adapter
+    assert own == wanted
+
+
+def test_keywords_of_an_adapter_are_those_of_an_edit() -> None:
+    """But for those that speak of whole models."""
+    own, options = keywords(lines.edit_adapter), keywords(lines.edit)
+    of_whole_models = {"ft", "prefix", "missing", "missing_in_blocks", "resize", "rounding", "rounding_seed"}
+    of_whole_models |= {"max_shard_size"}
+    assert own.keys() - {"adapter", "num_layers"} == options.keys() - of_whole_models
+    assert all(own[name] == options[name] for name in own.keys() & options.keys() - {"base"})
 
 
 def test_keywords_in_memory_are_those_of_an_edit() -> None:
@@ -118,7 +141,7 @@ def test_a_merge_in_memory_takes_what_a_recipe_takes() -> None:
         "notes",
         "layers",
     }
-    files |= {"variant"}
+    files |= {"variant", "as_adapter", "num_layers", "rank", "energy", "save_rest"}
     keys = {renamed.get(key, key) for key in lines.Recipe.model_fields.keys() - files}
     resources = {"workers", "device", "gpu_memory", "track"}
     assert keywords(lines.merge_state_dicts).keys() == keys | resources | {"config", "model_parameters"}

@@ -229,7 +229,7 @@ LENGTHS = {
     "more than the format allows": (b"{}", HEADER_LIMIT + 1, "100,000,000"),
     "2^63": (b"{}", 2**63, "100,000,000"),
     "2^64 - 1": (b"{}", 2**64 - 1, "100,000,000"),
-    "a zip, as torch.save writes": (b"archive/data.pkl", int.from_bytes(b"PK\3\4\0\0\10\10", "little"), "100,000,000"),
+    "a zip, as torch.save writes": (b"archive/data.pkl", int.from_bytes(b"PK\3\4\0\0\10\10", "little"), "torch.save"),
 }
 
 

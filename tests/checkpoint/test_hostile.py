@@ -20,8 +20,10 @@ from support import forked, hostile
 from support.files import write_raw
 from support.run import run_lines
 
-TIMES = {"header": 400, "index": 300, "config": 300, "recipe": 100, "record": 80, "sidecar": 80}
-LONG = {"header": 55_000, "index": 25_000, "config": 15_000, "recipe": 15_000, "record": 5_000, "sidecar": 5_000}
+TIMES = {"header": 400, "pickle": 400, "torch_file": 200, "index": 300, "config": 300, "recipe": 100, "record": 80}
+TIMES |= {"sidecar": 80}
+LONG = {"header": 55_000, "pickle": 55_000, "torch_file": 25_000, "index": 25_000, "config": 15_000}
+LONG |= {"recipe": 15_000, "record": 5_000, "sidecar": 5_000}
 
 
 def mutate(kind: str, folder: Path, number: int, seed: int) -> None:
@@ -40,14 +42,14 @@ def mutate(kind: str, folder: Path, number: int, seed: int) -> None:
 
 @pytest.mark.parametrize("kind", hostile.KINDS)
 def test_mutated_files(kind: str, tmp_path: Path) -> None:
-    """A thousand files with things wrong with them."""
+    """Some hundred files of each kind with things wrong with them."""
     mutate(kind, tmp_path, TIMES[kind], 0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", hostile.KINDS)
 def test_very_many_mutated_files(kind: str, tmp_path: Path) -> None:
-    """120,000 of them."""
+    """200,000 of them."""
     mutate(kind, tmp_path, LONG[kind], 1)
 
 

@@ -115,7 +115,7 @@ def text_file(tmp: Path) -> Iterable[object]:
 
 def pickled(tmp: Path) -> Iterable[object]:
     base = write_checkpoint(tmp / "base", tensors())
-    torch.save(tensors(), tmp / "model.pt")
+    torch.save(torch.nn.Linear(2, 2), tmp / "model.pt")
     return (base, tmp / "model.pt", "-o", tmp / "out")
 
 
@@ -221,7 +221,7 @@ CASES: dict[str, Case] = {
         lambda tmp: (write_checkpoint(tmp / "base", tensors()), tmp / "absent", "-o", tmp / "out"), 3, ["absent"]
     ),
     "text": Case(text_file, 3, ["notes.txt"]),
-    "a pickle": Case(pickled, 3, ["model.pt"]),
+    "a pickled module": Case(pickled, 3, ["model.pt", "state_dict()"]),
     "truncated": Case(truncated, 3, ["ft.safetensors", "ends"]),
     "header longer than the file": Case(damaged({}, length=1000), 3, ["bad.safetensors", "1,000", "only 2"]),
     "header of an absurd length": Case(damaged({}, length=2**62), 3, ["bad.safetensors", "100,000,000"]),

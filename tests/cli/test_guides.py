@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 from support.files import write_checkpoint
+from support.fp8 import FORMATS, LAYERS, near, plain
+from support.gguf import write_gguf
 from support.pages import DOCS, blocks, run_page
+from support.torch_files import write_folder
 
-GUIDES = {"adapters.md", "pickles.md", "diffusion.md", "mergekit.md", "forgetting.md", "jobs.md", "notebooks.md"}
+GUIDES = {"adapters", "quantised", "pickles", "diffusion", "mergekit", "forgetting", "jobs", "notebooks"}
 WIDTH = 64
 
 
@@ -59,7 +63,7 @@ DEFAULTS = [0.1, 0.4, 0.7, 1.0]
 def test_readme_names_every_guide() -> None:
     """Who comes to README finds the page for what they have."""
     links = set(re.findall(r"\]\(docs/([\w-]+\.md)", (DOCS.parent / "README.md").read_text(encoding="utf-8")))
-    assert links >= GUIDES | {"tour.md"}
+    assert links >= {f"{guide}.md" for guide in GUIDES | {"tour"}}
 
 
 def test_it_forgot_too_much(here: Path) -> None:
@@ -72,18 +76,47 @@ def test_it_forgot_too_much(here: Path) -> None:
     assert_scaled(load_file(here / "out" / "model.safetensors"), base, ft, [0.3, 0.3 + 0.7 / 3, 0.3 + 1.4 / 3, 1])
 
 
+class ImageEncoder(torch.nn.Module):
+    """A small one, called as the paper's code calls its own."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        blocks = (torch.nn.Sequential(OrderedDict(mlp=torch.nn.Linear(8, 8))) for _ in range(4))
+        self.model = torch.nn.Module()
+        self.model.visual = torch.nn.Module()
+        self.model.visual.conv1 = torch.nn.Conv2d(3, 8, 2)
+        self.model.visual.transformer = torch.nn.Module()
+        self.model.visual.transformer.resblocks = torch.nn.Sequential(*blocks)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_pickles(here: Path) -> None:
-    """docs/pickles.md: file and memory give the same, with views, and a pickle that nests."""
+    """docs/pickles.md: file and memory give the same, with views and parts; a module becomes one again."""
     base, ft = tensors(LLM, 0), tensors(LLM, 1)
     for model in (base, ft):
         model["lm_head.weight"] = model["model.embed_tokens.weight"].view(8, -1)[:, 1:].T
     torch.save(base, here / "base.pt")
-    torch.save({"state_dict": ft, "epoch": 3, "optimizer": {"lr": 0.1}}, here / "ft.pt")
+    torch.save({"state_dict": ft, "epoch": 3, "optimizer": {"lr": 0.1}}, here / "ft.ckpt")
+    torch.save({"model": base, "ema": ft}, here / "two.pth")
+    encoders = ImageEncoder(0), ImageEncoder(1)
+    for encoder, name in zip(encoders, ("zeroshot", "finetuned"), strict=True):
+        torch.save(encoder, here / f"{name}.pt")
+    for side, of in (("old-base", base), ("old-ft", ft)):
+        write_folder(here / side, of, config={"model_type": "tiny", "num_hidden_layers": 4})
     names = run_page("pickles.md")
     out = torch.load(here / "out.pt", weights_only=True)
     assert out.keys() == names["edited"].keys() == ft.keys()
     assert all(torch.equal(out[name], tensor) for name, tensor in names["edited"].items())
     assert_scaled(out, base, ft, DEFAULTS)
+    for folder in ("out-ema", "new"):
+        assert (here / folder / "model.safetensors").read_bytes() == (here / "out" / "model.safetensors").read_bytes()
+    assert (here / "new" / "config.json").is_file()
+    before, after, edited = (
+        encoder.state_dict()["model.visual.transformer.resblocks.1.mlp.weight"]
+        for encoder in (*encoders, torch.load(here / "edited.pt", weights_only=False))
+    )
+    torch.testing.assert_close(edited, before + 0.4 * (after - before), rtol=0, atol=1e-6)
 
 
 def test_diffusion(here: Path) -> None:
@@ -109,6 +142,23 @@ def test_diffusion(here: Path) -> None:
     torch.testing.assert_close(out[last], base[last] + 0.3 * (ft[last] - base[last]), rtol=0, atol=1e-6)
     for beside in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "model_index.json"):
         assert (here / "out" / beside).read_bytes() == (here / "ft" / beside).read_bytes()
+
+
+def test_quantised(here: Path) -> None:
+    """docs/quantised.md: what is in FP8 is edited as the numbers that it stands for."""
+    whole = {}
+    for side, model in (("base", plain()), ("ft", near(plain(), 1))):
+        stored = FORMATS["blocks"](model)
+        whole[side], whole[f"{side}-fp8"] = model, stored.whole
+        write_checkpoint(here / side, model, config={"num_hidden_layers": LAYERS})
+        write_checkpoint(here / f"{side}-fp8", stored.tensors, config=stored.config)
+    write_gguf(here / "model.gguf", {f"blk.{i}.ffn_up.weight": ("Q8_0", [8, 32]) for i in range(3)})
+    run_page("quantised.md")
+    name = "model.layers.0.q_proj.weight"
+    for out, base, ft in (("out", "base-fp8", "ft"), ("out2", "base", "ft-fp8")):
+        b, f = whole[base][name].float(), whole[ft][name].float()
+        wanted = b + torch.tensor(0.1) * (f - b)
+        assert torch.equal(load_file(here / out / "model.safetensors")[name], wanted.bfloat16())
 
 
 def test_a_mergekit_file(here: Path) -> None:

@@ -14,8 +14,8 @@ from support import forked
 from support.run import run_lines
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["edit", "merge", "inspect", "verify", "clean"]
-PANELS = ["Scaling:", "When the inputs disagree:", "Output:", "Recovery:", "Machine:"]
+COMMANDS = ["edit", "merge", "inspect", "verify", "push", "clean"]
+PANELS = ["Scaling:", "When the inputs disagree:", "Output:", "The Hub:", "Recovery:", "Machine:"]
 
 
 def test_options_in_panels() -> None:
@@ -25,11 +25,13 @@ def test_options_in_panels() -> None:
     assert headings == ["Arguments:", *PANELS, "Other:"]
     bodies = dict(zip(headings, re.split(r"^\S[^:\n]*:$", out, flags=re.MULTILINE)[1:], strict=True))
     found = {heading: re.findall(r"^  (?:-\w, )?(--[\w-]+)", body, re.MULTILINE) for heading, body in bodies.items()}
-    for heading, option in zip(PANELS, ["--alpha", "--missing", "--dtype", "--resume", "--workers"], strict=True):
+    for heading, option in zip(
+        PANELS, ["--alpha", "--missing", "--dtype", "--push-to", "--resume", "--workers"], strict=True
+    ):
         assert option in found[heading]
     assert found["Other:"] == ["--help"]
     listed = [option for options in found.values() for option in options]
-    assert len(listed) == len(set(listed)) == 32
+    assert len(listed) == len(set(listed)) == 37
 
 
 @pytest.mark.parametrize("command", COMMANDS)

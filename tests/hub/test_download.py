@@ -6,6 +6,7 @@ refusals, which leave nothing behind, share one.
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from typing import Any
 import huggingface_hub
 import numpy as np
 import pytest
+import torch
 import yaml
 from safetensors.numpy import save
 
@@ -27,6 +29,13 @@ from support.hub_server import HubServer, User
 def weights(**values: float) -> bytes:
     """A safetensors file with one small tensor per keyword."""
     return save({name: np.full((2, 2), value, np.float32) for name, value in values.items()})
+
+
+def pickled(**values: float) -> bytes:
+    """The same, as torch.save writes it."""
+    into = io.BytesIO()
+    torch.save({name: torch.full((2, 2), float(value)) for name, value in values.items()}, into)
+    return into.getvalue()
 
 
 def index(**weight_map: str) -> bytes:
@@ -103,6 +112,20 @@ def test_a_second_run_fetches_no_file(hub: HubServer, user: User) -> None:
     assert user.locates("org/model", "org/sharded") == first
     assert hub.fetched() == set()
     assert len(hub.requests) <= 3 * 2  # 2 each; 3 with a client that keeps no listing
+
+
+def test_where_there_are_no_safetensors_what_torch_saved_is_fetched(hub: HubServer, user: User) -> None:
+    """In one file or in shards; what a trainer kept beside them is not. Offline the cache gives the same."""
+    kept = {"config.json": b"{}", "training_args.bin": b"a", "optimizer.pt": b"b", "rng_state.pth": b"c"}
+    hub.push("org/one", kept | {"pytorch_model.bin": pickled(a=1)})
+    shards = {f"pytorch_model-0000{n}-of-00002.bin": pickled(**{name: n}) for n, name in ((1, "a"), (2, "b"))}
+    at = index(a="pytorch_model-00001-of-00002.bin", b="pytorch_model-00002-of-00002.bin")
+    hub.push("org/two", kept | shards | {"pytorch_model.bin.index.json": at})
+    one, two = user.locates("org/one", "org/two")
+    assert (one["tensors"], two["tensors"]) == (["a"], ["a", "b"])
+    assert one["files"] == ["config.json", "pytorch_model.bin"]
+    assert two["files"] == sorted([*shards, "config.json", "pytorch_model.bin.index.json"])
+    assert user.locates("org/one", "org/two", HF_HUB_OFFLINE="1") == [one, two]
 
 
 def test_a_revision_is_a_branch_a_tag_or_a_commit(hub: HubServer, user: User) -> None:
@@ -267,7 +290,7 @@ REFUSALS: dict[str, tuple[dict[str, bytes] | None, dict[str, Any], str, str, str
     "org/gated": (WHOLE, {"gated": True}, "HubError", "org/gated is gated", "/org/gated, then log in"),
     "org/whole@v9": (WHOLE, {}, "HubError", "org/whole is on the Hub, but has no revision 'v9'", "branches and tags"),
     "org/bad--name": (None, {}, "HubError", "it is not a valid Hub id", ""),
-    "org/pickle": ({"config.json": b"{}", "pytorch_model.bin": b""}, {}, "UnsupportedError", "no safetensors", "save"),
+    "org/tensorflow": ({"config.json": b"{}", "tf_model.h5": b""}, {}, "UnsupportedError", "tf_model.h5", "save"),
     "org/adapter": (ADAPTER, {}, "UnsupportedError", "PEFT adapter", "merge_and_unload"),
     "org/several": ({"x.safetensors": b"", "y.safetensors": b""}, {}, "CheckpointError", "several sets", ""),
     "org/empty": ({"README.md": b""}, {}, "CheckpointError", r"org/empty \(on the Hub\) holds no", ""),
@@ -340,18 +363,18 @@ def test_edit_takes_hub_ids_and_pins_them(hub: HubServer, user: User) -> None:
 
 
 def test_a_line_for_each_model(hub: HubServer, user: User) -> None:
-    """What is fetched is said on stderr, model by model: when it begins, and how much it was. What is in the cache
-    already is not mentioned, and --quiet says nothing.
+    """What is fetched is said on stderr, model by model: when it begins, and how much it was, without what the plan
+    has fetched. What is in the cache already is not mentioned, and --quiet says nothing.
     """
     commit = hub.push("org/model", SHARDED)
     hub.push("org/base", WHOLE | {"model.safetensors": weights(a=2, b=3)})
-    edit = ["edit", "org/base", "org/model", "--dry-run", "--alpha", "0.5", "--beta", "0"]
+    edit = ["edit", "org/base", "org/model", "-o", "out", "--force", "--alpha", "0.5", "--beta", "0"]
     first, second = user.commands(edit, edit)
     assert (first.code, second.code) == (0, 0), first.err
     said = [line for line in first.err.splitlines() if line.startswith("fetch")]
     assert said[2] == f"fetching org/model from the Hub (commit {commit[:7]})"
-    nbytes = sum(map(len, SHARDED.values()))
-    assert re.fullmatch(rf"fetched org/model: 4 files, {nbytes} B in [\d.]+ s \(.*B/s\)", said[3])
+    nbytes = sum(len(content) for name, content in SHARDED.items() if name.endswith(".safetensors"))
+    assert re.fullmatch(rf"fetched org/model: 2 files, {nbytes} B in [\d.]+ s \(.*B/s\)", said[3])
     assert [line.split()[:2] for line in said[:2]] == [["fetching", "org/base"], ["fetched", "org/base:"]]
     assert "fetch" not in second.err
     hub.push("org/model", WHOLE)

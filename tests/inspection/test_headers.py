@@ -21,7 +21,7 @@ from support.run import run_lines
 HEADERS_ONLY = (
     "schema lines checkpoint base tensors parameters bytes files dtypes stacks layers outside kinds tied".split()
 )
-HEADERS_ONLY += "quantised recipe scaling notes".split()
+HEADERS_ONLY += "quantised stored_as recipe scaling notes".split()
 
 
 def headed(path: Path, dtypes: Mapping[str, tuple[str, list[int], int]]) -> Path:
@@ -352,7 +352,7 @@ def test_some_are_looked_into(tmp_path: Path) -> None:
 
 
 def pickled(tmp: Path) -> Path:
-    torch.save(llama(), tmp / "m.pt")
+    torch.save(torch.nn.Linear(2, 2), tmp / "m.pt")
     return tmp / "m.pt"
 
 
@@ -402,8 +402,8 @@ def prose(tmp: Path) -> Path:
 
 NO_MODEL = {
     "missing": (lambda tmp: tmp / "absent", "no such file"),
-    "a pickle": (pickled, "safetensors"),
-    "a folder of pickles": (pickles, "another format"),
+    "a pickled module": (pickled, "whole pickled module"),
+    "a folder with no weights of torch's": (pickles, "torch.save did not write it"),
     "an adapter": (adapter, "adapter"),
     "an empty folder": (emptied, "no .safetensors"),
     "cut short": (cut, "ends"),

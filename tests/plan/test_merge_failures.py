@@ -109,7 +109,7 @@ def test_a_missing_folder(side: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("side", ["base", "b"])
 @pytest.mark.parametrize("kind", ["codes", "adapter", "pickle", "no weights"])
 def test_one_of_another_kind_among_several(kind: str, side: str, tmp_path: Path) -> None:
-    """A quantised model, an adapter, a pickle or a bare folder among good ones is exit 3, and named."""
+    """A quantised model, an adapter, a pickled module or a bare folder among good ones is exit 3, and named."""
     models = {name: tensors(i) for i, name in enumerate(("base", "a", "b"))}
     write(tmp_path, **models)
     weights = tmp_path / side / "model.safetensors"
@@ -119,7 +119,7 @@ def test_one_of_another_kind_among_several(kind: str, side: str, tmp_path: Path)
         weights.rename(tmp_path / side / "adapter_model.safetensors")
     elif kind == "pickle":
         weights.unlink()
-        torch.save(models[side], tmp_path / side / "pytorch_model.bin")
+        torch.save(torch.nn.Linear(2, 2), tmp_path / side / "pytorch_model.bin")
     else:
         weights.unlink()
     refused(merge(tmp_path), 3, tmp_path / side)

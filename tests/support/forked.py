@@ -7,6 +7,7 @@ when it is imported, it does not test.
 from __future__ import annotations
 
 import faulthandler
+import logging
 import os
 import signal
 import sys
@@ -160,6 +161,8 @@ def _child(
             os.environ.update(env)
         for name in [name for name in sys.modules if f"{name}.".startswith(tuple(f"{one}." for one in fresh))]:
             del sys.modules[name]
+        for name in fresh:  # its handlers write to what stderr was then
+            logging.getLogger(name).handlers.clear()
         code = _code_of(program)
     except BaseException:  # noqa: BLE001 - whatever it is, pytest must not go on in two processes
         with suppress(BaseException):

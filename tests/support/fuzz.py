@@ -1,7 +1,7 @@
 """Coverage-guided fuzzing of whatever reads strangers' files, for those who want more than the suite's mutations.
 
     pip install atheris                            # beside lines; where there is a build of it for your Python
-    python tests/support/fuzz.py header --seconds 60       # or index, config, recipe, record, sidecar
+    python tests/support/fuzz.py header --seconds 60       # or pickle, torch_file, index, config, ...
 
 It begins with `corpus/`, and keeps what it finds worth keeping, and any input that breaks a rule, in `fuzz-out/`.
 """

@@ -14,6 +14,7 @@ import random
 import re
 import struct
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,31 @@ def header(folder: Path, content: bytes) -> None:
     for stored in checkpoint.tensors.values():
         info = stored.info
         assert 8 <= info.offset <= info.offset + info.nbytes <= end, "a tensor outside its file"
+
+
+def pickle(folder: Path, content: bytes) -> None:
+    """The pickle in a file that torch.save wrote, with two storages of 64 bytes."""
+    with zipfile.ZipFile(folder / "m.pt", "w") as file:
+        for name, of in (("m/data.pkl", content), ("m/data/0", bytes(64)), ("m/data/1", bytes(64))):
+            file.writestr(name, of)
+    torch_file(folder, (folder / "m.pt").read_bytes())
+
+
+def torch_file(folder: Path, content: bytes) -> None:
+    """A file that torch.save wrote."""
+    (folder / "m.pt").write_bytes(content)
+    with watched(folder):
+        checkpoint = open_checkpoint(folder / "m.pt", to_look_at=True)
+    end = len(content)
+    views = checkpoint.views[0] if checkpoint.views else {}
+    for stored in checkpoint.tensors.values():
+        info, view = stored.info, views.get(stored.info.offset)
+        if view is not None:
+            last = sum((size - 1) * stride for size, stride in zip(view.shape, view.strides, strict=True))
+            assert end <= info.offset
+            assert info.nbytes == view.nbytes
+            info = info._replace(offset=view.offset, nbytes=(last + 1) * view.itemsize)
+        assert 0 <= info.offset <= info.offset + info.nbytes <= end, "a tensor outside its file"
 
 
 def index(folder: Path, content: bytes) -> None:
@@ -96,6 +122,8 @@ def sidecar(folder: Path, content: bytes) -> None:
 
 KINDS: dict[str, Callable[[Path, bytes], None]] = {
     "header": header,
+    "pickle": pickle,
+    "torch_file": torch_file,
     "index": index,
     "config": config,
     "recipe": recipe,

@@ -1,17 +1,21 @@
 """A Hub in a thread, on loopback: what the real client needs to see of huggingface.co, and a log of what it asked for.
 
 Large files are redirected to a second address, as the Hub sends them to its content network, where no token belongs.
-Its host has another name, since that is how the client tells the two apart.
+Its host has another name, since that is how the client tells the two apart. They are sent there, too, as Git LFS does.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -34,11 +38,13 @@ class Request(NamedTuple):
     """One line of the log.
 
     Attributes:
-        kind: `info`, `tree`, `file` (at the Hub) or `content` (at the content network).
-        method: GET or HEAD.
+        kind: `info`, `tree`, `file` (at the Hub) or `content` (at the content network); of what is pushed `whoami`,
+            `create`, `branch`, `card`, `preupload`, `batch`, `upload` (at the content network), `verify`, `commit`.
+        method: GET or HEAD, POST or PUT.
         repo: its id.
-        file: which file; empty for `info` and `tree`.
+        file: which file, or of an `upload` the SHA-256; empty where it is of none.
         token: the token that came with it.
+        nbytes: of an answer, or of what was sent.
     """
 
     kind: str
@@ -46,6 +52,41 @@ class Request(NamedTuple):
     repo: str
     file: str
     token: str | None
+    nbytes: int = 0
+
+
+@dataclass
+class Account:
+    """Whose a token is, and what it may do: in which organisations, and whether it may write at all."""
+
+    name: str = "me"
+    orgs: Mapping[str, str] = field(default_factory=lambda: {"org": "admin"})
+    role: str = "write"
+
+    def may_write(self, repo: str) -> bool:
+        owner = repo.partition("/")[0]
+        return self.role == "write" and (owner == self.name or self.orgs.get(owner, "read") != "read")
+
+
+@dataclass
+class Fault:
+    """What goes wrong with requests of a kind: so many times, behind so many that go well.
+
+    Attributes:
+        status: what is answered; None where the connection is dropped.
+        message: what the server says of it.
+        after: how many requests go well before.
+        times: how many fail then.
+        reads: of a request whose connection is dropped, how many bytes of its body are read first.
+        happens: called when it does.
+    """
+
+    status: int | None
+    message: str = ""
+    after: int = 0
+    times: int = 1_000_000
+    reads: int = 0
+    happens: Callable[[], Any] = lambda: None
 
 
 @dataclass
@@ -56,9 +97,21 @@ class Repository:
     refs: dict[str, str] = field(default_factory=dict)
     private: bool = False
     gated: bool = False
+    tags: dict[str, str] = field(default_factory=dict)
+    parents: dict[str, str | None] = field(default_factory=dict)
+    said: dict[str, tuple[str, str]] = field(default_factory=dict)
+    ignored: set[str] = field(default_factory=set)
 
     def commit(self, revision: str) -> str | None:
-        return revision if revision in self.commits else self.refs.get(revision)
+        return revision if revision in self.commits else {**self.tags, **self.refs}.get(revision)
+
+    def add(self, files: Files, branch: str, said: tuple[str, str] = ("", "")) -> str:
+        """A commit on a branch that holds these files and no others."""
+        parent = self.refs.get(branch)
+        commit = hashlib.sha1(repr((parent, branch, sorted(files.items()), len(self.commits))).encode()).hexdigest()
+        self.commits[commit], self.parents[commit], self.said[commit] = dict(files), parent, said
+        self.refs[branch] = commit
+        return commit
 
 
 class HubServer:
@@ -66,6 +119,11 @@ class HubServer:
 
     Attributes:
         token: the one that opens private and gated repositories.
+        accounts: whose each token is.
+        faults: by the kind of request.
+        stored: large files that were sent, by their SHA-256.
+        ranges: whether large files are sent in parts.
+        part: bytes of a part of an upload; None where each is sent whole.
         requests: the log. What the client asks besides (a list of coding agents) is answered with 404 and left out.
         broken: repositories that are answered with 503.
         after_info: called once, after the next answer that says what a repository holds.
@@ -73,6 +131,12 @@ class HubServer:
 
     def __init__(self, token: str = "hf_letmein") -> None:
         self.token = token
+        self.accounts = {token: Account()}
+        self.faults: dict[str, Fault] = {}
+        self.stored: dict[str, bytes] = {}
+        self.ranges = True
+        self.part: int | None = None
+        self.pace: float | None = None
         self.requests: list[Request] = []
         self.broken: set[str] = set()
         self.after_info: Callable[[], Any] | None = None
@@ -93,11 +157,16 @@ class HubServer:
 
     def push(self, repo: str, files: Files, *, branch: str = "main", private: bool = False, gated: bool = False) -> str:
         """Commit `files`, and nothing else, to a branch. Returns the commit."""
-        repository = self.repositories.setdefault(repo, Repository(private=private, gated=gated))
-        commit = hashlib.sha1(repr((repo, branch, sorted(files.items()))).encode()).hexdigest()
-        repository.commits[commit] = dict(files)
-        repository.refs[branch] = commit
-        return commit
+        return self.repositories.setdefault(repo, Repository(private=private, gated=gated)).add(files, branch)
+
+    def holds(self, repo: str, revision: str = "main") -> Files:
+        """What a repository holds there."""
+        repository = self.repositories[repo]
+        return repository.commits[repository.commit(revision) or ""]
+
+    def kinds(self, kind: str) -> list[Request]:
+        """The requests of a kind."""
+        return [request for request in self.requests if request.kind == kind]
 
     def fetched(self) -> set[str]:
         """The files whose bytes were asked for since the log was last cleared."""
@@ -105,9 +174,16 @@ class HubServer:
 
     def _serve(self, handler: type[_Handler]) -> ThreadingHTTPServer:
         bound = type(handler.__name__, (handler,), {"hub": self})
-        server = ThreadingHTTPServer(("127.0.0.1", 0), bound)
+        server = _Server(("127.0.0.1", 0), bound)
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return server
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that closes its connection is no fault of ours."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -117,9 +193,55 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *arguments: Any) -> None:  # noqa: A002
         pass
 
-    def note(self, kind: str, repo: str, file: str = "") -> None:
-        token = self.headers.get("Authorization", "").removeprefix("Bearer ") or None
-        self.hub.requests.append(Request(kind, self.command, repo, file, token))
+    def note(self, kind: str, repo: str, file: str = "", nbytes: int = 0) -> None:
+        self.hub.requests.append(Request(kind, self.command, repo, file, self.given or None, nbytes))
+
+    @property
+    def given(self) -> str:
+        """The token that came with the request."""
+        return self.headers.get("Authorization", "").removeprefix("Bearer ")
+
+    @property
+    def account(self) -> Account | None:
+        return self.hub.accounts.get(self.given)
+
+    def body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        pieces = []
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            pieces.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(pieces)
+
+    def fails(self, kind: str) -> bool:
+        """Whether something goes wrong with this request, which was answered then, or dropped."""
+        fault = self.hub.faults.get(kind)
+        if fault is None:
+            return False
+        fault.after -= 1
+        if fault.after >= 0 or fault.times <= 0:
+            return False
+        fault.times -= 1
+        fault.happens()
+        if fault.status is not None:
+            if self.command in ("POST", "PUT"):
+                self.body()
+            self.refuse(fault.status, "", fault.message)
+            return True
+        if fault.reads:
+            self.rfile.read(fault.reads)
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+        return True
+
+    def refuse(self, status: int, code: str, message: str) -> None:
+        headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
+        self.answer(status, json.dumps({"error": message}).encode(), headers)
+
+    def answer_json(self, value: Any) -> None:
+        self.answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def answer(self, status: int, body: bytes = b"", headers: Mapping[str, str] | None = None) -> None:
         self.send_response(status)
@@ -127,15 +249,31 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            with suppress(BrokenPipeError, ConnectionResetError):  # who asked had enough
+                self._send(body)
 
-    def answer_range(self, body: bytes, headers: Mapping[str, str]) -> None:
-        start = self.headers.get("Range", "").removeprefix("bytes=").partition("-")[0]
-        if not start:
-            self.answer(200, body, headers)
+    def _send(self, body: bytes) -> None:
+        if self.hub.pace is None:
+            self.wfile.write(body)
             return
-        span = f"bytes {start}-{len(body) - 1}/{len(body)}"
-        self.answer(206, body[int(start) :], {**headers, "Content-Range": span})
+        step, begun = 2**18, time.perf_counter()
+        for start in range(0, len(body), step):
+            self.wfile.write(body[start : start + step])
+            time.sleep(max(0.0, begun + (start + step) / self.hub.pace - time.perf_counter()))
+
+    def answer_range(self, body: bytes, headers: Mapping[str, str]) -> int:
+        """Answer with the bytes that were asked for; how many they are."""
+        start, _, end = self.headers.get("Range", "").removeprefix("bytes=").partition("-")
+        if not start or not self.hub.ranges:
+            self.answer(200, body, headers)
+            return len(body)
+        last = min(int(end), len(body) - 1) if end else len(body) - 1
+        if int(start) > last:
+            self.answer(416, headers={**headers, "Content-Range": f"bytes */{len(body)}"})
+            return 0
+        span = f"bytes {start}-{last}/{len(body)}"
+        self.answer(206, body[int(start) : last + 1], {**headers, "Content-Range": span})
+        return last + 1 - int(start)
 
 
 class _Hub(_Handler):
@@ -143,15 +281,34 @@ class _Hub(_Handler):
 
     def do_GET(self) -> None:
         parts = urlsplit(self.path).path.strip("/").split("/")
-        if parts[:2] == ["api", "models"]:
+        if parts == ["api", "whoami-v2"]:
+            self.note("whoami", "")
+            if not self.fails("whoami"):
+                self.whoami()
+        elif parts[:2] == ["api", "models"] and parts[4:5] in (["auth-check"], ["refs"], ["commits"]):
+            repo, kind = "/".join(parts[2:4]), parts[4]
+            self.note(kind, repo)
+            if not self.fails(kind) and self.admitted(repo, "main"):
+                if kind == "auth-check":
+                    self.may_write(repo) and self.answer_json({})
+                else:
+                    (self.refs if kind == "refs" else self.history)(repo)
+        elif parts[:2] == ["api", "models"] and parts[4:5] == ["xet-write-token"]:
+            self.note("xet", "/".join(parts[2:4]))
+            self.fails("xet") or self.refuse(404, "", "no Xet here")
+        elif parts[:2] == ["api", "models"] and parts[4:5] in ([], ["revision"], ["tree"]):
             repo, kind = "/".join(parts[2:4]), "tree" if parts[4:5] == ["tree"] else "info"
             self.note(kind, repo)
+            if self.fails(kind):
+                return
             commit = self.admitted(repo, unquote(parts[5]) if len(parts) > 5 else "main")
             if commit:
                 (self.tree if kind == "tree" else self.info)(repo, commit)
         elif parts[2:3] == ["resolve"]:
             repo, file = "/".join(parts[:2]), unquote("/".join(parts[4:]))
             self.note("file", repo, file)
+            if self.fails("file"):
+                return
             commit = self.admitted(repo, unquote(parts[3]), content=True)
             if commit:
                 self.file(repo, commit, file)
@@ -161,14 +318,182 @@ class _Hub(_Handler):
     def do_HEAD(self) -> None:
         self.do_GET()
 
-    def refuse(self, status: int, code: str, message: str) -> None:
-        headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
-        self.answer(status, json.dumps({"error": message}).encode(), headers)
+    def whoami(self) -> None:
+        account = self.account
+        if account is None:
+            self.refuse(401, "", "Invalid credentials in Authorization header")
+            return
+        orgs = [{"type": "org", "name": name, "roleInOrg": role} for name, role in account.orgs.items()]
+        token = {"accessToken": {"displayName": "ci", "role": account.role}}
+        self.answer_json({"type": "user", "name": account.name, "orgs": orgs, "auth": token})
+
+    def may_write(self, repo: str) -> bool:
+        if self.account is None or not self.account.may_write(repo):
+            self.refuse(403, "", f"You have no right to write to {repo}")
+            return False
+        return True
+
+    def refs(self, repo: str) -> None:
+        repository = self.hub.repositories[repo]
+
+        def listed(refs: Mapping[str, str], kind: str) -> list[dict[str, str]]:
+            return [{"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": oid} for name, oid in refs.items()]
+
+        self.answer_json(
+            {"branches": listed(repository.refs, "heads"), "tags": listed(repository.tags, "tags"), "converts": []}
+        )
+
+    def history(self, repo: str) -> None:
+        repository, found = self.hub.repositories[repo], []
+        commit = repository.refs.get("main")
+        while commit is not None:
+            title, message = repository.said.get(commit, ("", ""))
+            found.append(
+                {"id": commit, "authors": [], "date": "2026-01-01T00:00:00.000Z", "title": title, "message": message}
+            )
+            commit = repository.parents.get(commit)
+        self.answer_json(found)
+
+    # --- what is pushed ---
+
+    def do_POST(self) -> None:
+        parts = urlsplit(self.path).path.strip("/").split("/")
+        kinds = {("api", "repos"): "create", ("api", "validate-yaml"): "card"}
+        kind = kinds.get(tuple(parts[:2]), "")
+        if parts[:2] == ["api", "models"]:
+            kind = parts[4]
+        elif "info" in parts:
+            kind = {"batch": "batch", "verify": "verify", "complete": "complete"}[parts[-1]]
+        repo = (
+            "/".join(parts[2:4])
+            if kind in ("branch", "preupload", "commit")
+            else "/".join(parts[:2]).removesuffix(".git")
+        )
+        repo = "" if kind in ("create", "card") else repo
+        if self.fails(kind):
+            self.note(kind, repo)
+            return
+        content = self.body()
+        self.note(kind, repo, nbytes=len(content))
+        if kind == "card":
+            self.card(json.loads(content)["content"])
+        elif kind == "create":
+            self.create(json.loads(content))
+        elif kind == "complete":  # by an address that was handed out
+            self.complete(json.loads(content))
+        elif (commit := self.admitted(repo, unquote(parts[5]) if kind in ("preupload", "commit") else "main")) and (
+            self.may_write(repo)
+        ):
+            if kind == "branch":
+                self.branch(repo, unquote(parts[5]), json.loads(content))
+            elif kind == "preupload":
+                self.preupload(repo, commit, json.loads(content))
+            elif kind == "batch":
+                self.batch(repo, json.loads(content))
+            elif kind == "verify":
+                self.verify(json.loads(content))
+            else:
+                self.commit(repo, unquote(parts[5]), commit, [json.loads(line) for line in content.splitlines()])
+
+    def card(self, content: str) -> None:
+        if "license: [" in content:
+            answer = json.dumps({"errors": [{"message": '"license" must be a string'}], "warnings": []}).encode()
+            self.answer(400, answer, {"Content-Type": "application/json"})
+        else:
+            self.answer_json({"errors": [], "warnings": []})
+
+    def create(self, asked: Mapping[str, Any]) -> None:
+        owner, name = asked.get("organization"), asked["name"]
+        repo = f"{owner or (self.account.name if self.account else '')}/{name}"
+        if self.account is None:
+            self.refuse(401, "", "Invalid username or password.")
+        elif not self.account.may_write(repo):
+            self.refuse(403, "", f'You don\'t have the rights to create a model under the namespace "{owner}"')
+        elif repo in self.hub.repositories:
+            self.refuse(409, "", "You already created this model repo")
+        else:
+            private = asked.get("visibility") == "private" or bool(asked.get("private"))
+            repository = self.hub.repositories[repo] = Repository(private=private)
+            repository.add({".gitattributes": b"*.safetensors filter=lfs"}, "main", ("initial commit", ""))
+            self.answer_json({"url": f"{self.hub.url}/{repo}", "name": repo, "id": "0"})
+
+    def branch(self, repo: str, branch: str, asked: Mapping[str, Any]) -> None:
+        repository = self.hub.repositories[repo]
+        if branch in repository.refs:
+            self.refuse(409, "", "Reference already exists")
+            return
+        repository.refs[branch] = repository.commit(asked.get("startingPoint", "main")) or ""
+        self.answer_json({})
+
+    def preupload(self, repo: str, commit: str, asked: Mapping[str, Any]) -> None:
+        repository = self.hub.repositories[repo]
+        there, answers = repository.commits[commit], []
+        for file in asked["files"]:
+            name = file["path"]
+            oid = None
+            if name in there:
+                blob = there[name]
+                git = hashlib.sha1(f"blob {len(blob)}\0".encode() + blob).hexdigest()
+                oid = hashlib.sha256(blob).hexdigest() if name.endswith(LARGE) else git
+            mode = "lfs" if name.endswith(LARGE) else "regular"
+            answers.append({"path": name, "uploadMode": mode, "shouldIgnore": name in repository.ignored, "oid": oid})
+        self.answer_json({"files": answers})
+
+    def batch(self, repo: str, asked: Mapping[str, Any]) -> None:
+        objects = []
+        for wanted in asked["objects"]:
+            oid, nbytes = wanted["oid"], wanted["size"]
+            found: dict[str, Any] = {"oid": oid, "size": nbytes}
+            if oid not in self.hub.stored:
+                href, header = f"{self.hub.content_url}/upload/{oid}", {}
+                if self.hub.part is not None and nbytes > self.hub.part:
+                    number = -(-nbytes // self.hub.part)
+                    header = {f"{at:05}": f"{href}/{at}" for at in range(1, number + 1)}
+                    header["chunk_size"] = str(self.hub.part)
+                    href = f"{self.hub.url}/{repo}.git/info/lfs/complete"
+                verify = {"href": f"{self.hub.url}/{repo}.git/info/lfs/verify", "header": {}}
+                found["actions"] = {"upload": {"href": href, "header": header}, "verify": verify}
+            objects.append(found)
+        self.answer_json({"transfer": "basic", "objects": objects})
+
+    def complete(self, asked: Mapping[str, Any]) -> None:
+        oid = asked["oid"]
+        parts = [self.hub.stored.pop(f"{oid}/{part['partNumber']}") for part in asked["parts"]]
+        self.hub.stored[oid] = b"".join(parts)
+        self.answer_json({})
+
+    def verify(self, asked: Mapping[str, Any]) -> None:
+        content = self.hub.stored.get(asked["oid"])
+        if content is None or len(content) != asked["size"] or hashlib.sha256(content).hexdigest() != asked["oid"]:
+            self.refuse(422, "", "the object is not what was announced")
+        else:
+            self.answer_json({})
+
+    def commit(self, repo: str, branch: str, commit: str, lines: list[dict[str, Any]]) -> None:
+        repository = self.hub.repositories[repo]
+        files = dict(repository.commits[commit])
+        header = lines[0]["value"]
+        if header.get("parentCommit") not in (None, commit):
+            self.refuse(412, "", "The branch has moved")
+            return
+        for line in lines[1:]:
+            kind, value = line["key"], line["value"]
+            if kind == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif kind == "lfsFile":
+                files[value["path"]] = self.hub.stored[value["oid"]]
+            else:
+                assert kind == "deletedFile"
+                del files[value["path"]]
+        oid = repository.add(files, branch, (header["summary"], header["description"]))
+        self.answer_json({"commitUrl": f"{self.hub.url}/{repo}/commit/{oid}", "commitOid": oid, "success": True})
+
+    # --- what is fetched ---
 
     def admitted(self, repo: str, revision: str, *, content: bool = False) -> str | None:
         """The commit asked for; None once a refusal was sent. Anyone may list a gated repository, but not read it."""
-        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        known = token == self.hub.token
+        token = self.given
+        known = token in self.hub.accounts
         repository = self.hub.repositories.get(repo)
         if repo in self.hub.broken:
             self.refuse(503, "", "Service Unavailable")
@@ -186,8 +511,24 @@ class _Hub(_Handler):
 
     def info(self, repo: str, commit: str) -> None:
         files = self.hub.repositories[repo].commits[commit]
-        siblings = [{"rfilename": name} for name in files]
-        answer = {"_id": "0", "id": repo, "modelId": repo, "sha": commit, "siblings": siblings, "tags": []}
+        siblings: list[dict[str, Any]] = [{"rfilename": name} for name in files]
+        if "blobs=" in urlsplit(self.path).query:
+            for file in siblings:
+                content = files[file["rfilename"]]
+                file |= {"size": len(content), "blobId": hashlib.sha1(content).hexdigest()}
+                if file["rfilename"].endswith(LARGE):
+                    sha = hashlib.sha256(content).hexdigest()
+                    file["lfs"] = {"size": len(content), "sha256": sha, "pointerSize": 134}
+        private = self.hub.repositories[repo].private
+        answer = {
+            "_id": "0",
+            "id": repo,
+            "modelId": repo,
+            "sha": commit,
+            "siblings": siblings,
+            "tags": [],
+            "private": private,
+        }
         self.answer(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
         happens, self.hub.after_info = self.hub.after_info, None
         if happens:
@@ -221,9 +562,24 @@ class _Content(_Handler):
     def do_GET(self) -> None:
         organisation, name, commit, *file = unquote(self.path).strip("/").split("/")
         repo = f"{organisation}/{name}"
-        self.note("content", repo, "/".join(file))
+        if self.fails("content"):
+            self.note("content", repo, "/".join(file))
+            return
         content = self.hub.repositories[repo].commits[commit]["/".join(file)]
-        self.answer_range(content, {"ETag": f'"{hashlib.sha256(content).hexdigest()}"'})
+        at = len(self.hub.requests)
+        self.note("content", repo, "/".join(file))
+        sent = self.answer_range(content, {"ETag": f'"{hashlib.sha256(content).hexdigest()}"'})
+        self.hub.requests[at] = self.hub.requests[at]._replace(nbytes=sent)
+
+    def do_PUT(self) -> None:
+        oid = urlsplit(self.path).path.removeprefix("/upload/")
+        if self.fails("upload"):
+            self.note("upload", "", oid)
+            return
+        content = self.body()
+        self.hub.stored[oid] = content
+        self.note("upload", "", oid, len(content))
+        self.answer(200, headers={"ETag": f'"{hashlib.md5(content).hexdigest()}"'})
 
     def do_HEAD(self) -> None:
         self.do_GET()

@@ -1,0 +1,124 @@
+"""The headers of weight files on the Hub, without the weights: a few requests for the first bytes of each.
+
+A server that knows ranges sends those bytes and no more. Of one that does not, and sends the whole file, the first
+bytes are read, and the connection is closed.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lines_cli.checkpoint.header import header_bytes
+from lines_cli.errors import HubError
+from lines_cli.hub.client import is_transient
+
+_FIRST = 2**16
+"""Bytes that are asked for at first: most headers are shorter."""
+_AT_ONCE = 8
+_TIMEOUT = 30.0  # seconds without a byte
+_WAITS = (1.0, 4.0)  # seconds before it is tried again
+_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+)")
+
+
+def headers_of(name: str, repo: str, commit: str, files: Sequence[str]) -> dict[str, tuple[int, bytes]]:
+    """Fetch the headers of safetensors files.
+
+    Args:
+        name: what messages call the repository.
+        repo, commit: where they are.
+        files: their names.
+
+    Returns:
+        The size of each file, and the JSON of its header.
+
+    Raises:
+        CheckpointError: one does not begin as a safetensors file.
+        HubError: the server does not say how large a file is.
+        Exception: as the client raises it.
+    """
+    with ThreadPoolExecutor(max_workers=min(_AT_ONCE, len(files)), thread_name_prefix="lines-heads") as threads:
+        found = threads.map(partial(_patiently, name, repo, commit), files)
+        return dict(zip(files, found, strict=True))
+
+
+def _patiently(name: str, repo: str, commit: str, file: str) -> tuple[int, bytes]:
+    for wait in _WAITS:
+        try:
+            return _header_of(name, repo, commit, file)
+        except Exception as error:
+            if not is_transient(error):
+                raise
+        time.sleep(wait)
+    return _header_of(name, repo, commit, file)
+
+
+def _header_of(name: str, repo: str, commit: str, file: str) -> tuple[int, bytes]:
+    from huggingface_hub import hf_hub_url
+
+    path, url = Path(name, file), hf_hub_url(repo, file, revision=commit)
+    with _answer(url, 0, _FIRST) as (size, pieces):
+        if size is None:
+            raise HubError(
+                f"{path}: the server does not say how large the file is, so its header cannot be checked",
+                hint="Download the model, and inspect the folder.",
+            )
+        begin = _read(pieces, 8)
+        needed = header_bytes(path, begin, size)
+        begin = _read(pieces, needed, begin)
+    if len(begin) < needed:
+        with _answer(url, len(begin), needed) as (_, pieces):
+            begin = _read(pieces, needed, begin)
+    if len(begin) < needed:
+        raise ConnectionError(f"{file}: the answer ended after {len(begin):,} of {needed:,} bytes")
+    return size, begin[8:needed]
+
+
+def _read(pieces: Iterator[bytes], enough: int, begin: bytes = b"") -> bytes:
+    """So many bytes, or a few more; fewer where there are no more."""
+    read = bytearray(begin)
+    while len(read) < enough and (piece := next(pieces, None)) is not None:
+        read += piece
+    return bytes(read)
+
+
+@contextmanager
+def _answer(url: str, start: int, end: int) -> Iterator[tuple[int | None, Iterator[bytes]]]:
+    """The size of a file, and its bytes from `start` on: to `end`, or to its own if the server knows no ranges."""
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported when they are asked for
+        build_hf_headers,
+        get_session,
+        hf_raise_for_status,
+    )
+
+    headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+    session: Any = get_session()
+    if callable(getattr(session, "stream", None)):
+        asking = session.stream("GET", url, headers=headers, timeout=_TIMEOUT)
+    else:  # the client had another HTTP library before 1.0
+        asking = session.get(url, headers=headers, timeout=_TIMEOUT, stream=True)
+    with asking as response:
+        if response.status_code >= 400 and hasattr(response, "read"):
+            response.read()  # which the error quotes
+        hf_raise_for_status(response)
+        pieces = response.iter_raw() if hasattr(response, "iter_raw") else response.iter_content(_FIRST)
+        said = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        if response.status_code == 206 and said and int(said[1]) == start:
+            yield int(said[2]), pieces
+            return
+        length = response.headers.get("Content-Length", "")
+        yield int(length) if length.isdecimal() else None, _from(pieces, start)
+
+
+def _from(pieces: Iterator[bytes], start: int) -> Iterator[bytes]:
+    """A stream of bytes without its first."""
+    for piece in pieces:
+        if start < len(piece):
+            yield piece[start:]
+        start = max(0, start - len(piece))

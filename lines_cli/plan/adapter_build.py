@@ -1,0 +1,494 @@
+"""Recipe and headers in, the plan of an adapter out: one adapter scaled by depth, or several merged with their ranks
+side by side. A whole fine-tune's is planned in `extraction`. No weight of a base is read for it.
+
+    scaled    A stays, B' = c(l) * B                                    the config stays
+    merged    A' = [A_1; A_2; ...], B' = [f_1 * B_1, f_2 * B_2, ...]    f_i = c(l) * share_i * scale_i; scale 1
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+
+from lines_cli.checkpoint.adapter import Adapter, Change
+from lines_cli.checkpoint.adapter_output import PREFIX, strongest_bias, targets_in
+from lines_cli.checkpoint.header import WIDER, StoredTensor
+from lines_cli.errors import DepthError, MismatchError, RecipeError, UnsupportedError, printable, some
+from lines_cli.methods import METHODS
+from lines_cli.plan.adapter_inputs import AdapterInputs
+from lines_cli.plan.adapter_layout import laid_out
+from lines_cli.plan.adapter_plan import AdapterModule, AdapterPlan, Entries, Part, Product, Role, Term
+from lines_cli.plan.coefficients import unlike_lines
+from lines_cli.plan.resolve import UNSCALED
+from lines_cli.plan.tensors import STORED, Ranges, SourceRange, TensorValues, refuse_idle_filters
+from lines_cli.plan.tied_weights import tied_embeddings
+from lines_cli.recipe.schema import Recipe
+from lines_cli.scaling.find_depth import DepthMap, config_counts, find_depth
+from lines_cli.scaling.partial import completed, layers_held, refuse_other_counts
+from lines_cli.scaling.schedule import Rules
+from lines_cli.storage.destination import is_one_file
+
+_ROLES: Mapping[str, Role] = {"A": "A", "B": "B", "bias": "bias"}
+_AS_IT_IS = 1e-12  # how far from 1 a sum of shares may be that is meant to be 1
+
+
+def refuse_one_file(output: Path) -> None:
+    """Refuse a destination that is a file.
+
+    Raises:
+        RecipeError: names the folder to give in its place.
+    """
+    if is_one_file(output):
+        raise RecipeError(
+            f"-o {output}: an adapter is a folder, for how it is scaled stands in a config beside its tensors",
+            hint=f"Give a folder: -o {output.with_suffix('')}.",
+        )
+
+
+def plan_of_adapters(opened: AdapterInputs, output: Path) -> AdapterPlan:
+    """Plan an adapter that is one scaled, or several merged.
+
+    Raises:
+        RecipeError: the method is no weighted sum; a stack or a filter names nothing there.
+        DepthError: how many layers the base has is not known, or which tensor stands at which depth.
+        MismatchError: adapters of different bases.
+        UnsupportedError: an adapter holds what cannot be scaled, or merged, without its base.
+    """
+    refuse_one_file(output)
+    builder = _Builder(opened, output)
+    recipe = opened.recipe
+    if len(opened.adapters) == 1 and recipe.rank is None and recipe.energy is None:
+        return laid_out(builder.scaled())
+    return laid_out(builder.merged())
+
+
+class Shares:
+    """What multiplies each model's update of a tensor, and the coefficient in it.
+
+    Args:
+        recipe: what was asked.
+        depth, rules: what decides the coefficients.
+        heads: what head is tied to what embedding.
+    """
+
+    def __init__(self, recipe: Recipe, depth: DepthMap, heads: Mapping[str, str]) -> None:
+        self._recipe, self._depth, self._heads = recipe, depth, heads
+        self._values = TensorValues(recipe, depth)
+        self.rules = self._rules()
+
+    def _rules(self) -> Rules:
+        """What decides the coefficients.
+
+        Raises:
+            RecipeError: alpha would have to be measured on whole tensors.
+        """
+        recipe, lines = self._recipe, self._recipe.lines or UNSCALED
+        number, alpha = len(recipe.merged), None
+        if lines.needs_alpha:
+            if not recipe.method.plain_sum(recipe.values("", 0.0)) or recipe.filters or recipe.parameters_vary:
+                raise RecipeError(
+                    f"lines.alpha: auto is 1/N for a plain sum only; with {recipe.merge_method} and these parameters "
+                    "it is measured on whole tensors, and an adapter is merged without any",
+                    hint=f"Say a number, as in alpha: {1 / number:.4g}.",
+                )
+            alpha = 1 / number
+        return lines.rules(self._depth, alpha=alpha)
+
+    def __call__(self, name: str) -> tuple[float, tuple[float, ...]]:
+        """The coefficient of a tensor, and what multiplies each model's update, that included; in float64.
+
+        Raises:
+            RecipeError: what the method makes is no weighted sum of task vectors; or the coefficient is no number.
+        """
+        recipe = self._recipe
+        counts_as = name if name in self._depth.places else self._heads.get(name, name)
+        values = self._values(counts_as)
+        shares = recipe.method.shares(values, len(recipe.merged))
+        if shares is None:
+            sums = ", ".join(sorted(name for name, method in METHODS.items() if method.may_be_a_sum))
+            raise RecipeError(
+                f"merge_method: {recipe.merge_method} with these parameters is no weighted sum of task vectors, so "
+                "what it gives has no low rank, and no adapter holds it",
+                hint="Merge into a whole model (base_model, and no as_adapter); or take one of these methods, with all "
+                f"entries kept: {sums}.",
+            )
+        scale = recipe.method.scale_of(values)
+        coefficient = self.rules.coefficient(counts_as, self._depth, scale=scale)
+        if not math.isfinite(coefficient):
+            raise RecipeError(f"the coefficient of {printable(name)} is {coefficient:g}")
+        return coefficient, tuple(coefficient * share for share in shares)
+
+
+@dataclass(frozen=True)
+class _Changed:
+    """What all adapters change of one tensor: each model's change, by its number."""
+
+    tensor: str
+    changes: Mapping[int, Change]
+
+    @property
+    def first(self) -> tuple[int, Change]:
+        return next(iter(self.changes.items()))
+
+
+class _Builder:
+    """What is known of a plan while it is made."""
+
+    def __init__(self, opened: AdapterInputs, output: Path) -> None:
+        self.opened, self.recipe, self.output, self.adapters = opened, opened.recipe, output, opened.adapters
+        self.notes = [*self.recipe.notes, *opened.notes]
+        if self.recipe.prefix is not None:
+            raise RecipeError("prefix: that is of whole models, and these are adapters; leave it out")
+        for adapter in self.adapters:
+            for change in adapter.changes:
+                _refuse_unknown(adapter, change)
+        self.tensor_of = [opened.tensors_of(adapter) for adapter in self.adapters]
+        self.changed = self._grouped()
+        names = [changed.tensor for changed in self.changed]
+        base = opened.base
+        self.whole = base is not None and bool(base.tensors)
+        self.depth = self._depth(names)
+        self.notes += self.depth.notes
+        heads = tied_embeddings(base, base.config) if base is not None and self.whole else {}
+        self.shares = Shares(self.recipe, self.depth, heads)
+        refuse_idle_filters(self.shares.rules, base.tensors if base is not None and self.whole else names)
+        first_model = 1 if opened.inputs.has_base else 0
+        self.ranges = [Ranges(opened.inputs, side) for side in range(len(opened.inputs.checkpoints))]
+        self.file_of = [opened.inputs.file_numbers[first_model + n][0] for n in range(len(self.adapters))]
+        self.spelled = [
+            {stored.info.offset: name for name, stored in adapter.checkpoint.tensors.items()}
+            for adapter in self.adapters
+        ]
+
+    def _grouped(self) -> list[_Changed]:
+        found: dict[str, dict[int, Change]] = {}
+        for number, (adapter, tensor_of) in enumerate(zip(self.adapters, self.tensor_of, strict=True)):
+            for change in adapter.changes:
+                tensor = tensor_of[next(iter(change.factors.values())).info.offset]
+                if number in found.setdefault(tensor, {}):
+                    raise UnsupportedError(f"{adapter.file}: {printable(tensor)} is changed twice")
+                found[tensor][number] = change
+        return [_Changed(tensor, changes) for tensor, changes in found.items()]
+
+    def _depth(self, names: Sequence[str]) -> DepthMap:
+        """Where the tensors stand that are changed.
+
+        Raises:
+            DepthError: that makes a difference, and is not known.
+        """
+        recipe, base = self.recipe, self.opened.base
+        needed = bool(recipe.lines and recipe.lines.needs_depth) or recipe.parameters_vary
+        by_hand = recipe.lines.by_hand if recipe.lines else {}
+        try:
+            if base is not None and self.whole:
+                parameters = {name: stored.info.numel for name, stored in base.tensors.items()}
+                return find_depth(parameters, config=base.config, parameters=parameters, **by_hand)
+            layers = recipe.num_layers if base is None else _layers_in(base.config, base.name)
+            if layers is None and not needed:  # as many as are numbered: it makes no difference but to the summary
+                layers = {stack: max(numbers) + 1 for stack, numbers in layers_held(names).items()}
+            layers = _known(layers, names)
+            depth = find_depth(completed(names, layers), **by_hand)
+            refuse_other_counts(depth, names, layers)
+        except DepthError:
+            if needed:
+                raise
+            return DepthMap((), {})
+        places = {name: depth.places[name] for name in names if name in depth.places}
+        return replace(depth, places=places, notes=())
+
+    # --- one adapter, scaled ---
+
+    def scaled(self) -> AdapterPlan:
+        """The adapter with its factors B scaled."""
+        (adapter,) = self.adapters
+        entries: dict[str, tuple[str, tuple[int, ...], Entries]] = {}
+        of_offset: dict[int, Entries] = {}
+        modules = []
+        whole: list[tuple[str, Change]] = []
+        for changed in self.changed:
+            change = changed.changes[0]
+            coefficient, (factor,) = self.shares(changed.tensor)
+            if change.kind == "whole":
+                stored = change.factors["whole"]
+                made = self._whole(changed, (factor,))
+                if made is None:
+                    whole.append((changed.tensor, change))
+                    continue
+                of_offset[stored.info.offset] = made
+                continue
+            for role, stored in change.factors.items():
+                part = Part(self._range(0, stored), 1.0 if role == "A" else factor)
+                of_offset[stored.info.offset] = Entries((part,))
+            modules.append(self._module(changed, coefficient, change.rank or 0))
+        self._refuse_whole(whole, adapter)
+        for name, stored in adapter.checkpoint.tensors.items():
+            copied = Entries((Part(self._range(0, stored), 1.0),))
+            made = of_offset.get(stored.info.offset, copied)
+            entries[name] = (self._dtype([stored]), stored.info.shape, made)
+        return self._plan("scaled", modules, entries, like=adapter.config)
+
+    def _module(self, changed: _Changed, coefficient: float, rank: int) -> AdapterModule:
+        _, change = changed.first
+        a, b = change.factors["A"], change.factors["B"]
+        shapes = (a.info.shape[1:], (b.info.shape[0], *b.info.shape[2:]))
+        side = min(math.prod(shapes[0]), shapes[1][0])
+        place = self.depth.places.get(changed.tensor)
+        return AdapterModule(change.module, changed.tensor, place, coefficient, rank, side, shapes=shapes)
+
+    # --- several, merged ---
+
+    def merged(self) -> AdapterPlan:
+        """The adapters with their factors side by side, or with fewer ranks than these have."""
+        recipe = self.recipe
+        entries: dict[str, tuple[str, tuple[int, ...], Entries]] = {}
+        modules: list[AdapterModule] = []
+        lacking: list[tuple[str, Change]] = []
+        beyond = 0
+        for changed in self.changed:
+            coefficient, factors = self.shares(changed.tensor)
+            number, first = changed.first
+            if first.kind == "whole":
+                stored = [change.factors["whole"] for change in changed.changes.values()]
+                made = self._whole(changed, factors)
+                if made is None:
+                    lacking.append((changed.tensor, first))
+                    continue
+                name = self.spelled[number][first.factors["whole"].info.offset]
+                entries[name] = (self._dtype(stored), stored[0].info.shape, made)
+                continue
+            module = self._side_by_side(changed, coefficient, factors)
+            most = recipe.rank if recipe.rank is not None else module.side
+            beyond += recipe.rank is not None and recipe.rank > module.side
+            reduced = recipe.energy is not None or (recipe.rank is not None and module.rank > most)
+            if reduced:
+                module = replace(module, rank=min(module.rank, most, module.side), reduced=True)
+            modules.append(module)
+        if beyond:
+            self.notes.append(
+                f"rank {recipe.rank:,} is more than {beyond:,} module(s) can have: there it is the smaller side"
+            )
+        self._refuse_whole(lacking, self.adapters[0])
+        configs = [adapter.config for adapter in self.adapters]
+        changed_by_all = all(len(changed.changes) == len(self.adapters) for changed in self.changed)
+        saved = [name for config in configs for name in config.get("modules_to_save") or ()]
+        plan = self._plan("merged", modules, entries, like=configs[0])
+        return replace(
+            plan,
+            targets=targets_in(configs) if changed_by_all else None,
+            every=self._every() if self.whole else None,
+            bias=strongest_bias(configs),
+            lora_bias=any("bias" in module.names for module in modules),
+            saved=tuple(dict.fromkeys(map(str, saved))),
+            needs=recipe.energy is not None,
+        )
+
+    def _side_by_side(self, changed: _Changed, coefficient: float, factors: Sequence[float]) -> AdapterModule:
+        """A module with the factors of all adapters.
+
+        Raises:
+            MismatchError: they are of weights of different shapes.
+        """
+        module = self._module(changed, coefficient, 0)
+        terms, stored, rank = [], list[StoredTensor](), 0
+        for number, change in changed.changes.items():
+            a, b = change.factors["A"], change.factors["B"]
+            own = (a.info.shape[1:], (b.info.shape[0], *b.info.shape[2:]))
+            if own != module.shapes:
+                one, other = self.adapters[changed.first[0]], self.adapters[number]
+                raise MismatchError(
+                    f"{printable(changed.tensor)}: {one.name} changes {_shown(module.shapes)}, and {other.name} "
+                    f"{_shown(own)}",
+                    hint="They were trained on different bases: merge adapters of one.",
+                )
+            stored += change.factors.values()
+            rank += change.rank or 0
+            numbered = {role: StoredTensor(self.file_of[number], one.info) for role, one in change.factors.items()}
+            term = Term(numbered["A"], numbered["B"], numbered.get("bias"), factors[number] * change.scale)
+            terms.append(term)
+        names = self._named(changed, bias=any(term.bias is not None for term in terms))
+        made = Product(tuple(terms))
+        return replace(module, rank=rank, made=made, dtype=self._dtype(stored), names=names)
+
+    def _named(self, changed: _Changed, *, bias: bool) -> dict[Role, str]:
+        """What a module's tensors are called in PEFT's files, an embedding's by its own words."""
+        number, change = changed.first
+        own = self.spelled[number][change.factors["A"].info.offset]
+        if "lora_embedding_A" in own:
+            ends: dict[Role, str] = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
+        else:
+            ends = {"A": "lora_A.weight", "B": "lora_B.weight", **({"bias": "lora_B.bias"} if bias else {})}
+        return {role: f"{PREFIX}{change.module}.{end}" for role, end in ends.items()}
+
+    # --- what both have in common ---
+
+    def _plan(
+        self,
+        how: str,
+        modules: Iterable[AdapterModule],
+        entries: Mapping[str, tuple[str, tuple[int, ...], Entries]],
+        *,
+        like: Mapping[str, object],
+    ) -> AdapterPlan:
+        inputs, rules = self.opened.inputs, self.shares.rules
+        said = unlike_lines(self.recipe, rules, self.depth, of_an_edit=how == "scaled")
+        return AdapterPlan(
+            self.recipe,
+            inputs,
+            tuple(file for checkpoint in inputs.checkpoints for file in checkpoint.files),
+            self.output,
+            "scaled" if how == "scaled" else "merged",
+            self.depth,
+            rules,
+            configs=digest_of([dict(adapter.config) for adapter in self.adapters]),
+            like=dict(like),
+            modules=tuple(modules),
+            entries=entries,
+            notes=(*self.notes, *said),
+        )
+
+    def _range(self, number: int, stored: StoredTensor) -> SourceRange:
+        side = number + (1 if self.opened.inputs.has_base else 0)
+        return self.ranges[side](self.spelled[number][stored.info.offset])
+
+    def _whole(self, changed: _Changed, factors: Sequence[float]) -> Entries | None:
+        """What makes a tensor that adapters hold whole; None where that takes the base, and it is not here.
+
+        Raises:
+            MismatchError: the base has it in another shape.
+        """
+        parts = tuple(
+            Part(self._range(number, change.factors["whole"]), factors[number])
+            for number, change in changed.changes.items()
+        )
+        if abs(sum(part.factor for part in parts) - 1) < _AS_IT_IS:
+            return Entries(parts)
+        base = self.opened.base
+        if base is None or not self.whole:
+            return None
+        number, change = changed.first
+        shape, there = change.factors["whole"].info.shape, base.tensors[changed.tensor].info.shape
+        if shape != there:
+            raise MismatchError(
+                f"{self.adapters[number].file}: {printable(changed.tensor)} is {list(shape)}, and {base.name} has "
+                f"{list(there)}: there is nothing to scale its update by",
+                hint=f"--filter {printable(changed.tensor)}=keep takes the adapter's as it is.",
+            )
+        return Entries(parts, self.ranges[0](changed.tensor))
+
+    def _refuse_whole(self, lacking: Sequence[tuple[str, Change]], adapter: Adapter) -> None:
+        """Refuse tensors that are stored whole, and whose update is to be scaled.
+
+        Raises:
+            UnsupportedError: names them, and the ways out.
+        """
+        if lacking:
+            raise UnsupportedError(
+                f"{adapter.name} holds {len(lacking):,} tensor(s) whole (modules_to_save), and what they change is "
+                f"seen by the base alone:\n{some([printable(name) for name, _ in lacking])}",
+                hint="Name the base, whose weights of these are read: --base BASE (in a recipe base_model). Or keep "
+                f"them as they are: --filter {printable(lacking[0][0])}=keep. Or fold the adapter into its base: lines "
+                f"edit BASE {adapter.name} -o OUT.",
+            )
+
+    def _dtype(self, stored: Iterable[StoredTensor]) -> str:
+        """What a tensor made of these is stored as: the widest of theirs."""
+        if self.recipe.dtype is not None:
+            return STORED[self.recipe.dtype]
+        widest = ""
+        for one in stored:
+            own = one.info.dtype
+            if not widest or (widest, own) in WIDER:
+                widest = own
+            elif own != widest and (own, widest) not in WIDER:
+                widest = "F32"  # float16 and bfloat16
+        return widest
+
+    def _every(self) -> frozenset[str]:
+        base = self.opened.base
+        assert base is not None
+        return modules_in(base.tensors)
+
+
+def digest_of(configs: Sequence[Mapping[str, object]]) -> str:
+    """What tells configs from others."""
+    return f"sha256:{sha256(json.dumps(configs, sort_keys=True, default=str).encode()).hexdigest()}"
+
+
+def modules_in(tensors: Iterable[str]) -> frozenset[str]:
+    """Every module that tensors' names tell of, those that hold others among them."""
+    found: set[str] = set()
+    for name in tensors:
+        module = name.rpartition(".")[0]
+        while module and module not in found:
+            found.add(module)
+            module = module.rpartition(".")[0]
+    return frozenset(found)
+
+
+def _refuse_unknown(adapter: Adapter, change: Change) -> None:
+    """Refuse what is no product of two factors, and no whole tensor.
+
+    Raises:
+        UnsupportedError: names the module and the way out.
+    """
+    roles = set(change.factors)
+    if (change.kind == "low rank" and roles <= _ROLES.keys() and roles >= {"A", "B"}) or change.kind == "whole":
+        return
+    what = ", ".join(sorted(roles - {"A", "B"})) or change.kind
+    raise UnsupportedError(
+        f"{adapter.file}: {printable(change.module)} is changed by more than a product of two factors ({what}), and "
+        "that cannot be scaled or merged in place",
+        hint=f"Fold it into its base: lines edit BASE {adapter.name} -o OUT.",
+    )
+
+
+def _layers_in(config: Mapping[str, object], name: str) -> int | None:
+    """How many layers a config says that there are.
+
+    Raises:
+        DepthError: several numbers.
+    """
+    counts = config_counts(config)
+    if len(set(counts.values())) > 1:
+        said = ", ".join(f"{key} is {count}" for key, count in counts.items())
+        raise DepthError(
+            f"the config of {name} gives several numbers of layers: {said}",
+            hint="Give a base whose headers can be read, or say it of each: --num-layers NAME=L.",
+        )
+    return next(iter(counts.values()), None)
+
+
+def _known(layers: int | dict[str, int] | None, names: Sequence[str]) -> int | dict[str, int]:
+    """How many layers there are.
+
+    Raises:
+        DepthError: that is not known.
+    """
+    if layers is None:
+        raise DepthError(
+            f"how many layers the base has is not known: {_held(names)}, and an adapter cannot tell whether there are "
+            "more",
+            hint="Say it: --num-layers L (in a recipe num_layers); or name the base, of which headers are read: "
+            "--base BASE (base_model).",
+        )
+    return layers
+
+
+def _held(names: Sequence[str]) -> str:
+    """Which layers an adapter changes, in words."""
+    held = layers_held(names)
+    if not held:
+        return "no name in the adapter has the number of a layer"
+    said = [
+        f"{len(numbers):,} layer(s) of {printable(stack)}, {min(numbers):,} to {max(numbers):,}"
+        for stack, numbers in held.items()
+    ]
+    return f"it changes {' and '.join(said[:4])}"
+
+
+def _shown(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> str:
+    return str([shapes[1][0], *shapes[0]])

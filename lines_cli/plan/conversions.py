@@ -1,0 +1,272 @@
+"""How layouts of one model differ: the rules by which transformers makes the names and tensors of a checkpoint those of
+its modules, as data (`conversions.json`, which docs/conversions.py writes). Nothing of transformers is imported.
+
+A rule renames, or it converts: the checkpoint's tensors on one hand (`experts.0.gate_proj.weight`, `experts.1...`), the
+modules' on the other (`experts.gate_up_proj`), and what is done to get from the first to the second.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lines_cli.plan.pieces import Pieced, cut, joined, stacked, turned, unstacked
+from lines_cli.plan.same_names import canonical, unwrapped
+
+Operation = tuple[Any, ...]
+"""Its name, and the axes it is about: `stack`, `cat`, `chunk`, `split`, `transpose`, or one that is not carried out."""
+
+
+class Found(NamedTuple):
+    """Where a pattern stands in a name.
+
+    Attributes:
+        before, behind: what of the name stands around it.
+        number: what its `*` stands for; None where it has none.
+    """
+
+    before: str
+    behind: str
+    number: int | None
+
+
+class Pattern:
+    """Text that a name holds, whole words of it; a `*` in it stands for a number."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.counts = text, "*" in text
+        # The longest piece of it, to be looked for first.
+        self._word = max(text.split("*"), key=len)
+        begin = "" if text.startswith(".") else r"(?:(?<=\.)|\A)"
+        end = "" if text.endswith(".") else r"(?=\.|\Z)"
+        self._expression = re.compile(begin + re.escape(text).replace(r"\*", r"(\d{1,9})") + end)
+
+    def find(self, name: str) -> Found | None:
+        """Where it stands, if it does, and only there."""
+        if self._word not in name:
+            return None
+        found = self._expression.search(name)
+        if found is None or self._expression.search(name, found.start() + 1):
+            return None
+        return Found(name[: found.start()], name[found.end() :], int(found[1]) if self.counts else None)
+
+
+@dataclass(frozen=True, eq=False)
+class Conversion:
+    """Tensors of a checkpoint on one hand, those of the modules on the other.
+
+    Attributes:
+        sources, targets: the patterns of their names.
+        operations: how the sources become the targets.
+        of: whose rule it is: a model type, or a class of transformers.
+    """
+
+    sources: tuple[Pattern, ...]
+    targets: tuple[Pattern, ...]
+    operations: tuple[Operation, ...]
+    of: str
+
+    @property
+    def turns(self) -> bool:
+        """Whether a tensor keeps its name, and may be stored the other way round."""
+        return "if shapes differ" in self.operations[0]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether names alone say what it does, whatever the model: lists of experts, and `gate_up_proj`."""
+        texts = [pattern.text for pattern in (*self.sources, *self.targets)]
+        gate_up = any(re.search(r"gate_up_proj(?:\.weight)?$", text) for text in texts)
+        return self._kinds <= {"stack", "cat", "chunk"} and ("stack" in self._kinds or gate_up)
+
+    @property
+    def can_be_carried_out(self) -> bool:
+        """Whether all of its operations are known here."""
+        return self._kinds <= {"stack", "cat", "chunk", "split", "transpose"}
+
+    @cached_property
+    def _kinds(self) -> frozenset[str]:
+        return frozenset(operation[0] for operation in self.operations)
+
+    def forward(self, sources: Sequence[Sequence[Pieced]], sizes: Sequence[int]) -> list[Pieced] | None:
+        """The targets, made of the sources; None if their shapes do not allow it.
+
+        Args:
+            sources: for each pattern those that its `*` numbers, or the only one.
+            sizes: of the targets along the axis that they are cut along, if they are.
+        """
+        steps = self._steps(sources, sizes)
+        return steps[-1] if steps else None
+
+    def _steps(self, sources: Sequence[Sequence[Pieced]], sizes: Sequence[int]) -> list[list[Pieced]]:
+        """The tensors before each operation, and behind the last; empty if their shapes do not allow it."""
+        held = [list(of_one) for of_one in sources]
+        steps = [_flat(held)]
+        for kind, *axes in self.operations:
+            made: Sequence[Pieced | None]
+            if kind == "stack":
+                made = [stacked(of_one) for of_one in held]
+            elif kind == "cat":
+                made = [joined(steps[-1], axes[0])]
+            elif kind == "transpose":
+                made = [turned(tensor, axes[0], axes[1]) for tensor in steps[-1]]
+            else:
+                made = cut(steps[-1][0], axes[0], sizes) or [None]
+                if kind == "chunk" and len(set(sizes)) > 1:  # which are equal there
+                    made = [None]
+            held = [[tensor] for tensor in made if tensor is not None]
+            if len(held) < len(made):
+                return []
+            steps.append(_flat(held))
+        return steps
+
+    def backward(self, targets: Sequence[Pieced], like: Sequence[Sequence[Pieced]]) -> list[list[Pieced]] | None:
+        """The sources, made of the targets; None if their shapes do not allow it.
+
+        Args:
+            targets: for each pattern.
+            like: sources of the shapes that are wanted, as `forward` takes them.
+        """
+        before = self._steps(like, ()) if "cat" in self._kinds else [[] for _ in self.operations]
+        held: list[list[Pieced]] = [[tensor] for tensor in targets]
+        for (kind, *axes), wanted in reversed(list(zip(self.operations, before, strict=False))):
+            flat = _flat(held)
+            made: Sequence[Pieced | None]
+            if kind == "stack":
+                held = [unstacked(tensor) for tensor in flat]
+                continue
+            if kind == "cat":
+                made = cut(flat[0], axes[0], [tensor.shape[axes[0]] for tensor in wanted]) or [None]
+            elif kind == "transpose":
+                made = [turned(tensor, axes[0], axes[1]) for tensor in flat]
+            else:
+                alike = kind != "chunk" or len({tensor.shape for tensor in flat}) == 1
+                made = [joined(flat, axes[0]) if alike else None]
+            held = [[tensor] for tensor in made if tensor is not None]
+            if len(held) < len(made):
+                return None
+        return held if before else None
+
+
+def _flat(held: Sequence[Sequence[Pieced]]) -> list[Pieced]:
+    return [tensor for of_one in held for tensor in of_one]
+
+
+class Rules:
+    """The rules of a model, or of a part of it.
+
+    Args:
+        names: whose rules, in their order.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self._renames: list[tuple[re.Pattern[str], str]] = []
+        self.conversions: list[Conversion] = []
+        for name in names:
+            for kind, *rule in _rules_of(name):
+                if kind == "rename":
+                    self._renames.append((re.compile(rule[0]), rule[1]))
+                else:
+                    sources, targets, operations = rule
+                    self.conversions.append(
+                        Conversion(
+                            tuple(map(_pattern, sources)),
+                            tuple(map(_pattern, targets)),
+                            tuple(tuple(operation) for operation in operations),
+                            name,
+                        )
+                    )
+
+    def __len__(self) -> int:
+        return len(self._renames) + len(self.conversions)
+
+    def renamed(self, name: str) -> str:
+        """The modules' name for a tensor that the checkpoint calls so; without what wrappers put into it."""
+        name = unwrapped(name)
+        if len(name) > _LONGEST:
+            return name
+        for pattern, instead in self._renames:
+            if found := pattern.search(name):
+                new = found.expand(instead) if "\\" in instead else instead
+                more = new.find(found[0])
+                if more < 0 or not name.startswith(new, max(found.start() - more, 0)):  # else it is called so already
+                    name = name.replace(found[0], new, 1)
+        return name
+
+    def canonical(self, name: str) -> str:
+        """The one name for all that a tensor is known to be called, by these rules, too."""
+        return canonical(self.renamed(name))
+
+
+_LONGEST = 1000  # of a stranger's name, that expressions are run on
+_pattern = cache(Pattern)
+
+
+@cache
+def _table() -> Mapping[str, Any]:
+    values: Mapping[str, Any] = json.loads(Path(__file__).with_name("conversions.json").read_text(encoding="utf-8"))
+    return values
+
+
+def _rules_of(name: str) -> Sequence[Sequence[Any]]:
+    table = _table()
+    rules: Sequence[Sequence[Any]] = table["rules"].get(table["like"].get(name, name), ())
+    return rules
+
+
+def rules_for(configs: Iterable[Mapping[str, Any]]) -> Rules:
+    """The rules for what configs say of a model: its type and class, and the types of its parts."""
+    table, names = _table(), dict[str, None]()
+    for config in configs:
+        classes = config.get("architectures")
+        classes = [one for one in classes if isinstance(one, str)] if isinstance(classes, list) else []
+        for kind in _types(config):
+            of_type = [one for one, type_of in table["of"].items() if type_of == kind]
+            names |= dict.fromkeys(one for one in classes if one in of_type)
+            names[kind] = None
+            names |= dict.fromkeys(one for one in of_type if one.endswith(_OF_ALL))
+    return _rules_by(tuple(name for name in names if _rules_of(name)))
+
+
+_rules_by = lru_cache(maxsize=64)(Rules)
+
+
+def turning(configs: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether matrices of such a model may be stored the other way round under one name."""
+    return any(conversion.turns for conversion in rules_for(configs).conversions)
+
+
+_OF_ALL = ("Model", "Encoder", "Transformer")  # classes that are a part of all others of their type
+
+
+def _types(config: Mapping[str, Any]) -> Iterator[str]:
+    """The model type of a config, and of the configs in it."""
+    inner = [config]
+    for _ in range(_MOST_CONFIGS):
+        if not inner:
+            return
+        one = inner.pop(0)
+        if isinstance(one.get("model_type"), str):
+            yield one["model_type"]
+        inner += [value for key, value in one.items() if key.endswith("_config") and isinstance(value, dict)]
+
+
+_MOST_CONFIGS = 20
+
+
+@cache
+def plain_rules() -> tuple[Rules, ...]:
+    """The rules of each model by itself, to be tried where no config says which it is; of conversions only those about
+    which names say enough.
+    """
+    found = []
+    for name in _table()["rules"]:
+        rules = Rules([name])
+        rules.conversions = [conversion for conversion in rules.conversions if conversion.is_plain]
+        found.append(rules)
+    return tuple(sorted(found, key=len))

@@ -1,0 +1,266 @@
+"""Adapters that are written, loaded by peft onto models of transformers: what these give is what whole models give."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lines_cli as lines
+
+pytestmark = pytest.mark.slow
+
+TOKENS = torch.arange(10)[None]
+
+
+@pytest.fixture(autouse=True)
+def quietly() -> Iterator[None]:
+    """Both libraries warn of themselves."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip("peft")
+        yield
+
+
+def llama(**changes: Any) -> Any:
+    import transformers
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "vocab_size": 64}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, **changes))
+
+
+def gpt2() -> Any:
+    import transformers
+
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_embd=32, n_layer=4, n_head=2, vocab_size=64, n_positions=32)
+    )
+
+
+def bert() -> Any:
+    import transformers
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**sizes, vocab_size=64))
+
+
+def t5() -> Any:
+    import transformers
+
+    sizes = {"d_model": 32, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 2, "d_kv": 16}
+    return transformers.T5ForConditionalGeneration(
+        transformers.T5Config(**sizes, vocab_size=64, decoder_start_token_id=0)
+    )
+
+
+def vit() -> Any:
+    import transformers
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
+    return transformers.ViTForImageClassification(
+        transformers.ViTConfig(**sizes, image_size=16, patch_size=8, num_labels=5)
+    )
+
+
+def resnet() -> Any:
+    import transformers
+
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic", "num_labels": 3}
+    return transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes))
+
+
+def given(model: Any) -> dict[str, torch.Tensor]:
+    """What the model is run on."""
+    kind = model.config.model_type
+    if kind in ("vit", "resnet"):
+        torch.manual_seed(3)
+        return {"pixel_values": torch.randn(1, 3, 32 if kind == "resnet" else 16, 32 if kind == "resnet" else 16)}
+    return {"input_ids": TOKENS, **({"decoder_input_ids": TOKENS[:, :5]} if kind == "t5" else {})}
+
+
+def said(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(**given(model)).logits
+    return found
+
+
+def save(model: Any, folder: Path) -> Path:
+    """As `save_pretrained` does; of a ViT, whose names its files have otherwise, as torch has them."""
+    if model.config.model_type != "vit":
+        model.save_pretrained(folder)
+        return folder
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
+    model.config.save_pretrained(folder)
+    return folder
+
+
+def load(make: Callable[[], Any], folder: Path) -> Any:
+    """The model as its file has it."""
+    from safetensors.torch import load_file
+
+    torch.manual_seed(0)
+    model = make()
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    model.tie_weights()
+    return model
+
+
+def trained(make: Callable[[], Any], base: Path, folder: Path, seed: int, **config: Any) -> Path:
+    """An adapter on a base, as peft saves it, both factors random."""
+    import peft
+
+    torch.manual_seed(seed)
+    model = peft.get_peft_model(load(make, base), peft.LoraConfig(init_lora_weights=False, **config))
+    model.save_pretrained(folder)
+    return folder
+
+
+def with_adapter(make: Callable[[], Any], base: Path, adapter: Path) -> Any:
+    import peft
+
+    return peft.PeftModel.from_pretrained(load(make, base), adapter)
+
+
+LORA: dict[str, dict[str, Any]] = {
+    "plain": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"]},
+    "rslora": {"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": ["q_proj", "down_proj"]},
+    "patterns": {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": "all-linear",
+        "rank_pattern": {"q_proj": 2, "layers.1.up_proj": 7},
+        "alpha_pattern": {"up_proj": 3},
+    },
+    "some layers": {"r": 4, "lora_alpha": 4, "target_modules": ["v_proj"], "layers_to_transform": [1, 3]},
+    "expression": {"r": 3, "lora_alpha": 5, "target_modules": r".*\.[02]\.self_attn\.(q|k)_proj"},
+}
+
+
+@pytest.mark.parametrize("name", LORA)
+def test_an_adapter_scaled_in_place_is_the_edit_of_the_whole_model(tmp_path: Path, name: str) -> None:
+    """peft's output of the scaled adapter is that of the model that an edit of base and adapter writes."""
+    torch.manual_seed(0)
+    base = save(llama(), tmp_path / "base")
+    adapter = trained(llama, base, tmp_path / "adapter", 1, **LORA[name])
+    lines.edit_adapter(adapter, tmp_path / "scaled", base=base)
+    lines.edit(base, adapter, tmp_path / "dense")
+    wanted, found = said(load(llama, tmp_path / "dense")), said(with_adapter(llama, base, tmp_path / "scaled"))
+    whole = said(with_adapter(llama, base, adapter))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-5)
+    assert float((whole - wanted).abs().max()) > 0.01
+
+
+def test_an_adapter_of_transposed_weights(tmp_path: Path) -> None:
+    """GPT-2's, with fan_in_fan_out."""
+    torch.manual_seed(0)
+    base = save(gpt2(), tmp_path / "base")
+    lora = {"r": 4, "lora_alpha": 8, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}
+    adapter = trained(gpt2, base, tmp_path / "adapter", 1, **lora)
+    lines.edit_adapter(adapter, tmp_path / "scaled", num_layers=4)
+    lines.edit(base, adapter, tmp_path / "dense")
+    wanted, found = said(load(gpt2, tmp_path / "dense")), said(with_adapter(gpt2, base, tmp_path / "scaled"))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(("one", "other"), [("plain", "rslora"), ("patterns", "some layers"), ("plain", "expression")])
+def test_merged_adapters_are_the_dense_sum(tmp_path: Path, one: str, other: str) -> None:
+    """Through peft, and not what its own `linear` gives."""
+    torch.manual_seed(0)
+    base = save(llama(), tmp_path / "base")
+    paths = [trained(llama, base, tmp_path / f"a{n}", n, **LORA[name]) for n, name in enumerate((one, other))]
+    weights = [0.6, 0.7]
+    models = [{"model": str(p), "parameters": {"weight": w}} for p, w in zip(paths, weights, strict=True)]
+    scaling = {"lines": {"alpha": 0.2, "beta": 0.8}, "base_model": str(base)}
+    lines.merge({"models": models, **scaling}, tmp_path / "merged", as_adapter=True)
+    lines.merge({"models": models, **scaling}, tmp_path / "dense")
+    wanted, found = said(load(llama, tmp_path / "dense")), said(with_adapter(llama, base, tmp_path / "merged"))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=5e-5)
+
+
+def test_peft_s_own_sum_has_cross_terms(tmp_path: Path) -> None:
+    """`add_weighted_adapter` with `linear` is another model than the sum of the updates, which ours is."""
+    torch.manual_seed(0)
+    base = save(llama(), tmp_path / "base")
+    paths = [trained(llama, base, tmp_path / f"a{n}", n, **LORA["plain"]) for n in range(2)]
+    models = [{"model": str(path), "parameters": {"weight": 0.5}} for path in paths]
+    lines.merge({"models": models}, tmp_path / "merged", as_adapter=True)
+    lines.merge({"models": models, "base_model": str(base)}, tmp_path / "dense")
+    wanted, ours = said(load(llama, tmp_path / "dense")), said(with_adapter(llama, base, tmp_path / "merged"))
+    model = with_adapter(llama, base, paths[0])
+    model.load_adapter(paths[1], adapter_name="other")
+    model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both", combination_type="linear")
+    model.set_adapter("both")
+    theirs = said(model)
+    torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=2e-5)
+    assert float((theirs - wanted).abs().max()) > 100 * float((ours - wanted).abs().max())
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": llama,
+    "llama, tied": lambda: llama(tie_word_embeddings=True),
+    "llama, with biases": lambda: llama(attention_bias=True, mlp_bias=True),
+    "gpt2": gpt2,
+    "bert": bert,
+    "t5": t5,
+    "resnet": resnet,
+}
+
+
+def perturbed(make: Callable[[], Any]) -> Any:
+    """A fine-tune of all parameters."""
+    torch.manual_seed(0)
+    model = make()
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_adapter_of_full_rank_is_the_fine_tune(tmp_path: Path, name: str) -> None:
+    """With what is no matrix stored whole, peft gives the fine-tune's output, and adapts exactly these modules."""
+    from peft.tuners.lora import LoraLayer
+
+    make = MODELS[name]
+    torch.manual_seed(0)
+    base = save(make(), tmp_path / "base")
+    tuned = perturbed(make)
+    ft = save(tuned, tmp_path / "ft")
+    summary = lines.extract(ft, base, tmp_path / "adapter", rank=1000, save_rest=True)
+    model = with_adapter(make, base, tmp_path / "adapter")
+    adapted = {n.removeprefix("base_model.model.") for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    assert adapted == {module["module"] for module in summary["modules"]}
+    assert {one["changed"] for one in summary["left_out"] if one["saved"] < one["changed"]} == set()
+    torch.testing.assert_close(said(model), said(tuned), rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(said(model.merge_and_unload()), said(tuned), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(("name", "make"), [("llama", llama), ("gpt2", gpt2), ("vit", vit)])
+def test_an_extracted_adapter_is_what_peft_adapts(tmp_path: Path, name: str, make: Callable[[], Any]) -> None:
+    """With a low rank and LiNeS: peft's merged weights are base + c * (the nearest of that rank)."""
+    torch.manual_seed(0)
+    before = make()
+    base = save(before, tmp_path / "base")
+    tuned = perturbed(make)
+    ft = save(tuned, tmp_path / "ft")
+    summary = lines.extract(ft, base, tmp_path / "adapter", rank=4, alpha=0.1)
+    whole = with_adapter(make, base, tmp_path / "adapter").merge_and_unload().state_dict()
+    theirs, ours = before.state_dict(), tuned.state_dict()
+    assert len(summary["modules"]) > 10
+    for module in summary["modules"]:
+        weight = f"{module['module']}.weight"
+        tau = (ours[weight].double() - theirs[weight].double()).flatten(1)
+        u, s, vh = torch.linalg.svd(tau, full_matrices=False)
+        nearest = (u[:, :4] @ torch.diag(s[:4]) @ vh[:4]).view(ours[weight].shape)
+        wanted = theirs[weight].double() + module["coefficient"] * nearest
+        torch.testing.assert_close(whole[weight].double(), wanted, rtol=1e-4, atol=1e-5)
+    assert {module["coefficient"] for module in summary["modules"]} > {0.1, 1.0}
