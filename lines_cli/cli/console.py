@@ -687,11 +687,14 @@ def _why_copied(plan: Plan) -> str:
         if not tensor.spec.paired
         else "is not a float"
         if tensor.info.dtype in EXACT_DTYPES
+        else "is the same in all inputs"
+        if tensor.coefficient not in (0, 1) and tensor.spec.is_the_base_s
         else "has a coefficient of 0 or 1"
         for tensor in plan.tensors
         if not tensor.edited
     )
     number = {"is not merged": "are not merged", "is not a float": "are not floats"}
+    number |= {"is the same in all inputs": "are the same in all inputs"}
     number["has a coefficient of 0 or 1"] = "have a coefficient of 0 or 1"
     said = [f"{many:,} {reason if many == 1 else number[reason]}" for reason, many in reasons.most_common()]
     if len(reasons) == 1:

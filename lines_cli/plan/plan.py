@@ -232,13 +232,24 @@ class Plan:
         buffers = resources.threads * (resources.chunk_for(self.per_entry) * self.per_entry.nbytes() + counts)
         return buffers + self.whole_bytes(resources.threads) + self.turned_bytes(resources.threads)
 
+    @cached_property
+    def formula_bytes(self) -> int:
+        """Bytes that a thread holds at most of what makes a tensor of its input's factors."""
+        sources = (
+            {step for segment in tensor.segments for source in segment.sources for step in source.steps}
+            for tensor in self.tensors
+        )
+        return max((sum(step.held for step in steps) for steps in sources), default=0)
+
     def whole_bytes(self, workers: int) -> int:
-        """Bytes that whole tensors take at most, where the method sees tensors whole: each worker makes one, the
-        largest there are, from all models' and in what space the method needs; and as many results are kept.
+        """Bytes that is held at most of whole tensors: of the factors that make tensors of inputs; and where the method
+        sees tensors whole each worker makes one, the largest there are, from all models' and in what space the method
+        needs, and as many results are kept.
         """
         method = self.recipe.method
+        factors = workers * self.formula_bytes
         if method.sees == "entries":
-            return 0
+            return factors
         each = [
             segment.numel * (8 if tensor.in_float64 else 4) * (self.number_of_models + 2)
             + method.workspace(tensor.shape_of(segment))
@@ -246,7 +257,7 @@ class Plan:
             for segment in tensor.segments
             if segment.models
         ]
-        return sum(sorted(each, reverse=True)[:workers])
+        return factors + sum(sorted(each, reverse=True)[:workers])
 
     @cached_property
     def turned_sides(self) -> int:

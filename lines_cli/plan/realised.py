@@ -162,7 +162,8 @@ class Groups:
         groups: layers in order, stack by stack; then what lies before and behind the blocks; then filters.
         of: tensor -> a number into `groups`; one whose coefficient is its own alone is in none.
         cast: those with a tensor that is no plain copy of any input's.
-        measured: those with a tensor that is computed, or that is a copy of which the base is read.
+        measured: those with a tensor that is computed, or that is a copy of which the base is read; or of which is
+            known that no model changes it.
     """
 
     groups: tuple[Group, ...]
@@ -195,7 +196,10 @@ def groups_of(plan: Plan) -> Groups:
             of[tensor.name] = number
             if any(segment.copy is None or segment.copy.dtype != tensor.info.dtype for segment in tensor.segments):
                 cast.add(number)
-            if any(segment.numel and (segment.copy is None or segment.base is not None) for segment in tensor.segments):
+            if (
+                any(segment.numel and (segment.copy is None or segment.base is not None) for segment in tensor.segments)
+                or tensor.spec.is_the_base_s
+            ):
                 measured.add(number)
     return Groups(tuple(groups), of, frozenset(cast), frozenset(measured))
 

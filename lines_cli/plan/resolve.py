@@ -191,18 +191,12 @@ def _segments(plan: Plan, spec: TensorSpec, coefficient: float) -> tuple[Segment
     if plan.needs:  # measured is what the inputs hold, whatever becomes of it
         return spec.segments
     has_base = plan.inputs.has_base
-    if has_base and (coefficient == 0 or _is_the_base(plan, spec)):
+    unchanged = plan.recipe.method.takes == "task vectors" and spec.is_the_base_s
+    if has_base and (coefficient == 0 or unchanged):
         return tuple(Segment(segment.start, segment.numel, segment.copy or segment.base) for segment in spec.segments)
     if (not has_base or coefficient == 1) and plan.gives_one(spec.values):
         return tuple(_own(spec, segment) for segment in spec.segments)
     return spec.segments
-
-
-def _is_the_base(plan: Plan, spec: TensorSpec) -> bool:
-    """Whether all models have the base's very entries, as with tensors that no adapter changes."""
-    if plan.recipe.method.takes != "task vectors":
-        return False
-    return all(source == segment.base for segment in spec.segments for source in segment.models)
 
 
 def _own(spec: TensorSpec, segment: Segment) -> Segment:

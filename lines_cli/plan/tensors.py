@@ -169,6 +169,11 @@ class TensorSpec(NamedTuple):
     table: TableRows | None = None  # where rows are paired by token: which they are
     of_other_tokens: bool = False  # of a misfit: whether it is that
 
+    @property
+    def is_the_base_s(self) -> bool:
+        """Whether all models have the base's very entries, as with tensors that no adapter changes."""
+        return all(source == segment.base for segment in self.segments for source in segment.models)
+
 
 @gc_paused()
 def specify_tensors(
