@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -67,15 +68,48 @@ class Search:
     seed: int
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """What a sweep does.
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """What candidates are made of.
 
     Attributes:
-        path: the YAML file.
+        where: what messages call the place that says so.
         recipe: what every candidate is made by, values of the grid apart.
         of_an_edit: whether it was said as a base and a fine-tune; then beta is 1 - alpha unless it is said.
         grid: dotted keys of the recipe -> values to try, a range to draw from, or arithmetic over other keys.
+    """
+
+    where: str
+    recipe: Recipe
+    of_an_edit: bool
+    grid: Mapping[str, tuple[Any, ...] | Range | Expression]
+
+    def recipe_of(self, settings: Mapping[str, Any]) -> Recipe:
+        """The recipe of a candidate.
+
+        Args:
+            settings: dotted keys -> values.
+
+        Raises:
+            RecipeError: they make an impossible one.
+        """
+        texts = [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in settings.items()]
+        if isinstance(settings.get("lines.schedule"), (list, tuple)):
+            return recipe_from(_without_ends(self._values), texts)
+        return recipe_from(self._values, texts)
+
+    @cached_property
+    def _values(self) -> dict[str, Any]:
+        named = {name: name for name in (self.recipe.base_model, *(s.model for s in self.recipe.models)) if name}
+        found: dict[str, Any] = read_yaml(dump_recipe(self.recipe, named=named))[0]
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep(Space):
+    """What a sweep does.
+
+    Attributes:
         evaluate: a command with places to fill in, or `module:function`.
         objectives: at least one; several in a search with nsga2 only.
         controls: families that get as many trials as LiNeS.
@@ -86,10 +120,6 @@ class Sweep:
         model: `module:function` that makes the torch module, for an evaluation in this process.
     """
 
-    path: Path
-    recipe: Recipe
-    of_an_edit: bool
-    grid: Mapping[str, tuple[Any, ...] | Range | Expression]
     evaluate: str
     objectives: tuple[Objective, ...]
     controls: tuple[Control, ...]
@@ -107,35 +137,14 @@ class Sweep:
     @property
     def by_task(self) -> bool:
         """Whether candidates are evaluated task by task."""
-        return bool(self.tasks) and ("{task}" in self.evaluate or self.in_process)
+        return bool(self.tasks)
 
     @property
     def baselines(self) -> tuple[str, ...]:
         """Which of `pre` and `ft` the objectives ask for."""
-        parts = {
-            part for objective in self.objectives for name in objective.expression.names for part in name.split(".")
-        }
+        names = [name for objective in self.objectives for name in objective.expression.names]
+        parts = {part for name in names for part in name.split(".")}
         return tuple(which for which in ("pre", "ft") if any(part.endswith(f"_{which}") for part in parts))
-
-    def recipe_of(self, settings: Mapping[str, Any]) -> Recipe:
-        """The recipe of a candidate.
-
-        Args:
-            settings: dotted keys -> values.
-
-        Raises:
-            RecipeError: they make an impossible one.
-        """
-        texts = [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in settings.items()]
-        if any(key == "lines.schedule" and isinstance(value, list) for key, value in settings.items()):
-            return recipe_from(_without_ends(self._values), texts)
-        return recipe_from(self._values, texts)
-
-    @property
-    def _values(self) -> dict[str, Any]:
-        named = {name: name for name in (self.recipe.base_model, *(s.model for s in self.recipe.models)) if name}
-        found: dict[str, Any] = read_yaml(dump_recipe(self.recipe, named=named))[0]
-        return found
 
 
 CALLABLE = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*:[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
@@ -209,7 +218,7 @@ def sweep_from(values: Any, path: Path) -> Sweep:
     if "{task}" in evaluate and not tasks:
         tasks = _tasks_of(recipe)
     return Sweep(
-        path=path,
+        where=str(path),
         recipe=recipe,
         of_an_edit=of_an_edit,
         grid=grid,

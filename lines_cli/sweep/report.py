@@ -188,12 +188,12 @@ def verdict(sweep: Sweep, judged: Sequence[Judged]) -> dict[str, Any]:
     noise = _noise(won, second)
     helped = won.trial.family == LINES
     if difference == 0:
-        said = f"{_called(LINES)} and {_called(second.trial.family if helped else won.trial.family)} did equally well"
+        said = f"{called(LINES)} and {called(second.trial.family if helped else won.trial.family)} did equally well"
         return {"families": found, "won": "undecided", "said": said, "difference": 0.0, "noise": noise}
     said = (
-        f"LiNeS did best: by {difference:.4g} better than {_called(second.trial.family)}"
+        f"LiNeS did best: by {difference:.4g} better than {called(second.trial.family)}"
         if helped
-        else f"LiNeS did not help here: {_called(won.trial.family)} did better"
+        else f"LiNeS did not help here: {called(won.trial.family)} did better"
     )
     if not helped and (own := leaders.get(LINES)) is not None:
         said += f", by {abs(won.objectives[0] - own.objectives[0]):.4g}"
@@ -228,5 +228,6 @@ _NAMES = {
 }
 
 
-def _called(family: str) -> str:
+def called(family: str) -> str:
+    """What people call a family."""
     return _NAMES[family]

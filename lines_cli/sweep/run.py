@@ -26,6 +26,7 @@ from lines_cli.sweep.config import Sweep
 from lines_cli.sweep.evaluate import Result, command_for, function_named, run_command
 from lines_cli.sweep.live import Live
 from lines_cli.sweep.metrics import Metrics, NonsenseError, average
+from lines_cli.sweep.page import page
 from lines_cli.sweep.report import BASELINES, Judge, Judged, best, front, repeats, verdict
 from lines_cli.sweep.store import Evaluation, Store
 from lines_cli.sweep.trials import Trial, trials_of
@@ -33,6 +34,7 @@ from lines_cli.sweep.trials import Trial, trials_of
 Say = Callable[[str], None]
 _MANY = 1000  # trials
 _CANDIDATES, _LOGS = "candidates", "logs"
+REPORT = "report.html"
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,34 @@ class Found:
     folder: Path
     summary: Mapping[str, Any] | None
     notes: tuple[str, ...]
+
+    @property
+    def shown(self) -> list[Judged]:
+        """The best trials of each family, best first; and all that failed, as far as there is room."""
+        objective = self.sweep.objectives[0]
+        shown: list[Judged] = []
+        for family in dict.fromkeys(one.trial.family for one in self.judged):
+            own = [one for one in self.judged if one.trial.family == family and family not in BASELINES]
+            valid = sorted((one for one in own if one.objectives), key=lambda one: one.objectives[0])
+            valid = valid if objective.minimize else valid[::-1]
+            shown += [*valid[:_SHOWN], *[one for one in own if not one.objectives][:_SHOWN]]
+        return shown
+
+    def to_json(self) -> dict[str, Any]:
+        """As `--json` has it (docs/json.md)."""
+        return {
+            "winner": dict(self.winner.trial.settings) if self.winner else None,
+            "objective": self.winner.objectives[0] if self.winner else None,
+            "front": [one.trial.id for one in self.front],
+            **{key: self.said.get(key) for key in ("won", "said", "difference", "noise", "families")},
+            "trials": [one.to_json() for one in self.judged],
+            "folder": str(self.folder),
+            "output": None if self.summary is None else self.summary["output"],
+            "notes": list(self.notes),
+        }
+
+
+_SHOWN = 5  # of a family
 
 
 def folder_of(output: Path) -> Path:
@@ -124,7 +154,7 @@ def _check_recipe(sweep: Sweep, trial: Trial) -> None:
     try:
         sweep.recipe_of(trial.settings)
     except RecipeError as error:
-        raise RecipeError(f"{sweep.path}: {_shown(trial.settings)}: {error.message}", hint=error.hint) from error
+        raise RecipeError(f"{sweep.where}: {_shown(trial.settings)}: {error.message}", hint=error.hint) from error
 
 
 def _evaluations(sweep: Sweep, trials: Sequence[Trial]) -> int:
@@ -274,14 +304,14 @@ class Sweeping:
             if which == "pre":
                 if not inputs.has_base:
                     raise RecipeError(
-                        f"{self.sweep.path}: the objective asks for the base (_pre), and the recipe has none"
+                        f"{self.sweep.where}: the objective asks for the base (_pre), and the recipe has none"
                     )
                 return self._baseline(inputs.checkpoints[0], {"lines.alpha": 0.0, "lines.beta": 0.0})
             if task is not None:
                 return self._baseline(models[self.sweep.tasks[task]], None)
             if len(models) > 1:
                 raise RecipeError(
-                    f"{self.sweep.path}: the objective asks for the fine-tune (_ft), and the recipe has {len(models)}",
+                    f"{self.sweep.where}: the objective asks for the fine-tune (_ft), and the recipe has {len(models)}",
                     hint="Write {task} into evaluate: then each task is judged by its own model.",
                 )
             return self._baseline(next(iter(models.values())), {"lines.alpha": 1.0, "lines.beta": 0.0})
@@ -448,8 +478,8 @@ class Sweeping:
     @property
     def _live(self) -> Live:
         if not hasattr(self, "_held_live"):
-            function = function_named(self.sweep.evaluate, where=f"{self.sweep.path}: evaluate")
-            make = function_named(self.sweep.model, where=f"{self.sweep.path}: model") if self.sweep.model else None
+            function = function_named(self.sweep.evaluate, where=f"{self.sweep.where}: evaluate")
+            make = function_named(self.sweep.model, where=f"{self.sweep.where}: model") if self.sweep.model else None
             self._held_live = Live(function, make, self.plan, self.sweep.timeout)
         return self._held_live
 
@@ -464,7 +494,7 @@ class Sweeping:
         if one.failure is None or one.metrics is not None or "no metric is called" not in one.failure:
             return
         raise RecipeError(
-            f"{self.sweep.path}: the objective cannot be computed: {one.failure}",
+            f"{self.sweep.where}: the objective cannot be computed: {one.failure}",
             hint="Correct the objective and run it again: what was evaluated is kept.",
         )
 
@@ -495,9 +525,12 @@ class Sweeping:
             summary = self._publish(winner)
         else:
             on_front = tuple(front(own, sweep.objectives))
-        return Found(
+        found = Found(
             sweep, tuple(judged), winner, on_front, verdict(sweep, judged), self.folder, summary, tuple(self.notes)
         )
+        with naming(self.folder):
+            (self.folder / REPORT).write_text(page(found), encoding="utf-8")
+        return found
 
     def _publish(self, winner: Judged) -> Mapping[str, Any]:
         """Write the winner, as `lines edit` and `lines merge` do; or find that it is there."""

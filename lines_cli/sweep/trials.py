@@ -11,7 +11,7 @@ from hashlib import sha256
 from typing import Any
 
 from lines_cli.errors import RecipeError, printable
-from lines_cli.sweep.config import Control, Range, Sweep
+from lines_cli.sweep.config import Control, Range, Space, Sweep
 from lines_cli.sweep.expression import Expression, ExpressionError
 
 LINES = "lines"
@@ -47,7 +47,7 @@ def trials_of(sweep: Sweep, notes: list[str]) -> list[Trial]:
     Raises:
         RecipeError: arithmetic of the grid that has no value.
     """
-    own = list(_combinations(sweep))
+    own = list(combinations(sweep))
     trials = [Trial(LINES, settings) for settings in own]
     for control in sweep.controls:
         if why := why_not(sweep, control):
@@ -60,27 +60,32 @@ def trials_of(sweep: Sweep, notes: list[str]) -> list[Trial]:
     return list({trial.id: trial for trial in trials}.values())
 
 
-def _combinations(sweep: Sweep) -> Iterator[dict[str, Any]]:
-    lists = {key: values for key, values in sweep.grid.items() if isinstance(values, tuple)}
+def combinations(space: Space) -> Iterator[dict[str, Any]]:
+    """Every combination of a grid's values.
+
+    Raises:
+        RecipeError: arithmetic that has no value.
+    """
+    lists = {key: values for key, values in space.grid.items() if isinstance(values, tuple)}
     for combination in itertools.product(*lists.values()):
-        yield complete(sweep, dict(zip(lists, combination, strict=True)))
+        yield complete(space, dict(zip(lists, combination, strict=True)))
 
 
-def complete(sweep: Sweep, drawn: Mapping[str, Any]) -> dict[str, Any]:
+def complete(space: Space, drawn: Mapping[str, Any]) -> dict[str, Any]:
     """Settings with what follows from others: arithmetic of the grid; of an edit beta, which is 1 - alpha.
 
     Raises:
         RecipeError: arithmetic that has no value.
     """
-    settings = {key: drawn[key] for key in sweep.grid if key in drawn}
-    for key, said in sweep.grid.items():
+    settings = {key: drawn[key] for key in space.grid if key in drawn}
+    for key, said in space.grid.items():
         if isinstance(said, Expression):
             try:
                 settings[key] = said.number(_known(settings))
             except ExpressionError as error:
-                raise RecipeError(f"{sweep.path}: grid.{key}: {error}") from None
+                raise RecipeError(f"{space.where}: grid.{key}: {error}") from None
     alpha = settings.get("lines.alpha")
-    if sweep.of_an_edit and "lines.beta" not in sweep.grid and isinstance(alpha, (int, float)):
+    if space.of_an_edit and "lines.beta" not in space.grid and isinstance(alpha, (int, float)):
         settings["lines.beta"] = 1 - alpha
     return settings
 
