@@ -38,8 +38,8 @@ def sweep(
       evaluate: "python eval.py {checkpoint}"      # prints a JSON object of metrics, in its last line
       objective: "2 * target / target_ft + mean(control / control_pre)"
 
-    Constant scaling and reversed depth are tried as often (controls: false switches that off), and the report says which
-    did best. No evaluation runs twice: the same command goes on where an earlier one ended.
+    Constant scaling and reversed depth are tried as often (controls: false switches that off), and the report says
+    which did best. No evaluation runs twice: the same command goes on where an earlier one ended.
     """
     from lines_cli.cli import console
     from lines_cli.sweep.config import load_sweep

@@ -233,6 +233,23 @@ def sweep_from(values: Any, path: Path) -> Sweep:
     )
 
 
+def space_from(recipe: Any, grid: Mapping[str, Any]) -> Space:
+    """What candidates are made of, from Python: a recipe, its path or its values, and a grid. Relative paths count from
+    the current folder.
+
+    Raises:
+        RecipeError: they say something impossible.
+    """
+    where, of_an_edit = Path("candidates"), False
+    if isinstance(recipe, Recipe):
+        found = recipe
+    elif isinstance(recipe, Path):
+        found = read_recipe(recipe)
+    else:
+        found, of_an_edit = _recipe(dict(recipe) if isinstance(recipe, Mapping) else recipe, where)
+    return Space(where=str(where), recipe=found, of_an_edit=of_an_edit, grid=_grid(dict(grid), where, None))
+
+
 def _refuse_unknown(values: Mapping[Any, Any], known: Iterable[str], where: str) -> None:
     for key in values:
         if key not in known:
@@ -254,7 +271,7 @@ def _recipe(said: Any, path: Path) -> tuple[Recipe, bool]:
             alpha = lines.get("alpha", 0.1)
             rest = 1 - alpha if isinstance(alpha, (int, float)) else 0.5
             lines = {"alpha": alpha, "beta": rest, **lines}
-        values |= {"base_model": said["base"], "models": [{"model": said["ft"]}], "lines": lines}
+        values |= {"base_model": os.fspath(said["base"]), "models": [{"model": os.fspath(said["ft"])}], "lines": lines}
         return _beside(path, {"like": "ft", **values}), "beta" not in (said.get("lines") or {})
     if isinstance(said, dict):
         return _beside(path, said), False
@@ -275,7 +292,7 @@ def _grid(said: Any, path: Path, search: Search | None) -> dict[str, tuple[Any, 
     found: dict[str, tuple[Any, ...] | Range | Expression] = {}
     for key, values in said.items():
         where = f"{path}: grid.{key}"
-        if isinstance(values, list):
+        if isinstance(values, (list, tuple)):
             if not values:
                 raise RecipeError(f"{where}: an empty list, so there is nothing to try")
             found[str(key)] = tuple(values)
