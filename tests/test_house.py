@@ -280,12 +280,17 @@ def test_json_is_documented(tmp_path: Path) -> None:
         write_checkpoint(tmp_path / side, {f"h.{i}.w": torch.ones(2) for i in range(2)})
     arguments = ["edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / "out", "--json"]
     printed = run_lines(*arguments, "--dry-run").json.keys() | run_lines(*arguments).json.keys()
-    _, making, verifying, pushing, _ = (ROOT / "docs" / "json.md").read_text(encoding="utf-8").split("\n## ")
+    _, making, adapting, verifying, pushing, _ = (ROOT / "docs" / "json.md").read_text(encoding="utf-8").split("\n## ")
     keys = re.compile(r"^\| `(\w+)`", re.MULTILINE)
     assert set(keys.findall(making)) == printed
     assert set(keys.findall(pushing)) == {"schema", "lines", "dry_run", "output", "pushed"}  # tests/hub runs it
     told = run_lines("verify", tmp_path / "out", "--json").json
     assert set(keys.findall(verifying)) == told.keys()
+    sides = {side: {f"h.{i}.w.weight": torch.ones(2, 3) * n for i in range(2)} for n, side in enumerate(("b", "f"))}
+    b, f = (write_checkpoint(tmp_path / side, tensors) for side, tensors in sides.items())
+    arguments = ["extract", f, "--base", b, "--rank", 1, "-o", tmp_path / "adapter", "--json"]
+    printed = run_lines(*arguments, "--dry-run").json.keys() | run_lines(*arguments).json.keys()
+    assert set(keys.findall(adapting)) == printed
     assert all(re.search(rf"\b{key}\b", verifying) for name in ("inputs", "files") for key in told[name][0])
 
 
@@ -308,7 +313,10 @@ OTHER_MEANINGS = {
     "inspection.kinds": {"weight", "scale"},
     "plan.tied_weights": {"weight"},
     "checkpoint.contents": {"weight"},
+    "plan.extraction": {"weight"},
+    "recipe.validate": {"rank"},
     "checkpoint.quantised": {"scale", "weight"},
+    "plan.fp8": {"scale"},
     "checkpoint.adapter": {"weight", "t"},  # a factor of LoHa
     "engine.formulas": {"t"},
     "checkpoint.adapter_names": {"weight"},
@@ -321,7 +329,7 @@ OF_THE_SCALING = {"gamma", "linear"}  # a key of `lines:`, and a schedule
 SAID_OF_METHODS = {
     "about", "chosen", "counting", "counts_by", "elect", "ignored", "keywords", "merge", "models", "needs",
     "norm_of_kept", "one_is_itself", "parameters", "plain_sum", "review", "scale", "scale_of", "sees",
-    "sparsifier", "takes", "temporaries", "workspace",
+    "may_be_a_sum", "shares", "sparsifier", "takes", "temporaries", "workspace",
 }  # fmt: skip
 
 

@@ -80,8 +80,8 @@ BaseOfAdapter = Annotated[
         "--base",
         metavar="BASE",
         show_default="the folder that the adapter's config names, if it is here",
-        help="Of --adapter: what it was trained on. Only headers are read, of a Hub id only the config, unless the "
-        "adapter holds tensors whole.",
+        help="Of --adapter: what it was trained on. Its headers are read, no weights (but of tensors that the adapter "
+        "holds whole).",
         rich_help_panel=ADAPTER,
     ),
 ]
@@ -375,6 +375,17 @@ Filter = Annotated[
         rich_help_panel=SCALING,
     ),
 ]
+Component = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--component",
+        metavar="NAME[=RULE]",
+        show_default="all but codecs and filters",
+        help="Of a pipeline, edit this component and no other that is not named, too; its own alpha,beta may follow. "
+        "NAME=keep or NAME=base takes it as the fine-tune or the base has it. Repeatable.",
+        rich_help_panel=SCALING,
+    ),
+]
 Layers = Annotated[
     str | None,
     typer.Option(
@@ -446,8 +457,9 @@ Resize = Annotated[
     typer.Option(
         "--resize",
         show_default="an error",
-        help="Token embeddings and heads with different numbers of rows: keep the rows of ft or of base. "
-        "Shared rows are edited, rows that only the kept side has are copied, all others dropped.",
+        help="Token embeddings and heads with different numbers of rows, or of other tokens: keep the rows of ft or of "
+        "base. Shared rows are edited, rows that only the kept side has are copied, all others dropped. Where the "
+        "tokenizers number tokens differently, rows are paired by token.",
         rich_help_panel=DISAGREE,
     ),
 ]
@@ -561,11 +573,11 @@ DtypeOfFactors = Annotated[
     ),
 ]
 Dtype = Annotated[
-    Literal["float64", "float32", "float16", "bfloat16"] | None,
+    Literal["float64", "float32", "float16", "bfloat16", "fp8"] | None,
     typer.Option(
         "--dtype",
         show_default="the fine-tune's, tensor by tensor",
-        help="Write every float tensor as this.",
+        help="Write every float tensor as this; fp8: those that an input stores in 8 bits, as it does.",
         rich_help_panel=OUTPUT,
     ),
 ]

@@ -399,8 +399,9 @@ class Worker(Reader):
                 values = self.made(chunk, source, torch.empty(chunk.numel, dtype=torch.float64, device=self.device))
                 if bad := first_nonfinite(values if stays is None else values.masked_fill(stays, 0.0)):
                     step, at = source.steps[-1], chunk.segment.start + chunk.first + bad[0]
+                    file = source.place_of(chunk.first + bad[0])[0] if source.parts else step.file
                     made = f"what {printable(step.name)} makes of tensor {printable(chunk.tensor.name)}"
-                    return f"{self.plan.paths[step.file]}: {made} holds {bad[1]}, first at entry {at:,}"
+                    return f"{self.plan.paths[file]}: {made} holds {bad[1]}, first at entry {at:,}"
         return None
 
     def refuse_nonfinite(self, chunk: PlanChunk) -> None:

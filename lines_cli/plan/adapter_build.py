@@ -23,10 +23,9 @@ from lines_cli.plan.adapter_inputs import AdapterInputs
 from lines_cli.plan.adapter_layout import laid_out
 from lines_cli.plan.adapter_plan import AdapterModule, AdapterPlan, Entries, Part, Product, Role, Term
 from lines_cli.plan.coefficients import unlike_lines
-from lines_cli.plan.resolve import UNSCALED
 from lines_cli.plan.tensors import STORED, Ranges, SourceRange, TensorValues, refuse_idle_filters
 from lines_cli.plan.tied_weights import tied_embeddings
-from lines_cli.recipe.schema import Recipe
+from lines_cli.recipe.schema import UNSCALED, Recipe
 from lines_cli.scaling.find_depth import DepthMap, config_counts, find_depth
 from lines_cli.scaling.partial import completed, layers_held, refuse_other_counts
 from lines_cli.scaling.schedule import Rules

@@ -163,6 +163,7 @@ class Rules:
         stacks: for a stack by its name: a schedule of its own, or one fixed coefficient.
         filters: (pattern, coefficient): for every tensor whose name contains the pattern, the first that matches;
             `*` matches all.
+        components: of several models those that have rules of their own, filters and stacks apart.
     """
 
     schedule: Schedule
@@ -170,16 +171,22 @@ class Rules:
     outside: Outside = "alpha"
     stacks: Mapping[str, Schedule | float] = field(default_factory=dict)
     filters: tuple[tuple[str, float], ...] = ()
+    components: Mapping[str, Rules] = field(default_factory=dict)
+
+    def of(self, component: str | None) -> Rules:
+        """The rules of one of several models."""
+        return self.components.get(component, self) if component is not None else self
 
     def coefficient(self, name: str, depth: DepthMap, *, scale: float = 1.0) -> float:
         """The coefficient of one tensor, in float64, times `scale`: a merge's `lambda` for the tensor."""
         pattern = self.filter_of(name)
         if pattern is not None:
             return scale * dict(self.filters)[pattern]
+        own = self.of(depth.component_of(name)) if self.components else self
         place = depth.places.get(name)
         if place is None:
-            return self.outside_value(depth.side_of(name), scale=scale)
-        return self.inside_value(place.stack, place.index, depth.layers[place.stack], scale=scale)
+            return own.outside_value(depth.side_of(name), scale=scale)
+        return own.inside_value(place.stack, place.index, depth.layers[place.stack], scale=scale)
 
     def filter_of(self, name: str) -> str | None:
         """The pattern that decides a tensor's coefficient, if one does."""

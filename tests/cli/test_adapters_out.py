@@ -80,7 +80,7 @@ EXTRACT = ["extract", "ft", "--base", "base", "-o", "out"]
         (["edit", "base", "ft", "--adapter", "a", "-o", "out"], 2, ["--adapter takes the place of BASE and FT"]),
         (["edit", "base", "ft", "--base", "base", "-o", "out"], 2, ["--base is of --adapter"]),
         (["edit", "base", "ft", "--num-layers", "4", "-o", "out"], 2, ["--num-layers is of --adapter"]),
-        (["edit", "base", "-o", "out"], 2, ["FT is missing", "lines edit --adapter ADAPTER"]),
+        (["edit", "base", "-o", "out"], 2, ["FT is missing", "lines edit [OPTIONS] BASE FT"]),
         (["edit", "-o", "out"], 2, ["BASE is missing"]),
         (["edit", "--adapter", "ft", "--base", "base", "-o", "out"], 2, ["ft is a whole fine-tune", "--rank"]),
         (["edit", "--adapter", "gone", "--num-layers", "4", "-o", "out"], 3, ["gone: there is no such file or folder"]),

@@ -31,7 +31,11 @@ def asked(*, minimize: bool = False) -> Any:
     ("values", "won", "said"),
     [
         ([("lines", 3.0, None), ("constant", 2.0, None)], "lines", "LiNeS did best: by 1 better than constant scaling"),
-        ([("lines", 2.0, None), ("constant", 3.0, None)], "constant", "LiNeS did not help here: constant scaling did better"),
+        (
+            [("lines", 2.0, None), ("constant", 3.0, None)],
+            "constant",
+            "LiNeS did not help here: constant scaling did better",
+        ),
         ([("lines", 3.0, 0.1), ("constant", 2.0, 0.1)], "lines", "which exceeds the noise"),
         ([("lines", 3.0, 1.0), ("constant", 2.0, 1.0)], "undecided", "which is within the noise"),
         ([("lines", 2.0, 1.0), ("reversed", 3.0, 1.0)], "undecided", "LiNeS did not help here"),
@@ -71,7 +75,9 @@ def test_hostile_names_do_no_harm_in_the_page(tmp_path: Path) -> None:
     from lines_cli.sweep.run import Found
 
     name = "<script>alert(1)</script>"
-    one = Judged(Trial("lines", {f"lines.{name}": 0.1, "lines.alpha": 0.2}), {name: 1.0, "target": 2.0}, (1.0,), (None,))
+    one = Judged(
+        Trial("lines", {f"lines.{name}": 0.1, "lines.alpha": 0.2}), {name: 1.0, "target": 2.0}, (1.0,), (None,)
+    )
     other = Judged(Trial("constant", {"lines.alpha": 0.3}), {name: 2.0, "target": 1.0}, (2.0,), (0.1,))
     failed = Judged(Trial("reversed", {}), failure=name)
     found = Found(asked(), (one, other, failed), one, (), {"said": name}, tmp_path, {"layers": []}, (name,))
