@@ -53,7 +53,8 @@ class Live:
         except DataError as error:
             return Result(None, f"the candidate cannot be made: {error.message}", 0.0)
         told = {"id": trial.id, "family": trial.family, "settings": dict(trial.settings), "task": task, "seed": seed}
-        return call(self._function, self._module, told, log=log)
+        with torch.no_grad():
+            return call(self._function, self._module, told, log=log)
 
 
 def tensors_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:

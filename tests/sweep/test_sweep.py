@@ -49,7 +49,8 @@ made, base, ft = read(sys.argv[1]), read("base"), read("ft")
 with open("ran", "a") as file:
     file.write(sys.argv[1] + "\\n")
 print("so much for that")
-print(json.dumps({"target": near(made, ft, (2, 3)), "control": {"a": near(made, base, (0,)), "b": near(made, base, (1,))}}))
+control = {"a": near(made, base, (0,)), "b": near(made, base, (1,))}
+print(json.dumps({"target": near(made, ft, (2, 3)), "control": control}))
 """
 OBJECTIVE = "target - target_ft + mean(control - control_pre)"
 
@@ -378,15 +379,13 @@ def test_candidates_in_a_live_module(here: Path, monkeypatch: pytest.MonkeyPatch
         assert all(torch.equal(tensor, expected[name]) for name, tensor in module.state_dict().items())
         seen.append(candidate.settings["lines.alpha"])
     assert seen == [0.3, 0.0, 1.0]
-    with pytest.raises(ZeroDivisionError):
-        for _ in lines.candidates({"base": "base", "ft": "ft"}, {"lines.alpha": [0.3]}, module):
-            raise ZeroDivisionError
-    import gc
-
-    gc.collect()
+    left = lines.candidates({"base": "base", "ft": "ft"}, {"lines.alpha": [0.3, 0.5]}, module)
+    next(left)
+    left.close()
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
-    with pytest.raises(lines.LinesError, match="the model's model.layers.0.w.weight is torch.float16"):
-        next(lines.candidates({"base": "base", "ft": "ft"}, {"lines.alpha": [0.3]}, module.half()))
+    other = lines.candidates({"base": "base", "ft": "ft"}, {"lines.alpha": [0.3]}, module.half())
+    with pytest.raises(lines.LinesError, match=r"the model's model\.layers\.0\.w\.weight is torch\.float16"):
+        next(other)
 
 
 @pytest.mark.slow
