@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import sys
 import warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -30,6 +33,7 @@ GUIDES = {
     "diffusion",
     "mergekit",
     "forgetting",
+    "sweeping",
     "jobs",
     "notebooks",
     "vocabularies",
@@ -87,6 +91,24 @@ def test_it_forgot_too_much(here: Path) -> None:
     first = "model.layers.0.mlp.weight"
     assert torch.equal(load_file(here / "alpha-0" / "model.safetensors")[first], base[first])
     assert_scaled(load_file(here / "out" / "model.safetensors"), base, ft, [0.3, 0.3 + 0.7 / 3, 0.3 + 1.4 / 3, 1])
+
+
+def test_an_evaluation_that_decides(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/sweeping.md: seven candidates, as many of each control, and the winner's folder beside the report."""
+    pair("base", "ft")
+    (here / "bin").mkdir()
+    (here / "bin" / "python").symlink_to(sys.executable)
+    monkeypatch.setenv("PATH", f"{here / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    (here / "evaluate.py").write_text(
+        "import json, sys, zlib\n"
+        "seen = zlib.crc32(open(sys.argv[1] + '/model.safetensors', 'rb').read()) / 2**32\n"
+        "print(json.dumps({'target': 1 + seen, 'control': {'a': 2 - seen, 'b': 1.5}}))\n"
+    )
+    run_page("sweeping.md")
+    trials = [json.loads(line) for line in (here / "best.sweep" / "trials.jsonl").read_text().splitlines()[1:]]
+    families = [trial["family"] for trial in trials]
+    assert families == ["pre", "ft", *["lines"] * 7, *["constant"] * 7, *["reversed"] * 7]
+    assert (here / "best" / "lines_recipe.yaml").is_file()
 
 
 class ImageEncoder(torch.nn.Module):
