@@ -321,6 +321,9 @@ OTHER_MEANINGS = {
     "engine.formulas": {"t"},
     "checkpoint.adapter_names": {"weight"},
     "plan.adapted": {"weight"},
+    "sweep.config": {"seed"},  # of a search, and of repeated evaluations
+    "sweep.live": {"seed"},
+    "sweep.store": {"seed"},
     "inspection.report": {"lambda"},  # a key of the report
     "inspection.tables": {"lambda"},
     "recipe.schema": {"task_arithmetic"},  # what a recipe is that says no method

@@ -171,7 +171,8 @@ def _optuna() -> Any:
         import_module("optuna.storages.journal")
     except ImportError as error:
         raise RecipeError(
-            "search: Optuna is not installed", hint="pip install 'lines-cli[sweep]'; or give grid: lists of values."
+            "search: Optuna is not installed",
+            hint="Install it (pip install optuna); or give grid: lists of values, and no search.",
         ) from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
