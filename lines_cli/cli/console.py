@@ -673,7 +673,7 @@ def _stacks(plan: Plan, realised: Sequence[Row] = ()) -> None:
     """The stacks with their coefficients; and once it is known, what rounding left of these."""
     found, left = plan.summary(), summary.of_realised(plan, realised)
     layers = {(layer["stack"], layer["index"]): layer["realised"] for layer in left["layers"]}
-    lost = {(layer["stack"], layer["index"]): layer["error"] for layer in left["layers"]}
+    lost = {(layer["stack"], layer["index"]): layer.get("error") for layer in left["layers"]}
     headings = ("stack", "layers", "tensors", "parameters", "c first", "c last", *(["realised"] if realised else []))
     rows: list[tuple[str, ...]] = []
     to = " to " if _width() > _TIGHT else ".."
