@@ -846,6 +846,19 @@ def test_inspect_compares_by_token(tmp_path: Path) -> None:
     assert report["fine_tunes"][0]["compared"]["parameters"] == 10 * (2 * WIDTH + 1) + 16 * WIDTH + 6 + WIDTH
 
 
+def test_inspect_tells_the_alpha_of_a_union(tmp_path: Path) -> None:
+    """`lines inspect --config` measures what the merge of that recipe measures."""
+    model(tmp_path / "base", WORDS, seed=0)
+    model(tmp_path / "a", WORDS[::-1], ("<p>",), seed=1)
+    model(tmp_path / "b", ["x", *WORDS[2:]], ("<p>",), seed=2)
+    recipe = {"merge_method": "ties", "lines": {"alpha": "auto", "beta": 0.5}, "tokenizer_source": "union"}
+    made = merge(tmp_path, "ab", "--json", **recipe).json
+    ran = run_lines("inspect", "--config", tmp_path / "merge.yaml", "--json")
+    assert (ran.code, ran.trace) == (0, ""), ran.err
+    assert ran.json["scaling"]["alpha"] == made["alpha"]
+    assert ran.json["fine_tunes"][0]["compared"]["parameters"] == 8 * (2 * WIDTH + 1) + 16 * WIDTH + 6 + WIDTH
+
+
 def test_an_adapter_is_not_extracted_across_ids(tmp_path: Path) -> None:
     """The head's update would be one of other tokens: refused, and the way that the message gives works."""
     model(tmp_path / "base", WORDS, seed=1)
