@@ -121,7 +121,9 @@ def _together(path: Path, name: str, hub_id: str | None, components: Sequence[Co
             )
         tensors |= held
         for own, made in model.formulas.items():
-            steps = tuple(step.placed(range(first, first + len(model.files)).__getitem__) for step in made.steps)
+            numbers = range(first, first + len(model.files))
+            placed = (step.placed(numbers.__getitem__) for step in made.steps)
+            steps = tuple(replace(step, name=prefix + step.name) for step in placed)
             formulas[prefix + own] = Made(_behind(made.stored, first), steps)
         beside_them |= {prefix + own: _behind(stored, first) for own, stored in model.beside.items()}
         first += len(model.files)
