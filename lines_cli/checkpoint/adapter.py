@@ -432,7 +432,7 @@ class _Reading:
             return said, config.scale(self._said_by(config).alphas[module], said)
         if (module, depth) in self.plain_names or component_of(module)[0].name:
             return rank, 1.0  # as diffusers and ComfyUI take it: alpha is the rank
-        raise CheckpointError(
+        raise UnsupportedError(
             f"{self.file}: nothing says how it is scaled: there is no {CONFIG} beside it, and {printable(module)} has "
             "no alpha",
             hint=f"Put its {CONFIG} beside it, or give the folder that it came in.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,11 @@ class Opening:
             base, found = self(halves[0]), locate(halves[1], quiet=self._quiet)
             return on_base(open_adapter(found.path, name=found.name, hub_id=found.hub_id), base, name=name)
         found = locate(name, quiet=self._quiet, also=self._also, variant=self._variant, only=only)
-        if not (self._to_look_at and self._base is None) and adapter_at(found.path, self._known) is not None:
+        weights = adapter_at(found.path, self._known)
+        if weights is not None and self._to_look_at and self._base is None:
+            alone = open_checkpoint(weights, name=found.name, hub_id=found.hub_id, to_look_at=True)
+            return replace(alone, path=found.path)
+        if weights is not None:
             if self._base is None or name == self._base:
                 raise UnsupportedError(
                     f"{name} is an adapter, not a whole checkpoint: it changes a base, and none is named",

@@ -236,7 +236,7 @@ def test_codes_that_are_nan_and_scales_that_are_infinite(allow: bool, tmp_path: 
         ran = run_lines("edit", base, ft, "-o", tmp_path / kind / "out", "--alpha", 0.25, "--beta", 0.5, *flags)
         if not allow:
             assert (ran.code, ran.trace) == (5, "")
-            what = "holds NaN, first at entry 26,003" if kind == "code" else "what it makes of tensor"
+            what = "holds NaN, first at entry 26,003" if kind == "code" else "makes of tensor"
             assert what in ran.err
             assert name in ran.err
             assert "base/model.safetensors" in ran.err
