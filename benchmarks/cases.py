@@ -104,6 +104,7 @@ class Suite:
             *(self.scaling(shape) for shape in sizes.scaling),
             self.huge(),
             self.edit_fp32(),
+            self.pickles(),
             self.verify(),
             three,
             self.cold(three),
@@ -175,6 +176,24 @@ class Suite:
             writes=models[0].nbytes // 2,
             rounds=self.sizes.fewer,
             about="The floor reads both models, and writes half of the bytes of one.",
+        )
+
+    def pickles(self) -> Case:
+        models = [Model("base", self.sizes.three), Model("ft1", self.sizes.three)]
+        pickles = [replace(model, form="bin") for model in models]
+        return Case(
+            "pickles",
+            "`lines edit`, from {size} of `pytorch_model.bin`",
+            [*models, *pickles],
+            [
+                *_floors(models),
+                self._lines("lines edit", f"edit {_names(models)} -o out"),
+                self._lines("lines edit, from .bin", f"edit {_names(pickles)} -o out"),
+            ],
+            writes=models[0].nbytes,
+            rounds=self.sizes.fewer,
+            reference="lines edit",
+            about="The same tensors as safetensors, and as torch.save wrote them; the outputs are the same bytes.",
         )
 
     def verify(self) -> Case:

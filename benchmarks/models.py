@@ -1,6 +1,6 @@
 """The synthetic checkpoints that the benchmarks read, in benchmarks/models. Made when a case first needs them.
 
-    python models.py ft1 llama-28-2048 bf16      # one of them, by hand: ROLE SHAPE DTYPE
+    python models.py ft1 llama-28-2048 bf16      # one of them, by hand: ROLE SHAPE DTYPE [FORM]
 
 Values are normal, standard deviation 0.02, and a fine-tune adds an update of 0.002 to its base. They are cut out of
 one stretch of PERIOD random numbers, which makes a model as fast as the disk takes it: nothing that is timed looks at
@@ -33,21 +33,23 @@ class Model:
     """One checkpoint: `base`, or a fine-tune of it (`ft1`, `ft2`, ...), of some shape and dtype.
 
     Shapes are `llama-LAYERS-WIDTH`; `tiny-COUNT`, tensors of 64 entries in one file; `huge-MEGABYTES`, one tensor;
-    and `headers-COUNT`, tensors of no entries in 50 shards.
+    and `headers-COUNT`, tensors of no entries in 50 shards. `form` is how its files end: `safetensors`, or `bin`, which
+    torch.save writes.
     """
 
     role: str
     shape: str
     dtype: str = "bf16"
+    form: str = "safetensors"
 
     @property
     def name(self) -> str:
         """The folder in benchmarks/models."""
-        return f"{self.role}-{self.shape}-{self.dtype}"
+        return f"{self.role}-{self.shape}-{self.dtype}" + ("" if self.form == "safetensors" else f"-{self.form}")
 
     @property
     def files(self) -> list[Path]:
-        return sorted((WORK / self.name).glob("*.safetensors"))
+        return sorted((WORK / self.name).glob(f"*.{self.form}"))
 
     @property
     def nbytes(self) -> int:
@@ -88,7 +90,7 @@ class Model:
             print(f"making {self.name}, {self.nbytes / 1e9:.2f} GB", flush=True)
             shutil.rmtree(folder, ignore_errors=True)
             # Whoever times other processes imports no torch: that is done by a process of its own.
-            subprocess.run([sys.executable, __file__, self.role, self.shape, self.dtype], check=True)
+            subprocess.run([sys.executable, __file__, self.role, self.shape, self.dtype, self.form], check=True)
 
 
 def _llama(layers: int, width: int) -> dict[str, tuple[int, ...]]:
@@ -135,15 +137,32 @@ def _values(role: str, dtype: str) -> memoryview:
     return values.to(getattr(torch, DTYPES[dtype][1])).view(torch.uint8).numpy().data
 
 
+def _save(path: Path, shapes: dict[str, tuple[int, ...]], values: memoryview, dtype: str) -> None:
+    """Have torch save a file's tensors, of the same numbers as in safetensors."""
+    import torch
+
+    every = torch.frombuffer(values, dtype=getattr(torch, DTYPES[dtype][1]))
+    held = {}
+    for name, shape in shapes.items():
+        start, numel = zlib.crc32(name.encode()) % PERIOD, math.prod(shape)
+        again = -(-(start + numel) // PERIOD)
+        held[name] = every.repeat(again)[start : start + numel].clone().view(shape)
+    torch.save(held, path)
+
+
 def _write(model: Model) -> None:
     folder = WORK / model.name
     folder.mkdir(parents=True)
     in_header, _, width = DTYPES[model.dtype]
     values, tensors, shards = _values(model.role, model.dtype), model.tensors(), model.shards()
     weight_map = {}
+    stem = "model" if model.form == "safetensors" else "pytorch_model"
     for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        file = f"{stem}-{number:05d}-of-{len(shards):05d}.{model.form}" if len(shards) > 1 else f"{stem}.{model.form}"
         weight_map.update(dict.fromkeys(names, file))
+        if model.form == "bin":
+            _save(folder / file, {name: tensors[name] for name in names}, values, model.dtype)
+            continue
         head, _ = lay_out([(name, in_header, tensors[name]) for name in names], {"format": "pt"})
         with open(folder / file, "wb") as out:
             out.write(head)
@@ -155,9 +174,9 @@ def _write(model: Model) -> None:
                     start = 0
     if len(shards) > 1:
         index = {"metadata": {"total_size": model.nbytes}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        (folder / f"{stem}.{model.form}.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(_config(model), indent=2))
 
 
 if __name__ == "__main__":
-    _write(Model(*sys.argv[1:4]))
+    _write(Model(*sys.argv[1:5]))

@@ -5,7 +5,7 @@
     |-- CheckpointError      3   an input cannot be found or read
     |   |-- ChangedInputError    it is not, or no longer, what it was when the run began
     |   |-- HubError
-    |   `-- UnsupportedError     readable, but a kind of checkpoint lines does not edit (quantised, adapter, pickle)
+    |   `-- UnsupportedError     readable, but a kind of checkpoint lines does not edit (quantised, a pickled module)
     |-- MismatchError        4   two inputs disagree (names, shapes), or with each other's config
     |   `-- DepthError           no single reading of which tensor stands at which depth
     |-- DataError            5   the numbers themselves: NaN, Inf, overflow; or they are not what a recipe makes

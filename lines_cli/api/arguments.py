@@ -19,6 +19,9 @@ Pairs = Mapping[str, Any] | Iterable[str]
 """What `--stack` and `--filter` say: `NAME=VALUE` texts, or names with their values."""
 
 
+Components = Mapping[str, Any] | Iterable[str]
+"""What `--component` says: `NAME` and `NAME=RULE` texts, or names with their rules."""
+
 Series = str | Sequence[str] | Sequence[Sequence[str]]
 """What `--series` says: `A,B,C`, or the names; or several of either (`parse_series`)."""
 
@@ -79,6 +82,27 @@ def pairs(flag: str, given: Pairs | None) -> dict[str, Any] | None:
             raise RecipeError(f"{flag} {text}: expected {flag} NAME=VALUE, and each NAME once")
         pairs[name] = {"alpha": ends[0], "beta": ends[1]} if len(ends) == 2 else value
     return pairs or None
+
+
+def components(given: Components | None) -> dict[str, Any] | None:
+    """`NAME`, `NAME=keep` and `NAME=alpha,beta` as the recipe has them: one that is to be edited leaves all others as
+    they are. A mapping from Python is so already.
+    """
+    if isinstance(given, Mapping):
+        return dict(given) or None
+    found: dict[str, Any] = {}
+    for text in [given] if isinstance(given, str) else given or ():
+        name, equals, value = text.partition("=")
+        ends = value.split(",")
+        if not name or name in found or (equals and not all(ends)) or len(ends) > 2:
+            raise RecipeError(f"--component {text}: expected --component NAME or NAME=RULE, and each NAME once")
+        if not equals or value in ("edit", "keep", "base"):
+            found[name] = value or "edit"
+        else:
+            found[name] = dict(zip(("alpha", "beta"), ends, strict=False))
+    if any(rule not in ("keep", "base") for rule in found.values()):
+        found.setdefault("*", "keep")
+    return found or None
 
 
 def num_layers(given: int | Mapping[str, int] | Iterable[str] | None) -> Any:

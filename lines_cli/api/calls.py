@@ -18,7 +18,7 @@ from lines_cli.api import arguments, summary
 from lines_cli.errors import DataError, OutputError, RecipeError, as_argument, size
 
 if TYPE_CHECKING:
-    from lines_cli.api.arguments import Pairs, Series
+    from lines_cli.api.arguments import Components, Pairs, Series
     from lines_cli.api.push import Push
     from lines_cli.api.summary import Summary
     from lines_cli.checkpoint.reader import Checkpoint
@@ -42,7 +42,7 @@ Named = str | Path
 Outside = Literal["alpha", "position", "base", "keep"]
 Missing = Literal["ft", "copy", "skip"]
 Resize = Literal["ft", "base"]
-Dtype = Literal["float64", "float32", "float16", "bfloat16"]
+Dtype = Literal["float64", "float32", "float16", "bfloat16", "fp8"]
 Rounding = Literal["nearest", "stochastic"]
 
 
@@ -58,6 +58,7 @@ def edit(
     outside: Outside | None = None,
     stack: Pairs | None = None,
     filter: Pairs | None = None,  # noqa: A002 - the option's name
+    component: Components | None = None,
     layers: str | None = None,
     series: Series | None = None,
     not_layers: str | None = None,
@@ -94,6 +95,8 @@ def edit(
         layers, series, not_layers: where depth is not as the names say (docs/finding-depth.md); a series is `"A,B"`, or
             a list of names, or several of these.
         stack, filter: a mapping such as `{"visual": "keep"}`, or texts as on the command line.
+        component: of a pipeline: a mapping as under `components:` in a recipe, such as `{"vae": "base"}`; or texts as
+            on the command line, such as `"unet"`.
         prefix, missing, missing_in_blocks, resize, allow_nonfinite: what is done where inputs disagree, or hold NaN.
         variant: of folders with several sets of weights, which.
         dtype, rounding, rounding_seed, max_shard_size: how the output is stored.
@@ -121,6 +124,7 @@ def edit(
         outside=outside,
         stacks=arguments.pairs("--stack", stack),
         filter=arguments.pairs("--filter", filter),
+        components=arguments.components(component),
         layers=layers,
         series=series,
         not_layers=not_layers,
@@ -368,6 +372,7 @@ def inspect(
     outside: Outside | None = None,
     stack: Pairs | None = None,
     filter: Pairs | None = None,  # noqa: A002 - the option's name
+    component: Components | None = None,
     layers: str | None = None,
     series: Series | None = None,
     not_layers: str | None = None,
@@ -413,6 +418,7 @@ def inspect(
         "outside": outside,
         "stacks": arguments.pairs("--stack", stack),
         "filter": arguments.pairs("--filter", filter),
+        "components": arguments.components(component),
         "layers": layers,
         "series": series,
         "not_layers": not_layers,
@@ -491,19 +497,21 @@ def _named_only(names: Any, config: Any) -> Checkpoint:
     from dataclasses import replace
 
     from lines_cli.checkpoint.header import StoredTensor, TensorInfo
-    from lines_cli.checkpoint.reader import Checkpoint, open_checkpoint
+    from lines_cli.checkpoint.pipeline import open_whole
+    from lines_cli.checkpoint.reader import Checkpoint
     from lines_cli.hub.download import locate
 
     said = config_values(config, names)
     if isinstance(names, (str, Path)):
         found = locate(str(names), quiet=True, only="headers")
-        checkpoint = open_checkpoint(
+        checkpoint = open_whole(
             found.path,
             name=found.name,
             hub_id=found.hub_id,
             to_look_at=True,
             part=found.part,
             heads=found.heads,
+            heads_of=found.heads_of,
         )
         return checkpoint if config is None else replace(checkpoint, config=said)
     names = state_dict_of(names)

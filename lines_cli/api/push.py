@@ -148,7 +148,7 @@ def contents_of(folder: Path, track: Track | None = None, *, read: bool = True) 
         raise CheckpointError(error.message, hint=_A_FOLDER) from error
     if not record.files:
         raise CheckpointError(f"{folder}: its {RECIPE} does not say which files were written", hint=_A_FOLDER)
-    there = {name: entry for name, entry in survey(folder).items() if not stat.S_ISDIR(entry.kind)}
+    there = {name: entry for name, entry in survey(folder.resolve()).items() if not stat.S_ISDIR(entry.kind)}
     wrong: dict[str, str] = {}
 
     def compared() -> Iterator[int]:
@@ -262,22 +262,23 @@ class Push:
             return told
         number = f"{len(files)} file{'s' if len(files) > 1 else ''}"
         self.say(f"pushing {contents.folder} to {target}: {number}, {size(nbytes)}")
-        before = survey(contents.folder)
+        real = contents.folder.resolve()
+        before = survey(real)
         try:
             commit = upload(
-                contents.folder,
+                real,
                 files,
                 target,
                 remote,
                 removed=removed,
-                message=f"Upload {contents.folder.resolve().name} with lines",
+                message=f"Upload {real.name} with lines",
                 description=_description(contents.record, target),
                 then=then,
             )
         except KeyboardInterrupt as interrupt:
             attach_aftermath(interrupt, Aftermath(in_place=contents.folder, unpushed=command))
             raise
-        now = survey(contents.folder)
+        now = survey(contents.folder.resolve())
         if moved := sorted(name for name in files if now.get(name) != before.get(name)):
             raise PushError(
                 f"{contents.folder} was changed while it was pushed, so {target} may hold parts of two outputs:\n"
@@ -322,13 +323,14 @@ class Push:
 
     def _refuse_others(self, output: Path, names: Iterable[str], remote: Remote, theirs: Recipe | None) -> None:
         """Refuse to put weights beside, or in the place of, weights that lines did not put there."""
+        from lines_cli.hub.upload import is_weights
+
         written = theirs.files if theirs is not None else {}
         ours = set(names)
         others = [
             name
             for name, file in remote.files.items()
-            if "/" not in name
-            and name.endswith((".safetensors", ".safetensors.index.json"))
+            if is_weights(name)
             and name not in written
             and not (name in ours and _is_same(output / name, file.nbytes, file.sha256))
         ]

@@ -93,7 +93,11 @@ def of_realised(plan: Plan, rows: Sequence[Row]) -> Summary:
                 {"name": stack.name, **total([row for row in rows if row.group.stack == stack.name])}
                 for stack in plan.depth.stacks
             ],
-            "outside": total([row for row in rows if row.group.outside is not None]),
+            "outside": total([row for row in rows if row.group.outside is not None and row.group.component is None]),
+            "components": [
+                {"name": name, **total([row for row in rows if row.group.component == name])}
+                for name in plan.rules.components
+            ],
             "filters": [
                 {"pattern": pattern, **total([row for row in rows if row.group.filter == pattern])}
                 for pattern, _ in plan.filters()

@@ -11,7 +11,8 @@ import yaml
 
 from lines_cli.checkpoint.reader import Checkpoint
 from lines_cli.checkpoint.sidecars import Sidecar
-from lines_cli.storage.names import MODEL_CARD, RECIPE
+from lines_cli.storage.beside import beside
+from lines_cli.storage.names import MODEL_CARD, MODEL_INDEX, RECIPE
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,9 @@ class Card:
         outside: the coefficients outside the blocks, before and behind them.
         filters: parts of names, and the coefficient of the tensors that have them.
         front: what the card of the one that the output is like says of licence, language and use.
+        whole: of several models in one folder those that are taken as an input has them: name, and that input.
+        apart: of several models those that have other coefficients outside their blocks: name, and these.
+        code: files of code that are carried over.
     """
 
     title: str
@@ -44,6 +48,9 @@ class Card:
     outside: tuple[float, float]
     filters: Iterable[tuple[str, float]]
     front: Mapping[str, Any] = field(default_factory=dict)
+    whole: Sequence[tuple[str, Checkpoint]] = ()
+    apart: Sequence[tuple[str, tuple[float, float]]] = ()
+    code: Sequence[str] = ()
 
 
 def model_card(card: Card) -> Sidecar:
@@ -62,6 +69,9 @@ def model_card(card: Card) -> Sidecar:
         f"| {_code(name)} | {len(values)} | {values[0]:.6g} | {values[-1]:.6g} |" for name, values in card.coefficients
     ]
     rows.append(f"| outside the blocks | | {card.outside[0]:.6g} | {card.outside[1]:.6g} |")
+    rows += [
+        f"| outside the blocks of {_code(name)} | | {first:.6g} | {last:.6g} |" for name, (first, last) in card.apart
+    ]
     rows += [f"| names with {_code(pattern)} | | {value:.6g} | {value:.6g} |" for pattern, value in card.filters]
     table = ["", "| stack | layers | first coefficient | last coefficient |", "|---|---|---|---|", *rows]
     text = f"""---
@@ -75,7 +85,7 @@ def model_card(card: Card) -> Sidecar:
 |---|---|
 {chr(10).join(models)}
 {chr(10).join(table if card.base else [])}
-
+{_beside(card)}
 [`{RECIPE}`]({RECIPE}) beside this card runs it again: `lines merge --config {RECIPE} -o OUT`. In this folder,
 `lines verify .` says whether the files here are what it makes.
 {_SOURCE if card.scaled else ""}"""
@@ -173,6 +183,18 @@ arXiv:2410.17146.
 """
 
 
+def _beside(card: Card) -> str:
+    """What is said of components that were taken whole, and of code; each a paragraph."""
+    said = [f"`{_plain(name)}` is that of {_code(_public_name(of))}, as it is." for name, of in card.whole]
+    if card.code:
+        files = ", ".join(map(_code, card.code))
+        said.append(
+            f"Custom code lies beside the weights, as {_code(_public_name(card.like))} has it: {files}. Read it before "
+            "you let a loader run it."
+        )
+    return "".join(f"\n{text}\n" for text in said)
+
+
 def _how(card: Card) -> str:
     models = "One model" if len(card.models) == 1 else f"{len(card.models)} models"
     how = f"{models}, merged by `{card.method}`. {card.about}"
@@ -205,6 +227,8 @@ _IN_THE_CACHE = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snap
 def _library(ft: Checkpoint) -> str | None:
     if ft.stem == "open_clip_model":
         return "open_clip"
+    if ft.components and ft.folder is not None:
+        return "diffusers" if beside(ft.folder, MODEL_INDEX) is not None else "sentence-transformers"
     if "_diffusers_version" in ft.config:
         return "diffusers"
     return "transformers" if "model_type" in ft.config else None

@@ -103,6 +103,28 @@ class Heads:
 
 
 @dataclass(frozen=True)
+class Component:
+    """One model of several that a checkpoint holds: a U-Net, a text encoder, a module.
+
+    Attributes:
+        name: as people call it: `unet`.
+        prefix: what stands before its tensors' names among those of the whole: `unet.`; empty where they say it
+            themselves.
+        folder: its folder within that of the whole; empty for that one itself; None in a single file.
+        checkpoint: it by itself, with its own names, config and files.
+        begins: what its tensors' names begin with among those of the whole, any of these; empty for all others.
+        after: whether it runs on what another gives, as a dense layer does behind a transformer.
+    """
+
+    name: str
+    prefix: str
+    folder: str | None
+    checkpoint: Checkpoint
+    begins: tuple[str, ...]
+    after: bool = False
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """An opened checkpoint: where every tensor lies, and what its config says.
 
@@ -126,6 +148,7 @@ class Checkpoint:
         notes: what a person should know of how it was read.
         is_here: whether the files are; else only their headers were fetched, and no tensor can be read.
         config_changes: what is otherwise in `config` than in the folder's file, by the path of keys.
+        components: of one that holds several models, each by itself; `tensors` are those of all.
     """
 
     name: str
@@ -147,6 +170,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     is_here: bool = True
     config_changes: Mapping[tuple[str, ...], Any] = field(default_factory=dict)
+    components: tuple[Component, ...] = ()
 
     @property
     def folder(self) -> Path | None:
@@ -229,6 +253,7 @@ def open_checkpoint(
     variant: str | None = None,
     part: str | None = None,
     heads: Heads | None = None,
+    stems: Sequence[str] = WEIGHT_STEMS,
 ) -> Checkpoint:
     """Open the checkpoint at `path`: headers, index and config, no data.
 
@@ -242,6 +267,7 @@ def open_checkpoint(
             opened as without.
         part: which of several state dicts in a file that `torch.save` wrote.
         heads: of a folder without its weight files, their headers.
+        stems: what a folder's weights may be called, the first of these that is there.
 
     Raises:
         CheckpointError: it is missing, malformed, incomplete, or its index and its shards disagree.
@@ -256,7 +282,7 @@ def open_checkpoint(
     elif os.path.isdir(path):
         if to_look_at and (alone := _lone_gguf(path)) is not None:
             return _open_gguf(alone, name, hub_id, to_look_at=True)
-        files, stem = _weight_files(path, variant)
+        files, stem = _weight_files(path, variant, stems)
         config = _config_in(path)
     elif os.path.isfile(path) and is_index(path.name):
         files, stem = _shards_beside(path), _stem_of(path.name)
@@ -460,7 +486,9 @@ def _stat(path: Path) -> os.stat_result:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}", hint=_UNREADABLE) from error
 
 
-def choose_weights(names: Collection[str], variant: str | None = None) -> str | None:
+def choose_weights(
+    names: Collection[str], variant: str | None = None, stems: Sequence[str] = WEIGHT_STEMS
+) -> str | None:
     """Of a folder's file names, the one that says what its weights are: an index, or the only weight file. None if
     no choice is clear. The variant that is asked for comes first, if it is there; one that is the only set is taken.
 
@@ -471,7 +499,7 @@ def choose_weights(names: Collection[str], variant: str | None = None) -> str | 
         return variants[variant]
     indices = [name for name in weights if name.endswith(_INDEX_SUFFIXES)]
     files = [name for name in weights if not is_index(name)]
-    for stem, suffix in (*((stem, _SUFFIX) for stem in WEIGHT_STEMS), *((stem, ".bin") for stem in PICKLE_STEMS)):
+    for stem, suffix in (*((stem, _SUFFIX) for stem in stems), *((stem, ".bin") for stem in PICKLE_STEMS)):
         own = [name for name in (f"{stem}{suffix}.index.json", stem + suffix) if name in weights]
         if own:
             return own[0] if len(own) == 1 else None
@@ -511,13 +539,13 @@ def shards_of(index: Path) -> dict[str, set[str]]:
     return shards
 
 
-def _weight_files(folder: Path, variant: str | None = None) -> tuple[dict[Path, set[str] | None], str]:
+def _weight_files(folder: Path, variant: str | None, stems: Sequence[str]) -> tuple[dict[Path, set[str] | None], str]:
     """The folder's weight files, each with the tensors the index expects in it, and their stem."""
     try:
         names = set(os.listdir(folder))
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be read: {error.strerror}", hint=_UNREADABLE) from error
-    chosen = choose_weights(names, variant)
+    chosen = choose_weights(names, variant, stems)
     if chosen is None:
         refuse_folder(str(folder), names, components=_with_weights(folder, names))
     _refuse_lone_shard(folder, chosen)

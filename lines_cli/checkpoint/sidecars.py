@@ -23,7 +23,7 @@ from lines_cli.checkpoint.reader import Checkpoint, quantisation_said
 from lines_cli.errors import CheckpointError, printable, some
 from lines_cli.storage.beside import beside, leads_out, read_json, read_object, refuse_link_out
 from lines_cli.storage.files import FETCH_LFS, LFS_POINTER, read_small
-from lines_cli.storage.names import CONFIG
+from lines_cli.storage.names import CONFIG, MODEL_INDEX, MODULES
 
 GENERATION = "generation_config.json"
 _TOKENIZER_CONFIG, _CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
@@ -44,12 +44,15 @@ CARRIED_FILES = (
 )
 """Patterns of file names, relative to the folder, that an output folder takes over from an input."""
 
-NEVER_CARRIED = tuple(
-    """
+_QUANTISED = ("quant*config*.json", "*quant_config*.json")
+NEVER_CARRIED = (
+    tuple(
+        """
     *.safetensors *.index*.json *.bin *.pt *.pth *.ckpt *.pkl *.pickle *.joblib *.h5 *.msgpack *.onnx *.gguf *.np[yz]
     training_args* trainer_* optimizer* scheduler* rng_state* adapter_* zero_* *results*.json
-    quant*config*.json *quant_config*.json
     """.split()
+    )
+    + _QUANTISED
 )
 """Weights, pickles, training state, and what says that weights are quantised, whatever pattern above they match."""
 
@@ -60,16 +63,15 @@ _VOCABULARY_FILES = tuple(
 )
 _PROCESSOR_FILES = ("*processor*.json",)
 _TEMPLATE_FILES = ("chat_template*", "additional_chat_templates/*.jinja")
-MODULES = "modules.json"
 _DEEPEST = 4  # folders within a module's
 
 _NOT_MISSED = tuple(
     """
     .* *.md *.png *.jp*g *.gif *.webp *.svg *.pdf *.mp4 *.log *.index*.json pytorch_model* *_model.h5
-    model*.safetensors pytorch_model*.safetensors diffusion_pytorch_model*.safetensors consolidated*.safetensors
-    *.gguf *.onnx *.msgpack *.ot training_args* trainer_* optimizer* scheduler* scaler.pt rng_state* adapter_* zero_*
-    *results*.json latest events.out* mergekit_config.y*ml lines_recipe.yaml
-    checkpoint-* global_step* onnx openvino runs wandb eval* logs
+    model*.safetensors pytorch_model*.safetensors diffusion_pytorch_model* consolidated*.safetensors openvino_* *.gguf
+    *.onnx *.onnx_data *.msgpack *.ot training_args* trainer_* optimizer* scheduler* scaler.pt rng_state* adapter_*
+    zero_* *results*.json latest events.out* mergekit_config.y*ml lines_recipe.yaml checkpoint-* global_step* onnx
+    openvino runs wandb eval* logs
     """.split()
 )
 """Patterns of what may lie in a checkpoint's folder and is nothing to a loader of its weights."""
@@ -125,6 +127,74 @@ def carried_files(folder: Path, patterns: Iterable[str] = CARRIED_FILES) -> dict
             if is_of_a_module(name) and (path := beside(folder, name)) is not None:
                 found[name] = path
     return found
+
+
+def is_carried_with_a_component(name: str) -> bool:
+    """Whether a pipeline's output takes over a file of one of its folders; the name is relative to that."""
+    return name == _SCHEDULER or is_carried(name)
+
+
+_SCHEDULER = "scheduler_config.json"
+
+
+def files_of_component(folder: Path, *, module: bool = False) -> dict[str, Path]:
+    """The files of a component's folder that go with it, its weights apart: name relative to that -> where it is.
+
+    Args:
+        folder: the component's.
+        module: whether it is one of sentence-transformers: then all that lies there, as far as it may be copied.
+
+    Raises:
+        CheckpointError: as `carried_files`.
+    """
+    if not module:
+        found = carried_files(folder)
+        scheduler = beside(folder, _SCHEDULER)
+        return found | ({_SCHEDULER: scheduler} if scheduler is not None else {})
+    names = (name.removeprefix("./") for name in _files_below(folder, "."))
+    every = ((name, beside(folder, name)) for name in names if not never_carried(name))
+    return {name: path for name, path in every if path is not None}
+
+
+def files_of_pipeline(folder: Path, named: Collection[str], components: Collection[str]) -> dict[str, Path]:
+    """The files of a pipeline that are of none of its models: in its own folder, and in those of its other parts.
+
+    Args:
+        folder: the pipeline's.
+        named: the folders that its index names.
+        components: those of them that are models.
+
+    Raises:
+        CheckpointError: as `carried_files`.
+    """
+    found = {name: path for name, path in carried_files(folder).items() if name.partition("/")[0] not in named}
+    index = beside(folder, MODEL_INDEX)
+    found |= {MODEL_INDEX: index} if index is not None else {}
+    for part in named:
+        if part not in components and os.path.isdir(folder / part):
+            found |= {f"{part}/{name}": path for name, path in files_of_component(folder / part).items()}
+    return found
+
+
+def code_among(names: Iterable[str]) -> list[str]:
+    """Of file names, those of Python code."""
+    return sorted(name for name in names if name.endswith(".py"))
+
+
+def left_behind(folder: Path, carried: Collection[str], called: str, expected: Collection[str] = ()) -> Iterator[str]:
+    """What is said of what lies in a folder and is not carried over.
+
+    Args:
+        folder: an input's.
+        carried: what is, by its name relative to that.
+        called: what to call the input.
+        expected: names of folders of which nothing is to be said.
+    """
+    known = {name.partition("/")[0] for name in carried} | {name.partition("/")[0] for name in expected}
+    left = [name for name in _listed(folder) if name not in known and not _matches(name, _NOT_MISSED)]
+    left = [name if os.path.isfile(folder / name) else f"{name}/" for name in left if _may_be_read(folder / name)]
+    if left:
+        yield f"not carried over from {called}, and not known to be needed:\n{some(left, _MOST_LEFT)}"
 
 
 def module_paths(folder: Path) -> list[str]:
@@ -209,6 +279,8 @@ def carry_over(
     tokenizer: Checkpoint | None = None,
     extended: Mapping[str, bytes] | None = None,
     chat_template: Checkpoint | None = None,
+    quantised_like: Checkpoint | None = None,
+    apart: Collection[str] = (),
 ) -> tuple[list[Sidecar], list[str]]:
     """The carried-over files of an output folder, and what to say of them.
 
@@ -224,6 +296,8 @@ def carry_over(
         rows_of: the input whose number of rows that is: where there are any, its tokenizer goes with them.
         vocabularies: for each input, how many rows its token embeddings and heads have.
         tokenizer, chat_template: the inputs to take these from, if they are named.
+        quantised_like: the input whose weights are stored as the output's are, in codes; None where they are whole.
+        apart: folders within the first input's of which nothing is taken: those of other components.
         extended: of the tokenizer the files that know further tokens; what else lists its vocabulary is left out.
 
     Raises:
@@ -231,6 +305,7 @@ def carry_over(
     """
     notes: list[str] = []
     own = _carried(inputs[0])
+    own = {name: path for name, path in own.items() if not name.startswith(tuple(f"{folder}/" for folder in apart))}
     if (beside_adapter := _beside_adapter(inputs[0])) and beside_adapter.items() <= own.items():
         notes.append(f"the tokenizer is the one beside the adapter {called[0]}: {', '.join(sorted(beside_adapter))}")
         notes += _beyond_the_rows(inputs[0], vocabularies[0])
@@ -259,7 +334,7 @@ def carry_over(
                 "it is not read and not carried over. Fold it in first if it belongs to the model"
             )
     if inputs[0].folder is not None:
-        notes += _left_behind(inputs[0].folder, own, called[0])
+        notes += _left_behind(inputs[0].folder, own, called[0], apart)
     if not rows and tokenizer is None:
         files, of_others = _with_what_it_lacks(files, inputs, called, vocabularies)
         notes += of_others
@@ -298,11 +373,15 @@ def carry_over(
         if having:
             where = " and ".join(having)
             notes.append(f"the output has no chat template, {where} has (in a recipe chat_template: takes it)")
+    if quantised_like is not None and quantised_like.folder is not None:
+        files = dict(files) | _claims(quantised_like.folder)
     if CONFIG in files:
         config = read_object(files[CONFIG])
         followed = _follow(config, dtype=dtype, rows=rows, ids=ids)
         for path, value in inputs[0].config_changes.items():
             followed = _with(followed, path, value)
+        if quantised_like is not None:
+            followed = _quantised(followed, quantised_like.config)
         if followed != config:
             written[CONFIG] = _as_json(followed)
     if GENERATION in files and ids is not None:
@@ -371,9 +450,9 @@ def _has_template(files: Mapping[str, Path]) -> bool:
     return False
 
 
-def _left_behind(folder: Path, carried: Mapping[str, Path], called: str) -> Iterator[str]:
+def _left_behind(folder: Path, carried: Mapping[str, Path], called: str, apart: Collection[str] = ()) -> Iterator[str]:
     """What is said of the modules that `modules.json` names, and of what else lies there and is not carried over."""
-    modules = module_paths(folder)
+    modules = [module for module in module_paths(folder) if module not in apart]
     with_weights = [m for m in modules if any(n.startswith(f"{m}/") and n.endswith(".safetensors") for n in carried)]
     if with_weights:
         listed = ", ".join(map(printable, with_weights))
@@ -389,11 +468,7 @@ def _left_behind(folder: Path, carried: Mapping[str, Path], called: str) -> Iter
                 f"the weights of {printable(module)}, which {MODULES} names, are a pickle and not copied: {listed}. "
                 "The output does not load without: copy them there if you trust them"
             )
-    known = {name.partition("/")[0] for name in carried} | {module.partition("/")[0] for module in modules}
-    left = [name for name in _listed(folder) if name not in known and not _matches(name, _NOT_MISSED)]
-    left = [name if os.path.isfile(folder / name) else f"{name}/" for name in left if _may_be_read(folder / name)]
-    if left:
-        yield f"not carried over from {called}, and not known to be needed:\n{some(left, _MOST_LEFT)}"
+    yield from left_behind(folder, carried, called, (*modules, *apart))
 
 
 _MOST_LEFT = 32
@@ -672,6 +747,25 @@ def _follow(
     if top and dtype and "model_type" in config and not {"dtype", "torch_dtype"} & config.keys():
         changed["torch_dtype"] = dtype
     return changed
+
+
+def _quantised(config: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """A config that says what another one does of how weights are quantised, in the same place."""
+    changed = dict(config)
+    if QUANTIZATION in like:
+        return changed | {QUANTIZATION: like[QUANTIZATION]}
+    for key, inner in like.items():
+        if key.endswith("_config") and isinstance(inner, Mapping) and QUANTIZATION in inner:
+            own = changed.get(key)
+            if isinstance(own, dict):
+                changed[key] = own | {QUANTIZATION: inner[QUANTIZATION]}
+    return changed
+
+
+def _claims(folder: Path) -> dict[str, Path]:
+    """The files beside a config that say how weights are quantised."""
+    names = [name for name in _listed(folder) if name.endswith(".json") and _matches(name, _QUANTISED)]
+    return {name: path for name in names if (path := beside(folder, name)) is not None}
 
 
 def _with_ids(config: Mapping[str, Any], source: Mapping[str, Any], *, add: bool = True) -> dict[str, Any]:

@@ -292,7 +292,7 @@ def with_tokens(folder: Path, ids: Mapping[str, int], added: Mapping[str, Mappin
 
     Every token stands in the vocabulary with its id, the added ones too: so no loader counts ids of its own. Ordinary
     ones get no merges and the least score, so that text is split as before (but by WordPiece and WordLevel, which take
-    whatever the vocabulary has).
+    whatever the vocabulary has; and but for characters that were not known).
 
     Args:
         folder: of the tokenizer that they are added to.

@@ -15,7 +15,7 @@ import os
 import re
 import struct
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -42,7 +42,7 @@ LARGEST_PICKLE = 64 * 2**20
 _MOST_AXES = 64  # as many as torch has
 _MOST_TIMES = 100  # that a file's tensors may be larger than it, because some of them share a storage
 _BEGINNING = 2**20  # bytes: what is read first of a file whose pickle is of unknown length
-_MAGIC = 0x1950A86A20F9469CFC6C  # the first value in a file from before torch 1.6
+_MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # the first value in a file from before torch 1.6
 
 
 def _pairs(text: str) -> dict[str, str]:
@@ -249,7 +249,7 @@ def opened_torch_file(path: Path) -> Iterator[TorchFile]:
     try:
         with _explained(path):
             size = os.fstat(fd).st_size
-            beginning = _read(fd, 0, min(size, 512))
+            beginning = _read(fd, 0, min(size, _BEGINNING))
             if beginning.startswith(SIGNATURE):
                 file = _of_zip(path, fd, size)
             else:
@@ -456,14 +456,7 @@ def _of_old(path: Path, fd: int, size: int) -> TorchFile:
 def _old_pickles(path: Path, raw: bytes) -> tuple[Any, list[Any], dict[str, Storage], int]:
     """What was saved; the keys of the storages in the order in which they follow; what is known of each; the end."""
     hooks = _Hooks()
-    magic, at = read_pickle(raw, 0, _Hooks())
-    if magic != _MAGIC:
-        raise UnsupportedError(
-            f"{path}: pickled, but not by torch.save: lines cannot read its tensors one by one",
-            hint=in_two_lines(
-                f"pickle.load(open({in_python(path)}, 'rb'))", path, imports="pickle, torch", of_module=False
-            ),
-        )
+    _, at = read_pickle(raw, 0, hooks)
     _, at = read_pickle(raw, at, hooks)
     machine, at = read_pickle(raw, at, hooks)
     if isinstance(machine, dict) and machine.get("little_endian") is False:
@@ -482,7 +475,8 @@ def _refuse_others(path: Path, beginning: bytes, size: int) -> None:
     if beginning.startswith(LFS_POINTER):
         raise CheckpointError(f"{path}: a Git LFS pointer, and not the weights that it points to", hint=FETCH_LFS)
     if beginning[257:262] == b"ustar":
-        refuse("a tar file, as torch wrote before 2017", written_again(path))
+        loaded = f"torch.load({in_python(path)}, map_location='cpu', weights_only=False)"
+        refuse("a tar file, as torch wrote before 2017", in_two_lines(loaded, path, of_module=False))
     if beginning[8:9] == b"{" and int.from_bytes(beginning[:8], "little") < size:
         refuse("by its content a safetensors file", "Give it a name that ends with .safetensors.")
     if not (len(beginning) > 1 and beginning[0] == 0x80 and 2 <= beginning[1] <= 5):
@@ -490,6 +484,14 @@ def _refuse_others(path: Path, beginning: bytes, size: int) -> None:
         raise CheckpointError(
             f"{path}: torch.save did not write it, by its first bytes",
             hint="The file is damaged, or holds no weights of torch: copy or download it again.",
+        )
+    if _MAGIC not in beginning[:32]:
+        with suppress(PickleError):
+            read_pickle(beginning, 0, _Hooks())  # which finds what is harmful, if it comes soon
+        loaded = f"pickle.load(open({in_python(path)}, 'rb'))"
+        refuse(
+            "pickled, but not by torch.save: its tensors cannot be read one by one",
+            in_two_lines(loaded, path, imports="pickle, torch", of_module=False),
         )
 
 

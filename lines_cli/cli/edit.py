@@ -26,6 +26,7 @@ def edit(
     outside: opt.Outside = None,
     stack: opt.Stack = None,
     filter: opt.Filter = None,  # noqa: A002 - the option's name
+    component: opt.Component = None,
     layers: opt.Layers = None,
     series: opt.Series = None,
     not_layers: opt.NotLayers = None,
@@ -81,6 +82,7 @@ def edit(
         "outside": outside,
         "stacks": arguments.pairs("--stack", stack),
         "filter": arguments.pairs("--filter", filter),
+        "components": arguments.components(component),
         "layers": layers,
         "series": arguments.each_series(series),
         "not_layers": not_layers,
@@ -130,6 +132,6 @@ def _both(
     if base is None or ft is None:
         raise RecipeError(
             f"{'BASE' if base is None else 'FT'} is missing",
-            hint="Write lines edit [OPTIONS] BASE FT. To scale an adapter in place: lines edit --adapter ADAPTER.",
+            hint="Write lines edit [OPTIONS] BASE FT.",
         )
     return base, ft

@@ -20,6 +20,7 @@ def inspect(
     outside: opt.Outside = None,
     stack: opt.Stack = None,
     filter: opt.Filter = None,  # noqa: A002 - the option's name
+    component: opt.Component = None,
     layers: opt.Layers = None,
     series: opt.Series = None,
     not_layers: opt.NotLayers = None,
@@ -61,6 +62,7 @@ def inspect(
         "outside": outside,
         "stacks": arguments.pairs("--stack", stack),
         "filter": arguments.pairs("--filter", filter),
+        "components": arguments.components(component),
         "layers": layers,
         "series": arguments.each_series(series),
         "not_layers": not_layers,

@@ -6,6 +6,7 @@ depends on chunks, workers, or the way inputs and output are sharded.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from lines_cli.methods import ByMagnitude
 from lines_cli.methods.sparsify import Bounds, Ranks
 from lines_cli.methods.sums import weighted_sum
 from lines_cli.plan.layout import natural
-from lines_cli.plan.plan import Plan, TensorPlan
+from lines_cli.plan.plan import Plan, TensorPlan, bytes_of
 from lines_cli.plan.resources import SUM_BLOCK
 from lines_cli.plan.statistics import Needs, Norms, Statistics
 
@@ -144,17 +145,34 @@ class _Measuring:
                 self.bytes_read += nbytes
 
     def global_thresholds(self) -> None:
-        """The magnitudes of each model's whole task vector that the sparsifier asks for."""
-        segments = list(merged_segments(self.tensors))
-        numel = sum(segment.numel for _, segment in segments)
-        search = Search(self.ranks(self.tensors[0], numel), numel)
+        """The magnitudes of each model's whole task vector that the sparsifier asks for; of a pipeline's, those of each
+        component's.
+        """
+        groups: dict[str | None, list[TensorPlan]] = defaultdict(list)
+        for tensor in self.tensors:
+            groups[self.plan.measured_with(tensor)].append(tensor)
+        thresholds: dict[tuple[int, str | None], Bounds] = {}
+        kept, total = [0] * len(self.models), 0
+        for name, tensors in groups.items():
+            segments = list(merged_segments(tensors))
+            numel = sum(segment.numel for _, segment in segments)
+            search = Search(self.ranks(tensors[0], numel), numel)
+            whole = None if len(groups) == 1 else bytes_of(segment for _, segment in segments)
 
-        def count(items: Iterable[list[PlanChunk]], windows: dict[Sought, Window], nbytes: int | None) -> Counters:
-            return self.count(items, windows, total=nbytes)
+            def count(
+                items: Iterable[list[PlanChunk]],
+                windows: dict[Sought, Window],
+                nbytes: int | None,
+                whole: int | None = whole,
+            ) -> Counters:
+                return self.count(items, windows, total=whole if nbytes is None else nbytes)
 
-        search.run(segments, count)
-        found = {(model, None): search.bounds(model) for model in self.models if search.ranks[model]}
-        self.found(thresholds=found, kept=tuple((search.kept(model), numel) for model in self.models))
+            search.run(segments, count)
+            thresholds |= {(model, name): search.bounds(model) for model in self.models if search.ranks[model]}
+            kept = [before + search.kept(model) for model, before in enumerate(kept)]
+            total += numel
+        self.passes += len(groups) > 1  # each is a part of one
+        self.found(thresholds=thresholds, kept=tuple((number, total) for number in kept))
 
     def ranks(self, tensor: TensorPlan, numel: int) -> tuple[Ranks, ...]:
         """Which magnitudes are asked for of each model, largest first, of a tensor or of all of them."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 import glob
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from lines_cli.checkpoint.pipeline import Reads, component_folders, stems_in
 from lines_cli.checkpoint.reader import (
     Heads,
     choose_weights,
@@ -24,7 +25,7 @@ from lines_cli.checkpoint.reader import (
     shards_of,
     weights_among,
 )
-from lines_cli.checkpoint.sidecars import MODULES, is_carried, is_of_a_module, module_paths
+from lines_cli.checkpoint.sidecars import is_carried, is_carried_with_a_component, is_of_a_module, module_paths
 from lines_cli.errors import CheckpointError, HubError, LinesError, size, some
 from lines_cli.hub.client import (
     CACHE,
@@ -41,7 +42,16 @@ from lines_cli.hub.client import (
 )
 from lines_cli.hub.heads import headers_of
 from lines_cli.storage.beside import leads_out
-from lines_cli.storage.names import CONFIG, MODEL_CARD, PICKLE_STEMS, RECIPE, WEIGHT_STEMS, file_and_part
+from lines_cli.storage.names import (
+    CONFIG,
+    MODEL_CARD,
+    MODEL_INDEX,
+    MODULES,
+    PICKLE_STEMS,
+    RECIPE,
+    WEIGHT_STEMS,
+    file_and_part,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +64,7 @@ class Located:
         hub_id: `org/name@commit`, for one that came from the Hub.
         part: which part of its file is meant (`file_and_part`), if the name says so.
         heads: where only headers were asked for, and the weights are not here: these.
+        heads_of: the same of a pipeline, by the folder of each component that has weights.
     """
 
     path: Path
@@ -61,6 +72,7 @@ class Located:
     hub_id: str | None
     part: str | None = None
     heads: Heads | None = None
+    heads_of: Mapping[str, Heads] | None = None
 
 
 Only = Literal["headers", "plan"]
@@ -73,7 +85,7 @@ plan is made of, which is headers and every file that is carried over.
 class _Asked:
     """What is wanted of the Hub: the name as given, and its parts. A revision of None is the default branch. Of the
     files that are neither weights nor carried over those in `also`; of several sets of weights the `variant`. `quiet`:
-    nothing is said of what is fetched. `only`: what is not needed of it (`locate`).
+    nothing is said of what is fetched. `only`: what is not needed of it, `reads`: which components are (`locate`).
     """
 
     name: str
@@ -83,6 +95,7 @@ class _Asked:
     variant: str | None = None
     quiet: bool = True
     only: Only | None = None
+    reads: Reads | None = None
 
     def say(self, text: str) -> None:
         """A line on stderr, unless it is quiet."""
@@ -124,6 +137,7 @@ def locate(
     also: tuple[str, ...] = (),
     variant: str | None = None,
     only: Only | None = None,
+    reads: Reads | None = None,
 ) -> Located:
     """Find a checkpoint by path or, where there is no such path, by its Hub id `org/name[@revision]`.
 
@@ -133,6 +147,7 @@ def locate(
         also: names of files that are wanted, too, where the repository has them.
         variant: of several sets of weights, which, where the repository has it (`open_checkpoint`).
         only: that the weights are not needed, if they are not in the cache already.
+        reads: of a pipeline, the components that are needed, and nothing that is carried over with it; None for all.
 
     Raises:
         CheckpointError: it is neither a path that exists nor a Hub id, or the repository holds no clear set of weights.
@@ -140,7 +155,8 @@ def locate(
     """
     file, part = file_and_part(name)
     if part is not None:
-        return replace(locate(file, quiet=quiet, also=also, variant=variant, only=only), name=name, part=part)
+        found = locate(file, quiet=quiet, also=also, variant=variant, only=only, reads=reads)
+        return replace(found, name=name, part=part)
     path = os.path.expanduser(name)
     if os.path.exists(path):
         return Located(Path(path), name, None)
@@ -157,12 +173,12 @@ def locate(
             hint="After the @ comes a branch, a tag or a commit, as in org/name@main.",
         )
     prepare(f"{name}: no such file or folder here, and", quiet=quiet)
-    return _fetch(_Asked(name, match["repo"], revision, also, variant, quiet=quiet, only=only))
+    return _fetch(_Asked(name, match["repo"], revision, also, variant, quiet=quiet, only=only, reads=reads))
 
 
 def _fetch(asked: _Asked) -> Located:
     """Fetch what is not in the cache yet. One commit, whatever is pushed meanwhile."""
-    from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
+    from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
 
     with _explained(asked):
         try:
@@ -174,6 +190,8 @@ def _fetch(asked: _Asked) -> Located:
         commit, names = info.sha or "", {file.rfilename for file in info.siblings or ()}
         if not COMMIT.fullmatch(commit):
             raise HubError(f"{asked.name}: the Hub should name a commit of {asked.repo}, and names {commit!r}")
+        if (index := _index_of_several(names)) is not None:
+            return _fetch_several(asked, commit, names, index)
         chosen = _choose(asked, names)
         cache = CACHE.get()
         begun, saying = time.monotonic(), f"fetching {asked.name} from the Hub (commit {commit[:7]})"
@@ -199,20 +217,132 @@ def _fetch(asked: _Asked) -> Located:
         if lacking and not fetched:
             asked.say(saying)
         fetched |= set(lacking)
-        if lacking or _cached_listing(asked.repo, commit) is None:
-            exactly = [glob.escape(name) for name in wanted]
-            snapshot_download(asked.repo, revision=commit, allow_patterns=exactly, cache_dir=cache)
-        if lacking := _lacking(first.parent, wanted):  # where the Hub fails midway the client makes do with what it has
-            raise HubError(
-                f"{asked.name}: {len(lacking)} of {len(wanted)} files did not arrive:\n{some(lacking)}",
-                hint="Run it again: what is in the cache already is not fetched again.",
-            )
-        if fetched:
-            nbytes, seconds = sum((first.parent / name).stat().st_size for name in fetched), time.monotonic() - begun
-            number = f"{len(fetched)} file{'s' if len(fetched) > 1 else ''}"
-            rate = nbytes / max(seconds, 1e-9)
-            asked.say(f"fetched {asked.name}: {number}, {size(nbytes)} in {seconds:.1f} s ({size(rate)}/s)")
+        _bring(asked, commit, first.parent, wanted)
+        _say_fetched(asked, first.parent, fetched, begun)
         return asked.at(first.parent)
+
+
+def _bring(asked: _Asked, commit: str, folder: Path, wanted: Collection[str]) -> None:
+    """Fetch what is lacking of these files into the snapshot's folder.
+
+    Raises:
+        HubError: some did not arrive.
+    """
+    from huggingface_hub import snapshot_download
+
+    if _lacking(folder, wanted) or _cached_listing(asked.repo, commit) is None:
+        exactly = [glob.escape(name) for name in wanted]
+        snapshot_download(asked.repo, revision=commit, allow_patterns=exactly, cache_dir=CACHE.get())
+    if lacking := _lacking(folder, wanted):  # where the Hub fails midway the client makes do with what it has
+        raise HubError(
+            f"{asked.name}: {len(lacking)} of {len(wanted)} files did not arrive:\n{some(lacking)}",
+            hint="Run it again: what is in the cache already is not fetched again.",
+        )
+
+
+def _say_fetched(asked: _Asked, folder: Path, fetched: Collection[str], begun: float) -> None:
+    if fetched:
+        nbytes, seconds = sum((folder / name).stat().st_size for name in fetched), time.monotonic() - begun
+        number = f"{len(fetched)} file{'s' if len(fetched) > 1 else ''}"
+        rate = nbytes / max(seconds, 1e-9)
+        asked.say(f"fetched {asked.name}: {number}, {size(nbytes)} in {seconds:.1f} s ({size(rate)}/s)")
+
+
+# --- several models in one repository ---
+
+
+def _index_of_several(names: Collection[str]) -> str | None:
+    """The file that says which folders of a repository hold its models; None where it holds one, at its top."""
+    if MODEL_INDEX in names:
+        return MODEL_INDEX
+    top = [name for name in names if "/" not in name]
+    return MODULES if MODULES in names and not weights_among(top) else None
+
+
+def _fetch_several(asked: _Asked, commit: str, names: Collection[str], index: str) -> Located:
+    """Fetch a pipeline: its index, then what says which weights are meant, then these, and what is carried over."""
+    from huggingface_hub import hf_hub_download
+
+    begun, cache = time.monotonic(), CACHE.get()
+    first = Path(hf_hub_download(asked.repo, index, revision=asked.revision, cache_dir=cache))
+    if first.parent.name != commit:  # pushed to since
+        first = Path(hf_hub_download(asked.repo, index, revision=commit, cache_dir=cache))
+    folder = first.parent
+    configs = [name for part in _parts(asked, folder) if (name := f"{part}/{CONFIG}") in names]
+    _bring(asked, commit, folder, [index, *configs])
+    chosen = _chosen_of_each(asked, names, folder)
+    indices = [f"{part}/{name}" for part, name in chosen.items() if is_index(name)]
+    _bring(asked, commit, folder, [index, *configs, *indices])
+    wanted, weights = _wanted_of_several(asked, names, folder, chosen)
+    if missing := sorted({*wanted, *weights} - set(names)):
+        raise _lacks(asked, "index", missing)
+    lacking = _lacking(folder, weights)
+    if asked.only is not None and lacking and not any(map(is_pickle, weights)):
+        if asked.only == "plan":
+            _bring(asked, commit, folder, wanted)
+        files = headers_of(asked.name, asked.repo, commit, weights)
+        _say_heads(asked, commit, files)
+        heads = {
+            part: Heads(
+                name,
+                {file.removeprefix(f"{part}/"): held for file, held in files.items() if file.startswith(f"{part}/")},
+            )
+            for part, name in chosen.items()
+        }
+        return Located(folder, asked.name, f"{asked.repo}@{commit}", heads_of=heads)
+    lacking += _lacking(folder, wanted)
+    if lacking:
+        asked.say(f"fetching {asked.name} from the Hub (commit {commit[:7]})")
+    _bring(asked, commit, folder, [*wanted, *weights])
+    _say_fetched(asked, folder, lacking, begun)
+    return asked.at(folder)
+
+
+def _parts(asked: _Asked, folder: Path) -> list[str]:
+    """The folders of a pipeline that are needed, by its index, which is here."""
+    if (folder / MODEL_INDEX).is_file():
+        return [part for part in component_folders(folder) if asked.reads is None or asked.reads(part)]
+    return [part for part in module_paths(folder) if part]
+
+
+def _chosen_of_each(asked: _Asked, names: Collection[str], folder: Path) -> dict[str, str]:
+    """For each folder that holds weights the index or the weight file that they hang on."""
+    found: dict[str, str] = {}
+    for part in _parts(asked, folder):
+        within = [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")]
+        top = [name for name in within if "/" not in name]
+        chosen = choose_weights(top, asked.variant, stems_in(folder / part))
+        if chosen is None and weights_among(top):
+            refuse_folder(f"{asked.name}/{part} (on the Hub)", top)
+        if chosen is not None:
+            found[part] = chosen
+    return found
+
+
+def _wanted_of_several(
+    asked: _Asked, names: Collection[str], folder: Path, chosen: Mapping[str, str]
+) -> tuple[list[str], list[str]]:
+    """The files to fetch of a pipeline: what is no weights; and the weights, by their indices, which are here."""
+    weights: list[str] = []
+    for part, name in chosen.items():
+        shards = shards_of(folder / part / name) if is_index(name) else [name]
+        weights += [f"{part}/{shard}" for shard in shards]
+    parts, of_modules = _parts(asked, folder), not (folder / MODEL_INDEX).is_file()
+
+    def is_wanted(name: str) -> bool:
+        part = next((part for part in parts if name.startswith(f"{part}/")), None)
+        if part is None:
+            at_top = "/" not in name and (is_carried(name) or name == MODEL_INDEX)
+            return name in (MODEL_CARD, MODEL_INDEX, *asked.also) or (at_top and asked.reads is None)
+        own = name.removeprefix(f"{part}/")
+        return is_carried_with_a_component(own) or (of_modules and is_of_a_module(own))
+
+    indices = [f"{part}/{name}" for part, name in chosen.items() if is_index(name)]
+    wanted = sorted({*filter(is_wanted, names), *indices} - set(weights))
+    for name in (*wanted, *weights):
+        if leads_out(name):
+            raise HubError(f"{asked.name}: refused, because it lists a file outside its own folder: {name!r}")
+    return wanted, weights
 
 
 def _heads(asked: _Asked, commit: str, names: Collection[str], chosen: str) -> Located | None:
@@ -238,10 +368,14 @@ def _heads(asked: _Asked, commit: str, names: Collection[str], chosen: str) -> L
             exactly = [glob.escape(name) for name in lacking]
             folder = Path(snapshot_download(asked.repo, revision=commit, allow_patterns=exactly, cache_dir=cache))
     files = headers_of(asked.name, asked.repo, commit, shards)
+    _say_heads(asked, commit, files)
+    return Located(folder, asked.name, f"{asked.repo}@{commit}", heads=Heads(chosen, files))
+
+
+def _say_heads(asked: _Asked, commit: str, files: Mapping[str, tuple[int, bytes]]) -> None:
     read, weights = sum(len(header) for _, header in files.values()), sum(nbytes for nbytes, _ in files.values())
     number = f"{len(files)} header{'s' if len(files) > 1 else ''}"
     asked.say(f"read {number} of {asked.name} on the Hub (commit {commit[:7]}): {size(read)} of {size(weights)}")
-    return Located(folder, asked.name, f"{asked.repo}@{commit}", heads=Heads(chosen, files))
 
 
 def _lacks(asked: _Asked, chosen: str, missing: Sequence[str]) -> CheckpointError:
@@ -281,6 +415,10 @@ def _from_cache(asked: _Asked, why: str) -> Located:
         chosen = choose_weights({name for name in names if "/" not in name}, asked.variant)
         if chosen is None or chosen.partition(".")[0] not in (*WEIGHT_STEMS, *PICKLE_STEMS):
             raise refusal("whether the copy in the Hub's cache is complete is not known", as_it_is)
+    elif (index := _index_of_several(names)) is not None:
+        if lacking := _lacking(snapshot, [index]) or _lacking_of_several(asked, names, snapshot):
+            raise refusal(f"the copy in the Hub's cache lacks {', '.join(lacking[:3])}", as_it_is)
+        return asked.at(snapshot)
     else:
         chosen = _choose(asked, names)
     first = snapshot / chosen
@@ -288,6 +426,16 @@ def _from_cache(asked: _Asked, why: str) -> Located:
     if lacking := _lacking(snapshot, wanted):
         raise refusal(f"the copy in the Hub's cache lacks {', '.join(lacking[:3])}", as_it_is)
     return asked.at(snapshot)
+
+
+def _lacking_of_several(asked: _Asked, names: Collection[str], snapshot: Path) -> list[str]:
+    """What is needed of a pipeline and not in the cache."""
+    chosen = _chosen_of_each(asked, names, snapshot)
+    indices = [f"{part}/{name}" for part, name in chosen.items() if is_index(name)]
+    if lacking := _lacking(snapshot, indices):
+        return lacking
+    wanted, weights = _wanted_of_several(asked, names, snapshot, chosen)
+    return _lacking(snapshot, [*weights, *wanted])
 
 
 def _cached_listing(repo: str, commit: str) -> set[str] | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from lines_cli.errors import LinesError, PushError, RecipeError, as_argument, printable, some
+from lines_cli.errors import LinesError, PushError, RecipeError, as_argument, printable, some, without_secrets
 from lines_cli.hub.client import (
     CACHE,
     COMMIT,
@@ -106,6 +106,11 @@ class Remote:
     files: Mapping[str, RemoteFile] = field(default_factory=dict)
 
 
+def is_weights(name: str) -> bool:
+    """Whether a library that is given a repository may load this file of it as the model's weights, or by it."""
+    return "/" not in name and name.endswith((".safetensors", ".safetensors.index.json"))
+
+
 class Commit(NamedTuple):
     """What a push ended with: the commit, and its address."""
 
@@ -141,7 +146,7 @@ def _look(target: Target, then: str) -> Remote:
 
     if get_token() is None:
         raise PushError(f"{target}: there is no token to push with", hint=_and(_LOG_IN, then))
-    api = HfApi()
+    api = HfApi(token=True)
     try:
         info = api.model_info(target.repo, timeout=_TIMEOUT)
     except errors.GatedRepoError:
@@ -229,7 +234,7 @@ def fetch(target: Target, remote: Remote, name: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     with _explained(target, ""):
-        return Path(hf_hub_download(target.repo, name, revision=remote.commit, cache_dir=CACHE.get()))
+        return Path(hf_hub_download(target.repo, name, revision=remote.commit, cache_dir=CACHE.get(), token=True))
 
 
 def upload(
@@ -280,11 +285,18 @@ def _upload(
 ) -> Commit:
     from huggingface_hub import HfApi
 
-    api = HfApi()
+    api = HfApi(token=True)
     if not remote.exists:
         api.create_repo(target.repo, private=target.private or None, exist_ok=True)
     if remote.commit is None and target.revision is not None:
         first = api.list_repo_commits(target.repo)[-1]  # which holds nothing: an output is whole by itself
+        begun = _listed(api.model_info(target.repo, revision=first.commit_id, timeout=_TIMEOUT).siblings)
+        if weights := sorted(filter(is_weights, begun)):
+            raise PushError(
+                f"{target}: a new branch would not begin empty, for the repository's first commit holds weights:\n"
+                f"{some(weights)}",
+                hint="Push to another repository.",
+            )
         api.create_branch(target.repo, branch=target.revision, revision=first.commit_id, exist_ok=True)
     gone = sorted(set(removed) & remote.files.keys())
     done = api.upload_folder(
@@ -307,9 +319,9 @@ def _upload(
     if wrong:
         raise PushError(
             f"{target}: the Hub's commit {done.oid[:7]} is not what was sent:\n{some(wrong)}",
-            hint="A .gitignore in the repository keeps files out. Remove it, and push again.",
+            hint="Push it again. If a file stays missing, a .gitignore in the repository keeps it out: remove that.",
         )
-    return Commit(done.oid, str(done.commit_url))
+    return Commit(done.oid, without_secrets(str(done.commit_url)))
 
 
 _LOG_IN = "Log in (hf auth login), or set HF_TOKEN to a token that may write."

@@ -24,11 +24,11 @@ from lines_cli.inspection.adapters import names_of
 from lines_cli.inspection.kinds import Kind, kind_of
 from lines_cli.plan.align import aligned_names
 from lines_cli.plan.coefficients import layer_coefficients, outside_coefficients, rounded_coefficient, unlike_lines
+from lines_cli.plan.components import Share, in_one_shape, refuse_unknown, with_layouts
 from lines_cli.plan.depth import depth_of_kept, places_of_all
 from lines_cli.plan.inputs import Inputs, Opening, inputs_of, notes_of_files, refuse_variant_of_none
 from lines_cli.plan.layout import natural
 from lines_cli.plan.match import Names, kept, match_names, missing_in_blocks, nothing_in_common
-from lines_cli.plan.resolve import UNSCALED
 from lines_cli.plan.tensors import (
     STORED,
     Ranges,
@@ -39,13 +39,14 @@ from lines_cli.plan.tensors import (
     refuse_idle_filters,
     specify_tensors,
 )
-from lines_cli.plan.tied_weights import says_tied, tied_embeddings
+from lines_cli.plan.tied_weights import says_tied, tied_heads
 from lines_cli.plan.vocabulary import find_vocabulary, in_words
-from lines_cli.recipe.schema import Like, Recipe, Scaling
+from lines_cli.recipe.schema import UNSCALED, Like, Recipe, Scaling
 from lines_cli.recipe.validate import edit_recipe, make_recipe
 from lines_cli.recipe.yaml_file import load_record
-from lines_cli.scaling.find_depth import DepthMap, Place, Side
-from lines_cli.scaling.schedule import Rules
+from lines_cli.scaling.find_depth import DepthMap, Place, Region, Side, joined
+from lines_cli.scaling.numbered_lists import read_lists
+from lines_cli.scaling.schedule import Listed, Rules
 from lines_cli.storage.beside import beside
 from lines_cli.storage.names import RECIPE
 
@@ -249,7 +250,8 @@ class Inspection:
         """
         recipe = self.recipe
         alone = len(self.models) == len(recipe.merged) == 1 and self.made_by is None
-        return alone and recipe.method.takes == "task vectors" and recipe.rounding == "nearest"
+        to_nearest = recipe.rounding == "nearest" and recipe.dtype != "fp8"
+        return alone and recipe.method.takes == "task vectors" and to_nearest
 
     def _planned(self) -> dict[str, Planned]:
         """What an edit would do to each tensor that is compared, where that is known."""
@@ -264,7 +266,7 @@ class Inspection:
             if not self.recipe.method.one_is_itself(values_for(counts_as)):
                 continue  # something of it is dropped, or weighted
             if entry is not None and not math.isnan(entry.coefficient) and entry.dtype in FLOAT_DTYPES:
-                dtype = STORED[self.recipe.dtype] if self.recipe.dtype else entry.dtype
+                dtype = STORED.get(self.recipe.dtype or "", entry.dtype)
                 wide = any(source.dtype == "F64" for source in tensor.segment.sources)
                 rounded = rounded_coefficient(tensor.name, entry.coefficient, in_float64=wide)
                 found[tensor.name] = Planned(rounded, wide, dtype)
@@ -282,6 +284,7 @@ def open_inspection(
     prefix: str | None = None,
     variant: str | None = None,
     dtype: str | None = None,
+    components: Mapping[str, Any] | None = None,
     quiet: bool = False,
     weights: bool = True,
     **scaling: Any,
@@ -294,6 +297,7 @@ def open_inspection(
         prefix: what the names of one side begin with and those of another lack (`Recipe`).
         variant: of folders with several sets of weights, which (`Recipe`).
         dtype: what an output would be stored as (`Recipe`).
+        components: of pipelines what becomes of each component (`Recipe`).
         quiet: no progress bars while fetching from the Hub.
         weights: whether tensors will be read (`compare`). If not, of one checkpoint that is on the Hub only headers are
             fetched.
@@ -320,14 +324,14 @@ def open_inspection(
             hint="Name it with --base BASE; or inspect them one at a time.",
         )
     if base is None:
-        return _alone(names[0], variant, scaling, quiet=quiet, weights=weights)
+        return _alone(names[0], variant, components, scaling, quiet=quiet, weights=weights)
     given = {key: value for key, value in scaling.items() if value is not None}
     if len(names) > 1 and not {"alpha", "schedule"} & given.keys():
         given = {"alpha": "auto", "beta": 0.5} | given
     wanted = edit_recipe(str(base), names[0], **given).lines
     sources = [{"model": name} for name in names]
-    said = {"base_model": str(base), "models": sources, "lines": wanted}
-    said |= {"prefix": prefix, "variant": variant, "dtype": dtype}
+    said: dict[str, Any] = {"base_model": str(base), "models": sources, "lines": wanted}
+    said |= {"prefix": prefix, "variant": variant, "dtype": dtype, "components": components}
     recipe = make_recipe({key: value for key, value in said.items() if value is not None}, where="inspect")
     return _against(str(base), names, recipe, "asked", quiet=quiet)
 
@@ -351,11 +355,20 @@ def open_merge(recipe: Recipe, *, quiet: bool = False) -> Inspection:
     return _against(recipe.base_model, names, recipe, "merge", quiet=quiet)
 
 
-def _alone(name: str, variant: str | None, scaling: Mapping[str, Any], *, quiet: bool, weights: bool) -> Inspection:
-    asked = edit_recipe(name, name, variant=variant, **scaling)
+def _alone(
+    name: str,
+    variant: str | None,
+    components: Mapping[str, Any] | None,
+    scaling: Mapping[str, Any],
+    *,
+    quiet: bool,
+    weights: bool,
+) -> Inspection:
+    asked = edit_recipe(name, name, variant=variant, components=components, **scaling)
     only: Only | None = None if weights else "headers"
     checkpoint = Opening(None, variant=variant, to_look_at=True, quiet=quiet, also=(RECIPE,), only=only)(name)
     refuse_variant_of_none(variant, [checkpoint])
+    refuse_unknown(asked, checkpoint)
     notes = list(checkpoint.notes)
     made_by = _made_by(checkpoint, notes)
     refused = refusal_of(checkpoint)
@@ -373,8 +386,8 @@ def _alone(name: str, variant: str | None, scaling: Mapping[str, Any], *, quiet:
         of_depth: list[str] = []
         asked_of_depth = recipe.lines.by_hand if recipe.lines else {}
         by_hand = _without_expressions(asked_of_depth, of_depth) if of == "output" else asked_of_depth
-        depth = _depth(_parameters(checkpoint), checkpoint.config, by_hand, of_depth)
-        rules = _rules(recipe, depth)
+        depth = _depth_alone(checkpoint, recipe, by_hand, of_depth)
+        rules = _rules(recipe, depth, {one.name for one in checkpoint.components})
         refuse_idle_filters(rules, checkpoint.tensors)
         return _complete(
             Inspection(
@@ -387,14 +400,14 @@ def _alone(name: str, variant: str | None, scaling: Mapping[str, Any], *, quiet:
                 rules=rules,
                 made_by=made_by,
                 says_tied=says_tied(checkpoint.config),
-                stored_heads=tied_embeddings(checkpoint, checkpoint.config),
+                stored_heads=tied_heads(checkpoint, checkpoint.config),
                 quantised=refused.message if refused else None,
                 notes=(*notes, *of_depth, *depth.notes),
                 adapter=adapter,
             )
         )
 
-    if made_by is not None and all(value is None for value in scaling.values()):
+    if made_by is not None and components is None and all(value is None for value in scaling.values()):
         try:
             return shown(made_by, "output")
         except RecipeError as error:
@@ -408,18 +421,16 @@ def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, qui
     _refuse_twice(opened)
     notes = notes_of_files(opened)
     pairing = _pairing(base, names, recipe, recipe.like if of == "merge" else "ft")
-    inputs = inputs_of(pairing, *opened)
-    inputs, own = aligned_names(inputs, notes, prefix=recipe.prefix, strict=False)
-    rows, incomplete = match_names(inputs, own, resize=True, notes=notes)
+    inputs = in_one_shape(inputs_of(pairing, *opened), notes)
+    refuse_unknown(recipe, inputs.leading)
+    shared = _components_of_all(inputs)
+    found = _found_by_component(inputs, shared, recipe, of, notes) if shared else _found(inputs, recipe, of, notes)
+    inputs, rows, depth = found.inputs, found.rows, found.depth
     if not rows:
         raise nothing_in_common(inputs)
-    not_compared = _lacking(inputs, incomplete)
     config = inputs.config_of(inputs.lead)
-    by_hand = recipe.lines.by_hand if recipe.lines else {}
-    parameters = inputs.parameters(own)
-    staying = rows.keys() | kept(inputs, incomplete, _missing(recipe, of))
-    depth = _depth(parameters, config, by_hand, notes, kept=staying)
-    rules = _rules(recipe, depth)
+    not_compared = dict(found.not_compared)
+    rules = _rules(recipe, depth, shared.keys())
     vocabulary, difference = find_vocabulary(pairing, inputs, rows, depth.places, notes)
     specs = specify_tensors(pairing, inputs, depth, rules, rows, vocabulary or difference)
     if vocabulary is not None:
@@ -451,15 +462,103 @@ def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, qui
             rules=rules,
             compared=tuple(compared),
             not_compared=not_compared,
-            left_out=frozenset(incomplete.keys() - staying),
-            missing_in_blocks=_missing_in_blocks(inputs, parameters, (rows, incomplete), by_hand),
+            left_out=found.left_out,
+            missing_in_blocks=found.missing_in_blocks,
             resized=any(spec.rows for spec in fitting),
             made_by=made_by,
             says_tied=says_tied(config),
-            stored_heads=tied_embeddings(inputs.leading, config),
+            stored_heads=inputs.tied_heads,
             notes=(*notes, *depth.notes),
         )
     )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What belongs together of inputs in one layout, and where it stands; attributes as of `Inspection`."""
+
+    inputs: Inputs
+    rows: Mapping[str, Names]
+    depth: DepthMap
+    not_compared: Mapping[str, str]
+    left_out: frozenset[str]
+    missing_in_blocks: int
+
+
+def _found(inputs: Inputs, recipe: Recipe, of: Origin, notes: list[str], component: str | None = None) -> _Found:
+    of_several, scaling = component is not None, recipe.scaling_of(component)
+    inputs, own = aligned_names(inputs, notes, prefix=recipe.prefix, strict=False)
+    rows, incomplete = match_names(inputs, own, resize=True, notes=notes)
+    by_hand = scaling.by_hand if scaling else {}
+    parameters = inputs.parameters(own)
+    staying = rows.keys() | kept(inputs, incomplete, _missing(recipe, of))
+    depth = _depth(parameters, inputs.config_of(inputs.lead), by_hand, notes, kept=staying, of_several=of_several)
+    return _Found(
+        inputs,
+        rows,
+        depth,
+        _lacking(inputs, incomplete),
+        frozenset(incomplete.keys() - staying),
+        _missing_in_blocks(inputs, parameters, (rows, incomplete), by_hand),
+    )
+
+
+def _components_of_all(inputs: Inputs) -> dict[str, Share]:
+    """The components of the leading input that all others have, too; none of single models."""
+    sides = [{one.name: one for one in checkpoint.components} for checkpoint in inputs.checkpoints]
+    shared = [name for name in sides[inputs.lead] if all(name in held for held in sides)]
+    found = {}
+    for name in shared:
+        models = replace(inputs, checkpoints=tuple(held[name].checkpoint for held in sides))
+        found[name] = Share(sides[inputs.lead][name], models, tuple(held[name].prefix for held in sides))
+    return found
+
+
+def _found_by_component(
+    inputs: Inputs, shared: Mapping[str, Share], recipe: Recipe, of: Origin, notes: list[str]
+) -> _Found:
+    """The same of several models, each by itself."""
+    rows: dict[str, Names] = {}
+    not_compared: dict[str, str] = {}
+    left_out: set[str] = set()
+    parts: list[tuple[DepthMap, Sequence[Region]]] = []
+    relaid: list[tuple[Share, Inputs]] = []
+    inside = 0
+    for name, share in shared.items():
+        said: list[str] = []
+        one = _found(share.inputs, recipe, of, said, name)
+        notes += [f"{name}: {note}" for note in said]
+        parts.append((one.depth, share.regions))
+        inside += one.missing_in_blocks
+        relaid += [(share, one.inputs)] if one.inputs.relaid else []
+        not_compared |= {share.prefix + tensor: why for tensor, why in one.not_compared.items()}
+        left_out |= {share.prefix + tensor for tensor in one.left_out}
+        for tensor, row in one.rows.items():
+            rows[share.prefix + tensor] = tuple(
+                None if there is None else prefix + there for prefix, there in zip(share.prefixes, row, strict=True)
+            )
+    for component in inputs.leading.components:
+        if component.name not in shared:
+            whose = f"in {inputs.called(inputs.lead)} alone"
+            not_compared |= {component.prefix + tensor: whose for tensor in component.checkpoint.tensors}
+            parts.append((DepthMap((), {}), Share(component, inputs, ()).regions))
+    whole = with_layouts(inputs, relaid)
+    return _Found(whole, rows, joined(parts), not_compared, frozenset(left_out), inside)
+
+
+def _depth_alone(checkpoint: Checkpoint, recipe: Recipe, by_hand: Mapping[str, Any], notes: list[str]) -> DepthMap:
+    """The depth of one checkpoint, of each of its components by itself."""
+    if not checkpoint.components:
+        return _depth(_parameters(checkpoint), checkpoint.config, by_hand, notes)
+    parts = []
+    for one in checkpoint.components:
+        said: list[str] = []
+        scaling = recipe.scaling_of(one.name) if by_hand else None
+        own, own_by_hand = one.checkpoint, scaling.by_hand if scaling else {}
+        depth = _depth(_parameters(own), own.config, own_by_hand, said, of_several=True)
+        notes += [f"{one.name}: {note}" for note in said]
+        parts.append((depth, Share(one, Inputs((), has_base=False, lead=0, of_an_edit=False), ()).regions))
+    return joined(parts)
 
 
 @gc_paused()
@@ -550,8 +649,11 @@ def _depth(
     notes: list[str],
     *,
     kept: Collection[str] | None = None,
+    of_several: bool = False,
 ) -> DepthMap:
-    """As an output that has the tensors of `kept`, or all, is scaled."""
+    """As an output that has the tensors of `kept`, or all, is scaled. One model of several may have no layers."""
+    if of_several and not read_lists(list(parameters)):
+        return DepthMap((), {})
     try:
         return depth_of_kept(parameters, parameters if kept is None else kept, config, by_hand, notes)
     except DepthError as error:
@@ -577,11 +679,20 @@ def _missing_in_blocks(
         return 0
 
 
-def _rules(recipe: Recipe, depth: DepthMap) -> Rules:
-    """The coefficients. `alpha: auto` is 1/N where the merged task vector is the sum; else it is to be measured."""
+def _rules(recipe: Recipe, depth: DepthMap, shared: Collection[str] = ()) -> Rules:
+    """The coefficients. `alpha: auto` is 1/N where the merged task vector is the sum; else it is to be measured. Of
+    several models those that are taken whole have 1 or 0; so have those that are not in `shared`.
+    """
     said = recipe.parameters or any(source.parameters for source in recipe.merged)
     plain = not said and recipe.method.plain_sum(recipe.values("", 0.0))
-    return (recipe.lines or UNSCALED).rules(depth, alpha=1 / len(recipe.merged) if plain else None)
+    rules = recipe.rules(depth, alpha=1 / len(recipe.merged) if plain else None)
+    own = dict(rules.components)
+    for name in dict.fromkeys(region.component for region in depth.regions):
+        rule = recipe.rule_of(name)
+        if rule is None or rule in ("keep", "base") or name not in shared:
+            of_base = rule == "base" or (rule is None and recipe.like == "base" and len(recipe.merged) > 1)
+            own[name] = Rules(Listed((0.0 if of_base else 1.0,)), outside="base" if of_base else "keep")
+    return replace(rules, components=own)
 
 
 def _refuse_twice(opened: Sequence[Checkpoint]) -> None:

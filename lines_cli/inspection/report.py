@@ -24,9 +24,9 @@ from lines_cli.plan.layout import natural
 from lines_cli.plan.realised import NOTHING_REALISED, Forecast, is_off
 from lines_cli.plan.statistics import Norms
 from lines_cli.plan.tensors import STORED
-from lines_cli.plan.tied_weights import tied_copies, tied_embeddings
+from lines_cli.plan.tied_weights import tied_copies, tied_heads
 from lines_cli.recipe.schema import Recipe
-from lines_cli.scaling.find_depth import pattern_of
+from lines_cli.scaling.find_depth import Side, pattern_of
 from lines_cli.version import ABOUT
 
 Report = dict[str, Any]
@@ -127,7 +127,8 @@ def _rounding(inspection: Inspection, findings: Findings, report: Report) -> Rep
             filters.append({"pattern": pattern, "coefficient": coefficient, "realised": realised})
 
     def off(groups: Iterable[Report]) -> list[Report]:
-        return [group for group in groups if is_off(group["coefficient"], group["realised"])]
+        known = (group for group in groups if group["coefficient"] is not None)
+        return [group for group in known if is_off(group["coefficient"], group["realised"])]
 
     return {
         "dtype": next(name for name, stored in STORED.items() if stored == most),
@@ -235,13 +236,12 @@ def _groups(inspection: Inspection, numbers: Numbers) -> Report:
     stacks = _grouped(inspection, lambda part: part.place and part.place.stack)
     inputs = _grouped(inspection, lambda part: part.side)
     kinds = _grouped(inspection, lambda part: part.kind)
+    components = _grouped(inspection, lambda part: inspection.depth.component_of(part.name))
     by_layer: dict[tuple[str, int], float | None] = {}
     known = inspection.knows_coefficients
     for stack, values in layer_coefficients(inspection.recipe, inspection.rules, inspection.depth):
         by_layer.update({(stack, index): _finite(value) if known else None for index, value in enumerate(values)})
-    before, after = (
-        _finite(value) if known else None for value in outside_coefficients(inspection.recipe, inspection.rules)
-    )
+    before, after = (_outside(inspection, side, inputs[side]) if known else None for side in _SIDES)
     places = {(place.stack, place.index): parts for place, parts in layers.items() if place}
     return {
         "stacks": [
@@ -264,8 +264,27 @@ def _groups(inspection: Inspection, numbers: Numbers) -> Report:
             "before": {"coefficient": before, **numbers(inputs["before"])},
             "after": {"coefficient": after, **numbers(inputs["after"])},
         },
+        "components": [
+            {
+                "name": name,
+                "stacks": [stack.name for stack in inspection.depth.stacks if stack.component == name],
+                **numbers(components[name]),
+            }
+            for name in dict.fromkeys(region.component for region in inspection.depth.regions)
+        ],
         "kinds": [{"kind": kind, **numbers(kinds[kind])} for kind in KINDS if kinds[kind]],
     }
+
+
+_SIDES: tuple[Side, Side] = ("before", "after")
+
+
+def _outside(inspection: Inspection, side: Side, parts: Sequence[TensorEntry]) -> float | None:
+    """The coefficient of what lies outside the blocks, on one side of them; None where several models differ in it."""
+    models = dict.fromkeys(inspection.depth.component_of(part.name) for part in parts) or {None: None}
+    number = _SIDES.index(side)
+    values = {outside_coefficients(inspection.recipe, inspection.rules, model)[number] for model in models}
+    return _finite(values.pop()) if len(values) == 1 else None
 
 
 def _counts(parts: Iterable[TensorEntry]) -> Report:
@@ -467,7 +486,7 @@ def _health(inspection: Inspection, findings: Findings, side: int) -> Report:
         for stored in checkpoint.tensors.values()
         if stored.info.dtype not in FLOAT_DTYPES | FLOAT8_DTYPES
     ]
-    same, heads = [], tied_embeddings(checkpoint, config)
+    same, heads = [], tied_heads(checkpoint, config)
     for group in findings.same.get(side, ()):
         tied = tied_copies(group, heads)
         first, *others = [name for name in group if name not in tied] or group[:1]

@@ -200,6 +200,8 @@ def _held(report: Report) -> Fact:
 def _known(report: Report) -> Iterable[Fact]:
     if report["base"] is not None:
         yield "base", (report["base"],)
+    if report["components"]:
+        yield "models", tuple(_component(component) for component in report["components"])
     tied = report["tied"]
     if tied["stored"]:
         yield "tied", tuple(f"{head} to {to}, by config.json; both are stored" for head, to in tied["stored"])
@@ -214,6 +216,11 @@ def _known(report: Report) -> Iterable[Fact]:
     if report["recipe"]:
         yield "recipe", (_recipe(report["recipe"]),)
     yield "LiNeS", (settings(report["scaling"]),)
+
+
+def _component(component: Report) -> str:
+    layers = ", ".join(component["stacks"]) or "no layers"
+    return f"{component['name']}: {count(component['parameters'])} parameters, {size(component['bytes'])} ({layers})"
 
 
 def settings(scaling: Report) -> str:
@@ -321,9 +328,11 @@ def _fine_tune(report: Report, tune: Report, *, full: bool) -> Section:
     ]
     if outside:
         tables.append(("outside the blocks", Table(("", *headings), tuple(outside))))
-    kinds = (row(kind["kind"], kind, "", most=largest(tune["kinds"])) for kind in tune["kinds"])
-    without_c = tuple((*cells[:6], cells[7]) for cells in kinds)
-    tables.append(("by kind", Table(("", *headings[:5], headings[6]), without_c)))
+    for key, word, title in (("components", "name", "by model"), ("kinds", "kind", "by kind")):
+        groups = (row(group[word], group, "", most=largest(tune[key])) for group in tune[key])
+        without_c = tuple((*cells[:6], cells[7]) for cells in groups)
+        if without_c or key == "kinds":
+            tables.append((title, Table(("", *headings[:5], headings[6]), without_c)))
     return Section(f"update of {tune['model']}", (*_changed(tune), *_undone(report)), tuple(tables))
 
 

@@ -22,8 +22,11 @@ def layer_coefficients(recipe: Recipe, rules: Rules, depth: DepthMap) -> list[tu
         (
             stack.name,
             [
-                rules.inside_value(
-                    stack.name, index, stack.layers, scale=scale_at(recipe, position(index, stack.layers))
+                rules.of(stack.component).inside_value(
+                    stack.name,
+                    index,
+                    stack.layers,
+                    scale=scale_at(recipe, position(index, stack.layers), stack.component),
                 )
                 for index in range(stack.layers)
             ],
@@ -39,9 +42,11 @@ def unlike_lines(recipe: Recipe, rules: Rules, depth: DepthMap, *, of_an_edit: b
     if recipe.lines is None:
         return
     fall, above = [], []
+    components = {stack.name: stack.component for stack in depth.stacks}
     for name, values in layer_coefficients(recipe, rules, depth):
         ends = f"{values[0]:.4g} to {values[-1]:.4g}" + (f" in {printable(name)}" if len(depth.stacks) > 1 else "")
-        by_hand = isinstance(rules.stacks.get(name, rules.schedule), (Listed, UpAndDown))
+        own = rules.of(components[name])
+        by_hand = isinstance(own.stacks.get(name, own.schedule), (Listed, UpAndDown))
         if values[-1] < values[0] and not by_hand:
             fall.append(ends)
         if of_an_edit and max(values) > 1:
@@ -61,15 +66,15 @@ def unlike_lines(recipe: Recipe, rules: Rules, depth: DepthMap, *, of_an_edit: b
         )
 
 
-def outside_coefficients(recipe: Recipe, rules: Rules) -> tuple[float, float]:
-    """The coefficients outside the blocks, before and behind them (filters apart)."""
-    scale = scale_at(recipe, 0.0)
-    return rules.outside_value("before", scale=scale), rules.outside_value("after", scale=scale)
+def outside_coefficients(recipe: Recipe, rules: Rules, component: str | None = None) -> tuple[float, float]:
+    """The coefficients outside the blocks, before and behind them (filters apart); of one of several models its own."""
+    scale, own = scale_at(recipe, 0.0, component), rules.of(component)
+    return own.outside_value("before", scale=scale), own.outside_value("after", scale=scale)
 
 
-def scale_at(recipe: Recipe, at: float) -> float:
+def scale_at(recipe: Recipe, at: float, component: str | None = None) -> float:
     """The scale of what is merged, at a place in the depth, 0 to 1."""
-    return recipe.method.scale_of(recipe.values("", at))
+    return recipe.method.scale_of(recipe.values("", at, component))
 
 
 def known(value: float) -> float | None:

@@ -11,11 +11,12 @@ from typing import Any
 
 from lines_cli.checkpoint.adapter import adapter_at, open_adapter
 from lines_cli.checkpoint.header import COMPLEX, Known
+from lines_cli.checkpoint.pipeline import Reads, open_whole, with_its_components
 from lines_cli.checkpoint.reader import Checkpoint, FileState, open_checkpoint
 from lines_cli.errors import CheckpointError, UnsupportedError, some
 from lines_cli.hub.download import Only, base_and_adapter, is_missing, locate
 from lines_cli.plan.adapted import on_base
-from lines_cli.plan.tied_weights import is_vocabulary
+from lines_cli.plan.tied_weights import is_vocabulary, tied_heads
 from lines_cli.recipe.schema import Recipe
 
 
@@ -36,10 +37,27 @@ def open_inputs(recipe: Recipe, *, quiet: bool = False, weights: bool = True) ->
             f"{len(missing)} inputs are missing; there are no such files or folders:\n{some(missing)}",
             hint="Check the paths.",
         )
-    opening = Opening(recipe.base_model, variant=recipe.variant, quiet=quiet, only=None if weights else "plan")
+    only: Only | None = None if weights else "plan"
+    reads = _read_of_the_base(recipe)
+    opening = Opening(recipe.base_model, variant=recipe.variant, quiet=quiet, only=only, reads=reads)
     inputs = inputs_of(recipe, *map(opening, names))
+    if inputs.checkpoints[0].components and not inputs.leading.components:  # which of them fits is to be seen
+        again = Opening(recipe.base_model, variant=recipe.variant, quiet=quiet, only=only)
+        inputs = inputs_of(recipe, *map(again, names))
     refuse_variant_of_none(recipe.variant, inputs.checkpoints)
     return inputs
+
+
+def _read_of_the_base(recipe: Recipe) -> Reads | None:
+    """Which components of the base are needed; None for all, as where the output is like it."""
+    models = [source.model for source in recipe.merged]
+    if recipe.like == "base" or not recipe.subtracts_base or recipe.base_model in models:
+        return None
+
+    def reads(component: str) -> bool:
+        return recipe.rule_of(component) not in (None, "keep")
+
+    return reads
 
 
 class Opening:
@@ -52,6 +70,7 @@ class Opening:
         also: names of other files that are wanted of repositories on the Hub (`locate`).
         only: what is not needed of what lies on the Hub (`locate`).
         quiet: no progress bars while fetching from the Hub.
+        reads: of a pipeline that is the base, the components that are needed; None for all.
     """
 
     def __init__(
@@ -63,11 +82,13 @@ class Opening:
         also: tuple[str, ...] = (),
         only: Only | None = None,
         quiet: bool = False,
+        reads: Reads | None = None,
     ) -> None:
         self._base, self._variant, self._to_look_at, self._quiet = base, variant, to_look_at, quiet
-        self._also, self._only = also, only
+        self._also, self._only, self._reads = also, only, reads
         self._opened: dict[str, Checkpoint] = {}
         self._known: Known = {}
+        self._whole_base: Checkpoint | None = None
 
     def __call__(self, name: str) -> Checkpoint:
         """The checkpoint of that name.
@@ -77,17 +98,28 @@ class Opening:
             MismatchError: an adapter of another base.
         """
         if name not in self._opened:
-            found = self._open(name, self._only)
+            reads = self._reads if name == self._base else None
+            found = self._open(name, self._only, reads)
             if self._only == "plan" and any(tensor.info.dtype == COMPLEX for tensor in found.tensors.values()):
-                found = self._open(name, None)  # the one kind of number that a plan looks at
+                found = self._open(name, None, reads)  # the one kind of number that a plan looks at
             self._opened[name] = found
         return self._opened[name]
 
-    def _open(self, name: str, only: Only | None) -> Checkpoint:
+    def _base_of_adapters(self, base: str) -> Checkpoint:
+        """The base with all of its components: an adapter on it has them all."""
+        if self._whole_base is None:
+            self._whole_base = self(base)
+            if self._reads is not None and self._whole_base.components:
+                self._whole_base = self._open(base, self._only, reads=None)
+        return self._whole_base
+
+    def _open(self, name: str, only: Only | None, reads: Reads | None) -> Checkpoint:
         if halves := base_and_adapter(name):
-            base, found = self(halves[0]), locate(halves[1], quiet=self._quiet)
-            return on_base(open_adapter(found.path, name=found.name, hub_id=found.hub_id), base, name=name)
-        found = locate(name, quiet=self._quiet, also=self._also, variant=self._variant, only=only)
+            base = self._base_of_adapters(halves[0]) if halves[0] == self._base else self(halves[0])
+            found = locate(halves[1], quiet=self._quiet)
+            adapter = open_adapter(found.path, name=found.name, hub_id=found.hub_id)
+            return with_its_components(on_base(adapter, base, name=name))
+        found = locate(name, quiet=self._quiet, also=self._also, variant=self._variant, only=only, reads=reads)
         weights = adapter_at(found.path, self._known)
         if weights is not None and self._to_look_at and self._base is None:
             alone = open_checkpoint(weights, name=found.name, hub_id=found.hub_id, to_look_at=True)
@@ -100,16 +132,18 @@ class Opening:
                     "adapter: --as-adapter (in the recipe as_adapter: true).",
                 )
             adapter = open_adapter(found.path, name=found.name, hub_id=found.hub_id)
-            return on_base(adapter, self(self._base))
-        return open_checkpoint(
+            return with_its_components(on_base(adapter, self._base_of_adapters(self._base)))
+        return open_whole(
             found.path,
             name=found.name,
             hub_id=found.hub_id,
             to_look_at=self._to_look_at,
             known=self._known,
             variant=self._variant,
+            reads=reads,
             part=found.part,
             heads=found.heads,
+            heads_of=found.heads_of,
         )
 
 
@@ -218,6 +252,11 @@ class Inputs:
                 if name not in found:
                     found[name] = checkpoint.tensors[there].info.numel
         return found
+
+    @cached_property
+    def tied_heads(self) -> dict[str, str]:
+        """The heads of the leading side that its config ties to their embeddings, each with its embedding."""
+        return tied_heads(self.leading, self.config_of(self.lead))
 
     def config_of(self, side: int) -> Mapping[str, Any]:
         """Its config; of a lone file, the leading side's or the first that there is."""

@@ -23,11 +23,19 @@ def metadata_like(metadata: Mapping[str, str]) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:
-    """One weight file of the output: its name, the bytes before its data, and its whole size."""
+    """One weight file of the output.
+
+    Attributes:
+        name: its name, relative to the destination.
+        head: the bytes before its data.
+        nbytes: its whole size.
+        prefix: what stands before the names of its tensors among those of the plan.
+    """
 
     name: str
     head: bytes
     nbytes: int
+    prefix: str = ""
 
 
 def natural(name: str) -> list[tuple[int, str]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from lines_cli.checkpoint.sidecars import Sidecar
 from lines_cli.methods import ByMagnitude, Drawn, Measured, Values
 from lines_cli.methods.sparsify import Bounds
 from lines_cli.plan.coefficients import known, layer_coefficients, outside_coefficients, scale_at
+from lines_cli.plan.components import Share
 from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.layout import OutputFile
 from lines_cli.plan.resources import TURNED_AT_ONCE, TURNING, BytesPerEntry, Resources
@@ -76,6 +77,11 @@ class TensorPlan(NamedTuple):
         return (*shape[:axis], segment.numel // math.prod(shape[axis + 1 :]), *shape[axis + 1 :])
 
     @property
+    def as_stored(self) -> SourceRange | None:
+        """Where codes and scales are copied from, if an input stores the tensor as it is to be stored."""
+        return self.spec.as_stored(self.segments)
+
+    @property
     def edited(self) -> bool:
         """Whether any entry is computed; otherwise all are copied (or cast)."""
         return any(segment.models for segment in self.segments)
@@ -99,6 +105,7 @@ class Plan:
         sidecars: the other files of an output folder; empty for a single file.
         notes: what a person should know of how disagreements were settled.
         rows: numbers of vocabulary rows that became another number.
+        shares: of inputs that hold several models, what becomes of each.
         vocabulary: the output's tokens, where rows are paired by them.
     """
 
@@ -115,6 +122,7 @@ class Plan:
     sidecars: tuple[Sidecar, ...]
     notes: tuple[str, ...]
     rows: Mapping[int, int]
+    shares: tuple[Share, ...] = ()
     vocabulary: Vocabulary | None = None
 
     @property
@@ -155,7 +163,25 @@ class Plan:
         found += ["L1 norms"] if needs.l1 else []
         found += ["angles"] if needs.products else []
         last = [word for word, needed in (("signs", needs.majority), ("norms", needs.norms)) if needed]
-        return (*found, " and ".join(last)) if last else tuple(found)
+        found += [" and ".join(last)] if last else []
+        return (*found, *((SCALES,) if self.to_quantise else ()))
+
+    @cached_property
+    def to_quantise(self) -> tuple[TensorPlan, ...]:
+        """The tensors whose scales are still to be measured, for they are stored in 8 bits."""
+        return tuple(
+            tensor
+            for tensor in self.tensors
+            if tensor.spec.quantised is not None
+            and tensor.info.numel
+            and tensor.as_stored is None
+            and tensor.name not in self.statistics.scales
+        )
+
+    def measured_with(self, tensor: TensorPlan) -> str | None:
+        """What names the thresholds that a tensor shares with others (`Statistics.thresholds`): None for one model."""
+        component = self.depth.component_of(tensor.name)
+        return None if component is None else f"all of {component}"
 
     @property
     def trims_globally(self) -> bool:
@@ -195,7 +221,7 @@ class Plan:
             return Measured()
         thresholds: tuple[Bounds, ...] = ()
         if found.thresholds:
-            whole = None if self._of_model(tensor) else name
+            whole = self.measured_with(tensor) if self._of_model(tensor) else name
             thresholds = tuple(found.thresholds.get((model, whole), ()) for model in range(self.number_of_models))
         products = found.products.get(name, (0.0, 0.0, 0.0))
         return Measured(thresholds, found.majority, found.l1.get(name, ()), products)
@@ -203,12 +229,18 @@ class Plan:
     @property
     def bytes_read(self) -> int:
         """Bytes of tensor data read from the inputs by the last pass, the one that writes."""
-        return _bytes_of(segment for tensor in self.tensors for segment in tensor.segments)
+        return bytes_of(segment for tensor in self.tensors for segment in tensor.segments)
 
     @property
     def bytes_measured(self) -> int:
-        """Bytes of tensor data that one measuring pass reads."""
-        return _bytes_of(segment for tensor in self.tensors for segment in tensor.segments if segment.models)
+        """Bytes of tensor data that one measuring pass reads, but for that of the scales."""
+        return bytes_of(segment for tensor in self.tensors for segment in tensor.segments if segment.models)
+
+    def bytes_of_pass(self, what: str) -> int:
+        """Bytes of tensor data that one of the `passes` reads."""
+        if what == SCALES:
+            return bytes_of(segment for tensor in self.to_quantise for segment in tensor.segments)
+        return self.bytes_measured
 
     @cached_property
     def per_entry(self) -> BytesPerEntry:
@@ -220,6 +252,7 @@ class Plan:
         temporaries += models if isinstance(method.sparsifier, Drawn) else 0
         temporaries += 1  # the scaled task vector: what it was is compared with what is written
         temporaries += 5 if self.recipe.rounding == "stochastic" else 0
+        temporaries += 2 if self.recipe.dtype == "fp8" else 0  # what is divided by the scales, and what that leaves
         temporaries += 2 * models + 1 if self.needs.thresholds else 0  # how far magnitudes are from a window
         return BytesPerEntry(stored, written, 8 if self.in_float64 else 4, models + 1, temporaries)
 
@@ -321,9 +354,17 @@ class Plan:
         """Each stack's name, and the coefficient of each of its layers (filters apart)."""
         return layer_coefficients(self.recipe, self.rules, self.depth)
 
-    def outside(self) -> tuple[float, float]:
-        """The coefficients outside the blocks, before and behind them (filters apart)."""
-        return outside_coefficients(self.recipe, self.rules)
+    def outside(self, component: str | None = None) -> tuple[float, float]:
+        """The coefficients outside the blocks, before and behind them (filters apart); or those of one component."""
+        return outside_coefficients(self.recipe, self.rules, component)
+
+    @cached_property
+    def taken_whole(self) -> frozenset[str]:
+        """The tensors of components that are taken as one input has them."""
+        whole = {share.name for share in self.shares if share.side is not None}
+        if not whole:
+            return frozenset()
+        return frozenset(t.name for t in self.tensors if self.depth.component_of(t.name) in whole)
 
     def filters(self) -> list[tuple[str, float]]:
         """The patterns that fix coefficients, and the coefficient of each."""
@@ -331,9 +372,14 @@ class Plan:
         return [(pattern, scale * value) for pattern, value in self.rules.filters]
 
     @property
+    def of_model(self) -> Iterator[TensorPlan]:
+        """The tensors of the model: without those that only say how weights are stored."""
+        return (tensor for tensor in self.tensors if not tensor.spec.of_format)
+
+    @property
     def parameters(self) -> int:
         """Entries of all output tensors."""
-        return sum(tensor.info.numel for tensor in self.tensors)
+        return sum(tensor.info.numel for tensor in self.of_model)
 
     def map(self) -> list[dict[str, Any]]:
         """Every output tensor's stack (None outside the blocks), layer and coefficient, as plain values."""
@@ -344,7 +390,7 @@ class Plan:
                 "index": tensor.place.index if tensor.place else None,
                 "coefficient": known(tensor.coefficient),
             }
-            for tensor in self.tensors
+            for tensor in self.of_model
         ]
 
     def models(self) -> list[dict[str, Any]]:
@@ -390,8 +436,12 @@ class Plan:
             return {"tensors": len(numels), "parameters": sum(numels)}
 
         by_stack: dict[str | None, list[TensorPlan]] = defaultdict(list)
-        for tensor in self.tensors:
-            by_stack[tensor.place.stack if tensor.place else None].append(tensor)
+        for tensor in self.of_model:
+            if tensor.name not in self.taken_whole:
+                by_stack[tensor.place.stack if tensor.place else None].append(tensor)
+        by_component: dict[str | None, list[TensorPlan]] = defaultdict(list)
+        for tensor in self.tensors if self.shares else ():
+            by_component[self.depth.component_of(tensor.name)].append(tensor)
         norms = self.statistics.norms
         return {
             "output": str(self.output),
@@ -416,6 +466,22 @@ class Plan:
                 **dict(zip(("first", "last"), map(known, self.outside()), strict=True)),
                 **counts(by_stack[None]),
             },
+            "components": [
+                {
+                    "name": share.name,
+                    "folder": share.component.folder,
+                    "as": None if share.side is None else self.inputs.checkpoints[share.side].name,
+                    "stacks": [stack.name for stack in self.depth.stacks if stack.component == share.name],
+                    "outside": {
+                        **dict(zip(("first", "last"), map(known, self.outside(share.name)), strict=True)),
+                        **counts(t for t in by_component[share.name] if t.place is None),
+                    }
+                    if share.side is None
+                    else None,
+                    **counts(by_component[share.name]),
+                }
+                for share in self.shares
+            ],
             "filters": [
                 {
                     "pattern": pattern,
@@ -425,15 +491,15 @@ class Plan:
                 for pattern, value in self.filters()
             ],
             "vocabulary": vocabulary_report(self.vocabulary, self.inputs),
-            "edited": counts(tensor for tensor in self.tensors if tensor.edited),
-            "copied": counts(tensor for tensor in self.tensors if not tensor.edited),
+            "edited": counts(tensor for tensor in self.of_model if tensor.edited),
+            "copied": counts(tensor for tensor in self.of_model if not tensor.edited),
             "bytes": {"read": self.bytes_read, "written": self.bytes_written},
-            "passes": [{"measures": what, "bytes": self.bytes_measured} for what in self.passes],
+            "passes": [{"measures": what, "bytes": self.bytes_of_pass(what)} for what in self.passes],
             "notes": list(self.notes),
         }
 
 
-def _bytes_of(segments: Iterable[Segment]) -> int:
+def bytes_of(segments: Iterable[Segment]) -> int:
     """Of what is stored; what an adapter's entries are made of is read once, with the base's."""
     total = 0
     for segment in segments:
@@ -441,6 +507,9 @@ def _bytes_of(segments: Iterable[Segment]) -> int:
         total += segment.numel * sum(itemsize(source[2]) for source in ranges)
     return total
 
+
+SCALES = "FP8 scales"
+"""What the pass measures that finds the scales of an output in FP8."""
 
 BYTES_COUNTING = 6 * 2**20
 """What a worker takes for each model whose magnitudes it counts."""

@@ -14,6 +14,7 @@ from lines_cli.errors import (
     some,
 )
 from lines_cli.plan.coefficients import Coefficients, coefficient_of, rounded_coefficient
+from lines_cli.plan.fp8 import scales_copied
 from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.match import Names
 from lines_cli.plan.plan import Plan, TensorPlan
@@ -21,7 +22,7 @@ from lines_cli.plan.realised import groups_of
 from lines_cli.plan.sidecars import with_numbers
 from lines_cli.plan.statistics import Needs, Statistics
 from lines_cli.plan.tensors import Segment, TensorSpec, taken_whole
-from lines_cli.recipe.schema import Recipe, Scaling
+from lines_cli.recipe.schema import Recipe
 from lines_cli.scaling.find_depth import DepthMap
 from lines_cli.scaling.schedule import Rules
 
@@ -125,10 +126,24 @@ def decided(plan: Plan, placed: Iterable[tuple[TensorSpec, int, TensorInfo]]) ->
     if plan.recipe.lines is not None and plan.recipe.lines.needs_alpha and not plan.needs.norms:
         norms = plan.statistics.norms
         alpha = norms.alpha if norms else 1 / plan.number_of_models  # the merged task vector is the sum
-    rules = (plan.recipe.lines or UNSCALED).rules(plan.depth, alpha=alpha)
+    rules = plan.recipe.rules(plan.depth, alpha=alpha)
     plan = replace(plan, rules=rules)
     coefficients = Coefficients(plan.recipe, plan.depth, rules)
-    return _measured_whole(replace(plan, tensors=tuple([_decide(plan, coefficients, *one) for one in placed])))
+    return _with_scales(
+        _measured_whole(replace(plan, tensors=tuple([_decide(plan, coefficients, *one) for one in placed])))
+    )
+
+
+def _with_scales(plan: Plan) -> Plan:
+    """The plan, where scales are copied with the codes that they belong to."""
+    if plan.needs or not any(tensor.spec.scales_of for tensor in plan.tensors):
+        return plan
+    weights = {tensor.name: tensor for tensor in plan.tensors if tensor.spec.quantised is not None}
+    tensors = []
+    for tensor in plan.tensors:
+        copied = weights[tensor.spec.scales_of].as_stored if tensor.spec.scales_of else None
+        tensors.append(tensor if copied is None else tensor._replace(segments=(scales_copied(copied),)))
+    return replace(plan, tensors=tuple(tensors))
 
 
 def _measured_whole(plan: Plan) -> Plan:
@@ -154,10 +169,6 @@ def _measured_whole(plan: Plan) -> Plan:
 
 
 _MUCH = 3.0  # alpha lies below 1 in the paper's uses
-
-
-UNSCALED = Scaling(alpha=1.0, beta=0.0)
-"""What the merged task vector is scaled by where the recipe has no `lines:`, lambda apart."""
 
 
 def _decide(plan: Plan, coefficients: Coefficients, spec: TensorSpec, file: int, info: TensorInfo) -> TensorPlan:
@@ -206,6 +217,8 @@ def _own(spec: TensorSpec, segment: Segment) -> Segment:
     if segment.copy is not None:
         return segment
     copied = segment.models[0]
+    if spec.as_stored((Segment(segment.start, segment.numel, copied),)) is not None and len(spec.segments) == 1:
+        return Segment(segment.start, segment.numel, copied)
     rounded = bool(copied.steps) or (copied.dtype != spec.dtype and (copied.dtype, spec.dtype) not in WIDER)
     return Segment(segment.start, segment.numel, copied, base=segment.base if rounded else None)
 

@@ -75,6 +75,17 @@ def tied_embeddings(side: Checkpoint, config: Mapping[str, Any]) -> dict[str, st
     }
 
 
+def tied_heads(side: Checkpoint, config: Mapping[str, Any]) -> dict[str, str]:
+    """The same of a checkpoint that may hold several models, each with its own config; `config` is of one model."""
+    if not side.components:
+        return tied_embeddings(side, config)
+    found: dict[str, str] = {}
+    for one in side.components:
+        tied = tied_embeddings(one.checkpoint, one.checkpoint.config)
+        found |= {one.prefix + head: one.prefix + embedding for head, embedding in tied.items()}
+    return found
+
+
 def tied_copies(names: Collection[str], tied: Mapping[str, str]) -> set[str]:
     """Of tensors that hold the same, those that do so by design: heads that are tied to an embedding among them, and
     the token embeddings of an encoder-decoder beside its `shared` one. `tied` are those of `tied_embeddings`.

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from decimal import Decimal
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -31,7 +32,7 @@ from lines_cli.methods import Method, Said, Values, find_method
 from lines_cli.methods.parameters import MOST_RULES, evaluate, filters_of
 from lines_cli.scaling.by_hand import member_of
 from lines_cli.scaling.find_depth import DepthMap
-from lines_cli.scaling.schedule import Constant, Linear, Listed, Outside, Power, Rules, Schedule, UpAndDown
+from lines_cli.scaling.schedule import Constant, Linear, Listed, Outside, Power, Reversed, Rules, Schedule, UpAndDown
 from lines_cli.storage.digest import FileRecord
 
 _UNITS = {
@@ -68,7 +69,7 @@ def _no_flag(value: Any) -> Any:
 
 
 Finite = Annotated[float, BeforeValidator(_no_flag), Field(allow_inf_nan=False)]
-DtypeName = Literal["float64", "float32", "float16", "bfloat16"]
+DtypeName = Literal["float64", "float32", "float16", "bfloat16", "fp8"]
 Rounding = Literal["nearest", "stochastic"]
 
 
@@ -80,9 +81,17 @@ Fixed = Literal["keep", "base"]
 _FIXED = {"keep": 1.0, "base": 0.0}
 
 
+_SCHEDULES: dict[str, Callable[[float, float], Schedule]] = {
+    "linear": Linear,
+    "constant": Constant,
+    "reversed": Reversed,
+    "unet": UpAndDown,
+}
+
+
 def parse_schedule(value: Any) -> Any:
-    """`linear`, `constant`, `unet`, `power:2`; or a list of numbers, also as `0.1,0.6,1.0`."""
-    if isinstance(value, str) and value in ("linear", "constant", "unet"):
+    """`linear`, `constant`, `reversed`, `unet`, `power:2`; or a list of numbers, also as `0.1,0.6,1.0`."""
+    if isinstance(value, str) and value in _SCHEDULES:
         return value
     try:
         if isinstance(value, str) and value.startswith("power:"):
@@ -98,7 +107,8 @@ def parse_schedule(value: Any) -> Any:
     except (TypeError, ValueError, OverflowError):
         pass
     raise ValueError(
-        "a schedule is linear, constant, unet, power:P with P above 0, or a list of coefficients as in 0.1,0.6,1"
+        "a schedule is linear, constant, reversed, unet, power:P with P above 0, or a list of coefficients, as in "
+        "0.1,0.6,1"
     )
 
 
@@ -161,6 +171,10 @@ def _parse_alpha(value: Any) -> float | Auto:
     return _finite(value, "expected a finite number, or auto")
 
 
+Schedules = Annotated[str | tuple[Finite, ...], BeforeValidator(parse_schedule)]
+AllSeries = Annotated[tuple[tuple[str, ...], ...], BeforeValidator(parse_series), Field(max_length=MOST_RULES)]
+
+
 class Scaling(_Part):
     """The `lines:` key: how the task vector is scaled over depth.
 
@@ -169,7 +183,8 @@ class Scaling(_Part):
             many tasks, `(1/N) * norm1(sum of tau_i) / norm1(tau_merged)`, measured. Only a schedule that lists its
             coefficients needs no beta.
         gamma: multiplies what a schedule gives.
-        schedule: `linear`, `power:P`, `constant`, `unet`, or the coefficients themselves, first layer to last.
+        schedule: `linear`, `power:P`, `constant`, `reversed`, `unet`, or the coefficients themselves, from the first
+            layer to the last.
         outside: what tensors outside the blocks get (`Rules.outside`).
         layers: a regular expression that overrules the detection of depth (`find_depth`).
         series: the names of stacks that run one after the other, a list of them for each stack that they make.
@@ -182,10 +197,10 @@ class Scaling(_Part):
     alpha: Annotated[float | Auto, PlainValidator(_parse_alpha)] = "auto"
     beta: Finite | None = None
     gamma: Finite = 1.0
-    schedule: Annotated[str | tuple[Finite, ...], BeforeValidator(parse_schedule)] = "linear"
+    schedule: Schedules = "linear"
     outside: Outside = "alpha"
     layers: str | None = None
-    series: Annotated[tuple[tuple[str, ...], ...], BeforeValidator(parse_series), Field(max_length=MOST_RULES)] = ()
+    series: AllSeries = ()
     not_layers: str | None = None
     stacks: dict[str, Annotated[Fixed | Ends, BeforeValidator(_parse_stack)]] = Field(
         default_factory=dict, max_length=MOST_RULES
@@ -215,6 +230,23 @@ class Scaling(_Part):
         unsaid = {"alpha", "beta"} if isinstance(self.schedule, tuple) else set()
         unsaid |= {key for key in ("stacks", "filter", "series", "not_layers") if not values.get(key)}
         return {key: value for key, value in values.items() if key not in unsaid}
+
+    def with_own(self, own: ComponentRule) -> Scaling:
+        """The same for one component, with what is said of that alone: an alpha brings the beta that belongs to it.
+
+        Raises:
+            ValueError: the two do not go together.
+        """
+        said = own.scaling
+        if isinstance(said.get("schedule"), tuple):
+            rest = self.model_dump(include=self.model_fields_set - {"alpha", "beta"})
+        else:
+            rest = self.model_dump(include=self.model_fields_set - said.keys())
+            if isinstance(self.schedule, tuple) and {"alpha", "beta"} & said.keys():
+                rest.pop("schedule", None)
+        if "alpha" in said and "beta" not in said:
+            said["beta"] = 1 - said["alpha"]
+        return Scaling.model_validate(rest | said)
 
     @property
     def by_hand(self) -> dict[str, Any]:
@@ -258,13 +290,60 @@ class Scaling(_Part):
     def _schedule(self, alpha: float, beta: float) -> Schedule:
         if isinstance(self.schedule, tuple):
             return Listed(self.schedule)
-        if self.schedule == "constant":
-            return Constant(alpha, beta)
-        if self.schedule == "unet":
-            return UpAndDown(alpha, beta)
         if self.schedule.startswith("power:"):
             return Power(alpha, beta, float(self.schedule.removeprefix("power:")))
-        return Linear(alpha, beta)
+        return _SCHEDULES[self.schedule](alpha, beta)
+
+
+UNSCALED = Scaling(alpha=1.0, beta=0.0)
+"""What the merged task vector is scaled by where the recipe has no `lines:`, lambda apart."""
+
+
+class ComponentRule(_Part):
+    """What is said of one component of a pipeline alone; what is not said is as for all.
+
+    Attributes:
+        alpha, beta, gamma, schedule, outside, layers, series, not_layers: as of `Scaling`.
+        parameters: the method's, for its tensors; they go before those of the models.
+    """
+
+    alpha: Finite | None = None
+    beta: Finite | None = None
+    gamma: Finite | None = None
+    schedule: Schedules | None = None
+    outside: Outside | None = None
+    layers: str | None = None
+    series: AllSeries | None = None
+    not_layers: str | None = None
+    parameters: dict[str, Any] = Field(default_factory=dict)
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_said(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in serialize(self).items() if value not in (None, {})}
+
+    @property
+    def scaling(self) -> dict[str, Any]:
+        """What it says of the scaling."""
+        said = ((key, getattr(self, key)) for key in self.model_fields_set - {"parameters"})
+        return {key: value for key, value in said if value is not None}
+
+
+Whole = Literal["edit", "keep", "base"]
+
+
+def _parse_component(value: Any) -> Any:
+    if isinstance(value, (dict, ComponentRule)) or (isinstance(value, str) and value in get_args(Whole)):
+        return value
+    raise ValueError("a component is edit, keep, base, or keys such as alpha and schedule")
+
+
+ALL_OTHERS = "*"
+"""Stands for the components of which nothing else is said."""
+
+# Names of what turns images and sounds into latents and back, and of filters: half of one and half of another is none.
+_NOT_SCALED = re.compile(
+    r"(?:.*_)?(?:vae|vqvae|vqgan|movq|autoencoder)(?:_.*)?|safety_checker|watermarker|vocoder", re.DOTALL
+)
 
 
 def _a_name(name: str) -> str:
@@ -441,7 +520,8 @@ class Recipe(_Part):
         models: the fine-tunes, in the order of every sum.
         parameters: the method's, for all models.
         lines: the scaling over depth; without it the merged task vector is scaled by the method's own parameter alone.
-        dtype: what every float tensor is written as; None keeps what the input has that the output is like.
+        dtype: what every float tensor is written as; None keeps what the input has that the output is like; `fp8`
+            stores those in 8 bits that an input stores so, as it does, and keeps the others.
         rounding: how a result is rounded to that: to the `nearest` number; or `stochastic`, up or down by a draw.
         rounding_seed: of the draw.
         tokenizer_source, chat_template: `base`, or one of the models; None takes the input that the output is like.
@@ -459,6 +539,9 @@ class Recipe(_Part):
             (first) fine-tune (`ft`) or the `base`.
         variant: of a folder with several sets of weights the one of this name, as `fp16` in `model.fp16.safetensors`;
             inputs that do not have it are read as without.
+        components: of inputs that hold several models what becomes of each, by its name; `*` stands for all others.
+            `edit` it; or take it as the (first) fine-tune has it (`keep`) or as the `base` has it; or what is said of
+            it alone (`rule_of`).
         allow_nonfinite: let NaN and Inf through.
         as_adapter: the output is an adapter (PEFT's LoRA) in place of a whole model: one adapter scaled, several merged
             with their ranks side by side, or of one whole fine-tune the nearest one. Adapters need no base then.
@@ -491,6 +574,9 @@ class Recipe(_Part):
     missing_in_blocks: Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(_no_flag)] = None
     resize: Literal["error", "ft", "base"] = "error"
     variant: Annotated[str, Field(pattern=r"^[\w-]+$")] | None = None
+    components: dict[
+        Annotated[str, AfterValidator(_named)], Annotated[Whole | ComponentRule, BeforeValidator(_parse_component)]
+    ] = Field(default_factory=dict, max_length=MOST_RULES)
     allow_nonfinite: bool = False
     as_adapter: bool = False
     num_layers: Annotated[int | dict[str, int] | None, PlainValidator(_parse_num_layers)] = None
@@ -517,7 +603,7 @@ class Recipe(_Part):
     def _without_what_says_nothing(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = serialize(self)
         unsaid = {"rounding", "rounding_seed"} if self.rounding == "nearest" else set()
-        unsaid |= {key for key in OF_ADAPTERS if not values.get(key)}
+        unsaid |= {key for key in (*OF_ADAPTERS, "components") if not values.get(key)}
         return {key: value for key, value in values.items() if key not in unsaid}
 
     @property
@@ -542,30 +628,59 @@ class Recipe(_Part):
         """Whether task vectors are taken: differences to the base."""
         return self.method.takes == "task vectors" or self.lines is not None
 
-    def values(self, name: str, position: float) -> Values:
+    def rule_of(self, component: str) -> Whole | ComponentRule | None:
+        """What becomes of a component. Of which nothing is said, is edited; but for codecs and filters, None: these are
+        taken as the input has them that the output is like.
+        """
+        rule = self.components.get(component, self.components.get(ALL_OTHERS))
+        if rule is not None:
+            return rule
+        return None if _NOT_SCALED.fullmatch(component) else "edit"
+
+    def scaling_of(self, component: str | None) -> Scaling | None:
+        """The scaling of a component, or of all where it is None or has none of its own."""
+        rule = self.rule_of(component) if component is not None else None
+        if self.lines is None or not isinstance(rule, ComponentRule) or not rule.scaling:
+            return self.lines
+        return self.lines.with_own(rule)
+
+    def rules(self, depth: DepthMap, *, alpha: float | None = None) -> Rules:
+        """What decides every coefficient (`Scaling.rules`); without `lines:` it is 1, the method's own scale apart."""
+        rules = (self.lines or UNSCALED).rules(depth, alpha=alpha)
+        components = dict.fromkeys(region.component for region in depth.regions)
+        own = {name: scaling for name in components if (scaling := self.scaling_of(name)) not in (None, self.lines)}
+        if not own:
+            return rules
+        return replace(rules, components={name: s.rules(depth, alpha=alpha) for name, s in own.items() if s})
+
+    def values(self, name: str, position: float, component: str | None = None) -> Values:
         """The method's parameters for one tensor.
 
         Args:
             name: the tensor's.
             position: of its layer in its stack, from 0 to 1; 0 outside the blocks.
+            component: the model that it belongs to, where there are several.
 
         Returns:
             For each parameter a tuple with a value for each of `merged`, or one value.
         """
         values: dict[str, Any] = {}
+        rule = self.rule_of(component) if component is not None else None
+        own = (rule.parameters,) if isinstance(rule, ComponentRule) else ()
         for key, parameter in self.method.parameters.items():
             if parameter.per_model:
                 values[key] = tuple(
-                    _first_said((source.parameters, self.parameters), key, name, position, parameter.default)
+                    _first_said((*own, source.parameters, self.parameters), key, name, position, parameter.default)
                     for source in self.merged
                 )
             else:
-                values[key] = _first_said((self.parameters,), key, name, position, parameter.default)
+                values[key] = _first_said((*own, self.parameters), key, name, position, parameter.default)
         return values
 
     def settings(self, key: str) -> Iterator[Any]:
         """What is said of a parameter, wherever it is said."""
-        for said in (*(source.parameters for source in self.merged), self.parameters):
+        rules = [rule.parameters for rule in self.components.values() if isinstance(rule, ComponentRule)]
+        for said in (*(source.parameters for source in self.merged), *rules, self.parameters):
             if key in said:
                 yield said[key]
 

@@ -14,7 +14,7 @@ from lines_cli.methods import METHODS, Method, find_method
 from lines_cli.methods.parameters import evaluate
 from lines_cli.methods.said import Conflict, Note, Settled
 from lines_cli.recipe.plain_yaml import Place
-from lines_cli.recipe.schema import OF_ADAPTERS, UNION, DtypeName, Recipe, Scaling, parse_schedule
+from lines_cli.recipe.schema import OF_ADAPTERS, UNION, ComponentRule, DtypeName, Recipe, Scaling, parse_schedule
 
 
 def make_recipe(
@@ -75,7 +75,7 @@ def _problems(error: ValidationError, said_at: SaidAt) -> list[Problem]:
         found.append(((), f"{len(everything):,} of its keys and values are wrong; the first are"))
         everything = everything[:_MOST_PROBLEMS]
     for details in everything:
-        place = said_at(tuple(part for part in details["loc"] if part != "Ends"))
+        place = said_at(tuple(part for part in details["loc"] if part not in ("Ends", "ComponentRule")))
         key, given, kind = dotted(place), details["input"], details["type"]
         # Of the two readings of a stack, fixed or with ends, only the one that was meant is worth a complaint; beta has
         # no default where alpha is wrong; and there are too few models where one is wrong.
@@ -136,6 +136,8 @@ def _nearest(place: Place) -> str:
     own: Iterable[str] = _TOP
     if inside_lines:
         own = Scaling.model_fields
+    elif above[:1] == ["components"]:
+        own = ComponentRule.model_fields
     elif above:
         own = ("model", "parameters")
     near = get_close_matches(word, own, n=1, cutoff=0.5 if inside_lines else 0.6)
@@ -406,7 +408,14 @@ def _with_parameters(recipe: Recipe, problems: list[Problem], said_at: SaidAt) -
             if rule.model is not None and rule.model not in names:
                 what = f"tokenizer.tokens: {rule.model!r}, from which {token!r} is to come, is none of the models"
                 problems.append((("tokenizer", "tokens"), what))
-    recipe = recipe.model_copy(update={"parameters": top, "models": models})
+    components: dict[str, Any] = {}
+    for name, of_it in recipe.components.items():
+        components[name] = of_it
+        if isinstance(of_it, ComponentRule):
+            own = checked(of_it.parameters, ("components", name, "parameters"), of_model=False)
+            components[name] = of_it.model_copy(update={"parameters": own})
+    problems += _wrong_components(recipe, said_at)
+    recipe = recipe.model_copy(update={"parameters": top, "models": models, "components": components})
     _check_models(recipe, problems)
     if not problems:
         settled = _check_values(recipe, problems, notes)
@@ -445,6 +454,24 @@ def _wrong_source(place: Place, value: str | None, names: set[str | None], said_
         or_union = "" if place == ("chat_template",) else ", nor union"
         what = f"{key}: {value!r} is neither base nor one of the models, from one of which it is taken{or_union}"
     yield said_at(place), what
+
+
+def _wrong_components(recipe: Recipe, said_at: SaidAt) -> Iterator[Problem]:
+    """What is said of components that cannot be."""
+    for name, rule in recipe.components.items():
+        place = said_at(("components", name))
+        if rule == "base" and (recipe.base_model is None or not recipe.subtracts_base):
+            yield place, f"{dotted(place)}: base, but no base is read"
+        if isinstance(rule, ComponentRule) and rule.scaling:
+            if recipe.lines is None:
+                given = ", ".join(sorted(rule.scaling))
+                yield place, f"{dotted(place)}: {given} say how to scale over depth; add lines: for all components"
+                continue
+            try:
+                recipe.lines.with_own(rule)
+            except ValidationError as error:
+                said = "; ".join(one["msg"].removeprefix("Value error, ") for one in error.errors())
+                yield place, f"{dotted(place)}: {said}"
 
 
 def _check_models(recipe: Recipe, problems: list[Problem]) -> None:
@@ -523,6 +550,9 @@ def _check_values(recipe: Recipe, problems: list[Problem], notes: list[str]) -> 
     notes += [f"{name} is merged {times} times" for name, times in twice]
     if method.takes == "task vectors" and names == [recipe.base_model] and recipe.like == "base":
         notes.append("the only model is the base itself: its task vector is zero")
+    if recipe.dtype == "fp8" and recipe.rounding != "nearest":
+        text = "rounding: stochastic does not go with dtype: fp8, whose codes are rounded to nearest"
+        problems.append((("rounding",), text))
     if recipe.dtype in ("bfloat16", "float16") and recipe.like == "base" and method.takes == "task vectors":
         notes.append(f"{recipe.dtype} is what the output is written in; the arithmetic is float32 all the same")
     return settled

@@ -74,10 +74,13 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """A run of residual blocks. `name` is its dotted prefix, `layers` its L."""
+    """A run of residual blocks. `name` is its dotted prefix, `layers` its L; `component` is the model that it is of,
+    where there are several.
+    """
 
     name: str
     layers: int
+    component: str | None = None
 
 
 Side = Literal["before", "after"]
@@ -104,16 +107,34 @@ def position(index: int, layers: int) -> float:
     return index / (layers - 1) if layers > 1 else 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class Region:
+    """What the names of a model's tensors begin with, where there are several models.
+
+    Attributes:
+        prefix: that; empty for all names that begin with no other's.
+        component: the model.
+        added: whether the names are its own behind that, as in a folder of several.
+        after: whether it has no blocks and stands behind those of another.
+    """
+
+    prefix: str
+    component: str
+    added: bool = True
+    after: bool = False
+
+
 @dataclass(frozen=True)
 class DepthMap:
     """Which tensor stands where. A name that `places` lacks is outside the blocks.
 
-    `notes` are what a person should know of how it was decided.
+    `notes` are what a person should know of how it was decided; `regions` say which of several models a name is of.
     """
 
     stacks: tuple[Stack, ...]
     places: dict[str, Place]
     notes: tuple[str, ...] = ()
+    regions: tuple[Region, ...] = ()
 
     @cached_property
     def layers(self) -> dict[str, int]:
@@ -125,13 +146,28 @@ class DepthMap:
         place = self.places.get(name)
         return 0.0 if place is None else position(place.index, self.layers[place.stack])
 
+    def region_of(self, name: str) -> Region | None:
+        """Which of several models a tensor belongs to; None where there is one."""
+        fitting = [region for region in self.regions if name.startswith(region.prefix)]
+        return max(fitting, key=lambda region: len(region.prefix), default=None)
+
+    def component_of(self, name: str) -> str | None:
+        """The name of that model."""
+        region = self.region_of(name)
+        return region.component if region is not None else None
+
     def side_of(self, name: str) -> Side:
         """On which side of the blocks a tensor outside them stands; before them, where its name does not tell."""
+        region = self.region_of(name)
+        if region is not None and region.after:
+            return "after"
         name = dotted(name)
         for stack in self.stacks:
             inside, prefix, rest = name.partition(f"{dotted(stack.name)}.")
             if prefix and not inside and is_index(rest.partition(".")[0]):
                 return "after"  # a layer beyond those that the config counts
+        if region is not None and region.added:
+            name = name.removeprefix(dotted(region.prefix))
         *modules, last = name.split(".")
         words = modules if last in ("weight", "bias") and modules else [*modules, last]
         if words == ["decoder"] or any(_SURELY_AFTER.fullmatch(word) for word in words):
@@ -204,6 +240,35 @@ def find_depth(
         notes += doubts.little_inside(places, parameters or {})
         notes += doubts.shared_layers(names, config or {})
     return DepthMap(tuple(Stack(lane.name, len(lane.units)) for lane in lanes), places, tuple(notes))
+
+
+def joined(parts: Sequence[tuple[DepthMap, Sequence[Region]]]) -> DepthMap:
+    """The depth of several models that stand beside each other.
+
+    Args:
+        parts: of each its depth, by its own names, and its regions, mostly of one component. Where a region is `added`,
+            its prefix is put before every name.
+    """
+    all_regions = tuple(region for _, regions in parts for region in regions)
+    whole = DepthMap((), {}, regions=all_regions)
+    stacks: list[Stack] = []
+    places: dict[str, Place] = {}
+    notes: list[str] = []
+    for depth, regions in parts:
+        one = {region.component for region in regions}
+        before = next((region.prefix for region in regions if region.added), "")
+        called = {stack.name: _behind(before, stack.name) for stack in depth.stacks}
+        for stack in depth.stacks:
+            name = called[stack.name]
+            stacks.append(Stack(name, stack.layers, min(one) if len(one) == 1 else whole.component_of(f"{name}.")))
+        places |= {before + name: Place(called[place.stack], place.index) for name, place in depth.places.items()}
+        notes += [f"{min(one)}: {note}" if len(one) == 1 else note for note in depth.notes]
+    return DepthMap(tuple(stacks), places, tuple(notes), all_regions)
+
+
+def _behind(before: str, stack: str) -> str:
+    """A stack's name with a prefix before each name that it is made of."""
+    return "+".join(before + name if name else before.rstrip(".") for name in stack.split("+")) if before else stack
 
 
 def _detected(

@@ -30,6 +30,10 @@ class Schedule(Protocol):
         """The value of the last layer."""
 
     @property
+    def ends(self) -> tuple[float, float]:
+        """What lies before the blocks gets, and what lies behind them, where that goes by its position."""
+
+    @property
     def flat(self) -> bool:
         """Whether every value is the same, so that depth makes no difference."""
 
@@ -57,6 +61,10 @@ class Linear:
         return self.alpha + self.beta
 
     @property
+    def ends(self) -> tuple[float, float]:
+        return self.first, self.last
+
+    @property
     def flat(self) -> bool:
         return self.beta == 0
 
@@ -77,6 +85,24 @@ class Constant(Linear):
 
     def at(self, index: int, layers: int) -> float:  # noqa: ARG002 - a rule of depth that ignores it
         return self.last
+
+
+@dataclass(frozen=True, slots=True)
+class Reversed(Linear):
+    """`alpha + beta * (L - l) / (L - 1)`: the deep blocks stay near the base. The control for LiNeS: the same
+    coefficients, in the other order. What lies outside the blocks gets alpha all the same.
+    """
+
+    def at(self, index: int, layers: int) -> float:
+        return self.alpha + (self.beta if index == 0 else self.beta * (layers - 1 - index) / (layers - 1))
+
+    @property
+    def last(self) -> float:
+        return self.alpha
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        return self.alpha + self.beta, self.alpha
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +143,10 @@ class Listed:
         return self.values[-1]
 
     @property
+    def ends(self) -> tuple[float, float]:
+        return self.first, self.last
+
+    @property
     def flat(self) -> bool:
         return len(set(self.values)) == 1
 
@@ -133,6 +163,7 @@ class Rules:
         stacks: for a stack by its name: a schedule of its own, or one fixed coefficient.
         filters: (pattern, coefficient): for every tensor whose name contains the pattern, the first that matches;
             `*` matches all.
+        components: of several models those that have rules of their own, filters and stacks apart.
     """
 
     schedule: Schedule
@@ -140,16 +171,22 @@ class Rules:
     outside: Outside = "alpha"
     stacks: Mapping[str, Schedule | float] = field(default_factory=dict)
     filters: tuple[tuple[str, float], ...] = ()
+    components: Mapping[str, Rules] = field(default_factory=dict)
+
+    def of(self, component: str | None) -> Rules:
+        """The rules of one of several models."""
+        return self.components.get(component, self) if component is not None else self
 
     def coefficient(self, name: str, depth: DepthMap, *, scale: float = 1.0) -> float:
         """The coefficient of one tensor, in float64, times `scale`: a merge's `lambda` for the tensor."""
         pattern = self.filter_of(name)
         if pattern is not None:
             return scale * dict(self.filters)[pattern]
+        own = self.of(depth.component_of(name)) if self.components else self
         place = depth.places.get(name)
         if place is None:
-            return self.outside_value(depth.side_of(name), scale=scale)
-        return self.inside_value(place.stack, place.index, depth.layers[place.stack], scale=scale)
+            return own.outside_value(depth.side_of(name), scale=scale)
+        return own.inside_value(place.stack, place.index, depth.layers[place.stack], scale=scale)
 
     def filter_of(self, name: str) -> str | None:
         """The pattern that decides a tensor's coefficient, if one does."""
@@ -167,8 +204,6 @@ class Rules:
         """The coefficient of what lies outside the blocks, on one side of them, filters apart."""
         if self.outside in ("base", "keep"):
             return 0.0 if self.outside == "base" else scale
-        return (
-            self.gamma
-            * scale
-            * (self.schedule.last if self.outside == "position" and side == "after" else self.schedule.first)
-        )
+        if self.outside == "position":
+            return self.gamma * scale * self.schedule.ends[side == "after"]
+        return self.gamma * scale * self.schedule.first

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from lines_cli.errors import OutputError, some
 from lines_cli.storage.files import open_regular, read_into
-from lines_cli.storage.names import CONFIG, MODEL_CARD, RECIPE, WEIGHT_STEMS
+from lines_cli.storage.names import CONFIG, MODEL_CARD, MODEL_INDEX, RECIPE, WEIGHT_STEMS
 
 
 def placed(output: Path) -> Path:
@@ -143,7 +143,7 @@ def _refuse_as_it_is(output: Path, there: Path) -> None:
         if not os.access(there, os.W_OK | os.X_OK):  # which renaming a folder takes, too
             raise OutputError(f"{output}: no permission to replace it", hint=_ELSEWHERE)
         names = os.listdir(there)
-        if RECIPE not in names and not any(name.endswith(".safetensors") for name in names):
+        if not {RECIPE, MODEL_INDEX} & {*names} and not any(name.endswith(".safetensors") for name in names):
             raise OutputError(f"{output} holds no checkpoint; --force will not delete it", hint=_ELSEWHERE_THEN)
 
 

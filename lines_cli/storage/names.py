@@ -14,6 +14,8 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 """How files end that torch.save writes."""
 
 CONFIG = "config.json"
+MODEL_INDEX = "model_index.json"
+MODULES = "modules.json"
 RECIPE = "lines_recipe.yaml"
 MODEL_CARD = "README.md"
 

@@ -24,7 +24,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import TypeVar
 
@@ -378,7 +378,7 @@ def clean(output: Path) -> Unfinished | None:
 def _empty(folder: Path, contents: JournalContents | None, names: Collection[str] = ()) -> None:
     """Remove all that a staging folder of ours holds, its lock apart: by the names that the journal knows."""
     known = {*names, *(contents.names if contents else ()), *_replaced(contents)}
-    known |= {name.rpartition("/")[0] for name in known if "/" in name}
+    known |= {str(parent) for name in known for parent in PurePosixPath(name).parents}
     for room in (_MOVED, _NEW, _OLD):
         _clear(folder / room, known)
     (folder / _JOURNAL).unlink(missing_ok=True)
@@ -629,6 +629,7 @@ class Staging:
     def create(self, name: str, nbytes: int) -> NewFile:
         """A file of `nbytes`, new or as an earlier run has left it, open for writing until `publish`."""
         with naming(self.output):
+            (self._new / name).parent.mkdir(parents=True, exist_ok=True)
             file = NewFile(self._new / name, nbytes, begun=self.contents is not None)
             self._open.append(file)
             self._written[name] = file.identity
@@ -671,8 +672,8 @@ class Staging:
         self.sync()
         with naming(self.output):
             self._close_files()
-            for folder in {self._new, *((self._new / name).parent for name in self._written)}:
-                sync_folder(folder)
+            for folder in {parent for name in self._written for parent in PurePosixPath(name).parents}:
+                sync_folder(self._new / folder)
             at_last()
             self._refuse_torn()
             self._refuse_arrivals(survey(self._target))

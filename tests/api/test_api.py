@@ -76,7 +76,8 @@ ON_CONSOLES = {"json", "quiet", "full", "log_json"}
 """Options that say what is shown, and how."""
 OF_ADAPTERS = {"adapter", "base_of_adapter", "num_layers"}
 ON_THE_HUB = {"push_to", "private", "revision", "cache"}
-OF_FILES = {"output", "variant", "max_shard_size", "force", "resume", "verify", "verify_inputs", "dry_run", *ON_THE_HUB}
+OF_FILES = {"output", "variant", "component", "max_shard_size", "force", "resume", "verify", "verify_inputs", "dry_run"}
+OF_FILES |= ON_THE_HUB
 
 
 def keywords(function: Callable[..., Any]) -> dict[str, Any]:
@@ -141,7 +142,7 @@ def test_a_merge_in_memory_takes_what_a_recipe_takes() -> None:
         "notes",
         "layers",
     }
-    files |= {"variant", "as_adapter", "num_layers", "rank", "energy", "save_rest"}
+    files |= {"variant", "components", "as_adapter", "num_layers", "rank", "energy", "save_rest"}
     keys = {renamed.get(key, key) for key in lines.Recipe.model_fields.keys() - files}
     resources = {"workers", "device", "gpu_memory", "track"}
     assert keywords(lines.merge_state_dicts).keys() == keys | resources | {"config", "model_parameters"}

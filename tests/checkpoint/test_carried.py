@@ -63,7 +63,9 @@ MODULES = [{"idx": number, "path": path} for number, path in enumerate(("", "1_P
 
 
 def test_modules_with_weights_of_their_own(tmp_path: Path) -> None:
-    """The fine-tune's as they are, a note says whose; an output is replaced and verified with them."""
+    """They are scaled as what lies outside the blocks, and a note says so; an output is replaced and verified with
+    them.
+    """
     for seed, side in enumerate(("base", "ft")):
         write(tmp_path / side, seed, modules__json=MODULES, **{"1_Pooling___config__json": {"of": side}})
         (tmp_path / side / "2_Dense/deeper").mkdir(parents=True)
@@ -73,24 +75,32 @@ def test_modules_with_weights_of_their_own(tmp_path: Path) -> None:
         (tmp_path / side / "2_Dense/optimizer.pt").write_text("no")
         save_file({"linear.weight": torch.full((2, 2), float(seed))}, tmp_path / side / "2_Dense/model.safetensors")
     out, notes = edit(tmp_path)
-    assert load_file(out / "2_Dense/model.safetensors")["linear.weight"].unique().item() == 1
+    assert load_file(out / "2_Dense/model.safetensors")["linear.weight"].unique() == torch.tensor(0.1)
     assert (out / "2_Dense/deeper/vocab.txt").read_text() == "ft"
     assert not (out / "2_Dense/optimizer.pt").exists()
-    assert about(notes, "2_Dense") == [
-        "modules with weights of their own are those of the fine-tune as they are: 2_Dense"
-    ]
+    assert about(notes, "2_Dense") == ["2_Dense: it has no layers, and is scaled as what lies outside the blocks"]
     edit(tmp_path, "--force")
     assert run_lines("verify", out).code == 0
 
 
 def test_a_module_that_is_a_pickle_or_missing(tmp_path: Path) -> None:
-    """It is named, with what follows; the pickle is not copied."""
+    """What torch.save wrote is read, and written as safetensors; of several pickles none is copied, and they are named;
+    so is what is not there.
+    """
     write(tmp_path / "base", 0)
-    write(tmp_path / "ft", 1, modules__json=MODULES, **{"2_Dense___pytorch_model__bin": "x"})
+    write(tmp_path / "ft", 1, modules__json=MODULES, **{"2_Dense___config__json": "{}"})
+    dense = {"linear.weight": torch.ones(2, 2)}
+    torch.save(dense, tmp_path / "ft/2_Dense/pytorch_model.bin")
     out, notes = edit(tmp_path)
-    assert not (out / "2_Dense/pytorch_model.bin").exists()
-    assert about(notes, "2_Dense/pytorch_model.bin")
+    assert sorted(path.name for path in (out / "2_Dense").iterdir()) == ["config.json", "model.safetensors"]
+    assert torch.equal(load_file(out / "2_Dense/model.safetensors")["linear.weight"], dense["linear.weight"])
     assert about(notes, "3_Normalize, which is not there")
+    for name in ("a.bin", "b.bin"):
+        torch.save(dense, tmp_path / "ft/2_Dense" / name)
+    (tmp_path / "ft/2_Dense/pytorch_model.bin").unlink()
+    out, notes = edit(tmp_path, "--force")
+    assert sorted(path.name for path in (out / "2_Dense").iterdir()) == ["config.json"]
+    assert about(notes, "2_Dense/a.bin")
 
 
 @pytest.mark.parametrize("content", ["no JSON", "{}", '[{"path": "../base"}, {"path": "/etc"}, {"path": 3}, 4]'])

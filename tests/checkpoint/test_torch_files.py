@@ -21,10 +21,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from lines_cli.checkpoint.pickles import MOST_STEPS
 from lines_cli.checkpoint.reader import Checkpoint, open_checkpoint, views_of
 from lines_cli.engine.input_files import opened, read_input, with_views
 from lines_cli.errors import CheckpointError, LinesError, UnsupportedError
 from lines_cli.storage.zip_members import read_directory
+from support import forked
 from support.files import snapshot, write_checkpoint
 from support.run import Ran, run_lines
 from support.torch_files import Calls, Rebuilt, Stored, harmful, pickled, write_folder, write_old, write_zip
@@ -342,15 +344,16 @@ def test_no_torch_for_headers(tmp_path: Path) -> None:
     """A file of torch's is inspected, and an edit of it planned, without torch."""
     saved({"state_dict": model(), "args": argparse.Namespace(a=1)}, tmp_path / "m.ckpt")
     saved(model(1), tmp_path / "o.pt", **OLD)
-    program = (
-        "import sys\nfrom lines_cli.cli.app import app\napp(standalone_mode=False)\nassert 'torch' not in sys.modules\n"
-        "assert 'pickle' not in sys.modules or 'unpickle' not in repr(sys.modules)"
-    )
-    for command in (["inspect", "m.ckpt"], ["edit", "m.ckpt", "o.pt", "-o", "out", "--dry-run"]):
-        run = subprocess.run(
-            [sys.executable, "-c", program, *command], capture_output=True, text=True, check=True, cwd=tmp_path
-        )
-        assert "layers" in run.stdout
+    program = """
+import sys
+from lines_cli.cli.app import app
+for command in (["inspect", "m.ckpt"], ["edit", "m.ckpt", "o.pt", "-o", "out", "--dry-run"]):
+    sys.argv[1:] = command
+    app(standalone_mode=False)
+    assert not {"torch", "numpy"} & sys.modules.keys()
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert run.stdout.count("layers") > 2
 
 
 # --- where the weights are ---
@@ -778,6 +781,53 @@ def test_old_files_that_lie(case: str, tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes().replace(keys, pickle.dumps("0", 2)))
     with pytest.raises(CheckpointError, match=r"m\.pt"):
         open_checkpoint(path)
+
+
+def test_a_harmful_pickle_of_any_kind(tmp_path: Path) -> None:
+    """Also one that torch did not write is known for what it is."""
+    path = of_bytes(pickle.dumps({"w": harmful(tmp_path / "mark")}))(tmp_path)
+    with pytest.raises(CheckpointError, match=r"names posix\.system, which runs commands or code"):
+        open_checkpoint(path)
+    assert not (tmp_path / "mark").exists()
+
+
+BOMBS: dict[str, Callable[[int], bytes]] = {
+    # instructions -> a pickle of as many
+    "dicts": lambda number: b"}" * number,
+    "remembered": lambda number: b"}\x94" * (number // 2),
+    "tuples in each other": lambda number: b"N" + b"\x85" * number,
+    "tuples in each other, as a key": lambda number: b"}N" + b"\x85" * (number - 4) + b"Ns",
+    "objects in each other": lambda number: b"ca\nb\nq\0)\x81" + b"q\x01h\0h\x01\x85\x81" * (number // 5 - 2),
+    "keys of one hash": lambda number: (
+        b"}("
+        + b"".join(b"\x8a\x0c" + (i * (2**61 - 1)).to_bytes(12, "little") + b"N" for i in range(number // 2 - 4))
+        + b"u"
+    ),
+    "marks": lambda number: b"(" * number,
+    "a dict that holds itself": lambda number: (
+        b"}q\0(" + b"".join(b"X\x06\0\0\0%06dh\0" % i for i in range(number // 20)) + b"u"
+    ),
+    "too many": lambda number: b"N0" * number,
+    "a text without an end": lambda _: b"X\xff\xff\xff\x7f",
+    "bytes without an end": lambda _: b"\x8e" + b"\xff" * 7 + b"\x7f",
+}
+FEWER = {"tuples in each other, as a key", "remembered"}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in FEWER else pytest.mark.slow) for case in BOMBS]
+)
+def test_a_pickle_that_wants_all_memory(case: str, tmp_path: Path) -> None:
+    """As many instructions as may be, and more, take less than 1 GiB and end; no depth is too much for the stack."""
+    path = write_zip(tmp_path / "m.pt", b"\x80\x04" + BOMBS[case](MOST_STEPS - 10) + b".")
+
+    def program() -> None:
+        forked.allow_more_memory(2**30)
+        with pytest.raises(CheckpointError, match=r"m\.pt"):
+            open_checkpoint(path)
+
+    ran = forked.run(program, timeout=120)
+    assert ran.returncode == 0, ran.stderr[-2000:]
 
 
 HARM: dict[str, Callable[[Path], Any]] = {

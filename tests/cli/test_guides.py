@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 import warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -14,13 +16,28 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from support.adapters import factors, layers_of, updates, write_adapter
 from support.files import write_checkpoint
 from support.fp8 import FORMATS, LAYERS, near, plain
 from support.gguf import write_gguf
 from support.pages import DOCS, blocks, run_page
+from support.pipelines import loaded, write_everything, write_modules, write_pipeline
+from support.tokenizers import ids_in, write_tokenizer
 from support.torch_files import write_folder
 
-GUIDES = {"adapters", "quantised", "pickles", "diffusion", "mergekit", "forgetting", "jobs", "notebooks"}
+GUIDES = {
+    "adapters",
+    "adapters-out",
+    "quantised",
+    "pickles",
+    "diffusion",
+    "mergekit",
+    "forgetting",
+    "sweeping",
+    "jobs",
+    "notebooks",
+    "vocabularies",
+}
 WIDTH = 64
 
 
@@ -76,6 +93,24 @@ def test_it_forgot_too_much(here: Path) -> None:
     assert_scaled(load_file(here / "out" / "model.safetensors"), base, ft, [0.3, 0.3 + 0.7 / 3, 0.3 + 1.4 / 3, 1])
 
 
+def test_an_evaluation_that_decides(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/sweeping.md: seven candidates, as many of each control, and the winner's folder beside the report."""
+    pair("base", "ft")
+    (here / "bin").mkdir()
+    (here / "bin" / "python").symlink_to(sys.executable)
+    monkeypatch.setenv("PATH", f"{here / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    (here / "evaluate.py").write_text(
+        "import json, sys, zlib\n"
+        "seen = zlib.crc32(open(sys.argv[1] + '/model.safetensors', 'rb').read()) / 2**32\n"
+        "print(json.dumps({'target': 1 + seen, 'control': {'a': 2 - seen, 'b': 1.5}}))\n"
+    )
+    run_page("sweeping.md")
+    trials = [json.loads(line) for line in (here / "best.sweep" / "trials.jsonl").read_text().splitlines()[1:]]
+    families = [trial["family"] for trial in trials]
+    assert families == ["pre", "ft", *["lines"] * 7, *["constant"] * 7, *["reversed"] * 7]
+    assert (here / "best" / "lines_recipe.yaml").is_file()
+
+
 class ImageEncoder(torch.nn.Module):
     """A small one, called as the paper's code calls its own."""
 
@@ -120,28 +155,31 @@ def test_pickles(here: Path) -> None:
 
 
 def test_diffusion(here: Path) -> None:
-    """docs/diffusion.md: one component is edited in place in a copy; what lies beside it is the fine-tune's."""
-    unet = [f"down_blocks.{i}.resnets.{j}.conv1.weight" for i in range(3) for j in range(2)]
-    unet += ["mid_block.resnets.0.conv1.weight", "conv_in.weight", "conv_out.weight"]
-    unet += [f"up_blocks.{i}.resnets.{j}.conv1.weight" for i in range(3) for j in range(2)]
-    text = [f"text_model.encoder.layers.{i}.mlp.weight" for i in range(3)]
-    vae = [f"decoder.up_blocks.{i}.resnets.0.conv1.weight" for i in range(3)]
-    single = [f"model.diffusion_model.{name}" for name in unet] + [f"first_stage_model.{name}" for name in vae]
-    single += [f"cond_stage_model.transformer.{name}" for name in text]
+    """docs/diffusion.md: a whole pipeline is written, one file with everything, and one of sentence-transformers."""
     for seed, side in enumerate(("base", "ft")):
-        for part, names, of in (("unet", unet, seed), ("text_encoder", text, 0), ("vae", vae, 0)):
-            stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
-            write_checkpoint(here / side / part, tensors(names, of), config={"part": part}, stem=stem)
-        (here / side / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
-        write_checkpoint(here / f"{side}.safetensors", tensors(single, seed))
+        write_pipeline(here / side, seed)
+        write_everything(here / f"{side}.safetensors", seed)
+        write_modules(here / f"st-{side}", seed)
+    module = "unet.mid_block.resnets.0.conv1.lora"
+    factors = {f"{module}_A.weight": torch.ones(2, 3), f"{module}_B.weight": torch.ones(4, 2)}
+    write_checkpoint(here / "lora/pytorch_lora_weights.safetensors", factors)
     run_page("diffusion.md")
-    file = Path("unet", "diffusion_pytorch_model.safetensors")
-    base, ft, out = (load_file(here / side / file) for side in ("base", "ft", "out"))
+    base, ft, out, unet = (loaded(here / side) for side in ("base", "ft", "out", "unet"))
     middle, last = "mid_block.resnets.0.conv1.weight", "up_blocks.2.resnets.0.conv1.weight"
-    assert torch.equal(out[middle], ft[middle])
-    torch.testing.assert_close(out[last], base[last] + 0.3 * (ft[last] - base[last]), rtol=0, atol=1e-6)
-    for beside in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "model_index.json"):
-        assert (here / "out" / beside).read_bytes() == (here / "ft" / beside).read_bytes()
+    assert torch.equal(unet["."][last], ft["unet"][last])
+    assert not torch.equal(unet["."][middle], ft["unet"][middle])
+    for component in ("vae", "text_encoder"):  # the last that wrote it put the LoRA onto the U-Net
+        assert all(torch.equal(tensor, base[component][name]) for name, tensor in out[component].items())
+    changed = {name for name, tensor in out["unet"].items() if not torch.equal(tensor, base["unet"][name])}
+    assert changed == {middle}
+    assert (here / "out/model_index.json").read_bytes() == (here / "base/model_index.json").read_bytes()
+    single, theirs = load_file(here / "out.safetensors"), load_file(here / "ft.safetensors")
+    changed = {name.partition(".")[0] for name in single if not torch.equal(single[name], theirs[name])}
+    assert changed == {"model"}
+    assert torch.equal(
+        loaded(here / "st")["2_Dense"]["linear.weight"], loaded(here / "st-ft")["2_Dense"]["linear.weight"]
+    )
+    assert base.keys() == ft.keys()
 
 
 def test_quantised(here: Path) -> None:
@@ -170,6 +208,33 @@ def test_a_mergekit_file(here: Path) -> None:
     assert len({file.read_bytes() for file in files}) == len(files)
 
 
+def test_vocabularies(here: Path) -> None:
+    """docs/vocabularies.md: the union has every token's row; renumbered rows are edited by token."""
+    words = [f"w{number}" for number in range(12)]
+    order = words[::-1]
+    vocabularies = {"base": (words, ()), "ft-chat": (words, ("<|im_end|>",)), "ft-tools": (words, ("<tool>",))}
+    sides: dict[str, tuple[dict[str, torch.Tensor], dict[str, int]]] = {}
+    for seed, (side, (own, extra)) in enumerate({**vocabularies, "ft-renumbered": (order, ())}.items()):
+        ids = write_tokenizer(here / side, own, extra)
+        chance = torch.Generator().manual_seed(seed)
+        model = tensors(LLM, seed) | {LLM[0]: torch.randn(len(ids), WIDTH, generator=chance)}
+        write_checkpoint(
+            here / side, model, config={"model_type": "tiny", "num_hidden_layers": 4, "vocab_size": len(ids)}
+        )
+        sides[side] = model, ids
+    run_page("vocabularies.md")
+    merged = load_file(here / "merged" / "model.safetensors")[LLM[0]]
+    for token, side in (("<|im_end|>", "ft-chat"), ("<tool>", "ft-tools")):
+        model, ids = sides[side]
+        assert torch.equal(merged[ids_in(here / "merged")[token]], model[LLM[0]][ids[token]])
+    base, ft, out = (
+        sides["base"][0][LLM[0]],
+        sides["ft-renumbered"][0][LLM[0]],
+        load_file(here / "out" / "model.safetensors"),
+    )
+    torch.testing.assert_close(out[LLM[0]], base.flip(0) + 0.1 * (ft - base.flip(0)))
+
+
 def test_the_tour_from_python(here: Path) -> None:
     """docs/tour.md: the call gives what the command gives, whose output the page shows."""
     pair("base", "ft", "ft-code")
@@ -177,6 +242,27 @@ def test_the_tour_from_python(here: Path) -> None:
     names: dict[str, Any] = {}
     exec(compile(code, "docs/tour.md", "exec"), names)
     assert names["summary"]["stacks"][0]["coefficients"] == pytest.approx([0.3, 0.3 + 0.7 / 3, 0.3 + 1.4 / 3, 1])
+
+
+def test_adapters_out(here: Path) -> None:
+    """docs/adapters-out.md: of an adapter that is scaled each layer has its coefficient, and a sum is the dense one."""
+    sizes = {"self_attn.q_proj": (12, 8), "mlp.up_proj": (16, 8)}
+    modules = layers_of(4, sizes)
+    for seed, side in enumerate(("base", "ft")):
+        chance = torch.Generator().manual_seed(seed)
+        weights = {f"{module}.weight": torch.randn(*size, generator=chance) for module, size in modules.items()}
+        weights["model.norm.weight"] = torch.ones(8)
+        write_checkpoint(here / side, weights, config={"model_type": "tiny", "num_hidden_layers": 4})
+    for seed, name in enumerate(("adapter", "adapter2")):
+        write_adapter(here / name, factors(modules, 4, seed))
+    run_page("adapters-out.md")
+    before, scaled, other, merged = (updates(here / name) for name in ("adapter", "scaled", "adapter2", "merged"))
+    for name, tau in before.items():
+        layer = int(name.split(".")[2])
+        torch.testing.assert_close(scaled[name], DEFAULTS[layer] * tau, rtol=1e-5, atol=1e-5)
+        coefficient = 0.5 + 0.5 * layer / 3
+        wanted = coefficient * (0.6 * tau + 0.5 * other[name])
+        torch.testing.assert_close(merged[name], wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -152,6 +152,26 @@ def test_only_what_belongs_is_pushed(hub: HubServer, user: User) -> None:
     assert not any(b"hf_secret" in content for content in [*hub.holds("org/made").values(), *hub.stored.values()])
 
 
+def test_names_that_are_patterns_and_folders(hub: HubServer, user: User) -> None:
+    """Files in folders go there, and no name is read as a pattern. An output may be named by a link."""
+    extra = {
+        "vocab[1].json": b"{}",
+        "tokenizer.json": b"[]",
+        "1_Pooling/config.json": b"{ }",
+        "chat_template.jinja": b"x",
+    }
+    hub.push("org/ft2", {**hub.holds("org/ft"), **extra})
+    (user.home.parent / "link").symlink_to("new")
+    made, ran = run_all(user, ["edit", "org/base", "org/ft2", "-o", "new"], ["push", "link", "org/made", "--json"])
+    assert (made.code, ran.code) == (0, 0), made.err + ran.err
+    (user.home.parent / "new" / "vocab1.json").write_text("mine")
+    again = run_on(user, ["push", "new", "org/made"])
+    assert (again.code, "vocab1.json" in again.err) == (0, True)
+    there = dict(hub.holds("org/made"))
+    assert {name: there[name] for name in extra} == extra
+    assert there.keys() == OUTPUT | extra.keys() | {".gitattributes"}
+
+
 def test_an_edit_that_is_pushed(hub: HubServer, user: User) -> None:
     """`--push-to` pushes what the run has written; `--json` says both; a second run finds the output finished and
     sends nothing again.
@@ -234,6 +254,14 @@ def test_weights_of_others_are_not_replaced(other: str, hub: HubServer, user: Us
     assert hub.holds("org/theirs", "lines").keys() == OUTPUT | {".gitattributes"}
     assert hub.holds("org/theirs").keys() == {other}
     assert ran.json["pushed"]["revision"] == "lines"
+
+
+def test_a_branch_that_would_not_begin_empty(hub: HubServer, user: User) -> None:
+    """Where the first commit of a repository holds weights already, a new branch is refused, and not made."""
+    hub.push("org/theirs", {"model.safetensors": b"weights"})
+    ran = run_on(user, ["push", "out", "org/theirs", "--revision", "lines"])
+    assert (ran.code, "would not begin empty" in ran.err) == (8, True)
+    assert hub.repositories["org/theirs"].refs.keys() == {"main"}
 
 
 def test_a_record_of_others_makes_nothing_ours(hub: HubServer, user: User) -> None:

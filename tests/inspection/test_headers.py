@@ -18,9 +18,8 @@ from support.files import snapshot, write_checkpoint, write_raw
 from support.inspecting import llama, named, ok, refused, rows_of, told, tuned
 from support.run import run_lines
 
-HEADERS_ONLY = (
-    "schema lines checkpoint base tensors parameters bytes files dtypes stacks layers outside kinds tied".split()
-)
+HEADERS_ONLY = "schema lines checkpoint base tensors parameters bytes files dtypes stacks layers outside".split()
+HEADERS_ONLY += "components kinds tied".split()
 HEADERS_ONLY += "quantised adapter stored_as recipe scaling notes".split()
 
 

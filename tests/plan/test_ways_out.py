@@ -518,7 +518,7 @@ def test_a_folder_of_the_hubs_cache(tmp_path: Path) -> None:
 
 
 def test_a_pipeline_of_components(tmp_path: Path) -> None:
-    """The components are named, and one of them is edited."""
+    """Where its index names none, those that are there are named, and one of them is edited."""
     for seed, side in enumerate(("p0", "p1")):
         for component in ("transformer", "vae"):
             write_checkpoint(tmp_path / side / component, layers(seed), stem="diffusion_pytorch_model", config={})
