@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lines_cli.checkpoint.adapter import adapter_at, open_adapter
+from lines_cli.checkpoint.adapter import adapter_at, is_adapter_by, open_adapter
 from lines_cli.checkpoint.header import COMPLEX, Known
 from lines_cli.checkpoint.pipeline import Reads, open_whole, with_its_components
 from lines_cli.checkpoint.reader import Checkpoint, FileState, open_checkpoint
@@ -120,6 +120,10 @@ class Opening:
             adapter = open_adapter(found.path, name=found.name, hub_id=found.hub_id)
             return with_its_components(on_base(adapter, base, name=name))
         found = locate(name, quiet=self._quiet, also=self._also, variant=self._variant, only=only, reads=reads)
+        if found.heads is not None and is_adapter_by(
+            found.heads, found.name
+        ):  # which is small, and needed to plan with
+            found = locate(name, quiet=self._quiet, also=self._also, variant=self._variant)
         weights = adapter_at(found.path, self._known)
         if weights is not None and self._to_look_at and self._base is None:
             alone = open_checkpoint(weights, name=found.name, hub_id=found.hub_id, to_look_at=True)
