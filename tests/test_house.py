@@ -319,13 +319,15 @@ OTHER_MEANINGS = {
     "plan.fp8": {"scale"},
     "checkpoint.adapter": {"weight", "t"},  # a factor of LoHa
     "engine.formulas": {"t"},
+    "engine.adapter_norms": {"t"},
+    "inspection.adapters": {"weight", "scale"},
     "checkpoint.adapter_names": {"weight"},
     "plan.adapted": {"weight"},
     "sweep.config": {"seed"},  # of a search, and of repeated evaluations
     "sweep.live": {"seed"},
     "sweep.store": {"seed"},
     "inspection.report": {"lambda"},  # a key of the report
-    "inspection.tables": {"lambda"},
+    "inspection.tables": {"lambda", "scale"},
     "recipe.schema": {"task_arithmetic"},  # what a recipe is that says no method
 }
 OF_THE_SCALING = {"gamma", "linear"}  # a key of `lines:`, and a schedule

@@ -21,17 +21,23 @@ from typing import Any
 from lines_cli.checkpoint.adapter_config import AdapterConfig, by_component, checked_config
 from lines_cli.checkpoint.adapter_names import NO_COMPONENT, PREFIX, Component, Part, component_of, parts_of
 from lines_cli.checkpoint.contents import is_adapter
-from lines_cli.checkpoint.header import FLOAT_DTYPES, Known, StoredTensor, itemsize, read_header
-from lines_cli.checkpoint.reader import Checkpoint, choose_weights, is_index, open_checkpoint
+from lines_cli.checkpoint.header import FLOAT_DTYPES, Known, StoredTensor, itemsize, parse_header, read_header
+from lines_cli.checkpoint.reader import (
+    ADAPTER_CONFIG,
+    ADAPTERS,
+    Checkpoint,
+    Heads,
+    choose_weights,
+    is_index,
+    open_checkpoint,
+)
 from lines_cli.errors import CheckpointError, UnsupportedError, printable, some
 from lines_cli.storage.beside import beside, read_object
 from lines_cli.storage.files import open_regular, read_into
 from lines_cli.storage.views import FileWithViews
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-ADAPTERS = (WEIGHTS, "adapter_model.bin")
-"""What PEFT calls the file with an adapter's weights; the second is a pickle, of which nothing is run."""
+CONFIG = ADAPTER_CONFIG
+WEIGHTS = ADAPTERS[0]
 _SUFFIX = ".safetensors"
 _METADATA = "lora_adapter_metadata"  # where diffusers keeps the configs of an adapter's components
 
@@ -133,6 +139,12 @@ def adapter_at(path: Path, known: Known | None = None) -> Path | None:
     if path.name in ADAPTERS:
         return path
     return path if path.name.endswith(_SUFFIX) and is_adapter(read_header(path, known).tensors) else None
+
+
+def is_adapter_by(heads: Heads, called: str) -> bool:
+    """Whether weights that are elsewhere are an adapter, by their headers; `called` is what messages call them."""
+    (name, (nbytes, raw)), *others = heads.files.items()
+    return not others and is_adapter(parse_header(Path(called, name), raw, nbytes).tensors)
 
 
 def is_adapter_at(path: Path) -> bool:
@@ -432,7 +444,7 @@ class _Reading:
             return said, config.scale(self._said_by(config).alphas[module], said)
         if (module, depth) in self.plain_names or component_of(module)[0].name:
             return rank, 1.0  # as diffusers and ComfyUI take it: alpha is the rank
-        raise CheckpointError(
+        raise UnsupportedError(
             f"{self.file}: nothing says how it is scaled: there is no {CONFIG} beside it, and {printable(module)} has "
             "no alpha",
             hint=f"Put its {CONFIG} beside it, or give the folder that it came in.",

@@ -48,7 +48,9 @@ from lines_cli.storage.views import Views
 
 _SUFFIX = ".safetensors"
 _INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
-_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+"""What PEFT calls the file with an adapter's weights; the second is a pickle, of which nothing is run."""
+ADAPTER_CONFIG = "adapter_config.json"
 _OTHER_FORMATS = (".gguf", ".h5", ".msgpack", ".onnx")
 _SHARD = re.compile(r".*-(\d{5})-of-(\d{5})(?:\.[\w-]+)?\.(?:safetensors|bin)")
 _INDEX = re.compile(r"(?P<stem>.+)\.(?:safetensors|bin)\.index(?:\.(?P<variant>[\w-]+))?\.json")
@@ -465,7 +467,7 @@ def weights_among(names: Collection[str]) -> list[str]:
     """Of a folder's file names, those of weights and their indices, in order: safetensors, if there are any; else what
     `torch.save` wrote. Adapters and what trainers keep are no weights; beside an adapter only what a library calls so.
     """
-    files = {name for name in names if name not in _ADAPTERS}
+    files = {name for name in names if name not in ADAPTERS}
     found = [name for name in files if name.endswith(_SUFFIX) or (is_index(name) and _SUFFIX in name)]
     if not found:
         stems = tuple(PICKLE_STEMS) if files != set(names) else ("",)
@@ -623,7 +625,7 @@ def refuse_folder(folder: str, names: Collection[str], *, components: Sequence[s
             f"{folder} holds several sets of weights, and it is not clear which one is meant:\n{some(weights)}",
             hint="Give the file itself, or move the others away.",
         )
-    if not set(_ADAPTERS).isdisjoint(names):
+    if not set(ADAPTERS).isdisjoint(names):
         raise UnsupportedError(
             f"{folder} is a PEFT adapter, not a whole checkpoint",
             hint=FOLD,

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lines_cli.checkpoint.adapter import adapter_at, open_adapter
+from lines_cli.checkpoint.adapter import adapter_at, is_adapter_by, open_adapter
 from lines_cli.checkpoint.header import COMPLEX, Known
 from lines_cli.checkpoint.pipeline import Reads, open_whole, with_its_components
-from lines_cli.checkpoint.reader import Checkpoint, FileState
+from lines_cli.checkpoint.reader import Checkpoint, FileState, open_checkpoint
 from lines_cli.errors import CheckpointError, UnsupportedError, some
 from lines_cli.hub.download import Only, base_and_adapter, is_missing, locate
 from lines_cli.plan.adapted import on_base
@@ -120,7 +120,15 @@ class Opening:
             adapter = open_adapter(found.path, name=found.name, hub_id=found.hub_id)
             return with_its_components(on_base(adapter, base, name=name))
         found = locate(name, quiet=self._quiet, also=self._also, variant=self._variant, only=only, reads=reads)
-        if not (self._to_look_at and self._base is None) and adapter_at(found.path, self._known) is not None:
+        if found.heads is not None and is_adapter_by(
+            found.heads, found.name
+        ):  # which is small, and needed to plan with
+            found = locate(name, quiet=self._quiet, also=self._also, variant=self._variant)
+        weights = adapter_at(found.path, self._known)
+        if weights is not None and self._to_look_at and self._base is None:
+            alone = open_checkpoint(weights, name=found.name, hub_id=found.hub_id, to_look_at=True)
+            return replace(alone, path=found.path)
+        if weights is not None:
             if self._base is None or name == self._base:
                 raise UnsupportedError(
                     f"{name} is an adapter, not a whole checkpoint: it changes a base, and none is named",
