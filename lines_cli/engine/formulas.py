@@ -491,8 +491,11 @@ class _Dequantised:
     def apply(self, entries: torch.Tensor, first: int) -> None:
         for part in parts_of(self._step, first, entries.numel()):
             below = part.rows_of_blocks(self._step)
-            scales = self._scales(int(below[0]), int(below[-1]) + 1, entries.dtype)
-            scales = scales[(below - self._first).to(self._device), part.left : part.left + part.blocks]
+            if part.rows == 1 and self._across > _SCALES:  # of a row that is longer than any chunk
+                scales = self._read(int(below[0]) * self._across + part.left, (1, part.blocks), entries.dtype)
+            else:
+                scales = self._scales(int(below[0]), int(below[-1]) + 1, entries.dtype)
+                scales = scales[(below - self._first).to(self._device), part.left : part.left + part.blocks]
             part.of(entries).mul_(scales.unsqueeze(-1))
 
     def _scales(self, begin: int, end: int, dtype: torch.dtype) -> torch.Tensor:
@@ -501,9 +504,12 @@ class _Dequantised:
             number = max(end - begin, _SCALES // max(1, self._across))
             self._first = 0 if self._down <= number else begin
             number = min(number, self._down - self._first)
-            stored = self._load(self._stored, self._first * self._across, number * self._across)
-            self._held = as_scales(stored.view(number, self._across), dtype)
+            self._held = self._read(self._first * self._across, (number, self._across), dtype)
         return self._held
+
+    def _read(self, first: int, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        """Scales from one on, which follow one another."""
+        return as_scales(self._load(self._stored, first, math.prod(shape)).view(shape), dtype)
 
 
 _SCALES = 64 * 1024  # that are held at a time, or a row of blocks

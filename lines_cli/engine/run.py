@@ -142,7 +142,7 @@ def run(
         measurement = _measured(staging, plan, sources, devices, track)
         if isinstance(plan, Plan) and plan.needs:
             plan = resolve(plan, measurement.statistics)
-        if isinstance(plan, Plan):
+        if isinstance(plan, Plan) and plan.to_quantise:
             plan, measurement = _with_scales(staging, plan, measurement, (sources, devices, track))
         targets = [Target(staging.create(f.name, f.nbytes), GrowingDigest(f.nbytes)) for f in plan.outputs]
         job = job_of(plan, targets, devices, measures=True)
@@ -210,8 +210,6 @@ def _with_scales(
     staging: Staging, plan: Plan, measurement: Measurement, how: tuple[Sequence[Opened], Devices, Track]
 ) -> tuple[Plan, Measurement]:
     """The plan with the scales of what is stored in 8 bits, from the journal if they were measured before."""
-    if not plan.to_quantise:
-        return plan, measurement
     if staging.contents is not None and staging.contents.measured is not None:
         with suppress(KeyError, TypeError, ValueError, AttributeError):
             known = Statistics.of(staging.contents.measured, plan.number_of_models)

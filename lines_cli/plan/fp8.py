@@ -11,10 +11,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from lines_cli.checkpoint.formulas import Dequantised
+from lines_cli.checkpoint.formulas import Dequantised, Formula, InParts
 from lines_cli.checkpoint.header import StoredTensor, TensorInfo, itemsize
 from lines_cli.checkpoint.reader import Checkpoint
-from lines_cli.errors import RecipeError
+from lines_cli.errors import RecipeError, printable, some
 from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.match import Names
 from lines_cli.plan.tensors import Ranges, Segment, SourceRange, TensorSpec
@@ -62,11 +62,17 @@ def in_fp8(
     like = _layout_of(inputs.checkpoints[side])
     found: dict[str, TensorSpec] = {}
     names: dict[str, str] = {}
+    other_layout: list[str] = []
     for name, spec in specs.items():
         there = rows[name][side] if name in rows else None
         step = _step_of(like, there)
-        if step is None or there is None or not _fits(step, spec.shape):
+        if step is None or there is None:
+            if there is not None and any(isinstance(one, InParts) for one in _steps_in(inputs, side, there)):
+                other_layout.append(name)
             found[name] = spec
+            continue
+        if not _fits(step, spec.shape):
+            other_layout.append(name)
             continue
         scale, info = _renamed(step.name, there, name), step.factors[0][1].info
         shape = _scales_shaped(step, info.shape, spec.shape)
@@ -75,6 +81,12 @@ def in_fp8(
         found[name] = spec._replace(dtype=like.formulas[there].stored.info.dtype, quantised=step)
         found[scale] = _of_format(spec, scale, placed, Segment(0, placed.numel), scales_of=name)
         names[there] = name
+    if other_layout:
+        raise RecipeError(
+            f"dtype: fp8, but {len(other_layout):,} tensor(s) that {like.name} stores in 8 bits have another layout or "
+            f"shape in the output:\n{some([printable(name) for name in other_layout])}",
+            hint="Write bfloat16, and quantise that; or make the output like that input (in a recipe like:).",
+        )
     if not names:
         raise RecipeError(
             f"dtype: fp8, but none of the tensors of {like.name} that are stored so is in the output",
@@ -86,6 +98,11 @@ def in_fp8(
         f"({like.stored_as}); the others keep their dtypes"
     )
     return found
+
+
+def _steps_in(inputs: Inputs, side: int, name: str) -> tuple[Formula, ...]:
+    made = inputs.checkpoints[side].formulas.get(name)
+    return made.steps if made is not None else ()
 
 
 def _step_of(like: Checkpoint, name: str | None) -> Dequantised | None:

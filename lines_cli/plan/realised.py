@@ -308,7 +308,9 @@ def rows_of(groups: Groups, sums: Mapping[int, Realised], lost: Mapping[int, Los
 
 
 def layers_of(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """The layers, as JSON has them."""
+    """The layers, as JSON has them; with what was lost in 8 bits, if any weight was rounded to them."""
+    rows = list(rows)
+    in_8_bits = any(row.lost.relative is not None for row in rows)
     return [
         {
             "stack": row.group.stack,
@@ -316,7 +318,7 @@ def layers_of(rows: Iterable[Row]) -> list[dict[str, Any]]:
             "coefficient": row.group.coefficient,
             "realised": row.realised,
             "changed": row.changed,
-            "error": row.lost.relative,
+            **({"error": row.lost.relative} if in_8_bits else {}),
         }
         for row in rows
         if row.group.stack is not None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import sys
 import warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -30,6 +33,7 @@ GUIDES = {
     "diffusion",
     "mergekit",
     "forgetting",
+    "sweeping",
     "jobs",
     "notebooks",
     "vocabularies",
@@ -89,6 +93,24 @@ def test_it_forgot_too_much(here: Path) -> None:
     assert_scaled(load_file(here / "out" / "model.safetensors"), base, ft, [0.3, 0.3 + 0.7 / 3, 0.3 + 1.4 / 3, 1])
 
 
+def test_an_evaluation_that_decides(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/sweeping.md: seven candidates, as many of each control, and the winner's folder beside the report."""
+    pair("base", "ft")
+    (here / "bin").mkdir()
+    (here / "bin" / "python").symlink_to(sys.executable)
+    monkeypatch.setenv("PATH", f"{here / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    (here / "evaluate.py").write_text(
+        "import json, sys, zlib\n"
+        "seen = zlib.crc32(open(sys.argv[1] + '/model.safetensors', 'rb').read()) / 2**32\n"
+        "print(json.dumps({'target': 1 + seen, 'control': {'a': 2 - seen, 'b': 1.5}}))\n"
+    )
+    run_page("sweeping.md")
+    trials = [json.loads(line) for line in (here / "best.sweep" / "trials.jsonl").read_text().splitlines()[1:]]
+    families = [trial["family"] for trial in trials]
+    assert families == ["pre", "ft", *["lines"] * 7, *["constant"] * 7, *["reversed"] * 7]
+    assert (here / "best" / "lines_recipe.yaml").is_file()
+
+
 class ImageEncoder(torch.nn.Module):
     """A small one, called as the paper's code calls its own."""
 
@@ -138,15 +160,19 @@ def test_diffusion(here: Path) -> None:
         write_pipeline(here / side, seed)
         write_everything(here / f"{side}.safetensors", seed)
         write_modules(here / f"st-{side}", seed)
+    module = "unet.mid_block.resnets.0.conv1.lora"
+    factors = {f"{module}_A.weight": torch.ones(2, 3), f"{module}_B.weight": torch.ones(4, 2)}
+    write_checkpoint(here / "lora/pytorch_lora_weights.safetensors", factors)
     run_page("diffusion.md")
     base, ft, out, unet = (loaded(here / side) for side in ("base", "ft", "out", "unet"))
     middle, last = "mid_block.resnets.0.conv1.weight", "up_blocks.2.resnets.0.conv1.weight"
     assert torch.equal(unet["."][last], ft["unet"][last])
     assert not torch.equal(unet["."][middle], ft["unet"][middle])
-    for component in ("vae", "text_encoder"):  # the last that wrote it had a U-Net as its base
-        assert all(torch.equal(tensor, ft[component][name]) for name, tensor in out[component].items())
-    assert not torch.equal(out["unet"][middle], ft["unet"][middle])
-    assert (here / "out/model_index.json").read_bytes() == (here / "ft/model_index.json").read_bytes()
+    for component in ("vae", "text_encoder"):  # the last that wrote it put the LoRA onto the U-Net
+        assert all(torch.equal(tensor, base[component][name]) for name, tensor in out[component].items())
+    changed = {name for name, tensor in out["unet"].items() if not torch.equal(tensor, base["unet"][name])}
+    assert changed == {middle}
+    assert (here / "out/model_index.json").read_bytes() == (here / "base/model_index.json").read_bytes()
     single, theirs = load_file(here / "out.safetensors"), load_file(here / "ft.safetensors")
     changed = {name.partition(".")[0] for name in single if not torch.equal(single[name], theirs[name])}
     assert changed == {"model"}

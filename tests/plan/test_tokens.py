@@ -417,6 +417,23 @@ def test_an_adapter_on_a_base_with_other_ids(tmp_path: Path) -> None:
             torch.testing.assert_close(got[HEAD][number], expected, rtol=1e-5, atol=1e-5)
 
 
+def test_rows_of_a_pickle_that_lies_otherwise(tmp_path: Path) -> None:
+    """Rows are those of the tensor, however torch stored it: turned, or with gaps."""
+    base, ids = model(tmp_path / "base", WORDS, seed=1)
+    ft, ft_ids = model(tmp_path / "ft", [*sorted(WORDS)[:4], "new", *sorted(WORDS)[4:]], seed=2)
+    (tmp_path / "ft" / "model.safetensors").unlink()
+    turned = {**ft, EMBED: ft[EMBED].T.contiguous().T, HEAD: torch.cat([ft[HEAD], ft[HEAD]], dim=1)[:, :WIDTH]}
+    torch.save(turned, tmp_path / "ft" / "pytorch_model.bin")
+    ran = edit(tmp_path, "--resize", "ft")
+    assert ran.code == 0, ran.err
+    got = output(tmp_path)
+    for name in (EMBED, HEAD):
+        for token, number in ft_ids.items():
+            pair = [row(base, name, ids, token), ft[name][number]]
+            expected = ft[name][number] if None in pair else task_arithmetic(pair, [0.25])
+            assert raw(got[name][number]) == raw(expected)
+
+
 def test_a_union_without_a_base(tmp_path: Path) -> None:
     """Methods that take whole weights: what a model lacks is the mean of those that have it."""
     sides = [
@@ -827,6 +844,36 @@ def test_inspect_compares_by_token(tmp_path: Path) -> None:
     assert of_kind["embedding"]["unchanged"] > 0.3  # positions, of which there are more, did change
     assert of_kind["head"]["unchanged"] == 1.0
     assert report["fine_tunes"][0]["compared"]["parameters"] == 10 * (2 * WIDTH + 1) + 16 * WIDTH + 6 + WIDTH
+
+
+def test_inspect_tells_the_alpha_of_a_union(tmp_path: Path) -> None:
+    """`lines inspect --config` measures what the merge of that recipe measures."""
+    model(tmp_path / "base", WORDS, seed=0)
+    model(tmp_path / "a", WORDS[::-1], ("<p>",), seed=1)
+    model(tmp_path / "b", ["x", *WORDS[2:]], ("<p>",), seed=2)
+    recipe = {"merge_method": "ties", "lines": {"alpha": "auto", "beta": 0.5}, "tokenizer_source": "union"}
+    made = merge(tmp_path, "ab", "--json", **recipe).json
+    ran = run_lines("inspect", "--config", tmp_path / "merge.yaml", "--json")
+    assert (ran.code, ran.trace) == (0, ""), ran.err
+    assert ran.json["scaling"]["alpha"] == made["alpha"]
+    assert ran.json["fine_tunes"][0]["compared"]["parameters"] == 8 * (2 * WIDTH + 1) + 16 * WIDTH + 6 + WIDTH
+
+
+def test_an_adapter_is_not_extracted_across_ids(tmp_path: Path) -> None:
+    """The head's update would be one of other tokens: refused, and the way that the message gives works."""
+    model(tmp_path / "base", WORDS, seed=1)
+    ft, ft_ids = model(tmp_path / "ft", sorted(WORDS), seed=2)
+    extract = ("extract", tmp_path / "ft", "--base", tmp_path / "base", "--rank", 2, "-o", tmp_path / "adapter")
+    ran = run_lines(*extract)
+    assert (ran.code, ran.trace) == (4, ""), ran.err
+    assert "--resize base --alpha 1 --beta 0" in ran.err
+    again = ("edit", tmp_path / "base", tmp_path / "ft", "--resize", "base", "--alpha", 1, "--beta", 0)
+    assert run_lines(*again, "-o", tmp_path / "renumbered").code == 0
+    got = load_file(tmp_path / "renumbered" / "model.safetensors")
+    assert all(raw(got[HEAD][number]) == raw(ft[HEAD][ft_ids[word]]) for number, word in enumerate(WORDS))
+    assert ids_in(tmp_path / "renumbered") == {word: number for number, word in enumerate(WORDS)}
+    ran = run_lines("extract", tmp_path / "renumbered", *extract[2:])
+    assert (ran.code, ran.trace) == (0, ""), ran.err
 
 
 # --- runs and spans ---
