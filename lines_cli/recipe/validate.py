@@ -513,15 +513,19 @@ def _of_adapters(recipe: Recipe) -> Iterator[Problem]:
     for key, default in _NOT_OF_ADAPTERS.items():
         if getattr(recipe, key) != default:
             yield (key,), f"{key}: that is of whole models, and the output is an adapter; leave it out"
+    if recipe.dtype == "fp8":
+        yield ("dtype",), "dtype: an adapter is stored in float64, float32, float16 or bfloat16, not in fp8"
 
 
-_NOT_OF_ADAPTERS = {
+_NOT_OF_ADAPTERS: dict[str, Any] = {
     "rounding": "nearest",
     "missing": "error",
     "missing_in_blocks": None,
     "resize": "error",
+    "tokenizer": None,
     "tokenizer_source": None,
     "chat_template": None,
+    "components": {},
 }
 
 

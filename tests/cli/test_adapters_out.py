@@ -74,6 +74,8 @@ EXTRACT = ["extract", "ft", "--base", "base", "-o", "out"]
         ([*KNOWN, "--missing", "ft"], 2, ["missing: that is of whole models"]),
         ([*KNOWN, "--prefix", "model."], 2, ["--prefix: that is of whole models"]),
         ([*KNOWN, "--max-shard-size", "1GB"], 2, ["--max-shard-size: that is of whole models"]),
+        ([*KNOWN, "--component", "unet=keep"], 2, ["components: that is of whole models"]),
+        ([*KNOWN, "--dtype", "fp8"], 2, ["dtype: an adapter is stored in", "not in fp8"]),
         ([*KNOWN, "--rounding", "stochastic"], 2, ["rounding: that is of whole models"]),
         ([*KNOWN, "--filter", "nothing=keep"], 2, ["'nothing' matches none of 8 tensor names"]),
         ([*KNOWN, "--stack", "other=keep"], 2, ["names no stack"]),

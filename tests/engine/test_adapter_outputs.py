@@ -14,6 +14,7 @@ import lines_cli as lines
 from lines_cli.errors import DataError
 from support.adapters import PREFIX, factors, layers_of, updates, write_adapter
 from support.files import snapshot, without_staging, write_checkpoint
+from support.fp8 import expanded, quantise
 
 SIZES = {"q_proj": (12, 8), "up_proj": (20, 8)}
 LAYERS = 4
@@ -600,3 +601,23 @@ def test_a_lone_file_with_kohya_s_names(tmp_path: Path) -> None:
     assert not (tmp_path / "scaled" / "adapter_config.json").exists()
     with pytest.raises(lines.LinesError, match="an adapter without a config"):
         lines.merge({"models": [{"model": str(tmp_path / "lora.safetensors")}] * 2}, tmp_path / "no", as_adapter=True)
+
+
+def test_a_base_in_fp8_and_a_pickled_fine_tune(tmp_path: Path) -> None:
+    """What is taken apart is the difference of the numbers that both stand for."""
+    chance = torch.Generator().manual_seed(0)
+    names = [f"model.layers.{i}.q_proj" for i in range(2)]
+    base, ft, taus = {}, {}, {}
+    for name in names:
+        codes, scale = quantise(torch.randn(20, 12, generator=chance), (8, 8))
+        base |= {f"{name}.weight": codes, f"{name}.weight_scale_inv": scale}
+        whole = codes.double() * expanded(scale, (20, 12), (8, 8))
+        ft[f"{name}.weight"] = (whole + 0.1 * torch.randn(20, 12, generator=chance)).float()
+        taus[f"{name}.weight"] = ft[f"{name}.weight"].double() - whole.float().double()
+    said = {"quant_method": "fp8", "weight_block_size": [8, 8], "fmt": "e4m3", "activation_scheme": "dynamic"}
+    config = {"model_type": "deepseek_v3", "num_hidden_layers": 2}
+    write_checkpoint(tmp_path / "base", base, config={**config, "quantization_config": said})
+    torch.save(ft, tmp_path / "ft.pt")
+    lines.extract(tmp_path / "ft.pt", tmp_path / "base", tmp_path / "out", rank=3)
+    close(updates(tmp_path / "out"), {name: truncated(tau, 3) for name, tau in taus.items()})
+    assert lines.verify(tmp_path / "out").same
