@@ -515,13 +515,14 @@ def _of_adapters(recipe: Recipe) -> Iterator[Problem]:
             yield (key,), f"{key}: that is of whole models, and the output is an adapter; leave it out"
 
 
-_NOT_OF_ADAPTERS = {
+_NOT_OF_ADAPTERS: dict[str, Any] = {
     "rounding": "nearest",
     "missing": "error",
     "missing_in_blocks": None,
     "resize": "error",
     "tokenizer_source": None,
     "chat_template": None,
+    "components": {},
 }
 
 

@@ -112,7 +112,7 @@ def test_keywords_of_an_adapter_are_those_of_an_edit() -> None:
     """But for those that speak of whole models."""
     own, options = keywords(lines.edit_adapter), keywords(lines.edit)
     of_whole_models = {"ft", "prefix", "missing", "missing_in_blocks", "resize", "rounding", "rounding_seed"}
-    of_whole_models |= {"max_shard_size"}
+    of_whole_models |= {"max_shard_size", "component"}
     assert own.keys() - {"adapter", "num_layers"} == options.keys() - of_whole_models
     assert all(own[name] == options[name] for name in own.keys() & options.keys() - {"base"})
 

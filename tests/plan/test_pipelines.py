@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 
 import lines_cli as lines
 from support.files import snapshot, write_checkpoint
+from support.fp8 import FORMATS, LAYERS, near, plain
+from support.layouts import LAYOUTS
 from support.pipelines import (
     COMPONENTS,
     DEPTHS,
@@ -32,6 +34,7 @@ from support.pipelines import (
     write_pipeline,
 )
 from support.run import Ran, run_lines
+from support.tokenizers import WORDS, write_tokenizer
 
 
 def write_pair(tmp_path: Path, **changed: Any) -> tuple[Path, Path]:
@@ -279,6 +282,81 @@ def test_weights_in_variants_and_under_two_names(which: str, tmp_path: Path) -> 
     assert base.keys() == ft.keys() == COMPONENTS.keys()
 
 
+# --- components that are stored in other ways ---
+
+
+def other_ways(way: str, side: str) -> dict[str, Any]:
+    """A text encoder, as keywords of `write_checkpoint`, that is stored otherwise on one of the sides."""
+    seed = int(side == "ft")
+    if way == "layout":
+        model = LAYOUTS["qwen3_moe"]
+        held = model.apart(seed) if side == "base" else model.together(model.apart(seed))
+        return {"tensors": held, "config": model.config, "shards": 2}
+    if side == "ft":
+        return {"tensors": near(plain(), 1), "config": {"num_hidden_layers": LAYERS}}
+    stored = FORMATS["blocks"](plain())
+    return {"tensors": stored.tensors, "config": stored.config}
+
+
+@pytest.mark.parametrize("way", ["fp8", "layout"])
+@pytest.mark.parametrize("flags", [(), ("--component", "text_encoder")], ids=["all", "one"])
+def test_a_component_in_fp8_or_another_layout(way: str, flags: tuple[str, ...], tmp_path: Path) -> None:
+    """It is read as it would be by itself, wherever its files stand among those of all."""
+    for seed, side in enumerate(("base", "ft")):
+        write_pipeline(tmp_path / side, seed, text_encoder=other_ways(way, side))
+    edited(tmp_path, *flags)
+    pair = (tmp_path / "base/text_encoder", tmp_path / "ft/text_encoder")
+    assert run_lines("edit", *pair, "-o", tmp_path / "alone").code == 0
+    same(loaded(tmp_path / "out")["text_encoder"], loaded(tmp_path / "alone")["."])
+    verified = run_lines("verify", tmp_path / "out")
+    assert verified.code == 0, verified.err
+    report = run_lines("inspect", tmp_path / "ft", "--base", tmp_path / "base", "--json")
+    assert report.code == 0, report.err
+    assert report.json["not_compared"] == []
+
+
+def test_pickles_in_components(tmp_path: Path) -> None:
+    """What torch.save wrote is read as safetensors are, and written as these, whether it is edited or kept."""
+    write_pair(tmp_path)
+    expected = loaded(tmp_path / "ft")
+    for side in ("base", "ft"):
+        for file in (tmp_path / side).rglob("*.safetensors"):
+            stem = "pytorch_model" if file.stem == "model" else file.stem
+            torch.save(load_file(file), file.with_name(f"{stem}.bin"))
+    edited(tmp_path)
+    whole = loaded(tmp_path / "out")
+    for side in ("base", "ft"):
+        for file in (tmp_path / side).rglob("*.safetensors"):
+            file.unlink()
+    told = edited(tmp_path, "--force")
+    of_diffusers = {f"{name}/diffusion_pytorch_model.safetensors" for name in ("unet", "vae")}
+    assert set(told["files"]) == of_diffusers | {"text_encoder/model.safetensors"}
+    for name, held in loaded(tmp_path / "out").items():
+        same(held, whole[name])
+    same(loaded(tmp_path / "out")["vae"], expected["vae"])
+    assert run_lines("verify", tmp_path / "out").code == 0
+
+
+def test_tokens_of_sentence_transformers(tmp_path: Path) -> None:
+    """Rows are paired by token, and the tokenizer gets what is new, as for a transformer by itself."""
+    for seed, (side, words) in enumerate((("base", ["<unk>", *WORDS]), ("ft", ["<unk>", *WORDS[::-1], "new"]))):
+        write_modules(tmp_path / side, seed)
+        held = {"embeddings.word_embeddings.weight": tensors(["w"], seed)["w"].repeat(3, 1)[: len(words)]}
+        held |= tensors([f"encoder.layer.{i}.w" for i in range(3)], seed)
+        config = {"model_type": "bert", "num_hidden_layers": 3, "vocab_size": len(words)}
+        write_checkpoint(tmp_path / side, held, config=config)
+        write_tokenizer(tmp_path / side, words)
+        shutil.copytree(tmp_path / side, tmp_path / f"plain-{side}")
+        (tmp_path / f"plain-{side}/modules.json").unlink()
+    edited(tmp_path, "--resize", "ft")
+    ran = run_lines("edit", tmp_path / "plain-base", tmp_path / "plain-ft", "-o", tmp_path / "alone", "--resize", "ft")
+    assert ran.code == 0, ran.err
+    same(loaded(tmp_path / "out")["."], loaded(tmp_path / "alone")["."])
+    for name in ("tokenizer.json", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    assert run_lines("verify", tmp_path / "out").code == 0
+
+
 # --- one model beside a pipeline ---
 
 
@@ -387,6 +465,14 @@ def test_components_of_a_single_model(tmp_path: Path) -> None:
     of_weights = {"merge_method": "linear", "models": [{"model": "ft", "parameters": {"weight": 1}}], "like": "base"}
     ran = merge(tmp_path, base_model=None, lines=None, components={"vae": "base"}, **of_weights)
     refused(ran, 2, "no base is read")
+
+
+def test_an_adapter_of_a_pipeline(tmp_path: Path) -> None:
+    """An adapter is made of one model; of several the folders are named, and so is what says it of components."""
+    write_pair(tmp_path)
+    made = {"as_adapter": True, "rank": 2, "like": "base"}
+    refused(merge(tmp_path, **made), 3, "holds no weights itself", "unet", "vae")
+    refused(merge(tmp_path, components={"unet": "edit"}, **made), 2, "components: that is of whole models")
 
 
 def test_a_component_that_does_not_fit(tmp_path: Path) -> None:
