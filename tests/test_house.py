@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lines_cli"
 
 # From the top down: a module may import from folders below its own, and from its own; never from one above.
-FOLDERS = ["", *"cli api inspection engine plan recipe hub checkpoint storage methods scaling".split()]
+FOLDERS = ["", *"cli sweep api inspection engine plan recipe hub checkpoint storage methods scaling".split()]
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")
@@ -125,9 +125,9 @@ def test_no_module_imports_itself_in_a_circle() -> None:
         ("matplotlib", {"inspection.plot"}),
         ("typer", {"cli.app", "cli.options", "cli.parser"}),
         ("huggingface_hub", {"hub.client", "hub.download", "hub.heads", "hub.upload"}),
-        ("torch", {"api.in_memory", "inspection.compare"}),
+        ("torch", {"api.in_memory", "inspection.compare", "sweep.live", "sweep.run"}),
         ("pydantic", {"recipe.schema", "recipe.validate"}),
-        ("yaml", {"checkpoint.model_card", "inspection.html", "recipe.plain_yaml", "recipe.yaml_file"}),
+        ("yaml", {"checkpoint.model_card", "inspection.html", "recipe.plain_yaml", "recipe.yaml_file", "sweep.config"}),
         ("regex", {"scaling.by_hand"}),
         ("safetensors", {"checkpoint.crosscheck"}),
     ],
@@ -280,12 +280,17 @@ def test_json_is_documented(tmp_path: Path) -> None:
         write_checkpoint(tmp_path / side, {f"h.{i}.w": torch.ones(2) for i in range(2)})
     arguments = ["edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / "out", "--json"]
     printed = run_lines(*arguments, "--dry-run").json.keys() | run_lines(*arguments).json.keys()
-    _, making, verifying, pushing, _ = (ROOT / "docs" / "json.md").read_text(encoding="utf-8").split("\n## ")
+    _, making, adapting, verifying, pushing, _ = (ROOT / "docs" / "json.md").read_text(encoding="utf-8").split("\n## ")
     keys = re.compile(r"^\| `(\w+)`", re.MULTILINE)
     assert set(keys.findall(making)) == printed
     assert set(keys.findall(pushing)) == {"schema", "lines", "dry_run", "output", "pushed"}  # tests/hub runs it
     told = run_lines("verify", tmp_path / "out", "--json").json
     assert set(keys.findall(verifying)) == told.keys()
+    sides = {side: {f"h.{i}.w.weight": torch.ones(2, 3) * n for i in range(2)} for n, side in enumerate(("b", "f"))}
+    b, f = (write_checkpoint(tmp_path / side, tensors) for side, tensors in sides.items())
+    arguments = ["extract", f, "--base", b, "--rank", 1, "-o", tmp_path / "adapter", "--json"]
+    printed = run_lines(*arguments, "--dry-run").json.keys() | run_lines(*arguments).json.keys()
+    assert set(keys.findall(adapting)) == printed
     assert all(re.search(rf"\b{key}\b", verifying) for name in ("inputs", "files") for key in told[name][0])
 
 
@@ -308,11 +313,17 @@ OTHER_MEANINGS = {
     "inspection.kinds": {"weight", "scale"},
     "plan.tied_weights": {"weight"},
     "checkpoint.contents": {"weight"},
+    "plan.extraction": {"weight"},
+    "recipe.validate": {"rank"},
     "checkpoint.quantised": {"scale", "weight"},
+    "plan.fp8": {"scale"},
     "checkpoint.adapter": {"weight", "t"},  # a factor of LoHa
     "engine.formulas": {"t"},
     "checkpoint.adapter_names": {"weight"},
     "plan.adapted": {"weight"},
+    "sweep.config": {"seed"},  # of a search, and of repeated evaluations
+    "sweep.live": {"seed"},
+    "sweep.store": {"seed"},
     "inspection.report": {"lambda"},  # a key of the report
     "inspection.tables": {"lambda"},
     "recipe.schema": {"task_arithmetic"},  # what a recipe is that says no method
@@ -321,7 +332,7 @@ OF_THE_SCALING = {"gamma", "linear"}  # a key of `lines:`, and a schedule
 SAID_OF_METHODS = {
     "about", "chosen", "counting", "counts_by", "elect", "ignored", "keywords", "merge", "models", "needs",
     "norm_of_kept", "one_is_itself", "parameters", "plain_sum", "review", "scale", "scale_of", "sees",
-    "sparsifier", "takes", "temporaries", "workspace",
+    "may_be_a_sum", "shares", "sparsifier", "takes", "temporaries", "workspace",
 }  # fmt: skip
 
 

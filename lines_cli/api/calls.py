@@ -42,7 +42,7 @@ Named = str | Path
 Outside = Literal["alpha", "position", "base", "keep"]
 Missing = Literal["ft", "copy", "skip"]
 Resize = Literal["ft", "base"]
-Dtype = Literal["float64", "float32", "float16", "bfloat16"]
+Dtype = Literal["float64", "float32", "float16", "bfloat16", "fp8"]
 Rounding = Literal["nearest", "stochastic"]
 
 

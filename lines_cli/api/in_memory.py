@@ -27,6 +27,7 @@ from lines_cli.engine.chunks import PlanChunk, items_of
 from lines_cli.engine.devices import Devices
 from lines_cli.engine.measure import Track, measure, untracked
 from lines_cli.engine.pool import Pool
+from lines_cli.engine.scales import measure_scales
 from lines_cli.engine.workers import Worker
 from lines_cli.engine.write import Write
 from lines_cli.errors import RecipeError, UnsupportedError, printable
@@ -63,6 +64,7 @@ _DTYPES: dict[str, torch.dtype] = {**TORCH_DTYPES, **_EXACT, "C64": torch.comple
 _NAMES = {dtype: name for name, dtype in {**_DTYPES, **FLOAT8, "C64": torch.complex64}.items()}
 if hasattr(torch, "float8_e8m0fnu"):  # scales of codes; torch 2.7 and later
     _NAMES[torch.float8_e8m0fnu] = "F8_E8M0"
+_OF_RESULTS = {name: dtype for dtype, name in _NAMES.items()}
 
 
 def edit_state_dict(
@@ -339,6 +341,9 @@ def _computed(
     if plan.needs:
         with devices.bounded():
             plan = resolve(plan, measure(plan, sources, devices, track).statistics)
+    if plan.to_quantise:
+        with devices.bounded():
+            plan = measure_scales(plan, sources, devices, track)
     results = {tensor.name: _result(plan, tensor, sources) for tensor in plan.tensors}
     job = _Keep(plan, results)
     segments = [
@@ -373,11 +378,17 @@ def _result(plan: Plan, tensor: TensorPlan, sources: Sequence[_Tensors]) -> _Res
     def of(source: SourceRange) -> torch.Tensor:
         return sources[source.file].at(source.offset)[0]
 
-    segment, dtype = tensor.segments[0], _DTYPES[tensor.info.dtype]
+    segment, dtype = tensor.segments[0], _OF_RESULTS[tensor.info.dtype]
+    shape = torch.Size(tensor.info.shape)
+    if not segment.sources:  # scales that were measured
+        weight = next(one for one in plan.tensors if one.name == tensor.spec.scales_of)
+        return _Result(
+            torch.empty(shape, dtype=dtype, device=_result(plan, weight, sources).tensor.device), shared=False
+        )
     merged = (*((segment.base,) if segment.base else ()), *segment.models)
     like = of(segment.copy or merged[plan.inputs.lead])
-    shape = torch.Size(tensor.info.shape)
     whole = segment.copy is not None and not segment.copy.parts and len(tensor.segments) == 1
+    whole = whole and (tensor.spec.quantised is None or tensor.as_stored is not None)
     if whole and (like.dtype, like.shape) == (dtype, shape):
         return _Result(like, shared=True)
     return _Result(torch.empty(shape, dtype=dtype, device=like.device), shared=False)

@@ -186,11 +186,15 @@ class _Reading:
         self._read()
 
     def _read(self) -> None:
-        adapters: dict[str, None] = {}
+        parts = list(parts_of(self.tensors, str(self.file)))
+        adapters = dict.fromkeys(part.adapter for _, part in parts if part.adapter is not None)
+        if len(adapters) > 1:
+            raise UnsupportedError(
+                f"{self.file} holds several adapters:\n{some(list(adapters))}",
+                hint="Save them one by one (peft: save_pretrained with selected_adapters).",
+            )
         ignored: list[str] = []
-        for tensor, part in parts_of(self.tensors, str(self.file)):
-            if part.adapter is not None:
-                adapters.setdefault(part.adapter)
+        for tensor, part in parts:
             if part.role == "ignored":
                 ignored.append(tensor)
                 continue
@@ -209,11 +213,6 @@ class _Reading:
                 self.twice.add(key)
             if not part.of_peft and part.role != "whole":
                 self.plain_names.add(key)
-        if len(adapters) > 1:
-            raise UnsupportedError(
-                f"{self.file} holds several adapters:\n{some(list(adapters))}",
-                hint="Save them one by one (peft: save_pretrained with selected_adapters).",
-            )
         if ignored:
             self.notes.append(
                 f"{self.file}: {len(ignored):,} tensor(s) that PEFT keeps of training are not read, such as "

@@ -80,8 +80,8 @@ _DOWN = {"down": "A", "up": "B"}
 _CALLED = {"to_out": "to_out.0"}
 _CALLED_IN_A_TEXT_MODEL = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 _REFUSED = re.compile(
-    r"\.(?:dora_scale|oft_\w+|b?oft_[RSrs]|glora_\w+|[ab][12]\.weight|on_input|lora_[Eae]|vera_\w+|ia3_\w+|lora_diag"
-    r"|lora_ga\w*|set_weight|reshape_weight|bias_(?:values|indices|size)|lora_xs\w*|randlora_\w+|hra_\w+)(?:\.|\Z)"
+    r"(?:\A|\.)(?:lora_\w+|dora_scale|b?oft_\w+|glora_\w+|[ab][12]\.weight|on_input|vera_\w+|ia3_\w+|set_weight"
+    r"|reshape_weight|bias_(?:values|indices|size)|randlora_\w+|hra_\w+)(?:\.|\Z)"
 )
 
 

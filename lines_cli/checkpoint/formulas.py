@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 from lines_cli.checkpoint.header import StoredTensor
 
@@ -17,6 +17,8 @@ BLOCK = 128 * 1024
 """Entries of an update that are computed at a time; more leave the cache."""
 SLAB = 512 * 1024
 """Entries of a long factor that are held at a time."""
+PARTS_HELD = 4
+"""How many tensors a thread keeps the steps' needs of, where one is put together of them."""
 _WIDE = 8  # bytes of an entry as updates are computed
 
 
@@ -34,8 +36,10 @@ class Formula:
     factors: tuple[tuple[str, StoredTensor], ...]
     shape: tuple[int, ...]
 
-    adds: ClassVar[bool] = False
-    """Whether the step adds an update that does not depend on the entries: then that is the task vector."""
+    @property
+    def adds(self) -> bool:
+        """Whether the step adds an update that does not depend on the entries: then that is the task vector."""
+        return False
 
     def placed(self, number_of: Callable[[int], int]) -> Formula:
         """The same, with other numbers of the files that its factors lie in."""
@@ -81,7 +85,10 @@ class LowRank(Formula):
     transposed: bool = False
     matrices: int = 1
 
-    adds: ClassVar[bool] = True
+    @property
+    def adds(self) -> bool:
+        """It does."""
+        return True
 
     @property
     def rank(self) -> int:
@@ -115,7 +122,9 @@ class Rescaled(LowRank):
     before: tuple[Formula, ...] = ()
     of_columns: bool = False
 
-    adds: ClassVar[bool] = False
+    @property
+    def adds(self) -> bool:
+        return False
 
     def placed(self, number_of: Callable[[int], int]) -> Formula:
         """The same, with other numbers of the files that its factors and W lie in."""
@@ -144,7 +153,9 @@ class Hadamard(Formula):
 
     scale: float = 1.0
 
-    adds: ClassVar[bool] = True
+    @property
+    def adds(self) -> bool:
+        return True
 
     @property
     def held(self) -> int:
@@ -170,7 +181,9 @@ class Kronecker(Formula):
     scale: float = 1.0
     outermost: bool = False
 
-    adds: ClassVar[bool] = True
+    @property
+    def adds(self) -> bool:
+        return True
 
     @property
     def held(self) -> int:
@@ -189,7 +202,9 @@ class Difference(Formula):
 
     scale: float = 1.0
 
-    adds: ClassVar[bool] = True
+    @property
+    def adds(self) -> bool:
+        return True
 
     @property
     def held(self) -> int:
@@ -259,6 +274,56 @@ class Dequantised(Formula):
         if self.block[0] == 1:
             return f"{self.block[1]} entries of a row"
         return f"block of {self.block[0]} x {self.block[1]}"
+
+
+class OfPart(NamedTuple):
+    """What is done to some entries of a tensor that is put together of others.
+
+    Attributes:
+        start, numel: which of its entries.
+        first: which entry the first of them is in the tensor that they are of.
+        steps: that one's.
+    """
+
+    start: int
+    numel: int
+    first: int
+    steps: tuple[Formula, ...]
+
+
+@dataclass(frozen=True)
+class InParts(Formula):
+    """The steps of other tensors, each on those entries that are its own: for a tensor that is put together of them.
+
+    Attributes:
+        parts: in order; entries that are in none stay as they are.
+    """
+
+    parts: tuple[OfPart, ...] = ()
+
+    def __hash__(self) -> int:
+        first = self.parts[0]
+        return hash((self.name, self.shape, len(self.parts), first.start, first.first))
+
+    @property
+    def adds(self) -> bool:
+        """Whether all of them do."""
+        return all(step.adds for part in self.parts for step in part.steps)
+
+    def placed(self, number_of: Callable[[int], int]) -> Formula:
+        """As that of one step."""
+        parts = tuple(part._replace(steps=tuple(step.placed(number_of) for step in part.steps)) for part in self.parts)
+        return replace(self, parts=parts)
+
+    @property
+    def file(self) -> int:
+        """That of the first."""
+        return self.parts[0].steps[0].file
+
+    @property
+    def held(self) -> int:
+        """What those parts need that a thread keeps."""
+        return PARTS_HELD * max(sum(step.held for step in part.steps) for part in self.parts)
 
 
 class Made(NamedTuple):

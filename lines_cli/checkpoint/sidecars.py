@@ -44,12 +44,15 @@ CARRIED_FILES = (
 )
 """Patterns of file names, relative to the folder, that an output folder takes over from an input."""
 
-NEVER_CARRIED = tuple(
-    """
+_QUANTISED = ("quant*config*.json", "*quant_config*.json")
+NEVER_CARRIED = (
+    tuple(
+        """
     *.safetensors *.index*.json *.bin *.pt *.pth *.ckpt *.pkl *.pickle *.joblib *.h5 *.msgpack *.onnx *.gguf *.np[yz]
     training_args* trainer_* optimizer* scheduler* rng_state* adapter_* zero_* *results*.json
-    quant*config*.json *quant_config*.json
     """.split()
+    )
+    + _QUANTISED
 )
 """Weights, pickles, training state, and what says that weights are quantised, whatever pattern above they match."""
 
@@ -276,6 +279,7 @@ def carry_over(
     tokenizer: Checkpoint | None = None,
     extended: Mapping[str, bytes] | None = None,
     chat_template: Checkpoint | None = None,
+    quantised_like: Checkpoint | None = None,
     apart: Collection[str] = (),
 ) -> tuple[list[Sidecar], list[str]]:
     """The carried-over files of an output folder, and what to say of them.
@@ -292,6 +296,7 @@ def carry_over(
         rows_of: the input whose number of rows that is: where there are any, its tokenizer goes with them.
         vocabularies: for each input, how many rows its token embeddings and heads have.
         tokenizer, chat_template: the inputs to take these from, if they are named.
+        quantised_like: the input whose weights are stored as the output's are, in codes; None where they are whole.
         apart: folders within the first input's of which nothing is taken: those of other components.
         extended: of the tokenizer the files that know further tokens; what else lists its vocabulary is left out.
 
@@ -368,11 +373,15 @@ def carry_over(
         if having:
             where = " and ".join(having)
             notes.append(f"the output has no chat template, {where} has (in a recipe chat_template: takes it)")
+    if quantised_like is not None and quantised_like.folder is not None:
+        files = dict(files) | _claims(quantised_like.folder)
     if CONFIG in files:
         config = read_object(files[CONFIG])
         followed = _follow(config, dtype=dtype, rows=rows, ids=ids)
         for path, value in inputs[0].config_changes.items():
             followed = _with(followed, path, value)
+        if quantised_like is not None:
+            followed = _quantised(followed, quantised_like.config)
         if followed != config:
             written[CONFIG] = _as_json(followed)
     if GENERATION in files and ids is not None:
@@ -738,6 +747,25 @@ def _follow(
     if top and dtype and "model_type" in config and not {"dtype", "torch_dtype"} & config.keys():
         changed["torch_dtype"] = dtype
     return changed
+
+
+def _quantised(config: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """A config that says what another one does of how weights are quantised, in the same place."""
+    changed = dict(config)
+    if QUANTIZATION in like:
+        return changed | {QUANTIZATION: like[QUANTIZATION]}
+    for key, inner in like.items():
+        if key.endswith("_config") and isinstance(inner, Mapping) and QUANTIZATION in inner:
+            own = changed.get(key)
+            if isinstance(own, dict):
+                changed[key] = own | {QUANTIZATION: inner[QUANTIZATION]}
+    return changed
+
+
+def _claims(folder: Path) -> dict[str, Path]:
+    """The files beside a config that say how weights are quantised."""
+    names = [name for name in _listed(folder) if name.endswith(".json") and _matches(name, _QUANTISED)]
+    return {name: path for name in names if (path := beside(folder, name)) is not None}
 
 
 def _with_ids(config: Mapping[str, Any], source: Mapping[str, Any], *, add: bool = True) -> dict[str, Any]:

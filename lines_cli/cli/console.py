@@ -22,6 +22,8 @@ from lines_cli.inspection.tables import Table as Columns
 from lines_cli.plan.adapter_plan import AdapterPlan
 from lines_cli.plan.adapter_report import kept_of, layers_of, left_out
 from lines_cli.plan.realised import warning_of
+from lines_cli.sweep.page import settings_of
+from lines_cli.sweep.report import BASELINES, called
 from lines_cli.version import ABOUT
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from lines_cli.plan.realised import Row
     from lines_cli.plan.resources import Resources
     from lines_cli.storage.staging import Unfinished
+    from lines_cli.sweep.run import Found
 
 _MOST_NAMES = 16
 _MOST_DEPTHS = 7
@@ -209,7 +212,10 @@ def show_plan(plan: AnyPlan, told: summary.Summary, resources: Resources, *, jso
     _stacks(plan)
     _outside(plan)
     if plan.passes:
-        _out.print(f"measure {', '.join(plan.passes)}: {size(plan.bytes_measured)} each time", soft_wrap=True)
+        each = [f"{what}: {size(plan.bytes_of_pass(what))}" for what in plan.passes]
+        sizes = {plan.bytes_of_pass(what) for what in plan.passes}
+        said = f"{', '.join(plan.passes)}: {size(sizes.pop())} each time" if len(sizes) == 1 else ", ".join(each)
+        _out.print(f"measure {said}", soft_wrap=True)
     _line(f"read    {size(plan.bytes_read)}")
     files = f"{len(plan.outputs)} files" if len(plan.outputs) > 1 else plan.outputs[0].name
     to = f" to {_printable(str(plan.output))}" if told["output"] is not None else ""
@@ -391,6 +397,52 @@ def show_pushed(told: summary.Summary, *, json: bool, quiet: bool) -> None:
     else:
         _line(f"pushed  {what}, to {to}, commit {pushed['commit'][:7]}")
         _line(pushed["url"])
+
+
+def said(text: str) -> None:
+    """A line on stderr, as it is."""
+    _err.print(Text(_printable(text)), soft_wrap=True)
+
+
+def show_sweep_plan(told: dict[str, Any], *, json: bool) -> None:
+    """What a sweep would try, and what that takes."""
+    if json:
+        _print_json({**ABOUT, "dry_run": True, **told})
+        return
+    for family, number in told["trials"].items():
+        _line(f"{family:<10} {number:,} trials")
+    if told["baselines"]:
+        _line(f"baselines  {' and '.join(told['baselines'])}")
+    _line(f"evaluate   {told['evaluations']:,} times")
+    scratch = f"{size(told['scratch_bytes'])} of scratch at most" if told["scratch_bytes"] else "none on the disk"
+    _line(f"candidate  {size(told['candidate_bytes'])}; {scratch}")
+    _notes(told["notes"])
+    _err.print("Nothing was evaluated (--dry-run).", style="dim")
+
+
+def show_sweep(found: Found, *, json: bool, quiet: bool) -> None:
+    """What a sweep found: the best trials of each family, the verdict, and the winner."""
+    if json:
+        _print_json({**ABOUT, **found.to_json()})
+    _notes(found.notes)
+    if json or quiet:
+        return
+    several = len(found.sweep.objectives) > 1
+    rows = []
+    for one in found.shown:
+        values = ", ".join(f"{value:.6g}" for value in one.objectives)
+        error = "" if not one.errors or one.errors[0] is None else f"{one.errors[0]:.2g}"
+        mark = "winner" if one is found.winner else ""
+        rows.append((called(one.trial.family), settings_of(one), values or f"failed: {one.failure}", error, mark))
+    headings = ("family", "settings", "objectives" if several else "objective", "+-", "")
+    _columns(Columns(headings, tuple(rows)), gap=3)
+    left = sum(one.trial.family not in BASELINES for one in found.judged) - len(found.shown)
+    if left:
+        _line(f"and {left:,} more in {found.folder}")
+    _line(str(found.said["said"]), style="bold")
+    _line(f"report  {found.folder / 'report.html'}")
+    if found.summary is not None:
+        _out.print(f"output  {_printable(str(found.summary['output']))}", style="bold", soft_wrap=True)
 
 
 def show_claim(claim: Claim) -> None:
@@ -621,6 +673,7 @@ def _stacks(plan: Plan, realised: Sequence[Row] = ()) -> None:
     """The stacks with their coefficients; and once it is known, what rounding left of these."""
     found, left = plan.summary(), summary.of_realised(plan, realised)
     layers = {(layer["stack"], layer["index"]): layer["realised"] for layer in left["layers"]}
+    lost = {(layer["stack"], layer["index"]): layer.get("error") for layer in left["layers"]}
     headings = ("stack", "layers", "tensors", "parameters", "c first", "c last", *(["realised"] if realised else []))
     rows: list[tuple[str, ...]] = []
     to = " to " if _width() > _TIGHT else ".."
@@ -657,11 +710,15 @@ def _stacks(plan: Plan, realised: Sequence[Row] = ()) -> None:
     for stack, short in zip(found["stacks"], called, strict=True):
         values = stack["coefficients"]
         of_it = [layers.get((stack["name"], index)) for index in range(len(values))]
-        if len(set(values)) > 2 or len({round(value, 2) for value in of_it if value is not None}) > 2:
+        errors = [lost.get((stack["name"], index)) for index in range(len(values))]
+        in_8_bits = any(error is not None for error in errors)
+        if in_8_bits or len(set(values)) > 2 or len({round(value, 2) for value in of_it if value is not None}) > 2:
             name = f"  ({short})" if len(found["stacks"]) > 1 else ""
             said = {"by layer": [f"{value:.3g}" for value in values]}
             if realised:
                 said["realised"] = [_realised(value) for value in of_it]
+            if in_8_bits:
+                said["8-bit error"] = ["-" if error is None else f"{error:.2%}" for error in errors]
             for line in _along(said, len(values), _width() - len(name)):
                 _line(line + name)
     edited, copied = found["edited"], found["copied"]
@@ -675,14 +732,16 @@ def _along(said: Mapping[str, Sequence[str]], layers: int, width: int) -> list[s
     """Values at equal distances along the depth, the first and the last among them, as many as fit: a line for each
     word, its cells below each other.
     """
+    longest = max(map(len, said))
     for most in range(min(_MOST_DEPTHS, layers), 1, -1):
         shown = sorted({round(at * (layers - 1) / (most - 1)) for at in range(most)})
         cells = {word: [f"{index}: {values[index]}" for index in shown] for word, values in said.items()}
         widths = [max(len(each[at]) for each in cells.values()) for at in range(len(shown))]
-        lines = [
-            f"{word}  {'  '.join(cell.ljust(wide) for cell, wide in zip(each, widths, strict=True))}".rstrip()
+        rows = {
+            word: "  ".join(cell.ljust(wide) for cell, wide in zip(each, widths, strict=True))
             for word, each in cells.items()
-        ]
+        }
+        lines = [f"{word:<{longest}}  {row}".rstrip() for word, row in rows.items()]
         if max(map(len, lines)) <= width:
             break
     return lines
@@ -700,7 +759,7 @@ def _why_copied(plan: Plan) -> str:
         else "is the same in all inputs"
         if tensor.coefficient not in (0, 1) and tensor.spec.is_the_base_s
         else "has a coefficient of 0 or 1"
-        for tensor in plan.tensors
+        for tensor in plan.of_model
         if not tensor.edited
     )
     number = {"is not merged": "are not merged", "is not a float": "are not floats"}

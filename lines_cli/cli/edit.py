@@ -132,6 +132,6 @@ def _both(
     if base is None or ft is None:
         raise RecipeError(
             f"{'BASE' if base is None else 'FT'} is missing",
-            hint="Write lines edit [OPTIONS] BASE FT. To scale an adapter in place: lines edit --adapter ADAPTER.",
+            hint="Write lines edit [OPTIONS] BASE FT.",
         )
     return base, ft

@@ -80,8 +80,8 @@ BaseOfAdapter = Annotated[
         "--base",
         metavar="BASE",
         show_default="the folder that the adapter's config names, if it is here",
-        help="Of --adapter: what it was trained on. Only headers are read, of a Hub id only the config, unless the "
-        "adapter holds tensors whole.",
+        help="Of --adapter: what it was trained on. Its headers are read, no weights (but of tensors that the adapter "
+        "holds whole).",
         rich_help_panel=ADAPTER,
     ),
 ]
@@ -236,6 +236,53 @@ Config = Annotated[
         rich_help_panel=RECIPE,
     ),
 ]
+SweepConfig = Annotated[
+    Path,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="The sweep, in YAML: recipe, grid, evaluate, objective. Relative paths in it count from its own folder.",
+        rich_help_panel=RECIPE,
+    ),
+]
+OutputOfSweep = Annotated[
+    str | None,
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="OUT",
+        show_default=False,
+        help="A folder for the winner. Trials, logs and report stand beside it, in OUT.sweep. --dry-run needs none.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Parallel = Annotated[
+    int,
+    typer.Option(
+        "--parallel",
+        min=1,
+        max=64,
+        metavar="N",
+        help="How many evaluations run at a time; where there are CUDA devices, each is given one of them.",
+        rich_help_panel=MACHINE,
+    ),
+]
+Retry = Annotated[
+    bool,
+    typer.Option(
+        "--retry",
+        help="Evaluate once more what failed before.",
+        rich_help_panel=RECOVERY,
+    ),
+]
+ForceSweep = Annotated[
+    bool,
+    typer.Option(
+        "--force",
+        help="Replace an existing output, once the new one is whole; discard the trials of another sweep.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Set = Annotated[
     list[str] | None,
     typer.Option(
@@ -287,11 +334,12 @@ Schedule = Annotated[
     str | None,
     typer.Option(
         "--schedule",
-        autocompletion=_starting("linear", "power:", "constant", "unet"),
+        autocompletion=_starting("linear", "power:", "constant", "reversed", "unet"),
         metavar="RULE",
         show_default="linear",
-        help="How the coefficient grows with depth: linear, power:P, constant, unet (up to the middle, down "
-        "again); or the coefficients themselves, first layer to last, as in 0.1,0.6,1.0.",
+        help="How the coefficient grows with depth: linear, power:P, constant, reversed (it falls: the control for "
+        "linear), unet (up to the middle, down again); or the coefficients themselves, first layer to last, as in "
+        "0.1,0.6,1.0.",
         rich_help_panel=SCALING,
     ),
 ]
@@ -409,8 +457,9 @@ Resize = Annotated[
     typer.Option(
         "--resize",
         show_default="an error",
-        help="Token embeddings and heads with different numbers of rows: keep the rows of ft or of base. "
-        "Shared rows are edited, rows that only the kept side has are copied, all others dropped.",
+        help="Token embeddings and heads with different numbers of rows, or of other tokens: keep the rows of ft or of "
+        "base. Shared rows are edited, rows that only the kept side has are copied, all others dropped. Where the "
+        "tokenizers number tokens differently, rows are paired by token.",
         rich_help_panel=DISAGREE,
     ),
 ]
@@ -524,11 +573,11 @@ DtypeOfFactors = Annotated[
     ),
 ]
 Dtype = Annotated[
-    Literal["float64", "float32", "float16", "bfloat16"] | None,
+    Literal["float64", "float32", "float16", "bfloat16", "fp8"] | None,
     typer.Option(
         "--dtype",
         show_default="the fine-tune's, tensor by tensor",
-        help="Write every float tensor as this.",
+        help="Write every float tensor as this; fp8: those that an input stores in 8 bits, as it does.",
         rich_help_panel=OUTPUT,
     ),
 ]

@@ -138,9 +138,11 @@ class FactorReader(Reader):
         """A whole tensor in its shape, in float64."""
         return self._makers.load(stored).to(torch.float64)
 
-    def run(self, tensor: AdapterTensor, source: SourceRange, first: int, numel: int) -> Tensor:
-        """A run of entries in float64: [numel]."""
-        into = torch.empty(numel, dtype=torch.float64, device=self.device)
+    def run(
+        self, tensor: AdapterTensor, source: SourceRange, first: int, numel: int, into: Tensor | None = None
+    ) -> Tensor:
+        """A run of entries in float64: [numel]; in `into`, if there is room."""
+        into = torch.empty(numel, dtype=torch.float64, device=self.device) if into is None else into
         done = 0
         while done < numel:
             chunk = Chunk(tensor, Segment(0, first + numel), first + done, min(self.chunk, numel - done))
@@ -306,7 +308,9 @@ def _gram(worker: FactorReader, module: AdapterModule, made: Difference) -> tupl
     """
     rows, columns = made.matrix
     if rows < columns:
-        whole = torch.cat(list(_blocks(worker, module, made)))
+        whole = torch.empty(rows, columns, dtype=torch.float64, device=worker.device)
+        for _ in _blocks(worker, module, made, whole):
+            pass
         gram = whole @ whole.T
     else:
         whole = None
@@ -321,14 +325,19 @@ def _gram(worker: FactorReader, module: AdapterModule, made: Difference) -> tupl
     return gram, whole
 
 
-def _blocks(worker: FactorReader, module: AdapterModule, made: Difference) -> Iterator[Tensor]:
-    """The rows of `ft - base`, as it is stored, some at a time: [some, columns]."""
+def _blocks(
+    worker: FactorReader, module: AdapterModule, made: Difference, whole: Tensor | None = None
+) -> Iterator[Tensor]:
+    """The rows of `ft - base`, as it is stored, some at a time: [some, columns]; in their places in `whole`, if there
+    is one.
+    """
     rows, columns = made.matrix
     step = max(1, ROWS // max(1, columns))
     tensor = AdapterTensor(module.tensor, 0, _NO_INFO, FactorOf(0, "A"))
     for first in range(0, rows, step):
         numel = (min(rows, first + step) - first) * columns
-        values = worker.run(tensor, made.ft, first * columns, numel)
+        into = None if whole is None else whole.view(-1)[first * columns : first * columns + numel]
+        values = worker.run(tensor, made.ft, first * columns, numel, into)
         values -= worker.run(tensor, made.base, first * columns, numel)
         yield values.view(-1, columns)
 

@@ -81,11 +81,11 @@ def cast(values: torch.Tensor, out: torch.Tensor) -> None:
     makes the second one right.
     """
     if values.dtype == torch.float64 and out.dtype in (torch.float16, torch.bfloat16):
-        values = _to_float32_odd(values)
+        values = to_float32_odd(values)
     out.copy_(values)
 
 
-def _to_float32_odd(values: torch.Tensor) -> torch.Tensor:
+def to_float32_odd(values: torch.Tensor) -> torch.Tensor:
     """float64 -> float32, where an inexact result takes the neighbour whose last bit is 1 (Boldo and Melquiond,
     2008).
     """

@@ -11,7 +11,7 @@ ties).
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
@@ -19,11 +19,13 @@ import torch
 
 from lines_cli.checkpoint.formulas import (
     BLOCK,
+    PARTS_HELD,
     SLAB,
     Dequantised,
     Difference,
     Formula,
     Hadamard,
+    InParts,
     Kronecker,
     LowRank,
     Rescaled,
@@ -126,6 +128,8 @@ def _maker_of(step: Formula, makers: Makers) -> Maker:
             return _Rows(step, makers)
         case Dequantised():
             return _Dequantised(step, makers)
+        case InParts():
+            return _InParts(step, makers)
     raise NotImplementedError(type(step).__name__)
 
 
@@ -382,6 +386,50 @@ class _Rows:
             entries[begin - first : until - first].copy_(kept)
 
 
+class _InParts:
+    """Carries out the steps of the tensors that another is put together of, each on its own entries; what those need is
+    kept for a few of them.
+    """
+
+    def __init__(self, step: InParts, makers: Makers) -> None:
+        self._parts, self._all = step.parts, makers
+        self._makers: dict[int, list[Maker]] = {}
+
+    def update(self, into: torch.Tensor, first: int) -> None:
+        into.zero_()
+        for entries, inside, makers in self._within(into, first):
+            for number, maker in enumerate(makers):
+                if number == 0:
+                    maker.update(entries, inside)  # type: ignore[attr-defined] # an Adder: all steps add
+                else:
+                    maker.apply(entries, inside)
+
+    def apply(self, entries: torch.Tensor, first: int) -> None:
+        for own, inside, makers in self._within(entries, first):
+            for maker in makers:
+                maker.apply(own, inside)
+
+    def _within(self, entries: torch.Tensor, first: int) -> Iterator[tuple[torch.Tensor, int, list[Maker]]]:
+        """The parts of a run: the entries of each, the number of the first within its tensor, and what is done."""
+        at = max(0, bisect_right(self._parts, first, key=lambda part: part.start) - 1)
+        end = first + entries.numel()
+        while at < len(self._parts) and self._parts[at].start < end:
+            part = self._parts[at]
+            begin, until = max(first, part.start), min(end, part.start + part.numel)
+            if begin < until:
+                yield entries[begin - first : until - first], part.first + begin - part.start, self._of(at)
+            at += 1
+
+    def _of(self, number: int) -> list[Maker]:
+        makers = self._makers.pop(number, None)
+        if makers is None:
+            makers = [_maker_of(step, self._all) for step in self._parts[number].steps]
+        self._makers[number] = makers
+        while len(self._makers) > PARTS_HELD:
+            del self._makers[next(iter(self._makers))]
+        return makers
+
+
 class Part(NamedTuple):
     """Some of a run of entries: `rows` rows of `blocks` blocks of `width` entries each.
 
@@ -443,8 +491,11 @@ class _Dequantised:
     def apply(self, entries: torch.Tensor, first: int) -> None:
         for part in parts_of(self._step, first, entries.numel()):
             below = part.rows_of_blocks(self._step)
-            scales = self._scales(int(below[0]), int(below[-1]) + 1, entries.dtype)
-            scales = scales[(below - self._first).to(self._device), part.left : part.left + part.blocks]
+            if part.rows == 1 and self._across > _SCALES:  # of a row that is longer than any chunk
+                scales = self._read(int(below[0]) * self._across + part.left, (1, part.blocks), entries.dtype)
+            else:
+                scales = self._scales(int(below[0]), int(below[-1]) + 1, entries.dtype)
+                scales = scales[(below - self._first).to(self._device), part.left : part.left + part.blocks]
             part.of(entries).mul_(scales.unsqueeze(-1))
 
     def _scales(self, begin: int, end: int, dtype: torch.dtype) -> torch.Tensor:
@@ -453,15 +504,18 @@ class _Dequantised:
             number = max(end - begin, _SCALES // max(1, self._across))
             self._first = 0 if self._down <= number else begin
             number = min(number, self._down - self._first)
-            stored = self._load(self._stored, self._first * self._across, number * self._across)
-            self._held = _as_scales(stored.view(number, self._across), dtype)
+            self._held = self._read(self._first * self._across, (number, self._across), dtype)
         return self._held
+
+    def _read(self, first: int, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        """Scales from one on, which follow one another."""
+        return as_scales(self._load(self._stored, first, math.prod(shape)).view(shape), dtype)
 
 
 _SCALES = 64 * 1024  # that are held at a time, or a row of blocks
 
 
-def _as_scales(stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def as_scales(stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Scales as numbers; bytes are exponents of two, 127 too large, the largest of which is NaN (E8M0 of OCP's
     microscaling formats).
     """

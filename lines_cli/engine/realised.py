@@ -8,7 +8,7 @@ import torch
 
 from lines_cli.engine.arithmetic import NAN, TORCH_DTYPES, add_scaled, cast, dot, is_finite
 from lines_cli.plan.plan import TensorPlan
-from lines_cli.plan.realised import BIN_OF_ONE, NOTHING_REALISED, UNIT_BITS, Forecast, Realised
+from lines_cli.plan.realised import BIN_OF_ONE, NOTHING_REALISED, UNIT_BITS, Forecast, Lost, Realised
 
 _IN_CACHE = 64 * 1024  # entries: in float64 they stay in a core's cache
 _ON_CUDA = 2**20  # entries: their temporaries are 24 MB
@@ -38,6 +38,23 @@ def realised(
     for part in parts:
         found += _sums(stored[part], base[part], task_vector[part])
     return found if every == 1 else found.times(every)
+
+
+def lost(exact: torch.Tensor, stored: torch.Tensor) -> Lost:
+    """What storing [n] entries lost of them, in float64, over those that are finite.
+
+    Args:
+        exact, stored: [n], in the compute dtype.
+    """
+    step, found = _IN_CACHE if exact.device.type == "cpu" else _ON_CUDA, Lost()
+    for first in range(0, len(exact), step):
+        wide = exact[first : first + step].to(torch.float64)
+        error = stored[first : first + step].to(torch.float64) - wide
+        if not is_finite(error):
+            kept = error.isfinite()
+            wide, error = wide[kept], error[kept]
+        found += Lost(dot(error, error), dot(wide, wide))
+    return found
 
 
 def every_for(tensor: TensorPlan) -> int:

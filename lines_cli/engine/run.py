@@ -24,11 +24,12 @@ from lines_cli.engine.input_files import Opened, allow_open_files, opened, refus
 from lines_cli.engine.jobs import job_of, sized, worker_of
 from lines_cli.engine.measure import Measurement, Track, measure, untracked
 from lines_cli.engine.pool import Pool
+from lines_cli.engine.scales import measure_scales, with_scales
 from lines_cli.engine.write import Outcome, Target, Write, output_ranges
 from lines_cli.errors import OutputError
 from lines_cli.plan.adapter_plan import AdapterPlan, AnyPlan
 from lines_cli.plan.identity import digests_of, identity, is_same_run, replaceable
-from lines_cli.plan.plan import Plan
+from lines_cli.plan.plan import SCALES, Plan
 from lines_cli.plan.realised import record_of as record_of_layers
 from lines_cli.plan.resolve import resolve
 from lines_cli.plan.resources import Resources
@@ -141,6 +142,8 @@ def run(
         measurement = _measured(staging, plan, sources, devices, track)
         if isinstance(plan, Plan) and plan.needs:
             plan = resolve(plan, measurement.statistics)
+        if isinstance(plan, Plan) and plan.to_quantise:
+            plan, measurement = _with_scales(staging, plan, measurement, (sources, devices, track))
         targets = [Target(staging.create(f.name, f.nbytes), GrowingDigest(f.nbytes)) for f in plan.outputs]
         job = job_of(plan, targets, devices, measures=True)
         finished = job.take_over(staging.contents.parts) if staging.contents else set()
@@ -201,6 +204,22 @@ def _measured(
         with naming(plan.output):
             staging.journal.measured(measurement.statistics.to_json())
     return measurement
+
+
+def _with_scales(
+    staging: Staging, plan: Plan, measurement: Measurement, how: tuple[Sequence[Opened], Devices, Track]
+) -> tuple[Plan, Measurement]:
+    """The plan with the scales of what is stored in 8 bits, from the journal if they were measured before."""
+    if staging.contents is not None and staging.contents.measured is not None:
+        with suppress(KeyError, TypeError, ValueError, AttributeError):
+            known = Statistics.of(staging.contents.measured, plan.number_of_models)
+            if (found := with_scales(plan, known)) is not None:
+                return found, measurement
+    nbytes = plan.bytes_of_pass(SCALES)
+    plan = measure_scales(plan, *how)
+    with naming(plan.output):
+        staging.journal.measured(plan.statistics.to_json())
+    return plan, Measurement(plan.statistics, measurement.passes + 1, measurement.bytes_read + nbytes)
 
 
 def _verify(staging: Staging, records: Mapping[str, FileRecord]) -> None:

@@ -29,6 +29,7 @@ from lines_cli.engine.input_files import Opened, opened, refuse_changed, with_vi
 from lines_cli.engine.jobs import job_of, sized, worker_of
 from lines_cli.engine.measure import Track, measure, untracked
 from lines_cli.engine.pool import Pool
+from lines_cli.engine.scales import measure_scales, with_scales
 from lines_cli.engine.write import OutputRange, Target, output_ranges
 from lines_cli.errors import CheckpointError, DataError, LinesError, RecipeError, as_argument, printable
 from lines_cli.plan.adapter_plan import AnyPlan
@@ -468,6 +469,8 @@ def _compare_weights(
         refuse_changed(plan.paths, of_inputs, plan.states)
         if isinstance(plan, Plan) and plan.needs:
             plan = resolve(plan, _statistics(plan, sources, devices, kept, track))
+        if isinstance(plan, Plan) and plan.to_quantise:
+            plan = _with_scales(plan, sources, devices, kept, track)
         job = _Compare(plan, files, devices)
         done_before = job.go_on_from(kept.lines, step) if kept is not None else set()
         ranges: Iterable[Any] = output_ranges(plan.outputs, plan.tensors, step)
@@ -497,6 +500,19 @@ def _statistics(
     if kept is not None:
         kept.add({"measured": statistics.to_json()})
     return statistics
+
+
+def _with_scales(plan: Plan, sources: Sequence[Opened], devices: Devices, kept: Verified | None, track: Track) -> Plan:
+    """The plan with the scales of what is stored in 8 bits, from an earlier run if that has measured them."""
+    for line in kept.lines if kept is not None else ():
+        with suppress(KeyError, TypeError, ValueError, AttributeError):
+            known = Statistics.of(line["scales"], plan.number_of_models)
+            if (found := with_scales(plan, known)) is not None:
+                return found
+    plan = measure_scales(plan, sources, devices, track)
+    if kept is not None:
+        kept.add({"scales": plan.statistics.to_json()})
+    return plan
 
 
 # --- what stands beside them ---

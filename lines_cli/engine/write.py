@@ -12,12 +12,14 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
+from lines_cli.checkpoint.formulas import Dequantised
 from lines_cli.checkpoint.header import COMPLEX, TensorInfo, itemsize
-from lines_cli.engine.arithmetic import TORCH_DTYPES, add_scaled, cast, is_finite, same_nan, task_vector
+from lines_cli.engine.arithmetic import FLOAT8, TORCH_DTYPES, add_scaled, cast, is_finite, same_nan, task_vector
 from lines_cli.engine.chunks import Chunk, PlanChunk, Streamed
+from lines_cli.engine.fp8 import read_scales, to_codes
 from lines_cli.engine.measure import Measurement
 from lines_cli.engine.merge_chunk import Look, Merged, merge_chunk, nonfinite_behind
-from lines_cli.engine.realised import every_for, realised
+from lines_cli.engine.realised import every_for, lost, realised
 from lines_cli.engine.rounding import cast_at_random
 from lines_cli.engine.workers import Worker
 from lines_cli.errors import DataError, MismatchError, printable
@@ -26,7 +28,7 @@ from lines_cli.methods.sparsify import Where
 from lines_cli.plan.coefficients import to_float32
 from lines_cli.plan.layout import OutputFile
 from lines_cli.plan.plan import Plan, TensorPlan
-from lines_cli.plan.realised import NOTHING_REALISED, Groups, Realised, Row, rows_of
+from lines_cli.plan.realised import NOTHING_LOST, NOTHING_REALISED, Groups, Lost, Realised, Row, rows_of
 from lines_cli.storage.destination import naming
 from lines_cli.storage.digest import (
     DIGEST_BLOCK,
@@ -112,6 +114,7 @@ class Tally:
         nonfinite: tensors -> what is not finite in them, let through.
         negative: tensors that are variances -> the least entry, below 0.
         realised: groups of tensors (numbers into `Groups.groups`) -> what rounding left of their coefficient.
+        lost: groups -> what storing their weights in 8 bits lost.
     """
 
     squares: list[float]
@@ -121,6 +124,7 @@ class Tally:
     nonfinite: dict[str, str] = field(default_factory=dict)
     negative: dict[str, float] = field(default_factory=dict)
     realised: dict[int, Realised] = field(default_factory=dict)
+    lost: dict[int, Lost] = field(default_factory=dict)
 
     @classmethod
     def nothing(cls, models: int) -> Tally:
@@ -141,7 +145,8 @@ class Tally:
         nonfinite = {name: str(found) for name, found in tally["nonfinite"].items()}
         negative = {name: float(least) for name, least in tally["negative"].items()}
         realised = {int(group): Realised.of(sums) for group, sums in tally["realised"].items()}
-        return cls(squares, kept, tally["entries"], differing, nonfinite, negative, realised)
+        in_8_bits = {int(group): Lost.of(sums) for group, sums in tally.get("lost", {}).items()}
+        return cls(squares, kept, tally["entries"], differing, nonfinite, negative, realised, in_8_bits)
 
     def add(self, other: Tally) -> None:
         """Take account of another part, which comes behind."""
@@ -155,6 +160,30 @@ class Tally:
             self.negative[name] = min(least, self.negative.get(name, 0.0))
         for group, sums in other.realised.items():
             self.realised[group] = self.realised.get(group, NOTHING_REALISED) + sums
+        for group, of_it in other.lost.items():
+            self.lost[group] = self.lost.get(group, NOTHING_LOST) + of_it
+
+
+@dataclass(frozen=True, slots=True)
+class Exact:
+    """A chunk before it is rounded.
+
+    Attributes:
+        values: [n], in the compute dtype; may be overwritten.
+        base, tau: the base's entries and the task vector before it was scaled, the same; None where there are none.
+        stays: [n], boolean: NaN and Inf that all inputs share, 0 in `values`; None where there are none.
+        alike: where all inputs hold the same, if rounding has to know.
+        squares, kept, entries: as `Merged` has them.
+    """
+
+    values: torch.Tensor
+    base: torch.Tensor | None = None
+    tau: torch.Tensor | None = None
+    stays: torch.Tensor | None = None
+    alike: _Alike | None = None
+    squares: Sequence[float] = ()
+    kept: Sequence[float] = ()
+    entries: int = 0
 
 
 class Writer(Protocol):
@@ -270,6 +299,7 @@ class Write(RangeJob[Worker, TensorPlan, Tally]):
         super().__init__(plan.outputs, plan.output, targets, self.nothing())
         self.groups = groups
         self.draws = isinstance(plan.recipe.method.sparsifier, Drawn)
+        self._read_scales: dict[tuple[str, torch.dtype, str], torch.Tensor] = {}
         self.unchanged, self.looked = set(range(self.models)), False
         """Models of which no merged entry was seen that is not the base's; and whether any entry was."""
 
@@ -285,26 +315,21 @@ class Write(RangeJob[Worker, TensorPlan, Tally]):
 
     def _make(self, worker: Worker, chunk: PlanChunk, tally: Tally) -> memoryview:
         """One chunk as it is to be written, in a buffer of the worker's; what is counted is added."""
-        name, dtype, copy = chunk.tensor.name, chunk.tensor.info.dtype, chunk.segment.copy
+        spec, name, dtype, copy = (
+            chunk.tensor.spec,
+            chunk.tensor.name,
+            chunk.tensor.info.dtype,
+            chunk.segment.copy,
+        )
+        if spec.scales_of and copy is None:
+            return self._scales_among(chunk)
+        if spec.quantised is not None:
+            return self._make_codes(worker, chunk, spec.quantised, tally)
         raw: memoryview | None = None
-        stays: torch.Tensor | None = None
-        squares: Sequence[float] = ()
-        kept: Sequence[float] = ()
-        entries = chunk.numel
-        base: torch.Tensor | None = None
-        tau: torch.Tensor | None = None
-        alike: _Alike | None = None
-        if copy is None:
-            if self.plan.recipe.rounding != "nearest" and self.plan.recipe.method.takes == "weights":
-                alike = _Alike()
-            merged = merge_chunk(worker, chunk, given=self._look(alike))
-            stays, base = worker.stays, merged.base
-            squares, kept, entries = merged.squares, merged.kept, merged.entries
-            values, tau = self._scaled(chunk, merged)
-        elif chunk.segment.base is not None:
-            values, base, tau = worker.copied(chunk)
-        elif copy.steps:
-            values = worker.made(chunk, copy, worker.held(chunk)[1][0])
+        exact = None
+        if copy is None or chunk.segment.base is not None or copy.steps:
+            exact = self.exact(worker, chunk)
+            values = exact.values
         else:
             loaded = worker.read(chunk, copy)
             if chunk.segment.compare and (differing := self._compare(worker, chunk, loaded.raw)):
@@ -318,18 +343,11 @@ class Write(RangeJob[Worker, TensorPlan, Tally]):
                 raw = loaded.raw
             if dtype in TORCH_DTYPES:
                 values = loaded.values()
-        if (
-            self.draws
-            and copy is not None
-            and (copy.dtype in TORCH_DTYPES or copy.steps)
-            and any(copy in segment.models for segment in chunk.tensor.spec.segments)
-        ):
-            kept = (float(chunk.numel),)  # to be merged, but one model with nothing dropped is itself
         if raw is None:
             stored = worker.out.device_view(chunk.numel, TORCH_DTYPES[dtype])
-            self._round(chunk, values, stored, base=base, tau=tau, alike=alike)
-            if base is not None and tau is not None:
-                self._measure(chunk, stored, base, tau, tally)
+            self._round(chunk, values, stored, exact)
+            if exact is not None:
+                self._measure(chunk, stored, exact, tally)
             values = stored
         if dtype in TORCH_DTYPES and not is_finite(values):
             said = self._say_nonfinite(worker, chunk, values)
@@ -338,8 +356,8 @@ class Write(RangeJob[Worker, TensorPlan, Tally]):
                 same_nan(values)
             else:  # the very bytes, once more: looking for it read other inputs into the same buffer
                 raw = worker.read(chunk, copy).raw
-        if stays is not None:
-            worker.put_back(chunk, stays, values)
+        if exact is not None and exact.stays is not None:
+            worker.put_back(chunk, exact.stays, values)
             if not is_finite(values):
                 tally.nonfinite.setdefault(name, _shared(name))
         if copy is None and (own := worker.as_is(chunk)) is not None:
@@ -348,12 +366,88 @@ class Write(RangeJob[Worker, TensorPlan, Tally]):
             tally.negative[name] = min(least, tally.negative.get(name, 0.0))
         if raw is None:
             raw = worker.out.to_host(chunk.numel * itemsize(dtype))
-        for model, square in enumerate(squares):
+        self._count(chunk, exact, tally)
+        return raw
+
+    def exact(self, worker: Worker, chunk: PlanChunk) -> Exact:
+        """What a chunk comes to, before it is rounded: of what is merged, and of copies that are made or measured."""
+        copy = chunk.segment.copy
+        if copy is None:
+            alike = None
+            if self.plan.recipe.rounding != "nearest" and self.plan.recipe.method.takes == "weights":
+                alike = _Alike()
+            merged = merge_chunk(worker, chunk, given=self._look(alike))
+            stays = worker.stays
+            values, tau = self._scaled(chunk, merged)
+            return Exact(values, merged.base, tau, stays, alike, merged.squares, merged.kept, merged.entries)
+        if chunk.segment.base is not None:
+            return Exact(*worker.copied(chunk))
+        return Exact(worker.made(chunk, copy, worker.held(chunk)[1][0]))
+
+    def _count(self, chunk: PlanChunk, exact: Exact | None, tally: Tally) -> None:
+        """Add how much of each model there is in a chunk."""
+        copy, kept = chunk.segment.copy, exact.kept if exact is not None else ()
+        if (
+            self.draws
+            and copy is not None
+            and (copy.dtype in TORCH_DTYPES or copy.steps)
+            and any(copy in segment.models for segment in chunk.tensor.spec.segments)
+        ):
+            kept = (float(chunk.numel),)  # to be merged, but one model with nothing dropped is itself
+        for model, square in enumerate(exact.squares if exact is not None else ()):
             tally.squares[model] += square
         for model, number in enumerate(kept):
             tally.kept[model] += number
+        entries = exact.entries if exact is not None and exact.entries else chunk.numel
         tally.entries += entries if kept else 0
+
+    def _make_codes(self, worker: Worker, chunk: PlanChunk, step: Dequantised, tally: Tally) -> memoryview:
+        """A chunk of a weight that is stored in 8 bits: its codes, in a buffer of the worker's."""
+        name, copy, tensor = chunk.tensor.name, chunk.segment.copy, chunk.tensor
+        copied = tensor.as_stored is not None
+        exact = self.exact(worker, chunk)
+        values = exact.values
+        if not is_finite(values):
+            tally.nonfinite.setdefault(name, self._say_nonfinite(worker, chunk, values))
+        for stays in (exact.stays, worker.as_is(chunk) if copy is None else None):
+            if stays is not None:
+                worker.put_back(chunk, stays, values)
+        if exact.stays is not None and not is_finite(values):
+            tally.nonfinite.setdefault(name, _shared(name))
+        if copied:
+            assert copy is not None
+            self._measure(chunk, values, exact, tally)
+            self._count(chunk, exact, tally)
+            return worker.read(chunk, copy).raw
+        codes = worker.out.device_view(chunk.numel, FLOAT8[tensor.info.dtype])
+        before = values.clone()
+        scales = self._scales(tensor, values)
+        to_codes(values, codes, step, scales, chunk.segment.start + chunk.first)
+        self._measure(chunk, values, exact, tally)
+        group = self.groups.of.get(name) if self.groups is not None else None
+        if group is not None:
+            tally.lost[group] = tally.lost.get(group, NOTHING_LOST) + lost(before, values)
+        raw = worker.out.to_host(chunk.numel)
+        self._count(chunk, exact, tally)
         return raw
+
+    def _scales(self, tensor: TensorPlan, like: torch.Tensor) -> torch.Tensor:
+        """The scales of a weight, [rows of blocks, blocks], in the dtype of `like` and on its device."""
+        key = (tensor.name, like.dtype, str(like.device))
+        found = self._read_scales.pop(key, None)
+        if found is None:
+            assert tensor.spec.quantised is not None
+            found = read_scales(self.plan.statistics.scales[tensor.name], tensor.spec.quantised, like)
+            while len(self._read_scales) >= _SCALES_KEPT:
+                self._read_scales.pop(next(iter(self._read_scales), key), None)
+        self._read_scales[key] = found
+        return found
+
+    def _scales_among(self, chunk: PlanChunk) -> memoryview:
+        """A chunk of the scales of a weight, as they were measured."""
+        width, first = itemsize(chunk.tensor.info.dtype), chunk.segment.start + chunk.first
+        whole = self.plan.statistics.scales.get(chunk.tensor.spec.scales_of, b"")
+        return memoryview(bytearray(whole[first * width : (first + chunk.numel) * width]))
 
     def _scaled(self, chunk: PlanChunk, merged: Merged) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`base + coefficient * merged task vector`, or without a base the merged weights: [numel], to be rounded; and
@@ -370,18 +464,10 @@ class Write(RangeJob[Worker, TensorPlan, Tally]):
         tau = task_vector(merged.values, merged.base)
         return add_scaled(merged.base, tau, coefficient), tau
 
-    def _round(
-        self,
-        chunk: PlanChunk,
-        values: torch.Tensor,
-        stored: torch.Tensor,
-        *,
-        base: torch.Tensor | None,
-        tau: torch.Tensor | None,
-        alike: _Alike | None,
-    ) -> None:
+    def _round(self, chunk: PlanChunk, values: torch.Tensor, stored: torch.Tensor, exact: Exact | None) -> None:
         """Round [numel] to the output dtype, as the recipe says; a copy of which no base is known always to nearest."""
         recipe, tensor, segment = self.plan.recipe, chunk.tensor, chunk.segment
+        base, tau, alike = (exact.base, exact.tau, exact.alike) if exact is not None else (None, None, None)
         if recipe.rounding == "nearest" or (segment.copy is not None and base is None):
             cast(values, stored)
             return
@@ -396,12 +482,11 @@ class Write(RangeJob[Worker, TensorPlan, Tally]):
         where = Where(tensor.spec.counts_as, segment.start + chunk.first)
         cast_at_random(values, stored, seed=recipe.rounding_seed, where=where, settled=settled)
 
-    def _measure(
-        self, chunk: PlanChunk, stored: torch.Tensor, base: torch.Tensor, tau: torch.Tensor, tally: Tally
-    ) -> None:
-        """Add what rounding left of the task vector to what is counted."""
+    def _measure(self, chunk: PlanChunk, stored: torch.Tensor, exact: Exact, tally: Tally) -> None:
+        """Add what rounding left of the task vector to what is counted, if there is one."""
+        base, tau = exact.base, exact.tau
         group = self.groups.of.get(chunk.tensor.name) if self.groups is not None else None
-        if group is not None:
+        if group is not None and base is not None and tau is not None:
             first, every = chunk.segment.start + chunk.first, every_for(chunk.tensor)
             found = realised(stored, base, tau, first=first, every=every)
             tally.realised[group] = tally.realised.get(group, NOTHING_REALISED) + found
@@ -484,7 +569,7 @@ class Write(RangeJob[Worker, TensorPlan, Tally]):
             {name: tuple(paths) for name, paths in tally.differing.items()},
             tuple(sorted(self.unchanged)) if self.looked else (),
             tally.negative,
-            realised=rows_of(self.groups, tally.realised) if self.groups is not None else (),
+            realised=rows_of(self.groups, tally.realised, tally.lost) if self.groups is not None else (),
             resumed=self.taken_over,
         )
 
@@ -515,6 +600,8 @@ class _Alike:
         assert self._same is not None
         return self._same & (stored == self._held.to(stored.dtype))
 
+
+_SCALES_KEPT = 16  # weights whose scales are held, of all threads
 
 _VARIANCE = re.compile(r"(^|\.)(running|moving)_var(iance)?$")
 """Names of tensors whose entries are divided by, after a root is taken: below 0 they give NaN."""

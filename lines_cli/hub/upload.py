@@ -319,7 +319,7 @@ def _upload(
     if wrong:
         raise PushError(
             f"{target}: the Hub's commit {done.oid[:7]} is not what was sent:\n{some(wrong)}",
-            hint="A .gitignore in the repository keeps files out. Remove it, and push again.",
+            hint="Push it again. If a file stays missing, a .gitignore in the repository keeps it out: remove that.",
         )
     return Commit(done.oid, without_secrets(str(done.commit_url)))
 

@@ -242,7 +242,8 @@ class Inspection:
         """
         recipe = self.recipe
         alone = len(self.models) == len(recipe.merged) == 1 and self.made_by is None
-        return alone and recipe.method.takes == "task vectors" and recipe.rounding == "nearest"
+        to_nearest = recipe.rounding == "nearest" and recipe.dtype != "fp8"
+        return alone and recipe.method.takes == "task vectors" and to_nearest
 
     def _planned(self) -> dict[str, Planned]:
         """What an edit would do to each tensor that is compared, where that is known."""
@@ -257,7 +258,7 @@ class Inspection:
             if not self.recipe.method.one_is_itself(values_for(counts_as)):
                 continue  # something of it is dropped, or weighted
             if entry is not None and not math.isnan(entry.coefficient) and entry.dtype in FLOAT_DTYPES:
-                dtype = STORED[self.recipe.dtype] if self.recipe.dtype else entry.dtype
+                dtype = STORED.get(self.recipe.dtype or "", entry.dtype)
                 wide = any(source.dtype == "F64" for source in tensor.segment.sources)
                 rounded = rounded_coefficient(tensor.name, entry.coefficient, in_float64=wide)
                 found[tensor.name] = Planned(rounded, wide, dtype)

@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 from lines_cli.checkpoint.adapter import Adapter, Change
 from lines_cli.checkpoint.adapter_names import Component
@@ -30,6 +31,7 @@ from lines_cli.checkpoint.reader import Checkpoint, views_of
 from lines_cli.errors import MismatchError, printable, some
 from lines_cli.plan.same_names import canonical
 from lines_cli.plan.tied_weights import is_head, is_vocabulary, says_tied, tied_embeddings, tied_partner, untied
+from lines_cli.plan.unet_names import otherwise
 
 _OTHER_BASE = "It was trained on another model: give the base that it belongs to."
 
@@ -185,27 +187,27 @@ class _Targets:
         """
         if not flat:
             yield [{name: [name] for name in names if name in self._base.tensors}]
-        for spelt in (_flat,) if flat else (str, canonical):
-            plain, others = self._with_prefixes(names, spelt)
+        for spelling in _FLAT if flat else _DOTTED:
+            plain, others = self._with_prefixes(names, spelling)
             yield [plain]
             yield others
 
-    def _with_prefixes(self, names: Sequence[str], spelt: Callable[[str], str]) -> tuple[Found, list[Found]]:
+    def _with_prefixes(self, names: Sequence[str], spelling: _Spelling) -> tuple[Found, list[Found]]:
         """The readings by which names are those of the base; and those by which they are so behind a prefix, or the
         base's are so behind one.
         """
         keys: dict[str, list[str]] = defaultdict(list)
         for name in names:
-            keys[spelt(name)].append(name)
+            keys[spelling.of_adapter(name)].append(name)
         found: dict[tuple[str, str], Found] = defaultdict(lambda: defaultdict(list))
         of_base: dict[str, list[str]] = defaultdict(list)
         for there in self._base.tensors:
-            key = spelt(there) if spelt is canonical else there
-            of_base[key if spelt is not _flat else spelt(key)].append(there)
+            key = spelling.of_base(there)
+            of_base[key].append(there)
             for prefix, rest in _cuts(key):
-                for name in keys.get(rest if spelt is not _flat else spelt(rest), ()):
+                for name in keys.get(spelling.of_rest(rest), ()):
                     found["base", prefix][name].append(there)
-        for key, those in keys.items() if spelt is not _flat else ():
+        for key, those in keys.items():
             for prefix, rest in _cuts(key):
                 if prefix and rest in of_base:
                     for name in those:
@@ -407,6 +409,23 @@ def _flat(name: str) -> str:
     """A tensor's name with underscores in its module's."""
     module, dot, parameter = name.rpartition(".")
     return f"{module.replace('.', '_')}{dot}{parameter}"
+
+
+class _Spelling(NamedTuple):
+    """How names are spelt before they are compared.
+
+    Attributes:
+        of_adapter, of_base: each side's.
+        of_rest: the base's once more, behind a prefix.
+    """
+
+    of_adapter: Callable[[str], str] = str
+    of_base: Callable[[str], str] = str
+    of_rest: Callable[[str], str] = str
+
+
+_DOTTED = (_Spelling(), _Spelling(canonical, canonical), _Spelling(of_base=otherwise))
+_FLAT = (_Spelling(of_rest=_flat), _Spelling(of_base=otherwise, of_rest=_flat))
 
 
 # --- formulas ---

@@ -382,8 +382,9 @@ def _space_of(module: AdapterModule) -> int:
     """Bytes that making a module takes, in float64."""
     if isinstance(module.made, Difference):
         rows, columns = module.made.matrix
-        held = rows * columns if rows < columns else columns * min(rows, ROWS // max(1, columns) + 1)
-        return 8 * (2 * held + 6 * min(rows, columns) ** 2 + 2 * module.rank * (rows + columns))
+        held = rows * columns if rows < columns else 0
+        block = 2 * min(rows * columns, max(ROWS, columns))
+        return 8 * (held + block + 5 * min(rows, columns) ** 2 + 3 * module.rank * (rows + columns))
     if isinstance(module.made, Product):
         factors = sum(
             part.info.numel for term in module.made.terms for part in term[:3] if isinstance(part, StoredTensor)

@@ -120,7 +120,11 @@ def _names_in(
     if found := _relaid(lead, other, paired, called):
         if found.problems and strict:
             raise _unfit(found.problems, inputs, side)
-        rest = replace(other, tensors={name: of for name, of in other.tensors.items() if name not in found.used})
+        rest = replace(
+            other,
+            tensors={name: of for name, of in other.tensors.items() if name not in found.used},
+            formulas={name: of for name, of in other.formulas.items() if name not in found.used},
+        )
         others = replace(lead, tensors={name: of for name, of in lead.tensors.items() if name not in found.tensors})
         tries = [_read(others, rest, asked, spelling) for spelling in (canonical, *(r.canonical for r in found.rules))]
         again = max(tries, key=lambda one: _paired(one.names, others, rest))
@@ -133,7 +137,10 @@ def _names_in(
                 f"place(s), which are not paired:\n{some(found.problems)}"
             )
         if found.tensors:
-            converted = replace(rest, tensors=rest.tensors | found.tensors), frozenset(found.tensors)
+            relaid_side = replace(
+                rest, tensors=rest.tensors | found.tensors, formulas={**rest.formulas, **found.formulas}
+            )
+            converted = relaid_side, frozenset(found.tensors)
     names, reading, known = paired
     if reading.alike:
         raise _ambiguous(reading, inputs, side)
@@ -186,6 +193,7 @@ def _relaid(lead: Checkpoint, other: Checkpoint, paired: _Paired, called: str) -
         more = relaid(lead, other, (ours, theirs), called)
         found = Relaid(
             found.tensors | more.tensors,
+            found.formulas | more.formulas,
             found.used | more.used,
             more.rules,
             found.problems + more.problems,

@@ -28,6 +28,7 @@ from lines_cli.plan.coefficients import coefficient_of, unlike_lines
 from lines_cli.plan.complex_numbers import compared
 from lines_cli.plan.components import Share, in_one_shape, shares_of, taken_whole, together, with_layouts
 from lines_cli.plan.depth import depth_of_kept, places_of_all
+from lines_cli.plan.fp8 import in_fp8
 from lines_cli.plan.identity import named_inputs, refuse_two_names
 from lines_cli.plan.inputs import Inputs, notes_of_files
 from lines_cli.plan.layout import OutputFile, lay_out_files, metadata_like
@@ -102,6 +103,8 @@ def make_plan(recipe: Recipe, inputs: Inputs, output: Path) -> Plan:
             f"token embeddings and heads keep the {kept} rows of {keeping} (others: {others}): the first {shared:,} "
             "are merged, the rest is as it is there; what only others have is dropped"
         )
+
+    specs = in_fp8(specs, recipe, inputs, rows, notes)
 
     tensors = {name: (spec.dtype, spec.shape) for name, spec in specs.items()}
     one_file = output.name if is_one_file(output) else None

@@ -43,7 +43,14 @@ def identity(plan: AnyPlan) -> dict[str, Any]:
         "inputs": {os.path.realpath(path): [*state] for path, state in zip(plan.paths, plan.states, strict=True)},
         "outputs": [[file.name, file.nbytes, sha256(file.head).hexdigest()] for file in plan.outputs],
         **(_of_adapters(plan) if isinstance(plan, AdapterPlan) else {}),
+        **_of_formulas(plan.inputs.checkpoints),
     }
+
+
+def _of_formulas(checkpoints: Iterable[Checkpoint]) -> dict[str, str]:
+    """What inputs make of what they store, and by which numbers: an adapter's scales are in no file with tensors."""
+    made = [sorted(checkpoint.formulas.items()) for checkpoint in checkpoints]
+    return {"formulas": f"sha256:{sha256(repr(made).encode()).hexdigest()}"} if any(made) else {}
 
 
 def _of_adapters(plan: AdapterPlan) -> dict[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -75,6 +75,11 @@ class TensorPlan(NamedTuple):
             return tuple(shape)
         axis = next(axis for axis, size in enumerate(shape) if size != 1)
         return (*shape[:axis], segment.numel // math.prod(shape[axis + 1 :]), *shape[axis + 1 :])
+
+    @property
+    def as_stored(self) -> SourceRange | None:
+        """Where codes and scales are copied from, if an input stores the tensor as it is to be stored."""
+        return self.spec.as_stored(self.segments)
 
     @property
     def edited(self) -> bool:
@@ -158,7 +163,20 @@ class Plan:
         found += ["L1 norms"] if needs.l1 else []
         found += ["angles"] if needs.products else []
         last = [word for word, needed in (("signs", needs.majority), ("norms", needs.norms)) if needed]
-        return (*found, " and ".join(last)) if last else tuple(found)
+        found += [" and ".join(last)] if last else []
+        return (*found, *((SCALES,) if self.to_quantise else ()))
+
+    @cached_property
+    def to_quantise(self) -> tuple[TensorPlan, ...]:
+        """The tensors whose scales are still to be measured, for they are stored in 8 bits."""
+        return tuple(
+            tensor
+            for tensor in self.tensors
+            if tensor.spec.quantised is not None
+            and tensor.info.numel
+            and tensor.as_stored is None
+            and tensor.name not in self.statistics.scales
+        )
 
     def measured_with(self, tensor: TensorPlan) -> str | None:
         """What names the thresholds that a tensor shares with others (`Statistics.thresholds`): None for one model."""
@@ -215,8 +233,14 @@ class Plan:
 
     @property
     def bytes_measured(self) -> int:
-        """Bytes of tensor data that one measuring pass reads."""
+        """Bytes of tensor data that one measuring pass reads, but for that of the scales."""
         return bytes_of(segment for tensor in self.tensors for segment in tensor.segments if segment.models)
+
+    def bytes_of_pass(self, what: str) -> int:
+        """Bytes of tensor data that one of the `passes` reads."""
+        if what == SCALES:
+            return bytes_of(segment for tensor in self.to_quantise for segment in tensor.segments)
+        return self.bytes_measured
 
     @cached_property
     def per_entry(self) -> BytesPerEntry:
@@ -228,6 +252,7 @@ class Plan:
         temporaries += models if isinstance(method.sparsifier, Drawn) else 0
         temporaries += 1  # the scaled task vector: what it was is compared with what is written
         temporaries += 5 if self.recipe.rounding == "stochastic" else 0
+        temporaries += 2 if self.recipe.dtype == "fp8" else 0  # what is divided by the scales, and what that leaves
         temporaries += 2 * models + 1 if self.needs.thresholds else 0  # how far magnitudes are from a window
         return BytesPerEntry(stored, written, 8 if self.in_float64 else 4, models + 1, temporaries)
 
@@ -347,9 +372,14 @@ class Plan:
         return [(pattern, scale * value) for pattern, value in self.rules.filters]
 
     @property
+    def of_model(self) -> Iterator[TensorPlan]:
+        """The tensors of the model: without those that only say how weights are stored."""
+        return (tensor for tensor in self.tensors if not tensor.spec.of_format)
+
+    @property
     def parameters(self) -> int:
         """Entries of all output tensors."""
-        return sum(tensor.info.numel for tensor in self.tensors)
+        return sum(tensor.info.numel for tensor in self.of_model)
 
     def map(self) -> list[dict[str, Any]]:
         """Every output tensor's stack (None outside the blocks), layer and coefficient, as plain values."""
@@ -360,7 +390,7 @@ class Plan:
                 "index": tensor.place.index if tensor.place else None,
                 "coefficient": known(tensor.coefficient),
             }
-            for tensor in self.tensors
+            for tensor in self.of_model
         ]
 
     def models(self) -> list[dict[str, Any]]:
@@ -406,7 +436,7 @@ class Plan:
             return {"tensors": len(numels), "parameters": sum(numels)}
 
         by_stack: dict[str | None, list[TensorPlan]] = defaultdict(list)
-        for tensor in self.tensors:
+        for tensor in self.of_model:
             if tensor.name not in self.taken_whole:
                 by_stack[tensor.place.stack if tensor.place else None].append(tensor)
         by_component: dict[str | None, list[TensorPlan]] = defaultdict(list)
@@ -461,10 +491,10 @@ class Plan:
                 for pattern, value in self.filters()
             ],
             "vocabulary": vocabulary_report(self.vocabulary, self.inputs),
-            "edited": counts(tensor for tensor in self.tensors if tensor.edited),
-            "copied": counts(tensor for tensor in self.tensors if not tensor.edited),
+            "edited": counts(tensor for tensor in self.of_model if tensor.edited),
+            "copied": counts(tensor for tensor in self.of_model if not tensor.edited),
             "bytes": {"read": self.bytes_read, "written": self.bytes_written},
-            "passes": [{"measures": what, "bytes": self.bytes_measured} for what in self.passes],
+            "passes": [{"measures": what, "bytes": self.bytes_of_pass(what)} for what in self.passes],
             "notes": list(self.notes),
         }
 
@@ -477,6 +507,9 @@ def bytes_of(segments: Iterable[Segment]) -> int:
         total += segment.numel * sum(itemsize(source[2]) for source in ranges)
     return total
 
+
+SCALES = "FP8 scales"
+"""What the pass measures that finds the scales of an output in FP8."""
 
 BYTES_COUNTING = 6 * 2**20
 """What a worker takes for each model whose magnitudes it counts."""

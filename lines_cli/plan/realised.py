@@ -80,6 +80,39 @@ NOTHING_REALISED = Realised()
 
 
 @dataclass(frozen=True, slots=True)
+class Lost:
+    """Sums over entries that were stored in 8 bits. Two of them add up.
+
+    Attributes:
+        error: the squared distance of what is stored from what it should be.
+        squares: the square of that.
+    """
+
+    error: float = 0.0
+    squares: float = 0.0
+
+    def __add__(self, other: Lost) -> Lost:
+        return Lost(self.error + other.error, self.squares + other.squares)
+
+    @classmethod
+    def of(cls, json: Mapping[str, Any]) -> Lost:
+        """What a journal has of it.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is something else.
+        """
+        return cls(float(json["error"]), float(json["squares"]))
+
+    @property
+    def relative(self) -> float | None:
+        """The root of the mean squared error, relative to that of the entries; None where there are none."""
+        return math.sqrt(self.error / self.squares) if 0 < self.squares < math.inf else None
+
+
+NOTHING_LOST = Lost()
+
+
+@dataclass(frozen=True, slots=True)
 class Forecast:
     """What rounding would leave of an update, before anything is written. Two of them add up.
 
@@ -227,12 +260,14 @@ class Row(NamedTuple):
             nothing that is finite.
         changed: the share of entries that are not the base's; None where that was not seen.
         sums: what they rest on.
+        lost: what storing weights in 8 bits lost of them.
     """
 
     group: Group
     realised: float | None
     changed: float | None
     sums: Realised
+    lost: Lost = NOTHING_LOST
 
     @property
     def is_off(self) -> bool:
@@ -251,26 +286,31 @@ def is_off(asked: float, realised: float | None) -> bool:
 _FAR = 0.05
 
 
-def rows_of(groups: Groups, sums: Mapping[int, Realised]) -> tuple[Row, ...]:
+def rows_of(groups: Groups, sums: Mapping[int, Realised], lost: Mapping[int, Lost]) -> tuple[Row, ...]:
     """What became of each group that has a tensor.
 
     Args:
         groups: of a plan.
         sums: by the group's number.
+        lost: the same, of weights in 8 bits.
     """
     rows = []
     for number in sorted(set(groups.of.values())):
         group, found = groups.groups[number], sums.get(number, NOTHING_REALISED)
+        in_8_bits = lost.get(number, NOTHING_LOST)
         if found.entries or number in groups.measured:
-            rows.append(Row(group, found.coefficient, found.share_changed, found))
+            rows.append(Row(group, found.coefficient, found.share_changed, found, in_8_bits))
         else:  # all are copies, which only coefficients of 0 and 1 give
             copied = float(round(group.coefficient))
-            rows.append(Row(group, copied, 0.0 if copied == 0 and number not in groups.cast else None, found))
+            changed = 0.0 if copied == 0 and number not in groups.cast else None
+            rows.append(Row(group, copied, changed, found, in_8_bits))
     return tuple(rows)
 
 
 def layers_of(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """The layers, as JSON has them."""
+    """The layers, as JSON has them; with what was lost in 8 bits, if any weight was rounded to them."""
+    rows = list(rows)
+    in_8_bits = any(row.lost.relative is not None for row in rows)
     return [
         {
             "stack": row.group.stack,
@@ -278,6 +318,7 @@ def layers_of(rows: Iterable[Row]) -> list[dict[str, Any]]:
             "coefficient": row.group.coefficient,
             "realised": row.realised,
             "changed": row.changed,
+            **({"error": row.lost.relative} if in_8_bits else {}),
         }
         for row in rows
         if row.group.stack is not None
@@ -295,6 +336,7 @@ def record_of(rows: Iterable[Row]) -> list[dict[str, Any]]:
         {
             key: round(value, 4) if isinstance(value, float) and key != "coefficient" else value
             for key, value in layer.items()
+            if key != "error"
         }
         for layer in layers
     ]
@@ -315,7 +357,7 @@ def warning_of(plan: Plan, rows: Sequence[Row]) -> str | None:
         if groups.of.get(tensor.name) == number:
             entries[tensor.info.dtype, tensor.in_float64] += tensor.info.numel
     (stored, in_float64), _ = entries.most_common(1)[0]
-    dtype = next(name for name, known in STORED.items() if known == stored)
+    dtype = next((name for name, known in STORED.items() if known == stored), "fp8")
     drawn = plan.recipe.rounding == "stochastic"
     what = (
         f"{'stochastic ' if drawn else ''}rounding to {dtype} {'missed' if drawn else 'distorted'} the scaling: "
@@ -346,6 +388,9 @@ def way_out(dtype: str, *, in_float64: bool, edit: bool, drawn: bool, command: s
     arithmetic = "float64" if in_float64 else "float32"
     if dtype in (arithmetic, "float64"):
         return f"{lost}. The arithmetic itself runs in {arithmetic}, so no option changes that."
+    if dtype == "fp8":
+        option = "--dtype bfloat16" if edit else "dtype: bfloat16"
+        return f"An entry in 8 bits moves only if it is moved far: {option} holds what is asked, in twice the bytes."
     wider = "float64" if dtype == "float32" else "float32"
     option, equals, ends = ("--", " ", "") if edit else ("'", ": ", "'")
     widest = f"{option}dtype{equals}{wider}{ends}"

@@ -13,12 +13,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from lines_cli.checkpoint.formulas import InParts, Made, OfPart
 from lines_cli.checkpoint.header import Part, StoredTensor, TensorInfo, itemsize
 from lines_cli.checkpoint.reader import Checkpoint
 from lines_cli.errors import printable
 from lines_cli.plan.conversions import Conversion, Found, Pattern, Rules, plain_rules, rules_for
 from lines_cli.plan.layout import natural
-from lines_cli.plan.pieces import Pieced, runs, turned, whole
+from lines_cli.plan.pieces import Pieced, Run, runs, turned, whole
 from lines_cli.plan.same_names import canonical
 
 Form = Literal["sources", "targets"]
@@ -32,6 +33,7 @@ class Relaid:
 
     Attributes:
         tensors: by the names of the other.
+        formulas: of those of them that are not stored as they are, what they are made of.
         used: the side's own tensors that they are made of, wholly.
         rules: what they were made by, and names may be known by.
         problems: what does not add up, in words.
@@ -39,6 +41,7 @@ class Relaid:
     """
 
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
+    formulas: dict[str, Made] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
     rules: list[Rules] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -76,12 +79,6 @@ def relaid(lead: Checkpoint, other: Checkpoint, left: tuple[Sequence[str], Seque
     if ours and theirs and not found.problems and (best := _best(ours, theirs)):
         found.rules.append(best)
         _convert(best, lead, other, (ours, theirs), rules, found, called)
-    if made := sorted(found.used & other.formulas.keys()):
-        found.problems.append(
-            f"{len(made):,} tensors of {called}, such as {printable(made[0])}, are not stored as they are, and so "
-            "cannot be put together in another layout"
-        )
-        found.tensors, found.used = {}, set()
     return found
 
 
@@ -462,21 +459,21 @@ def _put(found: Relaid, lead: Checkpoint, other: Checkpoint, there: str, tensor:
     """Add a tensor under the leading side's name for it."""
     of = runs(tensor)
     owns = {piece.source for piece in tensor.pieces}
-    if not of or (there in other.tensors and there not in owns):
-        why = "it would have to be read entry by entry" if not of else "that has a tensor of the name, too"
+    stored = {own: other.formulas[own].stored if own in other.formulas else other.tensors[own] for own in owns}
+    if (why := _obstacle(of, stored, there, other)) is not None:
         found.problems.append(
             f"{printable(there)} {list(tensor.shape)} in {lead.name} is not made of what {other.name} has, "
             f"{len(owns):,} tensor(s) such as {printable(min(owns, key=natural))}: {why}"
         )
         return
-    dtype = other.tensors[of[0].source].info.dtype
-    width = itemsize(dtype)
+    assert of
+    dtype = stored[of[0].source].info.dtype
     parts = tuple(
         Part(
             run.start,
             run.numel,
-            other.tensors[run.source].file,
-            other.tensors[run.source].info.offset + run.first * width,
+            stored[run.source].file,
+            stored[run.source].info.offset + run.first * itemsize(dtype),
             run.sizes,
             run.strides,
             run.source,
@@ -484,6 +481,43 @@ def _put(found: Relaid, lead: Checkpoint, other: Checkpoint, there: str, tensor:
         )
         for run in of
     )
-    info = TensorInfo(dtype, tensor.shape, parts[0].offset, math.prod(tensor.shape) * width)
-    found.tensors[there] = StoredTensor(parts[0].file, info, parts)
+
+    def as_one(dtype: str) -> StoredTensor:
+        info = TensorInfo(dtype, tensor.shape, parts[0].offset, math.prod(tensor.shape) * itemsize(dtype))
+        return StoredTensor(parts[0].file, info, parts)
+
+    found.tensors[there] = as_one(other.tensors[of[0].source].info.dtype)
     found.used |= owns
+    if steps := tuple(_steps(parts, other, there, tensor.shape)):
+        found.formulas[there] = Made(as_one(dtype), steps)
+
+
+def _obstacle(
+    of: Sequence[Run] | None, stored: Mapping[str, StoredTensor], there: str, other: Checkpoint
+) -> str | None:
+    """Why runs of entries cannot be read as one tensor, in words; None if they can."""
+    if not of:
+        return "it would have to be read entry by entry"
+    if there in other.tensors and there not in stored:
+        return "that has a tensor of the name, too"
+    if len(dtypes := sorted({one.info.dtype for one in stored.values()})) > 1:
+        return f"these are stored as {' and '.join(dtypes)}"
+    if any(len(run.sizes) > 1 and run.source in other.formulas for run in of):
+        return "it is stored the other way round, and not as it is (quantised, or changed by an adapter)"
+    return None
+
+
+def _steps(parts: Sequence[Part], other: Checkpoint, there: str, shape: tuple[int, ...]) -> Iterator[InParts]:
+    """What makes the entries of those that are stored: first what gives the weights, then what is only added to them,
+    so that that is the task vector upon the same weights.
+    """
+    made, added = list[OfPart](), list[OfPart]()
+    for part in parts:
+        steps = other.formulas[part.tensor].steps if part.tensor in other.formulas else ()
+        last = max((number for number, step in enumerate(steps, 1) if not step.adds), default=0)
+        for into, own in ((made, steps[:last]), (added, steps[last:])):
+            if own:
+                into.append(OfPart(part.start, part.numel, part.entry, own))
+    for of in (made, added):
+        if of:
+            yield InParts(there, (), shape, tuple(of))

@@ -14,6 +14,7 @@ from lines_cli.errors import (
     some,
 )
 from lines_cli.plan.coefficients import Coefficients, coefficient_of, rounded_coefficient
+from lines_cli.plan.fp8 import scales_copied
 from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.match import Names
 from lines_cli.plan.plan import Plan, TensorPlan
@@ -128,7 +129,21 @@ def decided(plan: Plan, placed: Iterable[tuple[TensorSpec, int, TensorInfo]]) ->
     rules = plan.recipe.rules(plan.depth, alpha=alpha)
     plan = replace(plan, rules=rules)
     coefficients = Coefficients(plan.recipe, plan.depth, rules)
-    return _measured_whole(replace(plan, tensors=tuple([_decide(plan, coefficients, *one) for one in placed])))
+    return _with_scales(
+        _measured_whole(replace(plan, tensors=tuple([_decide(plan, coefficients, *one) for one in placed])))
+    )
+
+
+def _with_scales(plan: Plan) -> Plan:
+    """The plan, where scales are copied with the codes that they belong to."""
+    if plan.needs or not any(tensor.spec.scales_of for tensor in plan.tensors):
+        return plan
+    weights = {tensor.name: tensor for tensor in plan.tensors if tensor.spec.quantised is not None}
+    tensors = []
+    for tensor in plan.tensors:
+        copied = weights[tensor.spec.scales_of].as_stored if tensor.spec.scales_of else None
+        tensors.append(tensor if copied is None else tensor._replace(segments=(scales_copied(copied),)))
+    return replace(plan, tensors=tuple(tensors))
 
 
 def _measured_whole(plan: Plan) -> Plan:
@@ -202,6 +217,8 @@ def _own(spec: TensorSpec, segment: Segment) -> Segment:
     if segment.copy is not None:
         return segment
     copied = segment.models[0]
+    if spec.as_stored((Segment(segment.start, segment.numel, copied),)) is not None and len(spec.segments) == 1:
+        return Segment(segment.start, segment.numel, copied)
     rounded = bool(copied.steps) or (copied.dtype != spec.dtype and (copied.dtype, spec.dtype) not in WIDER)
     return Segment(segment.start, segment.numel, copied, base=segment.base if rounded else None)
 

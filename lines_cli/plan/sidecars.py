@@ -26,6 +26,7 @@ from lines_cli.checkpoint.tokenizer import with_tokens
 from lines_cli.errors import RecipeError, printable
 from lines_cli.plan.adapter_plan import AnyPlan
 from lines_cli.plan.components import Share
+from lines_cli.plan.fp8 import layout_of
 from lines_cli.plan.identity import inputs_by_name, inputs_read, named_inputs, run_digest
 from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.plan import Plan
@@ -104,12 +105,13 @@ def _of_a_model(
             f"resize: {recipe.resize} keeps {rows[min(other_rows)]:,}",
             hint="Take the tokenizer of the input whose rows are kept.",
         )
+    like = layout_of(recipe, inputs)
     order = [inputs.lead, *(number for number in range(len(inputs.checkpoints)) if number != inputs.lead)]
     checkpoints, called = [inputs.checkpoints[n] for n in order], [inputs.called(n) for n in order]
     carried, notes = carry_over(
         checkpoints,
         called=called,
-        dtype=recipe.dtype,
+        dtype=None if like is not None else recipe.dtype,
         stored=plan.dtype,
         rows=rows,
         rows_of=inputs.checkpoints[0] if recipe.resize == "base" else inputs.models[0],
@@ -117,6 +119,7 @@ def _of_a_model(
         tokenizer=tokenizer,
         extended=extended,
         chat_template=template,
+        quantised_like=like,
         apart=apart,
     )
     return carried, [*notes, *disagreements(checkpoints, called, of_an_edit=inputs.of_an_edit)]
@@ -201,7 +204,7 @@ def _indices(plan: Plan) -> Iterator[Sidecar]:
             names[numbers[0]].partition("-00001-of-")[0],
             {tensor.name.removeprefix(prefix): names[tensor.file] for tensor in tensors},
             nbytes=sum(tensor.info.nbytes for tensor in tensors),
-            parameters=sum(tensor.info.numel for tensor in tensors),
+            parameters=sum(tensor.info.numel for tensor in tensors if not tensor.spec.of_format),
         )
         yield replace(index, name=f"{within}/{index.name}" if within else index.name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64decode, b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import NoneType
@@ -42,6 +43,7 @@ class Statistics:
         l1: tensor -> for each model the L1 norm of its task vector, before and after entries were dropped.
         products: tensor -> two models' dot product and squared L2 norms.
         norms: for `alpha: auto`.
+        scales: weights of the output that are stored in 8 bits -> their scales, as the output stores them.
     """
 
     thresholds: Mapping[tuple[int, str | None], Bounds] = field(default_factory=dict)
@@ -50,6 +52,7 @@ class Statistics:
     l1: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
     products: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
     norms: Norms | None = None
+    scales: Mapping[str, bytes] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON has it, every number exactly."""
@@ -60,6 +63,7 @@ class Statistics:
             "l1": self.l1,
             "products": self.products,
             "norms": self.norms and [self.norms.total, self.norms.merged, self.norms.models],
+            **({"scales": {name: b64encode(own).decode() for name, own in self.scales.items()}} if self.scales else {}),
         }
 
     @classmethod
@@ -79,6 +83,7 @@ class Statistics:
             },
             {name: (_number(a), _number(b), _number(c)) for name, (a, b, c) in json["products"].items()},
             Norms(*map(_number, json["norms"])) if json["norms"] else None,
+            {name: b64decode(own, validate=True) for name, own in json.get("scales", {}).items()},
         )
         counted = [number for pair in found.kept for number in pair]
         if (

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from operator import mul
 from typing import NamedTuple
 
-from lines_cli.checkpoint.formulas import Formula
+from lines_cli.checkpoint.formulas import Dequantised, Formula
 from lines_cli.checkpoint.header import EXACT_DTYPES, Part, StoredTensor, TensorInfo, itemsize
 from lines_cli.checkpoint.reader import gc_paused
 from lines_cli.errors import (
@@ -80,7 +80,8 @@ class SourceRange(NamedTuple):
                 offset = part.offset + gone * itemsize(self.dtype)
                 numel, start = part.numel - gone, part.start + gone - entries
                 rest.append(part._replace(start=start, numel=numel, offset=offset, sizes=(numel,)))
-        return self._replace(file=rest[0].file, offset=rest[0].offset, parts=tuple(rest))
+        first = self.first + entries
+        return self._replace(file=rest[0].file, offset=rest[0].offset, first=first, parts=tuple(rest))
 
     def update_on(self, base: SourceRange) -> tuple[Formula, ...] | None:
         """The steps that add an update to another range's entries and so make its own; none where both are the same.
@@ -109,14 +110,20 @@ class Ranges:
     def __call__(self, name: str) -> SourceRange:
         """All of a tensor, by its name there."""
         if name in self._made:
-            (file, info, _), steps = self._made[name]
+            (file, info, parts), steps = self._made[name]
             placed = tuple(step.placed(self._numbers.__getitem__) for step in steps)
-            return SourceRange(self._numbers[file], info.offset, info.dtype, placed)
+            return SourceRange(self._numbers[file], info.offset, info.dtype, placed, parts=self._placed(parts))
         file, info, parts = self._tensors[name]
         if parts:
-            parts = tuple([part._replace(file=self._numbers[part.file]) for part in parts])
-            return SourceRange(self._numbers[file], info.offset, info.dtype, parts=parts)
+            return SourceRange(self._numbers[file], info.offset, info.dtype, parts=self._placed(parts))
         return SourceRange(self._numbers[file], info.offset, info.dtype)
+
+    def _placed(self, parts: tuple[Part, ...]) -> tuple[Part, ...]:
+        return tuple([part._replace(file=self._numbers[part.file]) for part in parts])
+
+    def of(self, stored: StoredTensor) -> SourceRange:
+        """All of what is stored, whatever it is called."""
+        return SourceRange(self._numbers[stored.file], stored.info.offset, stored.info.dtype)
 
 
 class Segment(NamedTuple):
@@ -168,6 +175,25 @@ class TensorSpec(NamedTuple):
     transposed: bool = False  # of a misfit: whether a matrix has the same two sides in the other order
     table: TableRows | None = None  # where rows are paired by token: which they are
     of_other_tokens: bool = False  # of a misfit: whether it is that
+    quantised: Dequantised | None = None  # how it is stored in 8 bits: the step that reads it, with its scales' name
+    of_format: bool = False  # whether it belongs to how weights are stored, and is no tensor of the model
+    scales_of: str = ""  # of such: the weight whose scales it holds
+
+    def as_stored(self, segments: tuple[Segment, ...]) -> SourceRange | None:
+        """Where codes and scales are copied from, if what the tensor is made of is stored as it is to be."""
+        copy = segments[0].copy if len(segments) == 1 else None
+        if copy is None or self.quantised is None or copy.gathered is not None or copy.parts or copy.first:
+            return None
+        (step,) = copy.steps if len(copy.steps) == 1 else (None,)
+        if not isinstance(step, Dequantised) or copy.dtype != self.dtype:
+            return None
+        own, there = self.quantised.factors[0][1].info, step.factors[0][1].info
+        alike = (step.shape, step.matrices, step.block) == (
+            self.quantised.shape,
+            self.quantised.matrices,
+            self.quantised.block,
+        )
+        return copy if alike and (own.dtype, own.shape) == (there.dtype, there.shape) else None
 
     @property
     def is_the_base_s(self) -> bool:
@@ -319,7 +345,9 @@ def refuse_misfits(
     listed = some([f"{printable(spec.name)}: {spec.misfit}" for spec in misfits])
     ways = _ways_of_an_edit(misfits, specs) if inputs.of_an_edit else _ways_of_a_merge(misfits, specs, recipe, inputs)
     if any(spec.may_resize for spec in misfits):
-        said = "--resize ft or --resize base" if inputs.of_an_edit else "resize: base or resize: ft in the recipe"
+        said = "--resize ft or --resize base"
+        if not inputs.of_an_edit:
+            said = "resize: base or resize: ft in the recipe, or tokenizer_source: union, which keeps all tokens"
         ways.insert(0, f"Rows of token embeddings and their heads can be settled with {said}.")
     if sum(spec.transposed for spec in misfits) > 1:  # then square ones are, too, and nobody would notice
         ways = [_TRANSPOSED]
@@ -626,7 +654,7 @@ def _first_of(runs: Runs, part: int) -> int:
 
 def _written_as(recipe: Recipe, dtype: str) -> str:
     """What entries stored so are stored as in the output."""
-    return STORED[recipe.dtype] if recipe.dtype and dtype not in EXACT_DTYPES else dtype
+    return STORED[recipe.dtype] if recipe.dtype in STORED and dtype not in EXACT_DTYPES else dtype
 
 
 def _row_axis(shapes: Sequence[tuple[int, ...]]) -> int | None:

@@ -258,6 +258,8 @@ def find_vocabulary(
         return None, None  # which is refused as it is
     main = [_main_rows(inputs, side, tables) for side in range(len(inputs.checkpoints))]
     rearranged = asked == UNION or recipe.tokenizer is not None
+    if not rearranged and not differ and same_tokenizer([one.folder for one in inputs.checkpoints]):
+        return None, None
     tokens = _tokens(inputs, main, notes, needed=rearranged)
     difference = _difference(tokens, main)
     rearranged = rearranged or (asked is not None and recipe.resize == "error" and differ)
@@ -320,16 +322,14 @@ def _main_rows(inputs: Inputs, side: int, tables: Sequence[Names]) -> int:
 def _tokens(inputs: Inputs, main: Sequence[int], notes: list[str], *, needed: bool) -> list[Tokens | None]:
     """What each side's tokenizer knows; sides that have the same files share one value."""
     found: list[Tokens | None] = []
+    unread: list[str] = []
     for side, checkpoint in enumerate(inputs.checkpoints):
-        same = next(
-            (
-                other
-                for other in range(side)
-                if same_tokenizer([inputs.checkpoints[other].folder, checkpoint.folder]) and found[other] is not None
-            ),
-            None,
+        before = (
+            other
+            for other in range(side)
+            if found[other] is not None and same_tokenizer([inputs.checkpoints[other].folder, checkpoint.folder])
         )
-        if same is not None:
+        if (same := next(before, None)) is not None:
             found.append(found[same])
             continue
         read: Tokens | None = None
@@ -341,11 +341,13 @@ def _tokens(inputs: Inputs, main: Sequence[int], notes: list[str], *, needed: bo
         except CheckpointError as error:
             if needed:
                 raise
-            notes.append(
+            unread.append(
                 f"the tokenizer of {inputs.called(side)} cannot be read, so whether its rows are of the same tokens "
                 f"was not seen: {error.message}"
             )
         found.append(read)
+    if len(unread) + sum(one is not None for one in found) > 1:  # or there is nothing to hold it against
+        notes += unread
     return found
 
 

@@ -551,6 +551,11 @@ def _check_values(recipe: Recipe, problems: list[Problem], notes: list[str]) -> 
     notes += [f"{name} is merged {times} times" for name, times in twice]
     if method.takes == "task vectors" and names == [recipe.base_model] and recipe.like == "base":
         notes.append("the only model is the base itself: its task vector is zero")
+    if recipe.dtype == "fp8" and recipe.rounding != "nearest":
+        text = "rounding: stochastic does not go with dtype: fp8, whose codes are rounded to nearest"
+        problems.append((("rounding",), text))
+    if recipe.dtype == "fp8" and recipe.as_adapter:
+        problems.append((("dtype",), "dtype: fp8 is for whole models; the factors of an adapter are whole"))
     if recipe.dtype in ("bfloat16", "float16") and recipe.like == "base" and method.takes == "task vectors":
         notes.append(f"{recipe.dtype} is what the output is written in; the arithmetic is float32 all the same")
     return settled

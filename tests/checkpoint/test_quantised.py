@@ -160,6 +160,26 @@ def _wide(scale: torch.Tensor, shape: tuple[int, int], block: tuple[int, int]) -
     return scale.double().repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)[..., : shape[0], : shape[1]]
 
 
+def test_a_scale_for_each_entry_of_a_very_long_row(tmp_path: Path) -> None:
+    """More scales than are held at a time in one row: they are read with the entries that they are of."""
+    random = torch.Generator().manual_seed(0)
+    name, width = "model.layers.{}.q_proj.weight", 150_001
+    tensors, whole = {}, {}
+    for layer in range(LAYERS):
+        codes = torch.randint(0, 0x7E, (2, width), generator=random, dtype=torch.uint8).view(E4M3)
+        scale = torch.rand(2, -(-width // 2), generator=random)
+        tensors |= {name.format(layer): codes, f"{name.format(layer)}_scale_inv": scale}
+        whole[name.format(layer)] = codes.double() * _wide(scale, (2, width), (1, 2))
+    said = {"quant_method": "fp8", "weight_block_size": [1, 2]}
+    write_checkpoint(tmp_path / "q", tensors, config={"num_hidden_layers": LAYERS, "quantization_config": said})
+    write_checkpoint(tmp_path / "zero", {n: torch.zeros(w.shape) for n, w in whole.items()})
+    recipe = lines.edit_recipe(str(tmp_path / "zero"), str(tmp_path / "q"), alpha=1, beta=0, dtype="float32")
+    for chunk in (None, 70_000):
+        out = tmp_path / f"{chunk}.safetensors"
+        lines.run(lines.make_plan(recipe, lines.open_inputs(recipe), out), Resources(2, "cpu", chunk=chunk))
+        equal(load_file(out), {n: w.float() for n, w in whole.items()})
+
+
 # --- what a person is told ---
 
 
@@ -236,7 +256,7 @@ def test_codes_that_are_nan_and_scales_that_are_infinite(allow: bool, tmp_path: 
         ran = run_lines("edit", base, ft, "-o", tmp_path / kind / "out", "--alpha", 0.25, "--beta", 0.5, *flags)
         if not allow:
             assert (ran.code, ran.trace) == (5, "")
-            what = "holds NaN, first at entry 26,003" if kind == "code" else "what it makes of tensor"
+            what = "holds NaN, first at entry 26,003" if kind == "code" else f"what {name}_scale_inv makes of tensor"
             assert what in ran.err
             assert name in ran.err
             assert "base/model.safetensors" in ran.err

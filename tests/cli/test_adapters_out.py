@@ -80,7 +80,7 @@ EXTRACT = ["extract", "ft", "--base", "base", "-o", "out"]
         (["edit", "base", "ft", "--adapter", "a", "-o", "out"], 2, ["--adapter takes the place of BASE and FT"]),
         (["edit", "base", "ft", "--base", "base", "-o", "out"], 2, ["--base is of --adapter"]),
         (["edit", "base", "ft", "--num-layers", "4", "-o", "out"], 2, ["--num-layers is of --adapter"]),
-        (["edit", "base", "-o", "out"], 2, ["FT is missing", "lines edit --adapter ADAPTER"]),
+        (["edit", "base", "-o", "out"], 2, ["FT is missing", "lines edit [OPTIONS] BASE FT"]),
         (["edit", "-o", "out"], 2, ["BASE is missing"]),
         (["edit", "--adapter", "ft", "--base", "base", "-o", "out"], 2, ["ft is a whole fine-tune", "--rank"]),
         (["edit", "--adapter", "gone", "--num-layers", "4", "-o", "out"], 3, ["gone: there is no such file or folder"]),
@@ -130,7 +130,7 @@ FACTOR = torch.ones(12, 4)
     ("config", "tensors", "code", "said"),
     [
         ({}, {"lora_B_weight": None}, 3, ["has lora_A, and no lora_B"]),
-        ({}, {"lora_B_weight": torch.ones(12, 3)}, 3, ["says rank 4"]),
+        ({}, {"lora_B_weight": torch.ones(12, 3)}, 3, ["[4, 8] and [12, 3], which have no product"]),
         ({"r": 8}, {}, 3, ["says rank 8"]),
         ({"peft_type": "IA3"}, {}, 3, ["IA3"]),
         ({}, {"lora_C_weight": FACTOR}, 3, ["lora_C"]),

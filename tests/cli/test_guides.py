@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import sys
 import warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -13,14 +16,28 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from support.adapters import factors, layers_of, updates, write_adapter
 from support.files import write_checkpoint
 from support.fp8 import FORMATS, LAYERS, near, plain
 from support.gguf import write_gguf
 from support.pages import DOCS, blocks, run_page
 from support.pipelines import loaded, write_everything, write_modules, write_pipeline
+from support.tokenizers import ids_in, write_tokenizer
 from support.torch_files import write_folder
 
-GUIDES = {"adapters", "quantised", "pickles", "diffusion", "mergekit", "forgetting", "jobs", "notebooks"}
+GUIDES = {
+    "adapters",
+    "adapters-out",
+    "quantised",
+    "pickles",
+    "diffusion",
+    "mergekit",
+    "forgetting",
+    "sweeping",
+    "jobs",
+    "notebooks",
+    "vocabularies",
+}
 WIDTH = 64
 
 
@@ -74,6 +91,24 @@ def test_it_forgot_too_much(here: Path) -> None:
     first = "model.layers.0.mlp.weight"
     assert torch.equal(load_file(here / "alpha-0" / "model.safetensors")[first], base[first])
     assert_scaled(load_file(here / "out" / "model.safetensors"), base, ft, [0.3, 0.3 + 0.7 / 3, 0.3 + 1.4 / 3, 1])
+
+
+def test_an_evaluation_that_decides(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/sweeping.md: seven candidates, as many of each control, and the winner's folder beside the report."""
+    pair("base", "ft")
+    (here / "bin").mkdir()
+    (here / "bin" / "python").symlink_to(sys.executable)
+    monkeypatch.setenv("PATH", f"{here / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    (here / "evaluate.py").write_text(
+        "import json, sys, zlib\n"
+        "seen = zlib.crc32(open(sys.argv[1] + '/model.safetensors', 'rb').read()) / 2**32\n"
+        "print(json.dumps({'target': 1 + seen, 'control': {'a': 2 - seen, 'b': 1.5}}))\n"
+    )
+    run_page("sweeping.md")
+    trials = [json.loads(line) for line in (here / "best.sweep" / "trials.jsonl").read_text().splitlines()[1:]]
+    families = [trial["family"] for trial in trials]
+    assert families == ["pre", "ft", *["lines"] * 7, *["constant"] * 7, *["reversed"] * 7]
+    assert (here / "best" / "lines_recipe.yaml").is_file()
 
 
 class ImageEncoder(torch.nn.Module):
@@ -173,6 +208,33 @@ def test_a_mergekit_file(here: Path) -> None:
     assert len({file.read_bytes() for file in files}) == len(files)
 
 
+def test_vocabularies(here: Path) -> None:
+    """docs/vocabularies.md: the union has every token's row; renumbered rows are edited by token."""
+    words = [f"w{number}" for number in range(12)]
+    order = words[::-1]
+    vocabularies = {"base": (words, ()), "ft-chat": (words, ("<|im_end|>",)), "ft-tools": (words, ("<tool>",))}
+    sides: dict[str, tuple[dict[str, torch.Tensor], dict[str, int]]] = {}
+    for seed, (side, (own, extra)) in enumerate({**vocabularies, "ft-renumbered": (order, ())}.items()):
+        ids = write_tokenizer(here / side, own, extra)
+        chance = torch.Generator().manual_seed(seed)
+        model = tensors(LLM, seed) | {LLM[0]: torch.randn(len(ids), WIDTH, generator=chance)}
+        write_checkpoint(
+            here / side, model, config={"model_type": "tiny", "num_hidden_layers": 4, "vocab_size": len(ids)}
+        )
+        sides[side] = model, ids
+    run_page("vocabularies.md")
+    merged = load_file(here / "merged" / "model.safetensors")[LLM[0]]
+    for token, side in (("<|im_end|>", "ft-chat"), ("<tool>", "ft-tools")):
+        model, ids = sides[side]
+        assert torch.equal(merged[ids_in(here / "merged")[token]], model[LLM[0]][ids[token]])
+    base, ft, out = (
+        sides["base"][0][LLM[0]],
+        sides["ft-renumbered"][0][LLM[0]],
+        load_file(here / "out" / "model.safetensors"),
+    )
+    torch.testing.assert_close(out[LLM[0]], base.flip(0) + 0.1 * (ft - base.flip(0)))
+
+
 def test_the_tour_from_python(here: Path) -> None:
     """docs/tour.md: the call gives what the command gives, whose output the page shows."""
     pair("base", "ft", "ft-code")
@@ -180,6 +242,27 @@ def test_the_tour_from_python(here: Path) -> None:
     names: dict[str, Any] = {}
     exec(compile(code, "docs/tour.md", "exec"), names)
     assert names["summary"]["stacks"][0]["coefficients"] == pytest.approx([0.3, 0.3 + 0.7 / 3, 0.3 + 1.4 / 3, 1])
+
+
+def test_adapters_out(here: Path) -> None:
+    """docs/adapters-out.md: of an adapter that is scaled each layer has its coefficient, and a sum is the dense one."""
+    sizes = {"self_attn.q_proj": (12, 8), "mlp.up_proj": (16, 8)}
+    modules = layers_of(4, sizes)
+    for seed, side in enumerate(("base", "ft")):
+        chance = torch.Generator().manual_seed(seed)
+        weights = {f"{module}.weight": torch.randn(*size, generator=chance) for module, size in modules.items()}
+        weights["model.norm.weight"] = torch.ones(8)
+        write_checkpoint(here / side, weights, config={"model_type": "tiny", "num_hidden_layers": 4})
+    for seed, name in enumerate(("adapter", "adapter2")):
+        write_adapter(here / name, factors(modules, 4, seed))
+    run_page("adapters-out.md")
+    before, scaled, other, merged = (updates(here / name) for name in ("adapter", "scaled", "adapter2", "merged"))
+    for name, tau in before.items():
+        layer = int(name.split(".")[2])
+        torch.testing.assert_close(scaled[name], DEFAULTS[layer] * tau, rtol=1e-5, atol=1e-5)
+        coefficient = 0.5 + 0.5 * layer / 3
+        wanted = coefficient * (0.6 * tau + 0.5 * other[name])
+        torch.testing.assert_close(merged[name], wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow

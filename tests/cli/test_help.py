@@ -15,7 +15,7 @@ from support.run import run_lines
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ["edit", "merge", "inspect", "verify", "push", "clean"]
-PANELS = ["Scaling:", "When the inputs disagree:", "Output:", "The Hub:", "Recovery:", "Machine:"]
+PANELS = ["Adapter:", "Scaling:", "When the inputs disagree:", "Output:", "The Hub:", "Recovery:", "Machine:"]
 
 
 def test_options_in_panels() -> None:
@@ -26,12 +26,12 @@ def test_options_in_panels() -> None:
     bodies = dict(zip(headings, re.split(r"^\S[^:\n]*:$", out, flags=re.MULTILINE)[1:], strict=True))
     found = {heading: re.findall(r"^  (?:-\w, )?(--[\w-]+)", body, re.MULTILINE) for heading, body in bodies.items()}
     for heading, option in zip(
-        PANELS, ["--alpha", "--missing", "--dtype", "--push-to", "--resume", "--workers"], strict=True
+        PANELS, ["--adapter", "--alpha", "--missing", "--dtype", "--push-to", "--resume", "--workers"], strict=True
     ):
         assert option in found[heading]
     assert found["Other:"] == ["--help"]
     listed = [option for options in found.values() for option in options]
-    assert len(listed) == len(set(listed)) == 38
+    assert len(listed) == len(set(listed)) == 41
 
 
 @pytest.mark.parametrize("command", COMMANDS)

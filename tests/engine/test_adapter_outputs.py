@@ -568,3 +568,35 @@ def test_an_adapter_that_was_changed_is_found(tmp_path: Path) -> None:
     assert not found.same
     assert found.files[0].difference is not None
     assert str(found.files[0].difference.tensor).endswith("lora_B.weight")
+
+
+def test_a_lone_file_with_kohya_s_names(tmp_path: Path) -> None:
+    """Scaled into one file with the same names and alphas, or into a folder: then its edit is the original's."""
+    modules = [f"text_model.encoder.layers.{i}.{module}" for i in range(3) for module in ("mlp.fc1", "mlp.fc2")]
+    chance = torch.Generator().manual_seed(0)
+    base = write_checkpoint(
+        tmp_path / "base",
+        {f"{module}.weight": torch.randn(6, 6, generator=chance) for module in modules},
+        config={"num_hidden_layers": 3},
+    )
+    own = {}
+    for module in modules:
+        flat = f"lora_te_{module.replace('.', '_')}"
+        own[f"{flat}.lora_down.weight"] = torch.randn(2, 6, generator=chance)
+        own[f"{flat}.lora_up.weight"] = torch.randn(6, 2, generator=chance)
+        own[f"{flat}.alpha"] = torch.tensor(1.5)
+    save_file(own, tmp_path / "lora.safetensors", metadata={"ss_network_dim": "2"})
+    lines.edit(base, tmp_path / "lora.safetensors", tmp_path / "dense")
+    wanted = load_file(tmp_path / "dense" / "model.safetensors")
+    for out in ("scaled.safetensors", "scaled"):
+        lines.edit_adapter(tmp_path / "lora.safetensors", tmp_path / out, base=base)
+        file = tmp_path / out if out.endswith("s") else tmp_path / out / "adapter_model.safetensors"
+        stored = load_file(file)
+        assert stored.keys() == own.keys()
+        assert all(torch.equal(stored[name], own[name]) for name in own if "lora_up" not in name)
+        lines.edit(base, file, tmp_path / "again", alpha=1, beta=0, force=True)
+        close(load_file(tmp_path / "again" / "model.safetensors"), wanted)
+    assert lines.verify(tmp_path / "scaled").same
+    assert not (tmp_path / "scaled" / "adapter_config.json").exists()
+    with pytest.raises(lines.LinesError, match="an adapter without a config"):
+        lines.merge({"models": [{"model": str(tmp_path / "lora.safetensors")}] * 2}, tmp_path / "no", as_adapter=True)

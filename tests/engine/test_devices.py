@@ -18,6 +18,7 @@ import yaml
 import lines_cli as lines
 from lines_cli.engine import arithmetic, buffers, devices, workers
 from lines_cli.engine.devices import Devices, choose_devices
+from lines_cli.engine.whole_tensors import Kept
 from lines_cli.engine.workers import Worker
 from lines_cli.plan.resources import SUM_BLOCK, BytesPerEntry, Resources
 from lines_cli.recipe.yaml_file import load_recipe
@@ -104,7 +105,7 @@ def test_buffers_take_what_was_accounted_for(chunk: int, tmp_path: Path, own_mem
     models(tmp_path)
     recipe = lines.edit_recipe(str(tmp_path / "base"), str(tmp_path / "a"))
     plan = lines.make_plan(recipe, lines.open_inputs(recipe), tmp_path / "out")
-    worker = Worker(plan, [], torch.device("cpu"), chunk)
+    worker = Worker(plan, [], torch.device("cpu"), chunk, Kept(1), Kept(0))
     taken = [worker._held, *(buffer._device for buffer in (*worker._raw, worker.out))]
     each = replace(plan.per_entry, temporaries=0)  # which the arithmetic makes on its way
     assert sum(tensor.nbytes for tensor in taken) == chunk * each.nbytes(slots=devices.SLOTS)

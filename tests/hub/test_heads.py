@@ -309,3 +309,29 @@ def test_a_reader_may_look(hub: HubServer, user: User) -> None:
     hub.accounts["hf_reads"] = Account(role="read")
     hub.push("org/private", whole(1), private=True)
     assert run_all(user, ["inspect", "org/private"], HF_TOKEN="hf_reads")[0].code == 0
+
+
+def test_an_adapter_is_scaled_by_the_headers_of_its_base(hub: HubServer, user: User) -> None:
+    """No weights of the base are fetched: not for the run, nor to verify what it wrote."""
+    rows, columns = 512, LARGE // 4 // 512
+    modules = [f"model.layers.{layer}.mlp.up_proj" for layer in range(3)]
+    base = {f"{module}.weight": tensor(at).reshape(rows, columns) for at, module in enumerate(modules)}
+    hub.push("org/base", {"config.json": CONFIG, "model.safetensors": save(base)})
+    factors = {}
+    for at, module in enumerate(modules[1:]):
+        factors[f"base_model.model.{module}.lora_A.weight"] = tensor(at, 2 * columns).reshape(2, columns)
+        factors[f"base_model.model.{module}.lora_B.weight"] = tensor(at, 2 * rows).reshape(rows, 2)
+    folder = user.home.parent / "adapter"
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes(save(factors))
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["up_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    edit = ["edit", "--adapter", "adapter", "--base", "org/base", "-o", "out", "--json"]
+    ran, verified, again = run_all(user, edit, ["verify", "out"], [*edit, "--resume"])
+    assert (ran.code, verified.code, again.code) == (0, 0, 0), ran.err + verified.err + again.err
+    assert ran.json["stacks"][0]["coefficients"] == pytest.approx([0.1, 0.55, 1.0])
+    assert [module["index"] for module in ran.json["modules"]] == [1, 2]
+    assert again.json["done_before"]
+    assert weights_sent(hub) <= 3 * 65536
+    recipe = yaml.safe_load((user.home.parent / "out" / "lines_recipe.yaml").read_text())
+    assert recipe["base_model"].startswith("org/base@")

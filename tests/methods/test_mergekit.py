@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from support.files import write_checkpoint
 from support.run import run_lines
+from support.tokenizers import write_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -655,3 +656,74 @@ def test_rescaled_ties(world: Path, tmp_path: Path) -> None:
         scale = float((tensor - _load(world / "f32" / "base")[name]).abs().max())
         assert float((tensor - theirs[name]).abs().max()) <= 1e-5 * scale
         assert not torch.equal(tensor, plain[name])
+
+
+# --- vocabularies ---
+
+WORDS = ["the", "cat", "sat", "on", "mat", "dog", "ran", "in", "park", "red", "blue", "green"]
+VOCABULARIES = {
+    "base": (WORDS, ["<s>"]),
+    "a": ([*WORDS[6:], *WORDS[:6]], ["<s>", "<|im_start|>", "<|im_end|>"]),
+    "b": (["x", "y", *WORDS[:9]], ["<|im_end|>", "<tool>"]),
+}
+SOURCES = {
+    "union": "tokenizer_source: union",
+    "base": "tokenizer_source: base",
+    "b": "tokenizer_source: b",
+    "padded": "tokenizer: {source: union, pad_to_multiple_of: 8}",
+    "tokens": """
+tokenizer:
+  source: union
+  tokens:
+    <tool>: {source: {kind: zero}}
+    <|im_end|>: {source: a, force: true}
+    <new>: {source: {kind: model_token, model: b, token: <tool>}}
+    <s>: {source: {kind: model_token, model: a, token_id: 5}, force: true}
+""",
+}
+OF_VOCABULARIES = {
+    "task arithmetic": ("merge_method: task_arithmetic\nbase_model: base", (0.6, 0.4), 0.0),
+    "ties": ("merge_method: ties\nbase_model: base\nparameters: {density: 0.5}", (0.6, 0.4), 0.0),
+    "linear": ("merge_method: linear", (0.5, 0.3), 2e-8),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("method", OF_VOCABULARIES)
+def test_rows_of_tokens_are_mergekit_s(method: str, source: str, mergekit: None, tmp_path: Path) -> None:
+    """Whatever ids the two give the tokens, each token has the same row in embedding and head; and AutoTokenizer finds
+    every token under the id of its row.
+    """
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    for seed, (name, (words, extra)) in enumerate(VOCABULARIES.items()):
+        ids = write_tokenizer(tmp_path / name, words, extra, kind="BPE")
+        torch.manual_seed(seed)
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = LlamaConfig(vocab_size=len(ids), tie_word_embeddings=False, **sizes)
+        LlamaForCausalLM(config).save_pretrained(tmp_path / name)
+    head, weights, apart = OF_VOCABULARIES[method]
+    if method == "linear" and source == "base":
+        pytest.skip("there is none")
+    models = "".join(
+        f"  - {{model: {name}, parameters: {{weight: {w}}}}}\n" for name, w in zip("ab", weights, strict=True)
+    )
+    recipe = tmp_path / "merge.yaml"
+    recipe.write_text(f"{head}\nmodels:\n{models}{SOURCES[source]}\ndtype: float32\n")
+    by_tensor = ("--set", BY_TENSOR) if method == "ties" else ()
+    ran = run_lines("merge", "--config", recipe, "-o", tmp_path / "lines", *by_tensor)
+    assert (ran.code, ran.trace) == (0, ""), ran.err
+    program = "from mergekit.scripts.run_yaml import main; main()"
+    command = [sys.executable, "-c", program, "merge.yaml", "mergekit", "--no-write-model-card", "--quiet"]
+    subprocess.run(command, check=True, cwd=tmp_path, capture_output=True)
+    tokenizers = [AutoTokenizer.from_pretrained(tmp_path / by) for by in ("lines", "mergekit")]
+    ours, theirs = (tokenizer.get_vocab() for tokenizer in tokenizers)
+    assert ours.keys() == theirs.keys()
+    mine, other = (load_file(tmp_path / by / "model.safetensors") for by in ("lines", "mergekit"))
+    for table in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert len(mine[table]) == len(other[table])
+        for token, number in ours.items():
+            difference = (mine[table][number] - other[table][theirs[token]]).abs().max()
+            assert float(difference) <= apart, (table, token)
+        if method != "ties":  # which may drop an entry of a mean that differs in the last place
+            torch.testing.assert_close(mine[table][len(ours) :], other[table][len(theirs) :], rtol=1e-5, atol=1e-7)

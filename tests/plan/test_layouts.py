@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import lines_cli as lines
-from lines_cli.checkpoint.reader import Part
+from lines_cli.checkpoint.header import Part
 from lines_cli.engine import parts as engine_parts
 from lines_cli.engine.whole_tensors import Kept
 from lines_cli.errors import MismatchError
@@ -27,6 +27,7 @@ from lines_cli.plan.inputs import open_inputs
 from lines_cli.plan.tensors import SourceRange
 from lines_cli.recipe.validate import edit_recipe
 from support.files import write_checkpoint
+from support.fp8 import quantise
 from support.layouts import EXPERTS, HIDDEN, INNER, LAYERS, LAYOUTS, Layouts, Tensors, drawn, fused, turned
 from support.merging import merge
 from support.run import run_lines
@@ -395,6 +396,120 @@ def test_experts_one_by_one_and_turned() -> None:
     assert "model.layers.0.mlp.experts.gate_up_proj" in said
 
 
+# --- weights that are not stored as they are ---
+
+
+def in_fp8(tensors: Tensors) -> Tensors:
+    """Every expert as codes, with a scale for each block."""
+    stored: Tensors = {}
+    for name, tensor in tensors.items():
+        if ".experts." not in name:
+            stored[name] = tensor.bfloat16()
+            continue
+        stored[name], stored[f"{name.removesuffix('.weight')}.weight_scale_inv"] = quantise(tensor, BLOCK)
+    return stored
+
+
+BLOCK = (4, 3)
+IN_FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": list(BLOCK)}, "dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
+def test_a_base_in_fp8_and_in_another_layout(alpha: float, tmp_path: Path) -> None:
+    """Each expert's codes have scales of their own: what is put together is what they stand for."""
+    write_checkpoint(tmp_path / "base", in_fp8(QWEN.apart(0)), shards=2, config=QWEN.config | IN_FP8)
+    apart = {name: tensor.bfloat16() for name, tensor in QWEN.apart(1).items()}
+    write_checkpoint(tmp_path / "apart", apart, config=QWEN.config)
+    write_checkpoint(tmp_path / "together", QWEN.together(apart), config=QWEN.config)
+    for ft in ("apart", "together"):
+        args = ("-o", tmp_path / f"of-{ft}", "--alpha", alpha, "--beta", 0.5 if alpha else 0, "--workers", 2)
+        ran = run_lines("edit", tmp_path / "base", tmp_path / ft, *args)
+        assert ran.code == 0, ran.err
+    wanted, got = (load_file(tmp_path / f"of-{ft}" / "model.safetensors") for ft in ("apart", "together"))
+    same(got, QWEN.together(wanted))
+    assert run_lines("verify", tmp_path / "of-together").code == 0
+    updates = [
+        run_lines("inspect", tmp_path / ft, "--base", tmp_path / "base", "--json").json["fine_tunes"][0]
+        for ft in ("apart", "together")
+    ]
+    assert updates[0]["update_norm"] == pytest.approx(updates[1]["update_norm"], rel=1e-12)
+
+
+def test_fused_experts_in_fp8_that_are_cut(tmp_path: Path) -> None:
+    """A part of a quantised tensor has the scales of its own rows."""
+    fused_codes = in_fp8(fused_qwen(0))
+    renamed = {
+        name.replace("gate_up_proj.weight_scale_inv", "gate_up_proj_scale_inv").replace(
+            "down_proj.weight_scale_inv", "down_proj_scale_inv"
+        ): tensor
+        for name, tensor in fused_codes.items()
+    }
+    write_checkpoint(tmp_path / "base", renamed, config=QWEN.config | IN_FP8)
+    apart = {name: tensor.bfloat16() for name, tensor in QWEN.apart(1).items()}
+    write_checkpoint(tmp_path / "apart", apart, config=QWEN.config)
+    write_checkpoint(tmp_path / "together", QWEN.together(apart), config=QWEN.config)
+    for ft in ("apart", "together"):
+        ran = run_lines("edit", tmp_path / "base", tmp_path / ft, "-o", tmp_path / f"of-{ft}")
+        assert ran.code == 0, ran.err
+    got, wanted = (load_file(tmp_path / f"of-{ft}" / "model.safetensors") for ft in ("apart", "together"))
+    same(QWEN.together(got), wanted)
+
+
+def write_adapter(path: Path, seed: int, *, dora: bool) -> None:
+    """LoRA of rank 2 on the gates of some experts and on the attention; or DoRA, which rescales rows."""
+    modules = {f"model.layers.{i}.mlp.experts.{e}.gate_proj": (INNER, HIDDEN) for i in range(LAYERS) for e in (0, 3)}
+    modules |= {f"model.layers.{i}.self_attn.q_proj": (HIDDEN, HIDDEN) for i in range(LAYERS)}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for module, (rows, columns) in modules.items():
+        shapes[f"base_model.model.{module}.lora_A.weight"] = (2, columns)
+        shapes[f"base_model.model.{module}.lora_B.weight"] = (rows, 2)
+        if dora:
+            shapes[f"base_model.model.{module}.lora_magnitude_vector"] = (rows,)
+    path.mkdir()
+    save_file(drawn(shapes, seed), path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": ["gate_proj", "q_proj"], "use_dora": dora}
+    (path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("quantised", [False, True])
+def test_an_adapter_on_a_base_in_another_layout(quantised: bool, dora: bool, tmp_path: Path) -> None:
+    """An expert's update is not lost where experts are put together: the bytes are those of a merge in one layout."""
+    stored = in_fp8(QWEN.apart(0)) if quantised else QWEN.apart(0)
+    write_checkpoint(tmp_path / "other", stored, config=QWEN.config | (IN_FP8 if quantised else {}))
+    write_adapter(tmp_path / "adapter", 5, dora=dora)
+    for name, draw in (("apart", QWEN.apart), ("together", fused_qwen)):
+        write_checkpoint(tmp_path / name, draw(2), config=QWEN.config)
+        models = (f"{tmp_path / 'other'}+{tmp_path / 'adapter'}", "third")
+        write_checkpoint(tmp_path / "third", draw(3), config=QWEN.config)
+        ran = merge(tmp_path, models=models, out=f"of-{name}", base_model=name, lines={"alpha": 0.2, "beta": 0.4})
+        assert ran.code == 0, ran.err
+    wanted, got = (load_file(tmp_path / f"of-{name}" / "model.safetensors") for name in ("apart", "together"))
+    same(got, QWEN.together(wanted))
+    # the update itself, where base and model are of the same files
+    for like in ("ft", "base"):
+        recipe = {"base_model": "other", "like": like, "lines": {"alpha": 0.2, "beta": 0.4}, "dtype": "float32"}
+        models = ("together", f"{tmp_path / 'other'}+{tmp_path / 'adapter'}")
+        ran = merge(tmp_path, models=models, out=f"like-{like}", **recipe)
+        assert ran.code == 0, ran.err
+    of_ft, of_base = (load_file(tmp_path / f"like-{like}" / "model.safetensors") for like in ("ft", "base"))
+    same(of_ft, QWEN.together(of_base))
+
+
+def test_what_is_turned_has_to_be_stored_as_it_is(tmp_path: Path) -> None:
+    """Codes that stand the other way round than the fine-tune's weights are refused by name."""
+    of = LAYOUTS["qwen3_vl_moe"]
+    codes = {
+        name.replace("_proj.weight_scale_inv", "_proj_scale_inv"): tensor
+        for name, tensor in in_fp8(of.together(of.apart(0))).items()
+    }
+    write_checkpoint(tmp_path / "base", codes, config=of.config | IN_FP8)
+    write_checkpoint(tmp_path / "ft", of.apart(1), config=of.config)
+    ran = run_lines("edit", tmp_path / "base", tmp_path / "ft", "-o", tmp_path / "out")
+    assert ran.code != 0
+    assert "stored the other way round, and not as it is" in ran.err
+
+
 # --- what is said of single tensors ---
 
 
@@ -420,14 +535,14 @@ def test_what_is_not_finite_is_named_as_its_file_names_it(tmp_path: Path) -> Non
 def test_a_range_in_parts() -> None:
     """Where an entry is, and what is left behind the first ones."""
     parts = (Part(0, 6, 1, 100, (6,), (1,), "a", 0), Part(6, 4, 2, 900, (4,), (1,), "b", 3))
-    source = SourceRange(1, 100, "BF16", parts)
+    source = SourceRange(1, 100, "BF16", parts=parts)
     assert source.place_of(5) == (1, "a", 5)
     assert source.place_of(7) == (2, "b", 4)
     assert source.behind(4).parts == (
         Part(0, 2, 1, 108, (2,), (1,), "a", 0),
         Part(2, 4, 2, 900, (4,), (1,), "b", 3),
     )
-    assert source.behind(8)[:3] == (2, 904, "BF16")
+    assert source.behind(8)[:5] == (2, 904, "BF16", (), 8)
 
 
 # --- pieces, against torch ---

@@ -356,14 +356,45 @@ def test_config_and_tokenizer_come_from_the_base(method: str, source: str, model
     assert json.loads((tmp_path / "out" / "tokenizer.json").read_text())["version"] == TOKENIZERS[source]
 
 
-@pytest.mark.parametrize("key", ["tokenizer_source", "tokenizer"])
-def test_union_is_refused_by_name(key: str, models: Path, tmp_path: Path) -> None:
-    """A union of vocabularies is refused by that word, and what can be said instead is named."""
-    value = {"source": "union"} if key == "tokenizer" else "union"
-    ran = merge(models, tmp_path, {"base_model": "base", "models": of("a"), key: value})
+TOKENIZER_KEYS: dict[str, dict[str, Any]] = {
+    "tokenizer_source": {"tokenizer_source": "union"},
+    "source": {"tokenizer": {"source": "union"}},
+    "source, and nothing else": {"tokenizer": {"source": "union", "tokens": None, "pad_to_multiple_of": None}},
+}
+
+
+@pytest.mark.parametrize("case", TOKENIZER_KEYS)
+def test_union_is_read(case: str, models: Path, tmp_path: Path) -> None:
+    """A union of vocabularies may be said in mergekit's two ways; without token embeddings it says nothing."""
+    ran = merge(models, tmp_path, {"base_model": "base", "models": of("a"), **TOKENIZER_KEYS[case]}, "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["recipe"]["tokenizer_source"] == "union"
+    assert any("tokenizer_source: union says nothing" in note for note in ran.json["notes"])
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "words"),
+    [
+        ({"tokens": {"x": {"source": "d"}}}, ["tokenizer.tokens", "'d'"]),
+        ({"tokens": {"x": {"source": {"kind": "zeros"}}}}, ["tokenizer.tokens.x.source", "kind: zero"]),
+        ({"tokens": {"x": {"source": {"kind": "model_token", "model": "a"}}}}, ["token_id"]),
+        (
+            {"tokens": {"x": {"source": {"kind": "model_token", "model": "a", "token": "y", "token_id": 1}}}},
+            ["token_id"],
+        ),
+        ({"tokens": {"x": {"force": True}}}, ["tokenizer.tokens.x", "force"]),
+        ({"tokens": {"x": {"sources": "a"}}}, ["tokenizer.tokens.x.sources"]),
+        ({"pad_to_multiple_of": 0}, ["tokenizer.pad_to_multiple_of"]),
+        ({"pad_to_multiple_of": True}, ["tokenizer.pad_to_multiple_of"]),
+        ({"source": "d", "pad_to_multiple_of": 8}, ["tokenizer.source", "'d'", "union"]),
+        ({"source": "union", "padding": 8}, ["tokenizer.padding"]),
+    ],
+)
+def test_what_tokenizer_may_say(tokenizer: dict[str, Any], words: list[str], models: Path, tmp_path: Path) -> None:
+    """What is wrong under `tokenizer` is named with its place."""
+    ran = merge(models, tmp_path, {"base_model": "base", "models": of("a"), "tokenizer": tokenizer})
     assert ran.code == 2
-    assert "union" in said(ran)
-    assert "base" in said(ran)
+    assert all(word in said(ran) for word in words), said(ran)
 
 
 @pytest.mark.parametrize("key", ["tokenizer_source", "chat_template"])

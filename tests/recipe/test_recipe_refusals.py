@@ -75,8 +75,18 @@ FILES: dict[str, tuple[str, int, list[str]]] = {
     "a number for a parameter": (HEAD + MODELS + "parameters:\n  weight: 1\n  7: 1\n", 8, ["7"]),
     "out_dtype": (HEAD + MODELS + "dtype: float32\nout_dtype: int8\n", 7, ["out_dtype", "int8"]),
     "dtype below out_dtype": (HEAD + MODELS + "dtype: int8\nout_dtype: float16\n", 6, ["dtype", "int8"]),
-    "tokenizer": (HEAD + MODELS + "tokenizer:\n  source: union\n", 7, ["tokenizer", "union"]),
-    "tokenizer's tokens": (HEAD + MODELS + "tokenizer:\n  source: base\n  tokens: {}\n", 6, ["tokenizer", "source"]),
+    "tokenizer": (HEAD + MODELS + "tokenizer:\n  source: d\n", 7, ["tokenizer", "'d'", "union"]),
+    "tokenizer's tokens": (
+        HEAD + MODELS + "tokenizer:\n  source: base\n  tokens: [x]\n",
+        8,
+        ["tokenizer.tokens", "expected keys and values"],
+    ),
+    "a token of a stranger": (
+        HEAD + MODELS + "tokenizer:\n  tokens:\n    x: {source: d}\n",
+        7,
+        ["tokenizer.tokens", "'d'"],
+    ),
+    "tokenizer that is text": (HEAD + MODELS + "tokenizer: union\n", 6, ["tokenizer", "expected keys and values"]),
     "tokenizer twice": (HEAD + MODELS + "tokenizer_source: a\ntokenizer:\n  source: a\n", 7, ["tokenizer_source"]),
     "tokenizer of a stranger": (HEAD + MODELS + "tokenizer_source: d\n", 6, ["tokenizer_source", "'d'"]),
     "a slice's source": (

@@ -1,0 +1,395 @@
+"""Adapters put onto their base: names of every spelling, shapes, heads that are tied; what fits no base is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import lines_cli as lines
+from lines_cli.errors import CheckpointError, MismatchError, UnsupportedError
+from support.adapters import PREFIX, factors, layers_of, updates, write_adapter
+from support.files import write_checkpoint
+from support.run import run_lines
+
+Tensors = dict[str, Tensor]
+MODULES = layers_of(2, {"self_attn.q_proj": (12, 8), "mlp.up_proj": (20, 8)})
+LLAMA = {"model_type": "llama", "num_hidden_layers": 2}
+
+
+def base(prefix: str = "model.", *, head: bool = True) -> Tensors:
+    """A small language model; what comes before its names may be another prefix."""
+    chance = torch.Generator().manual_seed(1)
+    tensors = {f"{name}.weight": torch.randn(*size, generator=chance) for name, size in MODULES.items()}
+    tensors |= {f"model.layers.{i}.norm.weight": torch.ones(8) for i in range(2)}
+    tensors["model.embed_tokens.weight"] = torch.randn(30, 8, generator=chance)
+    named = {prefix + name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    return named | ({"lm_head.weight": torch.randn(30, 8, generator=chance)} if head else {})
+
+
+def folded(folder: Path, adapter: Path | str = "adapter", **options: Any) -> Tensors:
+    """What the adapter in a folder makes of the base there."""
+    lines.edit(folder / "base", folder / adapter, folder / "out", alpha=1, beta=0, force=True, **options)
+    return load_file(folder / "out" / "model.safetensors")
+
+
+def assert_folded(found: Tensors, before: Tensors, added: Tensors) -> None:
+    """Each weight is the base's with what was added to it, in float64, to rounding; the others are the base's."""
+    assert found.keys() == before.keys()
+    assert added.keys() <= before.keys()
+    for name, tensor in found.items():
+        if name not in added:
+            assert torch.equal(tensor, before[name]), name
+        else:
+            torch.testing.assert_close(tensor.double(), before[name].double() + added[name], rtol=3e-7, atol=6e-7)
+
+
+# --- names ---
+
+SPELLINGS: dict[str, Callable[[str], str]] = {
+    "as peft saves it": lambda name: name,
+    "without peft's prefix": lambda name: name.removeprefix(PREFIX),
+    "as peft has it in memory": lambda name: name.replace(".weight", ".default.weight"),
+    "of an adapter that is called otherwise": lambda name: name.replace(".weight", ".my-task.weight"),
+    "of a compiled model": lambda name: name.replace(PREFIX, f"{PREFIX}_orig_mod."),
+    "of a model within FSDP": lambda name: name.replace(".self_attn", "._fsdp_wrapped_module.self_attn"),
+    "without model.": lambda name: name.replace("model.layers", "layers"),
+    "of a vision language model": lambda name: name.replace("model.layers", "model.language_model.layers"),
+    "the same, in older files": lambda name: name.replace("model.layers", "language_model.model.layers"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spelt", SPELLINGS.values(), ids=SPELLINGS)
+def test_names_of_every_spelling(spelt: Callable[[str], str], tmp_path: Path) -> None:
+    """The same update, whatever its file calls the modules; and so for `base+adapter`."""
+    write_checkpoint(tmp_path / "base", base(), config=LLAMA)
+    made = factors(MODULES, 4, 2)
+    added = updates(write_adapter(tmp_path / "plain", made))
+    write_adapter(tmp_path / "adapter", {spelt(name): tensor for name, tensor in made.items()})
+    assert_folded(folded(tmp_path), base(), added)
+    assert_folded(folded(tmp_path, f"{tmp_path}/base+{tmp_path}/adapter"), base(), added)
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer.", "model.language_model.", "language_model.model."])
+def test_prefixes_of_the_base(prefix: str, tmp_path: Path) -> None:
+    """A base whose names have another prefix, or none, is found all the same; one rule holds for all modules."""
+    write_checkpoint(tmp_path / "base", base(prefix, head=False), config=LLAMA)
+    added = updates(write_adapter(tmp_path / "adapter", factors(MODULES, 4, 2)))
+    wanted = {prefix + name.removeprefix("model."): update for name, update in added.items()}
+    assert_folded(folded(tmp_path), base(prefix, head=False), wanted)
+
+
+def test_two_towers_that_may_both_be_meant(tmp_path: Path) -> None:
+    """An adapter that fits two parts of its base alike is refused, and both are named."""
+    both = base("text.", head=False) | base("vision.", head=False)
+    write_checkpoint(tmp_path / "base", both, config=LLAMA)
+    write_adapter(
+        tmp_path / "adapter", {n.replace("model.layers", "layers"): t for n, t in factors(MODULES, 4, 2).items()}
+    )
+    with pytest.raises(MismatchError, match=r"several modules(?s:.*)text\.layers(?s:.*)vision\.layers"):
+        folded(tmp_path)
+
+
+def test_of_two_towers_the_one_that_fits(tmp_path: Path) -> None:
+    """Shapes tell which of two parts is meant."""
+    other = {name: torch.cat([tensor, tensor]) for name, tensor in base("vision.", head=False).items()}
+    write_checkpoint(tmp_path / "base", base("text.", head=False) | other, config=LLAMA)
+    made = {name.replace("model.layers", "layers"): tensor for name, tensor in factors(MODULES, 4, 2).items()}
+    added = updates(write_adapter(tmp_path / "adapter", made))
+    found = folded(tmp_path)
+    assert_folded(found, base("text.", head=False) | other, {f"text.{name}": update for name, update in added.items()})
+
+
+def test_another_architecture(tmp_path: Path) -> None:
+    """Names that the base has not are refused with three of each side."""
+    write_checkpoint(tmp_path / "base", base(), config=LLAMA)
+    names = {
+        name.replace("model.layers", "transformer.h").replace("q_proj", "c_attn"): size
+        for name, size in MODULES.items()
+    }
+    write_adapter(tmp_path / "adapter", factors(names, 4, 2))
+    with pytest.raises(MismatchError) as refused:
+        folded(tmp_path)
+    assert "transformer.h.0.self_attn.c_attn.weight" in refused.value.message
+    assert "lm_head.weight" in refused.value.message
+    assert refused.value.message.count("\n  ") == 2 * 4 - 0
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("module", ["model.layers.1.mlp.down_proj", "lm_tail"])
+def test_one_module_that_is_not_there(module: str, tmp_path: Path) -> None:
+    """It is not left out: the adapter is refused, and the module named."""
+    write_checkpoint(tmp_path / "base", base(), config=LLAMA)
+    write_adapter(tmp_path / "adapter", factors({**MODULES, module: (8, 20)}, 4, 2))
+    with pytest.raises(MismatchError, match=rf"1 of the 5 tensors(?s:.*){module}"):
+        folded(tmp_path)
+
+
+def test_another_size(tmp_path: Path) -> None:
+    """An adapter for a base of other shapes is refused with both."""
+    write_checkpoint(tmp_path / "base", base(), config=LLAMA)
+    wide = {name: (out, 2 * into) for name, (out, into) in MODULES.items()}
+    write_adapter(tmp_path / "adapter", factors(wide, 4, 2))
+    ran = run_lines("edit", tmp_path / "base", tmp_path / "adapter", "-o", tmp_path / "out")
+    assert ran.code != 0
+    assert not ran.trace
+    assert "mlp.up_proj.weight is [20, 16]" in ran.err
+    assert "has [20, 8]" in ran.err
+    assert "trained on another model" in ran.err
+
+
+def test_a_base_that_the_config_contradicts(tmp_path: Path) -> None:
+    """It is said; a copy under the same name, one in the Hub's cache, and one that was quantised say nothing."""
+    write_checkpoint(tmp_path / "base", base(), config=LLAMA)
+
+    def said(name: str | None) -> list[str]:
+        write_adapter(tmp_path / "adapter", factors(MODULES, 4, 2), base_model_name_or_path=name)
+        summary = run_lines(
+            "edit", tmp_path / "base", tmp_path / "adapter", "-o", tmp_path / "out", "--dry-run", "--json"
+        )
+        return [note for note in summary.json["notes"] if "says that its base is" in note]
+
+    for same in (
+        None,
+        "",
+        "someone/base",
+        "../somewhere/Base/",
+        "unsloth/base-bnb-4bit",
+        "/x/models--a--base/snapshots/1",
+    ):
+        assert not said(same)
+    assert "meta/other" in said("meta/other")[0]
+
+
+# --- whole tensors, rows, biases ---
+
+
+def test_what_is_whole_takes_the_base_s_place(tmp_path: Path) -> None:
+    """A module that was saved whole, spelt as on disk and as in memory; what PEFT keeps beside it is not read."""
+    write_checkpoint(tmp_path / "base", base(), config=LLAMA)
+    norm, head = torch.randn(8), torch.randn(30, 8)
+    made = factors(MODULES, 4, 2) | {
+        f"{PREFIX}model.layers.0.norm.modules_to_save.default.weight": norm,
+        f"{PREFIX}model.layers.0.norm.original_module.weight": torch.zeros(8),
+        f"{PREFIX}lm_head.weight": head,
+    }
+    added = updates(write_adapter(tmp_path / "adapter", made, modules_to_save=["norm", "lm_head"]))
+    found = folded(tmp_path)
+    assert torch.equal(found["model.layers.0.norm.weight"], norm)
+    assert torch.equal(found["lm_head.weight"], head)
+    assert_folded(found, base() | {"model.layers.0.norm.weight": norm, "lm_head.weight": head}, added)
+
+
+def test_a_new_head(tmp_path: Path) -> None:
+    """A module that the base has not, and the adapter was trained with, is missing on one side like a fine-tune's."""
+    write_checkpoint(tmp_path / "base", base(head=False), config=LLAMA)
+    made = factors(MODULES, 4, 2) | {f"{PREFIX}score.weight": torch.randn(3, 8)}
+    write_adapter(tmp_path / "adapter", made, modules_to_save=["score"])
+    with pytest.raises(MismatchError, match="do not hold the same tensors"):
+        folded(tmp_path)
+    assert torch.equal(folded(tmp_path, missing="ft")["score.weight"], made[f"{PREFIX}score.weight"])
+
+
+def test_a_vocabulary_that_grew(tmp_path: Path) -> None:
+    """Embedding and head with rows for new tokens are those of the adapter with --resize ft, else refused; so is a
+    product on such an embedding, of which the adapter holds what is underneath.
+    """
+    write_checkpoint(tmp_path / "base", base(), config={**LLAMA, "vocab_size": 30})
+    grown = {
+        name: torch.cat([base()[name], torch.randn(3, 8)]) for name in ("model.embed_tokens.weight", "lm_head.weight")
+    }
+    made = factors(MODULES, 4, 2) | {f"{PREFIX}{name}": tensor for name, tensor in grown.items()}
+    write_adapter(tmp_path / "adapter", made)
+    with pytest.raises(MismatchError, match="resize"):
+        lines.edit(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    found = folded(tmp_path, resize="ft")
+    assert torch.equal(found["lm_head.weight"], grown["lm_head.weight"])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 33
+    a, b = torch.randn(4, 33), torch.randn(8, 4)
+    made = factors(MODULES, 4, 2) | {
+        f"{PREFIX}model.embed_tokens.base_layer.weight": grown["model.embed_tokens.weight"],
+        f"{PREFIX}model.embed_tokens.lora_embedding_A": a,
+        f"{PREFIX}model.embed_tokens.lora_embedding_B": b,
+    }
+    write_adapter(tmp_path / "adapter", made)
+    wanted = grown["model.embed_tokens.weight"].double() + 2 * (b.double() @ a.double()).T
+    torch.testing.assert_close(
+        folded(tmp_path, resize="ft")["model.embed_tokens.weight"].double(), wanted, rtol=1e-6, atol=1e-6
+    )
+
+
+def test_rows_beyond_the_base_s(tmp_path: Path) -> None:
+    """Tokens that the base has no rows for are refused."""
+    write_checkpoint(tmp_path / "base", base(), config=LLAMA)
+    made = factors(MODULES, 4, 2) | {
+        f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta": torch.randn(2, 8)
+    }
+    write_adapter(tmp_path / "adapter", made, trainable_token_indices=[3, 30])
+    with pytest.raises(MismatchError, match=r"row 30 of model\.embed_tokens\.weight(?s:.*)30 rows"):
+        folded(tmp_path)
+
+
+# --- weights that are tied ---
+
+TIED = {**LLAMA, "tie_word_embeddings": True, "architectures": ["LlamaForCausalLM"], "transformers_version": "5.0.0"}
+
+
+def config_of_output(folder: Path) -> Any:
+    return json.loads((folder / "out" / "config.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["head not stored", "head stored, too"])
+def test_a_product_on_a_tied_head_changes_both(stored: bool, tmp_path: Path) -> None:
+    """As where PEFT saves the two merged: one weight gets both updates, first the embedding's."""
+    before = base(head=False)
+    if stored:
+        before["lm_head.weight"] = before["model.embed_tokens.weight"].clone()
+    write_checkpoint(tmp_path / "base", before, config=TIED)
+    made = factors({**MODULES, "lm_head": (30, 8)}, 4, 2)
+    a, b = torch.randn(4, 30), torch.randn(8, 4)
+    made |= {f"{PREFIX}model.embed_tokens.lora_embedding_A": a, f"{PREFIX}model.embed_tokens.lora_embedding_B": b}
+    added = updates(write_adapter(tmp_path / "adapter", made))
+    both = added.pop("lm_head.weight") + 2 * (b.double() @ a.double()).T
+    added["model.embed_tokens.weight"] = both
+    if stored:
+        added["lm_head.weight"] = both
+    assert_folded(folded(tmp_path), before, added)
+    assert config_of_output(tmp_path)["tie_word_embeddings"] is True
+    ran = run_lines("edit", tmp_path / "base", tmp_path / "adapter", "-o", tmp_path / "out2", "--dry-run", "--json")
+    assert stored or any("one weight" in note for note in ran.json["notes"])
+
+
+@pytest.mark.parametrize("whole", ["lm_head", "embed_tokens"])
+def test_a_tied_weight_that_is_saved_whole_is_untied(whole: str, tmp_path: Path) -> None:
+    """The other stays the base's, and the config says that they are two, as where PEFT saves them."""
+    before = base(head=False)
+    write_checkpoint(tmp_path / "base", before, config=TIED)
+    name = "lm_head.weight" if whole == "lm_head" else "model.embed_tokens.weight"
+    tensor = torch.randn(30, 8)
+    made = factors(MODULES, 4, 2) | {f"{PREFIX}{name}": tensor}
+    added = updates(write_adapter(tmp_path / "adapter", made, modules_to_save=[whole]))
+    embedding = before["model.embed_tokens.weight"]
+    wanted = before | {"lm_head.weight": embedding, name: tensor}
+    assert_folded(folded(tmp_path), wanted, added)
+    assert config_of_output(tmp_path)["tie_word_embeddings"] is False
+
+
+def test_tied_weights_that_stay_equal(tmp_path: Path) -> None:
+    """What PEFT keeps equal on both is done once."""
+    before = base(head=False)
+    write_checkpoint(tmp_path / "base", before, config=TIED)
+    a, b = torch.randn(4, 30), torch.randn(8, 4)
+    made = factors(MODULES, 4, 2) | {
+        f"{PREFIX}model.embed_tokens.lora_embedding_A": a,
+        f"{PREFIX}model.embed_tokens.lora_embedding_B": b,
+        f"{PREFIX}lm_head.lora_A.weight": b.T.contiguous(),
+        f"{PREFIX}lm_head.lora_B.weight": a.T.contiguous(),
+    }
+    added = updates(write_adapter(tmp_path / "adapter", made, ensure_weight_tying=True))
+    del added["lm_head.weight"]
+    assert_folded(folded(tmp_path), before, added | {"model.embed_tokens.weight": 2 * (b.double() @ a.double()).T})
+
+
+# --- an adapter where a base should be ---
+
+
+@pytest.mark.parametrize("name", ["adapter", "adapter/adapter_model.safetensors"])
+def test_an_adapter_is_no_base(name: str, tmp_path: Path) -> None:
+    """It is refused as a base, and where there is none, with the way out."""
+    write_adapter(tmp_path / "adapter", factors(MODULES, 4, 2))
+    write_adapter(tmp_path / "other", factors(MODULES, 4, 3))
+    with pytest.raises(UnsupportedError, match="is an adapter") as refused:
+        lines.edit(tmp_path / name, tmp_path / "other", tmp_path / "out")
+    assert "BASE+ADAPTER" in str(refused.value.hint)
+    config = tmp_path / "m.yaml"
+    config.write_text(
+        f"merge_method: linear\nmodels: [{{model: {tmp_path / name}}}, {{model: {tmp_path / 'other'}}}]\n"
+    )
+    ran = run_lines("merge", "--config", config, "-o", tmp_path / "out")
+    assert ran.code == 3
+    assert "is an adapter" in ran.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_beside_whole_weights(tmp_path: Path) -> None:
+    """A folder with whole weights is what they are, whatever lies beside them."""
+    write_checkpoint(tmp_path / "base", base(), config=LLAMA)
+    write_checkpoint(tmp_path / "ft", base(), config=LLAMA)
+    write_adapter(tmp_path / "ft", factors(MODULES, 4, 2))
+    assert_folded(folded(tmp_path, "ft"), base(), {})
+
+
+def test_an_adapter_that_torch_saved(tmp_path: Path) -> None:
+    """`adapter_model.bin` is read as a pickle of which nothing is run, factors that are stored turned among them."""
+    write_checkpoint(tmp_path / "base", base(), config=LLAMA)
+    made = factors(MODULES, 4, 2)
+    added = updates(write_adapter(tmp_path / "adapter", made))
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    torch.save({n: t.T.contiguous().T for n, t in made.items()}, tmp_path / "adapter" / "adapter_model.bin")
+    assert_folded(folded(tmp_path), base(), added)
+
+
+def test_a_pickled_adapter_runs_nothing(tmp_path: Path) -> None:
+    """A pickle that would call something else is refused."""
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "touched",))
+
+    write_checkpoint(tmp_path / "base", base(), config=LLAMA)
+    write_adapter(tmp_path / "adapter", factors(MODULES, 4, 2))
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    torch.save({"x": Evil()}, tmp_path / "adapter" / "adapter_model.bin")
+    with pytest.raises((CheckpointError, UnsupportedError)):
+        folded(tmp_path)
+    assert not (tmp_path / "touched").exists()
+
+
+def test_a_quantised_base(tmp_path: Path) -> None:
+    """Codes are no weights to put an adapter onto."""
+    tensors = {name: tensor.to(torch.int8) if "q_proj" in name else tensor for name, tensor in base().items()}
+    write_checkpoint(tmp_path / "base", tensors, config=LLAMA)
+    write_adapter(tmp_path / "adapter", factors(MODULES, 4, 2))
+    with pytest.raises(UnsupportedError, match="quantised"):
+        folded(tmp_path)
+
+
+# --- the tokenizer ---
+
+
+def test_the_tokenizer_beside_an_adapter(tmp_path: Path) -> None:
+    """It goes with the output, in the place of the base's, and that is said."""
+    write_checkpoint(tmp_path / "base", base(), config=LLAMA)
+    write_adapter(tmp_path / "adapter", factors(MODULES, 4, 2))
+    for side in ("base", "adapter"):
+        model = {"type": "BPE", "vocab": {side: 0}, "merges": []}
+        added = [{"id": 30, "content": "[PAD]"}] if side == "adapter" else []
+        (tmp_path / side / "tokenizer.json").write_text(json.dumps({"model": model, "added_tokens": added}))
+    (tmp_path / "base" / "vocab.json").write_text("{}")
+    ran = run_lines("edit", tmp_path / "base", tmp_path / "adapter", "-o", tmp_path / "out", "--json")
+    assert ran.code == 0, ran.err
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tmp_path / "adapter" / "tokenizer.json").read_bytes()
+    assert not (tmp_path / "out" / "vocab.json").exists()
+    notes = "\n".join(ran.json["notes"])
+    assert "the tokenizer is the one beside the adapter" in notes
+    assert "[PAD] as token 30" in notes
+
+
+def test_only_a_chat_template_beside_an_adapter(tmp_path: Path) -> None:
+    """Without a vocabulary the tokenizer stays the base's, and the template is the adapter's."""
+    write_checkpoint(tmp_path / "base", base(), config=LLAMA)
+    write_adapter(tmp_path / "adapter", factors(MODULES, 4, 2))
+    (tmp_path / "base" / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": {}, "merges": []}}))
+    for side in ("base", "adapter"):
+        (tmp_path / side / "chat_template.jinja").write_text(side)
+        (tmp_path / side / "special_tokens_map.json").write_text(json.dumps({"pad_token": side}))
+    folded(tmp_path)
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "adapter"
+    assert json.loads((tmp_path / "out" / "special_tokens_map.json").read_text()) == {"pad_token": "base"}
