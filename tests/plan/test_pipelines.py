@@ -315,6 +315,60 @@ def test_a_component_in_fp8_or_another_layout(way: str, flags: tuple[str, ...], 
     assert report.json["not_compared"] == []
 
 
+def test_a_component_in_fp8_that_is_kept(tmp_path: Path) -> None:
+    """It is written as the numbers that it stands for, and its config no longer says otherwise."""
+    stored = FORMATS["blocks"](plain())
+    encoder = {"tensors": stored.tensors, "config": stored.config | {"model_type": "x"}}
+    write_pair(tmp_path, text_encoder=encoder)
+    edited(tmp_path, "--component", "unet", "--dtype", "float16")
+    config = json.loads((tmp_path / "out/text_encoder/config.json").read_text())
+    assert (config["model_type"], "quantization_config" in config) == ("x", False)
+    out = loaded(tmp_path / "out")["text_encoder"]
+    assert out.keys() == stored.whole.keys()
+    for name, tensor in out.items():
+        assert torch.equal(tensor, stored.whole[name].to(tensor.dtype))
+
+
+def test_a_component_that_is_stored_in_fp8_again(tmp_path: Path) -> None:
+    """With its scales and its config, as by itself; the other components keep their dtypes."""
+    for seed, side in enumerate(("base", "ft")):
+        write_pipeline(tmp_path / side, seed, text_encoder=other_ways("fp8", side))
+    edited(tmp_path, "--dtype", "fp8")
+    pair = (tmp_path / "base/text_encoder", tmp_path / "ft/text_encoder")
+    assert run_lines("edit", *pair, "-o", tmp_path / "alone", "--dtype", "fp8").code == 0
+    out, alone = (load_file(tmp_path / of / "model.safetensors") for of in ("out/text_encoder", "alone"))
+    assert {name: str(tensor.dtype) for name, tensor in out.items()} == {n: str(t.dtype) for n, t in alone.items()}
+    assert [name for name in out if not torch.equal(out[name].float(), alone[name].float())] == []
+    configs = [json.loads((tmp_path / of / "config.json").read_text()) for of in ("out/text_encoder", "alone")]
+    assert configs[0] == configs[1]
+    assert {tensor.dtype for tensor in loaded(tmp_path / "out")["unet"].values()} == {torch.float32}
+    verified = run_lines("verify", tmp_path / "out")
+    assert verified.code == 0, verified.err
+
+
+def test_filters_and_stacks_by_full_names(tmp_path: Path) -> None:
+    """A component's name stands before its tensors', and its stack may be named by it."""
+    write_pair(tmp_path)
+    edited(tmp_path, "--filter", "unet.conv_out=keep", "--stack", "text_encoder=0.5,0.5", "--stack", "unet=base")
+    base, ft, out = (loaded(tmp_path / side) for side in ("base", "ft", "out"))
+    assert torch.equal(out["unet"]["conv_out.weight"], ft["unet"]["conv_out.weight"])
+    middle = "mid_block.resnets.0.conv1.weight"
+    assert torch.equal(out["unet"][middle], base["unet"][middle])
+    first = "text_model.encoder.layers.0.mlp.w"
+    old, new = base["text_encoder"][first], ft["text_encoder"][first]
+    assert torch.equal(out["text_encoder"][first], old + torch.tensor(0.5) * (new - old))
+
+
+def test_names_that_two_components_could_have(tmp_path: Path) -> None:
+    """They are refused: `unet.ema` of its own, and `ema` in `unet`."""
+    unet = tensors([*UNET, "ema.w"], 1)
+    write_pair(tmp_path, unet=unet)
+    write_checkpoint(tmp_path / "ft/unet.ema", tensors(["x"], 0), config={})
+    path = tmp_path / "ft/model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"unet.ema": ["diffusers", "X"]}))
+    refused(edit(tmp_path), 3, "may be of unet and of unet.ema")
+
+
 def test_pickles_in_components(tmp_path: Path) -> None:
     """What torch.save wrote is read as safetensors are, and written as these, whether it is edited or kept."""
     write_pair(tmp_path)
