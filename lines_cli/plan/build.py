@@ -309,7 +309,7 @@ def _larger_than_the_base(plan: Plan) -> Iterator[str]:
         return
     infos = (
         [stored.info for stored in plan.inputs.checkpoints[0].tensors.values()],
-        [tensor.info for tensor in plan.tensors],
+        [tensor.info for tensor in plan.tensors if tensor.name not in plan.taken_whole],
     )
     names = {there: name for name, there in STORED.items()}
     most = [Counter[str]() for _ in infos]

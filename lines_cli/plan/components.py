@@ -9,7 +9,7 @@ from functools import cached_property
 from lines_cli.checkpoint.formulas import Made
 from lines_cli.checkpoint.pipeline import with_tensors_of
 from lines_cli.checkpoint.reader import Checkpoint, Component
-from lines_cli.errors import CheckpointError, MismatchError, RecipeError, UnsupportedError, printable, some
+from lines_cli.errors import CheckpointError, MismatchError, RecipeError, printable, some
 from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.tensors import Ranges, Segment, TensorSpec
 from lines_cli.recipe.schema import ALL_OTHERS, Recipe
@@ -233,21 +233,6 @@ def with_layouts(inputs: Inputs, relaid: Sequence[tuple[Share, Inputs]]) -> Inpu
         checkpoints.append(checkpoint)
         names.append(frozenset(changed))
     return replace(inputs, checkpoints=tuple(checkpoints), relaid=tuple(names))
-
-
-def refuse_pipelines(inputs: Inputs) -> None:
-    """Refuse inputs that hold several models where one is asked for.
-
-    Raises:
-        UnsupportedError: names the components.
-    """
-    for checkpoint in inputs.checkpoints:
-        if checkpoint.components:
-            names = [one.checkpoint.name for one in checkpoint.components]
-            raise UnsupportedError(
-                f"{checkpoint.name} holds several models, and an adapter is made of one",
-                hint=f"Give one of them, as {names[0]}." if checkpoint.components[0].folder is not None else None,
-            )
 
 
 def taken_whole(shares: Sequence[Share], recipe: Recipe, inputs: Inputs) -> Iterator[TensorSpec]:
