@@ -164,7 +164,8 @@ def _matched(
         blocks some side lacks.
     """
     inputs, own = aligned_names(inputs, notes, prefix=recipe.prefix, strict=recipe.missing_in_blocks is None)
-    matched = match_names(inputs, own, resize=recipe.resize != "error", notes=notes)
+    resize = recipe.resize != "error" or recipe.vocabulary_source is not None or recipe.tokenizer is not None
+    matched = match_names(inputs, own, resize=resize, notes=notes)
     parameters = inputs.parameters(own)
     if of_several and not read_lists(list(parameters)):
         rows = settle_missing(inputs, own, matched, {}, recipe.model_copy(update={"missing_in_blocks": None}), notes)

@@ -21,6 +21,7 @@ from lines_cli.checkpoint.sidecars import (
     files_of_pipeline,
     index_file,
     left_behind,
+    tokenizer_folder,
 )
 from lines_cli.checkpoint.tokenizer import with_tokens
 from lines_cli.errors import RecipeError, printable
@@ -102,8 +103,9 @@ def _of_a_model(
     extended: dict[str, bytes] = {}
     if vocabulary is not None:
         tokenizer = inputs.checkpoints[vocabulary.of]
-        if vocabulary.changes_tokenizer and tokenizer.folder is not None:
-            extended = with_tokens(tokenizer.folder, vocabulary.ids, vocabulary.added)
+        home = tokenizer_folder(tokenizer)
+        if vocabulary.changes_tokenizer and home is not None:
+            extended = with_tokens(home, vocabulary.ids, vocabulary.added)
     elif tokenizer is not None and (other_rows := rows.keys() & _vocabularies(inputs, tokenizer)):
         raise RecipeError(
             f"tokenizer_source: {tokenizer.name} has {min(other_rows):,} rows of token embeddings, and "

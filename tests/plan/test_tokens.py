@@ -417,6 +417,78 @@ def test_an_adapter_on_a_base_with_other_ids(tmp_path: Path) -> None:
             torch.testing.assert_close(got[HEAD][number], expected, rtol=1e-5, atol=1e-5)
 
 
+def adapter_with_tables(
+    folder: Path, base: Tensors, words: Sequence[str], extra: Sequence[str] = ()
+) -> tuple[Tensors, Ids]:
+    """Write an adapter with a tokenizer of its own, which holds token embeddings and head whole; these by name."""
+    ids = write_tokenizer(folder, words, extra)
+    generator = torch.Generator().manual_seed(7)
+    tables = {name: torch.randn(len(ids), WIDTH, generator=generator) for name in (EMBED, HEAD)}
+    factors = {"base_model.model.model.layers.0.w.lora_A.weight": torch.zeros(1, WIDTH)}
+    factors |= {"base_model.model.model.layers.0.w.lora_B.weight": torch.zeros(WIDTH, 1)}
+    saved = {f"base_model.model.{name}": table for name, table in tables.items()}
+    save_file(factors | saved, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["w"], "base_model_name_or_path": "base"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return {**base, **tables}, ids
+
+
+def adapter_and_base(
+    folder: Path, words: Sequence[str], extra: Sequence[str] = ()
+) -> tuple[Tensors, Ids, Tensors, Ids]:
+    """Write a base, and such an adapter as `ft`."""
+    base, ids = model(folder / "base", WORDS, seed=0)
+    base = {name: tensor for name, tensor in base.items() if name != BIAS and not name.endswith(".w")}
+    base |= {f"model.layers.{n}.w.weight": torch.ones(WIDTH, WIDTH) for n in range(2)}
+    write_checkpoint(folder / "base", base, config=json.loads((folder / "base" / "config.json").read_text()))
+    return base, ids, *adapter_with_tables(folder / "ft", base, words, extra)
+
+
+@pytest.mark.parametrize("words", [WORDS, swapped(WORDS, (2, 7))], ids=["same order", "other order"])
+def test_the_tokenizer_of_an_adapter_says_whose_its_rows_are(words: Sequence[str], tmp_path: Path) -> None:
+    """A union has the tokens that only the tokenizer beside an adapter knows, and pairs all others by it."""
+    base, ids, ft, ft_ids = adapter_and_base(tmp_path, words, ("<a>", "<b>"))
+    for source in ("union", "ft"):
+        ran = merge(tmp_path, ["ft"], "--force", tokenizer_source=source, merge_method="task_arithmetic")
+        assert ran.code == 0, ran.err
+        got, out_ids = output(tmp_path), ids_in(tmp_path / "out")
+        assert out_ids == (dict(ids) | {"<a>": len(WORDS), "<b>": len(WORDS) + 1} if source == "union" else ft_ids)
+        for name in (EMBED, HEAD):
+            assert len(got[name]) == len(out_ids)
+            for token, number in out_ids.items():
+                rows = [row(base, name, ids, token), row(ft, name, ft_ids, token)]
+                torch.testing.assert_close(got[name][number], task_arithmetic(rows, [1.0]))
+
+
+def test_an_adapter_with_other_ids_is_refused(tmp_path: Path) -> None:
+    """As a whole fine-tune with these is; with --resize rows are paired by token, and the kept side's tokenizer goes
+    with them.
+    """
+    base, ids, ft, ft_ids = adapter_and_base(tmp_path, swapped(WORDS, (2, 7)))
+    ran = edit(tmp_path)
+    assert ran.code == 4
+    assert '"sat": 2 in the base, 7 in the fine-tune' in ran.err
+    for keep, kept in (("ft", ft_ids), ("base", ids)):
+        ran = edit(tmp_path, "--resize", keep, "--force")
+        assert ran.code == 0, ran.err
+        assert ids_in(tmp_path / "out") == kept
+        for token, number in kept.items():
+            expected = task_arithmetic([base[EMBED][ids[token]], ft[EMBED][ft_ids[token]]], [0.25])
+            torch.testing.assert_close(output(tmp_path)[EMBED][number], expected)
+
+
+def test_whose_tokenizer_is_taken_is_said(tmp_path: Path) -> None:
+    """Only where the output has that of the adapter is it said to have it."""
+    adapter_and_base(tmp_path, WORDS, ("<a>",))
+    said = f"the tokenizer is the one beside the adapter {tmp_path / 'ft'}: tokenizer.json"
+    for keep, of_adapter in (("ft", True), ("base", False)):
+        ran = edit(tmp_path, "--resize", keep, "--force", "--json")
+        assert ran.code == 0, ran.err
+        assert any(note.startswith(said) for note in ran.json["notes"]) == of_adapter
+        assert any("beside the adapter" in note for note in ran.json["notes"]) == of_adapter
+        assert ("<a>" in ids_in(tmp_path / "out")) == of_adapter
+
+
 def test_rows_of_a_pickle_that_lies_otherwise(tmp_path: Path) -> None:
     """Rows are those of the tensor, however torch stored it: turned, or with gaps."""
     base, ids = model(tmp_path / "base", WORDS, seed=1)
@@ -561,6 +633,39 @@ def test_a_head_that_is_tied_on_one_side(tmp_path: Path) -> None:
     for token, number in ft_ids.items():
         expected = task_arithmetic([base[EMBED][ids[token]], ft[HEAD][number]], [0.25])
         assert raw(got[HEAD][number]) == raw(expected)
+
+
+@pytest.mark.parametrize("has_head", ["base", "a"])
+@pytest.mark.parametrize(
+    "recipe",
+    [{"tokenizer_source": "union"}, {"tokenizer_source": "a"}, {"tokenizer": {"tokens": {"<z>": {"source": "a"}}}}],
+    ids=["union", "of one", "tokens"],
+)
+def test_a_tied_head_that_one_side_stores(recipe: dict[str, Any], has_head: str, tmp_path: Path) -> None:
+    """A tied model may hold its head or not: where rows are paired by token the side without has its embedding for it,
+    so that the two stay one weight.
+    """
+    words = {"base": WORDS, "a": [*swapped(WORDS, (0, 4)), "<x>", "<z>"]}
+    sides, ids = {}, {}
+    for seed, side in enumerate(words):
+        tensors, ids[side] = model(tmp_path / side, words[side], seed=seed)
+        del tensors[BIAS]
+        tensors[HEAD] = tensors[EMBED].clone()
+        sides[side] = dict(tensors)
+        if side != has_head:
+            del tensors[HEAD]
+        config = {"model_type": "llama", "tie_word_embeddings": True, "vocab_size": len(words[side])}
+        write_checkpoint(tmp_path / side, tensors, config=config)
+    models = [{"model": "a", "parameters": {"weight": 0.5}}]
+    ran = merge(tmp_path, [], merge_method="task_arithmetic", models=models, **recipe)
+    assert ran.code == 0, ran.err
+    got, out_ids = output(tmp_path), ids_in(tmp_path / "out")
+    assert raw(got.get(HEAD, got[EMBED])) == raw(got[EMBED])
+    assert (HEAD in got) == (has_head == "base")  # whose tensors the output has
+    assert out_ids.keys() >= set(WORDS) | {"<z>"}
+    for token, number in out_ids.items():
+        rows = [row(sides[side], EMBED, ids[side], token) for side in words]
+        torch.testing.assert_close(got[EMBED][number], task_arithmetic(rows, [0.5]))
 
 
 def test_a_head_that_one_side_lacks_is_copied_by_token(tmp_path: Path) -> None:
