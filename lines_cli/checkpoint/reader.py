@@ -628,7 +628,7 @@ def refuse_folder(folder: str, names: Collection[str], *, components: Sequence[s
     if not set(ADAPTERS).isdisjoint(names):
         raise UnsupportedError(
             f"{folder} is a PEFT adapter, not a whole checkpoint",
-            hint=FOLD,
+            hint=WITH_ITS_BASE,
         )
     if parts := sorted(name for name in names if _PARTS.fullmatch(name) or name.startswith(_FOLDERS_OF_PARTS)):
         raise UnsupportedError(
@@ -736,7 +736,7 @@ def unsupported_in(checkpoint: Checkpoint) -> UnsupportedError | None:
         return UnsupportedError(
             f"{checkpoint.where(factor)} is an adapter, not a whole checkpoint: it holds factors, such as "
             f"{printable(factor)}, and not the weights that they change",
-            hint=f"The result would be no sum of what they stand for. {FOLD}",
+            hint=f"The result would be no sum of what they stand for. {WITH_ITS_BASE}",
         )
     return None
 
@@ -745,4 +745,6 @@ def _by_name(known: str | None) -> str:
     return "" if known is None or known == UNSCALED else f", as {known} does"
 
 
-FOLD = "Fold it into its base first (peft: merge_and_unload, then save_pretrained), and give that folder."
+WITH_ITS_BASE = (
+    "An adapter stands where a fine-tune does, with its base: lines edit BASE ADAPTER -o OUT, or as BASE+ADAPTER."
+)

@@ -53,7 +53,7 @@ PAGES = {
     "several fine-tunes of one base": ("lines merge --config FILE", "docs/merging.md"),
     "a mergekit file": ("lines merge --config FILE", "docs/mergekit.md"),
     "fine-tunes with other tokens": ("tokenizer_source: union", "docs/vocabularies.md"),
-    "a LoRA adapter": ("fold it into its base first", "docs/adapters.md"),
+    "a LoRA adapter": ("lines edit BASE ADAPTER -o OUT", "docs/adapters.md"),
     "adapters to scale or to merge": ("lines edit --adapter ADAPTER -o OUT", "docs/adapters-out.md"),
     "a full fine-tune, for an adapter": ("lines extract FT --base BASE ...", "docs/adapters-out.md"),
     "weights in FP8, GGUF and the like": ("lines edit BASE FT -o OUT", "docs/quantised.md"),

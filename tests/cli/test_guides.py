@@ -22,6 +22,7 @@ from support.fp8 import FORMATS, LAYERS, near, plain
 from support.gguf import write_gguf
 from support.pages import DOCS, blocks, run_page
 from support.pipelines import loaded, write_everything, write_modules, write_pipeline
+from support.run import run_lines
 from support.tokenizers import ids_in, write_tokenizer
 from support.torch_files import write_folder
 
@@ -265,9 +266,30 @@ def test_adapters_out(here: Path) -> None:
         torch.testing.assert_close(merged[name], wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_adapters(here: Path) -> None:
-    """docs/adapters.md: of an adapter that is folded, each layer keeps the share of B A that its coefficient says."""
+    """docs/adapters.md: each layer has the share of B A that its coefficient says; to fold is to scale by 1."""
+    sizes = {"self_attn.q_proj": (12, 8), "mlp.up_proj": (16, 8)}
+    modules = layers_of(4, sizes)
+    for seed, side in enumerate(("base", "ft")):
+        chance = torch.Generator().manual_seed(seed)
+        weights = {f"{module}.weight": torch.randn(*size, generator=chance) for module, size in modules.items()}
+        weights["model.norm.weight"] = torch.ones(8)
+        write_checkpoint(here / side, weights, config={"model_type": "tiny", "num_hidden_layers": 4})
+    for seed, name in enumerate(("adapter", "adapter2", "adapter3")):
+        write_adapter(here / name, factors(modules, 4, seed))
+    names = run_page("adapters.md")
+    base, out, folded = (load_file(here / side / "model.safetensors") for side in ("base", "out", "folded"))
+    for name, update in updates(here / "adapter").items():
+        moved = out[name].double() - base[name].double()
+        torch.testing.assert_close(moved, DEFAULTS[int(name.split(".")[2])] * update, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(folded[name].double(), base[name].double() + update, rtol=1e-6, atol=1e-6)
+    assert torch.equal(out["model.norm.weight"], base["model.norm.weight"])
+    assert callable(names["fold"])
+
+
+@pytest.mark.slow
+def test_what_peft_folds(here: Path) -> None:
+    """docs/adapters.md: the function there folds as `--alpha 1 --beta 0` does, on a real model in bfloat16."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         peft = pytest.importorskip("peft")
@@ -276,19 +298,16 @@ def test_adapters(here: Path) -> None:
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "vocab_size": 64}
         config = transformers.LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)
         transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(here / "base")
-        for adapter in ("adapter", "adapter2"):
-            model = transformers.LlamaForCausalLM.from_pretrained(here / "base", dtype="bfloat16")
-            lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=False)
-            peft.get_peft_model(model, lora).save_pretrained(here / adapter)
-        run_page("adapters.md")
-    base, out = (load_file(here / side / "model.safetensors") for side in ("base", "out"))
-    factors = load_file(here / "adapter" / "adapter_model.safetensors")
-    for layer, coefficient in enumerate(DEFAULTS):
-        name = f"model.layers.{layer}.self_attn.q_proj"
-        down, up = (factors[f"base_model.model.{name}.lora_{side}.weight"].double() for side in "AB")
-        update = out[f"{name}.weight"].double() - base[f"{name}.weight"].double()
-        product = 8 / 4 * up @ down
-        assert float((update * product).sum() / (product**2).sum()) == pytest.approx(coefficient, abs=0.02)
-    same = "model.layers.0.self_attn.v_proj.weight"
-    assert torch.equal(out[same], base[same])
-    assert out[same].dtype == torch.bfloat16
+        model = transformers.LlamaForCausalLM.from_pretrained(here / "base", dtype="bfloat16")
+        lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=False)
+        peft.get_peft_model(model, lora).save_pretrained(here / "adapter")
+        (code,) = (text for kind, text in blocks("adapters.md") if kind == "python")
+        names: dict[str, Any] = {}
+        exec(code, names)
+        names["fold"]("adapter", "ft")
+    run_lines("edit", "base", "adapter", "-o", "folded", "--alpha", "1", "--beta", "0", "--dtype", "float32")
+    theirs, ours = (load_file(here / side / "model.safetensors") for side in ("ft", "folded"))
+    assert theirs.keys() == ours.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-6, atol=1e-7)
+    assert run_lines("inspect", "adapter").code == 0
