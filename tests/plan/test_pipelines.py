@@ -938,6 +938,25 @@ def test_depth_by_hand_of_one_file(tmp_path: Path) -> None:
     assert {stack["name"]: stack["layers"] for stack in ran.json["stacks"]} == {"input": 3, "output": 3}
 
 
+@pytest.mark.parametrize("whole", ["base", "ft"])
+def test_a_file_of_one_component_beside_one_of_all(whole: str, tmp_path: Path) -> None:
+    """It is paired with that component, whichever side has the others; the output has what the fine-tune has."""
+    write_files(tmp_path, EVERYTHING)
+    other = "ft" if whole == "base" else "base"
+    unet = {name: t for name, t in load_file(tmp_path / f"{other}.safetensors").items() if name.startswith("model.")}
+    write_checkpoint(tmp_path / f"{other}.safetensors", unet)
+    pair = (tmp_path / "base.safetensors", tmp_path / "ft.safetensors")
+    ran = run_lines("edit", *pair, "-o", tmp_path / "out.safetensors")
+    assert ran.code == 0, ran.err
+    base, ft = map(load_file, pair)
+    out = load_file(tmp_path / "out.safetensors")
+    assert out.keys() == ft.keys()
+    first, middle = (f"model.diffusion_model.{name}" for name in ("input_blocks.0.0.w", "middle_block.0.w"))
+    assert torch.equal(out[first], base[first] + torch.tensor(0.1) * (ft[first] - base[first]))
+    assert torch.equal(out[middle], base[middle] + torch.tensor(0.1 + 0.9 * 3 / 6) * (ft[middle] - base[middle]))
+    assert [name for name in out if not name.startswith("model.") and not torch.equal(out[name], ft[name])] == []
+
+
 def test_a_file_beside_a_folder(tmp_path: Path) -> None:
     """The same model in two layouts is refused, with the way to convert it."""
     write_pair(tmp_path)
