@@ -58,7 +58,7 @@ PAGES = {
     "a full fine-tune, for an adapter": ("lines extract FT --base BASE ...", "docs/adapters-out.md"),
     "weights in FP8, GGUF and the like": ("lines edit BASE FT -o OUT", "docs/quantised.md"),
     "a .pt, .bin or .ckpt file": ("lines edit base.pt ft.ckpt -o out", "docs/pickles.md"),
-    "a diffusers folder": ("lines edit BASE/unet FT/unet ...", "docs/diffusion.md"),
+    "a diffusers folder": ("lines edit BASE FT -o OUT", "docs/diffusion.md"),
     "a question about a checkpoint": ("lines inspect CHECKPOINT", "docs/inspecting.md"),
     "an output, and a doubt": ("lines verify OUT", "docs/reliability.md"),
     "an output, for the Hub": ("lines push OUT org/name", "docs/hub.md"),
