@@ -296,6 +296,24 @@ def test_tied_weights_that_stay_equal(tmp_path: Path) -> None:
     assert_folded(folded(tmp_path), before, added | {"model.embed_tokens.weight": 2 * (b.double() @ a.double()).T})
 
 
+@pytest.mark.parametrize("others", [{}, {"self_attn.q_proj": (12, 8)}, {"mlp.down_proj": (8, 8)}])
+def test_experts_say_nothing_of_a_square_layer(others: dict[str, tuple[int, int]], tmp_path: Path) -> None:
+    """Experts that are stored [in, out], as gpt-oss has them, stand beside layers that are [out, in]."""
+    modules = layers_of(1, {"self_attn.o_proj": (8, 8), **others})
+    before = {f"{name}.weight": torch.randn(*size) for name, size in modules.items()}
+    before["model.layers.0.mlp.experts.down_proj"] = torch.randn(2, 12, 8)
+    write_checkpoint(tmp_path / "base", before, config={"model_type": "mixed", "num_hidden_layers": 1})
+    a, b = torch.randn(2 * 4, 12), torch.randn(8, 4 * 2)
+    experts = f"{PREFIX}model.layers.0.mlp.experts"
+    of_experts = {f"{experts}.lora_A.weight": a, f"{experts}.lora_B.weight": b}
+    folder = write_adapter(tmp_path / "adapter", factors(modules, 4, 1))
+    added = updates(folder)
+    write_adapter(folder, factors(modules, 4, 1) | of_experts, target_parameters=["mlp.experts.down_proj"])
+    product = torch.einsum("ore,eri->eio", b.double().view(8, 4, 2), a.double().view(2, 4, 12))
+    added["model.layers.0.mlp.experts.down_proj"] = 2 * product
+    assert_folded(folded(tmp_path), before, added)
+
+
 # --- an adapter where a base should be ---
 
 
