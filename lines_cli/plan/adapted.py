@@ -28,7 +28,7 @@ from lines_cli.checkpoint.formulas import (
 )
 from lines_cli.checkpoint.header import StoredTensor
 from lines_cli.checkpoint.reader import Checkpoint, views_of
-from lines_cli.errors import MismatchError, printable, some
+from lines_cli.errors import CheckpointError, MismatchError, printable, some
 from lines_cli.plan.same_names import canonical
 from lines_cli.plan.tied_weights import is_head, is_vocabulary, says_tied, tied_embeddings, tied_partner, untied
 from lines_cli.plan.unet_names import otherwise
@@ -130,6 +130,7 @@ class _Targets:
         """Heads that are changed through the embedding that they are tied to."""
         self._resolve(list(enumerate(adapter.changes)))
         self._refuse_two_of_one()
+        self._refuse_missing()
 
     def pairs(self) -> Iterator[tuple[Change, str]]:
         """Each change with the name of a tensor; what is whole first, for other changes come on top of it."""
@@ -325,6 +326,22 @@ class _Targets:
                     f"{self._adapter.file}: {printable(change.called)} and {printable(theirs.called)} are both "
                     f"{printable(target)} in {self._base.name}",
                     hint=_OTHER_BASE,
+                )
+
+    def _refuse_missing(self) -> None:
+        """Refuse an adapter without a module that it is said to hold whole, where the base has that; a table that is
+        tied to another has one tensor with that.
+        """
+        saved = self._adapter.config.get("modules_to_save") or ()
+        held = [f".{change.name}" for change in self._adapter.changes if change.kind == "whole"]
+        tied = self._tied and any(map(is_vocabulary, held))
+        for name in (name for name in saved if not any(f".{name}." in other for other in held)):
+            theirs = [there for there in self._base.tensors if f".{name}." in f".{there}"]
+            if theirs and not (tied and all(map(is_vocabulary, theirs))):
+                raise CheckpointError(
+                    f"{self._adapter.file}: no tensor of {printable(name)}, which its config says that it holds whole "
+                    f"(modules_to_save), and {self._base.name} has {printable(theirs[0])}",
+                    hint="The adapter is incomplete or damaged: copy or download it again.",
                 )
 
     def _refuse_ambiguous(self, readings: Sequence[_Read]) -> None:

@@ -186,6 +186,18 @@ def test_what_is_whole_takes_the_base_s_place(tmp_path: Path) -> None:
     assert_folded(found, base() | {"model.layers.0.norm.weight": norm, "lm_head.weight": head}, added)
 
 
+def test_a_module_that_should_be_whole_and_is_missing(tmp_path: Path) -> None:
+    """It is refused where the base has such a module; a name that the base has not either is none of its."""
+    write_checkpoint(tmp_path / "base", base(), config=LLAMA)
+    made = factors(MODULES, 4, 2) | {f"{PREFIX}model.layers.{i}.norm.weight": torch.ones(8) for i in range(2)}
+    write_adapter(tmp_path / "adapter", made, modules_to_save=["norm", "lm_head"])
+    with pytest.raises(CheckpointError, match=r"no tensor of lm_head.*modules_to_save"):
+        folded(tmp_path)
+    assert not (tmp_path / "out").exists()
+    write_adapter(tmp_path / "adapter", made, modules_to_save=["norm", "score"])
+    assert folded(tmp_path).keys() == base().keys()
+
+
 def test_a_new_head(tmp_path: Path) -> None:
     """A module that the base has not, and the adapter was trained with, is missing on one side like a fine-tune's."""
     write_checkpoint(tmp_path / "base", base(head=False), config=LLAMA)
