@@ -170,7 +170,11 @@ def open_adapter(path: Path, *, name: str | None = None, hub_id: str | None = No
     config_path = beside(weights.parent, CONFIG)
     config = read_object(config_path) if config_path is not None else {}
     reading = _Reading(checkpoint, config, config_path)
-    return Adapter(checkpoint, config, tuple(reading.changes()), tuple(reading.notes))
+    changes = tuple(reading.changes())
+    if not changes:
+        raise CheckpointError(f"{weights}: it has no tensor that changes a base, so it changes nothing", hint=_DAMAGED)
+    reading.refuse_missing(changes)
+    return Adapter(checkpoint, config, changes, tuple(reading.notes))
 
 
 Factors = dict[tuple[str, str], StoredTensor]
@@ -261,6 +265,31 @@ class _Reading:
             products = {key: stored for key, stored in factors.items() if key[1] not in ("whole", "underneath")}
             if products:
                 yield from self._products(module, depth, products)
+
+    def refuse_missing(self, changes: Iterable[Change]) -> None:
+        """Refuse an adapter without what its config names: rows of embeddings, and modules that are saved whole. Of
+        these one suffices: PEFT names several for the heads of classifiers, of which a model has one.
+
+        Raises:
+            CheckpointError: says what is missing.
+        """
+        if self.config is None:
+            return
+        by_name = self.config.tokens if isinstance(self.config.tokens, Mapping) else {"": self.config.tokens}
+        there = [f".{change.called}" for change in changes if change.kind == "rows"]
+        rows = {name for name in by_name if any(module.endswith(f".{name}" if name else "") for module in there)}
+        kept = [by_name[name] for name in rows]  # of a head that is tied those of its embedding
+        lacking = [name for name, tokens in by_name.items() if tokens and name not in rows and tokens not in kept]
+        saved = self.config.saved_modules
+        if lacking:
+            of = f" of {', '.join(map(printable, lacking))}" if lacking != [""] else ""
+            key = "token_indices" if self.config.kind == "TRAINABLE_TOKENS" else "trainable_token_indices"
+            said, missing = key, f"no rows{of} that are replaced"
+        elif saved and not any(change.kind == "whole" and change.expected for change in changes):
+            said, missing = "modules_to_save", f"no tensor of {', '.join(map(printable, saved))}"
+        else:
+            return
+        raise CheckpointError(f"{self.file} has {missing}, and {self.config.where} names them: {said}", hint=_DAMAGED)
 
     def _wholes(self, module: str, factors: Factors) -> Iterator[Change]:
         component, own = component_of(module)

@@ -28,7 +28,7 @@ from lines_cli.checkpoint.formulas import (
 )
 from lines_cli.checkpoint.header import StoredTensor
 from lines_cli.checkpoint.reader import Checkpoint, views_of
-from lines_cli.errors import MismatchError, printable, some
+from lines_cli.errors import CheckpointError, MismatchError, printable, some
 from lines_cli.plan.same_names import canonical
 from lines_cli.plan.tied_weights import is_head, is_vocabulary, says_tied, tied_embeddings, tied_partner, untied
 from lines_cli.plan.unet_names import otherwise
@@ -130,6 +130,7 @@ class _Targets:
         """Heads that are changed through the embedding that they are tied to."""
         self._resolve(list(enumerate(adapter.changes)))
         self._refuse_two_of_one()
+        self._refuse_missing()
 
     def pairs(self) -> Iterator[tuple[Change, str]]:
         """Each change with the name of a tensor; what is whole first, for other changes come on top of it."""
@@ -325,6 +326,22 @@ class _Targets:
                     f"{self._adapter.file}: {printable(change.called)} and {printable(theirs.called)} are both "
                     f"{printable(target)} in {self._base.name}",
                     hint=_OTHER_BASE,
+                )
+
+    def _refuse_missing(self) -> None:
+        """Refuse an adapter without a module that it is said to hold whole, where the base has that; a table that is
+        tied to another has one tensor with that.
+        """
+        saved = self._adapter.config.get("modules_to_save") or ()
+        held = [f".{change.name}" for change in self._adapter.changes if change.kind == "whole"]
+        tied = self._tied and any(map(is_vocabulary, held))
+        for name in (name for name in saved if not any(f".{name}." in other for other in held)):
+            theirs = [there for there in self._base.tensors if f".{name}." in f".{there}"]
+            if theirs and not (tied and all(map(is_vocabulary, theirs))):
+                raise CheckpointError(
+                    f"{self._adapter.file}: no tensor of {printable(name)}, which its config says that it holds whole "
+                    f"(modules_to_save), and {self._base.name} has {printable(theirs[0])}",
+                    hint="The adapter is incomplete or damaged: copy or download it again.",
                 )
 
     def _refuse_ambiguous(self, readings: Sequence[_Read]) -> None:
@@ -644,6 +661,13 @@ class _Making:
         )
 
 
+_Stored = dict[tuple[int, str], bool]
+"""How many sides weights have (a batch of matrices three), and what they are called -> whether they are [in, out].
+
+A batch of experts says nothing of a layer: gpt-oss has the ones [in, out] beside the others [out, in].
+"""
+
+
 class _Turned:
     """Whether a square weight is stored [in, out]. Shapes do not tell; others of the same name and the adapter do.
 
@@ -665,15 +689,16 @@ class _Turned:
         if change.transposed or f"{target.removesuffix('out_proj.weight')}in_proj_weight" in self._base.tensors:
             return False  # embeddings, and torch's attention, are stored in one way
         last, model_type = _leaf(target), self._base.config.get("model_type")
+        sides = len(self._base.tensors[target].info.shape)
         for votes in (self._by_bias, self._by_products):
-            if (said := votes.get(last)) is not None:
+            if (said := votes.get((sides, last))) is not None:
                 return said
-        if len(self._base.tensors[target].info.shape) == 3:
+        if sides == 3:
             return model_type in _STORED_IN_OUT_IN_BATCHES
         if model_type in _STORED_IN_OUT:
             return last in ("c_attn", "q_attn", "c_proj", "c_fc")
         said_by_config = bool(self._adapter.config.get("fan_in_fan_out"))
-        others = set(self._by_products.values())
+        others = {said for (sides, _), said in self._by_products.items() if sides == 2}
         if others == {not said_by_config}:
             return not said_by_config
         if len(others) > 1:
@@ -685,27 +710,29 @@ class _Turned:
         return said_by_config
 
     @cached_property
-    def _by_bias(self) -> dict[str, bool]:
-        """By the last part of modules' names: whether their biases are as long as rows, and weights no squares."""
-        votes: dict[str, Counter[bool]] = defaultdict(Counter)
+    def _by_bias(self) -> _Stored:
+        """By how many sides weights have and the last part of modules' names: whether their biases are as long as rows,
+        and weights no squares.
+        """
+        votes: dict[tuple[int, str], Counter[bool]] = defaultdict(Counter)
         for name, stored in self._base.tensors.items():
             info = stored.info
             if len(info.shape) == 2 and info.shape[0] != info.shape[1] and name.endswith(".weight"):
                 bias = self._base.tensors.get(f"{name.removesuffix('.weight')}.bias")
                 if bias is not None and len(bias.info.shape) == 1 and bias.info.shape[0] in info.shape:
-                    votes[_leaf(name)][bias.info.shape[0] == info.shape[1]] += 1
+                    votes[2, _leaf(name)][bias.info.shape[0] == info.shape[1]] += 1
             elif len(info.shape) == 3 and info.shape[1] != info.shape[2]:
                 bias = self._base.tensors.get(f"{name}_bias")
                 if bias is not None and len(bias.info.shape) == 2 and bias.info.shape[1] in info.shape[1:]:
                     said = bias.info.shape[1] == info.shape[2]
                     for parameter in ("gate_up_proj", "down_proj", _leaf(name)):
-                        votes[parameter][said] += 1
+                        votes[3, parameter][said] += 1
         return _agreed(votes)
 
     @cached_property
-    def _by_products(self) -> dict[str, bool]:
+    def _by_products(self) -> _Stored:
         """The same by the adapter's own products that are no squares."""
-        votes: dict[str, Counter[bool]] = defaultdict(Counter)
+        votes: dict[tuple[int, str], Counter[bool]] = defaultdict(Counter)
         for change, target in self._targets.pairs():
             if change.kind != "low rank" or change.transposed or target not in self._base.tensors:
                 continue
@@ -714,7 +741,7 @@ class _Turned:
             if own[0] != own[1] and shape[-2:] in (own, own[::-1]):
                 leaves = ("gate_up_proj", "down_proj") if len(shape) == 3 else (_leaf(target),)
                 for leaf in leaves:
-                    votes[leaf][shape[-2:] != own] += 1
+                    votes[len(shape), leaf][shape[-2:] != own] += 1
         return _agreed(votes)
 
 
@@ -722,8 +749,8 @@ _STORED_IN_OUT = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transfor
 _STORED_IN_OUT_IN_BATCHES = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filter"})
 
 
-def _agreed(votes: Mapping[str, Counter[bool]]) -> dict[str, bool]:
-    return {leaf: next(iter(said)) for leaf, said in votes.items() if len(said) == 1}
+def _agreed(votes: Mapping[tuple[int, str], Counter[bool]]) -> _Stored:
+    return {key: next(iter(said)) for key, said in votes.items() if len(said) == 1}
 
 
 def _leaf(name: str) -> str:

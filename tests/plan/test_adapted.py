@@ -186,6 +186,18 @@ def test_what_is_whole_takes_the_base_s_place(tmp_path: Path) -> None:
     assert_folded(found, base() | {"model.layers.0.norm.weight": norm, "lm_head.weight": head}, added)
 
 
+def test_a_module_that_should_be_whole_and_is_missing(tmp_path: Path) -> None:
+    """It is refused where the base has such a module; a name that the base has not either is none of its."""
+    write_checkpoint(tmp_path / "base", base(), config=LLAMA)
+    made = factors(MODULES, 4, 2) | {f"{PREFIX}model.layers.{i}.norm.weight": torch.ones(8) for i in range(2)}
+    write_adapter(tmp_path / "adapter", made, modules_to_save=["norm", "lm_head"])
+    with pytest.raises(CheckpointError, match=r"no tensor of lm_head.*modules_to_save"):
+        folded(tmp_path)
+    assert not (tmp_path / "out").exists()
+    write_adapter(tmp_path / "adapter", made, modules_to_save=["norm", "score"])
+    assert folded(tmp_path).keys() == base().keys()
+
+
 def test_a_new_head(tmp_path: Path) -> None:
     """A module that the base has not, and the adapter was trained with, is missing on one side like a fine-tune's."""
     write_checkpoint(tmp_path / "base", base(head=False), config=LLAMA)
@@ -294,6 +306,24 @@ def test_tied_weights_that_stay_equal(tmp_path: Path) -> None:
     added = updates(write_adapter(tmp_path / "adapter", made, ensure_weight_tying=True))
     del added["lm_head.weight"]
     assert_folded(folded(tmp_path), before, added | {"model.embed_tokens.weight": 2 * (b.double() @ a.double()).T})
+
+
+@pytest.mark.parametrize("others", [{}, {"self_attn.q_proj": (12, 8)}, {"mlp.down_proj": (8, 8)}])
+def test_experts_say_nothing_of_a_square_layer(others: dict[str, tuple[int, int]], tmp_path: Path) -> None:
+    """Experts that are stored [in, out], as gpt-oss has them, stand beside layers that are [out, in]."""
+    modules = layers_of(1, {"self_attn.o_proj": (8, 8), **others})
+    before = {f"{name}.weight": torch.randn(*size) for name, size in modules.items()}
+    before["model.layers.0.mlp.experts.down_proj"] = torch.randn(2, 12, 8)
+    write_checkpoint(tmp_path / "base", before, config={"model_type": "mixed", "num_hidden_layers": 1})
+    a, b = torch.randn(2 * 4, 12), torch.randn(8, 4 * 2)
+    experts = f"{PREFIX}model.layers.0.mlp.experts"
+    of_experts = {f"{experts}.lora_A.weight": a, f"{experts}.lora_B.weight": b}
+    folder = write_adapter(tmp_path / "adapter", factors(modules, 4, 1))
+    added = updates(folder)
+    write_adapter(folder, factors(modules, 4, 1) | of_experts, target_parameters=["mlp.experts.down_proj"])
+    product = torch.einsum("ore,eri->eio", b.double().view(8, 4, 2), a.double().view(2, 4, 12))
+    added["model.layers.0.mlp.experts.down_proj"] = 2 * product
+    assert_folded(folded(tmp_path), before, added)
 
 
 # --- an adapter where a base should be ---
