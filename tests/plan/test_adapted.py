@@ -186,6 +186,29 @@ def test_what_is_whole_takes_the_base_s_place(tmp_path: Path) -> None:
     assert_folded(found, base() | {"model.layers.0.norm.weight": norm, "lm_head.weight": head}, added)
 
 
+def test_what_is_saved_under_two_names(tmp_path: Path) -> None:
+    """PEFT's own file of embeddings in modules_to_save has each of them twice, and what was before: one is read; scaled
+    in place, the copy is not written. Of two shapes they are no copies.
+    """
+    write_checkpoint(tmp_path / "base", base(), config=LLAMA)
+    head = torch.randn(30, 8)
+    made = factors(MODULES, 4, 2) | {
+        f"{PREFIX}lm_head.weight": head,
+        f"{PREFIX}lm_head.modules_to_save.weight": head.clone(),
+        f"{PREFIX}lm_head.original_module.weight": base()["lm_head.weight"],
+    }
+    added = updates(write_adapter(tmp_path / "adapter", made, modules_to_save=["lm_head"]))
+    assert_folded(folded(tmp_path), base() | {"lm_head.weight": head}, added)
+    lines.edit_adapter(tmp_path / "adapter", tmp_path / "scaled", base=tmp_path / "base", alpha=0.5, beta=0)
+    scaled = load_file(tmp_path / "scaled" / "adapter_model.safetensors")
+    halfway = torch.lerp(base()["lm_head.weight"].double(), head.double(), 0.5)
+    torch.testing.assert_close(scaled[f"{PREFIX}lm_head.weight"].double(), halfway, rtol=1e-6, atol=1e-6)
+    assert f"{PREFIX}lm_head.modules_to_save.weight" not in scaled
+    write_adapter(tmp_path / "other", made | {f"{PREFIX}lm_head.modules_to_save.weight": torch.randn(31, 8)})
+    with pytest.raises(CheckpointError, match=r"two tensors are the whole of lm_head"):
+        folded(tmp_path, "other")
+
+
 def test_a_new_head(tmp_path: Path) -> None:
     """A module that the base has not, and the adapter was trained with, is missing on one side like a fine-tune's."""
     write_checkpoint(tmp_path / "base", base(head=False), config=LLAMA)
