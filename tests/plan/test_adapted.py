@@ -303,6 +303,49 @@ def test_a_tied_weight_that_is_saved_whole_is_untied(whole: str, tmp_path: Path)
     assert config_of_output(tmp_path)["tie_word_embeddings"] is False
 
 
+@pytest.mark.parametrize(
+    ("architecture", "more", "head"),
+    [
+        ("GPT2LMHeadModel", {}, "lm_head.weight"),
+        ("BertForMaskedLM", {}, "cls.predictions.decoder.weight"),
+        ("T5ForConditionalGeneration", {"is_encoder_decoder": True}, "lm_head.weight"),
+        ("LlamaForSequenceClassification", {}, None),
+        ("LlamaModel", {}, None),
+    ],
+)
+def test_the_head_of_an_embedding_that_is_saved_whole(
+    architecture: str, more: dict[str, Any], head: str | None, tmp_path: Path
+) -> None:
+    """It is stored as the class calls it; a class without a head gets none."""
+    before, tensor = base(head=False), torch.randn(30, 8)
+    write_checkpoint(tmp_path / "base", before, config={**TIED, "architectures": [architecture], **more})
+    made = factors(MODULES, 4, 2) | {f"{PREFIX}model.embed_tokens.weight": tensor}
+    added = updates(write_adapter(tmp_path / "adapter", made, modules_to_save=["embed_tokens"]))
+    embedding = before["model.embed_tokens.weight"]
+    wanted = before | {"model.embed_tokens.weight": tensor} | ({head: embedding} if head else {})
+    assert_folded(folded(tmp_path), wanted, added)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "more"),
+    [
+        ("BartForConditionalGeneration", {"is_encoder_decoder": True}),
+        ("RobertaForCausalLM", {"model_type": "roberta"}),
+        ("XLNetLMHeadModel", {}),
+        ("SomethingForMaskedLM", {}),
+    ],
+)
+def test_a_head_whose_name_is_not_known(architecture: str, more: dict[str, Any], tmp_path: Path) -> None:
+    """No output without its head: the embedding is refused, with two ways out."""
+    write_checkpoint(tmp_path / "base", base(head=False), config={**TIED, "architectures": [architecture], **more})
+    made = factors(MODULES, 4, 2) | {f"{PREFIX}model.embed_tokens.weight": torch.randn(30, 8)}
+    write_adapter(tmp_path / "adapter", made, modules_to_save=["embed_tokens"])
+    with pytest.raises(UnsupportedError, match=f"head(?s:.*){architecture}") as caught:
+        folded(tmp_path)
+    assert "merge_and_unload" in str(caught.value.hint)
+    assert not (tmp_path / "out").exists()
+
+
 def test_tied_weights_that_stay_equal(tmp_path: Path) -> None:
     """What PEFT keeps equal on both is done once."""
     before = base(head=False)
