@@ -12,14 +12,14 @@ import math
 import os
 import struct
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lines_cli.checkpoint.adapter_config import AdapterConfig, by_component, checked_config
-from lines_cli.checkpoint.adapter_names import NO_COMPONENT, PREFIX, Component, Part, component_of, parts_of
+from lines_cli.checkpoint.adapter_names import NO_COMPONENT, PREFIX, SAVED, Component, Part, component_of, parts_of
 from lines_cli.checkpoint.contents import is_adapter
 from lines_cli.checkpoint.header import FLOAT_DTYPES, Known, StoredTensor, itemsize, parse_header, read_header
 from lines_cli.checkpoint.reader import (
@@ -174,7 +174,7 @@ def open_adapter(path: Path, *, name: str | None = None, hub_id: str | None = No
     if not changes:
         raise CheckpointError(f"{weights}: it has no tensor that changes a base, so it changes nothing", hint=_DAMAGED)
     reading.refuse_missing(changes)
-    return Adapter(checkpoint, config, changes, tuple(reading.notes))
+    return Adapter(reading.checkpoint, config, changes, tuple(reading.notes))
 
 
 Factors = dict[tuple[str, str], StoredTensor]
@@ -202,7 +202,7 @@ class _Reading:
         self._read()
 
     def _read(self) -> None:
-        parts = list(parts_of(self.tensors, str(self.file)))
+        parts = self._without_copies(list(parts_of(self.tensors, str(self.file))))
         adapters = dict.fromkeys(part.adapter for _, part in parts if part.adapter is not None)
         if len(adapters) > 1:
             raise UnsupportedError(
@@ -234,6 +234,27 @@ class _Reading:
                 f"{self.file}: {len(ignored):,} tensor(s) that PEFT keeps of training are not read, such as "
                 f"{printable(ignored[0])}"
             )
+
+    def _without_copies(self, parts: Sequence[tuple[str, Part]]) -> list[tuple[str, Part]]:
+        """Leave out copies of whole tensors: where PEFT saves embeddings (of a grown vocabulary, say) that are in
+        `modules_to_save`, they are there under two names, of which it loads the plain one.
+        """
+        plain = {
+            (part.module, part.parameter): self.tensors[tensor].shape
+            for tensor, part in parts
+            if part.role == "whole" and not part.depth and SAVED not in tensor
+        }
+        copies = {
+            tensor
+            for tensor, part in parts
+            if part.role == "whole"
+            and SAVED in tensor
+            and plain.get((part.module, part.parameter)) == self.tensors[tensor].shape
+        }
+        if copies:
+            tensors = {name: stored for name, stored in self.checkpoint.tensors.items() if name not in copies}
+            self.checkpoint = replace(self.checkpoint, tensors=tensors)
+        return [(tensor, part) for tensor, part in parts if tensor not in copies]
 
     def _refuse_stray(self, tensor: str, part: Part) -> None:
         info = self.tensors[tensor]

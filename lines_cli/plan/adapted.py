@@ -28,11 +28,20 @@ from lines_cli.checkpoint.formulas import (
 )
 from lines_cli.checkpoint.header import StoredTensor
 from lines_cli.checkpoint.reader import Checkpoint, views_of
-from lines_cli.errors import CheckpointError, MismatchError, printable, some
+from lines_cli.errors import CheckpointError, MismatchError, UnsupportedError, printable, some
 from lines_cli.plan.same_names import canonical
 from lines_cli.plan.tied_weights import is_head, is_vocabulary, says_tied, tied_embeddings, tied_partner, untied
 from lines_cli.plan.unet_names import otherwise
 
+_HEADS = (  # classes of transformers -> what their heads are called
+    (re.compile(r"Bert(?:ForMaskedLM|LMHeadModel|ForPreTraining)"), "cls.predictions.decoder.weight"),
+    (re.compile(r"GPT2(?:LMHead|DoubleHeads)Model|\w+For(?:CausalLM|ConditionalGeneration)"), "lm_head.weight"),
+)
+_HEAD_CALLED_OTHERWISE = frozenset(
+    "gpt_neox electra roberta xlm-roberta xlm-roberta-xl camembert data2vec-text roberta-prelayernorm xmod roformer "
+    "rembert megatron-bert bert-generation big_bird ernie".split()
+)
+_WITHOUT_HEAD = re.compile(r"(?<!Head)(?<!Heads)Model\Z|(?:Classification|QuestionAnswering|MultipleChoice)\Z")
 _OTHER_BASE = "It was trained on another model: give the base that it belongs to."
 
 
@@ -293,7 +302,19 @@ class _Targets:
         if stored or changed:
             return (stored or changed)[0]
         architectures = self._base.config.get("architectures") or [""]
-        return _HEAD if re.search(r"For(?:CausalLM|ConditionalGeneration)\Z", str(architectures[0])) else None
+        architecture = str(architectures[0])
+        if found := next((head for pattern, head in _HEADS if pattern.fullmatch(architecture)), None):
+            several = self._base.config.get("is_encoder_decoder") is True and "T5" not in architecture
+            if found != _HEAD or not (several or self._base.config.get("model_type") in _HEAD_CALLED_OTHERWISE):
+                return found
+        elif _WITHOUT_HEAD.search(architecture):
+            return None
+        raise UnsupportedError(
+            f"{self._adapter.file}: it holds {printable(embedding)} whole, which {self._base.name} ties to a head that "
+            f"it does not store, and what that is called is not known of {printable(architecture) or 'this class'}",
+            hint="Fold it into its base with peft (merge_and_unload, then save_pretrained), and give that folder; or "
+            "save the base with its head stored and tie_word_embeddings false, and give that base.",
+        )
 
     def _is_said_twice(self, change: Change) -> bool:
         """Whether it is of a head, and PEFT keeps it equal to what the adapter does to the embedding."""

@@ -198,6 +198,29 @@ def test_a_module_that_should_be_whole_and_is_missing(tmp_path: Path) -> None:
     assert folded(tmp_path).keys() == base().keys()
 
 
+def test_what_is_saved_under_two_names(tmp_path: Path) -> None:
+    """PEFT's own file of embeddings in modules_to_save has each of them twice, and what was before: one is read; scaled
+    in place, the copy is not written. Of two shapes they are no copies.
+    """
+    write_checkpoint(tmp_path / "base", base(), config=LLAMA)
+    head = torch.randn(30, 8)
+    made = factors(MODULES, 4, 2) | {
+        f"{PREFIX}lm_head.weight": head,
+        f"{PREFIX}lm_head.modules_to_save.weight": head.clone(),
+        f"{PREFIX}lm_head.original_module.weight": base()["lm_head.weight"],
+    }
+    added = updates(write_adapter(tmp_path / "adapter", made, modules_to_save=["lm_head"]))
+    assert_folded(folded(tmp_path), base() | {"lm_head.weight": head}, added)
+    lines.edit_adapter(tmp_path / "adapter", tmp_path / "scaled", base=tmp_path / "base", alpha=0.5, beta=0)
+    scaled = load_file(tmp_path / "scaled" / "adapter_model.safetensors")
+    halfway = torch.lerp(base()["lm_head.weight"].double(), head.double(), 0.5)
+    torch.testing.assert_close(scaled[f"{PREFIX}lm_head.weight"].double(), halfway, rtol=1e-6, atol=1e-6)
+    assert f"{PREFIX}lm_head.modules_to_save.weight" not in scaled
+    write_adapter(tmp_path / "other", made | {f"{PREFIX}lm_head.modules_to_save.weight": torch.randn(31, 8)})
+    with pytest.raises(CheckpointError, match=r"two tensors are the whole of lm_head"):
+        folded(tmp_path, "other")
+
+
 def test_a_new_head(tmp_path: Path) -> None:
     """A module that the base has not, and the adapter was trained with, is missing on one side like a fine-tune's."""
     write_checkpoint(tmp_path / "base", base(head=False), config=LLAMA)
@@ -290,6 +313,49 @@ def test_a_tied_weight_that_is_saved_whole_is_untied(whole: str, tmp_path: Path)
     wanted = before | {"lm_head.weight": embedding, name: tensor}
     assert_folded(folded(tmp_path), wanted, added)
     assert config_of_output(tmp_path)["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize(
+    ("architecture", "more", "head"),
+    [
+        ("GPT2LMHeadModel", {}, "lm_head.weight"),
+        ("BertForMaskedLM", {}, "cls.predictions.decoder.weight"),
+        ("T5ForConditionalGeneration", {"is_encoder_decoder": True}, "lm_head.weight"),
+        ("LlamaForSequenceClassification", {}, None),
+        ("LlamaModel", {}, None),
+    ],
+)
+def test_the_head_of_an_embedding_that_is_saved_whole(
+    architecture: str, more: dict[str, Any], head: str | None, tmp_path: Path
+) -> None:
+    """It is stored as the class calls it; a class without a head gets none."""
+    before, tensor = base(head=False), torch.randn(30, 8)
+    write_checkpoint(tmp_path / "base", before, config={**TIED, "architectures": [architecture], **more})
+    made = factors(MODULES, 4, 2) | {f"{PREFIX}model.embed_tokens.weight": tensor}
+    added = updates(write_adapter(tmp_path / "adapter", made, modules_to_save=["embed_tokens"]))
+    embedding = before["model.embed_tokens.weight"]
+    wanted = before | {"model.embed_tokens.weight": tensor} | ({head: embedding} if head else {})
+    assert_folded(folded(tmp_path), wanted, added)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "more"),
+    [
+        ("BartForConditionalGeneration", {"is_encoder_decoder": True}),
+        ("RobertaForCausalLM", {"model_type": "roberta"}),
+        ("XLNetLMHeadModel", {}),
+        ("SomethingForMaskedLM", {}),
+    ],
+)
+def test_a_head_whose_name_is_not_known(architecture: str, more: dict[str, Any], tmp_path: Path) -> None:
+    """No output without its head: the embedding is refused, with two ways out."""
+    write_checkpoint(tmp_path / "base", base(head=False), config={**TIED, "architectures": [architecture], **more})
+    made = factors(MODULES, 4, 2) | {f"{PREFIX}model.embed_tokens.weight": torch.randn(30, 8)}
+    write_adapter(tmp_path / "adapter", made, modules_to_save=["embed_tokens"])
+    with pytest.raises(UnsupportedError, match=f"head(?s:.*){architecture}") as caught:
+        folded(tmp_path)
+    assert "merge_and_unload" in str(caught.value.hint)
+    assert not (tmp_path / "out").exists()
 
 
 def test_tied_weights_that_stay_equal(tmp_path: Path) -> None:
