@@ -386,6 +386,16 @@ class _Targets:
     def _refuse(self, group: Sequence[tuple[int, Change]], lacking: Sequence[int]) -> None:
         names = sorted({self._adapter.changes[number].name for number in lacking})
         theirs = [name for name in self._base.tensors if name.endswith(".weight")] or list(self._base.tensors)
+        for change in (self._adapter.changes[number] for number in lacking):
+            experts = f".{change.module.rpartition('.')[2]}.0."
+            single = next((there for there in self._base.tensors if experts in f".{there}"), None)
+            if change.others and single is not None:
+                raise MismatchError(
+                    f"{self._adapter.file}: {printable(change.called)} is changed as one tensor of all experts, and "
+                    f"{self._base.name} stores them one by one, such as {printable(single)}",
+                    hint="Give the base with its experts fused, as the model has them in memory; or fold the adapter "
+                    "into its base with peft (merge_and_unload, then save_pretrained), and give that folder.",
+                )
         raise MismatchError(
             f"{self._adapter.file}: {len(names):,} of the {len(group):,} tensors that it changes are not in "
             f"{self._base.name}:\n{some(names, _SHOWN)}\nNames there are\n{some(sorted(theirs), _SHOWN)}",

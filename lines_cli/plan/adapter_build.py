@@ -240,6 +240,8 @@ class _Builder:
             role = next((role for role in _SCALED.get(change.kind, ()) if role in change.factors), None)
             if change.kind == "whole":
                 stored = change.factors["whole"]
+                if self._is_underneath(changed):
+                    continue  # the base's own, which is copied
                 made = self._whole(changed, (factor,))
                 if made is None:
                     whole.append((changed.tensor, change))
@@ -259,6 +261,17 @@ class _Builder:
             dtype = self._dtype([stored]) if stored.info.offset in self.tensor_of[0] else stored.info.dtype
             entries[name] = (dtype, stored.info.shape, made)
         return self._plan("scaled", modules, entries, like=adapter.config)
+
+    def _is_underneath(self, changed: _Changed) -> bool:
+        """Whether a whole tensor is the base's own weight beneath a product, as PEFT saves those of embeddings. A bias
+        there is trained.
+        """
+        number, change = changed.first
+        own = self.spelled[number][change.factors["whole"].info.offset]
+        return own.endswith(".base_layer.weight") and any(
+            other.tensor == changed.tensor and other.first[1].kind not in ("whole", "difference")
+            for other in self.changed
+        )
 
     def _module(self, changed: _Changed, coefficient: float, rank: int) -> AdapterModule:
         _, change = changed.first

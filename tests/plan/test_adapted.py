@@ -392,6 +392,19 @@ def test_experts_say_nothing_of_a_square_layer(others: dict[str, tuple[int, int]
     assert_folded(folded(tmp_path), before, added)
 
 
+def test_experts_that_the_base_stores_one_by_one(tmp_path: Path) -> None:
+    """The error says that, not that the adapter is another model's."""
+    names = [f"model.layers.0.mlp.experts.{i}.down_proj.weight" for i in range(2)]
+    write_checkpoint(tmp_path / "base", base() | {name: torch.ones(8, 12) for name in names}, config=LLAMA)
+    experts = f"{PREFIX}model.layers.0.mlp.experts"
+    own = {f"{experts}.lora_A.weight": torch.ones(8, 12), f"{experts}.lora_B.weight": torch.ones(8, 8)}
+    write_adapter(tmp_path / "adapter", factors(MODULES, 4, 2) | own, target_parameters=["mlp.experts.down_proj"])
+    with pytest.raises(MismatchError, match=r"one by one, such as model\.layers\.0\.mlp\.experts\.0\.") as error:
+        folded(tmp_path)
+    assert "fused" in str(error.value.hint)
+    assert "another model" not in str(error.value)
+
+
 # --- an adapter where a base should be ---
 
 
