@@ -588,6 +588,8 @@ class _Making:
         if is_head(change.name):
             target = self._heads.get(target, target)
         if change.kind == "whole":
+            if target in self.tensors and is_vocabulary(target):
+                self._follow_rows(self.tensors[target].info.shape, factors["whole"].info.shape)
             self.tensors[target] = factors["whole"]
             self.formulas.pop(target, None)
             return
@@ -595,6 +597,15 @@ class _Making:
         before = self.formulas.get(target, Made(stored, ()))
         step = self._step(change, target, tuple(factors.items()), stored.info.shape, before)
         self.formulas[target] = Made(before.stored, (*before.steps, step))
+
+    def _follow_rows(self, before: tuple[int, ...], after: tuple[int, ...]) -> None:
+        """Let the config say how many tokens there are, where a table whose rows it counts has others now."""
+        for path in (("vocab_size",), *((nested, "vocab_size") for nested in ("text_config", "decoder"))):
+            part = self.config if len(path) == 1 else self.config.get(path[0])
+            if before[:1] != after[:1] and isinstance(part, Mapping) and part.get("vocab_size") == before[0]:
+                part = {**part, "vocab_size": after[0]}
+                self.config = part if len(path) == 1 else {**self.config, path[0]: part}
+                self.config_changes = {**self.config_changes, path: after[0]}
 
     def _step(
         self,

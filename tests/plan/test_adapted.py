@@ -259,6 +259,26 @@ def test_a_vocabulary_that_grew(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [({"outside": "keep"}, 33), ({"resize": "ft"}, 33), ({"resize": "base"}, 30)],
+)
+def test_the_config_counts_the_rows_that_are_written(
+    options: dict[str, Any], rows: int, nested: bool, tmp_path: Path
+) -> None:
+    """`vocab_size` is how many rows the embedding of the output has, whichever side they come from."""
+    size = {"text_config": {"vocab_size": 30}} if nested else {"vocab_size": 30}
+    write_checkpoint(tmp_path / "base", base(), config={**LLAMA, **size})
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    grown = {f"{PREFIX}{name}": torch.cat([base()[name], torch.randn(3, 8)]) for name in names}
+    write_adapter(tmp_path / "adapter", factors(MODULES, 4, 2) | grown, modules_to_save=["embed_tokens", "lm_head"])
+    found = folded(tmp_path, **options)
+    assert {found[name].shape[0] for name in names} == {rows}
+    config = config_of_output(tmp_path)
+    assert (config["text_config"] if nested else config)["vocab_size"] == rows
+
+
 def test_rows_beyond_the_base_s(tmp_path: Path) -> None:
     """Tokens that the base has no rows for are refused."""
     write_checkpoint(tmp_path / "base", base(), config=LLAMA)
