@@ -378,6 +378,18 @@ def test_a_head_whose_name_is_not_known(architecture: str, more: dict[str, Any],
     assert not (tmp_path / "out").exists()
 
 
+def test_a_whole_head_that_was_tied_is_scaled_from_the_embedding(tmp_path: Path) -> None:
+    """Scaled in place, a head that the base does not store starts from the embedding that it is tied to."""
+    before, head = base(head=False), torch.randn(30, 8)
+    write_checkpoint(tmp_path / "base", before, config=TIED)
+    made = factors(MODULES, 4, 2) | {f"{PREFIX}lm_head.weight": head}
+    write_adapter(tmp_path / "adapter", made, modules_to_save=["lm_head"])
+    lines.edit_adapter(tmp_path / "adapter", tmp_path / "scaled", base=tmp_path / "base", alpha=0.5, beta=0)
+    found = load_file(tmp_path / "scaled" / "adapter_model.safetensors")[f"{PREFIX}lm_head.weight"]
+    wanted = torch.lerp(before["model.embed_tokens.weight"].double(), head.double(), 0.5)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-6)
+
+
 def test_tied_weights_that_stay_equal(tmp_path: Path) -> None:
     """What PEFT keeps equal on both is done once."""
     before = base(head=False)
