@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lines_cli"
 
 # From the top down: a module may import from folders below its own, and from its own; never from one above.
-FOLDERS = ["", *"cli api inspection engine plan recipe hub checkpoint storage methods scaling".split()]
+FOLDERS = ["", *"cli sweep api inspection engine plan recipe hub checkpoint storage methods scaling".split()]
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")
@@ -125,9 +125,9 @@ def test_no_module_imports_itself_in_a_circle() -> None:
         ("matplotlib", {"inspection.plot"}),
         ("typer", {"cli.app", "cli.options", "cli.parser"}),
         ("huggingface_hub", {"hub.client", "hub.download", "hub.heads", "hub.upload"}),
-        ("torch", {"api.in_memory", "inspection.compare"}),
+        ("torch", {"api.in_memory", "inspection.compare", "sweep.live", "sweep.run"}),
         ("pydantic", {"recipe.schema", "recipe.validate"}),
-        ("yaml", {"checkpoint.model_card", "inspection.html", "recipe.plain_yaml", "recipe.yaml_file"}),
+        ("yaml", {"checkpoint.model_card", "inspection.html", "recipe.plain_yaml", "recipe.yaml_file", "sweep.config"}),
         ("regex", {"scaling.by_hand"}),
         ("safetensors", {"checkpoint.crosscheck"}),
     ],
@@ -319,10 +319,15 @@ OTHER_MEANINGS = {
     "plan.fp8": {"scale"},
     "checkpoint.adapter": {"weight", "t"},  # a factor of LoHa
     "engine.formulas": {"t"},
+    "engine.adapter_norms": {"t"},
+    "inspection.adapters": {"weight", "scale"},
     "checkpoint.adapter_names": {"weight"},
     "plan.adapted": {"weight"},
+    "sweep.config": {"seed"},  # of a search, and of repeated evaluations
+    "sweep.live": {"seed"},
+    "sweep.store": {"seed"},
     "inspection.report": {"lambda"},  # a key of the report
-    "inspection.tables": {"lambda"},
+    "inspection.tables": {"lambda", "scale"},
     "recipe.schema": {"task_arithmetic"},  # what a recipe is that says no method
 }
 OF_THE_SCALING = {"gamma", "linear"}  # a key of `lines:`, and a schedule

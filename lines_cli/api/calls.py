@@ -845,7 +845,13 @@ def look(
             from lines_cli.inspection.compare import compare
 
         findings = compare(inspection, resources, files=check, **({} if track is None else {"track": track}))
-    report = make_report(inspection, findings, tensors=tensors)
+    norms = None
+    if inspection.adapter is not None:
+        with importing():
+            from lines_cli.engine.adapter_norms import update_norms
+
+        norms = update_norms(inspection.adapter[0])
+    report = make_report(inspection, findings, tensors=tensors, norms=norms)
     if drawing is not None:
         drawing.save(report)
     return report

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
-from lines_cli.plan.adapter_plan import AdapterPlan, AnyPlan
-from lines_cli.plan.adapter_report import kept_of, layers_of, left_out, modules_of
 from lines_cli.version import ABOUT
 
 if TYPE_CHECKING:
     from lines_cli.engine.adapter_write import AdapterOutcome
     from lines_cli.engine.write import Outcome
+    from lines_cli.plan.adapter_plan import AnyPlan
     from lines_cli.plan.plan import Plan
     from lines_cli.plan.realised import Row
     from lines_cli.plan.resources import Resources
@@ -24,6 +23,9 @@ Summary = dict[str, Any]
 
 def of_plan(plan: AnyPlan, resources: Resources) -> Summary:
     """What would be done."""
+    from lines_cli.plan.adapter_plan import AdapterPlan
+    from lines_cli.plan.adapter_report import modules_of
+
     if isinstance(plan, AdapterPlan):
         told = {**ABOUT, "dry_run": True, **plan.summary(), "peak_memory": plan.peak_memory(resources)}
         return {**told, "modules": modules_of(plan, {}), "pushed": None}
@@ -44,12 +46,16 @@ def of_finished(plan: AnyPlan) -> Summary:
 
 def of_any_outcome(outcome: Outcome | AdapterOutcome) -> Summary:
     """What was done, whatever was made."""
+    from lines_cli.plan.adapter_plan import AdapterPlan
+
     plan = outcome.plan
     return of_adapter(outcome) if isinstance(plan, AdapterPlan) else of_outcome(outcome)  # type: ignore[arg-type]
 
 
 def of_adapter(outcome: AdapterOutcome) -> Summary:
     """What was done to make an adapter."""
+    from lines_cli.plan.adapter_report import kept_of, layers_of, left_out, modules_of
+
     plan, norms = outcome.plan, outcome.norms
     found = {
         "kept": kept_of(norms),

@@ -209,7 +209,8 @@ _SPELT_APART = re.compile(
 )
 _OTHER_HALF = {"b": "a", "up": "down", "out": "in", "right": "left"}
 _PARAMETRIZED = re.compile(r"(?<=\.parametrizations\.weight)\.\d+\Z")  # by torch: the weight is `original` beside it
-_IN_FACTORS = ("lora", "hada_", "lokr_", "dora_", "ia3_", "oft_", "vera_", "fourierft_", "hra_")
+_DIFFERENCE = re.compile(r"(?:lora_[a-z]|lycoris_|diffusion_model\.).*(?=\.(?:diff(?:_b)?|[wb]_norm)\Z)", re.DOTALL)
+_IN_FACTORS = ("lora", "hada_", "lokr_", "dora_", "ia3_", "oft_", "vera_", "fourierft_", "hra_", ".diff", "_norm")
 _ALPHA = ".alpha"  # how kohya's files scale a module's factors
 
 
@@ -241,6 +242,8 @@ def _factors(tensors: Tensors) -> dict[str, list[str]]:
         for name in tensors:
             if match := _FACTOR.search(name):
                 found[name[: match.start()]].append(name)
+            elif match := _DIFFERENCE.match(name):  # of an adapter without ranks: what is added to a weight
+                found[match[0]].append(name)
             else:
                 unknown.append(name)
         for module, name in _pairs(unknown, tensors):

@@ -112,16 +112,14 @@ def _together(path: Path, name: str, hub_id: str | None, components: Sequence[Co
     beside_them: dict[str, StoredTensor] = {}
     models = [component.checkpoint for component in components]
     first = 0
-    for prefix, model in zip((component.prefix for component in components), models, strict=True):
+    for component, model in zip(components, models, strict=True):
+        prefix = component.prefix
         held = {prefix + own: _behind(stored, first) for own, stored in model.tensors.items()}
-        if twice := tensors.keys() & held.keys():
-            raise CheckpointError(
-                f"{path}: two of its tensors would be called {printable(min(twice))}, one of {model.name}",
-                hint="Rename the folder of one of them, or edit the two by themselves.",
-            )
+        _refuse_confused(path, component, [other for other in components if other is not component], held)
         tensors |= held
+        number_of = range(first, first + len(model.files)).__getitem__
         for own, made in model.formulas.items():
-            steps = tuple(step.placed(range(first, first + len(model.files)).__getitem__) for step in made.steps)
+            steps = tuple(replace(step.placed(number_of), name=prefix + step.name) for step in made.steps)
             formulas[prefix + own] = Made(_behind(made.stored, first), steps)
         beside_them |= {prefix + own: _behind(stored, first) for own, stored in model.beside.items()}
         first += len(model.files)
@@ -142,6 +140,22 @@ def _together(path: Path, name: str, hub_id: str | None, components: Sequence[Co
         is_here=all(model.is_here for model in models),
         components=tuple(components),
     )
+
+
+def _refuse_confused(path: Path, own: Component, others: Sequence[Component], names: Iterable[str]) -> None:
+    """Refuse names of one component that would be taken for another's.
+
+    Raises:
+        CheckpointError: names a tensor, and both.
+    """
+    for other in others:
+        if other.prefix.startswith(own.prefix):
+            confused = next((name for name in names if name.startswith(other.prefix)), None)
+            if confused is not None:
+                raise CheckpointError(
+                    f"{path}: tensor {printable(confused)} may be of {own.name} and of {other.name}",
+                    hint="Rename the folder of one of them, or edit the two by themselves.",
+                )
 
 
 def _behind(stored: StoredTensor, first: int) -> StoredTensor:

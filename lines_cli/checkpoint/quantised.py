@@ -40,7 +40,7 @@ _NO_WEIGHTS = ("_scale", "_scale_inv", ".scale", "_zero_point")  # which other f
 # run the model in 8 bits.
 _OF_ACTIVATIONS = re.compile(
     r"(?:.*\.)?(?:(?:\w+_)?(?:input|activation|output)_(?:scale|scale_ub|zero_point)|(?:\w+_)?[qkv]_(?:scale|zero_point)"
-    r"|kv_scale|prob(?:_output)?_scale|scale_input)|scaled_fp8",
+    r"|kv_scale|prob(?:_output)?_scale|scale_input|scaled_fp8)",
     re.DOTALL,
 )
 
@@ -252,6 +252,8 @@ def _layout(
         told: whether a config says them; then there are no others.
     """
     blocks, strict = tried
+    if len(scales) == 1 and not strict:
+        blocks = ()  # one for each row or column, or for all
     columns = shape[-1] if shape else 1
     rows = shape[-2] if len(shape) > 1 else 1
     batch = math.prod(shape[:-2])
@@ -290,8 +292,11 @@ def _layout(
 
 
 def _is_grid(scales: tuple[int, ...], batch: int, down: int, across: int) -> bool:
-    """Whether scales stand in these rows and columns, axes of one apart."""
-    wide = [size for size in scales if size > 1]
-    return wide == [size for size in (batch, down, across) if size > 1] or (
-        len(scales) > 3 and math.prod(scales[:-2]) == batch and scales[-2:] == (down, across)
-    )
+    """Whether scales stand in these rows and columns: as a matrix in just these; those of a batch of matrices, and a
+    plain row of them, with axes of one apart.
+    """
+    if len(scales) > 1 and (math.prod(scales[:-2]), *scales[-2:]) == (batch, down, across):
+        return True
+    if len(scales) > 1 and batch == 1:
+        return False  # [32, 1] is a scale for each of 32 rows, not one for each of 32 blocks of columns
+    return [size for size in scales if size > 1] == [size for size in (batch, down, across) if size > 1]

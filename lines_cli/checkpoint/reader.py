@@ -48,7 +48,9 @@ from lines_cli.storage.views import Views
 
 _SUFFIX = ".safetensors"
 _INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
-_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+"""What PEFT calls the file with an adapter's weights; the second is a pickle, of which nothing is run."""
+ADAPTER_CONFIG = "adapter_config.json"
 _OTHER_FORMATS = (".gguf", ".h5", ".msgpack", ".onnx")
 _SHARD = re.compile(r".*-(\d{5})-of-(\d{5})(?:\.[\w-]+)?\.(?:safetensors|bin)")
 _INDEX = re.compile(r"(?P<stem>.+)\.(?:safetensors|bin)\.index(?:\.(?P<variant>[\w-]+))?\.json")
@@ -465,7 +467,7 @@ def weights_among(names: Collection[str]) -> list[str]:
     """Of a folder's file names, those of weights and their indices, in order: safetensors, if there are any; else what
     `torch.save` wrote. Adapters and what trainers keep are no weights; beside an adapter only what a library calls so.
     """
-    files = {name for name in names if name not in _ADAPTERS}
+    files = {name for name in names if name not in ADAPTERS}
     found = [name for name in files if name.endswith(_SUFFIX) or (is_index(name) and _SUFFIX in name)]
     if not found:
         stems = tuple(PICKLE_STEMS) if files != set(names) else ("",)
@@ -623,10 +625,10 @@ def refuse_folder(folder: str, names: Collection[str], *, components: Sequence[s
             f"{folder} holds several sets of weights, and it is not clear which one is meant:\n{some(weights)}",
             hint="Give the file itself, or move the others away.",
         )
-    if not set(_ADAPTERS).isdisjoint(names):
+    if not set(ADAPTERS).isdisjoint(names):
         raise UnsupportedError(
             f"{folder} is a PEFT adapter, not a whole checkpoint",
-            hint=FOLD,
+            hint=WITH_ITS_BASE,
         )
     if parts := sorted(name for name in names if _PARTS.fullmatch(name) or name.startswith(_FOLDERS_OF_PARTS)):
         raise UnsupportedError(
@@ -734,7 +736,7 @@ def unsupported_in(checkpoint: Checkpoint) -> UnsupportedError | None:
         return UnsupportedError(
             f"{checkpoint.where(factor)} is an adapter, not a whole checkpoint: it holds factors, such as "
             f"{printable(factor)}, and not the weights that they change",
-            hint=f"The result would be no sum of what they stand for. {FOLD}",
+            hint=f"The result would be no sum of what they stand for. {WITH_ITS_BASE}",
         )
     return None
 
@@ -743,4 +745,6 @@ def _by_name(known: str | None) -> str:
     return "" if known is None or known == UNSCALED else f", as {known} does"
 
 
-FOLD = "Fold it into its base first (peft: merge_and_unload, then save_pretrained), and give that folder."
+WITH_ITS_BASE = (
+    "An adapter stands where a fine-tune does, with its base: lines edit BASE ADAPTER -o OUT, or as BASE+ADAPTER."
+)

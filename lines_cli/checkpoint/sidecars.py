@@ -306,9 +306,6 @@ def carry_over(
     notes: list[str] = []
     own = _carried(inputs[0])
     own = {name: path for name, path in own.items() if not name.startswith(tuple(f"{folder}/" for folder in apart))}
-    if (beside_adapter := _beside_adapter(inputs[0])) and beside_adapter.items() <= own.items():
-        notes.append(f"the tokenizer is the one beside the adapter {called[0]}: {', '.join(sorted(beside_adapter))}")
-        notes += _beyond_the_rows(inputs[0], vocabularies[0])
     files = own
     if CONFIG not in own:
         for other, name in zip(inputs[1:], called[1:], strict=True):
@@ -359,6 +356,14 @@ def carry_over(
                 f"{kept.name} has none, and that of the others has other rows"
             )
 
+    whose = (tokenizer or rows_of) if rows or tokenizer is not None else inputs[0]
+    beside_adapter = _beside_adapter(whose)
+    if beside_adapter and not extended and beside_adapter.items() <= files.items():
+        adapter = whose.parts[1].name
+        notes.append(f"the tokenizer is the one beside the adapter {adapter}: {', '.join(sorted(beside_adapter))}")
+        for one, numbers in zip(inputs, vocabularies, strict=True):
+            notes += _beyond_the_rows(one, numbers) if one is whose else ()
+
     written: dict[str, bytes] = {}
     if extended:
         dropped = [name for name in files if _matches(name, _VOCABULARY_FILES) and name not in extended]
@@ -379,7 +384,7 @@ def carry_over(
         config = read_object(files[CONFIG])
         followed = _follow(config, dtype=dtype, rows=rows, ids=ids)
         for path, value in inputs[0].config_changes.items():
-            followed = _with(followed, path, value)
+            followed = _with(followed, path, rows.get(value, value) if path[-1] == "vocab_size" else value)
         if quantised_like is not None:
             followed = _quantised(followed, quantised_like.config)
         if followed != config:
@@ -412,19 +417,27 @@ def _carried(checkpoint: Checkpoint, patterns: Iterable[str] = CARRIED_FILES) ->
     """
     found = carried_files(checkpoint.folder, patterns) if checkpoint.folder else {}
     theirs = {name: path for name, path in _beside_adapter(checkpoint).items() if is_carried(name, patterns)}
-    if any(_matches(name, _VOCABULARY_FILES) for name in theirs):
+    if tokenizer_folder(checkpoint) != checkpoint.folder:
         found = {name: path for name, path in found.items() if not _matches(name, TOKENIZER_FILES)}
     return found | theirs
+
+
+def tokenizer_folder(checkpoint: Checkpoint) -> Path | None:
+    """The folder of the tokenizer that says which row of a checkpoint is whose; None for a lone file. That of an
+    adapter on its base is the adapter's where a vocabulary lies there, else the base's.
+    """
+    if not checkpoint.parts or not checkpoint.path.is_dir():
+        return checkpoint.folder
+    theirs = carried_files(checkpoint.path, TOKENIZER_FILES)
+    return checkpoint.path if any(_matches(name, _VOCABULARY_FILES) for name in theirs) else checkpoint.folder
 
 
 def _beside_adapter(checkpoint: Checkpoint) -> dict[str, Path]:
     """The tokenizer that lies beside an adapter, or the chat template alone where it has no vocabulary."""
     if not checkpoint.parts or not checkpoint.path.is_dir():
         return {}
-    found = carried_files(checkpoint.path, TOKENIZER_FILES)
-    if any(_matches(name, _VOCABULARY_FILES) for name in found):
-        return found
-    return {name: path for name, path in found.items() if _matches(name, _TEMPLATE_FILES)}
+    has_vocabulary = tokenizer_folder(checkpoint) == checkpoint.path
+    return carried_files(checkpoint.path, TOKENIZER_FILES if has_vocabulary else _TEMPLATE_FILES)
 
 
 def _beyond_the_rows(checkpoint: Checkpoint, rows: Collection[int]) -> Iterator[str]:

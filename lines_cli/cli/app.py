@@ -23,6 +23,7 @@ from lines_cli.cli.merge import merge
 from lines_cli.cli.options import VARIABLES
 from lines_cli.cli.parser import CODE_UNPRINTED, Command, Lines, variable_behind
 from lines_cli.cli.push import push
+from lines_cli.cli.sweep import sweep
 from lines_cli.cli.verify import verify
 from lines_cli.errors import LinesError, aftermath_of, as_argument
 from lines_cli.version import __version__
@@ -48,15 +49,16 @@ PAGES = {
     "five minutes to look around": ("lines inspect CHECKPOINT", "docs/tour.md"),
     "a base and its fine-tune": ("lines edit BASE FT -o OUT", "docs/editing.md"),
     "a fine-tune that forgot too much": ("lines edit ... --alpha NUMBER", "docs/forgetting.md"),
+    "an evaluation that decides": ("lines sweep --config FILE -o OUT", "docs/sweeping.md"),
     "several fine-tunes of one base": ("lines merge --config FILE", "docs/merging.md"),
     "a mergekit file": ("lines merge --config FILE", "docs/mergekit.md"),
     "fine-tunes with other tokens": ("tokenizer_source: union", "docs/vocabularies.md"),
-    "a LoRA adapter": ("fold it into its base first", "docs/adapters.md"),
+    "a LoRA adapter": ("lines edit BASE ADAPTER -o OUT", "docs/adapters.md"),
     "adapters to scale or to merge": ("lines edit --adapter ADAPTER -o OUT", "docs/adapters-out.md"),
     "a full fine-tune, for an adapter": ("lines extract FT --base BASE ...", "docs/adapters-out.md"),
     "weights in FP8, GGUF and the like": ("lines edit BASE FT -o OUT", "docs/quantised.md"),
     "a .pt, .bin or .ckpt file": ("lines edit base.pt ft.ckpt -o out", "docs/pickles.md"),
-    "a diffusers folder": ("lines edit BASE/unet FT/unet ...", "docs/diffusion.md"),
+    "a diffusers folder": ("lines edit BASE FT -o OUT", "docs/diffusion.md"),
     "a question about a checkpoint": ("lines inspect CHECKPOINT", "docs/inspecting.md"),
     "an output, and a doubt": ("lines verify OUT", "docs/reliability.md"),
     "an output, for the Hub": ("lines push OUT org/name", "docs/hub.md"),
@@ -100,7 +102,7 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
         except (LinesError, KeyboardInterrupt, MemoryError) as error:
             signals.too_late()
             raise typer.Exit(
-                _say(error, writes=command in (edit, extract, merge), json=options.get("json", False))
+                _say(error, writes=command in (edit, extract, merge, sweep), json=options.get("json", False))
             ) from error
 
     return guarded
@@ -175,6 +177,7 @@ for _name, _command, _pages in (
     ("edit", edit, "docs/editing.md, docs/finding-depth.md, docs/reliability.md"),
     ("merge", merge, "docs/merging.md, docs/merge-methods.md, docs/reliability.md"),
     ("extract", extract, "docs/adapters-out.md, docs/finding-depth.md, docs/reliability.md"),
+    ("sweep", sweep, "docs/sweeping.md, docs/forgetting.md"),
     ("inspect", inspect, "docs/inspecting.md, docs/finding-depth.md"),
     ("verify", verify, "docs/reliability.md"),
     ("push", push, "docs/hub.md"),

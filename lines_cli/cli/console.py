@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from lines_cli.plan.realised import Row
     from lines_cli.plan.resources import Resources
     from lines_cli.storage.staging import Unfinished
+    from lines_cli.sweep.run import Found
 
 _MOST_NAMES = 16
 _MOST_DEPTHS = 7
@@ -394,6 +395,55 @@ def show_pushed(told: summary.Summary, *, json: bool, quiet: bool) -> None:
     else:
         _line(f"pushed  {what}, to {to}, commit {pushed['commit'][:7]}")
         _line(pushed["url"])
+
+
+def said(text: str) -> None:
+    """A line on stderr, as it is."""
+    _err.print(Text(_printable(text)), soft_wrap=True)
+
+
+def show_sweep_plan(told: dict[str, Any], *, json: bool) -> None:
+    """What a sweep would try, and what that takes."""
+    if json:
+        _print_json({**ABOUT, "dry_run": True, **told})
+        return
+    for family, number in told["trials"].items():
+        _line(f"{family:<10} {number:,} trials")
+    if told["baselines"]:
+        _line(f"baselines  {' and '.join(told['baselines'])}")
+    _line(f"evaluate   {told['evaluations']:,} times")
+    scratch = f"{size(told['scratch_bytes'])} of scratch at most" if told["scratch_bytes"] else "none on the disk"
+    _line(f"candidate  {size(told['candidate_bytes'])}; {scratch}")
+    _notes(told["notes"])
+    _err.print("Nothing was evaluated (--dry-run).", style="dim")
+
+
+def show_sweep(found: Found, *, json: bool, quiet: bool) -> None:
+    """What a sweep found: the best trials of each family, the verdict, and the winner."""
+    from lines_cli.sweep.page import settings_of
+    from lines_cli.sweep.report import BASELINES, called
+
+    if json:
+        _print_json({**ABOUT, **found.to_json()})
+    _notes(found.notes)
+    if json or quiet:
+        return
+    several = len(found.sweep.objectives) > 1
+    rows = []
+    for one in found.shown:
+        values = ", ".join(f"{value:.6g}" for value in one.objectives)
+        error = "" if not one.errors or one.errors[0] is None else f"{one.errors[0]:.2g}"
+        mark = "winner" if one is found.winner else ""
+        rows.append((called(one.trial.family), settings_of(one), values or f"failed: {one.failure}", error, mark))
+    headings = ("family", "settings", "objectives" if several else "objective", "+-", "")
+    _columns(Columns(headings, tuple(rows)), gap=3)
+    left = sum(one.trial.family not in BASELINES for one in found.judged) - len(found.shown)
+    if left:
+        _line(f"and {left:,} more in {found.folder}")
+    _line(str(found.said["said"]), style="bold")
+    _line(f"report  {found.folder / 'report.html'}")
+    if found.summary is not None:
+        _out.print(f"output  {_printable(str(found.summary['output']))}", style="bold", soft_wrap=True)
 
 
 def show_claim(claim: Claim) -> None:

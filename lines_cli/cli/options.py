@@ -236,6 +236,53 @@ Config = Annotated[
         rich_help_panel=RECIPE,
     ),
 ]
+SweepConfig = Annotated[
+    Path,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="The sweep, in YAML: recipe, grid, evaluate, objective. Relative paths in it count from its own folder.",
+        rich_help_panel=RECIPE,
+    ),
+]
+OutputOfSweep = Annotated[
+    str | None,
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="OUT",
+        show_default=False,
+        help="A folder for the winner. Trials, logs and report stand beside it, in OUT.sweep. --dry-run needs none.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Parallel = Annotated[
+    int,
+    typer.Option(
+        "--parallel",
+        min=1,
+        max=64,
+        metavar="N",
+        help="How many evaluations run at a time; where there are CUDA devices, each is given one of them.",
+        rich_help_panel=MACHINE,
+    ),
+]
+Retry = Annotated[
+    bool,
+    typer.Option(
+        "--retry",
+        help="Evaluate once more what failed before.",
+        rich_help_panel=RECOVERY,
+    ),
+]
+ForceSweep = Annotated[
+    bool,
+    typer.Option(
+        "--force",
+        help="Replace an existing output, once the new one is whole; discard the trials of another sweep.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Set = Annotated[
     list[str] | None,
     typer.Option(
@@ -287,11 +334,12 @@ Schedule = Annotated[
     str | None,
     typer.Option(
         "--schedule",
-        autocompletion=_starting("linear", "power:", "constant", "unet"),
+        autocompletion=_starting("linear", "power:", "constant", "reversed", "unet"),
         metavar="RULE",
         show_default="linear",
-        help="How the coefficient grows with depth: linear, power:P, constant, unet (up to the middle, down "
-        "again); or the coefficients themselves, first layer to last, as in 0.1,0.6,1.0.",
+        help="How the coefficient grows with depth: linear, power:P, constant, reversed (it falls: the control for "
+        "linear), unet (up to the middle, down again); or the coefficients themselves, first layer to last, as in "
+        "0.1,0.6,1.0.",
         rich_help_panel=SCALING,
     ),
 ]

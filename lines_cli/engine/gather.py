@@ -11,13 +11,13 @@ from collections.abc import Callable
 import torch
 
 from lines_cli.checkpoint.header import itemsize
-from lines_cli.engine.arithmetic import TORCH_DTYPES
+from lines_cli.engine.arithmetic import FLOAT8, TORCH_DTYPES, widen
 from lines_cli.engine.formulas import Makers
 from lines_cli.plan.rows import Gathered
 from lines_cli.plan.tensors import SourceRange
 
-Fill = Callable[[int, memoryview, int], None]
-"""Reads bytes: of which file, into all of a view, from which offset on."""
+Read = Callable[[SourceRange, memoryview, int], None]
+"""Fills a view with the entries of a table as they are stored, from one on, wherever they lie."""
 
 _STEP = 64 * 1024  # entries that are widened at a time
 _SUMMED = 2**20  # entries that are added to a mean of rows at a time
@@ -27,13 +27,13 @@ class Gather:
     """One thread's.
 
     Args:
-        fill: reads an input.
+        read: reads a table whose rows are not gathered.
         makers: carries out steps.
         device: where those are carried out.
     """
 
-    def __init__(self, fill: Fill, makers: Makers, device: torch.device) -> None:
-        self._fill, self._makers, self._device = fill, makers, device
+    def __init__(self, read: Read, makers: Makers, device: torch.device) -> None:
+        self._stored, self._makers, self._device = read, makers, device
         self._means: dict[int, tuple[Gathered, torch.Tensor]] = {}
 
     def read(self, view: memoryview, source: SourceRange, first: int) -> None:
@@ -61,7 +61,7 @@ class Gather:
             elif len(tables) > 1:
                 self._mean(into, source.dtype, tables, one)
             elif tables[0].dtype == source.dtype and not tables[0].steps and tables[0].gathered is None:
-                self._fill(tables[0].file, into, tables[0].offset + at * size)
+                self._stored(tables[0], into, at)
             else:
                 _entries(into, source.dtype).copy_(self._widened(tables[0], at, other - one, source.dtype))
 
@@ -76,8 +76,9 @@ class Gather:
             if table.gathered is not None:
                 self.read(view, table, first + done)
             else:
-                self._fill(table.file, view, table.offset + (first + done) * size)
-            entries = _entries(view, table.dtype).to(found.dtype)
+                self._stored(table, view, first + done)
+            entries = torch.empty(part.numel(), dtype=found.dtype)
+            widen(_entries(view, table.dtype), entries)
             if table.steps:
                 entries = entries.to(self._device)
                 self._makers.apply(entries, table, first + done)
@@ -117,4 +118,4 @@ class Gather:
 
 def _entries(view: memoryview, dtype: str) -> torch.Tensor:
     """Bytes as what they stand for: [n], sharing memory."""
-    return torch.frombuffer(view, dtype=TORCH_DTYPES[dtype])
+    return torch.frombuffer(view, dtype=(TORCH_DTYPES | FLOAT8)[dtype])

@@ -82,7 +82,7 @@ class Reader:
         self._out: list[Buffer] = []
         shared = sources.shared if isinstance(sources, Sources) else new_shared()
         self._makers = Makers(self._factor, device, shared)
-        self._gather = Gather(self._fill, self._makers, device)
+        self._gather = Gather(self._stored, self._makers, device)
         if not self._allocate():
             self.halve()
 
@@ -156,11 +156,17 @@ class Reader:
         view = buffer.to_fill(chunk.numel * width)
         if source.gathered is not None:
             self._gather.read(view, source, source.first + chunk.first)
-        elif source.parts:
-            read_parts(source.parts, chunk.first, view, width, self._fill, self._turned)
         else:
-            self._fill(source.file, view, source.offset + chunk.first * width)
+            self._stored(source, view, chunk.first)
         return Loaded(buffer, source.dtype, chunk.numel, view)
+
+    def _stored(self, source: SourceRange, view: memoryview, first: int) -> None:
+        """Fill `view` with the entries of a range as they are stored, from the `first` of it on."""
+        width = itemsize(source.dtype)
+        if source.parts:
+            read_parts(source.parts, first, view, width, self._fill, self._turned)
+        else:
+            self._fill(source.file, view, source.offset + first * width)
 
     def made(self, chunk: Chunk[Tensor], source: SourceRange, into: torch.Tensor) -> torch.Tensor:
         """A chunk's entries in one input, widened, made of what is stored where it has steps: `into`, [numel]."""
@@ -440,12 +446,13 @@ class Worker(Reader):
 
 def file_behind(source: SourceRange, entry: int) -> int:
     """The file that an entry of a table comes from: of gathered rows that of its row, of a mean of one of them."""
-    if source.gathered is None:
-        return source.file
-    row = entry // source.gathered.width
-    (part, *_), *_ = source.gathered.runs.within(row, row + 1)
-    tables = source.gathered.parts[part]
-    return file_behind(tables[0], entry) if tables else source.file
+    gathered = source.gathered
+    if gathered is None:
+        return source.place_of(entry)[0]
+    row, inside = divmod(entry, gathered.width)
+    ((part, _, _, there),) = gathered.runs.within(row, row + 1)
+    tables = gathered.parts[part]
+    return file_behind(tables[0], there * gathered.width + inside) if tables else source.file
 
 
 def _sources_behind(chunk: PlanChunk) -> tuple[SourceRange, ...]:

@@ -17,6 +17,8 @@ from typing import Literal
 
 from lines_cli.checkpoint.pipeline import Reads, component_folders, stems_in
 from lines_cli.checkpoint.reader import (
+    ADAPTER_CONFIG,
+    ADAPTERS,
     Heads,
     choose_weights,
     is_index,
@@ -196,7 +198,8 @@ def _fetch(asked: _Asked) -> Located:
         cache = CACHE.get()
         begun, saying = time.monotonic(), f"fetching {asked.name} from the Hub (commit {commit[:7]})"
         in_cache = isinstance(try_to_load_from_cache(asked.repo, chosen, cache, revision=commit), str)
-        if asked.only is not None and (is_index(chosen) or not in_cache):
+        whole = asked.only is None or chosen in ADAPTERS  # of which all is small, and needed for a plan
+        if not whole and (is_index(chosen) or not in_cache):
             found = _heads(asked, commit, names, chosen)
             if found is not None:
                 return found
@@ -412,8 +415,11 @@ def _from_cache(asked: _Asked, why: str) -> Located:
     names = _cached_listing(asked.repo, snapshot.name)
     if names is None:
         names = {file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*") if file.is_file()}
-        chosen = choose_weights({name for name in names if "/" not in name}, asked.variant)
-        if chosen is None or chosen.partition(".")[0] not in (*WEIGHT_STEMS, *PICKLE_STEMS):
+        top = {name for name in names if "/" not in name}
+        chosen = choose_weights(top, asked.variant) or (_adapter_among(top) if ADAPTER_CONFIG in top else None)
+        if chosen is None or (
+            chosen.partition(".")[0] not in (*WEIGHT_STEMS, *PICKLE_STEMS) and chosen not in ADAPTERS
+        ):
             raise refusal("whether the copy in the Hub's cache is complete is not known", as_it_is)
     elif (index := _index_of_several(names)) is not None:
         if lacking := _lacking(snapshot, [index]) or _lacking_of_several(asked, names, snapshot):
@@ -456,8 +462,13 @@ def _choose(asked: _Asked, names: Collection[str]) -> str:
     top = {name for name in names if "/" not in name}
     inside = [name.split("/") for name in names if name.count("/") == 1]
     components = sorted({folder for folder, name in inside if weights_among([name])})
-    chosen = choose_weights(top, asked.variant)
+    chosen = choose_weights(top, asked.variant) or _adapter_among(top)
     return chosen or refuse_folder(f"{asked.name} (on the Hub)", top, components=components)
+
+
+def _adapter_among(names: Collection[str]) -> str | None:
+    """The file of an adapter's weights among those of a repository that holds no others."""
+    return next((name for name in ADAPTERS if name in names), None)
 
 
 def _wanted(asked: _Asked, names: Collection[str], chosen: Path) -> list[str]:
@@ -469,6 +480,8 @@ def _wanted(asked: _Asked, names: Collection[str], chosen: Path) -> list[str]:
         for name in names
         if is_carried(name) or name in (MODEL_CARD, *asked.also) or (name.startswith(modules) and is_of_a_module(name))
     )
+    if chosen.name in ADAPTERS and ADAPTER_CONFIG in names:
+        beside.append(ADAPTER_CONFIG)
     wanted = [chosen.name, *shards, *beside]
     for name in wanted:
         if leads_out(name):

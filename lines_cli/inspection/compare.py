@@ -90,7 +90,7 @@ def _merge(inspection: Inspection) -> Plan | None:
     """The plan of the merge with alpha to be measured; None where alpha follows from the number of models."""
     lines = Scaling(alpha="auto", beta=0.0, layers=inspection.scaling.layers)
     recipe = inspection.recipe.model_copy(update={"lines": lines})
-    plan = make_plan(recipe, open_inputs(recipe, quiet=True), Path("inspected.safetensors"))
+    plan = make_plan(recipe, open_inputs(recipe, quiet=True), Path("inspected"))
     return plan if plan.needs.norms else None
 
 

@@ -15,10 +15,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from lines_cli.checkpoint.adapter import Adapter, adapter_at, open_adapter
 from lines_cli.checkpoint.header import EXACT_DTYPES, FLOAT8_DTYPES, FLOAT_DTYPES, TensorInfo
 from lines_cli.checkpoint.reader import Checkpoint, gc_paused, refusal_of
-from lines_cli.errors import DepthError, MismatchError, RecipeError, printable, some
+from lines_cli.errors import DepthError, MismatchError, RecipeError, UnsupportedError, printable, some
 from lines_cli.hub.download import Only
+from lines_cli.inspection.adapters import names_of
 from lines_cli.inspection.kinds import Kind, kind_of
 from lines_cli.plan.align import aligned_names
 from lines_cli.plan.coefficients import layer_coefficients, outside_coefficients, rounded_coefficient, unlike_lines
@@ -152,6 +154,7 @@ class Inspection:
         quantised: why it cannot be computed with.
         notes: what a person should know.
         relaid: for each checkpoint the tensors that are not stored as `checkpoints` has them (`Inputs.relaid`).
+        adapter: the adapter that is inspected without its base, and the depth of what it changes.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -173,6 +176,7 @@ class Inspection:
     quantised: str | None = None
     notes: tuple[str, ...] = ()
     relaid: tuple[frozenset[str], ...] = ()
+    adapter: tuple[Adapter, DepthMap] | None = None
 
     @property
     def models(self) -> tuple[Checkpoint, ...]:
@@ -191,7 +195,11 @@ class Inspection:
 
     @property
     def knows_coefficients(self) -> bool:
-        """Whether depth is known, or makes no difference."""
+        """Whether depth is known, or makes no difference. How deep a model is, an adapter alone does not say."""
+        return self.adapter is None and self._knows_depth
+
+    @property
+    def _knows_depth(self) -> bool:
         return bool(self.depth.stacks) or not (self.scaling.needs_depth or self.recipe.parameters_vary)
 
     def with_alpha(self, alpha: float) -> Inspection:
@@ -364,6 +372,15 @@ def _alone(
     notes = list(checkpoint.notes)
     made_by = _made_by(checkpoint, notes)
     refused = refusal_of(checkpoint)
+    adapter = None
+    if adapter_at(checkpoint.path) is not None:
+        try:
+            opened = open_adapter(checkpoint.path, name=checkpoint.name, hub_id=checkpoint.hub_id)
+            adapter = opened, _depth(names_of(opened), {}, {}, [])
+            notes += opened.notes
+            refused = None
+        except UnsupportedError as error:
+            refused = UnsupportedError(f"{checkpoint.name} is an adapter: {error.message}")
 
     def shown(recipe: Recipe, of: Origin) -> Inspection:
         of_depth: list[str] = []
@@ -386,6 +403,7 @@ def _alone(
                 stored_heads=tied_heads(checkpoint, checkpoint.config),
                 quantised=refused.message if refused else None,
                 notes=(*notes, *of_depth, *depth.notes),
+                adapter=adapter,
             )
         )
 

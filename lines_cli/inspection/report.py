@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 from lines_cli.checkpoint.header import FLOAT8_DTYPES, FLOAT_DTYPES
 from lines_cli.checkpoint.reader import Checkpoint
+from lines_cli.inspection.adapters import Norms as NormsOfAdapter
+from lines_cli.inspection.adapters import about
 from lines_cli.inspection.kinds import KINDS
 from lines_cli.inspection.open import Inspection, TensorEntry
 from lines_cli.inspection.statistics import Findings, Interference, UpdateStats, ValueStats
@@ -39,13 +41,20 @@ OVERFLOWS = {"float32": 2.0**128 - 2.0**103, "bfloat16": 2.0**128 - 2.0**119, "f
 _NARROWER = {"F64": ("float32", "bfloat16", "float16"), "F32": ("bfloat16", "float16"), "BF16": ("float16",)}
 
 
-def make_report(inspection: Inspection, findings: Findings | None = None, *, tensors: bool = False) -> Report:
+def make_report(
+    inspection: Inspection,
+    findings: Findings | None = None,
+    *,
+    tensors: bool = False,
+    norms: NormsOfAdapter | None = None,
+) -> Report:
     """Everything about what was inspected.
 
     Args:
         inspection: what headers tell.
         findings: what the numbers tell, if they were read.
         tensors: also every single tensor.
+        norms: of an adapter, what was measured of its factors.
     """
     if findings is not None and inspection.of == "merge" and inspection.scaling.needs_alpha:
         inspection = inspection.with_alpha(_alpha(inspection, findings.norms))
@@ -71,6 +80,7 @@ def make_report(inspection: Inspection, findings: Findings | None = None, *, ten
             "stored": [list(pair) for pair in inspection.stored_heads.items()],
         },
         "quantised": inspection.quantised,
+        "adapter": about(*inspection.adapter, norms) if inspection.adapter else None,
         "stored_as": checkpoint.stored_as,
         "recipe": inspection.made_by.model_dump(mode="json", exclude_none=True) if inspection.made_by else None,
         "scaling": _scaling(inspection),
@@ -230,7 +240,7 @@ def _groups(inspection: Inspection, numbers: Numbers) -> Report:
     by_layer: dict[tuple[str, int], float | None] = {}
     known = inspection.knows_coefficients
     for stack, values in layer_coefficients(inspection.recipe, inspection.rules, inspection.depth):
-        by_layer.update({(stack, index): _finite(value) for index, value in enumerate(values)})
+        by_layer.update({(stack, index): _finite(value) if known else None for index, value in enumerate(values)})
     before, after = (_outside(inspection, side, inputs[side]) if known else None for side in _SIDES)
     places = {(place.stack, place.index): parts for place, parts in layers.items() if place}
     return {

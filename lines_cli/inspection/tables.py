@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lines_cli.errors import size as size_in_words
+from lines_cli.inspection.adapters import is_about
 from lines_cli.plan.realised import and_more, way_out
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ def sections(report: Report, *, full: bool = False) -> list[Section]:
         full: every layer, fine-tune and name, however many.
     """
     found = [_headers(report, full=full)]
+    if is_about(report):
+        found.append(_adapter(report["adapter"], full=full))
     fine_tunes = report.get("fine_tunes", [])
     if len(fine_tunes) == 1:
         found.append(_fine_tune(report, fine_tunes[0], full=full))
@@ -100,10 +103,62 @@ def sections(report: Report, *, full: bool = False) -> list[Section]:
     return found
 
 
+# --- an adapter alone ---
+
+
+def _adapter(adapter: Report, *, full: bool) -> Section:
+    dora = ", with magnitudes (DoRA)" if any(target["kind"] == "rescaled" for target in adapter["targets"]) else ""
+    facts: list[Fact] = [("kind", (adapter["kind"] + dora,)), ("base", (adapter["base"] or "none named",))]
+    if adapter["components"]:
+        facts.append(("for", (", ".join(adapter["components"]),)))
+    changed = f"{adapter['tensors']:,} tensors"
+    if adapter["products"] < adapter["tensors"]:
+        changed += f", {adapter['tensors'] - adapter['products']:,} of them held whole, or in rows"
+    facts.append(("changes", (changed,)))
+    facts.append(("norm", (f"{number(adapter['norm'])}" if adapter["norm"] is not None else _BASE_HAS_A_PART,)))
+    targets = Table(
+        ("target", "tensors", "rank", "scale", "norm"),
+        tuple((target["name"], *_of_adapter(target)) for target in adapter["targets"]),
+    )
+    tables = [("", targets)]
+    for name in dict.fromkeys(layer["stack"] for layer in adapter["layers"]):
+        stack = {"name": name}
+        shown, more = _folded(_of(adapter["layers"], stack), full=full)
+        rows = tuple((_index(layer["index"]), *_of_adapter(layer)) for layer in shown)
+        tables.append((_titled(stack, more), Table(("layer", "tensors", "rank", "scale", "norm"), rows, stack=name)))
+    if adapter["outside"]["tensors"] and adapter["layers"]:
+        outside = Table(("", "tensors", "rank", "scale", "norm"), (("outside", *_of_adapter(adapter["outside"])),))
+        tables.append(("", outside))
+    return Section("adapter", tuple(facts), tuple(tables))
+
+
+_BASE_HAS_A_PART = "not known without the base, which has a part in it: --base BASE"
+
+
+def _of_adapter(row: Report) -> tuple[Cell, ...]:
+    norm = row["norm"]
+    return (
+        f"{row['tensors']:,}",
+        _span(row["rank"]),
+        _span(row["scale"]),
+        Quantity(number(norm) if norm is not None else "-", norm),
+    )
+
+
+def _span(ends: Sequence[float] | None) -> str:
+    """One number, or the first and the last."""
+    if ends is None:
+        return "-"
+    least, most = (f"{end:g}" for end in ends)
+    return least if least == most else f"{least} to {most}"
+
+
 # --- what headers tell ---
 
 
 def _headers(report: Report, *, full: bool) -> Section:
+    if is_about(report):
+        return Section(report["checkpoint"], (_held(report),))
     facts = [_held(report), *_known(report)]
     rows: list[tuple[Cell, ...]] = [
         (

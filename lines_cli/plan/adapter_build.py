@@ -1,7 +1,7 @@
 """Recipe and headers in, the plan of an adapter out: one adapter scaled by depth, or several merged with their ranks
 side by side. A whole fine-tune's is planned in `extraction`. No weight of a base is read for it.
 
-    scaled    A stays, B' = c(l) * B                                    the config stays
+    scaled    A stays, B' = c(l) * B; of LoHa and LoKr one factor        the config stays
     merged    A' = [A_1; A_2; ...], B' = [f_1 * B_1, f_2 * B_2, ...]    f_i = c(l) * share_i * scale_i; scale 1
 """
 
@@ -24,19 +24,24 @@ from lines_cli.plan.adapter_layout import laid_out
 from lines_cli.plan.adapter_plan import AdapterModule, AdapterPlan, Entries, Part, Product, Role, Term
 from lines_cli.plan.coefficients import unlike_lines
 from lines_cli.plan.tensors import STORED, Ranges, SourceRange, TensorValues, refuse_idle_filters
-from lines_cli.plan.tied_weights import tied_embeddings
+from lines_cli.plan.tied_weights import is_vocabulary, says_tied, tied_embeddings, tied_partner
 from lines_cli.recipe.schema import UNSCALED, Recipe
 from lines_cli.scaling.find_depth import DepthMap, config_counts, find_depth
 from lines_cli.scaling.partial import completed, layers_held, refuse_other_counts
 from lines_cli.scaling.schedule import Rules
 from lines_cli.storage.destination import is_one_file
 
-_ROLES: Mapping[str, Role] = {"A": "A", "B": "B", "bias": "bias"}
+_SCALED = {"low rank": ("B",), "hadamard": ("a1",), "kronecker": ("w1", "w1_a"), "difference": ("D",)}
+"""Of each kind of change that adds an update, the factor that is scaled: the one of these that is there."""
+_NO_SUM = {
+    "rescaled": "it gives the rows of weights a norm (DoRA), so it adds no update",
+    "rows": "it replaces rows of a table (trainable tokens)",
+}
 _AS_IT_IS = 1e-12  # how far from 1 a sum of shares may be that is meant to be 1
 
 
 def refuse_one_file(output: Path) -> None:
-    """Refuse a destination that is a file.
+    """Refuse a destination that is a file, where the output has a config.
 
     Raises:
         RecipeError: names the folder to give in its place.
@@ -57,12 +62,12 @@ def plan_of_adapters(opened: AdapterInputs, output: Path) -> AdapterPlan:
         MismatchError: adapters of different bases.
         UnsupportedError: an adapter holds what cannot be scaled, or merged, without its base.
     """
-    refuse_one_file(output)
-    builder = _Builder(opened, output)
     recipe = opened.recipe
-    if len(opened.adapters) == 1 and recipe.rank is None and recipe.energy is None:
-        return laid_out(builder.scaled())
-    return laid_out(builder.merged())
+    scaled = len(opened.adapters) == 1 and recipe.rank is None and recipe.energy is None
+    if not scaled or opened.adapters[0].config:
+        refuse_one_file(output)
+    builder = _Builder(opened, output, in_place=scaled)
+    return laid_out(builder.scaled() if scaled else builder.merged())
 
 
 class Shares:
@@ -124,7 +129,12 @@ class Shares:
 
 @dataclass(frozen=True)
 class _Changed:
-    """What all adapters change of one tensor: each model's change, by its number."""
+    """What all adapters change of one tensor in one way.
+
+    Attributes:
+        tensor: the base's name of it; where no base is known, the adapter's.
+        changes: each model's change, by its number.
+    """
 
     tensor: str
     changes: Mapping[int, Change]
@@ -137,14 +147,16 @@ class _Changed:
 class _Builder:
     """What is known of a plan while it is made."""
 
-    def __init__(self, opened: AdapterInputs, output: Path) -> None:
+    def __init__(self, opened: AdapterInputs, output: Path, *, in_place: bool) -> None:
         self.opened, self.recipe, self.output, self.adapters = opened, opened.recipe, output, opened.adapters
-        self.notes = [*self.recipe.notes, *opened.notes]
+        self.notes = [*self.recipe.notes, *opened.notes, *(note for one in self.adapters for note in one.notes)]
         if self.recipe.prefix is not None:
             raise RecipeError("prefix: that is of whole models, and these are adapters; leave it out")
         for adapter in self.adapters:
+            if not in_place:
+                _refuse_without_config(adapter)
             for change in adapter.changes:
-                _refuse_unknown(adapter, change)
+                _refuse_unknown(adapter, change, in_place=in_place)
         self.tensor_of = [opened.tensors_of(adapter) for adapter in self.adapters]
         self.changed = self._grouped()
         names = [changed.tensor for changed in self.changed]
@@ -158,20 +170,34 @@ class _Builder:
         first_model = 1 if opened.inputs.has_base else 0
         self.ranges = [Ranges(opened.inputs, side) for side in range(len(opened.inputs.checkpoints))]
         self.file_of = [opened.inputs.file_numbers[first_model + n][0] for n in range(len(self.adapters))]
+        self.biases = {
+            (number, change.called): change.factors["D"]
+            for number, adapter in enumerate(self.adapters)
+            for change in adapter.changes
+            if change.kind == "difference"
+        }
         self.spelled = [
             {stored.info.offset: name for name, stored in adapter.checkpoint.tensors.items()}
             for adapter in self.adapters
         ]
 
     def _grouped(self) -> list[_Changed]:
-        found: dict[str, dict[int, Change]] = {}
+        found: dict[tuple[str, str], dict[int, Change]] = {}
         for number, (adapter, tensor_of) in enumerate(zip(self.adapters, self.tensor_of, strict=True)):
             for change in adapter.changes:
-                tensor = tensor_of[next(iter(change.factors.values())).info.offset]
-                if number in found.setdefault(tensor, {}):
+                tensor = tensor_of.get(next(iter(change.factors.values())).info.offset)
+                if tensor is None:
+                    raise MismatchError(
+                        f"{adapter.file}: {printable(change.called)} is no module of "
+                        f"{self.opened.base.name if self.opened.base else 'the base'}",
+                        hint="An adapter of several parts of a pipeline has depths that no one of them tells: say how "
+                        "many layers each has (--num-layers NAME=L), in place of --base.",
+                    )
+                key = tensor, change.kind
+                if number in found.setdefault(key, {}):
                     raise UnsupportedError(f"{adapter.file}: {printable(tensor)} is changed twice")
-                found[tensor][number] = change
-        return [_Changed(tensor, changes) for tensor, changes in found.items()]
+                found[key][number] = change
+        return [_Changed(tensor, changes) for (tensor, _), changes in found.items()]
 
     def _depth(self, names: Sequence[str]) -> DepthMap:
         """Where the tensors stand that are changed.
@@ -211,24 +237,41 @@ class _Builder:
         for changed in self.changed:
             change = changed.changes[0]
             coefficient, (factor,) = self.shares(changed.tensor)
+            role = next((role for role in _SCALED.get(change.kind, ()) if role in change.factors), None)
             if change.kind == "whole":
                 stored = change.factors["whole"]
+                if self._is_underneath(changed):
+                    continue  # the base's own, which is copied
                 made = self._whole(changed, (factor,))
                 if made is None:
                     whole.append((changed.tensor, change))
                     continue
                 of_offset[stored.info.offset] = made
                 continue
-            for role, stored in change.factors.items():
-                part = Part(self._range(0, stored), 1.0 if role == "A" else factor)
-                of_offset[stored.info.offset] = Entries((part,))
-            modules.append(self._module(changed, coefficient, change.rank or 0))
+            assert role is not None
+            stored = change.factors[role]
+            of_offset[stored.info.offset] = Entries((Part(self._range(0, stored), factor),))
+            if change.kind != "difference":
+                place = self.depth.places.get(changed.tensor)
+                modules.append(AdapterModule(change.called, changed.tensor, place, coefficient, change.rank or 0, 0))
         self._refuse_whole(whole, adapter)
         for name, stored in adapter.checkpoint.tensors.items():
             copied = Entries((Part(self._range(0, stored), 1.0),))
             made = of_offset.get(stored.info.offset, copied)
-            entries[name] = (self._dtype([stored]), stored.info.shape, made)
+            dtype = self._dtype([stored]) if stored.info.offset in self.tensor_of[0] else stored.info.dtype
+            entries[name] = (dtype, stored.info.shape, made)
         return self._plan("scaled", modules, entries, like=adapter.config)
+
+    def _is_underneath(self, changed: _Changed) -> bool:
+        """Whether a whole tensor is the base's own weight beneath a product, as PEFT saves those of embeddings. A bias
+        there is trained.
+        """
+        number, change = changed.first
+        own = self.spelled[number][change.factors["whole"].info.offset]
+        return own.endswith(".base_layer.weight") and any(
+            other.tensor == changed.tensor and other.first[1].kind not in ("whole", "difference")
+            for other in self.changed
+        )
 
     def _module(self, changed: _Changed, coefficient: float, rank: int) -> AdapterModule:
         _, change = changed.first
@@ -250,6 +293,8 @@ class _Builder:
         for changed in self.changed:
             coefficient, factors = self.shares(changed.tensor)
             number, first = changed.first
+            if first.kind == "difference":
+                continue  # a bias of lora_B, which goes with its product
             if first.kind == "whole":
                 stored = [change.factors["whole"] for change in changed.changes.values()]
                 made = self._whole(changed, factors)
@@ -303,11 +348,13 @@ class _Builder:
                     f"{_shown(own)}",
                     hint="They were trained on different bases: merge adapters of one.",
                 )
-            stored += change.factors.values()
+            bias = self.biases.get((number, change.called))
+            stored += [a, b, *([bias] if bias is not None else [])]
             rank += change.rank or 0
-            numbered = {role: StoredTensor(self.file_of[number], one.info) for role, one in change.factors.items()}
-            term = Term(numbered["A"], numbered["B"], numbered.get("bias"), factors[number] * change.scale)
-            terms.append(term)
+            placed = [None if one is None else _in_file(one, self.file_of[number]) for one in (a, b, bias)]
+            assert placed[0] is not None
+            assert placed[1] is not None
+            terms.append(Term(placed[0], placed[1], placed[2], factors[number] * change.scale))
         names = self._named(changed, bias=any(term.bias is not None for term in terms))
         made = Product(tuple(terms))
         return replace(module, rank=rank, made=made, dtype=self._dtype(stored), names=names)
@@ -316,6 +363,12 @@ class _Builder:
         """What a module's tensors are called in PEFT's files, an embedding's by its own words."""
         number, change = changed.first
         own = self.spelled[number][change.factors["A"].info.offset]
+        if ".base_layer." in own:
+            raise UnsupportedError(
+                f"{self.adapters[number].file}: {printable(own)} is of a module within another that PEFT changes, and "
+                "ranks of such are not put side by side",
+                hint="Merge into a whole model: base_model, and no as_adapter.",
+            )
         if "lora_embedding_A" in own:
             ends: dict[Role, str] = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
         else:
@@ -369,14 +422,24 @@ class _Builder:
         if base is None or not self.whole:
             return None
         number, change = changed.first
-        shape, there = change.factors["whole"].info.shape, base.tensors[changed.tensor].info.shape
+        shape, name = change.factors["whole"].info.shape, changed.tensor
+        if name not in base.tensors:  # a head that is one weight with the embedding
+            shapes = {other: stored.info.shape for other, stored in base.tensors.items() if is_vocabulary(other)}
+            name = tied_partner(name, shape, shapes, tied=says_tied(base.config), resize=True) or ""
+        if name not in base.tensors:
+            raise MismatchError(
+                f"{self.adapters[number].file}: {base.name} has no {printable(changed.tensor)}: there is nothing to "
+                "scale its update by",
+                hint=f"--filter {printable(changed.tensor)}=keep takes the adapter's as it is.",
+            )
+        there = base.tensors[name].info.shape
         if shape != there:
             raise MismatchError(
                 f"{self.adapters[number].file}: {printable(changed.tensor)} is {list(shape)}, and {base.name} has "
                 f"{list(there)}: there is nothing to scale its update by",
                 hint=f"--filter {printable(changed.tensor)}=keep takes the adapter's as it is.",
             )
-        return Entries(parts, self.ranges[0](changed.tensor))
+        return Entries(parts, self.ranges[0](name))
 
     def _refuse_whole(self, lacking: Sequence[tuple[str, Change]], adapter: Adapter) -> None:
         """Refuse tensors that are stored whole, and whose update is to be scaled.
@@ -428,21 +491,49 @@ def modules_in(tensors: Iterable[str]) -> frozenset[str]:
     return frozenset(found)
 
 
-def _refuse_unknown(adapter: Adapter, change: Change) -> None:
-    """Refuse what is no product of two factors, and no whole tensor.
+def _in_file(stored: StoredTensor, file: int) -> StoredTensor:
+    """A stored tensor under another number of its file."""
+    return stored._replace(file=file)
+
+
+def _refuse_without_config(adapter: Adapter) -> None:
+    """Refuse to merge what PEFT has not written: what comes of it is written as PEFT has it.
+
+    Raises:
+        UnsupportedError: it has no config.
+    """
+    if not adapter.config:
+        raise UnsupportedError(
+            f"{adapter.name} is an adapter without a config, as kohya's scripts and ComfyUI have them, and what "
+            "adapters are merged into is written as PEFT has it",
+            hint="Give PEFT's folders; or merge into a whole model: base_model, and no as_adapter.",
+        )
+
+
+def _refuse_unknown(adapter: Adapter, change: Change, *, in_place: bool) -> None:
+    """Refuse what adds no update that a factor scales; or, where several are merged, what is no product of two factors.
 
     Raises:
         UnsupportedError: names the module and the way out.
     """
-    roles = set(change.factors)
-    if (change.kind == "low rank" and roles <= _ROLES.keys() and roles >= {"A", "B"}) or change.kind == "whole":
+    fold = f"Fold it into its base: lines edit BASE {adapter.name} -o OUT (in a merge: without as_adapter)."
+    if change.kind not in _SCALED and change.kind != "whole":
+        why = _NO_SUM.get(change.kind, f"it is changed by more than factors that are multiplied ({change.kind})")
+        raise UnsupportedError(
+            f"{adapter.file}: {printable(change.called)} cannot be scaled without its base: {why}", hint=fold
+        )
+    if in_place or change.kind == "whole":
         return
-    what = ", ".join(sorted(roles - {"A", "B"})) or change.kind
-    raise UnsupportedError(
-        f"{adapter.file}: {printable(change.module)} is changed by more than a product of two factors ({what}), and "
-        "that cannot be scaled or merged in place",
-        hint=f"Fold it into its base: lines edit BASE {adapter.name} -o OUT.",
+    of_lora_b = change.kind == "difference" and any(
+        other.called == change.called and other.kind == "low rank" for other in adapter.changes
     )
+    plain = change.kind == "low rank" and change.factors.keys() == {"A", "B"} and not change.others
+    if not (of_lora_b or (plain and change.factors["A"].info.shape[0] == change.rank)):
+        raise UnsupportedError(
+            f"{adapter.file}: {printable(change.called)} is changed by more than a product of two matrices, and ranks "
+            "of such are not put side by side",
+            hint=fold,
+        )
 
 
 def _layers_in(config: Mapping[str, object], name: str) -> int | None:

@@ -9,7 +9,8 @@ from lines_cli.checkpoint.adapter import WEIGHTS
 from lines_cli.checkpoint.adapter_output import PREFIX
 from lines_cli.plan.adapter_plan import AdapterPlan, AdapterTensor, Entries, FactorOf, Found, Rest
 from lines_cli.plan.adapter_sidecars import with_sidecars
-from lines_cli.plan.layout import FILE_METADATA, lay_out_files
+from lines_cli.plan.layout import FILE_METADATA, lay_out_files, metadata_like
+from lines_cli.storage.destination import is_one_file
 
 _UNBOUNDED = 2**63
 Made = Entries | FactorOf
@@ -46,9 +47,9 @@ def laid_out(plan: AdapterPlan) -> AdapterPlan:
     files, placed = lay_out_files(
         {name: (dtype, shape) for name, (dtype, shape, _) in wanted.items()},
         stem="adapter_model",
-        one_file=WEIGHTS,
+        one_file=plan.output.name if is_one_file(plan.output) else WEIGHTS,
         max_shard_size=_UNBOUNDED,
-        metadata=FILE_METADATA,
+        metadata=metadata_like(plan.inputs.leading.metadata) if plan.how == "scaled" else FILE_METADATA,
     )
     tensors = tuple(AdapterTensor(name, number, info, wanted[name][2]) for name, number, info in placed)
     if plan.how == "extracted":
@@ -56,7 +57,8 @@ def laid_out(plan: AdapterPlan) -> AdapterPlan:
         whole = [rest for rest in saved if not rest.of_target]
         modules = tuple(dict.fromkeys(module for rest in whole for module in (rest.module, *rest.copies)))
         plan = replace(plan, saved=modules, bias="lora_only" if of_targets else "none")
-    return with_sidecars(replace(plan, outputs=tuple(files), tensors=tensors))
+    plan = replace(plan, outputs=tuple(files), tensors=tensors)
+    return plan if is_one_file(plan.output) else with_sidecars(plan)
 
 
 def _saved(plan: AdapterPlan) -> list[Rest]:

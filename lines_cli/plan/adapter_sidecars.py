@@ -29,10 +29,13 @@ def with_sidecars(plan: AdapterPlan) -> AdapterPlan:
     if lead.folder is not None:
         files = carried_files(lead.folder, patterns) if patterns else carried_files(lead.folder)
     sidecars = [Sidecar(name, source=path) for name, path in files.items()]
-    own = beside(lead.folder, CONFIG) if plan.how == "scaled" and lead.folder is not None else None
-    config = Sidecar(CONFIG, source=own) if own is not None else Sidecar(CONFIG, content=as_json(_config(plan)))
+    if plan.how != "scaled":
+        sidecars.append(Sidecar(CONFIG, content=as_json(_config(plan))))
+    elif plan.like:
+        own = lead.folder if lead.folder is not None else lead.files[0].parent
+        sidecars.append(Sidecar(CONFIG, source=beside(own, CONFIG)))
     text = dump_recipe(plan.recipe, named=named_inputs(plan, seen_from=plan.output))
-    return replace(plan, sidecars=(*sidecars, config, _card(plan), Sidecar(RECIPE, content=text.encode())))
+    return replace(plan, sidecars=(*sidecars, _card(plan), Sidecar(RECIPE, content=text.encode())))
 
 
 def _config(plan: AdapterPlan) -> dict[str, Any]:

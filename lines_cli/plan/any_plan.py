@@ -10,7 +10,7 @@ from lines_cli.plan.adapter_build import plan_of_adapters
 from lines_cli.plan.adapter_inputs import open_adapter_inputs
 from lines_cli.plan.adapter_plan import AnyPlan
 from lines_cli.plan.build import make_plan
-from lines_cli.plan.components import in_one_file, refuse_pipelines
+from lines_cli.plan.components import in_one_file
 from lines_cli.plan.extraction import plan_of_extraction
 from lines_cli.plan.inputs import Inputs, open_inputs
 from lines_cli.recipe.schema import Recipe
@@ -32,7 +32,6 @@ def planning(recipe: Recipe, *, quiet: bool = False, weights: bool = True) -> Ca
     if not recipe.as_adapter:
         return partial(_of_a_model, recipe, open_inputs(recipe, quiet=quiet, weights=weights))
     opened = open_adapter_inputs(recipe, quiet=quiet, weights=weights)
-    refuse_pipelines(opened.inputs)
     return partial(plan_of_adapters if opened.adapters else plan_of_extraction, opened)
 
 

@@ -164,7 +164,8 @@ def _matched(
         blocks some side lacks.
     """
     inputs, own = aligned_names(inputs, notes, prefix=recipe.prefix, strict=recipe.missing_in_blocks is None)
-    matched = match_names(inputs, own, resize=recipe.resize != "error", notes=notes)
+    resize = recipe.resize != "error" or recipe.vocabulary_source is not None or recipe.tokenizer is not None
+    matched = match_names(inputs, own, resize=resize, notes=notes)
     parameters = inputs.parameters(own)
     if of_several and not read_lists(list(parameters)):
         rows = settle_missing(inputs, own, matched, {}, recipe.model_copy(update={"missing_in_blocks": None}), notes)
@@ -309,7 +310,7 @@ def _larger_than_the_base(plan: Plan) -> Iterator[str]:
         return
     infos = (
         [stored.info for stored in plan.inputs.checkpoints[0].tensors.values()],
-        [tensor.info for tensor in plan.tensors],
+        [tensor.info for tensor in plan.tensors if tensor.name not in plan.taken_whole],
     )
     names = {there: name for name, there in STORED.items()}
     most = [Counter[str]() for _ in infos]

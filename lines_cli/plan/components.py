@@ -9,11 +9,13 @@ from functools import cached_property
 from lines_cli.checkpoint.formulas import Made
 from lines_cli.checkpoint.pipeline import with_tensors_of
 from lines_cli.checkpoint.reader import Checkpoint, Component
-from lines_cli.errors import MismatchError, RecipeError, UnsupportedError, printable, some
+from lines_cli.errors import CheckpointError, MismatchError, RecipeError, printable, some
 from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.tensors import Ranges, Segment, TensorSpec
 from lines_cli.recipe.schema import ALL_OTHERS, Recipe
 from lines_cli.scaling.find_depth import Region
+from lines_cli.storage.beside import beside
+from lines_cli.storage.names import CONFIG
 
 
 @dataclass(frozen=True)
@@ -233,21 +235,6 @@ def with_layouts(inputs: Inputs, relaid: Sequence[tuple[Share, Inputs]]) -> Inpu
     return replace(inputs, checkpoints=tuple(checkpoints), relaid=tuple(names))
 
 
-def refuse_pipelines(inputs: Inputs) -> None:
-    """Refuse inputs that hold several models where one is asked for.
-
-    Raises:
-        UnsupportedError: names the components.
-    """
-    for checkpoint in inputs.checkpoints:
-        if checkpoint.components:
-            names = [one.checkpoint.name for one in checkpoint.components]
-            raise UnsupportedError(
-                f"{checkpoint.name} holds several models, and an adapter is made of one",
-                hint=f"Give one of them, as {names[0]}." if checkpoint.components[0].folder is not None else None,
-            )
-
-
 def taken_whole(shares: Sequence[Share], recipe: Recipe, inputs: Inputs) -> Iterator[TensorSpec]:
     """What makes the tensors of components that are taken as they are: copies, to the byte, of one input's."""
     for share in shares:
@@ -326,6 +313,24 @@ def _refuse_alone(recipe: Recipe, inputs: Inputs, sides: Sequence[dict[str, Comp
         )
 
 
+def _refuse_without_weights(inputs: Inputs, sides: Sequence[dict[str, Component]], names: Sequence[str]) -> None:
+    """Refuse a folder of a model without its weights, where another input has these: it did not arrive whole.
+
+    Raises:
+        CheckpointError: names them.
+    """
+    folder = inputs.leading.folder
+    folders = {name: held[name].folder for held in sides for name in names if name in held}
+    empty = [name for name, within in folders.items() if folder and within and beside(folder, f"{within}/{CONFIG}")]
+    if empty:
+        raise CheckpointError(
+            f"{inputs.leading.name}: no weights in its folder(s) {', '.join(map(printable, empty))}, which the other "
+            "input(s) have",
+            hint="The pipeline is incomplete: copy or download all of it. If it is to have no such model, remove the "
+            "folder and its line in the index.",
+        )
+
+
 def _note(
     inputs: Inputs,
     sides: Sequence[dict[str, Component]],
@@ -345,5 +350,6 @@ def _note(
         notes.append(f"{those}: as {whose} has {'it' if len(alone) == 1 else 'them'}, for not all inputs have one")
     others = dict.fromkeys(name for held in sides for name in held if name not in sides[inputs.lead])
     if others:
+        _refuse_without_weights(inputs, sides, list(others))
         those = ", ".join(map(printable, others))
         notes.append(f"{those}: not in {whose}, which the output is like, and left out")

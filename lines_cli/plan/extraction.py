@@ -16,7 +16,7 @@ from typing import Any
 from lines_cli.checkpoint.adapter_output import PREFIX
 from lines_cli.checkpoint.header import FLOAT_DTYPES, TensorInfo
 from lines_cli.checkpoint.reader import Checkpoint, gc_paused
-from lines_cli.errors import DepthError, MismatchError
+from lines_cli.errors import DepthError, MismatchError, as_argument
 from lines_cli.plan.adapter_build import Shares, modules_in, refuse_one_file
 from lines_cli.plan.adapter_inputs import AdapterInputs
 from lines_cli.plan.adapter_layout import laid_out
@@ -26,6 +26,7 @@ from lines_cli.plan.coefficients import unlike_lines
 from lines_cli.plan.match import nothing_in_common
 from lines_cli.plan.tensors import STORED, Ranges, refuse_idle_filters
 from lines_cli.plan.tied_weights import is_vocabulary, says_tied, tied_embeddings
+from lines_cli.plan.vocabulary import find_vocabulary, in_words
 from lines_cli.recipe.schema import Recipe
 from lines_cli.scaling.find_depth import DepthMap, find_depth
 
@@ -59,6 +60,14 @@ def plan_of_extraction(opened: AdapterInputs, output: Path) -> AdapterPlan:
         raise nothing_in_common(inputs)
     config = inputs.config_of(1)
     depth = _depth(recipe, ft, config)
+    paired = {name: (there, name) for name, there in theirs.items() if name in ft.tensors}
+    _, difference = find_vocabulary(recipe, inputs, paired, depth.places, notes)
+    if difference is not None:
+        again = f"lines edit {as_argument(base.name)} {as_argument(ft.name)} --resize base --alpha 1 --beta 0 -o FT"
+        raise MismatchError(
+            in_words(difference, inputs),
+            hint=f"An adapter has its base's ids. {again} gives the fine-tune with these: extract from that FT.",
+        )
     shares = Shares(recipe, depth, tied_embeddings(ft, config))
     refuse_idle_filters(shares.rules, ft.tensors)
     ranges = [Ranges(inputs, 0), Ranges(inputs, 1)]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lines_cli.checkpoint.adapter import adapter_at, open_adapter
+from lines_cli.checkpoint.adapter import adapter_at, is_adapter_by, open_adapter
 from lines_cli.checkpoint.header import COMPLEX, Known
 from lines_cli.checkpoint.pipeline import Reads, open_whole, with_its_components
-from lines_cli.checkpoint.reader import Checkpoint, FileState
+from lines_cli.checkpoint.reader import Checkpoint, FileState, open_checkpoint
 from lines_cli.errors import CheckpointError, UnsupportedError, some
 from lines_cli.hub.download import Only, base_and_adapter, is_missing, locate
 from lines_cli.plan.adapted import on_base
@@ -88,6 +88,7 @@ class Opening:
         self._also, self._only, self._reads = also, only, reads
         self._opened: dict[str, Checkpoint] = {}
         self._known: Known = {}
+        self._whole_base: Checkpoint | None = None
 
     def __call__(self, name: str) -> Checkpoint:
         """The checkpoint of that name.
@@ -97,28 +98,45 @@ class Opening:
             MismatchError: an adapter of another base.
         """
         if name not in self._opened:
-            found = self._open(name, self._only)
+            reads = self._reads if name == self._base else None
+            found = self._open(name, self._only, reads)
             if self._only == "plan" and any(tensor.info.dtype == COMPLEX for tensor in found.tensors.values()):
-                found = self._open(name, None)  # the one kind of number that a plan looks at
+                found = self._open(name, None, reads)  # the one kind of number that a plan looks at
             self._opened[name] = found
         return self._opened[name]
 
-    def _open(self, name: str, only: Only | None) -> Checkpoint:
+    def _base_of_adapters(self, base: str) -> Checkpoint:
+        """The base with all of its components: an adapter on it has them all."""
+        if self._whole_base is None:
+            self._whole_base = self(base)
+            if self._reads is not None and self._whole_base.components:
+                self._whole_base = self._open(base, self._only, reads=None)
+        return self._whole_base
+
+    def _open(self, name: str, only: Only | None, reads: Reads | None) -> Checkpoint:
         if halves := base_and_adapter(name):
-            base, found = self(halves[0]), locate(halves[1], quiet=self._quiet)
+            base = self._base_of_adapters(halves[0]) if halves[0] == self._base else self(halves[0])
+            found = locate(halves[1], quiet=self._quiet)
             adapter = open_adapter(found.path, name=found.name, hub_id=found.hub_id)
             return with_its_components(on_base(adapter, base, name=name))
-        reads = self._reads if name == self._base else None
         found = locate(name, quiet=self._quiet, also=self._also, variant=self._variant, only=only, reads=reads)
-        if not (self._to_look_at and self._base is None) and adapter_at(found.path, self._known) is not None:
+        if found.heads is not None and is_adapter_by(
+            found.heads, found.name
+        ):  # which is small, and needed to plan with
+            found = locate(name, quiet=self._quiet, also=self._also, variant=self._variant)
+        weights = adapter_at(found.path, self._known)
+        if weights is not None and self._to_look_at and self._base is None:
+            alone = open_checkpoint(weights, name=found.name, hub_id=found.hub_id, to_look_at=True)
+            return replace(alone, path=found.path)
+        if weights is not None:
             if self._base is None or name == self._base:
                 raise UnsupportedError(
                     f"{name} is an adapter, not a whole checkpoint: it changes a base, and none is named",
-                    hint="Write BASE+ADAPTER, with the base that it was trained on. Adapters alone are merged into an "
-                    "adapter: --as-adapter (in the recipe as_adapter: true).",
+                    hint="Write BASE+ADAPTER, with the base that it was trained on. Adapters of PEFT, with their "
+                    "configs, are merged into an adapter: --as-adapter (in the recipe as_adapter: true).",
                 )
             adapter = open_adapter(found.path, name=found.name, hub_id=found.hub_id)
-            return with_its_components(on_base(adapter, self(self._base)))
+            return with_its_components(on_base(adapter, self._base_of_adapters(self._base)))
         return open_whole(
             found.path,
             name=found.name,

@@ -11,7 +11,7 @@ from itertools import chain
 
 from lines_cli.checkpoint.contents import factors_among
 from lines_cli.checkpoint.header import TensorInfo
-from lines_cli.checkpoint.reader import FOLD, Checkpoint
+from lines_cli.checkpoint.reader import Checkpoint
 from lines_cli.errors import MismatchError, printable, some
 from lines_cli.plan.align import or_so, two_prefixes
 from lines_cli.plan.inputs import Inputs
@@ -366,6 +366,9 @@ def _hint_inside(inputs: Inputs, inside: Mapping[str, Names]) -> str:
     if len(factors) == len(inside):
         return f"{of_adapter} If they are to stay as they are, {said}, beside {beside}, says so."
     return f"{of_adapter}\n{hint}"
+
+
+FOLD = "Fold it into its base first (peft: merge_and_unload, then save_pretrained), and give that folder."
 
 
 def _factors_in(inputs: Inputs, inside: Mapping[str, Names]) -> list[str]:

@@ -21,6 +21,7 @@ from lines_cli.checkpoint.sidecars import (
     files_of_pipeline,
     index_file,
     left_behind,
+    tokenizer_folder,
 )
 from lines_cli.checkpoint.tokenizer import with_tokens
 from lines_cli.errors import RecipeError, printable
@@ -49,7 +50,9 @@ def with_sidecars(plan: Plan) -> Plan:
     if any(share.component.folder is not None for share in plan.shares):
         carried, notes = _of_components(plan)
     else:
-        carried, notes = _of_a_model(plan, plan.inputs, _named(plan), plan.rows, plan.vocabulary)
+        carried, notes = _of_a_model(
+            plan, plan.inputs, _named(plan), plan.rows, plan.vocabulary, dtype=plan.recipe.dtype
+        )
     if code := code_among(sidecar.name for sidecar in carried):
         notes.append(f"custom code, carried over and never run here: {', '.join(map(printable, code))}")
     licences = {_shown_licence(front_of(checkpoint)): checkpoint.name for checkpoint in plan.inputs.checkpoints}
@@ -82,6 +85,8 @@ def _of_a_model(
     rows: Mapping[int, int],
     vocabulary: Vocabulary | None,
     apart: Collection[str] = (),
+    *,
+    dtype: str | None,
 ) -> tuple[list[Sidecar], list[str]]:
     """What stands beside the weights of one model, and what to say of it.
 
@@ -92,13 +97,15 @@ def _of_a_model(
         rows: numbers of vocabulary rows that became another number.
         vocabulary: the model's tokens, where rows are paired by them.
         apart: folders of other models within the leading one's.
+        dtype: what its weights were cast to; None where they keep their own.
     """
     recipe, (tokenizer, template) = plan.recipe, named
     extended: dict[str, bytes] = {}
     if vocabulary is not None:
         tokenizer = inputs.checkpoints[vocabulary.of]
-        if vocabulary.changes_tokenizer and tokenizer.folder is not None:
-            extended = with_tokens(tokenizer.folder, vocabulary.ids, vocabulary.added)
+        home = tokenizer_folder(tokenizer)
+        if vocabulary.changes_tokenizer and home is not None:
+            extended = with_tokens(home, vocabulary.ids, vocabulary.added)
     elif tokenizer is not None and (other_rows := rows.keys() & _vocabularies(inputs, tokenizer)):
         raise RecipeError(
             f"tokenizer_source: {tokenizer.name} has {min(other_rows):,} rows of token embeddings, and "
@@ -111,7 +118,7 @@ def _of_a_model(
     carried, notes = carry_over(
         checkpoints,
         called=called,
-        dtype=None if like is not None else recipe.dtype,
+        dtype=None if recipe.dtype == "fp8" else dtype,
         stored=plan.dtype,
         rows=rows,
         rows_of=inputs.checkpoints[0] if recipe.resize == "base" else inputs.models[0],
@@ -168,10 +175,13 @@ def _of_a_share(plan: Plan, share: Share, named: _Sources, apart: Collection[str
     is_module = beside(folder, MODEL_INDEX) is None and bool(share.component.folder)
     others = files_of_component(home, module=is_module)
     carried = {name: Sidecar(name, source=path) for name, path in others.items() if not _is_in(name, apart)}
-    if share.side is not None:
+    if share.side is not None and share.inputs.leading.folder is not None:
+        own, said = _of_a_model(plan, share.inputs, (None, None), {}, None, apart, dtype=None)
+    elif share.side is not None:
         return list(carried.values()), []
-    from_it = _own(plan, share, named[0]), _own(plan, share, named[1])
-    own, said = _of_a_model(plan, share.inputs, from_it, *_rows_of(plan, share), apart)
+    else:
+        from_it = _own(plan, share, named[0]), _own(plan, share, named[1])
+        own, said = _of_a_model(plan, share.inputs, from_it, *_rows_of(plan, share), apart, dtype=plan.recipe.dtype)
     carried = carried if is_module else {}
     return list((carried | {sidecar.name: sidecar for sidecar in own}).values()), said
 

@@ -16,9 +16,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from lines_cli.checkpoint.header import TensorInfo
+from lines_cli.checkpoint.sidecars import tokenizer_folder
 from lines_cli.checkpoint.tokenizer import TOKENIZER, Tokens, no_tokenizer_json, same_tokenizer, tokens_of
 from lines_cli.errors import CheckpointError, MismatchError, RecipeError, UnsupportedError, printable, some
 from lines_cli.plan.inputs import Inputs
@@ -258,9 +260,10 @@ def find_vocabulary(
         return None, None  # which is refused as it is
     main = [_main_rows(inputs, side, tables) for side in range(len(inputs.checkpoints))]
     rearranged = asked == UNION or recipe.tokenizer is not None
-    if not rearranged and not differ and same_tokenizer([one.folder for one in inputs.checkpoints]):
+    folders = [tokenizer_folder(one) for one in inputs.checkpoints]
+    if not rearranged and not differ and same_tokenizer(folders):
         return None, None
-    tokens = _tokens(inputs, main, notes, needed=rearranged)
+    tokens = _tokens(inputs, folders, main, notes, needed=rearranged)
     difference = _difference(tokens, main)
     rearranged = rearranged or (asked is not None and recipe.resize == "error" and differ)
     if difference is None and not rearranged:
@@ -319,7 +322,9 @@ def _main_rows(inputs: Inputs, side: int, tables: Sequence[Names]) -> int:
     return next((size for size in said if type(size) is int and size in there), max(there, default=0))
 
 
-def _tokens(inputs: Inputs, main: Sequence[int], notes: list[str], *, needed: bool) -> list[Tokens | None]:
+def _tokens(
+    inputs: Inputs, folders: Sequence[Path | None], main: Sequence[int], notes: list[str], *, needed: bool
+) -> list[Tokens | None]:
     """What each side's tokenizer knows; sides that have the same files share one value."""
     found: list[Tokens | None] = []
     unread: list[str] = []
@@ -327,14 +332,14 @@ def _tokens(inputs: Inputs, main: Sequence[int], notes: list[str], *, needed: bo
         before = (
             other
             for other in range(side)
-            if found[other] is not None and same_tokenizer([inputs.checkpoints[other].folder, checkpoint.folder])
+            if found[other] is not None and same_tokenizer([folders[other], folders[side]])
         )
         if (same := next(before, None)) is not None:
             found.append(found[same])
             continue
         read: Tokens | None = None
         try:
-            read = tokens_of(checkpoint.folder, checkpoint.config.get("model_type")) if main[side] else None
+            read = tokens_of(folders[side], checkpoint.config.get("model_type")) if main[side] else None
         except UnsupportedError:
             if needed:
                 raise

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from decimal import Decimal
 from typing import Annotated, Any, Literal, get_args
@@ -32,7 +32,7 @@ from lines_cli.methods import Method, Said, Values, find_method
 from lines_cli.methods.parameters import MOST_RULES, evaluate, filters_of
 from lines_cli.scaling.by_hand import member_of
 from lines_cli.scaling.find_depth import DepthMap
-from lines_cli.scaling.schedule import Constant, Linear, Listed, Outside, Power, Rules, Schedule, UpAndDown
+from lines_cli.scaling.schedule import Constant, Linear, Listed, Outside, Power, Reversed, Rules, Schedule, UpAndDown
 from lines_cli.storage.digest import FileRecord
 
 _UNITS = {
@@ -81,9 +81,17 @@ Fixed = Literal["keep", "base"]
 _FIXED = {"keep": 1.0, "base": 0.0}
 
 
+_SCHEDULES: dict[str, Callable[[float, float], Schedule]] = {
+    "linear": Linear,
+    "constant": Constant,
+    "reversed": Reversed,
+    "unet": UpAndDown,
+}
+
+
 def parse_schedule(value: Any) -> Any:
-    """`linear`, `constant`, `unet`, `power:2`; or a list of numbers, also as `0.1,0.6,1.0`."""
-    if isinstance(value, str) and value in ("linear", "constant", "unet"):
+    """`linear`, `constant`, `reversed`, `unet`, `power:2`; or a list of numbers, also as `0.1,0.6,1.0`."""
+    if isinstance(value, str) and value in _SCHEDULES:
         return value
     try:
         if isinstance(value, str) and value.startswith("power:"):
@@ -99,7 +107,8 @@ def parse_schedule(value: Any) -> Any:
     except (TypeError, ValueError, OverflowError):
         pass
     raise ValueError(
-        "a schedule is linear, constant, unet, power:P with P above 0, or a list of coefficients as in 0.1,0.6,1"
+        "a schedule is linear, constant, reversed, unet, power:P with P above 0, or a list of coefficients, as in "
+        "0.1,0.6,1"
     )
 
 
@@ -174,7 +183,8 @@ class Scaling(_Part):
             many tasks, `(1/N) * norm1(sum of tau_i) / norm1(tau_merged)`, measured. Only a schedule that lists its
             coefficients needs no beta.
         gamma: multiplies what a schedule gives.
-        schedule: `linear`, `power:P`, `constant`, `unet`, or the coefficients themselves, first layer to last.
+        schedule: `linear`, `power:P`, `constant`, `reversed`, `unet`, or the coefficients themselves, from the first
+            layer to the last.
         outside: what tensors outside the blocks get (`Rules.outside`).
         layers: a regular expression that overrules the detection of depth (`find_depth`).
         series: the names of stacks that run one after the other, a list of them for each stack that they make.
@@ -280,13 +290,9 @@ class Scaling(_Part):
     def _schedule(self, alpha: float, beta: float) -> Schedule:
         if isinstance(self.schedule, tuple):
             return Listed(self.schedule)
-        if self.schedule == "constant":
-            return Constant(alpha, beta)
-        if self.schedule == "unet":
-            return UpAndDown(alpha, beta)
         if self.schedule.startswith("power:"):
             return Power(alpha, beta, float(self.schedule.removeprefix("power:")))
-        return Linear(alpha, beta)
+        return _SCHEDULES[self.schedule](alpha, beta)
 
 
 UNSCALED = Scaling(alpha=1.0, beta=0.0)

@@ -489,7 +489,10 @@ def _check_models(recipe: Recipe, problems: list[Problem]) -> None:
     if recipe.base_model is None and recipe.subtracts_base:
         why = f"{name} merges task vectors" if method.takes == "task vectors" else "lines: scales task vectors"
         what = f"base_model is missing: {why}, the differences to a base; add base_model: PATH"
-        what += " (adapters can be merged into an adapter without one: as_adapter: true, or --as-adapter)"
+        what += (
+            " (adapters of PEFT, with their configs, can be merged into an adapter without one: as_adapter: true, or "
+        )
+        what += "--as-adapter)"
         problems.append((("base_model",), what))
     is_one_of_them = any(source.model == recipe.base_model for source in recipe.merged)
     if recipe.base_model is not None and not recipe.subtracts_base and not is_one_of_them:
@@ -513,15 +516,19 @@ def _of_adapters(recipe: Recipe) -> Iterator[Problem]:
     for key, default in _NOT_OF_ADAPTERS.items():
         if getattr(recipe, key) != default:
             yield (key,), f"{key}: that is of whole models, and the output is an adapter; leave it out"
+    if recipe.dtype == "fp8":
+        yield ("dtype",), "dtype: an adapter is stored in float64, float32, float16 or bfloat16, not in fp8"
 
 
-_NOT_OF_ADAPTERS = {
+_NOT_OF_ADAPTERS: dict[str, Any] = {
     "rounding": "nearest",
     "missing": "error",
     "missing_in_blocks": None,
     "resize": "error",
+    "tokenizer": None,
     "tokenizer_source": None,
     "chat_template": None,
+    "components": {},
 }
 
 

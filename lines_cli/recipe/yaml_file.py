@@ -184,12 +184,16 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Place, str], str]:
     return values, at, text
 
 
-def recipe_from(values: Mapping[str, Any], sets: Iterable[str] = ()) -> Recipe:
-    """A recipe from plain values, as YAML would have them. Relative paths among them count from the current folder.
+def recipe_from(
+    values: Mapping[str, Any], sets: Iterable[str] = (), *, folder: Path = Path(), where: str = "recipe"
+) -> Recipe:
+    """A recipe from plain values, as YAML would have them.
 
     Args:
         values: the recipe; it is not changed.
         sets: what overrules it (`load_recipe`).
+        folder: that relative paths count from.
+        where: what a message calls their origin.
 
     Raises:
         RecipeError: it says something impossible.
@@ -201,7 +205,7 @@ def recipe_from(values: Mapping[str, Any], sets: Iterable[str] = ()) -> Recipe:
     for text in sets:
         _set(own, text, at)
     places: dict[str, str] = {}
-    return _with_record(make_recipe(_with_paths(Path(), own, places, {}), where="recipe", at=at), places)
+    return _with_record(make_recipe(_with_paths(folder, own, places, {}), where=where, at=at), places)
 
 
 def _plain(value: Any) -> Any:

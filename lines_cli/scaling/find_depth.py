@@ -153,7 +153,7 @@ class DepthMap:
 
     def component_of(self, name: str) -> str | None:
         """The name of that model."""
-        region = self.region_of(name)
+        region = self.region_of(name) if self.regions else None
         return region.component if region is not None else None
 
     def side_of(self, name: str) -> Side:

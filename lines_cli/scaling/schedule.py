@@ -30,6 +30,10 @@ class Schedule(Protocol):
         """The value of the last layer."""
 
     @property
+    def ends(self) -> tuple[float, float]:
+        """What lies before the blocks gets, and what lies behind them, where that goes by its position."""
+
+    @property
     def flat(self) -> bool:
         """Whether every value is the same, so that depth makes no difference."""
 
@@ -57,6 +61,10 @@ class Linear:
         return self.alpha + self.beta
 
     @property
+    def ends(self) -> tuple[float, float]:
+        return self.first, self.last
+
+    @property
     def flat(self) -> bool:
         return self.beta == 0
 
@@ -77,6 +85,24 @@ class Constant(Linear):
 
     def at(self, index: int, layers: int) -> float:  # noqa: ARG002 - a rule of depth that ignores it
         return self.last
+
+
+@dataclass(frozen=True, slots=True)
+class Reversed(Linear):
+    """`alpha + beta * (L - l) / (L - 1)`: the deep blocks stay near the base. The control for LiNeS: the same
+    coefficients, in the other order. What lies outside the blocks gets alpha all the same.
+    """
+
+    def at(self, index: int, layers: int) -> float:
+        return self.alpha + (self.beta if index == 0 else self.beta * (layers - 1 - index) / (layers - 1))
+
+    @property
+    def last(self) -> float:
+        return self.alpha
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        return self.alpha + self.beta, self.alpha
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +141,10 @@ class Listed:
     @property
     def last(self) -> float:
         return self.values[-1]
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        return self.first, self.last
 
     @property
     def flat(self) -> bool:
@@ -174,8 +204,6 @@ class Rules:
         """The coefficient of what lies outside the blocks, on one side of them, filters apart."""
         if self.outside in ("base", "keep"):
             return 0.0 if self.outside == "base" else scale
-        return (
-            self.gamma
-            * scale
-            * (self.schedule.last if self.outside == "position" and side == "after" else self.schedule.first)
-        )
+        if self.outside == "position":
+            return self.gamma * scale * self.schedule.ends[side == "after"]
+        return self.gamma * scale * self.schedule.first

@@ -112,7 +112,7 @@ def test_keywords_of_an_adapter_are_those_of_an_edit() -> None:
     """But for those that speak of whole models."""
     own, options = keywords(lines.edit_adapter), keywords(lines.edit)
     of_whole_models = {"ft", "prefix", "missing", "missing_in_blocks", "resize", "rounding", "rounding_seed"}
-    of_whole_models |= {"max_shard_size"}
+    of_whole_models |= {"max_shard_size", "component"}
     assert own.keys() - {"adapter", "num_layers"} == options.keys() - of_whole_models
     assert all(own[name] == options[name] for name in own.keys() & options.keys() - {"base"})
 
@@ -142,7 +142,7 @@ def test_a_merge_in_memory_takes_what_a_recipe_takes() -> None:
         "notes",
         "layers",
     }
-    files |= {"variant", "components", "as_adapter", "num_layers", "rank", "energy", "save_rest"}
+    files |= {"tokenizer", "variant", "components", "as_adapter", "num_layers", "rank", "energy", "save_rest"}
     keys = {renamed.get(key, key) for key in lines.Recipe.model_fields.keys() - files}
     resources = {"workers", "device", "gpu_memory", "track"}
     assert keywords(lines.merge_state_dicts).keys() == keys | resources | {"config", "model_parameters"}

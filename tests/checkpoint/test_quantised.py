@@ -467,3 +467,20 @@ def test_other_formats_are_named(kind: str, config: bool, tmp_path: Path) -> Non
     named = kind if kind != "8-bit floats without scales" else "F8_E4M3"
     assert [word for word in (named, way, "model.layers.", "quantised") if word not in ran.err] == [], ran.err
     assert told(base)["quantised"]
+
+
+def test_a_scale_for_each_row_is_not_one_for_each_block(tmp_path: Path) -> None:
+    """[32, 1] beside [32, 4096] has a scale for each row, though there are 32 blocks of 128 columns."""
+    torch.manual_seed(0)
+    wide = {
+        f"model.layers.{i}.in_proj.weight": torch.randn(32, 4096) * torch.linspace(0.1, 3, 32)[:, None] for i in (0, 1)
+    }
+    scales = {name: weight.abs().amax(1, keepdim=True) / 448 for name, weight in wide.items()}
+    codes = {name: (weight / scales[name]).to(torch.float8_e4m3fn) for name, weight in wide.items()}
+    stored = codes | {f"{name}_scale": scale for name, scale in scales.items()}
+    base = write_checkpoint(tmp_path / "base", stored)
+    ft = write_checkpoint(tmp_path / "ft", {name: weight.bfloat16() for name, weight in wide.items()})
+    ran = run_lines("edit", base, ft, "-o", tmp_path / "out", "--alpha", 0, "--beta", 0, "--dtype", "float32")
+    assert ran.code == 0, ran.err
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(found[name], codes[name].float() * scales[name]) for name in wide)

@@ -74,6 +74,8 @@ EXTRACT = ["extract", "ft", "--base", "base", "-o", "out"]
         ([*KNOWN, "--missing", "ft"], 2, ["missing: that is of whole models"]),
         ([*KNOWN, "--prefix", "model."], 2, ["--prefix: that is of whole models"]),
         ([*KNOWN, "--max-shard-size", "1GB"], 2, ["--max-shard-size: that is of whole models"]),
+        ([*KNOWN, "--component", "unet=keep"], 2, ["components: that is of whole models"]),
+        ([*KNOWN, "--dtype", "fp8"], 2, ["dtype: an adapter is stored in", "not in fp8"]),
         ([*KNOWN, "--rounding", "stochastic"], 2, ["rounding: that is of whole models"]),
         ([*KNOWN, "--filter", "nothing=keep"], 2, ["'nothing' matches none of 8 tensor names"]),
         ([*KNOWN, "--stack", "other=keep"], 2, ["names no stack"]),
@@ -130,7 +132,7 @@ FACTOR = torch.ones(12, 4)
     ("config", "tensors", "code", "said"),
     [
         ({}, {"lora_B_weight": None}, 3, ["has lora_A, and no lora_B"]),
-        ({}, {"lora_B_weight": torch.ones(12, 3)}, 3, ["says rank 4"]),
+        ({}, {"lora_B_weight": torch.ones(12, 3)}, 3, ["[4, 8] and [12, 3], which have no product"]),
         ({"r": 8}, {}, 3, ["says rank 8"]),
         ({"peft_type": "IA3"}, {}, 3, ["IA3"]),
         ({}, {"lora_C_weight": FACTOR}, 3, ["lora_C"]),

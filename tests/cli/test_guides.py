@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import sys
 import warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -19,6 +22,7 @@ from support.fp8 import FORMATS, LAYERS, near, plain
 from support.gguf import write_gguf
 from support.pages import DOCS, blocks, run_page
 from support.pipelines import loaded, write_everything, write_modules, write_pipeline
+from support.run import run_lines
 from support.tokenizers import ids_in, write_tokenizer
 from support.torch_files import write_folder
 
@@ -30,6 +34,7 @@ GUIDES = {
     "diffusion",
     "mergekit",
     "forgetting",
+    "sweeping",
     "jobs",
     "notebooks",
     "vocabularies",
@@ -89,6 +94,24 @@ def test_it_forgot_too_much(here: Path) -> None:
     assert_scaled(load_file(here / "out" / "model.safetensors"), base, ft, [0.3, 0.3 + 0.7 / 3, 0.3 + 1.4 / 3, 1])
 
 
+def test_an_evaluation_that_decides(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/sweeping.md: seven candidates, as many of each control, and the winner's folder beside the report."""
+    pair("base", "ft")
+    (here / "bin").mkdir()
+    (here / "bin" / "python").symlink_to(sys.executable)
+    monkeypatch.setenv("PATH", f"{here / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    (here / "evaluate.py").write_text(
+        "import json, sys, zlib\n"
+        "seen = zlib.crc32(open(sys.argv[1] + '/model.safetensors', 'rb').read()) / 2**32\n"
+        "print(json.dumps({'target': 1 + seen, 'control': {'a': 2 - seen, 'b': 1.5}}))\n"
+    )
+    run_page("sweeping.md")
+    trials = [json.loads(line) for line in (here / "best.sweep" / "trials.jsonl").read_text().splitlines()[1:]]
+    families = [trial["family"] for trial in trials]
+    assert families == ["pre", "ft", *["lines"] * 7, *["constant"] * 7, *["reversed"] * 7]
+    assert (here / "best" / "lines_recipe.yaml").is_file()
+
+
 class ImageEncoder(torch.nn.Module):
     """A small one, called as the paper's code calls its own."""
 
@@ -138,15 +161,19 @@ def test_diffusion(here: Path) -> None:
         write_pipeline(here / side, seed)
         write_everything(here / f"{side}.safetensors", seed)
         write_modules(here / f"st-{side}", seed)
+    module = "unet.mid_block.resnets.0.conv1.lora"
+    factors = {f"{module}_A.weight": torch.ones(2, 3), f"{module}_B.weight": torch.ones(4, 2)}
+    write_checkpoint(here / "lora/pytorch_lora_weights.safetensors", factors)
     run_page("diffusion.md")
     base, ft, out, unet = (loaded(here / side) for side in ("base", "ft", "out", "unet"))
     middle, last = "mid_block.resnets.0.conv1.weight", "up_blocks.2.resnets.0.conv1.weight"
     assert torch.equal(unet["."][last], ft["unet"][last])
     assert not torch.equal(unet["."][middle], ft["unet"][middle])
-    for component in ("vae", "text_encoder"):  # the last that wrote it had a U-Net as its base
-        assert all(torch.equal(tensor, ft[component][name]) for name, tensor in out[component].items())
-    assert not torch.equal(out["unet"][middle], ft["unet"][middle])
-    assert (here / "out/model_index.json").read_bytes() == (here / "ft/model_index.json").read_bytes()
+    for component in ("vae", "text_encoder"):  # the last that wrote it put the LoRA onto the U-Net
+        assert all(torch.equal(tensor, base[component][name]) for name, tensor in out[component].items())
+    changed = {name for name, tensor in out["unet"].items() if not torch.equal(tensor, base["unet"][name])}
+    assert changed == {middle}
+    assert (here / "out/model_index.json").read_bytes() == (here / "base/model_index.json").read_bytes()
     single, theirs = load_file(here / "out.safetensors"), load_file(here / "ft.safetensors")
     changed = {name.partition(".")[0] for name in single if not torch.equal(single[name], theirs[name])}
     assert changed == {"model"}
@@ -239,9 +266,30 @@ def test_adapters_out(here: Path) -> None:
         torch.testing.assert_close(merged[name], wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_adapters(here: Path) -> None:
-    """docs/adapters.md: of an adapter that is folded, each layer keeps the share of B A that its coefficient says."""
+    """docs/adapters.md: each layer has the share of B A that its coefficient says; to fold is to scale by 1."""
+    sizes = {"self_attn.q_proj": (12, 8), "mlp.up_proj": (16, 8)}
+    modules = layers_of(4, sizes)
+    for seed, side in enumerate(("base", "ft")):
+        chance = torch.Generator().manual_seed(seed)
+        weights = {f"{module}.weight": torch.randn(*size, generator=chance) for module, size in modules.items()}
+        weights["model.norm.weight"] = torch.ones(8)
+        write_checkpoint(here / side, weights, config={"model_type": "tiny", "num_hidden_layers": 4})
+    for seed, name in enumerate(("adapter", "adapter2", "adapter3")):
+        write_adapter(here / name, factors(modules, 4, seed))
+    names = run_page("adapters.md")
+    base, out, folded = (load_file(here / side / "model.safetensors") for side in ("base", "out", "folded"))
+    for name, update in updates(here / "adapter").items():
+        moved = out[name].double() - base[name].double()
+        torch.testing.assert_close(moved, DEFAULTS[int(name.split(".")[2])] * update, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(folded[name].double(), base[name].double() + update, rtol=1e-6, atol=1e-6)
+    assert torch.equal(out["model.norm.weight"], base["model.norm.weight"])
+    assert callable(names["fold"])
+
+
+@pytest.mark.slow
+def test_what_peft_folds(here: Path) -> None:
+    """docs/adapters.md: the function there folds as `--alpha 1 --beta 0` does, on a real model in bfloat16."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         peft = pytest.importorskip("peft")
@@ -250,19 +298,16 @@ def test_adapters(here: Path) -> None:
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "vocab_size": 64}
         config = transformers.LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)
         transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(here / "base")
-        for adapter in ("adapter", "adapter2"):
-            model = transformers.LlamaForCausalLM.from_pretrained(here / "base", dtype="bfloat16")
-            lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=False)
-            peft.get_peft_model(model, lora).save_pretrained(here / adapter)
-        run_page("adapters.md")
-    base, out = (load_file(here / side / "model.safetensors") for side in ("base", "out"))
-    factors = load_file(here / "adapter" / "adapter_model.safetensors")
-    for layer, coefficient in enumerate(DEFAULTS):
-        name = f"model.layers.{layer}.self_attn.q_proj"
-        down, up = (factors[f"base_model.model.{name}.lora_{side}.weight"].double() for side in "AB")
-        update = out[f"{name}.weight"].double() - base[f"{name}.weight"].double()
-        product = 8 / 4 * up @ down
-        assert float((update * product).sum() / (product**2).sum()) == pytest.approx(coefficient, abs=0.02)
-    same = "model.layers.0.self_attn.v_proj.weight"
-    assert torch.equal(out[same], base[same])
-    assert out[same].dtype == torch.bfloat16
+        model = transformers.LlamaForCausalLM.from_pretrained(here / "base", dtype="bfloat16")
+        lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=False)
+        peft.get_peft_model(model, lora).save_pretrained(here / "adapter")
+        (code,) = (text for kind, text in blocks("adapters.md") if kind == "python")
+        names: dict[str, Any] = {}
+        exec(code, names)
+        names["fold"]("adapter", "ft")
+    run_lines("edit", "base", "adapter", "-o", "folded", "--alpha", "1", "--beta", "0", "--dtype", "float32")
+    theirs, ours = (load_file(here / side / "model.safetensors") for side in ("ft", "folded"))
+    assert theirs.keys() == ours.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-6, atol=1e-7)
+    assert run_lines("inspect", "adapter").code == 0

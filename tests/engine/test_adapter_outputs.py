@@ -14,6 +14,7 @@ import lines_cli as lines
 from lines_cli.errors import DataError
 from support.adapters import PREFIX, factors, layers_of, updates, write_adapter
 from support.files import snapshot, without_staging, write_checkpoint
+from support.fp8 import expanded, quantise
 
 SIZES = {"q_proj": (12, 8), "up_proj": (20, 8)}
 LAYERS = 4
@@ -128,6 +129,23 @@ def test_what_is_stored_whole(tmp_path: Path) -> None:
         lines.edit_adapter(adapter, tmp_path / "no", num_layers=LAYERS)
     assert "--base BASE" in str(refused.value.hint)
     assert "lines edit BASE" in str(refused.value.hint)
+
+
+def test_a_base_s_own_weight_beneath_a_product(tmp_path: Path) -> None:
+    """PEFT saves an embedding with its product: it stays as it is, needs no base, and B is scaled."""
+    own = factors(layers_of(LAYERS, SIZES) | {"lm_head": (16, 8)}, 4, 0)
+    embedding = f"{PREFIX}model.embed_tokens"
+    own |= {f"{embedding}.lora_embedding_A": torch.ones(4, 16), f"{embedding}.lora_embedding_B": torch.ones(8, 4)}
+    beneath = {f"{embedding}.base_layer.weight": torch.randn(16, 8)}
+    beneath[f"{PREFIX}lm_head.base_layer.weight"] = torch.randn(16, 8)
+    adapter = write_adapter(tmp_path / "adapter", own | beneath)
+    lines.edit_adapter(adapter, tmp_path / "out", num_layers=LAYERS, **LINES)
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    for name, tensor in beneath.items():
+        assert torch.equal(found[name], tensor)
+    torch.testing.assert_close(found[f"{embedding}.lora_embedding_B"], torch.full((8, 4), 0.1))
+    head = f"{PREFIX}lm_head.lora_B.weight"
+    torch.testing.assert_close(found[head], 0.1 * own[head])
 
 
 def test_nothing_of_the_base_s_weights_is_read(tmp_path: Path) -> None:
@@ -568,3 +586,55 @@ def test_an_adapter_that_was_changed_is_found(tmp_path: Path) -> None:
     assert not found.same
     assert found.files[0].difference is not None
     assert str(found.files[0].difference.tensor).endswith("lora_B.weight")
+
+
+def test_a_lone_file_with_kohya_s_names(tmp_path: Path) -> None:
+    """Scaled into one file with the same names and alphas, or into a folder: then its edit is the original's."""
+    modules = [f"text_model.encoder.layers.{i}.{module}" for i in range(3) for module in ("mlp.fc1", "mlp.fc2")]
+    chance = torch.Generator().manual_seed(0)
+    base = write_checkpoint(
+        tmp_path / "base",
+        {f"{module}.weight": torch.randn(6, 6, generator=chance) for module in modules},
+        config={"num_hidden_layers": 3},
+    )
+    own = {}
+    for module in modules:
+        flat = f"lora_te_{module.replace('.', '_')}"
+        own[f"{flat}.lora_down.weight"] = torch.randn(2, 6, generator=chance)
+        own[f"{flat}.lora_up.weight"] = torch.randn(6, 2, generator=chance)
+        own[f"{flat}.alpha"] = torch.tensor(1.5)
+    save_file(own, tmp_path / "lora.safetensors", metadata={"ss_network_dim": "2"})
+    lines.edit(base, tmp_path / "lora.safetensors", tmp_path / "dense")
+    wanted = load_file(tmp_path / "dense" / "model.safetensors")
+    for out in ("scaled.safetensors", "scaled"):
+        lines.edit_adapter(tmp_path / "lora.safetensors", tmp_path / out, base=base)
+        file = tmp_path / out if out.endswith("s") else tmp_path / out / "adapter_model.safetensors"
+        stored = load_file(file)
+        assert stored.keys() == own.keys()
+        assert all(torch.equal(stored[name], own[name]) for name in own if "lora_up" not in name)
+        lines.edit(base, file, tmp_path / "again", alpha=1, beta=0, force=True)
+        close(load_file(tmp_path / "again" / "model.safetensors"), wanted)
+    assert lines.verify(tmp_path / "scaled").same
+    assert not (tmp_path / "scaled" / "adapter_config.json").exists()
+    with pytest.raises(lines.LinesError, match="an adapter without a config"):
+        lines.merge({"models": [{"model": str(tmp_path / "lora.safetensors")}] * 2}, tmp_path / "no", as_adapter=True)
+
+
+def test_a_base_in_fp8_and_a_pickled_fine_tune(tmp_path: Path) -> None:
+    """What is taken apart is the difference of the numbers that both stand for."""
+    chance = torch.Generator().manual_seed(0)
+    names = [f"model.layers.{i}.q_proj" for i in range(2)]
+    base, ft, taus = {}, {}, {}
+    for name in names:
+        codes, scale = quantise(torch.randn(20, 12, generator=chance), (8, 8))
+        base |= {f"{name}.weight": codes, f"{name}.weight_scale_inv": scale}
+        whole = codes.double() * expanded(scale, (20, 12), (8, 8))
+        ft[f"{name}.weight"] = (whole + 0.1 * torch.randn(20, 12, generator=chance)).float()
+        taus[f"{name}.weight"] = ft[f"{name}.weight"].double() - whole.float().double()
+    said = {"quant_method": "fp8", "weight_block_size": [8, 8], "fmt": "e4m3", "activation_scheme": "dynamic"}
+    config = {"model_type": "deepseek_v3", "num_hidden_layers": 2}
+    write_checkpoint(tmp_path / "base", base, config={**config, "quantization_config": said})
+    torch.save(ft, tmp_path / "ft.pt")
+    lines.extract(tmp_path / "ft.pt", tmp_path / "base", tmp_path / "out", rank=3)
+    close(updates(tmp_path / "out"), {name: truncated(tau, 3) for name, tau in taus.items()})
+    assert lines.verify(tmp_path / "out").same

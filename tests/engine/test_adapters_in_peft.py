@@ -158,6 +158,134 @@ def test_an_adapter_scaled_in_place_is_the_edit_of_the_whole_model(tmp_path: Pat
     assert float((whole - wanted).abs().max()) > 0.01
 
 
+def conv_net() -> Any:
+    """Layers with an embedding, convolutions, and linear layers with biases."""
+
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.conv2 = torch.nn.Conv1d(8, 8, 3, padding=1), torch.nn.Conv2d(1, 4, 3, padding=1)
+            self.fc = torch.nn.Linear(8, 8)
+
+        def forward(self, x: Any) -> Any:
+            x = x + self.conv1(x.transpose(1, 2)).transpose(1, 2)
+            return x + self.fc(x) + self.conv2(x.unsqueeze(1)).mean(1)
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed_tokens = torch.nn.Embedding(20, 8)
+            self.layers = torch.nn.ModuleList([Block() for _ in range(3)])
+            self.head = torch.nn.Linear(8, 5)
+
+        def forward(self, ids: Any) -> Any:
+            x = self.embed_tokens(ids)
+            for block in self.layers:
+                x = block(x)
+            return self.head(x)
+
+    return Net()
+
+
+def kinds() -> dict[str, Any]:
+    """Configs of all that can be scaled in place."""
+    import peft
+
+    every = ["embed_tokens", "conv1", "conv2", "fc", "head"]
+    return {
+        "lora": peft.LoraConfig(r=3, lora_alpha=5, target_modules=every, init_lora_weights=False),
+        "bias": peft.LoraConfig(r=3, lora_alpha=5, target_modules=["fc"], lora_bias=True, init_lora_weights=False),
+        "loha": peft.LoHaConfig(r=3, alpha=5, target_modules=["fc", "conv1"], init_weights=False),
+        "lokr": peft.LoKrConfig(r=3, alpha=5, target_modules=["fc", "conv2"], init_weights=False),
+    }
+
+
+def output(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(TOKENS)
+    return found
+
+
+def loaded(folder: Path) -> Any:
+    from safetensors.torch import load_file
+
+    model = conv_net()
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    return model
+
+
+@pytest.mark.parametrize("kind", ["lora", "bias", "loha", "lokr"])
+def test_what_peft_has_beside_plain_lora(tmp_path: Path, kind: str) -> None:
+    """Embeddings, convolutions, biases, LoHa and LoKr are scaled in place, and are then the dense edit."""
+    import peft
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    (tmp_path / "base").mkdir()
+    save_file(conv_net().state_dict(), tmp_path / "base" / "model.safetensors")
+    torch.manual_seed(1)
+    tuned = peft.get_peft_model(loaded(tmp_path / "base"), kinds()[kind])
+    for name, parameter in tuned.named_parameters():
+        if name.endswith("lora_B.default.bias"):
+            torch.nn.init.normal_(parameter)
+    tuned.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    lines.edit_adapter(tmp_path / "adapter", tmp_path / "scaled", base=tmp_path / "base", alpha=0.2)
+    lines.edit(tmp_path / "base", tmp_path / "adapter", tmp_path / "dense", alpha=0.2)
+    scaled = peft.PeftModel.from_pretrained(loaded(tmp_path / "base"), tmp_path / "scaled")
+    torch.testing.assert_close(output(scaled), output(loaded(tmp_path / "dense")), rtol=1e-4, atol=2e-5)
+    assert float((output(tuned) - output(scaled)).abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+@pytest.mark.parametrize("kind", ["lora", "bias"])
+def test_merges_of_what_peft_has_beside_plain_lora(tmp_path: Path, kind: str, rank: int | None) -> None:
+    """Embeddings, convolutions and biases of lora_B are merged as their dense sum; LoHa and LoKr are refused."""
+    import peft
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    (tmp_path / "base").mkdir()
+    save_file(conv_net().state_dict(), tmp_path / "base" / "model.safetensors")
+    models = []
+    for number in range(2):
+        torch.manual_seed(number)
+        tuned = peft.get_peft_model(loaded(tmp_path / "base"), kinds()[kind])
+        for name, parameter in tuned.named_parameters():
+            if name.endswith("lora_B.default.bias"):
+                torch.nn.init.normal_(parameter)
+        tuned.save_pretrained(tmp_path / f"a{number}", save_embedding_layers=False)
+        models.append({"model": str(tmp_path / f"a{number}")})
+    recipe = {"models": models, "base_model": str(tmp_path / "base"), "lines": {"alpha": 0.2, "beta": 0.8}}
+    summary = lines.merge(recipe, tmp_path / "merged", as_adapter=True, rank=rank)
+    merged = output(peft.PeftModel.from_pretrained(loaded(tmp_path / "base"), tmp_path / "merged"))
+    assert summary["rank"] == ([6, 6] if rank is None else [4, 4])
+    if rank is None:
+        lines.merge(recipe, tmp_path / "dense")
+        torch.testing.assert_close(merged, output(loaded(tmp_path / "dense")), rtol=1e-4, atol=2e-5)
+    else:
+        assert 0.3 < summary["kept"] < 1
+        lines.edit(tmp_path / "base", tmp_path / "merged", tmp_path / "dense", alpha=1, beta=0)
+        torch.testing.assert_close(merged, output(loaded(tmp_path / "dense")), rtol=1e-4, atol=2e-5)
+    for other in ("loha", "lokr"):
+        tuned = peft.get_peft_model(loaded(tmp_path / "base"), kinds()[other])
+        tuned.save_pretrained(tmp_path / other)
+        two = {"models": [*models[:1], {"model": str(tmp_path / other)}]}
+        with pytest.raises(lines.LinesError, match="more than a product of two matrices"):
+            lines.merge(two, tmp_path / "no", as_adapter=True)
+
+
+def test_dora_is_folded_and_not_scaled(tmp_path: Path) -> None:
+    """It is refused by name, with the way out; and that works."""
+    torch.manual_seed(0)
+    base = save(llama(), tmp_path / "base")
+    lora = {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj"], "use_dora": True}
+    adapter = trained(llama, base, tmp_path / "adapter", 1, **lora)
+    with pytest.raises(lines.LinesError, match="DoRA") as refused:
+        lines.edit_adapter(adapter, tmp_path / "no", base=base)
+    assert "lines edit BASE" in str(refused.value.hint)
+    lines.edit(base, adapter, tmp_path / "folded")
+
+
 def test_an_adapter_of_transposed_weights(tmp_path: Path) -> None:
     """GPT-2's, with fan_in_fan_out."""
     torch.manual_seed(0)

@@ -278,7 +278,6 @@ def test_a_cache_that_cannot_be_written_is_named(hub: HubServer, user: User) -> 
     assert "HF_HOME" in refused["hint"]
 
 
-ADAPTER = {"adapter_config.json": b"{}", "adapter_model.safetensors": weights(a=1)}
 OUTSIDE = {
     "model.safetensors.index.json": index(a="../../../../escaped.safetensors"),
     "../../../../escaped.safetensors": b"",
@@ -291,7 +290,6 @@ REFUSALS: dict[str, tuple[dict[str, bytes] | None, dict[str, Any], str, str, str
     "org/whole@v9": (WHOLE, {}, "HubError", "org/whole is on the Hub, but has no revision 'v9'", "branches and tags"),
     "org/bad--name": (None, {}, "HubError", "it is not a valid Hub id", ""),
     "org/tensorflow": ({"config.json": b"{}", "tf_model.h5": b""}, {}, "UnsupportedError", "tf_model.h5", "save"),
-    "org/adapter": (ADAPTER, {}, "UnsupportedError", "PEFT adapter", "merge_and_unload"),
     "org/several": ({"x.safetensors": b"", "y.safetensors": b""}, {}, "CheckpointError", "several sets", ""),
     "org/empty": ({"README.md": b""}, {}, "CheckpointError", r"org/empty \(on the Hub\) holds no", ""),
     "org/lacking": (

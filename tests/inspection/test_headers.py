@@ -20,7 +20,7 @@ from support.run import run_lines
 
 HEADERS_ONLY = "schema lines checkpoint base tensors parameters bytes files dtypes stacks layers outside".split()
 HEADERS_ONLY += "components kinds tied".split()
-HEADERS_ONLY += "quantised stored_as recipe scaling notes".split()
+HEADERS_ONLY += "quantised adapter stored_as recipe scaling notes".split()
 
 
 def headed(path: Path, dtypes: Mapping[str, tuple[str, list[int], int]]) -> Path:

@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 
 import lines_cli as lines
 from support.files import snapshot, write_checkpoint
+from support.fp8 import FORMATS, LAYERS, near, plain
+from support.layouts import LAYOUTS
 from support.pipelines import (
     COMPONENTS,
     DEPTHS,
@@ -32,6 +34,7 @@ from support.pipelines import (
     write_pipeline,
 )
 from support.run import Ran, run_lines
+from support.tokenizers import WORDS, write_tokenizer
 
 
 def write_pair(tmp_path: Path, **changed: Any) -> tuple[Path, Path]:
@@ -279,6 +282,135 @@ def test_weights_in_variants_and_under_two_names(which: str, tmp_path: Path) -> 
     assert base.keys() == ft.keys() == COMPONENTS.keys()
 
 
+# --- components that are stored in other ways ---
+
+
+def other_ways(way: str, side: str) -> dict[str, Any]:
+    """A text encoder, as keywords of `write_checkpoint`, that is stored otherwise on one of the sides."""
+    seed = int(side == "ft")
+    if way == "layout":
+        model = LAYOUTS["qwen3_moe"]
+        held = model.apart(seed) if side == "base" else model.together(model.apart(seed))
+        return {"tensors": held, "config": model.config, "shards": 2}
+    if side == "ft":
+        return {"tensors": near(plain(), 1), "config": {"num_hidden_layers": LAYERS}}
+    stored = FORMATS["blocks"](plain())
+    return {"tensors": stored.tensors, "config": stored.config}
+
+
+@pytest.mark.parametrize("way", ["fp8", "layout"])
+@pytest.mark.parametrize("flags", [(), ("--component", "text_encoder")], ids=["all", "one"])
+def test_a_component_in_fp8_or_another_layout(way: str, flags: tuple[str, ...], tmp_path: Path) -> None:
+    """It is read as it would be by itself, wherever its files stand among those of all."""
+    for seed, side in enumerate(("base", "ft")):
+        write_pipeline(tmp_path / side, seed, text_encoder=other_ways(way, side))
+    edited(tmp_path, *flags)
+    pair = (tmp_path / "base/text_encoder", tmp_path / "ft/text_encoder")
+    assert run_lines("edit", *pair, "-o", tmp_path / "alone").code == 0
+    same(loaded(tmp_path / "out")["text_encoder"], loaded(tmp_path / "alone")["."])
+    verified = run_lines("verify", tmp_path / "out")
+    assert verified.code == 0, verified.err
+    report = run_lines("inspect", tmp_path / "ft", "--base", tmp_path / "base", "--json")
+    assert report.code == 0, report.err
+    assert report.json["not_compared"] == []
+
+
+def test_a_component_in_fp8_that_is_kept(tmp_path: Path) -> None:
+    """It is written as the numbers that it stands for, and its config no longer says otherwise."""
+    stored = FORMATS["blocks"](plain())
+    encoder = {"tensors": stored.tensors, "config": stored.config | {"model_type": "x"}}
+    write_pair(tmp_path, text_encoder=encoder)
+    edited(tmp_path, "--component", "unet", "--dtype", "float16")
+    config = json.loads((tmp_path / "out/text_encoder/config.json").read_text())
+    assert (config["model_type"], "quantization_config" in config) == ("x", False)
+    out = loaded(tmp_path / "out")["text_encoder"]
+    assert out.keys() == stored.whole.keys()
+    for name, tensor in out.items():
+        assert torch.equal(tensor, stored.whole[name].to(tensor.dtype))
+
+
+def test_a_component_that_is_stored_in_fp8_again(tmp_path: Path) -> None:
+    """With its scales and its config, as by itself; the other components keep their dtypes."""
+    for seed, side in enumerate(("base", "ft")):
+        write_pipeline(tmp_path / side, seed, text_encoder=other_ways("fp8", side))
+    edited(tmp_path, "--dtype", "fp8")
+    pair = (tmp_path / "base/text_encoder", tmp_path / "ft/text_encoder")
+    assert run_lines("edit", *pair, "-o", tmp_path / "alone", "--dtype", "fp8").code == 0
+    out, alone = (load_file(tmp_path / of / "model.safetensors") for of in ("out/text_encoder", "alone"))
+    assert {name: str(tensor.dtype) for name, tensor in out.items()} == {n: str(t.dtype) for n, t in alone.items()}
+    assert [name for name in out if not torch.equal(out[name].float(), alone[name].float())] == []
+    configs = [json.loads((tmp_path / of / "config.json").read_text()) for of in ("out/text_encoder", "alone")]
+    assert configs[0] == configs[1]
+    assert {tensor.dtype for tensor in loaded(tmp_path / "out")["unet"].values()} == {torch.float32}
+    verified = run_lines("verify", tmp_path / "out")
+    assert verified.code == 0, verified.err
+
+
+def test_filters_and_stacks_by_full_names(tmp_path: Path) -> None:
+    """A component's name stands before its tensors', and its stack may be named by it."""
+    write_pair(tmp_path)
+    edited(tmp_path, "--filter", "unet.conv_out=keep", "--stack", "text_encoder=0.5,0.5", "--stack", "unet=base")
+    base, ft, out = (loaded(tmp_path / side) for side in ("base", "ft", "out"))
+    assert torch.equal(out["unet"]["conv_out.weight"], ft["unet"]["conv_out.weight"])
+    middle = "mid_block.resnets.0.conv1.weight"
+    assert torch.equal(out["unet"][middle], base["unet"][middle])
+    first = "text_model.encoder.layers.0.mlp.w"
+    old, new = base["text_encoder"][first], ft["text_encoder"][first]
+    assert torch.equal(out["text_encoder"][first], old + torch.tensor(0.5) * (new - old))
+
+
+def test_names_that_two_components_could_have(tmp_path: Path) -> None:
+    """They are refused: `unet.ema` of its own, and `ema` in `unet`."""
+    unet = tensors([*UNET, "ema.w"], 1)
+    write_pair(tmp_path, unet=unet)
+    write_checkpoint(tmp_path / "ft/unet.ema", tensors(["x"], 0), config={})
+    path = tmp_path / "ft/model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"unet.ema": ["diffusers", "X"]}))
+    refused(edit(tmp_path), 3, "may be of unet and of unet.ema")
+
+
+def test_pickles_in_components(tmp_path: Path) -> None:
+    """What torch.save wrote is read as safetensors are, and written as these, whether it is edited or kept."""
+    write_pair(tmp_path)
+    expected = loaded(tmp_path / "ft")
+    for side in ("base", "ft"):
+        for file in (tmp_path / side).rglob("*.safetensors"):
+            stem = "pytorch_model" if file.stem == "model" else file.stem
+            torch.save(load_file(file), file.with_name(f"{stem}.bin"))
+    edited(tmp_path)
+    whole = loaded(tmp_path / "out")
+    for side in ("base", "ft"):
+        for file in (tmp_path / side).rglob("*.safetensors"):
+            file.unlink()
+    told = edited(tmp_path, "--force")
+    of_diffusers = {f"{name}/diffusion_pytorch_model.safetensors" for name in ("unet", "vae")}
+    assert set(told["files"]) == of_diffusers | {"text_encoder/model.safetensors"}
+    for name, held in loaded(tmp_path / "out").items():
+        same(held, whole[name])
+    same(loaded(tmp_path / "out")["vae"], expected["vae"])
+    assert run_lines("verify", tmp_path / "out").code == 0
+
+
+def test_tokens_of_sentence_transformers(tmp_path: Path) -> None:
+    """Rows are paired by token, and the tokenizer gets what is new, as for a transformer by itself."""
+    for seed, (side, words) in enumerate((("base", ["<unk>", *WORDS]), ("ft", ["<unk>", *WORDS[::-1], "new"]))):
+        write_modules(tmp_path / side, seed)
+        held = {"embeddings.word_embeddings.weight": tensors(["w"], seed)["w"].repeat(3, 1)[: len(words)]}
+        held |= tensors([f"encoder.layer.{i}.w" for i in range(3)], seed)
+        config = {"model_type": "bert", "num_hidden_layers": 3, "vocab_size": len(words)}
+        write_checkpoint(tmp_path / side, held, config=config)
+        write_tokenizer(tmp_path / side, words)
+        shutil.copytree(tmp_path / side, tmp_path / f"plain-{side}")
+        (tmp_path / f"plain-{side}/modules.json").unlink()
+    edited(tmp_path, "--resize", "ft")
+    ran = run_lines("edit", tmp_path / "plain-base", tmp_path / "plain-ft", "-o", tmp_path / "alone", "--resize", "ft")
+    assert ran.code == 0, ran.err
+    same(loaded(tmp_path / "out")["."], loaded(tmp_path / "alone")["."])
+    for name in ("tokenizer.json", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    assert run_lines("verify", tmp_path / "out").code == 0
+
+
 # --- one model beside a pipeline ---
 
 
@@ -387,6 +519,14 @@ def test_components_of_a_single_model(tmp_path: Path) -> None:
     of_weights = {"merge_method": "linear", "models": [{"model": "ft", "parameters": {"weight": 1}}], "like": "base"}
     ran = merge(tmp_path, base_model=None, lines=None, components={"vae": "base"}, **of_weights)
     refused(ran, 2, "no base is read")
+
+
+def test_an_adapter_of_a_pipeline(tmp_path: Path) -> None:
+    """An adapter is made of one model; of several the folders are named, and so is what says it of components."""
+    write_pair(tmp_path)
+    made = {"as_adapter": True, "rank": 2, "like": "base"}
+    refused(merge(tmp_path, **made), 3, "holds no weights itself", "unet", "vae")
+    refused(merge(tmp_path, components={"unet": "edit"}, **made), 2, "components: that is of whole models")
 
 
 def test_a_component_that_does_not_fit(tmp_path: Path) -> None:
@@ -796,6 +936,25 @@ def test_depth_by_hand_of_one_file(tmp_path: Path) -> None:
     ran = run_lines("edit", *pair, "-o", tmp_path / "out.safetensors", "--json", "--layers", layers)
     assert ran.code == 0, ran.err
     assert {stack["name"]: stack["layers"] for stack in ran.json["stacks"]} == {"input": 3, "output": 3}
+
+
+@pytest.mark.parametrize("whole", ["base", "ft"])
+def test_a_file_of_one_component_beside_one_of_all(whole: str, tmp_path: Path) -> None:
+    """It is paired with that component, whichever side has the others; the output has what the fine-tune has."""
+    write_files(tmp_path, EVERYTHING)
+    other = "ft" if whole == "base" else "base"
+    unet = {name: t for name, t in load_file(tmp_path / f"{other}.safetensors").items() if name.startswith("model.")}
+    write_checkpoint(tmp_path / f"{other}.safetensors", unet)
+    pair = (tmp_path / "base.safetensors", tmp_path / "ft.safetensors")
+    ran = run_lines("edit", *pair, "-o", tmp_path / "out.safetensors")
+    assert ran.code == 0, ran.err
+    base, ft = map(load_file, pair)
+    out = load_file(tmp_path / "out.safetensors")
+    assert out.keys() == ft.keys()
+    first, middle = (f"model.diffusion_model.{name}" for name in ("input_blocks.0.0.w", "middle_block.0.w"))
+    assert torch.equal(out[first], base[first] + torch.tensor(0.1) * (ft[first] - base[first]))
+    assert torch.equal(out[middle], base[middle] + torch.tensor(0.1 + 0.9 * 3 / 6) * (ft[middle] - base[middle]))
+    assert [name for name in out if not name.startswith("model.") and not torch.equal(out[name], ft[name])] == []
 
 
 def test_a_file_beside_a_folder(tmp_path: Path) -> None:

@@ -417,6 +417,95 @@ def test_an_adapter_on_a_base_with_other_ids(tmp_path: Path) -> None:
             torch.testing.assert_close(got[HEAD][number], expected, rtol=1e-5, atol=1e-5)
 
 
+def adapter_with_tables(
+    folder: Path, base: Tensors, words: Sequence[str], extra: Sequence[str] = ()
+) -> tuple[Tensors, Ids]:
+    """Write an adapter with a tokenizer of its own, which holds token embeddings and head whole; these by name."""
+    ids = write_tokenizer(folder, words, extra)
+    generator = torch.Generator().manual_seed(7)
+    tables = {name: torch.randn(len(ids), WIDTH, generator=generator) for name in (EMBED, HEAD)}
+    factors = {"base_model.model.model.layers.0.w.lora_A.weight": torch.zeros(1, WIDTH)}
+    factors |= {"base_model.model.model.layers.0.w.lora_B.weight": torch.zeros(WIDTH, 1)}
+    saved = {f"base_model.model.{name}": table for name, table in tables.items()}
+    save_file(factors | saved, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["w"], "base_model_name_or_path": "base"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return {**base, **tables}, ids
+
+
+def adapter_and_base(
+    folder: Path, words: Sequence[str], extra: Sequence[str] = ()
+) -> tuple[Tensors, Ids, Tensors, Ids]:
+    """Write a base, and such an adapter as `ft`."""
+    base, ids = model(folder / "base", WORDS, seed=0)
+    base = {name: tensor for name, tensor in base.items() if name != BIAS and not name.endswith(".w")}
+    base |= {f"model.layers.{n}.w.weight": torch.ones(WIDTH, WIDTH) for n in range(2)}
+    write_checkpoint(folder / "base", base, config=json.loads((folder / "base" / "config.json").read_text()))
+    return base, ids, *adapter_with_tables(folder / "ft", base, words, extra)
+
+
+@pytest.mark.parametrize("words", [WORDS, swapped(WORDS, (2, 7))], ids=["same order", "other order"])
+def test_the_tokenizer_of_an_adapter_says_whose_its_rows_are(words: Sequence[str], tmp_path: Path) -> None:
+    """A union has the tokens that only the tokenizer beside an adapter knows, and pairs all others by it."""
+    base, ids, ft, ft_ids = adapter_and_base(tmp_path, words, ("<a>", "<b>"))
+    for source in ("union", "ft"):
+        ran = merge(tmp_path, ["ft"], "--force", tokenizer_source=source, merge_method="task_arithmetic")
+        assert ran.code == 0, ran.err
+        got, out_ids = output(tmp_path), ids_in(tmp_path / "out")
+        assert out_ids == (dict(ids) | {"<a>": len(WORDS), "<b>": len(WORDS) + 1} if source == "union" else ft_ids)
+        for name in (EMBED, HEAD):
+            assert len(got[name]) == len(out_ids)
+            for token, number in out_ids.items():
+                rows = [row(base, name, ids, token), row(ft, name, ft_ids, token)]
+                torch.testing.assert_close(got[name][number], task_arithmetic(rows, [1.0]))
+
+
+def test_an_adapter_with_other_ids_is_refused(tmp_path: Path) -> None:
+    """As a whole fine-tune with these is; with --resize rows are paired by token, and the kept side's tokenizer goes
+    with them.
+    """
+    base, ids, ft, ft_ids = adapter_and_base(tmp_path, swapped(WORDS, (2, 7)))
+    ran = edit(tmp_path)
+    assert ran.code == 4
+    assert '"sat": 2 in the base, 7 in the fine-tune' in ran.err
+    for keep, kept in (("ft", ft_ids), ("base", ids)):
+        ran = edit(tmp_path, "--resize", keep, "--force")
+        assert ran.code == 0, ran.err
+        assert ids_in(tmp_path / "out") == kept
+        for token, number in kept.items():
+            expected = task_arithmetic([base[EMBED][ids[token]], ft[EMBED][ft_ids[token]]], [0.25])
+            torch.testing.assert_close(output(tmp_path)[EMBED][number], expected)
+
+
+def test_whose_tokenizer_is_taken_is_said(tmp_path: Path) -> None:
+    """Only where the output has that of the adapter is it said to have it."""
+    adapter_and_base(tmp_path, WORDS, ("<a>",))
+    said = f"the tokenizer is the one beside the adapter {tmp_path / 'ft'}: tokenizer.json"
+    for keep, of_adapter in (("ft", True), ("base", False)):
+        ran = edit(tmp_path, "--resize", keep, "--force", "--json")
+        assert ran.code == 0, ran.err
+        assert any(note.startswith(said) for note in ran.json["notes"]) == of_adapter
+        assert any("beside the adapter" in note for note in ran.json["notes"]) == of_adapter
+        assert ("<a>" in ids_in(tmp_path / "out")) == of_adapter
+
+
+def test_rows_of_a_pickle_that_lies_otherwise(tmp_path: Path) -> None:
+    """Rows are those of the tensor, however torch stored it: turned, or with gaps."""
+    base, ids = model(tmp_path / "base", WORDS, seed=1)
+    ft, ft_ids = model(tmp_path / "ft", [*sorted(WORDS)[:4], "new", *sorted(WORDS)[4:]], seed=2)
+    (tmp_path / "ft" / "model.safetensors").unlink()
+    turned = {**ft, EMBED: ft[EMBED].T.contiguous().T, HEAD: torch.cat([ft[HEAD], ft[HEAD]], dim=1)[:, :WIDTH]}
+    torch.save(turned, tmp_path / "ft" / "pytorch_model.bin")
+    ran = edit(tmp_path, "--resize", "ft")
+    assert ran.code == 0, ran.err
+    got = output(tmp_path)
+    for name in (EMBED, HEAD):
+        for token, number in ft_ids.items():
+            pair = [row(base, name, ids, token), ft[name][number]]
+            expected = ft[name][number] if None in pair else task_arithmetic(pair, [0.25])
+            assert raw(got[name][number]) == raw(expected)
+
+
 def test_a_union_without_a_base(tmp_path: Path) -> None:
     """Methods that take whole weights: what a model lacks is the mean of those that have it."""
     sides = [
@@ -544,6 +633,39 @@ def test_a_head_that_is_tied_on_one_side(tmp_path: Path) -> None:
     for token, number in ft_ids.items():
         expected = task_arithmetic([base[EMBED][ids[token]], ft[HEAD][number]], [0.25])
         assert raw(got[HEAD][number]) == raw(expected)
+
+
+@pytest.mark.parametrize("has_head", ["base", "a"])
+@pytest.mark.parametrize(
+    "recipe",
+    [{"tokenizer_source": "union"}, {"tokenizer_source": "a"}, {"tokenizer": {"tokens": {"<z>": {"source": "a"}}}}],
+    ids=["union", "of one", "tokens"],
+)
+def test_a_tied_head_that_one_side_stores(recipe: dict[str, Any], has_head: str, tmp_path: Path) -> None:
+    """A tied model may hold its head or not: where rows are paired by token the side without has its embedding for it,
+    so that the two stay one weight.
+    """
+    words = {"base": WORDS, "a": [*swapped(WORDS, (0, 4)), "<x>", "<z>"]}
+    sides, ids = {}, {}
+    for seed, side in enumerate(words):
+        tensors, ids[side] = model(tmp_path / side, words[side], seed=seed)
+        del tensors[BIAS]
+        tensors[HEAD] = tensors[EMBED].clone()
+        sides[side] = dict(tensors)
+        if side != has_head:
+            del tensors[HEAD]
+        config = {"model_type": "llama", "tie_word_embeddings": True, "vocab_size": len(words[side])}
+        write_checkpoint(tmp_path / side, tensors, config=config)
+    models = [{"model": "a", "parameters": {"weight": 0.5}}]
+    ran = merge(tmp_path, [], merge_method="task_arithmetic", models=models, **recipe)
+    assert ran.code == 0, ran.err
+    got, out_ids = output(tmp_path), ids_in(tmp_path / "out")
+    assert raw(got.get(HEAD, got[EMBED])) == raw(got[EMBED])
+    assert (HEAD in got) == (has_head == "base")  # whose tensors the output has
+    assert out_ids.keys() >= set(WORDS) | {"<z>"}
+    for token, number in out_ids.items():
+        rows = [row(sides[side], EMBED, ids[side], token) for side in words]
+        torch.testing.assert_close(got[EMBED][number], task_arithmetic(rows, [0.5]))
 
 
 def test_a_head_that_one_side_lacks_is_copied_by_token(tmp_path: Path) -> None:
@@ -827,6 +949,36 @@ def test_inspect_compares_by_token(tmp_path: Path) -> None:
     assert of_kind["embedding"]["unchanged"] > 0.3  # positions, of which there are more, did change
     assert of_kind["head"]["unchanged"] == 1.0
     assert report["fine_tunes"][0]["compared"]["parameters"] == 10 * (2 * WIDTH + 1) + 16 * WIDTH + 6 + WIDTH
+
+
+def test_inspect_tells_the_alpha_of_a_union(tmp_path: Path) -> None:
+    """`lines inspect --config` measures what the merge of that recipe measures."""
+    model(tmp_path / "base", WORDS, seed=0)
+    model(tmp_path / "a", WORDS[::-1], ("<p>",), seed=1)
+    model(tmp_path / "b", ["x", *WORDS[2:]], ("<p>",), seed=2)
+    recipe = {"merge_method": "ties", "lines": {"alpha": "auto", "beta": 0.5}, "tokenizer_source": "union"}
+    made = merge(tmp_path, "ab", "--json", **recipe).json
+    ran = run_lines("inspect", "--config", tmp_path / "merge.yaml", "--json")
+    assert (ran.code, ran.trace) == (0, ""), ran.err
+    assert ran.json["scaling"]["alpha"] == made["alpha"]
+    assert ran.json["fine_tunes"][0]["compared"]["parameters"] == 8 * (2 * WIDTH + 1) + 16 * WIDTH + 6 + WIDTH
+
+
+def test_an_adapter_is_not_extracted_across_ids(tmp_path: Path) -> None:
+    """The head's update would be one of other tokens: refused, and the way that the message gives works."""
+    model(tmp_path / "base", WORDS, seed=1)
+    ft, ft_ids = model(tmp_path / "ft", sorted(WORDS), seed=2)
+    extract = ("extract", tmp_path / "ft", "--base", tmp_path / "base", "--rank", 2, "-o", tmp_path / "adapter")
+    ran = run_lines(*extract)
+    assert (ran.code, ran.trace) == (4, ""), ran.err
+    assert "--resize base --alpha 1 --beta 0" in ran.err
+    again = ("edit", tmp_path / "base", tmp_path / "ft", "--resize", "base", "--alpha", 1, "--beta", 0)
+    assert run_lines(*again, "-o", tmp_path / "renumbered").code == 0
+    got = load_file(tmp_path / "renumbered" / "model.safetensors")
+    assert all(raw(got[HEAD][number]) == raw(ft[HEAD][ft_ids[word]]) for number, word in enumerate(WORDS))
+    assert ids_in(tmp_path / "renumbered") == {word: number for number, word in enumerate(WORDS)}
+    ran = run_lines("extract", tmp_path / "renumbered", *extract[2:])
+    assert (ran.code, ran.trace) == (0, ""), ran.err
 
 
 # --- runs and spans ---

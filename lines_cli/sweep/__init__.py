@@ -1,0 +1,1 @@
+"""`lines sweep`: coefficients chosen by an evaluation."""

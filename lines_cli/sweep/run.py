@@ -1,0 +1,589 @@
+"""One sweep: candidates are made, evaluated and judged; the best is written as an output."""
+
+from __future__ import annotations
+
+import os
+import queue
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lines_cli.api.calls import RunOptions, carry_out
+from lines_cli.checkpoint.reader import Checkpoint
+from lines_cli.engine.candidates import Candidates
+from lines_cli.errors import DataError, OutputError, RecipeError, printable, size
+from lines_cli.plan.plan import Plan
+from lines_cli.plan.resources import Resources
+from lines_cli.recipe.schema import Recipe
+from lines_cli.storage.destination import check_destination, is_one_file, naming
+from lines_cli.storage.lock import RunLock
+from lines_cli.sweep.config import Sweep
+from lines_cli.sweep.evaluate import Result, command_for, function_named, run_command
+from lines_cli.sweep.live import Live
+from lines_cli.sweep.metrics import Metrics, NonsenseError, average
+from lines_cli.sweep.page import page
+from lines_cli.sweep.report import BASELINES, Judge, Judged, best, front, repeats, verdict
+from lines_cli.sweep.store import Evaluation, Store
+from lines_cli.sweep.trials import Trial, trials_of
+
+Say = Callable[[str], None]
+_MANY = 1000  # trials
+_CANDIDATES, _LOGS = "candidates", "logs"
+REPORT = "report.html"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a sweep may use, and how it goes about it.
+
+    Attributes:
+        resources: for making candidates.
+        parallel: how many evaluations run at a time.
+        force: discard another sweep's trials; replace an existing output.
+        retry: evaluate once more what failed before.
+        say: gets a line about each trial, and whatever else a person should know.
+    """
+
+    resources: Resources = field(default_factory=Resources)
+    parallel: int = 1
+    force: bool = False
+    retry: bool = False
+    say: Say = lambda _: None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a sweep found.
+
+    Attributes:
+        sweep: what was asked.
+        judged: every trial, baselines first.
+        winner: the best of the grid; None where every trial failed.
+        front: with several objectives the trials that none beats.
+        said: which family did best (`report.verdict`).
+        folder: with trials and report.
+        summary: of the output that was written; None of a sweep with several objectives.
+        notes: what a person should know.
+    """
+
+    sweep: Sweep
+    judged: tuple[Judged, ...]
+    winner: Judged | None
+    front: tuple[Judged, ...]
+    said: Mapping[str, Any]
+    folder: Path
+    summary: Mapping[str, Any] | None
+    notes: tuple[str, ...]
+
+    @property
+    def shown(self) -> list[Judged]:
+        """The best trials of each family, best first; and all that failed, as far as there is room."""
+        objective = self.sweep.objectives[0]
+        shown: list[Judged] = []
+        for family in dict.fromkeys(one.trial.family for one in self.judged):
+            own = [one for one in self.judged if one.trial.family == family and family not in BASELINES]
+            valid = sorted((one for one in own if one.objectives), key=lambda one: one.objectives[0])
+            valid = valid if objective.minimize else valid[::-1]
+            shown += [*valid[:_SHOWN], *[one for one in own if not one.objectives][:_SHOWN]]
+        return shown
+
+    def to_json(self) -> dict[str, Any]:
+        """As `--json` has it (docs/json.md)."""
+        return {
+            "winner": dict(self.winner.trial.settings) if self.winner else None,
+            "objective": self.winner.objectives[0] if self.winner else None,
+            "front": [one.trial.id for one in self.front],
+            **{key: self.said.get(key) for key in ("won", "said", "difference", "noise", "families")},
+            "trials": [one.to_json() for one in self.judged],
+            "folder": str(self.folder),
+            "output": None if self.summary is None else self.summary["output"],
+            "notes": list(self.notes),
+        }
+
+
+_SHOWN = 5  # of a family
+
+
+def folder_of(output: Path) -> Path:
+    """Where a sweep keeps its trials and its report: beside its output."""
+    return output.with_name(f"{output.name}.sweep")
+
+
+def plan_sweep(sweep: Sweep, options: Options) -> dict[str, Any]:
+    """What a sweep would do, and what it would take, as plain values; nothing is written or evaluated.
+
+    Raises:
+        LinesError: what can be refused before anything runs.
+    """
+    notes: list[str] = []
+    trials = _trials(sweep, notes)
+    plan = Candidates(options.resources).plan(sweep.recipe_of(trials[0].settings), Path("candidate"))
+    return {
+        "trials": {
+            family: sum(t.family == family for t in trials) for family in dict.fromkeys(t.family for t in trials)
+        },
+        "baselines": list(sweep.baselines),
+        "evaluations": _evaluations(sweep, trials),
+        "candidate_bytes": plan.bytes_written,
+        "scratch_bytes": 0 if sweep.in_process else _scratch(plan, options),
+        "notes": [*plan.notes, *notes, *_cost(sweep, trials, plan)],
+    }
+
+
+def _trials(sweep: Sweep, notes: list[str]) -> list[Trial]:
+    """The trials of a grid; of a search one for each draw, whose values are not known yet."""
+    if sweep.search is not None:
+        from lines_cli.sweep.search import middle
+
+        trials = [Trial("lines", middle(sweep))]
+        for trial in trials:
+            _check_recipe(sweep, trial)
+        return trials
+    trials = trials_of(sweep, notes)
+    for trial in trials:
+        _check_recipe(sweep, trial)
+    return trials
+
+
+def _check_recipe(sweep: Sweep, trial: Trial) -> None:
+    try:
+        sweep.recipe_of(trial.settings)
+    except RecipeError as error:
+        raise RecipeError(f"{sweep.where}: {_shown(trial.settings)}: {error.message}", hint=error.hint) from error
+
+
+def _evaluations(sweep: Sweep, trials: Sequence[Trial]) -> int:
+    number = len(trials)
+    if sweep.search is not None:
+        number = sweep.search.trials * (1 + len(sweep.controls))
+    return (number + len(sweep.baselines)) * sweep.repeats * (len(sweep.tasks) if sweep.by_task else 1)
+
+
+def _scratch(plan: Plan, options: Options) -> int:
+    """Bytes of scratch at most: a candidate for each evaluation that runs, and merged task vectors."""
+    merged = 2 * plan.bytes_written if len(plan.recipe.merged) > 1 else 0
+    return options.parallel * plan.bytes_written + merged
+
+
+def _cost(sweep: Sweep, trials: Sequence[Trial], plan: Plan) -> Iterator[str]:
+    number = _evaluations(sweep, trials)
+    if number > _MANY:
+        written = size(len(trials) * plan.bytes_written)
+        where = "in memory" if sweep.in_process else "on the disk, one after the other"
+        yield f"{number:,} evaluations: {written} of candidates are made for them, {where}"
+
+
+class Sweeping:
+    """A sweep at work.
+
+    Args:
+        sweep: what is asked.
+        output: where the winner goes.
+        options: what may be used.
+
+    Raises:
+        LinesError: what can be refused before anything runs.
+    """
+
+    def __init__(self, sweep: Sweep, output: Path, options: Options) -> None:
+        if is_one_file(output):
+            raise RecipeError(f"-o {output}: the winner of a sweep is a folder", hint="Give a folder.")
+        self.sweep, self.output, self.options = sweep, output, options
+        self.folder = folder_of(output)
+        self.notes: list[str] = []
+        self.trials = _trials(sweep, self.notes)
+        self.stopping = threading.Event()
+        self._making = threading.Lock()
+        self._logging = threading.Lock()
+        self.candidates = Candidates(options.resources, scratch=None if sweep.in_process else self.folder / _CANDIDATES)
+        self.plan = self.candidates.plan(sweep.recipe_of(self.trials[0].settings), output)
+        self.notes += [*self.plan.notes, *_cost(sweep, self.trials, self.plan)]
+        self._begun = time.monotonic()
+
+    def run(self) -> Found:
+        """Run it: go on from where an earlier run ended, if there was one.
+
+        Raises:
+            LinesError: an input is refused, the objective asks for what no evaluation says, or every trial failed.
+        """
+        check_destination(
+            self.output,
+            inputs=self.plan.read_paths,
+            nbytes=0,
+            force=self.options.force or os.path.lexists(self.folder),
+        )
+        with naming(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = RunLock(self.folder, self.output)
+        try:
+            return self._run()
+        finally:
+            lock.release()
+
+    def _run(self) -> Found:
+        for name in (_CANDIDATES, _LOGS):
+            _remove(self.folder / name) if name == _CANDIDATES else None
+            (self.folder / name).mkdir(exist_ok=True)
+        if self.options.force:
+            with suppress(FileNotFoundError, OutputError):
+                Store(self.folder, self._same(), retry=True).close()
+        store = self._store()
+        try:
+            self._refuse_full_disk()
+            judge = Judge(self.sweep, self._baselines(store))
+            judged = self._judged(store, judge)
+        finally:
+            self.stopping.set()
+            store.close()
+            self.candidates.close()
+            _remove(self.folder / _CANDIDATES)
+        return self._finish(judged)
+
+    def _store(self) -> Store:
+        try:
+            return Store(self.folder, self._same(), retry=self.options.retry)
+        except OutputError:
+            if not self.options.force:
+                raise
+        (self.folder / "trials.jsonl").unlink(missing_ok=True)
+        return Store(self.folder, self._same())
+
+    def _same(self) -> dict[str, Any]:
+        """What makes evaluations this sweep's."""
+        recipe = self.sweep.recipe.model_dump(mode="json", exclude_none=True)
+        inputs = {os.path.realpath(p): [s.nbytes, s.mtime_ns, s.header] for p, s in self._inputs()}
+        return {"recipe": recipe, "inputs": inputs, "evaluate": self.sweep.evaluate, "tasks": list(self.sweep.tasks)}
+
+    def _inputs(self) -> Iterator[tuple[Path, Any]]:
+        yield from zip(self.plan.paths, self.plan.states, strict=True)
+
+    def _refuse_full_disk(self) -> None:
+        if self.sweep.in_process:
+            return
+        needed, free = _scratch(self.plan, self.options), shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise OutputError(
+                f"{self.folder}: candidates need {size(needed)} of scratch, and {size(free)} are free",
+                hint="Give an -o on another disk, or a smaller --parallel.",
+            )
+
+    # --- baselines ---
+
+    def _baselines(self, store: Store) -> dict[str, Metrics]:
+        """The metrics of the base and of the fine-tune, those that the objectives ask for."""
+        found: dict[str, Metrics] = {}
+        for which in self.sweep.baselines:
+            trial = Trial(which, {})
+            self._evaluate(store, trial, self._places_of(which))
+            evaluations = [one for one in store.done.values() if one.trial.id == trial.id]
+            failed = [one for one in evaluations if one.result.metrics is None]
+            name = "the base" if which == "pre" else "the fine-tune"
+            if failed:
+                raise DataError(
+                    f"the evaluation of {name}, which the objective asks for (_{which}), failed: "
+                    f"{failed[0].result.error}",
+                    hint="Mend the evaluation, and run the same command with --retry; what succeeded is kept.",
+                )
+            try:
+                found[which] = average(repeats(evaluations))
+            except NonsenseError as error:
+                raise DataError(f"the evaluation of {name}: {error}") from error
+        return found
+
+    def _places_of(self, which: str) -> Callable[[str | None], Candidate]:
+        """Where a baseline lies: of several models each task's own."""
+        inputs = self.plan.inputs
+        models = dict(zip((source.model for source in self.sweep.recipe.merged), inputs.models, strict=True))
+
+        def place(task: str | None) -> Candidate:
+            if which == "pre":
+                if not inputs.has_base:
+                    raise RecipeError(
+                        f"{self.sweep.where}: the objective asks for the base (_pre), and the recipe has none"
+                    )
+                return self._baseline(inputs.checkpoints[0], {"lines.alpha": 0.0, "lines.beta": 0.0})
+            if task is not None:
+                return self._baseline(models[self.sweep.tasks[task]], None)
+            if len(models) > 1:
+                raise RecipeError(
+                    f"{self.sweep.where}: the objective asks for the fine-tune (_ft), and the recipe has {len(models)}",
+                    hint="Write {task} into evaluate: then each task is judged by its own model.",
+                )
+            return self._baseline(next(iter(models.values())), {"lines.alpha": 1.0, "lines.beta": 0.0})
+
+        return place
+
+    def _baseline(self, checkpoint: Checkpoint, settings: Mapping[str, Any] | None) -> Candidate:
+        if checkpoint.parts or self.sweep.in_process:
+            recipe = self._recipe_of_one(checkpoint) if settings is None else None
+            return Candidate(None, recipe or self.sweep.recipe_of({**(settings or {}), "lines.schedule": "linear"}))
+        return Candidate(checkpoint.real, None)
+
+    def _recipe_of_one(self, checkpoint: Checkpoint) -> Recipe:
+        """The recipe that gives one model back as it is."""
+        models = [s for s, m in zip(self.sweep.recipe.merged, self.plan.inputs.models, strict=True) if m is checkpoint]
+        own = self.sweep.recipe.model_copy(
+            update={"models": (type(models[0])(model=models[0].model),), "parameters": {}}
+        )
+        return own.model_copy(update={"merge_method": Recipe.model_fields["merge_method"].default, "lines": None})
+
+    # --- trials ---
+
+    def _judged(self, store: Store, judge: Judge) -> list[Judged]:
+        sweep = self.sweep
+        if sweep.search is not None:
+            from lines_cli.sweep.search import search
+
+            return [*self._of_baselines(store, judge), *search(self, store, judge)]
+        todo = [trial for trial in self.trials if not self.is_done(store, trial)]
+        before = len(self.trials) - len(todo)
+        if before:
+            self.options.say(f"{before} of {len(self.trials)} trials were evaluated before")
+        judged = {trial.id: judge.judge(trial, self.of(store, trial)) for trial in self.trials if trial not in todo}
+        for one in judged.values():
+            self.refuse_missing_metric(one)
+        for number, trial in enumerate(self._each(store, todo), before + 1):
+            one = judged[trial.id] = judge.judge(trial, self.of(store, trial))
+            self.refuse_missing_metric(one)
+            self.report(one, number, len(self.trials), len(todo), number - before)
+        return [*self._of_baselines(store, judge), *(judged[trial.id] for trial in self.trials)]
+
+    def _of_baselines(self, store: Store, judge: Judge) -> list[Judged]:
+        return [judge.judge(Trial(which, {}), self.of(store, Trial(which, {}))) for which in self.sweep.baselines]
+
+    def is_done(self, store: Store, trial: Trial) -> bool:
+        """Whether all evaluations of a trial are there; or one of them failed, so that the others are of no use."""
+        found = self.of(store, trial)
+        return any(one.result.metrics is None for one in found) or len(found) == len(self._runs())
+
+    def of(self, store: Store, trial: Trial) -> list[Evaluation]:
+        """The evaluations of a trial that are there."""
+        return [store.done[key] for task, seed in self._runs() if (key := (trial.id, task, seed)) in store.done]
+
+    def _runs(self) -> list[tuple[str | None, int]]:
+        """Task and seed of each evaluation of one trial."""
+        tasks: Sequence[str | None] = list(self.sweep.tasks) if self.sweep.by_task else [None]
+        return [(task, seed) for seed in range(self.sweep.repeats) for task in tasks]
+
+    def _each(self, store: Store, trials: Sequence[Trial]) -> Iterator[Trial]:
+        """Evaluate trials, several at a time; gives each as it is done."""
+        parallel = 1 if self.sweep.in_process else min(self.options.parallel, len(trials))
+        if parallel <= 1:
+            for trial in trials:
+                self.evaluate(store, trial)
+                yield trial
+            return
+        left, done = iter(trials), queue.SimpleQueue[Trial | BaseException | None]()
+        taking = threading.Lock()
+
+        def work(number: int) -> None:
+            try:
+                while not self.stopping.is_set():
+                    with taking:
+                        trial = next(left, None)
+                    if trial is None:
+                        break
+                    self.evaluate(store, trial, slot=number)
+                    done.put(trial)
+                done.put(None)
+            except BaseException as error:  # noqa: BLE001 - handed over to the thread that waits
+                done.put(error)
+
+        threads = [
+            threading.Thread(target=work, args=[n], name=f"lines-trial-{n}", daemon=True) for n in range(parallel)
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            running = parallel
+            while running:
+                found = done.get()
+                if isinstance(found, BaseException):
+                    raise found
+                if found is None:
+                    running -= 1
+                else:
+                    yield found
+        finally:
+            self.stopping.set()
+            for thread in threads:
+                thread.join()
+            self.stopping.clear()
+
+    def evaluate(self, store: Store, trial: Trial, *, slot: int = 0) -> None:
+        """Make a candidate, evaluate it, and keep what came of it."""
+        self._evaluate(store, trial, lambda _: Candidate(None, self.sweep.recipe_of(trial.settings)), slot=slot)
+
+    def _evaluate(self, store: Store, trial: Trial, place: Callable[[str | None], Candidate], *, slot: int = 0) -> None:
+        made: dict[str, Path] = {}
+        try:
+            for task, seed in self._runs():
+                if (trial.id, task, seed) in store.done:
+                    continue
+                candidate = place(task)
+                result = self._one(trial, candidate, task, seed, slot, made)
+                with self._logging:
+                    store.add(Evaluation(trial, task, seed, result))
+                if result.metrics is None:
+                    break  # the others would be of no use
+        finally:
+            for folder in made.values():
+                _remove(folder)
+
+    def _one(
+        self, trial: Trial, candidate: Candidate, task: str | None, seed: int, slot: int, made: dict[str, Path]
+    ) -> Result:
+        log = self.folder / _LOGS / f"{trial.id}{f'-{_plain(task)}' if task else ''}-{seed}.log"
+        if self.sweep.in_process:
+            return self._live.evaluate(candidate.recipe, self.candidates, trial, task, seed, log)
+        path = candidate.path
+        if path is None:
+            assert candidate.recipe is not None
+            key = candidate.recipe.model_dump_json()
+            if key not in made:
+                folder = self.folder / _CANDIDATES / trial.id
+                with self._making:
+                    if self.stopping.is_set():
+                        raise KeyboardInterrupt
+                    _remove(folder)
+                    try:
+                        plan = self.candidates.plan(candidate.recipe, folder)
+                        self.candidates.write(plan, folder)
+                    except DataError as error:
+                        _remove(folder)
+                        return Result(None, f"the candidate cannot be made: {error.message}", 0.0)
+                made[key] = folder
+            path = made[key]
+        command = command_for(self.sweep.evaluate, checkpoint=path, task=task or "", seed=seed, id=trial.id)
+        return run_command(
+            command,
+            log=log,
+            timeout=self.sweep.timeout,
+            environment=self._environment(trial, task, seed, slot),
+            stop=self.stopping.is_set,
+        )
+
+    def _environment(self, trial: Trial, task: str | None, seed: int, slot: int) -> dict[str, str]:
+        found = {"LINES_TRIAL": trial.id, "LINES_SEED": str(seed), "LINES_TASK": task or ""}
+        devices = _devices()
+        if self.options.parallel > 1 and devices:
+            found["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
+        return found
+
+    @property
+    def _live(self) -> Live:
+        if not hasattr(self, "_held_live"):
+            function = function_named(self.sweep.evaluate, where=f"{self.sweep.where}: evaluate")
+            make = function_named(self.sweep.model, where=f"{self.sweep.where}: model") if self.sweep.model else None
+            self._held_live = Live(function, make, self.plan, self.sweep.timeout)
+        return self._held_live
+
+    # --- what is said ---
+
+    def refuse_missing_metric(self, one: Judged) -> None:
+        """Refuse an objective that asks for what evaluations do not say: no later trial would say it.
+
+        Raises:
+            RecipeError: names what they do say.
+        """
+        if one.failure is None or one.metrics is not None or "no metric is called" not in one.failure:
+            return
+        raise RecipeError(
+            f"{self.sweep.where}: the objective cannot be computed: {one.failure}",
+            hint="Correct the objective and run it again: what was evaluated is kept.",
+        )
+
+    def report(self, one: Judged, number: int, total: int, todo: int, done: int) -> None:
+        """A line about a trial that was judged."""
+        left = todo - done
+        elapsed = time.monotonic() - self._begun
+        eta = f", {_duration(elapsed / done * left)} left" if left and done else ""
+        what = f"failed: {one.failure}" if one.failure else "objective " + ", ".join(f"{v:.6g}" for v in one.objectives)
+        self.options.say(
+            f"{number}/{total} {one.trial.family} {_shown(one.trial.settings)}: {what} ({one.seconds:.1f} s{eta})"
+        )
+
+    def _finish(self, judged: Sequence[Judged]) -> Found:
+        sweep = self.sweep
+        own = [one for one in judged if one.trial.family not in BASELINES]
+        if not any(one.objectives for one in own):
+            why = next((one.failure for one in own if one.failure), "there was none")
+            raise DataError(
+                f"all {len(own)} trials failed; the first: {why}",
+                hint=f"What each said is in {self.folder / _LOGS}. Mend the evaluation, and run it again with --retry.",
+            )
+        winner, on_front, summary = None, tuple[Judged, ...](), None
+        if len(sweep.objectives) == 1:
+            winner = best(own, sweep.objectives[0], "lines")
+            if winner is None:
+                raise DataError("all trials of the grid failed; those of the controls did not")
+            summary = self._publish(winner)
+        else:
+            on_front = tuple(front(own, sweep.objectives))
+        found = Found(
+            sweep, tuple(judged), winner, on_front, verdict(sweep, judged), self.folder, summary, tuple(self.notes)
+        )
+        with naming(self.folder):
+            (self.folder / REPORT).write_text(page(found), encoding="utf-8")
+        return found
+
+    def _publish(self, winner: Judged) -> Mapping[str, Any]:
+        """Write the winner, as `lines edit` and `lines merge` do; or find that it is there."""
+        how = RunOptions(force=self.options.force, resume=True, verify=False, verify_inputs=False)
+        recipe = self.sweep.recipe_of(winner.trial.settings)
+        return carry_out(recipe, self.output, self.options.resources, how, quiet=True).summary
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What is evaluated: a checkpoint that is there, or one that a recipe makes."""
+
+    path: Path | None
+    recipe: Recipe | None
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder that this sweep has made, if it is there."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _plain(text: str) -> str:
+    """A name as a part of a file's name."""
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in text)[:100]
+
+
+def _shown(settings: Mapping[str, Any]) -> str:
+    return " ".join(f"{key.removeprefix('lines.')}={_short(value)}" for key, value in settings.items()) or "as it is"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return f"[{','.join(map(_short, value))}]"
+    return printable(str(value))
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+def _devices() -> list[str]:
+    """The CUDA devices that evaluations may be given, one each."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [one for one in visible.split(",") if one.strip()]
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]

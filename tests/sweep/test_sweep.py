@@ -1,0 +1,428 @@
+"""`lines sweep`, held against a loop by hand: trials, winner, bytes; and what becomes of evaluations that go wrong."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import lines_cli as lines
+from support.files import snapshot, write_checkpoint
+from support.run import run_lines
+
+LAYERS = 4
+NAMES = [f"model.layers.{layer}.w.weight" for layer in range(LAYERS)]
+
+# Tells how near the deep layers are to the fine-tune, and the shallow ones to the base, without torch; and that it ran.
+EVALUATION = """
+import array, json, os, struct, sys
+
+def read(folder):
+    raw = open(os.path.join(folder, "model.safetensors"), "rb").read()
+    (length,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + length])
+    found = {}
+    for name, info in header.items():
+        if name != "__metadata__":
+            begin, end = (8 + length + at for at in info["data_offsets"])
+            found[name] = array.array("f", raw[begin:end])
+    return found
+
+def near(a, b, layers):
+    names = [f"model.layers.{layer}.w.weight" for layer in layers]
+    return -sum((x - y) ** 2 for name in names for x, y in zip(a[name], b[name]))
+
+made, base, ft = read(sys.argv[1]), read("base"), read("ft")
+with open("ran", "a") as file:
+    file.write(sys.argv[1] + "\\n")
+print("so much for that")
+control = {"a": near(made, base, (0,)), "b": near(made, base, (1,))}
+print(json.dumps({"target": near(made, ft, (2, 3)), "control": control}))
+"""
+OBJECTIVE = "target - target_ft + mean(control - control_pre)"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a base, a fine-tune and an evaluation, in which the process works."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(1)
+    base = {name: torch.randn(6, 5) for name in NAMES}
+    ft = {name: tensor + 0.1 * torch.randn(6, 5) for name, tensor in base.items()}
+    for name, tensors in (("base", base), ("ft", ft)):
+        write_checkpoint(tmp_path / name, tensors, config={"num_hidden_layers": LAYERS})
+    (tmp_path / "evaluate.py").write_text(EVALUATION)
+    return tmp_path
+
+
+def sweep_yaml(**said: Any) -> Path:
+    """A sweep over alpha, and whatever else is said."""
+    values = {
+        "recipe": {"base": "base", "ft": "ft"},
+        "grid": {"lines.alpha": [1.0, 0.5, 0.2, 0.0]},
+        "evaluate": f"{shlex.quote(sys.executable)} -S evaluate.py {{checkpoint}}",
+        "objective": OBJECTIVE,
+        **said,
+    }
+    Path("sweep.yaml").write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
+    return Path("sweep.yaml")
+
+
+def by_hand(coefficients: Callable[[float], list[float]], alphas: list[float]) -> dict[float, float]:
+    """The objective of each alpha, in plain torch."""
+    base, ft = (load_file(f"{name}/model.safetensors") for name in ("base", "ft"))
+
+    def near(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], layers: list[int]) -> float:
+        return -sum(float((a[NAMES[n]].double() - b[NAMES[n]].double()).square().sum()) for n in layers)
+
+    found = {}
+    for alpha in alphas:
+        made = {
+            name: base[name] + torch.tensor(c) * (ft[name] - base[name])
+            for name, c in zip(NAMES, coefficients(alpha), strict=True)
+        }
+        control = [near(made, base, [0]), near(made, base, [1])]
+        found[alpha] = near(made, ft, [2, 3]) + sum(control) / 2
+    return found
+
+
+def test_the_winner_is_that_of_a_loop_by_hand(here: Path) -> None:
+    """Over the same grid; the controls get as many trials; the output is the edit at the winner's values."""
+    ran = run_lines("sweep", "--config", sweep_yaml(), "-o", "best", "--json")
+    assert (ran.code, ran.trace) == (0, ""), ran.err
+    alphas = [1.0, 0.5, 0.2, 0.0]
+    rising = by_hand(lambda a: [a + (1 - a) * n / (LAYERS - 1) for n in range(LAYERS)], alphas)
+    falling = by_hand(lambda a: [a + (1 - a) * n / (LAYERS - 1) for n in reversed(range(LAYERS))], alphas)
+    flat = by_hand(lambda a: [a] * LAYERS, alphas)
+    best = max(rising, key=rising.__getitem__)
+    assert ran.json["winner"] == {"lines.alpha": best, "lines.beta": 1 - best}
+    assert ran.json["objective"] == pytest.approx(rising[best], rel=1e-4)
+    assert ran.json["won"] == "lines"
+    for family, expected in (("lines", rising), ("constant", flat), ("reversed", falling)):
+        trials = [trial for trial in ran.json["trials"] if trial["family"] == family]
+        found = {trial["settings"]["lines.alpha"]: trial["objective"] for trial in trials}
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    lines.edit("base", "ft", "reference", alpha=best)
+    assert Path("best/model.safetensors").read_bytes() == Path("reference/model.safetensors").read_bytes()
+    assert sorted(os.listdir("best.sweep")) == ["lock", "logs", "report.html", "trials.jsonl"]
+
+
+def test_no_evaluation_runs_twice(here: Path) -> None:
+    """The same command again, a larger grid, another objective: only what is new is evaluated."""
+    assert run_lines("sweep", "--config", sweep_yaml(), "-o", "best").code == 0
+    first = Path("ran").read_text().splitlines()
+    assert len(first) == 2 + 3 * 4
+    assert run_lines("sweep", "--config", sweep_yaml(), "-o", "best").code == 0
+    assert Path("ran").read_text().splitlines() == first
+    assert (
+        run_lines("sweep", "--config", sweep_yaml(objective=None, minimize="-target"), "-o", "best", "--force").code
+        == 0
+    )
+    assert Path("ran").read_text().splitlines() == first
+    grid = {"lines.alpha": [1.0, 0.7, 0.5, 0.2, 0.0]}
+    assert run_lines("sweep", "--config", sweep_yaml(grid=grid), "-o", "best", "--force").code == 0
+    assert len(Path("ran").read_text().splitlines()) == len(first) + 3
+    other = run_lines(
+        "sweep", "--config", sweep_yaml(evaluate=f"{sys.executable} -S evaluate.py {{checkpoint}} x"), "-o", "best"
+    )
+    assert other.code == 6
+    assert "the trials of another sweep: evaluate differ" in other.err
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("echo nothing useful; true {checkpoint}", "its last line is not JSON: nothing useful"),
+        ("true {checkpoint}", "it printed nothing"),
+        ("echo '[1]' {checkpoint}", "its last line is not JSON"),
+        ("echo 3 # {checkpoint}", "expected one JSON object of metrics"),
+        ("echo '{\"target\": NaN}' # {checkpoint}", "metric target is nan"),
+        ('echo \'{"target": "high"}\' # {checkpoint}', "not a number"),
+        ("echo '{}' # {checkpoint}", "without a metric"),
+        ("echo the disk is full >&2; exit 3 # {checkpoint}", "ended with exit code 3: the disk is full"),
+        ("kill -9 $$ # {checkpoint}", "ended by SIGKILL"),
+    ],
+)
+def test_evaluations_that_go_wrong_are_failed_trials(here: Path, command: str, said: str) -> None:
+    """All are recorded; where all fail the sweep ends with 5, names the first, and has written no output."""
+    config = sweep_yaml(evaluate=command, objective="target", controls=False)
+    ran = run_lines("sweep", "--config", config, "-o", "best")
+    assert (ran.code, ran.trace) == (5, ""), ran.err
+    assert "all 4 trials failed; the first: " in ran.err
+    assert said in ran.err
+    assert not Path("best").exists()
+    recorded = [json.loads(line) for line in Path("best.sweep/trials.jsonl").read_text().splitlines()[1:]]
+    assert [line["metrics"] for line in recorded] == [None] * 4
+    again = run_lines("sweep", "--config", config, "-o", "best")
+    assert again.code == 5
+    assert Path("best.sweep/trials.jsonl").read_text().count("\n") == 5
+
+
+def test_an_evaluation_that_hangs_is_ended_with_all_that_it_started(here: Path) -> None:
+    """After `timeout:`; what it started goes with it."""
+    command = "sh -c 'sleep 300 & echo $! > child; wait' # {checkpoint}"
+    config = sweep_yaml(evaluate=command, objective="target", controls=False, timeout="1s", grid={"lines.alpha": [0.5]})
+    ran = run_lines("sweep", "--config", config, "-o", "best")
+    assert ran.code == 5
+    assert "took longer than timeout: 1 s" in ran.err
+    child = int(Path("child").read_text())
+    until = time.monotonic() + 10
+    while time.monotonic() < until and _runs(child):
+        time.sleep(0.05)
+    assert not _runs(child)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{pid}/stat")
+    return not state.exists() or state.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"objective": "tarrget"}, ["no metric is called tarrget; did you mean target", "what was evaluated is kept"]),
+        ({"objective": "control"}, ["all 4 trials failed", "not one number"]),
+    ],
+)
+def test_objectives_that_evaluations_do_not_answer(here: Path, said: dict[str, Any], words: list[str]) -> None:
+    """Nothing is lost by it: the next objective finds the evaluations."""
+    ran = run_lines("sweep", "--config", sweep_yaml(controls=False, **said), "-o", "best")
+    assert ran.code in (2, 5)
+    for word in words:
+        assert word in ran.err
+    before = len(Path("ran").read_text().splitlines())
+    assert run_lines("sweep", "--config", sweep_yaml(controls=False, objective="target"), "-o", "best").code == 0
+    assert len(Path("ran").read_text().splitlines()) == 4
+    assert before <= 4
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"grid": {}}, ["grid: expected keys"]),
+        ({"grid": {"lines.alpha": []}}, ["grid.lines.alpha: an empty list"]),
+        ({"grid": {"lines.alpha": "1 - beta"}}, ["nothing varies"]),
+        ({"grid": {"lines.alpha": [0.1], "lines.beta": "1 - gama"}}, ["no metric is called gama"]),
+        ({"grid": {"lines.alhpa": [1]}}, ["lines.alhpa is not a key of a recipe"]),
+        ({"grid": {"lines.alpha": ["much"]}}, ["lines.alpha"]),
+        ({"grid": {"lines.alpha": {"low": 0, "high": 1}}}, ["there is no search"]),
+        ({"evaluate": "python evaluate.py"}, ["evaluate has no {checkpoint}"]),
+        ({"evaluate": None}, ["evaluate is missing"]),
+        ({"objective": None}, ["objective is missing"]),
+        ({"objective": "target +"}, ["does not parse"]),
+        ({"objective": ["target", "control"]}, ["2 objectives, and one can win"]),
+        ({"controls": ["konstant"]}, ["controls: expected constant and reversed"]),
+        ({"repeats": 0}, ["repeats: expected a whole number"]),
+        ({"timeout": "soon"}, ["timeout: expected seconds"]),
+        ({"objektive": "target"}, ["objektive is not a key of a sweep; did you mean objective?"]),
+        ({"recipe": {"base": "base"}}, ["recipe"]),
+        ({"recipe": "none.yaml"}, ["none.yaml"]),
+        ({"evaluate": "nowhere_at_all:judge"}, ["nowhere_at_all cannot be imported"]),
+        ({"search": {"sampler": "tpe"}}, ["search.trials"]),
+    ],
+)
+def test_bad_sweeps(here: Path, said: dict[str, Any], words: list[str]) -> None:
+    """Each is refused before anything runs, by its key; nothing is written."""
+    config = sweep_yaml(**said)
+    before = snapshot(here)
+    ran = run_lines("sweep", "--config", config, "-o", "best")
+    assert (ran.code, ran.trace) == (2, ""), ran.err
+    for word in words:
+        assert word in ran.err
+    left = {name for name in snapshot(here) if name not in before}
+    assert not {name for name in left if not str(name).startswith("best.sweep")}
+
+
+def test_a_dry_run_says_what_it_will_take(here: Path) -> None:
+    """Numbers of trials and evaluations, and bytes; a large grid is said to be one."""
+    grid = {"lines.alpha": [n / 100 for n in range(40)], "lines.gamma": [1 + n / 100 for n in range(30)]}
+    config = sweep_yaml(grid=grid, repeats=2)
+    before = snapshot(here)
+    told = run_lines("sweep", "--config", config, "--dry-run", "--json").json
+    assert told["trials"] == {"lines": 1200, "constant": 1200, "reversed": 1200}
+    assert told["evaluations"] == (3 * 1200 + 2) * 2
+    assert any("7,204 evaluations" in note for note in told["notes"])
+    assert snapshot(here) == before
+
+
+def test_candidates_of_a_merge_are_its_outputs(here: Path) -> None:
+    """What an evaluation sees is what `lines merge` writes at the same values, byte for byte."""
+    torch.manual_seed(2)
+    base = load_file("base/model.safetensors")
+    write_checkpoint(
+        here / "ft2", {n: t + 0.1 * torch.randn(6, 5) for n, t in base.items()}, config={"num_hidden_layers": LAYERS}
+    )
+    recipe = {
+        "merge_method": "ties",
+        "base_model": "base",
+        "models": [{"model": "ft"}, {"model": "ft2"}],
+        "parameters": {"density": 0.4},
+        "lines": {"alpha": "auto", "beta": 0.5},
+    }
+    Path("merge.yaml").write_text(yaml.safe_dump(recipe))
+    Path("keep.py").write_text(
+        "import hashlib, json, sys\n"
+        "digest = hashlib.sha256(open(sys.argv[1] + '/model.safetensors', 'rb').read()).hexdigest()\n"
+        "print(json.dumps({'target': int(digest[:12], 16)}))\n"
+    )
+    config = sweep_yaml(
+        recipe="merge.yaml",
+        grid={"lines.beta": [0.2, 0.6], "parameters.density": [0.3, 1.0]},
+        evaluate=f"{shlex.quote(sys.executable)} -S keep.py {{checkpoint}}",
+        objective="target",
+        controls=["constant"],
+    )
+    ran = run_lines("sweep", "--config", config, "-o", "best", "--json")
+    assert ran.code == 0, ran.err
+    assert len(ran.json["trials"]) == 8
+    import hashlib
+
+    for trial in ran.json["trials"]:
+        lines.merge("merge.yaml", "reference", sets=trial["settings"], force=True)
+        digest = hashlib.sha256(Path("reference/model.safetensors").read_bytes()).hexdigest()
+        assert trial["metrics"]["target"] == int(digest[:12], 16), trial["settings"]
+
+
+def test_by_task(here: Path) -> None:
+    """`{task}`: each model's own evaluation; X_ft is each task on its own model."""
+    torch.manual_seed(3)
+    base = load_file("base/model.safetensors")
+    write_checkpoint(
+        here / "ft2", {n: t + 0.1 * torch.randn(6, 5) for n, t in base.items()}, config={"num_hidden_layers": LAYERS}
+    )
+    recipe = {"base_model": "base", "models": [{"model": "ft"}, {"model": "ft2"}], "lines": {"alpha": 0.5, "beta": 0.5}}
+    Path("evaluate.py").write_text(EVALUATION.replace('read("ft")', "read(sys.argv[2])"))
+    config = sweep_yaml(
+        recipe=recipe,
+        grid={"lines.beta": [0.0, 0.5]},
+        evaluate=f"{shlex.quote(sys.executable)} -S evaluate.py {{checkpoint}} {{task}}",
+        objective="mean(target - target_ft)",
+        controls=False,
+    )
+    ran = run_lines("sweep", "--config", config, "-o", "best", "--json")
+    assert ran.code == 0, ran.err
+    of_ft = next(trial for trial in ran.json["trials"] if trial["family"] == "ft")
+    assert of_ft["metrics"]["target"] == {"ft": 0.0, "ft2": 0.0}
+    assert set(ran.json["trials"][-1]["metrics"]["target"]) == {"ft", "ft2"}
+
+
+JUDGE = """
+import torch
+
+def model():
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Linear(5, 6, bias=False)
+    class Body(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList([Layer() for _ in range(4)])
+    class Whole(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = Body()
+    return Whole()
+
+def judge(model, trial):
+    return {"sum": float(sum(p.double().sum() for p in model.parameters())), "seed": trial["seed"]}
+"""
+
+
+def test_a_python_function_gets_a_live_module(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is called with the module that holds the candidate, and no candidate is written."""
+    (here / "judging.py").write_text(JUDGE)
+    monkeypatch.syspath_prepend(str(here))
+    monkeypatch.delitem(sys.modules, "judging", raising=False)
+    config = sweep_yaml(
+        evaluate="judging:judge", model="judging:model", objective="sum - sum_pre", controls=False, repeats=2
+    )
+    ran = run_lines("sweep", "--config", config, "-o", "best", "--json")
+    assert ran.code == 0, ran.err
+    for trial in ran.json["trials"]:
+        if trial["family"] == "lines":
+            made = lines.edit_state_dict(
+                load_file("base/model.safetensors"),
+                load_file("ft/model.safetensors"),
+                alpha=trial["settings"]["lines.alpha"],
+            )
+            assert trial["metrics"]["sum"] == float(sum(tensor.double().sum() for tensor in made.values()))
+
+
+def test_candidates_in_a_live_module(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is what a file would hold, and at the end, also in the middle, the module holds what it held before."""
+    namespace: dict[str, Any] = {}
+    exec(JUDGE, namespace)
+    module = namespace["model"]()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    seen = []
+    for candidate in lines.candidates({"base": "base", "ft": "ft"}, {"lines.alpha": [0.3, 0.0, 1.0]}, module):
+        lines.edit("base", "ft", "reference", alpha=candidate.settings["lines.alpha"], force=True)
+        expected = load_file("reference/model.safetensors")
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in module.state_dict().items())
+        seen.append(candidate.settings["lines.alpha"])
+    assert seen == [0.3, 0.0, 1.0]
+    left = lines.candidates({"base": "base", "ft": "ft"}, {"lines.alpha": [0.3, 0.5]}, module)
+    next(left)
+    left.close()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    other = lines.candidates({"base": "base", "ft": "ft"}, {"lines.alpha": [0.3]}, module.half())
+    with pytest.raises(lines.LinesError, match=r"the model's model\.layers\.0\.w\.weight is torch\.float16"):
+        next(other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_a_killed_sweep_goes_on(here: Path, seed: int) -> None:
+    """Killed at random moments, it ends with the same trials and the same winner, and evaluates nothing twice."""
+    config = sweep_yaml()
+    whole = run_lines("sweep", "--config", config, "-o", "whole", "--json").json
+    Path("ran").unlink()
+    wait = torch.Generator().manual_seed(seed)
+    for _ in itertools.repeat(None):
+        process = subprocess.Popen([sys.executable, "-m", "lines_cli", "sweep", "--config", config, "-o", "best"])
+        try:
+            process.wait(1.5 + 4 * float(torch.rand(1, generator=wait)))
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    found = run_lines("sweep", "--config", config, "-o", "best", "--json").json
+    assert found["winner"] == whole["winner"]
+    keys = ("id", "objective", "metrics")
+    assert [[t[k] for k in keys] for t in found["trials"]] == [[t[k] for k in keys] for t in whole["trials"]]
+    recorded = [json.loads(line)["trial"] for line in Path("best.sweep/trials.jsonl").read_text().splitlines()[1:]]
+    assert len(recorded) == len(set(recorded)) == len(whole["trials"])
+    assert not Path("best.sweep/candidates").exists()
+
+
+def test_a_search_draws_and_goes_on(here: Path) -> None:
+    """Optuna's draws are judged like a grid's, with as many for the controls; the same command draws no more."""
+    pytest.importorskip("optuna")
+    said = {"grid": {"lines.alpha": {"low": 0, "high": 1}}, "search": {"sampler": "tpe", "trials": 5, "seed": 1}}
+    config = sweep_yaml(controls=["constant"], **said)
+    ran = run_lines("sweep", "--config", config, "-o", "best", "--json")
+    assert ran.code == 0, ran.err
+    families = [trial["family"] for trial in ran.json["trials"]]
+    assert families == ["pre", "ft", *["lines"] * 5, *["constant"] * 5]
+    assert ran.json["objective"] == max(t["objective"] for t in ran.json["trials"] if t["family"] == "lines")
+    number = len(Path("ran").read_text().splitlines())
+    again = run_lines("sweep", "--config", config, "-o", "best", "--json").json
+    assert (again["winner"], len(Path("ran").read_text().splitlines())) == (ran.json["winner"], number)
