@@ -41,7 +41,7 @@ class Statistics:
         kept: for each model, how many entries are kept, and of how many; empty where that was not counted.
         majority: the sign that most elections gave.
         l1: tensor -> for each model the L1 norm of its task vector, before and after entries were dropped.
-        products: tensor -> two models' dot product and squared L2 norms.
+        sums: tensor -> what is summed over it (`Method.sums`).
         norms: for `alpha: auto`.
         scales: weights of the output that are stored in 8 bits -> their scales, as the output stores them.
     """
@@ -50,7 +50,7 @@ class Statistics:
     kept: tuple[tuple[int, int], ...] = ()
     majority: int = 1
     l1: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
-    products: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
+    sums: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     norms: Norms | None = None
     scales: Mapping[str, bytes] = field(default_factory=dict)
 
@@ -61,7 +61,7 @@ class Statistics:
             "kept": self.kept,
             "majority": self.majority,
             "l1": self.l1,
-            "products": self.products,
+            "sums": self.sums,
             "norms": self.norms and [self.norms.total, self.norms.merged, self.norms.models],
             **({"scales": {name: b64encode(own).decode() for name, own in self.scales.items()}} if self.scales else {}),
         }
@@ -81,7 +81,7 @@ class Statistics:
                 name: tuple((_number(before), _number(after)) for before, after in sums)
                 for name, sums in json["l1"].items()
             },
-            {name: (_number(a), _number(b), _number(c)) for name, (a, b, c) in json["products"].items()},
+            {name: tuple(map(_number, sums)) for name, sums in json["sums"].items()},
             Norms(*map(_number, json["norms"])) if json["norms"] else None,
             {name: b64decode(own, validate=True) for name, own in json.get("scales", {}).items()},
         )
@@ -125,9 +125,9 @@ class Needs:
 
     thresholds: bool = False
     l1: bool = False
-    products: bool = False
+    sums: bool = False
     majority: bool = False
     norms: bool = False
 
     def __bool__(self) -> bool:
-        return self.thresholds or self.l1 or self.products or self.majority or self.norms
+        return self.thresholds or self.l1 or self.sums or self.majority or self.norms
