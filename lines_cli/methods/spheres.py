@@ -34,8 +34,8 @@ def nuslerp(
     tensors: Sequence[Tensor], *, t: float = 0.5, shares: Sequence[float] | None = None, axis: int = -1
 ) -> Tensor:
     """`(sin((1 - t) * phi) * v_1 + sin(t * phi) * v_2) / sin(phi)` with the angle phi between the two (Shoemake 1985,
-    as mergekit's NuSLERP has it): of whole tensors, or of each vector along an axis. Where the two are parallel, the line
-    takes the place of the arc.
+    as mergekit's NuSLERP has it): of whole tensors, or of each vector along an axis. Where the two are parallel, the
+    line takes the place of the arc.
 
     Args:
         tensors: two of [n], task vectors or weights; with `axis` two of a tensor's shape. Overwritten.

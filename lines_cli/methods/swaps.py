@@ -34,9 +34,9 @@ def nearswap(task_vectors: Sequence[Tensor], *, t: float) -> Tensor:
 
 
 def arcee_fusion(task_vectors: Sequence[Tensor], *, base: Tensor) -> Tensor:
-    """The task vector where its importance is at least `median + 1.5 * (q3 - q1)` of the tensor's, else 0. The importance of an
-    entry is |tau| times the divergence `KL(softmax(row of the model) || softmax(row of the base))` of its row, along
-    the last axis (Arcee Fusion, https://arcee.ai).
+    """The task vector where its importance is at least `median + 1.5 * (q3 - q1)` of the tensor's, else 0 (Arcee
+    Fusion, https://arcee.ai). The importance of an entry is its magnitude times the divergence of its row, along the
+    last axis: `KL(softmax(row of the model) || softmax(row of the base))`.
 
     Quartiles are those of all entries: the values at place `int(q * (n - 1))` in their order. Probabilities and
     divergences are taken in float64, and 1e-8 is added to each probability.
