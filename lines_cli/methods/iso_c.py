@@ -71,6 +71,8 @@ METHODS = {
     "iso_c": Method(
         iso_c,
         "The sum of the task vectors, all singular values set to their mean (Iso-C, Marczak 2025).",
+        paper="2502.04959",
+        use="many tasks of which a few would drown the others",
         sees="tensors",
         parameters={"weight": WEIGHT, "lambda": LAMBDA},
         keywords=lambda values, _: {"weight": values["weight"]},

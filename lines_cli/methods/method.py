@@ -80,6 +80,8 @@ class Method:
         merge: the function: given N tensors, from which entries were dropped, and the `keywords`, it makes one of the
             same shape and dtype. It may overwrite what it is given.
         about: what it is, in a line, with its source.
+        paper: that source, to be found by: an arXiv number, or empty.
+        use: when to take it, in a few words, for the table in the documentation.
         takes: task vectors, which need a base; or whole weights.
         sees: any run of a tensor's `entries` ([n]), so that tensors can be streamed; or whole `tensors` in their shape.
         parameters: what its recipe may say, by name.
@@ -107,6 +109,8 @@ class Method:
 
     merge: Callable[..., Tensor]
     about: str
+    paper: str = ""
+    use: str = ""
     takes: Literal["task vectors", "weights"] = "task vectors"
     sees: Literal["entries", "tensors"] = "entries"
     parameters: Mapping[str, Parameter] = field(default_factory=dict)

@@ -102,6 +102,8 @@ METHODS = {
     "average": Method(
         average,
         "The mean of the task vectors: a uniform model soup (Wortsman 2022).",
+        paper="2203.05482",
+        use="fine-tunes of one task",
         parameters={"lambda": LAMBDA},
         keywords=lambda *_: {},
         one_is_itself=lambda _: True,
@@ -111,6 +113,8 @@ METHODS = {
     "task_arithmetic": Method(
         task_arithmetic,
         "The weighted sum of the task vectors (Ilharco 2023).",
+        paper="2212.04089",
+        use="the first thing to try; on language models the one that gains most reliably",
         parameters={"weight": WEIGHT, "density": DENSITY, "trim": TRIM, "normalize": NORMALIZE, "lambda": LAMBDA},
         sparsifier=LARGEST,
         keywords=lambda values, _: {key: values[key] for key in ("weight", "normalize")},

@@ -91,6 +91,8 @@ METHODS = {
     "linear": Method(
         linear,
         "The weighted average of whole weights.",
+        paper="2203.05482",
+        use="fine-tunes of one task, or checkpoints of one run, without a base",
         takes="weights",
         parameters={
             "weight": WEIGHT,
@@ -102,6 +104,7 @@ METHODS = {
     "slerp": Method(
         slerp,
         "The way from one model to another along an arc (Shoemake 1985).",
+        use="two models, half way or in between",
         takes="weights",
         parameters={
             "t": Parameter(
@@ -120,6 +123,7 @@ METHODS = {
     "passthrough": Method(
         passthrough,
         "One model as it is, or times a scale.",
+        use="one model that is only stored anew",
         takes="weights",
         parameters={"scale": Parameter(None, "of the weights", per_model=True)},
         models=(1, 1),
