@@ -334,7 +334,7 @@ OF_THE_SCALING = {"gamma", "linear"}  # a key of `lines:`, and a schedule
 SAID_OF_METHODS = {
     "about", "chosen", "counting", "counts_by", "elect", "ignored", "keywords", "merge", "models", "needs",
     "norm_of_kept", "one_is_itself", "parameters", "plain_sum", "review", "scale", "scale_of", "sees",
-    "may_be_a_sum", "shares", "sparsifier", "takes", "temporaries", "workspace",
+    "may_be_a_sum", "shares", "space_for", "sparsifier", "takes", "temporaries",
 }  # fmt: skip
 
 

@@ -45,8 +45,13 @@ def scaled(task_vectors: Sequence[Tensor], *factors: Sequence[float]) -> Sequenc
 def average(task_vectors: Sequence[Tensor]) -> Tensor:
     """`(tau_1 + ... + tau_N) / N`: a uniform model soup (Wortsman 2022, arXiv 2203.05482), as a task vector."""
     total = weighted_sum(task_vectors, [1.0] * len(task_vectors))
+    return total if len(task_vectors) == 1 else divided_by_number(total, len(task_vectors))
+
+
+def divided_by_number(total: Tensor, number: int) -> Tensor:
+    """`total / number`, overwritten."""
     # By a tensor: by a number, CUDA multiplies with its reciprocal, which has other bits.
-    return total if len(task_vectors) == 1 else total.div_(total.new_full((), len(task_vectors)))
+    return total.div_(total.new_full((), number))
 
 
 def task_arithmetic(task_vectors: Sequence[Tensor], *, weight: Sequence[float], normalize: bool = False) -> Tensor:

@@ -285,7 +285,7 @@ class Plan:
             return factors
         each = [
             segment.numel * (8 if tensor.in_float64 else 4) * (self.number_of_models + 2)
-            + method.workspace(tensor.shape_of(segment))
+            + method.space_for(tensor.shape_of(segment), in_float64=tensor.in_float64)
             for tensor in self.tensors
             for segment in tensor.segments
             if segment.models
