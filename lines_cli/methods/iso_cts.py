@@ -1,5 +1,5 @@
-"""Isotropic merging in common and task-specific subspaces (Iso-CTS; Marczak 2025, arXiv 2502.04959): the directions that
-the sum of all tasks has in common, beside those of single tasks that it would lose, all equally strong.
+"""Isotropic merging in common and task-specific subspaces (Iso-CTS; Marczak 2025, arXiv 2502.04959): the directions
+that the sum of all tasks has in common, beside those of single tasks that it would lose, all equally strong.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from lines_cli.methods.method import Method
 from lines_cli.methods.parameters import Parameter
 from lines_cli.methods.spectrum import (
-    EPS,
     Spectrum,
     each_matrix,
     is_matrix,
@@ -26,10 +25,10 @@ if TYPE_CHECKING:
 
 
 def iso_cts(task_vectors: Sequence[Tensor], *, weight: Sequence[float], common_space_fraction: float) -> Tensor:
-    """With D_i = `w_i * tau_i`, r = min(out, in), and d, k from `dimensions`: the first k directions of `sum(D_i)`, with
-    U_k on the left; and of each `(I - U_k U_k^T) D_i` the first d. All side by side, U and V; the result is
-    `m * U' V'^T`, where U' and V' are the polar factors of U and V, and m is the sum of all their singular values, over
-    r.
+    """With D_i = `w_i * tau_i`, r = min(out, in), and d, k from `dimensions`: the first k directions of `sum(D_i)`,
+    with U_k on the left; and of each `(I - U_k U_k^T) D_i` the first d. All side by side, U and V; the result is
+    `m * U' V'^T`, where U' and V' are the polar factors of U and V, and m is the sum of all their singular values,
+    over r.
 
     A tensor of three axes is a batch of matrices; any other that is no matrix is averaged: `sum(w_i * tau_i) / N`.
 
@@ -72,7 +71,7 @@ def _merged(task_vectors: Sequence[Tensor], fraction: float) -> Tensor:
     u_common, s, v_common = spectrum.triplets(total, common)
     level = float(s.sum()) / spectrum.scale
     del total
-    own = [_of_task(tau, spectrum, u_common, common, each, eps=eps) for tau in task_vectors] if each else []
+    own = [_of_task(tau, spectrum, u_common, each, eps=eps) for tau in task_vectors] if each else []
     level += sum(strength for _, _, strength in own)
     v = torch.cat([*(right for _, right, _ in own), v_common], dim=1)
     if not own:
@@ -85,15 +84,15 @@ def _merged(task_vectors: Sequence[Tensor], fraction: float) -> Tensor:
 
 
 def _of_task(
-    tau: Tensor, spectrum: Spectrum, u_common: Tensor, common: int, each: int, *, eps: float
+    tau: Tensor, spectrum: Spectrum, u_common: Tensor, each: int, *, eps: float
 ) -> tuple[Tensor, Tensor, float]:
     """The first directions of a task beside the common space: left [out, k], right [in, k], and the sum of their
     singular values.
     """
     tall = tau.double()
-    least = EPS * float(tall.norm()) if eps == EPS else eps * float(tall.norm())
+    least = eps * float(tall.norm())
     if spectrum.wide:  # the space beside it is known, and small
-        beside = spectrum.near[:, common:]
+        beside = spectrum.near[:, u_common.shape[1] :]
         rest = beside.mT @ tall
     else:
         rest = tall - u_common @ (u_common.mT @ tall)

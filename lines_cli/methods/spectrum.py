@@ -1,10 +1,10 @@
 """Singular values and directions of matrices, by way of the Gram matrix of their smaller side, in float64.
 
-An eigendecomposition of `A^T A` takes half the time of the singular value decomposition of A, and needs A block by block
-only. It squares the condition: of a singular value s beside the largest, s_1, it knows the direction to about
-`2e-16 * (s_1 / s)^2`. So it is used where no direction that counts lies below `RESOLVED` of the largest, which keeps that
-error below 1e-6; with eps of float32 the rule for what is zero to rounding sees to it, but for matrices of fewer than 256
-rows and columns, and those are small. Elsewhere the singular value decomposition itself is taken.
+An eigendecomposition of `A^T A` takes half the time of the singular value decomposition of A, and needs A block by
+block only. It squares the condition: of a singular value s beside the largest, s_1, it knows the direction to about
+`2e-16 * (s_1 / s)^2`. So it is used where no direction that counts lies below `RESOLVED` of the largest, which keeps
+that error below 1e-6; with eps of float32 the rule for what is zero to rounding sees to it, but for matrices of fewer
+than 256 rows and columns, and those are small. Elsewhere the singular value decomposition itself is taken.
 """
 
 from __future__ import annotations
@@ -152,7 +152,8 @@ def whitener(columns: Tensor) -> Tensor:
 
     squares, near = torch.linalg.eigh(_gram(columns, 1.0, wide=False))
     null = max(RESOLVED, max(columns.shape) * EPS) ** 2 * squares[-1:].clamp(min=1.0)
-    return (near * torch.where(squares > null, squares.clamp(min=RESOLVED**2).rsqrt(), 0.0)) @ near.mT
+    by: Tensor = torch.where(squares > null, squares.clamp(min=RESOLVED**2).rsqrt(), 0.0)
+    return (near * by) @ near.mT
 
 
 def scale_of(tensors: Sequence[Tensor]) -> float:
@@ -186,7 +187,7 @@ def workspace_in_float64(shape: Sequence[int]) -> int:
 
 
 def _blocks(matrix: Tensor, scale: float, *, wide: bool) -> Iterator[tuple[slice, Tensor]]:
-    """The scaled matrix in float64, some of its longer side at a time: [at most `_BLOCK`, r] each, and where that is."""
+    """The scaled matrix in float64, some of its longer side at a time: [at most `_BLOCK`, r], and where that is."""
     tall = matrix.mT if wide else matrix
     for first in range(0, tall.shape[0], _BLOCK):
         part = slice(first, first + _BLOCK)

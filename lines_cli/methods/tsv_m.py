@@ -24,10 +24,12 @@ if TYPE_CHECKING:
 
 def tsv_m(task_vectors: Sequence[Tensor], *, weight: Sequence[float]) -> Tensor:
     """Of every `w_i * tau_i = U_i diag(s_i) V_i^T` the first `int(r / N)` directions, r = min(out, in); side by side U,
-    s and V; the result is `U' diag(s) V'^T`, where U' and V' are the polar factors of U and V, the nearest matrices with
-    orthonormal columns.
+    s and V; the result is `U' diag(s) V'^T`, where U' and V' are the polar factors of U and V, the nearest matrices
+    with orthonormal columns.
 
-    A tensor of three axes is a batch of matrices; any other that is no matrix is averaged: `sum(w_i * tau_i) / N`.
+    A tensor of three axes is a batch of matrices; any other that is no matrix is averaged: `sum(w_i * tau_i) / N`. So
+    is a matrix with fewer directions than there are tasks, such as a class token's or a head's of one row, of which
+    nothing would be left.
 
     Directions whose singular value is zero to rounding (as in `iso_c`) have no partner that is more than noise, and are
     left out; so is what remains of directions of several tasks that are the same to 3e-5 when one of them is taken.
@@ -39,10 +41,10 @@ def tsv_m(task_vectors: Sequence[Tensor], *, weight: Sequence[float]) -> Tensor:
         weight: N.
 
     Returns:
-        One of the same shape and dtype. NaN throughout a matrix where one is not finite. Zero where there are more
-        tasks than r.
+        One of the same shape and dtype. NaN throughout a matrix where one is not finite.
     """
-    if not is_matrix(task_vectors[0]):
+    first = task_vectors[0]
+    if not is_matrix(first) or min(first.shape[-2:]) < len(task_vectors):
         return divided_by_number(weighted_sum(task_vectors, weight), len(task_vectors))
     return each_matrix(_merged, scaled(task_vectors, weight))
 

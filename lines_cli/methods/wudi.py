@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 
 def wudi(task_vectors: Sequence[Tensor], *, weight: Sequence[float], ridge: float) -> Tensor:
-    """The D that makes `sum_i |(D - D_i) D_i^T|^2 / |D_i|^2` least (section 4.3), with D_i = `w_i * tau_i` and Frobenius
-    norms: the solution of `D A = B`, where `A = sum_i D_i^T D_i / |D_i|^2` and `B = sum_i D_i D_i^T D_i / |D_i|^2`.
+    """The D that makes `sum_i |(D - D_i) D_i^T|^2 / |D_i|^2` least (section 4.3), with D_i = `w_i * tau_i` and
+    Frobenius norms: the solution of `D A = B`, where `A = sum_i D_i^T D_i / |D_i|^2` and
+    `B = sum_i D_i D_i^T D_i / |D_i|^2`.
 
     In directions of the input that hardly any task uses, A says next to nothing. There D is held to the sum S of all
     D_i, where the authors' steps begin: `D (A + m I) = B + m S`, with m = `ridge * N / in`, `ridge` times the mean
