@@ -77,8 +77,8 @@ def measure(plan: Plan, sources: Sequence[Opened], devices: Devices, track: Trac
         measuring.l1_norms()
     if needs.products:
         measuring.angles()
-    if needs.majority or needs.norms:
-        measuring.signs_and_norms()
+    for words in plan.elections:
+        measuring.signs_and_norms(words)
     return Measurement(measuring.plan.statistics, measuring.passes, measuring.bytes_read)
 
 
@@ -277,13 +277,16 @@ class _Measuring:
         self.one_pass("angles", job, tally)
         self.found(products={name: (dot, first, second) for name, (dot, first, second) in sums.items()})
 
-    def signs_and_norms(self) -> None:
+    def signs_and_norms(self, words: tuple[str, ...]) -> None:
         """The sign that most elections give; and the L1 norms of the sum of all task vectors and of the merged one.
 
         What is merged depends on the majority where a sum is zero. Both cases are summed, and the one that it turns out
         to be is taken.
+
+        Args:
+            words: which of the two this pass finds (`Plan.elections`).
         """
-        needs = self.plan.needs
+        needs = Needs(majority="signs" in words, norms="norms" in words)
         balance, total, merged = 0, 0.0, [0.0, 0.0]
 
         def tally(result: _Election) -> None:
@@ -293,9 +296,10 @@ class _Measuring:
             merged[0] = _added(merged[0], result.with_plus)
             merged[1] = _added(merged[1], result.with_minus)
 
-        self.one_pass(self.plan.passes[-1], lambda worker, chunk: _elect(worker, chunk, needs), tally)
-        majority = (balance > 0) - (balance < 0) if needs.majority else 1
-        norms = Norms(total, merged[0] if majority > 0 else merged[1], len(self.models)) if needs.norms else None
+        self.one_pass(" and ".join(words), lambda worker, chunk: _elect(worker, chunk, needs), tally)
+        majority = (balance > 0) - (balance < 0) if needs.majority else self.plan.statistics.majority
+        with_it = merged[0] if majority > 0 or not needs.majority else merged[1]
+        norms = Norms(total, with_it, len(self.models)) if needs.norms else None
         self.found(majority=majority, norms=norms)
 
 

@@ -403,6 +403,6 @@ def _needs(recipe: Recipe, depth: DepthMap, rules: Rules, specs: Iterable[Tensor
         l1="l1" in statistics,
         products="angles" in statistics,
         majority=len(recipe.merged) > 1 and "majority" in statistics,
-        norms=not all(map(method.plain_sum, values))
+        norms=not all(map(recipe.plain_sum, values))
         and any(math.isnan(coefficient_of(recipe, depth, rules, spec)) for spec in merged),
     )

@@ -162,9 +162,19 @@ class Plan:
         found = ["thresholds"] if needs.thresholds else []
         found += ["L1 norms"] if needs.l1 else []
         found += ["angles"] if needs.products else []
-        last = [word for word, needed in (("signs", needs.majority), ("norms", needs.norms)) if needed]
-        found += [" and ".join(last)] if last else []
+        found += [" and ".join(words) for words in self.elections]
         return (*found, *((SCALES,) if self.to_quantise else ()))
+
+    @property
+    def elections(self) -> tuple[tuple[str, ...], ...]:
+        """The last passes that measure what is merged, and what each finds: signs and norms together, for on the
+        majority depend single entries; one after the other where these change a whole matrix.
+        """
+        needs = self.needs
+        last = [word for word, needed in (("signs", needs.majority), ("norms", needs.norms)) if needed]
+        if self.recipe.calibrate is not None:
+            return tuple((word,) for word in last)
+        return (tuple(last),) if last else ()
 
     @cached_property
     def to_quantise(self) -> tuple[TensorPlan, ...]:
@@ -201,6 +211,18 @@ class Plan:
     def gives_one(self, values: Values) -> bool:
         """Whether merging with a tensor's values gives the one model there is as it is."""
         return self.number_of_models == 1 and self.recipe.method.one_is_itself(values)
+
+    def calibrated(self, tensor: TensorPlan, segment: Segment) -> bool:
+        """Whether what is merged in a segment is calibrated."""
+        calibration = self.recipe.calibration
+        if calibration is None or not segment.models or self.gives_one(tensor.values):
+            return False
+        return calibration.changes(tensor.shape_of(segment))
+
+    def merges_whole(self, tensor: TensorPlan, segment: Segment) -> bool:
+        """Whether all of a segment has to be there to merge any of it."""
+        whole = self.recipe.method.sees == "tensors"
+        return bool(segment.models) and (whole or self.calibrated(tensor, segment))
 
     def keywords(self, tensor: TensorPlan, *, majority: int | None = None) -> Values:
         """The keywords of the method's function for a tensor.
@@ -279,18 +301,25 @@ class Plan:
         sees tensors whole each worker makes one, the largest there are, from all models' and in what space the method
         needs, and as many results are kept.
         """
-        method = self.recipe.method
-        factors = workers * self.formula_bytes
-        if method.sees == "entries":
-            return factors
         each = [
-            segment.numel * (8 if tensor.in_float64 else 4) * (self.number_of_models + 2)
-            + method.space_for(tensor.shape_of(segment), in_float64=tensor.in_float64)
+            self._bytes_of_whole(tensor, segment)
             for tensor in self.tensors
             for segment in tensor.segments
-            if segment.models
+            if self.merges_whole(tensor, segment)
         ]
-        return factors + sum(sorted(each, reverse=True)[:workers])
+        return workers * self.formula_bytes + sum(sorted(each, reverse=True)[:workers])
+
+    def _bytes_of_whole(self, tensor: TensorPlan, segment: Segment) -> int:
+        """Bytes that it takes to merge a segment as a whole, and to keep what becomes of it."""
+        method, calibration = self.recipe.method, self.recipe.calibration
+        shape, wide, models = tensor.shape_of(segment), tensor.in_float64, self.number_of_models
+        entries, needed = segment.numel * (8 if wide else 4), models + 2
+        merging = method.space_for(shape, in_float64=wide) if method.sees == "tensors" else method.temporaries * entries
+        calibrating = 0
+        if calibration is not None and self.calibrated(tensor, segment):
+            needed += models + (1 if method.takes == "weights" else 0)  # what models hold, once more; the base
+            calibrating = calibration.workspace(shape, wide)
+        return entries * needed + max(merging, calibrating)
 
     @cached_property
     def turned_sides(self) -> int:

@@ -28,7 +28,7 @@ from pydantic import (
 )
 
 from lines_cli.errors import RecipeError
-from lines_cli.methods import Method, Said, Values, find_method
+from lines_cli.methods import CALIBRATIONS, Calibration, Method, Said, Values, find_method
 from lines_cli.methods.parameters import MOST_RULES, evaluate, filters_of
 from lines_cli.scaling.by_hand import member_of
 from lines_cli.scaling.find_depth import DepthMap
@@ -71,6 +71,7 @@ def _no_flag(value: Any) -> Any:
 Finite = Annotated[float, BeforeValidator(_no_flag), Field(allow_inf_nan=False)]
 DtypeName = Literal["float64", "float32", "float16", "bfloat16", "fp8"]
 Rounding = Literal["nearest", "stochastic"]
+Calibrate = Literal["svc"]
 
 
 class _Part(BaseModel):
@@ -519,6 +520,8 @@ class Recipe(_Part):
             weights need it for `lines:` alone.
         models: the fine-tunes, in the order of every sum.
         parameters: the method's, for all models.
+        calibrate: how what the method makes is calibrated before it is scaled (`lines_cli.methods.calibration`); None
+            leaves it as it is.
         lines: the scaling over depth; without it the merged task vector is scaled by the method's own parameter alone.
         dtype: what every float tensor is written as; None keeps what the input has that the output is like; `fp8`
             stores those in 8 bits that an input stores so, as it does, and keeps the others.
@@ -561,6 +564,7 @@ class Recipe(_Part):
     base_model: InputName | None = None
     models: tuple[Source, ...] = Field(min_length=1, max_length=MOST_RULES)
     parameters: dict[str, Any] = Field(default_factory=dict)
+    calibrate: Calibrate | None = None
     lines: Scaling | None = None
     dtype: DtypeName | None = None
     rounding: Rounding = "nearest"
@@ -603,13 +607,22 @@ class Recipe(_Part):
     def _without_what_says_nothing(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = serialize(self)
         unsaid = {"rounding", "rounding_seed"} if self.rounding == "nearest" else set()
-        unsaid |= {key for key in (*OF_ADAPTERS, "components") if not values.get(key)}
+        unsaid |= {key for key in (*OF_ADAPTERS, "calibrate", "components") if not values.get(key)}
         return {key: value for key, value in values.items() if key not in unsaid}
 
     @property
     def method(self) -> Method:
         """What its method says about itself."""
         return find_method(self.merge_method)
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What its calibration says about itself, if there is one."""
+        return None if self.calibrate is None else CALIBRATIONS[self.calibrate]
+
+    def plain_sum(self, values: Values) -> bool:
+        """Whether with a tensor's values the merged task vector is the sum of all, to the bit."""
+        return self.calibrate is None and self.method.plain_sum(values)
 
     @property
     def merged(self) -> tuple[Source, ...]:
@@ -626,7 +639,7 @@ class Recipe(_Part):
     @property
     def subtracts_base(self) -> bool:
         """Whether task vectors are taken: differences to the base."""
-        return self.method.takes == "task vectors" or self.lines is not None
+        return self.method.takes == "task vectors" or self.lines is not None or self.calibrate is not None
 
     def rule_of(self, component: str) -> Whole | ComponentRule | None:
         """What becomes of a component. Of which nothing is said, is edited; but for codecs and filters, None: these are
