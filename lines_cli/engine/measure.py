@@ -26,10 +26,10 @@ from lines_cli.engine.workers import Worker
 from lines_cli.methods import ByMagnitude
 from lines_cli.methods.sparsify import Bounds, Ranks
 from lines_cli.methods.sums import weighted_sum
-from lines_cli.plan.layout import natural
 from lines_cli.plan.plan import Plan, TensorPlan, bytes_of
 from lines_cli.plan.resources import SUM_BLOCK
 from lines_cli.plan.statistics import Needs, Norms, Statistics
+from lines_cli.storage.names import natural
 
 Track = Callable[[str, int, Iterable[int]], Iterable[int]]
 """Wraps the stream of byte counts of one pass, to show progress: the pass's title, its total, the stream."""

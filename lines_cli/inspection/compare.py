@@ -35,13 +35,12 @@ from lines_cli.inspection.open import Inspection, ReadRange, recipe_of
 from lines_cli.inspection.statistics import Findings, Interference, UpdateStats, ValueStats
 from lines_cli.plan.build import make_plan
 from lines_cli.plan.inputs import open_inputs
-from lines_cli.plan.layout import natural
 from lines_cli.plan.plan import Plan
 from lines_cli.plan.realised import Forecast
 from lines_cli.plan.resources import BytesPerEntry, Resources
 from lines_cli.recipe.schema import Scaling
 from lines_cli.storage.digest import altered
-from lines_cli.storage.names import RECIPE
+from lines_cli.storage.names import RECIPE, natural
 
 
 def compare(

@@ -27,7 +27,6 @@ from lines_cli.plan.coefficients import layer_coefficients, outside_coefficients
 from lines_cli.plan.components import Share, in_one_shape, refuse_unknown, with_layouts
 from lines_cli.plan.depth import depth_of_kept, places_of_all
 from lines_cli.plan.inputs import Inputs, Opening, inputs_of, notes_of_files, refuse_variant_of_none
-from lines_cli.plan.layout import natural
 from lines_cli.plan.match import Names, kept, match_names, missing_in_blocks, nothing_in_common
 from lines_cli.plan.tensors import (
     STORED,
@@ -48,7 +47,7 @@ from lines_cli.scaling.find_depth import DepthMap, Place, Region, Side, joined
 from lines_cli.scaling.numbered_lists import read_lists
 from lines_cli.scaling.schedule import Listed, Rules
 from lines_cli.storage.beside import beside
-from lines_cli.storage.names import RECIPE
+from lines_cli.storage.names import RECIPE, natural
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,13 +20,13 @@ from lines_cli.inspection.kinds import KINDS
 from lines_cli.inspection.open import Inspection, TensorEntry
 from lines_cli.inspection.statistics import Findings, Interference, UpdateStats, ValueStats
 from lines_cli.plan.coefficients import layer_coefficients, outside_coefficients
-from lines_cli.plan.layout import natural
 from lines_cli.plan.realised import NOTHING_REALISED, Forecast, is_off
 from lines_cli.plan.statistics import Norms
 from lines_cli.plan.tensors import STORED
 from lines_cli.plan.tied_weights import tied_copies, tied_heads
 from lines_cli.recipe.schema import Recipe
 from lines_cli.scaling.find_depth import Side, pattern_of
+from lines_cli.storage.names import natural
 from lines_cli.version import ABOUT
 
 Report = dict[str, Any]

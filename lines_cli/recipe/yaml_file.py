@@ -16,6 +16,7 @@ from lines_cli.errors import RecipeError, some
 from lines_cli.hub.download import base_and_adapter
 from lines_cli.recipe.plain_yaml import LARGEST, Place, YamlError, anchored_keys, read_yaml
 from lines_cli.recipe.schema import UNION, Recipe
+from lines_cli.recipe.trajectory import expand
 from lines_cli.recipe.validate import dotted, make_recipe
 from lines_cli.storage.digest import FileRecord
 from lines_cli.storage.files import read_small
@@ -87,9 +88,11 @@ def load_recipe_file(path: Path, sets: Iterable[str] = (), *, elsewhere: Elsewhe
     for one in sets:
         _set(values, one, at)
     places: dict[str, str] = {}
+    found = expand(values, at, path.parent, where=str(path))
     values = _with_paths(path.parent, values, places, _elsewhere(values, elsewhere))
     version = _VERSION.match(text)
-    recipe = make_recipe(values, where=str(path), at=at, constants=anchored_keys(text) if "&" in text else ())
+    constants = anchored_keys(text) if "&" in text else ()
+    recipe = make_recipe(values, where=str(path), at=at, constants=constants, expanded=found)
     return RecipeFile(recipe, places, version[1] if version else None)
 
 
@@ -205,7 +208,9 @@ def recipe_from(
     for text in sets:
         _set(own, text, at)
     places: dict[str, str] = {}
-    return _with_record(make_recipe(_with_paths(folder, own, places, {}), where=where, at=at), places)
+    found = expand(own, at, folder, where=where)
+    recipe = make_recipe(_with_paths(folder, own, places, {}), where=where, at=at, expanded=found)
+    return _with_record(recipe, places)
 
 
 def _plain(value: Any) -> Any:
