@@ -56,8 +56,10 @@ def make_report(
         tensors: also every single tensor.
         norms: of an adapter, what was measured of its factors.
     """
-    if findings is not None and inspection.of == "merge" and inspection.scaling.needs_alpha:
-        inspection = inspection.with_alpha(_alpha(inspection, findings.norms))
+    auto = findings is not None and inspection.of == "merge" and inspection.scaling.needs_alpha
+    if findings is not None and (auto or findings.scores):
+        alpha = _alpha(inspection, findings.norms) if inspection.scaling.needs_alpha else None
+        inspection = inspection.with_measured(alpha=alpha, scores=findings.scores)
     changes = [_changes(findings, model) for model in range(len(inspection.models))] if findings else []
     one = changes[0] if inspection.has_base and len(changes) == 1 else None
 

@@ -88,9 +88,15 @@ class Shares:
         """What decides the coefficients.
 
         Raises:
-            RecipeError: alpha would have to be measured on whole tensors.
+            RecipeError: alpha, or what a depth rule asks for, would have to be measured on whole tensors.
         """
         recipe, lines = self._recipe, self._recipe.lines or UNSCALED
+        if lines.measured_rule and lines.needs_depth:
+            raise RecipeError(
+                f"lines.schedule: {lines.schedule} is measured on whole matrices, and an adapter is scaled without any",
+                hint="Put the adapter onto its base first (lines edit BASE ADAPTER); or take a schedule that follows "
+                "from the depth alone, such as linear or cosine.",
+            )
         number, alpha = len(recipe.merged), None
         if lines.needs_alpha:
             if not recipe.method.plain_sum(recipe.values("", 0.0)) or recipe.filters or recipe.parameters_vary:

@@ -126,7 +126,7 @@ def decided(plan: Plan, placed: Iterable[tuple[TensorSpec, int, TensorInfo]]) ->
     if plan.recipe.lines is not None and plan.recipe.lines.needs_alpha and not plan.needs.norms:
         norms = plan.statistics.norms
         alpha = norms.alpha if norms else 1 / plan.number_of_models  # the merged task vector is the sum
-    rules = plan.recipe.rules(plan.depth, alpha=alpha)
+    rules = plan.recipe.rules(plan.depth, alpha=alpha, scores=plan.statistics.scores)
     plan = replace(plan, rules=rules)
     coefficients = Coefficients(plan.recipe, plan.depth, rules)
     return _with_scales(

@@ -9,6 +9,7 @@ from types import NoneType
 from typing import Any
 
 from lines_cli.methods.sparsify import Bounds
+from lines_cli.scaling.depth_rules import Numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class Statistics:
         l1: tensor -> for each model the L1 norm of its task vector, before and after entries were dropped.
         products: tensor -> two models' dot product and squared L2 norms.
         norms: for `alpha: auto`.
+        scores: depth rule -> matrix -> what the rule measured of it (`DepthRule`).
         scales: weights of the output that are stored in 8 bits -> their scales, as the output stores them.
     """
 
@@ -52,6 +54,7 @@ class Statistics:
     l1: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
     products: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
     norms: Norms | None = None
+    scores: Mapping[str, Mapping[str, Numbers]] = field(default_factory=dict)
     scales: Mapping[str, bytes] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -63,6 +66,7 @@ class Statistics:
             "l1": self.l1,
             "products": self.products,
             "norms": self.norms and [self.norms.total, self.norms.merged, self.norms.models],
+            **({"scores": self.scores} if self.scores else {}),
             **({"scales": {name: b64encode(own).decode() for name, own in self.scales.items()}} if self.scales else {}),
         }
 
@@ -83,6 +87,10 @@ class Statistics:
             },
             {name: (_number(a), _number(b), _number(c)) for name, (a, b, c) in json["products"].items()},
             Norms(*map(_number, json["norms"])) if json["norms"] else None,
+            {
+                str(rule): {str(name): tuple(map(_number, numbers)) for name, numbers in measured.items()}
+                for rule, measured in json.get("scores", {}).items()
+            },
             {name: b64decode(own, validate=True) for name, own in json.get("scales", {}).items()},
         )
         counted = [number for pair in found.kept for number in pair]
@@ -128,6 +136,8 @@ class Needs:
     products: bool = False
     majority: bool = False
     norms: bool = False
+    scores: tuple[str, ...] = ()
+    """Depth rules, by name."""
 
     def __bool__(self) -> bool:
-        return self.thresholds or self.l1 or self.products or self.majority or self.norms
+        return self.thresholds or self.l1 or self.products or self.majority or self.norms or bool(self.scores)
