@@ -648,7 +648,9 @@ def _plain(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value).lower()
 
 
-def _span(ends: list[float]) -> str:
+def _span(ends: list[Any]) -> str:
+    if isinstance(ends[0], str):  # a rule, yet to be measured
+        return ends[0]
     return f"{ends[0]:.4g}" if ends[0] == ends[1] else f"{ends[0]:.4g} to {ends[1]:.4g}"
 
 

@@ -26,10 +26,11 @@ from lines_cli.engine.workers import Worker
 from lines_cli.methods import ByMagnitude
 from lines_cli.methods.sparsify import Bounds, Ranks
 from lines_cli.methods.sums import weighted_sum
-from lines_cli.plan.plan import Plan, TensorPlan, bytes_of, pass_of_rule
+from lines_cli.plan.plan import WEIGHTS, Plan, TensorPlan, bytes_of, pass_of_rule
 from lines_cli.plan.resources import SUM_BLOCK
 from lines_cli.plan.statistics import Needs, Norms, Statistics
 from lines_cli.plan.tensors import Segment
+from lines_cli.plan.weights import with_weights
 from lines_cli.scaling.depth_rules import DepthRule, find_rule
 from lines_cli.storage.names import natural
 
@@ -71,6 +72,8 @@ def measure(plan: Plan, sources: Sequence[Opened], devices: Devices, track: Trac
     if not needs:
         return Measurement(plan.statistics, 0, 0)
     measuring = _Measuring(plan, sources, devices, track)
+    if needs.weights:
+        measuring.weights()
     if needs.thresholds and plan.trims_globally:
         measuring.global_thresholds()
     elif needs.thresholds:
@@ -240,6 +243,25 @@ class _Measuring:
 
         self.stream("thresholds", self.tensors, select, tally)
         self.found(thresholds=thresholds, kept=tuple((number, total) for number in kept))
+
+    def weights(self) -> None:
+        """The squared L2 norm of each model's whole task vector; from then on weights are numbers."""
+        squares = [0.0] * len(self.models)
+
+        def job(worker: Worker, chunk: PlanChunk) -> list[list[float]]:
+            _, vectors = read_chunk(worker, chunk)
+            _refuse_nonfinite(worker, chunk, vectors)
+            return [block_sums(tau.double().square_(), SUM_BLOCK) for tau in vectors]
+
+        def tally(result: list[list[float]]) -> None:
+            for model, blocks in enumerate(result):
+                squares[model] = _added(squares[model], blocks)
+
+        self.one_pass(WEIGHTS, job, tally)
+        self.found(squares=tuple(squares))
+        self.plan = with_weights(self.plan, squares)
+        numbers = {tensor.name: tensor for tensor in self.plan.tensors}
+        self.tensors = [numbers[tensor.name] for tensor in self.tensors]
 
     def l1_norms(self) -> None:
         """Each tensor's L1 norm in each model, of the whole task vector and of what is left after dropping."""

@@ -39,6 +39,7 @@ from lines_cli.plan.sidecars import with_sidecars
 from lines_cli.plan.statistics import NOTHING_MEASURED, Needs
 from lines_cli.plan.tensors import STORED, TensorSpec, refuse_empty, refuse_misfits, settle_empty, specify_tensors
 from lines_cli.plan.vocabulary import Difference, Vocabulary, find_vocabulary, notes_of
+from lines_cli.plan.weights import rules_among
 from lines_cli.recipe.schema import ComponentRule, Recipe, Scaling
 from lines_cli.scaling.find_depth import DepthMap, Place, Region, joined
 from lines_cli.scaling.numbered_lists import read_lists
@@ -408,6 +409,7 @@ def _needs(recipe: Recipe, depth: DepthMap, rules: Rules, specs: Iterable[Tensor
         majority=len(recipe.merged) > 1 and "majority" in statistics,
         norms=not all(map(method.plain_sum, values))
         and any(math.isnan(coefficient_of(recipe, depth, rules_by_alpha, spec)) for spec in merged),
+        weights=any(rules_among(own) for own in values),
         scores=_rules_to_measure(recipe, depth, merged),
     )
 

@@ -160,7 +160,8 @@ class Plan:
         where the sample that said where to look was no good one.
         """
         needs = self.needs
-        found = ["thresholds"] if needs.thresholds else []
+        found = [WEIGHTS] if needs.weights else []
+        found += ["thresholds"] if needs.thresholds else []
         found += ["L1 norms"] if needs.l1 else []
         found += ["angles"] if needs.products else []
         found += [self.pass_of_signs] if self.pass_of_signs else []
@@ -535,6 +536,9 @@ def pass_of_rule(rule: str) -> str:
     """What the pass measures that a depth rule asks for, by its name."""
     return f"{rule} scores"
 
+
+WEIGHTS = "weights"
+"""What the pass measures that finds how large task vectors are."""
 
 SCALES = "FP8 scales"
 """What the pass measures that finds the scales of an output in FP8."""

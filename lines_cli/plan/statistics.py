@@ -44,6 +44,8 @@ class Statistics:
         l1: tensor -> for each model the L1 norm of its task vector, before and after entries were dropped.
         products: tensor -> two models' dot product and squared L2 norms.
         norms: for `alpha: auto`.
+        squares: the squared L2 norm of each model's task vector, over everything that is merged; empty where no weight
+            rests on it.
         scores: depth rule -> matrix -> what the rule measured of it (`DepthRule`).
         scales: weights of the output that are stored in 8 bits -> their scales, as the output stores them.
     """
@@ -54,6 +56,7 @@ class Statistics:
     l1: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
     products: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
     norms: Norms | None = None
+    squares: tuple[float, ...] = ()
     scores: Mapping[str, Mapping[str, Numbers]] = field(default_factory=dict)
     scales: Mapping[str, bytes] = field(default_factory=dict)
 
@@ -66,6 +69,7 @@ class Statistics:
             "l1": self.l1,
             "products": self.products,
             "norms": self.norms and [self.norms.total, self.norms.merged, self.norms.models],
+            **({"squares": self.squares} if self.squares else {}),
             **({"scores": self.scores} if self.scores else {}),
             **({"scales": {name: b64encode(own).decode() for name, own in self.scales.items()}} if self.scales else {}),
         }
@@ -87,6 +91,7 @@ class Statistics:
             },
             {name: (_number(a), _number(b), _number(c)) for name, (a, b, c) in json["products"].items()},
             Norms(*map(_number, json["norms"])) if json["norms"] else None,
+            tuple(map(_number, json.get("squares", ()))),
             {
                 str(rule): {str(name): tuple(map(_number, numbers)) for name, numbers in measured.items()}
                 for rule, measured in json.get("scores", {}).items()
@@ -100,6 +105,7 @@ class Statistics:
             )
             or any(type(number) is not int or number < 0 for number in counted)
             or len(found.kept) not in (0, models)
+            or len(found.squares) not in (0, models)
             or type(found.majority) is not int
             or found.majority not in (-1, 0, 1)
             or any(len(sums) != models for sums in found.l1.values())
@@ -136,8 +142,10 @@ class Needs:
     products: bool = False
     majority: bool = False
     norms: bool = False
+    weights: bool = False
     scores: tuple[str, ...] = ()
     """Depth rules, by name."""
 
     def __bool__(self) -> bool:
-        return self.thresholds or self.l1 or self.products or self.majority or self.norms or bool(self.scores)
+        by_merging = self.majority or self.norms or bool(self.scores)
+        return self.thresholds or self.l1 or self.products or self.weights or by_merging

@@ -360,7 +360,14 @@ def _beside(folder: Path, name: str, *, look: bool) -> str:
 _BASE_ITSELF = (("tokenizer_source", "base"), ("chat_template", "base"))
 
 
-def dump_recipe(recipe: Recipe, *, named: Mapping[str, str], alpha: float | None = None, why: str = "") -> str:
+def dump_recipe(
+    recipe: Recipe,
+    *,
+    named: Mapping[str, str],
+    alpha: float | None = None,
+    why: str = "",
+    weights: Sequence[float | None] | None = None,
+) -> str:
     """The recipe as YAML that gives the same result again, with everything in it that was decided.
 
     Args:
@@ -368,6 +375,7 @@ def dump_recipe(recipe: Recipe, *, named: Mapping[str, str], alpha: float | None
         named: each input as it is to be written: seen from where the file will stand, a Hub id with its commit.
         alpha: what `auto` was measured to be; it takes its place.
         why: how it was measured, for a comment.
+        weights: for each model what its weight was measured to be, where a rule stood for it.
     """
     values = recipe.model_dump(mode="json", exclude_none=True, exclude={"notes", "output"})
     for key in ("base_model", "tokenizer_source", "chat_template"):
@@ -377,12 +385,20 @@ def dump_recipe(recipe: Recipe, *, named: Mapping[str, str], alpha: float | None
         _name_in(values["tokenizer"], named)
     for source in values["models"]:
         source["model"] = named.get(source["model"], source["model"])
+    measured = ""
+    if weights is not None:
+        rules = {str(rule) for rule in recipe.settings("weight") if isinstance(rule, str)}
+        measured = f"# weight was {' and '.join(sorted(rules))}: by the norms of the task vectors\n"
+        for source, weight in zip(values["models"], weights, strict=True):
+            if weight is not None:
+                source["parameters"] = {**source.get("parameters", {}), "weight": weight}
+        if isinstance(values["parameters"].get("weight"), str):
+            del values["parameters"]["weight"]
     if not values["parameters"]:
         del values["parameters"]
-    measured = ""
     if alpha is not None and recipe.lines is not None and recipe.lines.needs_alpha:
         values["lines"]["alpha"] = alpha
-        measured = f"# lines.alpha was auto: {why}\n"
+        measured += f"# lines.alpha was auto: {why}\n"
     text = yaml.safe_dump(values, sort_keys=False, width=1_000)
     again = "lines merge --config lines_recipe.yaml -o OUT"
     return f"# Written by lines {__version__}. To run it again: {again}\n{measured}{text}"
