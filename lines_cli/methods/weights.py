@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lines_cli.methods.angles import pairs
@@ -94,7 +95,7 @@ METHODS = {
         "The weighted average of whole weights.",
         takes="weights",
         parameters={
-            "weight": WEIGHT,
+            "weight": replace(WEIGHT, rules=()),  # whole weights are all of about one norm
             "normalize": Parameter(True, NORMALIZE.about, varies=False, choices=ON_OFF),
         },
         one_is_itself=lambda values: all_are_1(values, "weight"),
