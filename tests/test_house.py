@@ -325,6 +325,8 @@ OTHER_MEANINGS = {
     "checkpoint.adapter_config": {"r"},  # PEFT's word for a rank
     "checkpoint.adapter_output": {"r"},
     "plan.adapted": {"weight"},
+    "recipe.yaml_file": {"weight"},
+    "plan.weights": {"weight"},  # the parameter for which a rule may stand
     "sweep.config": {"seed"},  # of a search, and of repeated evaluations
     "sweep.live": {"seed"},
     "sweep.store": {"seed"},
@@ -336,7 +338,7 @@ OF_THE_SCALING = {"alpha", "gamma", "linear"}  # keys of `lines:`, and a schedul
 SAID_OF_METHODS = {
     "about", "chosen", "counting", "counts_by", "elect", "ignored", "keywords", "merge", "models", "needs",
     "given_base", "norm_of_kept", "one_is_itself", "parameters", "plain_sum", "review", "scale", "scale_of",
-    "sees", "sees_whole", "may_be_a_sum", "shares", "sparsifier", "sums", "takes", "temporaries", "workspace", "wrong",
+    "sees", "sees_whole", "may_be_a_sum", "shares", "space_for", "sparsifier", "sums", "takes", "temporaries", "wrong",
 }  # fmt: skip
 
 

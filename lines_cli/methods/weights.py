@@ -93,6 +93,8 @@ METHODS = {
     "linear": Method(
         linear,
         "The weighted average of whole weights.",
+        paper="2203.05482",
+        use="fine-tunes of one task, or checkpoints of one run, without a base",
         takes="weights",
         parameters={
             "weight": replace(WEIGHT, rules=()),  # whole weights are all of about one norm
@@ -104,6 +106,7 @@ METHODS = {
     "slerp": Method(
         slerp,
         "The way from one model to another along an arc (Shoemake 1985).",
+        use="two models, half way or in between",
         takes="weights",
         parameters={
             "t": Parameter(
@@ -123,6 +126,7 @@ METHODS = {
     "passthrough": Method(
         passthrough,
         "One model as it is, or times a scale.",
+        use="one model that is only stored anew",
         takes="weights",
         parameters={"scale": Parameter(None, "of the weights", per_model=True)},
         models=(1, 1),

@@ -307,7 +307,7 @@ class Plan:
             return held
         each = [
             segment.numel * (8 if tensor.in_float64 else 4) * (self.number_of_models + 2 + method.given_base)
-            + method.workspace(tensor.shape_of(segment))
+            + method.space_for(tensor.shape_of(segment), in_float64=tensor.in_float64)
             for tensor in self.tensors
             for segment in tensor.segments
             if segment.models and method.sees_whole(tensor.values)

@@ -68,7 +68,8 @@ def recorded(recipe: Recipe, squares: Sequence[float]) -> list[Any] | None:
     if not squares or not rules_among(values):
         return None
     weights = _with_numbers(recipe, values, squares)["weight"]
-    chosen = recipe.method.chosen([source.model for source in recipe.models], recipe.base_model)
+    names = [source.model for source in recipe.models]
+    chosen = recipe.method.chosen(names, recipe.base_model, subtracted=recipe.lines is not None)
     found: list[Any] = [None] * len(recipe.models)
     for place, number in enumerate(chosen):
         if number is not None and isinstance(values["weight"][place], str):
