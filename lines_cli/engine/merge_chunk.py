@@ -16,8 +16,8 @@ from lines_cli.engine.arithmetic import dot, is_finite, task_vector
 from lines_cli.engine.chunks import Chunk, PlanChunk
 from lines_cli.engine.whole_tensors import Whole
 from lines_cli.engine.workers import Worker
-from lines_cli.errors import DataError
-from lines_cli.methods import ByMagnitude, Drawn
+from lines_cli.errors import DataError, printable
+from lines_cli.methods import ByMagnitude, CannotMergeError, Drawn
 from lines_cli.methods.sparsify import Where
 
 Look = Callable[[torch.Tensor | None, Sequence[torch.Tensor]], object]
@@ -72,7 +72,7 @@ def merge_chunk(
     kept = drop_entries(worker, chunk, tensors)
     if left is not None:
         left(base, tensors)
-    values = merge_entries(worker, chunk, tensors, majority=majority)
+    values = merge_entries(worker, chunk, tensors, base=base, majority=majority)
     return Merged(base, values, squares, kept, chunk.numel)
 
 
@@ -98,20 +98,33 @@ def drop_entries(worker: Worker, chunk: PlanChunk, tensors: list[torch.Tensor]) 
         return ()
     # A head and the embedding it is tied to are one weight, and lose the same entries.
     where = Where(tensor.spec.counts_as, chunk.segment.start + chunk.first)
-    masks = sparsifier.masks(tensors, tensor.values, where)
-    kept = tuple(float(chunk.numel) if mask is None else float(mask.sum()) for mask in masks)
-    for tau, mask in zip(tensors, masks, strict=True):
+    kept = []
+    for tau, mask in zip(tensors, sparsifier.masks(tensors, tensor.values, where), strict=True):
+        kept.append(float(chunk.numel) if mask is None else float(mask.count_nonzero()))
         if mask is not None:
             tau.mul_(mask)
-    return kept
+    return tuple(kept)
 
 
 def merge_entries(
-    worker: Worker, chunk: PlanChunk, tensors: Sequence[torch.Tensor], *, majority: int | None = None
+    worker: Worker,
+    chunk: PlanChunk,
+    tensors: Sequence[torch.Tensor],
+    *,
+    base: torch.Tensor | None = None,
+    majority: int | None = None,
 ) -> torch.Tensor:
-    """What the method makes of tensors from which entries were dropped; overwrites them."""
-    keywords = worker.keywords(chunk.tensor, majority=majority)
-    return worker.plan.recipe.method.merge(tensors, **keywords)
+    """What the method makes of tensors from which entries were dropped; overwrites them.
+
+    Raises:
+        DataError: of these numbers it can make nothing.
+    """
+    method = worker.plan.recipe.method
+    try:
+        keywords = worker.keywords(chunk.tensor, majority=majority)
+    except CannotMergeError as error:
+        raise DataError(f"{printable(chunk.tensor.name)}: {error}") from None
+    return method.merge(tensors, base=base, **keywords) if method.given_base else method.merge(tensors, **keywords)
 
 
 def nonfinite_behind(worker: Worker, chunk: PlanChunk) -> str | None:
@@ -172,6 +185,7 @@ def _make_whole(worker: Worker, chunk: PlanChunk) -> Whole:
     """
     tensor, segment, method = chunk.tensor, chunk.segment, worker.plan.recipe.method
     calibration = worker.plan.recipe.calibration if worker.plan.calibrated(tensor, segment) else None
+    sees_whole = method.sees_whole(tensor.values)
 
     def room(number: int) -> list[torch.Tensor]:
         dtype = torch.float64 if tensor.in_float64 else torch.float32
@@ -179,9 +193,9 @@ def _make_whole(worker: Worker, chunk: PlanChunk) -> Whole:
 
     tensors = room(len(segment.models))
     before = room(len(segment.models) if calibration is not None else 0)  # anything was dropped or weighted
-    base = room(1 if before and method.takes == "weights" else 0)
-    squares: tuple[float, ...] = ()
+    bases = room(1 if method.given_base or (before and method.takes == "weights") else 0)
     kept: tuple[float, ...] = ()
+    squares: tuple[float, ...] = ()
     nonfinite: str | None = None
     for part in Chunk(tensor, segment, 0, segment.numel).cut(worker.chunk):
         of_base, held = read_chunk(worker, part)
@@ -194,25 +208,28 @@ def _make_whole(worker: Worker, chunk: PlanChunk) -> Whole:
         here = slice(part.first, part.first + part.numel)
         for whole, entries in zip(before, held, strict=bool(before)):
             whole[here].copy_(entries)
-        for whole in base:
-            assert of_base is not None, "a calibration without a base"
+        for whole in bases:
+            assert of_base is not None, "something that needs a base, without one"
             whole[here].copy_(of_base)
-        kept = _added(kept, drop_entries(worker, part, held))
+        if not sees_whole:
+            kept = _added(kept, drop_entries(worker, part, held))
         for whole, entries in zip(tensors, held, strict=True):
             whole[here].copy_(entries)
     shape = tensor.shape_of(segment)
-    given = tensors if method.sees == "entries" else [whole.view(shape) for whole in tensors]
-    values = merge_entries(worker, chunk, given).reshape(-1)
+    if sees_whole:
+        tensors, bases = ([whole.view(shape) for whole in every] for every in (tensors, bases))
+        kept = drop_entries(worker, Chunk(tensor, segment, 0, segment.numel), tensors)
+    base = bases[0] if bases else None
+    values = merge_entries(worker, chunk, tensors, base=base).reshape(-1)
     if calibration is not None:
-        for whole in base:
+        of_weights = base.reshape(-1) if base is not None and method.takes == "weights" else None
+        if of_weights is not None:
             for weights in (values, *before):
-                task_vector(weights, whole)
-        counting = method.counting(tensor.values, len(before))
-        values = calibration.calibrate(values.view(shape), [before[model].view(shape) for model in counting]).reshape(
-            -1
-        )
-        for whole in base:
-            values.add_(whole)
+                task_vector(weights, of_weights)
+        counting = [before[model].view(shape) for model in method.counting(tensor.values, len(before))]
+        values = calibration.calibrate(values.view(shape), counting).reshape(-1)
+        if of_weights is not None:
+            values.add_(of_weights)
     assert values.numel() == segment.numel, "a method made a tensor of another size"
     if worker.device.type == "cuda":
         torch.cuda.current_stream().synchronize()  # others read it in streams of their own

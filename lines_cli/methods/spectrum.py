@@ -152,9 +152,9 @@ def whitener(columns: Tensor) -> Tensor:
 
     squares, near = torch.linalg.eigh(_gram(columns, 1.0, wide=False))
     null = max(RESOLVED, max(columns.shape) * EPS) ** 2 * squares[-1:].clamp(min=1.0)
-    by = torch.where(squares > null, squares.clamp(min=RESOLVED**2).rsqrt(), 0.0)
-    made: Tensor = (near * by) @ near.mT
-    return made
+    by: Tensor = torch.where(squares > null, squares.clamp(min=RESOLVED**2).rsqrt(), 0.0)
+    root: Tensor = (near * by) @ near.mT
+    return root
 
 
 def scale_of(tensors: Sequence[Tensor]) -> float:

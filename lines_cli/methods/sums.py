@@ -14,6 +14,7 @@ from lines_cli.methods.method import Method
 from lines_cli.methods.parameters import Parameter
 from lines_cli.methods.said import Note, Remark, Said, Values
 from lines_cli.methods.sparsify import DENSITY, LARGEST, TRIM, review_trim
+from lines_cli.methods.weight_rules import WEIGHT_RULES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,7 +71,7 @@ def divided(total: Tensor, weight: Sequence[float], *, normalize: bool) -> Tenso
 
 
 ON_OFF: dict[str | bool, Any] = {True: True, False: False}
-WEIGHT = Parameter(1.0, "of the model in the sum", per_model=True)
+WEIGHT = Parameter(1.0, "of the model in the sum", per_model=True, rules=tuple(WEIGHT_RULES))
 LAMBDA = Parameter(1.0, "scale of the merged task vector")
 NORMALIZE = Parameter(False, "divide by the sum of the weights", varies=False, choices=ON_OFF)
 

@@ -27,12 +27,25 @@ from pydantic import (
     model_validator,
 )
 
-from lines_cli.errors import RecipeError
+from lines_cli.errors import MismatchError, RecipeError, printable
 from lines_cli.methods import CALIBRATIONS, Calibration, Method, Said, Values, find_method
 from lines_cli.methods.parameters import MOST_RULES, evaluate, filters_of
+from lines_cli.scaling import depth_rules
 from lines_cli.scaling.by_hand import member_of
-from lines_cli.scaling.find_depth import DepthMap
-from lines_cli.scaling.schedule import Constant, Linear, Listed, Outside, Power, Reversed, Rules, Schedule, UpAndDown
+from lines_cli.scaling.find_depth import DepthMap, Stack
+from lines_cli.scaling.schedule import (
+    Constant,
+    Linear,
+    Listed,
+    Outside,
+    Power,
+    Reversed,
+    Rules,
+    Schedule,
+    Scored,
+    Shaped,
+    UpAndDown,
+)
 from lines_cli.storage.digest import FileRecord
 
 _UNITS = {
@@ -78,6 +91,9 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+Scores = Mapping[str, Mapping[str, depth_rules.Numbers]]
+"""Depth rule -> matrix -> what was measured of it."""
+
 Fixed = Literal["keep", "base"]
 _FIXED = {"keep": 1.0, "base": 0.0}
 
@@ -91,8 +107,16 @@ _SCHEDULES: dict[str, Callable[[float, float], Schedule]] = {
 
 
 def parse_schedule(value: Any) -> Any:
-    """`linear`, `constant`, `reversed`, `unet`, `power:2`; or a list of numbers, also as `0.1,0.6,1.0`."""
+    """`linear`, `constant`, `reversed`, `unet`, `power:2`; a depth rule, as in `sigmoid:10`; or a list of numbers, also
+    as `0.1,0.6,1.0`.
+    """
     if isinstance(value, str) and value in _SCHEDULES:
+        return value
+    if isinstance(value, str) and _A_RULE.fullmatch(value) and not value.startswith("power:"):
+        try:
+            depth_rules.parse(value)
+        except ValueError as error:
+            raise ValueError(f"{error}; {_a_schedule()}") from error
         return value
     try:
         if isinstance(value, str) and value.startswith("power:"):
@@ -107,9 +131,17 @@ def parse_schedule(value: Any) -> Any:
                 return numbers
     except (TypeError, ValueError, OverflowError):
         pass
-    raise ValueError(
-        "a schedule is linear, constant, reversed, unet, power:P with P above 0, or a list of coefficients, as in "
-        "0.1,0.6,1"
+    raise ValueError(_a_schedule())
+
+
+_A_RULE = re.compile(r"(?!(?:nan|inf|infinity)$)[a-z][a-z0-9_-]*(?::.*)?", re.DOTALL | re.IGNORECASE)
+
+
+def _a_schedule() -> str:
+    rules = ", ".join((*depth_rules.RULES, *depth_rules.installed_names()))
+    return (
+        f"a schedule is linear, constant, reversed, unet, {rules}, power:P with P above 0, or a list of coefficients, "
+        "as in 0.1,0.6,1"
     )
 
 
@@ -184,8 +216,8 @@ class Scaling(_Part):
             many tasks, `(1/N) * norm1(sum of tau_i) / norm1(tau_merged)`, measured. Only a schedule that lists its
             coefficients needs no beta.
         gamma: multiplies what a schedule gives.
-        schedule: `linear`, `power:P`, `constant`, `reversed`, `unet`, or the coefficients themselves, from the first
-            layer to the last.
+        schedule: `linear`, `power:P`, `constant`, `reversed`, `unet`, or a depth rule (`depth_rules`), which may be
+            measured; or the coefficients themselves, from the first layer to the last.
         outside: what tensors outside the blocks get (`Rules.outside`).
         layers: a regular expression that overrules the detection of depth (`find_depth`).
         series: the names of stacks that run one after the other, a list of them for each stack that they make.
@@ -264,15 +296,25 @@ class Scaling(_Part):
         """Whether it matters where a tensor stands at all."""
         return bool(self.stacks) or self.outside != "alpha" or not self._schedule(0.0, self.beta or 0.0).flat
 
-    def rules(self, depth: DepthMap, *, alpha: float | None = None) -> Rules:
+    @property
+    def measured_rule(self) -> str | None:
+        """The name of the depth rule that has to be measured; None where the schedule is none."""
+        if isinstance(self.schedule, tuple) or self.schedule in _SCHEDULES or self.schedule.startswith("power:"):
+            return None
+        rule, name, _ = depth_rules.parse(self.schedule)
+        return name if rule.measure is not None else None
+
+    def rules(self, depth: DepthMap, *, alpha: float | None = None, scores: Scores | None = None) -> Rules:
         """What decides every coefficient, for the stacks of a model.
 
         Args:
             depth: the stacks.
             alpha: what `auto` was measured to be; where it was not, coefficients that rest on it are NaN.
+            scores: what was measured for depth rules; where it was not, coefficients that rest on it are NaN.
 
         Raises:
             RecipeError: `stacks` names a stack that is not there, or several at once.
+            MismatchError: what was measured makes no shares.
         """
         first = math.nan if alpha is None else alpha
         first = first if isinstance(self.alpha, str) else self.alpha
@@ -286,6 +328,11 @@ class Scaling(_Part):
             (part, _FIXED[value] if isinstance(value, str) else value) for part, value in self.filter.items()
         )
         schedule = self._schedule(first, self.beta or 0.0)
+        if isinstance(schedule, Scored):
+            for stack in depth.stacks:
+                own = stacks.get(stack.name, schedule)
+                if isinstance(own, Scored):
+                    stacks[stack.name] = replace(own, shares=self._shares(stack, depth, scores))
         return Rules(schedule, self.gamma, self.outside, stacks, filters)
 
     def _schedule(self, alpha: float, beta: float) -> Schedule:
@@ -293,7 +340,29 @@ class Scaling(_Part):
             return Listed(self.schedule)
         if self.schedule.startswith("power:"):
             return Power(alpha, beta, float(self.schedule.removeprefix("power:")))
-        return _SCHEDULES[self.schedule](alpha, beta)
+        if self.schedule in _SCHEDULES:
+            return _SCHEDULES[self.schedule](alpha, beta)
+        rule, _, number = depth_rules.parse(self.schedule)
+        return Scored(alpha, beta) if rule.share is None else Shaped(alpha, beta, rule.share, number)
+
+    def _shares(self, stack: Stack, depth: DepthMap, scores: Scores | None) -> tuple[float, ...] | None:
+        """The measured share of each of a stack's layers; None where it is not measured yet."""
+        assert isinstance(self.schedule, str)
+        rule, name, number = depth_rules.parse(self.schedule)
+        measured = (scores or {}).get(name)
+        if measured is None:
+            return None
+        places = {tensor: depth.places[tensor] for tensor in measured if tensor in depth.places}
+        own = {tensor: place for tensor, place in places.items() if place.stack == stack.name}
+        try:
+            return depth_rules.shares_of(rule, number, measured, own, stack.layers)
+        except Exception as error:  # whatever a stranger's rule does
+            what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise MismatchError(
+                f"schedule: {self.schedule} gives the layers of {printable(stack.name)!r} no coefficients: {what}",
+                hint="Look for NaN, Inf or very large weights in the inputs (lines inspect --check); or take another "
+                "schedule.",
+            ) from error
 
 
 UNSCALED = Scaling(alpha=1.0, beta=0.0)
@@ -613,7 +682,7 @@ class Recipe(_Part):
     @property
     def method(self) -> Method:
         """What its method says about itself."""
-        return find_method(self.merge_method)
+        return find_method(self.merge_method).with_base(self.base_model)
 
     @property
     def calibration(self) -> Calibration | None:
@@ -627,7 +696,8 @@ class Recipe(_Part):
     @property
     def merged(self) -> tuple[Source, ...]:
         """The models whose tensors are merged, in the order in which the method takes them."""
-        chosen = self.method.chosen([source.model for source in self.models], self.base_model)
+        names = [source.model for source in self.models]
+        chosen = self.method.chosen(names, self.base_model, subtracted=self.changes_difference)
         base = self.base_model or ""
         return tuple(Source(model=base) if number is None else self.models[number] for number in chosen)
 
@@ -639,7 +709,12 @@ class Recipe(_Part):
     @property
     def subtracts_base(self) -> bool:
         """Whether task vectors are taken: differences to the base."""
-        return self.method.takes == "task vectors" or self.lines is not None or self.calibrate is not None
+        return self.method.takes == "task vectors" or self.changes_difference
+
+    @property
+    def changes_difference(self) -> bool:
+        """Whether what the method makes is changed as a difference to the base: scaled over depth, or calibrated."""
+        return self.lines is not None or self.calibrate is not None
 
     def rule_of(self, component: str) -> Whole | ComponentRule | None:
         """What becomes of a component. Of which nothing is said, is edited; but for codecs and filters, None: these are
@@ -657,14 +732,22 @@ class Recipe(_Part):
             return self.lines
         return self.lines.with_own(rule)
 
-    def rules(self, depth: DepthMap, *, alpha: float | None = None) -> Rules:
+    def rules(self, depth: DepthMap, *, alpha: float | None = None, scores: Scores | None = None) -> Rules:
         """What decides every coefficient (`Scaling.rules`); without `lines:` it is 1, the method's own scale apart."""
-        rules = (self.lines or UNSCALED).rules(depth, alpha=alpha)
-        components = dict.fromkeys(region.component for region in depth.regions)
-        own = {name: scaling for name in components if (scaling := self.scaling_of(name)) not in (None, self.lines)}
+        rules = (self.lines or UNSCALED).rules(depth, alpha=alpha, scores=scores)
+        named = dict.fromkeys(region.component for region in depth.regions)
+        own = {name: scaling for name in named if (scaling := self.scaling_of(name)) not in (None, self.lines)}
         if not own:
             return rules
-        return replace(rules, components={name: s.rules(depth, alpha=alpha) for name, s in own.items() if s})
+        components = {name: s.rules(depth, alpha=alpha, scores=scores) for name, s in own.items() if s}
+        return replace(rules, components=components)
+
+    @property
+    def measured_rules(self) -> frozenset[str]:
+        """The depth rules that have to be measured, by name."""
+        own = [self.scaling_of(name) for name in self.components if name != ALL_OTHERS]
+        every = [self.lines, self.scaling_of(ALL_OTHERS) if ALL_OTHERS in self.components else None, *own]
+        return frozenset(name for scaling in every if scaling and (name := scaling.measured_rule))
 
     def values(self, name: str, position: float, component: str | None = None) -> Values:
         """The method's parameters for one tensor.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, get_args
 
@@ -15,6 +15,8 @@ from lines_cli.methods.parameters import evaluate
 from lines_cli.methods.said import Conflict, Note, Settled
 from lines_cli.recipe.plain_yaml import Place
 from lines_cli.recipe.schema import OF_ADAPTERS, UNION, ComponentRule, DtypeName, Recipe, Scaling, parse_schedule
+from lines_cli.recipe.trajectory import KEYS as OF_A_PATTERN
+from lines_cli.recipe.trajectory import Expanded
 
 
 def make_recipe(
@@ -23,6 +25,7 @@ def make_recipe(
     where: str,
     at: Mapping[Place, str] | None = None,
     constants: Collection[str] = (),
+    expanded: Expanded | None = None,
 ) -> Recipe:
     """Check plain values and freeze them.
 
@@ -31,14 +34,15 @@ def make_recipe(
         where: what a message should call their origin.
         at: for every key, where it was said: `line 7`, or the `--set` that said it.
         constants: keys at the top that hold anchors, and so may stand for nothing themselves.
+        expanded: what became of patterns among the models.
 
     Raises:
         RecipeError: an unknown key or an impossible value.
     """
     problems: list[Problem] = []
-    notes: list[str] = []
+    notes = list(expanded.notes if expanded else ())
     values = _without_idle_keys(values, constants, notes)
-    own, said_at = _in_our_keys(values, problems, notes)
+    own, said_at = _in_our_keys(values, problems, notes, expanded.numbers if expanded else ())
     recipe: Recipe | None = None
     try:
         recipe = Recipe.model_validate({**own, "notes": notes})
@@ -47,6 +51,7 @@ def make_recipe(
     if recipe is not None and not problems:
         recipe = _with_parameters(recipe, problems, said_at)
     if recipe is None or problems:
+        problems = list(dict.fromkeys(problems))  # what is wrong with a pattern is wrong with all that it matches
         listed = [_at(place, at or {}) + what for place, what in problems[:_MOST_PROBLEMS]]
         more = f"; and {len(problems) - len(listed):,} more" if len(problems) > len(listed) else ""
         raise RecipeError(f"{where}: {'; '.join(listed)}{more}")
@@ -139,7 +144,7 @@ def _nearest(place: Place) -> str:
     elif above[:1] == ["components"]:
         own = ComponentRule.model_fields
     elif above:
-        own = ("model", "parameters")
+        own = ("model", "parameters", *OF_A_PATTERN)
     near = get_close_matches(word, own, n=1, cutoff=0.5 if inside_lines else 0.6)
     if near:
         return f"; did you mean {'lines.' if inside_lines else ''}{near[0]}?"
@@ -154,13 +159,17 @@ def _nearest_elsewhere(word: str) -> str:
     return f"; did you mean {places[near[0]]}?" if near else ""
 
 
-def _in_our_keys(values: Mapping[Any, Any], problems: list[Problem], notes: list[str]) -> tuple[dict[Any, Any], SaidAt]:
-    """The recipe in our own keys: what mergekit says otherwise is said in ours, what it lets be empty is left out."""
+def _in_our_keys(
+    values: Mapping[Any, Any], problems: list[Problem], notes: list[str], numbers: Sequence[int]
+) -> tuple[dict[Any, Any], SaidAt]:
+    """The recipe in our own keys: what mergekit says otherwise is said in ours, what it lets be empty is left out.
+    `numbers` are those of the models as they were said (`Expanded`).
+    """
     own = {key: value for key, value in values.items() if value is not None or key not in _MAY_BE_EMPTY}
     if "notes" in own:
         problems.append((("notes",), f"notes is not a key of a recipe{_nearest(('notes',))}"))
         del own["notes"]
-    moved: dict[Place, Place] = {}
+    moved: dict[Place, Place] = {("models", now): ("models", before) for now, before in enumerate(numbers)}
     if "out_dtype" in own:
         if own.get("dtype", "float32") not in get_args(DtypeName):
             problems.append((("dtype",), f"dtype: expected {' or '.join(get_args(DtypeName))} (got {own['dtype']!r})"))
@@ -188,8 +197,17 @@ def _in_our_keys(values: Mapping[Any, Any], problems: list[Problem], notes: list
                 what = "layer_range belongs to the sources of slices; models are merged whole"
                 problems.append((("models", number, "layer_range"), f"models.{number}.{what}"))
     if isinstance(own.get("models"), list):
+        for number, source in enumerate(own["models"]):
+            place = moved.get(("models", number), ("models", number))
+            for key in [key for key in OF_A_PATTERN if isinstance(source, dict) and key in source]:
+                what = f"{key} belongs to a pattern such as run/checkpoint-*, and {source.get('model')!r} is none"
+                problems.append(((*place, key), f"{dotted(place)}.{what}"))
         own["models"] = [
-            {key: value for key, value in source.items() if key != "parameters" or value is not None}
+            {
+                key: value
+                for key, value in source.items()
+                if key not in OF_A_PATTERN and (key != "parameters" or value is not None)
+            }
             if isinstance(source, dict)
             else source
             for source in own["models"]
@@ -369,7 +387,7 @@ def _then(first: Any, second: Any) -> Any:
 def _with_parameters(recipe: Recipe, problems: list[Problem], said_at: SaidAt) -> Recipe | None:
     """The recipe with its parameters checked and frozen; problems are added to the list."""
     try:
-        method = find_method(recipe.merge_method)
+        method = find_method(recipe.merge_method).with_base(recipe.base_model)
     except ValueError as error:
         problems.append((("merge_method",), f"merge_method: {error}"))
         return None

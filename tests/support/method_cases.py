@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from support import spectral_references, whole_model
+from lines_cli.methods import METHODS
+from support import mergekit_references, spectral_references, whole_model
 from support.whole_model import Tensors
 
 WEIGHTS = (0.3, 1.0, -0.7, 2.5, 0.1, 1.0, -0.2, 0.9)
 DENSITIES = (0.3, 1.0, 0.05, 0.5, 0.9, 0.77, 0.0, 0.2)
 LAMBDAS = (0.2, 0.6, 0.4, 0.3, 0.5, 1.0, 0.0, 0.45)
 GAMMAS = (0.1, 0.3, 0.0, 0.6, 0.02, 0.4, 0.25, 1.0)
+DELLAS = {"weight": WEIGHTS, "density": (0.3, 1.0, 0.05, 0.5, 0.9, 0.77, 0.0, 0.2)}
 SCALING = {"alpha": 0.15, "beta": 0.7, "gamma": 0.9}
 
 
@@ -53,20 +55,21 @@ class Case:
         """Whether the result is the reference's to the bit; else within a few units in the last place."""
         return TABLE[self.method].to_the_bit
 
-    def merged(self, tensors: Sequence[Tensors]) -> Tensors:
-        """The reference."""
+    def merged(self, tensors: Sequence[Tensors], base: Tensors | None = None) -> Tensors:
+        """The reference; `base` in the compute dtype is for those that take it."""
         method = TABLE[self.method].reference
-        per_model = [key for key in _DEFAULTS if key in _takes(method)]
+        known = METHODS[self.method].parameters
+        per_model = [key for key in _DEFAULTS if key in _takes(method) and known[key].per_model]
         said = {key: value for key, value in self.top.items() if key not in per_model}
         for key in per_model:
             said[key] = [
                 self.each[key][n] if key in self.each else self.top.get(key, _DEFAULTS[key])
                 for n in range(len(tensors))
             ]
-        return method(tensors, **said)
+        return method(tensors, **said, **({"base": base} if "base" in _takes(method) else {}))
 
 
-_DEFAULTS = {"weight": 1.0, "density": 1.0, "gamma": 0.01, "mask_lambda": 0.4, "scale": None}
+_DEFAULTS = {"weight": 1.0, "density": 1.0, "gamma": 0.01, "mask_lambda": 0.4, "scale": None, "epsilon": 0.15}
 """Of the parameters that models have."""
 
 
@@ -314,6 +317,114 @@ TABLE: dict[str, Entry] = {
                 {"trim": "global", "agreement": "max"}, {"density": DENSITIES, "gamma": GAMMAS}
             ),
         },
+    ),
+    "nuslerp": Entry(
+        mergekit_references.nuslerp,
+        typical=({"weight": 0.7, "nuslerp_flatten": True}, {"nuslerp_flatten": False, "nuslerp_row_wise": True}),
+        cases={
+            "nuslerp": _said(each={"weight": (0.3, 1.0)}, numbers=(2,)),
+            "nuslerp, rows": _said({"nuslerp_flatten": False}, {"weight": (1.3, 0.4)}, numbers=(2,)),
+            "nuslerp, columns": _said({"nuslerp_flatten": False, "nuslerp_row_wise": True}, numbers=(2,)),
+            "nuslerp, weights that cancel": _said(each={"weight": (0.5, -0.5)}, numbers=(2,)),
+        },
+        to_the_bit=False,
+        models=2,
+    ),
+    "multislerp": Entry(
+        mergekit_references.multislerp,
+        typical=({"weight": 0.7, "normalize_weights": True}, {"normalize_weights": False}),
+        cases={
+            "multislerp": _said(),
+            "multislerp, weighted": _said(each={"weight": WEIGHTS}),
+            "multislerp, not normalized": _said({"normalize_weights": False, "eps": 1e-6}, {"weight": WEIGHTS}),
+        },
+        to_the_bit=False,
+    ),
+    "karcher": Entry(
+        mergekit_references.karcher,
+        typical=({}, {"max_iter": 3, "tol": 1e-9}),
+        cases={
+            "karcher": _said(),
+            "karcher, a step": _said({"max_iter": 1}),
+            "karcher, many": _said({"max_iter": 50, "tol": 1e-12}),
+        },
+        on_weights=True,
+        to_the_bit=False,
+    ),
+    "model_stock": Entry(
+        mergekit_references.model_stock,
+        typical=({"filter_wise": False}, {"filter_wise": True}),
+        cases={
+            "model_stock": _said(numbers=(2, 3, 8)),
+            "model_stock, rows": _said({"filter_wise": True}, numbers=(2, 3, 8)),
+        },
+        to_the_bit=False,
+    ),
+    "della": Entry(
+        mergekit_references.della,
+        typical=(
+            {"density": 0.5, "epsilon": 0.3, "rescale": "l1", "normalize": True},
+            {"density": 0.7, "rescale": "density", "agreement": "sum", "seed": 3, "weight": 0.6},
+            {"density": 0.4, "epsilon": 0.1, "rescale": False, "agreement": "max", "normalize": False},
+            {"density": 0.6, "agreement": "mean", "lambda": [0.5, 1.5]},
+        ),
+        cases={
+            "della": _said({"density": 0.6, "epsilon": 0.3}),
+            "della, nothing dropped": _said(each={"weight": WEIGHTS}),
+            "della, all said": _said({"seed": 7, "rescale": False, "epsilon": 0.02}, DELLAS),
+            "della, as published": _said({"density": 0.3, "rescale": "density", "agreement": "sum", "epsilon": 0.2}),
+        },
+        to_the_bit=False,
+    ),
+    "della_linear": Entry(
+        mergekit_references.della_linear,
+        typical=({"density": 0.5, "rescale": "l1", "normalize": False}, {"density": 0.7, "rescale": "density"}),
+        cases={
+            "della_linear": _said({"density": 0.6, "epsilon": 0.3}),
+            "della_linear, all said": _said({"seed": 2**53, "normalize": True, "epsilon": 0.02}, DELLAS),
+            "della_linear, as published": _said({"density": 0.3, "rescale": "density", "epsilon": 0.2}),
+        },
+        to_the_bit=False,
+    ),
+    "sce": Entry(
+        mergekit_references.sce,
+        typical=({}, {"select_topk": 0.4}),
+        cases={
+            "sce": _said(),
+            "sce of the most": _said({"select_topk": 0.6}),
+            "sce of few": _said({"select_topk": 0.1}),
+            "sce of none": _said({"select_topk": 0}),
+        },
+        to_the_bit=False,
+    ),
+    "ram": Entry(
+        mergekit_references.ram,
+        typical=({}, {"epsilon": 0.05}),
+        cases={"ram": _said(), "ram, large changes": _said({"epsilon": 0.06})},
+        to_the_bit=False,
+    ),
+    "ramplus_tl": Entry(
+        mergekit_references.ramplus_tl,
+        typical=({}, {"epsilon": 0.05, "r": 0.4, "alpha": 2}),
+        cases={
+            "ramplus_tl": _said(),
+            "ramplus_tl, large changes": _said({"epsilon": 0.06, "r": 0.5, "alpha": 1.5}),
+        },
+        to_the_bit=False,
+    ),
+    "nearswap": Entry(
+        mergekit_references.nearswap,
+        typical=({"t": 0.03},),
+        cases={"nearswap": _said({"t": 0.02}, numbers=(1,)), "nearswap of none": _said({"t": 0}, numbers=(1,))},
+        to_the_bit=False,
+        models=1,
+    ),
+    "arcee_fusion": Entry(
+        mergekit_references.arcee_fusion,
+        typical=({},),
+        cases={"arcee_fusion": _said(numbers=(1,))},
+        to_the_bit=False,
+        models=1,
     ),
     "iso_c": Entry(
         spectral_references.iso_c,

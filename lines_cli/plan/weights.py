@@ -1,0 +1,77 @@
+"""Weights that are measured (`lines_cli.methods.weight_rules`): which a plan asks for, and the plan with them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from lines_cli.errors import MismatchError, printable
+from lines_cli.methods import Values
+from lines_cli.methods.weight_rules import WEIGHT_RULES
+from lines_cli.plan.plan import Plan
+from lines_cli.recipe.schema import Recipe
+
+
+def rules_among(values: Values) -> set[str]:
+    """The rules that stand for weights among a tensor's values."""
+    weights = values.get("weight", ())
+    return {weight for weight in weights if isinstance(weight, str)} if isinstance(weights, tuple) else set()
+
+
+def with_weights(plan: Plan, squares: Sequence[float]) -> Plan:
+    """The plan with numbers in place of rules.
+
+    Args:
+        plan: not yet resolved.
+        squares: the squared L2 norm of each model's task vector; none where no weight rests on it.
+
+    Raises:
+        MismatchError: a model is no other than its base, or its norm is not finite.
+    """
+    if not squares:
+        return plan
+    new: dict[int, Values] = {}
+    tensors = []
+    for tensor in plan.tensors:
+        values = tensor.spec.values
+        if id(values) not in new:
+            new[id(values)] = _with_numbers(plan.recipe, values, squares)
+        tensors.append(tensor._replace(spec=tensor.spec._replace(values=new[id(values)])))
+    return replace(plan, tensors=tuple(tensors))
+
+
+def _with_numbers(recipe: Recipe, values: Values, squares: Sequence[float]) -> Values:
+    weights = list(values.get("weight", ()))
+    for rule in sorted(rules_among(values)):
+        models = [model for model, weight in enumerate(weights) if weight == rule]
+        for model in models:
+            if not 0 < squares[model] < math.inf:
+                name = printable(recipe.merged[model].model)
+                raise MismatchError(
+                    f"weight: {rule} cannot be measured: the squared norm of the task vector of {name} is "
+                    f"{squares[model]:g}",
+                    hint="The model is the same as its base: leave it out, or give its weight as a number."
+                    if squares[model] == 0
+                    else "Look for NaN, Inf or very large weights in it (lines inspect --check).",
+                )
+        found = WEIGHT_RULES[rule]([math.sqrt(squares[model]) for model in models])
+        for model, weight in zip(models, found, strict=True):
+            weights[model] = weight
+    return {**values, "weight": tuple(weights)} if weights else values
+
+
+def recorded(recipe: Recipe, squares: Sequence[float]) -> list[Any] | None:
+    """For each of a recipe's `models` its weight where a rule stood for it, and else None; None where none did."""
+    values = recipe.values("", 0.0)
+    if not squares or not rules_among(values):
+        return None
+    weights = _with_numbers(recipe, values, squares)["weight"]
+    names = [source.model for source in recipe.models]
+    chosen = recipe.method.chosen(names, recipe.base_model, subtracted=recipe.changes_difference)
+    found: list[Any] = [None] * len(recipe.models)
+    for place, number in enumerate(chosen):
+        if number is not None and isinstance(values["weight"][place], str):
+            found[number] = weights[place]
+    return found
