@@ -72,7 +72,7 @@ def tsv_m_of(matrices: Sequence[Array], eps: float) -> Array:
     return (polar_factor(u) * s) @ polar_factor(vt.T).T
 
 
-def wudi_of(matrices: Sequence[Array], eps: float, ridge: float = 1e-6) -> Array:
+def wudi_of(matrices: Sequence[Array], eps: float, ridge: float = 1.0) -> Array:
     """As least squares, by numpy's solver: `D D_i^T = D_i D_i^T` for all tasks, and the ridge."""
     total, columns = sum(matrices[1:], matrices[0]), matrices[0].shape[1]
     changed = [matrix for matrix in matrices if matrix.any()]
@@ -144,7 +144,7 @@ def tsv_m(taus: Sequence[Tensors], *, weight: Sequence[float]) -> Tensors:
     return _on_models(tsv_m_of, taus, weight)
 
 
-def wudi(taus: Sequence[Tensors], *, weight: Sequence[float], ridge: float = 1e-6) -> Tensors:
+def wudi(taus: Sequence[Tensors], *, weight: Sequence[float], ridge: float = 1.0) -> Tensors:
     return _on_models(wudi_of, taus, weight, ridge=ridge)
 
 
