@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from lines_cli.checkpoint.header import StoredTensor
 
-BLOCK = 128 * 1024
+BLOCK = 64 * 1024
 """Entries of an update that are computed at a time; more leave the cache."""
 SLAB = 512 * 1024
 """Entries of a long factor that are held at a time."""
@@ -100,7 +100,9 @@ class LowRank(Formula):
         """One factor, by which runs of the other are multiplied; of a batch those of one matrix, and `B` as stored."""
         a, b = (dict(self.factors)[role].info for role in "AB")
         columns = b.shape[0] if self.transposed else self.numel // max(1, self.matrices * b.shape[0])
-        runs = SLAB if self.matrices == 1 else a.numel // self.matrices + b.numel
+        runs = a.numel if self.transposed else b.numel
+        if self.matrices > 1:
+            runs = a.numel // self.matrices + b.numel
         return _WIDE * (columns * self.rank + min(SLAB, runs) + BLOCK) + (b.nbytes if self.matrices > 1 else 0)
 
 

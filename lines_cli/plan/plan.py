@@ -254,7 +254,8 @@ class Plan:
         temporaries += 5 if self.recipe.rounding == "stochastic" else 0
         temporaries += 4 if self.recipe.dtype == "fp8" else 0  # magnitudes; what it was, divided, and its loss
         temporaries += 2 * models + 1 if self.needs.thresholds else 0  # how far magnitudes are from a window
-        return BytesPerEntry(stored, written, 8 if self.in_float64 else 4, models + 1, temporaries)
+        width = 8 if self.in_float64 else 4
+        return BytesPerEntry(stored, written, width, models + 1, temporaries, self.formula_bytes)
 
     def buffer_bytes(self, resources: Resources) -> int:
         """Bytes of the workers' buffers on the CPU: an input and the output as they are stored, and what the arithmetic
