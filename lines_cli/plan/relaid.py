@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 from lines_cli.checkpoint.formulas import InParts, Made, OfPart
 from lines_cli.checkpoint.header import Part, StoredTensor, TensorInfo, itemsize
 from lines_cli.checkpoint.reader import Checkpoint
 from lines_cli.errors import printable
-from lines_cli.plan.conversions import Conversion, Found, Pattern, Rules, plain_rules, rules_for
+from lines_cli.plan.conversions import Conversion, Found, Pattern, Rules, loading_rules, plain_rules, rules_for
 from lines_cli.plan.layout import natural
 from lines_cli.plan.pieces import Pieced, Run, runs, turned, whole
 from lines_cli.plan.same_names import canonical
@@ -127,6 +127,95 @@ def turn(lead: Checkpoint, other: Checkpoint, pairs: Mapping[str, str], called: 
             f"{printable(there)}"
         )
     return found
+
+
+# --- one side by itself ---
+
+
+class Loaded(NamedTuple):
+    """A checkpoint's tensors as transformers' modules hold them.
+
+    Attributes:
+        checkpoint: with them, by the names of the modules' parameters.
+        names: of those that its files call otherwise, by these names; those that are put together or cut apart are not
+            among them.
+        made: of what each tensor is made that is put together or cut apart: names of the files.
+        problems: names of the files whose modules are not known -> why, in words.
+    """
+
+    checkpoint: Checkpoint
+    names: Mapping[str, str]
+    made: Mapping[str, Sequence[str]]
+    problems: Mapping[str, str]
+
+
+def as_loaded(side: Checkpoint, config: Mapping[str, Any] | None = None) -> Loaded:
+    """What transformers makes of a checkpoint on loading it, as far as its rules say that of the model's type.
+
+    Args:
+        side: the checkpoint.
+        config: which says the type; its own unless given.
+    """
+    rules = loading_rules(side.config if config is None else config)
+    found, made, problems = Relaid(), dict[str, list[str]](), dict[str, str]()
+    if not rules.names:
+        return Loaded(side, {}, {}, {})
+    for (number, *_), sites in _sites(rules, side.tensors).items():
+        conversion = rules.conversions[number]
+        site = next((site for site in sites if site.form == "sources"), None)
+        if site is None:
+            continue
+        owns, before = _in_order(site), len(found.problems)
+        tensors = _forward(conversion, side, site)
+        for name, tensor in tensors or ():
+            at = _target_name(rules, conversion, site, name)
+            _put(found, side, side, at, tensor)
+            made[at] = [own for own in owns if any(piece.source == own for piece in tensor.pieces)]
+        if tensors is None or len(found.problems) > before:
+            targets = " and ".join(pattern.text.strip(".") for pattern in conversion.targets)
+            how = f"transformers has {targets} in its place ({conversion.of} in its table of layouts)"
+            problems |= dict.fromkeys(owns, how)
+    used = {own for owns in made.values() for own in owns} | problems.keys()
+    spelt = {own: rules.renamed(own) for own in side.tensors if own not in used}
+    twice = {name for name, times in Counter(spelt.values()).items() if times > 1} | (found.tensors.keys() & {*spelt})
+    names = {name: own for own, name in spelt.items() if name != own and name not in twice}
+    as_it_is = {own: name if name in names else own for own, name in spelt.items()} | {own: own for own in problems}
+    checkpoint = replace(
+        side,
+        tensors={name: side.tensors[own] for own, name in as_it_is.items()} | found.tensors,
+        formulas={as_it_is[own]: of for own, of in side.formulas.items() if own in as_it_is} | found.formulas,
+    )
+    return Loaded(checkpoint, names, made, problems)
+
+
+def _forward(conversion: Conversion, side: Checkpoint, site: _Site) -> list[tuple[int, Pieced]] | None:
+    """The targets of a site, by the numbers of their patterns; None where something is missing, or what is done to get
+    them is not known here.
+    """
+    numbers = range(1 + max((number for _, number in site.names if number is not None), default=-1))
+    wanted = {
+        (at, number)
+        for at, pattern in enumerate(conversion.sources)
+        for number in (numbers if pattern.counts else (None,))
+    }
+    if wanted != site.names.keys() or not conversion.can_be_carried_out:
+        return None
+    if any(operation[0] == "split" for operation in conversion.operations):
+        return None  # into sizes that the model's code has
+    held = _whole(conversion, side, site)
+    axes = [operation[1] for operation in conversion.operations if operation[0] == "chunk"]
+    size = held[0][0].shape[axes[0]] if axes and len(held[0][0].shape) > axes[0] else 0
+    targets = conversion.forward(held, [size // len(conversion.targets)] * len(conversion.targets) if axes else ())
+    return None if targets is None else list(enumerate(targets))
+
+
+def _target_name(rules: Rules, conversion: Conversion, site: _Site, number: int) -> str:
+    """What a target of a site is called."""
+    (at, _), name = next(iter(site.names.items()))
+    pattern = conversion.sources[at]
+    place = pattern.find(rules.renamed(name)) or pattern.find(name)
+    assert place is not None
+    return f"{place.before}{conversion.targets[number].text}{place.behind}"
 
 
 # --- sites ---

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lines_cli.errors import DataError
 from support.adapters import PREFIX, factors, layers_of, updates, write_adapter
 from support.files import snapshot, without_staging, write_checkpoint
 from support.fp8 import expanded, quantise
+from support.layouts import LAYOUTS
 
 SIZES = {"q_proj": (12, 8), "up_proj": (20, 8)}
 LAYERS = 4
@@ -394,6 +396,65 @@ def test_lines_of_what_is_stored_whole(tmp_path: Path) -> None:
     stored = load_file(tmp_path / "out" / "adapter_model.safetensors")[f"{PREFIX}model.norm.weight"]
     before = load_file(base / "model.safetensors")["model.norm.weight"].double()
     torch.testing.assert_close(stored.double(), before + 0.25 * differences(base, ft)["model.norm.weight"])
+
+
+@pytest.mark.parametrize("base_too", [True, False], ids=["both older", "the base newer"])
+@pytest.mark.parametrize("model", ["dinov2", "mixtral", "qwen3_moe"])
+def test_modules_are_called_and_cut_as_transformers_has_them(tmp_path: Path, model: str, base_too: bool) -> None:
+    """Names that transformers changes on loading, and matrices that it cuts or puts together: the adapter is of its
+    modules, for these are what PEFT finds. Fused experts are left out.
+    """
+    of = LAYOUTS[model]
+    if model == "dinov2":
+        files = [of.together(of.apart(seed)) for seed in (0, 1)]
+        modules = [of.apart(seed) for seed in (0, 1)]
+    else:
+        files = [of.apart(seed) for seed in (0, 1)]
+        modules = [of.together(tensors) for tensors in files]
+    write_checkpoint(tmp_path / "base", files[0] if base_too else modules[0], config=of.config)
+    write_checkpoint(tmp_path / "ft", files[1], config=of.config)
+    summary = lines.extract(tmp_path / "ft", tmp_path / "base", tmp_path / "out", rank=50)
+    taus = {name: (modules[1][name] - modules[0][name]).double() for name in modules[0]}
+    matrices = {
+        name: tau
+        for name, tau in taus.items()
+        if name.endswith(".weight") and tau.dim() == 2 and not re.search(r"embed|gate\.weight", name)
+    }
+    assert len(matrices) > 2
+    close(updates(tmp_path / "out"), matrices, 1e-5)
+    assert any("transformers' modules" in note for note in summary["notes"])
+    assert any("fused experts" in one["why"] for one in summary["left_out"]) == (model != "dinov2")
+    assert lines.verify(tmp_path / "out").same
+
+
+def test_what_no_config_says_is_called_as_in_the_files(tmp_path: Path) -> None:
+    """And a note says what that means."""
+    of = LAYOUTS["mixtral"]
+    for seed, side in enumerate(("base", "ft")):
+        write_checkpoint(tmp_path / side, of.apart(seed), config=None)
+    summary = lines.extract(tmp_path / "ft", tmp_path / "base", tmp_path / "out", rank=2)
+    assert any("model_type" in note and "does not find them" in note for note in summary["notes"])
+    assert "model.layers.0.block_sparse_moe.experts.0.w1" in {one["module"] for one in summary["modules"]}
+
+
+def test_what_cannot_be_cut_here_is_left_out(tmp_path: Path) -> None:
+    """A matrix that transformers cuts into sizes that only its code has: said by name, not written as no module."""
+    names = ("att_proj", "attn_out.weight")
+    shapes = {f"model.layers.{i}.self_attn.{name}": (12, 8) for i in range(2) for name in names}
+    for side in ("base", "ft"):
+        write_checkpoint(
+            tmp_path / side,
+            {name: torch.randn(shape) for name, shape in shapes.items()},
+            config={"model_type": "molmo2_text", "architectures": ["Molmo2TextModel"]},
+        )
+    summary = lines.extract(tmp_path / "ft", tmp_path / "base", tmp_path / "out", rank=2, save_rest=True)
+    assert {one["module"] for one in summary["modules"]} == {f"model.layers.{i}.self_attn.o_proj" for i in range(2)}
+    (left,) = summary["left_out"]
+    assert (left["why"], left["changed"], left["saved"]) == (
+        "tensors that transformers' modules hold in another layout",
+        2,
+        0,
+    )
 
 
 @pytest.mark.parametrize("energy", [0.3, 0.95, 1.0])
