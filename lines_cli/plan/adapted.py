@@ -20,15 +20,19 @@ from lines_cli.checkpoint.formulas import (
     Difference,
     Formula,
     Hadamard,
+    InParts,
     Kronecker,
     LowRank,
     Made,
+    OfPart,
     Rescaled,
     Rows,
 )
 from lines_cli.checkpoint.header import StoredTensor
 from lines_cli.checkpoint.reader import Checkpoint, views_of
 from lines_cli.errors import CheckpointError, MismatchError, UnsupportedError, printable, some
+from lines_cli.plan.conversions import loading_rules
+from lines_cli.plan.relaid import as_loaded
 from lines_cli.plan.same_names import canonical
 from lines_cli.plan.tied_weights import is_head, is_vocabulary, says_tied, tied_embeddings, tied_partner, untied
 from lines_cli.plan.unet_names import otherwise
@@ -58,8 +62,11 @@ def on_base(adapter: Adapter, base: Checkpoint, *, name: str | None = None) -> C
         MismatchError: the base has no tensor of a name, or one of another shape; or names mean several of its tensors.
     """
     notes = [*adapter.notes, *_note_of_base(adapter, base)]
-    targets = _Targets(adapter, base, notes)
-    made = _Making(adapter, base, targets, notes)
+    loaded = as_loaded(base)
+    parts = {name: loaded.checkpoint.tensors[name] for name in loaded.made if name not in base.tensors}
+    there = replace(base, tensors=base.tensors | parts) if parts else base
+    targets = _Targets(adapter, there, loading_rules(base.config).renamed, notes)
+    made = _Making(adapter, there, frozenset(parts), targets, notes)
     for change, target in targets.pairs():
         made.add(change, target)
     own = adapter.checkpoint
@@ -70,7 +77,7 @@ def on_base(adapter: Adapter, base: Checkpoint, *, name: str | None = None) -> C
         hub_id=own.hub_id,
         files=(*base.files, *own.files),
         states=(*base.states, *own.states),
-        tensors=made.tensors,
+        tensors={name: stored for name, stored in made.tensors.items() if name not in parts},
         formulas=made.formulas,
         config=made.config,
         config_changes=made.config_changes,
@@ -124,14 +131,16 @@ class _Targets:
     Args:
         adapter: which.
         base: what it is put onto.
+        renamed: what transformers makes of the base's names on loading.
         notes: gets a line for what is left out, and for weights that are tied.
 
     Raises:
         MismatchError: the base has no tensor of a name; or a name means several.
     """
 
-    def __init__(self, adapter: Adapter, base: Checkpoint, notes: list[str]) -> None:
+    def __init__(self, adapter: Adapter, base: Checkpoint, renamed: Callable[[str], str], notes: list[str]) -> None:
         self._adapter, self._base, self._notes = adapter, base, notes
+        self._dotted = (*_DOTTED, _Spelling(renamed, renamed))
         self._tied = says_tied(base.config)
         self._shapes = {name: base.tensors[name].info.shape for name in filter(is_vocabulary, base.tensors)}
         self._found: dict[int, list[str]] = {}
@@ -197,7 +206,7 @@ class _Targets:
         """
         if not flat:
             yield [{name: [name] for name in names if name in self._base.tensors}]
-        for spelling in _FLAT if flat else _DOTTED:
+        for spelling in _FLAT if flat else self._dotted:
             plain, others = self._with_prefixes(names, spelling)
             yield [plain]
             yield others
@@ -542,12 +551,16 @@ class _Making:
     Args:
         adapter: which.
         base: what it is put onto.
+        parts: tensors of transformers' modules among its own, which are put together of others or cut out of them.
         targets: which tensors it changes.
         notes: gets a line for what a person should know.
     """
 
-    def __init__(self, adapter: Adapter, base: Checkpoint, targets: _Targets, notes: list[str]) -> None:
+    def __init__(
+        self, adapter: Adapter, base: Checkpoint, parts: frozenset[str], targets: _Targets, notes: list[str]
+    ) -> None:
         self._adapter, self._base, self._targets, self._notes = adapter, base, targets, notes
+        self._parts = parts
         self._first = len(base.files)
         self.tensors, self.formulas = dict(base.tensors), dict(base.formulas)
         self.config, self.config_changes = base.config, base.config_changes
@@ -587,6 +600,9 @@ class _Making:
         factors = {role: stored._replace(file=self._first + stored.file) for role, stored in change.factors.items()}
         if is_head(change.name):
             target = self._heads.get(target, target)
+        if target in self._parts:
+            self._add_to_parts(change, target, tuple(factors.items()))
+            return
         if change.kind == "whole":
             if target in self.tensors and is_vocabulary(target):
                 self._follow_rows(self.tensors[target].info.shape, factors["whole"].info.shape)
@@ -597,6 +613,34 @@ class _Making:
         before = self.formulas.get(target, Made(stored, ()))
         step = self._step(change, target, tuple(factors.items()), stored.info.shape, before)
         self.formulas[target] = Made(before.stored, (*before.steps, step))
+
+    def _add_to_parts(self, change: Change, target: str, factors: tuple[tuple[str, StoredTensor], ...]) -> None:
+        """Do a change of a tensor of transformers' modules to those that the base has in its place, each the entries
+        that are its own.
+
+        Raises:
+            UnsupportedError: the change takes the tensor as a whole, or its entries stand in another order.
+        """
+        stored = self.tensors[target]
+        parts = stored.parts
+        entire = change.kind in ("whole", "rows") or (change.kind == "rescaled" and len(parts) > 1)
+        if entire or any(part.strides != (1,) for part in parts):
+            owns = list(dict.fromkeys(part.tensor for part in parts))
+            raise UnsupportedError(
+                f"{self._adapter.file}: {printable(change.called)} is changed as a whole, and {self._base.name} stores it "
+                f"otherwise, in {len(owns):,} tensor(s) such as {printable(owns[0])}",
+                hint="Give the base as transformers has it in memory; or fold the adapter into its base with peft "
+                "(merge_and_unload, then save_pretrained), and give that folder.",
+            )
+        step = self._step(change, target, factors, stored.info.shape, Made(stored, ()))
+        own_parts: dict[str, list[OfPart]] = defaultdict(list)
+        for part in parts:
+            own_parts[part.tensor].append(OfPart(part.entry, part.numel, part.start, (step,)))
+        for own, of in own_parts.items():
+            before = self.formulas.get(own, Made(self.tensors[own], ()))
+            shape = self.tensors[own].info.shape
+            in_parts = InParts(target, (), shape, tuple(sorted(of, key=lambda one: one.start)))
+            self.formulas[own] = Made(before.stored, (*before.steps, in_parts))
 
     def _follow_rows(self, before: tuple[int, ...], after: tuple[int, ...]) -> None:
         """Let the config say how many tokens there are, where a table whose rows it counts has others now."""

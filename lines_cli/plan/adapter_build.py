@@ -211,6 +211,7 @@ class _Builder:
         try:
             if base is not None and self.whole:
                 parameters = {name: stored.info.numel for name, stored in base.tensors.items()}
+                parameters |= {name: 1 for name in names if name not in parameters}  # that it has in another layout
                 return find_depth(parameters, config=base.config, parameters=parameters, **by_hand)
             layers = recipe.num_layers if base is None else _layers_in(base.config, base.name)
             if layers is None and not needed:  # as many as are numbered: it makes no difference but to the summary

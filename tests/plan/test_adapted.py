@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from torch import Tensor
 import lines_cli as lines
 from lines_cli.errors import CheckpointError, MismatchError, UnsupportedError
 from support.adapters import PREFIX, factors, layers_of, updates, write_adapter
-from support.files import write_checkpoint
+from support.files import load_all, write_checkpoint
+from support.fp8 import expanded, quantise
+from support.layouts import LAYOUTS
 from support.run import run_lines
 
 Tensors = dict[str, Tensor]
@@ -424,8 +427,91 @@ def test_experts_say_nothing_of_a_square_layer(others: dict[str, tuple[int, int]
     assert_folded(folded(tmp_path), before, added)
 
 
+def of_experts(model: str, rank: int, seed: int) -> tuple[Tensors, Tensors]:
+    """An adapter's factors of all fused experts of a small model in `support.layouts`, as PEFT has them: the parameter
+    that is registered first in the inner wrapper. And the products of scale 1, by the names of the fused parameters.
+    """
+    chance, made, products = torch.Generator().manual_seed(seed), Tensors(), Tensors()
+    of = LAYOUTS[model]
+    together = of.together(of.apart(0))
+    for name, tensor in together.items():
+        if not (found := re.fullmatch(r"(.*\.experts)\.(\w+)", name)):
+            continue
+        experts, out, inputs = tensor.shape
+        a = torch.randn(experts * rank, inputs, generator=chance)
+        b = torch.randn(out, rank * experts, generator=chance)
+        inner = "" if found[2] == "down_proj" else ".base_layer"
+        made |= {f"{PREFIX}{found[1]}{inner}.lora_A.weight": a, f"{PREFIX}{found[1]}{inner}.lora_B.weight": b}
+        parts = b.double().view(out, rank, experts), a.double().view(experts, rank, inputs)
+        products[name] = torch.einsum("ore,eri->eoi", *parts)
+    return made, products
+
+
+@pytest.mark.parametrize("chunk", [None, 64 * 1024])
+@pytest.mark.parametrize("quantised", [False, True], ids=["", "fp8"])
+@pytest.mark.parametrize("model", ["qwen3_moe", "mixtral", "jamba", "nemotron_h"])
+def test_fused_experts_on_a_base_that_stores_them_one_by_one(
+    model: str, quantised: bool, chunk: int | None, tmp_path: Path
+) -> None:
+    """Each expert gets its own part of the product, by transformers' rules of how they are put together; an adapter
+    that is scaled in place is the same edit.
+    """
+    of = LAYOUTS[model]
+    before = of.apart(0)
+    own, products = of_experts(model, 3, 1)
+    fp8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [4, 4]}} if quantised else {}
+    stored = before
+    if quantised:
+        stored = {}
+        for name, tensor in before.items():
+            codes = ".experts." in name
+            stored |= quantise(name, tensor, [4, 4]) if codes else {name: tensor}
+        before = expanded(stored, [4, 4])
+    write_checkpoint(tmp_path / "base", stored, shards=3, config={**of.config, "num_hidden_layers": 3, **fp8})
+    up = "up_proj" if model == "nemotron_h" else "gate_up_proj"
+    targets = {"target_parameters": [f"experts.{up}", "experts.down_proj"], "target_modules": []}
+    write_adapter(tmp_path / "adapter", own, r=3, lora_alpha=6, **targets)
+    for how, how_much in (({"alpha": 1, "beta": 0}, lambda _: 1.0), ({"alpha": 0.2, "beta": 0.4}, lambda i: 0.2 + 0.2 * i)):
+        lines.edit(
+            tmp_path / "base", tmp_path / "adapter", tmp_path / "out", force=True, dtype="float32", chunk=chunk, **how
+        )
+        found = of.together(load_all(tmp_path / "out"))
+        wanted = {name: tensor.double() for name, tensor in of.together(before).items()}
+        for name, product in products.items():
+            wanted[name] = wanted[name] + 2 * how_much(int(name.split("layers.")[1][0])) * product
+        assert found.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(found[name].double(), tensor, rtol=1e-6, atol=1e-6)
+        assert lines.verify(tmp_path / "out").same
+    lines.edit_adapter(tmp_path / "adapter", tmp_path / "scaled", base=tmp_path / "base", alpha=0.2, beta=0.4)
+    scaled = load_file(tmp_path / "scaled" / "adapter_model.safetensors")
+    for name, tensor in own.items():
+        factor = 0.2 + 0.2 * int(name.split("layers.")[1][0]) if "lora_B" in name else 1.0
+        torch.testing.assert_close(scaled[name].double(), factor * tensor.double())
+
+
+def test_a_matrix_that_the_base_stores_as_rows_of_another(tmp_path: Path) -> None:
+    """Of Dinov2's gate and up, which its files have in one, an adapter changes one; a bias, too; the rest stays."""
+    of = LAYOUTS["dinov2"]
+    apart = of.apart(0)
+    write_checkpoint(tmp_path / "base", of.together(apart), config=of.config)
+    sizes = {"mlp.up_proj": (12, 8), "mlp.gate_proj": (12, 8), "attention.q_proj": (8, 8)}
+    modules = {f"encoder.layer.{i}.{name}": size for i in (0, 2) for name, size in sizes.items() if i or "gate" not in name}
+    folder = write_adapter(tmp_path / "adapter", factors(modules, 4, 1), target_modules=[*sizes])
+    found, added = folded(tmp_path), updates(folder)
+    assert_folded(found, of.together(apart), of.together({n: added.get(n, torch.zeros(())) for n in apart}) if 0 else {
+        name: tensor - of.together(apart)[name].double()
+        for name, tensor in of.together({n: t.double() + added.get(n, 0) for n, t in apart.items()}).items()
+    })
+    whole = {f"{PREFIX}encoder.layer.0.mlp.up_proj.weight": torch.ones(12, 8)}
+    write_adapter(folder, factors(modules, 4, 1) | whole, modules_to_save=["up_proj"])
+    with pytest.raises(UnsupportedError, match="is changed as a whole") as error:
+        folded(tmp_path)
+    assert "with peft" in str(error.value.hint)
+
+
 def test_experts_that_the_base_stores_one_by_one(tmp_path: Path) -> None:
-    """The error says that, not that the adapter is another model's."""
+    """Of a model that is not known the error says that, not that the adapter is another model's."""
     names = [f"model.layers.0.mlp.experts.{i}.down_proj.weight" for i in range(2)]
     write_checkpoint(tmp_path / "base", base() | {name: torch.ones(8, 12) for name in names}, config=LLAMA)
     experts = f"{PREFIX}model.layers.0.mlp.experts"
