@@ -29,6 +29,7 @@ from lines_cli.checkpoint.formulas import (
 from lines_cli.checkpoint.header import StoredTensor
 from lines_cli.checkpoint.reader import Checkpoint, views_of
 from lines_cli.errors import MismatchError, printable, some
+from lines_cli.plan.in_modules import in_modules
 from lines_cli.plan.same_names import canonical
 from lines_cli.plan.tied_weights import is_head, is_vocabulary, says_tied, tied_embeddings, tied_partner, untied
 from lines_cli.plan.unet_names import otherwise
@@ -49,10 +50,7 @@ def on_base(adapter: Adapter, base: Checkpoint, *, name: str | None = None) -> C
         MismatchError: the base has no tensor of a name, or one of another shape; or names mean several of its tensors.
     """
     notes = [*adapter.notes, *_note_of_base(adapter, base)]
-    targets = _Targets(adapter, base, notes)
-    made = _Making(adapter, base, targets, notes)
-    for change, target in targets.pairs():
-        made.add(change, target)
+    made = _made(adapter, base, notes)
     own = adapter.checkpoint
     return replace(
         base,
@@ -72,6 +70,27 @@ def on_base(adapter: Adapter, base: Checkpoint, *, name: str | None = None) -> C
         base_named=name is not None,
         notes=(*base.notes, *notes),
     )
+
+
+def _made(adapter: Adapter, base: Checkpoint, notes: list[str]) -> _Making:
+    """What comes of all changes, by the names by which the base's tensors are stored, or else by those of modules."""
+    try:
+        return _Making(adapter, base, _Targets(adapter, base, notes), notes)
+    except _NoSuchModulesError as error:
+        modules = in_modules(base)
+        if modules is None:
+            raise
+        try:
+            targets = _Targets(adapter, modules.checkpoint, notes)
+        except MismatchError:
+            raise error from None
+    made = _Making(adapter, modules.checkpoint, targets, notes)
+    made.tensors, made.formulas = modules.back(made.tensors, made.formulas, adapter.name)
+    return made
+
+
+class _NoSuchModulesError(MismatchError):
+    """The base has no tensors of the names that an adapter gives."""
 
 
 # --- the base that the adapter names ---
@@ -348,7 +367,7 @@ class _Targets:
     def _refuse(self, group: Sequence[tuple[int, Change]], lacking: Sequence[int]) -> None:
         names = sorted({self._adapter.changes[number].name for number in lacking})
         theirs = [name for name in self._base.tensors if name.endswith(".weight")] or list(self._base.tensors)
-        raise MismatchError(
+        raise _NoSuchModulesError(
             f"{self._adapter.file}: {len(names):,} of the {len(group):,} tensors that it changes are not in "
             f"{self._base.name}:\n{some(names, _SHOWN)}\nNames there are\n{some(sorted(theirs), _SHOWN)}",
             hint=_OTHER_BASE,
@@ -489,7 +508,7 @@ def _batched(change: Change, shape: tuple[int, ...], rank: int) -> bool:
 
 
 class _Making:
-    """The tensors and formulas that come of it, change by change.
+    """The tensors and formulas that come of it.
 
     Args:
         adapter: which.
@@ -513,6 +532,8 @@ class _Making:
                 f"{listed}: one weight in {base.name}, whose config ties them, so what {adapter.name} does to one is "
                 "done to both, as where PEFT saves the two merged"
             )
+        for change, target in targets.pairs():
+            self._add(change, target)
 
     def _untie(self) -> None:
         """Make heads weights of their own, where the adapter holds one of two that are tied whole."""
@@ -530,7 +551,7 @@ class _Making:
             "from here on they are two weights, and the config says so"
         )
 
-    def add(self, change: Change, target: str) -> None:
+    def _add(self, change: Change, target: str) -> None:
         """Do one change to one tensor.
 
         Raises:

@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass, replace
 
 from lines_cli.checkpoint.adapter import Adapter, is_adapter_at, open_adapter
+from lines_cli.checkpoint.formulas import one_by_one
 from lines_cli.checkpoint.reader import Checkpoint, choose_weights, open_checkpoint
 from lines_cli.errors import RecipeError, UnsupportedError
 from lines_cli.hub.download import Located, Only, base_and_adapter, locate
@@ -49,7 +50,7 @@ class AdapterInputs:
         found = {
             factor.info.offset: name
             for name, made in whole.formulas.items()
-            for step in made.steps
+            for step in one_by_one(made.steps)
             for _, factor in step.factors
             if factor.file >= first
         }
