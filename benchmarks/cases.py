@@ -106,6 +106,8 @@ class Suite:
             self.edit_fp32(),
             self.adapter(),
             self.pickles(),
+            self.fp8(),
+            self.fp8_out(),
             self.verify(),
             three,
             self.cold(three),
@@ -217,6 +219,40 @@ class Suite:
             rounds=self.sizes.fewer,
             reference="lines edit",
             about="The same tensors as safetensors, and as torch.save wrote them; the outputs are the same bytes.",
+        )
+
+    def fp8(self) -> Case:
+        models = [Model("base", self.sizes.edit), Model("ft1", self.sizes.edit)]
+        codes = [Model(model.role, model.shape, "fp8") for model in models]
+        return Case(
+            "fp8",
+            "`lines edit` of FP8, beside {size} of bf16",
+            [*models, *codes],
+            [
+                *_floors(models),
+                self._lines("lines edit", f"edit {_names(models)} -o out"),
+                self._lines("lines edit, an FP8 base", f"edit {codes[0].name} {models[1].name} -o out"),
+                self._lines("lines edit, both in FP8", f"edit {_names(codes)} -o out"),
+            ],
+            writes=models[0].nbytes,
+            rounds=self.sizes.fewer,
+            reference="lines edit",
+            about="The same numbers in bf16, and as codes with a scale for each block. The output is bf16.",
+        )
+
+    def fp8_out(self) -> Case:
+        codes = [Model("base", self.sizes.edit, "fp8"), Model("ft1", self.sizes.edit, "fp8")]
+        return Case(
+            "fp8-out",
+            "`lines edit --dtype fp8`, {size} of FP8",
+            codes,
+            [
+                *_floors(codes),
+                self._lines("lines edit --dtype fp8", f"edit {_names(codes)} --dtype fp8 -o out"),
+            ],
+            writes=codes[0].nbytes,
+            rounds=self.sizes.fewer,
+            about="Scales are measured in a pass of their own: the inputs are read and computed with twice.",
         )
 
     def verify(self) -> Case:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import struct
 import subprocess
 import sys
 import zlib
@@ -27,14 +28,16 @@ SHARD = 1_000_000_000
 RANK = 16
 VOCABULARY = 32_000
 DTYPES = {"bf16": ("BF16", "bfloat16", 2), "fp32": ("F32", "float32", 4)}
+BLOCK, SCALE = 128, 0.25e-3  # of a model in FP8: one scale for each block, the same for all
 
 
 @dataclass(frozen=True)
 class Model:
     """One checkpoint: `base`, or a fine-tune of it (`ft1`, `ft2`, ...), of some shape and dtype.
 
-    Shapes are `llama-LAYERS-WIDTH`; `tiny-COUNT`, tensors of 64 entries in one file; `huge-MEGABYTES`, one tensor;
-    and `headers-COUNT`, tensors of no entries in 50 shards. `form` is how its files end: `safetensors`, or `bin`, which
+    In `fp8` the projections are codes, each block of them with a scale, and the rest is bf16. Shapes are
+    `llama-LAYERS-WIDTH`; `tiny-COUNT`, tensors of 64 entries in one file; `huge-MEGABYTES`, one tensor; and
+    `headers-COUNT`, tensors of no entries in 50 shards. `form` is how its files end: `safetensors`, or `bin`, which
     torch.save writes; or `lora`, an adapter on every matrix of the layers, as PEFT saves it.
     """
 
@@ -60,7 +63,23 @@ class Model:
     @property
     def nbytes(self) -> int:
         """Bytes of weights."""
-        return DTYPES[self.dtype][2] * sum(math.prod(shape) for shape in self.tensors().values())
+        return sum(math.prod(shape) * width for of in self.stored().values() for _, _, shape, width in of)
+
+    @property
+    def plain(self) -> str:
+        """The dtype of what is stored whole."""
+        return "bf16" if self.dtype == "fp8" else self.dtype
+
+    def stored(self) -> dict[str, list[tuple[str, str, tuple[int, ...], int]]]:
+        """For each tensor what is stored of it: name, dtype, shape, bytes of an entry."""
+        in_header, _, width = DTYPES[self.plain]
+        found = {}
+        for name, shape in self.tensors().items():
+            found[name] = [(name, in_header, shape, width)]
+            if self.dtype == "fp8" and name.endswith("_proj.weight"):
+                grid = tuple(-(-size // BLOCK) for size in shape)
+                found[name] = [(name, "F8_E4M3", shape, 1), (f"{name}_scale_inv", "F32", grid, 4)]
+        return found
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor's shape, by name."""
@@ -69,7 +88,7 @@ class Model:
             whole = _llama(int(numbers[0]), int(numbers[1]))
             return _factors(whole) if self.form == "lora" else whole
         if kind == "huge":
-            return {"model.layers.0.mlp.down_proj.weight": (1000 * int(numbers[0]) // DTYPES[self.dtype][2], 1000)}
+            return {"model.layers.0.mlp.down_proj.weight": (1000 * int(numbers[0]) // DTYPES[self.plain][2], 1000)}
         shape = (8, 8) if kind == "tiny" else (0,)
         parts = [f"mlp.experts.{expert}.{part}_proj" for expert in range(99) for part in ("gate", "up", "down")]
         return {f"model.layers.{i // 297}.{parts[i % 297]}.weight": shape for i in range(int(numbers[0]))}
@@ -81,8 +100,8 @@ class Model:
             return [list(tensors)[shard::50] for shard in range(50)]
         groups: list[list[str]] = [[]]
         held = 0
-        for name, shape in tensors.items():
-            size = DTYPES[self.dtype][2] * math.prod(shape)
+        for name, of in self.stored().items():
+            size = sum(math.prod(shape) * width for _, _, shape, width in of)
             if held and held + size > SHARD:
                 groups.append([])
                 held = 0
@@ -148,8 +167,12 @@ def _config(model: Model) -> dict[str, object]:
         "num_attention_heads": max(1, width // 64),
         "num_key_value_heads": max(1, width // 64),
         "tie_word_embeddings": False,
-        "dtype": DTYPES[model.dtype][1],
+        "dtype": DTYPES[model.plain][1],
+        **({"quantization_config": QUANTISED} if model.dtype == "fp8" else {}),
     }
+
+
+QUANTISED = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
 
 
 def _values(role: str, dtype: str) -> memoryview:
@@ -159,7 +182,10 @@ def _values(role: str, dtype: str) -> memoryview:
     values = 0.02 * torch.randn(PERIOD, generator=torch.Generator().manual_seed(0))
     if role != "base":
         values += 0.002 * torch.randn(PERIOD, generator=torch.Generator().manual_seed(zlib.crc32(role.encode())))
-    return values.to(getattr(torch, DTYPES[dtype][1])).view(torch.uint8).numpy().data
+    if dtype == "F8_E4M3":
+        values = values.div_(SCALE).clamp_(-448, 448)
+    kinds = {"F8_E4M3": torch.float8_e4m3fn, "BF16": torch.bfloat16, "F32": torch.float32}
+    return values.to(kinds[dtype]).view(torch.uint8).numpy().data
 
 
 def _save(path: Path, shapes: dict[str, tuple[int, ...]], values: memoryview, dtype: str) -> None:
@@ -178,25 +204,30 @@ def _save(path: Path, shapes: dict[str, tuple[int, ...]], values: memoryview, dt
 def _write(model: Model) -> None:
     folder = WORK / model.name
     folder.mkdir(parents=True)
-    in_header, _, width = DTYPES[model.dtype]
-    values, tensors, shards = _values(model.role, model.dtype), model.tensors(), model.shards()
+    tensors, stored, shards = model.tensors(), model.stored(), model.shards()
+    kinds = {in_header for of in stored.values() for name, in_header, *_ in of if name in tensors}
+    values = {in_header: _values(model.role, in_header) for in_header in kinds}
     weight_map = {}
     stem = {"safetensors": "model", "bin": "pytorch_model", "lora": "adapter_model"}[model.form]
     ending = "bin" if model.form == "bin" else "safetensors"
     for number, names in enumerate(shards, 1):
         file = f"{stem}-{number:05d}-of-{len(shards):05d}.{ending}" if len(shards) > 1 else f"{stem}.{ending}"
-        weight_map.update(dict.fromkeys(names, file))
+        rows = [row for name in names for row in stored[name]]
+        weight_map.update({name: file for name, *_ in rows})
         if model.form == "bin":
-            _save(folder / file, {name: tensors[name] for name in names}, values, model.dtype)
+            _save(folder / file, {name: tensors[name] for name in names}, values[DTYPES[model.dtype][0]], model.dtype)
             continue
-        head, _ = lay_out([(name, in_header, tensors[name]) for name in names], {"format": "pt"})
+        head, _ = lay_out([(name, in_header, shape) for name, in_header, shape, _ in rows], {"format": "pt"})
         with open(folder / file, "wb") as out:
             out.write(head)
-            for name in names:
+            for name, in_header, shape, width in rows:
+                if name not in tensors:
+                    out.write(struct.pack("<f", SCALE) * math.prod(shape))
+                    continue
                 # The same tensor starts at the same place in the base's numbers and in its fine-tunes'.
-                start, left = zlib.crc32(name.encode()) % PERIOD * width, math.prod(tensors[name]) * width
+                start, left = zlib.crc32(name.encode()) % PERIOD * width, math.prod(shape) * width
                 while left:
-                    left -= out.write(values[start : start + left])
+                    left -= out.write(values[in_header][start : start + left])
                     start = 0
     if len(shards) > 1:
         index = {"metadata": {"total_size": model.nbytes}, "weight_map": weight_map}

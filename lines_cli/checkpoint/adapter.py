@@ -12,14 +12,14 @@ import math
 import os
 import struct
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lines_cli.checkpoint.adapter_config import AdapterConfig, by_component, checked_config
-from lines_cli.checkpoint.adapter_names import NO_COMPONENT, PREFIX, Component, Part, component_of, parts_of
+from lines_cli.checkpoint.adapter_names import NO_COMPONENT, PREFIX, SAVED, Component, Part, component_of, parts_of
 from lines_cli.checkpoint.contents import is_adapter
 from lines_cli.checkpoint.header import FLOAT_DTYPES, Known, StoredTensor, itemsize, parse_header, read_header
 from lines_cli.checkpoint.reader import (
@@ -170,7 +170,11 @@ def open_adapter(path: Path, *, name: str | None = None, hub_id: str | None = No
     config_path = beside(weights.parent, CONFIG)
     config = read_object(config_path) if config_path is not None else {}
     reading = _Reading(checkpoint, config, config_path)
-    return Adapter(checkpoint, config, tuple(reading.changes()), tuple(reading.notes))
+    changes = tuple(reading.changes())
+    if not changes:
+        raise CheckpointError(f"{weights}: it has no tensor that changes a base, so it changes nothing", hint=_DAMAGED)
+    reading.refuse_missing(changes)
+    return Adapter(reading.checkpoint, config, changes, tuple(reading.notes))
 
 
 Factors = dict[tuple[str, str], StoredTensor]
@@ -198,7 +202,7 @@ class _Reading:
         self._read()
 
     def _read(self) -> None:
-        parts = list(parts_of(self.tensors, str(self.file)))
+        parts = self._without_copies(list(parts_of(self.tensors, str(self.file))))
         adapters = dict.fromkeys(part.adapter for _, part in parts if part.adapter is not None)
         if len(adapters) > 1:
             raise UnsupportedError(
@@ -231,6 +235,27 @@ class _Reading:
                 f"{printable(ignored[0])}"
             )
 
+    def _without_copies(self, parts: Sequence[tuple[str, Part]]) -> list[tuple[str, Part]]:
+        """Leave out copies of whole tensors: where PEFT saves embeddings (of a grown vocabulary, say) that are in
+        `modules_to_save`, they are there under two names, of which it loads the plain one.
+        """
+        plain = {
+            (part.module, part.parameter): self.tensors[tensor].shape
+            for tensor, part in parts
+            if part.role == "whole" and not part.depth and SAVED not in tensor
+        }
+        copies = {
+            tensor
+            for tensor, part in parts
+            if part.role == "whole"
+            and SAVED in tensor
+            and plain.get((part.module, part.parameter)) == self.tensors[tensor].shape
+        }
+        if copies:
+            tensors = {name: stored for name, stored in self.checkpoint.tensors.items() if name not in copies}
+            self.checkpoint = replace(self.checkpoint, tensors=tensors)
+        return [(tensor, part) for tensor, part in parts if tensor not in copies]
+
     def _refuse_stray(self, tensor: str, part: Part) -> None:
         info = self.tensors[tensor]
         if part.role == "whole":
@@ -261,6 +286,31 @@ class _Reading:
             products = {key: stored for key, stored in factors.items() if key[1] not in ("whole", "underneath")}
             if products:
                 yield from self._products(module, depth, products)
+
+    def refuse_missing(self, changes: Iterable[Change]) -> None:
+        """Refuse an adapter without what its config names: rows of embeddings, and modules that are saved whole. Of
+        these one suffices: PEFT names several for the heads of classifiers, of which a model has one.
+
+        Raises:
+            CheckpointError: says what is missing.
+        """
+        if self.config is None:
+            return
+        by_name = self.config.tokens if isinstance(self.config.tokens, Mapping) else {"": self.config.tokens}
+        there = [f".{change.called}" for change in changes if change.kind == "rows"]
+        rows = {name for name in by_name if any(module.endswith(f".{name}" if name else "") for module in there)}
+        kept = [by_name[name] for name in rows]  # of a head that is tied those of its embedding
+        lacking = [name for name, tokens in by_name.items() if tokens and name not in rows and tokens not in kept]
+        saved = self.config.saved_modules
+        if lacking:
+            of = f" of {', '.join(map(printable, lacking))}" if lacking != [""] else ""
+            key = "token_indices" if self.config.kind == "TRAINABLE_TOKENS" else "trainable_token_indices"
+            said, missing = key, f"no rows{of} that are replaced"
+        elif saved and not any(change.kind == "whole" and change.expected for change in changes):
+            said, missing = "modules_to_save", f"no tensor of {', '.join(map(printable, saved))}"
+        else:
+            return
+        raise CheckpointError(f"{self.file} has {missing}, and {self.config.where} names them: {said}", hint=_DAMAGED)
 
     def _wholes(self, module: str, factors: Factors) -> Iterator[Change]:
         component, own = component_of(module)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -108,9 +109,14 @@ class AdapterConfig:
         """The modules that it holds whole, by the ends of their names."""
         return tuple(self.said.get("modules_to_save") or ())
 
+    @property
+    def tokens(self) -> Any:
+        """The rows of embeddings that it replaces: of one, or by the ends of their names; None where it says none."""
+        return self.said.get("token_indices" if self.kind == "TRAINABLE_TOKENS" else "trainable_token_indices")
+
     def tokens_of(self, module: str) -> tuple[int, ...] | None:
         """Which rows of an embedding it replaces; None where it says none."""
-        said = self.said.get("token_indices" if self.kind == "TRAINABLE_TOKENS" else "trainable_token_indices")
+        said = self.tokens
         if isinstance(said, Mapping):
             fitting = [rows for name, rows in said.items() if module == name or module.endswith(f".{name}")]
             said = fitting[0] if fitting else None
@@ -160,6 +166,8 @@ def checked_config(said: Mapping[str, Any], where: str) -> AdapterConfig:
     kind = said.get("peft_type")
     if kind is None:
         raise CheckpointError(f"{where}: no peft_type in it", hint="Is it the config of an adapter?")
+    if not isinstance(kind, str):
+        raise CheckpointError(f"{where}: peft_type is {_shown(kind)}, not a name", hint=_DAMAGED)
     if kind not in _KEYS:
         raise UnsupportedError(
             f"{where}: peft_type {_shown(kind)} is not folded in; {', '.join(_KEYS)} are", hint=_MERGE_WITH_PEFT
@@ -254,7 +262,7 @@ def _is_off(value: Any) -> bool:
 
 
 def _is_rank(value: Any) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value <= _MOST_RANKS
 
 
 def _is_row(value: Any) -> bool:
@@ -262,7 +270,7 @@ def _is_row(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # whole numbers may be greater; NaN is not
 
 
 def _shown(value: Any) -> str:
@@ -271,6 +279,7 @@ def _shown(value: Any) -> str:
 
 
 _LONGEST_SHOWN = 80
+_MOST_RANKS = 2**63 - 1
 
 
 def by_component(said: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -41,6 +41,8 @@ class Part:
 
 PREFIX = "base_model.model."
 """What PEFT puts before the names of modules."""
+SAVED = ".modules_to_save."
+"""What PEFT puts into the names of tensors that are saved whole, in memory and of embeddings on disk."""
 
 _WRAPPED = re.compile(rf"(?:(?<=\.)|\A)(?:{'|'.join(WRAPPERS)})\.")
 _NAME = r"(?:\.(?P<adapter>(?!(?:weight|bias)\Z)[^.]+))?"  # of the adapter, as it is named in memory
@@ -128,8 +130,8 @@ def _part(tensor: str) -> Part | None:
 def _whole(tensor: str) -> Part:
     """A tensor that the adapter holds in the place of the base's."""
     name, adapter = tensor, None
-    if (at := name.find(".modules_to_save.")) >= 0:
-        before, behind = name[:at], name[at + len(".modules_to_save.") :]
+    if (at := name.find(SAVED)) >= 0:
+        before, behind = name[:at], name[at + len(SAVED) :]
         first, dot, rest = behind.partition(".")
         if dot:
             adapter, behind = first, rest

@@ -219,7 +219,7 @@ def _dequantised(
             "scale is stored in",
             hint="Give the checkpoint it was quantised from, or dequantise it with the library that wrote it.",
         )
-    found = _layout(info.shape, shape, _tried(said, scale, dtype))
+    found = _layout(info.shape, shape, _tried(said, scale, dtype), told=bool(said.blocks))
     if found is None:
         blocks = " or ".join(f"{rows} x {columns}" for rows, columns in said.blocks)
         says = f"; config.json says blocks of {blocks} ({said.method})" if blocks else ""
@@ -241,14 +241,15 @@ def _tried(said: _Said, scale: str, dtype: str) -> tuple[tuple[tuple[int, int], 
 
 
 def _layout(
-    shape: tuple[int, ...], scales: tuple[int, ...], tried: tuple[tuple[tuple[int, int], ...], bool]
+    shape: tuple[int, ...], scales: tuple[int, ...], tried: tuple[tuple[tuple[int, int], ...], bool], *, told: bool
 ) -> tuple[int, tuple[int, int]] | None:
     """Of how many matrices a tensor consists, and which blocks of them share a scale; None where the scales do not fit.
 
     Args:
         shape: of the tensor.
         scales: of its scales.
-        tried: blocks, and whether no others will do.
+        tried: blocks, and whether nothing else will do.
+        told: whether a config says them; then there are no others.
     """
     blocks, strict = tried
     if len(scales) == 1 and not strict:
@@ -281,7 +282,7 @@ def _layout(
         return batch, (1, columns)
     if number == batch * columns and _is_grid(scales, batch, 1, columns) and rows > 1:
         return batch, (rows, 1)
-    if len(scales) < 2:
+    if told or len(scales) < 2:
         return None
     down, across = scales[-2:]
     even = down and across and rows % down == 0 and columns % across == 0

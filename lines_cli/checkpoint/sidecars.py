@@ -384,7 +384,7 @@ def carry_over(
         config = read_object(files[CONFIG])
         followed = _follow(config, dtype=dtype, rows=rows, ids=ids)
         for path, value in inputs[0].config_changes.items():
-            followed = _with(followed, path, value)
+            followed = _with(followed, path, rows.get(value, value) if path[-1] == "vocab_size" else value)
         if quantised_like is not None:
             followed = _quantised(followed, quantised_like.config)
         if followed != config:

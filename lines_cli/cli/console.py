@@ -22,8 +22,6 @@ from lines_cli.inspection.tables import Table as Columns
 from lines_cli.plan.adapter_plan import AdapterPlan
 from lines_cli.plan.adapter_report import kept_of, layers_of, left_out
 from lines_cli.plan.realised import warning_of
-from lines_cli.sweep.page import settings_of
-from lines_cli.sweep.report import BASELINES, called
 from lines_cli.version import ABOUT
 
 if TYPE_CHECKING:
@@ -422,6 +420,9 @@ def show_sweep_plan(told: dict[str, Any], *, json: bool) -> None:
 
 def show_sweep(found: Found, *, json: bool, quiet: bool) -> None:
     """What a sweep found: the best trials of each family, the verdict, and the winner."""
+    from lines_cli.sweep.page import settings_of
+    from lines_cli.sweep.report import BASELINES, called
+
     if json:
         _print_json({**ABOUT, **found.to_json()})
     _notes(found.notes)

@@ -39,12 +39,17 @@ def widen(values: torch.Tensor, into: torch.Tensor) -> None:
     """Put entries of any float dtype [n] into [n] of float32 or float64, exactly. Those of 8 bits are looked up: torch
     takes four times as long.
     """
-    if values.dtype in _OF_8_BITS:
-        torch.index_select(_table(values.dtype, into.dtype, into.device), 0, values.view(torch.uint8).int(), out=into)
-    else:
+    if values.dtype not in _OF_8_BITS:
         into.copy_(values)
+        return
+    table, codes = _table(values.dtype, into.dtype, into.device), values.view(torch.uint8)
+    step = _IN_CACHE if into.device.type == "cpu" else max(1, len(codes))
+    for first in range(0, len(codes), step):
+        part = slice(first, first + step)
+        torch.index_select(table, 0, codes[part].int(), out=into[part])
 
 
+_IN_CACHE = 64 * 1024  # entries: their numbers in the table stay in a core's cache
 _OF_8_BITS = frozenset(FLOAT8.values())
 
 

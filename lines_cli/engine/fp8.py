@@ -7,6 +7,7 @@ finds. A number beyond the largest code is stored as that.
 
 from __future__ import annotations
 
+import ctypes
 import math
 
 import torch
@@ -42,8 +43,8 @@ class Largest:
         step = self._step
         (_, (_, info, _)) = step.factors[0]
         exact = self._found / torch.finfo(FLOAT8[dtype]).max
-        stored = _stored(exact, self._found, info.dtype)
-        return stored.contiguous().view(torch.uint8).numpy().tobytes() if stored.numel() else b""
+        stored = _stored(exact, self._found, info.dtype).contiguous()
+        return ctypes.string_at(stored.data_ptr(), info.nbytes)
 
 
 def _stored(scales: torch.Tensor, largest: torch.Tensor, dtype: str) -> torch.Tensor:

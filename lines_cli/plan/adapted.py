@@ -28,12 +28,21 @@ from lines_cli.checkpoint.formulas import (
 )
 from lines_cli.checkpoint.header import StoredTensor
 from lines_cli.checkpoint.reader import Checkpoint, views_of
-from lines_cli.errors import MismatchError, printable, some
+from lines_cli.errors import CheckpointError, MismatchError, UnsupportedError, printable, some
 from lines_cli.plan.in_modules import in_modules
 from lines_cli.plan.same_names import canonical
 from lines_cli.plan.tied_weights import is_head, is_vocabulary, says_tied, tied_embeddings, tied_partner, untied
 from lines_cli.plan.unet_names import otherwise
 
+_HEADS = (  # classes of transformers -> what their heads are called
+    (re.compile(r"Bert(?:ForMaskedLM|LMHeadModel|ForPreTraining)"), "cls.predictions.decoder.weight"),
+    (re.compile(r"GPT2(?:LMHead|DoubleHeads)Model|\w+For(?:CausalLM|ConditionalGeneration)"), "lm_head.weight"),
+)
+_HEAD_CALLED_OTHERWISE = frozenset(
+    "gpt_neox electra roberta xlm-roberta xlm-roberta-xl camembert data2vec-text roberta-prelayernorm xmod roformer "
+    "rembert megatron-bert bert-generation big_bird ernie".split()
+)
+_WITHOUT_HEAD = re.compile(r"(?<!Head)(?<!Heads)Model\Z|(?:Classification|QuestionAnswering|MultipleChoice)\Z")
 _OTHER_BASE = "It was trained on another model: give the base that it belongs to."
 
 
@@ -149,6 +158,7 @@ class _Targets:
         """Heads that are changed through the embedding that they are tied to."""
         self._resolve(list(enumerate(adapter.changes)))
         self._refuse_two_of_one()
+        self._refuse_missing()
 
     def pairs(self) -> Iterator[tuple[Change, str]]:
         """Each change with the name of a tensor; what is whole first, for other changes come on top of it."""
@@ -311,7 +321,19 @@ class _Targets:
         if stored or changed:
             return (stored or changed)[0]
         architectures = self._base.config.get("architectures") or [""]
-        return _HEAD if re.search(r"For(?:CausalLM|ConditionalGeneration)\Z", str(architectures[0])) else None
+        architecture = str(architectures[0])
+        if found := next((head for pattern, head in _HEADS if pattern.fullmatch(architecture)), None):
+            several = self._base.config.get("is_encoder_decoder") is True and "T5" not in architecture
+            if found != _HEAD or not (several or self._base.config.get("model_type") in _HEAD_CALLED_OTHERWISE):
+                return found
+        elif _WITHOUT_HEAD.search(architecture):
+            return None
+        raise UnsupportedError(
+            f"{self._adapter.file}: it holds {printable(embedding)} whole, which {self._base.name} ties to a head that "
+            f"it does not store, and what that is called is not known of {printable(architecture) or 'this class'}",
+            hint="Fold it into its base with peft (merge_and_unload, then save_pretrained), and give that folder; or "
+            "save the base with its head stored and tie_word_embeddings false, and give that base.",
+        )
 
     def _is_said_twice(self, change: Change) -> bool:
         """Whether it is of a head, and PEFT keeps it equal to what the adapter does to the embedding."""
@@ -346,6 +368,22 @@ class _Targets:
                     hint=_OTHER_BASE,
                 )
 
+    def _refuse_missing(self) -> None:
+        """Refuse an adapter without a module that it is said to hold whole, where the base has that; a table that is
+        tied to another has one tensor with that.
+        """
+        saved = self._adapter.config.get("modules_to_save") or ()
+        held = [f".{change.name}" for change in self._adapter.changes if change.kind == "whole"]
+        tied = self._tied and any(map(is_vocabulary, held))
+        for name in (name for name in saved if not any(f".{name}." in other for other in held)):
+            theirs = [there for there in self._base.tensors if f".{name}." in f".{there}"]
+            if theirs and not (tied and all(map(is_vocabulary, theirs))):
+                raise CheckpointError(
+                    f"{self._adapter.file}: no tensor of {printable(name)}, which its config says that it holds whole "
+                    f"(modules_to_save), and {self._base.name} has {printable(theirs[0])}",
+                    hint="The adapter is incomplete or damaged: copy or download it again.",
+                )
+
     def _refuse_ambiguous(self, readings: Sequence[_Read]) -> None:
         first, *others = readings
         number = next(n for n, target in first.found.items() if any(one.found[n] != target for one in others))
@@ -367,6 +405,17 @@ class _Targets:
     def _refuse(self, group: Sequence[tuple[int, Change]], lacking: Sequence[int]) -> None:
         names = sorted({self._adapter.changes[number].name for number in lacking})
         theirs = [name for name in self._base.tensors if name.endswith(".weight")] or list(self._base.tensors)
+        for change in (self._adapter.changes[number] for number in lacking):
+            experts = f".{change.module.rpartition('.')[2]}.0."
+            single = next((there for there in self._base.tensors if experts in f".{there}"), None)
+            if change.others and single is not None:
+                raise _NoSuchModulesError(
+                    f"{self._adapter.file}: {printable(change.called)} is changed as one tensor of all experts, and "
+                    f"{self._base.name} stores them one by one, such as {printable(single)}",
+                    hint="Give the base with its own config.json, whose model_type says how they are fused; or with its "
+                    "experts fused, as the model has them in memory; or fold the adapter into its base with peft "
+                    "(merge_and_unload, then save_pretrained), and give that folder.",
+                )
         raise _NoSuchModulesError(
             f"{self._adapter.file}: {len(names):,} of the {len(group):,} tensors that it changes are not in "
             f"{self._base.name}:\n{some(names, _SHOWN)}\nNames there are\n{some(sorted(theirs), _SHOWN)}",
@@ -561,6 +610,8 @@ class _Making:
         if is_head(change.name):
             target = self._heads.get(target, target)
         if change.kind == "whole":
+            if target in self.tensors and is_vocabulary(target):
+                self._follow_rows(self.tensors[target].info.shape, factors["whole"].info.shape)
             self.tensors[target] = factors["whole"]
             self.formulas.pop(target, None)
             return
@@ -568,6 +619,15 @@ class _Making:
         before = self.formulas.get(target, Made(stored, ()))
         step = self._step(change, target, tuple(factors.items()), stored.info.shape, before)
         self.formulas[target] = Made(before.stored, (*before.steps, step))
+
+    def _follow_rows(self, before: tuple[int, ...], after: tuple[int, ...]) -> None:
+        """Let the config say how many tokens there are, where a table whose rows it counts has others now."""
+        for path in (("vocab_size",), *((nested, "vocab_size") for nested in ("text_config", "decoder"))):
+            part = self.config if len(path) == 1 else self.config.get(path[0])
+            if before[:1] != after[:1] and isinstance(part, Mapping) and part.get("vocab_size") == before[0]:
+                part = {**part, "vocab_size": after[0]}
+                self.config = part if len(path) == 1 else {**self.config, path[0]: part}
+                self.config_changes = {**self.config_changes, path: after[0]}
 
     def _step(
         self,
@@ -665,6 +725,13 @@ class _Making:
         )
 
 
+_Stored = dict[tuple[int, str], bool]
+"""How many sides weights have (a batch of matrices three), and what they are called -> whether they are [in, out].
+
+A batch of experts says nothing of a layer: gpt-oss has the ones [in, out] beside the others [out, in].
+"""
+
+
 class _Turned:
     """Whether a square weight is stored [in, out]. Shapes do not tell; others of the same name and the adapter do.
 
@@ -686,15 +753,16 @@ class _Turned:
         if change.transposed or f"{target.removesuffix('out_proj.weight')}in_proj_weight" in self._base.tensors:
             return False  # embeddings, and torch's attention, are stored in one way
         last, model_type = _leaf(target), self._base.config.get("model_type")
+        sides = len(self._base.tensors[target].info.shape)
         for votes in (self._by_bias, self._by_products):
-            if (said := votes.get(last)) is not None:
+            if (said := votes.get((sides, last))) is not None:
                 return said
-        if len(self._base.tensors[target].info.shape) == 3:
+        if sides == 3:
             return model_type in _STORED_IN_OUT_IN_BATCHES
         if model_type in _STORED_IN_OUT:
             return last in ("c_attn", "q_attn", "c_proj", "c_fc")
         said_by_config = bool(self._adapter.config.get("fan_in_fan_out"))
-        others = set(self._by_products.values())
+        others = {said for (sides, _), said in self._by_products.items() if sides == 2}
         if others == {not said_by_config}:
             return not said_by_config
         if len(others) > 1:
@@ -706,27 +774,29 @@ class _Turned:
         return said_by_config
 
     @cached_property
-    def _by_bias(self) -> dict[str, bool]:
-        """By the last part of modules' names: whether their biases are as long as rows, and weights no squares."""
-        votes: dict[str, Counter[bool]] = defaultdict(Counter)
+    def _by_bias(self) -> _Stored:
+        """By how many sides weights have and the last part of modules' names: whether their biases are as long as rows,
+        and weights no squares.
+        """
+        votes: dict[tuple[int, str], Counter[bool]] = defaultdict(Counter)
         for name, stored in self._base.tensors.items():
             info = stored.info
             if len(info.shape) == 2 and info.shape[0] != info.shape[1] and name.endswith(".weight"):
                 bias = self._base.tensors.get(f"{name.removesuffix('.weight')}.bias")
                 if bias is not None and len(bias.info.shape) == 1 and bias.info.shape[0] in info.shape:
-                    votes[_leaf(name)][bias.info.shape[0] == info.shape[1]] += 1
+                    votes[2, _leaf(name)][bias.info.shape[0] == info.shape[1]] += 1
             elif len(info.shape) == 3 and info.shape[1] != info.shape[2]:
                 bias = self._base.tensors.get(f"{name}_bias")
                 if bias is not None and len(bias.info.shape) == 2 and bias.info.shape[1] in info.shape[1:]:
                     said = bias.info.shape[1] == info.shape[2]
                     for parameter in ("gate_up_proj", "down_proj", _leaf(name)):
-                        votes[parameter][said] += 1
+                        votes[3, parameter][said] += 1
         return _agreed(votes)
 
     @cached_property
-    def _by_products(self) -> dict[str, bool]:
+    def _by_products(self) -> _Stored:
         """The same by the adapter's own products that are no squares."""
-        votes: dict[str, Counter[bool]] = defaultdict(Counter)
+        votes: dict[tuple[int, str], Counter[bool]] = defaultdict(Counter)
         for change, target in self._targets.pairs():
             if change.kind != "low rank" or change.transposed or target not in self._base.tensors:
                 continue
@@ -735,7 +805,7 @@ class _Turned:
             if own[0] != own[1] and shape[-2:] in (own, own[::-1]):
                 leaves = ("gate_up_proj", "down_proj") if len(shape) == 3 else (_leaf(target),)
                 for leaf in leaves:
-                    votes[leaf][shape[-2:] != own] += 1
+                    votes[len(shape), leaf][shape[-2:] != own] += 1
         return _agreed(votes)
 
 
@@ -743,8 +813,8 @@ _STORED_IN_OUT = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transfor
 _STORED_IN_OUT_IN_BATCHES = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filter"})
 
 
-def _agreed(votes: Mapping[str, Counter[bool]]) -> dict[str, bool]:
-    return {leaf: next(iter(said)) for leaf, said in votes.items() if len(said) == 1}
+def _agreed(votes: Mapping[tuple[int, str], Counter[bool]]) -> _Stored:
+    return {key: next(iter(said)) for key, said in votes.items() if len(said) == 1}
 
 
 def _leaf(name: str) -> str:

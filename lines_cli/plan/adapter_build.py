@@ -24,7 +24,7 @@ from lines_cli.plan.adapter_layout import laid_out
 from lines_cli.plan.adapter_plan import AdapterModule, AdapterPlan, Entries, Part, Product, Role, Term
 from lines_cli.plan.coefficients import unlike_lines
 from lines_cli.plan.tensors import STORED, Ranges, SourceRange, TensorValues, refuse_idle_filters
-from lines_cli.plan.tied_weights import tied_embeddings
+from lines_cli.plan.tied_weights import is_vocabulary, says_tied, tied_embeddings, tied_partner
 from lines_cli.recipe.schema import UNSCALED, Recipe
 from lines_cli.scaling.find_depth import DepthMap, config_counts, find_depth
 from lines_cli.scaling.partial import completed, layers_held, refuse_other_counts
@@ -240,6 +240,8 @@ class _Builder:
             role = next((role for role in _SCALED.get(change.kind, ()) if role in change.factors), None)
             if change.kind == "whole":
                 stored = change.factors["whole"]
+                if self._is_underneath(changed):
+                    continue  # the base's own, which is copied
                 made = self._whole(changed, (factor,))
                 if made is None:
                     whole.append((changed.tensor, change))
@@ -259,6 +261,17 @@ class _Builder:
             dtype = self._dtype([stored]) if stored.info.offset in self.tensor_of[0] else stored.info.dtype
             entries[name] = (dtype, stored.info.shape, made)
         return self._plan("scaled", modules, entries, like=adapter.config)
+
+    def _is_underneath(self, changed: _Changed) -> bool:
+        """Whether a whole tensor is the base's own weight beneath a product, as PEFT saves those of embeddings. A bias
+        there is trained.
+        """
+        number, change = changed.first
+        own = self.spelled[number][change.factors["whole"].info.offset]
+        return own.endswith(".base_layer.weight") and any(
+            other.tensor == changed.tensor and other.first[1].kind not in ("whole", "difference")
+            for other in self.changed
+        )
 
     def _module(self, changed: _Changed, coefficient: float, rank: int) -> AdapterModule:
         _, change = changed.first
@@ -409,14 +422,24 @@ class _Builder:
         if base is None or not self.whole:
             return None
         number, change = changed.first
-        shape, there = change.factors["whole"].info.shape, base.tensors[changed.tensor].info.shape
+        shape, name = change.factors["whole"].info.shape, changed.tensor
+        if name not in base.tensors:  # a head that is one weight with the embedding
+            shapes = {other: stored.info.shape for other, stored in base.tensors.items() if is_vocabulary(other)}
+            name = tied_partner(name, shape, shapes, tied=says_tied(base.config), resize=True) or ""
+        if name not in base.tensors:
+            raise MismatchError(
+                f"{self.adapters[number].file}: {base.name} has no {printable(changed.tensor)}: there is nothing to "
+                "scale its update by",
+                hint=f"--filter {printable(changed.tensor)}=keep takes the adapter's as it is.",
+            )
+        there = base.tensors[name].info.shape
         if shape != there:
             raise MismatchError(
                 f"{self.adapters[number].file}: {printable(changed.tensor)} is {list(shape)}, and {base.name} has "
                 f"{list(there)}: there is nothing to scale its update by",
                 hint=f"--filter {printable(changed.tensor)}=keep takes the adapter's as it is.",
             )
-        return Entries(parts, self.ranges[0](changed.tensor))
+        return Entries(parts, self.ranges[0](name))
 
     def _refuse_whole(self, lacking: Sequence[tuple[str, Change]], adapter: Adapter) -> None:
         """Refuse tensors that are stored whole, and whose update is to be scaled.

@@ -252,7 +252,7 @@ class Plan:
         temporaries += models if isinstance(method.sparsifier, Drawn) else 0
         temporaries += 1  # the scaled task vector: what it was is compared with what is written
         temporaries += 5 if self.recipe.rounding == "stochastic" else 0
-        temporaries += 2 if self.recipe.dtype == "fp8" else 0  # what is divided by the scales, and what that leaves
+        temporaries += 4 if self.recipe.dtype == "fp8" else 0  # magnitudes; what it was, divided, and its loss
         temporaries += 2 * models + 1 if self.needs.thresholds else 0  # how far magnitudes are from a window
         width = 8 if self.in_float64 else 4
         return BytesPerEntry(stored, written, width, models + 1, temporaries, self.formula_bytes)
@@ -334,7 +334,9 @@ class Plan:
 
         Python with torch imported (measured with torch's CPU build), the plan (measured, per tensor), the buffers.
         """
-        return _PYTHON_WITH_TORCH + _PER_TENSOR * len(self.tensors) + self.buffer_bytes(resources)
+        scales = sum(tensor.info.numel for tensor in self.tensors if tensor.spec.scales_of)
+        second = _OF_A_PASS + 8 * scales if self.to_quantise else 0  # found in float32, and as they are stored
+        return _PYTHON_WITH_TORCH + _PER_TENSOR * len(self.tensors) + self.buffer_bytes(resources) + second
 
     @cached_property
     def dtype(self) -> str | None:
@@ -516,4 +518,5 @@ BYTES_COUNTING = 6 * 2**20
 """What a worker takes for each model whose magnitudes it counts."""
 
 _PYTHON_WITH_TORCH = 250_000_000  # resident, with all that lines imports
+_OF_A_PASS = 24_000_000  # of the pass that finds scales, which the C library keeps
 _PER_TENSOR = 3_000

@@ -142,7 +142,7 @@ def test_a_merge_in_memory_takes_what_a_recipe_takes() -> None:
         "notes",
         "layers",
     }
-    files |= {"variant", "components", "as_adapter", "num_layers", "rank", "energy", "save_rest"}
+    files |= {"tokenizer", "variant", "components", "as_adapter", "num_layers", "rank", "energy", "save_rest"}
     keys = {renamed.get(key, key) for key in lines.Recipe.model_fields.keys() - files}
     resources = {"workers", "device", "gpu_memory", "track"}
     assert keywords(lines.merge_state_dicts).keys() == keys | resources | {"config", "model_parameters"}

@@ -104,6 +104,9 @@ def test_a_key_that_is_missing(key: str, tmp_path: Path) -> None:
     [
         *(("r", value) for value in (0, -1, True, 4.0, "4", None, [4])),
         *(("lora_alpha", value) for value in (True, "8", None, float("nan"), float("inf"), [])),
+        *(("peft_type", value) for value in (["LORA"], {"LORA": 1}, 3)),
+        *((key, 10**400) for key in ("r", "lora_alpha")),
+        *((key, {"q_proj": -(10**400)}) for key in ("rank_pattern", "alpha_pattern")),
         ("rank_pattern", ["q_proj"]),
         ("rank_pattern", {"q_proj": 0}),
         ("rank_pattern", {"q_proj": True}),
@@ -205,6 +208,47 @@ def test_ranks_that_disagree(tmp_path: Path) -> None:
     assert "rank 5" in error.message
     assert "rank 4" in error.message
     assert "[5, 8]" in error.message
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "said"),
+    [
+        ({}, {"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+        ({}, {"trainable_token_indices": {"embed_tokens": [1, 2]}}, "embed_tokens"),
+        ({"wte": 2}, {"trainable_token_indices": {"wte": [1, 2], "wpe": [3, 4]}}, "wpe"),
+        ({}, {"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({}, {"modules_to_save": ["classifier", "score"]}, "classifier, score"),
+    ],
+)
+def test_tensors_that_the_config_names_are_missing(
+    tensors: dict[str, int], config: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    """As with factors: an adapter is refused of which a part is missing."""
+    own = {f"{PREFIX}{name}.token_adapter.trainable_tokens_delta": torch.ones(n, 8) for name, n in tensors.items()}
+    error = refused(tmp_path, factors(MODULES, 4, 1) | own, **config)
+    assert said in error.message
+    assert "incomplete" in str(error.hint)
+
+
+def test_what_the_config_names_beside_what_is_there(tmp_path: Path) -> None:
+    """A head that is tied has its embedding's rows; of names for heads a model has one."""
+    own = {
+        f"{PREFIX}wte.token_adapter.trainable_tokens_delta": torch.ones(2, 8),
+        f"{PREFIX}score.weight": torch.ones(3, 8),
+    }
+    adapter = opened(
+        tmp_path,
+        factors(MODULES, 4, 1) | own,
+        trainable_token_indices={"wte": [1, 2], "lm_head": [1, 2]},
+        modules_to_save=["classifier", "score"],
+    )
+    assert len(adapter.changes) == 4
+
+
+def test_no_tensors(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "adapter", {})
+    with pytest.raises(CheckpointError, match="changes nothing"):
+        open_adapter(tmp_path / "adapter")
 
 
 def test_several_adapters_in_one_file(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import lines_cli as lines
 from lines_cli.plan.resources import Resources
 from support.bits import raw
+from support.crossed import by_turns
 from support.files import write_checkpoint
 from support.fp8 import E4M3, FORMATS, LAYERS, Tensors, near, of_blocks, plain, quantise, scaled
 from support.inspecting import told
@@ -40,8 +41,7 @@ def equal(found: Tensors, wanted: Tensors) -> None:
         assert torch.equal(found[name], tensor), name
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("side", ["base", "ft", "both"])
+@by_turns(kind=FORMATS, side=["base", "ft", "both"])
 def test_an_edit_of_fp8_is_that_of_its_numbers(kind: str, side: str, tmp_path: Path) -> None:
     """Every format, as the base, as the fine-tune, as both; the output is whole, and its config says so."""
     models = {"base": plain(), "ft": near(plain(), 1)}
@@ -68,9 +68,7 @@ def test_chunks_workers_and_shards_change_no_byte(tmp_path: Path) -> None:
             stored = FORMATS[kind](model)
             write_checkpoint(tmp_path / kind / name, stored.tensors, config=stored.config)
         recipe = lines.edit_recipe(str(tmp_path / kind / "base"), str(tmp_path / kind / "ft"))
-        for workers, chunk in ((1, None), (2, 1), (3, 997), (2, 7 * 200 + 1)):
-            if chunk == 1 and kind != "blocks":
-                continue
+        for workers, chunk in ((1, None), (3, 3 * 997), (2, 7 * 200 + 1)):
             out = tmp_path / kind / f"{chunk}.safetensors"
             lines.run(lines.make_plan(recipe, lines.open_inputs(recipe), out), Resources(workers, "cpu", chunk=chunk))
             written.append((kind, out.read_bytes()))
@@ -352,6 +350,39 @@ def test_what_contradicts_itself(case: str, tmp_path: Path) -> None:
     assert report["quantised"]
 
 
+HOSTILE = [
+    {"quant_method": ["fp8"]},
+    {"quant_method": {"a": 1}, "weight_block_size": {"b": [128, 128]}},
+    {"quant_method": "fp8", "weight_block_size": [128, -128]},
+    {"quant_method": "fp8", "weight_block_size": [True, 128]},
+    {"quant_method": "fp8", "weight_block_size": [10**400, 128]},
+    {"quant_method": "fp8", "weight_block_size": [[128], 128]},
+    {"quant_method": "\x1b[31m\n", "weight_block_size": [1, 1]},
+    {"config_groups": [1, 2]},
+    {"config_groups": {"a": None, "b": {"weights": 7}, "c": {"weights": {"block_structure": "x" * 10**6}}}},
+    {"config_groups": {"a": {"weights": {"block_structure": ["128", None], "group_size": -1}}}},
+    {"config_groups": {"a": {"weights": {"block_structure": "9" * 10**5 + "x1", "group_size": 10**400}}}},
+    [1],
+    "fp8",
+    0,
+]
+
+
+@by_turns(at=range(len(HOSTILE)), nested=[False, True])
+def test_hostile_configs(at: int, nested: bool, tmp_path: Path) -> None:
+    """Whatever a config says of quantisation, weights are read by what they are, or it is an error of one line."""
+    stored = of_blocks(plain())
+    said = {"quantization_config": HOSTILE[at]}
+    config = {"text_config": said, "num_hidden_layers": LAYERS} if nested else said
+    base = write_checkpoint(tmp_path / "base", stored.tensors, config=config)
+    ran = run_lines("edit", base, write_checkpoint(tmp_path / "ft", plain()), "-o", tmp_path / "out")
+    assert ran.trace == ""
+    assert ran.code in (0, 3)
+    assert "\x1b" not in ran.err
+    assert len(ran.err) < 3_000
+    assert run_lines("inspect", base, "--json").code == 0
+
+
 def test_no_scale_anywhere(tmp_path: Path) -> None:
     """8-bit floats without any scale are refused by name, as before."""
     tensors = {n: w.to(E4M3) if "proj" in n else w for n, w in plain().items()}
@@ -419,8 +450,7 @@ OTHERS: dict[str, tuple[dict[str, torch.dtype], str, str]] = {
 }
 
 
-@pytest.mark.parametrize("config", [True, False])
-@pytest.mark.parametrize("kind", OTHERS)
+@by_turns(kind=OTHERS, config=[True, False])
 def test_other_formats_are_named(kind: str, config: bool, tmp_path: Path) -> None:
     """With a config and as a lone file: the format, a tensor of it, and what to do."""
     parts, method, way = OTHERS[kind]

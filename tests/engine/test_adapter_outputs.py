@@ -131,6 +131,23 @@ def test_what_is_stored_whole(tmp_path: Path) -> None:
     assert "lines edit BASE" in str(refused.value.hint)
 
 
+def test_a_base_s_own_weight_beneath_a_product(tmp_path: Path) -> None:
+    """PEFT saves an embedding with its product: it stays as it is, needs no base, and B is scaled."""
+    own = factors(layers_of(LAYERS, SIZES) | {"lm_head": (16, 8)}, 4, 0)
+    embedding = f"{PREFIX}model.embed_tokens"
+    own |= {f"{embedding}.lora_embedding_A": torch.ones(4, 16), f"{embedding}.lora_embedding_B": torch.ones(8, 4)}
+    beneath = {f"{embedding}.base_layer.weight": torch.randn(16, 8)}
+    beneath[f"{PREFIX}lm_head.base_layer.weight"] = torch.randn(16, 8)
+    adapter = write_adapter(tmp_path / "adapter", own | beneath)
+    lines.edit_adapter(adapter, tmp_path / "out", num_layers=LAYERS, **LINES)
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    for name, tensor in beneath.items():
+        assert torch.equal(found[name], tensor)
+    torch.testing.assert_close(found[f"{embedding}.lora_embedding_B"], torch.full((8, 4), 0.1))
+    head = f"{PREFIX}lm_head.lora_B.weight"
+    torch.testing.assert_close(found[head], 0.1 * own[head])
+
+
 def test_nothing_of_the_base_s_weights_is_read(tmp_path: Path) -> None:
     """Only its header: a base whose data are NaN gives the same."""
     base, adapter = base_of(tmp_path / "base"), write_adapter(tmp_path / "a", factors(layers_of(LAYERS, SIZES), 4, 0))

@@ -147,7 +147,7 @@ def test_64_models(method: str, tmp_path: Path) -> None:
     (tmp_path / "merge.yaml").write_text(yaml.safe_dump(recipe))
     merge = ("merge", "--config", "merge.yaml", "-o", "out", "--workers", 2)
     peak = lines_in_a_process(tmp_path, *merge, files=256)
-    assert peak < 550  # torch takes 220, a worker 130; more workers than two would take more
+    assert peak < 620  # torch takes 220, a worker 130; more workers than two would take more
     if method == "task_arithmetic":
         assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["layers.0.w"], total)
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]

@@ -18,8 +18,10 @@ import lines_cli as lines
 from lines_cli.errors import DataError, RecipeError
 from lines_cli.plan.resources import Resources
 from lines_cli.storage.files import NewFile
+from support.crossed import by_turns
 from support.files import write_checkpoint
 from support.fp8 import E4M3, E5M2, FORMATS, LAYERS, Stored, Tensors, expanded, near, of_blocks, plain, quantise
+from support.layouts import LAYOUTS
 from support.merging import merge
 from support.run import run_lines
 
@@ -56,8 +58,7 @@ def output(tmp_path: Path, out: str = "out") -> Tensors:
     return load_file(tmp_path / out / "model.safetensors")
 
 
-@pytest.mark.parametrize("side", ["base", "ft", "both"])
-@pytest.mark.parametrize("kind", FORMATS)
+@by_turns(kind=FORMATS, side=["base", "ft", "both"])
 def test_an_edit_is_quantised_as_its_input(kind: str, side: str, tmp_path: Path) -> None:
     """Codes and scales are those of the exact result, quantised by itself; whatever else there is, is as it was."""
     models = {"base": plain(), "ft": near(plain(), 1)}
@@ -151,7 +152,7 @@ def test_chunks_workers_and_shards_change_no_byte(tmp_path: Path) -> None:
         written(tmp_path / kind, "ft", near(plain(), 1))
         recipe = lines.edit_recipe(str(tmp_path / kind / "base"), str(tmp_path / kind / "ft"), dtype="fp8")
         made = set()
-        for workers, chunk in ((1, None), (2, 997), (3, 64), (2, 7 * 200 + 1)):
+        for workers, chunk in ((1, None), (3, 3 * 997), (2, 7 * 200 + 1)):
             out = tmp_path / kind / f"{chunk}.safetensors"
             lines.run(lines.make_plan(recipe, lines.open_inputs(recipe), out), Resources(workers, "cpu", chunk=chunk))
             made.add(out.read_bytes())
@@ -227,8 +228,7 @@ EXTREMES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("scales", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", EXTREMES)
+@by_turns(case=EXTREMES, scales=[torch.float32, torch.bfloat16, torch.float16])
 def test_extremes(case: str, scales: torch.dtype, tmp_path: Path) -> None:
     """Scales are above 0 and finite; nothing becomes NaN; what is stored is within half a step, or at the end."""
     ones = {f"model.layers.{i}.q_proj.weight": torch.ones(130, 140) for i in range(LAYERS)}
@@ -380,9 +380,35 @@ def test_no_draws(tmp_path: Path) -> None:
     recipe = {"merge_method": "linear", "models": [{"model": "a"}], "dtype": "fp8", "rounding": "stochastic"}
     (tmp_path / "merge.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     ran = run_lines("edit", "--adapter", "a", "-o", tmp_path / "out", "--dtype", "fp8")
-    assert (ran.code, ran.trace, "dtype: fp8 is for whole models" in ran.err) == (2, "", True)
+    assert (ran.code, ran.trace, "not in fp8" in ran.err) == (2, "", True)
     ran = run_lines("merge", "--config", tmp_path / "merge.yaml", "-o", tmp_path / "out")
     assert (ran.code, "line 5" in ran.err) == (2, True)
+
+
+def test_a_layout_that_is_not_the_outputs(tmp_path: Path) -> None:
+    """Experts that the base has one by one in FP8, and the fine-tune fused: like which is it?"""
+    of = LAYOUTS["qwen3_moe"]
+    apart = of.apart(0)
+    stored: Tensors = {}
+    for name, weight in apart.items():
+        stored[name] = weight
+        if ".experts." in name:
+            stored[name], stored[f"{name}_scale_inv"] = quantise(weight, (4, 3))
+    said = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [4, 3]}}
+    write_checkpoint(tmp_path / "base", stored, config=of.config | said)
+    write_checkpoint(tmp_path / "ft", of.together(of.apart(1)), config=of.config)
+    with pytest.raises(RecipeError, match="another layout") as refused:
+        lines.edit(tmp_path / "base", tmp_path / "ft", tmp_path / "out", dtype="fp8")
+    assert "gate_up_proj" in refused.value.message
+    ran = merge(tmp_path, dtype="fp8", models=("ft",), like="base", lines={"alpha": 0.5, "beta": 0.0})
+    assert ran.code == 0, ran.err
+    found = output(tmp_path)
+    assert {n: w.dtype for n, w in found.items()} == {n: w.dtype for n, w in stored.items()}
+    name = next(name for name in apart if "experts" in name)
+    exact = 0.5 * (expanded(stored[f"{name}_scale_inv"], tuple(apart[name].shape), (4, 3)) * stored[name].double())
+    exact = exact + 0.5 * of.apart(1)[name].double()
+    back = found[name].double() * expanded(found[f"{name}_scale_inv"], tuple(apart[name].shape), (4, 3))
+    assert float((back - exact).norm() / exact.norm()) < 0.04
 
 
 # --- a run that is interrupted, planned, verified ---

@@ -200,6 +200,7 @@ def added(monkeypatch: pytest.MonkeyPatch, **points: str) -> None:
     found = [EntryPoint(name, value, registry.GROUP) for name, value in points.items()]
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: found if group == registry.GROUP else [])
     find_method.cache_clear()
+    registry._installed.cache_clear()
 
 
 def test_a_package_that_fails_to_import_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,6 +216,7 @@ def test_a_package_that_fails_to_import_is_named(tmp_path: Path, monkeypatch: py
     assert find_method("ties") is METHODS["ties"]
     merged(tmp_path, recipe("ties", {}, "a"))
     find_method.cache_clear()
+    registry._installed.cache_clear()
 
 
 @pytest.mark.slow

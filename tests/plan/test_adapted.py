@@ -186,6 +186,41 @@ def test_what_is_whole_takes_the_base_s_place(tmp_path: Path) -> None:
     assert_folded(found, base() | {"model.layers.0.norm.weight": norm, "lm_head.weight": head}, added)
 
 
+def test_a_module_that_should_be_whole_and_is_missing(tmp_path: Path) -> None:
+    """It is refused where the base has such a module; a name that the base has not either is none of its."""
+    write_checkpoint(tmp_path / "base", base(), config=LLAMA)
+    made = factors(MODULES, 4, 2) | {f"{PREFIX}model.layers.{i}.norm.weight": torch.ones(8) for i in range(2)}
+    write_adapter(tmp_path / "adapter", made, modules_to_save=["norm", "lm_head"])
+    with pytest.raises(CheckpointError, match=r"no tensor of lm_head.*modules_to_save"):
+        folded(tmp_path)
+    assert not (tmp_path / "out").exists()
+    write_adapter(tmp_path / "adapter", made, modules_to_save=["norm", "score"])
+    assert folded(tmp_path).keys() == base().keys()
+
+
+def test_what_is_saved_under_two_names(tmp_path: Path) -> None:
+    """PEFT's own file of embeddings in modules_to_save has each of them twice, and what was before: one is read; scaled
+    in place, the copy is not written. Of two shapes they are no copies.
+    """
+    write_checkpoint(tmp_path / "base", base(), config=LLAMA)
+    head = torch.randn(30, 8)
+    made = factors(MODULES, 4, 2) | {
+        f"{PREFIX}lm_head.weight": head,
+        f"{PREFIX}lm_head.modules_to_save.weight": head.clone(),
+        f"{PREFIX}lm_head.original_module.weight": base()["lm_head.weight"],
+    }
+    added = updates(write_adapter(tmp_path / "adapter", made, modules_to_save=["lm_head"]))
+    assert_folded(folded(tmp_path), base() | {"lm_head.weight": head}, added)
+    lines.edit_adapter(tmp_path / "adapter", tmp_path / "scaled", base=tmp_path / "base", alpha=0.5, beta=0)
+    scaled = load_file(tmp_path / "scaled" / "adapter_model.safetensors")
+    halfway = torch.lerp(base()["lm_head.weight"].double(), head.double(), 0.5)
+    torch.testing.assert_close(scaled[f"{PREFIX}lm_head.weight"].double(), halfway, rtol=1e-6, atol=1e-6)
+    assert f"{PREFIX}lm_head.modules_to_save.weight" not in scaled
+    write_adapter(tmp_path / "other", made | {f"{PREFIX}lm_head.modules_to_save.weight": torch.randn(31, 8)})
+    with pytest.raises(CheckpointError, match=r"two tensors are the whole of lm_head"):
+        folded(tmp_path, "other")
+
+
 def test_a_new_head(tmp_path: Path) -> None:
     """A module that the base has not, and the adapter was trained with, is missing on one side like a fine-tune's."""
     write_checkpoint(tmp_path / "base", base(head=False), config=LLAMA)
@@ -222,6 +257,26 @@ def test_a_vocabulary_that_grew(tmp_path: Path) -> None:
     torch.testing.assert_close(
         folded(tmp_path, resize="ft")["model.embed_tokens.weight"].double(), wanted, rtol=1e-6, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [({"outside": "keep"}, 33), ({"resize": "ft"}, 33), ({"resize": "base"}, 30)],
+)
+def test_the_config_counts_the_rows_that_are_written(
+    options: dict[str, Any], rows: int, nested: bool, tmp_path: Path
+) -> None:
+    """`vocab_size` is how many rows the embedding of the output has, whichever side they come from."""
+    size = {"text_config": {"vocab_size": 30}} if nested else {"vocab_size": 30}
+    write_checkpoint(tmp_path / "base", base(), config={**LLAMA, **size})
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    grown = {f"{PREFIX}{name}": torch.cat([base()[name], torch.randn(3, 8)]) for name in names}
+    write_adapter(tmp_path / "adapter", factors(MODULES, 4, 2) | grown, modules_to_save=["embed_tokens", "lm_head"])
+    found = folded(tmp_path, **options)
+    assert {found[name].shape[0] for name in names} == {rows}
+    config = config_of_output(tmp_path)
+    assert (config["text_config"] if nested else config)["vocab_size"] == rows
 
 
 def test_rows_beyond_the_base_s(tmp_path: Path) -> None:
@@ -280,6 +335,61 @@ def test_a_tied_weight_that_is_saved_whole_is_untied(whole: str, tmp_path: Path)
     assert config_of_output(tmp_path)["tie_word_embeddings"] is False
 
 
+@pytest.mark.parametrize(
+    ("architecture", "more", "head"),
+    [
+        ("GPT2LMHeadModel", {}, "lm_head.weight"),
+        ("BertForMaskedLM", {}, "cls.predictions.decoder.weight"),
+        ("T5ForConditionalGeneration", {"is_encoder_decoder": True}, "lm_head.weight"),
+        ("LlamaForSequenceClassification", {}, None),
+        ("LlamaModel", {}, None),
+    ],
+)
+def test_the_head_of_an_embedding_that_is_saved_whole(
+    architecture: str, more: dict[str, Any], head: str | None, tmp_path: Path
+) -> None:
+    """It is stored as the class calls it; a class without a head gets none."""
+    before, tensor = base(head=False), torch.randn(30, 8)
+    write_checkpoint(tmp_path / "base", before, config={**TIED, "architectures": [architecture], **more})
+    made = factors(MODULES, 4, 2) | {f"{PREFIX}model.embed_tokens.weight": tensor}
+    added = updates(write_adapter(tmp_path / "adapter", made, modules_to_save=["embed_tokens"]))
+    embedding = before["model.embed_tokens.weight"]
+    wanted = before | {"model.embed_tokens.weight": tensor} | ({head: embedding} if head else {})
+    assert_folded(folded(tmp_path), wanted, added)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "more"),
+    [
+        ("BartForConditionalGeneration", {"is_encoder_decoder": True}),
+        ("RobertaForCausalLM", {"model_type": "roberta"}),
+        ("XLNetLMHeadModel", {}),
+        ("SomethingForMaskedLM", {}),
+    ],
+)
+def test_a_head_whose_name_is_not_known(architecture: str, more: dict[str, Any], tmp_path: Path) -> None:
+    """No output without its head: the embedding is refused, with two ways out."""
+    write_checkpoint(tmp_path / "base", base(head=False), config={**TIED, "architectures": [architecture], **more})
+    made = factors(MODULES, 4, 2) | {f"{PREFIX}model.embed_tokens.weight": torch.randn(30, 8)}
+    write_adapter(tmp_path / "adapter", made, modules_to_save=["embed_tokens"])
+    with pytest.raises(UnsupportedError, match=f"head(?s:.*){architecture}") as caught:
+        folded(tmp_path)
+    assert "merge_and_unload" in str(caught.value.hint)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_whole_head_that_was_tied_is_scaled_from_the_embedding(tmp_path: Path) -> None:
+    """Scaled in place, a head that the base does not store starts from the embedding that it is tied to."""
+    before, head = base(head=False), torch.randn(30, 8)
+    write_checkpoint(tmp_path / "base", before, config=TIED)
+    made = factors(MODULES, 4, 2) | {f"{PREFIX}lm_head.weight": head}
+    write_adapter(tmp_path / "adapter", made, modules_to_save=["lm_head"])
+    lines.edit_adapter(tmp_path / "adapter", tmp_path / "scaled", base=tmp_path / "base", alpha=0.5, beta=0)
+    found = load_file(tmp_path / "scaled" / "adapter_model.safetensors")[f"{PREFIX}lm_head.weight"]
+    wanted = torch.lerp(before["model.embed_tokens.weight"].double(), head.double(), 0.5)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-6)
+
+
 def test_tied_weights_that_stay_equal(tmp_path: Path) -> None:
     """What PEFT keeps equal on both is done once."""
     before = base(head=False)
@@ -294,6 +404,37 @@ def test_tied_weights_that_stay_equal(tmp_path: Path) -> None:
     added = updates(write_adapter(tmp_path / "adapter", made, ensure_weight_tying=True))
     del added["lm_head.weight"]
     assert_folded(folded(tmp_path), before, added | {"model.embed_tokens.weight": 2 * (b.double() @ a.double()).T})
+
+
+@pytest.mark.parametrize("others", [{}, {"self_attn.q_proj": (12, 8)}, {"mlp.down_proj": (8, 8)}])
+def test_experts_say_nothing_of_a_square_layer(others: dict[str, tuple[int, int]], tmp_path: Path) -> None:
+    """Experts that are stored [in, out], as gpt-oss has them, stand beside layers that are [out, in]."""
+    modules = layers_of(1, {"self_attn.o_proj": (8, 8), **others})
+    before = {f"{name}.weight": torch.randn(*size) for name, size in modules.items()}
+    before["model.layers.0.mlp.experts.down_proj"] = torch.randn(2, 12, 8)
+    write_checkpoint(tmp_path / "base", before, config={"model_type": "mixed", "num_hidden_layers": 1})
+    a, b = torch.randn(2 * 4, 12), torch.randn(8, 4 * 2)
+    experts = f"{PREFIX}model.layers.0.mlp.experts"
+    of_experts = {f"{experts}.lora_A.weight": a, f"{experts}.lora_B.weight": b}
+    folder = write_adapter(tmp_path / "adapter", factors(modules, 4, 1))
+    added = updates(folder)
+    write_adapter(folder, factors(modules, 4, 1) | of_experts, target_parameters=["mlp.experts.down_proj"])
+    product = torch.einsum("ore,eri->eio", b.double().view(8, 4, 2), a.double().view(2, 4, 12))
+    added["model.layers.0.mlp.experts.down_proj"] = 2 * product
+    assert_folded(folded(tmp_path), before, added)
+
+
+def test_experts_that_the_base_stores_one_by_one(tmp_path: Path) -> None:
+    """The error says that, not that the adapter is another model's."""
+    names = [f"model.layers.0.mlp.experts.{i}.down_proj.weight" for i in range(2)]
+    write_checkpoint(tmp_path / "base", base() | {name: torch.ones(8, 12) for name in names}, config=LLAMA)
+    experts = f"{PREFIX}model.layers.0.mlp.experts"
+    own = {f"{experts}.lora_A.weight": torch.ones(8, 12), f"{experts}.lora_B.weight": torch.ones(8, 8)}
+    write_adapter(tmp_path / "adapter", factors(MODULES, 4, 2) | own, target_parameters=["mlp.experts.down_proj"])
+    with pytest.raises(MismatchError, match=r"one by one, such as model\.layers\.0\.mlp\.experts\.0\.") as error:
+        folded(tmp_path)
+    assert "fused" in str(error.value.hint)
+    assert "another model" not in str(error.value)
 
 
 # --- an adapter where a base should be ---
