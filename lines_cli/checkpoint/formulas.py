@@ -325,7 +325,8 @@ class InParts(Formula):
     @property
     def held(self) -> int:
         """What those parts need that a thread keeps."""
-        return PARTS_HELD * max(sum(step.held for step in part.steps) for part in self.parts)
+        most = max(sum(step.held for step in part.steps) for part in self.parts)
+        return min(PARTS_HELD, len(self.parts)) * most
 
 
 def one_by_one(steps: Iterable[Formula]) -> Iterator[Formula]:

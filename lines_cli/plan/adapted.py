@@ -10,6 +10,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -82,20 +83,28 @@ def on_base(adapter: Adapter, base: Checkpoint, *, name: str | None = None) -> C
 
 
 def _made(adapter: Adapter, base: Checkpoint, notes: list[str]) -> _Making:
-    """What comes of all changes, by the names by which the base's tensors are stored, or else by those of modules."""
+    """What comes of all changes, by the names by which the base's tensors are stored; or by those of modules, if more
+    are known by these.
+    """
+    stored: _Targets | None = None
+    failed: MismatchError | None = None
     try:
-        return _Making(adapter, base, _Targets(adapter, base, notes), notes)
+        stored = _Targets(adapter, base, notes)
     except _NoSuchModulesError as error:
-        modules = in_modules(base)
-        if modules is None:
-            raise
-        try:
+        failed = error
+    if (stored is None or stored.new) and (modules := in_modules(base)) is not None:
+        with suppress(_NoSuchModulesError):
             targets = _Targets(adapter, modules.checkpoint, notes)
-        except MismatchError:
-            raise error from None
-    made = _Making(adapter, modules.checkpoint, targets, notes)
-    made.tensors, made.formulas = modules.back(made.tensors, made.formulas, adapter.name)
-    return made
+            if stored is None or len(targets.new) < len(stored.new):
+                made = _Making(adapter, modules.checkpoint, targets, notes)
+                note = modules.note(made.formulas, adapter.name)
+                notes += [note] if note else []
+                made.tensors, made.formulas = modules.back(made.tensors, made.formulas, adapter.name)
+                return made
+    if stored is None:
+        assert failed is not None
+        raise failed
+    return _Making(adapter, base, stored, notes)
 
 
 class _NoSuchModulesError(MismatchError):
@@ -167,6 +176,13 @@ class _Targets:
         for change, targets in sorted(every, key=lambda pair: (pair[0].kind != "whole", is_head(pair[0].name))):
             for target in targets:
                 yield change, target
+
+    @property
+    def new(self) -> list[str]:
+        """Whole tensors of the adapter that the base has not."""
+        return [
+            target for change, target in self.pairs() if change.kind == "whole" and target not in self._base.tensors
+        ]
 
     def _resolve(self, changes: Sequence[tuple[int, Change]]) -> None:
         """All by one rule; or those of each component by one of its own."""
@@ -412,8 +428,8 @@ class _Targets:
                 raise _NoSuchModulesError(
                     f"{self._adapter.file}: {printable(change.called)} is changed as one tensor of all experts, and "
                     f"{self._base.name} stores them one by one, such as {printable(single)}",
-                    hint="Give the base with its own config.json, whose model_type says how they are fused; or with its "
-                    "experts fused, as the model has them in memory; or fold the adapter into its base with peft "
+                    hint="Give the base with its own config.json, whose model_type says how they are fused, or with "
+                    "its experts fused, as the model has them in memory; or fold the adapter into its base with peft "
                     "(merge_and_unload, then save_pretrained), and give that folder.",
                 )
         raise _NoSuchModulesError(

@@ -14,6 +14,7 @@ from lines_cli.checkpoint.header import StoredTensor, TensorInfo, itemsize
 from lines_cli.checkpoint.reader import Checkpoint
 from lines_cli.errors import MismatchError, printable
 from lines_cli.plan.conversions import Conversion, Rules, rules_for
+from lines_cli.plan.layout import natural
 from lines_cli.plan.pieces import Pieced, Run, runs, whole
 from lines_cli.plan.relaid import Site, sites, tensors_of
 
@@ -65,6 +66,24 @@ class InModules:
             if steps or name in self.base.formulas:
                 made[name] = Made(before.stored, (*before.steps, *steps))
         return {name: found[name] for name in [*self.base.tensors, *found]}, made
+
+    def note(self, formulas: Mapping[str, Made], adapter: str) -> str | None:
+        """What a person should know of changes to tensors that are stored in another layout; None if there are none.
+
+        Args:
+            formulas: the checkpoint's, changed.
+            adapter: by what.
+        """
+        changed = [name for name in self._put_together if name in formulas]
+        if not changed:
+            return None
+        first = min(changed, key=natural)
+        stored = [name for name, its in self.parts.items() if any(run.source in formulas for run in its)]
+        there = min((name for name in stored if any(run.source == first for run in self.parts[name])), key=natural)
+        return (
+            f"{len(changed):,} tensor(s) that {adapter} changes are {len(stored):,} of another layout in "
+            f"{self.base.name}, such as {printable(first)} and {printable(there)}: each gets its part of the update"
+        )
 
     @property
     def _put_together(self) -> list[str]:
