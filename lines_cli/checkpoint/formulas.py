@@ -7,7 +7,7 @@ chunk by chunk. Nothing here reads tensor data or needs torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -325,7 +325,18 @@ class InParts(Formula):
     @property
     def held(self) -> int:
         """What those parts need that a thread keeps."""
-        return PARTS_HELD * max(sum(step.held for step in part.steps) for part in self.parts)
+        most = max(sum(step.held for step in part.steps) for part in self.parts)
+        return min(PARTS_HELD, len(self.parts)) * most
+
+
+def one_by_one(steps: Iterable[Formula]) -> Iterator[Formula]:
+    """Steps, with those of parts instead of what they are put together in."""
+    for step in steps:
+        if isinstance(step, InParts):
+            for part in step.parts:
+                yield from one_by_one(part.steps)
+        else:
+            yield step
 
 
 class Made(NamedTuple):

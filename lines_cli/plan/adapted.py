@@ -10,6 +10,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -20,19 +21,16 @@ from lines_cli.checkpoint.formulas import (
     Difference,
     Formula,
     Hadamard,
-    InParts,
     Kronecker,
     LowRank,
     Made,
-    OfPart,
     Rescaled,
     Rows,
 )
 from lines_cli.checkpoint.header import StoredTensor
 from lines_cli.checkpoint.reader import Checkpoint, views_of
 from lines_cli.errors import CheckpointError, MismatchError, UnsupportedError, printable, some
-from lines_cli.plan.conversions import loading_rules
-from lines_cli.plan.relaid import as_loaded
+from lines_cli.plan.in_modules import in_modules
 from lines_cli.plan.same_names import canonical
 from lines_cli.plan.tied_weights import is_head, is_vocabulary, says_tied, tied_embeddings, tied_partner, untied
 from lines_cli.plan.unet_names import otherwise
@@ -62,13 +60,7 @@ def on_base(adapter: Adapter, base: Checkpoint, *, name: str | None = None) -> C
         MismatchError: the base has no tensor of a name, or one of another shape; or names mean several of its tensors.
     """
     notes = [*adapter.notes, *_note_of_base(adapter, base)]
-    loaded = as_loaded(base)
-    parts = {name: loaded.checkpoint.tensors[name] for name in loaded.made if name not in base.tensors}
-    there = replace(base, tensors=base.tensors | parts) if parts else base
-    targets = _Targets(adapter, there, loading_rules(base.config).renamed, notes)
-    made = _Making(adapter, there, frozenset(parts), targets, notes)
-    for change, target in targets.pairs():
-        made.add(change, target)
+    made = _made(adapter, base, notes)
     own = adapter.checkpoint
     return replace(
         base,
@@ -77,7 +69,7 @@ def on_base(adapter: Adapter, base: Checkpoint, *, name: str | None = None) -> C
         hub_id=own.hub_id,
         files=(*base.files, *own.files),
         states=(*base.states, *own.states),
-        tensors={name: stored for name, stored in made.tensors.items() if name not in parts},
+        tensors=made.tensors,
         formulas=made.formulas,
         config=made.config,
         config_changes=made.config_changes,
@@ -88,6 +80,35 @@ def on_base(adapter: Adapter, base: Checkpoint, *, name: str | None = None) -> C
         base_named=name is not None,
         notes=(*base.notes, *notes),
     )
+
+
+def _made(adapter: Adapter, base: Checkpoint, notes: list[str]) -> _Making:
+    """What comes of all changes, by the names by which the base's tensors are stored; or by those of modules, if more
+    are known by these.
+    """
+    stored: _Targets | None = None
+    failed: MismatchError | None = None
+    try:
+        stored = _Targets(adapter, base, notes)
+    except _NoSuchModulesError as error:
+        failed = error
+    if (stored is None or stored.new) and (modules := in_modules(base)) is not None:
+        with suppress(_NoSuchModulesError):
+            targets = _Targets(adapter, modules.checkpoint, notes)
+            if stored is None or len(targets.new) < len(stored.new):
+                made = _Making(adapter, modules.checkpoint, targets, notes)
+                note = modules.note(made.formulas, adapter.name)
+                notes += [note] if note else []
+                made.tensors, made.formulas = modules.back(made.tensors, made.formulas, adapter.name)
+                return made
+    if stored is None:
+        assert failed is not None
+        raise failed
+    return _Making(adapter, base, stored, notes)
+
+
+class _NoSuchModulesError(MismatchError):
+    """The base has no tensors of the names that an adapter gives."""
 
 
 # --- the base that the adapter names ---
@@ -131,16 +152,14 @@ class _Targets:
     Args:
         adapter: which.
         base: what it is put onto.
-        renamed: what transformers makes of the base's names on loading.
         notes: gets a line for what is left out, and for weights that are tied.
 
     Raises:
         MismatchError: the base has no tensor of a name; or a name means several.
     """
 
-    def __init__(self, adapter: Adapter, base: Checkpoint, renamed: Callable[[str], str], notes: list[str]) -> None:
+    def __init__(self, adapter: Adapter, base: Checkpoint, notes: list[str]) -> None:
         self._adapter, self._base, self._notes = adapter, base, notes
-        self._dotted = (*_DOTTED, _Spelling(renamed, renamed))
         self._tied = says_tied(base.config)
         self._shapes = {name: base.tensors[name].info.shape for name in filter(is_vocabulary, base.tensors)}
         self._found: dict[int, list[str]] = {}
@@ -157,6 +176,13 @@ class _Targets:
         for change, targets in sorted(every, key=lambda pair: (pair[0].kind != "whole", is_head(pair[0].name))):
             for target in targets:
                 yield change, target
+
+    @property
+    def new(self) -> list[str]:
+        """Whole tensors of the adapter that the base has not."""
+        return [
+            target for change, target in self.pairs() if change.kind == "whole" and target not in self._base.tensors
+        ]
 
     def _resolve(self, changes: Sequence[tuple[int, Change]]) -> None:
         """All by one rule; or those of each component by one of its own."""
@@ -206,7 +232,7 @@ class _Targets:
         """
         if not flat:
             yield [{name: [name] for name in names if name in self._base.tensors}]
-        for spelling in _FLAT if flat else self._dotted:
+        for spelling in _FLAT if flat else _DOTTED:
             plain, others = self._with_prefixes(names, spelling)
             yield [plain]
             yield others
@@ -399,13 +425,14 @@ class _Targets:
             experts = f".{change.module.rpartition('.')[2]}.0."
             single = next((there for there in self._base.tensors if experts in f".{there}"), None)
             if change.others and single is not None:
-                raise MismatchError(
+                raise _NoSuchModulesError(
                     f"{self._adapter.file}: {printable(change.called)} is changed as one tensor of all experts, and "
                     f"{self._base.name} stores them one by one, such as {printable(single)}",
-                    hint="Give the base with its experts fused, as the model has them in memory; or fold the adapter "
-                    "into its base with peft (merge_and_unload, then save_pretrained), and give that folder.",
+                    hint="Give the base with its own config.json, whose model_type says how they are fused, or with "
+                    "its experts fused, as the model has them in memory; or fold the adapter into its base with peft "
+                    "(merge_and_unload, then save_pretrained), and give that folder.",
                 )
-        raise MismatchError(
+        raise _NoSuchModulesError(
             f"{self._adapter.file}: {len(names):,} of the {len(group):,} tensors that it changes are not in "
             f"{self._base.name}:\n{some(names, _SHOWN)}\nNames there are\n{some(sorted(theirs), _SHOWN)}",
             hint=_OTHER_BASE,
@@ -546,21 +573,17 @@ def _batched(change: Change, shape: tuple[int, ...], rank: int) -> bool:
 
 
 class _Making:
-    """The tensors and formulas that come of it, change by change.
+    """The tensors and formulas that come of it.
 
     Args:
         adapter: which.
         base: what it is put onto.
-        parts: tensors of transformers' modules among its own, which are put together of others or cut out of them.
         targets: which tensors it changes.
         notes: gets a line for what a person should know.
     """
 
-    def __init__(
-        self, adapter: Adapter, base: Checkpoint, parts: frozenset[str], targets: _Targets, notes: list[str]
-    ) -> None:
+    def __init__(self, adapter: Adapter, base: Checkpoint, targets: _Targets, notes: list[str]) -> None:
         self._adapter, self._base, self._targets, self._notes = adapter, base, targets, notes
-        self._parts = parts
         self._first = len(base.files)
         self.tensors, self.formulas = dict(base.tensors), dict(base.formulas)
         self.config, self.config_changes = base.config, base.config_changes
@@ -574,6 +597,8 @@ class _Making:
                 f"{listed}: one weight in {base.name}, whose config ties them, so what {adapter.name} does to one is "
                 "done to both, as where PEFT saves the two merged"
             )
+        for change, target in targets.pairs():
+            self._add(change, target)
 
     def _untie(self) -> None:
         """Make heads weights of their own, where the adapter holds one of two that are tied whole."""
@@ -591,7 +616,7 @@ class _Making:
             "from here on they are two weights, and the config says so"
         )
 
-    def add(self, change: Change, target: str) -> None:
+    def _add(self, change: Change, target: str) -> None:
         """Do one change to one tensor.
 
         Raises:
@@ -600,9 +625,6 @@ class _Making:
         factors = {role: stored._replace(file=self._first + stored.file) for role, stored in change.factors.items()}
         if is_head(change.name):
             target = self._heads.get(target, target)
-        if target in self._parts:
-            self._add_to_parts(change, target, tuple(factors.items()))
-            return
         if change.kind == "whole":
             if target in self.tensors and is_vocabulary(target):
                 self._follow_rows(self.tensors[target].info.shape, factors["whole"].info.shape)
@@ -613,34 +635,6 @@ class _Making:
         before = self.formulas.get(target, Made(stored, ()))
         step = self._step(change, target, tuple(factors.items()), stored.info.shape, before)
         self.formulas[target] = Made(before.stored, (*before.steps, step))
-
-    def _add_to_parts(self, change: Change, target: str, factors: tuple[tuple[str, StoredTensor], ...]) -> None:
-        """Do a change of a tensor of transformers' modules to those that the base has in its place, each the entries
-        that are its own.
-
-        Raises:
-            UnsupportedError: the change takes the tensor as a whole, or its entries stand in another order.
-        """
-        stored = self.tensors[target]
-        parts = stored.parts
-        entire = change.kind in ("whole", "rows") or (change.kind == "rescaled" and len(parts) > 1)
-        if entire or any(part.strides != (1,) for part in parts):
-            owns = list(dict.fromkeys(part.tensor for part in parts))
-            raise UnsupportedError(
-                f"{self._adapter.file}: {printable(change.called)} is changed as a whole, and {self._base.name} stores it "
-                f"otherwise, in {len(owns):,} tensor(s) such as {printable(owns[0])}",
-                hint="Give the base as transformers has it in memory; or fold the adapter into its base with peft "
-                "(merge_and_unload, then save_pretrained), and give that folder.",
-            )
-        step = self._step(change, target, factors, stored.info.shape, Made(stored, ()))
-        own_parts: dict[str, list[OfPart]] = defaultdict(list)
-        for part in parts:
-            own_parts[part.tensor].append(OfPart(part.entry, part.numel, part.start, (step,)))
-        for own, of in own_parts.items():
-            before = self.formulas.get(own, Made(self.tensors[own], ()))
-            shape = self.tensors[own].info.shape
-            in_parts = InParts(target, (), shape, tuple(sorted(of, key=lambda one: one.start)))
-            self.formulas[own] = Made(before.stored, (*before.steps, in_parts))
 
     def _follow_rows(self, before: tuple[int, ...], after: tuple[int, ...]) -> None:
         """Let the config say how many tokens there are, where a table whose rows it counts has others now."""

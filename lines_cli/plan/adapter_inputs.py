@@ -5,11 +5,10 @@ headers are read, or no more than the config.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from lines_cli.checkpoint.adapter import Adapter, is_adapter_at, open_adapter
-from lines_cli.checkpoint.formulas import Formula, InParts, Made
+from lines_cli.checkpoint.formulas import one_by_one
 from lines_cli.checkpoint.reader import Checkpoint, choose_weights, open_checkpoint
 from lines_cli.errors import RecipeError, UnsupportedError
 from lines_cli.hub.download import Located, Only, base_and_adapter, locate
@@ -50,23 +49,12 @@ class AdapterInputs:
         whole, first = on_base(adapter, base), len(base.files)
         found = {
             factor.info.offset: name
-            for own, made in whole.formulas.items()
-            for name, step in _steps_of(own, made)
+            for name, made in whole.formulas.items()
+            for step in one_by_one(made.steps)
             for _, factor in step.factors
             if factor.file >= first
         }
         return found | {s.info.offset: name for name, s in whole.tensors.items() if s.file >= first}
-
-
-def _steps_of(own: str, made: Made) -> Iterator[tuple[str, Formula]]:
-    """The steps that make a tensor, each with its name; those that are of some entries only with that of the tensor of
-    transformers' modules that these are of.
-    """
-    for step in made.steps:
-        if isinstance(step, InParts):
-            yield from ((step.name, inner) for part in step.parts for inner in part.steps)
-        else:
-            yield own, step
 
 
 def open_adapter_inputs(recipe: Recipe, *, quiet: bool = False, weights: bool = True) -> AdapterInputs:

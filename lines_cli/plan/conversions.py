@@ -88,6 +88,11 @@ class Conversion:
         """Whether all of its operations are known here."""
         return self._kinds <= {"stack", "cat", "chunk", "split", "transpose"}
 
+    @property
+    def puts_together(self) -> bool:
+        """Whether entries only move: tensors are put together or cut apart, and none is turned."""
+        return self._kinds <= {"stack", "cat", "chunk"}
+
     @cached_property
     def _kinds(self) -> frozenset[str]:
         return frozenset(operation[0] for operation in self.operations)
