@@ -82,6 +82,27 @@ def on_base(adapter: Adapter, base: Checkpoint, *, name: str | None = None) -> C
     )
 
 
+class Changed(NamedTuple):
+    """What a tensor of an adapter changes.
+
+    Attributes:
+        name: the tensor of the model; where the base stores it in another layout, the one of its module.
+        stored: the tensors of the base that it is, or is put together of.
+    """
+
+    name: str
+    stored: tuple[str, ...]
+
+
+def changed_by(adapter: Adapter, base: Checkpoint) -> dict[int, Changed]:
+    """What each of an adapter's tensors changes of a base, by where it begins in the adapter's file.
+
+    Raises:
+        MismatchError: as `on_base`.
+    """
+    return _made(adapter, base, []).changed
+
+
 def _made(adapter: Adapter, base: Checkpoint, notes: list[str]) -> _Making:
     """What comes of all changes, by the names by which the base's tensors are stored; or by those of modules, if more
     are known by these.
@@ -100,6 +121,7 @@ def _made(adapter: Adapter, base: Checkpoint, notes: list[str]) -> _Making:
                 note = modules.note(made.formulas, adapter.name)
                 notes += [note] if note else []
                 made.tensors, made.formulas = modules.back(made.tensors, made.formulas, adapter.name)
+                made.changed = {at: Changed(*modules.stored(one.name)) for at, one in made.changed.items()}
                 return made
     if stored is None:
         assert failed is not None
@@ -176,6 +198,14 @@ class _Targets:
         for change, targets in sorted(every, key=lambda pair: (pair[0].kind != "whole", is_head(pair[0].name))):
             for target in targets:
                 yield change, target
+
+    def said_twice(self) -> Iterator[tuple[Change, str]]:
+        """Each change of a head that PEFT keeps equal to its embedding's, with what that changes."""
+        changes = self._adapter.changes
+        for change in (changes[number] for number, targets in self._found.items() if not targets):
+            for other, target in self.pairs():
+                if other.kind == change.kind and is_vocabulary(other.name) and not is_head(other.name):
+                    yield change, target
 
     @property
     def new(self) -> list[str]:
@@ -587,6 +617,8 @@ class _Making:
         self._first = len(base.files)
         self.tensors, self.formulas = dict(base.tensors), dict(base.formulas)
         self.config, self.config_changes = base.config, base.config_changes
+        self.changed: dict[int, Changed] = {}
+        """What each tensor of the adapter changes, by where it begins in its file."""
         self._turned = _Turned(adapter, base, targets)
         self._heads: dict[str, str] = {}  # embeddings whose heads are weights of their own now -> these
         if targets.untie:
@@ -599,6 +631,8 @@ class _Making:
             )
         for change, target in targets.pairs():
             self._add(change, target)
+        for change, target in targets.said_twice():
+            self._note_change(change, target)
 
     def _untie(self) -> None:
         """Make heads weights of their own, where the adapter holds one of two that are tied whole."""
@@ -625,6 +659,7 @@ class _Making:
         factors = {role: stored._replace(file=self._first + stored.file) for role, stored in change.factors.items()}
         if is_head(change.name):
             target = self._heads.get(target, target)
+        self._note_change(change, target)
         if change.kind == "whole":
             if target in self.tensors and is_vocabulary(target):
                 self._follow_rows(self.tensors[target].info.shape, factors["whole"].info.shape)
@@ -635,6 +670,11 @@ class _Making:
         before = self.formulas.get(target, Made(stored, ()))
         step = self._step(change, target, tuple(factors.items()), stored.info.shape, before)
         self.formulas[target] = Made(before.stored, (*before.steps, step))
+
+    def _note_change(self, change: Change, target: str) -> None:
+        for stored in change.factors.values():
+            before = self.changed.get(stored.info.offset, Changed(target, ()))
+            self.changed[stored.info.offset] = Changed(before.name, (*before.stored, target))
 
     def _follow_rows(self, before: tuple[int, ...], after: tuple[int, ...]) -> None:
         """Let the config say how many tokens there are, where a table whose rows it counts has others now."""

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 
@@ -23,8 +24,9 @@ from lines_cli.plan.adapter_inputs import AdapterInputs
 from lines_cli.plan.adapter_layout import laid_out
 from lines_cli.plan.adapter_plan import AdapterModule, AdapterPlan, Entries, Part, Product, Role, Term
 from lines_cli.plan.coefficients import unlike_lines
+from lines_cli.plan.relaid import as_loaded
 from lines_cli.plan.tensors import STORED, Ranges, SourceRange, TensorValues, refuse_idle_filters
-from lines_cli.plan.tied_weights import is_vocabulary, says_tied, tied_embeddings, tied_partner
+from lines_cli.plan.tied_weights import is_head, is_vocabulary, says_tied, tied_embeddings, tied_partner
 from lines_cli.recipe.schema import UNSCALED, Recipe
 from lines_cli.scaling.find_depth import DepthMap, config_counts, find_depth
 from lines_cli.scaling.partial import completed, layers_held, refuse_other_counts
@@ -134,10 +136,12 @@ class _Changed:
     Attributes:
         tensor: the base's name of it; where no base is known, the adapter's.
         changes: each model's change, by its number.
+        others: more tensors of the base that it is, where that stores it in another layout, or ties them.
     """
 
     tensor: str
     changes: Mapping[int, Change]
+    others: tuple[str, ...] = ()
 
     @property
     def first(self) -> tuple[int, Change]:
@@ -182,7 +186,8 @@ class _Builder:
         ]
 
     def _grouped(self) -> list[_Changed]:
-        found: dict[tuple[str, str], dict[int, Change]] = {}
+        found: dict[tuple[str, str, bool], dict[int, Change]] = {}
+        stored: dict[tuple[str, str, bool], tuple[str, ...]] = {}
         for number, (adapter, tensor_of) in enumerate(zip(self.adapters, self.tensor_of, strict=True)):
             for change in adapter.changes:
                 tensor = tensor_of.get(next(iter(change.factors.values())).info.offset)
@@ -193,11 +198,29 @@ class _Builder:
                         hint="An adapter of several parts of a pipeline has depths that no one of them tells: say how "
                         "many layers each has (--num-layers NAME=L), in place of --base.",
                     )
-                key = tensor, change.kind
+                # a head that is one weight with the embedding is a module of its own
+                key = tensor.name, change.kind, is_head(change.name)
                 if number in found.setdefault(key, {}):
-                    raise UnsupportedError(f"{adapter.file}: {printable(tensor)} is changed twice")
-                found[key][number] = change
-        return [_Changed(tensor, changes) for (tensor, _), changes in found.items()]
+                    raise UnsupportedError(f"{adapter.file}: {printable(tensor.name)} is changed twice")
+                found[key][number], stored[key] = change, tensor.stored
+        return [_Changed(stored[key][0], changes, stored[key][1:]) for key, changes in found.items()]
+
+    def _shares(self, changed: _Changed) -> tuple[float, tuple[float, ...]]:
+        """As `Shares`, of something that adapters change.
+
+        Raises:
+            UnsupportedError: the base stores it in several tensors, whose coefficients differ.
+        """
+        found = self.shares(changed.tensor)
+        for other in changed.others:
+            if self.shares(other) != found:
+                raise UnsupportedError(
+                    f"{printable(changed.first[1].called)} is one product, and the coefficients of what it changes "
+                    f"differ: of {printable(changed.tensor)} and {printable(other)}",
+                    hint="Let filters say the same of both; or fold the adapter into its base: lines edit BASE "
+                    f"{self.adapters[changed.first[0]].name} -o OUT.",
+                )
+        return found
 
     def _depth(self, names: Sequence[str]) -> DepthMap:
         """Where the tensors stand that are changed.
@@ -211,7 +234,6 @@ class _Builder:
         try:
             if base is not None and self.whole:
                 parameters = {name: stored.info.numel for name, stored in base.tensors.items()}
-                parameters |= {name: 1 for name in names if name not in parameters}  # that it has in another layout
                 return find_depth(parameters, config=base.config, parameters=parameters, **by_hand)
             layers = recipe.num_layers if base is None else _layers_in(base.config, base.name)
             if layers is None and not needed:  # as many as are numbered: it makes no difference but to the summary
@@ -237,11 +259,11 @@ class _Builder:
         whole: list[tuple[str, Change]] = []
         for changed in self.changed:
             change = changed.changes[0]
-            coefficient, (factor,) = self.shares(changed.tensor)
+            coefficient, (factor,) = self._shares(changed)
             role = next((role for role in _SCALED.get(change.kind, ()) if role in change.factors), None)
             if change.kind == "whole":
                 stored = change.factors["whole"]
-                if self._is_underneath(changed):
+                if self._is_underneath(changed, 0):
                     continue  # the base's own, which is copied
                 made = self._whole(changed, (factor,))
                 if made is None:
@@ -263,15 +285,24 @@ class _Builder:
             entries[name] = (dtype, stored.info.shape, made)
         return self._plan("scaled", modules, entries, like=adapter.config)
 
-    def _is_underneath(self, changed: _Changed) -> bool:
-        """Whether a whole tensor is the base's own weight beneath a product, as PEFT saves those of embeddings. A bias
-        there is trained.
+    def _is_underneath(self, changed: _Changed, number: int) -> bool:
+        """Whether a whole tensor of an adapter is the base's own weight beneath a product, as PEFT saves those of
+        embeddings. A bias there is trained.
         """
-        number, change = changed.first
-        own = self.spelled[number][change.factors["whole"].info.offset]
-        return own.endswith(".base_layer.weight") and any(
-            other.tensor == changed.tensor and other.first[1].kind not in ("whole", "difference")
-            for other in self.changed
+        own = self.spelled[number][changed.changes[number].factors["whole"].info.offset]
+        return own.endswith(".base_layer.weight") and self._product_on(changed.tensor, number) is not None
+
+    def _product_on(self, tensor: str, number: int | None = None) -> int | None:
+        """Which adapter, of all or one, adds a product to a tensor; None if none does."""
+        return next(
+            (
+                other
+                for one in self.changed
+                if one.tensor == tensor
+                for other, change in one.changes.items()
+                if change.kind not in ("whole", "difference") and number in (None, other)
+            ),
+            None,
         )
 
     def _module(self, changed: _Changed, coefficient: float, rank: int) -> AdapterModule:
@@ -280,7 +311,8 @@ class _Builder:
         shapes = (a.info.shape[1:], (b.info.shape[0], *b.info.shape[2:]))
         side = min(math.prod(shapes[0]), shapes[1][0])
         place = self.depth.places.get(changed.tensor)
-        return AdapterModule(change.module, changed.tensor, place, coefficient, rank, side, shapes=shapes)
+        name = self._renamed.get(change.module, change.module)
+        return AdapterModule(name, changed.tensor, place, coefficient, rank, side, shapes=shapes)
 
     # --- several, merged ---
 
@@ -292,11 +324,13 @@ class _Builder:
         lacking: list[tuple[str, Change]] = []
         beyond = 0
         for changed in self.changed:
-            coefficient, factors = self.shares(changed.tensor)
+            coefficient, factors = self._shares(changed)
             number, first = changed.first
             if first.kind == "difference":
                 continue  # a bias of lora_B, which goes with its product
             if first.kind == "whole":
+                if self._all_underneath(changed):
+                    continue
                 stored = [change.factors["whole"] for change in changed.changes.values()]
                 made = self._whole(changed, factors)
                 if made is None:
@@ -319,17 +353,38 @@ class _Builder:
         self._refuse_whole(lacking, self.adapters[0])
         configs = [adapter.config for adapter in self.adapters]
         changed_by_all = all(len(changed.changes) == len(self.adapters) for changed in self.changed)
+        tied = {bool(config.get("ensure_weight_tying")) for config in configs}
+        like = {key: value for key, value in configs[0].items() if key != "ensure_weight_tying" or tied == {True}}
         saved = [name for config in configs for name in config.get("modules_to_save") or ()]
-        plan = self._plan("merged", modules, entries, like=configs[0])
+        plan = self._plan("merged", modules, entries, like=like)
         return replace(
             plan,
-            targets=targets_in(configs) if changed_by_all else None,
+            targets=targets_in(configs) if changed_by_all and len(tied) == 1 else None,
             every=self._every() if self.whole else None,
             bias=strongest_bias(configs),
             lora_bias=any("bias" in module.names for module in modules),
             saved=tuple(dict.fromkeys(map(str, saved))),
             needs=recipe.energy is not None,
         )
+
+    def _all_underneath(self, changed: _Changed) -> bool:
+        """Whether a tensor that adapters hold whole is nothing but the base's own beneath their products.
+
+        Raises:
+            UnsupportedError: one holds it whole, another adds a product to it.
+        """
+        underneath = [number for number in changed.changes if self._is_underneath(changed, number)]
+        if len(underneath) == len(changed.changes):
+            return True
+        product = self._product_on(changed.tensor)
+        if product is not None and not changed.tensor.endswith(".bias"):
+            holder = next(number for number in changed.changes if number not in underneath)
+            raise UnsupportedError(
+                f"{self.adapters[holder].name} holds {printable(changed.tensor)} whole, and "
+                f"{self.adapters[product].name} adds a product to it: no adapter holds the sum",
+                hint="Merge into a whole model: base_model, and no as_adapter.",
+            )
+        return False
 
     def _side_by_side(self, changed: _Changed, coefficient: float, factors: Sequence[float]) -> AdapterModule:
         """A module with the factors of all adapters.
@@ -374,7 +429,24 @@ class _Builder:
             ends: dict[Role, str] = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
         else:
             ends = {"A": "lora_A.weight", "B": "lora_B.weight", **({"bias": "lora_B.bias"} if bias else {})}
-        return {role: f"{PREFIX}{change.module}.{end}" for role, end in ends.items()}
+        module = self._renamed.get(change.module, change.module)
+        return {role: f"{PREFIX}{module}.{end}" for role, end in ends.items()}
+
+    @cached_property
+    def _renamed(self) -> dict[str, str]:
+        """Of modules that one adapter calls as files do, and another as transformers does that renames on loading, the
+        names of the latter; empty where all agree, for then what loads the one loads the other.
+        """
+        base, old, new = self.opened.base, dict[str, str](), False
+        loaded = {own: name for name, own in as_loaded(base).names.items()} if base is not None and self.whole else {}
+        for changed in self.changed:
+            own, name = (of.rpartition(".")[0] for of in (changed.tensor, loaded.get(changed.tensor, changed.tensor)))
+            for change in changed.changes.values() if own != name else ():
+                if f".{change.module}".endswith(f".{name}"):
+                    new = True
+                elif f".{change.module}".endswith(f".{own}"):
+                    old[change.module] = change.module.removesuffix(own) + name
+        return old if new else {}
 
     # --- what both have in common ---
 
@@ -471,9 +543,10 @@ class _Builder:
         return widest
 
     def _every(self) -> frozenset[str]:
+        """The base's modules, also by the names that transformers gives them on loading."""
         base = self.opened.base
         assert base is not None
-        return modules_in(base.tensors)
+        return modules_in((*base.tensors, *as_loaded(base).checkpoint.tensors))
 
 
 def digest_of(configs: Sequence[Mapping[str, object]]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from lines_cli.checkpoint.formulas import Formula, InParts, Made, OfPart
 from lines_cli.checkpoint.header import StoredTensor, TensorInfo, itemsize
@@ -47,10 +48,10 @@ class InModules:
         Raises:
             MismatchError: a change that is not a sum of entries' own.
         """
-        own = {name: stored for name, stored in tensors.items() if name not in self._put_together}
+        own = {name: stored for name, stored in tensors.items() if name not in self._owns}
         found = {self.stored_as.get(name, name): stored for name, stored in own.items()}
         made = {self.stored_as.get(name, name): formulas[name] for name in own if name in formulas}
-        for name in self._put_together:
+        for name in self._owns:
             steps = formulas[name].steps if name in formulas else ()
             if tensors[name] != self.checkpoint.tensors[name] or not all(step.adds for step in steps):
                 raise MismatchError(
@@ -67,6 +68,15 @@ class InModules:
                 made[name] = Made(before.stored, (*before.steps, *steps))
         return {name: found[name] for name in [*self.base.tensors, *found]}, made
 
+    def stored(self, name: str) -> tuple[str, tuple[str, ...]]:
+        """What a module's tensor is called, where it is stored: if it is stored as it is, by its name there; and the
+        stored ones that it is put together of.
+        """
+        if name in self._owns:
+            return name, tuple(self._owns[name])
+        own = self.stored_as.get(name, name)
+        return own, (own,)
+
     def note(self, formulas: Mapping[str, Made], adapter: str) -> str | None:
         """What a person should know of changes to tensors that are stored in another layout; None if there are none.
 
@@ -74,7 +84,7 @@ class InModules:
             formulas: the checkpoint's, changed.
             adapter: by what.
         """
-        changed = [name for name in self._put_together if name in formulas]
+        changed = [name for name in self._owns if name in formulas]
         if not changed:
             return None
         first = min(changed, key=natural)
@@ -85,17 +95,22 @@ class InModules:
             f"{self.base.name}, such as {printable(first)} and {printable(there)}: each gets its part of the update"
         )
 
-    @property
-    def _put_together(self) -> list[str]:
-        """The modules' tensors that are not stored as they are."""
-        return list(dict.fromkeys(run.source for its in self.parts.values() for run in its))
+    @cached_property
+    def _owns(self) -> dict[str, list[str]]:
+        """Of the modules' tensors that are not stored as they are, the stored ones."""
+        found: dict[str, dict[str, None]] = {}
+        for own, its in self.parts.items():
+            for run in its:
+                found.setdefault(run.source, {})[own] = None
+        return {name: list(owns) for name, owns in found.items()}
 
 
 def _of_parts(its: tuple[Run, ...], formulas: Mapping[str, Made], shape: tuple[int, ...]) -> Iterator[Formula]:
-    changed = [(run, formulas[run.source].steps) for run in its if run.source in formulas]
-    parts = tuple(OfPart(run.start, run.numel, run.first, steps) for run, steps in changed)
-    if parts:
-        yield InParts(parts[0].steps[0].name, (), shape, parts)
+    """A step for each of the modules' tensors that some entries are of."""
+    for source in dict.fromkeys(run.source for run in its if run.source in formulas):
+        steps = formulas[source].steps
+        parts = (OfPart(run.start, run.numel, run.first, steps) for run in its if run.source == source)
+        yield InParts(source, (), shape, tuple(parts))
 
 
 def in_modules(base: Checkpoint) -> InModules | None:

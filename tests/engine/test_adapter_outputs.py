@@ -150,6 +150,112 @@ def test_a_base_s_own_weight_beneath_a_product(tmp_path: Path) -> None:
     torch.testing.assert_close(found[head], 0.1 * own[head])
 
 
+@pytest.mark.parametrize("equal", [False, True], ids=["", "kept equal"])
+def test_products_on_both_of_tied_weights(tmp_path: Path, equal: bool) -> None:
+    """An adapter of the embedding and of the head, which the base has as one weight: both are scaled as that is. Side
+    by side with one of the embedding alone, each gets its own.
+    """
+    base = base_of(tmp_path / "base")
+    (base / "config.json").write_text('{"num_hidden_layers": 4, "tie_word_embeddings": true}')
+    own = factors({"lm_head": (16, 8)}, 4, 0) | factors(layers_of(LAYERS, SIZES), 4, 1)
+    head, embedding = f"{PREFIX}lm_head.", f"{PREFIX}model.embed_tokens."
+    own[f"{embedding}lora_embedding_A"] = own[f"{head}lora_B.weight"].T.clone()
+    own[f"{embedding}lora_embedding_B"] = own[f"{head}lora_A.weight"].T.clone()
+    own |= {
+        f"{module}base_layer.weight": load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+        for module in (head, embedding)
+    }
+    said = {"ensure_weight_tying": True} if equal else {}
+    adapter = write_adapter(tmp_path / "adapter", own, target_modules=["q_proj", "up_proj", "embed_tokens"], **said)
+    lines.edit_adapter(adapter, tmp_path / "out", base=base, **LINES)
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    for name in (f"{head}lora_B.weight", f"{embedding}lora_embedding_B"):
+        torch.testing.assert_close(found[name], 0.1 * own[name])
+    with_others = {name: tensor for name, tensor in own.items() if ".lm_head." not in name}
+    other = write_adapter(tmp_path / "other", with_others, target_modules=["q_proj", "up_proj", "embed_tokens"])
+    for second, ranks in ((adapter, {"lm_head": 8, "embed_tokens": 8}), (other, {"lm_head": 4, "embed_tokens": 8})):
+        models = [{"model": str(adapter)}, {"model": str(second)}]
+        lines.merge({"models": models, "base_model": str(base)}, tmp_path / "merged", as_adapter=True, force=True)
+        found = load_file(tmp_path / "merged" / "adapter_model.safetensors")
+        assert found[f"{head}lora_A.weight"].shape[0] == ranks["lm_head"]
+        assert found[f"{embedding}lora_embedding_A"].shape[0] == ranks["embed_tokens"]
+        config = json.loads((tmp_path / "merged" / "adapter_config.json").read_text())
+        assert bool(config.get("ensure_weight_tying")) == (equal and second == adapter)
+        assert "lm_head" in config["target_modules"] or config.get("ensure_weight_tying") or not equal
+        assert not any("base_layer" in name for name in found)
+
+
+def test_a_weight_that_one_holds_whole_and_another_adds_to(tmp_path: Path) -> None:
+    """No adapter holds their sum: refused by name."""
+    base = base_of(tmp_path / "base")
+    added = write_adapter(tmp_path / "a", factors(layers_of(LAYERS, SIZES), 4, 0))
+    whole = {f"{PREFIX}model.layers.0.q_proj.weight": torch.ones(12, 8)} | factors(
+        layers_of(2, {"up_proj": (20, 8)}), 4, 0
+    )
+    write_adapter(tmp_path / "b", whole, modules_to_save=["q_proj"])
+    models = [{"model": str(added)}, {"model": str(tmp_path / "b")}]
+    with pytest.raises(
+        lines.LinesError, match=r"b holds model\.layers\.0\.q_proj\.weight whole, and .*a adds a product"
+    ):
+        lines.merge({"models": models, "base_model": str(base)}, tmp_path / "no", as_adapter=True)
+
+
+def test_modules_that_the_base_stores_as_one(tmp_path: Path) -> None:
+    """Dinov2's gate and up: each has its product, also where several are merged; workers change no byte."""
+    of = LAYOUTS["dinov2"]
+    write_checkpoint(tmp_path / "base", of.together(of.apart(0)), config=of.config)
+    modules = {f"encoder.layer.{i}.mlp.{name}_proj": (12, 8) for i in range(3) for name in ("gate", "up")}
+    for seed, name in enumerate(("a", "b")):
+        write_adapter(tmp_path / name, factors(modules, 4, seed), target_modules=["gate_proj", "up_proj"])
+    lines.edit_adapter(tmp_path / "a", tmp_path / "out", base=tmp_path / "base", **LINES)
+    by = {f"{name}.weight": 0.1 + 0.45 * int(name.split(".")[2]) for name in modules}
+    one, other = (updates(tmp_path / name) for name in ("a", "b"))
+    close(updates(tmp_path / "out"), {name: by[name] * tau for name, tau in one.items()})
+    models = [{"model": str(tmp_path / name)} for name in ("a", "b")]
+    recipe = {"models": models, "base_model": str(tmp_path / "base"), "lines": LINES}
+    lines.merge(recipe, tmp_path / "merged", as_adapter=True)
+    close(updates(tmp_path / "merged"), {name: by[name] * (tau + other[name]) for name, tau in one.items()})
+
+
+def test_adapters_of_one_base_that_call_modules_otherwise(tmp_path: Path) -> None:
+    """As its files do, and as transformers does in memory: they are the same modules, and the output's are the latter,
+    for no model has both.
+    """
+    of = LAYOUTS["mixtral"]
+    write_checkpoint(tmp_path / "base", of.apart(0), config=of.config)
+    experts = of.apart(0)["model.layers.0.block_sparse_moe.gate.weight"].shape
+    for seed, name in enumerate(("mlp", "block_sparse_moe")):
+        only = range(seed, 3)  # of one layer there is but the new name, of another but the old
+        modules = {f"model.layers.{i - seed}.{name}.gate": tuple(experts) for i in only}
+        write_adapter(tmp_path / name, factors(modules, 4, seed), target_modules=["gate"])
+    models = [{"model": str(tmp_path / name)} for name in ("block_sparse_moe", "mlp")]
+    lines.merge({"models": models, "base_model": str(tmp_path / "base")}, tmp_path / "out", as_adapter=True)
+    old, new = (updates(tmp_path / name) for name in ("block_sparse_moe", "mlp"))
+    for name, tau in old.items():
+        new[name.replace("block_sparse_moe", "mlp")] += tau
+    close(updates(tmp_path / "out"), new)
+    lines.merge({"models": models[:1], "base_model": str(tmp_path / "base")}, tmp_path / "one", as_adapter=True, rank=3)
+    assert updates(tmp_path / "one").keys() == old.keys()
+
+
+def test_experts_of_which_a_filter_means_some(tmp_path: Path) -> None:
+    """They are one product, and have one coefficient: refused by name."""
+    of = LAYOUTS["qwen3_moe"]
+    fused = of.together(of.apart(0))["model.layers.0.mlp.experts.down_proj"]
+    write_checkpoint(tmp_path / "base", of.apart(0), config={**of.config, "num_hidden_layers": 3})
+    experts = f"{PREFIX}model.layers.0.mlp.experts"
+    own = {f"{experts}.lora_A.weight": torch.ones(4 * fused.shape[0], fused.shape[2])}
+    own[f"{experts}.lora_B.weight"] = torch.ones(fused.shape[1], 4 * fused.shape[0])
+    adapter = write_adapter(tmp_path / "a", own, target_parameters=["experts.down_proj"], target_modules=[])
+    for pattern, fits in (("experts.", True), ("experts.1.", False)):
+        if fits:
+            summary = lines.edit_adapter(adapter, tmp_path / "out", base=tmp_path / "base", filter={pattern: 0.3})
+            assert [module["coefficient"] for module in summary["modules"]] == [0.3]
+        else:
+            with pytest.raises(lines.LinesError, match=r"experts is one product.*differ"):
+                lines.edit_adapter(adapter, tmp_path / "no", base=tmp_path / "base", filter={pattern: 0.3})
+
+
 def test_nothing_of_the_base_s_weights_is_read(tmp_path: Path) -> None:
     """Only its header: a base whose data are NaN gives the same."""
     base, adapter = base_of(tmp_path / "base"), write_adapter(tmp_path / "a", factors(layers_of(LAYERS, SIZES), 4, 0))
