@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
@@ -66,7 +67,7 @@ def plan_of_adapters(opened: AdapterInputs, output: Path) -> AdapterPlan:
     """
     recipe = opened.recipe
     scaled = len(opened.adapters) == 1 and recipe.rank is None and recipe.energy is None
-    if not scaled or opened.adapters[0].config:
+    if any(adapter.config for adapter in opened.adapters):
         refuse_one_file(output)
     builder = _Builder(opened, output, in_place=scaled)
     return laid_out(builder.scaled() if scaled else builder.merged())
@@ -156,9 +157,9 @@ class _Builder:
         self.notes = [*self.recipe.notes, *opened.notes, *(note for one in self.adapters for note in one.notes)]
         if self.recipe.prefix is not None:
             raise RecipeError("prefix: that is of whole models, and these are adapters; leave it out")
+        if not in_place:
+            _refuse_two_forms(self.adapters)
         for adapter in self.adapters:
-            if not in_place:
-                _refuse_without_config(adapter)
             for change in adapter.changes:
                 _refuse_unknown(adapter, change, in_place=in_place)
         self.tensor_of = [opened.tensors_of(adapter) for adapter in self.adapters]
@@ -174,16 +175,17 @@ class _Builder:
         first_model = 1 if opened.inputs.has_base else 0
         self.ranges = [Ranges(opened.inputs, side) for side in range(len(opened.inputs.checkpoints))]
         self.file_of = [opened.inputs.file_numbers[first_model + n][0] for n in range(len(self.adapters))]
-        self.biases = {
-            (number, change.called): change.factors["D"]
-            for number, adapter in enumerate(self.adapters)
-            for change in adapter.changes
-            if change.kind == "difference"
-        }
         self.spelled = [
             {stored.info.offset: name for name, stored in adapter.checkpoint.tensors.items()}
             for adapter in self.adapters
         ]
+        every = [(number, change) for number, adapter in enumerate(self.adapters) for change in adapter.changes]
+        self.biases = {
+            (number, change.called): change.factors["D"]
+            for number, change in every
+            if change.kind == "difference" and ".lora_" in self.spelled[number][change.factors["D"].info.offset]
+        }
+        """Those of factors B, which go with their products."""
 
     def _grouped(self) -> list[_Changed]:
         found: dict[tuple[str, str, bool], dict[int, Change]] = {}
@@ -311,7 +313,7 @@ class _Builder:
         shapes = (a.info.shape[1:], (b.info.shape[0], *b.info.shape[2:]))
         side = min(math.prod(shapes[0]), shapes[1][0])
         place = self.depth.places.get(changed.tensor)
-        name = self._renamed.get(change.module, change.module)
+        name = self._renamed.get(change.module, change.called)
         return AdapterModule(name, changed.tensor, place, coefficient, rank, side, shapes=shapes)
 
     # --- several, merged ---
@@ -327,7 +329,8 @@ class _Builder:
             coefficient, factors = self._shares(changed)
             number, first = changed.first
             if first.kind == "difference":
-                continue  # a bias of lora_B, which goes with its product
+                self._add_differences(changed, factors, entries)
+                continue
             if first.kind == "whole":
                 if self._all_underneath(changed):
                     continue
@@ -366,6 +369,23 @@ class _Builder:
             saved=tuple(dict.fromkeys(map(str, saved))),
             needs=recipe.energy is not None,
         )
+
+    def _add_differences(
+        self,
+        changed: _Changed,
+        factors: Sequence[float],
+        entries: dict[str, tuple[str, tuple[int, ...], Entries]],
+    ) -> None:
+        """The sum of tensors that are added as they are; a bias of a product goes with that."""
+        parts, stored = list[Part](), list[StoredTensor]()
+        for number, change in changed.changes.items():
+            if self.biases.get((number, change.called)) != change.factors["D"]:
+                stored.append(change.factors["D"])
+                parts.append(Part(self._range(number, stored[-1]), factors[number] * change.scale))
+        if parts:
+            number, change = changed.first
+            name = self.spelled[number][change.factors["D"].info.offset]
+            entries[name] = (self._dtype(stored), stored[0].info.shape, Entries(tuple(parts)))
 
     def _all_underneath(self, changed: _Changed) -> bool:
         """Whether a tensor that adapters hold whole is nothing but the base's own beneath their products.
@@ -419,6 +439,13 @@ class _Builder:
         """What a module's tensors are called in PEFT's files, an embedding's by its own words."""
         number, change = changed.first
         own = self.spelled[number][change.factors["A"].info.offset]
+        if not self.adapters[number].config:
+            others = ((n, other.called) for n, other in changed.changes.items())
+            with_bias = next(
+                (self.spelled[key[0]][self.biases[key].info.offset] for key in others if key in self.biases), ""
+            )
+            found: dict[Role, str] = {"A": own, "B": self.spelled[number][change.factors["B"].info.offset]}
+            return found | ({"bias": with_bias} if bias else {})
         if ".base_layer." in own:
             raise UnsupportedError(
                 f"{self.adapters[number].file}: {printable(own)} is of a module within another that PEFT changes, and "
@@ -429,7 +456,7 @@ class _Builder:
             ends: dict[Role, str] = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
         else:
             ends = {"A": "lora_A.weight", "B": "lora_B.weight", **({"bias": "lora_B.bias"} if bias else {})}
-        module = self._renamed.get(change.module, change.module)
+        module = self._renamed.get(change.module, change.called)
         return {role: f"{PREFIX}{module}.{end}" for role, end in ends.items()}
 
     @cached_property
@@ -570,18 +597,40 @@ def _in_file(stored: StoredTensor, file: int) -> StoredTensor:
     return stored._replace(file=file)
 
 
-def _refuse_without_config(adapter: Adapter) -> None:
-    """Refuse to merge what PEFT has not written: what comes of it is written as PEFT has it.
+def _refuse_two_forms(adapters: Sequence[Adapter]) -> None:
+    """Refuse to merge adapters whose modules and factors are called otherwise: what is written has one form.
 
     Raises:
-        UnsupportedError: it has no config.
+        UnsupportedError: names two, and the form of either.
     """
-    if not adapter.config:
-        raise UnsupportedError(
-            f"{adapter.name} is an adapter without a config, as kohya's scripts and ComfyUI have them, and what "
-            "adapters are merged into is written as PEFT has it",
-            hint="Give PEFT's folders; or merge into a whole model: base_model, and no as_adapter.",
-        )
+    known: dict[str, tuple[str, Adapter]] = {}
+    for adapter in adapters:
+        for what, form in _forms(adapter):
+            before, other = known.setdefault(what, (form, adapter))
+            if before != form and other is not adapter:
+                raise UnsupportedError(
+                    f"{other.name} has {before}, and {adapter.name} {form}: what they are merged into has one form",
+                    hint="Give all in one form (PEFT's folders, or files of one program); or merge into a whole model: "
+                    "base_model, and no as_adapter.",
+                )
+
+
+def _forms(adapter: Adapter) -> Iterator[tuple[str, str]]:
+    """How an adapter's factors and modules are called: what may be called otherwise, and how it is, in words."""
+    if adapter.config:
+        yield "factors", "a config, as PEFT writes it"
+        return
+    spelled = {stored.info.offset: name for name, stored in adapter.checkpoint.tensors.items()}
+    for change in adapter.changes:
+        if change.kind == "low rank":
+            down = spelled[change.factors["A"].info.offset].removesuffix(".weight")
+            dots = "underscores for dots" if change.component.flat else "dots"
+            yield "factors", f"no config, factors called {down.rpartition('.')[2]}, and modules with {dots}"
+        if match := _UNET_BLOCKS.match(change.module):
+            yield "blocks", f"{'diffusers' if match[2] else 'the original'} names of blocks"
+
+
+_UNET_BLOCKS = re.compile(r"((down_blocks|up_blocks|mid_block)|input_blocks|output_blocks|middle_block)[._]")
 
 
 def _refuse_unknown(adapter: Adapter, change: Change, *, in_place: bool) -> None:
@@ -598,16 +647,22 @@ def _refuse_unknown(adapter: Adapter, change: Change, *, in_place: bool) -> None
         )
     if in_place or change.kind == "whole":
         return
-    of_lora_b = change.kind == "difference" and any(
-        other.called == change.called and other.kind == "low rank" for other in adapter.changes
+    if change.kind == "difference":
+        return
+    if change.others:
+        why = "a parameter of a module, said by its own name (target_parameters)"
+    elif change.kind != "low rank":
+        why = f"changed by more than a product of two matrices ({_CALLED[change.kind]})"
+    elif change.factors.keys() != {"A", "B"}:
+        why = "changed by more than a product of two matrices (a third one between them, as of a Tucker decomposition)"
+    else:
+        return
+    raise UnsupportedError(
+        f"{adapter.file}: {printable(change.called)} is {why}, and ranks of such are not put side by side", hint=fold
     )
-    plain = change.kind == "low rank" and change.factors.keys() == {"A", "B"} and not change.others
-    if not (of_lora_b or (plain and change.factors["A"].info.shape[0] == change.rank)):
-        raise UnsupportedError(
-            f"{adapter.file}: {printable(change.called)} is changed by more than a product of two matrices, and ranks "
-            "of such are not put side by side",
-            hint=fold,
-        )
+
+
+_CALLED = {"hadamard": "LoHa", "kronecker": "LoKr"}
 
 
 def _layers_in(config: Mapping[str, object], name: str) -> int | None:

@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass, replace
 
 from lines_cli.checkpoint.adapter import Adapter, is_adapter_at, open_adapter
+from lines_cli.checkpoint.adapter_names import with_dots
 from lines_cli.checkpoint.reader import Checkpoint, choose_weights, open_checkpoint
 from lines_cli.errors import RecipeError, UnsupportedError
 from lines_cli.hub.download import Located, Only, base_and_adapter, locate
@@ -44,8 +45,12 @@ class AdapterInputs:
         """
         base = self.base
         if base is None or not base.tensors:
-            changes = adapter.changes
-            return {f.info.offset: Changed(one.name, (one.name,)) for one in changes for f in one.factors.values()}
+            names = [f"{with_dots(change.called)}.{change.parameter}" for change in adapter.changes]
+            return {
+                stored.info.offset: Changed(name, (name,))
+                for name, change in zip(names, adapter.changes, strict=True)
+                for stored in change.factors.values()
+            }
         return changed_by(adapter, base)
 
 

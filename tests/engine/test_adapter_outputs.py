@@ -775,7 +775,7 @@ def test_a_lone_file_with_kohya_s_names(tmp_path: Path) -> None:
     wanted = load_file(tmp_path / "dense" / "model.safetensors")
     for out in ("scaled.safetensors", "scaled"):
         lines.edit_adapter(tmp_path / "lora.safetensors", tmp_path / out, base=base)
-        file = tmp_path / out if out.endswith("s") else tmp_path / out / "adapter_model.safetensors"
+        file = tmp_path / out if out.endswith("s") else tmp_path / out / "lora.safetensors"
         stored = load_file(file)
         assert stored.keys() == own.keys()
         assert all(torch.equal(stored[name], own[name]) for name in own if "lora_up" not in name)
@@ -783,8 +783,152 @@ def test_a_lone_file_with_kohya_s_names(tmp_path: Path) -> None:
         close(load_file(tmp_path / "again" / "model.safetensors"), wanted)
     assert lines.verify(tmp_path / "scaled").same
     assert not (tmp_path / "scaled" / "adapter_config.json").exists()
-    with pytest.raises(lines.LinesError, match="an adapter without a config"):
-        lines.merge({"models": [{"model": str(tmp_path / "lora.safetensors")}] * 2}, tmp_path / "no", as_adapter=True)
+
+
+KOHYA = {"lora_te1": (6, 6), "lora_te2": (6, 6)} | {
+    f"lora_unet_down_blocks_{i}_attentions_0_{name}": shape
+    for i in range(3)
+    for name, shape in {"proj_in": (8, 4, 3, 3), "to_q": (8, 8)}.items()
+}
+"""Modules of the parts of a pipeline, of which two text encoders have the same; and the shapes of their weights."""
+
+
+def of_kohya(
+    path: Path, seed: int, *, rank: int = 2, alpha: float | None = 3.0, only: str = ""
+) -> dict[str, torch.Tensor]:
+    """A file with kohya's names; and its updates."""
+    chance, own, taus = torch.Generator().manual_seed(seed), dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+    for name, shape in KOHYA.items():
+        if only not in name:
+            continue
+        module = name if "unet" in name else f"{name}_text_model_encoder_layers_{seed % 2}_mlp_fc1"
+        down = torch.randn(rank, *shape[1:], generator=chance)
+        up = torch.randn(shape[0], rank, *(1 for _ in shape[2:]), generator=chance)
+        own |= {f"{module}.lora_down.weight": down, f"{module}.lora_up.weight": up}
+        own |= {f"{module}.alpha": torch.tensor(alpha)} if alpha is not None else {}
+        tau = (up.double().flatten(1) @ down.double().flatten(1)).view(shape)
+        taus[module] = tau * (1 if alpha is None else alpha / rank)
+        if "to_q" in name:
+            own[f"{module}.diff_b"] = torch.randn(8, generator=chance)
+            taus[f"{module} bias"] = own[f"{module}.diff_b"].double()
+    save_file(own, path, metadata={"ss_network_dim": str(rank), "ss_network_alpha": str(alpha)})
+    return taus
+
+
+def updates_of_kohya(path: Path) -> dict[str, torch.Tensor]:
+    """What such a file changes, as kohya's scripts and ComfyUI take it: without an alpha the product is not scaled."""
+    stored, taus = load_file(path), dict[str, torch.Tensor]()
+    for name, down in stored.items():
+        module = name.partition(".")[0]
+        if name.endswith(".diff_b"):
+            taus[f"{module} bias"] = down.double()
+        if name.endswith(".lora_down.weight"):
+            up = stored[f"{module}.lora_up.weight"]
+            tau = (up.double().flatten(1) @ down.double().flatten(1)).view(up.shape[0], *down.shape[1:])
+            scale = float(stored[f"{module}.alpha"]) / down.shape[0] if f"{module}.alpha" in stored else 1.0
+            taus[module] = tau * scale
+    return taus
+
+
+@pytest.mark.parametrize("out", ["out.safetensors", "out"])
+@pytest.mark.parametrize("name", [*MERGES, "average"])
+def test_lone_files_are_merged_into_one(tmp_path: Path, name: str, out: str) -> None:
+    """Without a base and without a config: the sum of the products, in one file with the same names."""
+    one = of_kohya(tmp_path / "a.safetensors", 0)
+    other = of_kohya(tmp_path / "b.safetensors", 1, rank=3, alpha=None)
+    recipe, shares = MERGES.get(name, ({"merge_method": "average"}, [0.5, 0.5]))
+    weights = ({}, {}) if name == "average" else ({"parameters": {"weight": 0.7}}, {"parameters": {"weight": -0.4}})
+    models = [{"model": str(tmp_path / f"{x}.safetensors"), **of} for x, of in zip("ab", weights, strict=True)]
+    summary = lines.merge({**recipe, "models": models}, tmp_path / out, as_adapter=True)
+    wanted = {module: shares[0] * tau for module, tau in one.items()}
+    for module, tau in other.items():
+        wanted[module] = wanted.get(module, 0) + shares[1] * tau
+    file = tmp_path / out if out.endswith("s") else tmp_path / out / "a.safetensors"
+    close(updates_of_kohya(file), wanted)
+    assert summary["rank"] == [2, 5]
+    assert not (tmp_path / out / "adapter_config.json").exists()
+    assert lines.verify(tmp_path / out).same if out == "out" else True
+    with pytest.raises(lines.LinesError, match="ties with these parameters is no weighted sum"):
+        lines.merge(
+            {"merge_method": "ties", "models": models, "parameters": {"density": 0.5}}, tmp_path / "no", as_adapter=True
+        )
+    with pytest.raises(lines.LinesError) as refused:
+        lines.edit(tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "no.safetensors")
+    assert "--as-adapter" in str(refused.value.hint)
+
+
+@pytest.mark.parametrize("how", [{"rank": 2}, {"energy": 1.0}, {"rank": 50}])
+def test_lone_files_are_merged_into_one_of_fewer_ranks(tmp_path: Path, how: dict[str, Any]) -> None:
+    """Every module gets the nearest matrix of that rank; those of two text encoders are two."""
+    taus = [of_kohya(tmp_path / f"{name}.safetensors", seed) for seed, name in ((0, "a"), (2, "b"))]
+    models = [{"model": str(tmp_path / f"{name}.safetensors")} for name in "ab"]
+    lines.merge({"models": models}, tmp_path / "out.safetensors", as_adapter=True, **how)
+    found = updates_of_kohya(tmp_path / "out.safetensors")
+    sums = {name: tau + taus[1][name] for name, tau in taus[0].items()}
+    rank = how.get("rank", 50)
+    wanted = {n: truncated(s.flatten(1), rank).view(s.shape) if s.dim() > 1 else s for n, s in sums.items()}
+    close(found, wanted, 1e-5)
+
+
+def test_lone_files_over_depth(tmp_path: Path) -> None:
+    """Underscores are read as dots, as far as numbers tell, where the number of layers is said; the base's names say it
+    else.
+    """
+    modules = [f"text_model.encoder.layers.{i}.mlp.fc1" for i in (0, 2)]
+    own = {}
+    for module in modules:
+        flat = f"lora_te_{module.replace('.', '_')}"
+        own |= {f"{flat}.lora_down.weight": torch.randn(2, 6), f"{flat}.lora_up.weight": torch.randn(6, 2)}
+    save_file(own, tmp_path / "a.safetensors")
+    write_checkpoint(
+        tmp_path / "base", {f"text_model.encoder.layers.{i}.mlp.fc1.weight": torch.randn(6, 6) for i in range(5)}
+    )
+    for known in ({"num_layers": 5}, {"base": tmp_path / "base"}):
+        lines.edit_adapter(tmp_path / "a.safetensors", tmp_path / "out.safetensors", force=True, **known, **LINES)
+        found = load_file(tmp_path / "out.safetensors")
+        for i in (0, 2):
+            name = f"lora_te_text_model_encoder_layers_{i}_mlp_fc1.lora_up.weight"
+            torch.testing.assert_close(found[name], (0.1 + 0.9 * i / 4) * own[name])
+
+
+def test_adapters_of_several_forms(tmp_path: Path) -> None:
+    """One output has one form: PEFT's beside kohya's, and two names of one block, are refused; either is named."""
+    of_kohya(tmp_path / "a.safetensors", 0)
+    peft = write_adapter(tmp_path / "peft", factors(layers_of(2, SIZES), 4, 0))
+    of_original = {"lora_unet_input_blocks_1_1_to_q.lora_down.weight": torch.ones(2, 8)}
+    of_original |= {"lora_unet_input_blocks_1_1_to_q.lora_up.weight": torch.ones(8, 2)}
+    save_file(of_original, tmp_path / "b.safetensors")
+    diffusers = {
+        "text_encoder.layers.1.fc.lora_A.weight": torch.ones(2, 8),
+        "text_encoder.layers.1.fc.lora_B.weight": torch.ones(8, 2),
+    }
+    save_file(diffusers, tmp_path / "c.safetensors")
+    for other, said in (
+        (peft, "a config, as PEFT writes it"),
+        (tmp_path / "b.safetensors", "diffusers names of blocks, and .*b.safetensors the original names of blocks"),
+        (tmp_path / "c.safetensors", "factors called lora_down, .*c.safetensors no config, factors called lora_A"),
+    ):
+        models = [{"model": str(path)} for path in (tmp_path / "a.safetensors", other)]
+        with pytest.raises(lines.LinesError, match=said) as refused:
+            lines.merge({"models": models}, tmp_path / "no", as_adapter=True)
+        assert "one form" in str(refused.value.hint)
+
+
+@pytest.mark.parametrize(
+    "name", ["my_lora.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"]
+)
+def test_a_folder_with_a_lone_file(tmp_path: Path, name: str) -> None:
+    """It is read for what it is; what comes of it has the same names, no config, and the file's own name."""
+    (tmp_path / "folder").mkdir()
+    taus = of_kohya(tmp_path / "folder" / name, 0)
+    summary = lines.edit_adapter(tmp_path / "folder", tmp_path / "out", alpha=0.5, beta=0)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {name, "lines_recipe.yaml", "README.md"}
+    close(updates_of_kohya(tmp_path / "out" / name), {module: 0.5 * tau for module, tau in taus.items()})
+    assert "peft" not in (tmp_path / "out" / "README.md").read_text().lower()
+    assert len(summary["modules"]) == len(KOHYA)
+    assert lines.verify(tmp_path / "out").same
+    lines.edit_adapter(tmp_path / "out", tmp_path / "again", alpha=2, beta=0)
+    close(updates_of_kohya(tmp_path / "again" / name), taus)
 
 
 def test_a_base_in_fp8_and_a_pickled_fine_tune(tmp_path: Path) -> None:
