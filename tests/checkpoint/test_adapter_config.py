@@ -344,7 +344,9 @@ UNKNOWN = {"no word of it", "every linear layer", "an expression for other names
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(TARGETED.keys() - UNKNOWN))  # of which it adapts none at all, or asks transformers
+@pytest.mark.parametrize(
+    "name", sorted(TARGETED.keys() - UNKNOWN)
+)  # of which it adapts none at all, or asks transformers
 def test_peft_loads_none_of_what_a_config_does_not_name(name: str, tmp_path: Path) -> None:
     """The same table, by peft itself."""
     peft = pytest.importorskip("peft")
