@@ -638,7 +638,8 @@ ADAPTERS: dict[str, Case] = {
 """Folded into their base; scaled in place; their ranks side by side. None is of fewer ranks, for singular vectors are
 not the same on every machine.
 """
-CASES = {**EDITS, **MERGES, **ADAPTERS}
+OF_MODELS = {**EDITS, **MERGES}
+CASES = {**OF_MODELS, **ADAPTERS}
 
 
 # --- what is recorded ---
