@@ -323,6 +323,7 @@ OTHER_MEANINGS = {
     "inspection.adapters": {"weight", "scale"},
     "checkpoint.adapter_names": {"weight"},
     "plan.adapted": {"weight"},
+    "plan.flux_names": {"weight"},
     "sweep.config": {"seed"},  # of a search, and of repeated evaluations
     "sweep.live": {"seed"},
     "sweep.store": {"seed"},
