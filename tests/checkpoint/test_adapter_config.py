@@ -303,6 +303,14 @@ TARGETED: dict[str, tuple[dict[str, Any], list[str]]] = {  # what a config says 
     "one kind": ({"target_modules": ["q_proj"]}, [f"model.layers.{i}.up_proj" for i in range(3)]),
     "the end of a name": ({"target_modules": ["proj", "q_proj"]}, [f"model.layers.{i}.up_proj" for i in range(3)]),
     "an expression": ({"target_modules": r".*layers\.[01]\..*"}, ["model.layers.2.q_proj", "model.layers.2.up_proj"]),
+    "as Unsloth writes it": (
+        {
+            "target_modules": r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?"
+            r"(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\."
+            r"(?:(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)\.)?(?:(?:q_proj|k_proj|v_proj|o_proj|up_proj)))"
+        },
+        [],
+    ),
     "an expression for other names": ({"target_modules": r"transformer\.h\..*"}, []),
     "other names": (
         {"target_modules": ["c_attn"]},

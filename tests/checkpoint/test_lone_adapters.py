@@ -329,6 +329,66 @@ def test_a_file_of_peft_s_beside_its_config(tmp_path: Path) -> None:
     )
 
 
+SECOND = {f"text_model.encoder.layers.{i}.{m}": (20, 20) for i in range(3) for m in ("self_attn.q_proj", "mlp.fc1")}
+"""The second text encoder of SDXL: the same names, more layers, other sizes."""
+
+
+def sdxl(folder: Path) -> dict[str, Tensors]:
+    """A pipeline's folder; and its components."""
+    parts = {"unet": weights(UNET), "text_encoder": weights(TEXT, 1), "text_encoder_2": weights(SECOND, 2)}
+    classes = {"unet": ["diffusers", "UNet2DConditionModel"], "text_encoder": ["transformers", "CLIPTextModel"]}
+    classes["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
+    write_checkpoint(folder / "unet", parts["unet"], stem="diffusion_pytorch_model", config={"in_channels": 4})
+    for name, layers in (("text_encoder", 2), ("text_encoder_2", 3)):
+        write_checkpoint(
+            folder / name, parts[name], config={"model_type": "clip_text_model", "num_hidden_layers": layers}
+        )
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline", **classes}))
+    return parts
+
+
+@pytest.mark.parametrize("spelt", ["kohya", "diffusers"])
+def test_a_pipeline_with_two_text_encoders(spelt: str, tmp_path: Path) -> None:
+    """Each part of the file goes to its own component, though two have modules with the same names."""
+    parts = sdxl(tmp_path / "base")
+    before = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+    file, wanted = Tensors(), dict[str, Tensors]()
+    for seed, (name, every) in enumerate({"unet": UNET, "text_encoder": TEXT, "text_encoder_2": SECOND}.items()):
+        shapes = {module: shape for module, shape in every.items() if spelt == "kohya" or len(shape) == 2}
+        own, updates = kohya(shapes, before[name], seed=seed, alpha=1.5 if spelt == "kohya" else None)
+        if spelt == "diffusers":
+            names = {f"{before[name]}{module.replace('.', '_')}": f"{name}.{module}" for module in shapes}
+            ends = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
+            own = {f"{names[n.partition('.')[0]]}.{ends[n.partition('.')[2]]}": t for n, t in own.items()}
+        file |= own
+        wanted[name] = {f"{module}.weight": update for module, update in updates.items()}
+    save_file(file, tmp_path / "lora.safetensors")
+    lines.edit(tmp_path / "base", tmp_path / "lora.safetensors", tmp_path / "out", alpha=1, beta=0)
+    for name, tensors in parts.items():
+        found = load_file(next((tmp_path / "out" / name).glob("*.safetensors")))
+        assert found.keys() == tensors.keys()
+        for tensor in found:
+            update = wanted[name].get(tensor, torch.zeros(()))
+            torch.testing.assert_close(found[tensor].double(), tensors[tensor].double() + update, rtol=3e-7, atol=6e-7)
+
+
+def test_a_kernel_between_the_factors_in_place_and_merged(tmp_path: Path) -> None:
+    """Its product is scaled by one factor; several are no longer factors of one."""
+    own = {
+        "lora_down": torch.randn(2, 6, 1, 1),
+        "lora_mid": torch.randn(2, 2, 3, 3),
+        "lora_up": torch.randn(8, 2, 1, 1),
+    }
+    save_file({f"lora_unet_conv_in.{name}.weight": t for name, t in own.items()}, tmp_path / "lora.safetensors")
+    lines.edit_adapter(tmp_path / "lora.safetensors", tmp_path / "out.safetensors", alpha=0.5, beta=0)
+    found = load_file(tmp_path / "out.safetensors")
+    for name, tensor in own.items():
+        assert torch.equal(found[f"lora_unet_conv_in.{name}.weight"], tensor * (0.5 if name == "lora_up" else 1))
+    with pytest.raises(UnsupportedError, match="Tucker") as error:
+        lines.merge({"models": [{"model": str(tmp_path / "lora.safetensors")}] * 2}, tmp_path / "no", as_adapter=True)
+    assert "lines edit BASE" in str(error.value.hint)
+
+
 # --- FLUX ---
 
 WIDTH = 8
