@@ -218,6 +218,34 @@ def test_modules_that_the_base_stores_as_one(tmp_path: Path) -> None:
     close(updates(tmp_path / "merged"), {name: by[name] * (tau + other[name]) for name, tau in one.items()})
 
 
+def test_experts_are_put_side_by_side_one_by_one(tmp_path: Path) -> None:
+    """PEFT's layout of factors (`ParamWrapper.get_delta_weight`): A [experts * r, in], B [out, r * experts]."""
+    module, products = "model.layers.0.mlp.experts", []
+    for seed, rank in ((0, 4), (1, 2)):
+        chance = torch.Generator().manual_seed(seed)
+        a, b = torch.randn(3 * rank, 8, generator=chance), torch.randn(12, rank * 3, generator=chance)
+        own = {f"{PREFIX}{module}.lora_A.weight": a, f"{PREFIX}{module}.lora_B.weight": b}
+        said = {"r": rank, "target_parameters": ["mlp.experts.gate_up_proj"], "target_modules": []}
+        write_adapter(tmp_path / str(seed), own, **said)
+        parts = b.double().view(12, rank, 3), a.double().view(3, rank, 8)
+        products.append(8 / rank * torch.einsum("ore,eri->eoi", *parts))
+    models = [
+        {"model": str(tmp_path / name), "parameters": {"weight": weight}} for name, weight in (("0", 0.3), ("1", 2.0))
+    ]
+    summary = lines.merge({"models": models}, tmp_path / "out", as_adapter=True)
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    a, b = (found[f"{PREFIX}{module}.lora_{half}.weight"].double() for half in "AB")
+    product = torch.einsum("ore,eri->eoi", b.view(12, 6, 3), a.view(3, 6, 8))
+    torch.testing.assert_close(product, 0.3 * products[0] + 2 * products[1], rtol=1e-5, atol=1e-5)
+    assert summary["rank"] == [6, 6]
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (6, 6)
+    assert config["target_parameters"] == ["mlp.experts.gate_up_proj"]
+    assert lines.verify(tmp_path / "out").same
+    with pytest.raises(lines.LinesError, match="3 matrices in one"):
+        lines.merge({"models": models}, tmp_path / "no", as_adapter=True, energy=0.9)
+
+
 def test_adapters_of_one_base_that_call_modules_otherwise(tmp_path: Path) -> None:
     """As its files do, and as transformers does in memory: they are the same modules, and the output's are the latter,
     for no model has both.
