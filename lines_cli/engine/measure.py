@@ -80,8 +80,8 @@ def measure(plan: Plan, sources: Sequence[Opened], devices: Devices, track: Trac
         measuring.thresholds_by_tensor()
     if needs.l1:
         measuring.l1_norms()
-    if needs.products:
-        measuring.angles()
+    if needs.sums:
+        measuring.sums()
     if needs.majority or needs.norms:
         measuring.signs_and_norms()
     for rule in needs.scores:
@@ -285,24 +285,28 @@ class _Measuring:
         self.one_pass("L1 norms", job, tally)
         self.found(l1={name: tuple((before, after) for before, after in totals) for name, totals in sums.items()})
 
-    def angles(self) -> None:
-        """What the angle between two models' tensors follows from: their dot product and squared norms."""
+    def sums(self) -> None:
+        """What the method adds up over each tensor, such as the products from which angles follow."""
+        method = self.plan.recipe.method
         sums: dict[str, list[float]] = {}
 
         def job(worker: Worker, chunk: PlanChunk) -> tuple[str, list[list[float]]]:
-            _, weights = worker.inputs(chunk)
-            _refuse_nonfinite(worker, chunk, weights)
-            a, b = (tensor.to(torch.float64) for tensor in weights)
-            return chunk.tensor.name, [block_sums(product, SUM_BLOCK) for product in (a * b, a * a, b * b)]
+            if "sums" not in method.needs(chunk.tensor.values):
+                return chunk.tensor.name, []
+            _, tensors = read_chunk(worker, chunk)
+            _refuse_nonfinite(worker, chunk, tensors)
+            drop_entries(worker, chunk, tensors)
+            terms = method.sums(tensors, chunk.tensor.values)
+            return chunk.tensor.name, [block_sums(term.to(torch.float64), SUM_BLOCK) for term in terms]
 
         def tally(result: tuple[str, list[list[float]]]) -> None:
-            name, products = result
-            totals = sums.setdefault(name, [0.0, 0.0, 0.0])
-            for number, blocks in enumerate(products):
+            name, terms = result
+            totals = sums.setdefault(name, [0.0] * len(terms))
+            for number, blocks in enumerate(terms):
                 totals[number] = _added(totals[number], blocks)
 
-        self.one_pass("angles", job, tally)
-        self.found(products={name: (dot, first, second) for name, (dot, first, second) in sums.items()})
+        self.one_pass("sums", job, tally)
+        self.found(sums={name: tuple(totals) for name, totals in sums.items()})
 
     def signs_and_norms(self) -> None:
         """The sign that most elections give; and the L1 norms of the sum of all task vectors and of the merged one.
@@ -470,7 +474,8 @@ def _elect(worker: Worker, chunk: PlanChunk, needs: Needs) -> _Election:
         left(base, tensors)
         return _Election(balance)
     one, other = (1, -1) if needs.majority else (None, None)
-    merged = merge_chunk(worker, chunk, given=given, left=left, majority=one)
+    looks = left if needs.majority or method.norm_of_kept else None
+    merged = merge_chunk(worker, chunk, given=given, left=looks, majority=one)
     values = merged.values
     if method.takes == "weights":
         assert merged.base is not None

@@ -84,6 +84,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, output: Path) -> Plan:
     specified = list(compared(specs_of, inputs))
     specified = settle_empty(specified, recipe, inputs, rows, notes)
     refuse_empty(inputs, {spec.name: rows[spec.name] for spec in specified if spec.misfit})
+    _refuse_wrong_values(recipe, specified)
     specified = settle_misfits(specified, recipe, inputs, rows, depth, rules, notes)
     try:
         refuse_misfits(specified, recipe, inputs, difference)
@@ -392,6 +393,18 @@ def _depth(
     return depth
 
 
+def _refuse_wrong_values(recipe: Recipe, specs: Sequence[TensorSpec]) -> None:
+    """Refuse parameters that contradict each other where they come to a tensor.
+
+    Raises:
+        RecipeError: names the tensor.
+    """
+    first = {id(spec.values): spec for spec in reversed(specs) if spec.paired and spec.dtype not in EXACT_DTYPES}
+    for spec in reversed(first.values()):
+        if (why := recipe.method.wrong(spec.values)) is not None:
+            raise RecipeError(f"parameters of {printable(spec.name)}: {why}")
+
+
 def _needs(recipe: Recipe, depth: DepthMap, rules: Rules, specs: Iterable[TensorSpec]) -> Needs:
     """What has to be measured. `rules` give NaN where a coefficient depends on alpha, and alpha is not known; or on
     what a depth rule measures.
@@ -405,7 +418,7 @@ def _needs(recipe: Recipe, depth: DepthMap, rules: Rules, specs: Iterable[Tensor
     return Needs(
         thresholds=by_rank,
         l1="l1" in statistics,
-        products="angles" in statistics,
+        sums="sums" in statistics and (len(recipe.merged) > 1 or not all(map(method.one_is_itself, values))),
         majority=len(recipe.merged) > 1 and "majority" in statistics,
         norms=not all(map(method.plain_sum, values))
         and any(math.isnan(coefficient_of(recipe, depth, rules_by_alpha, spec)) for spec in merged),

@@ -163,7 +163,7 @@ class Plan:
         found = [WEIGHTS] if needs.weights else []
         found += ["thresholds"] if needs.thresholds else []
         found += ["L1 norms"] if needs.l1 else []
-        found += ["angles"] if needs.products else []
+        found += ["sums"] if needs.sums else []
         found += [self.pass_of_signs] if self.pass_of_signs else []
         found += [pass_of_rule(rule) for rule in needs.scores]
         return (*found, *((SCALES,) if self.to_quantise else ()))
@@ -236,8 +236,7 @@ class Plan:
         if found.thresholds:
             whole = self.measured_with(tensor) if self._of_model(tensor) else name
             thresholds = tuple(found.thresholds.get((model, whole), ()) for model in range(self.number_of_models))
-        products = found.products.get(name, (0.0, 0.0, 0.0))
-        return Measured(thresholds, found.majority, found.l1.get(name, ()), products)
+        return Measured(thresholds, found.majority, found.l1.get(name, ()), found.sums.get(name, ()))
 
     @property
     def bytes_read(self) -> int:
@@ -269,6 +268,7 @@ class Plan:
         temporaries += 5 if self.recipe.rounding == "stochastic" else 0
         temporaries += 4 if self.recipe.dtype == "fp8" else 0  # magnitudes; what it was, divided, and its loss
         temporaries += 2 * models + 1 if self.needs.thresholds else 0  # how far magnitudes are from a window
+        temporaries += 2 * models + 4 if self.needs.sums else 0  # all in float64, a product, and its blocks
         return BytesPerEntry(stored, written, 8 if self.in_float64 else 4, models + 1, temporaries)
 
     def buffer_bytes(self, resources: Resources) -> int:
@@ -306,11 +306,11 @@ class Plan:
         if method.sees == "entries":
             return held
         each = [
-            segment.numel * (8 if tensor.in_float64 else 4) * (self.number_of_models + 2)
-            + method.workspace(tensor.shape_of(segment))
+            segment.numel * (8 if tensor.in_float64 else 4) * (self.number_of_models + 2 + method.given_base)
+            + method.space_for(tensor.shape_of(segment), in_float64=tensor.in_float64)
             for tensor in self.tensors
             for segment in tensor.segments
-            if segment.models
+            if segment.models and method.sees_whole(tensor.values)
         ]
         return held + sum(sorted(each, reverse=True)[:workers])
 

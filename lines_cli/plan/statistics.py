@@ -42,7 +42,7 @@ class Statistics:
         kept: for each model, how many entries are kept, and of how many; empty where that was not counted.
         majority: the sign that most elections gave.
         l1: tensor -> for each model the L1 norm of its task vector, before and after entries were dropped.
-        products: tensor -> two models' dot product and squared L2 norms.
+        sums: tensor -> what is summed over it (`Method.sums`).
         norms: for `alpha: auto`.
         squares: the squared L2 norm of each model's task vector, over everything that is merged; empty where no weight
             rests on it.
@@ -54,7 +54,7 @@ class Statistics:
     kept: tuple[tuple[int, int], ...] = ()
     majority: int = 1
     l1: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
-    products: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
+    sums: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     norms: Norms | None = None
     squares: tuple[float, ...] = ()
     scores: Mapping[str, Mapping[str, Numbers]] = field(default_factory=dict)
@@ -67,7 +67,7 @@ class Statistics:
             "kept": self.kept,
             "majority": self.majority,
             "l1": self.l1,
-            "products": self.products,
+            "sums": self.sums,
             "norms": self.norms and [self.norms.total, self.norms.merged, self.norms.models],
             **({"squares": self.squares} if self.squares else {}),
             **({"scores": self.scores} if self.scores else {}),
@@ -89,7 +89,7 @@ class Statistics:
                 name: tuple((_number(before), _number(after)) for before, after in sums)
                 for name, sums in json["l1"].items()
             },
-            {name: (_number(a), _number(b), _number(c)) for name, (a, b, c) in json["products"].items()},
+            {name: tuple(map(_number, sums)) for name, sums in json["sums"].items()},
             Norms(*map(_number, json["norms"])) if json["norms"] else None,
             tuple(map(_number, json.get("squares", ()))),
             {
@@ -139,7 +139,7 @@ class Needs:
 
     thresholds: bool = False
     l1: bool = False
-    products: bool = False
+    sums: bool = False
     majority: bool = False
     norms: bool = False
     weights: bool = False
@@ -148,4 +148,4 @@ class Needs:
 
     def __bool__(self) -> bool:
         by_merging = self.majority or self.norms or bool(self.scores)
-        return self.thresholds or self.l1 or self.products or self.weights or by_merging
+        return self.thresholds or self.l1 or self.sums or self.weights or by_merging

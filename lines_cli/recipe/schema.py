@@ -692,12 +692,13 @@ class Recipe(_Part):
     @property
     def method(self) -> Method:
         """What its method says about itself."""
-        return find_method(self.merge_method)
+        return find_method(self.merge_method).with_base(self.base_model)
 
     @property
     def merged(self) -> tuple[Source, ...]:
         """The models whose tensors are merged, in the order in which the method takes them."""
-        chosen = self.method.chosen([source.model for source in self.models], self.base_model)
+        names = [source.model for source in self.models]
+        chosen = self.method.chosen(names, self.base_model, subtracted=self.lines is not None)
         base = self.base_model or ""
         return tuple(Source(model=base) if number is None else self.models[number] for number in chosen)
 

@@ -387,7 +387,7 @@ def _then(first: Any, second: Any) -> Any:
 def _with_parameters(recipe: Recipe, problems: list[Problem], said_at: SaidAt) -> Recipe | None:
     """The recipe with its parameters checked and frozen; problems are added to the list."""
     try:
-        method = find_method(recipe.merge_method)
+        method = find_method(recipe.merge_method).with_base(recipe.base_model)
     except ValueError as error:
         problems.append((("merge_method",), f"merge_method: {error}"))
         return None
