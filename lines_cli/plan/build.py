@@ -39,7 +39,7 @@ from lines_cli.plan.sidecars import with_sidecars
 from lines_cli.plan.statistics import NOTHING_MEASURED, Needs
 from lines_cli.plan.tensors import STORED, TensorSpec, refuse_empty, refuse_misfits, settle_empty, specify_tensors
 from lines_cli.plan.vocabulary import Difference, Vocabulary, find_vocabulary, notes_of
-from lines_cli.plan.weights import rules_among
+from lines_cli.plan.weights import rules_among, without_rules
 from lines_cli.recipe.schema import ComponentRule, Recipe, Scaling
 from lines_cli.scaling.find_depth import DepthMap, Place, Region, joined
 from lines_cli.scaling.numbered_lists import read_lists
@@ -401,7 +401,7 @@ def _refuse_wrong_values(recipe: Recipe, specs: Sequence[TensorSpec]) -> None:
     """
     first = {id(spec.values): spec for spec in reversed(specs) if spec.paired and spec.dtype not in EXACT_DTYPES}
     for spec in reversed(first.values()):
-        if (why := recipe.method.wrong(spec.values)) is not None:
+        if (why := recipe.method.wrong(without_rules(recipe, spec.values))) is not None:
             raise RecipeError(f"parameters of {printable(spec.name)}: {why}")
 
 

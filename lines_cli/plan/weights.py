@@ -25,6 +25,14 @@ def _weights(recipe: Recipe, values: Values) -> tuple[Any, ...]:
     return tuple(values[key]) if key is not None else ()
 
 
+def without_rules(recipe: Recipe, values: Values) -> Values:
+    """A tensor's values with NaN in place of rules, for what asks only whether the numbers make sense."""
+    key = recipe.method.counts_by
+    if key is None or not rules_among(recipe, values):
+        return values
+    return {**values, key: tuple(math.nan if isinstance(own, str) else own for own in values[key])}
+
+
 def with_weights(plan: Plan, squares: Sequence[float]) -> Plan:
     """The plan with numbers in place of rules.
 
@@ -64,7 +72,12 @@ def _with_numbers(recipe: Recipe, values: Values, squares: Sequence[float]) -> V
         found = WEIGHT_RULES[rule]([math.sqrt(squares[model]) for model in models])
         for model, weight in zip(models, found, strict=True):
             weights[model] = weight
-    return values if key is None else {**values, key: tuple(weights)}
+    if key is None:
+        return values
+    values = {**values, key: tuple(weights)}
+    if (why := recipe.method.wrong(values)) is not None:
+        raise MismatchError(f"{key} as it was measured: {why}", hint="Give numbers in place of the rule.")
+    return values
 
 
 def recorded(recipe: Recipe, squares: Sequence[float]) -> list[float | None] | None:

@@ -112,18 +112,15 @@ def parse_schedule(value: Any) -> Any:
     """
     if isinstance(value, str) and value in _SCHEDULES:
         return value
-    if isinstance(value, str) and _A_RULE.fullmatch(value) and not value.startswith("power:"):
+    if isinstance(value, str) and _A_RULE.fullmatch(value) and value.partition(":")[0] != "power":
         try:
             depth_rules.parse(value)
         except ValueError as error:
             name, names = value.partition(":")[0], (*_SCHEDULES, "power", *_rules())
-            if name in _SCHEDULES:
-                raise ValueError(f"the schedule {name} takes no number") from error
-            if name in names:
-                raise ValueError(str(error)) from error
-            near = get_close_matches(name.lower()[:_LONGEST_NAME], names, n=1, cutoff=0.6)
+            why = f"the schedule {name} takes no number" if name in _SCHEDULES else str(error)
+            near = [] if name in names else get_close_matches(name.lower()[:_LONGEST_NAME], names, n=1, cutoff=0.6)
             mean = f"did you mean {near[0]}? " if near else ""
-            raise ValueError(f"{error}; {mean}{_a_schedule()}") from error
+            raise ValueError(f"{why}; {mean}{_a_schedule()}") from error
         return value
     try:
         if isinstance(value, str) and value.startswith("power:"):

@@ -16,7 +16,7 @@ from lines_cli.methods import METHODS
 from lines_cli.recipe.validate import make_recipe
 from support.adapters import factors, layers_of, write_adapter
 from support.files import write_checkpoint
-from support.method_cases import TABLE, TYPICAL
+from support.method_cases import TYPICAL
 from support.run import run_lines
 from support.schedules import refused
 
@@ -112,14 +112,14 @@ def test_however_yaml_has_it(written: str, here: Path) -> None:
     assert weights_of("set") == weights_of("out")
 
 
-ON_TASK_VECTORS = [
+WITH_RULES = [
     case
     for case, (method, _) in TYPICAL.items()
-    if case.endswith("-0") and "weight" in METHODS[method].parameters and not TABLE[method].on_weights
+    if case.endswith("-0") and "weight" in METHODS[method].parameters and METHODS[method].parameters["weight"].rules
 ]
 
 
-@pytest.mark.parametrize("case", ON_TASK_VECTORS)
+@pytest.mark.parametrize("case", WITH_RULES)
 def test_every_method_takes_them_as_numbers(case: str, here: Path) -> None:
     """What is measured after it, alpha and thresholds among it, rests on the numbers."""
     method, said = TYPICAL[case]
@@ -133,6 +133,12 @@ def test_every_method_takes_them_as_numbers(case: str, here: Path) -> None:
         source["parameters"] = {"weight": weight}
     lines.merge(numbers, output="numbers")
     assert weights_of("out") == weights_of("numbers")
+
+
+def test_every_sum_of_task_vectors_has_them() -> None:
+    """Of methods that count models by a weight those for task vectors; nuslerp's says how far along an arc."""
+    without = {name for name, method in METHODS.items() if method.counts_by and not method.parameters["weight"].rules}
+    assert without == {"linear", "nuslerp"}
 
 
 def test_chunks_and_workers_change_no_byte(here: Path) -> None:
@@ -192,6 +198,18 @@ def test_in_memory_they_are_measured_too(here: Path) -> None:
 
 
 # --- refused ---
+
+
+def test_weights_that_sum_to_0(here: Path) -> None:
+    """Of a method that divides by their sum, once the rule has its number."""
+    entry = asked(1, "multislerp")
+    entry["models"] = [
+        {"model": "a", "parameters": {"weight": "nan"}},
+        {"model": "b", "parameters": {"weight": -1.0}},
+    ]
+    with pytest.raises(LinesError, match="weight as it was measured"):
+        lines.merge(entry, output="out")
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize(
