@@ -23,6 +23,7 @@ from lines_cli.scaling import depth_rules
 from lines_cli.scaling.depth_rules import DepthRule, find_rule
 from support.adapters import factors, layers_of, write_adapter
 from support.files import write_checkpoint
+from support.pipelines import write_pipeline
 from support.run import run_lines
 from support.schedules import refused
 
@@ -392,6 +393,42 @@ def test_inspect_foresees_rounding_by_it(here: Path) -> None:
     told = run_lines("inspect", "--config", "m.yaml", "--json").json
     assert [layer["coefficient"] for layer in told["layers"]] == layers(merged)
     assert told["scaling"]["alpha"] == merged["alpha"]
+
+
+def test_inspect_what_does_not_pair(here: Path) -> None:
+    """Tensors inside blocks that one side lacks are passed over, as ever."""
+    short = load_file(here / "ft" / "model.safetensors")
+    del short["model.layers.3.mlp.up_proj.weight"]
+    write_checkpoint(here / "short", short)
+    ran = run_lines("inspect", "short", "--base", "base", "--schedule", "larv", "--json")
+    assert (ran.code, ran.trace) == (0, ""), ran.err
+    assert all(layer["coefficient"] is not None for layer in ran.json["layers"])
+
+
+def test_components_of_a_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each may have a rule of its own; what is measured of one does not depend on the others."""
+    monkeypatch.chdir(tmp_path)
+    write_pipeline(tmp_path / "base", 1)
+    write_pipeline(tmp_path / "ft", 2)
+
+    def found(out: str, components: Any, schedule: str = "linear") -> dict[str, list[float]]:
+        scaling = {"alpha": 0.1, "beta": 0.9, "schedule": schedule}
+        asked = {"base_model": "base", "models": [{"model": "ft"}], "lines": scaling, "components": components}
+        told = lines.merge(asked, output=out)
+        assert run_lines("verify", out).code == 0
+        shown = run_lines("inspect", out, "--json").json["layers"]
+        for stack in told["stacks"]:
+            own = [layer["coefficient"] for layer in shown if layer["stack"] == stack["name"]]
+            assert own == pytest.approx(stack["coefficients"], rel=1e-12)
+        return {stack["name"].partition(".")[0]: stack["coefficients"] for stack in told["stacks"]}
+
+    every = found("every", {}, "esm")
+    one = found("one", {"unet": {"schedule": "esm"}, "text_encoder": {"schedule": "larv-tanh"}})
+    ends = found("ends", {"unet": {"schedule": "esm", "alpha": 0.2, "beta": 0.5}})
+    assert one["unet"] == every["unet"]
+    assert one["text_encoder"] != every["text_encoder"]
+    assert ends["unet"] == pytest.approx([0.2 + 0.5 * (c - 0.1) / 0.9 for c in every["unet"]])
+    assert ends["text_encoder"] == pytest.approx([0.1, 0.4, 0.7, 1.0])
 
 
 # --- refused ---
