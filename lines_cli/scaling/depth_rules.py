@@ -326,11 +326,11 @@ def _smoothly(layers: Sequence[Layer], _: float | None) -> list[float]:
 
 
 def _of_spectra(shape: Sequence[int]) -> int:
-    """Bytes in float64: the two matrices, a Gram matrix, and what LAPACK works in."""
+    """Bytes in float64: the two matrices, their product or a Gram matrix, and what LAPACK works in."""
     rows, columns = shape[0], math.prod(shape[1:])
     if len(shape) == 3:
         rows, columns = shape[1:]
-    return 8 * (2 * rows * columns + 6 * min(rows, columns) ** 2)
+    return 8 * (2 * rows * columns + 8 * min(rows, columns) ** 2)
 
 
 RULES: Mapping[str, DepthRule] = {
