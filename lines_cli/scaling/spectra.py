@@ -39,8 +39,8 @@ def ranks_and_commutator(base: Tensor, update: Tensor) -> tuple[float, float, fl
 
 
 def _of_norm_1(matrix: Tensor) -> Tensor | None:
-    """A copy in float64 over its Frobenius norm, the smaller side first; None where that norm is 0. It is divided by its
-    largest entry before, so that no square is lost.
+    """A copy in float64 over its Frobenius norm, the smaller side first; None where that norm is 0. It is divided by
+    the largest entry before, so that no square is lost.
     """
     import torch
 
