@@ -98,9 +98,10 @@ class Shares:
                 hint="Put the adapter onto its base first (lines edit BASE ADAPTER); or take a schedule that follows "
                 "from the depth alone, such as linear or cosine.",
             )
-        if rules := rules_among(recipe.values("", 0.0)):
+        if rules := rules_among(recipe, recipe.values("", 0.0)):
             raise RecipeError(
-                f"weight: {min(rules)} is measured on whole task vectors, and an adapter is merged without any",
+                f"{recipe.method.counts_by}: {min(rules)} is measured on whole task vectors, and an adapter is merged "
+                "without any",
                 hint="Say numbers; or merge into a whole model (base_model, and no as_adapter).",
             )
         number, alpha = len(recipe.merged), None

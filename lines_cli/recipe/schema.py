@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from decimal import Decimal
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
@@ -115,7 +116,14 @@ def parse_schedule(value: Any) -> Any:
         try:
             depth_rules.parse(value)
         except ValueError as error:
-            raise ValueError(f"{error}; {_a_schedule()}") from error
+            name, names = value.partition(":")[0], (*_SCHEDULES, "power", *_rules())
+            if name in _SCHEDULES:
+                raise ValueError(f"the schedule {name} takes no number") from error
+            if name in names:
+                raise ValueError(str(error)) from error
+            near = get_close_matches(name.lower()[:_LONGEST_NAME], names, n=1, cutoff=0.6)
+            mean = f"did you mean {near[0]}? " if near else ""
+            raise ValueError(f"{error}; {mean}{_a_schedule()}") from error
         return value
     try:
         if isinstance(value, str) and value.startswith("power:"):
@@ -136,11 +144,17 @@ def parse_schedule(value: Any) -> Any:
 _A_RULE = re.compile(r"(?!(?:nan|inf|infinity)$)[a-z][a-z0-9_-]*(?::.*)?", re.DOTALL | re.IGNORECASE)
 
 
+_LONGEST_NAME = 100
+
+
+def _rules() -> tuple[str, ...]:
+    return (*depth_rules.RULES, *depth_rules.installed_names())
+
+
 def _a_schedule() -> str:
-    rules = ", ".join((*depth_rules.RULES, *depth_rules.installed_names()))
     return (
-        f"a schedule is linear, constant, reversed, unet, {rules}, power:P with P above 0, or a list of coefficients, "
-        "as in 0.1,0.6,1"
+        f"a schedule is linear, constant, reversed, unet, {', '.join(_rules())}, power:P with P above 0, or a list of "
+        "coefficients, as in 0.1,0.6,1"
     )
 
 
