@@ -134,7 +134,11 @@ class Plan:
     @property
     def read_paths(self) -> tuple[Path, ...]:
         """Everything the output must not replace: the inputs as they were named, and all their files."""
-        named = [part for checkpoint in self.inputs.checkpoints for part in checkpoint.parts or (checkpoint,)]
+        named = [
+            part
+            for checkpoint in self.inputs.checkpoints
+            for part in checkpoint.parts or checkpoint.stacked or (checkpoint,)
+        ]
         return (*(checkpoint.path for checkpoint in named), *self.paths)
 
     @property
