@@ -69,5 +69,5 @@ $(VENV)/peers: $(VENV)/dev
 benchmarks/.venv-peers/done: constraints.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt mergekit==0.1.5 sd-mecha==1.1.8
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt mergekit==0.1.5 sd-mecha==1.1.8 peft==0.21.2
 	@touch $@

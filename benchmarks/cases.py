@@ -11,7 +11,7 @@ from models import Model
 from timing import Contender
 
 IMPORT, FLOOR, DIGESTS, MERGEKIT = "import torch", "floor", "floor + digests", "mergekit, best flags"
-UNMEASURED = "lines edit, nothing measured"
+UNMEASURED, OF_ADAPTER = "lines edit, nothing measured", "lines edit, adapter"
 
 # The fastest and the smallest in memory of those tried on a CPU, with models of 0.5 and 1.7 GB. Asynchronous writing,
 # more or fewer threads and the lazy unpickler gain nothing beside small shards; `--multi-gpu` fails without a GPU.
@@ -104,6 +104,7 @@ class Suite:
             *(self.scaling(shape) for shape in sizes.scaling),
             self.huge(),
             self.edit_fp32(),
+            self.adapter(),
             self.pickles(),
             self.fp8(),
             self.fp8_out(),
@@ -178,6 +179,28 @@ class Suite:
             writes=models[0].nbytes // 2,
             rounds=self.sizes.fewer,
             about="The floor reads both models, and writes half of the bytes of one.",
+        )
+
+    def adapter(self) -> Case:
+        base, tuned = Model("base", self.sizes.edit), Model("ft1", self.sizes.edit)
+        adapter = Model("ft1", self.sizes.edit, "fp32", form="lora")
+        peft = f"{PEERS}/python ../peft_merge.py {base.name} {adapter.name} out && sync out/*"
+        return Case(
+            "adapter",
+            "`lines edit` of an adapter, {size} of bf16",
+            [base, tuned, adapter],
+            [
+                *_floors([base, tuned]),
+                self._lines("lines edit", f"edit {base.name} {tuned.name} -o out"),
+                self._lines(OF_ADAPTER, f"edit {base.name} {adapter.name} -o out"),
+                *([Contender("PEFT", peft, rounds=1)] if self.peers else []),
+            ],
+            writes=base.nbytes,
+            rounds=self.sizes.rounds,
+            reference="lines edit",
+            about="An adapter of rank 16 on every matrix of the layers, in float32, beside a fine-tune of full size; "
+            "each edit reads its own two inputs, and the floors read those of the latter. PEFT loads model and "
+            "adapter, merges and saves, with no coefficient for the layers.",
         )
 
     def pickles(self) -> Case:

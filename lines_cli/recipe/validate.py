@@ -493,9 +493,8 @@ def _check_models(recipe: Recipe, problems: list[Problem]) -> None:
         why = f"{name} merges task vectors" if method.takes == "task vectors" else "lines: scales task vectors"
         what = f"base_model is missing: {why}, the differences to a base; add base_model: PATH"
         what += (
-            " (adapters of PEFT, with their configs, can be merged into an adapter without one: as_adapter: true, or "
+            " (adapters are merged into an adapter without one, by linear methods: as_adapter: true, or --as-adapter)"
         )
-        what += "--as-adapter)"
         problems.append((("base_model",), what))
     is_one_of_them = recipe.base_model in (*recipe.names, *(source.model for source in recipe.merged))
     if recipe.base_model is not None and not recipe.subtracts_base and not is_one_of_them:
