@@ -17,13 +17,11 @@ from typing import TYPE_CHECKING, Any
 from lines_cli.errors import RecipeError
 from lines_cli.sweep.config import Range, Space, Sweep
 from lines_cli.sweep.report import Judge, Judged
-from lines_cli.sweep.store import Store
+from lines_cli.sweep.store import JOURNAL, Store
 from lines_cli.sweep.trials import LINES, Trial, complete, constant, reversed_, span, why_not
 
 if TYPE_CHECKING:
     from lines_cli.sweep.run import Sweeping
-
-JOURNAL = "optuna.log"
 
 
 def middle(sweep: Sweep) -> dict[str, Any]:
