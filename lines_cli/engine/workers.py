@@ -44,6 +44,55 @@ from lines_cli.storage.digest import WRITE_SIZE
 from lines_cli.storage.files import in_whole_pages
 
 
+class _Stored:
+    """Reads what inputs store; it knows nothing of the buffers, so that these go when their worker does.
+
+    Args:
+        paths: the inputs.
+        sources: the same, opened.
+        device: where factors are put.
+        turned: matrices that an input stores the other way round, for all workers.
+    """
+
+    def __init__(self, paths: Sequence[Path], sources: Sequence[Opened], device: torch.device, turned: Turned) -> None:
+        self._paths, self._sources, self._device, self._turned = paths, sources, device, turned
+        self.at: str | None = None
+
+    def entries(self, source: SourceRange, view: memoryview, first: int) -> None:
+        """Fill `view` with the entries of a range as they are stored, from the `first` of it on."""
+        width = itemsize(source.dtype)
+        if source.parts:
+            read_parts(source.parts, first, view, width, self.fill, self._turned)
+        else:
+            self.fill(source.file, view, source.offset + first * width)
+
+    def factor(self, stored: StoredTensor, first: int, numel: int) -> torch.Tensor:
+        """Entries of a tensor that a step needs, from `first` on: [numel], as they are stored.
+
+        Raises:
+            CheckpointError: the file cannot be read, or is shorter than it was.
+        """
+        dtype, width = _OF_FACTORS[stored.info.dtype], itemsize(stored.info.dtype)
+        raw = bytearray(numel * width)
+        self.fill(stored.file, memoryview(raw), stored.info.offset + first * width)
+        values = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+        return values.to(self._device)
+
+    def fill(self, file: int, view: memoryview, offset: int) -> None:
+        """Read bytes of an input into all of `view`."""
+        path = self._paths[file]
+        try:
+            got = read_input(self._sources[file], view, offset)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+        if got < len(view):
+            of = f" in the middle of tensor {printable(self.at)}" if self.at is not None else ""
+            raise ChangedInputError(
+                f"{path}: ends{of}; it was whole a moment ago",
+                hint="Something shortened it. Run it again when nothing writes to it.",
+            )
+
+
 class Reader:
     """One thread's device and buffers: reads a chunk's entries in any input, and holds them widened.
 
@@ -73,18 +122,25 @@ class Reader:
         if device.type == "cuda":
             torch.cuda.set_device(device)
             torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call] # this thread's
-        self._turned = turned
-        self.at: str | None = None
-        """The tensor that is being worked on."""
         self._raw: list[Buffer] = []
         self._held = torch.empty(0)
         self._views: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None  # of what is held: the last asked for
         self._out: list[Buffer] = []
         shared = sources.shared if isinstance(sources, Sources) else new_shared()
-        self._makers = Makers(self._factor, device, shared)
-        self._gather = Gather(self._stored, self._makers, device)
+        self._stored = _Stored(paths, sources, device, turned)
+        self._makers = Makers(self._stored.factor, device, shared)
+        self._gather = Gather(self._stored.entries, self._makers, device)
         if not self._allocate():
             self.halve()
+
+    @property
+    def at(self) -> str | None:
+        """The tensor that is being worked on."""
+        return self._stored.at
+
+    @at.setter
+    def at(self, tensor: str | None) -> None:
+        self._stored.at = tensor
 
     @property
     def out(self) -> Buffer:
@@ -157,16 +213,8 @@ class Reader:
         if source.gathered is not None:
             self._gather.read(view, source, source.first + chunk.first)
         else:
-            self._stored(source, view, chunk.first)
+            self._stored.entries(source, view, chunk.first)
         return Loaded(buffer, source.dtype, chunk.numel, view)
-
-    def _stored(self, source: SourceRange, view: memoryview, first: int) -> None:
-        """Fill `view` with the entries of a range as they are stored, from the `first` of it on."""
-        width = itemsize(source.dtype)
-        if source.parts:
-            read_parts(source.parts, first, view, width, self._fill, self._turned)
-        else:
-            self._fill(source.file, view, source.offset + first * width)
 
     def made(self, chunk: Chunk[Tensor], source: SourceRange, into: torch.Tensor) -> torch.Tensor:
         """A chunk's entries in one input, widened, made of what is stored where it has steps: `into`, [numel]."""
@@ -182,32 +230,6 @@ class Reader:
     def update(self, chunk: Chunk[Tensor], source: SourceRange, steps: tuple[Formula, ...], into: torch.Tensor) -> None:
         """Put into [numel] what the last `steps` of a range add to a chunk's entries."""
         self._makers.update(into, steps, source.first + chunk.first)
-
-    def _factor(self, stored: StoredTensor, first: int, numel: int) -> torch.Tensor:
-        """Entries of a tensor that a step needs, from `first` on: [numel], as they are stored.
-
-        Raises:
-            CheckpointError: the file cannot be read, or is shorter than it was.
-        """
-        dtype, width = _OF_FACTORS[stored.info.dtype], itemsize(stored.info.dtype)
-        raw = bytearray(numel * width)
-        self._fill(stored.file, memoryview(raw), stored.info.offset + first * width)
-        values = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
-        return values.to(self.device)
-
-    def _fill(self, file: int, view: memoryview, offset: int) -> None:
-        """Read bytes of an input into all of `view`."""
-        path = self.paths[file]
-        try:
-            got = read_input(self.sources[file], view, offset)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-        if got < len(view):
-            of = f" in the middle of tensor {printable(self.at)}" if self.at is not None else ""
-            raise ChangedInputError(
-                f"{path}: ends{of}; it was whole a moment ago",
-                hint="Something shortened it. Run it again when nothing writes to it.",
-            )
 
 
 class Worker(Reader):

@@ -6,6 +6,8 @@ are apart from those of the host, though on the CPU too, and an allocator that s
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -109,6 +111,21 @@ def test_buffers_take_what_was_accounted_for(chunk: int, tmp_path: Path, own_mem
     taken = [worker._held, *(buffer._device for buffer in (*worker._raw, worker.out))]
     each = replace(plan.per_entry, temporaries=0)  # which the arithmetic makes on its way
     assert sum(tensor.nbytes for tensor in taken) == chunk * each.nbytes(slots=devices.SLOTS)
+
+
+def test_buffers_go_with_their_worker(tmp_path: Path) -> None:
+    """At once: a next pass would else take its memory beside that of the last one, until Python looks for cycles."""
+    models(tmp_path)
+    recipe = lines.edit_recipe(str(tmp_path / "base"), str(tmp_path / "a"))
+    plan = lines.make_plan(recipe, lines.open_inputs(recipe), tmp_path / "out")
+    gc.disable()
+    try:
+        worker = Worker(plan, [], torch.device("cpu"), SUM_BLOCK, Kept(1), Kept(0))
+        held = weakref.ref(worker)
+        del worker
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("gpu_memory", [None, 500_000_000, 3_000_000_000])
