@@ -33,14 +33,18 @@ def main() -> None:
             inner = getattr(inner, part)
         inner.register_parameter(last, torch.nn.Parameter(tensor.to(where), requires_grad=False))
     for number, _ in enumerate(
-        lines.candidates({"base": options.base, "ft": options.ft}, {"lines.alpha": ALPHAS}, module, device=options.device)
+        lines.candidates(
+            {"base": options.base, "ft": options.ft}, {"lines.alpha": ALPHAS}, module, device=options.device
+        )
     ):
         print(number, f"{time.perf_counter():.2f}", f"{time.process_time():.2f}", flush=True)
 
 
 def shapes(folder: str) -> dict[str, torch.Tensor]:
     from pathlib import Path
+
     from safetensors.torch import load_file
+
     found = {}
     for path in Path(folder).glob("*.safetensors"):
         found |= load_file(path)

@@ -3,11 +3,15 @@ stays where it is, and the rest is written over it, into pages and blocks that a
 
 What another candidate's folder holds is shared where the filesystem shares blocks until one side is written to (a
 reflink). Hard links are not used, least of all to inputs: an evaluation that writes into its checkpoint would change
-what is behind them, too. A file that an evaluation changed is made anew.
+what is behind them, too.
+
+A file that an evaluation changed, or that some process can still write to, is made anew. So is every file where the
+system does not tell of such changes.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import shutil
 import stat
@@ -25,7 +29,7 @@ from lines_cli.storage.files import write_from
 State = tuple[int, ...]
 """Of a file: device, inode, links to it, bytes, when its content and when the file itself was last changed."""
 
-_TICK = 0.02  # seconds: more than the steps in which a system counts when a file was changed
+TICK = 0.02  # seconds: more than the steps in which a system counts when a file was changed
 
 
 @dataclass(frozen=True)
@@ -67,33 +71,43 @@ class CandidateFiles:
 
     def __init__(self) -> None:
         self._made: dict[Path, dict[str, Made]] = {}
+        self._told: bool | None = None  # whether the system tells of changes; None where nobody has asked yet
 
     def take_over(self, before: Path, folder: Path) -> None:
-        """Rename an earlier candidate's folder, and remove from it what an evaluation has left there.
-
-        Raises:
-            OSError: it cannot be renamed.
+        """Rename an earlier candidate's folder, and remove from it what an evaluation has left there. What cannot be
+        renamed is removed.
         """
         known = self._made.pop(before, {})
-        if before.is_symlink() or not before.is_dir():
-            _remove(before)
-            return
-        if before != folder:
-            before.rename(folder)
-        kept = {name: made for name, made in known.items() if _state(folder / name) == made.state}
-        for path in sorted(folder.rglob("*"), reverse=True):
-            if path.relative_to(folder).as_posix() not in kept and (path.is_symlink() or not path.is_dir()):
-                path.unlink(missing_ok=True)
-        for path in sorted(folder.rglob("*"), reverse=True):
-            if path.is_dir() and not path.is_symlink():
-                with suppress(OSError):  # not empty
-                    path.rmdir()
-        self._made[folder] = kept
+        try:
+            if before.is_symlink() or not before.is_dir():
+                raise NotADirectoryError(before)
+            _unlock(before)
+            if before != folder:
+                remove(folder)
+                before.rename(folder)
+            kept = {name: made for name, made in known.items() if self._is_as_left(folder / name, made.state)}
+            for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder comes before it
+                if path.is_dir() and not path.is_symlink():
+                    with suppress(OSError):  # not empty
+                        path.rmdir()
+                elif path.relative_to(folder).as_posix() not in kept:
+                    path.unlink(missing_ok=True)
+        except OSError:
+            remove(before)
+            remove(folder)
+        else:
+            self._made[folder] = kept
+
+    def _is_as_left(self, path: Path, state: State) -> bool:
+        if self._told is None:
+            self._told = tells_of_changes(path.parent)
+        inside = path.parent.resolve() == path.parent.absolute()  # no link leads to it
+        return self._told and inside and _state(path) == state and not written_elsewhere(path)
 
     def forget(self, folder: Path) -> None:
         """Remove a candidate, if it is there."""
         self._made.pop(folder, None)
-        _remove(folder)
+        remove(folder)
 
     @contextmanager
     def opened(self, plan: Plan, same: object, folder: Path) -> Iterator[Opened]:
@@ -129,7 +143,7 @@ class CandidateFiles:
                 if opened is not None:
                     os.close(opened)
         if todo:
-            time.sleep(_TICK)  # whoever changes a file from now on changes its state, too
+            time.sleep(TICK)  # whoever changes a file from now on changes its state, too
         self._made[folder] = {
             file.name: Made(file, same, tensors, state)
             for file, tensors in zip(plan.outputs, by_file, strict=True)
@@ -169,6 +183,49 @@ def _state(path: Path) -> State | None:
     return None
 
 
+def tells_of_changes(folder: Path) -> bool:
+    """Whether the system tells, of a file in this folder, that it was written to (also through memory: tmpfs does not
+    tell that), and that some process still could.
+    """
+    try:
+        with open(folder / f".lines-{os.getpid()}", "x+b", buffering=0) as file:
+            path = Path(file.name)
+            try:
+                file.write(bytes(mmap.PAGESIZE))
+                with mmap.mmap(file.fileno(), mmap.PAGESIZE) as mapped:
+                    for number in (1, 2):
+                        before = (mapped[0], os.fstat(file.fileno()).st_mtime_ns)  # read first: so it is mapped
+                        time.sleep(TICK)
+                        mapped[0] = number
+                        if os.fstat(file.fileno()).st_mtime_ns == before[1]:
+                            return False
+                        mapped.flush()
+                if not written_elsewhere(path):
+                    return False
+                file.close()
+                return not written_elsewhere(path)
+            finally:
+                path.unlink(missing_ok=True)
+    except (OSError, ValueError):
+        return False
+
+
+def written_elsewhere(path: Path) -> bool:
+    """Whether a process has a file open for writing, or mapped so; also where nobody can tell."""
+    try:
+        import fcntl
+
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)  # refused while there is a writer
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        finally:
+            os.close(fd)
+    except (ImportError, AttributeError, OSError):
+        return True
+    return False
+
+
 _FICLONE = 0x40049409  # linux/fs.h
 
 
@@ -189,8 +246,19 @@ def reflink(source: Path, target: Path) -> bool:
     return made
 
 
-def _remove(folder: Path) -> None:
+def _unlock(folder: Path) -> None:
+    """Take back what an evaluation has taken from the owner's rights to folders."""
+    for at in (folder, *(Path(inner) / name for inner, names, _ in os.walk(folder) for name in names)):
+        if not at.is_symlink():
+            with suppress(OSError):
+                at.chmod(at.stat().st_mode | stat.S_IRWXU)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder that a sweep has made, if it is there."""
     if folder.is_symlink() or folder.is_file():
-        folder.unlink(missing_ok=True)
-    else:
+        with suppress(OSError):
+            folder.unlink(missing_ok=True)
+    elif folder.is_dir():
+        _unlock(folder)
         shutil.rmtree(folder, ignore_errors=True)

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import BinaryIO
 
 import torch
 
@@ -158,11 +160,8 @@ class Candidates:
         merged = self._merged[1] if self._merged is not None and self._merged[1].path in plan.paths else None
         paths = [path for path in plan.paths if merged is None or path != merged.path]
         with opened(paths) as fds:
-            if merged is None:
-                yield with_views(fds, plan.views)
-            else:
-                with merged.opened() as behind:
-                    yield Sources([*with_views(fds, plan.views), behind])
+            sources = with_views(fds, plan.views)
+            yield sources if merged is None else Sources([*sources, merged.opened])
 
     # --- merged task vectors ---
 
@@ -184,9 +183,11 @@ class Candidates:
             self._scratch.mkdir(parents=True, exist_ok=True)
         elif 2 * nbytes_merged(plan) > free_memory():
             return None
-        merged = Merged(plan, self._scratch)
+        with naming(self._scratch or Path("memory")):
+            merged = Merged(plan, self._scratch)
+        behind = merged.opened
         try:
-            with merged.opened() as behind, self._sources(plan) as sources, naming(merged.path):
+            with self._sources(plan) as sources, naming(merged.path):
 
                 def store(worker: Worker, item: list[PlanChunk]) -> int:
                     for chunk in worker.cut(item):
@@ -262,21 +263,17 @@ class Merged:
     """
 
     def __init__(self, plan: Plan, scratch: Path | None) -> None:
-        self.path = (scratch or Path("memory")) / "merged.bin"
+        self.path = (
+            scratch or Path("memory")
+        ) / "merged.bin"  # in messages: the file has no name, so none can change it
         self._infos = _infos_of_merged(plan)
-        self._memory = _InMemory(nbytes_merged(plan)) if scratch is None else None
+        self._held: _InMemory | BinaryIO
+        self._held = _InMemory(nbytes_merged(plan)) if scratch is None else TemporaryFile(dir=scratch)  # noqa: SIM115 - `close`
 
-    @contextmanager
-    def opened(self) -> Iterator[Opened]:
+    @property
+    def opened(self) -> Opened:
         """To be read, or written."""
-        if self._memory is not None:
-            yield self._memory
-            return
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
-        try:
-            yield fd
-        finally:
-            os.close(fd)
+        return self._held if isinstance(self._held, _InMemory) else self._held.fileno()
 
     @staticmethod
     def write(into: Opened, values: memoryview, offset: int) -> None:
@@ -289,9 +286,10 @@ class Merged:
 
     def close(self) -> None:
         """Let go of it."""
-        if self._memory is None:
-            self.path.unlink(missing_ok=True)
-        self._memory = None
+        if isinstance(self._held, _InMemory):
+            self._held = _InMemory(0)
+        else:
+            self._held.close()
 
     def offset_of(self, tensor: TensorPlan) -> int:
         """Where a tensor begins."""

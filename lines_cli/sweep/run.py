@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lines_cli.api.calls import RunOptions, carry_out
+from lines_cli.engine.candidate_files import remove
 from lines_cli.engine.candidates import Candidates, nbytes_merged
 from lines_cli.errors import DataError, MismatchError, OutputError, RecipeError, printable, size
 from lines_cli.methods import METHODS
@@ -203,8 +204,8 @@ class Sweeping:
         self.trials = _trials(sweep, self.notes)
         self.stopping = threading.Event()
         self._making = threading.Lock()
-        self._last: dict[int, tuple[Path, str]] = {}
-        """For each evaluation that runs at a time: the folder of its last candidate, and what that was made of."""
+        self._last: dict[int, tuple[Path, Recipe, Plan]] = {}
+        """For each evaluation that runs at a time: the folder of its last candidate, and what made that."""
         self._logging = threading.Lock()
         self.candidates = Candidates(options.resources, scratch=None if sweep.in_process else self.folder / _CANDIDATES)
         self.plan = self.candidates.plan(sweep.recipe_of(self.trials[0].settings), output)
@@ -233,7 +234,7 @@ class Sweeping:
 
     def _run(self) -> Found:
         with naming(self.folder):
-            _remove(self.folder / _CANDIDATES)
+            remove(self.folder / _CANDIDATES)
             for name in (_CANDIDATES, _LOGS):
                 (self.folder / name).mkdir(exist_ok=True)
         store = self._store()
@@ -245,7 +246,7 @@ class Sweeping:
             self.stopping.set()
             store.close()
             self.candidates.close()
-            _remove(self.folder / _CANDIDATES)
+            remove(self.folder / _CANDIDATES)
         return self._finish(judged)
 
     def _store(self) -> Store:
@@ -328,8 +329,8 @@ class Sweeping:
         """The recipe that gives one model back as it is. What is evaluated is a copy of an input, never the input: an
         evaluation may write into its checkpoint, or remove it.
         """
-        said: dict[str, Any] = {"models": [{"model": model}], "like": "ft"}
         own = self.sweep.recipe
+        said: dict[str, Any] = {"models": [{"model": model}], "like": "ft", "max_shard_size": own.max_shard_size}
         if own.base_model is not None:
             said["base_model"] = own.base_model
         else:
@@ -444,10 +445,7 @@ class Sweeping:
             with self._making:
                 if self.stopping.is_set():
                     raise KeyboardInterrupt
-                made_of = recipe.model_dump_json()
-                if self._last.get(slot) != (folder, made_of):
-                    self._make(slot, folder, recipe)
-                    self._last[slot] = folder, made_of
+                self._make(slot, folder, recipe)
         except DataError as error:
             return Result(None, f"the candidate cannot be made: {error.message}", 0.0)
         if self.sweep.in_process:
@@ -462,24 +460,27 @@ class Sweeping:
         )
 
     def _make(self, slot: int, folder: Path, recipe: Recipe) -> None:
-        """Make a candidate in the module, or in a folder that takes the place of the last one.
+        """Make a candidate in the module, or in a folder that takes the place of the last one. The same one is made
+        again for another repeat or task, because the last evaluation may have changed it.
 
         Raises:
             DataError: it cannot be made.
         """
-        try:
-            plan = self.candidates.plan(recipe, folder)
-        except MismatchError as error:
-            raise DataError(error.message, hint=error.hint) from error
-        before, _ = self._last.pop(slot, (None, None))
+        before, made_by, plan = self._last.pop(slot, (None, None, None))
+        if plan is None or (before, made_by) != (folder, recipe):
+            try:
+                plan = self.candidates.plan(recipe, folder)
+            except MismatchError as error:
+                raise DataError(error.message, hint=error.hint) from error
         if self.sweep.in_process:
             self.candidates.put(plan, self._live.tensors)
-            return
-        try:
-            self.candidates.write(plan, folder, before=before)
-        except BaseException:
-            self.candidates.forget(folder)
-            raise
+        else:
+            try:
+                self.candidates.write(plan, folder, before=before)
+            except BaseException:
+                self.candidates.forget(folder)
+                raise
+        self._last[slot] = folder, recipe, plan
 
     def _environment(self, trial: Trial, task: str | None, seed: int, slot: int) -> dict[str, str]:
         found = {"LINES_TRIAL": trial.id, "LINES_SEED": str(seed), "LINES_TASK": task or ""}
@@ -550,14 +551,6 @@ class Sweeping:
         how = RunOptions(force=self.options.force, resume=True, verify=False, verify_inputs=False)
         recipe = self.sweep.recipe_of(winner.trial.settings)
         return carry_out(recipe, self.output, self.options.resources, how, quiet=True).summary
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder that this sweep has made, if it is there."""
-    if folder.is_symlink():
-        folder.unlink()
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _plain(text: str) -> str:

@@ -22,63 +22,15 @@ from safetensors.torch import load_file
 import lines_cli as lines
 from support.files import snapshot, write_checkpoint
 from support.run import run_lines
-
-LAYERS = 4
-NAMES = [f"model.layers.{layer}.w.weight" for layer in range(LAYERS)]
-
-# Tells how near the deep layers are to the fine-tune, and the shallow ones to the base, without torch; and that it ran.
-EVALUATION = """
-import array, json, os, struct, sys
-
-def read(folder):
-    raw = open(os.path.join(folder, "model.safetensors"), "rb").read()
-    (length,) = struct.unpack("<Q", raw[:8])
-    header = json.loads(raw[8 : 8 + length])
-    found = {}
-    for name, info in header.items():
-        if name != "__metadata__":
-            begin, end = (8 + length + at for at in info["data_offsets"])
-            found[name] = array.array("f", raw[begin:end])
-    return found
-
-def near(a, b, layers):
-    names = [f"model.layers.{layer}.w.weight" for layer in layers]
-    return -sum((x - y) ** 2 for name in names for x, y in zip(a[name], b[name]))
-
-made, base, ft = read(sys.argv[1]), read("base"), read("ft")
-with open("ran", "a") as file:
-    file.write(sys.argv[1] + "\\n")
-print("so much for that")
-control = {"a": near(made, base, (0,)), "b": near(made, base, (1,))}
-print(json.dumps({"target": near(made, ft, (2, 3)), "control": control}))
-"""
-OBJECTIVE = "target - target_ft + mean(control - control_pre)"
+from support.sweeps import EVALUATION, LAYERS, NAMES, inputs_in, sweep_yaml
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a base, a fine-tune and an evaluation, in which the process works."""
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(1)
-    base = {name: torch.randn(6, 5) for name in NAMES}
-    ft = {name: tensor + 0.1 * torch.randn(6, 5) for name, tensor in base.items()}
-    for name, tensors in (("base", base), ("ft", ft)):
-        write_checkpoint(tmp_path / name, tensors, config={"num_hidden_layers": LAYERS})
-    (tmp_path / "evaluate.py").write_text(EVALUATION)
+    inputs_in(tmp_path)
     return tmp_path
-
-
-def sweep_yaml(**said: Any) -> Path:
-    """A sweep over alpha, and whatever else is said."""
-    values = {
-        "recipe": {"base": "base", "ft": "ft"},
-        "grid": {"lines.alpha": [1.0, 0.5, 0.2, 0.0]},
-        "evaluate": f"{shlex.quote(sys.executable)} -S evaluate.py {{checkpoint}}",
-        "objective": OBJECTIVE,
-        **said,
-    }
-    Path("sweep.yaml").write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
-    return Path("sweep.yaml")
 
 
 def by_hand(coefficients: Callable[[float], list[float]], alphas: list[float]) -> dict[float, float]:
