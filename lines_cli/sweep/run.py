@@ -83,14 +83,20 @@ class Found:
 
     @property
     def shown(self) -> list[Judged]:
-        """The best trials of each family, best first; and all that failed, as far as there is room."""
+        """The best trials of each family, best first, or those that none beats; and all that failed, as far as there is
+        room.
+        """
         objective = self.sweep.objectives[0]
+        ids = {one.trial.id for one in self.front}
         shown: list[Judged] = []
         for family in dict.fromkeys(one.trial.family for one in self.judged):
             own = [one for one in self.judged if one.trial.family == family and family not in BASELINES]
             valid = sorted((one for one in own if one.objectives), key=lambda one: one.objectives[0])
             valid = valid if objective.minimize else valid[::-1]
-            shown += [*valid[:_SHOWN], *[one for one in own if not one.objectives][:_SHOWN]]
+            if self.front:
+                valid = [one for one in valid if one.trial.id in ids]
+            shown += [*valid[: _MOST_ON_FRONT if self.front else _SHOWN]]
+            shown += [one for one in own if not one.objectives][:_SHOWN]
         return shown
 
     def to_json(self) -> dict[str, Any]:
@@ -107,7 +113,7 @@ class Found:
         }
 
 
-_SHOWN = 5  # of a family
+_SHOWN, _MOST_ON_FRONT = 5, 20  # of a family
 
 
 def folder_of(output: Path) -> Path:
@@ -125,9 +131,7 @@ def plan_sweep(sweep: Sweep, options: Options) -> dict[str, Any]:
     trials = _trials(sweep, notes)
     plan = Candidates(options.resources).plan(sweep.recipe_of(trials[0].settings), Path("candidate"))
     return {
-        "trials": {
-            family: sum(t.family == family for t in trials) for family in dict.fromkeys(t.family for t in trials)
-        },
+        "trials": _numbers(sweep, trials, notes),
         "baselines": list(sweep.baselines),
         "evaluations": _evaluations(sweep, trials),
         "candidate_bytes": plan.bytes_written,
@@ -151,6 +155,15 @@ def _trials(sweep: Sweep, notes: list[str]) -> list[Trial]:
     return trials
 
 
+def _numbers(sweep: Sweep, trials: Sequence[Trial], notes: list[str]) -> dict[str, int]:
+    """How many trials each family has."""
+    if sweep.search is not None:
+        from lines_cli.sweep.search import families_of
+
+        return dict.fromkeys(families_of(sweep, notes), sweep.search.trials)
+    return {family: sum(t.family == family for t in trials) for family in dict.fromkeys(t.family for t in trials)}
+
+
 def _check_recipe(sweep: Sweep, trial: Trial) -> None:
     try:
         sweep.recipe_of(trial.settings)
@@ -161,7 +174,7 @@ def _check_recipe(sweep: Sweep, trial: Trial) -> None:
 def _evaluations(sweep: Sweep, trials: Sequence[Trial]) -> int:
     number = len(trials)
     if sweep.search is not None:
-        number = sweep.search.trials * (1 + len(sweep.controls))
+        number = sum(_numbers(sweep, trials, []).values())
     return (number + len(sweep.baselines)) * sweep.repeats * (len(sweep.tasks) if sweep.by_task else 1)
 
 
@@ -343,6 +356,11 @@ class Sweeping:
 
     # --- trials ---
 
+    @property
+    def parallel(self) -> int:
+        """How many evaluations run at a time: in this process one."""
+        return 1 if self.sweep.in_process else self.options.parallel
+
     def _judged(self, store: Store, judge: Judge) -> list[Judged]:
         sweep = self.sweep
         if sweep.search is not None:
@@ -356,7 +374,7 @@ class Sweeping:
         judged = {trial.id: judge.judge(trial, self.of(store, trial)) for trial in self.trials if trial not in todo}
         for one in judged.values():
             self.refuse_missing_metric(one)
-        for number, trial in enumerate(self._each(store, todo), before + 1):
+        for number, trial in enumerate(self.each(store, todo), before + 1):
             one = judged[trial.id] = judge.judge(trial, self.of(store, trial))
             self.refuse_missing_metric(one)
             self.report(one, number, len(self.trials), len(todo), number - before)
@@ -379,9 +397,9 @@ class Sweeping:
         tasks: Sequence[str | None] = list(self.sweep.tasks) if self.sweep.by_task else [None]
         return [(task, seed) for task in tasks for seed in range(self.sweep.repeats)]
 
-    def _each(self, store: Store, trials: Sequence[Trial]) -> Iterator[Trial]:
+    def each(self, store: Store, trials: Sequence[Trial]) -> Iterator[Trial]:
         """Evaluate trials, several at a time; gives each as it is done."""
-        parallel = 1 if self.sweep.in_process else min(self.options.parallel, len(trials))
+        parallel = min(self.parallel, len(trials))
         if parallel <= 1:
             for trial in trials:
                 self.evaluate(store, trial)
