@@ -437,7 +437,7 @@ def show_sweep(found: Found, *, json: bool, quiet: bool) -> None:
         mark = "winner" if one is found.winner else "front" if one in found.front else ""
         rows.append((called(one.trial.family), settings_of(one), values or f"failed: {one.failure}", error, mark))
     asked = ", ".join(objective.expression.text for objective in found.sweep.objectives)
-    headings = ("family", "settings", asked if several else "objective", "+-", "")
+    headings = ("family", "settings", asked if several else "objective", "+-", "chosen")
     _columns(Columns(headings, tuple(rows)), gap=3)
     left = sum(one.trial.family not in BASELINES for one in found.judged) - len(shown)
     if left:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,9 @@ from lines_cli.plan.resources import Resources
 from lines_cli.recipe.schema import Recipe
 from lines_cli.recipe.yaml_file import recipe_from
 from lines_cli.storage.destination import check_destination, is_one_file, naming
+from lines_cli.storage.files import read_small
 from lines_cli.storage.lock import RunLock
+from lines_cli.storage.names import RECIPE
 from lines_cli.sweep.config import Sweep
 from lines_cli.sweep.evaluate import Result, command_for, function_named, run_command
 from lines_cli.sweep.live import Live
@@ -35,7 +40,8 @@ from lines_cli.sweep.trials import Trial, trials_of
 Say = Callable[[str], None]
 _MANY = 1000  # trials
 _CANDIDATES, _LOGS = "candidates", "logs"
-REPORT = "report.html"
+REPORT, _WINNER = "report.html", "winner.json"
+_MOST_SAID = 2**24  # bytes
 
 
 @dataclass(frozen=True)
@@ -235,7 +241,7 @@ class Sweeping:
             self.output,
             inputs=self.plan.read_paths,
             nbytes=0,
-            force=self.options.force or os.path.lexists(self.folder),
+            force=self.options.force or self._is_own(),
         )
         with naming(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -367,14 +373,14 @@ class Sweeping:
             from lines_cli.sweep.search import search
 
             return [*self._of_baselines(store, judge), *search(self, store, judge)]
-        todo = [trial for trial in self.trials if not self.is_done(store, trial)]
+        todo = {trial.id: trial for trial in self.trials if not self.is_done(store, trial)}
         before = len(self.trials) - len(todo)
         if before:
             self.options.say(f"{before} of {len(self.trials)} trials were evaluated before")
-        judged = {trial.id: judge.judge(trial, self.of(store, trial)) for trial in self.trials if trial not in todo}
+        judged = {trial.id: judge.judge(trial, self.of(store, trial)) for trial in self.trials if trial.id not in todo}
         for one in judged.values():
             self.refuse_missing_metric(one)
-        for number, trial in enumerate(self.each(store, todo), before + 1):
+        for number, trial in enumerate(self.each(store, list(todo.values())), before + 1):
             one = judged[trial.id] = judge.judge(trial, self.of(store, trial))
             self.refuse_missing_metric(one)
             self.report(one, number, len(self.trials), len(todo), number - before)
@@ -565,10 +571,37 @@ class Sweeping:
         return found
 
     def _publish(self, winner: Judged) -> Mapping[str, Any]:
-        """Write the winner, as `lines edit` and `lines merge` do; or find that it is there."""
-        how = RunOptions(force=self.options.force, resume=True, verify=False, verify_inputs=False)
-        recipe = self.sweep.recipe_of(winner.trial.settings)
-        return carry_out(recipe, self.output, self.options.resources, how, quiet=True).summary
+        """Write the winner, as `lines edit` and `lines merge` do; or find that it is there. An earlier winner of this
+        sweep makes way.
+        """
+        settings = dict(winner.trial.settings)
+        replaces = self._is_own() and self._record().get("settings") != settings
+        how = RunOptions(force=self.options.force or replaces, resume=True, verify=False, verify_inputs=False)
+        record = self.folder / _WINNER
+        with naming(record):
+            record.write_text(json.dumps({"settings": settings, "recipe": None}) + "\n")
+        recipe = self.sweep.recipe_of(settings)
+        summary = carry_out(recipe, self.output, self.options.resources, how, quiet=True).summary
+        with naming(record):
+            record.write_text(json.dumps({"settings": settings, "recipe": _digest(self.output / RECIPE)}) + "\n")
+        return summary
+
+    def _is_own(self) -> bool:
+        """Whether what stands at the output is an earlier winner of this sweep, and nobody's since."""
+        record = self._record()
+        return "recipe" in record and record["recipe"] in (None, _digest(self.output / RECIPE))
+
+    def _record(self) -> dict[str, Any]:
+        with suppress(OSError, ValueError, RecursionError):
+            said = json.loads(read_small(self.folder / _WINNER, _MOST_SAID))
+            return said if isinstance(said, dict) else {}
+        return {}
+
+
+def _digest(path: Path) -> str | None:
+    with suppress(OSError):
+        return sha256(read_small(path, _MOST_SAID)).hexdigest()
+    return None
 
 
 def _plain(text: str) -> str:

@@ -69,7 +69,7 @@ def test_the_winner_is_that_of_a_loop_by_hand(here: Path) -> None:
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
     lines.edit("base", "ft", "reference", alpha=best)
     assert Path("best/model.safetensors").read_bytes() == Path("reference/model.safetensors").read_bytes()
-    assert sorted(os.listdir("best.sweep")) == ["lock", "logs", "report.html", "trials.jsonl"]
+    assert sorted(os.listdir("best.sweep")) == ["lock", "logs", "report.html", "trials.jsonl", "winner.json"]
 
 
 def test_no_evaluation_runs_twice(here: Path) -> None:
@@ -79,19 +79,35 @@ def test_no_evaluation_runs_twice(here: Path) -> None:
     assert len(first) == 2 + 3 * 4
     assert run_lines("sweep", "--config", sweep_yaml(), "-o", "best").code == 0
     assert Path("ran").read_text().splitlines() == first
-    assert (
-        run_lines("sweep", "--config", sweep_yaml(objective=None, minimize="-target"), "-o", "best", "--force").code
-        == 0
-    )
+    assert run_lines("sweep", "--config", sweep_yaml(objective=None, minimize="-target"), "-o", "best").code == 0
     assert Path("ran").read_text().splitlines() == first
     grid = {"lines.alpha": [1.0, 0.7, 0.5, 0.2, 0.0]}
-    assert run_lines("sweep", "--config", sweep_yaml(grid=grid), "-o", "best", "--force").code == 0
+    assert run_lines("sweep", "--config", sweep_yaml(grid=grid), "-o", "best").code == 0
     assert len(Path("ran").read_text().splitlines()) == len(first) + 3
     other = run_lines(
         "sweep", "--config", sweep_yaml(evaluate=f"{sys.executable} -S evaluate.py {{checkpoint}} x"), "-o", "best"
     )
     assert other.code == 6
     assert "the trials of another sweep: evaluate differ" in other.err
+
+
+def test_a_winner_makes_way_for_the_next_one(here: Path) -> None:
+    """Of the same sweep, after a change of grid or objective; what is somebody else's does not, and that is said
+    before anything is evaluated.
+    """
+    assert run_lines("sweep", "--config", sweep_yaml(objective="target"), "-o", "best").code == 0
+    first = snapshot(here / "best")
+    assert run_lines("sweep", "--config", sweep_yaml(objective="target"), "-o", "best").code == 0
+    assert snapshot(here / "best") == first
+    assert run_lines("sweep", "--config", sweep_yaml(minimize="target", objective=None), "-o", "best").code == 0
+    assert snapshot(here / "best") != first
+    lines.edit("base", "ft", "best", alpha=0.7, force=True)
+    Path("ran").unlink()
+    grid = {"lines.alpha": [0.3, 0.4]}
+    refused = run_lines("sweep", "--config", sweep_yaml(grid=grid), "-o", "best")
+    assert (refused.code, Path("ran").exists()) == (6, False), refused.err
+    assert "best exists" in refused.err
+    assert run_lines("sweep", "--config", sweep_yaml(grid=grid), "-o", "best", "--force").code == 0
 
 
 @pytest.mark.parametrize(
