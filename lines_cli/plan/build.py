@@ -314,6 +314,8 @@ def _larger_than_the_base(plan: Plan) -> Iterator[str]:
         [stored.info for stored in plan.inputs.checkpoints[0].tensors.values()],
         [tensor.info for tensor in plan.tensors if tensor.name not in plan.taken_whole],
     )
+    if len({info.dtype for side in infos for info in side}) < 2:
+        return
     names = {there: name for name, there in STORED.items()}
     most = [Counter[str]() for _ in infos]
     for entries, side in zip(most, infos, strict=True):

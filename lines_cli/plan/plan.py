@@ -368,6 +368,9 @@ class Plan:
     def dtype(self) -> str | None:
         """What most of the output's float entries are stored as, as configs name it."""
         names = {stored: name for name, stored in STORED.items()}
+        dtypes = {tensor.info.dtype for tensor in self.tensors}
+        if len(dtypes) == 1:  # mostly
+            return names.get(*dtypes)
         entries = Counter[str]()
         for tensor in self.tensors:
             if tensor.info.dtype in names:
