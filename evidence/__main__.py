@@ -1,0 +1,67 @@
+"""`python -m evidence`: run what is not there yet, then write docs/evidence.md from it.
+
+python -m evidence [--full] [--jobs N]      # everything, N at a time, then the page
+python -m evidence one 1 verbs 0.0002       # one job by itself, as the run starts them
+python -m evidence page                     # the page alone, from what is there
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from evidence import one
+from evidence.setup import FULL, QUICK, ROOT, Setup, save_setup
+
+Job = tuple[str, ...]
+
+
+def phases(setup: Setup) -> Iterator[list[Job]]:
+    """What is run, in phases: jobs of one phase need those before it, and none of each other."""
+    for rate in (setup.rate, setup.strong):
+        if rate is not None:
+            yield [("one", str(seed), task, f"{rate:g}") for seed in setup.seeds for task in setup.tasks]
+
+
+def run_job(setup: Setup, job: Job) -> None:
+    """Do one job, in this process."""
+    name, *rest = job
+    if name == "one":
+        seed, task, rate = rest
+        one.run(setup, int(seed), task, float(rate))
+    else:
+        raise SystemExit(f"{name} is no job")
+
+
+def run_all(setup: Setup, jobs: int) -> None:
+    """Every job, each in a process of its own, some at a time; the first that fails ends the run."""
+    flags = ["--full"] if setup.full else []
+
+    def start(job: Job) -> None:
+        print("$", *job, flush=True)
+        subprocess.run([sys.executable, "-m", "evidence", *flags, *job], cwd=ROOT, check=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for phase in phases(setup):
+            list(pool.map(start, phase))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="LiNeS on models that are really trained.")
+    parser.add_argument("--full", action="store_true", help="every item and every seed")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time, one thread each")
+    parser.add_argument("job", nargs="*")
+    args = parser.parse_args()
+    setup = FULL if args.full else QUICK
+    if args.job:
+        run_job(setup, tuple(args.job))
+    else:
+        save_setup(setup)
+        run_all(setup, args.jobs)
+
+
+if __name__ == "__main__":
+    main()
