@@ -12,18 +12,25 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-from evidence import one
+from evidence import merging, one
+from evidence.encoder import base_folder
+from evidence.page import publish, write_page
 from evidence.setup import FULL, QUICK, ROOT, Setup, save_setup
+from evidence.texts import pools
 
 Job = tuple[str, ...]
 
 
 def phases(setup: Setup) -> Iterator[list[Job]]:
     """What is run, in phases: jobs of one phase need those before it, and none of each other."""
-    for rate in (setup.rate, setup.strong):
-        if rate is not None:
-            yield [("one", str(seed), task, f"{rate:g}") for seed in setup.seeds for task in setup.tasks]
+    for seed in map(str, setup.seeds):  # seed by seed, so that what a run that was ended has is of use
+        yield [("one", seed, task, f"{setup.rate:g}") for task in setup.tasks]
+        yield [("merging", seed, method) for method in merging.methods_of(setup)]
+    for seed in map(str, setup.seeds):
+        if setup.strong is not None:
+            yield [("one", seed, task, f"{setup.strong:g}") for task in setup.tasks]
 
 
 def run_job(setup: Setup, job: Job) -> None:
@@ -32,6 +39,9 @@ def run_job(setup: Setup, job: Job) -> None:
     if name == "one":
         seed, task, rate = rest
         one.run(setup, int(seed), task, float(rate))
+    elif name == "merging":
+        seed, method = rest
+        merging.run(setup, int(seed), method)
     else:
         raise SystemExit(f"{name} is no job")
 
@@ -39,6 +49,9 @@ def run_job(setup: Setup, job: Job) -> None:
 def run_all(setup: Setup, jobs: int) -> None:
     """Every job, each in a process of its own, some at a time; the first that fails ends the run."""
     flags = ["--full"] if setup.full else []
+    save_setup(setup)
+    pools(Path(setup.work))  # fetched and made once, before several processes want them
+    base_folder(Path(setup.work))
 
     def start(job: Job) -> None:
         print("$", *job, flush=True)
@@ -56,11 +69,15 @@ def main() -> None:
     parser.add_argument("job", nargs="*")
     args = parser.parse_args()
     setup = FULL if args.full else QUICK
-    if args.job:
+    if args.job == ["page"]:
+        write_page()
+    elif args.job == ["publish"]:
+        publish(setup)
+    elif args.job:
         run_job(setup, tuple(args.job))
     else:
-        save_setup(setup)
         run_all(setup, args.jobs)
+        publish(setup)
 
 
 if __name__ == "__main__":

@@ -91,9 +91,10 @@ def _judge() -> tuple[Judge, dict[str, Any]]:
 
 
 def model() -> nn.Module:
-    """The module that candidates are put into."""
+    """The module that candidates are put into: in their dtype."""
     said = json.loads(os.environ[VARIABLE])
-    return make_module(base_folder(Path(load_setup(Path(said["setup"])).work)))
+    module = make_module(base_folder(Path(load_setup(Path(said["setup"])).work)))
+    return module.to(torch.bfloat16 if said.get("half", True) else torch.float32)
 
 
 def evaluate(module: nn.Module, trial: Mapping[str, Any]) -> Metrics:  # noqa: ARG001 - what a sweep gives

@@ -40,7 +40,7 @@ class Setup:
     light: float | None = None
     epochs: int = 3
     sizes: Sizes = field(default_factory=Sizes)
-    grid: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8)
+    grid: tuple[float, ...] = (0.0, 0.1, 0.3, 0.5, 0.7)
     full: bool = False
     work: str = str(WORK)
 
