@@ -10,11 +10,11 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from evidence import merging, one
+from evidence import ablations, merging, one, soups
 from evidence.encoder import base_folder
 from evidence.page import publish, write_page
 from evidence.setup import FULL, QUICK, ROOT, Setup, save_setup
@@ -28,22 +28,39 @@ def phases(setup: Setup) -> Iterator[list[Job]]:
     for seed in map(str, setup.seeds):  # seed by seed, so that what a run that was ended has is of use
         yield [("one", seed, task, f"{setup.rate:g}") for task in setup.tasks]
         yield [("merging", seed, method) for method in merging.methods_of(setup)]
+        if setup.full:
+            yield [("inspect", seed, task, f"{setup.rate:g}") for task in setup.tasks]
+            yield [("wise", seed, task) for task in setup.tasks]
+            yield [("depth", seed, task) for task in setup.tasks]
+            yield [("alpha", seed, method) for method in ("task_arithmetic", "ties")]
     for seed in map(str, setup.seeds):
         if setup.strong is not None:
             yield [("one", seed, task, f"{setup.strong:g}") for task in setup.tasks]
+            yield [("inspect", seed, task, f"{setup.strong:g}") for task in setup.tasks]
+        if setup.light is not None:
+            yield [("rounding", seed, task, f"{rate:g}") for task in setup.tasks for rate in (setup.light, setup.rate)]
+        if setup.full:
+            yield [("soups", seed, task) for task in setup.tasks]
+
+
+JOBS: dict[str, Callable[..., None]] = {
+    "one": one.run,
+    "merging": merging.run,
+    "soups": soups.run_soup,
+    "wise": soups.run_wise,
+    "depth": ablations.run_depth,
+    "alpha": ablations.run_alpha,
+    "inspect": ablations.run_inspect,
+    "rounding": ablations.run_rounding,
+}
 
 
 def run_job(setup: Setup, job: Job) -> None:
     """Do one job, in this process."""
-    name, *rest = job
-    if name == "one":
-        seed, task, rate = rest
-        one.run(setup, int(seed), task, float(rate))
-    elif name == "merging":
-        seed, method = rest
-        merging.run(setup, int(seed), method)
-    else:
-        raise SystemExit(f"{name} is no job")
+    name, seed, of, *rate = job
+    if name not in JOBS:
+        raise SystemExit(f"{name} is no job: {', '.join(JOBS)}")
+    JOBS[name](setup, int(seed), of, *map(float, rate))
 
 
 def run_all(setup: Setup, jobs: int) -> None:

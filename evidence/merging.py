@@ -23,7 +23,7 @@ SAID: dict[str, dict[str, Any]] = {
 }
 # What a coefficient of 1 means: methods that sum take 1 for the whole sum, methods that average 1 for the mean.
 AVERAGES = {"average", "linear"}
-QUICK_METHODS = ("task_arithmetic", "ties", "iso_c")
+QUICK_METHODS = ("task_arithmetic", "ties")
 STEPS = (0.2, 0.4, 0.6, 0.8, 1.0)  # of lambda without LiNeS, of beta with it
 FAMILIES = ("plain", "lines", "reversed")
 

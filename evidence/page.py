@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from evidence import section_merging, section_one
+from evidence import section_ablations, section_merging, section_one, section_soups
 from evidence.encoder import BATCH
 from evidence.results import RESULTS, Results, counted, listed, read_results, seeds_of
 from evidence.setup import FULL, ROOT, Setup
@@ -17,10 +17,22 @@ PAGE = "evidence.md"
 SECTIONS: dict[str, Callable[[Results], tuple[str, dict[str, str]]]] = {
     "one": section_one.section,
     "merging": section_merging.section,
+    "soups": section_soups.soups,
+    "wise": section_soups.wise,
+    "depth": section_ablations.depth,
+    "alpha": section_ablations.alpha,
+    "inspect": section_ablations.inspect,
+    "rounding": section_ablations.rounding,
 }
 CALLED = {
     "one": "one fine-tune",
     "merging": "merging",
+    "soups": "soups",
+    "wise": "WiSE-FT on misspelt texts",
+    "depth": "depth rules and what lies outside the blocks",
+    "alpha": "alpha of merges, and trimming",
+    "inspect": "what `lines inspect` tells",
+    "rounding": "rounding",
 }
 
 HEAD = """# Evidence

@@ -12,7 +12,6 @@ from evidence.results import (
     PAPER,
     Result,
     Results,
-    best,
     counted,
     direction,
     listed,
@@ -51,8 +50,14 @@ def path_of(result: Result, family: str) -> list[Point]:
 
 def chosen(result: Result, family: str) -> Point:
     """The best on validation of a family's points; the fine-tune itself is one of them."""
-    objectives = path_of(result, family)
-    return best(point for point in objectives if point["objective"] is not None)
+    return max(path_of(result, family), key=lambda point: rule(result, point))
+
+
+def rule(result: Result, point: Point) -> float:
+    """The paper's, on validation texts, of any point of a result."""
+    pre, ft = baseline(result, "pre"), baseline(result, "ft")
+    kept = fmean(point["control"][name] / known for name, known in pre["control"].items())
+    return 2 * float(point["target"]) / float(ft["target"]) + kept
 
 
 def curve(result: Result, family: str) -> list[tuple[float, float]]:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from evidence import judge, merging, one, setup, sources, texts
+from evidence import ablations, judge, merging, one, setup, sources, texts
+from evidence.__main__ import phases, run_job
 from evidence.encoder import Encoder, prototypes, write_model
-from evidence.page import DOCS, PAGE, render
+from evidence.page import DOCS, PAGE, SECTIONS, render
 from evidence.results import read_results
 from evidence.setup import Setup, run_lines
 from evidence.statistics import at_target, correlation, lead, paired
@@ -123,6 +126,28 @@ def test_merging(tiny: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     text, figures = render(results)
     assert "`task_arithmetic`" in text
     assert len(figures) == 1
+
+
+@pytest.mark.slow
+def test_every_item(tiny: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All jobs of a full run, in their order; then the page says something of each item, and no job is done twice."""
+    monkeypatch.setattr(merging, "methods_of", lambda _: ("task_arithmetic", "ties"))
+    monkeypatch.setattr(ablations, "run_lines", one.run_lines)
+    full = replace(tiny, seeds=(1, 2), strong=2e-2, light=1e-3, full=True)
+    for phase in phases(full):
+        for job in phase:
+            run_job(full, job)
+    results = read_results(full.results)
+    text, figures = render(results)
+    assert results.keys() == SECTIONS.keys()
+    assert "Not run yet" not in text
+    assert len(re.findall("^##", text, re.MULTILINE)) == 16
+    assert len(figures) == 3
+    before = {path: path.stat().st_mtime_ns for path in Path(full.work).rglob("*.json*")}
+    for phase in phases(full):
+        for job in phase:
+            run_job(full, job)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
 def test_a_command_that_fails_is_an_error(tmp_path: Path) -> None:
