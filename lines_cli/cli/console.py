@@ -430,20 +430,24 @@ def show_sweep(found: Found, *, json: bool, quiet: bool) -> None:
         return
     several = len(found.sweep.objectives) > 1
     rows = []
-    for one in found.shown:
+    shown = found.shown
+    for one in shown:
         values = ", ".join(f"{value:.6g}" for value in one.objectives)
         error = "" if not one.errors or one.errors[0] is None else f"{one.errors[0]:.2g}"
-        mark = "winner" if one is found.winner else ""
+        mark = "winner" if one is found.winner else "front" if one in found.front else ""
         rows.append((called(one.trial.family), settings_of(one), values or f"failed: {one.failure}", error, mark))
-    headings = ("family", "settings", "objectives" if several else "objective", "+-", "")
+    asked = ", ".join(objective.expression.text for objective in found.sweep.objectives)
+    headings = ("family", "settings", asked if several else "objective", "+-", "chosen")
     _columns(Columns(headings, tuple(rows)), gap=3)
-    left = sum(one.trial.family not in BASELINES for one in found.judged) - len(found.shown)
+    left = sum(one.trial.family not in BASELINES for one in found.judged) - len(shown)
     if left:
         _line(f"and {left:,} more in {found.folder}")
     _line(str(found.said["said"]), style="bold")
     _line(f"report  {found.folder / 'report.html'}")
     if found.summary is not None:
         _out.print(f"output  {_printable(str(found.summary['output']))}", style="bold", soft_wrap=True)
+    else:
+        _line("no output: several objectives have no one winner; write one with lines edit or lines merge")
 
 
 def show_claim(claim: Claim) -> None:

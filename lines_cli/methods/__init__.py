@@ -3,7 +3,7 @@
 Each file is a family of methods; docs/add-a-merge-method.md says how to add one.
 """
 
-from lines_cli.methods.method import CannotMergeError, Measured, Method
+from lines_cli.methods.method import CannotMergeError, Chosen, Measured, Method
 from lines_cli.methods.parameters import Parameter
 from lines_cli.methods.registry import METHODS, find_method
 from lines_cli.methods.said import Said, Values
@@ -13,6 +13,7 @@ __all__ = [
     "METHODS",
     "ByMagnitude",
     "CannotMergeError",
+    "Chosen",
     "Drawn",
     "Measured",
     "Method",

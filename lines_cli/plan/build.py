@@ -314,6 +314,8 @@ def _larger_than_the_base(plan: Plan) -> Iterator[str]:
         [stored.info for stored in plan.inputs.checkpoints[0].tensors.values()],
         [tensor.info for tensor in plan.tensors if tensor.name not in plan.taken_whole],
     )
+    if len({info.dtype for side in infos for info in side}) < 2:
+        return
     names = {there: name for name, there in STORED.items()}
     most = [Counter[str]() for _ in infos]
     for entries, side in zip(most, infos, strict=True):
@@ -377,19 +379,10 @@ def _depth(
         by_hand = scaling.by_hand if scaling else {}
         depth = depth_of_kept(parameters, rows, inputs.config_of(inputs.lead), by_hand, notes)
     except DepthError as error:
-        if any(source.layer_range for source in recipe.models):
-            raise RecipeError(f"layer_range cannot be checked: {error.message}", hint=error.hint) from error
         if _needs_depth(recipe, scaling):
             raise
         notes.append(f"depth is unknown, but makes no difference, for all coefficients are the same: {error.message}")
         return DepthMap((), {})
-    for source in recipe.models:
-        if source.layer_range and all(source.layer_range != (0, stack.layers) for stack in depth.stacks):
-            there = " and ".join(f"{stack.name!r} of {stack.layers}" for stack in depth.stacks)
-            raise RecipeError(
-                f"layer_range {list(source.layer_range)} of {source.model} is not a whole stack; there is {there}",
-                hint="lines merges whole models; it does not stack parts of them.",
-            )
     return depth
 
 

@@ -86,10 +86,8 @@ def recorded(recipe: Recipe, squares: Sequence[float]) -> list[float | None] | N
     if not squares or not rules_among(recipe, values):
         return None
     said, weights = _weights(recipe, values), _weights(recipe, _with_numbers(recipe, values, squares))
-    names = [source.model for source in recipe.models]
-    chosen = recipe.method.chosen(names, recipe.base_model, subtracted=recipe.lines is not None)
     found: list[float | None] = [None] * len(recipe.models)
-    for number, rule, weight in zip(chosen, said, weights, strict=True):
+    for number, rule, weight in zip(recipe.chosen, said, weights, strict=True):
         if number is not None and isinstance(rule, str):
             found[number] = float(weight)
     return found

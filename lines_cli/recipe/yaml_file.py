@@ -383,7 +383,8 @@ def dump_recipe(
             values[key] = named.get(values[key], values[key])
     if "tokenizer" in values:
         _name_in(values["tokenizer"], named)
-    for source in values["models"]:
+    parts = (source for one in values.get("slices", ()) for source in one["sources"])
+    for source in (*values.get("models", ()), *parts):
         source["model"] = named.get(source["model"], source["model"])
     measured = ""
     if weights is not None:
