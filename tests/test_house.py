@@ -312,6 +312,7 @@ OTHER_MEANINGS = {
     "plan.adapted": {"weight"},
     "recipe.yaml_file": {"weight"},
     "plan.weights": {"weight"},  # the parameter for which a rule may stand
+    "plan.flux_names": {"weight"},
     "sweep.config": {"seed"},  # of a search, and of repeated evaluations
     "sweep.live": {"seed"},
     "sweep.store": {"seed"},

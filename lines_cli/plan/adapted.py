@@ -30,7 +30,8 @@ from lines_cli.checkpoint.formulas import (
 from lines_cli.checkpoint.header import StoredTensor
 from lines_cli.checkpoint.reader import Checkpoint, views_of
 from lines_cli.errors import CheckpointError, MismatchError, UnsupportedError, printable, some
-from lines_cli.plan.in_modules import in_modules
+from lines_cli.plan.flux_names import in_other_names
+from lines_cli.plan.in_modules import InModules, in_modules
 from lines_cli.plan.same_names import canonical
 from lines_cli.plan.tied_weights import is_head, is_vocabulary, says_tied, tied_embeddings, tied_partner, untied
 from lines_cli.plan.unet_names import otherwise
@@ -107,6 +108,8 @@ def _made(adapter: Adapter, base: Checkpoint, notes: list[str]) -> _Making:
     """What comes of all changes, by the names by which the base's tensors are stored; or by those of modules, if more
     are known by these.
     """
+    if (modules := in_other_names(base, (change.module for change in adapter.changes))) is not None:
+        return _made_in(modules, adapter, _Targets(adapter, modules.checkpoint, notes), notes)
     stored: _Targets | None = None
     failed: MismatchError | None = None
     try:
@@ -117,16 +120,21 @@ def _made(adapter: Adapter, base: Checkpoint, notes: list[str]) -> _Making:
         with suppress(_NoSuchModulesError):
             targets = _Targets(adapter, modules.checkpoint, notes)
             if stored is None or len(targets.new) < len(stored.new):
-                made = _Making(adapter, modules.checkpoint, targets, notes)
-                note = modules.note(made.formulas, adapter.name)
-                notes += [note] if note else []
-                made.tensors, made.formulas = modules.back(made.tensors, made.formulas, adapter.name)
-                made.changed = {at: Changed(*modules.stored(one.name)) for at, one in made.changed.items()}
-                return made
+                return _made_in(modules, adapter, targets, notes)
     if stored is None:
         assert failed is not None
         raise failed
     return _Making(adapter, base, stored, notes)
+
+
+def _made_in(modules: InModules, adapter: Adapter, targets: _Targets, notes: list[str]) -> _Making:
+    """The same by the names and in the layout of modules, taken back to what is stored."""
+    made = _Making(adapter, modules.checkpoint, targets, notes)
+    note = modules.note(made.formulas, adapter.name)
+    notes += [note] if note else []
+    made.tensors, made.formulas = modules.back(made.tensors, made.formulas, adapter.name)
+    made.changed = {at: Changed(*modules.stored(one.name)) for at, one in made.changed.items()}
+    return made
 
 
 class _NoSuchModulesError(MismatchError):

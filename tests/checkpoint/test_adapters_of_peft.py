@@ -73,6 +73,10 @@ LORA: dict[str, dict[str, Any]] = {
     },
     "patterns and rslora": {"target_modules": LINEAR, "rank_pattern": {"wide": 2}, "use_rslora": True},
     "some layers": {"target_modules": LINEAR, "layers_to_transform": [1], "layers_pattern": "layers"},
+    "left out": {"target_modules": "all-linear", "exclude_modules": ["layers.1.wide", "lm_head"]},
+    "left out by an expression": {"target_modules": "all-linear", "exclude_modules": r".*\.0\.(wide|square)\b.*"},
+    "an expression": {"target_modules": r"(?:.*?layers\.[\d]{1,}\.(?:square\.)?(?:wide|long))|lm_head"},
+    "some layers of any list": {"target_modules": [*LINEAR, "lm_head"], "layers_to_transform": 0},
     "lora_bias": {"target_modules": ["wide", "point"], "lora_bias": True},
     "bias all": {"target_modules": LINEAR, "bias": "all"},
     "bias lora_only": {"target_modules": LINEAR, "bias": "lora_only"},
@@ -86,6 +90,7 @@ LORA: dict[str, dict[str, Any]] = {
     "tokens": {"target_modules": LINEAR, "trainable_token_indices": {"embed_tokens": [3, 0, 29]}},
     "head": {"target_modules": ["lm_head"]},
     "experts": {"target_modules": [], "target_parameters": ["experts.0.gate_up_proj", "experts.0.down_proj"]},
+    "tokens and rslora": {"target_modules": LINEAR, "trainable_token_indices": [1, 2], "use_rslora": True},
     "experts, square": {"target_modules": [], "target_parameters": ["1.gate_up_proj", "1.down_proj"]},
     "one of the experts": {"target_modules": ["wide"], "target_parameters": ["experts.0.down_proj"]},
     "experts and patterns": {

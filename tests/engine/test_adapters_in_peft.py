@@ -187,6 +187,19 @@ LORA: dict[str, dict[str, Any]] = {
         "alpha_pattern": {"up_proj": 3},
     },
     "some layers": {"r": 4, "lora_alpha": 4, "target_modules": ["v_proj"], "layers_to_transform": [1, 3]},
+    "left out": {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": "all-linear",
+        "exclude_modules": ["layers.1.mlp.down_proj"],
+    },
+    "embeddings saved": {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "v_proj"],
+        "modules_to_save": ["embed_tokens", "lm_head"],
+        "task_type": "CAUSAL_LM",
+    },
     "expression": {"r": 3, "lora_alpha": 5, "target_modules": r".*\.[02]\.self_attn\.(q|k)_proj"},
 }
 
