@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shlex
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -354,31 +351,6 @@ def test_candidates_in_a_live_module(here: Path, monkeypatch: pytest.MonkeyPatch
     other = lines.candidates({"base": "base", "ft": "ft"}, {"lines.alpha": [0.3]}, module.half())
     with pytest.raises(lines.LinesError, match=r"the model's model\.layers\.0\.w\.weight is torch\.float16"):
         next(other)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(6))
-def test_a_killed_sweep_goes_on(here: Path, seed: int) -> None:
-    """Killed at random moments, it ends with the same trials and the same winner, and evaluates nothing twice."""
-    config = sweep_yaml()
-    whole = run_lines("sweep", "--config", config, "-o", "whole", "--json").json
-    Path("ran").unlink()
-    wait = torch.Generator().manual_seed(seed)
-    for _ in itertools.repeat(None):
-        process = subprocess.Popen([sys.executable, "-m", "lines_cli", "sweep", "--config", config, "-o", "best"])
-        try:
-            process.wait(1.5 + 4 * float(torch.rand(1, generator=wait)))
-            break
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-    found = run_lines("sweep", "--config", config, "-o", "best", "--json").json
-    assert found["winner"] == whole["winner"]
-    keys = ("id", "objective", "metrics")
-    assert [[t[k] for k in keys] for t in found["trials"]] == [[t[k] for k in keys] for t in whole["trials"]]
-    recorded = [json.loads(line)["trial"] for line in Path("best.sweep/trials.jsonl").read_text().splitlines()[1:]]
-    assert len(recorded) == len(set(recorded)) == len(whole["trials"])
-    assert not Path("best.sweep/candidates").exists()
 
 
 def test_a_search_draws_and_goes_on(here: Path) -> None:
