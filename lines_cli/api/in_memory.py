@@ -328,11 +328,6 @@ def _computed(
 ) -> dict[str, torch.Tensor]:
     """What the recipe makes of the inputs, which it names as `given` does."""
     track = track or untracked
-    if recipe.slices:
-        raise RecipeError(
-            "slices: layers are stacked from files; what is in memory is merged whole",
-            hint="Merge files: lines.merge(recipe, output).",
-        )
     held = {name: _Tensors(name, tensors) for name, tensors in given.items()}
     checkpoints = {name: side.checkpoint(config_values(config, given[name])) for name, side in held.items()}
     base = [str(recipe.base_model)] if recipe.base_model is not None and recipe.subtracts_base else []

@@ -99,10 +99,12 @@ FILES: dict[str, tuple[str, int, list[str]]] = {
         7,
         ["wieght", "mean weight"],
     ),
-    "slices of other models": (
-        HEAD + "slices:\n- sources: [{model: a, layer_range: [0, 2]}]\n- sources: [{model: b, layer_range: [2, 4]}]\n",
-        3,
-        ["slices", "same models"],
+    "slices of other sources": (
+        HEAD
+        + "slices:\n- sources: [{model: a, layer_range: [0, 2]}]\n"
+        + "- sources: [{model: b, layer_range: [2, 4]}, {model: c, layer_range: [2, 4]}]\n",
+        5,
+        ["slices.1.sources", "the first slice has 1"],
     ),
     "slices and models": (HEAD + MODELS + "slices:\n  - sources: [{model: a}]\n", 6, ["slices", "models"]),
     "notes": (HEAD + MODELS + "notes: [mine]\n", 6, ["notes"]),
