@@ -124,6 +124,7 @@ class Suite:
             self.dare_peers(),
             self.inspect_headers(),
             self.tiny(),
+            self.tensors(),
             self.planning(),
         ]
 
@@ -360,6 +361,24 @@ class Suite:
             writes=models[0].nbytes,
             rounds=self.sizes.fewer,
             about="64 entries each, so that names are all there is to it. `--dry-run` only plans.",
+        )
+
+    def tensors(self) -> Case:
+        models = [Model("base", "moe-60-384"), Model("ft1", "moe-60-384")]
+        plan_only = f"lines edit {_names(models)} -o out --dry-run"
+        return Case(
+            "tensors",
+            "`lines edit`: the 46,503 tensors of 384 experts in 60 layers",
+            models,
+            [
+                *_floors(models),
+                self._lines("lines edit", f"edit {_names(models)} -o out"),
+                Contender("lines edit --dry-run", plan_only, imports_torch=False, writes=False),
+            ],
+            writes=models[0].nbytes,
+            rounds=self.sizes.fewer,
+            about="64 entries each: what a tensor takes above its bytes is what `lines edit` takes beside `--dry-run` "
+            "and importing torch, divided by their number.",
         )
 
     # --- lines merge ---
