@@ -75,7 +75,7 @@ def texts_of(setup: Setup) -> Texts:
             math.log((counts[style][word] + 1) / (own + VOCABULARY) * (everything + VOCABULARY) / (total[word] + 1))
             for word in words
         ]
-        rewards[style] = torch.tensor([0.0, *odds])
+        rewards[style] = torch.tensor([0.0, *odds, *[0.0] * (VOCABULARY - 1 - len(odds))])
     return Texts(torch.tensor(rows), rewards)
 
 

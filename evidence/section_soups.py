@@ -92,13 +92,13 @@ def policies(results: Results) -> tuple[str, dict[str, str]]:
             ]
         )
         sentences.append(
-            f"* {MIXED[family]} minus the plain mixture, each reward weighted as its policy: {test.mean:+.3f} nats a word "
-            f"({test.positive} of {test.pairs} above zero, p = {test.p:.3f}): {'beyond' if test.beyond_noise else 'within'} "
-            "noise."
+            f"* {MIXED[family]} minus the plain mixture, each reward weighted as its policy: {test.mean:+.3f} nats a "
+            f"word ({test.positive} of {test.pairs} above zero, p = {test.p:.3f}): "
+            f"{'beyond' if test.beyond_noise else 'within'} noise."
         )
     text = (
-        f"A causal language model of {LAYERS} blocks, trained here on all texts; two policies by policy gradients, rewarded "
-        f"for words of `{styles[0]}` and of `{styles[1]}` (log-odds against all texts, nats a word), mixed w to 1 - w; "
+        f"A causal language model of {LAYERS} blocks, trained here on all texts; two policies by policy gradients, "
+        f"rewarded for words of `{styles[0]}` and of `{styles[1]}` (log-odds against all texts, nats a word), mixed w to 1 - w; "
         f"{SAMPLES} texts drawn of each. {counted(len(own), 'seed')}. Pre-trained {pre[0]:+.2f} / {pre[1]:+.2f}."
     )
     drawn = {f"{'reversed' if family == 'plain' else family}: {MIXED[family]}": fronts[family] for family in MIXED}

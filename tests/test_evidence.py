@@ -17,8 +17,8 @@ from evidence import ablations, judge, merging, one, policies, setup, sources, t
 from evidence.__main__ import phases, run_job
 from evidence.encoder import Encoder, prototypes, write_model
 from evidence.page import DOCS, PAGE, SECTIONS, render
-from evidence.results import read_results
 from evidence.policies import Size as PolicySize
+from evidence.results import read_results
 from evidence.setup import Setup, run_lines
 from evidence.statistics import at_target, correlation, lead, paired
 from support.run import run_lines as in_process
@@ -127,6 +127,21 @@ def test_merging(tiny: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     text, figures = render(results)
     assert "`task_arithmetic`" in text
     assert len(figures) == 1
+
+
+def test_rewarded_soups(tiny: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ends of the plain mixture are the policies themselves; and texts that are longer than they are do not count."""
+    monkeypatch.setattr(policies, "run_lines", one.run_lines)
+    monkeypatch.setattr(policies, "Size", lambda: PolicySize(pretrain=4, policy=2, batch=4))
+    policies.run(tiny, 1, "styles")
+    (result,) = read_results(tiny.results)["policies"]
+    folder, found = Path(tiny.work) / "seed1" / "policies", policies.texts_of(tiny)
+    for style, at in zip(result["styles"], (-1, 0), strict=True):
+        alone = policies._rewards(folder / style, found, 1)
+        assert policies.front(result["points"], "plain")[at] == pytest.approx(alone, abs=1e-4)
+    assert len(result["points"]) == 1 + 3 * len(policies.WEIGHTS)
+    rows = torch.tensor([[0, 1, 2, 0, 2], [0, 0, 1, 1, 1]])
+    assert policies.reward(rows, torch.tensor([9.0, 1.0, 3.0])).tolist() == [2.0, 0.0]
 
 
 @pytest.mark.slow
