@@ -130,7 +130,7 @@ def test_merging(tiny: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rewarded_soups(tiny: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ends of the plain mixture are the policies themselves; and texts that are longer than they are do not count."""
+    """The ends of the plain mixture are the policies themselves; and what stands behind a text's end does not count."""
     monkeypatch.setattr(policies, "run_lines", one.run_lines)
     monkeypatch.setattr(policies, "Size", lambda: PolicySize(pretrain=4, policy=2, batch=4))
     policies.run(tiny, 1, "styles")
