@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from evidence import ablations, merging, one, soups
+from evidence import ablations, merging, one, policies, soups, vision
 from evidence.encoder import base_folder
 from evidence.page import publish, write_page
 from evidence.setup import FULL, QUICK, ROOT, Setup, save_setup
@@ -28,6 +28,9 @@ def phases(setup: Setup) -> Iterator[list[Job]]:
     for seed in map(str, setup.seeds):  # seed by seed, so that what a run that was ended has is of use
         yield [("one", seed, task, f"{setup.rate:g}") for task in setup.tasks]
         yield [("merging", seed, method) for method in merging.methods_of(setup)]
+        first, *others = vision.DOMAINS if setup.full else vision.DOMAINS[1:2]
+        yield [("digits", seed, first)]  # pre-trains what the others start from
+        yield [("digits", seed, target) for target in others]
         if setup.full:
             yield [("inspect", seed, task, f"{setup.rate:g}") for task in setup.tasks]
             yield [("wise", seed, task) for task in setup.tasks]
@@ -40,12 +43,15 @@ def phases(setup: Setup) -> Iterator[list[Job]]:
         if setup.light is not None:
             yield [("rounding", seed, task, f"{rate:g}") for task in setup.tasks for rate in (setup.light, setup.rate)]
         if setup.full:
+            yield [("policies", seed, "styles")]
             yield [("soups", seed, task) for task in setup.tasks]
 
 
 JOBS: dict[str, Callable[..., None]] = {
     "one": one.run,
+    "digits": vision.run,
     "merging": merging.run,
+    "policies": policies.run,
     "soups": soups.run_soup,
     "wise": soups.run_wise,
     "depth": ablations.run_depth,

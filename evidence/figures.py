@@ -97,7 +97,7 @@ def _text(x: float, y: float, text: str, css: str = "", anchor: str = "start") -
 def _range(values: Sequence[float]) -> tuple[float, float, float]:
     """Round numbers around some values, and the distance of marks between them."""
     spread = max(values) - min(values) or 1.0
-    step = next(step for step in (0.5, 1, 2, 5, 10, 20, 50) if spread / step <= 7)
+    step = next(step for step in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if spread / step <= 7)
     low = step * int((min(values) - 0.15 * spread) // step)
     high = -step * int(-(max(values) + 0.15 * spread) // step)
     return low, high, step

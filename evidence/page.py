@@ -10,15 +10,18 @@ from evidence import section_ablations, section_merging, section_one, section_so
 from evidence.encoder import BATCH
 from evidence.results import RESULTS, Results, counted, listed, read_results, seeds_of
 from evidence.setup import FULL, ROOT, Setup
+from evidence.summary import summary
 
 DOCS = ROOT / "docs"
 PAGE = "evidence.md"
 
 SECTIONS: dict[str, Callable[[Results], tuple[str, dict[str, str]]]] = {
     "one": section_one.section,
+    "digits": section_one.vision,
     "merging": section_merging.section,
     "soups": section_soups.soups,
     "wise": section_soups.wise,
+    "policies": section_soups.policies,
     "depth": section_ablations.depth,
     "alpha": section_ablations.alpha,
     "inspect": section_ablations.inspect,
@@ -26,8 +29,10 @@ SECTIONS: dict[str, Callable[[Results], tuple[str, dict[str, str]]]] = {
 }
 CALLED = {
     "one": "one fine-tune",
+    "digits": "a vision transformer on digits",
     "merging": "merging",
     "soups": "soups",
+    "policies": "rewarded soups",
     "wise": "WiSE-FT on misspelt texts",
     "depth": "depth rules and what lies outside the blocks",
     "alpha": "alpha of merges, and trimming",
@@ -66,7 +71,7 @@ SETUP = f"""## Set-up
 
 def render(results: Results) -> tuple[str, dict[str, str]]:
     """The page, and its figures by file name."""
-    parts, figures = [HEAD, _covers(results), SETUP], {}
+    parts, figures = [part for part in (HEAD, _covers(results), summary(results), SETUP) if part], {}
     for item, section in SECTIONS.items():
         if results.get(item):
             text, drawn = section(results)

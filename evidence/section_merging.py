@@ -35,12 +35,17 @@ def gain(results: Sequence[Result], family: str = "lines", than: str = "plain") 
     )
 
 
-def section(results: Results) -> tuple[str, dict[str, str]]:
-    """The section; it has no figure."""
+def by_method(results: Results) -> tuple[dict[str, list[Result]], list[str]]:
+    """The results of each method; and the methods, the best without LiNeS first."""
     methods: dict[str, list[Result]] = defaultdict(list)
     for result in results["merging"]:
         methods[result["method"]].append(result)
-    order = sorted(methods, key=lambda name: -fmean(score(one, "plain") for one in methods[name]))
+    return methods, sorted(methods, key=lambda name: -fmean(score(one, "plain") for one in methods[name]))
+
+
+def section(results: Results) -> tuple[str, dict[str, str]]:
+    """The section; it has no figure."""
+    methods, order = by_method(results)
     rows = [
         [
             f"`{name}`",
@@ -58,7 +63,7 @@ def section(results: Results) -> tuple[str, dict[str, str]]:
         + _ends(results, seeds_of(results["merging"]))
         + " `lambda` without LiNeS and beta with it (alpha: auto) are chosen on validation from as many values.",
         table(head, rows),
-        _verdicts(methods, order),
+        verdicts(methods, order),
         _paper(methods),
     ]
     return "\n\n".join(part for part in parts if part), {}
@@ -77,7 +82,7 @@ def _ends(results: Results, seeds: Sequence[int]) -> str:
     return f"Pre-trained {pre:.1f}; each fine-tune on its own task {ft:.1f}."
 
 
-def _verdicts(methods: Mapping[str, Sequence[Result]], order: Sequence[str]) -> str:
+def verdicts(methods: Mapping[str, Sequence[Result]], order: Sequence[str]) -> str:
     groups: dict[str, list[str]] = defaultdict(list)
     for name in order:
         test = gain(methods[name])

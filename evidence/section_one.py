@@ -80,24 +80,41 @@ def section(results: Results) -> tuple[str, dict[str, str]]:
     figures = {}
     for rate, group in groups.items():
         name = f"evidence-one-{rate:g}.svg"
-        figures[name] = _figure(group, rate)
-        parts += [_of_one_rate(group, rate), f"![Target against controls, learning rate {rate:g}.]({name})"]
-    return "\n\n".join([*parts, _paper(groups)]), figures
+        figures[name] = _figure(group, f"learning rate {rate:g}")
+        parts += [compared(group, f"Learning rate {rate:g}"), f"![Target against controls, rate {rate:g}.]({name})"]
+    paper = [back(group, f"At {rate:g}") for rate, group in groups.items()]
+    return "\n\n".join([*parts, "### Beside the paper", _published(), "\n".join(paper)]), figures
 
 
-def _of_one_rate(results: Sequence[Result], rate: float) -> str:
+def vision(results: Results) -> tuple[str, dict[str, str]]:
+    """The same of the demo's vision transformer."""
+    own, name = results["digits"], "evidence-digits.svg"
+    text = (
+        "The demo's pre-norm vision transformer of 12 blocks, pre-trained on five image domains of handwritten digits "
+        "and fine-tuned on one of them; the others are the controls (`demo/digits.py`)."
+    )
+    parts = [compared(own, "A vision transformer on digits"), text, f"![Target against controls, digits.]({name})"]
+    return "\n\n".join([*parts, back(own, "Here")]), {name: _figure(own, "digits")}
+
+
+def compared(results: Sequence[Result], heading: str) -> str:
+    """A table of what was chosen on validation, and families compared at the same target."""
     rows: dict[str, Any] = {
         "pre-trained": lambda one: baseline(one, "pre"),
         "fine-tuned": lambda one: baseline(one, "ft"),
         "LiNeS, defaults (alpha 0.1)": lambda one: _at(one, "lines", 0.1),
         **{f"{called}, chosen": lambda one, family=family: chosen(one, family) for family, called in FAMILIES.items()},
     }
+    columns: dict[str, Any] = {"target": target_of, "controls": control_of}
+    if RETRIEVAL in baseline(results[0], "pre")["test"]:
+        columns["retrieval"] = lambda _, point: float(point["test"][RETRIEVAL])
     body = [
         [
             name,
-            spread(results, lambda one, take=take: target_of(one, take(one))),  # type: ignore[misc]
-            spread(results, lambda one, take=take: control_of(one, take(one))),  # type: ignore[misc]
-            spread(results, lambda one, take=take: take(one)["test"][RETRIEVAL]),  # type: ignore[misc]
+            *(
+                spread(results, lambda one, take=take, value=value: value(one, take(one)))  # type: ignore[misc]
+                for value in columns.values()
+            ),
         ]
         for name, take in rows.items()
     ]
@@ -105,7 +122,7 @@ def _of_one_rate(results: Sequence[Result], rate: float) -> str:
     lines, turned = leads(results, "lines"), leads(results, "reversed")
     alphas = {family: fmean(chosen(one, family).get("alpha", 1.0) for one in results) for family in FAMILIES}
     head = (
-        f"### Learning rate {rate:g}: {counted(len(results), 'fine-tune')} "
+        f"### {heading}: {counted(len(results), 'fine-tune')} "
         f"({counted(len(tasks), 'task')}, {'seed' if len(seeds) == 1 else 'seeds'} {listed(seeds)})"
     )
     note = "Means over fine-tunes"
@@ -114,9 +131,9 @@ def _of_one_rate(results: Sequence[Result], rate: float) -> str:
     note += f". Mean alphas chosen: {'; '.join(f'{FAMILIES[family]} {alpha:.2f}' for family, alpha in alphas.items())}."
     verdict = (
         f"**At the same target accuracy** LiNeS has, against constant scaling, {said(lines)} of the controls: "
-        f"{_verdict(lines, 'LiNeS')} Reversed depth has {said(turned)}: {_verdict(turned, 'reversed depth')}"
+        f"{verdict_of(lines, 'LiNeS')} Reversed depth has {said(turned)}: {verdict_of(turned, 'reversed depth')}"
     )
-    return "\n\n".join([head, table(["% of test texts right", "target", "controls", "retrieval"], body), note, verdict])
+    return "\n\n".join([head, table(["% of the test set right", *columns], body), note, verdict])
 
 
 def _at(result: Result, family: str, alpha: float) -> Point:
@@ -124,13 +141,13 @@ def _at(result: Result, family: str, alpha: float) -> Point:
     return next(p for p in result["points"] if p["family"] == family and abs(p["alpha"] - alpha) < 1e-9)
 
 
-def _verdict(test: Paired, name: str) -> str:
+def verdict_of(test: Paired, name: str) -> str:
     if not test.beyond_noise:
         return "within noise."
     return f"{name} keeps more." if test.mean > 0 else "constant scaling keeps more."
 
 
-def _figure(results: Sequence[Result], rate: float) -> str:
+def _figure(results: Sequence[Result], what: str) -> str:
     def mean(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
         return fmean(x for x, _ in points), fmean(y for _, y in points)
 
@@ -142,24 +159,25 @@ def _figure(results: Sequence[Result], rate: float) -> str:
         called: mean([(target_of(one, baseline(one, which)), control_of(one, baseline(one, which))) for one in results])
         for which, called in (("pre", "pre-trained"), ("ft", "fine-tuned"))
     }
-    title = f"What is learnt against what is kept: {counted(len(results), 'fine-tune')}, learning rate {rate:g}"
-    return curves(title, "target, % of test texts right", "controls, % of test texts right", drawn, ends)
+    title = f"What is learnt against what is kept: {counted(len(results), 'fine-tune')}, {what}"
+    return curves(title, "target, % of the test set right", "controls, % of the test set right", drawn, ends)
 
 
-def _paper(groups: Mapping[float, Sequence[Result]]) -> str:
+def _published() -> str:
     head = ["CLIP ViT-B/32, 8 tasks, as published", "target", "control"]
-    rows = [[name, *(f"{value:.1f}" for value in values)] for name, values in PAPER["one"].items()]
+    return table(head, [[name, *(f"{value:.1f}" for value in values)] for name, values in PAPER["one"].items()])
+
+
+def back(results: Sequence[Result], where: str) -> str:
+    """What LiNeS as chosen gives back, beside what the paper says of it."""
     published = {name: values[1] for name, values in PAPER["one"].items()}
-    sentences = []
-    for rate, group in groups.items():
-        back = paired([control_of(one, chosen(one, "lines")) - control_of(one, baseline(one, "ft")) for one in group])
-        cost = paired([target_of(one, chosen(one, "lines")) - target_of(one, baseline(one, "ft")) for one in group])
-        lost = fmean(control_of(one, baseline(one, "pre")) - control_of(one, baseline(one, "ft")) for one in group)
-        share = f" of {lost:.1f} lost" if lost > 0 else ""
-        sentences.append(
-            f"* At {rate:g}, LiNeS as chosen changes the controls by {said(back)}{share}, and the target by "
-            f"{cost.mean:+.1f}. As published it gives {published['LiNeS'] - published['fine-tuned']:.1f} of "
-            f"{published['pre-trained'] - published['fine-tuned']:.1f} back: "
-            f"{direction(published['LiNeS'] - published['fine-tuned'], back)}."
-        )
-    return "\n\n".join(["### Beside the paper", table(head, rows), "\n".join(sentences)])
+    found = paired([control_of(one, chosen(one, "lines")) - control_of(one, baseline(one, "ft")) for one in results])
+    cost = fmean(target_of(one, chosen(one, "lines")) - target_of(one, baseline(one, "ft")) for one in results)
+    lost = fmean(control_of(one, baseline(one, "pre")) - control_of(one, baseline(one, "ft")) for one in results)
+    share = f" of {lost:.1f} lost" if lost > 0 else ""
+    gain = published["LiNeS"] - published["fine-tuned"]
+    return (
+        f"* {where}, LiNeS as chosen changes the controls by {said(found)}{share}, and the target by {cost:+.1f}. As "
+        f"published it gives {gain:.1f} of {published['pre-trained'] - published['fine-tuned']:.1f} back: "
+        f"{direction(gain, found)}."
+    )

@@ -7,12 +7,14 @@ from statistics import fmean
 from typing import Any
 
 from evidence.figures import curves
+from evidence.policies import LAYERS, SAMPLES, WEIGHTS, front
 from evidence.results import PAPER, Result, Results, best, counted, direction, listed, said, seeds_of, spread, table
 from evidence.section_one import FAMILIES
 from evidence.soups import MEMBERS
 from evidence.statistics import lead, paired
 
 Point = Mapping[str, Any]
+MIXED = {"plain": "plain mixture", "lines": "with LiNeS, alpha = beta = 1", "constant": "times 1.5"}
 
 
 def soups(results: Results) -> tuple[str, dict[str, str]]:
@@ -60,6 +62,50 @@ def soups(results: Results) -> tuple[str, dict[str, str]]:
         f"fine-tunes each, of two rates and other orders of texts; a greedy soup has {members:.1f} of them."
     )
     return "\n\n".join(["## 3. Soups and robustness", "### Soups", text, table(head, rows), "\n".join(sentences)]), {}
+
+
+def policies(results: Results) -> tuple[str, dict[str, str]]:
+    """Of rewarded soups."""
+    own = results["policies"]
+    styles = own[0]["styles"]
+    fronts = {
+        family: [
+            (fmean(one for one, _ in points), fmean(other for _, other in points))
+            for points in zip(*(front(result["points"], family) for result in own), strict=True)
+        ]
+        for family in MIXED
+    }
+    rows = [
+        [f"{weight:g}", *(f"{one:+.2f} / {other:+.2f}" for one, other in (fronts[family][at] for family in MIXED))]
+        for at, weight in enumerate(WEIGHTS)
+    ]
+    pre = [fmean(result["points"][0]["rewards"][at] for result in own) for at in (0, 1)]
+    sentences = []
+    for family in ("lines", "constant"):
+        test = paired(
+            [
+                weight * (mixed[0] - plain[0]) + (1 - weight) * (mixed[1] - plain[1])
+                for result in own
+                for weight, mixed, plain in zip(
+                    WEIGHTS, front(result["points"], family), front(result["points"], "plain"), strict=True
+                )
+            ]
+        )
+        sentences.append(
+            f"* {MIXED[family]} minus the plain mixture, each reward weighted as its policy: {test.mean:+.3f} nats a "
+            f"word ({test.positive} of {test.pairs} above zero, p = {test.p:.3f}): "
+            f"{'beyond' if test.beyond_noise else 'within'} noise."
+        )
+    text = (
+        f"A causal language model of {LAYERS} blocks, trained here on all texts; two policies by policy gradients, "
+        f"rewarded for words of `{styles[0]}` and of `{styles[1]}` (log-odds against all texts, nats a word), mixed "
+        f"w to 1 - w; {SAMPLES} texts drawn of each. {counted(len(own), 'seed')}. Pre-trained {pre[0]:+.2f} / {pre[1]:+.2f}."
+    )
+    drawn = {f"{'reversed' if family == 'plain' else family}: {MIXED[family]}": fronts[family] for family in MIXED}
+    figure = curves("Rewarded soups", f"reward for {styles[0]}", f"reward for {styles[1]}", drawn)
+    name = "evidence-policies.svg"
+    parts = ["### Rewarded soups", text, table(["w", *MIXED.values()], rows), "\n".join(sentences)]
+    return "\n\n".join([*parts, f"![Two rewards, with and without LiNeS.]({name})"]), {name: figure}
 
 
 def wise(results: Results) -> tuple[str, dict[str, str]]:

@@ -36,7 +36,7 @@ def run_soup(setup: Setup, seed: int, task: str) -> None:
         }
         (found,) = points_of(sweep(work / f"single-{number}", said, context(save_setup(setup), seed, task)))
         single.append(found)
-    points = [{"soup": "single", "family": "single", **point} for point in single]
+    points = [{**point, "soup": "single", "family": "single"} for point in single]
     order = sorted(range(MEMBERS), key=lambda at: -float(single[at]["target"]))
     points += _of_soup(setup, seed, task, work / "uniform", members, "uniform")
     chosen, held = [members[order[0]]], float(single[order[0]]["target"])

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from evidence import ablations, judge, merging, one, setup, sources, texts
+from evidence import ablations, judge, merging, one, policies, setup, sources, texts, vision
 from evidence.__main__ import phases, run_job
 from evidence.encoder import Encoder, prototypes, write_model
 from evidence.page import DOCS, PAGE, SECTIONS, render
+from evidence.policies import Size as PolicySize
 from evidence.results import read_results
 from evidence.setup import Setup, run_lines
 from evidence.statistics import at_target, correlation, lead, paired
@@ -128,11 +129,30 @@ def test_merging(tiny: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(figures) == 1
 
 
+def test_rewarded_soups(tiny: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ends of the plain mixture are the policies themselves; and what stands behind a text's end does not count."""
+    monkeypatch.setattr(policies, "run_lines", one.run_lines)
+    monkeypatch.setattr(policies, "Size", lambda: PolicySize(pretrain=4, policy=2, batch=4))
+    policies.run(tiny, 1, "styles")
+    (result,) = read_results(tiny.results)["policies"]
+    folder, found = Path(tiny.work) / "seed1" / "policies", policies.texts_of(tiny)
+    for style, at in zip(result["styles"], (-1, 0), strict=True):
+        alone = policies._rewards(folder / style, found, 1)
+        assert policies.front(result["points"], "plain")[at] == pytest.approx(alone, abs=1e-4)
+    assert len(result["points"]) == 1 + 3 * len(policies.WEIGHTS)
+    rows = torch.tensor([[0, 1, 2, 0, 2], [0, 0, 1, 1, 1]])
+    assert policies.reward(rows, torch.tensor([9.0, 1.0, 3.0])).tolist() == [2.0, 0.0]
+
+
 @pytest.mark.slow
 def test_every_item(tiny: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     """All jobs of a full run, in their order; then the page says something of each item, and no job is done twice."""
     monkeypatch.setattr(merging, "methods_of", lambda _: ("task_arithmetic", "ties"))
-    monkeypatch.setattr(ablations, "run_lines", one.run_lines)
+    for module in (ablations, policies):
+        monkeypatch.setattr(module, "run_lines", one.run_lines)
+    monkeypatch.setattr(policies, "Size", lambda: PolicySize(pretrain=4, policy=2, batch=4))
+    monkeypatch.setattr(vision, "trained", _random_digits)
+    monkeypatch.setattr(vision, "pretrained", lambda *of: _random_digits(*of, ""))
     full = replace(tiny, seeds=(1, 2), strong=2e-2, light=1e-3, full=True)
     for phase in phases(full):
         for job in phase:
@@ -141,13 +161,22 @@ def test_every_item(tiny: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     text, figures = render(results)
     assert results.keys() == SECTIONS.keys()
     assert "Not run yet" not in text
-    assert len(re.findall("^##", text, re.MULTILINE)) == 16
-    assert len(figures) == 3
+    assert len(re.findall("^##", text, re.MULTILINE)) == 18
+    assert len(figures) == 5
     before = {path: path.stat().st_mtime_ns for path in Path(full.work).rglob("*.json*")}
     for phase in phases(full):
         for job in phase:
             run_job(full, job)
     assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def _random_digits(full: Setup, seed: int, target: str) -> Path:
+    """An encoder of digits that has learnt nothing."""
+    folder = vision.folder_of(full, seed) / (target or "pretrained") / "ft"
+    if not folder.exists():
+        torch.manual_seed(len(target) + seed)
+        vision.digits.save_encoder(vision.digits.Encoder(), folder)
+    return folder
 
 
 def test_a_command_that_fails_is_an_error(tmp_path: Path) -> None:
