@@ -36,9 +36,10 @@ class Model:
     """One checkpoint: `base`, or a fine-tune of it (`ft1`, `ft2`, ...), of some shape and dtype.
 
     In `fp8` the projections are codes, each block of them with a scale, and the rest is bf16. Shapes are
-    `llama-LAYERS-WIDTH`; `tiny-COUNT`, tensors of 64 entries in one file; `huge-MEGABYTES`, one tensor; and
-    `headers-COUNT`, tensors of no entries in 50 shards. `form` is how its files end: `safetensors`, or `bin`, which
-    torch.save writes; or `lora`, an adapter on every matrix of the layers, as PEFT saves it.
+    `llama-LAYERS-WIDTH`; `moe-LAYERS-EXPERTS`, tensors of 64 entries; `tiny-COUNT`, the same in one numbered list, in
+    one file; `huge-MEGABYTES`, one tensor; and `headers-COUNT`, tensors of no entries in 50 shards. `form` is how its
+    files end: `safetensors`, or `bin`, which torch.save writes; or `lora`, an adapter on every matrix of the layers, as
+    PEFT saves it.
     """
 
     role: str
@@ -87,6 +88,8 @@ class Model:
         if kind == "llama":
             whole = _llama(int(numbers[0]), int(numbers[1]))
             return _factors(whole) if self.form == "lora" else whole
+        if kind == "moe":
+            return _mixture(int(numbers[0]), int(numbers[1]))
         if kind == "huge":
             return {"model.layers.0.mlp.down_proj.weight": (1000 * int(numbers[0]) // DTYPES[self.plain][2], 1000)}
         shape = (8, 8) if kind == "tiny" else (0,)
@@ -145,6 +148,14 @@ def _factors(tensors: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     return factors
 
 
+def _mixture(layers: int, experts: int) -> dict[str, tuple[int, ...]]:
+    own = [*(f"self_attn.{name}_proj" for name in "qkvo"), "mlp.gate", "input_layernorm", "post_attention_layernorm"]
+    own += [f"mlp.experts.{i}.{name}_proj" for i in range(experts) for name in ("gate_up", "down")]
+    inside = [f"layers.{i}.{name}" for i in range(layers) for name in own]
+    names = ["model.embed_tokens", *(f"model.{name}" for name in inside), "model.norm", "lm_head"]
+    return dict.fromkeys((f"{name}.weight" for name in names), (8, 8))
+
+
 def _config(model: Model) -> dict[str, object]:
     """What mergekit, PEFT and lines want to know of a model: a Llama's config, also for shapes that are none."""
     if model.form == "lora":
@@ -157,6 +168,7 @@ def _config(model: Model) -> dict[str, object]:
         }
     kind, *numbers = model.shape.split("-")
     layers, width = map(int, numbers) if kind == "llama" else (-(-len(model.tensors()) // 297), 64)
+    layers = int(numbers[0]) if kind == "moe" else layers
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

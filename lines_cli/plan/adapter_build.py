@@ -28,6 +28,7 @@ from lines_cli.plan.coefficients import unlike_lines
 from lines_cli.plan.relaid import as_loaded
 from lines_cli.plan.tensors import STORED, Ranges, SourceRange, TensorValues, refuse_idle_filters
 from lines_cli.plan.tied_weights import is_head, is_vocabulary, says_tied, tied_embeddings, tied_partner
+from lines_cli.plan.weights import rules_among
 from lines_cli.recipe.schema import UNSCALED, Recipe
 from lines_cli.scaling.find_depth import DepthMap, config_counts, find_depth
 from lines_cli.scaling.partial import completed, layers_held, refuse_other_counts
@@ -91,9 +92,21 @@ class Shares:
         """What decides the coefficients.
 
         Raises:
-            RecipeError: alpha would have to be measured on whole tensors.
+            RecipeError: alpha, or what a depth rule asks for, would have to be measured on whole tensors.
         """
         recipe, lines = self._recipe, self._recipe.lines or UNSCALED
+        if lines.measured_rule and lines.needs_depth:
+            raise RecipeError(
+                f"lines.schedule: {lines.schedule} is measured on whole matrices, and an adapter is scaled without any",
+                hint="Put the adapter onto its base first (lines edit BASE ADAPTER); or take a schedule that follows "
+                "from the depth alone, such as linear or cosine.",
+            )
+        if rules := rules_among(recipe, recipe.values("", 0.0)):
+            raise RecipeError(
+                f"{recipe.method.counts_by}: {min(rules)} is measured on whole task vectors, and an adapter is merged "
+                "without any",
+                hint="Say numbers; or merge into a whole model (base_model, and no as_adapter).",
+            )
         number, alpha = len(recipe.merged), None
         if lines.needs_alpha:
             if not recipe.method.plain_sum(recipe.values("", 0.0)) or recipe.filters or recipe.parameters_vary:

@@ -15,9 +15,9 @@ from lines_cli.checkpoint.header import StoredTensor, TensorInfo, itemsize
 from lines_cli.checkpoint.reader import Checkpoint
 from lines_cli.errors import MismatchError, printable
 from lines_cli.plan.conversions import Conversion, Rules, loading_rules
-from lines_cli.plan.layout import natural
 from lines_cli.plan.pieces import Pieced, Run, runs, whole
 from lines_cli.plan.relaid import Site, sites, tensors_of
+from lines_cli.storage.names import natural
 
 
 @dataclass(frozen=True)

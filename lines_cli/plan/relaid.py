@@ -18,9 +18,9 @@ from lines_cli.checkpoint.header import Part, StoredTensor, TensorInfo, itemsize
 from lines_cli.checkpoint.reader import Checkpoint
 from lines_cli.errors import printable
 from lines_cli.plan.conversions import Conversion, Found, Pattern, Rules, loading_rules, plain_rules, rules_for
-from lines_cli.plan.layout import natural
 from lines_cli.plan.pieces import Pieced, Run, runs, turned, whole
 from lines_cli.plan.same_names import canonical
+from lines_cli.storage.names import natural
 
 Form = Literal["sources", "targets"]
 Key = tuple[int, str, str]

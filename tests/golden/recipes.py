@@ -613,7 +613,7 @@ MERGES: dict[str, Case] = {
 MERGES |= {
     f"{method}-{number}": merge(method, *DECODER, said=said)
     for method, entry in TABLE.items()
-    if not any(case.method == method for case in MERGES.values())
+    if entry.golden and not any(case.method == method for case in MERGES.values())
     for number, said in enumerate(entry.typical)
 }
 TWO_ADAPTERS = {
