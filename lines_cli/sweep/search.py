@@ -233,8 +233,7 @@ def _optuna(sweep: Sweep) -> Any:
         except ImportError as error:
             raise RecipeError(
                 f"search: the package {name} is not installed",
-                hint="Install what a search needs (pip install optuna cmaes); or give lists of values, and no "
-                "search.",
+                hint="Install what a search needs (pip install optuna cmaes); or give lists of values, and no search.",
             ) from error
     optuna: Any = import_module("optuna")
     import_module("optuna.storages.journal")
