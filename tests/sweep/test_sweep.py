@@ -392,7 +392,10 @@ def test_python_functions_that_are_not_polite(here: Path, monkeypatch: pytest.Mo
         ),
         ({"evaluate": "echo '{\"m\": [1, 2]}' # {checkpoint}", "objective": "m"}, "a list of 2, not one number"),
         (
-            {"evaluate": 'echo {seed} {checkpoint} | cut -c1 | sed \'s/^0$/{"m":[1]}/; s/^1$/{"m":[1,2]}/\'', "repeats": 2},
+            {
+                "evaluate": 'echo {seed} {checkpoint} | cut -c1 | sed \'s/^0$/{"m":[1]}/; s/^1$/{"m":[1,2]}/\'',
+                "repeats": 2,
+            },
             "its repeats do not have the same metrics",
         ),
         ({"evaluate": "printf '{\"m\": 1e999}' # {checkpoint}"}, "metric m is inf"),
