@@ -13,7 +13,7 @@ from timing import Contender
 
 IMPORT, FLOOR, DIGESTS, MERGEKIT = "import torch", "floor", "floor + digests", "mergekit, best flags"
 TEN, ON_DISK, LIVE = "ten times lines edit", "ten on the disk", "ten in a live module"
-UNMEASURED = "lines edit, nothing measured"
+UNMEASURED, OF_ADAPTER = "lines edit, nothing measured", "lines edit, adapter"
 
 # The fastest and the smallest in memory of those tried on a CPU, with models of 0.5 and 1.7 GB. Asynchronous writing,
 # more or fewer threads and the lazy unpickler gain nothing beside small shards; `--multi-gpu` fails without a GPU.
@@ -108,6 +108,7 @@ class Suite:
             *(self.scaling(shape) for shape in sizes.scaling),
             self.huge(),
             self.edit_fp32(),
+            self.adapter(),
             self.pickles(),
             self.fp8(),
             self.fp8_out(),
@@ -123,6 +124,7 @@ class Suite:
             self.dare_peers(),
             self.inspect_headers(),
             self.tiny(),
+            self.tensors(),
             self.planning(),
         ]
 
@@ -183,6 +185,28 @@ class Suite:
             writes=models[0].nbytes // 2,
             rounds=self.sizes.fewer,
             about="The floor reads both models, and writes half of the bytes of one.",
+        )
+
+    def adapter(self) -> Case:
+        base, tuned = Model("base", self.sizes.edit), Model("ft1", self.sizes.edit)
+        adapter = Model("ft1", self.sizes.edit, "fp32", form="lora")
+        peft = f"{PEERS}/python ../peft_merge.py {base.name} {adapter.name} out && sync out/*"
+        return Case(
+            "adapter",
+            "`lines edit` of an adapter, {size} of bf16",
+            [base, tuned, adapter],
+            [
+                *_floors([base, tuned]),
+                self._lines("lines edit", f"edit {base.name} {tuned.name} -o out"),
+                self._lines(OF_ADAPTER, f"edit {base.name} {adapter.name} -o out"),
+                *([Contender("PEFT", peft, rounds=1)] if self.peers else []),
+            ],
+            writes=base.nbytes,
+            rounds=self.sizes.rounds,
+            reference="lines edit",
+            about="An adapter of rank 16 on every matrix of the layers, in float32, beside a fine-tune of full size; "
+            "each edit reads its own two inputs, and the floors read those of the latter. PEFT loads model and "
+            "adapter, merges and saves, with no coefficient for the layers.",
         )
 
     def pickles(self) -> Case:
@@ -337,6 +361,24 @@ class Suite:
             writes=models[0].nbytes,
             rounds=self.sizes.fewer,
             about="64 entries each, so that names are all there is to it. `--dry-run` only plans.",
+        )
+
+    def tensors(self) -> Case:
+        models = [Model("base", "moe-60-384"), Model("ft1", "moe-60-384")]
+        plan_only = f"lines edit {_names(models)} -o out --dry-run"
+        return Case(
+            "tensors",
+            "`lines edit`: the 46,503 tensors of 384 experts in 60 layers",
+            models,
+            [
+                *_floors(models),
+                self._lines("lines edit", f"edit {_names(models)} -o out"),
+                Contender("lines edit --dry-run", plan_only, imports_torch=False, writes=False),
+            ],
+            writes=models[0].nbytes,
+            rounds=self.sizes.fewer,
+            about="64 entries each: what a tensor takes above its bytes is what `lines edit` takes beside `--dry-run` "
+            "and importing torch, divided by their number.",
         )
 
     # --- lines merge ---

@@ -661,7 +661,9 @@ def _plain(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value).lower()
 
 
-def _span(ends: list[float]) -> str:
+def _span(ends: list[Any]) -> str:
+    if isinstance(ends[0], str):  # a rule, yet to be measured
+        return ends[0]
     return f"{ends[0]:.4g}" if ends[0] == ends[1] else f"{ends[0]:.4g} to {ends[1]:.4g}"
 
 
@@ -691,9 +693,11 @@ def _stacks(plan: Plan, realised: Sequence[Row] = ()) -> None:
     headings = ("stack", "layers", "tensors", "parameters", "c first", "c last", *(["realised"] if realised else []))
     rows: list[tuple[str, ...]] = []
     to = " to " if _width() > _TIGHT else ".."
+    unknown = "measured" if plan.recipe.measured_rules else "auto"
 
     def add_row(name: str, number: str, group: Mapping[str, Any], ends: Sequence[Any], of_it: Sequence[Any]) -> None:
-        cells = [number, f"{group['tensors']:,}", count(group["parameters"]), *map(_coefficient, ends)]
+        shown = [_coefficient(end, unknown) for end in ends]
+        cells = [number, f"{group['tensors']:,}", count(group["parameters"]), *shown]
         rows.append((name, *cells, *([to.join(dict.fromkeys(map(_realised, of_it)))] if realised else [])))
 
     for stack in found["stacks"]:
@@ -788,8 +792,8 @@ def _why_copied(plan: Plan) -> str:
     return f": {', '.join(said)}" if said else ""
 
 
-def _coefficient(value: float | None) -> str:
-    return "auto" if value is None else coefficient(value)
+def _coefficient(value: float | None, unknown: str = "auto") -> str:
+    return unknown if value is None else coefficient(value)
 
 
 def _realised(value: float | None) -> str:

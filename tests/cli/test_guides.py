@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
 import warnings
 from collections import OrderedDict
@@ -35,6 +36,7 @@ GUIDES = {
     "mergekit",
     "forgetting",
     "sweeping",
+    "at-scale",
     "jobs",
     "notebooks",
     "vocabularies",
@@ -171,6 +173,29 @@ class ImageEncoder(torch.nn.Module):
         self.model.visual.conv1 = torch.nn.Conv2d(3, 8, 2)
         self.model.visual.transformer = torch.nn.Module()
         self.model.visual.transformer.resblocks = torch.nn.Sequential(*blocks)
+
+
+def test_on_large_models(here: Path) -> None:
+    """docs/at-scale.md: its sweeps can be planned, on stand-ins of the same names, and its evaluations are valid."""
+    pair("base", "ft")
+    for seed, name in enumerate(("zeroshot", "cars", "dtd", "svhn")):
+        torch.save(ImageEncoder(seed).state_dict(), f"{name}.pt")
+    run_page("at-scale.md")
+    compile((here / "evaluate_clip.py").read_text(), "evaluate_clip.py", "exec")
+    assert subprocess.run(["sh", "-n", "evaluate_lm.sh"], check=False).returncode == 0
+    planned = run_lines("sweep", "--config", "clip.yaml", "--dry-run", "--json").json
+    assert planned["trials"] == dict.fromkeys(("lines", "constant", "reversed"), 11)
+    assert planned["evaluations"] == 35
+    inner = (here / "evaluate_lm.sh").read_text().partition("<<'END'\n")[2].removesuffix("END\n")
+    results = {name: {"acc,none": 0.5} for name in ("hellaswag", "arc_challenge", "mmlu")}
+    results["gsm8k"] = {"exact_match,strict-match": 0.25}
+    (here / "out" / "results" / "model").mkdir(parents=True)
+    (here / "out" / "results" / "model" / "results.json").write_text(json.dumps({"results": results}))
+    ran = subprocess.run([sys.executable, "-", "out"], input=inner, capture_output=True, text=True, check=True)
+    assert json.loads(ran.stdout) == {
+        "target": 0.25,
+        "control": {"hellaswag": 0.5, "arc_challenge": 0.5, "mmlu": 0.5},
+    }
 
 
 @pytest.mark.filterwarnings("ignore")
