@@ -263,6 +263,11 @@ class AdapterPlan:
     notes: tuple[str, ...] = ()
 
     @property
+    def of_peft(self) -> bool:
+        """Whether it is written as PEFT has it, with a config; else as kohya's scripts have it, without."""
+        return self.how == "extracted" or bool(self.like)
+
+    @property
     def measures(self) -> bool:
         """Whether ranks are, or were, measured."""
         return self.needs or bool(self.found)

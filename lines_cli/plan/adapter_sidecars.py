@@ -29,9 +29,9 @@ def with_sidecars(plan: AdapterPlan) -> AdapterPlan:
     if lead.folder is not None:
         files = carried_files(lead.folder, patterns) if patterns else carried_files(lead.folder)
     sidecars = [Sidecar(name, source=path) for name, path in files.items()]
-    if plan.how != "scaled":
+    if plan.of_peft and plan.how != "scaled":
         sidecars.append(Sidecar(CONFIG, content=as_json(_config(plan))))
-    elif plan.like:
+    elif plan.of_peft:
         own = lead.folder if lead.folder is not None else lead.files[0].parent
         sidecars.append(Sidecar(CONFIG, source=beside(own, CONFIG)))
     text = dump_recipe(plan.recipe, named=named_inputs(plan, seen_from=plan.output))
@@ -70,5 +70,6 @@ def _card(plan: AdapterPlan) -> Sidecar:
             outside=plan.outside(),
             filters=plan.filters(),
             front=front_of(inputs.leading),
+            of_peft=plan.of_peft,
         )
     )

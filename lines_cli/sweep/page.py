@@ -7,17 +7,19 @@ from __future__ import annotations
 import math
 from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 from lines_cli.errors import printable
-from lines_cli.sweep.report import BASELINES, Judged, called
+from lines_cli.sweep.report import BASELINES, Judged, better_up, called
 from lines_cli.sweep.trials import LINES
 from lines_cli.version import __version__
 
 if TYPE_CHECKING:
     from lines_cli.sweep.config import Objective
+    from lines_cli.sweep.expression import Value
     from lines_cli.sweep.run import Found
 
 _STYLE = """
@@ -49,7 +51,7 @@ def page(found: Found) -> str:
         *_against(found),
         *_over_grid(found),
         *_realised(found),
-        _table(found.judged, found.winner, objectives),
+        _table(found.judged, [found.winner] if found.winner else found.front, objectives),
         *(f"<p>{_text(note)}</p>" for note in found.notes),
         f"<footer>Drawn by lines {__version__}.</footer>\n</body>\n</html>\n",
     ]
@@ -72,7 +74,7 @@ def _winner(found: Found) -> Iterable[str]:
     if found.winner is not None:
         yield f"<p>Winner of the grid: <b>{_text(settings_of(found.winner))}</b>, {found.winner.objectives[0]:.6g}.</p>"
     if found.front:
-        yield f"<p>{len(found.front)} trials are beaten by none in every objective.</p>"
+        yield "<p>Several objectives have no one winner: the trials that none beats in every objective are in bold.</p>"
 
 
 def settings_of(judged: Judged) -> str:
@@ -90,8 +92,8 @@ def _short(value: Any) -> str:
 
 
 def axes_of(judged: Sequence[Judged], objectives: Sequence[Objective]) -> tuple[str, str] | None:
-    """Which two metrics are drawn against each other: what an objective calls control and target; of several objectives
-    these; else the first two that it asks for. None where there are no two.
+    """Which two metrics are drawn against each other: what an objective calls control and target; else the first two
+    that it asks for. None where there are no two.
     """
     metrics = next((one.metrics for one in judged if one.metrics and one.trial.family not in BASELINES), None)
     if metrics is None:
@@ -106,30 +108,74 @@ def axes_of(judged: Sequence[Judged], objectives: Sequence[Objective]) -> tuple[
     return (control, target) if control is not None and target is not None else None
 
 
+@dataclass(frozen=True)
+class _Plane:
+    """Two things that are drawn against each other.
+
+    Attributes:
+        names: of what goes to the right, and up.
+        points: trial's id -> where it is.
+        larger: of each whether larger is better.
+    """
+
+    names: tuple[str, str]
+    points: Mapping[str, tuple[float, float]]
+    larger: tuple[bool, bool]
+
+    def best(self, judged: Sequence[Judged]) -> set[str]:
+        """The trials that none beats in both."""
+        signs = [1 if larger else -1 for larger in self.larger]
+        own = [one.trial.id for one in judged if one.trial.family not in BASELINES and one.trial.id in self.points]
+        at = {name: (signs[0] * self.points[name][0], signs[1] * self.points[name][1]) for name in own}
+        found: set[str] = set()
+        highest, last = -math.inf, None
+        for name in sorted(own, key=at.__getitem__, reverse=True):  # from the right, and from the top
+            if at[name][1] > highest or at[name] == last:
+                found.add(name)
+                highest, last = at[name][1], at[name]
+        return found
+
+
+def _plane(found: Found) -> _Plane | None:
+    """What is drawn: target against control; of several objectives the first two."""
+    objectives = found.sweep.objectives
+    if len(objectives) > 1:
+        at = {one.trial.id: (one.objectives[0], one.objectives[1]) for one in found.judged if one.objectives}
+        names = objectives[0].expression.text, objectives[1].expression.text
+        return _Plane(names, at, (not objectives[0].minimize, not objectives[1].minimize)) if at else None
+    axes = axes_of(found.judged, objectives)
+    if axes is None:
+        return None
+    x, y = axes
+    both = [one for one in found.judged if one.metrics and x in one.metrics and y in one.metrics]
+    if not both:
+        return None
+    points = {one.trial.id: (_mean((one.metrics or {})[x]), _mean((one.metrics or {})[y])) for one in both}
+    known: dict[str, Value] = {}
+    for one in found.judged:
+        if one.trial.family in BASELINES:
+            known |= {f"{name}_{one.trial.family}": value for name, value in (one.metrics or {}).items()}
+    known |= both[-1].metrics or {}
+    return _Plane(axes, points, (better_up(objectives[0], known, x), better_up(objectives[0], known, y)))
+
+
 def _mean(value: Any) -> float:
     numbers = list(value.values()) if isinstance(value, Mapping) else value if isinstance(value, list) else [value]
     return math.fsum(numbers) / len(numbers)
 
 
 def _against(found: Found) -> Iterable[str]:
-    axes = axes_of(found.judged, found.sweep.objectives)
-    if axes is None:
+    plane = _plane(found)
+    if plane is None:
         return
-    x, y = axes
-    points = {
-        one.trial.id: (_mean(one.metrics[x]), _mean(one.metrics[y]))
-        for one in found.judged
-        if one.metrics and x in one.metrics and y in one.metrics
-    }
-    if not points:
-        return
+    (x, y), points = plane.names, plane.points
     both = [one for one in found.judged if one.trial.id in points]
-    best = {one.trial.id for one in _beaten_by_none(both, points)}
+    best = {one.trial.id for one in found.front} or plane.best(both)
     frame = _Frame(points.values())
     shapes = [frame.axes(x, y)]
     for family in dict.fromkeys(one.trial.family for one in both):
-        own = sorted(points[one.trial.id] for one in both if one.trial.family == family)
-        if family not in BASELINES and len(own) > 1:
+        own = [points[one.trial.id] for one in both if one.trial.family == family]
+        if family not in BASELINES and len(own) > 1 and found.sweep.search is None:
             line = " ".join(f"{frame.x(a):.1f},{frame.y(b):.1f}" for a, b in own)
             shapes.append(f'<polyline points="{line}" fill="none" stroke="{_COLOURS[family]}" stroke-opacity="0.5"/>')
     for one in both:
@@ -140,34 +186,26 @@ def _against(found: Found) -> Iterable[str]:
         a, b = points[found.winner.trial.id]
         shapes.append(f'<text x="{frame.x(a) + 9:.1f}" y="{frame.y(b) - 7:.1f}">winner</text>')
     shapes.append(_legend(dict.fromkeys(one.trial.family for one in both)))
-    yield _figure(f"{y} against {x}; ringed are trials that none beats in both", shapes)
-
-
-def _beaten_by_none(judged: Sequence[Judged], points: Mapping[str, tuple[float, float]]) -> list[Judged]:
-    own = [one for one in judged if one.trial.family not in BASELINES]
-    return [
-        one
-        for one in own
-        if not any(
-            points[o.trial.id] != points[one.trial.id]
-            and all(a >= b for a, b in zip(points[o.trial.id], points[one.trial.id], strict=True))
-            for o in own
-        )
-    ]
+    ends = [f"{'more' if larger else 'less'} {name}" for name, larger in zip(plane.names, plane.larger, strict=True)]
+    ringed = "in every objective" if found.front else f"in both ({' and '.join(ends)} is better)"
+    yield _figure(f"{y} against {x}; ringed are trials that none beats {ringed}", shapes)
 
 
 def _over_grid(found: Found) -> Iterable[str]:
-    """The objective over each key of the grid that is a number."""
+    """Each objective over each key of the grid that is a number."""
     valid = [one for one in found.judged if one.objectives and one.trial.family == LINES]
+    several = len(found.sweep.objectives) > 1
     for key in dict.fromkeys(key for one in valid for key in one.trial.settings):
         own = [one for one in valid if _is_number(one.trial.settings.get(key))]
-        points = {one.trial.id: (float(one.trial.settings[key]), one.objectives[0]) for one in own}
-        if len({at for at, _ in points.values()}) < 2:
+        if len({one.trial.settings[key] for one in own}) < 2:
             continue
-        frame = _Frame(points.values())
-        shapes = [frame.axes(key, "objective")]
-        shapes += [frame.mark(LINES, points[one.trial.id], settings_of(one)) for one in own]
-        yield _figure(f"The objective over {key}", shapes)
+        for number, objective in enumerate(found.sweep.objectives):
+            points = [(float(one.trial.settings[key]), one.objectives[number]) for one in own]
+            frame = _Frame(points)
+            name = objective.expression.text if several else "objective"
+            shapes = [frame.axes(key, name)]
+            shapes += [frame.mark(LINES, at, settings_of(one)) for one, at in zip(own, points, strict=True)]
+            yield _figure(f"{name if several else 'The objective'} over {key}", shapes)
 
 
 def _is_number(value: Any) -> bool:
@@ -258,7 +296,7 @@ def _figure(caption: str, shapes: Sequence[str]) -> str:
 # --- table ---
 
 
-def _table(judged: Sequence[Judged], winner: Judged | None, objectives: Sequence[Objective]) -> str:
+def _table(judged: Sequence[Judged], marked: Sequence[Judged], objectives: Sequence[Objective]) -> str:
     names = list(dict.fromkeys(name for one in judged for name in one.metrics or ()))
     heads = ["family", "settings", *(o.expression.text for o in objectives), *names, "seconds"]
     rows = ["".join(f"<th>{_text(head)}</th>" for head in heads)]
@@ -275,6 +313,7 @@ def _table(judged: Sequence[Judged], winner: Judged | None, objectives: Sequence
             cells += [f'<td class="n">{_text(number)}</td>' for number in numbers]
         cells.append(f'<td class="n">{one.seconds:.1f}</td>')
         rows.append("".join(cells))
-    marked = [winner is not None and one.trial.id == winner.trial.id for one in judged]
-    body = "".join(f"<tr{' class=w' if mark else ''}>{row}</tr>" for mark, row in zip(marked, rows[1:], strict=True))
+    ids = {one.trial.id for one in marked}
+    marks = [" class=w" if one.trial.id in ids else "" for one in judged]
+    body = "".join(f"<tr{mark}>{row}</tr>" for mark, row in zip(marks, rows[1:], strict=True))
     return f"<h2>Trials</h2><table><tr>{rows[0]}</tr>{body}</table>"

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shlex
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,63 +19,15 @@ from safetensors.torch import load_file
 import lines_cli as lines
 from support.files import snapshot, write_checkpoint
 from support.run import run_lines
-
-LAYERS = 4
-NAMES = [f"model.layers.{layer}.w.weight" for layer in range(LAYERS)]
-
-# Tells how near the deep layers are to the fine-tune, and the shallow ones to the base, without torch; and that it ran.
-EVALUATION = """
-import array, json, os, struct, sys
-
-def read(folder):
-    raw = open(os.path.join(folder, "model.safetensors"), "rb").read()
-    (length,) = struct.unpack("<Q", raw[:8])
-    header = json.loads(raw[8 : 8 + length])
-    found = {}
-    for name, info in header.items():
-        if name != "__metadata__":
-            begin, end = (8 + length + at for at in info["data_offsets"])
-            found[name] = array.array("f", raw[begin:end])
-    return found
-
-def near(a, b, layers):
-    names = [f"model.layers.{layer}.w.weight" for layer in layers]
-    return -sum((x - y) ** 2 for name in names for x, y in zip(a[name], b[name]))
-
-made, base, ft = read(sys.argv[1]), read("base"), read("ft")
-with open("ran", "a") as file:
-    file.write(sys.argv[1] + "\\n")
-print("so much for that")
-control = {"a": near(made, base, (0,)), "b": near(made, base, (1,))}
-print(json.dumps({"target": near(made, ft, (2, 3)), "control": control}))
-"""
-OBJECTIVE = "target - target_ft + mean(control - control_pre)"
+from support.sweeps import EVALUATION, LAYERS, NAMES, inputs_in, sweep_yaml
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a base, a fine-tune and an evaluation, in which the process works."""
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(1)
-    base = {name: torch.randn(6, 5) for name in NAMES}
-    ft = {name: tensor + 0.1 * torch.randn(6, 5) for name, tensor in base.items()}
-    for name, tensors in (("base", base), ("ft", ft)):
-        write_checkpoint(tmp_path / name, tensors, config={"num_hidden_layers": LAYERS})
-    (tmp_path / "evaluate.py").write_text(EVALUATION)
+    inputs_in(tmp_path)
     return tmp_path
-
-
-def sweep_yaml(**said: Any) -> Path:
-    """A sweep over alpha, and whatever else is said."""
-    values = {
-        "recipe": {"base": "base", "ft": "ft"},
-        "grid": {"lines.alpha": [1.0, 0.5, 0.2, 0.0]},
-        "evaluate": f"{shlex.quote(sys.executable)} -S evaluate.py {{checkpoint}}",
-        "objective": OBJECTIVE,
-        **said,
-    }
-    Path("sweep.yaml").write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
-    return Path("sweep.yaml")
 
 
 def by_hand(coefficients: Callable[[float], list[float]], alphas: list[float]) -> dict[float, float]:
@@ -117,7 +66,7 @@ def test_the_winner_is_that_of_a_loop_by_hand(here: Path) -> None:
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
     lines.edit("base", "ft", "reference", alpha=best)
     assert Path("best/model.safetensors").read_bytes() == Path("reference/model.safetensors").read_bytes()
-    assert sorted(os.listdir("best.sweep")) == ["lock", "logs", "report.html", "trials.jsonl"]
+    assert sorted(os.listdir("best.sweep")) == ["lock", "logs", "report.html", "trials.jsonl", "winner.json"]
 
 
 def test_no_evaluation_runs_twice(here: Path) -> None:
@@ -127,19 +76,35 @@ def test_no_evaluation_runs_twice(here: Path) -> None:
     assert len(first) == 2 + 3 * 4
     assert run_lines("sweep", "--config", sweep_yaml(), "-o", "best").code == 0
     assert Path("ran").read_text().splitlines() == first
-    assert (
-        run_lines("sweep", "--config", sweep_yaml(objective=None, minimize="-target"), "-o", "best", "--force").code
-        == 0
-    )
+    assert run_lines("sweep", "--config", sweep_yaml(objective=None, minimize="-target"), "-o", "best").code == 0
     assert Path("ran").read_text().splitlines() == first
     grid = {"lines.alpha": [1.0, 0.7, 0.5, 0.2, 0.0]}
-    assert run_lines("sweep", "--config", sweep_yaml(grid=grid), "-o", "best", "--force").code == 0
+    assert run_lines("sweep", "--config", sweep_yaml(grid=grid), "-o", "best").code == 0
     assert len(Path("ran").read_text().splitlines()) == len(first) + 3
     other = run_lines(
         "sweep", "--config", sweep_yaml(evaluate=f"{sys.executable} -S evaluate.py {{checkpoint}} x"), "-o", "best"
     )
     assert other.code == 6
     assert "the trials of another sweep: evaluate differ" in other.err
+
+
+def test_a_winner_makes_way_for_the_next_one(here: Path) -> None:
+    """Of the same sweep, after a change of grid or objective; what is somebody else's does not, and that is said
+    before anything is evaluated.
+    """
+    assert run_lines("sweep", "--config", sweep_yaml(objective="target"), "-o", "best").code == 0
+    first = snapshot(here / "best")
+    assert run_lines("sweep", "--config", sweep_yaml(objective="target"), "-o", "best").code == 0
+    assert snapshot(here / "best") == first
+    assert run_lines("sweep", "--config", sweep_yaml(minimize="target", objective=None), "-o", "best").code == 0
+    assert snapshot(here / "best") != first
+    lines.edit("base", "ft", "best", alpha=0.7, force=True)
+    Path("ran").unlink()
+    grid = {"lines.alpha": [0.3, 0.4]}
+    refused = run_lines("sweep", "--config", sweep_yaml(grid=grid), "-o", "best")
+    assert (refused.code, Path("ran").exists()) == (6, False), refused.err
+    assert "best exists" in refused.err
+    assert run_lines("sweep", "--config", sweep_yaml(grid=grid), "-o", "best", "--force").code == 0
 
 
 @pytest.mark.parametrize(
@@ -386,31 +351,6 @@ def test_candidates_in_a_live_module(here: Path, monkeypatch: pytest.MonkeyPatch
     other = lines.candidates({"base": "base", "ft": "ft"}, {"lines.alpha": [0.3]}, module.half())
     with pytest.raises(lines.LinesError, match=r"the model's model\.layers\.0\.w\.weight is torch\.float16"):
         next(other)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(6))
-def test_a_killed_sweep_goes_on(here: Path, seed: int) -> None:
-    """Killed at random moments, it ends with the same trials and the same winner, and evaluates nothing twice."""
-    config = sweep_yaml()
-    whole = run_lines("sweep", "--config", config, "-o", "whole", "--json").json
-    Path("ran").unlink()
-    wait = torch.Generator().manual_seed(seed)
-    for _ in itertools.repeat(None):
-        process = subprocess.Popen([sys.executable, "-m", "lines_cli", "sweep", "--config", config, "-o", "best"])
-        try:
-            process.wait(1.5 + 4 * float(torch.rand(1, generator=wait)))
-            break
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-    found = run_lines("sweep", "--config", config, "-o", "best", "--json").json
-    assert found["winner"] == whole["winner"]
-    keys = ("id", "objective", "metrics")
-    assert [[t[k] for k in keys] for t in found["trials"]] == [[t[k] for k in keys] for t in whole["trials"]]
-    recorded = [json.loads(line)["trial"] for line in Path("best.sweep/trials.jsonl").read_text().splitlines()[1:]]
-    assert len(recorded) == len(set(recorded)) == len(whole["trials"])
-    assert not Path("best.sweep/candidates").exists()
 
 
 def test_a_search_draws_and_goes_on(here: Path) -> None:
