@@ -430,20 +430,32 @@ def show_sweep(found: Found, *, json: bool, quiet: bool) -> None:
         return
     several = len(found.sweep.objectives) > 1
     rows = []
-    for one in found.shown:
+    shown = found.shown
+    for one in shown:
         values = ", ".join(f"{value:.6g}" for value in one.objectives)
         error = "" if not one.errors or one.errors[0] is None else f"{one.errors[0]:.2g}"
-        mark = "winner" if one is found.winner else ""
-        rows.append((called(one.trial.family), settings_of(one), values or f"failed: {one.failure}", error, mark))
-    headings = ("family", "settings", "objectives" if several else "objective", "+-", "")
+        mark = "winner" if one is found.winner else "front" if one in found.front else ""
+        rows.append(
+            (
+                called(one.trial.family),
+                settings_of(one),
+                values or f"failed: {in_short(one.failure or '')}",
+                error,
+                mark,
+            )
+        )
+    asked = ", ".join(objective.expression.text for objective in found.sweep.objectives)
+    headings = ("family", "settings", asked if several else "objective", "+-", "chosen")
     _columns(Columns(headings, tuple(rows)), gap=3)
-    left = sum(one.trial.family not in BASELINES for one in found.judged) - len(found.shown)
+    left = sum(one.trial.family not in BASELINES for one in found.judged) - len(shown)
     if left:
         _line(f"and {left:,} more in {found.folder}")
     _line(str(found.said["said"]), style="bold")
     _line(f"report  {found.folder / 'report.html'}")
     if found.summary is not None:
         _out.print(f"output  {_printable(str(found.summary['output']))}", style="bold", soft_wrap=True)
+    else:
+        _line("no output: several objectives have no one winner; write one with lines edit or lines merge")
 
 
 def show_claim(claim: Claim) -> None:
@@ -559,6 +571,7 @@ def _columns(table: Columns, gap: int = 2) -> None:
         _line((" " * gap).join(cells).rstrip(), style=None if number else "bold")
 
 
+_FAILURE = 60  # characters of why a trial failed; the report has the rest
 _BAR, _SHORTEST_BAR, _NARROW, _NARROWEST = 12, 4, 20, 8  # characters
 _NOWHERE = 200  # columns of what is no terminal
 _TIGHT = 70  # columns

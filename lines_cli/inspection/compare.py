@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -105,7 +106,10 @@ def _merge(inspection: Inspection) -> Plan | None:
         lines = recipe.lines.model_copy(update={"alpha": alpha})
     else:
         lines = Scaling(alpha="auto", beta=0.0, layers=inspection.scaling.layers)
-    others = {} if inspection.of == "merge" else {"missing": "skip", "resize": "ft", "like": "ft"}
+    others: dict[str, Any] = {}
+    if inspection.of != "merge":  # what is compared is whatever they have in common
+        inside = inspection.missing_in_blocks or None
+        others = {"missing": "skip", "missing_in_blocks": inside, "resize": "ft", "like": "ft"}
     recipe = recipe.model_copy(update={"lines": lines, **others})
     plan = make_plan(recipe, open_inputs(recipe, quiet=True), Path("inspected"))
     return plan if plan.needs.norms or plan.needs.scores else None

@@ -707,18 +707,21 @@ def _rules(recipe: Recipe, depth: DepthMap, shared: Collection[str] = ()) -> Rul
 
 def _as_recorded(rules: Rules, recipe: Recipe, depth: DepthMap) -> Rules:
     """The rules; where an output's recipe has a depth rule that was measured, with the coefficients that it records."""
-    scale = rules.gamma * scale_at(recipe, 0.0)
-    if not recipe.measured_rules or not recipe.layers or not scale:
+    if not recipe.measured_rules or not recipe.layers:
         return rules
     recorded: dict[str, dict[int, float]] = {}
     for layer in recipe.layers:
-        recorded.setdefault(layer.stack, {})[layer.index] = layer.coefficient / scale
-    stacks = dict(rules.stacks)
-    for stack in depth.stacks:
-        known = recorded.get(stack.name, {})
-        if isinstance(stacks.get(stack.name), Scored) and known.keys() == set(range(stack.layers)):
-            stacks[stack.name] = Listed(tuple(known[index] for index in range(stack.layers)))
-    return replace(rules, stacks=stacks)
+        recorded.setdefault(layer.stack, {})[layer.index] = layer.coefficient
+
+    def known(own: Rules) -> Rules:
+        stacks, scale = dict(own.stacks), own.gamma * scale_at(recipe, 0.0)
+        for stack in depth.stacks:
+            values = recorded.get(stack.name, {})
+            if scale and isinstance(stacks.get(stack.name), Scored) and values.keys() == set(range(stack.layers)):
+                stacks[stack.name] = Listed(tuple(values[index] / scale for index in range(stack.layers)))
+        return replace(own, stacks=stacks)
+
+    return replace(known(rules), components={name: known(own) for name, own in rules.components.items()})
 
 
 def _refuse_twice(opened: Sequence[Checkpoint]) -> None:

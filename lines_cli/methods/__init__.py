@@ -4,7 +4,7 @@ Each file is a family of methods; docs/add-a-merge-method.md says how to add one
 """
 
 from lines_cli.methods.calibration import CALIBRATIONS, Calibration
-from lines_cli.methods.method import CannotMergeError, Measured, Method
+from lines_cli.methods.method import CannotMergeError, Chosen, Measured, Method
 from lines_cli.methods.parameters import Parameter
 from lines_cli.methods.registry import METHODS, find_method
 from lines_cli.methods.said import Said, Values
@@ -16,6 +16,7 @@ __all__ = [
     "ByMagnitude",
     "Calibration",
     "CannotMergeError",
+    "Chosen",
     "Drawn",
     "Measured",
     "Method",

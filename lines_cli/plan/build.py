@@ -39,7 +39,7 @@ from lines_cli.plan.sidecars import with_sidecars
 from lines_cli.plan.statistics import NOTHING_MEASURED, Needs
 from lines_cli.plan.tensors import STORED, TensorSpec, refuse_empty, refuse_misfits, settle_empty, specify_tensors
 from lines_cli.plan.vocabulary import Difference, Vocabulary, find_vocabulary, notes_of
-from lines_cli.plan.weights import rules_among
+from lines_cli.plan.weights import rules_among, without_rules
 from lines_cli.recipe.schema import ComponentRule, Recipe, Scaling
 from lines_cli.scaling.find_depth import DepthMap, Place, Region, joined
 from lines_cli.scaling.numbered_lists import read_lists
@@ -314,6 +314,8 @@ def _larger_than_the_base(plan: Plan) -> Iterator[str]:
         [stored.info for stored in plan.inputs.checkpoints[0].tensors.values()],
         [tensor.info for tensor in plan.tensors if tensor.name not in plan.taken_whole],
     )
+    if len({info.dtype for side in infos for info in side}) < 2:
+        return
     names = {there: name for name, there in STORED.items()}
     most = [Counter[str]() for _ in infos]
     for entries, side in zip(most, infos, strict=True):
@@ -377,19 +379,10 @@ def _depth(
         by_hand = scaling.by_hand if scaling else {}
         depth = depth_of_kept(parameters, rows, inputs.config_of(inputs.lead), by_hand, notes)
     except DepthError as error:
-        if any(source.layer_range for source in recipe.models):
-            raise RecipeError(f"layer_range cannot be checked: {error.message}", hint=error.hint) from error
         if _needs_depth(recipe, scaling):
             raise
         notes.append(f"depth is unknown, but makes no difference, for all coefficients are the same: {error.message}")
         return DepthMap((), {})
-    for source in recipe.models:
-        if source.layer_range and all(source.layer_range != (0, stack.layers) for stack in depth.stacks):
-            there = " and ".join(f"{stack.name!r} of {stack.layers}" for stack in depth.stacks)
-            raise RecipeError(
-                f"layer_range {list(source.layer_range)} of {source.model} is not a whole stack; there is {there}",
-                hint="lines merges whole models; it does not stack parts of them.",
-            )
     return depth
 
 
@@ -401,7 +394,7 @@ def _refuse_wrong_values(recipe: Recipe, specs: Sequence[TensorSpec]) -> None:
     """
     first = {id(spec.values): spec for spec in reversed(specs) if spec.paired and spec.dtype not in EXACT_DTYPES}
     for spec in reversed(first.values()):
-        if (why := recipe.method.wrong(spec.values)) is not None:
+        if (why := recipe.method.wrong(without_rules(recipe, spec.values))) is not None:
             raise RecipeError(f"parameters of {printable(spec.name)}: {why}")
 
 
@@ -422,7 +415,7 @@ def _needs(recipe: Recipe, depth: DepthMap, rules: Rules, specs: Iterable[Tensor
         majority=len(recipe.merged) > 1 and "majority" in statistics,
         norms=not all(map(recipe.plain_sum, values))
         and any(math.isnan(coefficient_of(recipe, depth, rules_by_alpha, spec)) for spec in merged),
-        weights=any(rules_among(own) for own in values),
+        weights=any(rules_among(recipe, own) for own in values),
         scores=_rules_to_measure(recipe, depth, merged),
     )
 

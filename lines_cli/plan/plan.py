@@ -134,7 +134,11 @@ class Plan:
     @property
     def read_paths(self) -> tuple[Path, ...]:
         """Everything the output must not replace: the inputs as they were named, and all their files."""
-        named = [part for checkpoint in self.inputs.checkpoints for part in checkpoint.parts or (checkpoint,)]
+        named = [
+            part
+            for checkpoint in self.inputs.checkpoints
+            for part in checkpoint.parts or checkpoint.stacked or (checkpoint,)
+        ]
         return (*(checkpoint.path for checkpoint in named), *self.paths)
 
     @property
@@ -286,7 +290,8 @@ class Plan:
         temporaries += 4 if self.recipe.dtype == "fp8" else 0  # magnitudes; what it was, divided, and its loss
         temporaries += 2 * models + 1 if self.needs.thresholds else 0  # how far magnitudes are from a window
         temporaries += 2 * models + 4 if self.needs.sums else 0  # all in float64, a product, and its blocks
-        return BytesPerEntry(stored, written, 8 if self.in_float64 else 4, models + 1, temporaries)
+        width = 8 if self.in_float64 else 4
+        return BytesPerEntry(stored, written, width, models + 1, temporaries, self.formula_bytes)
 
     def buffer_bytes(self, resources: Resources) -> int:
         """Bytes of the workers' buffers on the CPU: an input and the output as they are stored, and what the arithmetic
@@ -390,6 +395,9 @@ class Plan:
     def dtype(self) -> str | None:
         """What most of the output's float entries are stored as, as configs name it."""
         names = {stored: name for name, stored in STORED.items()}
+        dtypes = {tensor.info.dtype for tensor in self.tensors}
+        if len(dtypes) == 1:  # mostly
+            return names.get(*dtypes)
         entries = Counter[str]()
         for tensor in self.tensors:
             if tensor.info.dtype in names:

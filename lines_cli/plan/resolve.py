@@ -158,7 +158,8 @@ def _measured_whole(plan: Plan) -> Plan:
     groups = groups_of(plan)
     tensors = []
     for tensor in plan.tensors:
-        number = groups.of.get(tensor.name)
+        copies = [segment for segment in tensor.segments if segment.copy is not None]
+        number = groups.of.get(tensor.name) if copies else None
         if number is not None and number in groups.measured and groups.groups[number].coefficient:
             segments = zip(tensor.spec.segments, tensor.segments, strict=True)
             beside = tuple(

@@ -14,10 +14,23 @@ from lines_cli.plan.plan import Plan
 from lines_cli.recipe.schema import Recipe
 
 
-def rules_among(values: Values) -> set[str]:
+def rules_among(recipe: Recipe, values: Values) -> set[str]:
     """The rules that stand for weights among a tensor's values."""
-    weights = values.get("weight", ())
-    return {weight for weight in weights if isinstance(weight, str)} if isinstance(weights, tuple) else set()
+    return {weight for weight in _weights(recipe, values) if isinstance(weight, str)}
+
+
+def _weights(recipe: Recipe, values: Values) -> tuple[Any, ...]:
+    """What each model counts; none of a method whose models all count alike."""
+    key = recipe.method.counts_by
+    return tuple(values[key]) if key is not None else ()
+
+
+def without_rules(recipe: Recipe, values: Values) -> Values:
+    """A tensor's values with NaN in place of rules, for what asks only whether the numbers make sense."""
+    key = recipe.method.counts_by
+    if key is None or not rules_among(recipe, values):
+        return values
+    return {**values, key: tuple(math.nan if isinstance(own, str) else own for own in values[key])}
 
 
 def with_weights(plan: Plan, squares: Sequence[float]) -> Plan:
@@ -43,35 +56,38 @@ def with_weights(plan: Plan, squares: Sequence[float]) -> Plan:
 
 
 def _with_numbers(recipe: Recipe, values: Values, squares: Sequence[float]) -> Values:
-    weights = list(values.get("weight", ()))
-    for rule in sorted(rules_among(values)):
+    key, weights = recipe.method.counts_by, list(_weights(recipe, values))
+    for rule in sorted(rules_among(recipe, values)):
         models = [model for model, weight in enumerate(weights) if weight == rule]
         for model in models:
             if not 0 < squares[model] < math.inf:
                 name = printable(recipe.merged[model].model)
                 raise MismatchError(
-                    f"weight: {rule} cannot be measured: the squared norm of the task vector of {name} is "
+                    f"{key}: {rule} cannot be measured: the squared norm of the task vector of {name} is "
                     f"{squares[model]:g}",
-                    hint="The model is the same as its base: leave it out, or give its weight as a number."
+                    hint="The model is the same as its base: leave it out, or give it a number."
                     if squares[model] == 0
                     else "Look for NaN, Inf or very large weights in it (lines inspect --check).",
                 )
         found = WEIGHT_RULES[rule]([math.sqrt(squares[model]) for model in models])
         for model, weight in zip(models, found, strict=True):
             weights[model] = weight
-    return {**values, "weight": tuple(weights)} if weights else values
+    if key is None:
+        return values
+    values = {**values, key: tuple(weights)}
+    if (why := recipe.method.wrong(values)) is not None:
+        raise MismatchError(f"{key} as it was measured: {why}", hint="Give numbers in place of the rule.")
+    return values
 
 
-def recorded(recipe: Recipe, squares: Sequence[float]) -> list[Any] | None:
+def recorded(recipe: Recipe, squares: Sequence[float]) -> list[float | None] | None:
     """For each of a recipe's `models` its weight where a rule stood for it, and else None; None where none did."""
     values = recipe.values("", 0.0)
-    if not squares or not rules_among(values):
+    if not squares or not rules_among(recipe, values):
         return None
-    weights = _with_numbers(recipe, values, squares)["weight"]
-    names = [source.model for source in recipe.models]
-    chosen = recipe.method.chosen(names, recipe.base_model, subtracted=recipe.changes_difference)
-    found: list[Any] = [None] * len(recipe.models)
-    for place, number in enumerate(chosen):
-        if number is not None and isinstance(values["weight"][place], str):
-            found[number] = weights[place]
+    said, weights = _weights(recipe, values), _weights(recipe, _with_numbers(recipe, values, squares))
+    found: list[float | None] = [None] * len(recipe.models)
+    for number, rule, weight in zip(recipe.chosen, said, weights, strict=True):
+        if number is not None and isinstance(rule, str):
+            found[number] = float(weight)
     return found

@@ -15,7 +15,9 @@ from __future__ import annotations
 import glob
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -150,6 +152,10 @@ def _entries(
         raise _nothing(pattern, folder)
     names = _checkpoints(pattern, matches, notes)
     every, last = _count(source, "every"), _count(source, "last")
+    key = next((key for key in ("last", "every") if source.get(key) is not None), "")
+    key = key or ("weights" if source.get("weights") not in (None, "uniform", "linear") else "")
+    if key:
+        _refuse_unordered(names, key)
     chosen = names[::-1][:: every or 1][::-1]
     if last is not None:
         if last > len(chosen):
@@ -171,6 +177,28 @@ def _entries(
             entry["parameters"] = {**(others.get("parameters") or {}), **of_it}
         entries.append(entry)
     return entries
+
+
+def _refuse_unordered(names: Sequence[str], key: str) -> None:
+    """Refuse checkpoints whose names do not say which comes first, where that makes a difference."""
+    numbers: dict[tuple[int, ...], str] = {}
+    for name in names:
+        own = tuple(map(int, _NUMBERS.findall(name)))
+        other = numbers.setdefault(own, name)
+        if other != name:
+            why = f"{other} and {name} have the same number" + ("" if own else ", none")
+        elif len(own) != len(next(iter(numbers))):
+            why = f"{next(iter(numbers.values()))} and {name} are not numbered alike"
+        else:
+            continue
+        raise _ImpossibleError(
+            key,
+            f"{why}, so which comes first is not known",
+            "Let the pattern match one of them, or list the checkpoints one by one, with their weights.",
+        )
+
+
+_NUMBERS = re.compile(r"[0-9]+")
 
 
 class _Match(NamedTuple):
@@ -214,7 +242,7 @@ def _checkpoints(pattern: str, matches: Sequence[_Match], notes: list[str]) -> l
     kept = set[str]()
     for match in in_order:
         real = os.path.realpath(match.path)
-        if why := _no_checkpoint(match.path):
+        if why := _unfinished(match.path, pattern) or _no_checkpoint(match.path):
             left_out.append(f"{match.name}: {why}")
         elif real in found:
             twice.append(f"{match.name} is {found[real]}")
@@ -249,9 +277,46 @@ def _no_checkpoint(path: str) -> str | None:
         return None
     if not names:
         return "an empty folder"
+    _refuse_shards(path, names)
     state = next((name for name in sorted(names) if name.startswith(_STATE)), None)
     return "no weights in it" if state is None else f"no weights in it, only a trainer's state ({printable(state)})"
 
+
+def _unfinished(path: str, pattern: str) -> str | None:
+    """That a checkpoint was still being written when its run ended, as trainers call it until then; unless the pattern
+    asks for such.
+    """
+    own, asked = (os.path.basename(os.path.normpath(name)) for name in (path, pattern))
+    unfinished = own.startswith(("tmp-", "tmp_", ".")) and not asked.startswith(("tmp", "."))
+    return "a checkpoint that was not finished, by its name" if unfinished else None
+
+
+def _refuse_shards(path: str, names: Sequence[str]) -> None:
+    """Refuse a folder that holds weights as a training across processes cuts them, and not whole: left out of an
+    average it would be missed.
+    """
+    if os.path.basename(os.path.normpath(path)).startswith(_OPTIMIZER):
+        return
+    for name in sorted(name for name in names if not name.startswith(_OPTIMIZER)):
+        within = os.path.join(path, name)
+        held = [name]
+        if os.path.isdir(within):
+            with suppress(OSError):
+                held = os.listdir(within)
+        if any(own.endswith(".distcp") for own in held):
+            kind, way = "shards of FSDP", f"accelerate merge-weights {path if held == [name] else within} OUT"
+        elif any(own.endswith("_model_states.pt") for own in held):
+            kind, way = "shards of DeepSpeed", "python zero_to_fp32.py . OUT, in that folder"
+        else:
+            continue
+        raise _ImpossibleError(
+            "model",
+            f"{path} holds its weights as {kind} ({printable(name)}), and not whole",
+            f"Put them together first: {way}; or let the pattern match only checkpoints that are whole.",
+        )
+
+
+_OPTIMIZER = "optimizer"
 
 _STATE = ("optimizer", "scheduler", "trainer_state", "rng_state", "training_args", "global_step", "scaler")
 

@@ -383,17 +383,19 @@ def dump_recipe(
             values[key] = named.get(values[key], values[key])
     if "tokenizer" in values:
         _name_in(values["tokenizer"], named)
-    for source in values["models"]:
+    parts = (source for one in values.get("slices", ()) for source in one["sources"])
+    for source in (*values.get("models", ()), *parts):
         source["model"] = named.get(source["model"], source["model"])
     measured = ""
     if weights is not None:
-        rules = {str(rule) for rule in recipe.settings("weight") if isinstance(rule, str)}
-        measured = f"# weight was {' and '.join(sorted(rules))}: by the norms of the task vectors\n"
+        key = recipe.method.counts_by or ""
+        rules = {rule for rule in recipe.settings(key) if isinstance(rule, str)}
+        measured = f"# {key} was {' and '.join(sorted(rules))}: by the norms of the task vectors\n"
         for source, weight in zip(values["models"], weights, strict=True):
             if weight is not None:
-                source["parameters"] = {**source.get("parameters", {}), "weight": weight}
-        if isinstance(values["parameters"].get("weight"), str):
-            del values["parameters"]["weight"]
+                source["parameters"] = {**source.get("parameters", {}), key: weight}
+        if isinstance(values["parameters"].get(key), str):
+            del values["parameters"][key]
     if not values["parameters"]:
         del values["parameters"]
     if alpha is not None and recipe.lines is not None and recipe.lines.needs_alpha:

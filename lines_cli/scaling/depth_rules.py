@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -107,8 +106,7 @@ def find_rule(name: str) -> DepthRule:
         return RULES[name]
     installed = _installed()
     if name not in installed:
-        near = get_close_matches(name.lower(), [*RULES, *installed], n=1, cutoff=0.6)
-        raise ValueError(f"no schedule is called {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
+        raise ValueError(f"no schedule is called {name[:_LONGEST_NAME]!r}")
     point = installed[name]
     package = f"{point.dist.name} {point.dist.version}" if point.dist else point.value
     try:
@@ -123,6 +121,9 @@ def find_rule(name: str) -> DepthRule:
             "lines_cli.scaling.depth_rules.DepthRule"
         )
     return found
+
+
+_LONGEST_NAME = 100
 
 
 def installed_names() -> tuple[str, ...]:
@@ -325,11 +326,11 @@ def _smoothly(layers: Sequence[Layer], _: float | None) -> list[float]:
 
 
 def _of_spectra(shape: Sequence[int]) -> int:
-    """Bytes in float64: the two matrices, a Gram matrix, and what LAPACK works in."""
+    """Bytes in float64: the two matrices, their product or a Gram matrix, and what LAPACK works in."""
     rows, columns = shape[0], math.prod(shape[1:])
     if len(shape) == 3:
         rows, columns = shape[1:]
-    return 8 * (2 * rows * columns + 6 * min(rows, columns) ** 2)
+    return 8 * (2 * rows * columns + 8 * min(rows, columns) ** 2)
 
 
 RULES: Mapping[str, DepthRule] = {

@@ -30,23 +30,41 @@ def ranks_and_commutator(base: Tensor, update: Tensor) -> tuple[float, float, fl
             return 0.0, 0.0, 0.0
         ranks, of_updates, terms = (sum(column) / len(changed) for column in zip(*changed, strict=True))
         return ranks, of_updates, terms
-    w, d = (matrix.reshape(matrix.shape[0], -1).double() for matrix in (base, update))
-    if w.shape[0] > w.shape[1]:
-        w, d = w.T, d.T
+    w, d = (_of_norm_1(matrix.reshape(matrix.shape[0], -1)) for matrix in (base, update))
+    rank, of_update = _effective_rank(w), _effective_rank(d)
+    if w is None or d is None:
+        return rank, of_update, 0.0
     product = w @ d.T
-    norms = float(w.norm()) * float(d.norm())
-    term = float((product - product.T).norm()) / norms if norms else 0.0
-    return _effective_rank(w), _effective_rank(d), term
+    return rank, of_update, float((product - product.T).norm())
 
 
-def _effective_rank(matrix: Tensor) -> float:
-    """Of [r, n] with r <= n, in float64: from the eigenvalues of its Gram matrix, the squared singular values."""
+def _of_norm_1(matrix: Tensor) -> Tensor | None:
+    """A copy in float64 over its Frobenius norm, the smaller side first; None where that norm is 0. It is divided by
+    the largest entry before, so that no square is lost.
+    """
     import torch
 
-    largest = float(matrix.abs().max()) if matrix.numel() else 0.0
-    if not 0 < largest < math.inf:
-        return 0.0 if largest == 0 else math.nan
-    matrix = matrix / largest  # so that no square is lost
-    squares = torch.linalg.eigvalsh(matrix @ matrix.T).clamp_(min=0)
-    shares = squares / squares.sum()
-    return math.exp(float(torch.special.entr(shares).sum()))
+    if matrix.numel() == 0:
+        return None
+    low, high = (float(end) for end in matrix.aminmax())
+    largest = max(-low, high)
+    if largest == 0:
+        return None
+    copied = matrix.to(torch.float64, copy=True).div_(largest)
+    copied.div_(copied.norm())
+    return copied.T if copied.shape[0] > copied.shape[1] else copied
+
+
+def _effective_rank(matrix: Tensor | None) -> float:
+    """Of [r, n] with r <= n, in float64, of norm 1: from the eigenvalues of its Gram matrix, the squared singular
+    values. NaN where something is not finite.
+    """
+    import torch
+
+    if matrix is None:
+        return 0.0
+    gram = matrix @ matrix.T
+    if not bool(gram.isfinite().all()):
+        return math.nan
+    shares = torch.linalg.eigvalsh(gram).clamp_(min=0)
+    return math.exp(float(torch.special.entr(shares / shares.sum()).sum()))

@@ -62,6 +62,7 @@ SUM = {"float32": 0, "widened": 0, "bfloat16": 12, "narrowed": 12}
 WHOLE = {"float32": 6, "widened": 1, "bfloat16": 1, "narrowed": 2}
 
 # Where each product but the first is exact (a weight is a power of two) fused or not makes no difference.
+EXACT = {"float32": 0, "widened": 0, "bfloat16": 0, "narrowed": 0}
 EXACT_PRODUCTS = {"float32": 0, "widened": 0, "bfloat16": 0, "narrowed": 2}
 
 # In bfloat16 a rounded sum may have another sign, and a rounded magnitude fall on the other side of a threshold: up to
@@ -85,6 +86,7 @@ class Case:
         densities: of the models, where something is trimmed; empty if they vary over tensors.
         otherwise: by `DTYPES`, the share of entries that may be on the other side of a bound that mergekit measures
             less exactly, and then be anything among the models.
+        stacked: whether layers have other numbers than in the models.
     """
 
     ulps: Mapping[str, int]
@@ -93,6 +95,7 @@ class Case:
     votes: bool = False
     densities: tuple[float, ...] | None = None
     otherwise: Mapping[str, float] = field(default_factory=dict)
+    stacked: bool = False
 
 
 BY_TENSOR = "parameters.trim=tensor"  # which mergekit has no word for, as it does nothing else
@@ -386,6 +389,81 @@ models:
         - {filter: o_proj, value: 0}
         - {filter: down_proj, value: [0.3, 0.9]}
         - {value: 1}
+""",
+    ),
+    "passthrough, layers stacked": Case(
+        EXACT,
+        """
+merge_method: passthrough
+slices:
+  - sources: [{model: a, layer_range: [0, 2]}]
+  - sources: [{model: b, layer_range: [1, 3]}]
+  - sources: [{model: a, layer_range: [0, 3]}]
+""",
+        stacked=True,
+    ),
+    "passthrough, layers that give nothing": Case(
+        EXACT,
+        """
+slices:
+  - sources: [{model: a, layer_range: [0, 2]}]
+  - sources:
+      - model: a
+        layer_range: [1, 2]
+        parameters:
+          scale:
+            - {filter: o_proj, value: 0.0}
+            - {filter: down_proj, value: 0.0}
+            - {value: 1.0}
+  - sources: [{model: a, layer_range: [2, 3]}]
+merge_method: passthrough
+""",
+        stacked=True,
+    ),
+    "passthrough, the last layers left out": Case(
+        EXACT, "merge_method: passthrough\nslices: [{sources: [{model: c, layer_range: [0, 2]}]}]\n", stacked=True
+    ),
+    "slerp, layers stacked": Case(
+        WHOLE,
+        """
+merge_method: slerp
+base_model: a
+slices:
+  - sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [0, 2]}]
+    parameters: {t: [{filter: mlp, value: [0.1, 0.9]}]}
+  - sources: [{model: b, layer_range: [0, 2]}, {model: a, layer_range: [1, 3]}]
+parameters: {t: [0.2, 0.4, 0.9]}
+""",
+        stacked=True,
+    ),
+    "task arithmetic, layers stacked": Case(
+        SUM,
+        """
+merge_method: task_arithmetic
+base_model: base
+slices:
+  - sources:
+      - {model: base, layer_range: [0, 2]}
+      - {model: a, layer_range: [0, 2], parameters: {weight: [0.2, 0.7]}}
+      - {model: b, layer_range: [0, 2]}
+  - sources:
+      - {model: c, layer_range: [1, 3]}
+      - {model: base, layer_range: [1, 3]}
+      - {model: b, layer_range: [1, 3], parameters: {weight: [{filter: mlp, value: 0.1}]}}
+    parameters: {lambda: [{filter: self_attn, value: 0.3}]}
+parameters: {weight: 0.25, lambda: [0.5, 0.9]}
+""",
+        stacked=True,
+    ),
+    "linear, slices of whole models": Case(
+        WHOLE,
+        """
+merge_method: linear
+slices:
+  - sources: [{model: a, layer_range: [0, 1], parameters: {weight: 1}}, {model: b, layer_range: [0, 1]}]
+  - sources: [{model: a, layer_range: [1, 3], parameters: {weight: [0, 1]}}, {model: b, layer_range: [1, 3]}]
+    parameters: {weight: 0.5}
+parameters: {weight: [0.3, 0.6]}
 """,
     ),
     "nuslerp": Case(
@@ -846,7 +924,9 @@ def test_one_yaml_gives_one_model(
     largest = largest_ulps = 0.0
     entries = differing = beyond = 0
     for key, one in ours.items():
-        other, inputs = theirs[key], [model[key] for model in (base, *models)]
+        other, inputs = theirs[key], [model[key] for model in (base, *models) if key in model]
+        if case.stacked:  # of which entry it is made is not that of its name
+            inputs = [one.abs().max().expand_as(one)]
         difference, apart = (one.double() - other.double()).abs(), _ulps(one, other, inputs)
         if dtype == "widened" and case.densities:
             # Task vectors of bfloat16 weights have many entries of one magnitude; mergekit keeps any of those that lie

@@ -261,6 +261,87 @@ def test_it_counts_from_the_recipe_s_folder(tmp_path: Path, monkeypatch: pytest.
     assert len(lines.load_recipe(path).models) == 2
 
 
+# --- what a run leaves beside its checkpoints ---
+
+
+def shards_of(kind: str, folder: Path) -> Path:
+    """What a training across processes leaves of one checkpoint, without the weights as a whole."""
+    within = folder / {"FSDP": "pytorch_model_fsdp_0", "DCP": ".", "DeepSpeed": "global_step7"}[kind]
+    within.mkdir(parents=True, exist_ok=True)
+    name = "zero_pp_rank_0_mp_rank_00_model_states.pt" if kind == "DeepSpeed" else "__0_0.distcp"
+    (within / name).write_bytes(b"shard")
+    (folder / "trainer_state.json").write_text("{}")
+    (folder / "optimizer_0").mkdir()
+    (folder / "optimizer_0" / "__0_0.distcp").write_bytes(b"state")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("FSDP", ["shards of FSDP (pytorch_model_fsdp_0)", "accelerate merge-weights"]),
+        ("DCP", ["shards of FSDP (__0_0.distcp)", "accelerate merge-weights"]),
+        ("DeepSpeed", ["shards of DeepSpeed (global_step7)", "zero_to_fp32.py"]),
+    ],
+)
+def test_a_checkpoint_in_shards_is_not_passed_over(kind: str, words: list[str], tmp_path: Path) -> None:
+    """Left out of an average it would be missed: it is an error that names it, and the way to make it whole."""
+    models = a_run(tmp_path, [1, 2])
+    shards_of(kind, tmp_path / "run/checkpoint-7")
+    path = written(tmp_path, {"model": "run/checkpoint-*"})
+    refused(run_lines("merge", "--config", path, "-o", tmp_path / "out"), 2, "checkpoint-7 holds its weights", *words)
+    write_checkpoint(tmp_path / "run/checkpoint-7", tensors(9))  # made whole beside them
+    assert run_lines("merge", "--config", path, "-o", tmp_path / "out").code == 0
+    same(output(tmp_path), average([*models, tensors(9)], [1 / 3] * 3))
+
+
+def test_an_optimizer_s_shards_are_no_checkpoint(tmp_path: Path) -> None:
+    """A folder of them is left out, whatever else matches."""
+    a_run(tmp_path, [1, 2])
+    (tmp_path / "run/optimizer_0").mkdir()
+    (tmp_path / "run/optimizer_0/__0_0.distcp").write_bytes(b"state")
+    path = written(tmp_path, {"model": "run/*"})
+    ran = run_lines("merge", "--config", path, "-o", tmp_path / "out")
+    assert ran.code == 0
+    assert "optimizer_0: no weights in it" in ran.err
+
+
+@pytest.mark.parametrize("name", ["tmp-checkpoint-300", "tmp_checkpoint-300"])
+def test_an_unfinished_checkpoint_is_left_out(name: str, tmp_path: Path) -> None:
+    """As trainers call it while it is written; with a note, and unless the pattern asks for it."""
+    models = a_run(tmp_path, [100, 200])
+    write_checkpoint(tmp_path / "run" / name, tensors(9))
+    path = written(tmp_path, {"model": "run/*checkpoint-*"})
+    ran = run_lines("merge", "--config", path, "-o", tmp_path / "out")
+    assert ran.code == 0
+    assert f"{name}: a checkpoint that was not finished" in ran.err
+    same(output(tmp_path), average(models, [0.5, 0.5]))
+    assert len(lines.load_recipe(written(tmp_path, {"model": "run/tmp*"})).models) == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["checkpoint-10", "checkpoint-010", "checkpoint-9"], "have the same number"),
+        (["a/checkpoint-5", "b/checkpoint-5"], "have the same number"),
+        (["checkpoint-final", "checkpoint-20", "checkpoint-10"], "are not numbered alike"),
+        (["first", "last"], "have the same number, none"),
+    ],
+    ids=str,
+)
+def test_an_order_that_names_do_not_tell(names: list[str], words: str, tmp_path: Path) -> None:
+    """Where it makes a difference it is an error; the average is the same in any order."""
+    for seed, name in enumerate(names):
+        write_checkpoint(tmp_path / "run" / name, tensors(seed))
+    pattern = "run/*/*" if "/" in names[0] else "run/*"
+    for said in ({"weights": "1-sqrt"}, {"weights": {"ema": 0.5}}, {"last": 2}, {"every": 2}):
+        path = written(tmp_path, {"model": pattern, **said})
+        key = f"models.0.{next(iter(said))}"
+        refused(run_lines("merge", "--config", path, "-o", tmp_path / "out"), 2, words, key, "one by one")
+    for said in ({}, {"weights": "uniform"}, {"weights": "linear"}):
+        assert len(lines.load_recipe(written(tmp_path, {"model": pattern, **said})).models) == len(names)
+
+
 # --- with a base, and LiNeS ---
 
 
