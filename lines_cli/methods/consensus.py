@@ -90,6 +90,8 @@ METHODS = {
     "consensus": Method(
         consensus,
         "Keep what several models' TALL masks select (consensus merging, Wang 2024).",
+        paper="2405.07813",
+        use="many tasks, of which each changes what others do not need",
         parameters={
             "weight": WEIGHT,
             "mask_lambda": Parameter(0.4, "of a model's TALL mask; smaller keeps more", per_model=True, low=0),

@@ -161,6 +161,8 @@ METHODS = {
     "ties": Method(
         ties,
         "Trim, elect signs, merge what agrees (TIES, Yadav 2023).",
+        paper="2306.01708",
+        use="tasks that pull single weights in opposite directions",
         parameters={
             "weight": WEIGHT,
             "density": DENSITY,

@@ -482,11 +482,13 @@ class TensorValues:
 
     def __call__(self, name: str) -> Values:
         place, component = self._depth.places.get(name), self._depth.component_of(name)
-        where = (component,) if place is None else (component, place.stack, place.index)
+        outside = self._depth.side_of(name) if place is None and self._recipe.slices else None
+        where = (component, outside) if place is None else (component, place.stack, place.index)
         key = (where, tuple([part in name for part in self._filters]) if self._filters else ())
         values = self._known.get(key)
         if values is None:
-            values = self._known[key] = self._recipe.values(name, self._depth.position_of(name), component)
+            at = self._depth.position_of(name)
+            values = self._known[key] = self._recipe.values(name, at, component, outside=outside)
         return values
 
 
