@@ -752,7 +752,7 @@ def _along(said: Mapping[str, Sequence[str]], layers: int, width: int) -> list[s
     word, its cells below each other.
     """
     longest = max(map(len, said))
-    for most in range(min(_MOST_DEPTHS, layers), 1, -1):
+    for most in range(max(2, min(_MOST_DEPTHS, layers)), 1, -1):
         shown = sorted({round(at * (layers - 1) / (most - 1)) for at in range(most)})
         cells = {word: [f"{index}: {values[index]}" for index in shown] for word, values in said.items()}
         widths = [max(len(each[at]) for each in cells.values()) for at in range(len(shown))]

@@ -19,18 +19,21 @@ from pathlib import Path
 from lines_cli.checkpoint.adapter import Adapter, Change
 from lines_cli.checkpoint.adapter_output import PREFIX, strongest_bias, targets_in
 from lines_cli.checkpoint.header import WIDER, StoredTensor
+from lines_cli.checkpoint.reader import Checkpoint
 from lines_cli.errors import DepthError, MismatchError, RecipeError, UnsupportedError, printable, some
 from lines_cli.methods import METHODS
 from lines_cli.plan.adapter_inputs import AdapterInputs
 from lines_cli.plan.adapter_layout import laid_out
 from lines_cli.plan.adapter_plan import AdapterModule, AdapterPlan, Entries, Part, Product, Role, Term
 from lines_cli.plan.coefficients import unlike_lines
+from lines_cli.plan.components import regions_of
 from lines_cli.plan.relaid import as_loaded
 from lines_cli.plan.tensors import STORED, Ranges, SourceRange, TensorValues, refuse_idle_filters
 from lines_cli.plan.tied_weights import is_head, is_vocabulary, says_tied, tied_embeddings, tied_partner
 from lines_cli.plan.weights import rules_among
 from lines_cli.recipe.schema import UNSCALED, Recipe
-from lines_cli.scaling.find_depth import DepthMap, config_counts, find_depth
+from lines_cli.scaling.find_depth import DepthMap, config_counts, find_depth, joined
+from lines_cli.scaling.numbered_lists import read_lists
 from lines_cli.scaling.partial import completed, layers_held, refuse_other_counts
 from lines_cli.scaling.schedule import Rules
 from lines_cli.storage.destination import is_one_file
@@ -249,6 +252,13 @@ class _Builder:
         needed = bool(recipe.lines and recipe.lines.needs_depth) or recipe.parameters_vary
         by_hand = recipe.lines.by_hand if recipe.lines else {}
         try:
+            if base is not None and base.components:
+                if any(by_hand.values()):
+                    raise RecipeError(
+                        f"what is said of depth is of one model, and {base.name} holds several",
+                        hint="Give one of its folders as the base, and the part of the adapter that is for it.",
+                    )
+                return _by_component(base, names)
             if base is not None and self.whole:
                 parameters = {name: stored.info.numel for name, stored in base.tensors.items()}
                 return find_depth(parameters, config=base.config, parameters=parameters, **by_hand)
@@ -624,6 +634,23 @@ class _Builder:
         base = self.opened.base
         assert base is not None
         return modules_in((*base.tensors, *as_loaded(base).checkpoint.tensors))
+
+
+def _by_component(base: Checkpoint, names: Sequence[str]) -> DepthMap:
+    """The depth of a pipeline's components that are changed, of each by itself.
+
+    Raises:
+        DepthError: which tensor of one stands at which depth is not known.
+    """
+    parts = []
+    for component in base.components:
+        own, depth = component.checkpoint, DepthMap((), {})
+        if any(name.startswith(component.begins) for name in names):
+            parameters = {name: stored.info.numel for name, stored in own.tensors.items()}
+            if read_lists(list(parameters)):
+                depth = find_depth(parameters, config=own.config, parameters=parameters)
+        parts.append((depth, regions_of(component)))
+    return joined(parts)
 
 
 def digest_of(configs: Sequence[Mapping[str, object]]) -> str:

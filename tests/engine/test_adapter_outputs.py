@@ -17,6 +17,7 @@ from support.adapters import PREFIX, factors, layers_of, updates, write_adapter
 from support.files import snapshot, without_staging, write_checkpoint
 from support.fp8 import expanded, quantise
 from support.layouts import LAYOUTS
+from support.run import run_lines
 
 SIZES = {"q_proj": (12, 8), "up_proj": (20, 8)}
 LAYERS = 4
@@ -918,6 +919,18 @@ def test_lone_files_over_depth(tmp_path: Path) -> None:
         for i in (0, 2):
             name = f"lora_te_text_model_encoder_layers_{i}_mlp_fc1.lora_up.weight"
             torch.testing.assert_close(found[name], (0.1 + 0.9 * i / 4) * own[name])
+
+
+def test_a_stack_of_one_layer_is_told(tmp_path: Path) -> None:
+    """Of two stacks one has one layer: its rank and what is kept stand in the summary."""
+    shapes = {"encoder.layers.0.fc": (8, 8), "encoder.layers.1.fc": (8, 8), "decoder.layers.0.fc": (8, 8)}
+    write_checkpoint(tmp_path / "base", {f"{name}.weight": torch.randn(*shape) for name, shape in shapes.items()})
+    write_adapter(tmp_path / "adapter", factors(shapes, 4, 0))
+    said = {"base_model": str(tmp_path / "base"), "models": [{"model": str(tmp_path / "adapter")}], "lines": LINES}
+    (tmp_path / "merge.yaml").write_text(json.dumps({**said, "rank": 2}))
+    ran = run_lines("merge", "--config", tmp_path / "merge.yaml", "--as-adapter", "-o", tmp_path / "out")
+    assert ran.code == 0
+    assert re.search(r"rank +0: 2 +\(decoder\.layers\)", ran.out)
 
 
 def test_adapters_of_several_forms(tmp_path: Path) -> None:
