@@ -435,7 +435,15 @@ def show_sweep(found: Found, *, json: bool, quiet: bool) -> None:
         values = ", ".join(f"{value:.6g}" for value in one.objectives)
         error = "" if not one.errors or one.errors[0] is None else f"{one.errors[0]:.2g}"
         mark = "winner" if one is found.winner else "front" if one in found.front else ""
-        rows.append((called(one.trial.family), settings_of(one), values or f"failed: {one.failure}", error, mark))
+        rows.append(
+            (
+                called(one.trial.family),
+                settings_of(one),
+                values or f"failed: {in_short(one.failure or '')}",
+                error,
+                mark,
+            )
+        )
     asked = ", ".join(objective.expression.text for objective in found.sweep.objectives)
     headings = ("family", "settings", asked if several else "objective", "+-", "chosen")
     _columns(Columns(headings, tuple(rows)), gap=3)
@@ -563,6 +571,7 @@ def _columns(table: Columns, gap: int = 2) -> None:
         _line((" " * gap).join(cells).rstrip(), style=None if number else "bold")
 
 
+_FAILURE = 60  # characters of why a trial failed; the report has the rest
 _BAR, _SHORTEST_BAR, _NARROW, _NARROWEST = 12, 4, 20, 8  # characters
 _NOWHERE = 200  # columns of what is no terminal
 _TIGHT = 70  # columns
@@ -742,7 +751,7 @@ def _along(said: Mapping[str, Sequence[str]], layers: int, width: int) -> list[s
     word, its cells below each other.
     """
     longest = max(map(len, said))
-    for most in range(min(_MOST_DEPTHS, layers), 1, -1):
+    for most in range(max(2, min(_MOST_DEPTHS, layers)), 1, -1):
         shown = sorted({round(at * (layers - 1) / (most - 1)) for at in range(most)})
         cells = {word: [f"{index}: {values[index]}" for index in shown] for word, values in said.items()}
         widths = [max(len(each[at]) for each in cells.values()) for at in range(len(shown))]

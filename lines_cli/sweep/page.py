@@ -13,6 +13,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from lines_cli.errors import printable
+from lines_cli.sweep.expression import Expression
 from lines_cli.sweep.report import BASELINES, Judged, better_up, called
 from lines_cli.sweep.trials import LINES
 from lines_cli.version import __version__
@@ -31,7 +32,7 @@ tr.w{font-weight:bold}figure{margin:1.5rem 0}figcaption{color:#555}.said{font-si
 """
 _COLOURS = {LINES: "#1f77b4", "constant": "#d62728", "reversed": "#2ca02c", "pre": "#888888", "ft": "#555555"}
 _MARKS = {LINES: "circle", "constant": "square", "reversed": "triangle", "pre": "cross", "ft": "cross"}
-_W, _H, _LEFT, _BELOW, _TOP, _RIGHT = 640, 400, 64, 52, 16, 150
+_W, _H, _LEFT, _BELOW, _TOP, _RIGHT = 640, 400, 64, 52, 30, 150
 
 
 def page(found: Found) -> str:
@@ -46,7 +47,7 @@ def page(found: Found) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{title}</title>\n<style>{style}</style>\n</head>\n<body>\n<h1>{title}</h1>",
         f'<p class="said">{_text(str(found.said["said"]))}.</p>',
-        f"<p>{' '.join(_objective(objective) for objective in objectives)}</p>",
+        f"<p>{'; '.join(_objective(objective) for objective in objectives)}</p>",
         *_winner(found),
         *_against(found),
         *_over_grid(found),
@@ -195,7 +196,7 @@ def _over_grid(found: Found) -> Iterable[str]:
     """Each objective over each key of the grid that is a number."""
     valid = [one for one in found.judged if one.objectives and one.trial.family == LINES]
     several = len(found.sweep.objectives) > 1
-    for key in dict.fromkeys(key for one in valid for key in one.trial.settings):
+    for key in (key for key, said in found.sweep.grid.items() if not isinstance(said, Expression)):
         own = [one for one in valid if _is_number(one.trial.settings.get(key))]
         if len({one.trial.settings[key] for one in own}) < 2:
             continue
@@ -254,18 +255,33 @@ class _Frame:
     def axes(self, below: str, beside: str) -> str:
         right, bottom = _W - _RIGHT, _H - _BELOW
         parts = [f'<path d="M{_LEFT} {_TOP}V{bottom}H{right}" fill="none" stroke="#888"/>']
-        for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-            a, b = (low + share * (high - low) for low, high in (self._x, self._y))
-            parts.append(f'<text x="{self.x(a):.1f}" y="{bottom + 18}" text-anchor="middle">{a:.3g}</text>')
-            parts.append(f'<text x="{_LEFT - 6}" y="{self.y(b) + 4:.1f}" text-anchor="end">{b:.3g}</text>')
+        parts += [
+            f'<text x="{self.x(at):.1f}" y="{bottom + 18}" text-anchor="middle">{at:.6g}</text>'
+            for at in _ticks(*self._x)
+        ]
+        parts += [
+            f'<text x="{_LEFT - 6}" y="{self.y(at) + 4:.1f}" text-anchor="end">{at:.6g}</text>'
+            for at in _ticks(*self._y)
+        ]
         parts.append(f'<text x="{(_LEFT + right) / 2:.1f}" y="{_H - 10}" text-anchor="middle">{_text(below)}</text>')
-        parts.append(f'<text x="4" y="{_TOP - 3}">{_text(beside)}</text>')
+        parts.append(f'<text x="4" y="14">{_text(beside)}</text>')
         return "".join(parts)
 
     def mark(self, family: str, at: tuple[float, float], told: str, *, ringed: bool = False) -> str:
         x, y = self.x(at[0]), self.y(at[1])
         ring = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="8" fill="none" stroke="#888"/>' if ringed else ""
         return f"<g><title>{_text(told)}</title>{ring}{_shape(family, x, y)}</g>"
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers from one end to the other, some five of them."""
+    raw = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(raw)) if raw > 0 and math.isfinite(raw) else 0.0
+    if not power:
+        return [low, high]
+    step = next(step for step in (1.0, 2.0, 2.5, 5.0, 10.0) if step * power >= raw * 0.999) * power
+    first = math.ceil(low / step)
+    return [round(at * step, 12 - math.floor(math.log10(step))) for at in range(first, math.floor(high / step) + 1)]
 
 
 def _shape(family: str, x: float, y: float) -> str:

@@ -494,7 +494,7 @@ class Sweeping:
         if plan is None or (before, made_by) != (folder, recipe):
             try:
                 plan = self.candidates.plan(recipe, folder)
-            except MismatchError as error:
+            except (MismatchError, RecipeError) as error:  # of these settings: those of the first trial were planned
                 raise DataError(error.message, hint=error.hint) from error
         if self.sweep.in_process:
             self.candidates.put(plan, self._live.tensors)

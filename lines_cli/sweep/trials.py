@@ -48,8 +48,8 @@ def trials_of(sweep: Sweep, notes: list[str]) -> list[Trial]:
     Raises:
         RecipeError: arithmetic of the grid that has no value.
     """
-    own = list(combinations(sweep))
-    trials = [Trial(LINES, settings) for settings in own]
+    trials = list({trial.id: trial for trial in (Trial(LINES, one) for one in combinations(sweep))}.values())
+    own = [trial.settings for trial in trials]
     for control in sweep.controls:
         if why := why_not(sweep, control):
             notes.append(f"no {control} control: {why}")

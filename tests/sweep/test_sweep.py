@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -329,6 +330,123 @@ def test_a_python_function_gets_a_live_module(here: Path, monkeypatch: pytest.Mo
                 alpha=trial["settings"]["lines.alpha"],
             )
             assert trial["metrics"]["sum"] == float(sum(tensor.double().sum() for tensor in made.values()))
+
+
+FUNCTIONS = """
+import numpy, sys, torch
+from judging import model
+
+def arrays(model, trial):
+    print("a word on the way")
+    weights = next(model.parameters()).detach()
+    return {"list": numpy.array([1.0, 2.0]), "one": weights.sum(), "tensor": weights[0], "float": numpy.float32(3)}
+
+def leaves(model, trial):
+    sys.exit("no use")
+
+def harms(model, trial):
+    found = {"sum": float(sum(p.double().sum() for p in model.parameters()))}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    return found
+"""
+
+
+def test_python_functions_that_are_not_polite(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrays and tensors are numbers; what is printed is not in the JSON; SystemExit is a failed trial; weights that a
+    function changed are put back for the next repeat, and the module is whole for the next trial.
+    """
+    (here / "judging.py").write_text(JUDGE)
+    (here / "functions.py").write_text(FUNCTIONS)
+    monkeypatch.syspath_prepend(str(here))
+    for name in ("judging", "functions"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    said: dict[str, Any] = {"model": "functions:model", "controls": False}
+    config = sweep_yaml(evaluate="functions:arrays", objective="mean(list) + one + max(tensor) + float", **said)
+    ran = run_lines("sweep", "--config", config, "-o", "arrays", "--json")
+    assert ran.code == 0, ran.err
+    assert "a word on the way" in ran.err
+    assert [trial["metrics"]["list"] for trial in ran.json["trials"]] == [[1.0, 2.0]] * 4
+    config = sweep_yaml(evaluate="functions:leaves", objective="m", **said)
+    ran = run_lines("sweep", "--config", config, "-o", "leaves")
+    assert (ran.code, ran.trace) == (5, "")
+    assert "raised SystemExit: no use" in ran.err
+    config = sweep_yaml(evaluate="functions:harms", objective="sum", repeats=3, **said)
+    ran = run_lines("sweep", "--config", config, "-o", "harms", "--json")
+    assert ran.code == 0, ran.err
+    assert [trial["standard_error"] for trial in ran.json["trials"]] == [0.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"evaluate": "yes | head -c 30000000; echo; echo '{\"m\": 1}' # {checkpoint}"}, None),
+        ({"evaluate": "yes x | head -c 30000000 >&2; echo '{\"m\": 1}' # {checkpoint}"}, None),
+        (
+            {
+                "evaluate": "echo '{\"gr\u00f6\u00dfe \u4ee4\": 1}' # {checkpoint}",
+                "objective": '"gr\u00f6\u00dfe \u4ee4"',
+            },
+            None,
+        ),
+        ({"evaluate": "echo '{\"m\": [1, 2]}' # {checkpoint}", "objective": "m"}, "a list of 2, not one number"),
+        (
+            {
+                "evaluate": 'echo {seed} {checkpoint} | cut -c1 | sed \'s/^0$/{"m":[1]}/; s/^1$/{"m":[1,2]}/\'',
+                "repeats": 2,
+            },
+            "its repeats do not have the same metrics",
+        ),
+        ({"evaluate": "printf '{\"m\": 1e999}' # {checkpoint}"}, "metric m is inf"),
+        ({"evaluate": 'printf \'{"m": 1, "m": 2}\' # {checkpoint}'}, None),
+        ({"evaluate": "printf '\\377\\376{\"m\": 1}' # {checkpoint}"}, "not JSON"),
+        ({"evaluate": "rm -rf {checkpoint}/..; echo '{\"m\": 1}'"}, None),
+    ],
+)
+def test_what_evaluations_print(here: Path, said: dict[str, Any], words: str | None) -> None:
+    """Much, other alphabets, lists of changing length, numbers that are none; logs stay small."""
+    config = sweep_yaml(**{"objective": "mean(m)", "controls": False, **said})
+    ran = run_lines("sweep", "--config", config, "-o", "best")
+    assert (ran.code, ran.trace) == ((0, "") if words is None else (5, "")), ran.err
+    assert words is None or words in ran.err
+    assert sum(path.stat().st_size for path in Path("best.sweep/logs").iterdir()) < 4 * 10 * 2**20
+
+
+def test_a_coefficient_that_no_number_holds_is_a_failed_trial(here: Path) -> None:
+    """The others go on; a value that is none is refused before, by its key and on one line."""
+    grid = {"lines.alpha": [0.5, 1e300, 0.2]}
+    ran = run_lines("sweep", "--config", sweep_yaml(grid=grid, controls=False), "-o", "best", "--json")
+    assert ran.code == 0, ran.err
+    assert [trial["error"] is None for trial in ran.json["trials"][2:]] == [True, False, True]
+    grid = {"lines.alpha": [0.5, float("nan")]}
+    ran = run_lines("sweep", "--config", sweep_yaml(grid=grid, controls=False), "-o", "other")
+    assert ran.code == 2
+    assert "lines.alpha: expected a finite number, or auto (got nan)" in ran.err
+    assert "..." not in ran.err
+
+
+def test_points_that_a_grid_has_twice(here: Path) -> None:
+    """Are tried once, and the controls get as many as LiNeS then."""
+    grid = {"lines.alpha": [0.5, 0.5, 0.2, 0.5]}
+    found = run_lines("sweep", "--config", sweep_yaml(grid=grid), "--dry-run", "--json").json
+    assert found["trials"] == {"lines": 2, "constant": 2, "reversed": 2}
+
+
+def test_two_sweeps_at_once(here: Path) -> None:
+    """Into the same output: the second is refused, and the first is not disturbed."""
+    config = sweep_yaml(
+        evaluate=f"touch begun; sleep 2; {sys.executable} -S evaluate.py {{checkpoint}}", controls=False
+    )
+    command = [sys.executable, "-m", "lines_cli", "sweep", "--config", str(config), "-o", "best"]
+    first = subprocess.Popen(command, stderr=subprocess.PIPE)
+    while first.poll() is None and not Path("begun").exists():
+        time.sleep(0.05)
+    second = run_lines("sweep", "--config", config, "-o", "best")
+    assert (second.code, second.trace) == (6, "")
+    assert "another run is writing it" in second.err
+    _, said = first.communicate()
+    assert first.returncode == 0, said
 
 
 def test_candidates_in_a_live_module(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
