@@ -23,6 +23,7 @@ class Card:
         title: the model's name.
         method: the merge method's name.
         about: what that is, in a line.
+        calibrated: how what it made was calibrated, in a sentence; empty where it was not.
         base, models: the inputs.
         like: the one that the output is like.
         alone: whether the merged task vector is that of one fine-tune, as it is.
@@ -39,6 +40,7 @@ class Card:
     title: str
     method: str
     about: str
+    calibrated: str
     base: Checkpoint | None
     models: Sequence[Checkpoint]
     like: Checkpoint
@@ -105,6 +107,7 @@ class AdapterCard:
         scaled: whether it is scaled over depth.
         ranks: of its modules.
         coefficients, outside, filters, front: as of `Card`.
+        of_peft: whether PEFT loads it.
     """
 
     title: str
@@ -118,6 +121,7 @@ class AdapterCard:
     outside: tuple[float, float]
     filters: Iterable[tuple[str, float]]
     front: Mapping[str, Any] = field(default_factory=dict)
+    of_peft: bool = True
 
 
 def adapter_card(card: AdapterCard) -> Sidecar:
@@ -129,7 +133,8 @@ def adapter_card(card: AdapterCard) -> Sidecar:
     if base is not None:
         front |= {"base_model": base, "base_model_relation": "adapter"}
     front["tags"] = ["lines", "lora", *(["merge"] if card.how == "merged" else [])]
-    front["library_name"] = "peft"
+    if card.of_peft:
+        front["library_name"] = "peft"
     name = "fine-tune" if card.how == "extracted" else "adapter"
     models = [f"| base | {_code(_public_name(card.base))} |"] if card.base else []
     models += [f"| {name} | {_code(_public_name(model))} |" for model in card.models]
@@ -198,6 +203,8 @@ def _beside(card: Card) -> str:
 def _how(card: Card) -> str:
     models = "One model" if len(card.models) == 1 else f"{len(card.models)} models"
     how = f"{models}, merged by `{card.method}`. {card.about}"
+    if card.calibrated:
+        how += f"\nWhat it made was calibrated: {card.calibrated}"
     if card.scaled:
         how += (
             "\nThe merged task vector was scaled over depth by [LiNeS](https://arxiv.org/abs/2410.17146):\n"

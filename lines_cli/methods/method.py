@@ -92,6 +92,8 @@ class Method:
         merge: the function: given N tensors, from which entries were dropped, and the `keywords`, it makes one of the
             same shape and dtype. It may overwrite what it is given.
         about: what it is, in a line, with its source.
+        paper: that source, to be found by: an arXiv number, or empty.
+        use: when to take it, in a few words, for the table in the documentation.
         takes: task vectors, which need a base; or whole weights.
         base_is_optional: whether a method of task vectors takes whole weights where a recipe names no base
             (`with_base`).
@@ -122,10 +124,13 @@ class Method:
         ignored: mergekit's parameters that are accepted and do nothing here.
         temporaries: how many runs of its input's size `merge` needs at a time beside its input, where it sees entries.
         workspace: how many bytes it needs beside its input, given a tensor's shape, where it sees tensors.
+        workspace_in_float64: the same where an input is float64, if that is more than what is computed with.
     """
 
     merge: Callable[..., Tensor]
     about: str
+    paper: str = ""
+    use: str = ""
     takes: Literal["task vectors", "weights"] = "task vectors"
     base_is_optional: bool = False
     sees: Literal["entries", "tensors"] = "entries"
@@ -149,12 +154,18 @@ class Method:
     ignored: frozenset[str] = frozenset({"int8_mask", "embed_slerp"})
     temporaries: int = 5
     workspace: Callable[[Sequence[int]], int] = _five_of_float64
+    workspace_in_float64: Callable[[Sequence[int]], int] | None = None
 
     def __post_init__(self) -> None:
         if self.sees == "tensors" and self.elect is not None:
             raise ValueError("signs are counted by entries: a method that sees whole tensors cannot elect them")
         if self.scale is not None and self.scale not in self.parameters:
             raise ValueError(f"scale: {self.scale!r} is none of the method's parameters")
+
+    def space_for(self, shape: Sequence[int], *, in_float64: bool) -> int:
+        """How many bytes it needs beside its input, where it sees tensors."""
+        own = self.workspace_in_float64 if in_float64 and self.workspace_in_float64 is not None else self.workspace
+        return own(shape)
 
     def scale_of(self, values: Values) -> float:
         """What the merged task vector is multiplied by."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lines_cli.methods.angles import pairs
@@ -92,9 +93,11 @@ METHODS = {
     "linear": Method(
         linear,
         "The weighted average of whole weights.",
+        paper="2203.05482",
+        use="fine-tunes of one task, or checkpoints of one run, without a base",
         takes="weights",
         parameters={
-            "weight": WEIGHT,
+            "weight": replace(WEIGHT, rules=()),  # whole weights are all of about one norm
             "normalize": Parameter(True, NORMALIZE.about, varies=False, choices=ON_OFF),
         },
         one_is_itself=lambda values: all_are_1(values, "weight"),
@@ -103,6 +106,7 @@ METHODS = {
     "slerp": Method(
         slerp,
         "The way from one model to another along an arc (Shoemake 1985).",
+        use="two models, half way or in between",
         takes="weights",
         parameters={
             "t": Parameter(
@@ -122,6 +126,7 @@ METHODS = {
     "passthrough": Method(
         passthrough,
         "One model as it is, or times a scale.",
+        use="one model that is only stored anew",
         takes="weights",
         parameters={"scale": Parameter(None, "of the weights", per_model=True)},
         models=(1, 1),

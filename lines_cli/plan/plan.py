@@ -29,6 +29,7 @@ from lines_cli.plan.tensors import STORED, Segment, SourceRange, TensorSpec
 from lines_cli.plan.vocabulary import Vocabulary
 from lines_cli.plan.vocabulary import report as vocabulary_report
 from lines_cli.recipe.schema import Recipe
+from lines_cli.scaling.depth_rules import find_rule
 from lines_cli.scaling.find_depth import DepthMap, Place
 from lines_cli.scaling.schedule import Rules
 from lines_cli.storage.views import Views
@@ -163,12 +164,29 @@ class Plan:
         where the sample that said where to look was no good one.
         """
         needs = self.needs
-        found = ["thresholds"] if needs.thresholds else []
+        found = [WEIGHTS] if needs.weights else []
+        found += ["thresholds"] if needs.thresholds else []
         found += ["L1 norms"] if needs.l1 else []
         found += ["sums"] if needs.sums else []
-        last = [word for word, needed in (("signs", needs.majority), ("norms", needs.norms)) if needed]
-        found += [" and ".join(last)] if last else []
+        found += [" and ".join(words) for words in self.elections]
+        found += [pass_of_rule(rule) for rule in needs.scores]
         return (*found, *((SCALES,) if self.to_quantise else ()))
+
+    @property
+    def elections(self) -> tuple[tuple[str, ...], ...]:
+        """The passes that measure signs and norms, and what each finds: both together, for single entries depend on the
+        majority; one after the other where what is merged is calibrated, and whole matrices depend on it.
+        """
+        needed = (("signs", self.needs.majority), ("norms", self.needs.norms))
+        last = tuple(word for word, needs in needed if needs)
+        if self.recipe.calibrate is not None:
+            return tuple((word,) for word in last)
+        return (last,) if last else ()
+
+    @cached_property
+    def in_blocks(self) -> tuple[TensorPlan, ...]:
+        """The matrices inside blocks that are merged: what depth rules measure."""
+        return tuple(t for t in self.tensors if t.place is not None and len(t.info.shape) > 1 and t.edited)
 
     @cached_property
     def to_quantise(self) -> tuple[TensorPlan, ...]:
@@ -205,6 +223,18 @@ class Plan:
     def gives_one(self, values: Values) -> bool:
         """Whether merging with a tensor's values gives the one model there is as it is."""
         return self.number_of_models == 1 and self.recipe.method.one_is_itself(values)
+
+    def calibrated(self, tensor: TensorPlan, segment: Segment) -> bool:
+        """Whether what is merged in a segment is calibrated."""
+        calibration = self.recipe.calibration
+        if calibration is None or not segment.models or self.gives_one(tensor.values):
+            return False
+        return calibration.changes(tensor.shape_of(segment))
+
+    def merges_whole(self, tensor: TensorPlan, segment: Segment) -> bool:
+        """Whether all of a segment has to be there to merge any of it."""
+        whole = self.recipe.method.sees_whole(tensor.values)
+        return bool(segment.models) and (whole or self.calibrated(tensor, segment))
 
     def keywords(self, tensor: TensorPlan, *, majority: int | None = None) -> Values:
         """The keywords of the method's function for a tensor.
@@ -243,6 +273,8 @@ class Plan:
         """Bytes of tensor data that one of the `passes` reads."""
         if what == SCALES:
             return bytes_of(segment for tensor in self.to_quantise for segment in tensor.segments)
+        if what in map(pass_of_rule, self.needs.scores):
+            return bytes_of(segment for tensor in self.in_blocks for segment in tensor.segments if segment.models)
         return self.bytes_measured
 
     @cached_property
@@ -258,7 +290,8 @@ class Plan:
         temporaries += 4 if self.recipe.dtype == "fp8" else 0  # magnitudes; what it was, divided, and its loss
         temporaries += 2 * models + 1 if self.needs.thresholds else 0  # how far magnitudes are from a window
         temporaries += 2 * models + 4 if self.needs.sums else 0  # all in float64, a product, and its blocks
-        return BytesPerEntry(stored, written, 8 if self.in_float64 else 4, models + 1, temporaries)
+        width = 8 if self.in_float64 else 4
+        return BytesPerEntry(stored, written, width, models + 1, temporaries, self.formula_bytes)
 
     def buffer_bytes(self, resources: Resources) -> int:
         """Bytes of the workers' buffers on the CPU: an input and the output as they are stored, and what the arithmetic
@@ -281,20 +314,37 @@ class Plan:
     def whole_bytes(self, workers: int) -> int:
         """Bytes that is held at most of whole tensors: of the factors that make tensors of inputs; and where the method
         sees tensors whole each worker makes one, the largest there are, from all models' and in what space the method
-        needs, and as many results are kept.
+        needs, and as many results are kept; and likewise where a depth rule does that is to be measured.
         """
-        method = self.recipe.method
-        factors = workers * self.formula_bytes
-        if method.sees == "entries":
-            return factors
+        held = workers * self.formula_bytes
+        rules = [rule for name in self.needs.scores if (rule := find_rule(name)).sees == "tensors"]
         each = [
-            segment.numel * (8 if tensor.in_float64 else 4) * (self.number_of_models + 2 + method.given_base)
-            + method.workspace(tensor.shape_of(segment))
+            2 * tensor.info.numel * (8 if tensor.in_float64 else 4)
+            + max(rule.workspace(tensor.info.shape) for rule in rules)
+            for tensor in (self.in_blocks if rules else ())
+        ]
+        held += sum(sorted(each, reverse=True)[:workers])
+        each = [
+            self._bytes_of_whole(tensor, segment)
             for tensor in self.tensors
             for segment in tensor.segments
-            if segment.models and method.sees_whole(tensor.values)
+            if self.merges_whole(tensor, segment)
         ]
-        return factors + sum(sorted(each, reverse=True)[:workers])
+        return held + sum(sorted(each, reverse=True)[:workers])
+
+    def _bytes_of_whole(self, tensor: TensorPlan, segment: Segment) -> int:
+        """Bytes that it takes to merge a segment as a whole, and to keep what becomes of it."""
+        method, calibration = self.recipe.method, self.recipe.calibration
+        shape, wide, models = tensor.shape_of(segment), tensor.in_float64, self.number_of_models
+        entries, needed = segment.numel * (8 if wide else 4), models + 2
+        whole = method.sees_whole(tensor.values)
+        merging = method.space_for(shape, in_float64=wide) if whole else method.temporaries * entries
+        calibrating = 0
+        if calibration is not None and self.calibrated(tensor, segment):
+            needed += models  # what they hold, once more
+            calibrating = calibration.workspace(shape, wide)
+        needed += method.given_base or (calibrating > 0 and method.takes == "weights")
+        return entries * needed + max(merging, calibrating)
 
     @cached_property
     def turned_sides(self) -> int:
@@ -345,6 +395,9 @@ class Plan:
     def dtype(self) -> str | None:
         """What most of the output's float entries are stored as, as configs name it."""
         names = {stored: name for name, stored in STORED.items()}
+        dtypes = {tensor.info.dtype for tensor in self.tensors}
+        if len(dtypes) == 1:  # mostly
+            return names.get(*dtypes)
         entries = Counter[str]()
         for tensor in self.tensors:
             if tensor.info.dtype in names:
@@ -513,6 +566,14 @@ def bytes_of(segments: Iterable[Segment]) -> int:
         total += segment.numel * sum(itemsize(source[2]) for source in ranges)
     return total
 
+
+def pass_of_rule(rule: str) -> str:
+    """What the pass measures that a depth rule asks for, by its name."""
+    return f"{rule} scores"
+
+
+WEIGHTS = "weights"
+"""What the pass measures that finds how large task vectors are."""
 
 SCALES = "FP8 scales"
 """What the pass measures that finds the scales of an output in FP8."""

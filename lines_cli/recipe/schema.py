@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from decimal import Decimal
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
@@ -27,12 +28,25 @@ from pydantic import (
     model_validator,
 )
 
-from lines_cli.errors import RecipeError
-from lines_cli.methods import Chosen, Method, Said, Values, find_method
+from lines_cli.errors import MismatchError, RecipeError, printable
+from lines_cli.methods import CALIBRATIONS, Calibration, Chosen, Method, Said, Values, find_method
 from lines_cli.methods.parameters import MOST_RULES, evaluate, filters_of
+from lines_cli.scaling import depth_rules
 from lines_cli.scaling.by_hand import member_of
-from lines_cli.scaling.find_depth import DepthMap, Side
-from lines_cli.scaling.schedule import Constant, Linear, Listed, Outside, Power, Reversed, Rules, Schedule, UpAndDown
+from lines_cli.scaling.find_depth import DepthMap, Side, Stack
+from lines_cli.scaling.schedule import (
+    Constant,
+    Linear,
+    Listed,
+    Outside,
+    Power,
+    Reversed,
+    Rules,
+    Schedule,
+    Scored,
+    Shaped,
+    UpAndDown,
+)
 from lines_cli.storage.digest import FileRecord
 
 _UNITS = {
@@ -71,11 +85,15 @@ def _no_flag(value: Any) -> Any:
 Finite = Annotated[float, BeforeValidator(_no_flag), Field(allow_inf_nan=False)]
 DtypeName = Literal["float64", "float32", "float16", "bfloat16", "fp8"]
 Rounding = Literal["nearest", "stochastic"]
+Calibrate = Literal["svc"]
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+
+Scores = Mapping[str, Mapping[str, depth_rules.Numbers]]
+"""Depth rule -> matrix -> what was measured of it."""
 
 Fixed = Literal["keep", "base"]
 _FIXED = {"keep": 1.0, "base": 0.0}
@@ -90,8 +108,20 @@ _SCHEDULES: dict[str, Callable[[float, float], Schedule]] = {
 
 
 def parse_schedule(value: Any) -> Any:
-    """`linear`, `constant`, `reversed`, `unet`, `power:2`; or a list of numbers, also as `0.1,0.6,1.0`."""
+    """`linear`, `constant`, `reversed`, `unet`, `power:2`; a depth rule, as in `sigmoid:10`; or a list of numbers, also
+    as `0.1,0.6,1.0`.
+    """
     if isinstance(value, str) and value in _SCHEDULES:
+        return value
+    if isinstance(value, str) and _A_RULE.fullmatch(value) and value.partition(":")[0] != "power":
+        try:
+            depth_rules.parse(value)
+        except ValueError as error:
+            name, names = value.partition(":")[0], (*_SCHEDULES, "power", *_rules())
+            why = f"the schedule {name} takes no number" if name in _SCHEDULES else str(error)
+            near = [] if name in names else get_close_matches(name.lower()[:_LONGEST_NAME], names, n=1, cutoff=0.6)
+            mean = f"did you mean {near[0]}? " if near else ""
+            raise ValueError(f"{why}; {mean}{_a_schedule()}") from error
         return value
     try:
         if isinstance(value, str) and value.startswith("power:"):
@@ -106,9 +136,23 @@ def parse_schedule(value: Any) -> Any:
                 return numbers
     except (TypeError, ValueError, OverflowError):
         pass
-    raise ValueError(
-        "a schedule is linear, constant, reversed, unet, power:P with P above 0, or a list of coefficients, as in "
-        "0.1,0.6,1"
+    raise ValueError(_a_schedule())
+
+
+_A_RULE = re.compile(r"(?!(?:nan|inf|infinity)$)[a-z][a-z0-9_-]*(?::.*)?", re.DOTALL | re.IGNORECASE)
+
+
+_LONGEST_NAME = 100
+
+
+def _rules() -> tuple[str, ...]:
+    return (*depth_rules.RULES, *depth_rules.installed_names())
+
+
+def _a_schedule() -> str:
+    return (
+        f"a schedule is linear, constant, reversed, unet, {', '.join(_rules())}, power:P with P above 0, or a list of "
+        "coefficients, as in 0.1,0.6,1"
     )
 
 
@@ -183,8 +227,8 @@ class Scaling(_Part):
             many tasks, `(1/N) * norm1(sum of tau_i) / norm1(tau_merged)`, measured. Only a schedule that lists its
             coefficients needs no beta.
         gamma: multiplies what a schedule gives.
-        schedule: `linear`, `power:P`, `constant`, `reversed`, `unet`, or the coefficients themselves, from the first
-            layer to the last.
+        schedule: `linear`, `power:P`, `constant`, `reversed`, `unet`, or a depth rule (`depth_rules`), which may be
+            measured; or the coefficients themselves, from the first layer to the last.
         outside: what tensors outside the blocks get (`Rules.outside`).
         layers: a regular expression that overrules the detection of depth (`find_depth`).
         series: the names of stacks that run one after the other, a list of them for each stack that they make.
@@ -263,15 +307,25 @@ class Scaling(_Part):
         """Whether it matters where a tensor stands at all."""
         return bool(self.stacks) or self.outside != "alpha" or not self._schedule(0.0, self.beta or 0.0).flat
 
-    def rules(self, depth: DepthMap, *, alpha: float | None = None) -> Rules:
+    @property
+    def measured_rule(self) -> str | None:
+        """The name of the depth rule that has to be measured; None where the schedule is none."""
+        if isinstance(self.schedule, tuple) or self.schedule in _SCHEDULES or self.schedule.startswith("power:"):
+            return None
+        rule, name, _ = depth_rules.parse(self.schedule)
+        return name if rule.measure is not None else None
+
+    def rules(self, depth: DepthMap, *, alpha: float | None = None, scores: Scores | None = None) -> Rules:
         """What decides every coefficient, for the stacks of a model.
 
         Args:
             depth: the stacks.
             alpha: what `auto` was measured to be; where it was not, coefficients that rest on it are NaN.
+            scores: what was measured for depth rules; where it was not, coefficients that rest on it are NaN.
 
         Raises:
             RecipeError: `stacks` names a stack that is not there, or several at once.
+            MismatchError: what was measured makes no shares.
         """
         first = math.nan if alpha is None else alpha
         first = first if isinstance(self.alpha, str) else self.alpha
@@ -285,6 +339,11 @@ class Scaling(_Part):
             (part, _FIXED[value] if isinstance(value, str) else value) for part, value in self.filter.items()
         )
         schedule = self._schedule(first, self.beta or 0.0)
+        if isinstance(schedule, Scored):
+            for stack in depth.stacks:
+                own = stacks.get(stack.name, schedule)
+                if isinstance(own, Scored):
+                    stacks[stack.name] = replace(own, shares=self._shares(stack, depth, scores))
         return Rules(schedule, self.gamma, self.outside, stacks, filters)
 
     def _schedule(self, alpha: float, beta: float) -> Schedule:
@@ -292,7 +351,29 @@ class Scaling(_Part):
             return Listed(self.schedule)
         if self.schedule.startswith("power:"):
             return Power(alpha, beta, float(self.schedule.removeprefix("power:")))
-        return _SCHEDULES[self.schedule](alpha, beta)
+        if self.schedule in _SCHEDULES:
+            return _SCHEDULES[self.schedule](alpha, beta)
+        rule, _, number = depth_rules.parse(self.schedule)
+        return Scored(alpha, beta) if rule.share is None else Shaped(alpha, beta, rule.share, number)
+
+    def _shares(self, stack: Stack, depth: DepthMap, scores: Scores | None) -> tuple[float, ...] | None:
+        """The measured share of each of a stack's layers; None where it is not measured yet."""
+        assert isinstance(self.schedule, str)
+        rule, name, number = depth_rules.parse(self.schedule)
+        measured = (scores or {}).get(name)
+        if measured is None:
+            return None
+        places = {tensor: depth.places[tensor] for tensor in measured if tensor in depth.places}
+        own = {tensor: place for tensor, place in places.items() if place.stack == stack.name}
+        try:
+            return depth_rules.shares_of(rule, number, measured, own, stack.layers)
+        except Exception as error:  # whatever a stranger's rule does
+            what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise MismatchError(
+                f"schedule: {self.schedule} gives the layers of {printable(stack.name)!r} no coefficients: {what}",
+                hint="Look for NaN, Inf or very large weights in the inputs (lines inspect --check); or take another "
+                "schedule.",
+            ) from error
 
 
 UNSCALED = Scaling(alpha=1.0, beta=0.0)
@@ -570,6 +651,8 @@ class Recipe(_Part):
         slices: in their place, the output's layers: each slice has as many sources as there are `models`, which are
             called by the first slice's.
         parameters: the method's, for all models.
+        calibrate: how what the method makes is calibrated before it is scaled (`lines_cli.methods.calibration`); None
+            leaves it as it is.
         lines: the scaling over depth; without it the merged task vector is scaled by the method's own parameter alone.
         dtype: what every float tensor is written as; None keeps what the input has that the output is like; `fp8`
             stores those in 8 bits that an input stores so, as it does, and keeps the others.
@@ -613,6 +696,7 @@ class Recipe(_Part):
     models: tuple[Source, ...] = Field(min_length=1, max_length=MOST_RULES)
     slices: tuple[Slice, ...] = Field(default=(), max_length=MOST_RULES)
     parameters: dict[str, Any] = Field(default_factory=dict)
+    calibrate: Calibrate | None = None
     lines: Scaling | None = None
     dtype: DtypeName | None = None
     rounding: Rounding = "nearest"
@@ -655,7 +739,7 @@ class Recipe(_Part):
     def _without_what_says_nothing(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = serialize(self)
         unsaid = {"rounding", "rounding_seed"} if self.rounding == "nearest" else set()
-        unsaid |= {key for key in (*OF_ADAPTERS, "components", "slices") if not values.get(key)}
+        unsaid |= {key for key in (*OF_ADAPTERS, "calibrate", "components", "slices") if not values.get(key)}
         unsaid |= {"models"} if self.slices else set()
         return {key: value for key, value in values.items() if key not in unsaid}
 
@@ -663,6 +747,15 @@ class Recipe(_Part):
     def method(self) -> Method:
         """What its method says about itself."""
         return find_method(self.merge_method).with_base(self.base_model)
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What its calibration says about itself, if there is one."""
+        return None if self.calibrate is None else CALIBRATIONS[self.calibrate]
+
+    def plain_sum(self, values: Values) -> bool:
+        """Whether with a tensor's values the merged task vector is the sum of all, to the bit."""
+        return self.calibrate is None and self.method.plain_sum(values)
 
     @property
     def merged(self) -> tuple[Source, ...]:
@@ -674,7 +767,7 @@ class Recipe(_Part):
     def chosen(self) -> Chosen:
         """The numbers of these; None is the base, where it is not listed."""
         names = [source.model for source in self.models]
-        return self.method.chosen(names, self.base_model, subtracted=self.lines is not None)
+        return self.method.chosen(names, self.base_model, subtracted=self.changes_difference)
 
     @property
     def stacked(self) -> tuple[tuple[Part, ...], ...]:
@@ -707,7 +800,12 @@ class Recipe(_Part):
     @property
     def subtracts_base(self) -> bool:
         """Whether task vectors are taken: differences to the base."""
-        return self.method.takes == "task vectors" or self.lines is not None
+        return self.method.takes == "task vectors" or self.changes_difference
+
+    @property
+    def changes_difference(self) -> bool:
+        """Whether what the method makes is changed as a difference to the base: scaled over depth, or calibrated."""
+        return self.lines is not None or self.calibrate is not None
 
     def rule_of(self, component: str) -> Whole | ComponentRule | None:
         """What becomes of a component. Of which nothing is said, is edited; but for codecs and filters, None: these are
@@ -725,14 +823,22 @@ class Recipe(_Part):
             return self.lines
         return self.lines.with_own(rule)
 
-    def rules(self, depth: DepthMap, *, alpha: float | None = None) -> Rules:
+    def rules(self, depth: DepthMap, *, alpha: float | None = None, scores: Scores | None = None) -> Rules:
         """What decides every coefficient (`Scaling.rules`); without `lines:` it is 1, the method's own scale apart."""
-        rules = (self.lines or UNSCALED).rules(depth, alpha=alpha)
-        components = dict.fromkeys(region.component for region in depth.regions)
-        own = {name: scaling for name in components if (scaling := self.scaling_of(name)) not in (None, self.lines)}
+        rules = (self.lines or UNSCALED).rules(depth, alpha=alpha, scores=scores)
+        named = dict.fromkeys(region.component for region in depth.regions)
+        own = {name: scaling for name in named if (scaling := self.scaling_of(name)) not in (None, self.lines)}
         if not own:
             return rules
-        return replace(rules, components={name: s.rules(depth, alpha=alpha) for name, s in own.items() if s})
+        components = {name: s.rules(depth, alpha=alpha, scores=scores) for name, s in own.items() if s}
+        return replace(rules, components=components)
+
+    @property
+    def measured_rules(self) -> frozenset[str]:
+        """The depth rules that have to be measured, by name."""
+        own = [self.scaling_of(name) for name in self.components if name != ALL_OTHERS]
+        every = [self.lines, self.scaling_of(ALL_OTHERS) if ALL_OTHERS in self.components else None, *own]
+        return frozenset(name for scaling in every if scaling and (name := scaling.measured_rule))
 
     def values(
         self, name: str, position: float, component: str | None = None, *, outside: Side | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, get_args
 
@@ -14,6 +14,8 @@ from lines_cli.methods import METHODS, Method, find_method
 from lines_cli.methods.said import Conflict, Note, Settled
 from lines_cli.recipe.plain_yaml import Place
 from lines_cli.recipe.schema import OF_ADAPTERS, UNION, ComponentRule, DtypeName, Recipe, Scaling, parse_schedule
+from lines_cli.recipe.trajectory import KEYS as OF_A_PATTERN
+from lines_cli.recipe.trajectory import Expanded
 
 
 def make_recipe(
@@ -22,6 +24,7 @@ def make_recipe(
     where: str,
     at: Mapping[Place, str] | None = None,
     constants: Collection[str] = (),
+    expanded: Expanded | None = None,
 ) -> Recipe:
     """Check plain values and freeze them.
 
@@ -30,14 +33,15 @@ def make_recipe(
         where: what a message should call their origin.
         at: for every key, where it was said: `line 7`, or the `--set` that said it.
         constants: keys at the top that hold anchors, and so may stand for nothing themselves.
+        expanded: what became of patterns among the models.
 
     Raises:
         RecipeError: an unknown key or an impossible value.
     """
     problems: list[Problem] = []
-    notes: list[str] = []
+    notes = list(expanded.notes if expanded else ())
     values = _without_idle_keys(values, constants, notes)
-    own, said_at = _in_our_keys(values, problems, notes)
+    own, said_at = _in_our_keys(values, problems, notes, expanded.numbers if expanded else ())
     recipe: Recipe | None = None
     try:
         recipe = Recipe.model_validate({**own, "notes": notes})
@@ -46,6 +50,7 @@ def make_recipe(
     if recipe is not None and not problems:
         recipe = _with_parameters(recipe, problems, said_at)
     if recipe is None or problems:
+        problems = list(dict.fromkeys(problems))  # what is wrong with a pattern is wrong with all that it matches
         listed = [_at(place, at or {}) + what for place, what in problems[:_MOST_PROBLEMS]]
         more = f"; and {len(problems) - len(listed):,} more" if len(problems) > len(listed) else ""
         raise RecipeError(f"{where}: {'; '.join(listed)}{more}")
@@ -138,7 +143,7 @@ def _nearest(place: Place) -> str:
     elif above[:1] == ["components"]:
         own = ComponentRule.model_fields
     elif above:
-        own = ("model", "parameters")
+        own = ("model", "parameters", *OF_A_PATTERN)
     near = get_close_matches(word, own, n=1, cutoff=0.5 if inside_lines else 0.6)
     if near:
         return f"; did you mean {'lines.' if inside_lines else ''}{near[0]}?"
@@ -153,13 +158,17 @@ def _nearest_elsewhere(word: str) -> str:
     return f"; did you mean {places[near[0]]}?" if near else ""
 
 
-def _in_our_keys(values: Mapping[Any, Any], problems: list[Problem], notes: list[str]) -> tuple[dict[Any, Any], SaidAt]:
-    """The recipe in our own keys: what mergekit says otherwise is said in ours, what it lets be empty is left out."""
+def _in_our_keys(
+    values: Mapping[Any, Any], problems: list[Problem], notes: list[str], numbers: Sequence[int]
+) -> tuple[dict[Any, Any], SaidAt]:
+    """The recipe in our own keys: what mergekit says otherwise is said in ours, what it lets be empty is left out.
+    `numbers` are those of the models as they were said (`Expanded`).
+    """
     own = {key: value for key, value in values.items() if value is not None or key not in _MAY_BE_EMPTY}
     if "notes" in own:
         problems.append((("notes",), f"notes is not a key of a recipe{_nearest(('notes',))}"))
         del own["notes"]
-    moved: dict[Place, Place] = {}
+    moved: dict[Place, Place] = {("models", now): ("models", before) for now, before in enumerate(numbers)}
     if "out_dtype" in own:
         if own.get("dtype", "float32") not in get_args(DtypeName):
             problems.append((("dtype",), f"dtype: expected {' or '.join(get_args(DtypeName))} (got {own['dtype']!r})"))
@@ -187,8 +196,17 @@ def _in_our_keys(values: Mapping[Any, Any], problems: list[Problem], notes: list
                 what = "layer_range belongs to the sources of slices; models are merged whole"
                 problems.append((("models", number, "layer_range"), f"models.{number}.{what}"))
     if isinstance(own.get("models"), list):
+        for number, source in enumerate(own["models"]):
+            place = moved.get(("models", number), ("models", number))
+            for key in [key for key in OF_A_PATTERN if isinstance(source, dict) and key in source]:
+                what = f"{key} belongs to a pattern such as run/checkpoint-*, and {source.get('model')!r} is none"
+                problems.append(((*place, key), f"{dotted(place)}.{what}"))
         own["models"] = [
-            {key: value for key, value in source.items() if key != "parameters" or value is not None}
+            {
+                key: value
+                for key, value in source.items()
+                if key not in OF_A_PATTERN and (key != "parameters" or value is not None)
+            }
             if isinstance(source, dict)
             else source
             for source in own["models"]
@@ -472,16 +490,16 @@ def _check_models(recipe: Recipe, problems: list[Problem]) -> None:
     if recipe.as_adapter:
         return
     if recipe.base_model is None and recipe.subtracts_base:
-        why = f"{name} merges task vectors" if method.takes == "task vectors" else "lines: scales task vectors"
+        which = "lines: scales" if recipe.lines is not None else "calibrate: changes"
+        why = f"{name} merges task vectors" if method.takes == "task vectors" else f"{which} task vectors"
         what = f"base_model is missing: {why}, the differences to a base; add base_model: PATH"
         what += (
-            " (adapters of PEFT, with their configs, can be merged into an adapter without one: as_adapter: true, or "
+            " (adapters are merged into an adapter without one, by linear methods: as_adapter: true, or --as-adapter)"
         )
-        what += "--as-adapter)"
         problems.append((("base_model",), what))
     is_one_of_them = recipe.base_model in (*recipe.names, *(source.model for source in recipe.merged))
     if recipe.base_model is not None and not recipe.subtracts_base and not is_one_of_them:
-        what = f"base_model: {name} has no use for a base without lines:"
+        what = f"base_model: {name} has no use for a base without lines: or calibrate:"
         problems.append((("base_model",), f"{what}; leave it out, or list it under models"))
     if recipe.resize == "base" and recipe.base_model is None:
         problems.append((("resize",), "resize: base, but there is no base_model"))
@@ -531,6 +549,7 @@ def _of_adapters(recipe: Recipe) -> Iterator[Problem]:
 
 
 _NOT_OF_ADAPTERS: dict[str, Any] = {
+    "calibrate": None,
     "rounding": "nearest",
     "missing": "error",
     "missing_in_blocks": None,

@@ -19,8 +19,9 @@ from lines_cli.errors import DataError, RecipeError
 from lines_cli.methods import METHODS, Method, find_method, registry
 from lines_cli.methods.iso_c import iso_c as own_iso_c
 from support.files import write_checkpoint
-from support.method_cases import CASES, TABLE, TYPICAL, Case, iso_c
+from support.method_cases import CASES, TABLE, TYPICAL, Case
 from support.run import run_lines
+from support.spectral_references import iso_c
 from support.whole_model import norm1, plain_sum, task_vectors
 
 ROOT = Path(__file__).parents[2]

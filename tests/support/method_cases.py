@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lines_cli.methods import METHODS
-from support import mergekit_references, whole_model
+from support import mergekit_references, spectral_references, whole_model
 from support.whole_model import Tensors
 
 WEIGHTS = (0.3, 1.0, -0.7, 2.5, 0.1, 1.0, -0.2, 0.9)
@@ -89,6 +89,7 @@ class Entry:
         on_weights: whether it takes whole weights.
         to_the_bit: whether it is the reference's to the bit.
         models: how many models it is tried with, where it takes no other number.
+        golden: whether its bytes are the same on any machine, so that digests of them are recorded.
     """
 
     reference: Callable[..., Tensors]
@@ -97,6 +98,7 @@ class Entry:
     on_weights: bool = False
     to_the_bit: bool = True
     models: int | None = None
+    golden: bool = True
 
 
 # --- references that are no part of whole_model ---
@@ -167,29 +169,6 @@ def breadcrumbs_ties(
     majority = (balance > 0) - (balance < 0) if trim == "global" else 1
     agreement = agreement or ("mean" if normalize else "sum")
     return whole_model.elected_and_merged(left, weight, agreement, majority)
-
-
-def iso_c(taus: Sequence[Tensors], *, weight: Sequence[float]) -> Tensors:
-    """By way of the eigenvectors of S^T S, in float64: S V diag(mean(s) / s) V^T."""
-
-    def flat(matrix: Tensor) -> Tensor:
-        wide = matrix.shape[0] < matrix.shape[1]
-        tall = matrix.T if wide else matrix
-        squares, v = torch.linalg.eigh(tall.T @ tall)
-        s = squares.clamp(min=0).sqrt()
-        level = torch.where(s > 1e-5 * s.max(), s.mean() / s, 0.0)
-        made = tall @ (v * level) @ v.T
-        return made.T if wide else made
-
-    def merged(_: str, tensors: list[Tensor]) -> Tensor:
-        total = whole_model.added([w * tensor.double() for w, tensor in zip(weight, tensors, strict=True)])
-        if total.numel() == 0 or total.ndim not in (2, 3):
-            made = total / len(tensors)
-        else:
-            made = flat(total) if total.ndim == 2 else torch.stack([flat(matrix) for matrix in total])
-        return made.to(tensors[0].dtype)
-
-    return whole_model.by_name(taus, merged)
 
 
 # --- the table ---
@@ -456,10 +435,35 @@ TABLE: dict[str, Entry] = {
         models=1,
     ),
     "iso_c": Entry(
-        iso_c,
+        spectral_references.iso_c,
         typical=({}, {"weight": 0.7, "lambda": 1.5}),
         cases={"iso_c": _said(), "iso_c, weighted": _said(each={"weight": WEIGHTS})},
         to_the_bit=False,
+    ),
+    "iso_cts": Entry(
+        spectral_references.iso_cts,
+        typical=({}, {"common_space_fraction": 0.5, "weight": 0.7, "lambda": 1.5}),
+        cases={
+            "iso_cts": _said(),
+            "iso_cts, nothing in common": _said({"common_space_fraction": 0}),
+            "iso_cts, weighted": _said({"common_space_fraction": 0.6}, {"weight": WEIGHTS}),
+        },
+        to_the_bit=False,
+        golden=False,
+    ),
+    "tsv_m": Entry(
+        spectral_references.tsv_m,
+        typical=({}, {"weight": 0.7, "lambda": 1.5}),
+        cases={"tsv_m": _said(), "tsv_m, weighted": _said(each={"weight": WEIGHTS})},
+        to_the_bit=False,
+        golden=False,
+    ),
+    "wudi": Entry(
+        spectral_references.wudi,
+        typical=({}, {"ridge": 0.01, "weight": 0.7, "lambda": 1.5}),
+        cases={"wudi": _said(), "wudi, weakly held to the sum": _said({"ridge": 1e-4}, {"weight": WEIGHTS})},
+        to_the_bit=False,
+        golden=False,
     ),
 }
 
