@@ -190,8 +190,8 @@ def _cut(checkpoint: Checkpoint) -> _Cut:
         )
     if of_each := [tensor for tensor in outside if "per_layer" in tensor]:
         raise UnsupportedError(
-            f"slices: {name} has tensors outside its layers that hold a part for each of them, and cannot be taken apart "
-            f"by layers:\n{some(of_each)}",
+            f"slices: {name} has tensors outside its layers that hold a part for each of them, and cannot be taken "
+            f"apart by layers:\n{some(of_each)}",
             hint=_WHOLE,
         )
     behind = [tensor for tensor in outside if depth.side_of(tensor) == "after"]

@@ -706,3 +706,36 @@ def test_tensors_with_a_part_for_each_layer(parts: list[tuple[int, int]], tmp_pa
     assert "embed_tokens_per_layer" in ran.err
     assert merge(tmp_path, passthrough(("a", 0, 2), ("a", 2, 4)), out="whole").code == 0
     assert_same(written(tmp_path, "whole"), found)
+
+
+# --- what is said of mistakes ---
+
+ONE = {"model": "a", "layer_range": [0, 2]}
+MISTAKES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
+    "a pattern": ({**ONE, "model": "run/checkpoint-*"}, ["slices.0.sources.0.model", "is a pattern"], ["Hub"]),
+    "a key of a pattern": (
+        {**ONE, "last": 2},
+        ["slices.0.sources.0.last", "a pattern under models"],
+        ["did you", "none"],
+    ),
+    "a key at the top": (
+        {**ONE, "calibrate": "svc"},
+        ["sources.0.calibrate", "stands at the top"],
+        ["did you", "none"],
+    ),
+    "a typo": ({"model": "a", "layer_rang": [0, 2]}, ["did you mean layer_range?"], ["none is named"]),
+    "an empty range": ({"model": "a", "layer_range": [2, 2]}, ["sources.0.layer_range", "[0, 16]"], ["none is named"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_a_source(mistake: str, tmp_path: Path) -> None:
+    """One mistake is one message, with the line, and a way out that leads somewhere."""
+    source, said, unsaid = MISTAKES[mistake]
+    write(tmp_path, a=model(1))
+    ran = merge(tmp_path, {"merge_method": "linear", "slices": [{"sources": [source]}]})
+    assert ran.code == 2, ran.err + ran.trace
+    for words in ("m.yaml: line ", *said):
+        assert words in ran.err, ran.err
+    for words in unsaid:
+        assert words not in ran.err, ran.err
