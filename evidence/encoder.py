@@ -15,10 +15,11 @@ from torch.nn.functional import cross_entropy, normalize
 from torch.optim.lr_scheduler import OneCycleLR
 
 from evidence.sources import fetched, member
-from evidence.texts import Labelled, Pairs, Task
+from evidence.texts import Labelled, Task
 
 TOKENS = 64  # of a text, at most
 BATCH = 32  # texts in a step of training
+AT_ONCE = 2048  # tokens in a batch without gradients
 SCALE = 20.0  # of cosines, before a softmax
 WEIGHTS = "model.safetensors"
 SIDECARS = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
@@ -39,30 +40,47 @@ class Encoder:
         self.half = half
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
 
-    def features(self, texts: Sequence[str], module: nn.Module | None = None) -> Tensor:
+    def features(self, texts: Sequence[str]) -> Tensor:
         """Mean over the tokens of the last layer, of length 1: float32 [texts, width]. Gradients flow as torch has it.
+
+        Args:
+            texts: at least one.
+        """
+        return self._of(self.module, self._numbers(texts))
+
+    @torch.no_grad()
+    def encoded(self, texts: Sequence[str], module: nn.Module | None = None) -> Tensor:
+        """The same for many texts, without gradients: long ones beside long ones, which leaves little to pad.
 
         Args:
             texts: at least one.
             module: that computes, in place of the own.
         """
-        said = self._tokenizer(list(texts), truncation=True, max_length=TOKENS, padding=True, return_tensors="pt")
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
-            states = (module or self.module)(
-                input_ids=said["input_ids"], attention_mask=said["attention_mask"]
-            ).last_hidden_state
-        mask = said["attention_mask"][:, :, None].float()
-        return normalize((states.float() * mask).sum(1) / mask.sum(1), dim=-1)
-
-    @torch.no_grad()
-    def encoded(self, texts: Sequence[str], module: nn.Module | None = None) -> Tensor:
-        """The same for many texts, without gradients: long ones beside long ones, in batches of 64."""
-        (module or self.module).eval()
-        order = sorted(range(len(texts)), key=lambda at: len(texts[at]))
-        parts = [
-            self.features([texts[at] for at in order[start : start + 64]], module) for start in range(0, len(order), 64)
-        ]
+        module = (module or self.module).eval()
+        numbers = self._numbers(texts)
+        order = sorted(range(len(texts)), key=lambda at: len(numbers[at]))
+        parts, batch = [], list[list[int]]()
+        for at in order:
+            if batch and (len(batch) + 1) * len(numbers[at]) > AT_ONCE:
+                parts.append(self._of(module, batch))
+                batch = []
+            batch.append(numbers[at])
+        parts.append(self._of(module, batch))
         return torch.cat(parts)[torch.tensor(order).argsort()]
+
+    def _numbers(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of each text."""
+        found: list[list[int]] = self._tokenizer(list(texts), truncation=True, max_length=TOKENS)["input_ids"]
+        return found
+
+    def _of(self, module: nn.Module, numbers: Sequence[Sequence[int]]) -> Tensor:
+        longest = max(map(len, numbers))
+        tokens = torch.tensor([[*row, *[0] * (longest - len(row))] for row in numbers])
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in numbers])
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
+            states = module(input_ids=tokens, attention_mask=mask).last_hidden_state.float()
+        weight = mask[:, :, None].float()
+        return normalize((states * weight).sum(1) / weight.sum(1), dim=-1)
 
 
 def make_module(folder: Path) -> nn.Module:
@@ -118,12 +136,6 @@ def prototypes(encoder: Encoder, labelled: Labelled) -> Tensor:
 def accuracy(features: Tensor, head: Tensor, labels: Sequence[int]) -> float:
     """Per cent of texts whose nearest prototype is that of their class."""
     return 100 * ((features @ head.mT).argmax(-1) == torch.tensor(labels)).double().mean().item()
-
-
-def retrieved(encoder: Encoder, pairs: Pairs, module: nn.Module | None = None) -> float:
-    """Per cent of glosses that are nearer to their own word than to any other."""
-    glosses, words = encoder.encoded(pairs.glosses, module), encoder.encoded(pairs.words, module)
-    return accuracy(glosses, words, range(len(pairs.words)))
 
 
 # --- training ---

@@ -12,13 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from evidence.encoder import Encoder, accuracy, base_folder, make_module, prototypes, retrieved
+from evidence.encoder import Encoder, accuracy, base_folder, make_module, prototypes
 from evidence.setup import VARIABLE, Setup, load_setup
 from evidence.texts import RETRIEVAL, Pairs, Task, deal, deal_pairs, misspelt, pools
 
@@ -35,15 +34,6 @@ class Judge:
     pairs: Pairs
     seed: int
 
-    def accuracies(self, module: nn.Module | None, part: str) -> dict[str, float]:
-        """Per cent right of each task's `validation` or `test` texts."""
-        return {
-            name: accuracy(
-                self.encoder.encoded(getattr(task, part).texts, module), self.heads[name], getattr(task, part).labels
-            )
-            for name, task in self.tasks.items()
-        }
-
     def misspelt(self, module: nn.Module | None, name: str) -> float:
         """Per cent right of one task's test texts with typing errors in them."""
         test = self.tasks[name].test
@@ -57,8 +47,16 @@ class Judge:
             module: that is measured; None for the encoder's own.
             target: the task whose `target` is told apart from `control`; None for a merge, where `tasks` has all.
         """
-        validation, test = self.accuracies(module, "validation"), self.accuracies(module, "test")
-        test[RETRIEVAL] = retrieved(self.encoder, self.pairs, module)
+        parts = [(name, part) for name in self.tasks for part in ("validation", "test")]
+        labelled = {key: getattr(self.tasks[key[0]], key[1]) for key in parts}
+        groups = [*(each.texts for each in labelled.values()), self.pairs.glosses, self.pairs.words]
+        features = self.encoder.encoded([text for group in groups for text in group], module)
+        *of_parts, glosses, words = torch.split(features, [len(group) for group in groups])
+        found: dict[str, dict[str, float]] = {"validation": {}, "test": {}}
+        for (name, part), each in zip(parts, of_parts, strict=True):
+            found[part][name] = accuracy(each, self.heads[name], labelled[name, part].labels)
+        validation, test = found["validation"], found["test"]
+        test[RETRIEVAL] = accuracy(glosses, words, range(len(words)))
         if target is None:
             return {"tasks": validation, "test": test}
         known = validation.pop(target)
@@ -115,8 +113,3 @@ def evaluate_robustness(module: nn.Module, trial: Mapping[str, Any]) -> Metrics:
         "target": clean["validation"],
         "test": {"clean": clean["test"], "misspelt": judge.misspelt(module, task.name)},
     }
-
-
-def mean_control(metrics: Mapping[str, Any], target: str) -> float:
-    """The mean over the controls, of the test texts."""
-    return fmean(value for name, value in metrics["test"].items() if name not in (target, RETRIEVAL))

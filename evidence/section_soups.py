@@ -99,7 +99,8 @@ def policies(results: Results) -> tuple[str, dict[str, str]]:
     text = (
         f"A causal language model of {LAYERS} blocks, trained here on all texts; two policies by policy gradients, "
         f"rewarded for words of `{styles[0]}` and of `{styles[1]}` (log-odds against all texts, nats a word), mixed "
-        f"w to 1 - w; {SAMPLES} texts drawn of each. {counted(len(own), 'seed')}. Pre-trained {pre[0]:+.2f} / {pre[1]:+.2f}."
+        f"w to 1 - w; {SAMPLES} texts drawn of each. {counted(len(own), 'seed')}. "
+        f"Pre-trained {pre[0]:+.2f} / {pre[1]:+.2f}."
     )
     drawn = {f"{'reversed' if family == 'plain' else family}: {MIXED[family]}": fronts[family] for family in MIXED}
     figure = curves("Rewarded soups", f"reward for {styles[0]}", f"reward for {styles[1]}", drawn)

@@ -650,10 +650,11 @@ def _models(plan: Plan, norms: Sequence[float] = (), kept: Sequence[float] = ())
         cells = ["" if model[key] is None else shown.get(key, _span)(model[key]) for key in columns]
         rows.append((without_secrets(os.path.normpath(model["model"])), *cells))
     _columns(Columns((plan.recipe.merge_method, *columns), tuple(rows)), gap=3)
-    if settings := plan.settings():
-        said = (
-            f"{key} {_span(value) if isinstance(value, list) else _plain(value)}" for key, value in settings.items()
-        )
+    settings = plan.settings()
+    said = [f"{key} {_span(value) if isinstance(value, list) else _plain(value)}" for key, value in settings.items()]
+    if plan.recipe.calibrate is not None:
+        said.append(f"calibrate {plan.recipe.calibrate}")
+    if said:
         _out.print(f"with    {', '.join(said)}", soft_wrap=True)
 
 
@@ -751,7 +752,7 @@ def _along(said: Mapping[str, Sequence[str]], layers: int, width: int) -> list[s
     word, its cells below each other.
     """
     longest = max(map(len, said))
-    for most in range(min(_MOST_DEPTHS, layers), 1, -1):
+    for most in range(max(2, min(_MOST_DEPTHS, layers)), 1, -1):
         shown = sorted({round(at * (layers - 1) / (most - 1)) for at in range(most)})
         cells = {word: [f"{index}: {values[index]}" for index in shown] for word, values in said.items()}
         widths = [max(len(each[at]) for each in cells.values()) for at in range(len(shown))]

@@ -82,8 +82,8 @@ def measure(plan: Plan, sources: Sequence[Opened], devices: Devices, track: Trac
         measuring.l1_norms()
     if needs.sums:
         measuring.sums()
-    if needs.majority or needs.norms:
-        measuring.signs_and_norms()
+    for words in plan.elections:
+        measuring.signs_and_norms(words)
     for rule in needs.scores:
         measuring.scores(rule)
     return Measurement(measuring.plan.statistics, measuring.passes, measuring.bytes_read)
@@ -308,13 +308,16 @@ class _Measuring:
         self.one_pass("sums", job, tally)
         self.found(sums={name: tuple(totals) for name, totals in sums.items()})
 
-    def signs_and_norms(self) -> None:
+    def signs_and_norms(self, words: tuple[str, ...]) -> None:
         """The sign that most elections give; and the L1 norms of the sum of all task vectors and of the merged one.
 
         What is merged depends on the majority where a sum is zero. Both cases are summed, and the one that it turns out
         to be is taken.
+
+        Args:
+            words: which of the two this pass finds (`Plan.elections`).
         """
-        needs = self.plan.needs
+        needs = Needs(majority="signs" in words, norms="norms" in words)
         balance, total, merged = 0, 0.0, [0.0, 0.0]
 
         def tally(result: _Election) -> None:
@@ -324,9 +327,10 @@ class _Measuring:
             merged[0] = _added(merged[0], result.with_plus)
             merged[1] = _added(merged[1], result.with_minus)
 
-        self.one_pass(self.plan.pass_of_signs, lambda worker, chunk: _elect(worker, chunk, needs), tally)
-        majority = (balance > 0) - (balance < 0) if needs.majority else 1
-        norms = Norms(total, merged[0] if majority > 0 else merged[1], len(self.models)) if needs.norms else None
+        self.one_pass(" and ".join(words), lambda worker, chunk: _elect(worker, chunk, needs), tally)
+        majority = (balance > 0) - (balance < 0) if needs.majority else self.plan.statistics.majority
+        with_it = merged[0] if majority > 0 or not needs.majority else merged[1]
+        norms = Norms(total, with_it, len(self.models)) if needs.norms else None
         self.found(majority=majority, norms=norms)
 
     def scores(self, name: str) -> None:

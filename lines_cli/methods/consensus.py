@@ -54,10 +54,12 @@ def consensus(
         merged = ties(trimmed, weight=weight, factor=[1.0] * len(trimmed), agreement="sum", majority=majority)
     else:
         merged = weighted_sum(task_vectors, weight, overwrite=False)
-    votes = merged.new_zeros(merged.shape)
+    votes = None
     for tau, scale in zip(task_vectors, mask_lambda, strict=True):
         others = (merged - tau).abs_().mul_(scale)
-        votes.add_(tau.abs_().gt_(others))
+        agrees = tau.abs_().gt_(others)  # 1.0 and 0.0
+        votes = agrees if votes is None else votes.add_(agrees)
+    assert votes is not None
     return merged.mul_(votes.ge_(k))
 
 

@@ -19,18 +19,21 @@ from pathlib import Path
 from lines_cli.checkpoint.adapter import Adapter, Change
 from lines_cli.checkpoint.adapter_output import PREFIX, strongest_bias, targets_in
 from lines_cli.checkpoint.header import WIDER, StoredTensor
+from lines_cli.checkpoint.reader import Checkpoint
 from lines_cli.errors import DepthError, MismatchError, RecipeError, UnsupportedError, printable, some
 from lines_cli.methods import METHODS
 from lines_cli.plan.adapter_inputs import AdapterInputs
 from lines_cli.plan.adapter_layout import laid_out
 from lines_cli.plan.adapter_plan import AdapterModule, AdapterPlan, Entries, Part, Product, Role, Term
 from lines_cli.plan.coefficients import unlike_lines
+from lines_cli.plan.components import regions_of
 from lines_cli.plan.relaid import as_loaded
 from lines_cli.plan.tensors import STORED, Ranges, SourceRange, TensorValues, refuse_idle_filters
 from lines_cli.plan.tied_weights import is_head, is_vocabulary, says_tied, tied_embeddings, tied_partner
 from lines_cli.plan.weights import rules_among
 from lines_cli.recipe.schema import UNSCALED, Recipe
-from lines_cli.scaling.find_depth import DepthMap, config_counts, find_depth
+from lines_cli.scaling.find_depth import DepthMap, config_counts, find_depth, joined
+from lines_cli.scaling.numbered_lists import read_lists
 from lines_cli.scaling.partial import completed, layers_held, refuse_other_counts
 from lines_cli.scaling.schedule import Rules
 from lines_cli.storage.destination import is_one_file
@@ -109,7 +112,7 @@ class Shares:
             )
         number, alpha = len(recipe.merged), None
         if lines.needs_alpha:
-            if not recipe.method.plain_sum(recipe.values("", 0.0)) or recipe.filters or recipe.parameters_vary:
+            if not recipe.plain_sum(recipe.values("", 0.0)) or recipe.filters or recipe.parameters_vary:
                 raise RecipeError(
                     f"lines.alpha: auto is 1/N for a plain sum only; with {recipe.merge_method} and these parameters "
                     "it is measured on whole tensors, and an adapter is merged without any",
@@ -150,11 +153,13 @@ class _Changed:
     Attributes:
         tensor: the base's name of it; where no base is known, the adapter's.
         changes: each model's change, by its number.
+        name: the tensor of the model, which the base may store in another layout.
         others: more tensors of the base that it is, where that stores it in another layout, or ties them.
     """
 
     tensor: str
     changes: Mapping[int, Change]
+    name: str
     others: tuple[str, ...] = ()
 
     @property
@@ -218,7 +223,7 @@ class _Builder:
                 if number in found.setdefault(key, {}):
                     raise UnsupportedError(f"{adapter.file}: {printable(tensor.name)} is changed twice")
                 found[key][number], stored[key] = change, tensor.stored
-        return [_Changed(stored[key][0], changes, stored[key][1:]) for key, changes in found.items()]
+        return [_Changed(stored[key][0], changes, key[0], stored[key][1:]) for key, changes in found.items()]
 
     def _shares(self, changed: _Changed) -> tuple[float, tuple[float, ...]]:
         """As `Shares`, of something that adapters change.
@@ -247,6 +252,13 @@ class _Builder:
         needed = bool(recipe.lines and recipe.lines.needs_depth) or recipe.parameters_vary
         by_hand = recipe.lines.by_hand if recipe.lines else {}
         try:
+            if base is not None and base.components:
+                if any(by_hand.values()):
+                    raise RecipeError(
+                        f"what is said of depth is of one model, and {base.name} holds several",
+                        hint="Give one of its folders as the base, and the part of the adapter that is for it.",
+                    )
+                return _by_component(base, names)
             if base is not None and self.whole:
                 parameters = {name: stored.info.numel for name, stored in base.tensors.items()}
                 return find_depth(parameters, config=base.config, parameters=parameters, **by_hand)
@@ -359,9 +371,16 @@ class _Builder:
             most = recipe.rank if recipe.rank is not None else module.side
             beyond += recipe.rank is not None and recipe.rank > module.side
             reduced = recipe.energy is not None or (recipe.rank is not None and module.rank > most)
+            if reduced and module.matrices > 1:
+                raise UnsupportedError(
+                    f"{printable(module.name)} is {module.matrices:,} matrices in one, the experts', and has a product "
+                    "for each: their ranks are put side by side, and not made fewer",
+                    hint="Leave out rank and energy; or merge into a whole model: base_model, and no as_adapter.",
+                )
             if reduced:
                 module = replace(module, rank=min(module.rank, most, module.side), reduced=True)
             modules.append(module)
+        self._refuse_two_of_one_name(modules)
         if beyond:
             self.notes.append(
                 f"rank {recipe.rank:,} is more than {beyond:,} module(s) can have: there it is the smaller side"
@@ -382,6 +401,20 @@ class _Builder:
             saved=tuple(dict.fromkeys(map(str, saved))),
             needs=recipe.energy is not None,
         )
+
+    def _refuse_two_of_one_name(self, modules: Iterable[AdapterModule]) -> None:
+        """Refuse parameters of a module whose factors would be called the same: PEFT wraps the module once for each,
+        and which wrapper is which parameter's depends on what others there are.
+        """
+        owners: dict[str, AdapterModule] = {}
+        for module in modules:
+            other = owners.setdefault(module.names["A"], module)
+            if other is not module:
+                raise UnsupportedError(
+                    f"{printable(other.name)} and {printable(module.name)} are changed by one adapter each, and "
+                    "factors of both are called the same there",
+                    hint="Merge into a whole model: base_model, and no as_adapter.",
+                )
 
     def _add_differences(
         self,
@@ -426,27 +459,47 @@ class _Builder:
             MismatchError: they are of weights of different shapes.
         """
         module = self._module(changed, coefficient, 0)
+        parameter = changed.name.rpartition(".")[2]
+        batches, levels, of_parameter = set[int](), set[int](), False
         terms, stored, rank = [], list[StoredTensor](), 0
         for number, change in changed.changes.items():
             a, b = change.factors["A"], change.factors["B"]
+            own_rank, scale = change.others.get(parameter, (change.rank or 0, change.scale))
+            batches.add(a.info.shape[0] // own_rank)
+            levels.add(self.spelled[number][a.info.offset].count(".base_layer."))
+            of_parameter |= bool(change.others)
             own = (a.info.shape[1:], (b.info.shape[0], *b.info.shape[2:]))
-            if own != module.shapes:
+            if own != module.shapes or len(batches) > 1:
                 one, other = self.adapters[changed.first[0]], self.adapters[number]
                 raise MismatchError(
                     f"{printable(changed.tensor)}: {one.name} changes {_shown(module.shapes)}, and {other.name} "
-                    f"{_shown(own)}",
+                    f"{_shown(own)}{' of another number of experts' if len(batches) > 1 else ''}",
                     hint="They were trained on different bases: merge adapters of one.",
                 )
             bias = self.biases.get((number, change.called))
             stored += [a, b, *([bias] if bias is not None else [])]
-            rank += change.rank or 0
+            rank += own_rank
             placed = [None if one is None else _in_file(one, self.file_of[number]) for one in (a, b, bias)]
             assert placed[0] is not None
             assert placed[1] is not None
-            terms.append(Term(placed[0], placed[1], placed[2], factors[number] * change.scale))
+            terms.append(Term(placed[0], placed[1], placed[2], factors[number] * scale))
+        if len(levels) > 1:
+            raise self._not_side_by_side(changed, "adapters change different parameters beside it")
+        if not of_parameter and levels != {0}:
+            raise self._not_side_by_side(changed, "it is a module within another that PEFT changes")
+        if of_parameter:
+            module = replace(module, name=f"{module.name}.{parameter}", of_parameter=True, matrices=batches.pop())
         names = self._named(changed, bias=any(term.bias is not None for term in terms))
         made = Product(tuple(terms))
         return replace(module, rank=rank, made=made, dtype=self._dtype(stored), names=names)
+
+    def _not_side_by_side(self, changed: _Changed, why: str) -> UnsupportedError:
+        number, change = changed.first
+        own = self.spelled[number][change.factors["A"].info.offset]
+        return UnsupportedError(
+            f"{self.adapters[number].file}: ranks of {printable(own)} are not put side by side: {why}",
+            hint="Merge into a whole model: base_model, and no as_adapter.",
+        )
 
     def _named(self, changed: _Changed, *, bias: bool) -> dict[Role, str]:
         """What a module's tensors are called in PEFT's files, an embedding's by its own words."""
@@ -459,17 +512,11 @@ class _Builder:
             )
             found: dict[Role, str] = {"A": own, "B": self.spelled[number][change.factors["B"].info.offset]}
             return found | ({"bias": with_bias} if bias else {})
-        if ".base_layer." in own:
-            raise UnsupportedError(
-                f"{self.adapters[number].file}: {printable(own)} is of a module within another that PEFT changes, and "
-                "ranks of such are not put side by side",
-                hint="Merge into a whole model: base_model, and no as_adapter.",
-            )
         if "lora_embedding_A" in own:
             ends: dict[Role, str] = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
         else:
             ends = {"A": "lora_A.weight", "B": "lora_B.weight", **({"bias": "lora_B.bias"} if bias else {})}
-        module = self._renamed.get(change.module, change.called)
+        module = self._renamed.get(change.module, change.called) + ".base_layer" * own.count(".base_layer.")
         return {role: f"{PREFIX}{module}.{end}" for role, end in ends.items()}
 
     @cached_property
@@ -589,6 +636,23 @@ class _Builder:
         return modules_in((*base.tensors, *as_loaded(base).checkpoint.tensors))
 
 
+def _by_component(base: Checkpoint, names: Sequence[str]) -> DepthMap:
+    """The depth of a pipeline's components that are changed, of each by itself.
+
+    Raises:
+        DepthError: which tensor of one stands at which depth is not known.
+    """
+    parts = []
+    for component in base.components:
+        own, depth = component.checkpoint, DepthMap((), {})
+        if any(name.startswith(component.begins) for name in names):
+            parameters = {name: stored.info.numel for name, stored in own.tensors.items()}
+            if read_lists(list(parameters)):
+                depth = find_depth(parameters, config=own.config, parameters=parameters)
+        parts.append((depth, regions_of(component)))
+    return joined(parts)
+
+
 def digest_of(configs: Sequence[Mapping[str, object]]) -> str:
     """What tells configs from others."""
     return f"sha256:{sha256(json.dumps(configs, sort_keys=True, default=str).encode()).hexdigest()}"
@@ -662,9 +726,7 @@ def _refuse_unknown(adapter: Adapter, change: Change, *, in_place: bool) -> None
         return
     if change.kind == "difference":
         return
-    if change.others:
-        why = "a parameter of a module, said by its own name (target_parameters)"
-    elif change.kind != "low rank":
+    if change.kind != "low rank":
         why = f"changed by more than a product of two matrices ({_CALLED[change.kind]})"
     elif change.factors.keys() != {"A", "B"}:
         why = "changed by more than a product of two matrices (a third one between them, as of a Tucker decomposition)"

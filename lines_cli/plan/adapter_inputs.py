@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from lines_cli.checkpoint.adapter import Adapter, is_adapter_at, open_adapter
 from lines_cli.checkpoint.adapter_names import with_dots
+from lines_cli.checkpoint.pipeline import open_whole
 from lines_cli.checkpoint.reader import Checkpoint, choose_weights, open_checkpoint
 from lines_cli.errors import RecipeError, UnsupportedError
 from lines_cli.hub.download import Located, Only, base_and_adapter, locate
@@ -149,4 +150,12 @@ def _base(name: str, recipe: Recipe, *, quiet: bool, only: Only | None) -> Check
         config = beside(found.path, CONFIG)
         if config is not None and only == "plan":
             return Checkpoint(found.name, found.path, (), {}, (), "model", read_object(config), found.hub_id)
-    return _whole(found, recipe)
+    return open_whole(
+        found.path,
+        name=found.name,
+        hub_id=found.hub_id,
+        variant=recipe.variant,
+        part=found.part,
+        heads=found.heads,
+        heads_of=found.heads_of,
+    )

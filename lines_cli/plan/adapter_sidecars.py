@@ -41,7 +41,11 @@ def with_sidecars(plan: AdapterPlan) -> AdapterPlan:
 def _config(plan: AdapterPlan) -> dict[str, Any]:
     """`adapter_config.json` of what is merged or extracted."""
     ranks = {module.name: module.rank for module in plan.modules}
-    targets = plan.targets if plan.targets is not None else targets_of(list(ranks), plan.every)
+    parameters = [module.name for module in plan.modules if module.of_parameter]
+    targets = plan.targets
+    if targets is None:
+        targets = targets_of([name for name in ranks if name not in parameters], plan.every)
+        targets |= {"target_parameters": parameters} if parameters else {}
     if {module.rpartition(".")[2] for module in plan.saved} >= {"embed_tokens", "lm_head"} and plan.like.get("tied"):
         targets = {**targets, "ensure_weight_tying": not any(module.endswith("shared") for module in plan.saved)}
     return config_of(

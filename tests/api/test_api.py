@@ -131,6 +131,7 @@ def test_a_merge_in_memory_takes_what_a_recipe_takes() -> None:
     """Every key of a recipe that does not speak of files is a keyword, under its own name or a plainer one."""
     renamed = {"merge_method": "method", "base_model": "base"}
     files = {
+        "slices",
         "tokenizer_source",
         "chat_template",
         "max_shard_size",

@@ -370,6 +370,18 @@ def test_a_pipeline_with_two_text_encoders(spelt: str, tmp_path: Path) -> None:
         for tensor in found:
             update = wanted[name].get(tensor, torch.zeros(()))
             torch.testing.assert_close(found[tensor].double(), tensors[tensor].double() + update, rtol=3e-7, atol=6e-7)
+    # scaled in place, each part by the depth of its own component: as the edit of the whole pipeline has it
+    lines.edit_adapter(
+        tmp_path / "lora.safetensors", tmp_path / "s.safetensors", base=tmp_path / "base", dtype="float32"
+    )
+    lines.edit(tmp_path / "base", tmp_path / "lora.safetensors", tmp_path / "dense")
+    lines.edit(tmp_path / "base", tmp_path / "s.safetensors", tmp_path / "again", alpha=1, beta=0)
+    for name, tensors in parts.items():
+        dense, again = (load_file(next((tmp_path / out / name).glob("*.safetensors"))) for out in ("dense", "again"))
+        for tensor in tensors:
+            torch.testing.assert_close(again[tensor], dense[tensor], rtol=3e-6, atol=3e-6)
+    with pytest.raises(LinesError, match=r"of one model, and .* holds several"):
+        lines.edit_adapter(tmp_path / "lora.safetensors", tmp_path / "no", base=tmp_path / "base", layers="fc1")
 
 
 def test_a_kernel_between_the_factors_in_place_and_merged(tmp_path: Path) -> None:

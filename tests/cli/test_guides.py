@@ -277,6 +277,7 @@ def test_a_mergekit_file(here: Path) -> None:
     pair("base", "ft-math", "ft-code")
     run_page("mergekit.md")
     assert (here / "merged" / "config.json").exists()
+    assert json.loads((here / "stack/config.json").read_text())["num_hidden_layers"] == 6
     files = [here / f"{out}/model.safetensors" for out in ("merged", "scaled", "beta-0.3", "beta-0.6", "beta-0.9")]
     assert len({file.read_bytes() for file in files}) == len(files)
 

@@ -17,6 +17,7 @@ from support.adapters import PREFIX, factors, layers_of, updates, write_adapter
 from support.files import snapshot, without_staging, write_checkpoint
 from support.fp8 import expanded, quantise
 from support.layouts import LAYOUTS
+from support.run import run_lines
 
 SIZES = {"q_proj": (12, 8), "up_proj": (20, 8)}
 LAYERS = 4
@@ -216,6 +217,34 @@ def test_modules_that_the_base_stores_as_one(tmp_path: Path) -> None:
     recipe = {"models": models, "base_model": str(tmp_path / "base"), "lines": LINES}
     lines.merge(recipe, tmp_path / "merged", as_adapter=True)
     close(updates(tmp_path / "merged"), {name: by[name] * (tau + other[name]) for name, tau in one.items()})
+
+
+def test_experts_are_put_side_by_side_one_by_one(tmp_path: Path) -> None:
+    """PEFT's layout of factors (`ParamWrapper.get_delta_weight`): A [experts * r, in], B [out, r * experts]."""
+    module, products = "model.layers.0.mlp.experts", []
+    for seed, rank in ((0, 4), (1, 2)):
+        chance = torch.Generator().manual_seed(seed)
+        a, b = torch.randn(3 * rank, 8, generator=chance), torch.randn(12, rank * 3, generator=chance)
+        own = {f"{PREFIX}{module}.lora_A.weight": a, f"{PREFIX}{module}.lora_B.weight": b}
+        said = {"r": rank, "target_parameters": ["mlp.experts.gate_up_proj"], "target_modules": []}
+        write_adapter(tmp_path / str(seed), own, **said)
+        parts = b.double().view(12, rank, 3), a.double().view(3, rank, 8)
+        products.append(8 / rank * torch.einsum("ore,eri->eoi", *parts))
+    models = [
+        {"model": str(tmp_path / name), "parameters": {"weight": weight}} for name, weight in (("0", 0.3), ("1", 2.0))
+    ]
+    summary = lines.merge({"models": models}, tmp_path / "out", as_adapter=True)
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    a, b = (found[f"{PREFIX}{module}.lora_{half}.weight"].double() for half in "AB")
+    product = torch.einsum("ore,eri->eoi", b.view(12, 6, 3), a.view(3, 6, 8))
+    torch.testing.assert_close(product, 0.3 * products[0] + 2 * products[1], rtol=1e-5, atol=1e-5)
+    assert summary["rank"] == [6, 6]
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (6, 6)
+    assert config["target_parameters"] == ["mlp.experts.gate_up_proj"]
+    assert lines.verify(tmp_path / "out").same
+    with pytest.raises(lines.LinesError, match="3 matrices in one"):
+        lines.merge({"models": models}, tmp_path / "no", as_adapter=True, energy=0.9)
 
 
 def test_adapters_of_one_base_that_call_modules_otherwise(tmp_path: Path) -> None:
@@ -890,6 +919,18 @@ def test_lone_files_over_depth(tmp_path: Path) -> None:
         for i in (0, 2):
             name = f"lora_te_text_model_encoder_layers_{i}_mlp_fc1.lora_up.weight"
             torch.testing.assert_close(found[name], (0.1 + 0.9 * i / 4) * own[name])
+
+
+def test_a_stack_of_one_layer_is_told(tmp_path: Path) -> None:
+    """Of two stacks one has one layer: its rank and what is kept stand in the summary."""
+    shapes = {"encoder.layers.0.fc": (8, 8), "encoder.layers.1.fc": (8, 8), "decoder.layers.0.fc": (8, 8)}
+    write_checkpoint(tmp_path / "base", {f"{name}.weight": torch.randn(*shape) for name, shape in shapes.items()})
+    write_adapter(tmp_path / "adapter", factors(shapes, 4, 0))
+    said = {"base_model": str(tmp_path / "base"), "models": [{"model": str(tmp_path / "adapter")}], "lines": LINES}
+    (tmp_path / "merge.yaml").write_text(json.dumps({**said, "rank": 2}))
+    ran = run_lines("merge", "--config", tmp_path / "merge.yaml", "--as-adapter", "-o", tmp_path / "out")
+    assert ran.code == 0
+    assert re.search(r"rank +0: 2 +\(decoder\.layers\)", ran.out)
 
 
 def test_adapters_of_several_forms(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def save(model: Any, folder: Path) -> Path:
     return folder
 
 
-RENAMED = ("vit", "mixtral", "dinov2", "qwen2_5_vl", "gemma3")
+RENAMED = ("vit", "mixtral", "dinov2", "qwen2_5_vl", "gemma3", "gpt_oss")
 
 
 def load(make: Callable[[], Any], folder: Path) -> Any:
@@ -419,6 +419,73 @@ def test_modules_are_those_that_transformers_has(tmp_path: Path, make: Callable[
         assert len(adapted) > 0
 
 
+def gpt_oss() -> Any:
+    import transformers
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    sizes |= {"num_key_value_heads": 2, "num_local_experts": 3, "vocab_size": 64, "head_dim": 16}
+    return transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes, num_experts_per_tok=2))
+
+
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+OF_EXPERTS: dict[str, list[dict[str, Any]]] = {  # what two adapters say
+    "the same": [{"target_parameters": EXPERTS}, {"target_parameters": EXPERTS}],
+    "other ranks": [
+        {"target_parameters": EXPERTS},
+        {"target_parameters": EXPERTS, "rank_pattern": {"down_proj": 2}, "alpha_pattern": {"gate_up_proj": 3}},
+    ],
+    "beside layers": [
+        {"target_parameters": EXPERTS, "target_modules": ["q_proj"]},
+        {"target_parameters": ["experts.down_proj"], "target_modules": ["o_proj", "q_proj"]},
+    ],
+    "a router": [{"target_parameters": ["gate.weight", *EXPERTS]}, {"target_parameters": ["gate.weight"]}],
+}
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["with a base", "without"])
+@pytest.mark.parametrize("name", OF_EXPERTS)
+@pytest.mark.parametrize("make", [mixtral, gpt_oss])
+def test_merged_adapters_of_experts(tmp_path: Path, make: Callable[[], Any], name: str, known: bool) -> None:
+    """Every expert gets the sum of its own products."""
+    torch.manual_seed(0)
+    before = make()
+    base, said = save(before, tmp_path / "base"), OF_EXPERTS[name]
+    if name == "a router" and make is gpt_oss:
+        pytest.skip("its router is called otherwise")
+    models, wanted = [], {name: tensor.double() for name, tensor in before.state_dict().items()}
+    for n, weight in enumerate((0.6, -0.7)):
+        config = {"r": 4, "lora_alpha": 8, "target_modules": [], **said[n]}
+        path = trained(make, base, tmp_path / f"a{n}", n, **config)
+        models.append({"model": str(path), "parameters": {"weight": weight}})
+        for tensor, after in with_adapter(make, base, path).merge_and_unload().state_dict().items():
+            wanted[tensor] = wanted[tensor] + weight * (after.double() - before.state_dict()[tensor].double())
+    on = {"base_model": str(base)} if known else {}
+    recipe = {"merge_method": "task_arithmetic", "models": models, **on}
+    lines.merge(recipe, tmp_path / "merged", as_adapter=True)
+    found = with_adapter(make, base, tmp_path / "merged").merge_and_unload().state_dict()
+    for tensor, values in wanted.items():
+        torch.testing.assert_close(found[tensor].double(), values, rtol=1e-5, atol=2e-6, msg=tensor)
+    if known:
+        lines.merge(recipe, tmp_path / "dense")
+        for tensor, values in load(make, tmp_path / "dense").state_dict().items():
+            torch.testing.assert_close(values.double(), wanted[tensor], rtol=1e-5, atol=2e-6, msg=tensor)
+    with pytest.raises(lines.LinesError, match="3 matrices in one, the experts'"):
+        lines.merge(recipe, tmp_path / "fewer", as_adapter=True, rank=1)
+
+
+def test_parameters_of_experts_whose_factors_are_called_the_same(tmp_path: Path) -> None:
+    """Of two adapters each has one parameter of a module: which wrapper is whose, the names do not say. Refused."""
+    torch.manual_seed(0)
+    base = save(mixtral(), tmp_path / "base")
+    config = {"r": 4, "lora_alpha": 8, "target_modules": []}
+    for n, parameters in enumerate((EXPERTS[:1], EXPERTS[1:], EXPERTS)):
+        trained(mixtral, base, tmp_path / f"a{n}", n, **config, target_parameters=parameters)
+    for one, other, said in ((0, 1, "called the same"), (0, 2, "change different parameters beside it")):
+        models = [{"model": str(tmp_path / f"a{n}")} for n in (one, other)]
+        with pytest.raises(lines.LinesError, match=said):
+            lines.merge({"models": models, "base_model": str(base)}, tmp_path / "no", as_adapter=True)
+
+
 @pytest.mark.parametrize("rank", [None, 8])
 @pytest.mark.parametrize(("one", "other"), [(True, True), (True, False), (False, False)])
 def test_products_on_both_of_tied_weights(tmp_path: Path, one: bool, other: bool, rank: int | None) -> None:
@@ -439,6 +506,10 @@ def test_products_on_both_of_tied_weights(tmp_path: Path, one: bool, other: bool
     models = [{"model": str(path)} for path in paths]
     lines.merge({"base_model": str(base), "models": models}, tmp_path / "merged", as_adapter=True, rank=rank)
     lines.edit_adapter(paths[0], tmp_path / "scaled", base=base, alpha=0.3, beta=0)
+    lines.edit(base, paths[0], tmp_path / "dense", alpha=0.3, beta=0)
+    if one:  # else the adapted model has two weights, and no checkpoint of a tied one has them
+        wanted = said(with_adapter(tied, base, tmp_path / "scaled"))
+        torch.testing.assert_close(said(load(tied, tmp_path / "dense")), wanted, rtol=1e-4, atol=1e-4)
 
     def products(folder: Path) -> dict[str, torch.Tensor]:
         layers = with_adapter(tied, base, folder).named_modules()

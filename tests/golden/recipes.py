@@ -611,7 +611,7 @@ MERGES: dict[str, Case] = {
 }
 
 MERGES |= {
-    f"{method}-{number}": merge(method, *DECODER, said=said)
+    f"{method}-{number}": merge(method, *DECODER[: 1 + (entry.models or 3)], said=said)
     for method, entry in TABLE.items()
     if entry.golden and not any(case.method == method for case in MERGES.values())
     for number, said in enumerate(entry.typical)

@@ -320,7 +320,11 @@ TABLE: dict[str, Entry] = {
     ),
     "nuslerp": Entry(
         mergekit_references.nuslerp,
-        typical=({"weight": 0.7, "nuslerp_flatten": True}, {"nuslerp_flatten": False, "nuslerp_row_wise": True}),
+        typical=(
+            {"weight": 0.7, "nuslerp_flatten": True, "lambda": 0.8},
+            {"nuslerp_flatten": False, "nuslerp_row_wise": True},
+            {"nuslerp_flatten": False, "nuslerp_row_wise": False},
+        ),
         cases={
             "nuslerp": _said(each={"weight": (0.3, 1.0)}, numbers=(2,)),
             "nuslerp, rows": _said({"nuslerp_flatten": False}, {"weight": (1.3, 0.4)}, numbers=(2,)),
@@ -332,7 +336,7 @@ TABLE: dict[str, Entry] = {
     ),
     "multislerp": Entry(
         mergekit_references.multislerp,
-        typical=({"weight": 0.7, "normalize_weights": True}, {"normalize_weights": False}),
+        typical=({"weight": 0.7, "normalize_weights": True, "lambda": 0.8}, {"normalize_weights": False, "eps": 1e-6}),
         cases={
             "multislerp": _said(),
             "multislerp, weighted": _said(each={"weight": WEIGHTS}),
@@ -353,7 +357,7 @@ TABLE: dict[str, Entry] = {
     ),
     "model_stock": Entry(
         mergekit_references.model_stock,
-        typical=({"filter_wise": False}, {"filter_wise": True}),
+        typical=({"filter_wise": False}, {"filter_wise": True, "lambda": 0.8}),
         cases={
             "model_stock": _said(numbers=(2, 3, 8)),
             "model_stock, rows": _said({"filter_wise": True}, numbers=(2, 3, 8)),
@@ -378,7 +382,11 @@ TABLE: dict[str, Entry] = {
     ),
     "della_linear": Entry(
         mergekit_references.della_linear,
-        typical=({"density": 0.5, "rescale": "l1", "normalize": False}, {"density": 0.7, "rescale": "density"}),
+        typical=(
+            {"density": 0.5, "rescale": "l1", "normalize": False, "lambda": 0.8},
+            {"density": 0.7, "rescale": "density", "normalize": True, "weight": 0.6},
+            {"density": 0.4, "epsilon": 0.1, "rescale": False, "seed": 5},
+        ),
         cases={
             "della_linear": _said({"density": 0.6, "epsilon": 0.3}),
             "della_linear, all said": _said({"seed": 2**53, "normalize": True, "epsilon": 0.02}, DELLAS),
@@ -388,7 +396,7 @@ TABLE: dict[str, Entry] = {
     ),
     "sce": Entry(
         mergekit_references.sce,
-        typical=({}, {"select_topk": 0.4}),
+        typical=({}, {"select_topk": 0.4, "lambda": 0.8}),
         cases={
             "sce": _said(),
             "sce of the most": _said({"select_topk": 0.6}),
@@ -399,13 +407,13 @@ TABLE: dict[str, Entry] = {
     ),
     "ram": Entry(
         mergekit_references.ram,
-        typical=({}, {"epsilon": 0.05}),
+        typical=({}, {"epsilon": 0.05, "lambda": 0.8}),
         cases={"ram": _said(), "ram, large changes": _said({"epsilon": 0.06})},
         to_the_bit=False,
     ),
     "ramplus_tl": Entry(
         mergekit_references.ramplus_tl,
-        typical=({}, {"epsilon": 0.05, "r": 0.4, "alpha": 2}),
+        typical=({}, {"epsilon": 0.05, "r": 0.4, "alpha": 2, "lambda": 0.8}),
         cases={
             "ramplus_tl": _said(),
             "ramplus_tl, large changes": _said({"epsilon": 0.06, "r": 0.5, "alpha": 1.5}),
@@ -414,14 +422,14 @@ TABLE: dict[str, Entry] = {
     ),
     "nearswap": Entry(
         mergekit_references.nearswap,
-        typical=({"t": 0.03},),
+        typical=({"t": 0.03}, {"t": 0.01, "lambda": 0.8}),
         cases={"nearswap": _said({"t": 0.02}, numbers=(1,)), "nearswap of none": _said({"t": 0}, numbers=(1,))},
         to_the_bit=False,
         models=1,
     ),
     "arcee_fusion": Entry(
         mergekit_references.arcee_fusion,
-        typical=({},),
+        typical=({}, {"lambda": 0.8}),
         cases={"arcee_fusion": _said(numbers=(1,))},
         to_the_bit=False,
         models=1,
@@ -453,7 +461,7 @@ TABLE: dict[str, Entry] = {
     "wudi": Entry(
         spectral_references.wudi,
         typical=({}, {"ridge": 0.01, "weight": 0.7, "lambda": 1.5}),
-        cases={"wudi": _said(), "wudi, held to the sum": _said({"ridge": 0.5}, {"weight": WEIGHTS})},
+        cases={"wudi": _said(), "wudi, weakly held to the sum": _said({"ridge": 1e-4}, {"weight": WEIGHTS})},
         to_the_bit=False,
         golden=False,
     ),
