@@ -312,8 +312,12 @@ class Write(RangeJob[Worker, TensorPlan, Tally]):
             (method.sees, method.takes, plan.recipe.rounding) == ("entries", "task vectors", "nearest")
             and not self.draws
             and plan.statistics is NOTHING_MEASURED
+            and plan.recipe.calibrate is None
+            and not any(plan.views)
         )
-        """Whether tensors may be merged as one that have the same coefficient and parameters."""
+        """Whether tensors may be merged as one that have the same coefficient and parameters: none is seen whole, and
+        what stands side by side is read so, which views in pickles are not.
+        """
 
     def nothing(self) -> Tally:
         return Tally.nothing(self.models)
