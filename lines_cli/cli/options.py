@@ -563,6 +563,63 @@ MaybeOutput = Annotated[
         rich_help_panel=OUTPUT,
     ),
 ]
+PlannedOutput = Annotated[
+    str | None,
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="OUT",
+        show_default="the recipe's output",
+        help="The destination: a folder, or one file, if it ends in .safetensors.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+PlanFile = Annotated[
+    str,
+    typer.Option(
+        "--plan",
+        metavar="FILE",
+        help="Where to write the plan. Relative paths in it count from its own folder.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Parts = Annotated[
+    int | None,
+    typer.Option(
+        "--parts",
+        metavar="N",
+        show_default="one for each 4 GiB of the output",
+        help="Into how many parts each stage is cut, or fewer, where there is less to cut.",
+        rich_help_panel=MACHINE,
+    ),
+]
+ForceAtLast = Annotated[
+    bool,
+    typer.Option(
+        "--force",
+        help="Replace an existing output, when lines finish has the new one whole.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+JsonPlan = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Print what plan.json says on stdout, too.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+ThePlan = Annotated[str, typer.Argument(metavar="PLAN", help="What lines plan wrote.")]
+PartOfPlan = Annotated[
+    str | None,
+    typer.Option(
+        "--part",
+        metavar="I/N",
+        show_default="all that are not done",
+        help="Which part, of how many: 3/16; or several: 3-5/16 or 1,4/16.",
+        rich_help_panel=MACHINE,
+    ),
+]
 DtypeOfFactors = Annotated[
     Literal["float64", "float32", "float16", "bfloat16"] | None,
     typer.Option(

@@ -7,7 +7,7 @@ depends on chunks, workers, or the way inputs and output are sharded.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import cycle
@@ -26,10 +26,10 @@ from lines_cli.engine.workers import Worker
 from lines_cli.methods import ByMagnitude
 from lines_cli.methods.sparsify import Bounds, Ranks
 from lines_cli.methods.sums import weighted_sum
-from lines_cli.plan.layout import natural
-from lines_cli.plan.plan import Plan, TensorPlan, bytes_of
+from lines_cli.plan.plan import SIGNS_AND_NORMS, Plan, TensorPlan, bytes_of
 from lines_cli.plan.resources import SUM_BLOCK
 from lines_cli.plan.statistics import Needs, Norms, Statistics
+from lines_cli.plan.tensors import Segment
 
 Track = Callable[[str, int, Iterable[int]], Iterable[int]]
 """Wraps the stream of byte counts of one pass, to show progress: the pass's title, its total, the stream."""
@@ -68,7 +68,7 @@ def measure(plan: Plan, sources: Sequence[Opened], devices: Devices, track: Trac
     needs = plan.needs
     if not needs:
         return Measurement(plan.statistics, 0, 0)
-    measuring = _Measuring(plan, sources, devices, track)
+    measuring = Measuring(plan, sources, devices, track)
     if needs.thresholds and plan.trims_globally:
         measuring.global_thresholds()
     elif needs.thresholds:
@@ -82,13 +82,30 @@ def measure(plan: Plan, sources: Sequence[Opened], devices: Devices, track: Trac
     return Measurement(measuring.plan.statistics, measuring.passes, measuring.bytes_read)
 
 
-class _Measuring:
-    """The passes over one plan, and what they have found so far."""
+class Measuring:
+    """The passes over one plan, and what they have found so far.
 
-    def __init__(self, plan: Plan, sources: Sequence[Opened], devices: Devices, track: Track) -> None:
+    Args:
+        plan: not yet resolved.
+        sources: the open inputs, as in `plan.paths`.
+        devices: the devices to compute on.
+        track: wraps the stream of byte counts of each pass.
+        only: the tensors that are looked at, in the order of their names; all that are merged, unless said.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        sources: Sequence[Opened],
+        devices: Devices,
+        track: Track,
+        *,
+        only: Sequence[TensorPlan] | None = None,
+    ) -> None:
         self.plan, self.sources, self.devices, self.track = plan, sources, devices, track
         self.models = range(plan.number_of_models)
-        self.tensors = sorted((tensor for tensor in plan.tensors if tensor.edited), key=lambda t: natural(t.name))
+        self.tensors = plan.merged_by_name if only is None else only
+        self.total = None if only is None else bytes_of(segment for _, segment in merged_segments(only))
         self.passes = self.bytes_read = 0
 
     def found(self, **statistics: Any) -> None:
@@ -141,23 +158,17 @@ class _Measuring:
             self.passes += 1
             title += f" {plan.passes.index(what) + 1}/{len(plan.passes) + 1}"
         with closing(pool.in_order()) as results:
-            for nbytes in self.track(title, total or plan.bytes_measured, (tally(result) for result in results)):
+            whole = plan.bytes_measured if self.total is None else self.total
+            for nbytes in self.track(title, total or whole, (tally(result) for result in results)):
                 self.bytes_read += nbytes
 
     def global_thresholds(self) -> None:
         """The magnitudes of each model's whole task vector that the sparsifier asks for; of a pipeline's, those of each
         component's.
         """
-        groups: dict[str | None, list[TensorPlan]] = defaultdict(list)
-        for tensor in self.tensors:
-            groups[self.plan.measured_with(tensor)].append(tensor)
-        thresholds: dict[tuple[int, str | None], Bounds] = {}
-        kept, total = [0] * len(self.models), 0
-        for name, tensors in groups.items():
-            segments = list(merged_segments(tensors))
-            numel = sum(segment.numel for _, segment in segments)
-            search = Search(self.ranks(tensors[0], numel), numel)
-            whole = None if len(groups) == 1 else bytes_of(segment for _, segment in segments)
+        searches = self.searches()
+        for segments, search in searches.values():
+            whole = None if len(searches) == 1 else bytes_of(segment for _, segment in segments)
 
             def count(
                 items: Iterable[list[PlanChunk]],
@@ -168,10 +179,31 @@ class _Measuring:
                 return self.count(items, windows, total=whole if nbytes is None else nbytes)
 
             search.run(segments, count)
-            thresholds |= {(model, name): search.bounds(model) for model in self.models if search.ranks[model]}
-            kept = [before + search.kept(model) for model, before in enumerate(kept)]
-            total += numel
-        self.passes += len(groups) > 1  # each is a part of one
+        self.passes += len(searches) > 1  # each is a part of one
+        self.found_by({name: search for name, (_, search) in searches.items()})
+
+    def searches(self) -> dict[str | None, tuple[list[tuple[TensorPlan, Segment]], Search]]:
+        """What is searched for together, by its name (`Plan.measured_with`): its segments, and the search."""
+        groups: dict[str | None, list[TensorPlan]] = defaultdict(list)
+        for tensor in self.tensors:
+            groups[self.plan.measured_with(tensor)].append(tensor)
+        found = {}
+        for name, tensors in groups.items():
+            segments = list(merged_segments(tensors))
+            numel = sum(segment.numel for _, segment in segments)
+            found[name] = segments, Search(self.ranks(tensors[0], numel), numel)
+        return found
+
+    def found_by(self, searches: Mapping[str | None, Search]) -> None:
+        """Keep the thresholds that searches have found, all of them."""
+        thresholds = {
+            (model, name): search.bounds(model)
+            for name, search in searches.items()
+            for model in self.models
+            if search.ranks[model]
+        }
+        kept = [sum(search.kept(model) for search in searches.values()) for model in self.models]
+        total = sum(search.numel for search in searches.values())
         self.found(thresholds=thresholds, kept=tuple((number, total) for number in kept))
 
     def ranks(self, tensor: TensorPlan, numel: int) -> tuple[Ranks, ...]:
@@ -278,25 +310,42 @@ class _Measuring:
         self.found(products={name: (dot, first, second) for name, (dot, first, second) in sums.items()})
 
     def signs_and_norms(self) -> None:
-        """The sign that most elections give; and the L1 norms of the sum of all task vectors and of the merged one.
+        """The sign that most elections give; and the L1 norms of the sum of all task vectors and of the merged one."""
+        found = Elected()
+        self.elect(found.add)
+        self.found_in(found)
 
-        What is merged depends on the majority where a sum is zero. Both cases are summed, and the one that it turns out
-        to be is taken.
-        """
+    def elect(self, add: Callable[[Election], None]) -> None:
+        """Hold the elections, and give each chunk's to `add`, in the order of the tensors' names."""
         needs = self.plan.needs
-        balance, total, merged = 0, 0.0, [0.0, 0.0]
+        what = next(name for name in self.plan.passes if name in SIGNS_AND_NORMS)
+        self.one_pass(what, lambda worker, chunk: _elect(worker, chunk, needs), add)
 
-        def tally(result: _Election) -> None:
-            nonlocal balance, total
-            balance += result.balance
-            total = _added(total, result.total)
-            merged[0] = _added(merged[0], result.with_plus)
-            merged[1] = _added(merged[1], result.with_minus)
-
-        self.one_pass(self.plan.passes[-1], lambda worker, chunk: _elect(worker, chunk, needs), tally)
-        majority = (balance > 0) - (balance < 0) if needs.majority else 1
-        norms = Norms(total, merged[0] if majority > 0 else merged[1], len(self.models)) if needs.norms else None
+    def found_in(self, elected: Elected) -> None:
+        """Keep what all elections have come to."""
+        needs = self.plan.needs
+        majority = (elected.balance > 0) - (elected.balance < 0) if needs.majority else 1
+        merged = elected.with_plus if majority > 0 else elected.with_minus
+        norms = Norms(elected.total, merged, len(self.models)) if needs.norms else None
         self.found(majority=majority, norms=norms)
+
+
+class Elected:
+    """What elections come to, in the order of the tensors' names.
+
+    What is merged depends on the majority where a sum is zero. Both cases are summed, and the one that it turns out to
+    be is taken.
+    """
+
+    def __init__(self) -> None:
+        self.balance, self.total, self.with_plus, self.with_minus = 0, 0.0, 0.0, 0.0
+
+    def add(self, result: Election) -> None:
+        """Take account of a chunk, or of several one after the other."""
+        self.balance += result.balance
+        self.total = _added(self.total, result.total)
+        self.with_plus = _added(self.with_plus, result.with_plus)
+        self.with_minus = _added(self.with_minus, result.with_minus)
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,7 +376,7 @@ def _count(worker: Worker, item: Iterable[PlanChunk], counters: Counters) -> Non
 
 
 @dataclass(frozen=True, slots=True)
-class _Election:
+class Election:
     """A chunk's part in the signs and norms; sums by block."""
 
     balance: int = 0
@@ -336,7 +385,7 @@ class _Election:
     with_minus: Sequence[float] = ()
 
 
-def _elect(worker: Worker, chunk: PlanChunk, needs: Needs) -> _Election:
+def _elect(worker: Worker, chunk: PlanChunk, needs: Needs) -> Election:
     method = worker.plan.recipe.method
     whole: Sequence[float] = ()
     balance, contested = 0, False
@@ -370,7 +419,7 @@ def _elect(worker: Worker, chunk: PlanChunk, needs: Needs) -> _Election:
         given(base, tensors)
         drop_entries(worker, chunk, tensors)
         left(base, tensors)
-        return _Election(balance)
+        return Election(balance)
     one, other = (1, -1) if needs.majority else (None, None)
     merged = merge_chunk(worker, chunk, given=given, left=left, majority=one)
     values = merged.values
@@ -380,7 +429,7 @@ def _elect(worker: Worker, chunk: PlanChunk, needs: Needs) -> _Election:
     with_plus = with_minus = block_sums(values.abs_(), SUM_BLOCK)
     if contested:
         with_minus = block_sums(merge_entries(worker, chunk, again, majority=other).abs_(), SUM_BLOCK)
-    return _Election(balance, whole, with_plus, with_minus)
+    return Election(balance, whole, with_plus, with_minus)
 
 
 def _sum(vectors: Sequence[torch.Tensor]) -> torch.Tensor:

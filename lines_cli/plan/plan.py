@@ -22,7 +22,7 @@ from lines_cli.methods.sparsify import Bounds
 from lines_cli.plan.coefficients import known, layer_coefficients, outside_coefficients, scale_at
 from lines_cli.plan.components import Share
 from lines_cli.plan.inputs import Inputs
-from lines_cli.plan.layout import OutputFile
+from lines_cli.plan.layout import OutputFile, natural
 from lines_cli.plan.resources import TURNED_AT_ONCE, TURNING, BytesPerEntry, Resources
 from lines_cli.plan.statistics import NOTHING_MEASURED, Needs, Statistics
 from lines_cli.plan.tensors import STORED, Segment, SourceRange, TensorSpec
@@ -159,12 +159,17 @@ class Plan:
         where the sample that said where to look was no good one.
         """
         needs = self.needs
-        found = ["thresholds"] if needs.thresholds else []
-        found += ["L1 norms"] if needs.l1 else []
-        found += ["angles"] if needs.products else []
-        last = [word for word, needed in (("signs", needs.majority), ("norms", needs.norms)) if needed]
-        found += [" and ".join(last)] if last else []
+        found = [THRESHOLDS] if needs.thresholds else []
+        found += [L1_NORMS] if needs.l1 else []
+        found += [ANGLES] if needs.products else []
+        last = SIGNS_AND_NORMS[needs.majority + 2 * needs.norms - 1]
+        found += [last] if needs.majority or needs.norms else []
         return (*found, *((SCALES,) if self.to_quantise else ()))
+
+    @property
+    def merged_by_name(self) -> list[TensorPlan]:
+        """What is merged, in the order of names in which it is measured."""
+        return sorted((tensor for tensor in self.tensors if tensor.edited), key=lambda tensor: natural(tensor.name))
 
     @cached_property
     def to_quantise(self) -> tuple[TensorPlan, ...]:
@@ -509,6 +514,10 @@ def bytes_of(segments: Iterable[Segment]) -> int:
         total += segment.numel * sum(itemsize(source[2]) for source in ranges)
     return total
 
+
+THRESHOLDS, L1_NORMS, ANGLES = "thresholds", "L1 norms", "angles"
+SIGNS_AND_NORMS = ("signs", "norms", "signs and norms")
+"""What passes measure; of the last, one at most."""
 
 SCALES = "FP8 scales"
 """What the pass measures that finds the scales of an output in FP8."""
