@@ -22,7 +22,7 @@ from lines_cli.engine.arithmetic import TORCH_DTYPES
 from lines_cli.engine.buffers import keep_freed_memory
 from lines_cli.engine.chunks import PlanChunk, items_of
 from lines_cli.engine.devices import Devices
-from lines_cli.engine.input_files import allow_open_files, opened, refuse_changed, with_views
+from lines_cli.engine.input_files import Opened, allow_open_files, opened, refuse_changed, with_views
 from lines_cli.engine.jobs import worker_of
 from lines_cli.engine.measure import Track, measure, untracked
 from lines_cli.engine.merge_chunk import merge_chunk
@@ -160,7 +160,7 @@ class Candidates:
     def _run(
         self,
         plan: Plan,
-        fds: Sequence[int],
+        fds: Sequence[Opened],
         job: Callable[[Worker, list[PlanChunk]], int],
         segments: Iterable[tuple[TensorPlan, Segment]],
         title: str,

@@ -698,7 +698,7 @@ def _rules(recipe: Recipe, depth: DepthMap, shared: Collection[str] = ()) -> Rul
 def _refuse_twice(opened: Sequence[Checkpoint]) -> None:
     paths: dict[str, str] = {}
     for checkpoint in opened:
-        path = checkpoint.with_part(os.path.realpath(checkpoint.path))
+        path = checkpoint.with_part(checkpoint.hub_id or os.path.realpath(checkpoint.path))
         if path in paths:
             raise RecipeError(f"{paths[path]} and {checkpoint.name} are one checkpoint", hint="Name it once.")
         paths[path] = checkpoint.name

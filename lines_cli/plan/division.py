@@ -25,6 +25,7 @@ from lines_cli.recipe.schema import Recipe
 from lines_cli.recipe.yaml_file import dump_recipe, recipe_from
 from lines_cli.storage.digest import DIGEST_BLOCK, DIGEST_BLOCKS_ON_CUDA
 from lines_cli.storage.files import read_small
+from lines_cli.storage.object_store import real_name
 from lines_cli.version import __version__
 
 Json = dict[str, Any]
@@ -198,7 +199,7 @@ def document_of(plan: Plan, division: Division, file: Path, *, force: bool) -> J
 
 def states_of(plan: Plan) -> dict[str, list[Any]]:
     """What each input was like when it was planned with, by its path."""
-    return {os.path.realpath(path): [*state] for path, state in zip(plan.paths, plan.states, strict=True)}
+    return {real_name(path): [*state] for path, state in zip(plan.paths, plan.states, strict=True)}
 
 
 def digest_of(document: Mapping[str, Any]) -> str:
