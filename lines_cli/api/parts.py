@@ -39,7 +39,9 @@ def plan_parts(
     file: Path,
     *,
     shares: int | None = None,
+    at_least: int = 1,
     force: bool = False,
+    anew: bool = False,
     quiet: bool = True,
     say: Callable[[str], None] = lambda _: None,
 ) -> Opened:
@@ -50,14 +52,16 @@ def plan_parts(
         destination: a folder, or a file.
         file: where to write it.
         shares: into how many parts each stage is cut (`divide`).
+        at_least: unless that is given: so many, where there is as much to cut.
         force: an existing output is replaced, in the end.
+        anew: discard what parts of the same plan have done.
         quiet: no progress bars of the Hub's client.
         say: gets what a person should know.
 
     Raises:
         LinesError: as `lines merge`; or it makes an adapter, or `file` is something else.
     """
-    from lines_cli.plan.division import divide, document_of, read_document
+    from lines_cli.plan.division import divide, document_of, read_document, usual_shares
     from lines_cli.plan.identity import identity, replaceable
     from lines_cli.storage.destination import check_destination
     from lines_cli.storage.shared_staging import begin
@@ -71,7 +75,7 @@ def plan_parts(
     needed = plan.bytes_written - (before.nbytes if before else 0)
     check_destination(destination, inputs=plan.read_paths, nbytes=needed, force=force)
     _refuse_to_write(file, plan)
-    division = divide(plan, shares)
+    division = divide(plan, max(at_least, usual_shares(plan)) if shares is None else shares)
     document = document_of(plan, division, file, force=force)
     run = {**identity(plan), "step": division.step}
     remarks = begin(
@@ -80,6 +84,7 @@ def plan_parts(
         plan.names,
         document["digest"],
         replaceable=partial(replaceable, plan) if force else None,
+        anew=anew,
         foreseen=[(output.name, output.nbytes) for output in plan.outputs],
     )
     for remark in remarks:

@@ -609,6 +609,17 @@ JsonPlan = Annotated[
         rich_help_panel=OUTPUT,
     ),
 ]
+On = Annotated[
+    str | None,
+    typer.Option(
+        "--on",
+        metavar="ray[://HOST:PORT]",
+        show_default="this process",
+        help="Do it in parts, as tasks of a Ray cluster that sees the same disk: the one at this address, or that "
+        "RAY_ADDRESS names, or that runs here. --workers is then how many CPUs each part takes (1).",
+        rich_help_panel=MACHINE,
+    ),
+]
 ThePlan = Annotated[str, typer.Argument(metavar="PLAN", help="What lines plan wrote.")]
 PartOfPlan = Annotated[
     str | None,

@@ -96,7 +96,7 @@ def divide(plan: Plan, shares: int | None = None) -> Division:
     """
     if shares is not None and not 1 <= shares <= MOST_SHARES:
         raise RecipeError(f"--parts {shares}: from 1 to {MOST_SHARES:,} are possible")
-    shares = shares or min(MOST_SHARES, max(1, -(-plan.bytes_written // _USUAL)))
+    shares = shares or usual_shares(plan)
     large = DIGEST_BLOCK * DIGEST_BLOCKS_ON_CUDA
     step = large if plan.bytes_written >= 16 * shares * large else DIGEST_BLOCK
     stages = (*plan.passes, WRITING)
@@ -118,6 +118,11 @@ def divide(plan: Plan, shares: int | None = None) -> Division:
         own = sum(end - start for _, start, end in ranges)
         parts.append(Part(len(parts) + 1, len(stages) - 1, (), ranges, sum(map(reads, ranges)), own))
     return Division(stages, tuple(parts), step, shares)
+
+
+def usual_shares(plan: Plan) -> int:
+    """Into how many parts each stage is cut, unless it is said."""
+    return min(MOST_SHARES, max(1, -(-plan.bytes_written // _USUAL)))
 
 
 def _cut(sizes: Sequence[int], shares: int) -> list[tuple[int, int]]:
@@ -249,14 +254,16 @@ class DividedPlan:
             ChangedInputError: the inputs are not those that were planned with.
             OutputError: it is the plan of something else.
         """
-        before, now = self.document["inputs"], states_of(plan)
-        if changed := sorted(path for path in {*before, *now} if before.get(path) != now.get(path)):
+        before, there = self.document["inputs"], states_of(plan)
+        if changed := sorted(path for path in {*before, *there} if before.get(path) != there.get(path)):
             raise ChangedInputError(
                 f"{self.file} was made for other inputs than there are now:\n{some(changed)}",
                 hint="Bring back those inputs; or plan again with these, and run all parts: lines plan.",
             )
         division = divide(plan, int(self.document["shares"]))
-        if document_of(plan, division, self.file, force=self.force) != self.document:
+        now = document_of(plan, division, self.file, force=self.force)
+        apart = ("recipe", "output", "digest")  # whose paths are seen from here; `run` is of what they lead to
+        if any(now.get(key) != self.document.get(key) for key in {*now, *self.document} - {*apart}):
             raise OutputError(
                 f"{self.file} is not what lines plan makes of its recipe here",
                 hint="Plan again: lines plan. Another package with merge methods, or another Python, may be at work.",

@@ -27,6 +27,7 @@ def begin(
     *,
     replaceable: Callable[[], Collection[str]] | None,
     foreseen: Collection[tuple[str, int]],
+    anew: bool = False,
 ) -> tuple[str, ...]:
     """Make room for the parts of a plan beside the destination; what another plan has left there is discarded, and what
     this very plan has is kept. Gives what a person should know.
@@ -36,13 +37,14 @@ def begin(
         run, names, replaceable: as of `Staging`.
         plan: the plan's digest.
         foreseen: the files that parts will write, and their sizes.
+        anew: discard what this very plan has left, too.
 
     Raises:
         OutputError: the destination is taken, or a run is at work on it.
     """
     with naming(output):
         folder = staging_of(output)
-        if plan_of(folder / ROOM) == plan:
+        if not anew and plan_of(folder / ROOM) == plan:
             return ()
     with Staging(output, run, names, replaceable=replaceable) as staging:
         for name, nbytes in foreseen:

@@ -201,6 +201,7 @@ def test_a_plan_moves_with_its_models(models: Path, tmp_path: Path, monkeypatch:
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     ran("run", "../plan.json", "--part", f"1-{total}/{total}")
+    ran("run", models / "plan.json")
     ran("finish", "../plan.json")
     assert contents(models / "out") == whole
 
