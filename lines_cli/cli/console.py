@@ -416,14 +416,15 @@ def show_pushed(told: summary.Summary, *, json: bool, quiet: bool) -> None:
         return
     number = f"{len(pushed['files'])} file{'s' if len(pushed['files']) > 1 else ''}"
     what = f"{number}, {size(pushed['bytes'])}" if pushed["bytes"] is not None else number
-    to = f"{pushed['repo']} ({pushed['revision']})"
-    if pushed["commit"] is None:
+    to = f"{pushed['repo']} ({pushed['revision']})" if pushed["revision"] else pushed["repo"]
+    if pushed["url"] is None:
         _line(f"to push {what}, to {to}")
         for name in pushed["files"]:
             _line(f"        {name}")
         _err.print("Nothing was pushed (--dry-run).", style="dim")
     else:
-        _line(f"pushed  {what}, to {to}, commit {pushed['commit'][:7]}")
+        commit = f", commit {pushed['commit'][:7]}" if pushed["commit"] else ""
+        _line(f"pushed  {what}, to {to}{commit}")
         _line(pushed["url"])
 
 

@@ -815,7 +815,10 @@ JsonPushed = Annotated[
 ]
 Pushed = Annotated[str, typer.Argument(metavar="OUT", help="A folder that lines wrote.")]
 Repository = Annotated[
-    str, typer.Argument(metavar="REPO", help="Where to on the Hub: org/name. It is made if it is not there.")
+    str,
+    typer.Argument(
+        metavar="REPO", help="Where to on the Hub: org/name, which is made if it is not there; or s3://bucket/folder."
+    ),
 ]
 PushTo = Annotated[
     str | None,

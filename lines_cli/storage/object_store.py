@@ -77,7 +77,7 @@ def _split(url: str) -> tuple[Any, str]:
 
 
 @contextmanager
-def _explained(url: str) -> Iterator[None]:
+def _explained(url: str, *, verb: str = "read") -> Iterator[None]:
     """Turn what the store's client raises into a refusal that names the URL and the next step.
 
     Raises:
@@ -107,7 +107,7 @@ def _explained(url: str) -> Iterator[None]:
             raise CheckpointError(f"{url}: the store refuses access", hint=_CREDENTIALS) from error
         if "credential" in text.lower() or "169.254" in text:
             hint = _CREDENTIALS
-        raise CheckpointError(f"{url}: the store cannot be read: {_first_line(error)}", hint=hint) from error
+        raise CheckpointError(f"{url}: the object cannot be {verb}: {_first_line(error)}", hint=hint) from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -195,3 +195,21 @@ class RemoteFile:
 def nanoseconds(moment: datetime) -> int:
     """Since 1970."""
     return int(moment.timestamp() * 1_000_000) * 1000
+
+
+def put_file(url: str, path: Path) -> None:
+    """Write a file as an object: a large one in parts, of which nothing is left where that fails.
+
+    Raises:
+        CheckpointError: the store does not take it.
+        OSError: the file cannot be read.
+    """
+    store, key = _split(url)
+    import obstore
+
+    with open(path, "rb") as file, _explained(url, verb="written"):
+        obstore.put(store, key, file, chunk_size=_PART, max_concurrency=_AT_ONCE)
+
+
+_PART = 16 * 2**20  # bytes of a part of an upload: at most 10,000 of them, so 160 GB
+_AT_ONCE = 4

@@ -167,11 +167,13 @@ class TestOnACluster:
         killer = threading.Thread(target=kill)
         killer.start()
         try:
-            ran(*COMMAND, "--on", "ray")
+            while killer.is_alive():
+                ran(*COMMAND, "--on", "ray")
+                assert contents() == whole
+                shutil.rmtree("out")
         finally:
             over.set()
             killer.join()
-        assert contents() == whole
 
     def test_a_driver_that_is_lost(self, here: Path) -> None:
         """What its parts have done is kept; --resume goes on with the same plan."""
