@@ -64,7 +64,7 @@ def plan_parts(
     from lines_cli.plan.division import divide, document_of, read_document, usual_shares
     from lines_cli.plan.identity import identity, replaceable
     from lines_cli.storage.destination import check_destination
-    from lines_cli.storage.shared_staging import begin
+    from lines_cli.storage.shared_staging import begin, is_of_plan
     from lines_cli.storage.staging import leftover, recover
 
     before = leftover(destination)
@@ -78,6 +78,8 @@ def plan_parts(
     division = divide(plan, max(at_least, usual_shares(plan)) if shares is None else shares)
     document = document_of(plan, division, file, force=force)
     run = {**identity(plan), "step": division.step}
+    if before is not None and not before.is_over and (anew or not is_of_plan(destination, document["digest"])):
+        say(f"discarding unfinished work in {before.folder} ({before.description})")
     remarks = begin(
         destination,
         run,

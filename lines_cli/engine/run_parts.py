@@ -20,7 +20,7 @@ from lines_cli.engine.jobs import job_of, worker_of
 from lines_cli.engine.measure import Track, untracked
 from lines_cli.engine.measure_share import Common, How, NotOfAShareError, measure_share, with_shares
 from lines_cli.engine.pool import Pool
-from lines_cli.engine.write import OutputRange, Target, output_ranges
+from lines_cli.engine.write import OutputRange, Target, Write, output_ranges
 from lines_cli.errors import OutputError, as_argument
 from lines_cli.plan.division import WRITING, Division, Part
 from lines_cli.plan.plan import SCALES, THRESHOLDS, Plan
@@ -288,6 +288,8 @@ class _Running:
                 for _ in self._how(part)[2](WRITING, part.writes, done):
                     pass
             self._refuse_changed()
+            if isinstance(job, Write) and job.looked:
+                add({"unchanged": sorted(job.unchanged)})
             with naming(self.staging.output):
                 for target in files.values():
                     target.sync()

@@ -71,6 +71,7 @@ class JournalContents:
         publishing: the last time that it began to put its output into place; None if it did not.
         nbytes: how much of the file can be read; the last line may be cut short.
         settled: what parts of a divided run have written, each flushed before it said so; in the order of the files.
+        unchanged: numbers of models in which all of these parts saw nothing but the base; None if none could see that.
     """
 
     run: Json
@@ -81,6 +82,7 @@ class JournalContents:
     publishing: Publishing | None
     nbytes: int
     settled: tuple[WrittenRange, ...] = ()
+    unchanged: frozenset[int] | None = None
 
 
 class Journal:

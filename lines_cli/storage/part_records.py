@@ -158,22 +158,42 @@ def plan_of(folder: Path) -> str | None:
     return None
 
 
-def written_in(folder: Path) -> tuple[tuple[WrittenRange, ...], Json | None]:
-    """What all finished parts have written, in the order of the files; and what was measured, if all of that was.
+@dataclass(frozen=True, slots=True)
+class PartsDone:
+    """What all finished parts have done.
+
+    Attributes:
+        written: what they have written, in the order of the files.
+        measured: what was measured, if all of that was.
+        unchanged: as of `JournalContents`.
+    """
+
+    written: tuple[WrittenRange, ...] = ()
+    measured: Json | None = None
+    unchanged: frozenset[int] | None = None
+
+
+def done_in(folder: Path) -> PartsDone:
+    """What the records in a folder say.
 
     Raises:
         OSError: it cannot be read.
     """
     plan = plan_of(folder)
     if plan is None:
-        return (), None
+        return PartsDone()
     found: dict[tuple[int, int], WrittenRange] = {}
+    unchanged: frozenset[int] | None = None
     for name in sorted(os.listdir(folder)):
-        if name.isdigit():
-            for part in _ranges(_read(folder / name, plan) or ()):
-                found[part.file, part.start] = part
+        lines = (_read(folder / name, plan) if name.isdigit() else None) or ()
+        for part in _ranges(lines):
+            found[part.file, part.start] = part
+        for line in lines:
+            if isinstance(line.get("unchanged"), list):
+                own = frozenset(number for number in line["unchanged"] if type(number) is int)
+                unchanged = own if unchanged is None else unchanged & own
     measured = _read(folder / MEASURED, plan)
-    return tuple(found[key] for key in sorted(found)), measured[0] if measured else None
+    return PartsDone(tuple(found[key] for key in sorted(found)), measured[0] if measured else None, unchanged)
 
 
 def _ranges(lines: Sequence[Json]) -> Iterator[WrittenRange]:

@@ -42,10 +42,8 @@ def begin(
     Raises:
         OutputError: the destination is taken, or a run is at work on it.
     """
-    with naming(output):
-        folder = staging_of(output)
-        if not anew and plan_of(folder / ROOM) == plan:
-            return ()
+    if not anew and is_of_plan(output, plan):
+        return ()
     with Staging(output, run, names, replaceable=replaceable) as staging:
         for name, nbytes in foreseen:
             staging.create(name, nbytes)
@@ -53,6 +51,16 @@ def begin(
             Records(staging.folder / ROOM, plan).begin()
         staging.keep()
     return tuple(staging.remarks)
+
+
+def is_of_plan(output: Path, plan: str) -> bool:
+    """Whether an output is in the making by this very plan.
+
+    Raises:
+        OutputError: its folder cannot be read.
+    """
+    with naming(output):
+        return plan_of(staging_of(output) / ROOM) == plan
 
 
 class Shared:

@@ -56,7 +56,7 @@ from lines_cli.storage.lock import NAME as LOCK
 from lines_cli.storage.lock import RunLock, is_locked, refusal, remove_with
 from lines_cli.storage.names import RECIPE
 from lines_cli.storage.part_records import ROOM as _PARTS
-from lines_cli.storage.part_records import is_record, written_in
+from lines_cli.storage.part_records import done_in, is_record
 from lines_cli.storage.renames import exchange, move_folder, put
 
 _JOURNAL, _OLD, _MOVED = "journal", "old", "moved"
@@ -132,8 +132,9 @@ def ours(output: Path, names: Collection[str] | None = ()) -> JournalContents | 
     if foreign:
         raise _foreign(folder, sorted(foreign), damaged=contents is None and os.path.lexists(folder / _JOURNAL))
     if contents is not None:
-        settled, measured = written_in(folder / _PARTS)
-        contents = replace(contents, settled=settled, measured=contents.measured or measured)
+        parts = done_in(folder / _PARTS)
+        measured = contents.measured or parts.measured
+        contents = replace(contents, settled=parts.written, measured=measured, unchanged=parts.unchanged)
     return contents
 
 

@@ -368,7 +368,8 @@ def test_parts_of_another_plan(models: Path) -> None:
     ran("run", "old.json")
     write_recipe(models, merge_method="average")
     whole = in_one_piece("other")
-    planned()
+    again = ran("plan", "--config", "merge.yaml", "-o", "out", "--parts", 3)
+    assert "discarding unfinished work" in again.err
     for command in (["run", "old.json"], ["finish", "old.json"]):
         assert "another plan than old.json" in refused(6, *command).err
     ran("run", "plan.json")
@@ -562,6 +563,19 @@ def test_finish_says_what_it_takes_from_parts(models: Path) -> None:
         key: value for key, value in told.items() if key not in apart
     }
     assert again["resumed"] == told["bytes"]["written"]
+
+
+def test_a_model_that_is_its_base(models: Path) -> None:
+    """It is said by `lines finish` as by a whole run, though no part sees all of it."""
+    shutil.rmtree("ft2")
+    shutil.copytree("base", "ft2")
+    told = ran("merge", "--config", "merge.yaml", "-o", "out", "--json").json
+    shutil.rmtree("out")
+    planned()
+    ran("run", "plan.json")
+    again = ran("finish", "plan.json", "--json").json
+    assert len(told["unchanged"]) == 1
+    assert again["unchanged"] == told["unchanged"]
 
 
 def test_a_file_of_the_output_that_was_replaced(models: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
@@ -210,3 +211,36 @@ def test_without_obstore(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, None)
     assert "obstore is not installed" in refused(3, "inspect", "s3://models/base")
     shutil.rmtree("ft")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_against_another_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that is not ours (moto's): pushed, inspected, edited, read back; a folder and a file."""
+    server = pytest.importorskip("moto.server")
+    running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    running.start()
+    try:
+        host, port = running.get_host_and_port()
+        settings = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_REGION": "us-east-1"}
+        for name, value in {**settings, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}.items():
+            monkeypatch.setenv(name, value)
+        object_store._store.cache_clear()
+        urlopen(Request(f"http://{host}:{port}/models", method="PUT"), timeout=30).close()
+        monkeypatch.chdir(tmp_path)
+        for seed, side in enumerate(("base", "ft")):
+            chance = torch.Generator().manual_seed(seed)
+            tensors = {f"model.layers.{i}.w": torch.randn(60, 1000, generator=chance) for i in range(4)}
+            write_checkpoint(tmp_path / side, tensors, config=CONFIG)
+        ran("edit", "base", "ft", "-o", "out", "--max-shard-size", "300KB")
+        monkeypatch.setattr(object_store, "_PART", 5 * 2**20)
+        ran("push", "out", "s3://models/out")
+        assert ran("inspect", "s3://models/out", "--json").json["parameters"] == 240_000
+        ran("edit", "out", "ft", "-o", "local", "--alpha", "0.4")
+        ran("edit", "s3://models/out", "ft", "-o", "remote", "--alpha", "0.4")
+        assert weights(tmp_path / "remote") == weights(tmp_path / "local")
+        assert "nothing lies there" in refused(3, "inspect", "s3://models/nothing")
+        assert "no such bucket" in refused(3, "inspect", "s3://nowhere/base")
+    finally:
+        running.stop()
+        object_store._store.cache_clear()
