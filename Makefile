@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest -n auto
 # Tests start many short processes, and pytest rewrites what it loads: compile each module once, not in every process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-all slow lint types docs bench clean
+.PHONY: help demo test test-all slow lint types docs bench gpu reproduce clean
 
 help: ## What there is to make.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -42,8 +42,14 @@ docs: $(VENV)/dev ## Regenerate docs/cli.md and docs/merge-methods.md, and the o
 bench: $(VENV)/dev benchmarks/.venv-peers/done ## Measure lines against the disk and its peers (QUICK=1: small models, not saved).
 	$(BIN)/python benchmarks/run.py $(if $(QUICK),--quick,--save)
 
+gpu: $(VENV)/dev ## Hold a CUDA device against the CPU, in 8 minutes (needs a torch with CUDA in .venv).
+	$(BIN)/python benchmarks/gpu.py
+
+reproduce: $(VENV)/evidence ## Train, edit, merge and measure anew what docs/evidence.md says, 20 minutes (FULL=1: every item).
+	$(BIN)/python -m evidence $(if $(FULL),--full) --jobs $(or $(JOBS),2)
+
 clean: ## Remove what was installed and built.
-	rm -rf $(VENV) demo/out benchmarks/models benchmarks/.venv-peers build *.egg-info
+	rm -rf $(VENV) demo/out evidence/work benchmarks/models benchmarks/.venv-peers build *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -55,6 +61,10 @@ $(VENV)/torch: $(VENV)/bin/python constraints.txt
 
 $(VENV)/demo: $(VENV)/torch pyproject.toml
 	$(INSTALL) -e '.[demo]'
+	@touch $@
+
+$(VENV)/evidence: $(VENV)/torch pyproject.toml
+	$(INSTALL) -e '.[evidence]'
 	@touch $@
 
 $(VENV)/dev: $(VENV)/torch pyproject.toml
@@ -69,5 +79,5 @@ $(VENV)/peers: $(VENV)/dev
 benchmarks/.venv-peers/done: constraints.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt mergekit==0.1.5 sd-mecha==1.1.8
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt mergekit==0.1.5 sd-mecha==1.1.8 peft==0.21.2
 	@touch $@

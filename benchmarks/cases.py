@@ -5,13 +5,15 @@ The commands are shell lines, run in benchmarks/models, so that each can be repe
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
 
 from models import Model
 from timing import Contender
 
 IMPORT, FLOOR, DIGESTS, MERGEKIT = "import torch", "floor", "floor + digests", "mergekit, best flags"
-UNMEASURED = "lines edit, nothing measured"
+TEN, ON_DISK, LIVE = "ten times lines edit", "ten on the disk", "ten in a live module"
+UNMEASURED, OF_ADAPTER = "lines edit, nothing measured", "lines edit, adapter"
 
 # The fastest and the smallest in memory of those tried on a CPU, with models of 0.5 and 1.7 GB. Asynchronous writing,
 # more or fewer threads and the lazy unpickler gain nothing beside small shards; `--multi-gpu` fails without a GPU.
@@ -28,6 +30,7 @@ class Sizes:
     eight: str = "llama-7-1536"  # 0.6 GB
     slow: str = "llama-6-1024"  # 0.3 GB, where mergekit needs half a minute
     huge: str = "huge-4000"
+    candidates: str = "llama-28-2048"  # as `edit`
     scaling: tuple[str, ...] = ("llama-7-1024", "llama-14-1536", "llama-56-2048")  # 0.3, 1 and 6 GB, beside `edit`
     rounds: int = 5
     fewer: int = 3
@@ -41,6 +44,7 @@ QUICK = Sizes(
     eight="llama-4-512",  # 0.1 GB
     slow="llama-2-256",  # 0.04 GB
     huge="huge-400",
+    candidates="llama-7-1024",  # 0.3 GB
     scaling=("llama-4-512", "llama-7-1024"),
     rounds=1,
     fewer=1,
@@ -104,10 +108,12 @@ class Suite:
             *(self.scaling(shape) for shape in sizes.scaling),
             self.huge(),
             self.edit_fp32(),
+            self.adapter(),
             self.pickles(),
             self.fp8(),
             self.fp8_out(),
             self.verify(),
+            self.candidates(),
             three,
             self.cold(three),
             self.methods("three-methods", three.models),
@@ -118,6 +124,7 @@ class Suite:
             self.dare_peers(),
             self.inspect_headers(),
             self.tiny(),
+            self.tensors(),
             self.planning(),
         ]
 
@@ -178,6 +185,28 @@ class Suite:
             writes=models[0].nbytes // 2,
             rounds=self.sizes.fewer,
             about="The floor reads both models, and writes half of the bytes of one.",
+        )
+
+    def adapter(self) -> Case:
+        base, tuned = Model("base", self.sizes.edit), Model("ft1", self.sizes.edit)
+        adapter = Model("ft1", self.sizes.edit, "fp32", form="lora")
+        peft = f"{PEERS}/python ../peft_merge.py {base.name} {adapter.name} out && sync out/*"
+        return Case(
+            "adapter",
+            "`lines edit` of an adapter, {size} of bf16",
+            [base, tuned, adapter],
+            [
+                *_floors([base, tuned]),
+                self._lines("lines edit", f"edit {base.name} {tuned.name} -o out"),
+                self._lines(OF_ADAPTER, f"edit {base.name} {adapter.name} -o out"),
+                *([Contender("PEFT", peft, rounds=1)] if self.peers else []),
+            ],
+            writes=base.nbytes,
+            rounds=self.sizes.rounds,
+            reference="lines edit",
+            about="An adapter of rank 16 on every matrix of the layers, in float32, beside a fine-tune of full size; "
+            "each edit reads its own two inputs, and the floors read those of the latter. PEFT loads model and "
+            "adapter, merges and saves, with no coefficient for the layers.",
         )
 
     def pickles(self) -> Case:
@@ -254,6 +283,47 @@ class Suite:
             "nothing. Each row begins with nothing there: the last one holds both commands, and imports torch twice.",
         )
 
+    def candidates(self) -> Case:
+        models = [Model("base", self.sizes.candidates), Model("ft1", self.sizes.candidates)]
+        alphas = [number / 10 for number in range(10, 0, -1)]
+        words = f"{_names(models)} --alpha $alpha -o out --device {self.device} --quiet"
+        program = f"python ../candidates.py {_names(models)} --device {self.device}"
+        sweep = {
+            "recipe": {"base": models[0].name, "ft": models[1].name},
+            "grid": {"lines.alpha": alphas},
+            "evaluate": "echo '{\"said\": 1}' # {checkpoint}",
+            "objective": "said",
+            "controls": False,
+        }
+        return Case(
+            "candidates",
+            "Ten candidates of an edit, {size} of bf16",
+            models,
+            [
+                *_floors(models),
+                Contender(
+                    TEN,
+                    f"for alpha in {' '.join(map(str, alphas))}; do rm -rf out; lines edit {words}; done",
+                    imports_torch=False,
+                ),
+                Contender(ON_DISK, f"{program} --disk out", imports_torch=False),
+                Contender(LIVE, program, imports_torch=False, writes=False),
+                Contender(
+                    "lines sweep",
+                    f"rm -rf out.sweep; lines sweep --config candidates.yaml -o out --device {self.device} --quiet",
+                    imports_torch=False,
+                ),
+            ],
+            writes=models[0].nbytes,
+            rounds=self.sizes.fewer,
+            reference=TEN,
+            about="The floor reads both models and writes one. Candidates are for an evaluation: no digests are taken "
+            "of them, and they are not flushed to the disk. Importing torch counts, ten times for ten edits; in a live "
+            "module loading the base into it counts, and putting that back at the end. `lines sweep` evaluates with "
+            "`echo`, and writes its winner as an edit does.",
+            recipes={"candidates.yaml": json.dumps(sweep)},
+        )
+
     def scaling(self, shape: str) -> Case:
         models = [Model("base", shape), Model("ft1", shape)]
         return Case(
@@ -291,6 +361,24 @@ class Suite:
             writes=models[0].nbytes,
             rounds=self.sizes.fewer,
             about="64 entries each, so that names are all there is to it. `--dry-run` only plans.",
+        )
+
+    def tensors(self) -> Case:
+        models = [Model("base", "moe-60-384"), Model("ft1", "moe-60-384")]
+        plan_only = f"lines edit {_names(models)} -o out --dry-run"
+        return Case(
+            "tensors",
+            "`lines edit`: the 46,503 tensors of 384 experts in 60 layers",
+            models,
+            [
+                *_floors(models),
+                self._lines("lines edit", f"edit {_names(models)} -o out"),
+                Contender("lines edit --dry-run", plan_only, imports_torch=False, writes=False),
+            ],
+            writes=models[0].nbytes,
+            rounds=self.sizes.fewer,
+            about="64 entries each: what a tensor takes above its bytes is what `lines edit` takes beside `--dry-run` "
+            "and importing torch, divided by their number.",
         )
 
     # --- lines merge ---

@@ -25,6 +25,7 @@ from lines_cli.checkpoint.header import lay_out
 
 PERIOD = 16_777_259  # a prime, so that no stride finds the repetition
 SHARD = 1_000_000_000
+RANK = 16
 VOCABULARY = 32_000
 DTYPES = {"bf16": ("BF16", "bfloat16", 2), "fp32": ("F32", "float32", 4)}
 BLOCK, SCALE = 128, 0.25e-3  # of a model in FP8: one scale for each block, the same for all
@@ -35,9 +36,10 @@ class Model:
     """One checkpoint: `base`, or a fine-tune of it (`ft1`, `ft2`, ...), of some shape and dtype.
 
     In `fp8` the projections are codes, each block of them with a scale, and the rest is bf16. Shapes are
-    `llama-LAYERS-WIDTH`; `tiny-COUNT`, tensors of 64 entries in one file; `huge-MEGABYTES`, one tensor; and
-    `headers-COUNT`, tensors of no entries in 50 shards. `form` is how its files end: `safetensors`, or `bin`, which
-    torch.save writes.
+    `llama-LAYERS-WIDTH`; `moe-LAYERS-EXPERTS`, tensors of 64 entries; `tiny-COUNT`, the same in one numbered list, in
+    one file; `huge-MEGABYTES`, one tensor; and `headers-COUNT`, tensors of no entries in 50 shards. `form` is how its
+    files end: `safetensors`, or `bin`, which torch.save writes; or `lora`, an adapter on every matrix of the layers, as
+    PEFT saves it.
     """
 
     role: str
@@ -52,7 +54,12 @@ class Model:
 
     @property
     def files(self) -> list[Path]:
-        return sorted((WORK / self.name).glob(f"*.{self.form}"))
+        return sorted((WORK / self.name).glob("*.bin" if self.form == "bin" else "*.safetensors"))
+
+    @property
+    def config(self) -> Path:
+        """Written last: where it is, the rest is."""
+        return WORK / self.name / ("adapter_config.json" if self.form == "lora" else "config.json")
 
     @property
     def nbytes(self) -> int:
@@ -79,7 +86,10 @@ class Model:
         """Every tensor's shape, by name."""
         kind, *numbers = self.shape.split("-")
         if kind == "llama":
-            return _llama(int(numbers[0]), int(numbers[1]))
+            whole = _llama(int(numbers[0]), int(numbers[1]))
+            return _factors(whole) if self.form == "lora" else whole
+        if kind == "moe":
+            return _mixture(int(numbers[0]), int(numbers[1]))
         if kind == "huge":
             return {"model.layers.0.mlp.down_proj.weight": (1000 * int(numbers[0]) // DTYPES[self.plain][2], 1000)}
         shape = (8, 8) if kind == "tiny" else (0,)
@@ -104,10 +114,9 @@ class Model:
 
     def make(self) -> None:
         """Write it, unless it is there."""
-        folder = WORK / self.name
-        if not (folder / "config.json").exists():
+        if not self.config.exists():
             print(f"making {self.name}, {self.nbytes / 1e9:.2f} GB", flush=True)
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(WORK / self.name, ignore_errors=True)
             # Whoever times other processes imports no torch: that is done by a process of its own.
             subprocess.run([sys.executable, __file__, self.role, self.shape, self.dtype, self.form], check=True)
 
@@ -128,10 +137,38 @@ def _llama(layers: int, width: int) -> dict[str, tuple[int, ...]]:
     }
 
 
+def _factors(tensors: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Two of each matrix of the layers."""
+    factors: dict[str, tuple[int, ...]] = {}
+    for name, shape in tensors.items():
+        if ".layers." in name and len(shape) == 2:
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            factors[f"{module}.lora_A.weight"] = (RANK, shape[1])
+            factors[f"{module}.lora_B.weight"] = (shape[0], RANK)
+    return factors
+
+
+def _mixture(layers: int, experts: int) -> dict[str, tuple[int, ...]]:
+    own = [*(f"self_attn.{name}_proj" for name in "qkvo"), "mlp.gate", "input_layernorm", "post_attention_layernorm"]
+    own += [f"mlp.experts.{i}.{name}_proj" for i in range(experts) for name in ("gate_up", "down")]
+    inside = [f"layers.{i}.{name}" for i in range(layers) for name in own]
+    names = ["model.embed_tokens", *(f"model.{name}" for name in inside), "model.norm", "lm_head"]
+    return dict.fromkeys((f"{name}.weight" for name in names), (8, 8))
+
+
 def _config(model: Model) -> dict[str, object]:
-    """What mergekit and lines want to know of a model: a Llama's config, also for shapes that are none."""
+    """What mergekit, PEFT and lines want to know of a model: a Llama's config, also for shapes that are none."""
+    if model.form == "lora":
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "r": RANK,
+            "lora_alpha": 2 * RANK,
+            "target_modules": [*(f"{name}_proj" for name in "qkvo"), "gate_proj", "up_proj", "down_proj"],
+        }
     kind, *numbers = model.shape.split("-")
     layers, width = map(int, numbers) if kind == "llama" else (-(-len(model.tensors()) // 297), 64)
+    layers = int(numbers[0]) if kind == "moe" else layers
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -183,9 +220,10 @@ def _write(model: Model) -> None:
     kinds = {in_header for of in stored.values() for name, in_header, *_ in of if name in tensors}
     values = {in_header: _values(model.role, in_header) for in_header in kinds}
     weight_map = {}
-    stem = "model" if model.form == "safetensors" else "pytorch_model"
+    stem = {"safetensors": "model", "bin": "pytorch_model", "lora": "adapter_model"}[model.form]
+    ending = "bin" if model.form == "bin" else "safetensors"
     for number, names in enumerate(shards, 1):
-        file = f"{stem}-{number:05d}-of-{len(shards):05d}.{model.form}" if len(shards) > 1 else f"{stem}.{model.form}"
+        file = f"{stem}-{number:05d}-of-{len(shards):05d}.{ending}" if len(shards) > 1 else f"{stem}.{ending}"
         rows = [row for name in names for row in stored[name]]
         weight_map.update({name: file for name, *_ in rows})
         if model.form == "bin":
@@ -205,8 +243,8 @@ def _write(model: Model) -> None:
                     start = 0
     if len(shards) > 1:
         index = {"metadata": {"total_size": model.nbytes}, "weight_map": weight_map}
-        (folder / f"{stem}.{model.form}.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(_config(model), indent=2))
+        (folder / f"{stem}.{ending}.index.json").write_text(json.dumps(index))
+    model.config.write_text(json.dumps(_config(model), indent=2))
 
 
 if __name__ == "__main__":

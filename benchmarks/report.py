@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from cases import DIGESTS, FLOOR, IMPORT, MERGEKIT, UNMEASURED
+from cases import DIGESTS, FLOOR, IMPORT, LIVE, MERGEKIT, OF_ADAPTER, ON_DISK, TEN, UNMEASURED
 
 Found = dict[str, dict[str, Any]]
 """Cases by name, as run.py keeps them."""
@@ -17,7 +17,7 @@ NOTHING: dict[str, Any] = {"contenders": [], "inputs": {}}
 """A case that was not run."""
 
 SECTIONS = {
-    "Editing": ("edit", "edit-cold", "edit-fp32", "huge", "tiny"),
+    "Editing": ("edit", "edit-cold", "edit-fp32", "adapter", "huge", "tiny"),
     "Merging": ("three", "three-cold", "three-methods", "eight-methods", "ties-peers", "dare-peers"),
     "Inspecting and planning": ("inspect-headers", "inspect-base-1", "inspect-base-3", "planning"),
 }
@@ -241,6 +241,7 @@ def targets(found: Found) -> str:
         if name != "tiny" and peak
     ]
     peaks = [_peak(case, edit, "resident_mb") or 0 for case in _by_size(found)]
+    of_adapter = _peak(found.get("adapter", NOTHING), OF_ADAPTER, "resident_mb")
     planning = _named(found.get("planning", NOTHING), "plan.py").get("steps", {})
     planned = planning.get("edit: total", [])
     rows = [
@@ -250,6 +251,12 @@ def targets(found: Found) -> str:
             1.1,
             ratios("realised", edit, UNMEASURED),
         ),
+        Target(
+            "`edit` of an adapter of rank 16: at most 1.3 times that of a fine-tune",
+            1.3,
+            ratios("adapter", OF_ADAPTER, edit),
+        ),
+        Target("`edit` of an adapter of rank 16: at most 300 MB resident", 300, [of_adapter] if of_adapter else []),
         Target("`task_arithmetic` of three: at most 1.3 times", 1.3, ratios("three", sum_of, DIGESTS)),
         Target("`average` of eight: at most 1.3 times", 1.3, ratios("eight-methods", "lines average", DIGESTS)),
         *(
@@ -289,6 +296,8 @@ def targets(found: Found) -> str:
             for kind in ("resident", "anonymous")
             for shares in [memory_above_torch(case, name, f"{kind}_mb")]
         ),
+        Target("ten candidates on the disk: at most a third of ten edits", 1 / 3, ratios("candidates", ON_DISK, TEN)),
+        Target("ten candidates in a live module: at most a tenth of ten edits", 0.1, ratios("candidates", LIVE, TEN)),
         Target("planning an edit of 100,000 tensors, from headers on: at most 2 s", 2, planned),
     ]
     return _table(["target", "measured", "reached"], [row.row() for row in rows])

@@ -142,7 +142,7 @@ def _machine(device: str) -> dict[str, Any]:
         name = f"import torch; print(torch.cuda.get_device_name({device!r}))"
         told["gpu"] = subprocess.run([sys.executable, "-c", name], capture_output=True, text=True, check=True).stdout
     if PEERS.exists():
-        told |= {peer: _version(str(PEERS), peer) for peer in ("mergekit", "sd-mecha")}
+        told |= {peer: _version(str(PEERS), peer) for peer in ("mergekit", "sd-mecha", "peft")}
     return told
 
 

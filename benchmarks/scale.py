@@ -125,7 +125,7 @@ def measure() -> None:
         for stage, parts in zip(opened.division.stages, by_stage, strict=True):
             print(f"{stage:20} {' '.join(f'{part:.2f}' for part in parts)}")
         alone = sum(map(sum, by_stage))
-        foreseen = simulate(by_stage, 3)
+        slots = min(3, os.cpu_count() or 1)  # three nodes that share this machine's cores
         from ray.cluster_utils import Cluster as Nodes
 
         memory = {"object_store_memory": 80 * 2**20}
@@ -140,9 +140,33 @@ def measure() -> None:
             begun = time.perf_counter()
             do_parts(read, folder / f"many{turn}", OnRay(None, one))
             found.append(time.perf_counter() - begun)
+        begun = time.perf_counter()
+        do_parts(read, folder / "many1", OnRay(None, one, resume=True))  # all is done: what connecting takes
+        connecting = time.perf_counter() - begun
+        starting = start_of_workers()
         nodes.shutdown()
-        print(f"{os.cpu_count()} cores; one after the other {alone:.1f} s; foreseen on three nodes {foreseen:.1f} s")
+        foreseen = connecting + starting + simulate(by_stage, slots)
+        print(f"{os.cpu_count()} cores; parts one by one {alone:.1f} s; on {slots} {simulate(by_stage, slots):.1f} s")
+        print(f"connecting {connecting:.1f} s, starting three workers {starting:.1f} s: foreseen {foreseen:.1f} s")
         print(f"on three nodes, first run {found[0]:.1f} s, second {found[1]:.1f} s")
+
+
+def start_of_workers() -> float:
+    """How long it takes until three workers have imported what a part needs."""
+    import ray
+
+    def start() -> float:
+        import lines_cli.engine.run_parts  # noqa: F401
+
+        return time.time()
+
+    quiet: Any = {"log_to_driver": False, "logging_level": "ERROR"}
+    ray.init(address="auto", **quiet)
+    begun = time.time()
+    task: Any = ray.remote(start).options(num_cpus=1, scheduling_strategy="SPREAD")
+    last = max(ray.get([task.remote() for _ in range(3)]))
+    ray.shutdown()
+    return float(last - begun)
 
 
 if __name__ == "__main__":

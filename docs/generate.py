@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import typer.main
 from typer.testing import CliRunner
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 from lines_cli.cli.app import EXIT_CODES, app
 from lines_cli.methods import METHODS, Method
 from lines_cli.methods.parameters import Parameter
+from lines_cli.methods.sparsify import ByMagnitude
 from rerun import rerun
 
 HERE = Path(__file__).parent
@@ -42,9 +44,60 @@ def methods_reference() -> str:
     parts = [
         "# Merge methods",
         _WRITTEN,
+        _overview(),
         *(_method(name, method) for name, method in METHODS.items()),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+_COLUMNS = ("method", "paper", "sees", "passes", "memory", "parameters", "when to use it")
+_OF_THE_TABLE = (
+    "A pass reads everything that is merged once; the passes named in the table come before the one that writes, where "
+    "the parameters ask for them. `alpha: auto` takes one more, except for plain sums. What sees whole tensors holds "
+    "those of all models in each worker, tensor by tensor, and beside them the space that stands there for one of 4096 "
+    "x 11008 entries. `lambda` and `weight` are not listed among the parameters."
+)
+
+
+def _overview() -> str:
+    """All methods in one table, and what its columns mean."""
+    rows = ["| " + " | ".join(_COLUMNS) + " |", "|---" * len(_COLUMNS) + "|"]
+    rows += [f"| {' | '.join(_row(name, method))} |" for name, method in METHODS.items()]
+    return "\n".join(rows) + f"\n\n{_OF_THE_TABLE}"
+
+
+def _row(name: str, method: Method) -> tuple[str, ...]:
+    paper = f"[{method.paper}](https://arxiv.org/abs/{method.paper})" if method.paper else ""
+    whole = method.sees == "tensors"
+    memory = f"whole tensors and {_in_gb(method.workspace(_LARGE))}" if whole else "chunks"
+    own = ", ".join(f"`{key}`" for key in method.parameters if key not in ("lambda", "weight"))
+    return f"[`{name}`](#{name})", paper, method.sees, _passes(method), memory, own, method.use
+
+
+_LARGE = (4096, 11008)
+
+
+def _in_gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB"
+
+
+def _passes(method: Method) -> str:
+    """The pass that writes, and what is measured before it."""
+    first = {key: (known.default,) if known.per_model else known.default for key, known in method.parameters.items()}
+    measured = ["thresholds"] if isinstance(method.sparsifier, ByMagnitude) else []
+    measured += ["L1 norms"] if "l1" in _all_needs(method, first) else []
+    measured += ["angles"] if "angles" in _all_needs(method, first) else []
+    measured += ["signs"] if method.elect is not None else []
+    return ", ".join((*measured, "1"))
+
+
+def _all_needs(method: Method, values: dict[str, Any]) -> frozenset[str]:
+    """What it may need: with every choice of each parameter that has some."""
+    needs: frozenset[str] = method.needs({**values, "density": (0.5,)})
+    for key, known in method.parameters.items():
+        for choice in known.choices.values():
+            needs |= method.needs({**values, "density": (0.5,), key: (choice,) if known.per_model else choice})
+    return needs
 
 
 def _method(name: str, method: Method) -> str:

@@ -486,6 +486,11 @@ def coefficients(
         series=series,
         not_layers=not_layers,
     )
+    if recipe.measured_rules:
+        raise RecipeError(
+            f"schedule: {schedule} is measured on weights, and names do not tell it",
+            hint="lines.inspect(FT, base=BASE, schedule=...) measures it, and so does an edit.",
+        )
     checkpoint = _named_only(names, config)
     plan = make_plan(recipe, inputs_of(recipe, checkpoint, checkpoint), Path("none.safetensors"))
     found = {tensor.name: tensor.coefficient for tensor in plan.tensors}

@@ -359,7 +359,7 @@ def _is_same(path: Path, nbytes: int | None, digest: str | None) -> bool:
 def _inputs_of(record: Recipe) -> list[tuple[str, str]]:
     """The inputs that a record names, each with its role."""
     base = [("base", record.base_model)] if record.base_model is not None else []
-    named = [*base, *(("model", source.model) for source in record.models)]
+    named = [*base, *(("model", name) for name in record.names)]
     return list(dict.fromkeys((role, name) for role, name in named if name != record.base_model or role == "base"))
 
 

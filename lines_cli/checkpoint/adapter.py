@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lines_cli.checkpoint.adapter_config import AdapterConfig, by_component, checked_config
+from lines_cli.checkpoint.adapter_config import AdapterConfig, by_component, checked_config, shortened
 from lines_cli.checkpoint.adapter_names import NO_COMPONENT, PREFIX, SAVED, Component, Part, component_of, parts_of
 from lines_cli.checkpoint.contents import is_adapter
 from lines_cli.checkpoint.header import FLOAT_DTYPES, Known, StoredTensor, itemsize, parse_header, read_header
@@ -174,8 +174,11 @@ def open_adapter(path: Path, *, name: str | None = None, hub_id: str | None = No
     if not changes:
         raise CheckpointError(f"{weights}: it has no tensor that changes a base, so it changes nothing", hint=_DAMAGED)
     reading.refuse_missing(changes)
+    reading.refuse_not_targeted(changes)
     return Adapter(reading.checkpoint, config, changes, tuple(reading.notes))
 
+
+_TARGETING = ("target_modules", "layers_to_transform", "layers_pattern", "exclude_modules")
 
 Factors = dict[tuple[str, str], StoredTensor]
 """The tensors of a module, by parameter and role."""
@@ -286,6 +289,30 @@ class _Reading:
             products = {key: stored for key, stored in factors.items() if key[1] not in ("whole", "underneath")}
             if products:
                 yield from self._products(module, depth, products)
+
+    def refuse_not_targeted(self, changes: Iterable[Change]) -> None:
+        """Refuse factors of modules that the config does not name: PEFT loads none of them.
+
+        Raises:
+            CheckpointError: names the modules, and what the config says.
+        """
+        adapted = [one for one in changes if one.kind not in ("whole", "rows") and not one.others]
+        for config in [self.config] if self.config else self.of_component.values():
+            whose = {
+                (change.called if self.config else change.module): change.called
+                for change in adapted
+                if self._config_of(change.called) is config
+            }
+            left = config.not_targeted(whose)
+            if left:
+                said = {key: config.said[key] for key in _TARGETING if config.said.get(key)}
+                raise CheckpointError(
+                    f"{self.file} has factors of {len(left):,} modules that {config.where} does not name, of "
+                    f"{len(whose):,} in all:\n{some([printable(whose[module]) for module in left])}\nit says "
+                    f"{', '.join(f'{key}: {shortened(value)}' for key, value in said.items())}",
+                    hint="PEFT would load none of these factors. If they were trained, name their modules in "
+                    "target_modules, in a copy of the config; else take them out of a copy of the file.",
+                )
 
     def refuse_missing(self, changes: Iterable[Change]) -> None:
         """Refuse an adapter without what its config names: rows of embeddings, and modules that are saved whole. Of

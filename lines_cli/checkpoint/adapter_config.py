@@ -10,13 +10,16 @@ import math
 import re
 import sys
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lines_cli.errors import CheckpointError, RecipeError, UnsupportedError, printable
 from lines_cli.scaling.by_hand import SECONDS_TO_MATCH, found_in
+
+if TYPE_CHECKING:
+    import regex
 
 _OF_TRAINING = frozenset(
     """
@@ -122,6 +125,64 @@ class AdapterConfig:
             said = fitting[0] if fitting else None
         return tuple(said) if said else None
 
+    def not_targeted(self, modules: Collection[str]) -> list[str]:
+        """Modules that have factors, and that PEFT adapts not, by `target_modules` and what narrows that down: it loads
+        none of their factors. None where that is not said, or where names fit in no module of all, as they may where an
+        expression is for the names of another version.
+        """
+        said = self.said.get("target_modules")
+        ends = time.monotonic() + SECONDS_TO_MATCH
+        if self.kind == "TRAINABLE_TOKENS" or not said or not isinstance(said, (str, list)) or said == "all-linear":
+            return []
+        if isinstance(said, str):
+            found = self._matching("target_modules", rf"\A(?:{said})\Z", modules, ends)
+        else:
+            found = {module for module in modules if _ends_in(module, said)}
+            found -= self._in_other_layers([module for module in found if module not in said], ends)
+        excluded = self.said.get("exclude_modules")
+        if isinstance(excluded, str) and excluded:
+            found -= self._matching("exclude_modules", rf"\A(?:{excluded})\Z", modules, ends)
+        elif isinstance(excluded, list):
+            found -= {module for module in found if _ends_in(module, excluded)}
+        if not found and isinstance(said, str):
+            return []
+        within = {module for module in modules if module.rpartition(".")[0] in found}  # as in torch's attention
+        tied = {m for m in modules if self.said.get("ensure_weight_tying") and not any(map(str.isdigit, m.split(".")))}
+        return [module for module in modules if module not in found | within | tied]
+
+    def _in_other_layers(self, modules: Sequence[str], ends: float) -> set[str]:
+        """Those in layers that are not among `layers_to_transform`."""
+        layers, patterns = self.said.get("layers_to_transform"), self.said.get("layers_pattern")
+        if layers is None or layers == []:
+            return set()
+        wanted = {layers} if isinstance(layers, int) else set(layers) if isinstance(layers, list) else set()
+        patterns = [patterns] if isinstance(patterns, str) else patterns if isinstance(patterns, list) else []
+        expressions = [rf"\A(?:|.*?\.)(?:{pattern})\.(?P<layer>\d+)\." for pattern in patterns if pattern]
+        others, left = set[str](), list(modules)
+        for expression in expressions or [r"\A.*?\.[^.]*\.(?P<layer>\d+)\."]:
+            found = {
+                module: int(match["layer"]) for module, match in self._found("layers_pattern", expression, left, ends)
+            }
+            others |= {module for module, layer in found.items() if layer not in wanted}
+            left = [module for module in left if module not in found]
+        return others | set(left)
+
+    def _matching(self, key: str, expression: str, modules: Collection[str], ends: float) -> set[str]:
+        return {module for module, _ in self._found(key, expression, modules, ends)}
+
+    def _found(
+        self, key: str, expression: str, modules: Collection[str], ends: float
+    ) -> list[tuple[str, regex.Match[str]]]:
+        """The modules in whose names an expression is found.
+
+        Raises:
+            CheckpointError: it is none, or takes too long.
+        """
+        try:
+            return list(found_in(list(modules), expression, f"{self.where}: {key}", of="module", ends=ends))
+        except RecipeError as error:
+            raise CheckpointError(error.message, hint=_PATTERN) from error
+
     @property
     def _alpha(self) -> str:
         return "lora_alpha" if self.kind == "LORA" else "alpha"
@@ -140,12 +201,12 @@ class AdapterConfig:
             name = pattern.removeprefix("^")
             behind = () if pattern.startswith("^") else (f".{name}",)
             return [module for module in modules if module == name or module.endswith(behind)]
-        try:
-            expression = rf"\A(?:.*\.)?(?:{pattern})$"
-            found = found_in(list(modules), expression, f"{self.where}: {key}", of="module", ends=ends)
-            return [module for module, _ in found]
-        except RecipeError as error:
-            raise CheckpointError(error.message, hint=_PATTERN) from error
+        return [module for module, _ in self._found(key, rf"\A(?:.*\.)?(?:{pattern})$", modules, ends)]
+
+
+def _ends_in(module: str, names: Collection[Any]) -> bool:
+    """Whether a module is called, or its name ends in, one of some names."""
+    return any(f".{module}".endswith(f".{name}") for name in names)
 
 
 _PLAIN = re.compile(r"\^?[\w-]+(?:\.[\w-]+)*", re.ASCII)
@@ -167,23 +228,23 @@ def checked_config(said: Mapping[str, Any], where: str) -> AdapterConfig:
     if kind is None:
         raise CheckpointError(f"{where}: no peft_type in it", hint="Is it the config of an adapter?")
     if not isinstance(kind, str):
-        raise CheckpointError(f"{where}: peft_type is {_shown(kind)}, not a name", hint=_DAMAGED)
+        raise CheckpointError(f"{where}: peft_type is {shortened(kind)}, not a name", hint=_DAMAGED)
     if kind not in _KEYS:
         raise UnsupportedError(
-            f"{where}: peft_type {_shown(kind)} is not folded in; {', '.join(_KEYS)} are", hint=_MERGE_WITH_PEFT
+            f"{where}: peft_type {shortened(kind)} is not folded in; {', '.join(_KEYS)} are", hint=_MERGE_WITH_PEFT
         )
     unknown = {key: value for key, value in said.items() if key not in _KEYS[kind]}
     on = [key for key, value in unknown.items() if not _is_off(value)]
     if on:
         raise UnsupportedError(
-            f"{where}: {', '.join(f'{printable(key)}: {_shown(unknown[key])}' for key in on)} is not known, and may "
+            f"{where}: {', '.join(f'{printable(key)}: {shortened(unknown[key])}' for key in on)} is not known, and may "
             "change what the adapter does",
             hint=f"If it concerns training alone, take it out of a copy of the config. Else: {_MERGE_WITH_PEFT}",
         )
     notes = [f"{where}: {', '.join(map(printable, unknown))} is not known, and off"] if unknown else []
     for key, why in _REFUSED.items():
         if not _is_off(said.get(key)):
-            raise UnsupportedError(f"{where}: {key}: {_shown(said[key])}: {why}", hint=_way_out(key))
+            raise UnsupportedError(f"{where}: {key}: {shortened(said[key])}: {why}", hint=_way_out(key))
     _refuse_changed_base(said, where)
     _check_values(said, where, kind)
     return AdapterConfig(where, said, kind, tuple(notes))
@@ -201,21 +262,22 @@ def _refuse_changed_base(said: Mapping[str, Any], where: str) -> None:
         value = said.get(key)
         if isinstance(value, str) and _CHANGES_THE_BASE.fullmatch(value):
             raise UnsupportedError(
-                f"{where}: {key}: {_shown(value)} changed the weights of the base, so the adapter is no update of the "
-                "base as it was",
+                f"{where}: {key}: {shortened(value)} changed the weights of the base, so the adapter is no update of "
+                "the base as it was",
                 hint=_CONVERT,
             )
     value = said.get("init_lora_weights")
     if not (value is None or isinstance(value, bool) or str(value).lower() in _LEAVES_THE_BASE):
         raise UnsupportedError(
-            f"{where}: init_lora_weights: {_shown(value)} is not known, and may have changed the weights of the base",
+            f"{where}: init_lora_weights: {shortened(value)} is not known, and may have changed the weights of the "
+            "base",
             hint=_CONVERT,
         )
 
 
 def _check_values(said: Mapping[str, Any], where: str, kind: str) -> None:
     def refuse(key: str, wanted: str, value: Any = None) -> None:
-        raise CheckpointError(f"{where}: {printable(key)} is {_shown(value)}, not {wanted}", hint=_DAMAGED)
+        raise CheckpointError(f"{where}: {printable(key)} is {shortened(value)}, not {wanted}", hint=_DAMAGED)
 
     alpha = "lora_alpha" if kind == "LORA" else "alpha"
     if kind != "TRAINABLE_TOKENS":
@@ -273,7 +335,8 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= sys.float_info.max  # whole numbers may be greater; NaN is not
 
 
-def _shown(value: Any) -> str:
+def shortened(value: Any) -> str:
+    """A value of a config, as messages show it."""
     text = printable(repr(value))
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 

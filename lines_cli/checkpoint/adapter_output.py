@@ -18,6 +18,7 @@ PREFIX = "base_model.model."
 _CARRIED = (
     "auto_mapping",
     "base_model_name_or_path",
+    "ensure_weight_tying",
     "fan_in_fan_out",
     "inference_mode",
     "revision",

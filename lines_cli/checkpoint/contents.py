@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 
 from lines_cli.checkpoint.header import EXACT_DTYPES, FLOAT8_DTYPES, FLOAT_DTYPES, TensorInfo
 
@@ -233,11 +234,16 @@ def is_adapter(tensors: Tensors) -> bool:
     return 2 * len(alone) > len(by_module)
 
 
+@lru_cache(maxsize=1)  # of one model, and mostly of all, it is asked several times
+def _may_be_factors(names: str) -> bool:
+    names = names.lower()
+    return any(word in names for word in _IN_FACTORS)
+
+
 def _factors(tensors: Tensors) -> dict[str, list[str]]:
     """The factors by the module whose weight they change."""
-    everything = "\n".join(tensors).lower()
     found: dict[str, list[str]] = defaultdict(list)
-    if any(word in everything for word in _IN_FACTORS):
+    if _may_be_factors("\n".join(tensors)):
         unknown = []
         for name in tensors:
             if match := _FACTOR.search(name):

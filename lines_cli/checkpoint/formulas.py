@@ -7,13 +7,13 @@ chunk by chunk. Nothing here reads tensor data or needs torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from lines_cli.checkpoint.header import StoredTensor
 
-BLOCK = 128 * 1024
+BLOCK = 64 * 1024
 """Entries of an update that are computed at a time; more leave the cache."""
 SLAB = 512 * 1024
 """Entries of a long factor that are held at a time."""
@@ -100,7 +100,9 @@ class LowRank(Formula):
         """One factor, by which runs of the other are multiplied; of a batch those of one matrix, and `B` as stored."""
         a, b = (dict(self.factors)[role].info for role in "AB")
         columns = b.shape[0] if self.transposed else self.numel // max(1, self.matrices * b.shape[0])
-        runs = SLAB if self.matrices == 1 else a.numel // self.matrices + b.numel
+        runs = a.numel if self.transposed else b.numel
+        if self.matrices > 1:
+            runs = a.numel // self.matrices + b.numel
         return _WIDE * (columns * self.rank + min(SLAB, runs) + BLOCK) + (b.nbytes if self.matrices > 1 else 0)
 
 
@@ -323,7 +325,18 @@ class InParts(Formula):
     @property
     def held(self) -> int:
         """What those parts need that a thread keeps."""
-        return PARTS_HELD * max(sum(step.held for step in part.steps) for part in self.parts)
+        most = max(sum(step.held for step in part.steps) for part in self.parts)
+        return min(PARTS_HELD, len(self.parts)) * most
+
+
+def one_by_one(steps: Iterable[Formula]) -> Iterator[Formula]:
+    """Steps, with those of parts instead of what they are put together in."""
+    for step in steps:
+        if isinstance(step, InParts):
+            for part in step.parts:
+                yield from one_by_one(part.steps)
+        else:
+            yield step
 
 
 class Made(NamedTuple):

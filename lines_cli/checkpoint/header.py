@@ -353,10 +353,12 @@ def lay_out(
     ends = list(accumulate(sizes))
     encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
     entries = [f'"__metadata__":{encode(dict(metadata))}'] if metadata else []
+    kinds: dict[tuple[str, tuple[int, ...]], str] = {}  # a model's tensors are of few
     for (name, dtype, shape), nbytes, end in zip(rows, sizes, ends, strict=True):
-        numbers = ",".join(map(str, shape))
-        where = f"[{end - nbytes},{end}]"
-        entries.append(f'{quoted(name)}:{{"dtype":"{dtype}","shape":[{numbers}],"data_offsets":{where}}}')
+        kind = kinds.get((dtype, shape))
+        if kind is None:
+            kind = kinds[dtype, shape] = f'"dtype":"{dtype}","shape":[{",".join(map(str, shape))}]'
+        entries.append(f'{quoted(name)}:{{{kind},"data_offsets":[{end - nbytes},{end}]}}')
     text = f"{{{','.join(entries)}}}".encode()
     padding = -len(text) % 8
     start = 8 + len(text) + padding

@@ -106,6 +106,7 @@ class AdapterCard:
         scaled: whether it is scaled over depth.
         ranks: of its modules.
         coefficients, outside, filters, front: as of `Card`.
+        of_peft: whether PEFT loads it.
     """
 
     title: str
@@ -119,6 +120,7 @@ class AdapterCard:
     outside: tuple[float, float]
     filters: Iterable[tuple[str, float]]
     front: Mapping[str, Any] = field(default_factory=dict)
+    of_peft: bool = True
 
 
 def adapter_card(card: AdapterCard) -> Sidecar:
@@ -130,7 +132,8 @@ def adapter_card(card: AdapterCard) -> Sidecar:
     if base is not None:
         front |= {"base_model": base, "base_model_relation": "adapter"}
     front["tags"] = ["lines", "lora", *(["merge"] if card.how == "merged" else [])]
-    front["library_name"] = "peft"
+    if card.of_peft:
+        front["library_name"] = "peft"
     name = "fine-tune" if card.how == "extracted" else "adapter"
     models = [f"| base | {_code(_public_name(card.base))} |"] if card.base else []
     models += [f"| {name} | {_code(_public_name(model))} |" for model in card.models]

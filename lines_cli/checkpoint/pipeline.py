@@ -389,7 +389,7 @@ def _split(checkpoint: Checkpoint) -> Checkpoint:
 def regions_of(names: Iterable[str]) -> dict[str, str]:
     """What the names in a file with everything begin with -> the component; empty where they are those of one model."""
     names, denoiser = list(names), "model.diffusion_model."
-    if not any(name.startswith(denoiser) for name in names):
+    if denoiser not in "\n".join(names) or not any(name.startswith(denoiser) for name in names):
         return {}
     found = {prefix: name for prefix, name in _PREFIXES.items() if any(own.startswith(prefix) for own in names)}
     if len(set(found.values())) == 1:

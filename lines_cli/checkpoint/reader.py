@@ -149,6 +149,7 @@ class Checkpoint:
         stored_as: the format that most weights are stored in, in words, if they are quantised.
         parts: of one that is put together, what it is put together of: a base, and an adapter on it.
         base_named: of such a one, whether its name says both (`base+adapter`); else the base is the recipe's.
+        stacked: of one that is stacked from layers of others, these, each once; `path` and the config are those of one.
         part: which of several state dicts in its file, if its user said so: `ema` of `ft.ckpt#ema`.
         views: for each file the tensors whose entries do not stand in order; empty where there are none.
         notes: what a person should know of how it was read.
@@ -171,6 +172,7 @@ class Checkpoint:
     stored_as: str | None = None
     parts: tuple[Checkpoint, ...] = ()
     base_named: bool = False
+    stacked: tuple[Checkpoint, ...] = ()
     part: str | None = None
     views: tuple[Views, ...] = ()
     notes: tuple[str, ...] = ()

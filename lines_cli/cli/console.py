@@ -461,20 +461,32 @@ def show_sweep(found: Found, *, json: bool, quiet: bool) -> None:
         return
     several = len(found.sweep.objectives) > 1
     rows = []
-    for one in found.shown:
+    shown = found.shown
+    for one in shown:
         values = ", ".join(f"{value:.6g}" for value in one.objectives)
         error = "" if not one.errors or one.errors[0] is None else f"{one.errors[0]:.2g}"
-        mark = "winner" if one is found.winner else ""
-        rows.append((called(one.trial.family), settings_of(one), values or f"failed: {one.failure}", error, mark))
-    headings = ("family", "settings", "objectives" if several else "objective", "+-", "")
+        mark = "winner" if one is found.winner else "front" if one in found.front else ""
+        rows.append(
+            (
+                called(one.trial.family),
+                settings_of(one),
+                values or f"failed: {in_short(one.failure or '')}",
+                error,
+                mark,
+            )
+        )
+    asked = ", ".join(objective.expression.text for objective in found.sweep.objectives)
+    headings = ("family", "settings", asked if several else "objective", "+-", "chosen")
     _columns(Columns(headings, tuple(rows)), gap=3)
-    left = sum(one.trial.family not in BASELINES for one in found.judged) - len(found.shown)
+    left = sum(one.trial.family not in BASELINES for one in found.judged) - len(shown)
     if left:
         _line(f"and {left:,} more in {found.folder}")
     _line(str(found.said["said"]), style="bold")
     _line(f"report  {found.folder / 'report.html'}")
     if found.summary is not None:
         _out.print(f"output  {_printable(str(found.summary['output']))}", style="bold", soft_wrap=True)
+    else:
+        _line("no output: several objectives have no one winner; write one with lines edit or lines merge")
 
 
 def show_claim(claim: Claim) -> None:
@@ -590,6 +602,7 @@ def _columns(table: Columns, gap: int = 2) -> None:
         _line((" " * gap).join(cells).rstrip(), style=None if number else "bold")
 
 
+_FAILURE = 60  # characters of why a trial failed; the report has the rest
 _BAR, _SHORTEST_BAR, _NARROW, _NARROWEST = 12, 4, 20, 8  # characters
 _NOWHERE = 200  # columns of what is no terminal
 _TIGHT = 70  # columns
@@ -679,7 +692,9 @@ def _plain(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value).lower()
 
 
-def _span(ends: list[float]) -> str:
+def _span(ends: list[Any]) -> str:
+    if isinstance(ends[0], str):  # a rule, yet to be measured
+        return ends[0]
     return f"{ends[0]:.4g}" if ends[0] == ends[1] else f"{ends[0]:.4g} to {ends[1]:.4g}"
 
 
@@ -709,9 +724,11 @@ def _stacks(plan: Plan, realised: Sequence[Row] = ()) -> None:
     headings = ("stack", "layers", "tensors", "parameters", "c first", "c last", *(["realised"] if realised else []))
     rows: list[tuple[str, ...]] = []
     to = " to " if _width() > _TIGHT else ".."
+    unknown = "measured" if plan.recipe.measured_rules else "auto"
 
     def add_row(name: str, number: str, group: Mapping[str, Any], ends: Sequence[Any], of_it: Sequence[Any]) -> None:
-        cells = [number, f"{group['tensors']:,}", count(group["parameters"]), *map(_coefficient, ends)]
+        shown = [_coefficient(end, unknown) for end in ends]
+        cells = [number, f"{group['tensors']:,}", count(group["parameters"]), *shown]
         rows.append((name, *cells, *([to.join(dict.fromkeys(map(_realised, of_it)))] if realised else [])))
 
     for stack in found["stacks"]:
@@ -765,7 +782,7 @@ def _along(said: Mapping[str, Sequence[str]], layers: int, width: int) -> list[s
     word, its cells below each other.
     """
     longest = max(map(len, said))
-    for most in range(min(_MOST_DEPTHS, layers), 1, -1):
+    for most in range(max(2, min(_MOST_DEPTHS, layers)), 1, -1):
         shown = sorted({round(at * (layers - 1) / (most - 1)) for at in range(most)})
         cells = {word: [f"{index}: {values[index]}" for index in shown] for word, values in said.items()}
         widths = [max(len(each[at]) for each in cells.values()) for at in range(len(shown))]
@@ -806,8 +823,8 @@ def _why_copied(plan: Plan) -> str:
     return f": {', '.join(said)}" if said else ""
 
 
-def _coefficient(value: float | None) -> str:
-    return "auto" if value is None else coefficient(value)
+def _coefficient(value: float | None, unknown: str = "auto") -> str:
+    return unknown if value is None else coefficient(value)
 
 
 def _realised(value: float | None) -> str:

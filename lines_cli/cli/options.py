@@ -334,12 +334,14 @@ Schedule = Annotated[
     str | None,
     typer.Option(
         "--schedule",
-        autocompletion=_starting("linear", "power:", "constant", "reversed", "unet"),
+        autocompletion=_starting(
+            "linear", "power:", "constant", "reversed", "unet", "cosine", "sigmoid", "esm", "larv", "larv-tanh"
+        ),
         metavar="RULE",
         show_default="linear",
-        help="How the coefficient grows with depth: linear, power:P, constant, reversed (it falls: the control for "
-        "linear), unet (up to the middle, down again); or the coefficients themselves, first layer to last, as in "
-        "0.1,0.6,1.0.",
+        help="How the coefficient grows with depth: linear, power:P, cosine, sigmoid, constant, reversed (it falls: "
+        "the control for linear), unet (up to the middle, down again); by what is measured of the weights: esm, larv, "
+        "larv-tanh; or the coefficients themselves, first layer to last, as in 0.1,0.6,1.0.",
         rich_help_panel=SCALING,
     ),
 ]

@@ -253,7 +253,7 @@ def factors_of(worker: FactorReader, module: AdapterModule) -> Factors:
         bias = None
     else:
         assert isinstance(made, Product)
-        down, up, bias = _side_by_side(worker, made)
+        down, up, bias = _side_by_side(worker, made, module.matrices)
         kept = total = 0.0
         if module.reduced:
             _refuse_nonfinite(module, down, up)
@@ -270,11 +270,17 @@ def factors_of(worker: FactorReader, module: AdapterModule) -> Factors:
     return Factors(tensors, kept, total)
 
 
-def _side_by_side(worker: FactorReader, made: Product) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The factors of several adapters, B scaled: [r, in] and [out, r], the ranks added up; and the bias [out]."""
+def _side_by_side(worker: FactorReader, made: Product, matrices: int = 1) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The factors of several adapters, B scaled: [r, in] and [out, r], the ranks added up; and the bias [out]. Of
+    several matrices [matrices * r, in], one after the other, and [out, r * matrices], those of each rank together.
+    """
     downs = [worker.factor(term.a).flatten(1) for term in made.terms]
     ups = [worker.factor(term.b).flatten(1) * term.scale for term in made.terms]
     biases = [worker.factor(term.bias) * term.scale for term in made.terms if term.bias is not None]
+    if matrices > 1:
+        down = torch.cat([one.view(matrices, -1, one.shape[1]) for one in downs], 1).flatten(0, 1)
+        up = torch.cat([one.view(one.shape[0], -1, matrices) for one in ups], 1).flatten(1, 2)
+        return down, up, None
     down, up = stacked(downs, ups)
     return down, up, sum(biases[1:], biases[0]) if biases else None
 

@@ -1,17 +1,20 @@
 """Many results of one recipe that differ in coefficients: made one after another in one process.
 
 What does not depend on coefficients is done once: statistics are measured once, and where several models are merged
-the merged task vector is stored in a scratch file, so that each candidate after that is `base + c(l) * tau`. Nothing is
-flushed to the disk and no digest is taken; the bytes are those of a run.
+the merged task vector is kept, in a scratch file or in memory, so that each candidate after that is
+`base + c(l) * tau`. Nothing is flushed to the disk and no digest is taken; the bytes are those of a run.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import BinaryIO
 
 import torch
 
@@ -20,13 +23,15 @@ from lines_cli.checkpoint.header import EXACT_DTYPES, StoredTensor, TensorInfo, 
 from lines_cli.checkpoint.reader import FileState
 from lines_cli.engine.arithmetic import TORCH_DTYPES
 from lines_cli.engine.buffers import keep_freed_memory
+from lines_cli.engine.candidate_files import CandidateFiles, same_of
 from lines_cli.engine.chunks import PlanChunk, items_of
 from lines_cli.engine.devices import Devices
-from lines_cli.engine.input_files import Opened, allow_open_files, opened, refuse_changed, with_views
+from lines_cli.engine.input_files import Opened, Sources, allow_open_files, opened, refuse_changed, with_views
 from lines_cli.engine.jobs import worker_of
 from lines_cli.engine.measure import Track, measure, untracked
 from lines_cli.engine.merge_chunk import merge_chunk
 from lines_cli.engine.pool import Pool
+from lines_cli.engine.scales import measure_scales
 from lines_cli.engine.workers import Worker
 from lines_cli.engine.write import Write
 from lines_cli.errors import MismatchError, printable
@@ -47,7 +52,8 @@ class Candidates:
 
     Args:
         resources: workers, device, chunk.
-        scratch: a folder in which merged task vectors may be stored; None stores none.
+        scratch: a folder in which merged task vectors may be stored; None keeps them in memory, if they take at most
+            half of what is free.
         track: wraps the stream of byte counts of each pass.
     """
 
@@ -55,9 +61,10 @@ class Candidates:
         self, resources: Resources | None = None, *, scratch: Path | None = None, track: Track = untracked
     ) -> None:
         self._devices, self._scratch, self._track = Devices(resources or Resources()), scratch, track
-        self._measured: dict[tuple[str, Needs], Statistics] = {}
+        self._files = CandidateFiles()
+        self._measured: dict[tuple[object, Needs], Statistics] = {}
         self._states: dict[Path, FileState] = {}
-        self._merged: tuple[str, _Merged] | None = None  # the last one: a scratch file is as large as a model
+        self._merged: tuple[object, Merged] | None = None  # the last one: it is as large as a model
         keep_freed_memory()
 
     def plan(self, recipe: Recipe, output: Path) -> Plan:
@@ -72,7 +79,7 @@ class Candidates:
                 with opened([path]) as fds:
                     refuse_changed([path], fds, [self._states[path]])
         if plan.needs:
-            key = (_but_for_coefficients(recipe), plan.needs)
+            key = (same_of(plan), plan.needs)
             if key not in self._measured:
                 with opened(plan.paths) as fds, self._devices.bounded():
                     sources = with_views(fds, plan.views)
@@ -80,8 +87,14 @@ class Candidates:
             plan = resolve(plan, self._measured[key])
         return plan
 
-    def write(self, plan: Plan, folder: Path) -> None:
-        """Write a candidate's weights and all that stands beside them into an empty folder.
+    def write(self, plan: Plan, folder: Path, *, before: Path | None = None) -> None:
+        """Write a candidate's weights and all that stands beside them.
+
+        Args:
+            plan: from `plan`.
+            folder: which is there already only if it is `before`.
+            before: the folder of an earlier candidate that is of no use any more. It is renamed, and what is the same
+                in both stays in it.
 
         Raises:
             LinesError: as a run.
@@ -89,14 +102,23 @@ class Candidates:
         carried = self._with_merged(plan)
         allow_open_files(len(carried.paths) + len(plan.outputs))
         with naming(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            if before is not None:
+                self._files.take_over(before, folder)
+            folder.mkdir(exist_ok=True)
             for sidecar in plan.sidecars:
                 path = folder / sidecar.name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(sidecar.read())
-        with naming(folder), _files(folder, plan) as fds, opened(carried.paths) as fds_of_inputs:
-            job = _ToFiles(carried, fds)
-            self._run(carried, fds_of_inputs, job.of_item, _all(carried), "writing")
+        with self._sources(carried) as sources:
+            carried = self._with_scales(carried, sources)
+            with naming(folder), self._files.opened(carried, same_of(plan), folder) as files:
+                job, title = _ToFiles(carried, files.fds), "writing"
+                self._run(carried, sources, job.of_item, segments_of(files.tensors), title)
+
+    def forget(self, folder: Path) -> None:
+        """Remove a candidate's folder, if it is there."""
+        self._files.forget(folder)
 
     def put(self, plan: Plan, into: Mapping[str, torch.Tensor]) -> None:
         """Put a candidate's tensors into those of a live module.
@@ -112,76 +134,94 @@ class Candidates:
         for tensor in plan.tensors:
             _refuse_other(tensor, into)
         carried = self._with_merged(plan)
-        with opened(carried.paths) as fds_of_inputs:
+        for device in {tensor.device for tensor in into.values() if tensor.is_cuda}:
+            torch.cuda.synchronize(device)  # what was computed with the last candidate is done with it
+        with self._sources(carried) as sources:
+            carried = self._with_scales(carried, sources)
             job = _ToTensors(carried, into)
-            self._run(carried, fds_of_inputs, job.of_item, _all(carried), "computing")
+            self._run(carried, sources, job.of_item, segments_of(carried.tensors), "computing")
 
     def close(self) -> None:
-        """Remove the scratch file, if there is one."""
+        """Let go of merged task vectors."""
         if self._merged is not None:
-            self._merged[1].path.unlink(missing_ok=True)
+            self._merged[1].close()
             self._merged = None
+
+    def _with_scales(self, plan: Plan, sources: Sequence[Opened]) -> Plan:
+        """The plan with the scales of what is stored in 8 bits: these depend on coefficients."""
+        if not plan.to_quantise:
+            return plan
+        with self._devices.bounded():
+            return measure_scales(plan, sources, self._devices, self._track)
+
+    @contextmanager
+    def _sources(self, plan: Plan) -> Iterator[Sources]:
+        """The inputs of a plan, open; behind them merged task vectors, if it reads any."""
+        merged = self._merged[1] if self._merged is not None and self._merged[1].path in plan.paths else None
+        paths = [path for path in plan.paths if merged is None or path != merged.path]
+        with opened(paths) as fds:
+            sources = with_views(fds, plan.views)
+            yield sources if merged is None else Sources([*sources, merged.opened])
 
     # --- merged task vectors ---
 
     def _with_merged(self, plan: Plan) -> Plan:
-        """The plan, where merged task vectors are read from a scratch file if that is less work."""
-        recipe = plan.recipe
-        if self._scratch is None or recipe.method.takes != "task vectors" or not plan.inputs.has_base:
+        """The plan, where merged task vectors are read that were kept, if that is less work."""
+        if not nbytes_merged(plan):
             return plan
-        if all(plan.gives_one(tensor.values) for tensor in plan.tensors if tensor.spec.paired):
-            return plan
-        key = _but_for_coefficients(recipe)
+        key = same_of(plan)
         if self._merged is None or self._merged[0] != key:
             self.close()
-            self._merged = key, self._merge(plan)
+            if (merged := self._merge(plan)) is None:
+                return plan
+            self._merged = key, merged
         return self._merged[1].put_into(plan)
 
-    def _merge(self, plan: Plan) -> _Merged:
-        assert self._scratch is not None
-        self._scratch.mkdir(parents=True, exist_ok=True)
-        merged = _Merged(self._scratch / "merged.bin", plan)
-        with naming(merged.path), opened(plan.paths) as fds_of_inputs:
-            fd = os.open(merged.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-            try:
+    def _merge(self, plan: Plan) -> Merged | None:
+        """None where there is no room for it in memory."""
+        if self._scratch is not None:
+            self._scratch.mkdir(parents=True, exist_ok=True)
+        elif 2 * nbytes_merged(plan) > free_memory():
+            return None
+        with naming(self._scratch or Path("memory")):
+            merged = Merged(plan, self._scratch)
+        behind = merged.opened
+        try:
+            with self._sources(plan) as sources, naming(merged.path):
 
                 def store(worker: Worker, item: list[PlanChunk]) -> int:
                     for chunk in worker.cut(item):
                         values = merge_chunk(worker, chunk).values.cpu().contiguous()
                         offset = merged.offset_of(chunk.tensor) + (chunk.segment.start + chunk.first) * values.itemsize
-                        write_from(fd, _bytes_of(values), offset)
+                        merged.write(behind, _bytes_of(values), offset)
                     return sum(chunk.nbytes for chunk in item)
 
-                self._run(plan, fds_of_inputs, store, _mergeable(plan), "merging the task vectors")
-            finally:
-                os.close(fd)
+                self._run(plan, sources, store, _mergeable(plan), "merging the task vectors")
+        except BaseException:
+            merged.close()
+            raise
         return merged
 
     def _run(
         self,
         plan: Plan,
-        fds: Sequence[Opened],
+        sources: Sources,
         job: Callable[[Worker, list[PlanChunk]], int],
         segments: Iterable[tuple[TensorPlan, Segment]],
         title: str,
     ) -> None:
         devices, listed = self._devices, list(segments)
         with devices.bounded():
-            views = [*plan.views, *({},) * (len(plan.paths) - len(plan.views))]  # of a scratch file none
-            pool = Pool(worker_of(plan, with_views(fds, views), devices), items_of(listed), job, devices)
+            pool = Pool(worker_of(plan, sources, devices), items_of(listed), job, devices)
             total = sum(segment.numel * itemsize(source.dtype) for _, segment in listed for source in segment.sources)
             with closing(pool.in_order()) as done:
                 for _ in self._track(title, total, done):
                     pass
 
 
-def _all(plan: Plan) -> Iterator[tuple[TensorPlan, Segment]]:
-    return ((tensor, segment) for tensor in plan.tensors for segment in tensor.segments)
-
-
-def _but_for_coefficients(recipe: Recipe) -> str:
-    """What of a recipe decides statistics and merged task vectors."""
-    return recipe.model_copy(update={"lines": None}).model_dump_json()
+def segments_of(tensors: Iterable[TensorPlan]) -> Iterator[tuple[TensorPlan, Segment]]:
+    """All that tensors are made of."""
+    return ((tensor, segment) for tensor in tensors for segment in tensor.segments)
 
 
 def _mergeable(plan: Plan) -> Iterator[tuple[TensorPlan, Segment]]:
@@ -191,19 +231,65 @@ def _mergeable(plan: Plan) -> Iterator[tuple[TensorPlan, Segment]]:
             yield from ((tensor, segment) for segment in tensor.spec.segments if segment.models)
 
 
-class _Merged:
-    """A scratch file with merged task vectors, in the dtype of the arithmetic."""
+def nbytes_merged(plan: Plan) -> int:
+    """What merged task vectors take; 0 where it is no more work to make them each time."""
+    recipe = plan.recipe
+    if recipe.method.takes != "task vectors" or not plan.inputs.has_base:
+        return 0
+    if all(plan.gives_one(tensor.values) for tensor in plan.tensors if tensor.spec.paired):
+        return 0
+    return max((info.offset + info.nbytes for info in _infos_of_merged(plan).values()), default=0)
 
-    def __init__(self, path: Path, plan: Plan) -> None:
-        self.path = path
-        self._infos: dict[str, TensorInfo] = {}
-        end = 0
-        for tensor, _ in _mergeable(plan):
-            if tensor.name not in self._infos:
-                dtype = STORED["float64" if tensor.in_float64 else "float32"]
-                nbytes = tensor.info.numel * itemsize(dtype)
-                self._infos[tensor.name] = TensorInfo(dtype, tensor.info.shape, end, nbytes)
-                end += -(-nbytes // 8) * 8
+
+def _infos_of_merged(plan: Plan) -> dict[str, TensorInfo]:
+    """Where each merged task vector is kept, in the dtype of the arithmetic."""
+    infos: dict[str, TensorInfo] = {}
+    end = 0
+    for tensor, _ in _mergeable(plan):
+        if tensor.name not in infos:
+            dtype = STORED["float64" if tensor.in_float64 else "float32"]
+            nbytes = tensor.info.numel * itemsize(dtype)
+            infos[tensor.name] = TensorInfo(dtype, tensor.info.shape, end, nbytes)
+            end += -(-nbytes // 8) * 8
+    return infos
+
+
+class Merged:
+    """Merged task vectors, in the dtype of the arithmetic.
+
+    Args:
+        plan: whose.
+        scratch: a folder for the file that has them; None keeps them in memory.
+    """
+
+    def __init__(self, plan: Plan, scratch: Path | None) -> None:
+        self.path = (
+            scratch or Path("memory")
+        ) / "merged.bin"  # in messages: the file has no name, so none can change it
+        self._infos = _infos_of_merged(plan)
+        self._held: _InMemory | BinaryIO
+        self._held = _InMemory(nbytes_merged(plan)) if scratch is None else TemporaryFile(dir=scratch)  # noqa: SIM115 - `close`
+
+    @property
+    def opened(self) -> Opened:
+        """To be read, or written."""
+        return self._held if isinstance(self._held, _InMemory) else self._held.fileno()
+
+    @staticmethod
+    def write(into: Opened, values: memoryview, offset: int) -> None:
+        """Write some entries to their place."""
+        if isinstance(into, _InMemory):
+            into.view[offset : offset + len(values)] = values
+        else:
+            assert isinstance(into, int)
+            write_from(into, values, offset)
+
+    def close(self) -> None:
+        """Let go of it."""
+        if isinstance(self._held, _InMemory):
+            self._held = _InMemory(0)
+        else:
+            self._held.close()
 
     def offset_of(self, tensor: TensorPlan) -> int:
         """Where a tensor begins."""
@@ -242,37 +328,45 @@ class _Merged:
         return segment._replace(base=segment.base._replace(first=segment.start), models=(model,))
 
 
+def free_memory() -> int:
+    """Bytes of memory that this machine has left, as far as that can be told; else half of what it has."""
+    with suppress(OSError, ValueError, StopIteration), open("/proc/meminfo", encoding="ascii") as file:
+        return 1024 * next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:"))
+    with suppress(OSError, ValueError, AttributeError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return 0
+
+
+class _InMemory:
+    """Bytes that are read as a file is."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.view = memoryview(bytearray(0) if not nbytes else mmap.mmap(-1, nbytes))
+
+    def read_into(self, view: memoryview, offset: int) -> int:
+        found = self.view[offset : offset + len(view)]
+        view[: len(found)] = found
+        return len(found)
+
+
 # --- where a candidate goes ---
-
-
-@contextmanager
-def _files(folder: Path, plan: Plan) -> Iterator[list[int]]:
-    """The weight files, open, with their heads written."""
-    fds: list[int] = []
-    try:
-        for file in plan.outputs:
-            fds.append(os.open(folder / file.name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
-            os.ftruncate(fds[-1], file.nbytes)
-            write_from(fds[-1], memoryview(file.head), 0)
-        yield fds
-    finally:
-        for fd in fds:
-            os.close(fd)
 
 
 class _ToFiles(Write):
     """The job of making some chunks, and writing each to its place."""
 
-    def __init__(self, plan: Plan, fds: Sequence[int]) -> None:
+    def __init__(self, plan: Plan, fds: Sequence[int | None]) -> None:
         super().__init__(plan, [])
         self._fds = fds
 
     def of_item(self, worker: Worker, item: list[PlanChunk]) -> int:
         for chunk in worker.cut(item):
-            raw = self._make(worker, chunk, type(self.tally).nothing(self.models))
+            raw = self._make(worker, chunk, self.nothing())
             info = chunk.tensor.info
             offset = info.offset + (chunk.segment.start + chunk.first) * itemsize(info.dtype)
-            write_from(self._fds[chunk.tensor.file], raw, offset)
+            fd = self._fds[chunk.tensor.file]
+            assert fd is not None, "a tensor of a file that is left as it is"
+            write_from(fd, raw, offset)
         return sum(chunk.nbytes for chunk in item)
 
 
@@ -285,11 +379,24 @@ class _ToTensors(Write):
 
     def of_item(self, worker: Worker, item: list[PlanChunk]) -> int:
         for chunk in worker.cut(item):
-            raw = self._make(worker, chunk, type(self.tally).nothing(self.models))
-            first = chunk.segment.start + chunk.first
-            into = self._into[chunk.tensor.name].view(-1)[first : first + chunk.numel]
-            into.copy_(torch.frombuffer(raw, dtype=torch.uint8).view(into.dtype))
+            raw = self._make(worker, chunk, self.nothing())
+            if len(raw):
+                into = self._place_of(chunk)
+                into.copy_(torch.frombuffer(raw, dtype=torch.uint8).view(into.dtype))
+        if worker.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()  # the module is used in another stream
         return sum(chunk.nbytes for chunk in item)
+
+    def _place_of(self, chunk: PlanChunk) -> torch.Tensor:
+        first = chunk.segment.start + chunk.first
+        return self._into[chunk.tensor.name].view(-1)[first : first + chunk.numel]
+
+    def _stored(self, worker: Worker, chunk: PlanChunk) -> torch.Tensor:
+        into = self._place_of(chunk)
+        return into if into.device == worker.device else super()._stored(worker, chunk)
+
+    def _raw(self, worker: Worker, chunk: PlanChunk) -> memoryview:
+        return memoryview(b"") if self._place_of(chunk).device == worker.device else super()._raw(worker, chunk)
 
 
 def _refuse_other(tensor: TensorPlan, into: Mapping[str, torch.Tensor]) -> None:

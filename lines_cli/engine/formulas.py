@@ -167,6 +167,7 @@ class _Blocks:
     def block(self, row: int, rows: int) -> torch.Tensor:
         """The same as `product`, not computed again if it is the last one."""
         if self._last is None or self._last[0] != row:
+            self._last = None  # one block at a time
             self._last = row, self.product(row, rows)
         return self._last[1]
 

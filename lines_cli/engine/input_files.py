@@ -113,7 +113,7 @@ def new_shared() -> Kept[torch.Tensor]:
     return Kept(_MOST_SHARED)
 
 
-_MOST_SHARED = 8
+_MOST_SHARED = 4  # of a batch's factors each is as large as its file says
 
 
 def with_views(fds: Sequence[Opened], views: Sequence[Views]) -> Sources:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from lines_cli.engine.arithmetic import block_sums, is_finite, task_vector
-from lines_cli.engine.chunks import PlanChunk, items_of, merged_segments
+from lines_cli.engine.chunks import Chunk, PlanChunk, items_of, merged_segments
 from lines_cli.engine.devices import Devices
 from lines_cli.engine.input_files import Opened
 from lines_cli.engine.merge_chunk import drop_entries, merge_chunk, merge_entries, read_chunk
@@ -26,10 +26,13 @@ from lines_cli.engine.workers import Worker
 from lines_cli.methods import ByMagnitude
 from lines_cli.methods.sparsify import Bounds, Ranks
 from lines_cli.methods.sums import weighted_sum
-from lines_cli.plan.plan import SIGNS_AND_NORMS, Plan, TensorPlan, bytes_of
+from lines_cli.plan.plan import WEIGHTS, Plan, TensorPlan, bytes_of, pass_of_rule
 from lines_cli.plan.resources import SUM_BLOCK
 from lines_cli.plan.statistics import Needs, Norms, Statistics
 from lines_cli.plan.tensors import Segment
+from lines_cli.plan.weights import with_weights
+from lines_cli.scaling.depth_rules import DepthRule, find_rule
+from lines_cli.storage.names import natural
 
 Track = Callable[[str, int, Iterable[int]], Iterable[int]]
 """Wraps the stream of byte counts of one pass, to show progress: the pass's title, its total, the stream."""
@@ -69,16 +72,20 @@ def measure(plan: Plan, sources: Sequence[Opened], devices: Devices, track: Trac
     if not needs:
         return Measurement(plan.statistics, 0, 0)
     measuring = Measuring(plan, sources, devices, track)
+    if needs.weights:
+        measuring.weights()
     if needs.thresholds and plan.trims_globally:
         measuring.global_thresholds()
     elif needs.thresholds:
         measuring.thresholds_by_tensor()
     if needs.l1:
         measuring.l1_norms()
-    if needs.products:
-        measuring.angles()
+    if needs.sums:
+        measuring.sums()
     if needs.majority or needs.norms:
         measuring.signs_and_norms()
+    for rule in needs.scores:
+        measuring.scores(rule)
     return Measurement(measuring.plan.statistics, measuring.passes, measuring.bytes_read)
 
 
@@ -156,6 +163,7 @@ class Measuring:
         title = f"measuring {what}"
         if total is None:
             self.passes += 1
+        if total is None or what in map(pass_of_rule, plan.needs.scores):
             title += f" {plan.passes.index(what) + 1}/{len(plan.passes) + 1}"
         with closing(pool.in_order()) as results:
             whole = plan.bytes_measured if self.total is None else self.total
@@ -268,6 +276,34 @@ class Measuring:
         self.stream("thresholds", self.tensors, select, tally)
         self.found(thresholds=thresholds, kept=tuple((number, total) for number in kept))
 
+    def weights(self) -> None:
+        """The squared L2 norm of each model's whole task vector; from then on weights are numbers."""
+        squares = [0.0] * len(self.models)
+
+        def tally(result: list[list[float]]) -> None:
+            for model, blocks in enumerate(result):
+                squares[model] = _added(squares[model], blocks)
+
+        self.squares(tally)
+        self.found_squares(squares)
+
+    def squares(self, add: Callable[[list[list[float]]], None]) -> None:
+        """Give each model's squared L2 norms of blocks to `add`, chunk by chunk, in the order of the tensors' names."""
+
+        def job(worker: Worker, chunk: PlanChunk) -> list[list[float]]:
+            _, vectors = read_chunk(worker, chunk)
+            _refuse_nonfinite(worker, chunk, vectors)
+            return [block_sums(tau.double().square_(), SUM_BLOCK) for tau in vectors]
+
+        self.one_pass(WEIGHTS, job, add)
+
+    def found_squares(self, squares: Sequence[float]) -> None:
+        """Keep the squared norms of the models' whole task vectors, and the weights that rest on them."""
+        self.found(squares=tuple(squares))
+        self.plan = with_weights(self.plan, squares)
+        numbers = {tensor.name: tensor for tensor in self.plan.tensors}
+        self.tensors = [numbers[tensor.name] for tensor in self.tensors]
+
     def l1_norms(self) -> None:
         """Each tensor's L1 norm in each model, of the whole task vector and of what is left after dropping."""
         sums: dict[str, list[list[float]]] = {}
@@ -290,24 +326,28 @@ class Measuring:
         self.one_pass("L1 norms", job, tally)
         self.found(l1={name: tuple((before, after) for before, after in totals) for name, totals in sums.items()})
 
-    def angles(self) -> None:
-        """What the angle between two models' tensors follows from: their dot product and squared norms."""
+    def sums(self) -> None:
+        """What the method adds up over each tensor, such as the products from which angles follow."""
+        method = self.plan.recipe.method
         sums: dict[str, list[float]] = {}
 
         def job(worker: Worker, chunk: PlanChunk) -> tuple[str, list[list[float]]]:
-            _, weights = worker.inputs(chunk)
-            _refuse_nonfinite(worker, chunk, weights)
-            a, b = (tensor.to(torch.float64) for tensor in weights)
-            return chunk.tensor.name, [block_sums(product, SUM_BLOCK) for product in (a * b, a * a, b * b)]
+            if "sums" not in method.needs(chunk.tensor.values):
+                return chunk.tensor.name, []
+            _, tensors = read_chunk(worker, chunk)
+            _refuse_nonfinite(worker, chunk, tensors)
+            drop_entries(worker, chunk, tensors)
+            terms = method.sums(tensors, chunk.tensor.values)
+            return chunk.tensor.name, [block_sums(term.to(torch.float64), SUM_BLOCK) for term in terms]
 
         def tally(result: tuple[str, list[list[float]]]) -> None:
-            name, products = result
-            totals = sums.setdefault(name, [0.0, 0.0, 0.0])
-            for number, blocks in enumerate(products):
+            name, terms = result
+            totals = sums.setdefault(name, [0.0] * len(terms))
+            for number, blocks in enumerate(terms):
                 totals[number] = _added(totals[number], blocks)
 
-        self.one_pass("angles", job, tally)
-        self.found(products={name: (dot, first, second) for name, (dot, first, second) in sums.items()})
+        self.one_pass("sums", job, tally)
+        self.found(sums={name: tuple(totals) for name, totals in sums.items()})
 
     def signs_and_norms(self) -> None:
         """The sign that most elections give; and the L1 norms of the sum of all task vectors and of the merged one."""
@@ -318,8 +358,7 @@ class Measuring:
     def elect(self, add: Callable[[Election], None]) -> None:
         """Hold the elections, and give each chunk's to `add`, in the order of the tensors' names."""
         needs = self.plan.needs
-        what = next(name for name in self.plan.passes if name in SIGNS_AND_NORMS)
-        self.one_pass(what, lambda worker, chunk: _elect(worker, chunk, needs), add)
+        self.one_pass(self.plan.pass_of_signs, lambda worker, chunk: _elect(worker, chunk, needs), add)
 
     def found_in(self, elected: Elected) -> None:
         """Keep what all elections have come to."""
@@ -328,6 +367,79 @@ class Measuring:
         merged = elected.with_plus if majority > 0 else elected.with_minus
         norms = Norms(elected.total, merged, len(self.models)) if needs.norms else None
         self.found(majority=majority, norms=norms)
+
+    def scores(self, name: str) -> None:
+        """What a depth rule asks to know of each matrix in the blocks and of its update."""
+        rule = find_rule(name)
+        looked_at = {tensor.name for tensor in self.tensors}
+        in_blocks = [tensor for tensor in self.plan.in_blocks if tensor.name in looked_at]
+        tensors = sorted(in_blocks, key=lambda tensor: natural(tensor.name))
+        found: dict[str, list[float]] = {}
+
+        def of_entries(worker: Worker, item: list[PlanChunk]) -> _Scored:
+            found = []
+            for chunk in worker.cut(item):
+                numbers = _asked(rule, *_updated(worker, chunk))
+                found.append((chunk.tensor.name, [block_sums(each, SUM_BLOCK) for each in numbers]))
+            return found, sum(chunk.nbytes for chunk in item)
+
+        def of_tensor(worker: Worker, tensor: TensorPlan) -> _Scored:
+            each = [_whole(worker, rule, tensor, segment) for segment in tensor.segments if segment.models]
+            return [(tensor.name, [[number] for number in numbers]) for numbers in each], bytes_of(tensor.segments)
+
+        def tally(result: _Scored) -> int:
+            for tensor, sums in result[0]:
+                totals = found.setdefault(tensor, [0.0] * len(sums))
+                totals[:] = [_added(total, blocks) for total, blocks in zip(totals, sums, strict=True)]
+            return result[1]
+
+        what = pass_of_rule(name)
+        total = bytes_of(segment for _, segment in merged_segments(tensors))
+        if rule.sees == "entries":
+            self.stream(what, items_of(merged_segments(tensors)), of_entries, tally, total=total)
+        else:
+            self.stream(what, tensors, of_tensor, tally, total=total)
+        self.passes += 1
+        known = {tensor: tuple(numbers) for tensor, numbers in found.items()}
+        self.found(scores={**self.plan.statistics.scores, name: known})
+
+
+_Scored = tuple[list[tuple[str, list[list[float]]]], int]
+"""Of some tensors the numbers that a rule asked for, as sums to be added up; and the bytes read."""
+
+
+def _updated(worker: Worker, chunk: PlanChunk) -> tuple[torch.Tensor, torch.Tensor]:
+    """The base's entries and what is merged into them, before lambda and gamma: [n] each.
+
+    Raises:
+        DataError: NaN or Inf in an input.
+    """
+    method = worker.plan.recipe.method
+
+    def given(_: torch.Tensor | None, tensors: Sequence[torch.Tensor]) -> None:
+        _refuse_nonfinite(worker, chunk, tensors)
+
+    merged = merge_chunk(worker, chunk, given=given)
+    assert merged.base is not None, "a task vector without a base"
+    if method.takes == "weights":
+        task_vector(merged.values, merged.base)
+    return merged.base, merged.values
+
+
+def _whole(worker: Worker, rule: DepthRule, tensor: TensorPlan, segment: Segment) -> list[float]:
+    """What a rule that sees whole tensors asks to know of one."""
+    dtype = torch.float64 if tensor.in_float64 else torch.float32
+    base, update = (torch.empty(segment.numel, dtype=dtype, device=worker.device) for _ in range(2))
+    for chunk in worker.cut([Chunk(tensor, segment, 0, segment.numel)]):
+        for into, entries in zip((base, update), _updated(worker, chunk), strict=True):
+            into[chunk.first : chunk.first + chunk.numel].copy_(entries)
+    shape = tensor.shape_of(segment)
+    return [float(f"{float(number):.9g}") for number in _asked(rule, base.view(shape), update.view(shape))]
+
+
+def _asked(rule: DepthRule, base: torch.Tensor, update: torch.Tensor) -> Sequence[Any]:
+    assert rule.measure is not None
+    return rule.measure(base, update)
 
 
 class Elected:
@@ -421,7 +533,8 @@ def _elect(worker: Worker, chunk: PlanChunk, needs: Needs) -> Election:
         left(base, tensors)
         return Election(balance)
     one, other = (1, -1) if needs.majority else (None, None)
-    merged = merge_chunk(worker, chunk, given=given, left=left, majority=one)
+    looks = left if needs.majority or method.norm_of_kept else None
+    merged = merge_chunk(worker, chunk, given=given, left=looks, majority=one)
     values = merged.values
     if method.takes == "weights":
         assert merged.base is not None

@@ -20,7 +20,7 @@ from lines_cli.engine.input_files import Opened
 from lines_cli.engine.measure import Elected, Election, Measuring, Track
 from lines_cli.engine.scales import measure_scales
 from lines_cli.engine.threshold import Counter, Counters, Search, Sought, Window
-from lines_cli.plan.plan import ANGLES, L1_NORMS, SCALES, THRESHOLDS, Plan, TensorPlan
+from lines_cli.plan.plan import L1_NORMS, SCALES, SUMS, THRESHOLDS, WEIGHTS, Plan, TensorPlan, pass_of_rule
 from lines_cli.plan.statistics import Statistics
 from lines_cli.plan.tensors import Segment
 
@@ -57,9 +57,16 @@ def measure_share(plan: Plan, what: str, names: Sequence[str], how: How) -> Json
     if what == L1_NORMS:
         measuring.l1_norms()
         return {"statistics": Statistics(l1=measuring.plan.statistics.l1).to_json()}
-    if what == ANGLES:
-        measuring.angles()
-        return {"statistics": Statistics(products=measuring.plan.statistics.products).to_json()}
+    if what == SUMS:
+        measuring.sums()
+        return {"statistics": Statistics(sums=measuring.plan.statistics.sums).to_json()}
+    if what == WEIGHTS:
+        squares = _Squares(plan.number_of_models)
+        measuring.squares(squares.add)
+        return {"squares": squares.to_json()}
+    if (rule := _rule_of(plan, what)) is not None:
+        measuring.scores(rule)
+        return {"statistics": Statistics(scores={rule: measuring.plan.statistics.scores[rule]}).to_json()}
     blocks = _Blocks()
     measuring.elect(blocks.add)
     return {"elections": blocks.to_json()}
@@ -84,7 +91,17 @@ def with_shares(plan: Plan, what: str, shares: Sequence[Mapping[str, Any]]) -> P
 
 def _with_shares(plan: Plan, what: str, shares: Sequence[Mapping[str, Any]]) -> Plan:
     known = plan.statistics
-    if what in (THRESHOLDS, L1_NORMS, ANGLES, SCALES):
+    measuring = _Nothing(plan)
+    if what == WEIGHTS:
+        totals = [0.0] * plan.number_of_models
+        for share in shares:
+            for model, blocks in enumerate(_Squares.of(share["squares"], len(totals))):
+                for block in blocks:
+                    totals[model] += block
+        measuring.found_squares(totals)
+        return measuring.plan
+    rule = _rule_of(plan, what)
+    if what in (THRESHOLDS, L1_NORMS, SUMS, SCALES) or rule is not None:
         each = [Statistics.of(share["statistics"], plan.number_of_models) for share in shares]
         if what == THRESHOLDS:
             thresholds = {key: bounds for one in each for key, bounds in one.thresholds.items()}
@@ -93,17 +110,24 @@ def _with_shares(plan: Plan, what: str, shares: Sequence[Mapping[str, Any]]) -> 
             known = replace(known, thresholds=thresholds, kept=kept)
         elif what == L1_NORMS:
             known = replace(known, l1={name: sums for one in each for name, sums in one.l1.items()})
-        elif what == ANGLES:
-            known = replace(known, products={name: sums for one in each for name, sums in one.products.items()})
+        elif what == SUMS:
+            known = replace(known, sums={name: sums for one in each for name, sums in one.sums.items()})
+        elif rule is not None:
+            scores = {name: numbers for one in each for name, numbers in one.scores[rule].items()}
+            known = replace(known, scores={**known.scores, rule: scores})
         else:
             known = replace(known, scales={name: own for one in each for name, own in one.scales.items()})
         return replace(plan, statistics=known)
     elected = Elected()
     for share in shares:
         elected.add(_Blocks.of(share["elections"]))
-    measuring = _Nothing(plan)
     measuring.found_in(elected)
     return measuring.plan
+
+
+def _rule_of(plan: Plan, what: str) -> str | None:
+    """The depth rule that asks for a pass; None if none does."""
+    return next((rule for rule in plan.needs.scores if pass_of_rule(rule) == what), None)
 
 
 def _tensors(plan: Plan, names: Iterable[str]) -> list[TensorPlan]:
@@ -132,7 +156,7 @@ class _Blocks:
             own.extend(blocks)
 
     def to_json(self) -> Json:
-        total, plus, minus = (b64encode(zlib.compress(_little(own).tobytes(), 1)).decode() for own in self.sums)
+        total, plus, minus = (_text(own) for own in self.sums)
         return {
             "balance": self.balance,
             "total": total,
@@ -151,6 +175,37 @@ class _Blocks:
             raise TypeError(told["balance"])
         total, plus = _numbers(told["total"]), _numbers(told["with_plus"])
         return Election(told["balance"], total, plus, _numbers(told["with_minus"]) if "with_minus" in told else plus)
+
+
+class _Squares:
+    """Of a share, for each model the squared norm of every block, in order."""
+
+    def __init__(self, models: int) -> None:
+        self.by_model = [array("d") for _ in range(models)]
+
+    def add(self, result: list[list[float]]) -> None:
+        """Take account of a chunk."""
+        for own, blocks in zip(self.by_model, result, strict=True):
+            own.extend(blocks)
+
+    def to_json(self) -> list[str]:
+        return [_text(own) for own in self.by_model]
+
+    @staticmethod
+    def of(told: Sequence[str], models: int) -> list[array[float]]:
+        """What `to_json` gave.
+
+        Raises:
+            TypeError, ValueError: it gave something else.
+        """
+        found = [_numbers(text) for text in told]
+        if len(found) != models:
+            raise ValueError("squares of other models")
+        return found
+
+
+def _text(numbers: array[float]) -> str:
+    return b64encode(zlib.compress(_little(numbers).tobytes(), 1)).decode()
 
 
 def _little(numbers: array[float]) -> array[float]:

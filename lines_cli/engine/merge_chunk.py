@@ -16,8 +16,8 @@ from lines_cli.engine.arithmetic import dot, is_finite
 from lines_cli.engine.chunks import Chunk, PlanChunk
 from lines_cli.engine.whole_tensors import Whole
 from lines_cli.engine.workers import Worker
-from lines_cli.errors import DataError
-from lines_cli.methods import ByMagnitude, Drawn
+from lines_cli.errors import DataError, printable
+from lines_cli.methods import ByMagnitude, CannotMergeError, Drawn
 from lines_cli.methods.sparsify import Where
 
 Look = Callable[[torch.Tensor | None, Sequence[torch.Tensor]], object]
@@ -64,7 +64,7 @@ def merge_chunk(
         DataError: NaN or Inf in a tensor that is merged whole, unless that is allowed.
     """
     method = worker.plan.recipe.method
-    if method.sees == "tensors":
+    if method.sees_whole(chunk.tensor.values):
         return _part_of_whole(worker, chunk, given, left)
     base, tensors = read_chunk(worker, chunk)
     if given is not None:
@@ -73,7 +73,7 @@ def merge_chunk(
     kept = drop_entries(worker, chunk, tensors)
     if left is not None:
         left(base, tensors)
-    values = merge_entries(worker, chunk, tensors, majority=majority)
+    values = merge_entries(worker, chunk, tensors, base=base, majority=majority)
     return Merged(base, values, squares, kept, chunk.numel)
 
 
@@ -99,27 +99,40 @@ def drop_entries(worker: Worker, chunk: PlanChunk, tensors: list[torch.Tensor]) 
         return ()
     # A head and the embedding it is tied to are one weight, and lose the same entries.
     where = Where(tensor.spec.counts_as, chunk.segment.start + chunk.first)
-    masks = sparsifier.masks(tensors, tensor.values, where)
-    kept = tuple(float(chunk.numel) if mask is None else float(mask.sum()) for mask in masks)
-    for tau, mask in zip(tensors, masks, strict=True):
+    kept = []
+    for tau, mask in zip(tensors, sparsifier.masks(tensors, tensor.values, where), strict=True):
+        kept.append(float(chunk.numel) if mask is None else float(mask.count_nonzero()))
         if mask is not None:
             tau.mul_(mask)
-    return kept
+    return tuple(kept)
 
 
 def merge_entries(
-    worker: Worker, chunk: PlanChunk, tensors: Sequence[torch.Tensor], *, majority: int | None = None
+    worker: Worker,
+    chunk: PlanChunk,
+    tensors: Sequence[torch.Tensor],
+    *,
+    base: torch.Tensor | None = None,
+    majority: int | None = None,
 ) -> torch.Tensor:
-    """What the method makes of tensors from which entries were dropped; overwrites them."""
-    keywords = worker.keywords(chunk.tensor, majority=majority)
-    return worker.plan.recipe.method.merge(tensors, **keywords)
+    """What the method makes of tensors from which entries were dropped; overwrites them.
+
+    Raises:
+        DataError: of these numbers it can make nothing.
+    """
+    method = worker.plan.recipe.method
+    try:
+        keywords = worker.keywords(chunk.tensor, majority=majority)
+    except CannotMergeError as error:
+        raise DataError(f"{printable(chunk.tensor.name)}: {error}") from None
+    return method.merge(tensors, base=base, **keywords) if method.given_base else method.merge(tensors, **keywords)
 
 
 def nonfinite_behind(worker: Worker, chunk: PlanChunk) -> str | None:
     """Which input of a chunk, or of the whole tensor that it is a part of, holds NaN or Inf, and where; None if none
     does.
     """
-    if chunk.segment.models and worker.plan.recipe.method.sees == "tensors":
+    if chunk.segment.models and worker.plan.recipe.method.sees_whole(chunk.tensor.values):
         return _whole(worker, chunk).nonfinite
     return worker.nonfinite(chunk)
 
@@ -173,23 +186,27 @@ def _make_whole(worker: Worker, chunk: PlanChunk) -> Whole:
     """
     tensor, segment = chunk.tensor, chunk.segment
     dtype = torch.float64 if tensor.in_float64 else torch.float32
+    method = worker.plan.recipe.method
     tensors = [torch.empty(segment.numel, dtype=dtype, device=worker.device) for _ in segment.models]
+    base = torch.empty(segment.numel, dtype=dtype, device=worker.device) if method.given_base else None
     squares: tuple[float, ...] = ()
-    kept: tuple[float, ...] = ()
     nonfinite: str | None = None
     for part in Chunk(tensor, segment, 0, segment.numel).cut(worker.chunk):
-        _, held = read_chunk(worker, part)
+        of_base, held = read_chunk(worker, part)
         if nonfinite is None and not all(map(is_finite, held)):
             nonfinite = worker.nonfinite(part)
             if nonfinite is not None and not worker.plan.recipe.allow_nonfinite:
                 raise DataError(nonfinite, hint=worker.hint_of_nonfinite(part))
-            _, held = read_chunk(worker, part)  # looking for it went through the same buffers
+            of_base, held = read_chunk(worker, part)  # looking for it went through the same buffers
         squares = _added(squares, _squares(worker, held))
-        kept = _added(kept, drop_entries(worker, part, held))
+        if base is not None and of_base is not None:
+            base[part.first : part.first + part.numel].copy_(of_base)
         for into, entries in zip(tensors, held, strict=True):
             into[part.first : part.first + part.numel].copy_(entries)
     shape = tensor.shape_of(segment)
-    values = merge_entries(worker, chunk, [whole.view(shape) for whole in tensors]).reshape(-1)
+    shaped = [whole.view(shape) for whole in tensors]
+    kept = drop_entries(worker, Chunk(tensor, segment, 0, segment.numel), shaped)
+    values = merge_entries(worker, chunk, shaped, base=None if base is None else base.view(shape)).reshape(-1)
     assert values.numel() == segment.numel, "a method made a tensor of another size"
     if worker.device.type == "cuda":
         torch.cuda.current_stream().synchronize()  # others read it in streams of their own

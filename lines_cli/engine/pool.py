@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from lines_cli.engine.devices import Devices
+from lines_cli.engine.devices import Devices, first_line, give_back, is_out_of_memory
 from lines_cli.engine.workers import Reader
 from lines_cli.errors import LinesError, printable
 
@@ -71,6 +71,8 @@ class Pool(Generic[Thread, Item, Result]):
                 if worker.ident is not None:
                     worker.join()
             torch.set_num_threads(torch.get_num_threads())  # the workers' setting is the default of new threads, too
+            for device in dict.fromkeys(self._crew.members):
+                give_back(device)
 
     def in_order(self) -> Generator[Result, None, None]:
         """Run it; yields the results in the order of the items, so that sums do not depend on who was faster."""
@@ -106,10 +108,10 @@ class Pool(Generic[Thread, Item, Result]):
         while True:
             try:
                 return self._job(worker, item)
-            except torch.cuda.OutOfMemoryError:
-                pass
-            except RuntimeError as error:  # torch's way to say it of the host
-                if "alloc" not in str(error):
-                    raise
-                raise MemoryError(str(error).partition("\n")[0]) from error
-            worker.halve()  # here, where no traceback holds the tensors of the attempt any more
+            except RuntimeError as error:
+                why = first_line(error)
+                if not is_out_of_memory(error):
+                    if "alloc" not in str(error):  # torch's way to say it of the host
+                        raise
+                    raise MemoryError(why) from error
+            worker.halve(why)  # here, where no traceback holds the tensors of the attempt any more

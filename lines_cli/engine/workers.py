@@ -28,7 +28,14 @@ from lines_cli.engine.arithmetic import (
 )
 from lines_cli.engine.buffers import Buffer, Loaded
 from lines_cli.engine.chunks import Chunk, PlanChunk, Tensor
-from lines_cli.engine.devices import SLOTS, has_own_memory
+from lines_cli.engine.devices import (
+    SLOTS,
+    first_line,
+    give_back,
+    has_own_memory,
+    is_out_of_memory,
+    out_of_memory_on,
+)
 from lines_cli.engine.formulas import Makers
 from lines_cli.engine.gather import Gather
 from lines_cli.engine.input_files import Opened, Sources, new_shared, read_input
@@ -120,8 +127,9 @@ class Reader:
     ) -> None:
         self.paths, self.sources, self.device, self.chunk, self._room = paths, sources, device, chunk, per_entry
         if device.type == "cuda":
-            torch.cuda.set_device(device)
-            torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call] # this thread's
+            with out_of_memory_on(device):
+                torch.cuda.set_device(device)
+                torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call] # this thread's
         self._raw: list[Buffer] = []
         self._held = torch.empty(0)
         self._views: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None  # of what is held: the last asked for
@@ -130,8 +138,8 @@ class Reader:
         self._stored = _Stored(paths, sources, device, turned)
         self._makers = Makers(self._stored.factor, device, shared)
         self._gather = Gather(self._stored.entries, self._makers, device)
-        if not self._allocate():
-            self.halve()
+        if (why := self._allocate()) is not None:
+            self.halve(why)
 
     @property
     def at(self) -> str | None:
@@ -147,36 +155,38 @@ class Reader:
         """Where a chunk of the output is put."""
         return self._out[0]
 
-    def _allocate(self) -> bool:
-        """Take the memory for the buffers, if the device has it."""
+    def _allocate(self) -> str | None:
+        """Take the memory for the buffers; what the device says if it has none."""
         per_entry, device, chunk = self._room, self.device, self.chunk
         slots = SLOTS if has_own_memory(device) else 1
         try:
             self._raw = [Buffer(device, chunk * per_entry.stored) for _ in range(slots)]
             self._out = [Buffer(device, chunk * per_entry.written)]
             self._held = torch.empty(per_entry.held, chunk * per_entry.width, dtype=torch.uint8, device=device)
-        except torch.cuda.OutOfMemoryError:
-            return False
-        except RuntimeError as error:  # torch's way to say it of the host
+        except RuntimeError as error:
+            if is_out_of_memory(error):  # of the driver's errors, those of pinned memory, too
+                return first_line(error)
             nbytes = chunk * per_entry.nbytes(slots=slots)
             raise MemoryError(f"a worker's buffers are {nbytes:,} bytes") from error
-        return True
+        return None
 
-    def halve(self) -> None:
+    def halve(self, why: str) -> None:
         """Go on with chunks of half the size, because the device is out of memory.
+
+        Args:
+            why: what the device said.
 
         Raises:
             MemoryError: they are as small as may be.
         """
-        while True:
+        said: str | None = why
+        while said is not None:
             self._raw, self._out, self._held, self._views = [], [], torch.empty(0), None
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            give_back(self.device)
             if self.chunk < 2 * SUM_BLOCK:
-                raise MemoryError(f"{self.device} has no room for chunks of {self.chunk:,} entries")
+                raise MemoryError(f"{self.device} has no room for chunks of {self.chunk:,} entries: {said}")
             self.chunk = self.chunk // 2 // SUM_BLOCK * SUM_BLOCK
-            if self._allocate():
-                return
+            said = self._allocate()
 
     def cut(self, chunks: Iterable[Chunk[Tensor]]) -> Iterator[Chunk[Tensor]]:
         """The same entries, in steps that fit the buffers."""

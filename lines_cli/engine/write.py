@@ -348,7 +348,7 @@ class Write(RangeJob[Worker, TensorPlan, Tally]):
             if dtype in TORCH_DTYPES:
                 values = loaded.values()
         if raw is None:
-            stored = worker.out.device_view(chunk.numel, TORCH_DTYPES[dtype])
+            stored = self._stored(worker, chunk)
             self._round(chunk, values, stored, exact)
             if exact is not None:
                 self._measure(chunk, stored, exact, tally)
@@ -369,9 +369,17 @@ class Write(RangeJob[Worker, TensorPlan, Tally]):
         if copy is None and _VARIANCE.search(name) and (least := float(values.min())) < 0:
             tally.negative[name] = min(least, tally.negative.get(name, 0.0))
         if raw is None:
-            raw = worker.out.to_host(chunk.numel * itemsize(dtype))
+            raw = self._raw(worker, chunk)
         self._count(chunk, exact, tally)
         return raw
+
+    def _stored(self, worker: Worker, chunk: PlanChunk) -> torch.Tensor:
+        """Where a chunk is put that is computed: [numel], in the output's dtype."""
+        return worker.out.device_view(chunk.numel, TORCH_DTYPES[chunk.tensor.info.dtype])
+
+    def _raw(self, worker: Worker, chunk: PlanChunk) -> memoryview:
+        """The bytes of what was put there."""
+        return worker.out.to_host(chunk.numel * itemsize(chunk.tensor.info.dtype))
 
     def exact(self, worker: Worker, chunk: PlanChunk) -> Exact:
         """What a chunk comes to, before it is rounded: of what is merged, and of copies that are made or measured."""
@@ -460,6 +468,9 @@ class Write(RangeJob[Worker, TensorPlan, Tally]):
         coefficient = self._coefficient(chunk)
         if self.plan.recipe.method.takes == "task vectors":
             assert merged.base is not None
+            if self.groups is None and self.plan.recipe.rounding == "nearest":  # nobody asks for the task vector
+                scaled = merged.values if coefficient == 1 else merged.values.mul_(coefficient)
+                return scaled.add_(merged.base), None
             return add_scaled(merged.base, merged.values, coefficient), merged.values
         if merged.base is None:
             return merged.values, None

@@ -11,8 +11,8 @@ from typing import Any
 
 from lines_cli.checkpoint.adapter import Adapter, Change
 from lines_cli.checkpoint.adapter_names import with_dots
-from lines_cli.plan.layout import natural
 from lines_cli.scaling.find_depth import DepthMap
+from lines_cli.storage.names import natural
 
 Norms = Sequence[float | None]
 """How large the update of each change is; None where it is not known."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -35,13 +36,13 @@ from lines_cli.inspection.open import Inspection, ReadRange, recipe_of
 from lines_cli.inspection.statistics import Findings, Interference, UpdateStats, ValueStats
 from lines_cli.plan.build import make_plan
 from lines_cli.plan.inputs import open_inputs
-from lines_cli.plan.layout import natural
 from lines_cli.plan.plan import Plan
 from lines_cli.plan.realised import Forecast
 from lines_cli.plan.resources import BytesPerEntry, Resources
+from lines_cli.plan.statistics import NOTHING_MEASURED, Statistics
 from lines_cli.recipe.schema import Scaling
 from lines_cli.storage.digest import altered
-from lines_cli.storage.names import RECIPE
+from lines_cli.storage.names import RECIPE, natural
 
 
 def compare(
@@ -65,21 +66,27 @@ def compare(
     resources = resources or Resources()
     devices = Devices(resources)
     keep_freed_memory()
-    merge = _merge(inspection) if inspection.of == "merge" else None  # refuses before anything is read
+    merge = _merge(inspection)  # refuses before anything is read
     sums = _Sums()
+    found = NOTHING_MEASURED
+    if merge is not None and merge.needs.scores:  # which decide what is foreseen
+        found = _measured(merge, devices, track)
+        alpha = found.norms.alpha if found.norms else 1 / len(inspection.models)
+        inspection = inspection.with_measured(
+            alpha=alpha if inspection.scaling.needs_alpha else None, scores=found.scores
+        )
     with devices.bounded():
         _stream(inspection, devices, track, sums)
-    norms = None
-    if merge is not None:
-        with opened(merge.paths) as fds, devices.bounded():
-            norms = measure(merge, with_views(fds, merge.views), devices, track).statistics.norms
+    if merge is not None and not merge.needs.scores:
+        found = _measured(merge, devices, track)
     return Findings(
         changes=sums.changes,
         forecasts=sums.forecasts,
         joint=sums.joint,
         seen=sums.seen,
         same=sums.same,
-        norms=norms,
+        norms=found.norms,
+        scores=found.scores,
         files=_files(inspection) if files else {},
         bytes_read=sums.bytes_read,
         seconds=perf_counter() - started,
@@ -87,11 +94,30 @@ def compare(
 
 
 def _merge(inspection: Inspection) -> Plan | None:
-    """The plan of the merge with alpha to be measured; None where alpha follows from the number of models."""
-    lines = Scaling(alpha="auto", beta=0.0, layers=inspection.scaling.layers)
-    recipe = inspection.recipe.model_copy(update={"lines": lines})
+    """The plan of what is inspected, if something is to be measured of it: alpha of a merge, unless that follows from
+    the number of models; and what a depth rule asks for.
+    """
+    recipe = inspection.recipe
+    by_rule = bool(recipe.measured_rules) and inspection.has_base and inspection.knows_coefficients
+    if inspection.of != "merge" and not by_rule:
+        return None
+    if by_rule and recipe.lines is not None:
+        alpha = "auto" if inspection.of == "merge" else recipe.lines.alpha
+        lines = recipe.lines.model_copy(update={"alpha": alpha})
+    else:
+        lines = Scaling(alpha="auto", beta=0.0, layers=inspection.scaling.layers)
+    others: dict[str, Any] = {}
+    if inspection.of != "merge":  # what is compared is whatever they have in common
+        inside = inspection.missing_in_blocks or None
+        others = {"missing": "skip", "missing_in_blocks": inside, "resize": "ft", "like": "ft"}
+    recipe = recipe.model_copy(update={"lines": lines, **others})
     plan = make_plan(recipe, open_inputs(recipe, quiet=True), Path("inspected"))
-    return plan if plan.needs.norms else None
+    return plan if plan.needs.norms or plan.needs.scores else None
+
+
+def _measured(plan: Plan, devices: Devices, track: Track) -> Statistics:
+    with opened(plan.paths) as fds, devices.bounded():
+        return measure(plan, with_views(fds, plan.views), devices, track).statistics
 
 
 def _files(inspection: Inspection) -> dict[int, tuple[int, dict[str, str]]]:

@@ -23,11 +23,16 @@ from lines_cli.hub.download import Only
 from lines_cli.inspection.adapters import names_of
 from lines_cli.inspection.kinds import Kind, kind_of
 from lines_cli.plan.align import aligned_names
-from lines_cli.plan.coefficients import layer_coefficients, outside_coefficients, rounded_coefficient, unlike_lines
+from lines_cli.plan.coefficients import (
+    layer_coefficients,
+    outside_coefficients,
+    rounded_coefficient,
+    scale_at,
+    unlike_lines,
+)
 from lines_cli.plan.components import Share, in_one_shape, refuse_unknown, with_layouts
 from lines_cli.plan.depth import depth_of_kept, places_of_all
 from lines_cli.plan.inputs import Inputs, Opening, inputs_of, notes_of_files, refuse_variant_of_none
-from lines_cli.plan.layout import natural
 from lines_cli.plan.match import Names, kept, match_names, missing_in_blocks, nothing_in_common
 from lines_cli.plan.tensors import (
     STORED,
@@ -41,14 +46,14 @@ from lines_cli.plan.tensors import (
 )
 from lines_cli.plan.tied_weights import says_tied, tied_heads
 from lines_cli.plan.vocabulary import find_vocabulary, in_words
-from lines_cli.recipe.schema import UNSCALED, Like, Recipe, Scaling
+from lines_cli.recipe.schema import UNSCALED, Like, Recipe, Scaling, Scores
 from lines_cli.recipe.validate import edit_recipe, make_recipe
 from lines_cli.recipe.yaml_file import load_record
 from lines_cli.scaling.find_depth import DepthMap, Place, Region, Side, joined
 from lines_cli.scaling.numbered_lists import read_lists
-from lines_cli.scaling.schedule import Listed, Rules
+from lines_cli.scaling.schedule import Listed, Rules, Scored
 from lines_cli.storage.beside import beside
-from lines_cli.storage.names import RECIPE
+from lines_cli.storage.names import RECIPE, natural
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,9 +207,10 @@ class Inspection:
     def _knows_depth(self) -> bool:
         return bool(self.depth.stacks) or not (self.scaling.needs_depth or self.recipe.parameters_vary)
 
-    def with_alpha(self, alpha: float) -> Inspection:
-        """The same with an alpha that was measured."""
-        rules = self.scaling.rules(self.depth, alpha=alpha)
+    def with_measured(self, *, alpha: float | None = None, scores: Scores | None = None) -> Inspection:
+        """The same with an alpha, and what depth rules rest on, that were measured."""
+        rules = self.recipe.rules(self.depth, alpha=alpha, scores=scores)
+        rules = replace(rules, components={**self.rules.components, **rules.components})
         inspection = replace(self, rules=rules)
         return replace(inspection, parts=tuple(_parts(inspection)))
 
@@ -565,6 +571,9 @@ def _depth_alone(checkpoint: Checkpoint, recipe: Recipe, by_hand: Mapping[str, A
 def _complete(inspection: Inspection) -> Inspection:
     """With every tensor's place, kind and coefficient, and what an edit would say of these."""
     parts, said = tuple(_parts(inspection)), list[str]()
+    if inspection.of == "asked" and inspection.recipe.measured_rules and not inspection.has_base:
+        rules = " and ".join(sorted(inspection.recipe.measured_rules))
+        said.append(f"schedule: {rules} is measured on what a fine-tune changed: --base BASE shows the coefficients")
     if inspection.of == "asked" and inspection.knows_coefficients:
         one = len(inspection.checkpoints) <= 2
         said += unlike_lines(inspection.recipe, inspection.rules, inspection.depth, of_an_edit=one)
@@ -686,6 +695,7 @@ def _rules(recipe: Recipe, depth: DepthMap, shared: Collection[str] = ()) -> Rul
     said = recipe.parameters or any(source.parameters for source in recipe.merged)
     plain = not said and recipe.method.plain_sum(recipe.values("", 0.0))
     rules = recipe.rules(depth, alpha=1 / len(recipe.merged) if plain else None)
+    rules = _as_recorded(rules, recipe, depth)
     own = dict(rules.components)
     for name in dict.fromkeys(region.component for region in depth.regions):
         rule = recipe.rule_of(name)
@@ -693,6 +703,25 @@ def _rules(recipe: Recipe, depth: DepthMap, shared: Collection[str] = ()) -> Rul
             of_base = rule == "base" or (rule is None and recipe.like == "base" and len(recipe.merged) > 1)
             own[name] = Rules(Listed((0.0 if of_base else 1.0,)), outside="base" if of_base else "keep")
     return replace(rules, components=own)
+
+
+def _as_recorded(rules: Rules, recipe: Recipe, depth: DepthMap) -> Rules:
+    """The rules; where an output's recipe has a depth rule that was measured, with the coefficients that it records."""
+    if not recipe.measured_rules or not recipe.layers:
+        return rules
+    recorded: dict[str, dict[int, float]] = {}
+    for layer in recipe.layers:
+        recorded.setdefault(layer.stack, {})[layer.index] = layer.coefficient
+
+    def known(own: Rules) -> Rules:
+        stacks, scale = dict(own.stacks), own.gamma * scale_at(recipe, 0.0)
+        for stack in depth.stacks:
+            values = recorded.get(stack.name, {})
+            if scale and isinstance(stacks.get(stack.name), Scored) and values.keys() == set(range(stack.layers)):
+                stacks[stack.name] = Listed(tuple(values[index] / scale for index in range(stack.layers)))
+        return replace(own, stacks=stacks)
+
+    return replace(known(rules), components={name: known(own) for name, own in rules.components.items()})
 
 
 def _refuse_twice(opened: Sequence[Checkpoint]) -> None:

@@ -20,13 +20,13 @@ from lines_cli.inspection.kinds import KINDS
 from lines_cli.inspection.open import Inspection, TensorEntry
 from lines_cli.inspection.statistics import Findings, Interference, UpdateStats, ValueStats
 from lines_cli.plan.coefficients import layer_coefficients, outside_coefficients
-from lines_cli.plan.layout import natural
 from lines_cli.plan.realised import NOTHING_REALISED, Forecast, is_off
 from lines_cli.plan.statistics import Norms
 from lines_cli.plan.tensors import STORED
 from lines_cli.plan.tied_weights import tied_copies, tied_heads
 from lines_cli.recipe.schema import Recipe
 from lines_cli.scaling.find_depth import Side, pattern_of
+from lines_cli.storage.names import natural
 from lines_cli.version import ABOUT
 
 Report = dict[str, Any]
@@ -56,8 +56,10 @@ def make_report(
         tensors: also every single tensor.
         norms: of an adapter, what was measured of its factors.
     """
-    if findings is not None and inspection.of == "merge" and inspection.scaling.needs_alpha:
-        inspection = inspection.with_alpha(_alpha(inspection, findings.norms))
+    auto = findings is not None and inspection.of == "merge" and inspection.scaling.needs_alpha
+    if findings is not None and (auto or findings.scores):
+        alpha = _alpha(inspection, findings.norms) if inspection.scaling.needs_alpha else None
+        inspection = inspection.with_measured(alpha=alpha, scores=findings.scores)
     changes = [_changes(findings, model) for model in range(len(inspection.models))] if findings else []
     one = changes[0] if inspection.has_base and len(changes) == 1 else None
 

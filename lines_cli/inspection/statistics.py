@@ -113,6 +113,7 @@ class Findings:
         seen: (checkpoint, tensor) -> what it holds; checkpoints as in `Inspection.checkpoints`.
         same: for each checkpoint, groups of tensors that hold the same bytes.
         norms: what a merge's `alpha: auto` rests on, where that was measured.
+        scores: what depth rules asked for, where that was measured (`Statistics.scores`).
         files: for each output of ours how many files its recipe recorded, and those that differ -> how.
         bytes_read, seconds: of the pass.
     """
@@ -123,6 +124,7 @@ class Findings:
     seen: Mapping[tuple[int, str], ValueStats] = field(default_factory=dict)
     same: Mapping[int, Sequence[tuple[str, ...]]] = field(default_factory=dict)
     norms: Norms | None = None
+    scores: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
     files: Mapping[int, tuple[int, Mapping[str, str]]] = field(default_factory=dict)
     bytes_read: int = 0
     seconds: float = 0.0

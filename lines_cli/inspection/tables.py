@@ -243,7 +243,8 @@ def _lines(lines: Report) -> str:
 
 
 def _recipe(recipe: Report) -> str:
-    models = ", ".join(os.path.normpath(source["model"]) for source in recipe["models"])
+    slices = [source for one in recipe.get("slices", ()) for source in one["sources"]]
+    models = ", ".join(dict.fromkeys(os.path.normpath(source["model"]) for source in slices or recipe["models"]))
     text = f"{recipe['merge_method']} of {models}"
     text += f" on {os.path.normpath(recipe['base_model'])}" if "base_model" in recipe else ""
     said = [f"{key} {_plain(value)}" for key, value in recipe.get("parameters", {}).items()]

@@ -3,10 +3,22 @@
 Each file is a family of methods; docs/add-a-merge-method.md says how to add one.
 """
 
-from lines_cli.methods.method import Measured, Method
+from lines_cli.methods.method import CannotMergeError, Chosen, Measured, Method
 from lines_cli.methods.parameters import Parameter
 from lines_cli.methods.registry import METHODS, find_method
 from lines_cli.methods.said import Said, Values
 from lines_cli.methods.sparsify import ByMagnitude, Drawn
 
-__all__ = ["METHODS", "ByMagnitude", "Drawn", "Measured", "Method", "Parameter", "Said", "Values", "find_method"]
+__all__ = [
+    "METHODS",
+    "ByMagnitude",
+    "CannotMergeError",
+    "Chosen",
+    "Drawn",
+    "Measured",
+    "Method",
+    "Parameter",
+    "Said",
+    "Values",
+    "find_method",
+]

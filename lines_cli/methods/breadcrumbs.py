@@ -123,6 +123,8 @@ METHODS = {
     "breadcrumbs": Method(
         breadcrumbs,
         "The weighted sum of task vectors without their largest and smallest entries (Davari 2024).",
+        paper="2312.06795",
+        use="task vectors with outliers",
         parameters={**_PARAMETERS, "normalize": NORMALIZE},
         sparsifier=_BETWEEN,
         needs=norms_to_restore,
@@ -135,6 +137,8 @@ METHODS = {
     "breadcrumbs_ties": Method(
         ties,
         "TIES over task vectors without their largest and smallest entries (Davari 2024; Yadav 2023).",
+        paper="2312.06795",
+        use="the same, where signs disagree, too",
         parameters={**_PARAMETERS, "agreement": agreement_parameter("the sum"), "normalize": MAYBE_NORMALIZE},
         sparsifier=_BETWEEN,
         needs=_ties_needs,

@@ -54,10 +54,12 @@ def consensus(
         merged = ties(trimmed, weight=weight, factor=[1.0] * len(trimmed), agreement="sum", majority=majority)
     else:
         merged = weighted_sum(task_vectors, weight, overwrite=False)
-    votes = merged.new_zeros(merged.shape)
+    votes = None
     for tau, scale in zip(task_vectors, mask_lambda, strict=True):
         others = (merged - tau).abs_().mul_(scale)
-        votes.add_(tau.abs_().gt_(others))
+        agrees = tau.abs_().gt_(others)  # 1.0 and 0.0
+        votes = agrees if votes is None else votes.add_(agrees)
+    assert votes is not None
     return merged.mul_(votes.ge_(k))
 
 
@@ -88,6 +90,8 @@ METHODS = {
     "consensus": Method(
         consensus,
         "Keep what several models' TALL masks select (consensus merging, Wang 2024).",
+        paper="2405.07813",
+        use="many tasks, of which each changes what others do not need",
         parameters={
             "weight": WEIGHT,
             "mask_lambda": Parameter(0.4, "of a model's TALL mask; smaller keeps more", per_model=True, low=0),

@@ -65,6 +65,8 @@ METHODS = {
     "dare_linear": Method(
         dare_linear,
         "Task arithmetic over randomly dropped and rescaled task vectors (DARE, Yu 2024).",
+        paper="2311.03099",
+        use="fine-tunes that moved little, such as those by instructions",
         parameters={**_PARAMETERS, "normalize": NORMALIZE},
         sparsifier=SEEDED,
         needs=norms_to_restore,
@@ -76,6 +78,8 @@ METHODS = {
     "dare_ties": Method(
         dare_ties,
         "TIES over randomly dropped and rescaled task vectors (DARE, Yu 2024).",
+        paper="2311.03099",
+        use="the same, where signs disagree, too",
         parameters={**_PARAMETERS, "agreement": agreement_parameter("the sum"), "normalize": MAYBE_NORMALIZE},
         sparsifier=SEEDED,
         needs=norms_to_restore,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from lines_cli.methods.parameters import Parameter
@@ -18,8 +18,12 @@ from lines_cli.methods.sparsify import Bounds, ByMagnitude, Drawn
 if TYPE_CHECKING:
     from torch import Tensor
 
-Statistic = Literal["l1", "angles", "majority"]
+Statistic = Literal["l1", "sums", "majority"]
 """What can be measured over the inputs before anything is merged, thresholds apart."""
+
+
+class CannotMergeError(ValueError):
+    """Of what was measured of a tensor a method can make nothing; its `keywords` say why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +34,13 @@ class Measured:
         bounds: for each model the magnitudes that the sparsifier asked for (`ByMagnitude`).
         majority: the sign that most elections of the whole model gave; 1 where signs are not counted.
         l1: for each model the L1 norm of this tensor's task vector, before and after entries were dropped.
-        products: of two models' tensors: their dot product, and the two squared L2 norms.
+        sums: over the whole tensor of what the method's `sums` gives of a run of entries.
     """
 
     bounds: tuple[Bounds, ...] = ()
     majority: int = 1
     l1: tuple[tuple[float, float], ...] = ()
-    products: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    sums: tuple[float, ...] = ()
 
 
 # --- the defaults of what a method may leave open ---
@@ -62,6 +66,14 @@ def _five_of_float64(shape: Sequence[int]) -> int:
     return 5 * 8 * math.prod(shape)
 
 
+def _nothing_wrong(_: Values) -> None:
+    return None
+
+
+def _nothing_to_add(_tensors: Sequence[Tensor], _values: Values) -> Iterable[Tensor]:
+    return ()
+
+
 def _no_remarks(_: Said) -> Iterable[Remark]:
     return ()
 
@@ -80,12 +92,20 @@ class Method:
         merge: the function: given N tensors, from which entries were dropped, and the `keywords`, it makes one of the
             same shape and dtype. It may overwrite what it is given.
         about: what it is, in a line, with its source.
+        paper: that source, to be found by: an arXiv number, or empty.
+        use: when to take it, in a few words, for the table in the documentation.
         takes: task vectors, which need a base; or whole weights.
+        base_is_optional: whether a method of task vectors takes whole weights where a recipe names no base
+            (`with_base`).
         sees: any run of a tensor's `entries` ([n]), so that tensors can be streamed; or whole `tensors` in their shape.
+        streams: of a method that sees tensors: with which values any run of entries is enough after all.
+        given_base: whether `merge` gets the base's entries, too, as the keyword `base`, like a task vector's.
         parameters: what its recipe may say, by name.
         models: the least and the greatest number of models; None for no bound.
         sparsifier: how entries are dropped before they are merged; None keeps all.
         needs: which statistics it needs with a tensor's values; thresholds follow from the sparsifier.
+        sums: what is summed over a tensor where it needs `sums`: given what `merge` would be given, as runs of entries,
+            and the tensor's values, terms of [n] each, in float64 or a mask; it overwrites nothing.
         keywords: a tensor's values, and what was measured, as keywords of `merge`.
         elect: the signs that `majority` counts: given the same as `merge`, and `waiting`, the sign of each entry ([n])
             and, if `waiting` asks for that, whether the result depends on the majority. It overwrites nothing.
@@ -97,22 +117,30 @@ class Method:
         norm_of_kept: whether `alpha: auto` compares with the sum of what is kept of the task vectors, in place of the
             sum of whole ones.
         scale: the name of the parameter that multiplies the merged task vector, if there is one.
-        choose: which models are merged, and in what order, given their names and the base's; None takes all, or, for
-            task vectors, all but the base.
+        choose: which models are merged, and in what order, given their names, the base's, and whether the base is
+            subtracted anyway (`lines:`); None takes all, or, for task vectors, all but the base.
+        wrong: why it cannot merge with a tensor's values, where they contradict each other; else None.
         review: what contradicts itself, what is worth a note, and what follows from what a recipe says.
         ignored: mergekit's parameters that are accepted and do nothing here.
         temporaries: how many runs of its input's size `merge` needs at a time beside its input, where it sees entries.
         workspace: how many bytes it needs beside its input, given a tensor's shape, where it sees tensors.
+        workspace_in_float64: the same where an input is float64, if that is more than what is computed with.
     """
 
     merge: Callable[..., Tensor]
     about: str
+    paper: str = ""
+    use: str = ""
     takes: Literal["task vectors", "weights"] = "task vectors"
+    base_is_optional: bool = False
     sees: Literal["entries", "tensors"] = "entries"
+    streams: Callable[[Values], bool] = _never
+    given_base: bool = False
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     models: tuple[int, int | None] = (1, None)
     sparsifier: ByMagnitude | Drawn | None = None
     needs: Callable[[Values], frozenset[Statistic]] = _nothing
+    sums: Callable[[Sequence[Tensor], Values], Iterable[Tensor]] = _nothing_to_add
     keywords: Callable[[Values, Measured], Values] = _as_said
     elect: Callable[..., tuple[Tensor, bool]] | None = None
     one_is_itself: Callable[[Values], bool] = _never
@@ -120,11 +148,13 @@ class Method:
     shares: Callable[[Values, int], tuple[float, ...] | None] = _no_sum
     norm_of_kept: bool = False
     scale: str | None = None
-    choose: Callable[[Sequence[str], str | None], Chosen] | None = None
+    choose: Callable[[Sequence[str], str | None, bool], Chosen] | None = None
+    wrong: Callable[[Values], str | None] = _nothing_wrong
     review: Callable[[Said], Iterable[Remark]] = _no_remarks
     ignored: frozenset[str] = frozenset({"int8_mask", "embed_slerp"})
     temporaries: int = 5
     workspace: Callable[[Sequence[int]], int] = _five_of_float64
+    workspace_in_float64: Callable[[Sequence[int]], int] | None = None
 
     def __post_init__(self) -> None:
         if self.sees == "tensors" and self.elect is not None:
@@ -132,9 +162,24 @@ class Method:
         if self.scale is not None and self.scale not in self.parameters:
             raise ValueError(f"scale: {self.scale!r} is none of the method's parameters")
 
+    def space_for(self, shape: Sequence[int], *, in_float64: bool) -> int:
+        """How many bytes it needs beside its input, where it sees tensors."""
+        own = self.workspace_in_float64 if in_float64 and self.workspace_in_float64 is not None else self.workspace
+        return own(shape)
+
     def scale_of(self, values: Values) -> float:
         """What the merged task vector is multiplied by."""
         return 1.0 if self.scale is None else float(values[self.scale])
+
+    def sees_whole(self, values: Values) -> bool:
+        """Whether with a tensor's values it has to see that whole."""
+        return self.sees == "tensors" and not self.streams(values)
+
+    def with_base(self, base: str | None) -> Method:
+        """The method as it is with that base, or with none: where it is optional, it then takes whole weights, and has
+        no parameter that multiplies the merged task vector.
+        """
+        return self if base is not None or not self.base_is_optional else _of_weights(self)
 
     @property
     def may_be_a_sum(self) -> bool:
@@ -151,11 +196,24 @@ class Method:
         weights = values[self.counts_by] if self.counts_by is not None else (1.0,) * models
         return [number for number, weight in enumerate(weights) if weight != 0]
 
-    def chosen(self, models: Sequence[str], base: str | None) -> Chosen:
+    def chosen(self, models: Sequence[str], base: str | None, *, subtracted: bool) -> Chosen:
         """Which models are merged. A base listed among others has no task vector, and is left out."""
         if self.choose is not None:
-            return self.choose(models, base)
+            return self.choose(models, base, subtracted)
         every = tuple(range(len(models)))
         if self.takes == "weights":
             return every
         return tuple(number for number in every if models[number] != base) or every
+
+
+_WITHOUT_BASE: dict[int, tuple[Method, Method]] = {}
+
+
+def _of_weights(method: Method) -> Method:
+    """The same on whole weights."""
+    known = _WITHOUT_BASE.get(id(method))
+    if known is None:
+        left = {name: parameter for name, parameter in method.parameters.items() if name != method.scale}
+        made = replace(method, takes="weights", parameters=left, scale=None, base_is_optional=False)
+        known = _WITHOUT_BASE[id(method)] = method, made
+    return known[1]

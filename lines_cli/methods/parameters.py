@@ -31,6 +31,7 @@ class Parameter:
         whole: only whole numbers.
         choices: for anything but a number: what may be written -> what it means.
         required: it has no default, and has to be said.
+        rules: words that stand for a number of each model's that is measured, where one value is said.
     """
 
     default: Value
@@ -42,6 +43,7 @@ class Parameter:
     whole: bool = False
     choices: Mapping[str | bool, Value] = field(default_factory=dict)
     required: bool = False
+    rules: tuple[str, ...] = ()
 
     def check(self, setting: Any) -> Any:
         """A setting as it will be evaluated: numbers as float, choices as what they mean.
@@ -49,6 +51,8 @@ class Parameter:
         Raises:
             ValueError: it is nothing that this parameter can be; the message says what it can.
         """
+        if (rule := self.rule_in(setting)) is not None:
+            return rule
         if isinstance(setting, dict):  # one condition alone
             setting = [setting]
         if not isinstance(setting, list):
@@ -62,6 +66,13 @@ class Parameter:
         if not any(isinstance(part, dict) for part in setting):
             return [self._one(part) for part in setting]
         return [self._condition(part) for part in setting]
+
+    def rule_in(self, setting: Any) -> str | None:
+        """The rule that a setting says; of a number that is none, as YAML reads .nan, the one of that name."""
+        if isinstance(setting, float) and math.isnan(setting):
+            setting = "nan"
+        word = setting.lower() if isinstance(setting, str) else ""
+        return word if word in self.rules else None
 
     def _condition(self, part: Any) -> dict[str, Any]:
         if not isinstance(part, dict) or not {"value"} <= part.keys() <= {"filter", "value"}:
@@ -95,7 +106,7 @@ class Parameter:
             return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
         kind = "a whole number" if self.whole else "a number"
         if math.isinf(self.low) and math.isinf(self.high):
-            return kind
+            return " or ".join((kind, *self.rules))
         return (
             f"{kind} of {self.low:g} or more" if math.isinf(self.high) else f"{kind} from {self.low:g} to {self.high:g}"
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
@@ -49,11 +49,12 @@ class Drawn:
     """Entries are kept at random.
 
     Attributes:
-        masks: for task vectors ([n] each), a tensor's values, and where these entries stand: for each model 1.0 where
-            an entry is kept and 0.0 elsewhere ([n], their dtype and device), or None where all are.
+        masks: for task vectors ([n] each, or in the tensor's shape where the method sees that whole), a tensor's
+            values, and where these entries stand: for each model what an entry is multiplied by, 0.0 where it is
+            dropped (their shape, dtype and device), or None where all are kept.
     """
 
-    masks: Callable[[Sequence[Tensor], Values, Where], list[Tensor | None]]
+    masks: Callable[[Sequence[Tensor], Values, Where], Iterable[Tensor | None]]
 
 
 # --- by magnitude ---

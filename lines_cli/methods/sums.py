@@ -14,6 +14,7 @@ from lines_cli.methods.method import Method
 from lines_cli.methods.parameters import Parameter
 from lines_cli.methods.said import Note, Remark, Said, Values
 from lines_cli.methods.sparsify import DENSITY, LARGEST, TRIM, review_trim
+from lines_cli.methods.weight_rules import WEIGHT_RULES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,8 +46,13 @@ def scaled(task_vectors: Sequence[Tensor], *factors: Sequence[float]) -> Sequenc
 def average(task_vectors: Sequence[Tensor]) -> Tensor:
     """`(tau_1 + ... + tau_N) / N`: a uniform model soup (Wortsman 2022, arXiv 2203.05482), as a task vector."""
     total = weighted_sum(task_vectors, [1.0] * len(task_vectors))
+    return total if len(task_vectors) == 1 else divided_by_number(total, len(task_vectors))
+
+
+def divided_by_number(total: Tensor, number: int) -> Tensor:
+    """`total / number`, overwritten."""
     # By a tensor: by a number, CUDA multiplies with its reciprocal, which has other bits.
-    return total if len(task_vectors) == 1 else total.div_(total.new_full((), len(task_vectors)))
+    return total.div_(total.new_full((), number))
 
 
 def task_arithmetic(task_vectors: Sequence[Tensor], *, weight: Sequence[float], normalize: bool = False) -> Tensor:
@@ -65,7 +71,7 @@ def divided(total: Tensor, weight: Sequence[float], *, normalize: bool) -> Tenso
 
 
 ON_OFF: dict[str | bool, Any] = {True: True, False: False}
-WEIGHT = Parameter(1.0, "of the model in the sum", per_model=True)
+WEIGHT = Parameter(1.0, "of the model in the sum", per_model=True, rules=tuple(WEIGHT_RULES))
 LAMBDA = Parameter(1.0, "scale of the merged task vector")
 NORMALIZE = Parameter(False, "divide by the sum of the weights", varies=False, choices=ON_OFF)
 
@@ -102,6 +108,8 @@ METHODS = {
     "average": Method(
         average,
         "The mean of the task vectors: a uniform model soup (Wortsman 2022).",
+        paper="2203.05482",
+        use="fine-tunes of one task",
         parameters={"lambda": LAMBDA},
         keywords=lambda *_: {},
         one_is_itself=lambda _: True,
@@ -111,6 +119,8 @@ METHODS = {
     "task_arithmetic": Method(
         task_arithmetic,
         "The weighted sum of the task vectors (Ilharco 2023).",
+        paper="2212.04089",
+        use="the first thing to try; on language models the one that gains most reliably",
         parameters={"weight": WEIGHT, "density": DENSITY, "trim": TRIM, "normalize": NORMALIZE, "lambda": LAMBDA},
         sparsifier=LARGEST,
         keywords=lambda values, _: {key: values[key] for key in ("weight", "normalize")},

@@ -44,9 +44,12 @@ def ties(
         majority: the sign that an entry takes whose sum is zero; 0 counts as minus, as in the reference code.
         factor: N; what a model's kept entries are multiplied by, before the weights.
     """
+    import torch
+
     taus = scaled(task_vectors, factor, weight)
     total = weighted_sum(taus, [1.0] * len(taus), overwrite=False)
-    elected = (total.ge_(0) if majority > 0 else total.gt_(0)).mul_(2).sub_(1)  # 1.0 and 0.0 to +1 and -1
+    positive = total.ge_(0) if majority > 0 else total.gt_(0)
+    elected = torch.rsub(positive, -1, alpha=-2)  # 1.0 and 0.0 to +1 and -1
 
     if agreement == "max":
         # abs_ takes the sign off zeros: which of 0.0 and -0.0 is the maximum depends on where in a chunk they stand.
@@ -58,11 +61,13 @@ def ties(
     divisor = None
     for model, (tau, w) in enumerate(zip(taus, weight, strict=True)):
         agrees = (tau * elected).gt_(0)  # 1.0 and 0.0
-        tau.mul_(agrees)
         if model:
-            merged.add_(tau)
+            merged.addcmul_(tau, agrees)  # the product is exact, so this rounds once, as two steps would
+        else:
+            merged.mul_(agrees)
         if agreement == "mean":
-            agrees.mul_(w)
+            if w != 1:
+                agrees.mul_(w)
             divisor = agrees if divisor is None else divisor.add_(agrees)
     if divisor is None:
         return merged
@@ -156,6 +161,8 @@ METHODS = {
     "ties": Method(
         ties,
         "Trim, elect signs, merge what agrees (TIES, Yadav 2023).",
+        paper="2306.01708",
+        use="tasks that pull single weights in opposite directions",
         parameters={
             "weight": WEIGHT,
             "density": DENSITY,

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from lines_cli.methods.angles import pairs
 from lines_cli.methods.method import Chosen, Measured, Method
 from lines_cli.methods.parameters import Parameter
 from lines_cli.methods.said import Values
@@ -74,11 +76,11 @@ def _shares(values: Values, models: int) -> tuple[float, ...] | None:
 
 
 def _between(values: Values, measured: Measured) -> Values:
-    dot, *squares = measured.products
-    return {"shares": slerp_shares(values["t"], dot=dot, norms=(squares[0] ** 0.5, squares[1] ** 0.5))}
+    first, dot, second = measured.sums or (0.0, 0.0, 0.0)
+    return {"shares": slerp_shares(values["t"], dot=dot, norms=(first**0.5, second**0.5))}
 
 
-def _base_first(models: Sequence[str], base: str | None) -> Chosen:
+def _base_first(models: Sequence[str], base: str | None, _subtracted: bool) -> Chosen:
     """As in mergekit, the base is the first of the two, where it is one of them, or the only other there is."""
     own: Chosen = tuple(number for number, model in enumerate(models) if model == base)
     others = tuple(number for number, model in enumerate(models) if model != base)
@@ -91,9 +93,11 @@ METHODS = {
     "linear": Method(
         linear,
         "The weighted average of whole weights.",
+        paper="2203.05482",
+        use="fine-tunes of one task, or checkpoints of one run, without a base",
         takes="weights",
         parameters={
-            "weight": WEIGHT,
+            "weight": replace(WEIGHT, rules=()),  # whole weights are all of about one norm
             "normalize": Parameter(True, NORMALIZE.about, varies=False, choices=ON_OFF),
         },
         one_is_itself=lambda values: all_are_1(values, "weight"),
@@ -102,6 +106,7 @@ METHODS = {
     "slerp": Method(
         slerp,
         "The way from one model to another along an arc (Shoemake 1985).",
+        use="two models, half way or in between",
         takes="weights",
         parameters={
             "t": Parameter(
@@ -113,13 +118,15 @@ METHODS = {
             )
         },
         models=(2, 2),
-        needs=lambda _: frozenset({"angles"}),
+        needs=lambda _: frozenset({"sums"}),
+        sums=pairs,
         keywords=_between,
         choose=_base_first,
     ),
     "passthrough": Method(
         passthrough,
         "One model as it is, or times a scale.",
+        use="one model that is only stored anew",
         takes="weights",
         parameters={"scale": Parameter(None, "of the weights", per_model=True)},
         models=(1, 1),

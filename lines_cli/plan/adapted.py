@@ -10,6 +10,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -29,6 +30,8 @@ from lines_cli.checkpoint.formulas import (
 from lines_cli.checkpoint.header import StoredTensor
 from lines_cli.checkpoint.reader import Checkpoint, views_of
 from lines_cli.errors import CheckpointError, MismatchError, UnsupportedError, printable, some
+from lines_cli.plan.flux_names import in_other_names
+from lines_cli.plan.in_modules import InModules, in_modules
 from lines_cli.plan.same_names import canonical
 from lines_cli.plan.tied_weights import is_head, is_vocabulary, says_tied, tied_embeddings, tied_partner, untied
 from lines_cli.plan.unet_names import otherwise
@@ -58,10 +61,7 @@ def on_base(adapter: Adapter, base: Checkpoint, *, name: str | None = None) -> C
         MismatchError: the base has no tensor of a name, or one of another shape; or names mean several of its tensors.
     """
     notes = [*adapter.notes, *_note_of_base(adapter, base)]
-    targets = _Targets(adapter, base, notes)
-    made = _Making(adapter, base, targets, notes)
-    for change, target in targets.pairs():
-        made.add(change, target)
+    made = _made(adapter, base, notes)
     own = adapter.checkpoint
     return replace(
         base,
@@ -81,6 +81,64 @@ def on_base(adapter: Adapter, base: Checkpoint, *, name: str | None = None) -> C
         base_named=name is not None,
         notes=(*base.notes, *notes),
     )
+
+
+class Changed(NamedTuple):
+    """What a tensor of an adapter changes.
+
+    Attributes:
+        name: the tensor of the model; where the base stores it in another layout, the one of its module.
+        stored: the tensors of the base that it is, or is put together of.
+    """
+
+    name: str
+    stored: tuple[str, ...]
+
+
+def changed_by(adapter: Adapter, base: Checkpoint) -> dict[int, Changed]:
+    """What each of an adapter's tensors changes of a base, by where it begins in the adapter's file.
+
+    Raises:
+        MismatchError: as `on_base`.
+    """
+    return _made(adapter, base, []).changed
+
+
+def _made(adapter: Adapter, base: Checkpoint, notes: list[str]) -> _Making:
+    """What comes of all changes, by the names by which the base's tensors are stored; or by those of modules, if more
+    are known by these.
+    """
+    if (modules := in_other_names(base, (change.module for change in adapter.changes))) is not None:
+        return _made_in(modules, adapter, _Targets(adapter, modules.checkpoint, notes), notes)
+    stored: _Targets | None = None
+    failed: MismatchError | None = None
+    try:
+        stored = _Targets(adapter, base, notes)
+    except _NoSuchModulesError as error:
+        failed = error
+    if (stored is None or stored.new) and (modules := in_modules(base)) is not None:
+        with suppress(_NoSuchModulesError):
+            targets = _Targets(adapter, modules.checkpoint, notes)
+            if stored is None or len(targets.new) < len(stored.new):
+                return _made_in(modules, adapter, targets, notes)
+    if stored is None:
+        assert failed is not None
+        raise failed
+    return _Making(adapter, base, stored, notes)
+
+
+def _made_in(modules: InModules, adapter: Adapter, targets: _Targets, notes: list[str]) -> _Making:
+    """The same by the names and in the layout of modules, taken back to what is stored."""
+    made = _Making(adapter, modules.checkpoint, targets, notes)
+    note = modules.note(made.formulas, adapter.name)
+    notes += [note] if note else []
+    made.tensors, made.formulas = modules.back(made.tensors, made.formulas, adapter.name)
+    made.changed = {at: Changed(*modules.stored(one.name)) for at, one in made.changed.items()}
+    return made
+
+
+class _NoSuchModulesError(MismatchError):
+    """The base has no tensors of the names that an adapter gives."""
 
 
 # --- the base that the adapter names ---
@@ -148,6 +206,21 @@ class _Targets:
         for change, targets in sorted(every, key=lambda pair: (pair[0].kind != "whole", is_head(pair[0].name))):
             for target in targets:
                 yield change, target
+
+    def said_twice(self) -> Iterator[tuple[Change, str]]:
+        """Each change of a head that PEFT keeps equal to its embedding's, with what that changes."""
+        changes = self._adapter.changes
+        for change in (changes[number] for number, targets in self._found.items() if not targets):
+            for other, target in self.pairs():
+                if other.kind == change.kind and is_vocabulary(other.name) and not is_head(other.name):
+                    yield change, target
+
+    @property
+    def new(self) -> list[str]:
+        """Whole tensors of the adapter that the base has not."""
+        return [
+            target for change, target in self.pairs() if change.kind == "whole" and target not in self._base.tensors
+        ]
 
     def _resolve(self, changes: Sequence[tuple[int, Change]]) -> None:
         """All by one rule; or those of each component by one of its own."""
@@ -390,13 +463,14 @@ class _Targets:
             experts = f".{change.module.rpartition('.')[2]}.0."
             single = next((there for there in self._base.tensors if experts in f".{there}"), None)
             if change.others and single is not None:
-                raise MismatchError(
+                raise _NoSuchModulesError(
                     f"{self._adapter.file}: {printable(change.called)} is changed as one tensor of all experts, and "
                     f"{self._base.name} stores them one by one, such as {printable(single)}",
-                    hint="Give the base with its experts fused, as the model has them in memory; or fold the adapter "
-                    "into its base with peft (merge_and_unload, then save_pretrained), and give that folder.",
+                    hint="Give the base with its own config.json, whose model_type says how they are fused, or with "
+                    "its experts fused, as the model has them in memory; or fold the adapter into its base with peft "
+                    "(merge_and_unload, then save_pretrained), and give that folder.",
                 )
-        raise MismatchError(
+        raise _NoSuchModulesError(
             f"{self._adapter.file}: {len(names):,} of the {len(group):,} tensors that it changes are not in "
             f"{self._base.name}:\n{some(names, _SHOWN)}\nNames there are\n{some(sorted(theirs), _SHOWN)}",
             hint=_OTHER_BASE,
@@ -537,7 +611,7 @@ def _batched(change: Change, shape: tuple[int, ...], rank: int) -> bool:
 
 
 class _Making:
-    """The tensors and formulas that come of it, change by change.
+    """The tensors and formulas that come of it.
 
     Args:
         adapter: which.
@@ -551,6 +625,8 @@ class _Making:
         self._first = len(base.files)
         self.tensors, self.formulas = dict(base.tensors), dict(base.formulas)
         self.config, self.config_changes = base.config, base.config_changes
+        self.changed: dict[int, Changed] = {}
+        """What each tensor of the adapter changes, by where it begins in its file."""
         self._turned = _Turned(adapter, base, targets)
         self._heads: dict[str, str] = {}  # embeddings whose heads are weights of their own now -> these
         if targets.untie:
@@ -561,6 +637,10 @@ class _Making:
                 f"{listed}: one weight in {base.name}, whose config ties them, so what {adapter.name} does to one is "
                 "done to both, as where PEFT saves the two merged"
             )
+        for change, target in targets.pairs():
+            self._add(change, target)
+        for change, target in targets.said_twice():
+            self._note_change(change, target)
 
     def _untie(self) -> None:
         """Make heads weights of their own, where the adapter holds one of two that are tied whole."""
@@ -578,7 +658,7 @@ class _Making:
             "from here on they are two weights, and the config says so"
         )
 
-    def add(self, change: Change, target: str) -> None:
+    def _add(self, change: Change, target: str) -> None:
         """Do one change to one tensor.
 
         Raises:
@@ -587,6 +667,7 @@ class _Making:
         factors = {role: stored._replace(file=self._first + stored.file) for role, stored in change.factors.items()}
         if is_head(change.name):
             target = self._heads.get(target, target)
+        self._note_change(change, target)
         if change.kind == "whole":
             if target in self.tensors and is_vocabulary(target):
                 self._follow_rows(self.tensors[target].info.shape, factors["whole"].info.shape)
@@ -597,6 +678,11 @@ class _Making:
         before = self.formulas.get(target, Made(stored, ()))
         step = self._step(change, target, tuple(factors.items()), stored.info.shape, before)
         self.formulas[target] = Made(before.stored, (*before.steps, step))
+
+    def _note_change(self, change: Change, target: str) -> None:
+        for stored in change.factors.values():
+            before = self.changed.get(stored.info.offset, Changed(target, ()))
+            self.changed[stored.info.offset] = Changed(before.name, (*before.stored, target))
 
     def _follow_rows(self, before: tuple[int, ...], after: tuple[int, ...]) -> None:
         """Let the config say how many tokens there are, where a table whose rows it counts has others now."""

@@ -9,24 +9,31 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 
 from lines_cli.checkpoint.adapter import Adapter, Change
 from lines_cli.checkpoint.adapter_output import PREFIX, strongest_bias, targets_in
 from lines_cli.checkpoint.header import WIDER, StoredTensor
+from lines_cli.checkpoint.reader import Checkpoint
 from lines_cli.errors import DepthError, MismatchError, RecipeError, UnsupportedError, printable, some
 from lines_cli.methods import METHODS
 from lines_cli.plan.adapter_inputs import AdapterInputs
 from lines_cli.plan.adapter_layout import laid_out
 from lines_cli.plan.adapter_plan import AdapterModule, AdapterPlan, Entries, Part, Product, Role, Term
 from lines_cli.plan.coefficients import unlike_lines
+from lines_cli.plan.components import regions_of
+from lines_cli.plan.relaid import as_loaded
 from lines_cli.plan.tensors import STORED, Ranges, SourceRange, TensorValues, refuse_idle_filters
-from lines_cli.plan.tied_weights import is_vocabulary, says_tied, tied_embeddings, tied_partner
+from lines_cli.plan.tied_weights import is_head, is_vocabulary, says_tied, tied_embeddings, tied_partner
+from lines_cli.plan.weights import rules_among
 from lines_cli.recipe.schema import UNSCALED, Recipe
-from lines_cli.scaling.find_depth import DepthMap, config_counts, find_depth
+from lines_cli.scaling.find_depth import DepthMap, config_counts, find_depth, joined
+from lines_cli.scaling.numbered_lists import read_lists
 from lines_cli.scaling.partial import completed, layers_held, refuse_other_counts
 from lines_cli.scaling.schedule import Rules
 from lines_cli.storage.destination import is_one_file
@@ -64,7 +71,7 @@ def plan_of_adapters(opened: AdapterInputs, output: Path) -> AdapterPlan:
     """
     recipe = opened.recipe
     scaled = len(opened.adapters) == 1 and recipe.rank is None and recipe.energy is None
-    if not scaled or opened.adapters[0].config:
+    if any(adapter.config for adapter in opened.adapters):
         refuse_one_file(output)
     builder = _Builder(opened, output, in_place=scaled)
     return laid_out(builder.scaled() if scaled else builder.merged())
@@ -88,9 +95,21 @@ class Shares:
         """What decides the coefficients.
 
         Raises:
-            RecipeError: alpha would have to be measured on whole tensors.
+            RecipeError: alpha, or what a depth rule asks for, would have to be measured on whole tensors.
         """
         recipe, lines = self._recipe, self._recipe.lines or UNSCALED
+        if lines.measured_rule and lines.needs_depth:
+            raise RecipeError(
+                f"lines.schedule: {lines.schedule} is measured on whole matrices, and an adapter is scaled without any",
+                hint="Put the adapter onto its base first (lines edit BASE ADAPTER); or take a schedule that follows "
+                "from the depth alone, such as linear or cosine.",
+            )
+        if rules := rules_among(recipe, recipe.values("", 0.0)):
+            raise RecipeError(
+                f"{recipe.method.counts_by}: {min(rules)} is measured on whole task vectors, and an adapter is merged "
+                "without any",
+                hint="Say numbers; or merge into a whole model (base_model, and no as_adapter).",
+            )
         number, alpha = len(recipe.merged), None
         if lines.needs_alpha:
             if not recipe.method.plain_sum(recipe.values("", 0.0)) or recipe.filters or recipe.parameters_vary:
@@ -134,10 +153,14 @@ class _Changed:
     Attributes:
         tensor: the base's name of it; where no base is known, the adapter's.
         changes: each model's change, by its number.
+        name: the tensor of the model, which the base may store in another layout.
+        others: more tensors of the base that it is, where that stores it in another layout, or ties them.
     """
 
     tensor: str
     changes: Mapping[int, Change]
+    name: str
+    others: tuple[str, ...] = ()
 
     @property
     def first(self) -> tuple[int, Change]:
@@ -152,9 +175,9 @@ class _Builder:
         self.notes = [*self.recipe.notes, *opened.notes, *(note for one in self.adapters for note in one.notes)]
         if self.recipe.prefix is not None:
             raise RecipeError("prefix: that is of whole models, and these are adapters; leave it out")
+        if not in_place:
+            _refuse_two_forms(self.adapters)
         for adapter in self.adapters:
-            if not in_place:
-                _refuse_without_config(adapter)
             for change in adapter.changes:
                 _refuse_unknown(adapter, change, in_place=in_place)
         self.tensor_of = [opened.tensors_of(adapter) for adapter in self.adapters]
@@ -170,19 +193,21 @@ class _Builder:
         first_model = 1 if opened.inputs.has_base else 0
         self.ranges = [Ranges(opened.inputs, side) for side in range(len(opened.inputs.checkpoints))]
         self.file_of = [opened.inputs.file_numbers[first_model + n][0] for n in range(len(self.adapters))]
-        self.biases = {
-            (number, change.called): change.factors["D"]
-            for number, adapter in enumerate(self.adapters)
-            for change in adapter.changes
-            if change.kind == "difference"
-        }
         self.spelled = [
             {stored.info.offset: name for name, stored in adapter.checkpoint.tensors.items()}
             for adapter in self.adapters
         ]
+        every = [(number, change) for number, adapter in enumerate(self.adapters) for change in adapter.changes]
+        self.biases = {
+            (number, change.called): change.factors["D"]
+            for number, change in every
+            if change.kind == "difference" and ".lora_" in self.spelled[number][change.factors["D"].info.offset]
+        }
+        """Those of factors B, which go with their products."""
 
     def _grouped(self) -> list[_Changed]:
-        found: dict[tuple[str, str], dict[int, Change]] = {}
+        found: dict[tuple[str, str, bool], dict[int, Change]] = {}
+        stored: dict[tuple[str, str, bool], tuple[str, ...]] = {}
         for number, (adapter, tensor_of) in enumerate(zip(self.adapters, self.tensor_of, strict=True)):
             for change in adapter.changes:
                 tensor = tensor_of.get(next(iter(change.factors.values())).info.offset)
@@ -193,11 +218,29 @@ class _Builder:
                         hint="An adapter of several parts of a pipeline has depths that no one of them tells: say how "
                         "many layers each has (--num-layers NAME=L), in place of --base.",
                     )
-                key = tensor, change.kind
+                # a head that is one weight with the embedding is a module of its own
+                key = tensor.name, change.kind, is_head(change.name)
                 if number in found.setdefault(key, {}):
-                    raise UnsupportedError(f"{adapter.file}: {printable(tensor)} is changed twice")
-                found[key][number] = change
-        return [_Changed(tensor, changes) for (tensor, _), changes in found.items()]
+                    raise UnsupportedError(f"{adapter.file}: {printable(tensor.name)} is changed twice")
+                found[key][number], stored[key] = change, tensor.stored
+        return [_Changed(stored[key][0], changes, key[0], stored[key][1:]) for key, changes in found.items()]
+
+    def _shares(self, changed: _Changed) -> tuple[float, tuple[float, ...]]:
+        """As `Shares`, of something that adapters change.
+
+        Raises:
+            UnsupportedError: the base stores it in several tensors, whose coefficients differ.
+        """
+        found = self.shares(changed.tensor)
+        for other in changed.others:
+            if self.shares(other) != found:
+                raise UnsupportedError(
+                    f"{printable(changed.first[1].called)} is one product, and the coefficients of what it changes "
+                    f"differ: of {printable(changed.tensor)} and {printable(other)}",
+                    hint="Let filters say the same of both; or fold the adapter into its base: lines edit BASE "
+                    f"{self.adapters[changed.first[0]].name} -o OUT.",
+                )
+        return found
 
     def _depth(self, names: Sequence[str]) -> DepthMap:
         """Where the tensors stand that are changed.
@@ -209,6 +252,13 @@ class _Builder:
         needed = bool(recipe.lines and recipe.lines.needs_depth) or recipe.parameters_vary
         by_hand = recipe.lines.by_hand if recipe.lines else {}
         try:
+            if base is not None and base.components:
+                if any(by_hand.values()):
+                    raise RecipeError(
+                        f"what is said of depth is of one model, and {base.name} holds several",
+                        hint="Give one of its folders as the base, and the part of the adapter that is for it.",
+                    )
+                return _by_component(base, names)
             if base is not None and self.whole:
                 parameters = {name: stored.info.numel for name, stored in base.tensors.items()}
                 return find_depth(parameters, config=base.config, parameters=parameters, **by_hand)
@@ -236,11 +286,11 @@ class _Builder:
         whole: list[tuple[str, Change]] = []
         for changed in self.changed:
             change = changed.changes[0]
-            coefficient, (factor,) = self.shares(changed.tensor)
+            coefficient, (factor,) = self._shares(changed)
             role = next((role for role in _SCALED.get(change.kind, ()) if role in change.factors), None)
             if change.kind == "whole":
                 stored = change.factors["whole"]
-                if self._is_underneath(changed):
+                if self._is_underneath(changed, 0):
                     continue  # the base's own, which is copied
                 made = self._whole(changed, (factor,))
                 if made is None:
@@ -262,15 +312,24 @@ class _Builder:
             entries[name] = (dtype, stored.info.shape, made)
         return self._plan("scaled", modules, entries, like=adapter.config)
 
-    def _is_underneath(self, changed: _Changed) -> bool:
-        """Whether a whole tensor is the base's own weight beneath a product, as PEFT saves those of embeddings. A bias
-        there is trained.
+    def _is_underneath(self, changed: _Changed, number: int) -> bool:
+        """Whether a whole tensor of an adapter is the base's own weight beneath a product, as PEFT saves those of
+        embeddings. A bias there is trained.
         """
-        number, change = changed.first
-        own = self.spelled[number][change.factors["whole"].info.offset]
-        return own.endswith(".base_layer.weight") and any(
-            other.tensor == changed.tensor and other.first[1].kind not in ("whole", "difference")
-            for other in self.changed
+        own = self.spelled[number][changed.changes[number].factors["whole"].info.offset]
+        return own.endswith(".base_layer.weight") and self._product_on(changed.tensor, number) is not None
+
+    def _product_on(self, tensor: str, number: int | None = None) -> int | None:
+        """Which adapter, of all or one, adds a product to a tensor; None if none does."""
+        return next(
+            (
+                other
+                for one in self.changed
+                if one.tensor == tensor
+                for other, change in one.changes.items()
+                if change.kind not in ("whole", "difference") and number in (None, other)
+            ),
+            None,
         )
 
     def _module(self, changed: _Changed, coefficient: float, rank: int) -> AdapterModule:
@@ -279,7 +338,8 @@ class _Builder:
         shapes = (a.info.shape[1:], (b.info.shape[0], *b.info.shape[2:]))
         side = min(math.prod(shapes[0]), shapes[1][0])
         place = self.depth.places.get(changed.tensor)
-        return AdapterModule(change.module, changed.tensor, place, coefficient, rank, side, shapes=shapes)
+        name = self._renamed.get(change.module, change.called)
+        return AdapterModule(name, changed.tensor, place, coefficient, rank, side, shapes=shapes)
 
     # --- several, merged ---
 
@@ -291,11 +351,14 @@ class _Builder:
         lacking: list[tuple[str, Change]] = []
         beyond = 0
         for changed in self.changed:
-            coefficient, factors = self.shares(changed.tensor)
+            coefficient, factors = self._shares(changed)
             number, first = changed.first
             if first.kind == "difference":
-                continue  # a bias of lora_B, which goes with its product
+                self._add_differences(changed, factors, entries)
+                continue
             if first.kind == "whole":
+                if self._all_underneath(changed):
+                    continue
                 stored = [change.factors["whole"] for change in changed.changes.values()]
                 made = self._whole(changed, factors)
                 if made is None:
@@ -308,9 +371,16 @@ class _Builder:
             most = recipe.rank if recipe.rank is not None else module.side
             beyond += recipe.rank is not None and recipe.rank > module.side
             reduced = recipe.energy is not None or (recipe.rank is not None and module.rank > most)
+            if reduced and module.matrices > 1:
+                raise UnsupportedError(
+                    f"{printable(module.name)} is {module.matrices:,} matrices in one, the experts', and has a product "
+                    "for each: their ranks are put side by side, and not made fewer",
+                    hint="Leave out rank and energy; or merge into a whole model: base_model, and no as_adapter.",
+                )
             if reduced:
                 module = replace(module, rank=min(module.rank, most, module.side), reduced=True)
             modules.append(module)
+        self._refuse_two_of_one_name(modules)
         if beyond:
             self.notes.append(
                 f"rank {recipe.rank:,} is more than {beyond:,} module(s) can have: there it is the smaller side"
@@ -318,17 +388,69 @@ class _Builder:
         self._refuse_whole(lacking, self.adapters[0])
         configs = [adapter.config for adapter in self.adapters]
         changed_by_all = all(len(changed.changes) == len(self.adapters) for changed in self.changed)
+        tied = {bool(config.get("ensure_weight_tying")) for config in configs}
+        like = {key: value for key, value in configs[0].items() if key != "ensure_weight_tying" or tied == {True}}
         saved = [name for config in configs for name in config.get("modules_to_save") or ()]
-        plan = self._plan("merged", modules, entries, like=configs[0])
+        plan = self._plan("merged", modules, entries, like=like)
         return replace(
             plan,
-            targets=targets_in(configs) if changed_by_all else None,
+            targets=targets_in(configs) if changed_by_all and len(tied) == 1 else None,
             every=self._every() if self.whole else None,
             bias=strongest_bias(configs),
             lora_bias=any("bias" in module.names for module in modules),
             saved=tuple(dict.fromkeys(map(str, saved))),
             needs=recipe.energy is not None,
         )
+
+    def _refuse_two_of_one_name(self, modules: Iterable[AdapterModule]) -> None:
+        """Refuse parameters of a module whose factors would be called the same: PEFT wraps the module once for each,
+        and which wrapper is which parameter's depends on what others there are.
+        """
+        owners: dict[str, AdapterModule] = {}
+        for module in modules:
+            other = owners.setdefault(module.names["A"], module)
+            if other is not module:
+                raise UnsupportedError(
+                    f"{printable(other.name)} and {printable(module.name)} are changed by one adapter each, and "
+                    "factors of both are called the same there",
+                    hint="Merge into a whole model: base_model, and no as_adapter.",
+                )
+
+    def _add_differences(
+        self,
+        changed: _Changed,
+        factors: Sequence[float],
+        entries: dict[str, tuple[str, tuple[int, ...], Entries]],
+    ) -> None:
+        """The sum of tensors that are added as they are; a bias of a product goes with that."""
+        parts, stored = list[Part](), list[StoredTensor]()
+        for number, change in changed.changes.items():
+            if self.biases.get((number, change.called)) != change.factors["D"]:
+                stored.append(change.factors["D"])
+                parts.append(Part(self._range(number, stored[-1]), factors[number] * change.scale))
+        if parts:
+            number, change = changed.first
+            name = self.spelled[number][change.factors["D"].info.offset]
+            entries[name] = (self._dtype(stored), stored[0].info.shape, Entries(tuple(parts)))
+
+    def _all_underneath(self, changed: _Changed) -> bool:
+        """Whether a tensor that adapters hold whole is nothing but the base's own beneath their products.
+
+        Raises:
+            UnsupportedError: one holds it whole, another adds a product to it.
+        """
+        underneath = [number for number in changed.changes if self._is_underneath(changed, number)]
+        if len(underneath) == len(changed.changes):
+            return True
+        product = self._product_on(changed.tensor)
+        if product is not None and not changed.tensor.endswith(".bias"):
+            holder = next(number for number in changed.changes if number not in underneath)
+            raise UnsupportedError(
+                f"{self.adapters[holder].name} holds {printable(changed.tensor)} whole, and "
+                f"{self.adapters[product].name} adds a product to it: no adapter holds the sum",
+                hint="Merge into a whole model: base_model, and no as_adapter.",
+            )
+        return False
 
     def _side_by_side(self, changed: _Changed, coefficient: float, factors: Sequence[float]) -> AdapterModule:
         """A module with the factors of all adapters.
@@ -337,43 +459,81 @@ class _Builder:
             MismatchError: they are of weights of different shapes.
         """
         module = self._module(changed, coefficient, 0)
+        parameter = changed.name.rpartition(".")[2]
+        batches, levels, of_parameter = set[int](), set[int](), False
         terms, stored, rank = [], list[StoredTensor](), 0
         for number, change in changed.changes.items():
             a, b = change.factors["A"], change.factors["B"]
+            own_rank, scale = change.others.get(parameter, (change.rank or 0, change.scale))
+            batches.add(a.info.shape[0] // own_rank)
+            levels.add(self.spelled[number][a.info.offset].count(".base_layer."))
+            of_parameter |= bool(change.others)
             own = (a.info.shape[1:], (b.info.shape[0], *b.info.shape[2:]))
-            if own != module.shapes:
+            if own != module.shapes or len(batches) > 1:
                 one, other = self.adapters[changed.first[0]], self.adapters[number]
                 raise MismatchError(
                     f"{printable(changed.tensor)}: {one.name} changes {_shown(module.shapes)}, and {other.name} "
-                    f"{_shown(own)}",
+                    f"{_shown(own)}{' of another number of experts' if len(batches) > 1 else ''}",
                     hint="They were trained on different bases: merge adapters of one.",
                 )
             bias = self.biases.get((number, change.called))
             stored += [a, b, *([bias] if bias is not None else [])]
-            rank += change.rank or 0
+            rank += own_rank
             placed = [None if one is None else _in_file(one, self.file_of[number]) for one in (a, b, bias)]
             assert placed[0] is not None
             assert placed[1] is not None
-            terms.append(Term(placed[0], placed[1], placed[2], factors[number] * change.scale))
+            terms.append(Term(placed[0], placed[1], placed[2], factors[number] * scale))
+        if len(levels) > 1:
+            raise self._not_side_by_side(changed, "adapters change different parameters beside it")
+        if not of_parameter and levels != {0}:
+            raise self._not_side_by_side(changed, "it is a module within another that PEFT changes")
+        if of_parameter:
+            module = replace(module, name=f"{module.name}.{parameter}", of_parameter=True, matrices=batches.pop())
         names = self._named(changed, bias=any(term.bias is not None for term in terms))
         made = Product(tuple(terms))
         return replace(module, rank=rank, made=made, dtype=self._dtype(stored), names=names)
+
+    def _not_side_by_side(self, changed: _Changed, why: str) -> UnsupportedError:
+        number, change = changed.first
+        own = self.spelled[number][change.factors["A"].info.offset]
+        return UnsupportedError(
+            f"{self.adapters[number].file}: ranks of {printable(own)} are not put side by side: {why}",
+            hint="Merge into a whole model: base_model, and no as_adapter.",
+        )
 
     def _named(self, changed: _Changed, *, bias: bool) -> dict[Role, str]:
         """What a module's tensors are called in PEFT's files, an embedding's by its own words."""
         number, change = changed.first
         own = self.spelled[number][change.factors["A"].info.offset]
-        if ".base_layer." in own:
-            raise UnsupportedError(
-                f"{self.adapters[number].file}: {printable(own)} is of a module within another that PEFT changes, and "
-                "ranks of such are not put side by side",
-                hint="Merge into a whole model: base_model, and no as_adapter.",
+        if not self.adapters[number].config:
+            others = ((n, other.called) for n, other in changed.changes.items())
+            with_bias = next(
+                (self.spelled[key[0]][self.biases[key].info.offset] for key in others if key in self.biases), ""
             )
+            found: dict[Role, str] = {"A": own, "B": self.spelled[number][change.factors["B"].info.offset]}
+            return found | ({"bias": with_bias} if bias else {})
         if "lora_embedding_A" in own:
             ends: dict[Role, str] = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
         else:
             ends = {"A": "lora_A.weight", "B": "lora_B.weight", **({"bias": "lora_B.bias"} if bias else {})}
-        return {role: f"{PREFIX}{change.module}.{end}" for role, end in ends.items()}
+        module = self._renamed.get(change.module, change.called) + ".base_layer" * own.count(".base_layer.")
+        return {role: f"{PREFIX}{module}.{end}" for role, end in ends.items()}
+
+    @cached_property
+    def _renamed(self) -> dict[str, str]:
+        """Of modules that one adapter calls as files do, and another as transformers does that renames on loading, the
+        names of the latter; empty where all agree, for then what loads the one loads the other.
+        """
+        base, old, new = self.opened.base, dict[str, str](), False
+        loaded = {own: name for name, own in as_loaded(base).names.items()} if base is not None and self.whole else {}
+        for changed in self.changed:
+            own, name = (of.rpartition(".")[0] for of in (changed.tensor, loaded.get(changed.tensor, changed.tensor)))
+            for change in changed.changes.values() if own != name else ():
+                if f".{change.module}".endswith(f".{name}"):
+                    new = True
+                elif f".{change.module}".endswith(f".{own}"):
+                    old[change.module] = change.module.removesuffix(own) + name
+        return old if new else {}
 
     # --- what both have in common ---
 
@@ -470,9 +630,27 @@ class _Builder:
         return widest
 
     def _every(self) -> frozenset[str]:
+        """The base's modules, also by the names that transformers gives them on loading."""
         base = self.opened.base
         assert base is not None
-        return modules_in(base.tensors)
+        return modules_in((*base.tensors, *as_loaded(base).checkpoint.tensors))
+
+
+def _by_component(base: Checkpoint, names: Sequence[str]) -> DepthMap:
+    """The depth of a pipeline's components that are changed, of each by itself.
+
+    Raises:
+        DepthError: which tensor of one stands at which depth is not known.
+    """
+    parts = []
+    for component in base.components:
+        own, depth = component.checkpoint, DepthMap((), {})
+        if any(name.startswith(component.begins) for name in names):
+            parameters = {name: stored.info.numel for name, stored in own.tensors.items()}
+            if read_lists(list(parameters)):
+                depth = find_depth(parameters, config=own.config, parameters=parameters)
+        parts.append((depth, regions_of(component)))
+    return joined(parts)
 
 
 def digest_of(configs: Sequence[Mapping[str, object]]) -> str:
@@ -496,18 +674,40 @@ def _in_file(stored: StoredTensor, file: int) -> StoredTensor:
     return stored._replace(file=file)
 
 
-def _refuse_without_config(adapter: Adapter) -> None:
-    """Refuse to merge what PEFT has not written: what comes of it is written as PEFT has it.
+def _refuse_two_forms(adapters: Sequence[Adapter]) -> None:
+    """Refuse to merge adapters whose modules and factors are called otherwise: what is written has one form.
 
     Raises:
-        UnsupportedError: it has no config.
+        UnsupportedError: names two, and the form of either.
     """
-    if not adapter.config:
-        raise UnsupportedError(
-            f"{adapter.name} is an adapter without a config, as kohya's scripts and ComfyUI have them, and what "
-            "adapters are merged into is written as PEFT has it",
-            hint="Give PEFT's folders; or merge into a whole model: base_model, and no as_adapter.",
-        )
+    known: dict[str, tuple[str, Adapter]] = {}
+    for adapter in adapters:
+        for what, form in _forms(adapter):
+            before, other = known.setdefault(what, (form, adapter))
+            if before != form and other is not adapter:
+                raise UnsupportedError(
+                    f"{other.name} has {before}, and {adapter.name} {form}: what they are merged into has one form",
+                    hint="Give all in one form (PEFT's folders, or files of one program); or merge into a whole model: "
+                    "base_model, and no as_adapter.",
+                )
+
+
+def _forms(adapter: Adapter) -> Iterator[tuple[str, str]]:
+    """How an adapter's factors and modules are called: what may be called otherwise, and how it is, in words."""
+    if adapter.config:
+        yield "factors", "a config, as PEFT writes it"
+        return
+    spelled = {stored.info.offset: name for name, stored in adapter.checkpoint.tensors.items()}
+    for change in adapter.changes:
+        if change.kind == "low rank":
+            down = spelled[change.factors["A"].info.offset].removesuffix(".weight")
+            dots = "underscores for dots" if change.component.flat else "dots"
+            yield "factors", f"no config, factors called {down.rpartition('.')[2]}, and modules with {dots}"
+        if match := _UNET_BLOCKS.match(change.module):
+            yield "blocks", f"{'diffusers' if match[2] else 'the original'} names of blocks"
+
+
+_UNET_BLOCKS = re.compile(r"((down_blocks|up_blocks|mid_block)|input_blocks|output_blocks|middle_block)[._]")
 
 
 def _refuse_unknown(adapter: Adapter, change: Change, *, in_place: bool) -> None:
@@ -524,16 +724,20 @@ def _refuse_unknown(adapter: Adapter, change: Change, *, in_place: bool) -> None
         )
     if in_place or change.kind == "whole":
         return
-    of_lora_b = change.kind == "difference" and any(
-        other.called == change.called and other.kind == "low rank" for other in adapter.changes
+    if change.kind == "difference":
+        return
+    if change.kind != "low rank":
+        why = f"changed by more than a product of two matrices ({_CALLED[change.kind]})"
+    elif change.factors.keys() != {"A", "B"}:
+        why = "changed by more than a product of two matrices (a third one between them, as of a Tucker decomposition)"
+    else:
+        return
+    raise UnsupportedError(
+        f"{adapter.file}: {printable(change.called)} is {why}, and ranks of such are not put side by side", hint=fold
     )
-    plain = change.kind == "low rank" and change.factors.keys() == {"A", "B"} and not change.others
-    if not (of_lora_b or (plain and change.factors["A"].info.shape[0] == change.rank)):
-        raise UnsupportedError(
-            f"{adapter.file}: {printable(change.called)} is changed by more than a product of two matrices, and ranks "
-            "of such are not put side by side",
-            hint=fold,
-        )
+
+
+_CALLED = {"hadamard": "LoHa", "kronecker": "LoKr"}
 
 
 def _layers_in(config: Mapping[str, object], name: str) -> int | None:

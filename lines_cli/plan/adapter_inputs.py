@@ -8,10 +8,12 @@ import os
 from dataclasses import dataclass, replace
 
 from lines_cli.checkpoint.adapter import Adapter, is_adapter_at, open_adapter
+from lines_cli.checkpoint.adapter_names import with_dots
+from lines_cli.checkpoint.pipeline import open_whole
 from lines_cli.checkpoint.reader import Checkpoint, choose_weights, open_checkpoint
 from lines_cli.errors import RecipeError, UnsupportedError
 from lines_cli.hub.download import Located, Only, base_and_adapter, locate
-from lines_cli.plan.adapted import on_base
+from lines_cli.plan.adapted import Changed, changed_by
 from lines_cli.plan.inputs import Inputs, refuse_variant_of_none
 from lines_cli.recipe.schema import Recipe
 from lines_cli.storage.beside import beside, read_object
@@ -36,24 +38,21 @@ class AdapterInputs:
     base: Checkpoint | None
     notes: tuple[str, ...]
 
-    def tensors_of(self, adapter: Adapter) -> dict[int, str]:
-        """The base's name of what an adapter's tensors change, by where each begins in the adapter's file.
+    def tensors_of(self, adapter: Adapter) -> dict[int, Changed]:
+        """What an adapter's tensors change of the base, by where each begins in the adapter's file.
 
         Raises:
             MismatchError: it is the adapter of another base.
         """
         base = self.base
         if base is None or not base.tensors:
-            return {f.info.offset: change.name for change in adapter.changes for f in change.factors.values()}
-        whole, first = on_base(adapter, base), len(base.files)
-        found = {
-            factor.info.offset: name
-            for name, made in whole.formulas.items()
-            for step in made.steps
-            for _, factor in step.factors
-            if factor.file >= first
-        }
-        return found | {s.info.offset: name for name, s in whole.tensors.items() if s.file >= first}
+            names = [f"{with_dots(change.called)}.{change.parameter}" for change in adapter.changes]
+            return {
+                stored.info.offset: Changed(name, (name,))
+                for name, change in zip(names, adapter.changes, strict=True)
+                for stored in change.factors.values()
+            }
+        return changed_by(adapter, base)
 
 
 def open_adapter_inputs(recipe: Recipe, *, quiet: bool = False, weights: bool = True) -> AdapterInputs:
@@ -151,4 +150,12 @@ def _base(name: str, recipe: Recipe, *, quiet: bool, only: Only | None) -> Check
         config = beside(found.path, CONFIG)
         if config is not None and only == "plan":
             return Checkpoint(found.name, found.path, (), {}, (), "model", read_object(config), found.hub_id)
-    return _whole(found, recipe)
+    return open_whole(
+        found.path,
+        name=found.name,
+        hub_id=found.hub_id,
+        variant=recipe.variant,
+        part=found.part,
+        heads=found.heads,
+        heads_of=found.heads_of,
+    )

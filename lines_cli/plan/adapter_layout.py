@@ -47,7 +47,7 @@ def laid_out(plan: AdapterPlan) -> AdapterPlan:
     files, placed = lay_out_files(
         {name: (dtype, shape) for name, (dtype, shape, _) in wanted.items()},
         stem="adapter_model",
-        one_file=plan.output.name if is_one_file(plan.output) else WEIGHTS,
+        one_file=_file_name(plan),
         max_shard_size=_UNBOUNDED,
         metadata=metadata_like(plan.inputs.leading.metadata) if plan.how == "scaled" else FILE_METADATA,
     )
@@ -59,6 +59,17 @@ def laid_out(plan: AdapterPlan) -> AdapterPlan:
         plan = replace(plan, saved=modules, bias="lora_only" if of_targets else "none")
     plan = replace(plan, outputs=tuple(files), tensors=tensors)
     return plan if is_one_file(plan.output) else with_sidecars(plan)
+
+
+def _file_name(plan: AdapterPlan) -> str:
+    """What the file with the tensors is called: in a folder as PEFT finds it; of an adapter without PEFT's config, as
+    others find it, by its own name.
+    """
+    if is_one_file(plan.output):
+        return plan.output.name
+    if plan.of_peft:
+        return WEIGHTS
+    return plan.inputs.models[0].files[0].with_suffix(".safetensors").name
 
 
 def _saved(plan: AdapterPlan) -> list[Rest]:

@@ -90,6 +90,8 @@ class AdapterModule:
         shapes: of its factors but for the rank: how `A` and `B` go on behind it, and before it.
         dtype: of its factors.
         names: of its tensors in the file, by their roles.
+        matrices: how many there are in its weight, each with a product of that rank: more than 1 of fused experts.
+        of_parameter: whether it is a parameter that is said by its own name (`target_parameters`).
     """
 
     name: str
@@ -103,14 +105,16 @@ class AdapterModule:
     shapes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     dtype: str = "F32"
     names: Mapping[Role, str] = field(default_factory=dict)
+    matrices: int = 1
+    of_parameter: bool = False
 
     @property
     def tensors(self) -> Iterable[tuple[Role, str, tuple[int, ...]]]:
         """Its tensors: role, name and shape."""
         out, *kernel = self.shapes[1]
         shapes: dict[Role, tuple[int, ...]] = {
-            "A": (self.rank, *self.shapes[0]),
-            "B": (out, self.rank, *kernel),
+            "A": (self.matrices * self.rank, *self.shapes[0]),
+            "B": (out, self.matrices * self.rank, *kernel),
             "bias": (out,),
         }
         return [(role, name, shapes[role]) for role, name in self.names.items()]
@@ -261,6 +265,11 @@ class AdapterPlan:
     tensors: tuple[AdapterTensor, ...] = ()
     sidecars: tuple[Sidecar, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def of_peft(self) -> bool:
+        """Whether it is written as PEFT has it, with a config; else as kohya's scripts have it, without."""
+        return self.how == "extracted" or bool(self.like)
 
     @property
     def measures(self) -> bool:

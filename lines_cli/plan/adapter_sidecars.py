@@ -29,9 +29,9 @@ def with_sidecars(plan: AdapterPlan) -> AdapterPlan:
     if lead.folder is not None:
         files = carried_files(lead.folder, patterns) if patterns else carried_files(lead.folder)
     sidecars = [Sidecar(name, source=path) for name, path in files.items()]
-    if plan.how != "scaled":
+    if plan.of_peft and plan.how != "scaled":
         sidecars.append(Sidecar(CONFIG, content=as_json(_config(plan))))
-    elif plan.like:
+    elif plan.of_peft:
         own = lead.folder if lead.folder is not None else lead.files[0].parent
         sidecars.append(Sidecar(CONFIG, source=beside(own, CONFIG)))
     text = dump_recipe(plan.recipe, named=named_inputs(plan, seen_from=plan.output))
@@ -41,7 +41,11 @@ def with_sidecars(plan: AdapterPlan) -> AdapterPlan:
 def _config(plan: AdapterPlan) -> dict[str, Any]:
     """`adapter_config.json` of what is merged or extracted."""
     ranks = {module.name: module.rank for module in plan.modules}
-    targets = plan.targets if plan.targets is not None else targets_of(list(ranks), plan.every)
+    parameters = [module.name for module in plan.modules if module.of_parameter]
+    targets = plan.targets
+    if targets is None:
+        targets = targets_of([name for name in ranks if name not in parameters], plan.every)
+        targets |= {"target_parameters": parameters} if parameters else {}
     if {module.rpartition(".")[2] for module in plan.saved} >= {"embed_tokens", "lm_head"} and plan.like.get("tied"):
         targets = {**targets, "ensure_weight_tying": not any(module.endswith("shared") for module in plan.saved)}
     return config_of(
@@ -70,5 +74,6 @@ def _card(plan: AdapterPlan) -> Sidecar:
             outside=plan.outside(),
             filters=plan.filters(),
             front=front_of(inputs.leading),
+            of_peft=plan.of_peft,
         )
     )

@@ -39,7 +39,8 @@ from lines_cli.plan.sidecars import with_sidecars
 from lines_cli.plan.statistics import NOTHING_MEASURED, Needs
 from lines_cli.plan.tensors import STORED, TensorSpec, refuse_empty, refuse_misfits, settle_empty, specify_tensors
 from lines_cli.plan.vocabulary import Difference, Vocabulary, find_vocabulary, notes_of
-from lines_cli.recipe.schema import Recipe, Scaling
+from lines_cli.plan.weights import rules_among, without_rules
+from lines_cli.recipe.schema import ComponentRule, Recipe, Scaling
 from lines_cli.scaling.find_depth import DepthMap, Place, Region, joined
 from lines_cli.scaling.numbered_lists import read_lists
 from lines_cli.scaling.schedule import Rules
@@ -83,6 +84,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, output: Path) -> Plan:
     specified = list(compared(specs_of, inputs))
     specified = settle_empty(specified, recipe, inputs, rows, notes)
     refuse_empty(inputs, {spec.name: rows[spec.name] for spec in specified if spec.misfit})
+    _refuse_wrong_values(recipe, specified)
     specified = settle_misfits(specified, recipe, inputs, rows, depth, rules, notes)
     try:
         refuse_misfits(specified, recipe, inputs, difference)
@@ -312,6 +314,8 @@ def _larger_than_the_base(plan: Plan) -> Iterator[str]:
         [stored.info for stored in plan.inputs.checkpoints[0].tensors.values()],
         [tensor.info for tensor in plan.tensors if tensor.name not in plan.taken_whole],
     )
+    if len({info.dtype for side in infos for info in side}) < 2:
+        return
     names = {there: name for name, there in STORED.items()}
     most = [Counter[str]() for _ in infos]
     for entries, side in zip(most, infos, strict=True):
@@ -375,25 +379,31 @@ def _depth(
         by_hand = scaling.by_hand if scaling else {}
         depth = depth_of_kept(parameters, rows, inputs.config_of(inputs.lead), by_hand, notes)
     except DepthError as error:
-        if any(source.layer_range for source in recipe.models):
-            raise RecipeError(f"layer_range cannot be checked: {error.message}", hint=error.hint) from error
         if _needs_depth(recipe, scaling):
             raise
         notes.append(f"depth is unknown, but makes no difference, for all coefficients are the same: {error.message}")
         return DepthMap((), {})
-    for source in recipe.models:
-        if source.layer_range and all(source.layer_range != (0, stack.layers) for stack in depth.stacks):
-            there = " and ".join(f"{stack.name!r} of {stack.layers}" for stack in depth.stacks)
-            raise RecipeError(
-                f"layer_range {list(source.layer_range)} of {source.model} is not a whole stack; there is {there}",
-                hint="lines merges whole models; it does not stack parts of them.",
-            )
     return depth
 
 
+def _refuse_wrong_values(recipe: Recipe, specs: Sequence[TensorSpec]) -> None:
+    """Refuse parameters that contradict each other where they come to a tensor.
+
+    Raises:
+        RecipeError: names the tensor.
+    """
+    first = {id(spec.values): spec for spec in reversed(specs) if spec.paired and spec.dtype not in EXACT_DTYPES}
+    for spec in reversed(first.values()):
+        if (why := recipe.method.wrong(without_rules(recipe, spec.values))) is not None:
+            raise RecipeError(f"parameters of {printable(spec.name)}: {why}")
+
+
 def _needs(recipe: Recipe, depth: DepthMap, rules: Rules, specs: Iterable[TensorSpec]) -> Needs:
-    """What has to be measured. `rules` give NaN where a coefficient depends on alpha, and alpha is not known."""
+    """What has to be measured. `rules` give NaN where a coefficient depends on alpha, and alpha is not known; or on
+    what a depth rule measures.
+    """
     method = recipe.method
+    rules_by_alpha = _as_if_linear(recipe).rules(depth) if recipe.measured_rules else rules
     merged = [spec for spec in specs if spec.paired and spec.dtype not in EXACT_DTYPES]
     values = list({id(spec.values): spec.values for spec in merged}.values())
     by_rank = isinstance(method.sparsifier, ByMagnitude) and any(map(method.sparsifier.drops, values))
@@ -401,8 +411,46 @@ def _needs(recipe: Recipe, depth: DepthMap, rules: Rules, specs: Iterable[Tensor
     return Needs(
         thresholds=by_rank,
         l1="l1" in statistics,
-        products="angles" in statistics,
+        sums="sums" in statistics and (len(recipe.merged) > 1 or not all(map(method.one_is_itself, values))),
         majority=len(recipe.merged) > 1 and "majority" in statistics,
         norms=not all(map(method.plain_sum, values))
-        and any(math.isnan(coefficient_of(recipe, depth, rules, spec)) for spec in merged),
+        and any(math.isnan(coefficient_of(recipe, depth, rules_by_alpha, spec)) for spec in merged),
+        weights=any(rules_among(recipe, own) for own in values),
+        scores=_rules_to_measure(recipe, depth, merged),
     )
+
+
+def _as_if_linear(recipe: Recipe) -> Recipe:
+    """The recipe with schedules that follow from the depth alone, where they are to be measured."""
+    assert recipe.lines is not None
+    linear = {"schedule": "linear"}
+    components = {
+        name: rule.model_copy(update=linear) if isinstance(rule, ComponentRule) and rule.schedule else rule
+        for name, rule in recipe.components.items()
+    }
+    return recipe.model_copy(update={"lines": recipe.lines.model_copy(update=linear), "components": components})
+
+
+def _rules_to_measure(recipe: Recipe, depth: DepthMap, merged: Sequence[TensorSpec]) -> tuple[str, ...]:
+    """The depth rules that some coefficient rests on.
+
+    Raises:
+        RecipeError: a stack whose coefficients rest on one has no matrices to look at.
+    """
+    asked = recipe.measured_rules
+    if not asked:
+        return ()
+    rules = recipe.rules(depth, alpha=0.0)
+    resting = {
+        place.stack
+        for spec in merged
+        if (place := depth.places.get(spec.counts_as)) and math.isnan(coefficient_of(recipe, depth, rules, spec))
+    }
+    with_matrices = {place.stack for spec in merged if (place := depth.places.get(spec.name)) and len(spec.shape) > 1}
+    for stack in sorted(resting - with_matrices):
+        raise RecipeError(
+            f"lines.schedule: {recipe.lines.schedule if recipe.lines else ''} looks at the matrices of each layer, and "
+            f"{printable(stack) or 'the stack'} has none that are merged",
+            hint="Take a schedule that follows from the depth alone, such as linear or cosine.",
+        )
+    return tuple(sorted(asked)) if resting else ()

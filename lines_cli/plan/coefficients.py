@@ -12,7 +12,7 @@ from lines_cli.errors import (
 )
 from lines_cli.plan.tensors import TensorSpec
 from lines_cli.recipe.schema import Recipe
-from lines_cli.scaling.find_depth import DepthMap, position
+from lines_cli.scaling.find_depth import DepthMap, Side, position
 from lines_cli.scaling.schedule import Listed, Rules, UpAndDown
 
 
@@ -68,13 +68,14 @@ def unlike_lines(recipe: Recipe, rules: Rules, depth: DepthMap, *, of_an_edit: b
 
 def outside_coefficients(recipe: Recipe, rules: Rules, component: str | None = None) -> tuple[float, float]:
     """The coefficients outside the blocks, before and behind them (filters apart); of one of several models its own."""
-    scale, own = scale_at(recipe, 0.0, component), rules.of(component)
-    return own.outside_value("before", scale=scale), own.outside_value("after", scale=scale)
+    own = rules.of(component)
+    before = own.outside_value("before", scale=scale_at(recipe, 0.0, component, outside="before"))
+    return before, own.outside_value("after", scale=scale_at(recipe, 0.0, component, outside="after"))
 
 
-def scale_at(recipe: Recipe, at: float, component: str | None = None) -> float:
-    """The scale of what is merged, at a place in the depth, 0 to 1."""
-    return recipe.method.scale_of(recipe.values("", at, component))
+def scale_at(recipe: Recipe, at: float, component: str | None = None, *, outside: Side | None = None) -> float:
+    """The scale of what is merged, at a place in the depth, 0 to 1; or `outside` the blocks, on one of their sides."""
+    return recipe.method.scale_of(recipe.values("", at, component, outside=outside))
 
 
 def known(value: float) -> float | None:

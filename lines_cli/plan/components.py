@@ -47,9 +47,13 @@ class Share:
     @cached_property
     def regions(self) -> tuple[Region, ...]:
         """What its tensors' names begin with."""
-        own = self.component
-        added = own.folder is not None and bool(own.prefix)
-        return tuple(Region(begin, own.name, added, own.after) for begin in own.begins)
+        return regions_of(self.component)
+
+
+def regions_of(component: Component) -> tuple[Region, ...]:
+    """What the names of a component's tensors begin with among those of the whole."""
+    added = component.folder is not None and bool(component.prefix)
+    return tuple(Region(begin, component.name, added, component.after) for begin in component.begins)
 
 
 def in_one_shape(inputs: Inputs, notes: list[str]) -> Inputs:

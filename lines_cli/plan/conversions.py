@@ -88,6 +88,11 @@ class Conversion:
         """Whether all of its operations are known here."""
         return self._kinds <= {"stack", "cat", "chunk", "split", "transpose"}
 
+    @property
+    def puts_together(self) -> bool:
+        """Whether entries only move: tensors are put together or cut apart, and none is turned."""
+        return self._kinds <= {"stack", "cat", "chunk"}
+
     @cached_property
     def _kinds(self) -> frozenset[str]:
         return frozenset(operation[0] for operation in self.operations)
@@ -165,12 +170,12 @@ class Rules:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
-        self._renames: list[tuple[re.Pattern[str], str]] = []
+        self.renames: list[tuple[re.Pattern[str], str]] = []
         self.conversions: list[Conversion] = []
         for name in names:
             for kind, *rule in _rules_of(name):
                 if kind == "rename":
-                    self._renames.append((re.compile(rule[0]), rule[1]))
+                    self.renames.append((re.compile(rule[0]), rule[1]))
                 else:
                     sources, targets, operations = rule
                     self.conversions.append(
@@ -183,19 +188,25 @@ class Rules:
                     )
 
     def __len__(self) -> int:
-        return len(self._renames) + len(self.conversions)
+        return len(self.renames) + len(self.conversions)
 
     def renamed(self, name: str) -> str:
         """The modules' name for a tensor that the checkpoint calls so; without what wrappers put into it."""
         name = unwrapped(name)
         if len(name) > _LONGEST:
             return name
-        for pattern, instead in self._renames:
-            if found := pattern.search(name):
-                new = found.expand(instead) if "\\" in instead else instead
-                more = new.find(found[0])
-                if more < 0 or not name.startswith(new, max(found.start() - more, 0)):  # else it is called so already
-                    name = name.replace(found[0], new, 1)
+        for number in range(len(self.renames)):
+            name = self.renamed_once(name, number)
+        return name
+
+    def renamed_once(self, name: str, number: int) -> str:
+        """What one of the renames makes of a name."""
+        pattern, instead = self.renames[number]
+        if len(name) <= _LONGEST and (found := pattern.search(name)):
+            new = found.expand(instead) if "\\" in instead else instead
+            more = new.find(found[0])
+            if more < 0 or not name.startswith(new, max(found.start() - more, 0)):  # else it is called so already
+                return name.replace(found[0], new, 1)
         return name
 
     def canonical(self, name: str) -> str:
@@ -211,6 +222,11 @@ _pattern = cache(Pattern)
 def _table() -> Mapping[str, Any]:
     values: Mapping[str, Any] = json.loads(Path(__file__).with_name("conversions.json").read_text(encoding="utf-8"))
     return values
+
+
+def version_of_rules() -> str:
+    """The version of transformers that the rules are of."""
+    return str(_table()["transformers"])
 
 
 def _rules_of(name: str) -> Sequence[Sequence[Any]]:
@@ -234,6 +250,56 @@ def rules_for(configs: Iterable[Mapping[str, Any]]) -> Rules:
 
 
 _rules_by = lru_cache(maxsize=64)(Rules)
+
+
+class LoadingRules(Rules):
+    """The rules by which transformers makes a checkpoint's names those of its modules, each where it is used: those of
+    the whole everywhere; those of its parts behind what they are called in the whole.
+
+    Args:
+        names: whose rules, in their order.
+        whole: which of these are of the whole.
+    """
+
+    def __init__(self, names: Sequence[str], whole: frozenset[str]) -> None:
+        super().__init__(names)
+        self._levels = [(name in whole, Rules([name])) for name in names]
+
+    def renamed(self, name: str) -> str:
+        """The modules' name for a tensor that the checkpoint calls so; without what wrappers put into it."""
+        name = unwrapped(name)
+        for of_whole, rules in self._levels:
+            for number in range(len(rules.renames)):
+                ends = [0] if of_whole or not rules.renames[number][0].pattern.startswith("^") else _dots(name)
+                for end in ends:
+                    if (new := rules.renamed_once(name[end:], number)) != name[end:]:
+                        name = name[:end] + new
+                        break
+        return name
+
+
+def _dots(name: str) -> list[int]:
+    """Where what is behind the first dots of a name begins."""
+    found, at = list[int](), name.find(".") + 1
+    while at and len(found) < _DEEPEST_PART:
+        found.append(at)
+        at = name.find(".", at) + 1
+    return found
+
+
+_DEEPEST_PART = 3  # how far inside a model one may be that is a part of it
+
+
+def loading_rules(config: Mapping[str, Any]) -> LoadingRules:
+    """The rules that transformers follows where it loads a model of that config."""
+    names = rules_for([config]).names
+    kind, table = config.get("model_type"), _table()
+    classes = config.get("architectures")
+    own = classes[0] if isinstance(classes, list) and classes and classes[0] in names else None
+    whole = own or (kind if isinstance(kind, str) and kind in names else None)
+    # a class has its own rules in place of its type's; and none of those that stand for it as a part
+    left = [name for name in names if name == own or not (own and name == kind and table["of"].get(own) == kind)]
+    return LoadingRules(left, frozenset([whole] if whole else []))
 
 
 def turning(configs: Sequence[Mapping[str, Any]]) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 
 from lines_cli.errors import ChangedInputError, OutputError, RecipeError, as_argument, some
 from lines_cli.plan.identity import identity, named_inputs, run_digest
-from lines_cli.plan.plan import SCALES, Plan, TensorPlan, bytes_of
+from lines_cli.plan.plan import SCALES, Plan, TensorPlan, bytes_of, pass_of_rule
 from lines_cli.plan.resources import Resources
 from lines_cli.recipe.plain_yaml import read_yaml
 from lines_cli.recipe.schema import Recipe
@@ -102,7 +102,7 @@ def divide(plan: Plan, shares: int | None = None) -> Division:
     stages = (*plan.passes, WRITING)
     parts: list[Part] = []
     for stage, what in enumerate(stages[:-1]):
-        tensors = list(plan.to_quantise) if what == SCALES else plan.merged_by_name
+        tensors = _looked_at(plan, what)
         sizes = [bytes_of(tensor.segments) for tensor in tensors]
         for first, end in _cut(sizes, shares):
             names = tuple(tensor.name for tensor in tensors[first:end])
@@ -118,6 +118,16 @@ def divide(plan: Plan, shares: int | None = None) -> Division:
         own = sum(end - start for _, start, end in ranges)
         parts.append(Part(len(parts) + 1, len(stages) - 1, (), ranges, sum(map(reads, ranges)), own))
     return Division(stages, tuple(parts), step, shares)
+
+
+def _looked_at(plan: Plan, what: str) -> list[TensorPlan]:
+    """The tensors that a pass is about, in the order of their names."""
+    if what == SCALES:
+        return list(plan.to_quantise)
+    if what in map(pass_of_rule, plan.needs.scores):
+        in_blocks = {tensor.name for tensor in plan.in_blocks}
+        return [tensor for tensor in plan.merged_by_name if tensor.name in in_blocks]
+    return plan.merged_by_name
 
 
 def usual_shares(plan: Plan) -> int:

@@ -10,20 +10,24 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lines_cli.checkpoint.adapter_output import PREFIX
 from lines_cli.checkpoint.header import FLOAT_DTYPES, TensorInfo
 from lines_cli.checkpoint.reader import Checkpoint, gc_paused
-from lines_cli.errors import DepthError, MismatchError, as_argument
+from lines_cli.errors import DepthError, MismatchError, as_argument, printable
 from lines_cli.plan.adapter_build import Shares, modules_in, refuse_one_file
 from lines_cli.plan.adapter_inputs import AdapterInputs
 from lines_cli.plan.adapter_layout import laid_out
 from lines_cli.plan.adapter_plan import AdapterModule, AdapterPlan, Difference, Entries, Part, Rest
 from lines_cli.plan.align import aligned_names
 from lines_cli.plan.coefficients import unlike_lines
+from lines_cli.plan.conversions import version_of_rules
+from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.match import nothing_in_common
+from lines_cli.plan.relaid import as_loaded
 from lines_cli.plan.tensors import STORED, Ranges, refuse_idle_filters
 from lines_cli.plan.tied_weights import is_vocabulary, says_tied, tied_embeddings
 from lines_cli.plan.vocabulary import find_vocabulary, in_words
@@ -38,6 +42,7 @@ _EMBEDDING = re.compile(
 _ROUTER = re.compile(r"gate|router|gating|wg")
 """The same of one that chooses experts, which is no linear layer to every library."""
 _FUSED = "tensors of fused experts"
+_OTHERWISE = "tensors that transformers' modules hold in another layout"
 _OF_EXPERTS = re.compile(r"(?:\A|\.)(?:shared_)?experts?(?:\.|\Z)")
 
 
@@ -54,8 +59,9 @@ def plan_of_extraction(opened: AdapterInputs, output: Path) -> AdapterPlan:
     recipe, inputs = opened.recipe, opened.inputs
     base, ft = inputs.checkpoints
     notes = [*recipe.notes, *opened.notes, *base.notes, *ft.notes]
+    inputs, otherwise = _as_modules(inputs, notes)
     inputs, (theirs, _) = aligned_names(inputs, notes, prefix=recipe.prefix)
-    base = inputs.checkpoints[0]
+    base, ft = inputs.checkpoints
     if theirs.keys().isdisjoint(ft.tensors):
         raise nothing_in_common(inputs)
     config = inputs.config_of(1)
@@ -72,7 +78,7 @@ def plan_of_extraction(opened: AdapterInputs, output: Path) -> AdapterPlan:
     refuse_idle_filters(shares.rules, ft.tensors)
     ranges = [Ranges(inputs, 0), Ranges(inputs, 1)]
     with_head = says_tied(config) and _ends_in_head(config)
-    found = _Parts(recipe, inputs.checkpoints, ranges, theirs, shares, depth, with_head=with_head)
+    found = _Parts(recipe, inputs.checkpoints, ranges, theirs, shares, depth, otherwise, with_head=with_head)
     modules, rest = tuple(found.modules()), tuple(found.rest())
     if not modules:
         raise MismatchError(
@@ -105,6 +111,28 @@ def plan_of_extraction(opened: AdapterInputs, output: Path) -> AdapterPlan:
         notes=(*notes, *depth.notes, *said),
     )
     return laid_out(plan)
+
+
+def _as_modules(inputs: Inputs, notes: list[str]) -> tuple[Inputs, Collection[str]]:
+    """Both sides with the names and the layout of the modules that transformers makes of them, for these are what PEFT
+    finds; and the fine-tune's tensors of which that is not known.
+    """
+    config = inputs.config_of(1)
+    if not isinstance(config.get("model_type"), str):
+        notes.append(
+            f"{inputs.checkpoints[1].name} has no config that says its model_type: modules are called as its files "
+            "call them, and where a library calls them otherwise in memory, the adapter does not find them"
+        )
+        return inputs, ()
+    base, ft = (as_loaded(side, config) for side in inputs.checkpoints)
+    for names, of in ((ft.names, "names"), ({made: owns[0] for made, owns in ft.made.items()}, "layout")):
+        if names:
+            there, own = min(names.items())
+            notes.append(
+                f"{len(names):,} tensor(s) are taken by the {of} of transformers' modules ({version_of_rules()}), such "
+                f"as {printable(there)} for {printable(own)}: an older version, or another library, may have others"
+            )
+    return replace(inputs, checkpoints=(base.checkpoint, ft.checkpoint)), ft.problems
 
 
 def _depth(recipe: Recipe, ft: Checkpoint, config: Mapping[str, Any]) -> DepthMap:
@@ -154,6 +182,7 @@ class _Parts:
         theirs: the base's names by the fine-tune's.
         shares: what multiplies each update.
         depth: where each tensor stands.
+        otherwise: tensors that transformers' modules hold in another layout, which is not known here.
         with_head: whether the model has a head over tokens that is its embedding.
     """
 
@@ -165,6 +194,7 @@ class _Parts:
         theirs: Mapping[str, str],
         shares: Shares,
         depth: DepthMap,
+        otherwise: Collection[str],
         *,
         with_head: bool,
     ) -> None:
@@ -173,6 +203,7 @@ class _Parts:
         self._base = {name: base.tensors[there].info for name, there in theirs.items()}
         self._ft = {name: stored.info for name, stored in ft.tensors.items()}
         self._of_base, self._of_ft = ranges
+        self._otherwise = otherwise
         self._with_head = with_head
         self._shared = {name for name in self._ft if is_vocabulary(name) and len(self._ft[name].shape) == 2}
         self._experts = any(_OF_EXPERTS.search(name) for name in self._ft)
@@ -192,6 +223,8 @@ class _Parts:
             return "tensors that the base lacks"
         if there.shape != info.shape:
             return "tensors that have another shape than the base's"
+        if name in self._otherwise:
+            return _OTHERWISE
         if last == "bias":
             return "biases"
         if len(info.shape) < 2:
@@ -255,7 +288,7 @@ class _Parts:
             saved_as: str | None = f"{PREFIX}{name}"
             if module in self._targets:
                 saved_as = f"{PREFIX}{module}.base_layer.{last}" if last == "bias" else None
-            elif not module or module in holding or why == _FUSED or _ends_another(module, every):
+            elif not module or module in holding or why in (_FUSED, _OTHERWISE) or _ends_another(module, every):
                 saved_as = None
             if is_float and base is None and factor != 1:
                 saved_as = None  # there is no update to scale

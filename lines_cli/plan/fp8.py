@@ -67,7 +67,9 @@ def in_fp8(
         there = rows[name][side] if name in rows else None
         step = _step_of(like, there)
         if step is None or there is None:
-            if there is not None and any(isinstance(one, InParts) for one in _steps_in(inputs, side, there)):
+            if there is not None and any(
+                isinstance(one, InParts) and not one.adds for one in _steps_in(inputs, side, there)
+            ):
                 other_layout.append(name)
             found[name] = spec
             continue

@@ -169,7 +169,7 @@ def replaceable(plan: AnyPlan) -> frozenset[str]:
 def inputs_read(plan: AnyPlan, contents: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """What the recipe records of each file that was read."""
     found: dict[str, dict[str, Any]] = {}
-    for checkpoint in (*plan.inputs.checkpoints, *_bases_of_adapters(plan.inputs)):
+    for checkpoint in (*_whole(plan.inputs), *_bases_of_adapters(plan.inputs)):
         for name, path, state in recorded_files(checkpoint, path_seen_from(plan.output, checkpoint)):
             record: dict[str, Any] = {"bytes": state.nbytes, "mtime_ns": state.mtime_ns, "header": state.header}
             if real_name(path) in contents:
@@ -198,11 +198,20 @@ def recorded_files(checkpoint: Checkpoint, name: str) -> Iterator[tuple[str, Pat
         yield name + within, path, state
 
 
+def _whole(inputs: Inputs) -> Iterator[Checkpoint]:
+    """The inputs; of stacked ones those that their layers are of."""
+    for checkpoint in inputs.checkpoints:
+        yield from checkpoint.stacked or (checkpoint,)
+
+
 def inputs_by_name(plan: AnyPlan) -> dict[str, Checkpoint]:
     """The inputs by their names in the recipe."""
     recipe, inputs = plan.recipe, plan.inputs
-    named = dict(zip((source.model for source in recipe.merged), inputs.models, strict=True))
-    if recipe.base_model is not None and inputs.has_base:
+    if recipe.slices:
+        named = {checkpoint.name: checkpoint for checkpoint in _whole(inputs)}
+    else:
+        named = dict(zip((source.model for source in recipe.merged), inputs.models, strict=True))
+    if recipe.base_model is not None and inputs.has_base and not recipe.slices:
         named[recipe.base_model] = inputs.checkpoints[0]
     for base in _bases_of_adapters(inputs):
         named.setdefault(str(recipe.base_model), base)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from lines_cli.checkpoint.reader import Checkpoint, FileState, open_checkpoint
 from lines_cli.errors import CheckpointError, UnsupportedError, some
 from lines_cli.hub.download import Only, base_and_adapter, is_missing, locate
 from lines_cli.plan.adapted import on_base
+from lines_cli.plan.stack import stack
 from lines_cli.plan.tied_weights import is_vocabulary, tied_heads
 from lines_cli.recipe.schema import Recipe
 
@@ -40,12 +41,20 @@ def open_inputs(recipe: Recipe, *, quiet: bool = False, weights: bool = True) ->
     only: Only | None = None if weights else "plan"
     reads = _read_of_the_base(recipe)
     opening = Opening(recipe.base_model, variant=recipe.variant, quiet=quiet, only=only, reads=reads)
-    inputs = inputs_of(recipe, *map(opening, names))
+    inputs = inputs_of(recipe, *_sides(recipe, opening))
     if inputs.checkpoints[0].components and not inputs.leading.components:  # which of them fits is to be seen
         again = Opening(recipe.base_model, variant=recipe.variant, quiet=quiet, only=only)
-        inputs = inputs_of(recipe, *map(again, names))
+        inputs = inputs_of(recipe, *_sides(recipe, again))
     refuse_variant_of_none(recipe.variant, inputs.checkpoints)
     return inputs
+
+
+def _sides(recipe: Recipe, opening: Callable[[str], Checkpoint]) -> list[Checkpoint]:
+    """The base, if it is subtracted, and the models, each opened, or stacked of layers of those that are."""
+    if not recipe.slices:
+        return list(map(opening, input_names(recipe)))
+    base = [recipe.stacked_base] if recipe.subtracts_base else []
+    return [stack(parts, opening, like=recipe.base_model) for parts in (*base, *recipe.stacked)]
 
 
 def _read_of_the_base(recipe: Recipe) -> Reads | None:
@@ -132,8 +141,8 @@ class Opening:
             if self._base is None or name == self._base:
                 raise UnsupportedError(
                     f"{name} is an adapter, not a whole checkpoint: it changes a base, and none is named",
-                    hint="Write BASE+ADAPTER, with the base that it was trained on. Adapters of PEFT, with their "
-                    "configs, are merged into an adapter: --as-adapter (in the recipe as_adapter: true).",
+                    hint="Write BASE+ADAPTER, with the base that it was trained on. Adapters alone are merged into "
+                    "an adapter, by linear methods: --as-adapter (in the recipe as_adapter: true).",
                 )
             adapter = open_adapter(found.path, name=found.name, hub_id=found.hub_id)
             return with_its_components(on_base(adapter, self._base_of_adapters(self._base)))
@@ -225,7 +234,10 @@ class Inputs:
                 continue
             files = list(zip(checkpoint.files, checkpoint.states, strict=True))
             numbers.append(
-                tuple(known.get(file, n) if checkpoint.parts else n for file, n in zip(files, own, strict=True))
+                tuple(
+                    known.get(file, n) if checkpoint.parts or checkpoint.stacked else n
+                    for file, n in zip(files, own, strict=True)
+                )
             )
             for file, number in zip(files, own, strict=True):
                 known.setdefault(file, number)
@@ -271,4 +283,5 @@ class Inputs:
 def input_names(recipe: Recipe) -> list[str]:
     """The inputs that are opened, as the recipe names them: the base first, if it is subtracted, then the models."""
     base = [recipe.base_model] if recipe.base_model is not None and recipe.subtracts_base else []
-    return [*base, *(source.model for source in recipe.merged)]
+    parts = (part.model for parts in recipe.stacked for part in parts)
+    return [*base, *(parts if recipe.slices else (source.model for source in recipe.merged))]

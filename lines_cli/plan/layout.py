@@ -6,9 +6,9 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 
 from lines_cli.checkpoint.header import TensorInfo, canonical_order, itemsize, lay_out
+from lines_cli.storage.names import natural
 
 FILE_METADATA = {"format": "pt"}
 _HASH = re.compile(r"hash", re.IGNORECASE)
@@ -36,20 +36,6 @@ class OutputFile:
     head: bytes
     nbytes: int
     prefix: str = ""
-
-
-def natural(name: str) -> list[tuple[int, str]]:
-    """Sort key: `layers.2` before `layers.10`."""
-    return [*map(_part, _NUMBERS.split(name)), (0, name)]
-
-
-_NUMBERS = re.compile(r"(\d+)")
-
-
-@lru_cache(maxsize=4096)  # the names of a model are made of few parts; and what is the same thing compares at once
-def _part(part: str) -> tuple[int, str]:
-    digits = part.lstrip("0")
-    return (len(digits), digits) if part.isdecimal() else (0, part)
 
 
 def lay_out_files(

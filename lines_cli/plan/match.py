@@ -15,10 +15,10 @@ from lines_cli.checkpoint.reader import Checkpoint
 from lines_cli.errors import MismatchError, printable, some
 from lines_cli.plan.align import or_so, two_prefixes
 from lines_cli.plan.inputs import Inputs
-from lines_cli.plan.layout import natural
 from lines_cli.plan.tied_weights import says_tied, tied_partner
 from lines_cli.recipe.schema import Recipe
 from lines_cli.scaling.find_depth import Place
+from lines_cli.storage.names import natural
 
 Names = tuple[str | None, ...]
 """The names that one output tensor is read from, one for each side; None for a side that lacks it."""

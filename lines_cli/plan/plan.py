@@ -22,15 +22,17 @@ from lines_cli.methods.sparsify import Bounds
 from lines_cli.plan.coefficients import known, layer_coefficients, outside_coefficients, scale_at
 from lines_cli.plan.components import Share
 from lines_cli.plan.inputs import Inputs
-from lines_cli.plan.layout import OutputFile, natural
+from lines_cli.plan.layout import OutputFile
 from lines_cli.plan.resources import TURNED_AT_ONCE, TURNING, BytesPerEntry, Resources
 from lines_cli.plan.statistics import NOTHING_MEASURED, Needs, Statistics
 from lines_cli.plan.tensors import STORED, Segment, SourceRange, TensorSpec
 from lines_cli.plan.vocabulary import Vocabulary
 from lines_cli.plan.vocabulary import report as vocabulary_report
 from lines_cli.recipe.schema import Recipe
+from lines_cli.scaling.depth_rules import find_rule
 from lines_cli.scaling.find_depth import DepthMap, Place
 from lines_cli.scaling.schedule import Rules
+from lines_cli.storage.names import natural
 from lines_cli.storage.views import Views
 
 
@@ -133,7 +135,11 @@ class Plan:
     @property
     def read_paths(self) -> tuple[Path, ...]:
         """Everything the output must not replace: the inputs as they were named, and all their files."""
-        named = [part for checkpoint in self.inputs.checkpoints for part in checkpoint.parts or (checkpoint,)]
+        named = [
+            part
+            for checkpoint in self.inputs.checkpoints
+            for part in checkpoint.parts or checkpoint.stacked or (checkpoint,)
+        ]
         return (*(checkpoint.path for checkpoint in named), *self.paths)
 
     @property
@@ -159,17 +165,29 @@ class Plan:
         where the sample that said where to look was no good one.
         """
         needs = self.needs
-        found = [THRESHOLDS] if needs.thresholds else []
+        found = [WEIGHTS] if needs.weights else []
+        found += [THRESHOLDS] if needs.thresholds else []
         found += [L1_NORMS] if needs.l1 else []
-        found += [ANGLES] if needs.products else []
-        last = SIGNS_AND_NORMS[needs.majority + 2 * needs.norms - 1]
-        found += [last] if needs.majority or needs.norms else []
+        found += [SUMS] if needs.sums else []
+        found += [self.pass_of_signs] if self.pass_of_signs else []
+        found += [pass_of_rule(rule) for rule in needs.scores]
         return (*found, *((SCALES,) if self.to_quantise else ()))
+
+    @property
+    def pass_of_signs(self) -> str:
+        """The pass that measures signs, norms or both; empty where neither is needed."""
+        last = (("signs", self.needs.majority), ("norms", self.needs.norms))
+        return " and ".join(word for word, needed in last if needed)
 
     @property
     def merged_by_name(self) -> list[TensorPlan]:
         """What is merged, in the order of names in which it is measured."""
         return sorted((tensor for tensor in self.tensors if tensor.edited), key=lambda tensor: natural(tensor.name))
+
+    @cached_property
+    def in_blocks(self) -> tuple[TensorPlan, ...]:
+        """The matrices inside blocks that are merged: what depth rules measure."""
+        return tuple(t for t in self.tensors if t.place is not None and len(t.info.shape) > 1 and t.edited)
 
     @cached_property
     def to_quantise(self) -> tuple[TensorPlan, ...]:
@@ -228,8 +246,7 @@ class Plan:
         if found.thresholds:
             whole = self.measured_with(tensor) if self._of_model(tensor) else name
             thresholds = tuple(found.thresholds.get((model, whole), ()) for model in range(self.number_of_models))
-        products = found.products.get(name, (0.0, 0.0, 0.0))
-        return Measured(thresholds, found.majority, found.l1.get(name, ()), products)
+        return Measured(thresholds, found.majority, found.l1.get(name, ()), found.sums.get(name, ()))
 
     @property
     def bytes_read(self) -> int:
@@ -245,6 +262,8 @@ class Plan:
         """Bytes of tensor data that one of the `passes` reads."""
         if what == SCALES:
             return bytes_of(segment for tensor in self.to_quantise for segment in tensor.segments)
+        if what in map(pass_of_rule, self.needs.scores):
+            return bytes_of(segment for tensor in self.in_blocks for segment in tensor.segments if segment.models)
         return self.bytes_measured
 
     @cached_property
@@ -259,7 +278,9 @@ class Plan:
         temporaries += 5 if self.recipe.rounding == "stochastic" else 0
         temporaries += 4 if self.recipe.dtype == "fp8" else 0  # magnitudes; what it was, divided, and its loss
         temporaries += 2 * models + 1 if self.needs.thresholds else 0  # how far magnitudes are from a window
-        return BytesPerEntry(stored, written, 8 if self.in_float64 else 4, models + 1, temporaries)
+        temporaries += 2 * models + 4 if self.needs.sums else 0  # all in float64, a product, and its blocks
+        width = 8 if self.in_float64 else 4
+        return BytesPerEntry(stored, written, width, models + 1, temporaries, self.formula_bytes)
 
     def buffer_bytes(self, resources: Resources) -> int:
         """Bytes of the workers' buffers on the CPU: an input and the output as they are stored, and what the arithmetic
@@ -282,20 +303,27 @@ class Plan:
     def whole_bytes(self, workers: int) -> int:
         """Bytes that is held at most of whole tensors: of the factors that make tensors of inputs; and where the method
         sees tensors whole each worker makes one, the largest there are, from all models' and in what space the method
-        needs, and as many results are kept.
+        needs, and as many results are kept; and likewise where a depth rule does that is to be measured.
         """
         method = self.recipe.method
-        factors = workers * self.formula_bytes
-        if method.sees == "entries":
-            return factors
+        held = workers * self.formula_bytes
+        rules = [rule for name in self.needs.scores if (rule := find_rule(name)).sees == "tensors"]
         each = [
-            segment.numel * (8 if tensor.in_float64 else 4) * (self.number_of_models + 2)
-            + method.workspace(tensor.shape_of(segment))
+            2 * tensor.info.numel * (8 if tensor.in_float64 else 4)
+            + max(rule.workspace(tensor.info.shape) for rule in rules)
+            for tensor in (self.in_blocks if rules else ())
+        ]
+        held += sum(sorted(each, reverse=True)[:workers])
+        if method.sees == "entries":
+            return held
+        each = [
+            segment.numel * (8 if tensor.in_float64 else 4) * (self.number_of_models + 2 + method.given_base)
+            + method.space_for(tensor.shape_of(segment), in_float64=tensor.in_float64)
             for tensor in self.tensors
             for segment in tensor.segments
-            if segment.models
+            if segment.models and method.sees_whole(tensor.values)
         ]
-        return factors + sum(sorted(each, reverse=True)[:workers])
+        return held + sum(sorted(each, reverse=True)[:workers])
 
     @cached_property
     def turned_sides(self) -> int:
@@ -346,6 +374,9 @@ class Plan:
     def dtype(self) -> str | None:
         """What most of the output's float entries are stored as, as configs name it."""
         names = {stored: name for name, stored in STORED.items()}
+        dtypes = {tensor.info.dtype for tensor in self.tensors}
+        if len(dtypes) == 1:  # mostly
+            return names.get(*dtypes)
         entries = Counter[str]()
         for tensor in self.tensors:
             if tensor.info.dtype in names:
@@ -515,9 +546,16 @@ def bytes_of(segments: Iterable[Segment]) -> int:
     return total
 
 
-THRESHOLDS, L1_NORMS, ANGLES = "thresholds", "L1 norms", "angles"
-SIGNS_AND_NORMS = ("signs", "norms", "signs and norms")
-"""What passes measure; of the last, one at most."""
+def pass_of_rule(rule: str) -> str:
+    """What the pass measures that a depth rule asks for, by its name."""
+    return f"{rule} scores"
+
+
+WEIGHTS = "weights"
+"""What the pass measures that finds how large task vectors are."""
+THRESHOLDS, L1_NORMS, SUMS = "thresholds", "L1 norms", "sums"
+"""What other passes measure."""
+
 
 SCALES = "FP8 scales"
 """What the pass measures that finds the scales of an output in FP8."""

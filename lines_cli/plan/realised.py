@@ -231,9 +231,11 @@ def groups_of(plan: Plan) -> Groups:
         number = numbers[_key(plan, tensor)]
         if groups[number].coefficient == tensor.coefficient:
             of[tensor.name] = number
-            if any(segment.copy is None or segment.copy.dtype != tensor.info.dtype for segment in tensor.segments):
+            if number not in cast and any(
+                segment.copy is None or segment.copy.dtype != tensor.info.dtype for segment in tensor.segments
+            ):
                 cast.add(number)
-            if (
+            if number not in measured and (
                 any(segment.numel and (segment.copy is None or segment.base is not None) for segment in tensor.segments)
                 or tensor.spec.is_the_base_s
             ):

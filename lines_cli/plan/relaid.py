@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 from lines_cli.checkpoint.formulas import InParts, Made, OfPart
 from lines_cli.checkpoint.header import Part, StoredTensor, TensorInfo, itemsize
 from lines_cli.checkpoint.reader import Checkpoint
 from lines_cli.errors import printable
-from lines_cli.plan.conversions import Conversion, Found, Pattern, Rules, plain_rules, rules_for
-from lines_cli.plan.layout import natural
+from lines_cli.plan.conversions import Conversion, Found, Pattern, Rules, loading_rules, plain_rules, rules_for
 from lines_cli.plan.pieces import Pieced, Run, runs, turned, whole
 from lines_cli.plan.same_names import canonical
+from lines_cli.storage.names import natural
 
 Form = Literal["sources", "targets"]
 Key = tuple[int, str, str]
@@ -48,7 +48,7 @@ class Relaid:
     notes: list[str] = field(default_factory=list)
 
 
-class _Site(NamedTuple):
+class Site(NamedTuple):
     """A place of a model that a conversion is about, as one side has it.
 
     Attributes:
@@ -129,10 +129,99 @@ def turn(lead: Checkpoint, other: Checkpoint, pairs: Mapping[str, str], called: 
     return found
 
 
+# --- one side by itself ---
+
+
+class Loaded(NamedTuple):
+    """A checkpoint's tensors as transformers' modules hold them.
+
+    Attributes:
+        checkpoint: with them, by the names of the modules' parameters.
+        names: of those that its files call otherwise, by these names; those that are put together or cut apart are not
+            among them.
+        made: of what each tensor is made that is put together or cut apart: names of the files.
+        problems: names of the files whose modules are not known -> why, in words.
+    """
+
+    checkpoint: Checkpoint
+    names: Mapping[str, str]
+    made: Mapping[str, Sequence[str]]
+    problems: Mapping[str, str]
+
+
+def as_loaded(side: Checkpoint, config: Mapping[str, Any] | None = None) -> Loaded:
+    """What transformers makes of a checkpoint on loading it, as far as its rules say that of the model's type.
+
+    Args:
+        side: the checkpoint.
+        config: which says the type; its own unless given.
+    """
+    rules = loading_rules(side.config if config is None else config)
+    found, made, problems = Relaid(), dict[str, list[str]](), dict[str, str]()
+    if not rules.names:
+        return Loaded(side, {}, {}, {})
+    for (number, *_), there in sites(rules, side.tensors).items():
+        conversion = rules.conversions[number]
+        site = next((site for site in there if site.form == "sources"), None)
+        if site is None:
+            continue
+        owns, before = _in_order(site), len(found.problems)
+        tensors = _forward(conversion, side, site)
+        for name, tensor in tensors or ():
+            at = _target_name(rules, conversion, site, name)
+            _put(found, side, side, at, tensor)
+            made[at] = [own for own in owns if any(piece.source == own for piece in tensor.pieces)]
+        if tensors is None or len(found.problems) > before:
+            targets = " and ".join(pattern.text.strip(".") for pattern in conversion.targets)
+            how = f"transformers has {targets} in its place ({conversion.of} in its table of layouts)"
+            problems |= dict.fromkeys(owns, how)
+    used = {own for owns in made.values() for own in owns} | problems.keys()
+    spelt = {own: rules.renamed(own) for own in side.tensors if own not in used}
+    twice = {name for name, times in Counter(spelt.values()).items() if times > 1} | (found.tensors.keys() & {*spelt})
+    names = {name: own for own, name in spelt.items() if name != own and name not in twice}
+    as_it_is = {own: name if name in names else own for own, name in spelt.items()} | {own: own for own in problems}
+    checkpoint = replace(
+        side,
+        tensors={name: side.tensors[own] for own, name in as_it_is.items()} | found.tensors,
+        formulas={as_it_is[own]: of for own, of in side.formulas.items() if own in as_it_is} | found.formulas,
+    )
+    return Loaded(checkpoint, names, made, problems)
+
+
+def _forward(conversion: Conversion, side: Checkpoint, site: Site) -> list[tuple[int, Pieced]] | None:
+    """The targets of a site, by the numbers of their patterns; None where something is missing, or what is done to get
+    them is not known here.
+    """
+    numbers = range(1 + max((number for _, number in site.names if number is not None), default=-1))
+    wanted = {
+        (at, number)
+        for at, pattern in enumerate(conversion.sources)
+        for number in (numbers if pattern.counts else (None,))
+    }
+    if wanted != site.names.keys() or not conversion.can_be_carried_out:
+        return None
+    if any(operation[0] == "split" for operation in conversion.operations):
+        return None  # into sizes that the model's code has
+    held = tensors_of(conversion, side, site)
+    axes = [operation[1] for operation in conversion.operations if operation[0] == "chunk"]
+    size = held[0][0].shape[axes[0]] if axes and len(held[0][0].shape) > axes[0] else 0
+    targets = conversion.forward(held, [size // len(conversion.targets)] * len(conversion.targets) if axes else ())
+    return None if targets is None else list(enumerate(targets))
+
+
+def _target_name(rules: Rules, conversion: Conversion, site: Site, number: int) -> str:
+    """What a target of a site is called."""
+    (at, _), name = next(iter(site.names.items()))
+    pattern = conversion.sources[at]
+    place = pattern.find(rules.renamed(name)) or pattern.find(name)
+    assert place is not None
+    return f"{place.before}{conversion.targets[number].text}{place.behind}"
+
+
 # --- sites ---
 
 
-def _sites(rules: Rules, names: Iterable[str]) -> dict[Key, list[_Site]]:
+def sites(rules: Rules, names: Iterable[str]) -> dict[Key, list[Site]]:
     """The places that conversions are about, each in one form or in both."""
     found: dict[Key, dict[Form, dict[tuple[int, int | None], str]]] = defaultdict(dict)
     twice: set[Key] = set()
@@ -143,9 +232,7 @@ def _sites(rules: Rules, names: Iterable[str]) -> dict[Key, list[_Site]]:
             if (pattern, at.number) in held:
                 twice.add(key)  # two names for one: which is meant?
             held[pattern, at.number] = name
-    return {
-        key: [_Site(form, held) for form, held in forms.items()] for key, forms in found.items() if key not in twice
-    }
+    return {key: [Site(form, held) for form, held in forms.items()] for key, forms in found.items() if key not in twice}
 
 
 def _places(rules: Rules, name: str) -> Iterator[tuple[int, Form, int, Found]]:
@@ -166,14 +253,14 @@ def _places(rules: Rules, name: str) -> Iterator[tuple[int, Form, int, Found]]:
                     return
 
 
-def _pairs(rules: Rules, ours: Iterable[str], theirs: Iterable[str]) -> Iterator[tuple[Conversion, _Site, _Site]]:
+def _pairs(rules: Rules, ours: Iterable[str], theirs: Iterable[str]) -> Iterator[tuple[Conversion, Site, Site]]:
     """The places that each side has in one form, and not in the same."""
-    of_lead, of_other = _sites(rules, ours), _sites(rules, theirs)
+    of_lead, of_other = sites(rules, ours), sites(rules, theirs)
     before = _Befores(of_lead)
-    for key, sites in of_other.items():
+    for key, there in of_other.items():
         matching = of_lead.get(before.like(key), [])
-        if len(sites) == len(matching) == 1 and sites[0].form != matching[0].form:
-            yield rules.conversions[key[0]], matching[0], sites[0]
+        if len(there) == len(matching) == 1 and there[0].form != matching[0].form:
+            yield rules.conversions[key[0]], matching[0], there[0]
 
 
 class _Befores:
@@ -263,7 +350,7 @@ def _convert(
     called: str,
 ) -> None:
     ways = [conversion for conversion in of_config.conversions if conversion.turns]
-    made: dict[str, list[tuple[Conversion, _Site, _Site]]] = defaultdict(list)
+    made: dict[str, list[tuple[Conversion, Site, Site]]] = defaultdict(list)
     for conversion, ours, theirs in _pairs(rules, *left):
         if (wrong := _incomplete(conversion, lead, ours, other, theirs)) is not None:
             found.problems += wrong
@@ -290,7 +377,7 @@ _NUMBERED_LAST = re.compile(r"\.experts?\..*|\.[^.]*(?:\.weight|\.bias)?\Z", re.
 
 
 def _incomplete(
-    conversion: Conversion, lead: Checkpoint, ours: _Site, other: Checkpoint, theirs: _Site
+    conversion: Conversion, lead: Checkpoint, ours: Site, other: Checkpoint, theirs: Site
 ) -> list[str] | None:
     """What a side lacks of a site, in words; None if nothing."""
     if not conversion.can_be_carried_out:
@@ -309,7 +396,7 @@ def _incomplete(
     return wrong or None
 
 
-def _missing(conversion: Conversion, site: _Site, whose: Checkpoint, there: _Site) -> list[str]:
+def _missing(conversion: Conversion, site: Site, whose: Checkpoint, there: Site) -> list[str]:
     """The names of what a side should have, too, by what the other has."""
     patterns = conversion.sources if site.form == "sources" else conversion.targets
     wanted: set[tuple[int, int | None]] = {(at, None) for at, pattern in enumerate(patterns) if not pattern.counts}
@@ -325,7 +412,7 @@ def _missing(conversion: Conversion, site: _Site, whose: Checkpoint, there: _Sit
 _MOST_MISSING = 1000
 
 
-def _name_of(patterns: Sequence[Pattern], site: _Site, place: tuple[int, int | None]) -> str:
+def _name_of(patterns: Sequence[Pattern], site: Site, place: tuple[int, int | None]) -> str:
     """What a tensor that is not there would be called, by the others that are."""
     at, number = place
     for (other, its), name in site.names.items():
@@ -337,12 +424,12 @@ def _name_of(patterns: Sequence[Pattern], site: _Site, place: tuple[int, int | N
 
 
 def _whichever_way(
-    group: Sequence[tuple[Conversion, _Site, _Site]],
+    group: Sequence[tuple[Conversion, Site, Site]],
     lead: Checkpoint,
     other: Checkpoint,
     ways: Sequence[Conversion],
     found: Relaid,
-) -> list[tuple[Conversion, _Site, _Site]]:
+) -> list[tuple[Conversion, Site, Site]]:
     """Make what belongs to one module, with its matrices as they are or, where the model is known to have had them so,
     all of them the other way round. A square one says nothing of that.
 
@@ -375,7 +462,7 @@ def _whichever_way(
     return list(group)
 
 
-def _only_square(group: Sequence[tuple[Conversion, _Site, _Site]], lead: Checkpoint, other: Checkpoint) -> bool:
+def _only_square(group: Sequence[tuple[Conversion, Site, Site]], lead: Checkpoint, other: Checkpoint) -> bool:
     """Whether all experts that are put together somewhere are square matrices, and the model is not known."""
     known = rules_for([lead.config, other.config]).names
     if any(conversion.of in known for conversion, _, _ in group):
@@ -393,15 +480,15 @@ def _only_square(group: Sequence[tuple[Conversion, _Site, _Site]], lead: Checkpo
 def _made(
     conversion: Conversion,
     lead: Checkpoint,
-    ours: _Site,
+    ours: Site,
     other: Checkpoint,
-    theirs: _Site,
+    theirs: Site,
     ways: Sequence[Conversion],
 ) -> list[tuple[str, Pieced]] | str:
     """The leading side's tensors of a site, made of the other's; or, in words, why they cannot be."""
     to_targets = ours.form == "targets"
-    held = _whole(conversion, other, theirs)
-    like = _whole(conversion, lead, ours)
+    held = tensors_of(conversion, other, theirs)
+    like = tensors_of(conversion, lead, ours)
     if to_targets:
         axes = [operation[1] for operation in conversion.operations if operation[0] in {"chunk", "split"}]
         sizes = [one[0].shape[axes[0]] if len(one[0].shape) > axes[0] else 0 for one in like] if axes else []
@@ -432,12 +519,12 @@ def _turned(tensor: Pieced, conversion: Conversion, at: int, ways: Sequence[Conv
     return tensor
 
 
-def _in_order(site: _Site) -> list[str]:
+def _in_order(site: Site) -> list[str]:
     """The names of a site, pattern by pattern."""
     return [site.names[place] for place in sorted(site.names, key=lambda place: (place[0], place[1] or 0))]
 
 
-def _whole(conversion: Conversion, side: Checkpoint, site: _Site) -> list[list[Pieced]]:
+def tensors_of(conversion: Conversion, side: Checkpoint, site: Site) -> list[list[Pieced]]:
     """The tensors of a site, for each pattern."""
     held: dict[int, list[Pieced]] = defaultdict(list)
     for place in sorted(site.names, key=lambda place: (place[0], place[1] or 0)):

@@ -22,6 +22,7 @@ from lines_cli.plan.realised import groups_of
 from lines_cli.plan.sidecars import with_numbers
 from lines_cli.plan.statistics import Needs, Statistics
 from lines_cli.plan.tensors import Segment, TensorSpec, taken_whole
+from lines_cli.plan.weights import with_weights
 from lines_cli.recipe.schema import Recipe
 from lines_cli.scaling.find_depth import DepthMap
 from lines_cli.scaling.schedule import Rules
@@ -89,8 +90,10 @@ def resolve(plan: Plan, statistics: Statistics) -> Plan:
 
     Raises:
         RecipeError: a coefficient is beyond float32.
-        MismatchError: alpha cannot be measured, because nothing was merged, or something is not finite.
+        MismatchError: alpha, a weight or a share cannot be measured, because nothing was merged, or something is not
+            finite.
     """
+    plan = with_weights(plan, statistics.squares)
     norms = statistics.norms
     if norms is not None and not (0 < norms.merged < math.inf and norms.total < math.inf):
         raise MismatchError(
@@ -126,7 +129,7 @@ def decided(plan: Plan, placed: Iterable[tuple[TensorSpec, int, TensorInfo]]) ->
     if plan.recipe.lines is not None and plan.recipe.lines.needs_alpha and not plan.needs.norms:
         norms = plan.statistics.norms
         alpha = norms.alpha if norms else 1 / plan.number_of_models  # the merged task vector is the sum
-    rules = plan.recipe.rules(plan.depth, alpha=alpha)
+    rules = plan.recipe.rules(plan.depth, alpha=alpha, scores=plan.statistics.scores)
     plan = replace(plan, rules=rules)
     coefficients = Coefficients(plan.recipe, plan.depth, rules)
     return _with_scales(
@@ -155,7 +158,8 @@ def _measured_whole(plan: Plan) -> Plan:
     groups = groups_of(plan)
     tensors = []
     for tensor in plan.tensors:
-        number = groups.of.get(tensor.name)
+        copies = [segment for segment in tensor.segments if segment.copy is not None]
+        number = groups.of.get(tensor.name) if copies else None
         if number is not None and number in groups.measured and groups.groups[number].coefficient:
             segments = zip(tensor.spec.segments, tensor.segments, strict=True)
             beside = tuple(

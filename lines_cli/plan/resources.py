@@ -68,7 +68,9 @@ class Resources:
             whole_blocks: a multiple of BLOCK, for what is measured block by block.
         """
         if fits is None:
-            chunk = self.chunk or max(SUM_BLOCK, min(_ON_CPU, _IN_CACHE // per_entry.nbytes()) // SUM_BLOCK * SUM_BLOCK)
+            most = min(_ON_CPU, _IN_CACHE // per_entry.nbytes())
+            most -= min(per_entry.beside // per_entry.nbytes(), most // 3)
+            chunk = self.chunk or max(SUM_BLOCK, most // SUM_BLOCK * SUM_BLOCK)
         else:
             chunk = min(self.chunk or _ON_CUDA, fits // SUM_BLOCK * SUM_BLOCK)
         return max(SUM_BLOCK, chunk // SUM_BLOCK * SUM_BLOCK) if whole_blocks else chunk
@@ -84,6 +86,7 @@ class BytesPerEntry:
         width: bytes of the widest, as it is computed with.
         held: from how many inputs entries are held at a time.
         temporaries: how many more of that width a method makes meanwhile.
+        beside: bytes that the worker holds whatever the chunk, for which a chunk has up to a third fewer entries.
     """
 
     stored: int
@@ -91,6 +94,7 @@ class BytesPerEntry:
     width: int
     held: int
     temporaries: int = 0
+    beside: int = 0
 
     def nbytes(self, *, slots: int = 1) -> int:
         """Bytes where it computes; with `slots` inputs on their way there at a time."""

@@ -32,6 +32,7 @@ from lines_cli.plan.identity import inputs_by_name, inputs_read, named_inputs, r
 from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.plan import Plan
 from lines_cli.plan.vocabulary import Vocabulary
+from lines_cli.plan.weights import recorded
 from lines_cli.recipe.plain_yaml import YamlError, read_yaml
 from lines_cli.recipe.schema import UNION
 from lines_cli.recipe.yaml_file import dump_recipe, dump_record
@@ -252,7 +253,8 @@ def with_numbers(plan: Plan) -> tuple[Sidecar, Sidecar]:
     recipe, inputs, norms = plan.recipe, plan.inputs, plan.statistics.norms
     named = named_inputs(plan, seen_from=plan.output)
     why = f"(1/{norms.models}) * {norms.total!r} / {norms.merged!r}" if norms else f"1/{plan.number_of_models}"
-    text = dump_recipe(recipe, named=named, alpha=plan.alpha, why=why)
+    weights = recorded(recipe, plan.statistics.squares)
+    text = dump_recipe(recipe, named=named, alpha=plan.alpha, why=why, weights=weights)
     card = model_card(
         Card(
             title=plan.output.name if plan.output.name not in ("", "..") else plan.output.resolve().name,

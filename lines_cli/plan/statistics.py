@@ -9,6 +9,7 @@ from types import NoneType
 from typing import Any
 
 from lines_cli.methods.sparsify import Bounds
+from lines_cli.scaling.depth_rules import Numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +42,11 @@ class Statistics:
         kept: for each model, how many entries are kept, and of how many; empty where that was not counted.
         majority: the sign that most elections gave.
         l1: tensor -> for each model the L1 norm of its task vector, before and after entries were dropped.
-        products: tensor -> two models' dot product and squared L2 norms.
+        sums: tensor -> what is summed over it (`Method.sums`).
         norms: for `alpha: auto`.
+        squares: the squared L2 norm of each model's task vector, over everything that is merged; empty where no weight
+            rests on it.
+        scores: depth rule -> matrix -> what the rule measured of it (`DepthRule`).
         scales: weights of the output that are stored in 8 bits -> their scales, as the output stores them.
     """
 
@@ -50,8 +54,10 @@ class Statistics:
     kept: tuple[tuple[int, int], ...] = ()
     majority: int = 1
     l1: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
-    products: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
+    sums: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     norms: Norms | None = None
+    squares: tuple[float, ...] = ()
+    scores: Mapping[str, Mapping[str, Numbers]] = field(default_factory=dict)
     scales: Mapping[str, bytes] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -61,8 +67,10 @@ class Statistics:
             "kept": self.kept,
             "majority": self.majority,
             "l1": self.l1,
-            "products": self.products,
+            "sums": self.sums,
             "norms": self.norms and [self.norms.total, self.norms.merged, self.norms.models],
+            **({"squares": self.squares} if self.squares else {}),
+            **({"scores": self.scores} if self.scores else {}),
             **({"scales": {name: b64encode(own).decode() for name, own in self.scales.items()}} if self.scales else {}),
         }
 
@@ -81,8 +89,13 @@ class Statistics:
                 name: tuple((_number(before), _number(after)) for before, after in sums)
                 for name, sums in json["l1"].items()
             },
-            {name: (_number(a), _number(b), _number(c)) for name, (a, b, c) in json["products"].items()},
+            {name: tuple(map(_number, sums)) for name, sums in json["sums"].items()},
             Norms(*map(_number, json["norms"])) if json["norms"] else None,
+            tuple(map(_number, json.get("squares", ()))),
+            {
+                str(rule): {str(name): tuple(map(_number, numbers)) for name, numbers in measured.items()}
+                for rule, measured in json.get("scores", {}).items()
+            },
             {name: b64decode(own, validate=True) for name, own in json.get("scales", {}).items()},
         )
         counted = [number for pair in found.kept for number in pair]
@@ -92,6 +105,7 @@ class Statistics:
             )
             or any(type(number) is not int or number < 0 for number in counted)
             or len(found.kept) not in (0, models)
+            or len(found.squares) not in (0, models)
             or type(found.majority) is not int
             or found.majority not in (-1, 0, 1)
             or any(len(sums) != models for sums in found.l1.values())
@@ -125,9 +139,13 @@ class Needs:
 
     thresholds: bool = False
     l1: bool = False
-    products: bool = False
+    sums: bool = False
     majority: bool = False
     norms: bool = False
+    weights: bool = False
+    scores: tuple[str, ...] = ()
+    """Depth rules, by name."""
 
     def __bool__(self) -> bool:
-        return self.thresholds or self.l1 or self.products or self.majority or self.norms
+        by_merging = self.majority or self.norms or bool(self.scores)
+        return self.thresholds or self.l1 or self.sums or self.weights or by_merging

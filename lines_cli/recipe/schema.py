@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from decimal import Decimal
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
@@ -27,12 +28,25 @@ from pydantic import (
     model_validator,
 )
 
-from lines_cli.errors import RecipeError
-from lines_cli.methods import Method, Said, Values, find_method
+from lines_cli.errors import MismatchError, RecipeError, printable
+from lines_cli.methods import Chosen, Method, Said, Values, find_method
 from lines_cli.methods.parameters import MOST_RULES, evaluate, filters_of
+from lines_cli.scaling import depth_rules
 from lines_cli.scaling.by_hand import member_of
-from lines_cli.scaling.find_depth import DepthMap
-from lines_cli.scaling.schedule import Constant, Linear, Listed, Outside, Power, Reversed, Rules, Schedule, UpAndDown
+from lines_cli.scaling.find_depth import DepthMap, Side, Stack
+from lines_cli.scaling.schedule import (
+    Constant,
+    Linear,
+    Listed,
+    Outside,
+    Power,
+    Reversed,
+    Rules,
+    Schedule,
+    Scored,
+    Shaped,
+    UpAndDown,
+)
 from lines_cli.storage.digest import FileRecord
 
 _UNITS = {
@@ -77,6 +91,9 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+Scores = Mapping[str, Mapping[str, depth_rules.Numbers]]
+"""Depth rule -> matrix -> what was measured of it."""
+
 Fixed = Literal["keep", "base"]
 _FIXED = {"keep": 1.0, "base": 0.0}
 
@@ -90,8 +107,20 @@ _SCHEDULES: dict[str, Callable[[float, float], Schedule]] = {
 
 
 def parse_schedule(value: Any) -> Any:
-    """`linear`, `constant`, `reversed`, `unet`, `power:2`; or a list of numbers, also as `0.1,0.6,1.0`."""
+    """`linear`, `constant`, `reversed`, `unet`, `power:2`; a depth rule, as in `sigmoid:10`; or a list of numbers, also
+    as `0.1,0.6,1.0`.
+    """
     if isinstance(value, str) and value in _SCHEDULES:
+        return value
+    if isinstance(value, str) and _A_RULE.fullmatch(value) and value.partition(":")[0] != "power":
+        try:
+            depth_rules.parse(value)
+        except ValueError as error:
+            name, names = value.partition(":")[0], (*_SCHEDULES, "power", *_rules())
+            why = f"the schedule {name} takes no number" if name in _SCHEDULES else str(error)
+            near = [] if name in names else get_close_matches(name.lower()[:_LONGEST_NAME], names, n=1, cutoff=0.6)
+            mean = f"did you mean {near[0]}? " if near else ""
+            raise ValueError(f"{why}; {mean}{_a_schedule()}") from error
         return value
     try:
         if isinstance(value, str) and value.startswith("power:"):
@@ -106,9 +135,23 @@ def parse_schedule(value: Any) -> Any:
                 return numbers
     except (TypeError, ValueError, OverflowError):
         pass
-    raise ValueError(
-        "a schedule is linear, constant, reversed, unet, power:P with P above 0, or a list of coefficients, as in "
-        "0.1,0.6,1"
+    raise ValueError(_a_schedule())
+
+
+_A_RULE = re.compile(r"(?!(?:nan|inf|infinity)$)[a-z][a-z0-9_-]*(?::.*)?", re.DOTALL | re.IGNORECASE)
+
+
+_LONGEST_NAME = 100
+
+
+def _rules() -> tuple[str, ...]:
+    return (*depth_rules.RULES, *depth_rules.installed_names())
+
+
+def _a_schedule() -> str:
+    return (
+        f"a schedule is linear, constant, reversed, unet, {', '.join(_rules())}, power:P with P above 0, or a list of "
+        "coefficients, as in 0.1,0.6,1"
     )
 
 
@@ -183,8 +226,8 @@ class Scaling(_Part):
             many tasks, `(1/N) * norm1(sum of tau_i) / norm1(tau_merged)`, measured. Only a schedule that lists its
             coefficients needs no beta.
         gamma: multiplies what a schedule gives.
-        schedule: `linear`, `power:P`, `constant`, `reversed`, `unet`, or the coefficients themselves, from the first
-            layer to the last.
+        schedule: `linear`, `power:P`, `constant`, `reversed`, `unet`, or a depth rule (`depth_rules`), which may be
+            measured; or the coefficients themselves, from the first layer to the last.
         outside: what tensors outside the blocks get (`Rules.outside`).
         layers: a regular expression that overrules the detection of depth (`find_depth`).
         series: the names of stacks that run one after the other, a list of them for each stack that they make.
@@ -263,15 +306,25 @@ class Scaling(_Part):
         """Whether it matters where a tensor stands at all."""
         return bool(self.stacks) or self.outside != "alpha" or not self._schedule(0.0, self.beta or 0.0).flat
 
-    def rules(self, depth: DepthMap, *, alpha: float | None = None) -> Rules:
+    @property
+    def measured_rule(self) -> str | None:
+        """The name of the depth rule that has to be measured; None where the schedule is none."""
+        if isinstance(self.schedule, tuple) or self.schedule in _SCHEDULES or self.schedule.startswith("power:"):
+            return None
+        rule, name, _ = depth_rules.parse(self.schedule)
+        return name if rule.measure is not None else None
+
+    def rules(self, depth: DepthMap, *, alpha: float | None = None, scores: Scores | None = None) -> Rules:
         """What decides every coefficient, for the stacks of a model.
 
         Args:
             depth: the stacks.
             alpha: what `auto` was measured to be; where it was not, coefficients that rest on it are NaN.
+            scores: what was measured for depth rules; where it was not, coefficients that rest on it are NaN.
 
         Raises:
             RecipeError: `stacks` names a stack that is not there, or several at once.
+            MismatchError: what was measured makes no shares.
         """
         first = math.nan if alpha is None else alpha
         first = first if isinstance(self.alpha, str) else self.alpha
@@ -285,6 +338,11 @@ class Scaling(_Part):
             (part, _FIXED[value] if isinstance(value, str) else value) for part, value in self.filter.items()
         )
         schedule = self._schedule(first, self.beta or 0.0)
+        if isinstance(schedule, Scored):
+            for stack in depth.stacks:
+                own = stacks.get(stack.name, schedule)
+                if isinstance(own, Scored):
+                    stacks[stack.name] = replace(own, shares=self._shares(stack, depth, scores))
         return Rules(schedule, self.gamma, self.outside, stacks, filters)
 
     def _schedule(self, alpha: float, beta: float) -> Schedule:
@@ -292,7 +350,29 @@ class Scaling(_Part):
             return Listed(self.schedule)
         if self.schedule.startswith("power:"):
             return Power(alpha, beta, float(self.schedule.removeprefix("power:")))
-        return _SCHEDULES[self.schedule](alpha, beta)
+        if self.schedule in _SCHEDULES:
+            return _SCHEDULES[self.schedule](alpha, beta)
+        rule, _, number = depth_rules.parse(self.schedule)
+        return Scored(alpha, beta) if rule.share is None else Shaped(alpha, beta, rule.share, number)
+
+    def _shares(self, stack: Stack, depth: DepthMap, scores: Scores | None) -> tuple[float, ...] | None:
+        """The measured share of each of a stack's layers; None where it is not measured yet."""
+        assert isinstance(self.schedule, str)
+        rule, name, number = depth_rules.parse(self.schedule)
+        measured = (scores or {}).get(name)
+        if measured is None:
+            return None
+        places = {tensor: depth.places[tensor] for tensor in measured if tensor in depth.places}
+        own = {tensor: place for tensor, place in places.items() if place.stack == stack.name}
+        try:
+            return depth_rules.shares_of(rule, number, measured, own, stack.layers)
+        except Exception as error:  # whatever a stranger's rule does
+            what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise MismatchError(
+                f"schedule: {self.schedule} gives the layers of {printable(stack.name)!r} no coefficients: {what}",
+                hint="Look for NaN, Inf or very large weights in the inputs (lines inspect --check); or take another "
+                "schedule.",
+            ) from error
 
 
 UNSCALED = Scaling(alpha=1.0, beta=0.0)
@@ -361,16 +441,65 @@ class Source(_Part):
     Attributes:
         model: a path or a Hub id.
         parameters: parameters of its method for this model; they go before those at the top.
-        layer_range: of a source of mergekit's `slices`; only a whole stack can be meant.
     """
 
     model: InputName
     parameters: dict[str, Any] = Field(default_factory=dict)
-    layer_range: tuple[int, int] | None = Field(default=None, exclude=True)
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_said(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {key: value for key, value in serialize(self).items() if key == "model" or value}
+
+
+def _parse_range(value: Any) -> Any:
+    """`[FIRST, END]`: from one layer to before another."""
+    if isinstance(value, (list, tuple)) and len(value) == 2 and all(type(n) is int for n in value):
+        first, end = value
+        if 0 <= first < end <= MOST_LAYERS:
+            return (first, end)
+    raise ValueError("expected the first layer and the one behind the last, as in [0, 16]")
+
+
+MOST_LAYERS = 10_000
+
+
+class Part(Source):
+    """Layers of a model, as a source of one of `slices:`.
+
+    Attributes:
+        model, parameters: as of `Source`.
+        layer_range: from which layer on, and before which.
+    """
+
+    layer_range: Annotated[tuple[int, int], BeforeValidator(_parse_range)]
+
+
+class Slice(_Part):
+    """One entry of `slices:`: layers of the output, which stand behind those of the entries before.
+
+    Attributes:
+        sources: what is merged into them, as many layers of each.
+        parameters: the method's, for these layers; they stand between those of the sources and those at the top.
+    """
+
+    sources: tuple[Part, ...] = Field(min_length=1, max_length=MOST_RULES)
+    parameters: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _alike(self) -> Slice:
+        lengths = {end - first for first, end in (source.layer_range for source in self.sources)}
+        if len(lengths) > 1:
+            raise ValueError(f"its sources have {' and '.join(map(str, sorted(lengths)))} layers, and not as many each")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_said(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in serialize(self).items() if key == "sources" or value}
+
+    @property
+    def layers(self) -> int:
+        first, end = self.sources[0].layer_range
+        return end - first
 
 
 UNION = "union"
@@ -518,6 +647,8 @@ class Recipe(_Part):
         base_model: the pre-trained checkpoint: a path or a Hub id, `org/name[@revision]`. Methods that take whole
             weights need it for `lines:` alone.
         models: the fine-tunes, in the order of every sum.
+        slices: in their place, the output's layers: each slice has as many sources as there are `models`, which are
+            called by the first slice's.
         parameters: the method's, for all models.
         lines: the scaling over depth; without it the merged task vector is scaled by the method's own parameter alone.
         dtype: what every float tensor is written as; None keeps what the input has that the output is like; `fp8`
@@ -560,6 +691,7 @@ class Recipe(_Part):
     merge_method: str = "task_arithmetic"
     base_model: InputName | None = None
     models: tuple[Source, ...] = Field(min_length=1, max_length=MOST_RULES)
+    slices: tuple[Slice, ...] = Field(default=(), max_length=MOST_RULES)
     parameters: dict[str, Any] = Field(default_factory=dict)
     lines: Scaling | None = None
     dtype: DtypeName | None = None
@@ -603,20 +735,49 @@ class Recipe(_Part):
     def _without_what_says_nothing(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = serialize(self)
         unsaid = {"rounding", "rounding_seed"} if self.rounding == "nearest" else set()
-        unsaid |= {key for key in (*OF_ADAPTERS, "components") if not values.get(key)}
+        unsaid |= {key for key in (*OF_ADAPTERS, "components", "slices") if not values.get(key)}
+        unsaid |= {"models"} if self.slices else set()
         return {key: value for key, value in values.items() if key not in unsaid}
 
     @property
     def method(self) -> Method:
         """What its method says about itself."""
-        return find_method(self.merge_method)
+        return find_method(self.merge_method).with_base(self.base_model)
 
     @property
     def merged(self) -> tuple[Source, ...]:
         """The models whose tensors are merged, in the order in which the method takes them."""
-        chosen = self.method.chosen([source.model for source in self.models], self.base_model)
         base = self.base_model or ""
-        return tuple(Source(model=base) if number is None else self.models[number] for number in chosen)
+        return tuple(Source(model=base) if number is None else self.models[number] for number in self.chosen)
+
+    @property
+    def chosen(self) -> Chosen:
+        """The numbers of these; None is the base, where it is not listed."""
+        names = [source.model for source in self.models]
+        return self.method.chosen(names, self.base_model, subtracted=self.lines is not None)
+
+    @property
+    def stacked(self) -> tuple[tuple[Part, ...], ...]:
+        """With `slices`, for each of `merged` what its layers are."""
+        return tuple(self._parts_of(number) for number in self.chosen)
+
+    @property
+    def stacked_base(self) -> tuple[Part, ...]:
+        """With `slices`, what the base's layers are: its own as it is listed, else the same as those of the others."""
+        listed = next((n for n, source in enumerate(self.models) if source.model == self.base_model), None)
+        return self._parts_of(listed)
+
+    def _parts_of(self, number: int | None) -> tuple[Part, ...]:
+        if number is not None:
+            return tuple(one.sources[number] for one in self.slices)
+        base = self.base_model or ""
+        return tuple(Part(model=base, layer_range=one.sources[0].layer_range) for one in self.slices)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every model that is named as an input, the base apart, each once."""
+        parts = (source.model for one in self.slices for source in one.sources)
+        return tuple(dict.fromkeys((*(source.model for source in self.models), *parts)))
 
     @property
     def vocabulary_source(self) -> str | None:
@@ -644,22 +805,34 @@ class Recipe(_Part):
             return self.lines
         return self.lines.with_own(rule)
 
-    def rules(self, depth: DepthMap, *, alpha: float | None = None) -> Rules:
+    def rules(self, depth: DepthMap, *, alpha: float | None = None, scores: Scores | None = None) -> Rules:
         """What decides every coefficient (`Scaling.rules`); without `lines:` it is 1, the method's own scale apart."""
-        rules = (self.lines or UNSCALED).rules(depth, alpha=alpha)
-        components = dict.fromkeys(region.component for region in depth.regions)
-        own = {name: scaling for name in components if (scaling := self.scaling_of(name)) not in (None, self.lines)}
+        rules = (self.lines or UNSCALED).rules(depth, alpha=alpha, scores=scores)
+        named = dict.fromkeys(region.component for region in depth.regions)
+        own = {name: scaling for name in named if (scaling := self.scaling_of(name)) not in (None, self.lines)}
         if not own:
             return rules
-        return replace(rules, components={name: s.rules(depth, alpha=alpha) for name, s in own.items() if s})
+        components = {name: s.rules(depth, alpha=alpha, scores=scores) for name, s in own.items() if s}
+        return replace(rules, components=components)
 
-    def values(self, name: str, position: float, component: str | None = None) -> Values:
+    @property
+    def measured_rules(self) -> frozenset[str]:
+        """The depth rules that have to be measured, by name."""
+        own = [self.scaling_of(name) for name in self.components if name != ALL_OTHERS]
+        every = [self.lines, self.scaling_of(ALL_OTHERS) if ALL_OTHERS in self.components else None, *own]
+        return frozenset(name for scaling in every if scaling and (name := scaling.measured_rule))
+
+    def values(
+        self, name: str, position: float, component: str | None = None, *, outside: Side | None = None
+    ) -> Values:
         """The method's parameters for one tensor.
 
         Args:
             name: the tensor's.
             position: of its layer in its stack, from 0 to 1; 0 outside the blocks.
             component: the model that it belongs to, where there are several.
+            outside: on which side of the blocks it stands, if it is in none: before them the first slice's hold,
+                behind them the last's.
 
         Returns:
             For each parameter a tuple with a value for each of `merged`, or one value.
@@ -667,20 +840,41 @@ class Recipe(_Part):
         values: dict[str, Any] = {}
         rule = self.rule_of(component) if component is not None else None
         own = (rule.parameters,) if isinstance(rule, ComponentRule) else ()
+        models = [source.parameters for source in self.merged]
+        top: tuple[dict[str, Any], ...] = (self.parameters,)
+        if self.slices:
+            number, position = self._in_slices(position, outside)
+            models = [parts[number].parameters for parts in self.stacked]
+            top = (self.slices[number].parameters, self.parameters)
         for key, parameter in self.method.parameters.items():
             if parameter.per_model:
                 values[key] = tuple(
-                    _first_said((*own, source.parameters, self.parameters), key, name, position, parameter.default)
-                    for source in self.merged
+                    _first_said((*own, said, *top), key, name, position, parameter.default) for said in models
                 )
             else:
-                values[key] = _first_said((*own, self.parameters), key, name, position, parameter.default)
+                values[key] = _first_said((*own, *top), key, name, position, parameter.default)
         return values
+
+    def _in_slices(self, position: float, outside: Side | None) -> tuple[int, float]:
+        """In which slice a layer is, and where in it, from 0 to 1."""
+        layers = [one.layers for one in self.slices]
+        if len(layers) == 1:
+            return 0, position
+        if outside is not None:
+            return (0 if outside == "before" else len(layers) - 1), 0.0
+        index = round(position * (sum(layers) - 1))
+        for number, held in enumerate(layers):
+            if index < held:
+                return number, index / (held - 1) if held > 1 else 1.0
+            index -= held
+        raise AssertionError("a layer behind the last")
 
     def settings(self, key: str) -> Iterator[Any]:
         """What is said of a parameter, wherever it is said."""
         rules = [rule.parameters for rule in self.components.values() if isinstance(rule, ComponentRule)]
-        for said in (*(source.parameters for source in self.merged), *rules, self.parameters):
+        models = [source.parameters for source in self.merged]
+        slices = [said for one in self.slices for said in (*(s.parameters for s in one.sources), one.parameters)]
+        for said in (*models, *slices, *rules, self.parameters):
             if key in said:
                 yield said[key]
 
@@ -704,8 +898,8 @@ class Recipe(_Part):
 
     @property
     def parameters_vary(self) -> bool:
-        """Whether any parameter is a gradient over depth."""
-        return any(
+        """Whether any parameter is a gradient over depth, or may be another in another slice."""
+        return len(self.slices) > 1 or any(
             isinstance(value, list)
             for key in self.method.parameters
             for setting in self.settings(key)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, get_args
 
@@ -11,10 +11,11 @@ from pydantic import ValidationError
 
 from lines_cli.errors import RecipeError
 from lines_cli.methods import METHODS, Method, find_method
-from lines_cli.methods.parameters import evaluate
 from lines_cli.methods.said import Conflict, Note, Settled
 from lines_cli.recipe.plain_yaml import Place
 from lines_cli.recipe.schema import OF_ADAPTERS, UNION, ComponentRule, DtypeName, Recipe, Scaling, parse_schedule
+from lines_cli.recipe.trajectory import KEYS as OF_A_PATTERN
+from lines_cli.recipe.trajectory import Expanded
 
 
 def make_recipe(
@@ -23,6 +24,7 @@ def make_recipe(
     where: str,
     at: Mapping[Place, str] | None = None,
     constants: Collection[str] = (),
+    expanded: Expanded | None = None,
 ) -> Recipe:
     """Check plain values and freeze them.
 
@@ -31,14 +33,15 @@ def make_recipe(
         where: what a message should call their origin.
         at: for every key, where it was said: `line 7`, or the `--set` that said it.
         constants: keys at the top that hold anchors, and so may stand for nothing themselves.
+        expanded: what became of patterns among the models.
 
     Raises:
         RecipeError: an unknown key or an impossible value.
     """
     problems: list[Problem] = []
-    notes: list[str] = []
+    notes = list(expanded.notes if expanded else ())
     values = _without_idle_keys(values, constants, notes)
-    own, said_at = _in_our_keys(values, problems, notes)
+    own, said_at = _in_our_keys(values, problems, notes, expanded.numbers if expanded else ())
     recipe: Recipe | None = None
     try:
         recipe = Recipe.model_validate({**own, "notes": notes})
@@ -47,6 +50,7 @@ def make_recipe(
     if recipe is not None and not problems:
         recipe = _with_parameters(recipe, problems, said_at)
     if recipe is None or problems:
+        problems = list(dict.fromkeys(problems))  # what is wrong with a pattern is wrong with all that it matches
         listed = [_at(place, at or {}) + what for place, what in problems[:_MOST_PROBLEMS]]
         more = f"; and {len(problems) - len(listed):,} more" if len(problems) > len(listed) else ""
         raise RecipeError(f"{where}: {'; '.join(listed)}{more}")
@@ -116,7 +120,7 @@ def dotted(place: Place) -> str:
 
 
 _NOT_FOR_PEOPLE = {"notes", "run", "inputs", "files", "card", "layers"}
-_TOP = (*(key for key in Recipe.model_fields if key not in _NOT_FOR_PEOPLE), "out_dtype", "tokenizer", "slices")
+_TOP = (*(key for key in Recipe.model_fields if key not in _NOT_FOR_PEOPLE), "out_dtype", "tokenizer")
 _PARAMETERS = {name for method in METHODS.values() for name in method.parameters} - Scaling.model_fields.keys()
 
 
@@ -139,7 +143,7 @@ def _nearest(place: Place) -> str:
     elif above[:1] == ["components"]:
         own = ComponentRule.model_fields
     elif above:
-        own = ("model", "parameters")
+        own = ("model", "parameters", *OF_A_PATTERN)
     near = get_close_matches(word, own, n=1, cutoff=0.5 if inside_lines else 0.6)
     if near:
         return f"; did you mean {'lines.' if inside_lines else ''}{near[0]}?"
@@ -154,13 +158,17 @@ def _nearest_elsewhere(word: str) -> str:
     return f"; did you mean {places[near[0]]}?" if near else ""
 
 
-def _in_our_keys(values: Mapping[Any, Any], problems: list[Problem], notes: list[str]) -> tuple[dict[Any, Any], SaidAt]:
-    """The recipe in our own keys: what mergekit says otherwise is said in ours, what it lets be empty is left out."""
+def _in_our_keys(
+    values: Mapping[Any, Any], problems: list[Problem], notes: list[str], numbers: Sequence[int]
+) -> tuple[dict[Any, Any], SaidAt]:
+    """The recipe in our own keys: what mergekit says otherwise is said in ours, what it lets be empty is left out.
+    `numbers` are those of the models as they were said (`Expanded`).
+    """
     own = {key: value for key, value in values.items() if value is not None or key not in _MAY_BE_EMPTY}
     if "notes" in own:
         problems.append((("notes",), f"notes is not a key of a recipe{_nearest(('notes',))}"))
         del own["notes"]
-    moved: dict[Place, Place] = {}
+    moved: dict[Place, Place] = {("models", now): ("models", before) for now, before in enumerate(numbers)}
     if "out_dtype" in own:
         if own.get("dtype", "float32") not in get_args(DtypeName):
             problems.append((("dtype",), f"dtype: expected {' or '.join(get_args(DtypeName))} (got {own['dtype']!r})"))
@@ -188,8 +196,17 @@ def _in_our_keys(values: Mapping[Any, Any], problems: list[Problem], notes: list
                 what = "layer_range belongs to the sources of slices; models are merged whole"
                 problems.append((("models", number, "layer_range"), f"models.{number}.{what}"))
     if isinstance(own.get("models"), list):
+        for number, source in enumerate(own["models"]):
+            place = moved.get(("models", number), ("models", number))
+            for key in [key for key in OF_A_PATTERN if isinstance(source, dict) and key in source]:
+                what = f"{key} belongs to a pattern such as run/checkpoint-*, and {source.get('model')!r} is none"
+                problems.append(((*place, key), f"{dotted(place)}.{what}"))
         own["models"] = [
-            {key: value for key, value in source.items() if key != "parameters" or value is not None}
+            {
+                key: value
+                for key, value in source.items()
+                if key not in OF_A_PATTERN and (key != "parameters" or value is not None)
+            }
             if isinstance(source, dict)
             else source
             for source in own["models"]
@@ -235,121 +252,88 @@ def _without_idle_keys(values: Mapping[Any, Any], constants: Collection[str], no
 
 
 def _take_slices(own: dict[Any, Any], moved: dict[Place, Place], problems: list[Problem], notes: list[str]) -> None:
-    """Read mergekit's `slices`, where it says no more than `models` does: slices that together hold all layers of the
-    same models.
+    """Read mergekit's `slices`: a single one without ranges as models; else put the sources of all slices in the order
+    of the first's, by their models, where these are the same, and name the models after those of the first.
     """
-    slices = own.pop("slices")
-    one = slices[0] if isinstance(slices, list) and len(slices) == 1 else None
-    place: Place = ("slices",)
-    what, note = "", "slices: one slice of whole models, read as models"
-    if isinstance(slices, list) and len(slices) > 1 and "models" not in own:
-        try:
-            one = _joined(slices)
-            note = (
-                f"slices: {len(slices)} slices that together hold whole models, read as models whose parameters differ "
-                "by layer; outside the blocks those of the first slice hold"
-            )
-        except ValueError as error:
-            what = f"slices: {error}"
-    if what:
-        pass
-    elif "models" in own:
-        what = "slices and models both list the models: leave one out"
-    elif not isinstance(one, dict) or not isinstance(one.get("sources"), list):
-        what = "slices: only one slice, of whole models, is supported; lines does not stack parts of models"
-    elif unknown := sorted(map(str, one.keys() - {"sources", "parameters"})):
-        place = ("slices", 0, unknown[0])
-        what = f"{dotted(place)} is not supported; a slice has sources and parameters"
-    elif not isinstance(one.get("parameters") or {}, dict):
-        place = ("slices", 0, "parameters")
-        what = f"{dotted(place)}: expected keys and values (got {one['parameters']!r})"
-    if what or one is None:
-        problems.append((place, what))
-        own.setdefault("models", [{"model": "of a slice"}])
+    slices = own["slices"]
+    if "models" in own:
+        problems.append((("slices",), "slices and models both list the models: leave one out"))
+        del own["slices"]
         return
+    own["models"] = [{"model": "of a slice"}]
+    if not isinstance(slices, list) or not slices:
+        problems.append((("slices",), f"slices: expected a list, as in {_LIKE}"))
+        del own["slices"]
+        return
+    for number, one in enumerate(slices):
+        if not isinstance(one, dict) or not isinstance(one.get("sources"), list) or not one["sources"]:
+            problems.append((("slices", number), f"slices.{number}: each has sources, as in {_LIKE}"))
+        elif wrong := sorted(map(str, one.keys() - {"sources", "parameters"})):
+            place: Place = ("slices", number, wrong[0])
+            problems.append((place, f"{dotted(place)} is not supported; a slice has sources and parameters"))
+    if any(place[:1] == ("slices",) for place, _ in problems):
+        del own["slices"]
+        return
+    said = [_without_nothing(one) for one in slices]
+    first = said[0]["sources"]
+    if len(said) == 1 and not any(isinstance(source, dict) and "layer_range" in source for source in first):
+        _as_models(own, said[0], moved)
+        notes.append("slices: one slice of whole models, read as models")
+        return
+    names = [_model_of(source) for source in first]
+    for number, one in enumerate(said):
+        theirs = [_model_of(source) for source in one["sources"]]
+        if len(theirs) != len(names) or len(set(theirs)) != len(theirs):
+            place = ("slices", number, "sources")
+            what = f"{len(theirs)} sources, and the first slice has {len(names)}"
+            what = what if len(theirs) != len(names) else "one model is a source twice"
+            problems.append((place, f"{dotted(place)}: {what}"))
+            continue
+        base, same = own.get("base_model"), set(theirs) == set(names)
+        order = [theirs.index(name) for name in names] if same else list(range(len(theirs)))
+        if not same and base in names and base in theirs:  # the base is what the others are merged into
+            others = [at for at in order if theirs[at] != base]
+            order = [theirs.index(base) if name == base else others.pop(0) for name in names]
+        one["sources"] = [one["sources"][at] for at in order]
+        for at, before in enumerate(order):
+            moved["slices", number, "sources", at] = ("slices", number, "sources", before)
+    own["slices"], own["models"] = said, [{"model": name.replace("\0", "") or "of a slice"} for name in names]
+    moved["models",] = ("slices", 0, "sources")
+
+
+_LIKE = "`- sources: [{model: PATH, layer_range: [0, 8]}]`"
+
+
+def _without_nothing(one: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A slice without parameters that are there and empty."""
+
+    def said(of: Any) -> Any:
+        return {k: v for k, v in of.items() if k != "parameters" or v is not None} if isinstance(of, dict) else of
+
+    own: dict[Any, Any] = said(one)
+    return {**own, "sources": [said(source) for source in own["sources"]]}
+
+
+def _model_of(source: Any) -> str:
+    return str(source.get("model") if isinstance(source, dict) else source)
+
+
+def _as_models(own: dict[Any, Any], one: Mapping[Any, Any], moved: dict[Place, Place]) -> None:
+    """Read a slice of whole models as models."""
+    del own["slices"]
     own["models"] = one["sources"]
     moved["models",] = ("slices", 0, "sources")
     top = own.get("parameters")
-    for key, setting in (one.get("parameters") or {}).items():
+    parameters = one.get("parameters", {})
+    if not isinstance(parameters, dict):
+        own["parameters"] = parameters
+        moved["parameters",] = ("slices", 0, "parameters")
+        return
+    for key, setting in parameters.items():
         if isinstance(top, dict) and key in top:
             setting = _then(setting, top[key])  # noqa: PLW2901 - what the slice leaves open
         own["parameters"] = {**(own.get("parameters") or {}), key: setting}
         moved["parameters", key] = ("slices", 0, "parameters", key)
-    notes.append(note)
-
-
-def _joined(slices: list[Any]) -> dict[str, Any]:
-    """Several slices as one, with a value of each parameter for each layer.
-
-    Raises:
-        ValueError: they are not all layers of the same models in order, or their parameters cannot be told by layer.
-    """
-    end, layers, models, sources = 0, list[int](), list[Any](), list[list[dict[str, Any]]]()
-    for one in slices:
-        said = one.get("sources") if isinstance(one, dict) else None
-        if not isinstance(said, list) or not all(isinstance(source, dict) for source in said) or not said:
-            raise ValueError("each has sources, as in `- sources: [{model: PATH, layer_range: [0, 8]}]`")
-        if one.keys() - {"sources", "parameters"} or any(
-            s.keys() - {"model", "layer_range", "parameters"} for s in said
-        ):
-            raise ValueError("a slice has sources and parameters; a source model, layer_range and parameters")
-        ranges = [source.get("layer_range") for source in said]
-        known = isinstance(ranges[0], list) and [type(n) for n in ranges[0]] == [int, int]
-        named = {str(source.get("model")): source for source in said}
-        models = models or list(named)
-        whole = known and ranges.count(ranges[0]) == len(ranges) and ranges[0][0] == end < ranges[0][1]
-        if not whole or named.keys() != set(models) or len(named) < len(said):
-            raise ValueError(
-                "only slices that follow each other from layer 0 on, each with the same layers of the same models, are "
-                "understood; stacking parts of models is another tool's work"
-            )
-        layers.append(ranges[0][1] - end)
-        end = ranges[0][1]
-        sources.append([named[model] for model in models])
-    by_model = [
-        {"model": of_it[0]["model"], "layer_range": [0, end], "parameters": _by_layer(of_it, layers)}
-        for of_it in zip(*sources, strict=True)
-    ]
-    return {"sources": by_model, "parameters": _by_layer(slices, layers)}
-
-
-def _by_layer(parts: Iterable[Mapping[str, Any]], layers: list[int]) -> dict[str, Any]:
-    """The parameters of parts that stand one behind the other, as those of the whole.
-
-    Args:
-        parts: each with its `parameters`.
-        layers: how many layers each has.
-    """
-    said = [part.get("parameters") or {} for part in parts]
-    if not all(isinstance(parameters, dict) for parameters in said):
-        raise ValueError("parameters: expected keys and values")
-    joined: dict[str, Any] = {}
-    for key in dict.fromkeys(key for parameters in said for key in parameters):
-        if not all(key in parameters for parameters in said):
-            raise ValueError(f"{key} is said of some slices, and not of all")
-        conditions = [_then(parameters[key], []) for parameters in said]
-        filters = [[part.get("filter") for part in condition] for condition in conditions]
-        if filters.count(filters[0]) < len(filters):
-            raise ValueError(f"{key} has other filters in other slices")
-        rules = []
-        for number, name in enumerate(filters[0]):
-            values = [condition[number].get("value") for condition in conditions]
-            rules.append({"value": _layer_by_layer(key, values, layers), **({} if name is None else {"filter": name})})
-        joined[key] = rules[0]["value"] if filters[0] == [None] else rules
-    return joined
-
-
-def _layer_by_layer(key: str, values: list[Any], layers: list[int]) -> Any:
-    """One value for all layers where all are the same; else a number for each."""
-    if not isinstance(values[0], list) and values.count(values[0]) == len(values):
-        return values[0]
-    each = []
-    for value, number in zip(values, layers, strict=True):
-        numbers = value if isinstance(value, list) else [value]
-        if not numbers or not all(type(one) in (int, float) for one in numbers):
-            raise ValueError(f"{key} is no number, and not the same in all slices")
-        each += [evaluate(numbers, "", index / (number - 1) if number > 1 else 1.0) for index in range(number)]
-    return each
 
 
 def _then(first: Any, second: Any) -> Any:
@@ -369,7 +353,7 @@ def _then(first: Any, second: Any) -> Any:
 def _with_parameters(recipe: Recipe, problems: list[Problem], said_at: SaidAt) -> Recipe | None:
     """The recipe with its parameters checked and frozen; problems are added to the list."""
     try:
-        method = find_method(recipe.merge_method)
+        method = find_method(recipe.merge_method).with_base(recipe.base_model)
     except ValueError as error:
         problems.append((("merge_method",), f"merge_method: {error}"))
         return None
@@ -399,7 +383,25 @@ def _with_parameters(recipe: Recipe, problems: list[Problem], said_at: SaidAt) -
         )
         for number, source in enumerate(recipe.models)
     )
-    names = {source.model for source in models} | {recipe.base_model}
+    slices = tuple(
+        one.model_copy(
+            update={
+                "parameters": checked(one.parameters, ("slices", number, "parameters"), of_model=False),
+                "sources": tuple(
+                    source.model_copy(
+                        update={
+                            "parameters": checked(
+                                source.parameters, ("slices", number, "sources", at, "parameters"), of_model=True
+                            )
+                        }
+                    )
+                    for at, source in enumerate(one.sources)
+                ),
+            }
+        )
+        for number, one in enumerate(recipe.slices)
+    )
+    names = {*recipe.names, recipe.base_model}
     for key in ("tokenizer_source", "chat_template"):
         problems += _wrong_source((key,), getattr(recipe, key), names, said_at)
     if recipe.tokenizer is not None:
@@ -415,7 +417,7 @@ def _with_parameters(recipe: Recipe, problems: list[Problem], said_at: SaidAt) -
             own = checked(of_it.parameters, ("components", name, "parameters"), of_model=False)
             components[name] = of_it.model_copy(update={"parameters": own})
     problems += _wrong_components(recipe, said_at)
-    recipe = recipe.model_copy(update={"parameters": top, "models": models, "components": components})
+    recipe = recipe.model_copy(update={"parameters": top, "models": models, "slices": slices, "components": components})
     _check_models(recipe, problems)
     if not problems:
         settled = _check_values(recipe, problems, notes)
@@ -477,6 +479,7 @@ def _wrong_components(recipe: Recipe, said_at: SaidAt) -> Iterator[Problem]:
 def _check_models(recipe: Recipe, problems: list[Problem]) -> None:
     """Refuse a number of models that the method cannot take, and a base where none applies or where one is needed."""
     problems += _of_adapters(recipe)
+    problems += _of_slices(recipe)
     method, name = recipe.method, recipe.merge_method
     number, (least, most) = len(recipe.merged), method.models
     beside = " beside the base" if method.takes == "task vectors" else ""
@@ -490,16 +493,40 @@ def _check_models(recipe: Recipe, problems: list[Problem]) -> None:
         why = f"{name} merges task vectors" if method.takes == "task vectors" else "lines: scales task vectors"
         what = f"base_model is missing: {why}, the differences to a base; add base_model: PATH"
         what += (
-            " (adapters of PEFT, with their configs, can be merged into an adapter without one: as_adapter: true, or "
+            " (adapters are merged into an adapter without one, by linear methods: as_adapter: true, or --as-adapter)"
         )
-        what += "--as-adapter)"
         problems.append((("base_model",), what))
-    is_one_of_them = any(source.model == recipe.base_model for source in recipe.merged)
+    is_one_of_them = recipe.base_model in (*recipe.names, *(source.model for source in recipe.merged))
     if recipe.base_model is not None and not recipe.subtracts_base and not is_one_of_them:
         what = f"base_model: {name} has no use for a base without lines:"
         problems.append((("base_model",), f"{what}; leave it out, or list it under models"))
     if recipe.resize == "base" and recipe.base_model is None:
         problems.append((("resize",), "resize: base, but there is no base_model"))
+
+
+def _of_slices(recipe: Recipe) -> Iterator[Problem]:
+    """What of slices leaves open which layers are meant, or contradicts what else is said."""
+    if not recipe.slices:
+        return
+    if recipe.as_adapter:
+        yield ("as_adapter",), "as_adapter: slices stack layers of whole models; leave one of the two out"
+    if recipe.components:
+        yield ("components",), "components: slices stack layers of one model; leave one of the two out"
+    if recipe.vocabulary_source == UNION or recipe.tokenizer is not None:
+        yield ("tokenizer_source",), "tokenizer_source: with slices, one of the models has the tokenizer, not a union"
+    if recipe.lines is not None and recipe.lines.layers is not None:
+        yield ("lines", "layers"), "lines.layers: with slices, layers are those that are found without an expression"
+    base = recipe.base_model
+    needed = recipe.subtracts_base or any(number is None for number in recipe.chosen)
+    if base is None or not needed or all(base in {s.model for s in one.sources} for one in recipe.slices):
+        return
+    for number, one in enumerate(recipe.slices):
+        if len({source.layer_range for source in one.sources}) > 1 or base in {s.model for s in one.sources}:
+            place: Place = ("slices", number, "sources")
+            yield (
+                place,
+                f"{dotted(place)}: which layers of the base ({base}) are meant is not plain; list it in every slice",
+            )
 
 
 def _of_adapters(recipe: Recipe) -> Iterator[Problem]:

@@ -16,6 +16,7 @@ from lines_cli.errors import RecipeError, some
 from lines_cli.hub.download import base_and_adapter
 from lines_cli.recipe.plain_yaml import LARGEST, Place, YamlError, anchored_keys, read_yaml
 from lines_cli.recipe.schema import UNION, Recipe
+from lines_cli.recipe.trajectory import expand
 from lines_cli.recipe.validate import dotted, make_recipe
 from lines_cli.storage.digest import FileRecord
 from lines_cli.storage.files import read_small
@@ -88,9 +89,11 @@ def load_recipe_file(path: Path, sets: Iterable[str] = (), *, elsewhere: Elsewhe
     for one in sets:
         _set(values, one, at)
     places: dict[str, str] = {}
+    found = expand(values, at, path.parent, where=str(path))
     values = _with_paths(path.parent, values, places, _elsewhere(values, elsewhere))
     version = _VERSION.match(text)
-    recipe = make_recipe(values, where=str(path), at=at, constants=anchored_keys(text) if "&" in text else ())
+    constants = anchored_keys(text) if "&" in text else ()
+    recipe = make_recipe(values, where=str(path), at=at, constants=constants, expanded=found)
     return RecipeFile(recipe, places, version[1] if version else None)
 
 
@@ -206,7 +209,9 @@ def recipe_from(
     for text in sets:
         _set(own, text, at)
     places: dict[str, str] = {}
-    return _with_record(make_recipe(_with_paths(folder, own, places, {}), where=where, at=at), places)
+    found = expand(own, at, folder, where=where)
+    recipe = make_recipe(_with_paths(folder, own, places, {}), where=where, at=at, expanded=found)
+    return _with_record(recipe, places)
 
 
 def _plain(value: Any) -> Any:
@@ -360,7 +365,14 @@ def _beside(folder: Path, name: str, *, look: bool) -> str:
 _BASE_ITSELF = (("tokenizer_source", "base"), ("chat_template", "base"))
 
 
-def dump_recipe(recipe: Recipe, *, named: Mapping[str, str], alpha: float | None = None, why: str = "") -> str:
+def dump_recipe(
+    recipe: Recipe,
+    *,
+    named: Mapping[str, str],
+    alpha: float | None = None,
+    why: str = "",
+    weights: Sequence[float | None] | None = None,
+) -> str:
     """The recipe as YAML that gives the same result again, with everything in it that was decided.
 
     Args:
@@ -368,6 +380,7 @@ def dump_recipe(recipe: Recipe, *, named: Mapping[str, str], alpha: float | None
         named: each input as it is to be written: seen from where the file will stand, a Hub id with its commit.
         alpha: what `auto` was measured to be; it takes its place.
         why: how it was measured, for a comment.
+        weights: for each model what its weight was measured to be, where a rule stood for it.
     """
     values = recipe.model_dump(mode="json", exclude_none=True, exclude={"notes", "output"})
     for key in ("base_model", "tokenizer_source", "chat_template"):
@@ -375,14 +388,24 @@ def dump_recipe(recipe: Recipe, *, named: Mapping[str, str], alpha: float | None
             values[key] = named.get(values[key], values[key])
     if "tokenizer" in values:
         _name_in(values["tokenizer"], named)
-    for source in values["models"]:
+    parts = (source for one in values.get("slices", ()) for source in one["sources"])
+    for source in (*values.get("models", ()), *parts):
         source["model"] = named.get(source["model"], source["model"])
+    measured = ""
+    if weights is not None:
+        key = recipe.method.counts_by or ""
+        rules = {rule for rule in recipe.settings(key) if isinstance(rule, str)}
+        measured = f"# {key} was {' and '.join(sorted(rules))}: by the norms of the task vectors\n"
+        for source, weight in zip(values["models"], weights, strict=True):
+            if weight is not None:
+                source["parameters"] = {**source.get("parameters", {}), key: weight}
+        if isinstance(values["parameters"].get(key), str):
+            del values["parameters"][key]
     if not values["parameters"]:
         del values["parameters"]
-    measured = ""
     if alpha is not None and recipe.lines is not None and recipe.lines.needs_alpha:
         values["lines"]["alpha"] = alpha
-        measured = f"# lines.alpha was auto: {why}\n"
+        measured += f"# lines.alpha was auto: {why}\n"
     text = yaml.safe_dump(values, sort_keys=False, width=1_000)
     again = "lines merge --config lines_recipe.yaml -o OUT"
     return f"# Written by lines {__version__}. To run it again: {again}\n{measured}{text}"

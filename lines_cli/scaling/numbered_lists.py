@@ -138,9 +138,13 @@ class NumberedList:
         """Whether the units are alike and hold so much that they are layers, whatever the list is called."""
         if len(self.tails) < _FEWEST_UNNAMED or min(self.tails) > 1 + self.numbered:
             return False
-        held = [{child for tail, _ in tails if (child := _child(tail))} for tails in self.tails.values()]
-        shared = set.intersection(*held)
-        return len(shared) >= _FEWEST_UNNAMED and any(_NORM.search(tail) for tail, _ in self.tails[min(self.tails)])
+        shared: set[str] | None = None
+        for tails in self.tails.values():
+            held = {child for tail, _ in tails if (child := _child(tail))}
+            shared = held if shared is None else shared & held
+            if len(shared) < _FEWEST_UNNAMED:
+                return False
+        return any(_NORM.search(tail) for tail, _ in self.tails[min(self.tails)])
 
     @property
     def of_sequences(self) -> bool:

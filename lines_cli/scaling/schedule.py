@@ -6,11 +6,12 @@ divides by zero, stands at the deep end.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from lines_cli.scaling.find_depth import DepthMap, Side
+from lines_cli.scaling.find_depth import DepthMap, Side, position
 
 Outside = Literal["alpha", "position", "base", "keep"]
 
@@ -118,6 +119,42 @@ class UpAndDown(Linear):
     @property
     def last(self) -> float:
         return self.alpha
+
+
+@dataclass(frozen=True, slots=True)
+class Shaped(Linear):
+    """`alpha + beta * share(x)` with `x = (l - 1) / (L - 1)`: a rule of depth (`depth_rules`) and its number."""
+
+    share: Callable[[float, float | None], float]
+    number: float | None = None
+
+    def at(self, index: int, layers: int) -> float:
+        return self._of(position(index, layers))
+
+    @property
+    def last(self) -> float:
+        return self._of(1.0)
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        return self._of(0.0), self._of(1.0)
+
+    def _of(self, x: float) -> float:
+        return self.alpha + self.beta * self.share(x, self.number) if self.beta else self.alpha
+
+
+@dataclass(frozen=True, slots=True)
+class Scored(Linear):
+    """`alpha + beta * share` with the share of each layer of one stack as it was measured (`depth_rules`); NaN until
+    then. Outside the blocks, where nothing is measured, shares are those of a linear schedule.
+    """
+
+    shares: tuple[float, ...] | None = None
+
+    def at(self, index: int, layers: int) -> float:  # noqa: ARG002 - there is a share for each
+        if not self.beta:
+            return self.alpha
+        return math.nan if self.shares is None else self.alpha + self.beta * self.shares[index]
 
 
 @dataclass(frozen=True, slots=True)

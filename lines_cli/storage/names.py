@@ -1,6 +1,8 @@
 """Names of files that mean something in a checkpoint's folder."""
 
 import os
+import re
+from functools import lru_cache
 
 WEIGHT_STEMS = ("model", "diffusion_pytorch_model", "open_clip_model")
 """What libraries call weight files, in the order in which we look for them."""
@@ -28,3 +30,17 @@ def file_and_part(name: str) -> tuple[str, str | None]:
     if not mark or not file or not part or os.path.lexists(os.path.expanduser(name)):
         return name, None
     return file, part
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Sort key: `layers.2` before `layers.10`."""
+    return [*map(_part, _NUMBERS.split(name)), (0, name)]
+
+
+_NUMBERS = re.compile(r"(\d+)")
+
+
+@lru_cache(maxsize=4096)  # the names of a model are made of few parts; and what is the same thing compares at once
+def _part(part: str) -> tuple[int, str]:
+    digits = part.lstrip("0")
+    return (len(digits), digits) if part.isdecimal() else (0, part)

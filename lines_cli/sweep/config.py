@@ -93,7 +93,7 @@ class Space:
         Raises:
             RecipeError: they make an impossible one.
         """
-        texts = [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in settings.items()]
+        texts = [f"{key}={_one_line(value)}" for key, value in settings.items()]
         if isinstance(settings.get("lines.schedule"), (list, tuple)):
             return recipe_from(_without_ends(self._values), texts)
         return recipe_from(self._values, texts)
@@ -103,6 +103,12 @@ class Space:
         named = {name: name for name in (self.recipe.base_model, *(s.model for s in self.recipe.models)) if name}
         found: dict[str, Any] = read_yaml(dump_recipe(self.recipe, named=named))[0]
         return found
+
+
+def _one_line(value: Any) -> str:
+    """A value as YAML on one line."""
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=math.inf)
+    return text.removesuffix("...\n").strip()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,19 +11,20 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from lines_cli.errors import RecipeError, printable, without_secrets
+from lines_cli.errors import RecipeError, printable, size, without_secrets
 from lines_cli.sweep.metrics import Metrics, NonsenseError, metrics_of, read_metrics
 
 _PLACES = re.compile(r"\{(checkpoint|task|seed|id)\}")
 _PATIENCE = 5.0  # seconds between asking a process to end and ending it
 _STEP = 0.05
-_LARGEST_OUTPUT = 64 * 2**20  # bytes of stdout; more is read from its end
+_LARGEST_OUTPUT = 2**30  # bytes; who says more is ended
+_KEPT = 2**22  # bytes of stdout, and of stderr, from their ends
 _SHOWN = 400  # characters of what a failed command said last
 
 
@@ -48,7 +49,7 @@ def run_command(
 
     Args:
         command: for a shell.
-        log: gets what it says, stdout and stderr in turn.
+        log: gets what it says, stderr and then stdout, the last of it.
         timeout: seconds that it may take.
         environment: what it sees beside the environment of this process.
         stop: asked again and again; true ends it.
@@ -57,7 +58,7 @@ def run_command(
         KeyboardInterrupt: `stop` said so.
     """
     started = time.monotonic()
-    with open(log, "ab") as errors, open(log.with_suffix(".out"), "w+b") as output:
+    with open(log.with_suffix(".err"), "w+b") as errors, open(log.with_suffix(".out"), "w+b") as output:
         process = subprocess.Popen(  # noqa: S602 - the user's own command line
             command,
             shell=True,
@@ -68,14 +69,14 @@ def run_command(
             start_new_session=True,  # so that what it starts can be ended with it
         )
         try:
-            why = _wait(process, timeout, stop, started)
+            why = _wait(process, timeout, stop, started, (output, errors))
         finally:
             _end(process)
-        size = output.seek(0, os.SEEK_END)
-        output.seek(max(0, size - _LARGEST_OUTPUT))
-        said = output.read().decode("utf-8", "replace")
-        errors.write(said.encode())
-    log.with_suffix(".out").unlink(missing_ok=True)
+        said = _end_of(output)
+        with open(log, "wb") as file:
+            file.write(_end_of(errors) + said)
+    for kind in (".err", ".out"):
+        log.with_suffix(kind).unlink(missing_ok=True)
     seconds = time.monotonic() - started
     if why is not None:
         return Result(None, f"{why}{_last_words(log)}", seconds)
@@ -84,13 +85,17 @@ def run_command(
         how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         return Result(None, f"{how}{_last_words(log)}", seconds)
     try:
-        return Result(read_metrics(said), None, seconds)
+        return Result(read_metrics(said.decode("utf-8", "replace")), None, seconds)
     except NonsenseError as error:
         return Result(None, str(error), seconds)
 
 
 def _wait(
-    process: subprocess.Popen[bytes], timeout: float | None, stop: Callable[[], bool], started: float
+    process: subprocess.Popen[bytes],
+    timeout: float | None,
+    stop: Callable[[], bool],
+    started: float,
+    outputs: Sequence[IO[bytes]],
 ) -> str | None:
     """Wait until it ends; why it has to be ended."""
     while True:
@@ -101,8 +106,18 @@ def _wait(
                 raise KeyboardInterrupt from None
             if timeout is not None and time.monotonic() - started > timeout:
                 return f"took longer than timeout: {timeout:g} s"
+            if sum(os.fstat(output.fileno()).st_size for output in outputs) > _LARGEST_OUTPUT:
+                return f"printed more than {size(_LARGEST_OUTPUT)}"
         else:
             return None
+
+
+def _end_of(output: IO[bytes]) -> bytes:
+    """The last of what was said."""
+    nbytes = output.seek(0, os.SEEK_END)
+    output.seek(max(0, nbytes - _KEPT))
+    left_out = f"({nbytes - _KEPT:,} bytes before this are left out)\n".encode() if nbytes > _KEPT else b""
+    return left_out + output.read(_KEPT)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -157,13 +172,16 @@ def function_named(name: str, *, where: str) -> Callable[..., Any]:
 
 
 def call(function: Callable[..., Any], *arguments: Any, log: Path) -> Result:
-    """Call a function for metrics; what it raises is a failed evaluation, with its traceback in `log`."""
+    """Call a function for metrics; what it raises is a failed evaluation, with its traceback in `log`. What it prints
+    goes to stderr.
+    """
     started = time.monotonic()
     try:
-        metrics = metrics_of(function(*arguments))
+        with redirect_stdout(sys.stderr):
+            metrics = metrics_of(function(*arguments))
     except NonsenseError as error:
         return Result(None, str(error), time.monotonic() - started)
-    except Exception as error:  # noqa: BLE001 - the user's own code
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's own code
         with suppress(OSError), open(log, "a", encoding="utf-8") as file:
             file.write(traceback.format_exc())
         said = printable(without_secrets(f"{type(error).__name__}: {error}"))[:_SHOWN]

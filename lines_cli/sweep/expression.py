@@ -112,7 +112,8 @@ def parse(text: Any, *, where: str) -> Expression:
         what = error.msg if isinstance(error, SyntaxError) else str(error)
         raise RecipeError(
             f"{where}: {printable(text)!r} does not parse: {what}",
-            hint=f"It is arithmetic over metric names (+ - * / **), with {', '.join(FUNCTIONS)}.",
+            hint=f"It is arithmetic over metric names (+ - * / **), with {', '.join(FUNCTIONS)}. Quote a name with "
+            "other signs in it.",
         ) from None
     return Expression(text.strip(), tuple(names), tree)
 

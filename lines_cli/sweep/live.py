@@ -9,10 +9,8 @@ from typing import Any
 
 import torch
 
-from lines_cli.engine.candidates import Candidates
-from lines_cli.errors import DataError, RecipeError
+from lines_cli.errors import RecipeError
 from lines_cli.plan.plan import Plan
-from lines_cli.recipe.schema import Recipe
 from lines_cli.sweep.evaluate import Result, call
 from lines_cli.sweep.trials import Trial
 
@@ -43,15 +41,13 @@ class Live:
             raise RecipeError(f"model: gives a {type(self._module).__name__}, not a torch.nn.Module")
         self._module.eval()
 
-    def evaluate(
-        self, recipe: Recipe | None, candidates: Candidates, trial: Trial, task: str | None, seed: int, log: Path
-    ) -> Result:
-        """Put a candidate into the module and evaluate it."""
-        assert recipe is not None
-        try:
-            candidates.put(candidates.plan(recipe, Path("candidate")), tensors_of(self._module))
-        except DataError as error:
-            return Result(None, f"the candidate cannot be made: {error.message}", 0.0)
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Where a candidate is put."""
+        return tensors_of(self._module)
+
+    def evaluate(self, trial: Trial, task: str | None, seed: int, log: Path) -> Result:
+        """Evaluate what the module holds."""
         told = {"id": trial.id, "family": trial.family, "settings": dict(trial.settings), "task": task, "seed": seed}
         with torch.no_grad():
             return call(self._function, self._module, told, log=log)

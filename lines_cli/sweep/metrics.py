@@ -65,6 +65,8 @@ def metrics_of(said: Any) -> Metrics:
 
 
 def _value(name: str, value: Any) -> Value:
+    if callable(plain := getattr(value, "tolist", None)):  # an array of numpy's, or a tensor
+        value = plain()
     if isinstance(value, Mapping):
         if not value:
             raise NonsenseError(f"metric {printable(name)} is empty")

@@ -7,17 +7,20 @@ from __future__ import annotations
 import math
 from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 from lines_cli.errors import printable
-from lines_cli.sweep.report import BASELINES, Judged, called
+from lines_cli.sweep.expression import Expression
+from lines_cli.sweep.report import BASELINES, Judged, better_up, called
 from lines_cli.sweep.trials import LINES
 from lines_cli.version import __version__
 
 if TYPE_CHECKING:
     from lines_cli.sweep.config import Objective
+    from lines_cli.sweep.expression import Value
     from lines_cli.sweep.run import Found
 
 _STYLE = """
@@ -29,7 +32,7 @@ tr.w{font-weight:bold}figure{margin:1.5rem 0}figcaption{color:#555}.said{font-si
 """
 _COLOURS = {LINES: "#1f77b4", "constant": "#d62728", "reversed": "#2ca02c", "pre": "#888888", "ft": "#555555"}
 _MARKS = {LINES: "circle", "constant": "square", "reversed": "triangle", "pre": "cross", "ft": "cross"}
-_W, _H, _LEFT, _BELOW, _TOP, _RIGHT = 640, 400, 64, 52, 16, 150
+_W, _H, _LEFT, _BELOW, _TOP, _RIGHT = 640, 400, 64, 52, 30, 150
 
 
 def page(found: Found) -> str:
@@ -44,12 +47,12 @@ def page(found: Found) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{title}</title>\n<style>{style}</style>\n</head>\n<body>\n<h1>{title}</h1>",
         f'<p class="said">{_text(str(found.said["said"]))}.</p>',
-        f"<p>{' '.join(_objective(objective) for objective in objectives)}</p>",
+        f"<p>{'; '.join(_objective(objective) for objective in objectives)}</p>",
         *_winner(found),
         *_against(found),
         *_over_grid(found),
         *_realised(found),
-        _table(found.judged, found.winner, objectives),
+        _table(found.judged, [found.winner] if found.winner else found.front, objectives),
         *(f"<p>{_text(note)}</p>" for note in found.notes),
         f"<footer>Drawn by lines {__version__}.</footer>\n</body>\n</html>\n",
     ]
@@ -72,7 +75,7 @@ def _winner(found: Found) -> Iterable[str]:
     if found.winner is not None:
         yield f"<p>Winner of the grid: <b>{_text(settings_of(found.winner))}</b>, {found.winner.objectives[0]:.6g}.</p>"
     if found.front:
-        yield f"<p>{len(found.front)} trials are beaten by none in every objective.</p>"
+        yield "<p>Several objectives have no one winner: the trials that none beats in every objective are in bold.</p>"
 
 
 def settings_of(judged: Judged) -> str:
@@ -90,8 +93,8 @@ def _short(value: Any) -> str:
 
 
 def axes_of(judged: Sequence[Judged], objectives: Sequence[Objective]) -> tuple[str, str] | None:
-    """Which two metrics are drawn against each other: what an objective calls control and target; of several objectives
-    these; else the first two that it asks for. None where there are no two.
+    """Which two metrics are drawn against each other: what an objective calls control and target; else the first two
+    that it asks for. None where there are no two.
     """
     metrics = next((one.metrics for one in judged if one.metrics and one.trial.family not in BASELINES), None)
     if metrics is None:
@@ -106,30 +109,74 @@ def axes_of(judged: Sequence[Judged], objectives: Sequence[Objective]) -> tuple[
     return (control, target) if control is not None and target is not None else None
 
 
+@dataclass(frozen=True)
+class _Plane:
+    """Two things that are drawn against each other.
+
+    Attributes:
+        names: of what goes to the right, and up.
+        points: trial's id -> where it is.
+        larger: of each whether larger is better.
+    """
+
+    names: tuple[str, str]
+    points: Mapping[str, tuple[float, float]]
+    larger: tuple[bool, bool]
+
+    def best(self, judged: Sequence[Judged]) -> set[str]:
+        """The trials that none beats in both."""
+        signs = [1 if larger else -1 for larger in self.larger]
+        own = [one.trial.id for one in judged if one.trial.family not in BASELINES and one.trial.id in self.points]
+        at = {name: (signs[0] * self.points[name][0], signs[1] * self.points[name][1]) for name in own}
+        found: set[str] = set()
+        highest, last = -math.inf, None
+        for name in sorted(own, key=at.__getitem__, reverse=True):  # from the right, and from the top
+            if at[name][1] > highest or at[name] == last:
+                found.add(name)
+                highest, last = at[name][1], at[name]
+        return found
+
+
+def _plane(found: Found) -> _Plane | None:
+    """What is drawn: target against control; of several objectives the first two."""
+    objectives = found.sweep.objectives
+    if len(objectives) > 1:
+        at = {one.trial.id: (one.objectives[0], one.objectives[1]) for one in found.judged if one.objectives}
+        names = objectives[0].expression.text, objectives[1].expression.text
+        return _Plane(names, at, (not objectives[0].minimize, not objectives[1].minimize)) if at else None
+    axes = axes_of(found.judged, objectives)
+    if axes is None:
+        return None
+    x, y = axes
+    both = [one for one in found.judged if one.metrics and x in one.metrics and y in one.metrics]
+    if not both:
+        return None
+    points = {one.trial.id: (_mean((one.metrics or {})[x]), _mean((one.metrics or {})[y])) for one in both}
+    known: dict[str, Value] = {}
+    for one in found.judged:
+        if one.trial.family in BASELINES:
+            known |= {f"{name}_{one.trial.family}": value for name, value in (one.metrics or {}).items()}
+    known |= both[-1].metrics or {}
+    return _Plane(axes, points, (better_up(objectives[0], known, x), better_up(objectives[0], known, y)))
+
+
 def _mean(value: Any) -> float:
     numbers = list(value.values()) if isinstance(value, Mapping) else value if isinstance(value, list) else [value]
     return math.fsum(numbers) / len(numbers)
 
 
 def _against(found: Found) -> Iterable[str]:
-    axes = axes_of(found.judged, found.sweep.objectives)
-    if axes is None:
+    plane = _plane(found)
+    if plane is None:
         return
-    x, y = axes
-    points = {
-        one.trial.id: (_mean(one.metrics[x]), _mean(one.metrics[y]))
-        for one in found.judged
-        if one.metrics and x in one.metrics and y in one.metrics
-    }
-    if not points:
-        return
+    (x, y), points = plane.names, plane.points
     both = [one for one in found.judged if one.trial.id in points]
-    best = {one.trial.id for one in _beaten_by_none(both, points)}
+    best = {one.trial.id for one in found.front} or plane.best(both)
     frame = _Frame(points.values())
     shapes = [frame.axes(x, y)]
     for family in dict.fromkeys(one.trial.family for one in both):
-        own = sorted(points[one.trial.id] for one in both if one.trial.family == family)
-        if family not in BASELINES and len(own) > 1:
+        own = [points[one.trial.id] for one in both if one.trial.family == family]
+        if family not in BASELINES and len(own) > 1 and found.sweep.search is None:
             line = " ".join(f"{frame.x(a):.1f},{frame.y(b):.1f}" for a, b in own)
             shapes.append(f'<polyline points="{line}" fill="none" stroke="{_COLOURS[family]}" stroke-opacity="0.5"/>')
     for one in both:
@@ -140,34 +187,26 @@ def _against(found: Found) -> Iterable[str]:
         a, b = points[found.winner.trial.id]
         shapes.append(f'<text x="{frame.x(a) + 9:.1f}" y="{frame.y(b) - 7:.1f}">winner</text>')
     shapes.append(_legend(dict.fromkeys(one.trial.family for one in both)))
-    yield _figure(f"{y} against {x}; ringed are trials that none beats in both", shapes)
-
-
-def _beaten_by_none(judged: Sequence[Judged], points: Mapping[str, tuple[float, float]]) -> list[Judged]:
-    own = [one for one in judged if one.trial.family not in BASELINES]
-    return [
-        one
-        for one in own
-        if not any(
-            points[o.trial.id] != points[one.trial.id]
-            and all(a >= b for a, b in zip(points[o.trial.id], points[one.trial.id], strict=True))
-            for o in own
-        )
-    ]
+    ends = [f"{'more' if larger else 'less'} {name}" for name, larger in zip(plane.names, plane.larger, strict=True)]
+    ringed = "in every objective" if found.front else f"in both ({' and '.join(ends)} is better)"
+    yield _figure(f"{y} against {x}; ringed are trials that none beats {ringed}", shapes)
 
 
 def _over_grid(found: Found) -> Iterable[str]:
-    """The objective over each key of the grid that is a number."""
+    """Each objective over each key of the grid that is a number."""
     valid = [one for one in found.judged if one.objectives and one.trial.family == LINES]
-    for key in dict.fromkeys(key for one in valid for key in one.trial.settings):
+    several = len(found.sweep.objectives) > 1
+    for key in (key for key, said in found.sweep.grid.items() if not isinstance(said, Expression)):
         own = [one for one in valid if _is_number(one.trial.settings.get(key))]
-        points = {one.trial.id: (float(one.trial.settings[key]), one.objectives[0]) for one in own}
-        if len({at for at, _ in points.values()}) < 2:
+        if len({one.trial.settings[key] for one in own}) < 2:
             continue
-        frame = _Frame(points.values())
-        shapes = [frame.axes(key, "objective")]
-        shapes += [frame.mark(LINES, points[one.trial.id], settings_of(one)) for one in own]
-        yield _figure(f"The objective over {key}", shapes)
+        for number, objective in enumerate(found.sweep.objectives):
+            points = [(float(one.trial.settings[key]), one.objectives[number]) for one in own]
+            frame = _Frame(points)
+            name = objective.expression.text if several else "objective"
+            shapes = [frame.axes(key, name)]
+            shapes += [frame.mark(LINES, at, settings_of(one)) for one, at in zip(own, points, strict=True)]
+            yield _figure(f"{name if several else 'The objective'} over {key}", shapes)
 
 
 def _is_number(value: Any) -> bool:
@@ -216,18 +255,33 @@ class _Frame:
     def axes(self, below: str, beside: str) -> str:
         right, bottom = _W - _RIGHT, _H - _BELOW
         parts = [f'<path d="M{_LEFT} {_TOP}V{bottom}H{right}" fill="none" stroke="#888"/>']
-        for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-            a, b = (low + share * (high - low) for low, high in (self._x, self._y))
-            parts.append(f'<text x="{self.x(a):.1f}" y="{bottom + 18}" text-anchor="middle">{a:.3g}</text>')
-            parts.append(f'<text x="{_LEFT - 6}" y="{self.y(b) + 4:.1f}" text-anchor="end">{b:.3g}</text>')
+        parts += [
+            f'<text x="{self.x(at):.1f}" y="{bottom + 18}" text-anchor="middle">{at:.6g}</text>'
+            for at in _ticks(*self._x)
+        ]
+        parts += [
+            f'<text x="{_LEFT - 6}" y="{self.y(at) + 4:.1f}" text-anchor="end">{at:.6g}</text>'
+            for at in _ticks(*self._y)
+        ]
         parts.append(f'<text x="{(_LEFT + right) / 2:.1f}" y="{_H - 10}" text-anchor="middle">{_text(below)}</text>')
-        parts.append(f'<text x="4" y="{_TOP - 3}">{_text(beside)}</text>')
+        parts.append(f'<text x="4" y="14">{_text(beside)}</text>')
         return "".join(parts)
 
     def mark(self, family: str, at: tuple[float, float], told: str, *, ringed: bool = False) -> str:
         x, y = self.x(at[0]), self.y(at[1])
         ring = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="8" fill="none" stroke="#888"/>' if ringed else ""
         return f"<g><title>{_text(told)}</title>{ring}{_shape(family, x, y)}</g>"
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers from one end to the other, some five of them."""
+    raw = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(raw)) if raw > 0 and math.isfinite(raw) else 0.0
+    if not power:
+        return [low, high]
+    step = next(step for step in (1.0, 2.0, 2.5, 5.0, 10.0) if step * power >= raw * 0.999) * power
+    first = math.ceil(low / step)
+    return [round(at * step, 12 - math.floor(math.log10(step))) for at in range(first, math.floor(high / step) + 1)]
 
 
 def _shape(family: str, x: float, y: float) -> str:
@@ -258,7 +312,7 @@ def _figure(caption: str, shapes: Sequence[str]) -> str:
 # --- table ---
 
 
-def _table(judged: Sequence[Judged], winner: Judged | None, objectives: Sequence[Objective]) -> str:
+def _table(judged: Sequence[Judged], marked: Sequence[Judged], objectives: Sequence[Objective]) -> str:
     names = list(dict.fromkeys(name for one in judged for name in one.metrics or ()))
     heads = ["family", "settings", *(o.expression.text for o in objectives), *names, "seconds"]
     rows = ["".join(f"<th>{_text(head)}</th>" for head in heads)]
@@ -275,6 +329,7 @@ def _table(judged: Sequence[Judged], winner: Judged | None, objectives: Sequence
             cells += [f'<td class="n">{_text(number)}</td>' for number in numbers]
         cells.append(f'<td class="n">{one.seconds:.1f}</td>')
         rows.append("".join(cells))
-    marked = [winner is not None and one.trial.id == winner.trial.id for one in judged]
-    body = "".join(f"<tr{' class=w' if mark else ''}>{row}</tr>" for mark, row in zip(marked, rows[1:], strict=True))
+    ids = {one.trial.id for one in marked}
+    marks = [" class=w" if one.trial.id in ids else "" for one in judged]
+    body = "".join(f"<tr{mark}>{row}</tr>" for mark, row in zip(marks, rows[1:], strict=True))
     return f"<h2>Trials</h2><table><tr>{rows[0]}</tr>{body}</table>"

@@ -54,10 +54,6 @@ class Judged:
         }
 
 
-class MissingMetricError(ValueError):
-    """The objective asks for what no evaluation says."""
-
-
 class Judge:
     """Computes objectives.
 
@@ -163,6 +159,35 @@ def front(judged: Iterable[Judged], objectives: Sequence[Objective]) -> list[Jud
     return [one for one, point in zip(valid, points, strict=True) if not beaten(point)]
 
 
+def better_up(objective: Objective, known: Mapping[str, Value], name: str) -> bool:
+    """Whether an objective gets better, not worse, as a metric grows a little from what it is."""
+    try:
+        before = objective.expression.number(known)
+        after = objective.expression.number({**known, name: _grown(known[name])})
+    except ExpressionError:
+        return True
+    return not objective.better(before, after)
+
+
+def _grown(value: Value) -> Value:
+    if isinstance(value, dict):
+        return {name: _grown_number(number) for name, number in value.items()}
+    return [_grown_number(number) for number in value] if isinstance(value, list) else _grown_number(value)
+
+
+def _grown_number(number: float) -> float:
+    return number + (abs(number) * 1e-3 or 1e-6)
+
+
+def _said_of_front(sweep: Sweep, judged: Sequence[Judged], families: Sequence[str]) -> tuple[str, str]:
+    """Whose the trials are that none beats in every objective: the family of all of them, and that in words."""
+    families_on_it = [one.trial.family for one in front(judged, sweep.objectives)]
+    shares = [f"{families_on_it.count(family) or 'none'} by {called(family)}" for family in families]
+    number = len(families_on_it)
+    said = f"{number} trial{'s are' if number > 1 else ' is'} beaten by none in every objective: {', '.join(shares)}"
+    return (families_on_it[0] if len(set(families_on_it)) == 1 else "undecided"), said
+
+
 def verdict(sweep: Sweep, judged: Sequence[Judged]) -> dict[str, Any]:
     """Which family did best, and whether the difference is more than noise, as plain values and in words."""
     objective = sweep.objectives[0]
@@ -180,6 +205,9 @@ def verdict(sweep: Sweep, judged: Sequence[Judged]) -> dict[str, Any]:
     others = [leader for leader in leaders.values() if leader is not None and leader is not won]
     if won is None:
         return {"families": found, "won": None, "said": "every trial failed: nothing can be said"}
+    if len(sweep.objectives) > 1:
+        whose, said = _said_of_front(sweep, judged, families)
+        return {"families": found, "won": whose, "said": said}
     if not others:
         return {"families": found, "won": won.trial.family, "said": _alone(sweep)}
     second = best(others, objective)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import shutil
@@ -10,31 +11,37 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from lines_cli.api.calls import RunOptions, carry_out
-from lines_cli.checkpoint.reader import Checkpoint
-from lines_cli.engine.candidates import Candidates
-from lines_cli.errors import DataError, OutputError, RecipeError, printable, size
+from lines_cli.engine.candidate_files import remove
+from lines_cli.engine.candidates import Candidates, nbytes_merged
+from lines_cli.errors import DataError, MismatchError, OutputError, RecipeError, printable, size
+from lines_cli.methods import METHODS
 from lines_cli.plan.plan import Plan
 from lines_cli.plan.resources import Resources
 from lines_cli.recipe.schema import Recipe
+from lines_cli.recipe.yaml_file import recipe_from
 from lines_cli.storage.destination import check_destination, is_one_file, naming
+from lines_cli.storage.files import read_small
 from lines_cli.storage.lock import RunLock
+from lines_cli.storage.names import RECIPE
 from lines_cli.sweep.config import Sweep
 from lines_cli.sweep.evaluate import Result, command_for, function_named, run_command
 from lines_cli.sweep.live import Live
 from lines_cli.sweep.metrics import Metrics, NonsenseError, average
 from lines_cli.sweep.page import page
 from lines_cli.sweep.report import BASELINES, Judge, Judged, best, front, repeats, verdict
-from lines_cli.sweep.store import Evaluation, Store
+from lines_cli.sweep.store import FILE, JOURNAL, Evaluation, Store
 from lines_cli.sweep.trials import Trial, trials_of
 
 Say = Callable[[str], None]
 _MANY = 1000  # trials
 _CANDIDATES, _LOGS = "candidates", "logs"
-REPORT = "report.html"
+REPORT, _WINNER = "report.html", "winner.json"
+_MOST_SAID = 2**24  # bytes
 
 
 @dataclass(frozen=True)
@@ -82,14 +89,20 @@ class Found:
 
     @property
     def shown(self) -> list[Judged]:
-        """The best trials of each family, best first; and all that failed, as far as there is room."""
+        """The best trials of each family, best first, or those that none beats; and all that failed, as far as there is
+        room.
+        """
         objective = self.sweep.objectives[0]
+        ids = {one.trial.id for one in self.front}
         shown: list[Judged] = []
         for family in dict.fromkeys(one.trial.family for one in self.judged):
             own = [one for one in self.judged if one.trial.family == family and family not in BASELINES]
             valid = sorted((one for one in own if one.objectives), key=lambda one: one.objectives[0])
             valid = valid if objective.minimize else valid[::-1]
-            shown += [*valid[:_SHOWN], *[one for one in own if not one.objectives][:_SHOWN]]
+            if self.front:
+                valid = [one for one in valid if one.trial.id in ids]
+            shown += [*valid[: _MOST_ON_FRONT if self.front else _SHOWN]]
+            shown += [one for one in own if not one.objectives][:_SHOWN]
         return shown
 
     def to_json(self) -> dict[str, Any]:
@@ -106,7 +119,7 @@ class Found:
         }
 
 
-_SHOWN = 5  # of a family
+_SHOWN, _MOST_ON_FRONT = 5, 20  # of a family
 
 
 def folder_of(output: Path) -> Path:
@@ -124,13 +137,11 @@ def plan_sweep(sweep: Sweep, options: Options) -> dict[str, Any]:
     trials = _trials(sweep, notes)
     plan = Candidates(options.resources).plan(sweep.recipe_of(trials[0].settings), Path("candidate"))
     return {
-        "trials": {
-            family: sum(t.family == family for t in trials) for family in dict.fromkeys(t.family for t in trials)
-        },
+        "trials": _numbers(sweep, trials, notes),
         "baselines": list(sweep.baselines),
         "evaluations": _evaluations(sweep, trials),
         "candidate_bytes": plan.bytes_written,
-        "scratch_bytes": 0 if sweep.in_process else _scratch(plan, options),
+        "scratch_bytes": 0 if sweep.in_process else _scratch(sweep, plan, options),
         "notes": [*plan.notes, *notes, *_cost(sweep, trials, plan)],
     }
 
@@ -150,6 +161,15 @@ def _trials(sweep: Sweep, notes: list[str]) -> list[Trial]:
     return trials
 
 
+def _numbers(sweep: Sweep, trials: Sequence[Trial], notes: list[str]) -> dict[str, int]:
+    """How many trials each family has."""
+    if sweep.search is not None:
+        from lines_cli.sweep.search import families_of
+
+        return dict.fromkeys(families_of(sweep, notes), sweep.search.trials)
+    return {family: sum(t.family == family for t in trials) for family in dict.fromkeys(t.family for t in trials)}
+
+
 def _check_recipe(sweep: Sweep, trial: Trial) -> None:
     try:
         sweep.recipe_of(trial.settings)
@@ -160,14 +180,18 @@ def _check_recipe(sweep: Sweep, trial: Trial) -> None:
 def _evaluations(sweep: Sweep, trials: Sequence[Trial]) -> int:
     number = len(trials)
     if sweep.search is not None:
-        number = sweep.search.trials * (1 + len(sweep.controls))
+        number = sum(_numbers(sweep, trials, []).values())
     return (number + len(sweep.baselines)) * sweep.repeats * (len(sweep.tasks) if sweep.by_task else 1)
 
 
-def _scratch(plan: Plan, options: Options) -> int:
-    """Bytes of scratch at most: a candidate for each evaluation that runs, and merged task vectors."""
-    merged = 2 * plan.bytes_written if len(plan.recipe.merged) > 1 else 0
-    return options.parallel * plan.bytes_written + merged
+def _scratch(sweep: Sweep, plan: Plan, options: Options) -> int:
+    """Bytes of scratch at most: a candidate for each evaluation that runs, or an input that is evaluated itself; and
+    merged task vectors.
+    """
+    largest = plan.bytes_written
+    if sweep.baselines:
+        largest = max(largest, *(checkpoint.nbytes for checkpoint in plan.inputs.checkpoints))
+    return largest + (options.parallel - 1) * plan.bytes_written + nbytes_merged(plan)
 
 
 def _cost(sweep: Sweep, trials: Sequence[Trial], plan: Plan) -> Iterator[str]:
@@ -199,6 +223,8 @@ class Sweeping:
         self.trials = _trials(sweep, self.notes)
         self.stopping = threading.Event()
         self._making = threading.Lock()
+        self._last: dict[int, tuple[Path, Recipe, Plan]] = {}
+        """For each evaluation that runs at a time: the folder of its last candidate, and what made that."""
         self._logging = threading.Lock()
         self.candidates = Candidates(options.resources, scratch=None if sweep.in_process else self.folder / _CANDIDATES)
         self.plan = self.candidates.plan(sweep.recipe_of(self.trials[0].settings), output)
@@ -215,7 +241,7 @@ class Sweeping:
             self.output,
             inputs=self.plan.read_paths,
             nbytes=0,
-            force=self.options.force or os.path.lexists(self.folder),
+            force=self.options.force or self._is_own(),
         )
         with naming(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -226,12 +252,10 @@ class Sweeping:
             lock.release()
 
     def _run(self) -> Found:
-        for name in (_CANDIDATES, _LOGS):
-            _remove(self.folder / name) if name == _CANDIDATES else None
-            (self.folder / name).mkdir(exist_ok=True)
-        if self.options.force:
-            with suppress(FileNotFoundError, OutputError):
-                Store(self.folder, self._same(), retry=True).close()
+        with naming(self.folder):
+            remove(self.folder / _CANDIDATES)
+            for name in (_CANDIDATES, _LOGS):
+                (self.folder / name).mkdir(exist_ok=True)
         store = self._store()
         try:
             self._refuse_full_disk()
@@ -241,7 +265,7 @@ class Sweeping:
             self.stopping.set()
             store.close()
             self.candidates.close()
-            _remove(self.folder / _CANDIDATES)
+            remove(self.folder / _CANDIDATES)
         return self._finish(judged)
 
     def _store(self) -> Store:
@@ -250,7 +274,9 @@ class Sweeping:
         except OutputError:
             if not self.options.force:
                 raise
-        (self.folder / "trials.jsonl").unlink(missing_ok=True)
+        with naming(self.folder):
+            for name in (FILE, JOURNAL):
+                (self.folder / name).unlink(missing_ok=True)
         return Store(self.folder, self._same())
 
     def _same(self) -> dict[str, Any]:
@@ -265,7 +291,7 @@ class Sweeping:
     def _refuse_full_disk(self) -> None:
         if self.sweep.in_process:
             return
-        needed, free = _scratch(self.plan, self.options), shutil.disk_usage(self.folder).free
+        needed, free = _scratch(self.sweep, self.plan, self.options), shutil.disk_usage(self.folder).free
         if needed > free:
             raise OutputError(
                 f"{self.folder}: candidates need {size(needed)} of scratch, and {size(free)} are free",
@@ -279,7 +305,7 @@ class Sweeping:
         found: dict[str, Metrics] = {}
         for which in self.sweep.baselines:
             trial = Trial(which, {})
-            self._evaluate(store, trial, self._places_of(which))
+            self._evaluate(store, trial, self._recipes_of(which))
             evaluations = [one for one in store.done.values() if one.trial.id == trial.id]
             failed = [one for one in evaluations if one.result.metrics is None]
             name = "the base" if which == "pre" else "the fine-tune"
@@ -295,44 +321,51 @@ class Sweeping:
                 raise DataError(f"the evaluation of {name}: {error}") from error
         return found
 
-    def _places_of(self, which: str) -> Callable[[str | None], Candidate]:
-        """Where a baseline lies: of several models each task's own."""
-        inputs = self.plan.inputs
-        models = dict(zip((source.model for source in self.sweep.recipe.merged), inputs.models, strict=True))
+    def _recipes_of(self, which: str) -> Callable[[str | None], Recipe]:
+        """What makes a baseline: of several models each task's own."""
+        recipe = self.sweep.recipe
+        models = [source.model for source in recipe.merged]
 
-        def place(task: str | None) -> Candidate:
+        def made_by(task: str | None) -> Recipe:
             if which == "pre":
-                if not inputs.has_base:
+                if recipe.base_model is None:
                     raise RecipeError(
                         f"{self.sweep.where}: the objective asks for the base (_pre), and the recipe has none"
                     )
-                return self._baseline(inputs.checkpoints[0], {"lines.alpha": 0.0, "lines.beta": 0.0})
+                return self._recipe_of_one(recipe.base_model)
             if task is not None:
-                return self._baseline(models[self.sweep.tasks[task]], None)
+                return self._recipe_of_one(self.sweep.tasks[task])
             if len(models) > 1:
                 raise RecipeError(
                     f"{self.sweep.where}: the objective asks for the fine-tune (_ft), and the recipe has {len(models)}",
                     hint="Write {task} into evaluate: then each task is judged by its own model.",
                 )
-            return self._baseline(next(iter(models.values())), {"lines.alpha": 1.0, "lines.beta": 0.0})
+            return self._recipe_of_one(models[0])
 
-        return place
+        return made_by
 
-    def _baseline(self, checkpoint: Checkpoint, settings: Mapping[str, Any] | None) -> Candidate:
-        if checkpoint.parts or self.sweep.in_process:
-            recipe = self._recipe_of_one(checkpoint) if settings is None else None
-            return Candidate(None, recipe or self.sweep.recipe_of({**(settings or {}), "lines.schedule": "linear"}))
-        return Candidate(checkpoint.real, None)
-
-    def _recipe_of_one(self, checkpoint: Checkpoint) -> Recipe:
-        """The recipe that gives one model back as it is."""
-        models = [s for s, m in zip(self.sweep.recipe.merged, self.plan.inputs.models, strict=True) if m is checkpoint]
-        own = self.sweep.recipe.model_copy(
-            update={"models": (type(models[0])(model=models[0].model),), "parameters": {}}
-        )
-        return own.model_copy(update={"merge_method": Recipe.model_fields["merge_method"].default, "lines": None})
+    def _recipe_of_one(self, model: str) -> Recipe:
+        """The recipe that gives one model back as it is. What is evaluated is a copy of an input, never the input: an
+        evaluation may write into its checkpoint, or remove it.
+        """
+        own = self.sweep.recipe
+        said: dict[str, Any] = {"models": [{"model": model}], "like": "ft", "max_shard_size": own.max_shard_size}
+        if own.base_model is not None:
+            said["base_model"] = own.base_model
+        else:
+            said["merge_method"] = next(name for name, method in METHODS.items() if method.models == (1, 1))
+        if own.variant is not None:
+            said["variant"] = own.variant
+        if self.sweep.in_process and own.dtype is not None:
+            said["dtype"] = own.dtype
+        return recipe_from(said, where=self.sweep.where)
 
     # --- trials ---
+
+    @property
+    def parallel(self) -> int:
+        """How many evaluations run at a time: in this process one."""
+        return 1 if self.sweep.in_process else self.options.parallel
 
     def _judged(self, store: Store, judge: Judge) -> list[Judged]:
         sweep = self.sweep
@@ -340,14 +373,14 @@ class Sweeping:
             from lines_cli.sweep.search import search
 
             return [*self._of_baselines(store, judge), *search(self, store, judge)]
-        todo = [trial for trial in self.trials if not self.is_done(store, trial)]
+        todo = {trial.id: trial for trial in self.trials if not self.is_done(store, trial)}
         before = len(self.trials) - len(todo)
         if before:
             self.options.say(f"{before} of {len(self.trials)} trials were evaluated before")
-        judged = {trial.id: judge.judge(trial, self.of(store, trial)) for trial in self.trials if trial not in todo}
+        judged = {trial.id: judge.judge(trial, self.of(store, trial)) for trial in self.trials if trial.id not in todo}
         for one in judged.values():
             self.refuse_missing_metric(one)
-        for number, trial in enumerate(self._each(store, todo), before + 1):
+        for number, trial in enumerate(self.each(store, list(todo.values())), before + 1):
             one = judged[trial.id] = judge.judge(trial, self.of(store, trial))
             self.refuse_missing_metric(one)
             self.report(one, number, len(self.trials), len(todo), number - before)
@@ -368,11 +401,11 @@ class Sweeping:
     def _runs(self) -> list[tuple[str | None, int]]:
         """Task and seed of each evaluation of one trial."""
         tasks: Sequence[str | None] = list(self.sweep.tasks) if self.sweep.by_task else [None]
-        return [(task, seed) for seed in range(self.sweep.repeats) for task in tasks]
+        return [(task, seed) for task in tasks for seed in range(self.sweep.repeats)]
 
-    def _each(self, store: Store, trials: Sequence[Trial]) -> Iterator[Trial]:
+    def each(self, store: Store, trials: Sequence[Trial]) -> Iterator[Trial]:
         """Evaluate trials, several at a time; gives each as it is done."""
-        parallel = 1 if self.sweep.in_process else min(self.options.parallel, len(trials))
+        parallel = min(self.parallel, len(trials))
         if parallel <= 1:
             for trial in trials:
                 self.evaluate(store, trial)
@@ -417,49 +450,31 @@ class Sweeping:
 
     def evaluate(self, store: Store, trial: Trial, *, slot: int = 0) -> None:
         """Make a candidate, evaluate it, and keep what came of it."""
-        self._evaluate(store, trial, lambda _: Candidate(None, self.sweep.recipe_of(trial.settings)), slot=slot)
+        self._evaluate(store, trial, lambda _: self.sweep.recipe_of(trial.settings), slot=slot)
 
-    def _evaluate(self, store: Store, trial: Trial, place: Callable[[str | None], Candidate], *, slot: int = 0) -> None:
-        made: dict[str, Path] = {}
-        try:
-            for task, seed in self._runs():
-                if (trial.id, task, seed) in store.done:
-                    continue
-                candidate = place(task)
-                result = self._one(trial, candidate, task, seed, slot, made)
-                with self._logging:
-                    store.add(Evaluation(trial, task, seed, result))
-                if result.metrics is None:
-                    break  # the others would be of no use
-        finally:
-            for folder in made.values():
-                _remove(folder)
+    def _evaluate(self, store: Store, trial: Trial, made_by: Callable[[str | None], Recipe], *, slot: int = 0) -> None:
+        for task, seed in self._runs():
+            if (trial.id, task, seed) in store.done:
+                continue
+            result = self._one(trial, made_by(task), task, seed, slot)
+            with self._logging:
+                store.add(Evaluation(trial, task, seed, result))
+            if result.metrics is None:
+                break  # the others would be of no use
 
-    def _one(
-        self, trial: Trial, candidate: Candidate, task: str | None, seed: int, slot: int, made: dict[str, Path]
-    ) -> Result:
+    def _one(self, trial: Trial, recipe: Recipe, task: str | None, seed: int, slot: int) -> Result:
         log = self.folder / _LOGS / f"{trial.id}{f'-{_plain(task)}' if task else ''}-{seed}.log"
+        folder = Path(os.path.abspath(self.folder / _CANDIDATES / trial.id))
+        try:
+            with self._making:
+                if self.stopping.is_set():
+                    raise KeyboardInterrupt
+                self._make(slot, folder, recipe)
+        except DataError as error:
+            return Result(None, f"the candidate cannot be made: {error.message}", 0.0)
         if self.sweep.in_process:
-            return self._live.evaluate(candidate.recipe, self.candidates, trial, task, seed, log)
-        path = candidate.path
-        if path is None:
-            assert candidate.recipe is not None
-            key = candidate.recipe.model_dump_json()
-            if key not in made:
-                folder = self.folder / _CANDIDATES / trial.id
-                with self._making:
-                    if self.stopping.is_set():
-                        raise KeyboardInterrupt
-                    _remove(folder)
-                    try:
-                        plan = self.candidates.plan(candidate.recipe, folder)
-                        self.candidates.write(plan, folder)
-                    except DataError as error:
-                        _remove(folder)
-                        return Result(None, f"the candidate cannot be made: {error.message}", 0.0)
-                made[key] = folder
-            path = made[key]
-        command = command_for(self.sweep.evaluate, checkpoint=path, task=task or "", seed=seed, id=trial.id)
+            return self._live.evaluate(trial, task, seed, log)
+        command = command_for(self.sweep.evaluate, checkpoint=folder, task=task or "", seed=seed, id=trial.id)
         return run_command(
             command,
             log=log,
@@ -467,6 +482,29 @@ class Sweeping:
             environment=self._environment(trial, task, seed, slot),
             stop=self.stopping.is_set,
         )
+
+    def _make(self, slot: int, folder: Path, recipe: Recipe) -> None:
+        """Make a candidate in the module, or in a folder that takes the place of the last one. The same one is made
+        again for another repeat or task, because the last evaluation may have changed it.
+
+        Raises:
+            DataError: it cannot be made.
+        """
+        before, made_by, plan = self._last.pop(slot, (None, None, None))
+        if plan is None or (before, made_by) != (folder, recipe):
+            try:
+                plan = self.candidates.plan(recipe, folder)
+            except (MismatchError, RecipeError) as error:  # of these settings: those of the first trial were planned
+                raise DataError(error.message, hint=error.hint) from error
+        if self.sweep.in_process:
+            self.candidates.put(plan, self._live.tensors)
+        else:
+            try:
+                self.candidates.write(plan, folder, before=before)
+            except BaseException:
+                self.candidates.forget(folder)
+                raise
+        self._last[slot] = folder, recipe, plan
 
     def _environment(self, trial: Trial, task: str | None, seed: int, slot: int) -> dict[str, str]:
         found = {"LINES_TRIAL": trial.id, "LINES_SEED": str(seed), "LINES_TASK": task or ""}
@@ -533,26 +571,37 @@ class Sweeping:
         return found
 
     def _publish(self, winner: Judged) -> Mapping[str, Any]:
-        """Write the winner, as `lines edit` and `lines merge` do; or find that it is there."""
-        how = RunOptions(force=self.options.force, resume=True, verify=False, verify_inputs=False)
-        recipe = self.sweep.recipe_of(winner.trial.settings)
-        return carry_out(recipe, self.output, self.options.resources, how, quiet=True).summary
+        """Write the winner, as `lines edit` and `lines merge` do; or find that it is there. An earlier winner of this
+        sweep makes way.
+        """
+        settings = dict(winner.trial.settings)
+        replaces = self._is_own() and self._record().get("settings") != settings
+        how = RunOptions(force=self.options.force or replaces, resume=True, verify=False, verify_inputs=False)
+        record = self.folder / _WINNER
+        with naming(record):
+            record.write_text(json.dumps({"settings": settings, "recipe": None}) + "\n")
+        recipe = self.sweep.recipe_of(settings)
+        summary = carry_out(recipe, self.output, self.options.resources, how, quiet=True).summary
+        with naming(record):
+            record.write_text(json.dumps({"settings": settings, "recipe": _digest(self.output / RECIPE)}) + "\n")
+        return summary
+
+    def _is_own(self) -> bool:
+        """Whether what stands at the output is an earlier winner of this sweep, and nobody's since."""
+        record = self._record()
+        return "recipe" in record and record["recipe"] in (None, _digest(self.output / RECIPE))
+
+    def _record(self) -> dict[str, Any]:
+        with suppress(OSError, ValueError, RecursionError):
+            said = json.loads(read_small(self.folder / _WINNER, _MOST_SAID))
+            return said if isinstance(said, dict) else {}
+        return {}
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """What is evaluated: a checkpoint that is there, or one that a recipe makes."""
-
-    path: Path | None
-    recipe: Recipe | None
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder that this sweep has made, if it is there."""
-    if folder.is_symlink():
-        folder.unlink()
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
+def _digest(path: Path) -> str | None:
+    with suppress(OSError):
+        return sha256(read_small(path, _MOST_SAID)).hexdigest()
+    return None
 
 
 def _plain(text: str) -> str:

@@ -8,22 +8,23 @@ what it had learnt.
 from __future__ import annotations
 
 import json
+import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lines_cli.errors import RecipeError
-from lines_cli.sweep.config import Range, Space, Sweep
+from lines_cli.errors import OutputError, RecipeError
+from lines_cli.sweep.config import Range, Sweep
+from lines_cli.sweep.expression import Expression
 from lines_cli.sweep.report import Judge, Judged
-from lines_cli.sweep.store import Store
-from lines_cli.sweep.trials import LINES, Trial, complete, constant, reversed_, span, why_not
+from lines_cli.sweep.store import JOURNAL, Store
+from lines_cli.sweep.trials import LINES, Trial, complete, constant, is_end, ranges_of, reversed_, span, why_not
 
 if TYPE_CHECKING:
     from lines_cli.sweep.run import Sweeping
-
-JOURNAL = "optuna.log"
 
 
 def middle(sweep: Sweep) -> dict[str, Any]:
@@ -38,74 +39,141 @@ def middle(sweep: Sweep) -> dict[str, Any]:
     return complete(sweep, drawn)
 
 
-def search(sweeping: Sweeping, store: Store, judge: Judge) -> list[Judged]:
-    """Draw, evaluate and judge, family by family.
+def families_of(sweep: Sweep, notes: list[str]) -> list[str]:
+    """The families that values are drawn for.
 
-    Raises:
-        RecipeError: Optuna is not installed.
+    Args:
+        sweep: with a search.
+        notes: gets a line for a control that makes no sense here.
     """
-    sweep = sweeping.sweep
-    assert sweep.search is not None
     families = [LINES]
     for control in sweep.controls:
         if why := why_not(sweep, control):
-            sweeping.notes.append(f"no {control} control: {why}")
+            notes.append(f"no {control} control: {why}")
         else:
             families.append(control)
-    judged: list[Judged] = []
-    total = sweep.search.trials * len(families)
-    for family in families:
-        judged += _one_family(sweeping, store, judge, family, len(judged), total)
-    return judged
+    return families
 
 
-def _one_family(sweeping: Sweeping, store: Store, judge: Judge, family: str, before: int, total: int) -> list[Judged]:
-    sweep, optuna = sweeping.sweep, _optuna()
+def search(sweeping: Sweeping, store: Store, judge: Judge) -> list[Judged]:
+    """Draw, evaluate and judge, family by family: as many at a time as evaluations run at a time.
+
+    Raises:
+        RecipeError: Optuna is not installed, or what a sampler of it needs.
+        OutputError: its journal cannot be read.
+    """
+    sweep = sweeping.sweep
     assert sweep.search is not None
-    study = optuna.create_study(
-        storage=_storage(optuna, sweeping.folder / JOURNAL),
-        study_name=family,
-        sampler=_sampler(optuna, sweep),
-        directions=["minimize" if objective.minimize else "maximize" for objective in sweep.objectives],
-        load_if_exists=True,
-    )
+    families = families_of(sweep, sweeping.notes)
+    numbers = sum(isinstance(said, Range) for said in sweep.grid.values())
+    if sweep.search.sampler == "cmaes" and numbers < 2 and not any(r.points for r in ranges_of(sweep).values()):
+        sweeping.notes.append("cmaes needs at least two ranges: with one, values are drawn at random")
+    progress = _Progress(sweeping, sweep.search.trials * len(families))
+    return [one for family in families for one in _one_family(sweeping, store, judge, family, progress)]
+
+
+class _Progress:
+    """Which of all trials is at hand."""
+
+    def __init__(self, sweeping: Sweeping, total: int) -> None:
+        self._sweeping, self._total, self._known, self._new = sweeping, total, 0, 0
+
+    def known(self) -> None:
+        """One more that had been evaluated before, or was drawn once more."""
+        self._known += 1
+
+    def add(self, one: Judged) -> None:
+        self._new += 1
+        self._sweeping.report(one, self._known + self._new, self._total, self._total - self._known, self._new)
+
+
+def _one_family(sweeping: Sweeping, store: Store, judge: Judge, family: str, progress: _Progress) -> Iterable[Judged]:
+    sweep, optuna = sweeping.sweep, _optuna(sweeping.sweep)
+    assert sweep.search is not None
+    study = _study(optuna, sweep, family, sweeping.folder / JOURNAL)
     found: dict[str, Judged] = {}
-    begun = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.RUNNING]
-    drawn: Any
-    for number in range(sweep.search.trials):
-        finished = study.trials[number] if number < len(study.trials) else None
-        if finished is not None and finished.state != optuna.trial.TrialState.RUNNING:
-            trial = _trial_of(sweep, family, json.loads(finished.user_attrs["drawn"]))
-            found[trial.id] = judge.judge(trial, sweeping.of(store, trial))
-            continue
-        if finished is not None:  # it was drawn, and then the sweep was killed
-            drawn, running = json.loads(finished.user_attrs.get("drawn", "null")), begun[0]
-            if drawn is None:
-                study.tell(finished.number, state=optuna.trial.TrialState.FAIL)
-                continue
-            trial, at = _trial_of(sweep, family, drawn), running.number
-        else:
-            asked = study.ask()
-            drawn = _draw(sweep, family, asked)
-            asked.set_user_attr("drawn", json.dumps(drawn))
-            trial, at = _trial_of(sweep, family, drawn), asked.number
-        if not sweeping.is_done(store, trial):
-            sweeping.evaluate(store, trial)
-        one = found[trial.id] = judge.judge(trial, sweeping.of(store, trial))
-        sweeping.refuse_missing_metric(one)
-        if one.objectives:
-            study.tell(at, list(one.objectives))
-        else:
-            study.tell(at, state=optuna.trial.TrialState.FAIL)
-        sweeping.report(one, before + number + 1, total, total, before + number + 1)
-    return list(found.values())
+    for first in range(0, sweep.search.trials, sweeping.parallel):
+        numbers = range(first, min(first + sweeping.parallel, sweep.search.trials))
+        asked = {number: _asked(optuna, study, sweep, family, number) for number in numbers}
+        todo = {trial.id: trial for trial in asked.values() if not sweeping.is_done(store, trial)}
+        for _ in range(len(asked) - len(todo)):
+            progress.known()
+        for trial in sweeping.each(store, list(todo.values())):
+            progress.add(judge.judge(trial, sweeping.of(store, trial)))
+        for number, trial in asked.items():
+            one = found[trial.id] = judge.judge(trial, sweeping.of(store, trial))
+            sweeping.refuse_missing_metric(one)
+            if study.trials[number].state == optuna.trial.TrialState.RUNNING:
+                said = {"values": list(one.objectives)} if one.objectives else {"state": optuna.trial.TrialState.FAIL}
+                study.tell(number, **said)
+    return found.values()
+
+
+def _asked(optuna: Any, study: Any, sweep: Sweep, family: str, number: int) -> Trial:
+    """What was drawn as the study's trial of this number, or is drawn now.
+
+    A sampler is made anew for each, from the search's seed and the number, so that a search that was killed draws what
+    it would have drawn.
+    """
+    known = study.trials
+    if number < len(known) and "drawn" in known[number].user_attrs:
+        return _trial_of(sweep, family, json.loads(known[number].user_attrs["drawn"]))
+    study.sampler = _sampler(optuna, sweep, number)
+    # Of one that is there and has no values the sweep was killed while they were drawn.
+    there = number < len(known)
+    asked = optuna.trial.Trial(study, known[number]._trial_id) if there else study.ask()  # noqa: SLF001
+    drawn = _draw(sweep, family, asked)
+    asked.set_user_attr("drawn", json.dumps(drawn))
+    return _trial_of(sweep, family, drawn)
+
+
+def _study(optuna: Any, sweep: Sweep, family: str, path: Path) -> Any:
+    """A family's study: the same as long as the same is drawn from and judged in the same way.
+
+    Raises:
+        OutputError: the journal cannot be read.
+    """
+    assert sweep.search is not None
+    judged = [[objective.expression.text, objective.minimize] for objective in sweep.objectives]
+    grid = {key: said.text if isinstance(said, Expression) else said for key, said in sweep.grid.items()}
+    same = repr([grid, judged, sweep.search.sampler, sweep.search.seed, sweep.repeats])
+    try:
+        _without_torn_line(path)
+        backend = optuna.storages.journal.JournalFileBackend(str(path), lock_obj=_NoLock())
+        return optuna.create_study(
+            storage=optuna.storages.JournalStorage(backend),
+            study_name=f"{family}-{sha256(same.encode()).hexdigest()[:10]}",
+            directions=["minimize" if objective.minimize else "maximize" for objective in sweep.objectives],
+            load_if_exists=True,
+        )
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise OutputError(
+            f"{path}: cannot be read as Optuna's journal: {error}",
+            hint="Move it away and run the same command: evaluations are in trials.jsonl, and values are drawn again.",
+        ) from error
+
+
+class _NoLock:
+    """For Optuna: a sweep's folder is locked already."""
+
+    def acquire(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        pass
+
+
+def _without_torn_line(path: Path) -> None:
+    """Cut off what a process that was killed had begun to write: Optuna would write on behind it."""
+    if path.exists() and (raw := path.read_bytes()) and not raw.endswith(b"\n"):
+        os.truncate(path, raw.rfind(b"\n") + 1)
 
 
 def _draw(sweep: Sweep, family: str, asked: Any) -> dict[str, Any]:
     """Values for what the grid leaves open; of the constant control one coefficient in place of alpha and beta."""
     drawn: dict[str, Any] = {}
     for key, said in sweep.grid.items():
-        if family == "constant" and key in ("lines.alpha", "lines.beta", "lines.schedule"):
+        if family == "constant" and is_end(key):
             continue
         if isinstance(said, Range):
             names = [key] if said.points is None else [f"{key}[{at}]" for at in range(said.points)]
@@ -135,44 +203,39 @@ def _ends(sweep: Sweep) -> tuple[float, float]:
 
 
 def _trial_of(sweep: Sweep, family: str, drawn: Mapping[str, Any]) -> Trial:
-    values = {key: value for key, value in drawn.items() if key != "constant"}
     if family == "constant":
-        return Trial(family, constant(_completed(sweep, values), float(drawn["constant"])))
-    settings = complete(sweep, values)
+        value = float(drawn["constant"])
+        ends = {key: value for key in sweep.grid if is_end(key)}  # what arithmetic over them comes to
+        return Trial(family, constant(complete(sweep, {**ends, **drawn}), value))
+    settings = complete(sweep, drawn)
     return Trial(family, reversed_(settings) if family == "reversed" else settings)
 
 
-def _completed(space: Space, drawn: Mapping[str, Any]) -> dict[str, Any]:
-    """What is drawn of keys that are no coefficients; arithmetic over coefficients is left out."""
-    return {key: value for key, value in drawn.items() if key in space.grid}
-
-
-def _storage(optuna: Any, path: Path) -> Any:
-    backend = optuna.storages.journal.JournalFileBackend(str(path))
-    return optuna.storages.JournalStorage(backend)
-
-
-def _sampler(optuna: Any, sweep: Sweep) -> Any:
+def _sampler(optuna: Any, sweep: Sweep, number: int) -> Any:
     assert sweep.search is not None
-    seed = sweep.search.seed
+    seed = (sweep.search.seed * 1_000_003 + number) % 2**32
     samplers = optuna.samplers
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if sweep.search.sampler == "cmaes":
             return samplers.CmaEsSampler(seed=seed)
         if sweep.search.sampler == "nsga2":
-            return samplers.NSGAIISampler(seed=seed)
+            # A generation of Optuna's own choice would be all of most searches: nothing but chance.
+            return samplers.NSGAIISampler(population_size=min(50, max(4, sweep.search.trials // 4)), seed=seed)
         return samplers.TPESampler(seed=seed)
 
 
-def _optuna() -> Any:
-    try:
-        optuna: Any = import_module("optuna")
-        import_module("optuna.storages.journal")
-    except ImportError as error:
-        raise RecipeError(
-            "search: Optuna is not installed",
-            hint="Install it (pip install optuna); or give grid: lists of values, and no search.",
-        ) from error
+def _optuna(sweep: Sweep) -> Any:
+    assert sweep.search is not None
+    for name in ("optuna", *(["cmaes"] if sweep.search.sampler == "cmaes" else [])):
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise RecipeError(
+                f"search: the package {name} is not installed",
+                hint="Install what a search needs (pip install optuna cmaes); or give lists of values, and no search.",
+            ) from error
+    optuna: Any = import_module("optuna")
+    import_module("optuna.storages.journal")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna

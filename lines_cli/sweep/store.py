@@ -19,6 +19,8 @@ from lines_cli.sweep.metrics import NonsenseError, metrics_of
 from lines_cli.sweep.trials import Trial
 
 FILE = "trials.jsonl"
+JOURNAL = "optuna.log"
+"""Beside it: what a search has drawn."""
 SCHEMA = 1
 _LARGEST = 2**30  # bytes
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,8 +48,8 @@ def trials_of(sweep: Sweep, notes: list[str]) -> list[Trial]:
     Raises:
         RecipeError: arithmetic of the grid that has no value.
     """
-    own = list(combinations(sweep))
-    trials = [Trial(LINES, settings) for settings in own]
+    trials = list({trial.id: trial for trial in (Trial(LINES, one) for one in combinations(sweep))}.values())
+    own = [trial.settings for trial in trials]
     for control in sweep.controls:
         if why := why_not(sweep, control):
             notes.append(f"no {control} control: {why}")
@@ -128,11 +129,16 @@ def reversed_(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def constant(settings: Mapping[str, Any], value: float) -> dict[str, Any]:
     """The same with one coefficient for every block, and for what lies outside."""
-    others = {key: setting for key, setting in settings.items() if key not in _ENDS}
+    others = {key: setting for key, setting in settings.items() if not is_end(key)}
     return {**others, "lines.schedule": "constant", "lines.alpha": value, "lines.beta": 0.0}
 
 
-_ENDS = ("lines.alpha", "lines.beta", "lines.schedule")
+_END = re.compile(r"lines\.(alpha|beta|schedule|stacks\..+\.(alpha|beta))")
+
+
+def is_end(key: str) -> bool:
+    """Whether a key says how coefficients go with depth, so that a constant one stands in its place."""
+    return _END.fullmatch(key) is not None
 
 
 def _constant(sweep: Sweep, own: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -141,7 +147,7 @@ def _constant(sweep: Sweep, own: Sequence[Mapping[str, Any]]) -> Iterator[dict[s
     """
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for settings in own:
-        others = {key: value for key, value in settings.items() if key not in _ENDS}
+        others = {key: value for key, value in settings.items() if not is_end(key)}
         groups.setdefault(json.dumps(others, sort_keys=True), []).append(settings)
     for group in groups.values():
         alphas = [settings.get("lines.alpha") for settings in group]
@@ -167,10 +173,16 @@ def span(sweep: Sweep, settings: Mapping[str, Any]) -> tuple[float, float]:
         return min(map(float, schedule)), max(map(float, schedule))
     alpha = settings.get("lines.alpha", scaling.alpha if scaling else 0.0)
     beta = settings.get("lines.beta", scaling.beta if scaling else 0.0)
-    beta = float(beta) if isinstance(beta, (int, float)) else 0.0
-    if not isinstance(alpha, (int, float)):
-        return min(0.0, beta), max(0.0, beta)
-    return min(float(alpha), alpha + beta), max(float(alpha), alpha + beta)
+    ends = [(alpha, beta)]
+    for key, value in settings.items():
+        if key.startswith("lines.stacks.") and key.endswith(".alpha"):
+            other = settings.get(f"{key.removesuffix('alpha')}beta")
+            ends.append((value, 1 - value if other is None and isinstance(value, (int, float)) else other))
+    found: list[float] = []
+    for low, step in ends:
+        rise = float(step) if isinstance(step, (int, float)) else 0.0
+        found += [float(low), low + rise] if isinstance(low, (int, float)) else [0.0, rise]
+    return min(found), max(found)
 
 
 def ranges_of(sweep: Sweep) -> dict[str, Range]:

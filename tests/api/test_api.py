@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import lines_cli as lines
-from golden.recipes import CASES, Case, inputs, llama, llama_config, model, write_inputs
+from golden.recipes import CASES, OF_MODELS, Case, inputs, llama, llama_config, model, write_inputs
 from lines_cli import errors
 from lines_cli.api import arguments
 from lines_cli.checkpoint import crosscheck
@@ -133,6 +133,7 @@ def test_a_merge_in_memory_takes_what_a_recipe_takes() -> None:
     """Every key of a recipe that does not speak of files is a keyword, under its own name or a plainer one."""
     renamed = {"merge_method": "method", "base_model": "base"}
     files = {
+        "slices",
         "tokenizer_source",
         "chat_template",
         "max_shard_size",
@@ -517,7 +518,7 @@ def bits(tensor: torch.Tensor) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if at % 2 else ()) for at, name in enumerate(CASES)]
+    "name", [pytest.param(name, marks=pytest.mark.slow if at % 2 else ()) for at, name in enumerate(OF_MODELS)]
 )
 def test_tensors_are_those_of_the_files(name: str, folder: Path, tmp_path: Path) -> None:
     """Every method, dtype and mixture, tied heads, integers, scalars, empty tensors, alpha auto, thresholds, draws."""

@@ -12,7 +12,7 @@ import torch
 from lines_cli.checkpoint import adapter_config
 from lines_cli.checkpoint.adapter import Adapter, open_adapter
 from lines_cli.errors import CheckpointError, LinesError, UnsupportedError
-from support.adapters import PREFIX, factors, write_adapter
+from support.adapters import PREFIX, factors, layers_of, write_adapter
 
 MODULES = {"layers.0.q_proj": (12, 8), "layers.1.q_proj": (12, 8)}
 
@@ -290,3 +290,93 @@ def test_a_link_out_of_the_folder(tmp_path: Path) -> None:
     (folder / "adapter_config.json").symlink_to(tmp_path / "elsewhere.json")
     with pytest.raises(CheckpointError, match="leaves its folder"):
         open_adapter(folder)
+
+
+# --- modules that a config does not name ---
+
+
+TARGETED: dict[str, tuple[dict[str, Any], list[str]]] = {  # what a config says -> modules that PEFT loads no factors of
+    "all": ({"target_modules": ["q_proj", "up_proj"]}, []),
+    "no word of it": ({"target_modules": None}, []),
+    "every linear layer": ({"target_modules": "all-linear"}, []),
+    "whole names": ({"target_modules": [f"model.layers.{i}.{m}" for i in range(3) for m in ("q_proj", "up_proj")]}, []),
+    "one kind": ({"target_modules": ["q_proj"]}, [f"model.layers.{i}.up_proj" for i in range(3)]),
+    "the end of a name": ({"target_modules": ["proj", "q_proj"]}, [f"model.layers.{i}.up_proj" for i in range(3)]),
+    "an expression": ({"target_modules": r".*layers\.[01]\..*"}, ["model.layers.2.q_proj", "model.layers.2.up_proj"]),
+    "as Unsloth writes it": (
+        {
+            "target_modules": r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?"
+            r"(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\."
+            r"(?:(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)\.)?(?:(?:q_proj|k_proj|v_proj|o_proj|up_proj)))"
+        },
+        [],
+    ),
+    "an expression for other names": ({"target_modules": r"transformer\.h\..*"}, []),
+    "other names": (
+        {"target_modules": ["c_attn"]},
+        [f"model.layers.{i}.{m}" for i in range(3) for m in ("q_proj", "up_proj")],
+    ),
+    "layers": ({"layers_to_transform": [0, 2]}, ["model.layers.1.q_proj", "model.layers.1.up_proj"]),
+    "one layer": (
+        {"layers_to_transform": 1, "target_modules": ["q_proj", "model.layers.0.up_proj", "up_proj"]},
+        [f"model.layers.{i}.{m}" for i, m in ((0, "q_proj"), (2, "q_proj"), (2, "up_proj"))],
+    ),
+    "layers of a list": ({"layers_to_transform": [0, 1, 2], "layers_pattern": "layers"}, []),
+    "layers of no list": (
+        {"layers_to_transform": [0, 1, 2], "layers_pattern": ["h"]},
+        [f"model.layers.{i}.{m}" for i in range(3) for m in ("q_proj", "up_proj")],
+    ),
+    "left out": ({"exclude_modules": ["layers.1.q_proj"]}, ["model.layers.1.q_proj"]),
+    "left out by an expression": ({"exclude_modules": r".*2\.up_proj"}, ["model.layers.2.up_proj"]),
+}
+
+
+@pytest.mark.parametrize("name", TARGETED)
+def test_modules_that_a_config_does_not_name(name: str, tmp_path: Path) -> None:
+    """Refused by name, as PEFT would not load them; not folded in silently."""
+    said, left = TARGETED[name]
+    modules = layers_of(3, {"q_proj": (8, 8), "up_proj": (12, 8)})
+    write_adapter(tmp_path / "adapter", factors(modules, 4, 0), **said)
+    if not left:
+        assert len(open_adapter(tmp_path / "adapter").changes) == 6
+        return
+    with pytest.raises(
+        CheckpointError, match=rf"has factors of {len(left)} modules .* does not name, of 6 in all"
+    ) as error:
+        open_adapter(tmp_path / "adapter")
+    assert all(f"\n  {module}\n" in error.value.message for module in left[:3])
+    assert "target_modules" in str(error.value.hint)
+
+
+UNKNOWN = {"no word of it", "every linear layer", "an expression for other names", "other names", "layers of no list"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", sorted(TARGETED.keys() - UNKNOWN)
+)  # of which it adapts none at all, or asks transformers
+def test_peft_loads_none_of_what_a_config_does_not_name(name: str, tmp_path: Path) -> None:
+    """The same table, by peft itself."""
+    peft = pytest.importorskip("peft")
+    said, left = TARGETED[name]
+    modules = layers_of(3, {"q_proj": (8, 8), "up_proj": (12, 8)})
+    write_adapter(tmp_path / "adapter", factors(modules, 4, 0), **said)
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.up_proj = torch.nn.Linear(8, 8), torch.nn.Linear(8, 12)
+
+    class Inner(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList([Layer() for _ in range(3)])
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Inner()
+
+    adapted = peft.PeftModel.from_pretrained(Model(), tmp_path / "adapter")
+    found = {n.removeprefix(PREFIX) for n, m in adapted.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+    assert found == modules.keys() - set(left)

@@ -73,6 +73,10 @@ LORA: dict[str, dict[str, Any]] = {
     },
     "patterns and rslora": {"target_modules": LINEAR, "rank_pattern": {"wide": 2}, "use_rslora": True},
     "some layers": {"target_modules": LINEAR, "layers_to_transform": [1], "layers_pattern": "layers"},
+    "left out": {"target_modules": "all-linear", "exclude_modules": ["layers.1.wide", "lm_head"]},
+    "left out by an expression": {"target_modules": "all-linear", "exclude_modules": r".*\.0\.(wide|square)\b.*"},
+    "an expression": {"target_modules": r"(?:.*?layers\.[\d]{1,}\.(?:square\.)?(?:wide|long))|lm_head"},
+    "some layers of any list": {"target_modules": [*LINEAR, "lm_head"], "layers_to_transform": 0},
     "lora_bias": {"target_modules": ["wide", "point"], "lora_bias": True},
     "bias all": {"target_modules": LINEAR, "bias": "all"},
     "bias lora_only": {"target_modules": LINEAR, "bias": "lora_only"},
@@ -86,6 +90,7 @@ LORA: dict[str, dict[str, Any]] = {
     "tokens": {"target_modules": LINEAR, "trainable_token_indices": {"embed_tokens": [3, 0, 29]}},
     "head": {"target_modules": ["lm_head"]},
     "experts": {"target_modules": [], "target_parameters": ["experts.0.gate_up_proj", "experts.0.down_proj"]},
+    "tokens and rslora": {"target_modules": LINEAR, "trainable_token_indices": [1, 2], "use_rslora": True},
     "experts, square": {"target_modules": [], "target_parameters": ["1.gate_up_proj", "1.down_proj"]},
     "one of the experts": {"target_modules": ["wide"], "target_parameters": ["experts.0.down_proj"]},
     "experts and patterns": {
@@ -124,24 +129,30 @@ NAMES = [*(f"LoRA, {name}" for name in LORA), *(f"LoHa, {name}" for name in LYCO
 NAMES += [f"LoKr, {name}" for name in LYCORIS | LOKR]
 
 
-def trained(kind: str, said: dict[str, Any], folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+Tensors = dict[str, torch.Tensor]
+
+
+def moved(model: nn.Module, by: float, *, only: bool = False) -> None:
+    """Parameters somewhere else; of an adapted model only those that are trained."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad or not only:
+                parameter.add_(by * torch.randn_like(parameter))
+
+
+def trained(kind: str, said: dict[str, Any], folder: Path) -> tuple[Tensors, Tensors]:
     """A base and an adapter that were trained for a while, so to speak, written; and what peft makes of both, in
     float32 and in float64.
     """
     torch.manual_seed(0)
     model = Model()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
+    moved(model, 0.3)
     (folder / "base").mkdir()
     save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, folder / "base/model.safetensors")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapted = peft.get_peft_model(model, getattr(peft, kind)(**said))
-        with torch.no_grad():
-            for parameter in adapted.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.2 * torch.randn_like(parameter))
+        moved(adapted, 0.2, only=True)
         adapted.save_pretrained(folder / "adapter")
         folded = deepcopy(adapted).merge_and_unload(), adapted.double().merge_and_unload()
     narrow, wide = ({name: tensor.detach() for name, tensor in one.state_dict().items()} for one in folded)
@@ -156,7 +167,11 @@ def test_as_peft_folds_it(kind: str, said: dict[str, Any], tmp_path: Path) -> No
     """
     narrow, wide = trained(kind, said, tmp_path)
     lines.edit(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", alpha=1, beta=0)
-    base, found = (load_file(tmp_path / side / "model.safetensors") for side in ("base", "out"))
+    assert_as_near(tmp_path, narrow, wide)
+
+
+def assert_as_near(folder: Path, narrow: Tensors, wide: Tensors) -> None:
+    base, found = (load_file(folder / side / "model.safetensors") for side in ("base", "out"))
     assert found.keys() == base.keys() == wide.keys()
     changed = {name for name in base if not torch.equal(base[name], found[name])}
     assert changed == {name for name in base if not torch.equal(base[name].double(), wide[name])}
@@ -169,3 +184,41 @@ def test_as_peft_folds_it(kind: str, said: dict[str, Any], tmp_path: Path) -> No
         own = (narrow[name].double() - wide[name]).abs() / unit
         apart = (tensor.double() - narrow[name].double()).abs() / unit
         assert bool((apart <= (own + 1.5).clamp(min=2)).all()), f"{name}: {apart.max()} units"
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL |= {"num_key_value_heads": 1, "head_dim": 8, "intermediate_size": 24}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "Mixtral": {"num_local_experts": 3},
+    "Qwen3Moe": {"num_experts": 3, "moe_intermediate_size": 12, "num_experts_per_tok": 2},
+    "Qwen2Moe": {"num_experts": 3, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 12},
+    "DeepseekV3": {"n_routed_experts": 4, "moe_intermediate_size": 12, "first_k_dense_replace": 1, "n_group": 1}
+    | {"topk_group": 1, "num_experts_per_tok": 2, "kv_lora_rank": 4, "q_lora_rank": 4}
+    | {"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "num_key_value_heads": 2},
+    "GptOss": {"num_local_experts": 3, "num_experts_per_tok": 2},
+    "Olmoe": {"num_experts": 3},
+}
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_of_transformers(family: str, tmp_path: Path) -> None:
+    """Models of transformers whose experts are one tensor in memory, and mostly many on disk: the adapter has them as
+    in memory, and the folded model is the one that `save_pretrained` writes after peft has merged.
+    """
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SMALL | MIXTURES[family])
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    moved(model, 0.3)
+    model.save_pretrained(tmp_path / "base")
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    said = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["o_proj"], target_parameters=parameters)
+    adapted = peft.get_peft_model(model, said)
+    moved(adapted, 0.2, only=True)
+    adapted.save_pretrained(tmp_path / "adapter")
+    found = []
+    for name, one in (("narrow", deepcopy(adapted)), ("wide", adapted.double())):
+        one.merge_and_unload().save_pretrained(tmp_path / name)
+        found.append(load_file(tmp_path / name / "model.safetensors"))
+    lines.edit(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", alpha=1, beta=0)
+    assert_as_near(tmp_path, *found)

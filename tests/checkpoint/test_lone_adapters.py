@@ -329,6 +329,218 @@ def test_a_file_of_peft_s_beside_its_config(tmp_path: Path) -> None:
     )
 
 
+SECOND = {f"text_model.encoder.layers.{i}.{m}": (20, 20) for i in range(3) for m in ("self_attn.q_proj", "mlp.fc1")}
+"""The second text encoder of SDXL: the same names, more layers, other sizes."""
+
+
+def sdxl(folder: Path) -> dict[str, Tensors]:
+    """A pipeline's folder; and its components."""
+    parts = {"unet": weights(UNET), "text_encoder": weights(TEXT, 1), "text_encoder_2": weights(SECOND, 2)}
+    classes = {"unet": ["diffusers", "UNet2DConditionModel"], "text_encoder": ["transformers", "CLIPTextModel"]}
+    classes["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
+    write_checkpoint(folder / "unet", parts["unet"], stem="diffusion_pytorch_model", config={"in_channels": 4})
+    for name, layers in (("text_encoder", 2), ("text_encoder_2", 3)):
+        write_checkpoint(
+            folder / name, parts[name], config={"model_type": "clip_text_model", "num_hidden_layers": layers}
+        )
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline", **classes}))
+    return parts
+
+
+@pytest.mark.parametrize("spelt", ["kohya", "diffusers"])
+def test_a_pipeline_with_two_text_encoders(spelt: str, tmp_path: Path) -> None:
+    """Each part of the file goes to its own component, though two have modules with the same names."""
+    parts = sdxl(tmp_path / "base")
+    before = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+    file, wanted = Tensors(), dict[str, Tensors]()
+    for seed, (name, every) in enumerate({"unet": UNET, "text_encoder": TEXT, "text_encoder_2": SECOND}.items()):
+        shapes = {module: shape for module, shape in every.items() if spelt == "kohya" or len(shape) == 2}
+        own, updates = kohya(shapes, before[name], seed=seed, alpha=1.5 if spelt == "kohya" else None)
+        if spelt == "diffusers":
+            names = {f"{before[name]}{module.replace('.', '_')}": f"{name}.{module}" for module in shapes}
+            ends = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
+            own = {f"{names[n.partition('.')[0]]}.{ends[n.partition('.')[2]]}": t for n, t in own.items()}
+        file |= own
+        wanted[name] = {f"{module}.weight": update for module, update in updates.items()}
+    save_file(file, tmp_path / "lora.safetensors")
+    lines.edit(tmp_path / "base", tmp_path / "lora.safetensors", tmp_path / "out", alpha=1, beta=0)
+    for name, tensors in parts.items():
+        found = load_file(next((tmp_path / "out" / name).glob("*.safetensors")))
+        assert found.keys() == tensors.keys()
+        for tensor in found:
+            update = wanted[name].get(tensor, torch.zeros(()))
+            torch.testing.assert_close(found[tensor].double(), tensors[tensor].double() + update, rtol=3e-7, atol=6e-7)
+    # scaled in place, each part by the depth of its own component: as the edit of the whole pipeline has it
+    lines.edit_adapter(
+        tmp_path / "lora.safetensors", tmp_path / "s.safetensors", base=tmp_path / "base", dtype="float32"
+    )
+    lines.edit(tmp_path / "base", tmp_path / "lora.safetensors", tmp_path / "dense")
+    lines.edit(tmp_path / "base", tmp_path / "s.safetensors", tmp_path / "again", alpha=1, beta=0)
+    for name, tensors in parts.items():
+        dense, again = (load_file(next((tmp_path / out / name).glob("*.safetensors"))) for out in ("dense", "again"))
+        for tensor in tensors:
+            torch.testing.assert_close(again[tensor], dense[tensor], rtol=3e-6, atol=3e-6)
+    with pytest.raises(LinesError, match=r"of one model, and .* holds several"):
+        lines.edit_adapter(tmp_path / "lora.safetensors", tmp_path / "no", base=tmp_path / "base", layers="fc1")
+
+
+def test_a_kernel_between_the_factors_in_place_and_merged(tmp_path: Path) -> None:
+    """Its product is scaled by one factor; several are no longer factors of one."""
+    own = {
+        "lora_down": torch.randn(2, 6, 1, 1),
+        "lora_mid": torch.randn(2, 2, 3, 3),
+        "lora_up": torch.randn(8, 2, 1, 1),
+    }
+    save_file({f"lora_unet_conv_in.{name}.weight": t for name, t in own.items()}, tmp_path / "lora.safetensors")
+    lines.edit_adapter(tmp_path / "lora.safetensors", tmp_path / "out.safetensors", alpha=0.5, beta=0)
+    found = load_file(tmp_path / "out.safetensors")
+    for name, tensor in own.items():
+        assert torch.equal(found[f"lora_unet_conv_in.{name}.weight"], tensor * (0.5 if name == "lora_up" else 1))
+    with pytest.raises(UnsupportedError, match="Tucker") as error:
+        lines.merge({"models": [{"model": str(tmp_path / "lora.safetensors")}] * 2}, tmp_path / "no", as_adapter=True)
+    assert "lines edit BASE" in str(error.value.hint)
+
+
+# --- FLUX ---
+
+WIDTH = 8
+
+
+def flux(width: int, columns: int | None = None) -> dict[str, tuple[int, ...]]:
+    """The modules of the original: two double blocks, and three single ones. With columns, all have so many."""
+    shapes = {"img_in": (width, 4), "txt_in": (width, 6), "final_layer.linear": (4, width)}
+    shapes["final_layer.adaLN_modulation.1"] = (2 * width, width)
+    for part in ("time_in", "vector_in"):
+        shapes |= {f"{part}.in_layer": (width, 5), f"{part}.out_layer": (width, width)}
+    for i in range(2):
+        for side in ("img", "txt"):
+            inner = {"attn.qkv": (3 * width, width), "attn.proj": (width, width), "mlp.0": (4 * width, width)}
+            inner |= {"mlp.2": (width, 4 * width), "mod.lin": (6 * width, width)}
+            shapes |= {f"double_blocks.{i}.{side}_{name}": shape for name, shape in inner.items()}
+    for i in range(3):
+        inner = {"linear1": (7 * width, width), "linear2": (width, 5 * width), "modulation.lin": (3 * width, width)}
+        shapes |= {f"single_blocks.{i}.{name}": shape for name, shape in inner.items()}
+    return {name: shape if columns is None else (shape[0], columns) for name, shape in shapes.items()}
+
+
+def as_diffusers(own: Tensors, width: int) -> Tensors:
+    """What diffusers has in the place of each tensor, by plain torch."""
+    made = Tensors()
+    called = {"img_in": "x_embedder", "txt_in": "context_embedder", "final_layer.linear": "proj_out"}
+    for part, there in (("time_in", "timestep"), ("vector_in", "text")):
+        called |= {f"{part}.in_layer": f"time_text_embed.{there}_embedder.linear_1"}
+        called |= {f"{part}.out_layer": f"time_text_embed.{there}_embedder.linear_2"}
+    for i in range(2):
+        before, there = f"double_blocks.{i}.", f"transformer_blocks.{i}."
+        called |= {
+            f"{before}img_attn.proj": f"{there}attn.to_out.0",
+            f"{before}txt_attn.proj": f"{there}attn.to_add_out",
+        }
+        called |= {
+            f"{before}img_mod.lin": f"{there}norm1.linear",
+            f"{before}txt_mod.lin": f"{there}norm1_context.linear",
+        }
+        for side, ff in (("img", "ff"), ("txt", "ff_context")):
+            called |= {
+                f"{before}{side}_mlp.0": f"{there}{ff}.net.0.proj",
+                f"{before}{side}_mlp.2": f"{there}{ff}.net.2",
+            }
+    for i in range(3):
+        before, there = f"single_blocks.{i}.", f"single_transformer_blocks.{i}."
+        called |= {f"{before}modulation.lin": f"{there}norm.linear", f"{before}linear2": f"{there}proj_out"}
+    for name, tensor in own.items():
+        module, _, parameter = name.rpartition(".")
+        _, _, last = module.partition("_blocks.")
+        number = last.partition(".")[0]
+        if module.endswith("_attn.qkv"):
+            kinds = ("to_q", "to_k", "to_v") if "img" in module else ("add_q_proj", "add_k_proj", "add_v_proj")
+            for kind, part in zip(kinds, tensor.chunk(3), strict=True):
+                made[f"transformer_blocks.{number}.attn.{kind}.{parameter}"] = part
+        elif module.endswith("linear1"):
+            kinds = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+            for kind, part in zip(kinds, tensor.split([width, width, width, 4 * width]), strict=True):
+                made[f"single_transformer_blocks.{number}.{kind}.{parameter}"] = part
+        elif module.endswith("adaLN_modulation.1"):
+            made[f"norm_out.linear.{parameter}"] = torch.cat(tensor.chunk(2)[::-1])
+        else:
+            made[f"{called[module]}.{parameter}"] = tensor
+    return {name: tensor.contiguous() for name, tensor in made.items()}
+
+
+@pytest.mark.slow
+def test_flux_is_what_diffusers_makes_of_it() -> None:
+    """Row by row, by its own conversion."""
+    single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
+    own: Tensors = {}
+    for at, (name, (rows, columns)) in enumerate(flux(3072, 1).items()):
+        own[f"{name}.weight"] = (torch.arange(rows * columns).view(rows, columns) + 100_000 * at).double()
+        own[f"{name}.bias"] = -own[f"{name}.weight"][:, 0]
+    norms = [
+        f"double_blocks.{i}.{side}_attn.norm.{kind}_norm.scale"
+        for i in range(2)
+        for side in ("img", "txt")
+        for kind in ("query", "key")
+    ]
+    norms += [f"single_blocks.{i}.norm.{kind}_norm.scale" for i in range(3) for kind in ("query", "key")]
+    found = single_file.convert_flux_transformer_checkpoint_to_diffusers(own | dict.fromkeys(norms, torch.ones(1)))
+    wanted = as_diffusers(own, 3072)
+    assert wanted.keys() == {name for name in found if ".norm_" not in name or "norm_out" in name}
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+@pytest.mark.parametrize("spelt", ["kohya", "ComfyUI"])
+def test_flux_with_the_original_s_names_on_diffusers(spelt: str, tmp_path: Path) -> None:
+    """Fused queries, keys and values get their own rows of the update; a part of the pipeline that is not there is left
+    out.
+    """
+    before = as_diffusers(weights(flux(WIDTH)), WIDTH)
+    write_checkpoint(tmp_path / "base", before, stem="diffusion_pytorch_model")
+    tensors, updates = kohya(flux(WIDTH), "lora_unet_", alpha=None)
+    if spelt == "ComfyUI":
+        names = {f"lora_unet_{name.replace('.', '_')}": f"diffusion_model.{name}" for name in flux(WIDTH)}
+        tensors = {f"{names[name.partition('.')[0]]}.{name.partition('.')[2]}": t for name, t in tensors.items()}
+    text, _ = kohya(TEXT, "lora_te1_")
+    save_file(tensors | text, tmp_path / "lora.safetensors")
+    added = as_diffusers({f"{name}.weight": update for name, update in updates.items()}, WIDTH)
+    assert_folded(folded(tmp_path), before, {name.removesuffix(".weight"): tau for name, tau in added.items()})
+    save_file(tensors, tmp_path / "lora.safetensors")
+    lines.edit_adapter(
+        tmp_path / "lora.safetensors", tmp_path / "s.safetensors", base=tmp_path / "base", dtype="float32"
+    )
+    lines.edit(tmp_path / "base", tmp_path / "lora.safetensors", tmp_path / "dense")
+    wanted = load_file(tmp_path / "dense" / "diffusion_pytorch_model.safetensors")
+    found = folded(tmp_path, adapter="s.safetensors")
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=3e-6, atol=3e-6)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_flux_with_the_names_of_diffusers_on_the_original(prefix: str, tmp_path: Path) -> None:
+    """Each has its own rows of what is fused there; one of three is enough."""
+    before = weights(flux(WIDTH), before=prefix)
+    write_checkpoint(tmp_path / "base.safetensors", before)
+    own = as_diffusers(weights(flux(WIDTH), 7), WIDTH)
+    shapes = {name.removesuffix(".weight"): tuple(tensor.shape) for name, tensor in own.items() if ".to_k." not in name}
+    tensors, updates = kohya(shapes, "", alpha=None)
+    names = {name.replace(".", "_"): f"transformer.{name}" for name in shapes}
+    ends = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
+    parts = {name: name.partition(".") for name in tensors}
+    save_file(
+        {f"{names[parts[n][0]]}.{ends[parts[n][2]]}": t for n, t in tensors.items()}, tmp_path / "lora.safetensors"
+    )
+    lines.edit(
+        tmp_path / "base.safetensors", tmp_path / "lora.safetensors", tmp_path / "out.safetensors", alpha=1, beta=0
+    )
+    found = load_file(tmp_path / "out.safetensors")
+    wanted = as_diffusers({name.removeprefix(prefix): tensor for name, tensor in before.items()}, WIDTH)
+    wanted = {n: t.double() + updates.get(n.removesuffix(".weight"), 0) for n, t in wanted.items()}
+    as_they_are = as_diffusers({name.removeprefix(prefix): tensor for name, tensor in found.items()}, WIDTH)
+    assert found.keys() == before.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(as_they_are[name].double(), tensor, rtol=3e-7, atol=6e-7)
+
+
 def test_names_that_underscores_make_alike(tmp_path: Path) -> None:
     """Two modules of the base that would be called alike are both named."""
     shapes = {"a.b_c": (8, 6), "a_b.c": (8, 6), "d": (8, 6)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
 import warnings
 from collections import OrderedDict
@@ -35,6 +36,7 @@ GUIDES = {
     "mergekit",
     "forgetting",
     "sweeping",
+    "at-scale",
     "jobs",
     "notebooks",
     "vocabularies",
@@ -123,6 +125,53 @@ def test_an_evaluation_that_decides(here: Path, monkeypatch: pytest.MonkeyPatch)
     assert (here / "best" / "lines_recipe.yaml").is_file()
 
 
+FAKE_HARNESS = """#!/bin/sh
+exec "{python}" -S - "$@" <<'END'
+import datetime, json, os, sys, zlib
+words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+model = dict(pair.split("=", 1) for pair in words["--model_args"].split(","))["pretrained"]
+assert (words["--model"], words["--tasks"]) == ("hf", "gsm8k,hellaswag,arc_easy"), words
+seen = zlib.crc32(open(model + "/model.safetensors", "rb").read()) / 2**32
+results = {{
+    "gsm8k": {{"alias": "gsm8k", "exact_match,strict-match": seen, "exact_match_stderr,strict-match": 0.01}},
+    "hellaswag": {{"alias": "hellaswag", "acc,none": 0.5, "acc_norm,none": 1 - seen}},
+    "arc_easy": {{"alias": "arc_easy", "acc,none": 0.5, "acc_norm,none": 0.75}},
+}}
+folder = os.path.join(words["--output_path"], model.replace("/", "__"))
+os.makedirs(folder, exist_ok=True)
+date = datetime.datetime.now().isoformat().replace(":", "-")
+with open(os.path.join(folder, f"results_{{date}}.json"), "w") as file:
+    json.dump({{"results": results, "configs": {{}}, "n-shot": {{}}}}, file, indent=2)
+print("hf (pretrained=...), gen_kwargs: (None), limit: None, num_fewshot: None, batch_size: auto")
+print("|  Tasks  |Version|     Filter     |n-shot|")
+END
+"""
+
+
+def test_lm_evaluation_harness(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/sweeping.md: its line for lm_eval, with a program in its place that writes the files that lm_eval writes."""
+    pair("base", "ft")
+    (here / "bin").mkdir()
+    (here / "bin" / "python").symlink_to(sys.executable)
+    (here / "bin" / "lm_eval").write_text(FAKE_HARNESS.format(python=sys.executable))
+    (here / "bin" / "lm_eval").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{here / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    page = (DOCS / "sweeping.md").read_text()
+    for name in ("scores.py", "harness.yaml"):
+        (text,) = re.findall(rf"^`{re.escape(name)}`:\n\n```\w+\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+        (here / name).write_text(text)
+    (command,) = re.findall(r"^    lines (sweep --config harness.yaml .*)$", page, re.MULTILINE)
+    config = (here / "harness.yaml").read_text()
+    (here / "harness.yaml").write_text(f"{config}repeats: 2\n")
+    ran = run_lines(*command.split(), "--json")
+    assert ran.code == 0, ran.err
+    assert len(ran.json["trials"]) == 2 + 3 * 4
+    for trial in ran.json["trials"]:
+        metrics = trial["metrics"]
+        assert metrics["control"] == {"hellaswag": 1 - metrics["target"], "arc_easy": 0.75}
+    assert "|  Tasks  |Version|" in next(iter((here / "best.sweep" / "logs").iterdir())).read_text()
+
+
 class ImageEncoder(torch.nn.Module):
     """A small one, called as the paper's code calls its own."""
 
@@ -135,6 +184,29 @@ class ImageEncoder(torch.nn.Module):
         self.model.visual.conv1 = torch.nn.Conv2d(3, 8, 2)
         self.model.visual.transformer = torch.nn.Module()
         self.model.visual.transformer.resblocks = torch.nn.Sequential(*blocks)
+
+
+def test_on_large_models(here: Path) -> None:
+    """docs/at-scale.md: its sweeps can be planned, on stand-ins of the same names, and its evaluations are valid."""
+    pair("base", "ft")
+    for seed, name in enumerate(("zeroshot", "cars", "dtd", "svhn")):
+        torch.save(ImageEncoder(seed).state_dict(), f"{name}.pt")
+    run_page("at-scale.md")
+    compile((here / "evaluate_clip.py").read_text(), "evaluate_clip.py", "exec")
+    assert subprocess.run(["sh", "-n", "evaluate_lm.sh"], check=False).returncode == 0
+    planned = run_lines("sweep", "--config", "clip.yaml", "--dry-run", "--json").json
+    assert planned["trials"] == dict.fromkeys(("lines", "constant", "reversed"), 11)
+    assert planned["evaluations"] == 35
+    inner = (here / "evaluate_lm.sh").read_text().partition("<<'END'\n")[2].removesuffix("END\n")
+    results = {name: {"acc,none": 0.5} for name in ("hellaswag", "arc_challenge", "mmlu")}
+    results["gsm8k"] = {"exact_match,strict-match": 0.25}
+    (here / "out" / "results" / "model").mkdir(parents=True)
+    (here / "out" / "results" / "model" / "results.json").write_text(json.dumps({"results": results}))
+    ran = subprocess.run([sys.executable, "-", "out"], input=inner, capture_output=True, text=True, check=True)
+    assert json.loads(ran.stdout) == {
+        "target": 0.25,
+        "control": {"hellaswag": 0.5, "arc_challenge": 0.5, "mmlu": 0.5},
+    }
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -216,6 +288,7 @@ def test_a_mergekit_file(here: Path) -> None:
     pair("base", "ft-math", "ft-code")
     run_page("mergekit.md")
     assert (here / "merged" / "config.json").exists()
+    assert json.loads((here / "stack/config.json").read_text())["num_hidden_layers"] == 6
     files = [here / f"{out}/model.safetensors" for out in ("merged", "scaled", "beta-0.3", "beta-0.6", "beta-0.9")]
     assert len({file.read_bytes() for file in files}) == len(files)
 

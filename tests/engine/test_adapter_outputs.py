@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from lines_cli.errors import DataError
 from support.adapters import PREFIX, factors, layers_of, updates, write_adapter
 from support.files import snapshot, without_staging, write_checkpoint
 from support.fp8 import expanded, quantise
+from support.layouts import LAYOUTS
+from support.run import run_lines
 
 SIZES = {"q_proj": (12, 8), "up_proj": (20, 8)}
 LAYERS = 4
@@ -146,6 +149,141 @@ def test_a_base_s_own_weight_beneath_a_product(tmp_path: Path) -> None:
     torch.testing.assert_close(found[f"{embedding}.lora_embedding_B"], torch.full((8, 4), 0.1))
     head = f"{PREFIX}lm_head.lora_B.weight"
     torch.testing.assert_close(found[head], 0.1 * own[head])
+
+
+@pytest.mark.parametrize("equal", [False, True], ids=["", "kept equal"])
+def test_products_on_both_of_tied_weights(tmp_path: Path, equal: bool) -> None:
+    """An adapter of the embedding and of the head, which the base has as one weight: both are scaled as that is. Side
+    by side with one of the embedding alone, each gets its own.
+    """
+    base = base_of(tmp_path / "base")
+    (base / "config.json").write_text('{"num_hidden_layers": 4, "tie_word_embeddings": true}')
+    own = factors({"lm_head": (16, 8)}, 4, 0) | factors(layers_of(LAYERS, SIZES), 4, 1)
+    head, embedding = f"{PREFIX}lm_head.", f"{PREFIX}model.embed_tokens."
+    own[f"{embedding}lora_embedding_A"] = own[f"{head}lora_B.weight"].T.clone()
+    own[f"{embedding}lora_embedding_B"] = own[f"{head}lora_A.weight"].T.clone()
+    own |= {
+        f"{module}base_layer.weight": load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+        for module in (head, embedding)
+    }
+    said: dict[str, Any] = {"target_modules": ["q_proj", "up_proj", "embed_tokens"], "ensure_weight_tying": True}
+    said = said if equal else {"target_modules": ["q_proj", "up_proj", "embed_tokens", "lm_head"]}
+    adapter = write_adapter(tmp_path / "adapter", own, **said)
+    lines.edit_adapter(adapter, tmp_path / "out", base=base, **LINES)
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    for name in (f"{head}lora_B.weight", f"{embedding}lora_embedding_B"):
+        torch.testing.assert_close(found[name], 0.1 * own[name])
+    with_others = {name: tensor for name, tensor in own.items() if ".lm_head." not in name}
+    other = write_adapter(tmp_path / "other", with_others, target_modules=["q_proj", "up_proj", "embed_tokens"])
+    for second, ranks in ((adapter, {"lm_head": 8, "embed_tokens": 8}), (other, {"lm_head": 4, "embed_tokens": 8})):
+        models = [{"model": str(adapter)}, {"model": str(second)}]
+        lines.merge({"models": models, "base_model": str(base)}, tmp_path / "merged", as_adapter=True, force=True)
+        found = load_file(tmp_path / "merged" / "adapter_model.safetensors")
+        assert found[f"{head}lora_A.weight"].shape[0] == ranks["lm_head"]
+        assert found[f"{embedding}lora_embedding_A"].shape[0] == ranks["embed_tokens"]
+        config = json.loads((tmp_path / "merged" / "adapter_config.json").read_text())
+        assert bool(config.get("ensure_weight_tying")) == (equal and second == adapter)
+        assert "lm_head" in config["target_modules"] or config.get("ensure_weight_tying")
+        assert not any("base_layer" in name for name in found)
+
+
+def test_a_weight_that_one_holds_whole_and_another_adds_to(tmp_path: Path) -> None:
+    """No adapter holds their sum: refused by name."""
+    base = base_of(tmp_path / "base")
+    added = write_adapter(tmp_path / "a", factors(layers_of(LAYERS, SIZES), 4, 0))
+    whole = {f"{PREFIX}model.layers.0.q_proj.weight": torch.ones(12, 8)} | factors(
+        layers_of(2, {"up_proj": (20, 8)}), 4, 0
+    )
+    write_adapter(tmp_path / "b", whole, modules_to_save=["q_proj"])
+    models = [{"model": str(added)}, {"model": str(tmp_path / "b")}]
+    with pytest.raises(
+        lines.LinesError, match=r"b holds model\.layers\.0\.q_proj\.weight whole, and .*a adds a product"
+    ):
+        lines.merge({"models": models, "base_model": str(base)}, tmp_path / "no", as_adapter=True)
+
+
+def test_modules_that_the_base_stores_as_one(tmp_path: Path) -> None:
+    """Dinov2's gate and up: each has its product, also where several are merged; workers change no byte."""
+    of = LAYOUTS["dinov2"]
+    write_checkpoint(tmp_path / "base", of.together(of.apart(0)), config=of.config)
+    modules = {f"encoder.layer.{i}.mlp.{name}_proj": (12, 8) for i in range(3) for name in ("gate", "up")}
+    for seed, name in enumerate(("a", "b")):
+        write_adapter(tmp_path / name, factors(modules, 4, seed), target_modules=["gate_proj", "up_proj"])
+    lines.edit_adapter(tmp_path / "a", tmp_path / "out", base=tmp_path / "base", **LINES)
+    by = {f"{name}.weight": 0.1 + 0.45 * int(name.split(".")[2]) for name in modules}
+    one, other = (updates(tmp_path / name) for name in ("a", "b"))
+    close(updates(tmp_path / "out"), {name: by[name] * tau for name, tau in one.items()})
+    models = [{"model": str(tmp_path / name)} for name in ("a", "b")]
+    recipe = {"models": models, "base_model": str(tmp_path / "base"), "lines": LINES}
+    lines.merge(recipe, tmp_path / "merged", as_adapter=True)
+    close(updates(tmp_path / "merged"), {name: by[name] * (tau + other[name]) for name, tau in one.items()})
+
+
+def test_experts_are_put_side_by_side_one_by_one(tmp_path: Path) -> None:
+    """PEFT's layout of factors (`ParamWrapper.get_delta_weight`): A [experts * r, in], B [out, r * experts]."""
+    module, products = "model.layers.0.mlp.experts", []
+    for seed, rank in ((0, 4), (1, 2)):
+        chance = torch.Generator().manual_seed(seed)
+        a, b = torch.randn(3 * rank, 8, generator=chance), torch.randn(12, rank * 3, generator=chance)
+        own = {f"{PREFIX}{module}.lora_A.weight": a, f"{PREFIX}{module}.lora_B.weight": b}
+        said = {"r": rank, "target_parameters": ["mlp.experts.gate_up_proj"], "target_modules": []}
+        write_adapter(tmp_path / str(seed), own, **said)
+        parts = b.double().view(12, rank, 3), a.double().view(3, rank, 8)
+        products.append(8 / rank * torch.einsum("ore,eri->eoi", *parts))
+    models = [
+        {"model": str(tmp_path / name), "parameters": {"weight": weight}} for name, weight in (("0", 0.3), ("1", 2.0))
+    ]
+    summary = lines.merge({"models": models}, tmp_path / "out", as_adapter=True)
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    a, b = (found[f"{PREFIX}{module}.lora_{half}.weight"].double() for half in "AB")
+    product = torch.einsum("ore,eri->eoi", b.view(12, 6, 3), a.view(3, 6, 8))
+    torch.testing.assert_close(product, 0.3 * products[0] + 2 * products[1], rtol=1e-5, atol=1e-5)
+    assert summary["rank"] == [6, 6]
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (6, 6)
+    assert config["target_parameters"] == ["mlp.experts.gate_up_proj"]
+    assert lines.verify(tmp_path / "out").same
+    with pytest.raises(lines.LinesError, match="3 matrices in one"):
+        lines.merge({"models": models}, tmp_path / "no", as_adapter=True, energy=0.9)
+
+
+def test_adapters_of_one_base_that_call_modules_otherwise(tmp_path: Path) -> None:
+    """As its files do, and as transformers does in memory: they are the same modules, and the output's are the latter,
+    for no model has both.
+    """
+    of = LAYOUTS["mixtral"]
+    write_checkpoint(tmp_path / "base", of.apart(0), config=of.config)
+    experts = of.apart(0)["model.layers.0.block_sparse_moe.gate.weight"].shape
+    for seed, name in enumerate(("mlp", "block_sparse_moe")):
+        only = range(seed, 3)  # of one layer there is but the new name, of another but the old
+        modules = {f"model.layers.{i - seed}.{name}.gate": tuple(experts) for i in only}
+        write_adapter(tmp_path / name, factors(modules, 4, seed), target_modules=["gate"])
+    models = [{"model": str(tmp_path / name)} for name in ("block_sparse_moe", "mlp")]
+    lines.merge({"models": models, "base_model": str(tmp_path / "base")}, tmp_path / "out", as_adapter=True)
+    old, new = (updates(tmp_path / name) for name in ("block_sparse_moe", "mlp"))
+    for name, tau in old.items():
+        new[name.replace("block_sparse_moe", "mlp")] += tau
+    close(updates(tmp_path / "out"), new)
+    lines.merge({"models": models[:1], "base_model": str(tmp_path / "base")}, tmp_path / "one", as_adapter=True, rank=3)
+    assert updates(tmp_path / "one").keys() == old.keys()
+
+
+def test_experts_of_which_a_filter_means_some(tmp_path: Path) -> None:
+    """They are one product, and have one coefficient: refused by name."""
+    of = LAYOUTS["qwen3_moe"]
+    fused = of.together(of.apart(0))["model.layers.0.mlp.experts.down_proj"]
+    write_checkpoint(tmp_path / "base", of.apart(0), config={**of.config, "num_hidden_layers": 3})
+    experts = f"{PREFIX}model.layers.0.mlp.experts"
+    own = {f"{experts}.lora_A.weight": torch.ones(4 * fused.shape[0], fused.shape[2])}
+    own[f"{experts}.lora_B.weight"] = torch.ones(fused.shape[1], 4 * fused.shape[0])
+    adapter = write_adapter(tmp_path / "a", own, target_parameters=["experts.down_proj"], target_modules=[])
+    for pattern, fits in (("experts.", True), ("experts.1.", False)):
+        if fits:
+            summary = lines.edit_adapter(adapter, tmp_path / "out", base=tmp_path / "base", filter={pattern: 0.3})
+            assert [module["coefficient"] for module in summary["modules"]] == [0.3]
+        else:
+            with pytest.raises(lines.LinesError, match=r"experts is one product.*differ"):
+                lines.edit_adapter(adapter, tmp_path / "no", base=tmp_path / "base", filter={pattern: 0.3})
 
 
 def test_nothing_of_the_base_s_weights_is_read(tmp_path: Path) -> None:
@@ -396,6 +534,65 @@ def test_lines_of_what_is_stored_whole(tmp_path: Path) -> None:
     torch.testing.assert_close(stored.double(), before + 0.25 * differences(base, ft)["model.norm.weight"])
 
 
+@pytest.mark.parametrize("base_too", [True, False], ids=["both older", "the base newer"])
+@pytest.mark.parametrize("model", ["dinov2", "mixtral", "qwen3_moe"])
+def test_modules_are_called_and_cut_as_transformers_has_them(tmp_path: Path, model: str, base_too: bool) -> None:
+    """Names that transformers changes on loading, and matrices that it cuts or puts together: the adapter is of its
+    modules, for these are what PEFT finds. Fused experts are left out.
+    """
+    of = LAYOUTS[model]
+    if model == "dinov2":
+        files = [of.together(of.apart(seed)) for seed in (0, 1)]
+        modules = [of.apart(seed) for seed in (0, 1)]
+    else:
+        files = [of.apart(seed) for seed in (0, 1)]
+        modules = [of.together(tensors) for tensors in files]
+    write_checkpoint(tmp_path / "base", files[0] if base_too else modules[0], config=of.config)
+    write_checkpoint(tmp_path / "ft", files[1], config=of.config)
+    summary = lines.extract(tmp_path / "ft", tmp_path / "base", tmp_path / "out", rank=50)
+    taus = {name: (modules[1][name] - modules[0][name]).double() for name in modules[0]}
+    matrices = {
+        name: tau
+        for name, tau in taus.items()
+        if name.endswith(".weight") and tau.dim() == 2 and not re.search(r"embed|gate\.weight", name)
+    }
+    assert len(matrices) > 2
+    close(updates(tmp_path / "out"), matrices, 1e-5)
+    assert any("transformers' modules" in note for note in summary["notes"])
+    assert any("fused experts" in one["why"] for one in summary["left_out"]) == (model != "dinov2")
+    assert lines.verify(tmp_path / "out").same
+
+
+def test_what_no_config_says_is_called_as_in_the_files(tmp_path: Path) -> None:
+    """And a note says what that means."""
+    of = LAYOUTS["mixtral"]
+    for seed, side in enumerate(("base", "ft")):
+        write_checkpoint(tmp_path / side, of.apart(seed), config=None)
+    summary = lines.extract(tmp_path / "ft", tmp_path / "base", tmp_path / "out", rank=2)
+    assert any("model_type" in note and "does not find them" in note for note in summary["notes"])
+    assert "model.layers.0.block_sparse_moe.experts.0.w1" in {one["module"] for one in summary["modules"]}
+
+
+def test_what_cannot_be_cut_here_is_left_out(tmp_path: Path) -> None:
+    """A matrix that transformers cuts into sizes that only its code has: said by name, not written as no module."""
+    names = ("att_proj", "attn_out.weight")
+    shapes = {f"model.layers.{i}.self_attn.{name}": (12, 8) for i in range(2) for name in names}
+    for side in ("base", "ft"):
+        write_checkpoint(
+            tmp_path / side,
+            {name: torch.randn(shape) for name, shape in shapes.items()},
+            config={"model_type": "molmo2_text", "architectures": ["Molmo2TextModel"]},
+        )
+    summary = lines.extract(tmp_path / "ft", tmp_path / "base", tmp_path / "out", rank=2, save_rest=True)
+    assert {one["module"] for one in summary["modules"]} == {f"model.layers.{i}.self_attn.o_proj" for i in range(2)}
+    (left,) = summary["left_out"]
+    assert (left["why"], left["changed"], left["saved"]) == (
+        "tensors that transformers' modules hold in another layout",
+        2,
+        0,
+    )
+
+
 @pytest.mark.parametrize("energy", [0.3, 0.95, 1.0])
 def test_energy_of_an_extraction(tmp_path: Path, energy: float) -> None:
     """Each matrix has the smallest rank that keeps its share."""
@@ -608,7 +805,7 @@ def test_a_lone_file_with_kohya_s_names(tmp_path: Path) -> None:
     wanted = load_file(tmp_path / "dense" / "model.safetensors")
     for out in ("scaled.safetensors", "scaled"):
         lines.edit_adapter(tmp_path / "lora.safetensors", tmp_path / out, base=base)
-        file = tmp_path / out if out.endswith("s") else tmp_path / out / "adapter_model.safetensors"
+        file = tmp_path / out if out.endswith("s") else tmp_path / out / "lora.safetensors"
         stored = load_file(file)
         assert stored.keys() == own.keys()
         assert all(torch.equal(stored[name], own[name]) for name in own if "lora_up" not in name)
@@ -616,8 +813,164 @@ def test_a_lone_file_with_kohya_s_names(tmp_path: Path) -> None:
         close(load_file(tmp_path / "again" / "model.safetensors"), wanted)
     assert lines.verify(tmp_path / "scaled").same
     assert not (tmp_path / "scaled" / "adapter_config.json").exists()
-    with pytest.raises(lines.LinesError, match="an adapter without a config"):
-        lines.merge({"models": [{"model": str(tmp_path / "lora.safetensors")}] * 2}, tmp_path / "no", as_adapter=True)
+
+
+KOHYA = {"lora_te1": (6, 6), "lora_te2": (6, 6)} | {
+    f"lora_unet_down_blocks_{i}_attentions_0_{name}": shape
+    for i in range(3)
+    for name, shape in {"proj_in": (8, 4, 3, 3), "to_q": (8, 8)}.items()
+}
+"""Modules of the parts of a pipeline, of which two text encoders have the same; and the shapes of their weights."""
+
+
+def of_kohya(
+    path: Path, seed: int, *, rank: int = 2, alpha: float | None = 3.0, only: str = ""
+) -> dict[str, torch.Tensor]:
+    """A file with kohya's names; and its updates."""
+    chance, own, taus = torch.Generator().manual_seed(seed), dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+    for name, shape in KOHYA.items():
+        if only not in name:
+            continue
+        module = name if "unet" in name else f"{name}_text_model_encoder_layers_{seed % 2}_mlp_fc1"
+        down = torch.randn(rank, *shape[1:], generator=chance)
+        up = torch.randn(shape[0], rank, *(1 for _ in shape[2:]), generator=chance)
+        own |= {f"{module}.lora_down.weight": down, f"{module}.lora_up.weight": up}
+        own |= {f"{module}.alpha": torch.tensor(alpha)} if alpha is not None else {}
+        tau = (up.double().flatten(1) @ down.double().flatten(1)).view(shape)
+        taus[module] = tau * (1 if alpha is None else alpha / rank)
+        if "to_q" in name:
+            own[f"{module}.diff_b"] = torch.randn(8, generator=chance)
+            taus[f"{module} bias"] = own[f"{module}.diff_b"].double()
+    save_file(own, path, metadata={"ss_network_dim": str(rank), "ss_network_alpha": str(alpha)})
+    return taus
+
+
+def updates_of_kohya(path: Path) -> dict[str, torch.Tensor]:
+    """What such a file changes, as kohya's scripts and ComfyUI take it: without an alpha the product is not scaled."""
+    stored, taus = load_file(path), dict[str, torch.Tensor]()
+    for name, down in stored.items():
+        module = name.partition(".")[0]
+        if name.endswith(".diff_b"):
+            taus[f"{module} bias"] = down.double()
+        if name.endswith(".lora_down.weight"):
+            up = stored[f"{module}.lora_up.weight"]
+            tau = (up.double().flatten(1) @ down.double().flatten(1)).view(up.shape[0], *down.shape[1:])
+            scale = float(stored[f"{module}.alpha"]) / down.shape[0] if f"{module}.alpha" in stored else 1.0
+            taus[module] = tau * scale
+    return taus
+
+
+@pytest.mark.parametrize("out", ["out.safetensors", "out"])
+@pytest.mark.parametrize("name", [*MERGES, "average"])
+def test_lone_files_are_merged_into_one(tmp_path: Path, name: str, out: str) -> None:
+    """Without a base and without a config: the sum of the products, in one file with the same names."""
+    one = of_kohya(tmp_path / "a.safetensors", 0)
+    other = of_kohya(tmp_path / "b.safetensors", 1, rank=3, alpha=None)
+    recipe, shares = MERGES.get(name, ({"merge_method": "average"}, [0.5, 0.5]))
+    weights = ({}, {}) if name == "average" else ({"parameters": {"weight": 0.7}}, {"parameters": {"weight": -0.4}})
+    models = [{"model": str(tmp_path / f"{x}.safetensors"), **of} for x, of in zip("ab", weights, strict=True)]
+    summary = lines.merge({**recipe, "models": models}, tmp_path / out, as_adapter=True)
+    wanted = {module: shares[0] * tau for module, tau in one.items()}
+    for module, tau in other.items():
+        wanted[module] = wanted.get(module, 0) + shares[1] * tau
+    file = tmp_path / out if out.endswith("s") else tmp_path / out / "a.safetensors"
+    close(updates_of_kohya(file), wanted)
+    assert summary["rank"] == [2, 5]
+    assert not (tmp_path / out / "adapter_config.json").exists()
+    assert lines.verify(tmp_path / out).same if out == "out" else True
+    with pytest.raises(lines.LinesError, match="ties with these parameters is no weighted sum"):
+        lines.merge(
+            {"merge_method": "ties", "models": models, "parameters": {"density": 0.5}}, tmp_path / "no", as_adapter=True
+        )
+    with pytest.raises(lines.LinesError) as refused:
+        lines.edit(tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "no.safetensors")
+    assert "--as-adapter" in str(refused.value.hint)
+
+
+@pytest.mark.parametrize("how", [{"rank": 2}, {"energy": 1.0}, {"rank": 50}])
+def test_lone_files_are_merged_into_one_of_fewer_ranks(tmp_path: Path, how: dict[str, Any]) -> None:
+    """Every module gets the nearest matrix of that rank; those of two text encoders are two."""
+    taus = [of_kohya(tmp_path / f"{name}.safetensors", seed) for seed, name in ((0, "a"), (2, "b"))]
+    models = [{"model": str(tmp_path / f"{name}.safetensors")} for name in "ab"]
+    lines.merge({"models": models}, tmp_path / "out.safetensors", as_adapter=True, **how)
+    found = updates_of_kohya(tmp_path / "out.safetensors")
+    sums = {name: tau + taus[1][name] for name, tau in taus[0].items()}
+    rank = how.get("rank", 50)
+    wanted = {n: truncated(s.flatten(1), rank).view(s.shape) if s.dim() > 1 else s for n, s in sums.items()}
+    close(found, wanted, 1e-5)
+
+
+def test_lone_files_over_depth(tmp_path: Path) -> None:
+    """Underscores are read as dots, as far as numbers tell, where the number of layers is said; the base's names say it
+    else.
+    """
+    modules = [f"text_model.encoder.layers.{i}.mlp.fc1" for i in (0, 2)]
+    own = {}
+    for module in modules:
+        flat = f"lora_te_{module.replace('.', '_')}"
+        own |= {f"{flat}.lora_down.weight": torch.randn(2, 6), f"{flat}.lora_up.weight": torch.randn(6, 2)}
+    save_file(own, tmp_path / "a.safetensors")
+    write_checkpoint(
+        tmp_path / "base", {f"text_model.encoder.layers.{i}.mlp.fc1.weight": torch.randn(6, 6) for i in range(5)}
+    )
+    for known in ({"num_layers": 5}, {"base": tmp_path / "base"}):
+        lines.edit_adapter(tmp_path / "a.safetensors", tmp_path / "out.safetensors", force=True, **known, **LINES)
+        found = load_file(tmp_path / "out.safetensors")
+        for i in (0, 2):
+            name = f"lora_te_text_model_encoder_layers_{i}_mlp_fc1.lora_up.weight"
+            torch.testing.assert_close(found[name], (0.1 + 0.9 * i / 4) * own[name])
+
+
+def test_a_stack_of_one_layer_is_told(tmp_path: Path) -> None:
+    """Of two stacks one has one layer: its rank and what is kept stand in the summary."""
+    shapes = {"encoder.layers.0.fc": (8, 8), "encoder.layers.1.fc": (8, 8), "decoder.layers.0.fc": (8, 8)}
+    write_checkpoint(tmp_path / "base", {f"{name}.weight": torch.randn(*shape) for name, shape in shapes.items()})
+    write_adapter(tmp_path / "adapter", factors(shapes, 4, 0))
+    said = {"base_model": str(tmp_path / "base"), "models": [{"model": str(tmp_path / "adapter")}], "lines": LINES}
+    (tmp_path / "merge.yaml").write_text(json.dumps({**said, "rank": 2}))
+    ran = run_lines("merge", "--config", tmp_path / "merge.yaml", "--as-adapter", "-o", tmp_path / "out")
+    assert ran.code == 0
+    assert re.search(r"rank +0: 2 +\(decoder\.layers\)", ran.out)
+
+
+def test_adapters_of_several_forms(tmp_path: Path) -> None:
+    """One output has one form: PEFT's beside kohya's, and two names of one block, are refused; either is named."""
+    of_kohya(tmp_path / "a.safetensors", 0)
+    peft = write_adapter(tmp_path / "peft", factors(layers_of(2, SIZES), 4, 0))
+    of_original = {"lora_unet_input_blocks_1_1_to_q.lora_down.weight": torch.ones(2, 8)}
+    of_original |= {"lora_unet_input_blocks_1_1_to_q.lora_up.weight": torch.ones(8, 2)}
+    save_file(of_original, tmp_path / "b.safetensors")
+    diffusers = {
+        "text_encoder.layers.1.fc.lora_A.weight": torch.ones(2, 8),
+        "text_encoder.layers.1.fc.lora_B.weight": torch.ones(8, 2),
+    }
+    save_file(diffusers, tmp_path / "c.safetensors")
+    for other, said in (
+        (peft, "a config, as PEFT writes it"),
+        (tmp_path / "b.safetensors", "diffusers names of blocks, and .*b.safetensors the original names of blocks"),
+        (tmp_path / "c.safetensors", "factors called lora_down, .*c.safetensors no config, factors called lora_A"),
+    ):
+        models = [{"model": str(path)} for path in (tmp_path / "a.safetensors", other)]
+        with pytest.raises(lines.LinesError, match=said) as refused:
+            lines.merge({"models": models}, tmp_path / "no", as_adapter=True)
+        assert "one form" in str(refused.value.hint)
+
+
+@pytest.mark.parametrize(
+    "name", ["my_lora.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"]
+)
+def test_a_folder_with_a_lone_file(tmp_path: Path, name: str) -> None:
+    """It is read for what it is; what comes of it has the same names, no config, and the file's own name."""
+    (tmp_path / "folder").mkdir()
+    taus = of_kohya(tmp_path / "folder" / name, 0)
+    summary = lines.edit_adapter(tmp_path / "folder", tmp_path / "out", alpha=0.5, beta=0)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {name, "lines_recipe.yaml", "README.md"}
+    close(updates_of_kohya(tmp_path / "out" / name), {module: 0.5 * tau for module, tau in taus.items()})
+    assert "peft" not in (tmp_path / "out" / "README.md").read_text().lower()
+    assert len(summary["modules"]) == len(KOHYA)
+    assert lines.verify(tmp_path / "out").same
+    lines.edit_adapter(tmp_path / "out", tmp_path / "again", alpha=2, beta=0)
+    close(updates_of_kohya(tmp_path / "again" / name), taus)
 
 
 def test_a_base_in_fp8_and_a_pickled_fine_tune(tmp_path: Path) -> None:

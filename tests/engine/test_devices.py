@@ -18,7 +18,7 @@ import torch
 import yaml
 
 import lines_cli as lines
-from lines_cli.engine import arithmetic, buffers, devices, workers
+from lines_cli.engine import arithmetic, buffers, devices, pool, workers
 from lines_cli.engine.devices import Devices, choose_devices
 from lines_cli.engine.whole_tensors import Kept
 from lines_cli.engine.workers import Worker
@@ -166,16 +166,32 @@ def test_a_size_that_is_none(size: str, tmp_path: Path) -> None:
 # --- out of memory ---
 
 
+_ADVICE = """\nCUDA kernel errors might be asynchronously reported at some other API call.
+Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions."""
+_ACCELERATOR_ERROR: type[RuntimeError] = getattr(torch, "AcceleratorError", RuntimeError)  # since torch 2.8
+OUT_OF_MEMORY: dict[str, RuntimeError] = {
+    "by its allocator": torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+    "by the driver": _ACCELERATOR_ERROR(f"CUDA error: out of memory{_ADVICE}"),
+    "by the driver, of old": RuntimeError(f"CUDA error: out of memory{_ADVICE}"),
+    "by the driver of HIP": RuntimeError(f"HIP error: out of memory{_ADVICE}"),
+    "by cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "by cuSOLVER": RuntimeError(
+        "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"
+    ),
+}
+"""How torch says that a device is out of memory."""
+
+
 class Full:
     """A device on which nothing larger than some entries can be computed."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-        self.most, self.sizes = most, list[int]()
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, most: int, says: str = "by its allocator") -> None:
+        self.most, self.sizes, self.error = most, list[int](), OUT_OF_MEMORY[says]
         monkeypatch.setattr(workers, "task_vector", self)
 
     def __call__(self, fine_tuned: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         if fine_tuned.shape[-1] > self.most:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+            raise type(self.error)(*self.error.args)
         self.sizes.append(fine_tuned.shape[-1])
         return arithmetic.task_vector(fine_tuned, base)
 
@@ -189,6 +205,131 @@ def test_out_of_memory_halves_the_chunk(method: str, tmp_path: Path, monkeypatch
     resources = Resources(device="cpu", workers=2, chunk=4 * SUM_BLOCK)
     assert merged(tmp_path, "halved", METHODS[method], resources) == plain
     assert max(full.sizes) == SUM_BLOCK
+
+
+@pytest.mark.parametrize("says", OUT_OF_MEMORY)
+def test_every_way_to_say_so(says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocator has a kind of error of its own; the driver and the libraries have only words."""
+    models(tmp_path)
+    plain = merged(tmp_path, "plain", METHODS["ties"], Resources(device="cpu"))
+    full = Full(monkeypatch, SUM_BLOCK, says)
+    assert merged(tmp_path, "halved", METHODS["ties"], Resources(device="cpu", chunk=4 * SUM_BLOCK)) == plain
+    assert max(full.sizes) == SUM_BLOCK
+
+
+@pytest.mark.parametrize("said", ["an illegal memory access was encountered", "device-side assert triggered"])
+def test_other_errors_of_a_device_are_no_lack_of_memory(
+    said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They end the run as what they are, with the tensor's name."""
+    models(tmp_path)
+    monkeypatch.setitem(OUT_OF_MEMORY, "other", RuntimeError(f"CUDA error: {said}"))
+    Full(monkeypatch, 0, "other")
+    with pytest.raises(RuntimeError, match=said) as raised:
+        merged(tmp_path, "out", METHODS["ties"], Resources(device="cpu", workers=1))
+    assert raised.value.args[-1].startswith("at tensor ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("says", OUT_OF_MEMORY)
+def test_a_device_too_full_to_be_used_at_all(says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process has all of it, so that not even a context fits: exit code 1, and the device is named."""
+    models(tmp_path)
+
+    def full(_: object) -> None:
+        raise OUT_OF_MEMORY[says]
+
+    for module in (devices, buffers, workers):
+        monkeypatch.setattr(module, "has_own_memory", lambda _: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", full)
+    ran = run_lines("edit", tmp_path / "base", tmp_path / "a", "-o", tmp_path / "out", "--device", "cpu")
+    assert (ran.code, ran.trace) == (1, "")
+    said, _, advice = str(OUT_OF_MEMORY[says]).partition("\n")
+    assert f"out of memory: cpu is too full to be used: {said}\n" in ran.err
+    assert not advice or advice not in ran.err
+    assert not (tmp_path / "out").exists()
+
+
+class Allocator:
+    """What torch keeps of CUDA devices, as far as a run asks it: the share it may take, what is taken already."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, share: float, taken: int) -> None:
+        self.share, self.taken, self.within = share, taken, list[float]()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: self.taken)
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: self.share, raising=False)
+        monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", self.set)
+
+    def set(self, share: float, _: object) -> None:
+        self.share = share
+        self.within.append(share)
+
+
+@pytest.mark.parametrize(
+    ("share", "taken", "within"), [(1.0, 0, 0.25), (1.0, 4 * GB, 0.75), (0.5, 0, 0.25), (0.5, 4 * GB, 0.5)]
+)
+def test_a_caller_s_own_limit_holds(
+    share: float,
+    taken: int,
+    within: float,
+    monkeypatch: pytest.MonkeyPatch,
+    own_memory: Callable[[int], None],
+) -> None:
+    """A run takes its share beside what is taken, never beyond the caller's limit, which is the old one afterwards;
+    also if the run fails.
+    """
+    own_memory(8 * GB)
+    allocator = Allocator(monkeypatch, share, taken)
+    run = Devices(Resources(device="cpu", gpu_memory=2 * GB))
+    with run.bounded():
+        assert allocator.share == within
+    assert allocator.share == share
+    with pytest.raises(KeyError), run.bounded():
+        raise KeyError
+    assert allocator.within == [within, share] * 2
+
+
+@pytest.mark.parametrize("gpu_memory", [100_000_000, 333_333_333, GB, 3_000_000_001])
+@pytest.mark.parametrize("stored", [1, 2, 4, 8])
+def test_pinned_memory_is_not_rounded_up(gpu_memory: int, stored: int, own_memory: Callable[[int], None]) -> None:
+    """Torch pins a power of two, whatever it is asked for: so a buffer is one."""
+    own_memory(8 * GB)
+    crew = Devices(Resources(device="cpu", gpu_memory=gpu_memory, workers=1))
+    each = BytesPerEntry(stored=stored, written=stored, width=max(4, stored), held=3, temporaries=5)
+    nbytes = crew.chunk(each) * stored
+    assert nbytes & (nbytes - 1) == 0
+    assert nbytes // stored >= SUM_BLOCK
+
+
+def test_memory_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After every pass, since the next has streams of its own; and before a smaller buffer is asked for."""
+    models(tmp_path)
+    given = list[str]()
+    monkeypatch.setattr(pool, "give_back", lambda _: given.append("pass"))
+    monkeypatch.setattr(workers, "give_back", lambda _: given.append("halved"))
+    merged(tmp_path, "out", METHODS["ties"], Resources(device="cpu", workers=2, chunk=SUM_BLOCK))
+    assert given[-1] == "pass"
+    passes = len(given)
+    assert set(given) == {"pass"}
+    assert passes > 1
+    Full(monkeypatch, SUM_BLOCK)
+    given.clear()
+    merged(tmp_path, "halved", METHODS["ties"], Resources(device="cpu", workers=1, chunk=2 * SUM_BLOCK))
+    assert given.count("pass") == passes
+    assert "halved" in given
+
+
+def test_what_torch_keeps_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of CUDA it is returned, pinned memory, too; of the CPU there is none."""
+    given = list[str]()
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given.append("device"))
+    if hasattr(torch, "accelerator"):
+        monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: given.append("host"), raising=False)
+    devices.give_back(torch.device("cpu"))
+    assert not given
+    devices.give_back(torch.device("cuda", 1))
+    assert given[0] == "device"
+    assert given[1:] == ["host"] * hasattr(torch, "accelerator")
 
 
 def test_a_device_that_is_full_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,7 +179,7 @@ def test_every_method_on_adapters_and_full_fine_tunes(case: str, tmp_path: Path)
         weights = [tuned if at == 1 else {n: base[n] + tau[n] for n in base} for at, tau in enumerate(taus)]
         wanted = Case(method, said).merged(weights)
     else:
-        merged = Case(method, said).merged(taus)
+        merged = Case(method, said).merged(taus, base)
         wanted = {name: base[name] + merged[name] for name in base}
     for name, tensor in found.items():
         if entry.to_the_bit:

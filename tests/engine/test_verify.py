@@ -886,7 +886,7 @@ ODD_MEASURED: list[tuple[str, Any]] = [
     ("l1", {"layers.0.w": [["x", 1], [1, 1]]}),
     ("l1", {"layers.0.w": []}),
     ("l1", []),
-    ("products", {"layers.0.w": [1, 2, None]}),
+    ("sums", {"layers.0.w": [1, 2, None]}),
     ("norms", [1.0, 1.0, 0]),
     ("norms", ["1", 1.0, 2]),
     ("norms", 5),
@@ -901,7 +901,7 @@ def test_odd_statistics_are_none(key: str, odd: Any) -> None:
         "kept": [],
         "majority": 1,
         "l1": {},
-        "products": {},
+        "sums": {},
         "norms": [1.0, 2.0, 2],
     }
     assert Statistics.of(good, 2).to_json() == good | {"kept": ()}

@@ -108,6 +108,7 @@ class Checkpoint:
     shards: int = 1
     config: Mapping[str, Any] | None = None
     files: Mapping[str, Any] = field(default_factory=dict)
+    stem: str = "model"
 
     @property
     def digest(self) -> str:
@@ -120,9 +121,29 @@ class Checkpoint:
         return digest.hexdigest()
 
     def write(self, path: Path) -> None:
-        write_checkpoint(path, self.tensors, shards=self.shards, config=self.config)
+        write_checkpoint(path, self.tensors, shards=self.shards, config=self.config, stem=self.stem)
         for name, content in self.files.items():
             (path / name).write_text(json.dumps(content), encoding="utf-8")
+
+
+def exact(seed: str, shape: Sequence[int]) -> torch.Tensor:
+    """Multiples of 1/16 from -1/2 to 7/16, as float32: sums of a few of their products are exact, in whatever order
+    they are added up, and so the same on any machine.
+    """
+    return ((bits(seed, shape) >> 8).bitwise_and(15) - 8).float() / 16
+
+
+def factors(seed: str, modules: Shapes, rank: int, dtype: torch.dtype, *, kohya: bool = False) -> Tensors:
+    """Of an adapter: modules with the shapes of their weights."""
+    made: Tensors = {}
+    for module, (out, *inner) in modules.items():
+        called = f"lora_te_{module.replace('.', '_')}" if kohya else f"base_model.model.{module}"
+        down, up = ("lora_down", "lora_up") if kohya else ("lora_A", "lora_B")
+        made[f"{called}.{down}.weight"] = exact(f"{seed}/{module}/A", (rank, *inner)).to(dtype)
+        made[f"{called}.{up}.weight"] = exact(f"{seed}/{module}/B", (out, rank)).to(dtype)
+        if kohya:
+            made[f"{called}.alpha"] = torch.tensor(2.0, dtype=dtype)
+    return made
 
 
 def llama(layers: int, width: int, rows: int, inner: int, *, head: bool = True) -> dict[str, tuple[int, ...]]:
@@ -216,6 +237,9 @@ WIDE: Shapes = {
 """210 thousand entries a tensor: several blocks each; and of the file, too, where they are written as float64."""
 
 
+_ADAPTED: Shapes = {"self_attn.q_proj": (24, 24), "mlp.up_proj": (40, 24)}
+
+
 @cache
 def inputs() -> dict[str, Checkpoint]:
     """Every input by its name."""
@@ -255,6 +279,23 @@ def inputs() -> dict[str, Checkpoint]:
         tensors = {part: tensor if name == "base" else tensor + own[part] / 4 for part, tensor in shared.items()}
         files = {"tokenizer.json": {"rows": number}}
         made[f"rows/{name}"] = Checkpoint(tensors, config=llama_config(2, number), files=files)
+
+    # adapters of the decoder: on all layers, with a whole norm and other ranks; on some; and without a config
+    every = {f"model.layers.{layer}.{name}": shape for layer in range(4) for name, shape in _ADAPTED.items()}
+    some = {module: shape for module, shape in every.items() if ".1." in module or ".2.self" in module}
+    own = factors("lora/a", every, 4, FP32) | {"base_model.model.model.norm.weight": 1 + exact("lora/a/norm", (24,))}
+    own |= factors("lora/a", {"model.layers.3.mlp.up_proj": (40, 24)}, 2, FP32)
+    said = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"]}
+    whole = {"modules_to_save": ["norm"], "rank_pattern": {"3.mlp.up_proj": 2}}
+    for name, tensors, more in (
+        ("a", own, whole),
+        ("b", factors("lora/b", some, 2, BF16), {"r": 2, "use_rslora": False}),
+    ):
+        config = {"adapter_config.json": {**said, **more}}
+        made[f"lora/{name}"] = Checkpoint(tensors, files=config, stem="adapter_model")
+    for name in ("c", "d"):
+        tensors = factors(f"lora/{name}", every if name == "c" else some, 4, FP16, kohya=True)
+        made[f"lora/{name}.safetensors"] = Checkpoint(tensors)
 
     # heads: tied and left out, tied and stored, and one of its own
     tied = model("tied/base", llama(3, 12, 33, 14, head=False))
@@ -303,12 +344,14 @@ class Case:
         output: what the output is called.
         libm: float64 tensors hold what `sin`, `acos` or `pow` give, which the C standard does not define to the last
             bit. (In float32 the last bits do not show; a test holds that.)
+        adapter: what it makes is an adapter.
     """
 
     recipe: Mapping[str, Any]
     edit: bool = False
     output: str = FILE
     libm: bool = False
+    adapter: bool = False
 
     @property
     def method(self) -> str:
@@ -345,14 +388,26 @@ class Case:
 
     def digests(self, folder: Path, output: Path, resources: lines.Resources) -> dict[str, str]:
         """Carry it out: the SHA-256 of every file that it makes, but for those that hold paths and the version."""
-        plan = self.plan(folder, output)
-        lines.run(plan, resources)
-        made = [plan.output] if plan.output.is_file() else sorted(plan.output.iterdir())
+        if self.adapter:
+            self._make_adapter(folder, output, resources)
+        else:
+            lines.run(self.plan(folder, output), resources)
+        at = output / self.output
+        made = [at] if at.is_file() else sorted(at.iterdir())
         return {
             path.name: sha256(path.read_bytes()).hexdigest()
             for path in made
             if path.name not in ("README.md", "lines_recipe.yaml")
         }
+
+    def _make_adapter(self, folder: Path, output: Path, resources: lines.Resources) -> None:
+        output.mkdir(parents=True, exist_ok=True)
+        how: dict[str, Any] = {"workers": resources.workers, "device": resources.device}
+        recipe = self._with_paths(folder)
+        if self.edit:
+            lines.edit_adapter(recipe.pop("adapter"), output / self.output, **recipe, **how)
+        else:
+            lines.merge(recipe, output / self.output, as_adapter=True, **how)
 
 
 def edit(base: str, ft: str, *, output: str = FILE, libm: bool = False, **options: Any) -> Case:
@@ -556,12 +611,35 @@ MERGES: dict[str, Case] = {
 }
 
 MERGES |= {
-    f"{method}-{number}": merge(method, *DECODER, said=said)
+    f"{method}-{number}": merge(method, *DECODER[: 1 + (entry.models or 3)], said=said)
     for method, entry in TABLE.items()
-    if not any(case.method == method for case in MERGES.values())
+    if entry.golden and not any(case.method == method for case in MERGES.values())
     for number, said in enumerate(entry.typical)
 }
-CASES = {**EDITS, **MERGES}
+TWO_ADAPTERS = {
+    "merge_method": "task_arithmetic",
+    "models": [{"model": "lora/a", "parameters": {"weight": 0.7}}, {"model": "lora/b", "parameters": {"weight": -0.4}}],
+    "base_model": "decoder/base",
+    "lines": BY_DEPTH,
+}
+TWO_FILES = {"merge_method": "linear", "models": [{"model": "lora/c.safetensors"}, {"model": "lora/d.safetensors"}]}
+ADAPTERS: dict[str, Case] = {
+    "adapter-folded": edit("decoder/base", "lora/a", output=FOLDER),
+    "adapter-folded-some": edit("decoder/base", "lora/b", alpha=1, beta=0),
+    "adapter-folded-kohya": edit("decoder/base", "lora/c.safetensors", dtype="float32"),
+    "adapter-merged-whole": merge("ties", "decoder/base", "lora/a", "decoder/math", "lora/b", said={"density": 0.3}),
+    "adapter-scaled": Case({"adapter": "lora/a", "base": "decoder/base"}, edit=True, output=FOLDER, adapter=True),
+    "adapter-scaled-some": Case({"adapter": "lora/b", "num_layers": 4}, edit=True, output=FOLDER, adapter=True),
+    "adapter-scaled-kohya": Case({"adapter": "lora/c.safetensors", "num_layers": 4}, edit=True, adapter=True),
+    "adapter-stacked": Case(TWO_ADAPTERS, output=FOLDER, adapter=True),
+    "adapter-stacked-float16": Case({**TWO_ADAPTERS, "dtype": "float16"}, output=FOLDER, adapter=True),
+    "adapter-stacked-kohya": Case(TWO_FILES, adapter=True),
+}
+"""Folded into their base; scaled in place; their ranks side by side. None is of fewer ranks, for singular vectors are
+not the same on every machine.
+"""
+OF_MODELS = {**EDITS, **MERGES}
+CASES = {**OF_MODELS, **ADAPTERS}
 
 
 # --- what is recorded ---

@@ -20,6 +20,7 @@ import lines_cli as lines
 from golden.recipes import CASES, DIGESTS, MERGES, Case, input_digests, trigonometry, write_inputs
 from lines_cli.methods import METHODS
 from lines_cli.plan.coefficients import to_float32
+from support.method_cases import TABLE
 
 RECORDED = json.loads(DIGESTS.read_text(encoding="utf-8"))
 QUICK = lines.Resources(workers=2, device="cpu", chunk=64 * 1024)
@@ -81,7 +82,7 @@ def said_of(case: Case) -> Iterator[tuple[str, Any]]:
         yield from place.get("parameters", {}).items()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [method for method in METHODS if TABLE[method].golden])
 def test_every_method_has_cases(method: str) -> None:
     """One with each of its parameters at least, and with everything that a parameter may be but a number."""
     said = [pair for case in MERGES.values() if case.method == method for pair in said_of(case)]

@@ -19,8 +19,9 @@ from lines_cli.errors import DataError, RecipeError
 from lines_cli.methods import METHODS, Method, find_method, registry
 from lines_cli.methods.iso_c import iso_c as own_iso_c
 from support.files import write_checkpoint
-from support.method_cases import CASES, TABLE, TYPICAL, Case, iso_c
+from support.method_cases import CASES, TABLE, TYPICAL, Case
 from support.run import run_lines
+from support.spectral_references import iso_c
 from support.whole_model import norm1, plain_sum, task_vectors
 
 ROOT = Path(__file__).parents[2]
@@ -97,8 +98,8 @@ def test_inspect_tells_the_alpha_of_the_merge(case: str, tmp_path: Path) -> None
     told = run_lines("inspect", "--config", tmp_path / "merge.yaml", "--json").json
     assert told["scaling"]["alpha"] == outcome.plan.alpha
     if "weight" not in said and not TABLE[method].on_weights and method != "task_arithmetic":
-        taus = task_vectors(models[0], models[1:])
-        reference = Case(method, {key: value for key, value in said.items() if key != "lambda"}).merged(taus)
+        taus = task_vectors(models[0], models[1 : 1 + (TABLE[method].models or 3)])
+        reference = Case(method, {key: value for key, value in said.items() if key != "lambda"}).merged(taus, models[0])
         assert outcome.plan.alpha == pytest.approx(norm1(plain_sum(taus)) / norm1(reference) / len(taus), rel=1e-6)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import lines_cli as lines
 from lines_cli.errors import CheckpointError, MismatchError, UnsupportedError
 from support.adapters import PREFIX, factors, layers_of, updates, write_adapter
 from support.files import write_checkpoint
+from support.fp8 import expanded, quantise
+from support.layouts import LAYOUTS
 from support.run import run_lines
 
 Tensors = dict[str, Tensor]
@@ -35,7 +38,8 @@ def base(prefix: str = "model.", *, head: bool = True) -> Tensors:
 
 def folded(folder: Path, adapter: Path | str = "adapter", **options: Any) -> Tensors:
     """What the adapter in a folder makes of the base there."""
-    lines.edit(folder / "base", folder / adapter, folder / "out", alpha=1, beta=0, force=True, **options)
+    options = {"alpha": 1, "beta": 0, "force": True, **options}
+    lines.edit(folder / "base", folder / adapter, folder / "out", **options)
     return load_file(folder / "out" / "model.safetensors")
 
 
@@ -424,8 +428,85 @@ def test_experts_say_nothing_of_a_square_layer(others: dict[str, tuple[int, int]
     assert_folded(folded(tmp_path), before, added)
 
 
+def of_all_experts(model: str, rank: int, seed: int) -> tuple[Tensors, Tensors]:
+    """An adapter's factors of all fused experts of a small model in `support.layouts`, as PEFT has them: the parameter
+    that is registered first in the inner wrapper. And the products of scale 1, by the names of the fused parameters.
+    """
+    chance, made, products = torch.Generator().manual_seed(seed), Tensors(), Tensors()
+    of = LAYOUTS[model]
+    together = of.together(of.apart(0))
+    for name, tensor in together.items():
+        if not (found := re.fullmatch(r"(.*\.experts)\.(\w+)", name)):
+            continue
+        experts, out, inputs = tensor.shape
+        a = torch.randn(experts * rank, inputs, generator=chance)
+        b = torch.randn(out, rank * experts, generator=chance)
+        inner = "" if found[2] == "down_proj" else ".base_layer"
+        made |= {f"{PREFIX}{found[1]}{inner}.lora_A.weight": a, f"{PREFIX}{found[1]}{inner}.lora_B.weight": b}
+        parts = b.double().view(out, rank, experts), a.double().view(experts, rank, inputs)
+        products[name] = torch.einsum("ore,eri->eoi", *parts)
+    return made, products
+
+
+@pytest.mark.parametrize("quantised", [False, True], ids=["", "fp8"])
+@pytest.mark.parametrize("model", ["qwen3_moe", "mixtral", "jamba", "nemotron_h"])
+def test_fused_experts_of_small_models(model: str, quantised: bool, tmp_path: Path) -> None:
+    """Each expert gets its own part of the product, by transformers' rules of how they are put together; an adapter
+    that is scaled in place is the same edit.
+    """
+    of = LAYOUTS[model]
+    before = of.apart(0)
+    own, products = of_all_experts(model, 3, 1)
+    stored, fp8 = Tensors(), dict[str, Any]()
+    for name, tensor in before.items() if quantised else ():
+        if ".experts." in name:
+            stored[name], stored[f"{name}_scale_inv"] = codes, scale = quantise(tensor, (2, 2))
+            before[name] = codes.double() * expanded(scale, tuple(codes.shape), (2, 2))
+            fp8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [2, 2]}}
+    write_checkpoint(tmp_path / "base", before | stored, config={**of.config, "num_hidden_layers": 3, **fp8})
+    up = "up_proj" if model == "nemotron_h" else "gate_up_proj"
+    targets = {"target_parameters": [f"experts.{up}", "experts.down_proj"], "target_modules": []}
+    write_adapter(tmp_path / "adapter", own, r=3, lora_alpha=6, **targets)
+    for alpha, beta in ((1.0, 0.0), (0.2, 0.4)):
+        found = of.together(folded(tmp_path, alpha=alpha, beta=beta, dtype="float32"))
+        wanted = {name: tensor.double() for name, tensor in of.together(before).items()}
+        for name, product in products.items():
+            wanted[name] = wanted[name] + 2 * (alpha + beta * int(name.split("layers.")[1][0]) / 2) * product
+        assert found.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(found[name].double(), tensor, rtol=1e-6, atol=1e-6)
+        assert lines.verify(tmp_path / "out").same
+    lines.edit_adapter(tmp_path / "adapter", tmp_path / "scaled", base=tmp_path / "base", alpha=0.2, beta=0.4)
+    scaled = load_file(tmp_path / "scaled" / "adapter_model.safetensors")
+    for name, tensor in own.items():
+        factor = 0.2 + 0.2 * int(name.split("layers.")[1][0]) if "lora_B" in name else 1.0
+        torch.testing.assert_close(scaled[name].double(), factor * tensor.double())
+
+
+def test_a_matrix_that_the_base_stores_as_rows_of_another(tmp_path: Path) -> None:
+    """Of Dinov2's gate and up, which its files have in one, an adapter changes one; the rest stays. One that it holds
+    whole is refused.
+    """
+    of = LAYOUTS["dinov2"]
+    apart = of.apart(0)
+    before = of.together(apart)
+    write_checkpoint(tmp_path / "base", before, config=of.config)
+    sizes = {"mlp.up_proj": (12, 8), "mlp.gate_proj": (12, 8), "attention.q_proj": (8, 8)}
+    modules = {
+        f"encoder.layer.{i}.{name}": size for i in (0, 2) for name, size in sizes.items() if i or "gate" not in name
+    }
+    added = updates(write_adapter(tmp_path / "adapter", factors(modules, 4, 1), target_modules=[*sizes]))
+    wanted = of.together({name: tensor.double() + added.get(name, 0) for name, tensor in apart.items()})
+    assert_folded(folded(tmp_path), before, {name: tensor - before[name].double() for name, tensor in wanted.items()})
+    whole = {f"{PREFIX}encoder.layer.0.mlp.up_proj.weight": torch.ones(12, 8)}
+    write_adapter(tmp_path / "adapter", factors(modules, 4, 1) | whole, modules_to_save=["up_proj"])
+    with pytest.raises(MismatchError, match="another layout") as error:
+        folded(tmp_path)
+    assert "with peft" in str(error.value.hint)
+
+
 def test_experts_that_the_base_stores_one_by_one(tmp_path: Path) -> None:
-    """The error says that, not that the adapter is another model's."""
+    """Of a model that is not known the error says that, not that the adapter is another model's."""
     names = [f"model.layers.0.mlp.experts.{i}.down_proj.weight" for i in range(2)]
     write_checkpoint(tmp_path / "base", base() | {name: torch.ones(8, 12) for name in names}, config=LLAMA)
     experts = f"{PREFIX}model.layers.0.mlp.experts"
@@ -435,6 +516,144 @@ def test_experts_that_the_base_stores_one_by_one(tmp_path: Path) -> None:
         folded(tmp_path)
     assert "fused" in str(error.value.hint)
     assert "another model" not in str(error.value)
+
+
+EXPERTS = {  # model types -> what they call an expert's gate, up and down, and the module that they are in
+    "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
+    "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
+}
+
+
+def one_by_one(model_type: str, number: int = 3) -> Tensors:
+    """A base that stores its experts, [6, 8] and [8, 6], one by one."""
+    chance = torch.Generator().manual_seed(3)
+    module, gate, up, down = EXPERTS[model_type]
+    before = base()
+    for layer in range(2):
+        within = f"model.layers.{layer}.{module}"
+        before[f"{within}.gate.weight"] = torch.randn(number, 8, generator=chance)
+        for expert in range(number):
+            for name, size in ((gate, (6, 8)), (up, (6, 8)), (down, (8, 6))):
+                before[f"{within}.experts.{expert}.{name}.weight"] = torch.randn(*size, generator=chance)
+    return before
+
+
+def of_experts(model_type: str, number: int = 3, rank: int = 4) -> tuple[Tensors, Tensors]:
+    """The factors of both tensors of fused experts, as PEFT saves them, and of a router; and what they add to those
+    that are stored (`ParamWrapper.get_delta_weight`: `A` [experts * r, in], `B` [out, r * experts]).
+    """
+    chance = torch.Generator().manual_seed(4)
+    module, gate, up, down = EXPERTS[model_type]
+    tensors, added = Tensors(), Tensors()
+    for layer in range(2):
+        called, stored = (f"model.layers.{layer}.{part}" for part in ("mlp", module))
+        products = []
+        for wrapper, out, inputs in (("base_layer.", 12, 8), ("", 8, 6)):
+            a = torch.randn(number * rank, inputs, generator=chance)
+            b = torch.randn(out, rank * number, generator=chance)
+            tensors[f"{PREFIX}{called}.experts.{wrapper}lora_A.weight"] = a
+            tensors[f"{PREFIX}{called}.experts.{wrapper}lora_B.weight"] = b
+            product = torch.einsum("ore,eri->eoi", b.double().view(out, rank, -1), a.double().view(-1, rank, inputs))
+            products.append(2 * product)
+        for expert in range(number):
+            both, last = products[0][expert], products[1][expert]
+            for name, update in ((gate, both[:6]), (up, both[6:]), (down, last)):
+                added[f"{stored}.experts.{expert}.{name}.weight"] = update
+        a, b = torch.randn(rank, 8, generator=chance), torch.randn(number, rank, generator=chance)
+        tensors |= {f"{PREFIX}{called}.gate.lora_A.weight": a, f"{PREFIX}{called}.gate.lora_B.weight": b}
+        added[f"{stored}.gate.weight"] = 2 * b.double() @ a.double()
+    return tensors, added
+
+
+TWO_OF_EXPERTS: dict[str, Any] = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+
+
+@pytest.mark.parametrize("model_type", EXPERTS)
+def test_fused_experts_on_a_base_that_stores_them_one_by_one(model_type: str, tmp_path: Path) -> None:
+    """What is one tensor in the model, and many on disk, gets its part of the product, by transformers' own rules; so
+    do modules that are only called otherwise there. Workers change no byte.
+    """
+    before = one_by_one(model_type)
+    write_checkpoint(tmp_path / "base", before, config={"model_type": model_type, "num_hidden_layers": 2})
+    own, added = of_experts(model_type)
+    added |= updates(write_adapter(tmp_path / "adapter", factors(MODULES, 4, 2)))
+    write_adapter(tmp_path / "adapter", own | factors(MODULES, 4, 2), **TWO_OF_EXPERTS)
+    assert_folded(folded(tmp_path), before, added)
+    bytes_of = (tmp_path / "out" / "model.safetensors").read_bytes()
+    folded(tmp_path, workers=3)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == bytes_of
+    assert run_lines("verify", tmp_path / "out").code == 0
+    ran = run_lines("edit", tmp_path / "base", tmp_path / "adapter", "-o", tmp_path / "out", "--dry-run", "--json")
+    (note,) = [note for note in ran.json["notes"] if "another layout" in note]
+    assert note.startswith("4 tensor(s) that ")
+    assert " changes are 18 of another layout in " in note
+    assert "layers.0.mlp.experts.down_proj and model.layers.0." in note
+
+
+def test_a_merge_of_fused_experts(tmp_path: Path) -> None:
+    """An adapter beside a fine-tune: the product is its task vector, in whatever chunks."""
+    before = one_by_one("mixtral")
+    tuned = {name: tensor + 0.1 for name, tensor in before.items()}
+    own, added = of_experts("mixtral")
+    config = {"model_type": "mixtral", "num_hidden_layers": 2}
+    write_checkpoint(tmp_path / "base", before, config=config)
+    write_checkpoint(tmp_path / "tuned", tuned, config=config)
+    write_adapter(tmp_path / "adapter", own, **TWO_OF_EXPERTS)
+    said: dict[str, Any] = {"merge_method": "task_arithmetic", "base_model": str(tmp_path / "base")}
+    said["models"] = [{"model": str(tmp_path / name), "parameters": {"weight": 0.5}} for name in ("tuned", "adapter")]
+    (tmp_path / "merge.yaml").write_text(json.dumps(said))
+    for out, chunk in (("out", 1000), ("other", 7)):
+        recipe = lines.load_recipe(tmp_path / "merge.yaml")
+        plan = lines.make_plan(recipe, lines.open_inputs(recipe), tmp_path / out)
+        lines.run(plan, lines.Resources(workers=2, chunk=chunk))
+    written = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("out", "other")]
+    assert written[0] == written[1]
+    halves = {name: 0.5 * added.get(name, 0) + 0.5 * (tuned[name] - tensor) for name, tensor in before.items()}
+    assert_folded(load_file(tmp_path / "out" / "model.safetensors"), before, halves)
+
+
+def test_fused_experts_that_an_adapter_holds_whole(tmp_path: Path) -> None:
+    """They are refused where the base stores them one by one."""
+    write_checkpoint(tmp_path / "base", one_by_one("qwen3_moe"), config={"model_type": "qwen3_moe"})
+    experts = {f"{PREFIX}model.layers.{i}.mlp.experts.gate_up_proj": torch.randn(3, 12, 8) for i in range(2)}
+    write_adapter(tmp_path / "adapter", factors(MODULES, 4, 2) | experts, modules_to_save=["experts"])
+    with pytest.raises(MismatchError, match=r"replaces or rescales .*gate_up_proj, which .*another layout") as caught:
+        folded(tmp_path)
+    assert "merge_and_unload" in str(caught.value.hint)
+
+
+def test_a_module_that_is_called_otherwise_and_saved_whole(tmp_path: Path) -> None:
+    """It takes the place of the one that the base stores by another name."""
+    before = one_by_one("mixtral")
+    write_checkpoint(tmp_path / "base", before, config={"model_type": "mixtral", "num_hidden_layers": 2})
+    routers = {f"model.layers.{i}.{{}}.gate.weight": torch.randn(3, 8) for i in range(2)}
+    whole = {PREFIX + name.format("mlp"): tensor for name, tensor in routers.items()}
+    added = updates(write_adapter(tmp_path / "adapter", factors(MODULES, 4, 2) | whole, modules_to_save=["gate"]))
+    wanted = {name.format("block_sparse_moe"): tensor for name, tensor in routers.items()}
+    assert_folded(folded(tmp_path), before | wanted, added)
+
+
+@pytest.mark.parametrize("lacking", ["experts.1.up_proj", "experts.2"])
+def test_experts_that_are_not_all_there(lacking: str, tmp_path: Path) -> None:
+    """A base that lacks one of them has no such tensor."""
+    before = {name: tensor for name, tensor in one_by_one("qwen3_moe").items() if lacking not in name}
+    write_checkpoint(tmp_path / "base", before, config={"model_type": "qwen3_moe"})
+    write_adapter(tmp_path / "adapter", of_experts("qwen3_moe")[0], **TWO_OF_EXPERTS)
+    with pytest.raises(MismatchError, match=r"experts"):
+        folded(tmp_path)
+
+
+def test_layers_that_are_stored_as_one(tmp_path: Path) -> None:
+    """What the model has as two layers, and its checkpoint as one, is changed in its own rows."""
+    wide = torch.randn(2 * 24, 8)
+    before = {"encoder.layer.0.mlp.weights_in.weight": wide, "encoder.layer.0.mlp.weights_out.weight": wide[:8].clone()}
+    write_checkpoint(tmp_path / "base", before, config={"model_type": "dinov2", "architectures": ["Dinov2Model"]})
+    modules = {"encoder.layer.0.mlp.up_proj": (24, 8), "encoder.layer.0.mlp.down_proj": (8, 8)}
+    own = updates(write_adapter(tmp_path / "adapter", factors(modules, 4, 2)))
+    rows = torch.cat([torch.zeros(24, 8, dtype=torch.float64), own["encoder.layer.0.mlp.up_proj.weight"]])
+    added = {"encoder.layer.0.mlp.weights_in.weight": rows}
+    added["encoder.layer.0.mlp.weights_out.weight"] = own["encoder.layer.0.mlp.down_proj.weight"]
+    assert_folded(folded(tmp_path), before, added)
 
 
 # --- an adapter where a base should be ---

@@ -278,7 +278,7 @@ def sliced(recipe: dict[str, Any], models: Path, **of_slice: Any) -> dict[str, A
 
 
 def test_one_slice_of_whole_models_is_models(models: Path, tmp_path: Path) -> None:
-    """`slices` with one slice makes the same weights as `models`, and says how it was read."""
+    """`slices` with one slice of all layers makes the same weights as `models`."""
     recipe = {
         "merge_method": "ties",
         "base_model": "noisy-base",
@@ -288,7 +288,6 @@ def test_one_slice_of_whole_models_is_models(models: Path, tmp_path: Path) -> No
     assert merge(models, tmp_path / "models", recipe).code == 0
     ran = merge(models, tmp_path / "slices", sliced(recipe, models))
     assert ran.code == 0
-    assert "slice" in ran.err
     plain, cut = ((tmp_path / side / "out" / "model.safetensors").read_bytes() for side in ("models", "slices"))
     assert plain == cut
 
@@ -308,29 +307,28 @@ def test_a_slices_parameters_stand_between_the_models_and_the_tops(models: Path,
         ({"parameters": [{"weight": 1}]}, None, "parameters"),
         ({"parameters": {"wieght": 1}}, None, "wieght"),
         ({"residual_weight": 1}, None, "residual_weight"),
-        ({}, [0, 2], "layer_range"),
-        ({}, [1, 4], "layer_range"),
+        ({}, [0, 99], "layer_range"),
         ({}, [0], "layer_range"),
         ({}, "all", "layer_range"),
     ],
 )
 def test_other_slices_are_refused(of_slice: Any, layers: Any, word: str, models: Path, tmp_path: Path) -> None:
-    """A slice that is not of whole models, or that says what is not understood, is refused by what it says."""
+    """A slice that says what is not understood, or of layers that are not there, is refused by what it says."""
     recipe = sliced({"base_model": "base", "models": of("a")}, models, **of_slice)
     if layers:
         recipe["slices"][0]["sources"][0]["layer_range"] = layers
     ran = merge(models, tmp_path, recipe, "--dry-run")
-    assert ran.code == 2
+    assert ran.code in (2, 4)
     assert word in said(ran)
 
 
 def test_a_part_of_a_model_is_refused_whatever_depth_says(tmp_path: Path) -> None:
-    """A layer_range cannot be checked where depth is unknown, so it is refused there, too."""
+    """Where depth is unknown, nobody knows which layers are meant."""
     write_models(tmp_path, ["one.w", "two.w"], {"base": 0.0, "a": 1.0})
     recipe = sliced({"base_model": "base", "models": of("a")}, tmp_path)
     ran = merge(tmp_path, tmp_path / "to", recipe, "--dry-run")
-    assert ran.code in (2, 4)
-    assert "layer_range" in said(ran)
+    assert ran.code == 4
+    assert "slices" in said(ran)
 
 
 @pytest.mark.parametrize("key", ["tokenizer_source", "tokenizer", "chat_template"])

@@ -99,10 +99,12 @@ FILES: dict[str, tuple[str, int, list[str]]] = {
         7,
         ["wieght", "mean weight"],
     ),
-    "slices of other models": (
-        HEAD + "slices:\n- sources: [{model: a, layer_range: [0, 2]}]\n- sources: [{model: b, layer_range: [2, 4]}]\n",
-        3,
-        ["slices", "same models"],
+    "slices of other sources": (
+        HEAD
+        + "slices:\n- sources: [{model: a, layer_range: [0, 2]}]\n"
+        + "- sources: [{model: b, layer_range: [2, 4]}, {model: c, layer_range: [2, 4]}]\n",
+        5,
+        ["slices.1.sources", "the first slice has 1"],
     ),
     "slices and models": (HEAD + MODELS + "slices:\n  - sources: [{model: a}]\n", 6, ["slices", "models"]),
     "notes": (HEAD + MODELS + "notes: [mine]\n", 6, ["notes"]),
@@ -196,8 +198,8 @@ VALUES_REFUSED: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         ["parameters.density", "7"],
     ),
     "density of a model": ("ties", {"models": of("a", "b", b={"density": 3})}, ["models.1.parameters.density", "3"]),
-    "weight NaN": ("ties", {"parameters": {"weight": float("nan")}}, ["parameters.weight", "nan"]),
-    "weight NaN spelt": ("ties", {"parameters": {"weight": "NaN"}}, ["parameters.weight", "NaN"]),
+    "lambda NaN": ("ties", {"parameters": {"lambda": float("nan")}}, ["parameters.lambda", "nan"]),
+    "lambda NaN spelt": ("ties", {"parameters": {"lambda": "NaN"}}, ["parameters.lambda", "NaN"]),
     "weight Inf": ("ties", {"parameters": {"weight": float("inf")}}, ["parameters.weight", "inf"]),
     "weight true": ("ties", {"parameters": {"weight": True}}, ["parameters.weight", "rue"]),
     "weight a word": ("ties", {"parameters": {"weight": "much"}}, ["parameters.weight", "much"]),

@@ -188,7 +188,17 @@ SCHEDULES = {
     "power:1": lambda x, a, b: a + b * x,
     "power:1e3": lambda x, a, b: a + b * x**1000,
     "constant": lambda x, a, b: a + b + 0 * x,
+    "cosine": lambda x, a, b: a + b * np.sin(np.pi * x / 2) ** 2,
+    "sigmoid": lambda x, a, b: a + b * logistic(x, 10),
+    "sigmoid:0.5": lambda x, a, b: a + b * logistic(x, 0.5),
+    "sigmoid:1e4": lambda x, a, b: a + b * np.where(x == 0.5, 0.5, x > 0.5),
 }
+
+
+def logistic(x: Any, steepness: float) -> Any:
+    """The logistic curve around 1/2, stretched from 0 to 1."""
+    low, high, at = (1 / (1 + np.exp(-steepness * (place - 0.5))) for place in (0.0, 1.0, x))
+    return (at - low) / (high - low)
 
 
 def depths(layers: int) -> Any:

@@ -35,7 +35,8 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], **config: Any) ->
 
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
-    values = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"], **config}
+    modules = {match[1] for name in tensors if (match := re.match(r"(?:.*\.)?([^.]+)\.(?:lora_|hada_|lokr_)", name))}
+    values = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": sorted(modules), **config}
     (folder / "adapter_config.json").write_text(json.dumps(values), encoding="utf-8")
     return folder
 

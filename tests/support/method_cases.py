@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from support import whole_model
+from lines_cli.methods import METHODS
+from support import mergekit_references, spectral_references, whole_model
 from support.whole_model import Tensors
 
 WEIGHTS = (0.3, 1.0, -0.7, 2.5, 0.1, 1.0, -0.2, 0.9)
 DENSITIES = (0.3, 1.0, 0.05, 0.5, 0.9, 0.77, 0.0, 0.2)
 LAMBDAS = (0.2, 0.6, 0.4, 0.3, 0.5, 1.0, 0.0, 0.45)
 GAMMAS = (0.1, 0.3, 0.0, 0.6, 0.02, 0.4, 0.25, 1.0)
+DELLAS = {"weight": WEIGHTS, "density": (0.3, 1.0, 0.05, 0.5, 0.9, 0.77, 0.0, 0.2)}
 SCALING = {"alpha": 0.15, "beta": 0.7, "gamma": 0.9}
 
 
@@ -53,20 +55,21 @@ class Case:
         """Whether the result is the reference's to the bit; else within a few units in the last place."""
         return TABLE[self.method].to_the_bit
 
-    def merged(self, tensors: Sequence[Tensors]) -> Tensors:
-        """The reference."""
+    def merged(self, tensors: Sequence[Tensors], base: Tensors | None = None) -> Tensors:
+        """The reference; `base` in the compute dtype is for those that take it."""
         method = TABLE[self.method].reference
-        per_model = [key for key in _DEFAULTS if key in _takes(method)]
+        known = METHODS[self.method].parameters
+        per_model = [key for key in _DEFAULTS if key in _takes(method) and known[key].per_model]
         said = {key: value for key, value in self.top.items() if key not in per_model}
         for key in per_model:
             said[key] = [
                 self.each[key][n] if key in self.each else self.top.get(key, _DEFAULTS[key])
                 for n in range(len(tensors))
             ]
-        return method(tensors, **said)
+        return method(tensors, **said, **({"base": base} if "base" in _takes(method) else {}))
 
 
-_DEFAULTS = {"weight": 1.0, "density": 1.0, "gamma": 0.01, "mask_lambda": 0.4, "scale": None}
+_DEFAULTS = {"weight": 1.0, "density": 1.0, "gamma": 0.01, "mask_lambda": 0.4, "scale": None, "epsilon": 0.15}
 """Of the parameters that models have."""
 
 
@@ -86,6 +89,7 @@ class Entry:
         on_weights: whether it takes whole weights.
         to_the_bit: whether it is the reference's to the bit.
         models: how many models it is tried with, where it takes no other number.
+        golden: whether its bytes are the same on any machine, so that digests of them are recorded.
     """
 
     reference: Callable[..., Tensors]
@@ -94,6 +98,7 @@ class Entry:
     on_weights: bool = False
     to_the_bit: bool = True
     models: int | None = None
+    golden: bool = True
 
 
 # --- references that are no part of whole_model ---
@@ -164,29 +169,6 @@ def breadcrumbs_ties(
     majority = (balance > 0) - (balance < 0) if trim == "global" else 1
     agreement = agreement or ("mean" if normalize else "sum")
     return whole_model.elected_and_merged(left, weight, agreement, majority)
-
-
-def iso_c(taus: Sequence[Tensors], *, weight: Sequence[float]) -> Tensors:
-    """By way of the eigenvectors of S^T S, in float64: S V diag(mean(s) / s) V^T."""
-
-    def flat(matrix: Tensor) -> Tensor:
-        wide = matrix.shape[0] < matrix.shape[1]
-        tall = matrix.T if wide else matrix
-        squares, v = torch.linalg.eigh(tall.T @ tall)
-        s = squares.clamp(min=0).sqrt()
-        level = torch.where(s > 1e-5 * s.max(), s.mean() / s, 0.0)
-        made = tall @ (v * level) @ v.T
-        return made.T if wide else made
-
-    def merged(_: str, tensors: list[Tensor]) -> Tensor:
-        total = whole_model.added([w * tensor.double() for w, tensor in zip(weight, tensors, strict=True)])
-        if total.numel() == 0 or total.ndim not in (2, 3):
-            made = total / len(tensors)
-        else:
-            made = flat(total) if total.ndim == 2 else torch.stack([flat(matrix) for matrix in total])
-        return made.to(tensors[0].dtype)
-
-    return whole_model.by_name(taus, merged)
 
 
 # --- the table ---
@@ -336,11 +318,152 @@ TABLE: dict[str, Entry] = {
             ),
         },
     ),
+    "nuslerp": Entry(
+        mergekit_references.nuslerp,
+        typical=(
+            {"weight": 0.7, "nuslerp_flatten": True, "lambda": 0.8},
+            {"nuslerp_flatten": False, "nuslerp_row_wise": True},
+            {"nuslerp_flatten": False, "nuslerp_row_wise": False},
+        ),
+        cases={
+            "nuslerp": _said(each={"weight": (0.3, 1.0)}, numbers=(2,)),
+            "nuslerp, rows": _said({"nuslerp_flatten": False}, {"weight": (1.3, 0.4)}, numbers=(2,)),
+            "nuslerp, columns": _said({"nuslerp_flatten": False, "nuslerp_row_wise": True}, numbers=(2,)),
+            "nuslerp, weights that cancel": _said(each={"weight": (0.5, -0.5)}, numbers=(2,)),
+        },
+        to_the_bit=False,
+        models=2,
+    ),
+    "multislerp": Entry(
+        mergekit_references.multislerp,
+        typical=({"weight": 0.7, "normalize_weights": True, "lambda": 0.8}, {"normalize_weights": False, "eps": 1e-6}),
+        cases={
+            "multislerp": _said(),
+            "multislerp, weighted": _said(each={"weight": WEIGHTS}),
+            "multislerp, not normalized": _said({"normalize_weights": False, "eps": 1e-6}, {"weight": WEIGHTS}),
+        },
+        to_the_bit=False,
+    ),
+    "karcher": Entry(
+        mergekit_references.karcher,
+        typical=({}, {"max_iter": 3, "tol": 1e-9}),
+        cases={
+            "karcher": _said(),
+            "karcher, a step": _said({"max_iter": 1}),
+            "karcher, many": _said({"max_iter": 50, "tol": 1e-12}),
+        },
+        on_weights=True,
+        to_the_bit=False,
+    ),
+    "model_stock": Entry(
+        mergekit_references.model_stock,
+        typical=({"filter_wise": False}, {"filter_wise": True, "lambda": 0.8}),
+        cases={
+            "model_stock": _said(numbers=(2, 3, 8)),
+            "model_stock, rows": _said({"filter_wise": True}, numbers=(2, 3, 8)),
+        },
+        to_the_bit=False,
+    ),
+    "della": Entry(
+        mergekit_references.della,
+        typical=(
+            {"density": 0.5, "epsilon": 0.3, "rescale": "l1", "normalize": True},
+            {"density": 0.7, "rescale": "density", "agreement": "sum", "seed": 3, "weight": 0.6},
+            {"density": 0.4, "epsilon": 0.1, "rescale": False, "agreement": "max", "normalize": False},
+            {"density": 0.6, "agreement": "mean", "lambda": [0.5, 1.5]},
+        ),
+        cases={
+            "della": _said({"density": 0.6, "epsilon": 0.3}),
+            "della, nothing dropped": _said(each={"weight": WEIGHTS}),
+            "della, all said": _said({"seed": 7, "rescale": False, "epsilon": 0.02}, DELLAS),
+            "della, as published": _said({"density": 0.3, "rescale": "density", "agreement": "sum", "epsilon": 0.2}),
+        },
+        to_the_bit=False,
+    ),
+    "della_linear": Entry(
+        mergekit_references.della_linear,
+        typical=(
+            {"density": 0.5, "rescale": "l1", "normalize": False, "lambda": 0.8},
+            {"density": 0.7, "rescale": "density", "normalize": True, "weight": 0.6},
+            {"density": 0.4, "epsilon": 0.1, "rescale": False, "seed": 5},
+        ),
+        cases={
+            "della_linear": _said({"density": 0.6, "epsilon": 0.3}),
+            "della_linear, all said": _said({"seed": 2**53, "normalize": True, "epsilon": 0.02}, DELLAS),
+            "della_linear, as published": _said({"density": 0.3, "rescale": "density", "epsilon": 0.2}),
+        },
+        to_the_bit=False,
+    ),
+    "sce": Entry(
+        mergekit_references.sce,
+        typical=({}, {"select_topk": 0.4, "lambda": 0.8}),
+        cases={
+            "sce": _said(),
+            "sce of the most": _said({"select_topk": 0.6}),
+            "sce of few": _said({"select_topk": 0.1}),
+            "sce of none": _said({"select_topk": 0}),
+        },
+        to_the_bit=False,
+    ),
+    "ram": Entry(
+        mergekit_references.ram,
+        typical=({}, {"epsilon": 0.05, "lambda": 0.8}),
+        cases={"ram": _said(), "ram, large changes": _said({"epsilon": 0.06})},
+        to_the_bit=False,
+    ),
+    "ramplus_tl": Entry(
+        mergekit_references.ramplus_tl,
+        typical=({}, {"epsilon": 0.05, "r": 0.4, "alpha": 2, "lambda": 0.8}),
+        cases={
+            "ramplus_tl": _said(),
+            "ramplus_tl, large changes": _said({"epsilon": 0.06, "r": 0.5, "alpha": 1.5}),
+        },
+        to_the_bit=False,
+    ),
+    "nearswap": Entry(
+        mergekit_references.nearswap,
+        typical=({"t": 0.03}, {"t": 0.01, "lambda": 0.8}),
+        cases={"nearswap": _said({"t": 0.02}, numbers=(1,)), "nearswap of none": _said({"t": 0}, numbers=(1,))},
+        to_the_bit=False,
+        models=1,
+    ),
+    "arcee_fusion": Entry(
+        mergekit_references.arcee_fusion,
+        typical=({}, {"lambda": 0.8}),
+        cases={"arcee_fusion": _said(numbers=(1,))},
+        to_the_bit=False,
+        models=1,
+    ),
     "iso_c": Entry(
-        iso_c,
+        spectral_references.iso_c,
         typical=({}, {"weight": 0.7, "lambda": 1.5}),
         cases={"iso_c": _said(), "iso_c, weighted": _said(each={"weight": WEIGHTS})},
         to_the_bit=False,
+    ),
+    "iso_cts": Entry(
+        spectral_references.iso_cts,
+        typical=({}, {"common_space_fraction": 0.5, "weight": 0.7, "lambda": 1.5}),
+        cases={
+            "iso_cts": _said(),
+            "iso_cts, nothing in common": _said({"common_space_fraction": 0}),
+            "iso_cts, weighted": _said({"common_space_fraction": 0.6}, {"weight": WEIGHTS}),
+        },
+        to_the_bit=False,
+        golden=False,
+    ),
+    "tsv_m": Entry(
+        spectral_references.tsv_m,
+        typical=({}, {"weight": 0.7, "lambda": 1.5}),
+        cases={"tsv_m": _said(), "tsv_m, weighted": _said(each={"weight": WEIGHTS})},
+        to_the_bit=False,
+        golden=False,
+    ),
+    "wudi": Entry(
+        spectral_references.wudi,
+        typical=({}, {"ridge": 0.01, "weight": 0.7, "lambda": 1.5}),
+        cases={"wudi": _said(), "wudi, held to the sum": _said({"ridge": 0.5}, {"weight": WEIGHTS})},
+        to_the_bit=False,
+        golden=False,
     ),
 }
 

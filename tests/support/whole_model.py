@@ -161,20 +161,28 @@ def consensus(
     return by_name(taus, masked)
 
 
-def drawn(seed: int, model: int, name: str, numel: int, density: float) -> Tensor:
-    """Which entries are kept: a generator for each (seed, model, tensor, block of 65,536 entries) gives 64 bits for
-    four entries. Which of two neighbouring multiples of 2**-16 stands for the density, 32 bits more decide by block.
+def numbers_drawn(seed: int, model: int, name: str, numel: int) -> tuple[Tensor, Tensor]:
+    """For each entry one of 2**16 numbers, from 0 on, and the share of a step by which its block rounds up: [numel].
+    A generator for each (seed, model, tensor, block of 65,536 entries) gives 64 bits for four entries, and 32 bits more
+    decide by block which of two neighbouring multiples of 2**-16 stands for a density.
     """
-    blocks = []
+    blocks, shares = [], []
     for block in range(-(-numel // BLOCK)):
         key = blake2b(f"{seed}\0{model}\0{block}\0{name}".encode(), digest_size=12).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
         numbers = torch.empty(BLOCK // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
         quarters = torch.stack([numbers >> shift & 0xFFFF for shift in (0, 16, 32, 48)], 1).flatten()
         signed = torch.where(quarters < 2**15, quarters, quarters - 2**16)
-        steps = math.floor(density * 2**16 + int.from_bytes(key[8:], "little") / 2**32)
-        blocks.append(signed + 2**15 < steps)
-    return torch.cat([*blocks, torch.empty(0, dtype=torch.bool)])[:numel]
+        blocks.append(signed + 2**15)
+        shares.append(torch.full((BLOCK,), int.from_bytes(key[8:], "little") / 2**32, dtype=torch.float64))
+    none = torch.empty(0)
+    return torch.cat([*blocks, none.long()])[:numel], torch.cat([*shares, none.double()])[:numel]
+
+
+def drawn(seed: int, model: int, name: str, numel: int, density: float) -> Tensor:
+    """Which entries are kept with this probability."""
+    numbers, share = numbers_drawn(seed, model, name, numel)
+    return numbers < torch.floor(density * 2**16 + share)
 
 
 def by_halves(values: Tensor) -> float:

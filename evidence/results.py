@@ -1,0 +1,80 @@
+"""Raw results read back, as the sections of the page take them; and the words and tables that they have in common."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from evidence.sources import DATA
+from evidence.statistics import Paired
+
+RESULTS = Path(__file__).parent / "results"
+PAPER: dict[str, Any] = json.loads((DATA / "paper.json").read_text(encoding="utf-8"))
+
+Result = Mapping[str, Any]
+Results = Mapping[str, Sequence[Result]]  # item -> what its files hold
+
+
+def read_results(folder: Path = RESULTS) -> dict[str, list[Result]]:
+    """All results of a folder, in the order of their names."""
+    found: dict[str, list[Result]] = defaultdict(list)
+    for path in sorted(folder.glob("*/*.json")):
+        found[path.parent.name].append(json.loads(path.read_text(encoding="utf-8")))
+    return dict(found)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def best(points: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The point with the largest objective; the first of equal ones."""
+    return max(points, key=lambda point: float(point["objective"]))
+
+
+def spread(results: Sequence[Result], value: Callable[[Result], float]) -> str:
+    """The mean over all results; behind it the standard deviation of the means of seeds, if there are several."""
+    by_seed: dict[int, list[float]] = defaultdict(list)
+    for result in results:
+        by_seed[result["seed"]].append(value(result))
+    means = [fmean(values) for values in by_seed.values()]
+    deviation = f" ± {stdev(means):.1f}" if len(means) > 1 else ""
+    return f"{fmean(value(result) for result in results):.1f}{deviation}"
+
+
+def said(test: Paired) -> str:
+    """A difference with its error and its test, in words."""
+    error = "" if test.error is None else f" ± {test.error:.1f}"
+    return f"{test.mean:+.1f}{error} points ({test.positive} of {test.pairs} above zero, p {_p(test.p)})"
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"= {value:.3f}"
+
+
+def direction(published: float, found: Paired) -> str:
+    """How a measured difference stands beside a published one."""
+    if not found.beyond_noise:
+        return "within noise here"
+    return "same direction" if (found.mean > 0) == (published > 0) else "the other direction here"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def seeds_of(results: Sequence[Result]) -> list[int]:
+    return sorted({result["seed"] for result in results})
+
+
+def listed(values: Iterable[object]) -> str:
+    """Values as a list in a sentence."""
+    *first, last = map(str, values)
+    return f"{', '.join(first)} and {last}" if first else last

@@ -1,0 +1,198 @@
+"""What docs/evidence.md says of the ablations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from evidence.ablations import LISTS
+from evidence.results import Result, Results, counted, listed, said, seeds_of, spread, table
+from evidence.section_merging import chosen as chosen_merge
+from evidence.section_one import baseline, chosen, control_of, curve, rule, target_of
+from evidence.statistics import Paired, correlation, lead, paired
+
+Point = Mapping[str, Any]
+OUTSIDE = {
+    "alpha": "alpha, as the blocks' first",
+    "position": "alpha before, alpha + beta behind",
+    "base": "the base's",
+    "keep": "the fine-tune's",
+}
+
+
+def _one_of(results: Results, result: Result) -> Result:
+    """The result of item 1 of the same fine-tune."""
+    keys = ("seed", "task", "rate")
+    return next(one for one in results["one"] if all(one[key] == result[key] for key in keys))
+
+
+def depth(results: Results) -> tuple[str, dict[str, str]]:
+    """Of other depth rules, and of what lies outside the blocks."""
+    own = results["depth"]
+    ones = {(one["seed"], one["task"]): _one_of(results, one) for one in own}
+
+    def points(result: Result, what: str, key: str, value: object) -> list[Point]:
+        return [p for p in result["points"] if p["what"] == what and p.get(key) == value]
+
+    def row(name: str, take: Callable[[Result], Sequence[Point]]) -> list[str]:
+        def picked(result: Result) -> Point:
+            one = ones[result["seed"], result["task"]]
+            return max(take(result), key=lambda point: rule(one, point))
+
+        ahead = paired(
+            [
+                lead(
+                    [(target_of(result, point), control_of(result, point)) for point in take(result)],
+                    curve(ones[result["seed"], result["task"]], "constant"),
+                )
+                for result in own
+            ]
+        )
+        target = spread(own, lambda one: target_of(one, picked(one)))
+        return [name, target, spread(own, lambda one: control_of(one, picked(one))), said(ahead)]
+
+    rules = sorted({p["schedule"] for r in own for p in r["points"] if p["what"] == "schedule" and "schedule" in p})
+    halves = {name: values[0] for name, values in LISTS.items()}
+    rows = [
+        *(row(f"`{name}`", lambda one, name=name: points(one, "schedule", "schedule", name)) for name in rules),  # type: ignore[misc]
+        *(
+            row(name, lambda one, first=first: [p for p in points_of_list(one) if p["schedule"][0] == first])  # type: ignore[misc]
+            for name, first in halves.items()
+        ),
+    ]
+
+    def points_outside(result: Result, value: str) -> list[Point]:
+        if value == "alpha":
+            return points(result, "schedule", "schedule", "linear")
+        return points(result, "outside", "outside", value)
+
+    outside = [
+        row(called, lambda one, value=value: points_outside(one, value))  # type: ignore[misc]
+        for value, called in OUTSIDE.items()
+    ]
+    head = ["target", "controls", "against constant scaling at the same target"]
+    text = (
+        f"Of {counted(len(own), 'fine-tune')} (seeds {listed(seeds_of(own))}); alpha is chosen from as many values in "
+        "each row but those of half of the blocks, which have none."
+    )
+    parts = ["## 4. Ablations", text, "### Depth rules", table(["rule", *head], rows), "### Outside the blocks"]
+    return "\n\n".join([*parts, table(["embeddings and pooler (linear rule)", *head], outside)]), {}
+
+
+def points_of_list(result: Result) -> list[Point]:
+    """The points whose coefficients are listed."""
+    return [point for point in result["points"] if point["what"] == "list" and "schedule" in point]
+
+
+def alpha(results: Results) -> tuple[str, dict[str, str]]:
+    """Of merges with a fixed alpha, and of TIES that trims each tensor."""
+    own = results["alpha"]
+    rows, sentences = [], []
+    for method in sorted({result["method"] for result in own}):
+        pairs = [
+            (fixed, auto)
+            for fixed in own
+            for auto in results.get("merging", [])
+            if fixed["method"] == auto["method"] == method and fixed["seed"] == auto["seed"]
+        ]
+        if not pairs:
+            continue
+
+        def mean(result: Result, family: str) -> float:
+            return fmean(chosen_merge(result, family)["test"][task] for task in result["tasks"])
+
+        rows.append([f"`{method}`, alpha auto", spread([auto for _, auto in pairs], lambda one: mean(one, "lines"))])
+        rows.append([f"`{method}`, alpha fixed", spread([fixed for fixed, _ in pairs], lambda one: mean(one, "fixed"))])
+        test = _between(pairs, "fixed", "lines")
+        sentences.append(f"* `{method}`: a fixed alpha, chosen with beta, minus `auto`: {said(test)}.")
+        if method == "ties":
+            for family, called in (("tensor", "without LiNeS"), ("tensor, LiNeS", "with LiNeS")):
+                other = "plain" if family == "tensor" else "lines"
+                rows.append(
+                    [
+                        f"`ties`, each tensor trimmed, {called}",
+                        spread([fixed for fixed, _ in pairs], lambda one, family=family: mean(one, family)),  # type: ignore[misc]
+                    ]
+                )
+                test = _between(pairs, family, other)
+                sentences.append(f"* `ties`, each tensor trimmed minus the whole model, {called}: {said(test)}.")
+    parts = ["### Alpha fixed or auto; trimming", table(["merge", "mean of the tasks"], rows), "\n".join(sentences)]
+    return "\n\n".join(parts), {}
+
+
+def _between(pairs: Sequence[tuple[Result, Result]], family: str, other: str) -> Paired:
+    return paired(
+        [
+            chosen_merge(fixed, family)["test"][task] - chosen_merge(auto, other)["test"][task]
+            for fixed, auto in pairs
+            for task in fixed["tasks"]
+        ]
+    )
+
+
+def inspect(results: Results) -> tuple[str, dict[str, str]]:
+    """Of what the update's norms tell beforehand."""
+    own = [result for result in results["inspect"] if _has_one(results, result)]
+    ones = [_one_of(results, result) for result in own]
+    shares = [result["first_third"] for result in own]
+    alphas = [float(chosen(one, "lines").get("alpha", 1.0)) for one in ones]
+    ahead = [lead(curve(one, "lines")[:-1], curve(one, "constant")) for one in ones]
+    lost = [control_of(one, baseline(one, "pre")) - control_of(one, baseline(one, "ft")) for one in ones]
+    norms = [result["relative_norm"] for result in own]
+    rates = sorted({result["rate"] for result in own})
+    rows = []
+    for rate in rates:
+        group = [result for result in own if result["rate"] == rate]
+        blocks = [fmean(100 * result["relative"][at] for result in group) for at in range(len(group[0]["relative"]))]
+        rows.append([f"{rate:g}", *(f"{value:.2f}" for value in blocks)])
+    sentences = [
+        f"* share of the update in the first third, and the alpha chosen: {correlation(shares, alphas):+.2f}",
+        f"* the same share, and how much LiNeS is ahead of constant scaling: {correlation(shares, ahead):+.2f}",
+        f"* size of the update relative to the weights, and what the controls lost: {correlation(norms, lost):+.2f}",
+        f"* the same size, and the alpha chosen: {correlation(norms, alphas):+.2f}",
+    ]
+    head = ["rate", *(f"block {at + 1}" for at in range(len(own[0]["relative"])))]
+    text = (
+        f"Rank correlations over {counted(len(own), 'fine-tune')}; below them the update of each block, in per cent of "
+        "its weights."
+    )
+    parts = ["### What `lines inspect` tells of alpha", text, "\n".join(sentences), table(head, rows)]
+    return "\n\n".join(parts), {}
+
+
+def _has_one(results: Results, result: Result) -> bool:
+    keys = ("seed", "task", "rate")
+    return any(all(one[key] == result[key] for key in keys) for one in results.get("one", []))
+
+
+def rounding(results: Results) -> tuple[str, dict[str, str]]:
+    """Of what rounding to bfloat16 leaves of an edit."""
+    own = results["rounding"]
+    rows = []
+    for rate in sorted({result["rate"] for result in own}):
+        group = [result for result in own if result["rate"] == rate]
+        for name in ("nearest", "stochastic", "float32"):
+
+            def take(result: Result, name: str = name) -> Point:
+                return next(point for point in result["points"] if point["rounding"] == name)
+
+            layers = [
+                [asked, fmean(take(result)["layers"][at][1] for result in group)]
+                for at, (asked, _) in enumerate(take(group[0])["layers"])
+            ]
+            rows.append(
+                [
+                    f"{rate:g}, {name}",
+                    *(f"{real:.2f}" for _, real in layers),
+                    spread(group, lambda one: target_of(one, take(one))),
+                    spread(group, lambda one: control_of(one, take(one))),
+                ]
+            )
+    asked = [f"{value:g} asked" for value, _ in own[0]["points"][0]["layers"]]
+    text = (
+        f"`lines edit` with the defaults, of {counted(len(own), 'fine-tune')}: the coefficients that the blocks really "
+        "get, and what the output gets right, evaluated in float32."
+    )
+    parts = ["### Rounding", text, table(["rate, output", *asked, "target", "controls"], rows)]
+    return "\n\n".join(parts), {}

@@ -1,0 +1,122 @@
+"""The demo's vision transformer on handwritten digits: item 1 once more, on a pre-norm model of images."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from evidence.judge import Metrics, context
+from evidence.one import RULE, points_of, sweep
+from evidence.setup import ROOT, VARIABLE, Setup, load_setup, result_path, save_setup, write_json
+
+sys.path.append(str(ROOT / "demo"))
+
+import digits
+
+DOMAINS = ("plain", "inverted", "rotated", "shuffled", "checkered")
+
+
+def folder_of(setup: Setup, seed: int) -> Path:
+    return Path(setup.work) / f"seed{seed}" / "digits"
+
+
+def dealt(seed: int) -> tuple[dict[str, digits.Split], dict[str, digits.Domain]]:
+    """The images of each split, and the domains: the first draws of a seed."""
+    torch.manual_seed(seed)
+    return digits.load_splits(), digits.make_domains()
+
+
+def pretrained(setup: Setup, seed: int) -> Path:
+    """The encoder of all domains, trained where it is not there yet."""
+    folder = folder_of(setup, seed) / "pretrained"
+    if not folder.exists():
+        splits, domains = dealt(seed)
+        _save(digits.pretrain(domains, splits["pretrain"]), folder)
+    return folder
+
+
+def _save(encoder: digits.Encoder, folder: Path) -> None:
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    digits.save_encoder(encoder, part)
+    os.rename(part, folder)
+
+
+def _loaded(folder: Path) -> digits.Encoder:
+    encoder = digits.Encoder()
+    encoder.load_state_dict(load_file(folder / "model.safetensors"))
+    return encoder
+
+
+def trained(setup: Setup, seed: int, target: str) -> Path:
+    """The encoder fine-tuned on one domain."""
+    folder = folder_of(setup, seed) / target / "ft"
+    if not folder.exists():
+        encoder = _loaded(pretrained(setup, seed))
+        splits, domains = dealt(seed)
+        head = digits.one_shot_head(encoder, domains[target], splits["pretrain"])
+        torch.manual_seed(1000 * seed + list(domains).index(target))
+        digits.finetune(encoder, domains[target], head, splits["finetune"])
+        _save(encoder, folder)
+    return folder
+
+
+def run(setup: Setup, seed: int, target: str) -> None:
+    """One fine-tune, trained and swept; nothing where its result is there."""
+    path = result_path(setup, "digits", seed, target)
+    if path.exists():
+        return
+    torch.set_num_threads(1)
+    ft = trained(setup, seed, target)
+    said = {
+        "recipe": {"base": str(pretrained(setup, seed)), "ft": str(ft)},
+        "grid": {"lines.alpha": list(setup.grid)},
+        "evaluate": "evidence.vision:evaluate",
+        "model": "evidence.vision:model",
+        "objective": RULE,
+    }
+    found = sweep(ft.parent / "one", said, context(save_setup(setup), seed, target))
+    write_json(path, {"seed": seed, "task": target, "points": points_of(found)})
+
+
+# --- what the sweep calls ---
+
+
+@cache
+def _judge() -> tuple[str, digits.Judge]:
+    torch.set_num_threads(1)
+    said = json.loads(os.environ[VARIABLE])
+    setup, seed = load_setup(Path(said["setup"])), said["seed"]
+    splits, domains = dealt(seed)
+    encoder = _loaded(pretrained(setup, seed))
+    heads = {name: digits.one_shot_head(encoder, domain, splits["pretrain"]) for name, domain in domains.items()}
+    return said["target"], digits.Judge(said["target"], domains, heads, splits)
+
+
+def model() -> nn.Module:
+    """The module that candidates are put into."""
+    return digits.Encoder()
+
+
+def evaluate(module: nn.Module, trial: Mapping[str, Any]) -> Metrics:  # noqa: ARG001 - what a sweep gives
+    """All metrics of a candidate."""
+    target, judge = _judge()
+    validation, test = (_accuracies(module, judge, split) for split in ("validation", "test"))
+    known = validation.pop(target)
+    return {"target": known, "control": validation, "test": test}
+
+
+def _accuracies(module: nn.Module, judge: digits.Judge, split: str) -> dict[str, float]:
+    images, labels = judge.splits[split]
+    logits = {name: module(domain(images)) @ judge.heads[name].mT for name, domain in judge.domains.items()}
+    return {name: 100 * (each.argmax(-1) == labels).float().mean().item() for name, each in logits.items()}

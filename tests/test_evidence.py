@@ -1,0 +1,290 @@
+"""`make reproduce`: its parts on a tiny random encoder and a few texts; and its page, which is what its data says."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from evidence import ablations, judge, merging, one, policies, setup, sources, texts, vision
+from evidence.__main__ import phases, run_job
+from evidence.encoder import Encoder, prototypes, write_model
+from evidence.page import DOCS, PAGE, SECTIONS, render
+from evidence.policies import Size as PolicySize
+from evidence.results import read_results
+from evidence.setup import Setup, run_lines
+from evidence.statistics import at_target, correlation, lead, paired
+from support.run import run_lines as in_process
+
+WORDS = [f"w{at}" for at in range(60)]
+SIZES = texts.Sizes(prototypes=3, train=64, validation=12, test=18, retrieval=6)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
+    """Three tasks of texts that are told apart by their words, and a random encoder of three blocks."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    draw = random.Random(0)
+    pools = {
+        name: {f"{name}-{at}": [_text(draw, 20 * number + 5 * at) for _ in range(60)] for at in range(3)}
+        for number, name in enumerate(("a", "b", "c"))
+    }
+    work = tmp_path / "work"
+    work.mkdir()
+    words = {f"w{at}": f"w{at + 1} w{at + 2} w{at}" for at in range(20)}
+    (work / "texts.json").write_text(json.dumps([pools, words]), encoding="utf-8")
+    vocabulary = {token: at for at, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    folder = tmp_path / "source"
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32
+    )
+    config.architectures = ["BertModel"]
+    config.save_pretrained(folder)
+    write_model(BertModel(config), work / "base", folder)
+    _in_this_process(monkeypatch)
+    return Setup(seeds=(1,), tasks=("a", "b", "c"), rate=5e-3, epochs=8, sizes=SIZES, grid=(0.1, 0.5), work=str(work))
+
+
+def _text(draw: random.Random, start: int) -> str:
+    return " ".join(f"w{(start + draw.randrange(12)) % 60}" for _ in range(draw.randrange(4, 9)))
+
+
+def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have `lines` commands of the harness run here, which saves the start of a process for each."""
+
+    def run(*arguments: object, context: dict[str, Any] | None = None) -> dict[str, Any]:
+        monkeypatch.setenv(setup.VARIABLE, json.dumps(context))
+        judge._judge.cache_clear()
+        return in_process(*arguments, "--json").json
+
+    for module in (one, setup):
+        monkeypatch.setattr(module, "run_lines", run)
+
+
+def test_the_page_is_what_the_data_says() -> None:
+    """docs/evidence.md and its figures come from evidence/results alone: `python -m evidence page` writes them anew."""
+    text, figures = render(read_results())
+    assert (DOCS / PAGE).read_text(encoding="utf-8") == text
+    assert {path.name for path in DOCS.glob("evidence-*.svg")} == figures.keys()
+    for name, drawing in figures.items():
+        assert (DOCS / name).read_text(encoding="utf-8") == drawing
+
+
+def test_one_fine_tune(tiny: Setup) -> None:
+    """A fine-tune is trained once and swept once; what a killed run left behind is gone on with."""
+    one.run(tiny, 1, "a", tiny.rate)
+    (result,) = read_results(tiny.results)["one"]
+    points = result["points"]
+    assert [point["family"] for point in points].count("lines") == len(tiny.grid)
+    assert {point["family"] for point in points} == {"pre", "ft", "lines", "constant", "reversed"}
+    assert {*points[0]["test"]} == {"a", "b", "c", texts.RETRIEVAL}
+    pre, ft = (next(p for p in points if p["family"] == which) for which in ("pre", "ft"))
+    assert ft["test"]["a"] > pre["test"]["a"], "it learnt nothing"
+    work = Path(tiny.work)
+    weights = work / "seed1" / f"a-{tiny.rate:g}" / "ft" / "model.safetensors"
+    trials = work / "seed1" / f"a-{tiny.rate:g}" / "one" / "best.sweep" / "trials.jsonl"
+    path = setup.result_path(tiny, "one", 1, "a", f"{tiny.rate:g}")
+    before, lines = (weights.stat().st_mtime_ns, path.read_bytes()), trials.read_text().splitlines()
+    one.run(tiny, 1, "a", tiny.rate)
+    path.unlink()
+    trials.write_text("\n".join(lines[:-2]) + "\n")  # killed before its last trials
+    one.run(tiny, 1, "a", tiny.rate)
+    assert (weights.stat().st_mtime_ns, path.read_bytes()) == before
+    assert [json.loads(line)["trial"] for line in trials.read_text().splitlines()[1:]] == [
+        json.loads(line)["trial"] for line in lines[1:]
+    ]
+
+
+def test_merging(tiny: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every family of a method has as many points, and the page can be made of them."""
+    monkeypatch.setattr(merging, "STEPS", (0.3, 1.0))
+    for task in tiny.tasks:
+        one.run(tiny, 1, task, tiny.rate)
+    for method in ("task_arithmetic", "average"):
+        merging.run(tiny, 1, method)
+    results = read_results(tiny.results)
+    assert [result["method"] for result in results["merging"]] == ["average", "task_arithmetic"]
+    for result in results["merging"]:
+        assert [point["family"] for point in result["points"]] == [f for f in merging.FAMILIES for _ in range(2)]
+    average, total = ([p for p in r["points"] if p["family"] == "plain"] for r in results["merging"])
+    for mean, whole in zip(average, total, strict=True):  # 1.5 times the mean of three is half of their sum
+        assert mean["parameters.lambda"] == pytest.approx(1.5 * whole["parameters.lambda"])
+    text, figures = render(results)
+    assert "`task_arithmetic`" in text
+    assert len(figures) == 1
+
+
+def test_rewarded_soups(tiny: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ends of the plain mixture are the policies themselves; and what stands behind a text's end does not count."""
+    monkeypatch.setattr(policies, "run_lines", one.run_lines)
+    monkeypatch.setattr(policies, "Size", lambda: PolicySize(pretrain=4, policy=2, batch=4))
+    policies.run(tiny, 1, "styles")
+    (result,) = read_results(tiny.results)["policies"]
+    folder, found = Path(tiny.work) / "seed1" / "policies", policies.texts_of(tiny)
+    for style, at in zip(result["styles"], (-1, 0), strict=True):
+        alone = policies._rewards(folder / style, found, 1)
+        assert policies.front(result["points"], "plain")[at] == pytest.approx(alone, abs=1e-4)
+    assert len(result["points"]) == 1 + 3 * len(policies.WEIGHTS)
+    rows = torch.tensor([[0, 1, 2, 0, 2], [0, 0, 1, 1, 1]])
+    assert policies.reward(rows, torch.tensor([9.0, 1.0, 3.0])).tolist() == [2.0, 0.0]
+
+
+@pytest.mark.slow
+def test_every_item(tiny: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All jobs of a full run, in their order; then the page says something of each item, and no job is done twice."""
+    monkeypatch.setattr(merging, "methods_of", lambda _: ("task_arithmetic", "ties"))
+    for module in (ablations, policies):
+        monkeypatch.setattr(module, "run_lines", one.run_lines)
+    monkeypatch.setattr(policies, "Size", lambda: PolicySize(pretrain=4, policy=2, batch=4))
+    monkeypatch.setattr(vision, "trained", _random_digits)
+    monkeypatch.setattr(vision, "pretrained", lambda *of: _random_digits(*of, ""))
+    full = replace(tiny, seeds=(1, 2), strong=2e-2, light=1e-3, full=True)
+    for phase in phases(full):
+        for job in phase:
+            run_job(full, job)
+    results = read_results(full.results)
+    text, figures = render(results)
+    assert results.keys() == SECTIONS.keys()
+    assert "Not run yet" not in text
+    assert len(re.findall("^##", text, re.MULTILINE)) == 18
+    assert len(figures) == 5
+    before = {path: path.stat().st_mtime_ns for path in Path(full.work).rglob("*.json*")}
+    for phase in phases(full):
+        for job in phase:
+            run_job(full, job)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def _random_digits(full: Setup, seed: int, target: str) -> Path:
+    """An encoder of digits that has learnt nothing."""
+    folder = vision.folder_of(full, seed) / (target or "pretrained") / "ft"
+    if not folder.exists():
+        torch.manual_seed(len(target) + seed)
+        vision.digits.save_encoder(vision.digits.Encoder(), folder)
+    return folder
+
+
+def test_a_command_that_fails_is_an_error(tmp_path: Path) -> None:
+    """What `lines` says is not lost."""
+    with pytest.raises(RuntimeError, match=r"exit code 3\n(.|\n)*nothing"):
+        run_lines("edit", tmp_path / "nothing", tmp_path / "nothing", "-o", tmp_path / "out")
+
+
+def test_texts_are_dealt_without_overlap() -> None:
+    """No text is in two parts; classes are as even as can be; another seed deals otherwise."""
+    pool = {"x": [f"x{at}" for at in range(40)], "y": [f"y{at}" for at in range(40)]}
+    sizes = texts.Sizes(prototypes=2, train=30, validation=10, test=20)
+    task, other = (texts.deal(pool, "t", seed, sizes) for seed in (1, 2))
+    parts = [task.prototypes, task.train, task.validation, task.test]
+    assert [len(part.texts) for part in parts] == [4, 30, 10, 20]
+    assert len({text for part in parts for text in part.texts}) == 64
+    assert [part.labels.count(0) for part in parts] == [2, 15, 5, 10]
+    assert all(
+        text[0] == task.classes[label] for part in parts for text, label in zip(part.texts, part.labels, strict=True)
+    )
+    assert task == texts.deal(pool, "t", 1, sizes) != other
+    with pytest.raises(ValueError, match="t: 76 texts, expected 630 and more"):
+        texts.deal(pool, "t", 1, texts.Sizes(prototypes=2, train=600, validation=10, test=20))
+
+
+def test_a_text_of_two_classes_counts_for_neither() -> None:
+    assert texts._largest([("x", "one"), ("y", "one"), ("x", " two  three ")]) == {"x": ["two three"]}
+
+
+def test_typing_errors() -> None:
+    """About as many as asked for, the same for the same seed, and none in what is no letter."""
+    text = "the quick brown fox jumps over the lazy dog " * 20
+    assert texts.misspelt(text, 1) == texts.misspelt(text, 1) != texts.misspelt(text, 2)
+    assert texts.misspelt(text, 1, rate=0.0) == text
+    assert texts.misspelt("12 34, 56!", 1, rate=1.0) == "12 34, 56!"
+
+
+def test_a_source_that_changed_is_refused(tmp_path: Path) -> None:
+    """Whatever lies there, it has the digest that is expected."""
+    (tmp_path / "downloads").mkdir()
+    source = sources.SOURCES["encoder"]
+    (tmp_path / "downloads" / source.file).write_bytes(b"something else")
+    with pytest.raises(sources.SourceError, match="is not what it was: SHA-256"):
+        sources.fetched(tmp_path)
+
+
+def test_the_dated_copy() -> None:
+    """Of each section as many descriptions, and a date."""
+    with gzip.open(sources.DESCRIPTIONS, "rt", encoding="utf-8") as file:
+        head, *lines = file.read().splitlines()
+    assert head.startswith("# Debian 12, section main, 20")
+    rows = [line.split("\t") for line in lines]
+    assert {section: sum(row[0] == section for row in rows) for section in sources.SECTIONS} == dict.fromkeys(
+        sources.SECTIONS, sources.EACH
+    )
+    assert all(len(row) == 4 and all(row) for row in rows)
+
+
+def test_features_do_not_depend_on_batches(tiny: Setup) -> None:
+    """A text has one feature, whatever it is encoded with."""
+    encoder = Encoder(Path(tiny.work) / "base", half=False)
+    many = [" ".join(WORDS[: 1 + at % 9]) for at in range(70)]
+    torch.testing.assert_close(encoder.encoded(many)[3:4], encoder.encoded(many[3:4]), atol=1e-5, rtol=1e-5)
+    head = prototypes(encoder, texts.Labelled(tuple(many[:4]), (0, 1, 0, 1)))
+    own = torch.stack([encoder.encoded(many[:4])[at::2].mean(0) for at in (0, 1)])
+    torch.testing.assert_close(head, own / own.norm(dim=1, keepdim=True), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("differences", [[1.0, 2.0, 3.0, -0.5], [0.5], [0.0, 0.0, 0.0], [1.0, -1.0] * 3])
+def test_flips_of_signs(differences: list[float]) -> None:
+    """The exact test, against scipy's."""
+    from scipy.stats import permutation_test
+
+    found = paired(differences)
+    if len(differences) > 1:
+        reference = permutation_test(
+            (torch.tensor(differences).numpy(),),
+            lambda x, axis: x.mean(axis),
+            permutation_type="samples",
+            n_resamples=1e5,
+        )
+        assert found.p == pytest.approx(reference.pvalue)
+    assert (found.mean, found.positive) == (sum(differences) / len(differences), sum(d > 0 for d in differences))
+
+
+def test_many_pairs_are_drawn() -> None:
+    """With more pairs than can be flipped in every way, p is near that of the normal distribution, and repeatable."""
+    draw = random.Random(1)
+    far, near = ([shift + draw.gauss(0, 1) for _ in range(30)] for shift in (1.0, 0.0))
+    assert paired(far).p < 0.001
+    assert paired(near).p > 0.05
+    assert paired(near) == paired(near)
+
+
+def test_curves_at_equal_height() -> None:
+    """Straight lines between points; beyond the greatest target its own control."""
+    baseline = [(50.0, 70.0), (60.0, 68.0), (60.0, 66.0), (70.0, 60.0)]
+    assert at_target(baseline, 55.0) == 69.0
+    assert at_target(baseline, 60.0) == 68.0
+    assert at_target(baseline, 65.0) == 63.0
+    assert at_target(baseline, 45.0) == 70.0
+    assert at_target(baseline, 75.0) == 60.0
+    assert lead([(55.0, 70.0), (65.0, 62.0)], baseline) == 0.0
+
+
+def test_ranks_are_correlated_as_scipy_does_it() -> None:
+    from scipy.stats import spearmanr
+
+    one_side, other = [1.0, 2.0, 2.0, 5.0, 4.0], [3.0, 1.0, 4.0, 4.0, 9.0]
+    assert correlation(one_side, other) == pytest.approx(spearmanr(one_side, other).statistic)
+    assert correlation([1.0, 1.0], [1.0, 2.0]) == 0.0
