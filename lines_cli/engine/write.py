@@ -385,6 +385,10 @@ class Write(RangeJob[Worker, TensorPlan, Tally]):
         self._count(chunk, exact, tally)
         return raw
 
+    def all_seen_by_parts(self, unchanged: Iterable[int] | None) -> None:
+        """All was written by parts: models in which these saw nothing but the base; None if none could see that."""
+        self.unchanged, self.looked = set(unchanged or ()), unchanged is not None
+
     def _make(self, worker: Worker, chunk: PlanChunk, tally: Tally) -> memoryview:
         """One chunk as it is to be written, in a buffer of the worker's; what is counted is added."""
         spec, name, dtype, copy = (
