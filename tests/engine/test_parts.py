@@ -10,6 +10,7 @@ import shlex
 import shutil
 import signal
 import time
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -167,15 +168,18 @@ WITHOUT = sorted(METHODS.keys() - {str(case.recipe["merge_method"]) for case in 
 """Methods without a golden recipe: their last places are the linear algebra's."""
 
 
-@pytest.mark.parametrize("method", WITHOUT)
-def test_parts_of_other_methods(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+CALIBRATED = {"merge_method": "ties", "calibrate": "svc", "lines": {"alpha": "auto", "beta": 0.3}}
+
+
+@pytest.mark.parametrize("recipe", [*({"merge_method": method} for method in WITHOUT), CALIBRATED], ids=str)
+def test_parts_of_other_methods(recipe: Mapping[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A method that sees whole matrices makes in parts what it makes in one piece on the same machine."""
     monkeypatch.chdir(tmp_path)
     for seed, side in enumerate(("base", "ft", "ft2")):
         chance = torch.Generator().manual_seed(seed)
         tensors = {f"layers.{i}.w": torch.randn(40, 30, generator=chance) for i in range(4)}
         write_checkpoint(tmp_path / side, tensors, config={"model_type": "tiny"})
-    write_recipe(tmp_path, merge_method=method, max_shard_size="10KB")
+    write_recipe(tmp_path, **recipe, max_shard_size="10KB")
     whole = in_one_piece()
     total = planned()
     for number in range(total, 0, -1):
