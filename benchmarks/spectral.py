@@ -13,6 +13,7 @@ against the same steps by numpy's decomposition in float64 (`tests/support/spect
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import tempfile
 import time
@@ -238,7 +239,8 @@ def on_a_model() -> Iterable[list[str]]:
             peer = ""
             if name in peers:
                 function, times = peers[name]
-                peer = f"{seconds(function)[0] * times:.1f}"
+                with contextlib.redirect_stdout(sys.stderr):  # it says what it does
+                    peer = f"{seconds(function)[0] * times:.1f}"
             yield [name, f"{taken:.1f}", peer]
 
 

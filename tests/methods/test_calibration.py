@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import lines_cli as lines
+from lines_cli.engine.candidates import Candidates
 from lines_cli.errors import DataError, RecipeError
 from lines_cli.methods import CALIBRATIONS
 from lines_cli.methods.calibration import svc
@@ -259,6 +260,21 @@ def test_the_same_bytes_for_any_workers_chunks_and_shards(method: str, tmp_path:
     assert parts.keys() == whole.keys()
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
     assert run_lines("verify", tmp_path / "plain", "--quiet").code == 0
+
+
+def test_candidates_of_a_sweep_are_calibrated(tmp_path: Path) -> None:
+    """What is merged once for all of them is calibrated once; the bytes are those of a run."""
+    base, models = family(3)
+    save(tmp_path, base, models)
+    candidates = Candidates(lines.Resources(device="cpu"), scratch=tmp_path / "scratch")
+    for beta in (0.3, 0.9):
+        asked = recipe("ties", {"density": 0.5}, 3, lines={"beta": beta})
+        merged(tmp_path, asked, f"run-{beta}")
+        plan = candidates.plan(lines.load_recipe(tmp_path / "merge.yaml"), tmp_path / "candidate")
+        candidates.write(plan, tmp_path / f"candidate-{beta}")
+        weights = [(tmp_path / f"{made}-{beta}" / "model.safetensors").read_bytes() for made in ("run", "candidate")]
+        assert weights[0] == weights[1]
+    candidates.close()
 
 
 def test_in_memory_it_is_the_same(tmp_path: Path) -> None:
