@@ -694,8 +694,8 @@ def _plain(value: Any) -> str:
 
 
 def _span(ends: list[Any]) -> str:
-    if isinstance(ends[0], str):  # a rule, yet to be measured
-        return ends[0]
+    if any(isinstance(end, (str, bool)) for end in ends):  # among them a rule that is yet to be measured
+        return " or ".join(map(_plain, ends))
     return f"{ends[0]:.4g}" if ends[0] == ends[1] else f"{ends[0]:.4g} to {ends[1]:.4g}"
 
 

@@ -353,7 +353,7 @@ class Write(RangeJob[Worker, TensorPlan, Tally]):
 
     def _kind(self, chunk: PlanChunk) -> tuple[object, ...] | None:
         """What a small tensor has to have in common with others to be merged with them; None if it is merged alone."""
-        if not small_and_plain(chunk):
+        if not small_and_plain(chunk) or self.plan.merges_whole(chunk.tensor, chunk.segment):
             return None
         tensor = chunk.tensor
         if tensor.name.endswith(("var", "variance")):  # of which the least entry is looked for

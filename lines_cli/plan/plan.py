@@ -487,11 +487,13 @@ class Plan:
 
     @staticmethod
     def _span(values: list[Any]) -> list[Any] | None:
-        """The least and the greatest; of words and flags the one there is."""
+        """The least and the greatest; where there are words and flags among them, each that there is."""
         known_values = [value for value in values if value is not None]
         if not known_values:
             return None
-        return known_values[:1] if isinstance(known_values[0], (str, bool)) else [min(known_values), max(known_values)]
+        if any(isinstance(value, (str, bool)) for value in known_values):
+            return list(dict.fromkeys(known_values))
+        return [min(known_values), max(known_values)]
 
     def summary(self) -> dict[str, Any]:
         """The plan in numbers, as plain values that JSON can hold (docs/json.md describes them)."""
