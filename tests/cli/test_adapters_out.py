@@ -285,3 +285,14 @@ def test_base_and_adapter_in_one_name(here: Path) -> None:
     ran = run_lines("merge", "--config", "plus.yaml", "-o", "out")
     assert ran.code == 0, ran.err
     assert run_lines("verify", "out").code == 0
+
+
+@pytest.mark.parametrize(
+    ("alpha", "beta", "folded"), [("1", "0", 8), ("0", "1", 2), ("0.5", "0.4", 0), ("0", "0", 0)], ids=str
+)
+def test_folded_tensors_are_told_from_copies(alpha: str, beta: str, folded: int) -> None:
+    """A coefficient of 1 takes all of an adapter's update: `edited 0 tensors` alone would read as if it had none."""
+    ran = run_lines("edit", "base", "a", "-o", "folded", "--alpha", alpha, "--beta", beta)
+    assert ran.code == 0, ran.err
+    lines = [line for line in ran.out.splitlines() if "update folded in" in line]
+    assert lines == ([f"{folded:,} of those copied have an adapter's update folded in, all of it"] if folded else [])
