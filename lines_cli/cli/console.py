@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
 from lines_cli.api import summary
+from lines_cli.checkpoint.formulas import Dequantised
 from lines_cli.checkpoint.header import EXACT_DTYPES
 from lines_cli.cli import log
 from lines_cli.errors import as_argument, in_short, printable, size, without_secrets
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from lines_cli.plan.adapter_plan import AnyPlan
     from lines_cli.plan.claim import Claim
     from lines_cli.plan.division import DividedPlan, Division
-    from lines_cli.plan.plan import Plan
+    from lines_cli.plan.plan import Plan, TensorPlan
     from lines_cli.plan.realised import Row
     from lines_cli.plan.resources import Resources
     from lines_cli.storage.staging import Unfinished
@@ -776,6 +777,14 @@ def _stacks(plan: Plan, realised: Sequence[Row] = ()) -> None:
         f"edited {edited['tensors']:,} tensors ({count(edited['parameters'])} parameters), "
         f"copied {copied['tensors']:,} ({count(copied['parameters'])}){_why_copied(plan)}"
     )
+    if folded := sum(not tensor.edited and _is_folded(tensor) for tensor in plan.of_model):
+        _line(f"{folded:,} of those copied have an adapter's update folded in, all of it")
+
+
+def _is_folded(tensor: TensorPlan) -> bool:
+    """Whether a tensor that is copied is one that an adapter makes of its base's."""
+    copies = [segment.copy for segment in tensor.segments if segment.copy is not None]
+    return any(not isinstance(step, Dequantised) for copy in copies for step in copy.steps)
 
 
 def _along(said: Mapping[str, Sequence[str]], layers: int, width: int) -> list[str]:
