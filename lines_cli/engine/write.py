@@ -310,14 +310,12 @@ class Write(RangeJob[Worker, TensorPlan, Tally]):
         method = plan.recipe.method
         self.joins = (
             (method.sees, method.takes, plan.recipe.rounding) == ("entries", "task vectors", "nearest")
-            and plan.recipe.calibrate is None  # which sees matrices
             and not self.draws
             and plan.statistics is NOTHING_MEASURED
-            and plan.recipe.calibrate is None
             and not any(plan.views)
         )
-        """Whether tensors may be merged as one that have the same coefficient and parameters: none is seen whole, and
-        what stands side by side is read so, which views in pickles are not.
+        """Whether tensors may be merged as one that have the same coefficient and parameters, and stand side by side: so
+        views in pickles do not.
         """
 
     def nothing(self) -> Tally:
