@@ -314,7 +314,7 @@ class Write(RangeJob[Worker, TensorPlan, Tally]):
             and plan.statistics is NOTHING_MEASURED
             and not any(plan.views)
         )
-        """Whether tensors may be merged as one that have the same coefficient and parameters, and stand side by side: so
+        """Whether tensors may be merged as one that have the same coefficient and parameters and stand side by side, as
         views in pickles do not.
         """
 
