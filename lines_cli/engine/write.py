@@ -310,7 +310,6 @@ class Write(RangeJob[Worker, TensorPlan, Tally]):
         method = plan.recipe.method
         self.joins = (
             (method.sees, method.takes, plan.recipe.rounding) == ("entries", "task vectors", "nearest")
-            and plan.recipe.calibrate is None  # which sees matrices
             and not self.draws
             and plan.statistics is NOTHING_MEASURED
             and plan.recipe.calibrate is None
