@@ -312,8 +312,11 @@ class Write(RangeJob[Worker, TensorPlan, Tally]):
             (method.sees, method.takes, plan.recipe.rounding) == ("entries", "task vectors", "nearest")
             and not self.draws
             and plan.statistics is NOTHING_MEASURED
+            and not any(plan.views)
         )
-        """Whether tensors may be merged as one that have the same coefficient and parameters."""
+        """Whether tensors may be merged as one that have the same coefficient and parameters and stand side by side, as
+        views in pickles do not.
+        """
 
     def nothing(self) -> Tally:
         return Tally.nothing(self.models)
@@ -349,7 +352,7 @@ class Write(RangeJob[Worker, TensorPlan, Tally]):
 
     def _kind(self, chunk: PlanChunk) -> tuple[object, ...] | None:
         """What a small tensor has to have in common with others to be merged with them; None if it is merged alone."""
-        if not small_and_plain(chunk):
+        if not small_and_plain(chunk) or self.plan.merges_whole(chunk.tensor, chunk.segment):
             return None
         tensor = chunk.tensor
         if tensor.name.endswith(("var", "variance")):  # of which the least entry is looked for
@@ -380,6 +383,10 @@ class Write(RangeJob[Worker, TensorPlan, Tally]):
         raw = worker.out.to_host(chunk.numel * itemsize(dtype))
         self._count(chunk, exact, tally)
         return raw
+
+    def all_seen_by_parts(self, unchanged: Iterable[int] | None) -> None:
+        """All was written by parts: models in which these saw nothing but the base; None if none could see that."""
+        self.unchanged, self.looked = set(unchanged or ()), unchanged is not None
 
     def _make(self, worker: Worker, chunk: PlanChunk, tally: Tally) -> memoryview:
         """One chunk as it is to be written, in a buffer of the worker's; what is counted is added."""

@@ -732,7 +732,7 @@ def _as_recorded(rules: Rules, recipe: Recipe, depth: DepthMap) -> Rules:
 def _refuse_twice(opened: Sequence[Checkpoint]) -> None:
     paths: dict[str, str] = {}
     for checkpoint in opened:
-        path = checkpoint.with_part(os.path.realpath(checkpoint.path))
+        path = checkpoint.with_part(checkpoint.hub_id or os.path.realpath(checkpoint.path))
         if path in paths:
             raise RecipeError(f"{paths[path]} and {checkpoint.name} are one checkpoint", hint="Name it once.")
         paths[path] = checkpoint.name

@@ -40,6 +40,7 @@ GUIDES = {
     "jobs",
     "notebooks",
     "vocabularies",
+    "scale",
 }
 WIDTH = 64
 
@@ -84,6 +85,16 @@ def test_readme_names_every_guide() -> None:
     """Who comes to README finds the page for what they have."""
     links = set(re.findall(r"\]\(docs/([\w-]+\.md)", (DOCS.parent / "README.md").read_text(encoding="utf-8")))
     assert links >= {f"{guide}.md" for guide in GUIDES | {"tour"}}
+
+
+def test_a_merge_in_parts(here: Path) -> None:
+    """docs/scale.md: the parts make what one run makes, and the table counts as many."""
+    pair("base", "ft-math", "ft-code")
+    run_page("scale.md")
+    (here / "out").rename(here / "parts")
+    assert run_lines("merge", "--config", "merge.yaml", "-o", "out").code == 0
+    whole, parts = ({path.name: path.read_bytes() for path in (here / of).iterdir()} for of in ("out", "parts"))
+    assert parts == whole
 
 
 def test_it_forgot_too_much(here: Path) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import lines_cli as lines
+from lines_cli.engine.candidates import Candidates
 from lines_cli.errors import DataError, RecipeError
 from lines_cli.methods import CALIBRATIONS
 from lines_cli.methods.calibration import svc
@@ -239,6 +240,29 @@ def test_weights_have_their_say(tmp_path: Path) -> None:
     close(load_file(tmp_path / "out" / "model.safetensors"), {n: base[n] + expected[n] for n in base})
 
 
+SIDE_BY_SIDE = [((12,), (31, 12)), ((31, 12), (12,)), ((12, 31), (31, 12)), ((3, 10, 7), (5,)), ((4, 5), (4, 5), (3,))]
+
+
+@pytest.mark.parametrize("shapes", SIDE_BY_SIDE)
+@pytest.mark.parametrize("lined", [False, True])
+def test_small_tensors_side_by_side(shapes: Any, lined: bool, tmp_path: Path) -> None:
+    """Small tensors that are merged in one go are those that are not calibrated: each matrix stays one by itself."""
+    chance = torch.Generator().manual_seed(0)
+
+    def some(scale: float) -> Tensors:
+        names = [f"layers.{layer}.w{at}" for layer in range(2) for at in range(len(shapes))]
+        return {name: scale * torch.randn(shapes[int(name[-1])], generator=chance) for name in names}
+
+    base = some(1.0)
+    models = [{name: base[name] + tau for name, tau in some(0.1).items()} for _ in range(3)]
+    save(tmp_path, base, models)
+    merged(tmp_path, recipe("task_arithmetic", {}, 3, **({"lines": {"alpha": 0.5, "beta": 0.5}} if lined else {})))
+    taus = task_vectors(base, models)
+    expected = calibrated(plain_sum(taus), taus)
+    depth = {name: 0.5 if lined and ".0." in name else 1.0 for name in base}
+    close(load_file(tmp_path / "out" / "model.safetensors"), {n: base[n] + depth[n] * expected[n] for n in base})
+
+
 @pytest.mark.parametrize("method", ["ties", "iso_c", "linear"])
 def test_the_same_bytes_for_any_workers_chunks_and_shards(method: str, tmp_path: Path) -> None:
     """On one machine; and `lines verify` computes them again."""
@@ -259,6 +283,21 @@ def test_the_same_bytes_for_any_workers_chunks_and_shards(method: str, tmp_path:
     assert parts.keys() == whole.keys()
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
     assert run_lines("verify", tmp_path / "plain", "--quiet").code == 0
+
+
+def test_candidates_of_a_sweep_are_calibrated(tmp_path: Path) -> None:
+    """What is merged once for all of them is calibrated once; the bytes are those of a run."""
+    base, models = family(3)
+    save(tmp_path, base, models)
+    candidates = Candidates(lines.Resources(device="cpu"), scratch=tmp_path / "scratch")
+    for beta in (0.3, 0.9):
+        asked = recipe("ties", {"density": 0.5}, 3, lines={"beta": beta})
+        merged(tmp_path, asked, f"run-{beta}")
+        plan = candidates.plan(lines.load_recipe(tmp_path / "merge.yaml"), tmp_path / "candidate")
+        candidates.write(plan, tmp_path / f"candidate-{beta}")
+        weights = [(tmp_path / f"{made}-{beta}" / "model.safetensors").read_bytes() for made in ("run", "candidate")]
+        assert weights[0] == weights[1]
+    candidates.close()
 
 
 def test_in_memory_it_is_the_same(tmp_path: Path) -> None:

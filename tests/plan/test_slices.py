@@ -626,6 +626,11 @@ def test_weights_that_are_measured(rule: str, place: str, tmp_path: Path) -> Non
                 source["parameters"] = dict(said)
     if place != "top":
         slices[0]["sources"][1]["parameters"] = {"weight": 0.25}
+    dry = merge(tmp_path, recipe, "--dry-run")
+    assert dry.code == 0, dry.err + dry.trace
+    shown = run_lines("merge", "--config", tmp_path / "m.yaml", "-o", tmp_path / "out", "--dry-run")
+    assert rule in shown.out, shown.trace or shown.out
+    assert ("0.25" in shown.out) == (place != "top")
     ran = merge(tmp_path, recipe)
     assert ran.code == 0, ran.err + ran.trace
 
