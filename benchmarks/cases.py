@@ -122,6 +122,7 @@ class Suite:
             self.methods("eight-methods", eight),
             self.ties_peers(),
             self.dare_peers(),
+            self.set_peers(),
             self.inspect_headers(),
             self.tiny(),
             self.tensors(),
@@ -472,6 +473,46 @@ class Suite:
             rounds=self.sizes.fewer,
             reference="lines dare_linear",
             recipes={"dare.yaml": _recipe("dare_linear", models, "density: 0.2, weight: 0.3")},
+        )
+
+    def set_peers(self) -> Case:
+        """What else mergekit has, each once, beside it; and layers of two models stacked."""
+        models = [Model(role, self.sizes.slow) for role in ("base", "ft1", "ft2", "ft3")]
+        layers = int(self.sizes.slow.split("-")[1])
+        methods = {
+            "nuslerp": (2, "weight: 0.5"),
+            "multislerp": (3, "weight: 0.3"),
+            "karcher": (3, ""),
+            "model_stock": (3, ""),
+            "della_linear": (3, "weight: 0.3, density: 0.5"),
+            "sce": (3, "select_topk: 0.5"),
+            "ram": (3, ""),
+            "nearswap": (1, "t: 0.001"),
+            "arcee_fusion": (1, ""),
+        }
+        bf16 = "dtype: bfloat16\nout_dtype: bfloat16"  # without the second mergekit's arcee_fusion writes float32
+        recipes = {f"{name}.yaml": _recipe(name, models[: 1 + n], said, bf16) for name, (n, said) in methods.items()}
+        parts = ((models[1].name, 0, layers - 1), (models[2].name, 1, layers))
+        slices = "".join(f"  - sources: [{{model: {m}, layer_range: [{a}, {b}]}}]\n" for m, a, b in parts)
+        recipes["stack.yaml"] = f"merge_method: passthrough\nslices:\n{slices}dtype: bfloat16\n"
+        contenders = []
+        for file in recipes:
+            name = file.removesuffix(".yaml")
+            contenders.append(self._merge(f"lines {name}", file))
+            if self.peers:
+                program = f"{PEERS}/mergekit-yaml {file} out {BEST_FLAGS} && sync out/*"
+                contenders.append(Contender(f"mergekit {name}, best flags", program, rounds=1))
+        return Case(
+            "set-peers",
+            "mergekit's other methods beside it, {size} each",
+            models,
+            [*_floors(models), *contenders],
+            writes=models[0].nbytes,
+            rounds=self.sizes.fewer,
+            reference="lines model_stock",
+            about="One file for both. Three fine-tunes; nuslerp has two, nearswap and arcee_fusion one. `stack` is all "
+            "layers of one model but its last, and behind them all of another but its first, by passthrough.",
+            recipes=recipes,
         )
 
     # --- lines inspect, and planning ---

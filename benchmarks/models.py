@@ -153,7 +153,7 @@ def _mixture(layers: int, experts: int) -> dict[str, tuple[int, ...]]:
     own += [f"mlp.experts.{i}.{name}_proj" for i in range(experts) for name in ("gate_up", "down")]
     inside = [f"layers.{i}.{name}" for i in range(layers) for name in own]
     names = ["model.embed_tokens", *(f"model.{name}" for name in inside), "model.norm", "lm_head"]
-    return dict.fromkeys((f"{name}.weight" for name in names), (8, 8))
+    return dict.fromkeys(sorted(f"{name}.weight" for name in names), (8, 8))  # as the format's own writer has them
 
 
 def _config(model: Model) -> dict[str, object]:

@@ -15,7 +15,7 @@ import typer.main
 from typer.testing import CliRunner
 
 from lines_cli.cli.app import EXIT_CODES, app
-from lines_cli.methods import METHODS, Method
+from lines_cli.methods import CALIBRATIONS, METHODS, Method
 from lines_cli.methods.parameters import Parameter
 from lines_cli.methods.sparsify import ByMagnitude
 from rerun import rerun
@@ -53,9 +53,13 @@ def methods_reference() -> str:
 _COLUMNS = ("method", "paper", "sees", "passes", "memory", "parameters", "when to use it")
 _OF_THE_TABLE = (
     "A pass reads everything that is merged once; the passes named in the table come before the one that writes, where "
-    "the parameters ask for them. `alpha: auto` takes one more, except for plain sums. What sees whole tensors holds "
-    "those of all models in each worker, tensor by tensor, and beside them the space that stands there for one of 4096 "
-    "x 11008 entries. `lambda` and `weight` are not listed among the parameters."
+    "the parameters ask for them (`sums`: what angles, norms or variances follow from). `alpha: auto` takes one more, "
+    "except for plain sums. What sees whole tensors holds those of all models in each worker, tensor by tensor, and "
+    "beside them the space that stands there for one of 4096 x 11008 entries. `lambda` and `weight` are not listed."
+)
+_OF_CALIBRATIONS = (
+    "[Calibrations](merging.md#calibration) go on top of every method. They see whole matrices, and hold those of all "
+    "models once more."
 )
 
 
@@ -63,13 +67,25 @@ def _overview() -> str:
     """All methods in one table, and what its columns mean."""
     rows = ["| " + " | ".join(_COLUMNS) + " |", "|---" * len(_COLUMNS) + "|"]
     rows += [f"| {' | '.join(_row(name, method))} |" for name, method in METHODS.items()]
-    return "\n".join(rows) + f"\n\n{_OF_THE_TABLE}"
+    of_methods = "\n".join(rows) + f"\n\n{_OF_THE_TABLE}"
+    columns = ("`calibrate`", "what it is", "paper", "memory", "when to use it")
+    rows = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for name, known in CALIBRATIONS.items():
+        memory = f"whole tensors and {_in_gb(known.workspace(_LARGE, False))}"
+        rows.append(f"| `{name}` | {known.about} | {_paper(known.paper)} | {memory} | {known.use} |")
+    return f"{of_methods}\n\n{_OF_CALIBRATIONS}\n\n" + "\n".join(rows)
+
+
+def _paper(number: str) -> str:
+    return f"[{number}](https://arxiv.org/abs/{number})" if number else ""
 
 
 def _row(name: str, method: Method) -> tuple[str, ...]:
-    paper = f"[{method.paper}](https://arxiv.org/abs/{method.paper})" if method.paper else ""
+    paper = _paper(method.paper)
     whole = method.sees == "tensors"
     memory = f"whole tensors and {_in_gb(method.workspace(_LARGE))}" if whole else "chunks"
+    if whole and not method.sees_whole(_defaults(method)):
+        memory = f"chunks; with other parameters {memory}"
     own = ", ".join(f"`{key}`" for key in method.parameters if key not in ("lambda", "weight"))
     return f"[`{name}`](#{name})", paper, method.sees, _passes(method), memory, own, method.use
 
@@ -83,12 +99,17 @@ def _in_gb(nbytes: int) -> str:
 
 def _passes(method: Method) -> str:
     """The pass that writes, and what is measured before it."""
-    first = {key: (known.default,) if known.per_model else known.default for key, known in method.parameters.items()}
+    first = _defaults(method)
     measured = ["thresholds"] if isinstance(method.sparsifier, ByMagnitude) else []
     measured += ["L1 norms"] if "l1" in _all_needs(method, first) else []
-    measured += ["angles"] if "angles" in _all_needs(method, first) else []
+    measured += ["sums"] if "sums" in _all_needs(method, first) else []
     measured += ["signs"] if method.elect is not None else []
     return ", ".join((*measured, "1"))
+
+
+def _defaults(method: Method) -> dict[str, Any]:
+    """Its parameters where a recipe says nothing, of one model."""
+    return {key: (known.default,) if known.per_model else known.default for key, known in method.parameters.items()}
 
 
 def _all_needs(method: Method, values: dict[str, Any]) -> frozenset[str]:

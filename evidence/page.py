@@ -88,9 +88,14 @@ def _covers(results: Results) -> str:
         for item in SECTIONS
         if results.get(item)
     ]
+    if not there:
+        return (
+            "**No run is stored yet**: no number can be given, in either direction. `make reproduce` fills this page: "
+            f"{listed(CALLED.values())}."
+        )
     missing = [CALLED[item] for item in SECTIONS if not results.get(item)]
     rest = f" Not run yet: {listed(missing)}." if missing else ""
-    return f"**What this page covers**: {'; '.join(there) if there else 'nothing yet'}.{rest}"
+    return f"**What this page covers**: {'; '.join(there)}.{rest}"
 
 
 def write_page(results: Path = RESULTS, docs: Path = DOCS) -> None:

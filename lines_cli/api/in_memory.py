@@ -144,6 +144,7 @@ def merge_state_dicts(
     *,
     parameters: Mapping[str, Any] | None = None,
     model_parameters: Sequence[Mapping[str, Any] | None] | None = None,
+    calibrate: Literal["svc"] | None = None,
     lines: Mapping[str, Any] | None = None,
     like: Literal["base", "ft"] | None = None,
     prefix: str | None = None,
@@ -168,6 +169,7 @@ def merge_state_dicts(
         method: `merge_method` of a recipe.
         parameters: of the method, for all models.
         model_parameters: for each model those that differ.
+        calibrate: how what the method makes is calibrated before it is scaled, as in a recipe.
         lines: the scaling over depth, with the keys of a recipe.
         like, prefix, missing, missing_in_blocks, resize, allow_nonfinite, dtype, rounding, rounding_seed: as in a
             recipe.
@@ -197,6 +199,7 @@ def merge_state_dicts(
             for name, said in zip(names, own, strict=True)
         ],
         "parameters": dict(parameters or {}),
+        "calibrate": calibrate,
         "lines": None if lines is None else dict(lines),
         "like": like,
         "prefix": prefix,

@@ -24,6 +24,7 @@ class Card:
         title: the model's name.
         method: the merge method's name.
         about: what that is, in a line.
+        calibrated: how what it made was calibrated, in a sentence; empty where it was not.
         base, models: the inputs.
         like: the one that the output is like.
         alone: whether the merged task vector is that of one fine-tune, as it is.
@@ -40,6 +41,7 @@ class Card:
     title: str
     method: str
     about: str
+    calibrated: str
     base: Checkpoint | None
     models: Sequence[Checkpoint]
     like: Checkpoint
@@ -202,6 +204,8 @@ def _beside(card: Card) -> str:
 def _how(card: Card) -> str:
     models = "One model" if len(card.models) == 1 else f"{len(card.models)} models"
     how = f"{models}, merged by `{card.method}`. {card.about}"
+    if card.calibrated:
+        how += f"\nWhat it made was calibrated: {card.calibrated}"
     if card.scaled:
         how += (
             "\nThe merged task vector was scaled over depth by [LiNeS](https://arxiv.org/abs/2410.17146):\n"

@@ -681,10 +681,11 @@ def _models(plan: Plan, norms: Sequence[float] = (), kept: Sequence[float] = ())
         cells = ["" if model[key] is None else shown.get(key, _span)(model[key]) for key in columns]
         rows.append((without_secrets(os.path.normpath(model["model"])), *cells))
     _columns(Columns((plan.recipe.merge_method, *columns), tuple(rows)), gap=3)
-    if settings := plan.settings():
-        said = (
-            f"{key} {_span(value) if isinstance(value, list) else _plain(value)}" for key, value in settings.items()
-        )
+    settings = plan.settings()
+    said = [f"{key} {_span(value) if isinstance(value, list) else _plain(value)}" for key, value in settings.items()]
+    if plan.recipe.calibrate is not None:
+        said.append(f"calibrate {plan.recipe.calibrate}")
+    if said:
         _out.print(f"with    {', '.join(said)}", soft_wrap=True)
 
 

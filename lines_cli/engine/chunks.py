@@ -60,6 +60,44 @@ class Chunk(Generic[Tensor]):
 
 PlanChunk = Chunk[TensorPlan]
 
+_SMALL = 32 * 1024  # entries: below that the calls take longer than the work
+
+
+def small_and_plain(chunk: PlanChunk) -> bool:
+    """Whether a chunk is a whole small tensor that all inputs have, merged of what they store as it is."""
+    segment, spec = chunk.segment, chunk.tensor.spec
+    if not 0 < chunk.numel <= _SMALL or segment.copy is not None or segment.base is None or not segment.models:
+        return False
+    if len(chunk.tensor.segments) > 1 or segment.as_is is not None or chunk.numel != segment.numel:
+        return False
+    if spec.quantised is not None or spec.scales_of:
+        return False
+    for source in (segment.base, *segment.models):
+        if source.steps or source.parts or source.gathered is not None:
+            return False
+    return True
+
+
+def follows(chunk: PlanChunk, before: PlanChunk) -> bool:
+    """Whether the entries of a chunk stand right behind those of another in every input."""
+    own, other = chunk.segment, before.segment
+    pairs = zip((own.base, *own.models), (other.base, *other.models), strict=True)
+    for source, earlier in pairs:
+        assert source is not None
+        assert earlier is not None
+        if (source.file, source.dtype) != (earlier.file, earlier.dtype):
+            return False
+        if source.offset != earlier.offset + before.numel * itemsize(earlier.dtype):
+            return False
+    return True
+
+
+def joined(chunks: Sequence[PlanChunk]) -> PlanChunk:
+    """Chunks that follow each other as one, which is called after the first."""
+    first, numel = chunks[0], sum(chunk.numel for chunk in chunks)
+    return Chunk(first.tensor, first.segment._replace(numel=numel), 0, numel)
+
+
 _ITEM = 2**20  # entries: what a worker takes at a time, so that small tensors do not queue one by one
 
 

@@ -82,8 +82,8 @@ def measure(plan: Plan, sources: Sequence[Opened], devices: Devices, track: Trac
         measuring.l1_norms()
     if needs.sums:
         measuring.sums()
-    if needs.majority or needs.norms:
-        measuring.signs_and_norms()
+    for words in plan.elections:
+        measuring.signs_and_norms(words)
     for rule in needs.scores:
         measuring.scores(rule)
     return Measurement(measuring.plan.statistics, measuring.passes, measuring.bytes_read)
@@ -349,22 +349,27 @@ class Measuring:
         self.one_pass("sums", job, tally)
         self.found(sums={name: tuple(totals) for name, totals in sums.items()})
 
-    def signs_and_norms(self) -> None:
-        """The sign that most elections give; and the L1 norms of the sum of all task vectors and of the merged one."""
+    def signs_and_norms(self, words: tuple[str, ...]) -> None:
+        """The sign that most elections give; and the L1 norms of the sum of all task vectors and of the merged one.
+
+        Args:
+            words: which of the two this pass finds (`Plan.elections`).
+        """
         found = Elected()
-        self.elect(found.add)
-        self.found_in(found)
+        self.elect(words, found.add)
+        self.found_in(words, found)
 
-    def elect(self, add: Callable[[Election], None]) -> None:
+    def elect(self, words: tuple[str, ...], add: Callable[[Election], None]) -> None:
         """Hold the elections, and give each chunk's to `add`, in the order of the tensors' names."""
-        needs = self.plan.needs
-        self.one_pass(self.plan.pass_of_signs, lambda worker, chunk: _elect(worker, chunk, needs), add)
+        needs = _needs_of(words)
+        self.one_pass(" and ".join(words), lambda worker, chunk: _elect(worker, chunk, needs), add)
 
-    def found_in(self, elected: Elected) -> None:
+    def found_in(self, words: tuple[str, ...], elected: Elected) -> None:
         """Keep what all elections have come to."""
-        needs = self.plan.needs
-        majority = (elected.balance > 0) - (elected.balance < 0) if needs.majority else 1
-        merged = elected.with_plus if majority > 0 else elected.with_minus
+        needs = _needs_of(words)
+        known = self.plan.statistics.majority
+        majority = (elected.balance > 0) - (elected.balance < 0) if needs.majority else known
+        merged = elected.with_plus if majority > 0 or not needs.majority else elected.with_minus
         norms = Norms(elected.total, merged, len(self.models)) if needs.norms else None
         self.found(majority=majority, norms=norms)
 
@@ -440,6 +445,10 @@ def _whole(worker: Worker, rule: DepthRule, tensor: TensorPlan, segment: Segment
 def _asked(rule: DepthRule, base: torch.Tensor, update: torch.Tensor) -> Sequence[Any]:
     assert rule.measure is not None
     return rule.measure(base, update)
+
+
+def _needs_of(words: tuple[str, ...]) -> Needs:
+    return Needs(majority="signs" in words, norms="norms" in words)
 
 
 class Elected:

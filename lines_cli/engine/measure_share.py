@@ -68,7 +68,7 @@ def measure_share(plan: Plan, what: str, names: Sequence[str], how: How) -> Json
         measuring.scores(rule)
         return {"statistics": Statistics(scores={rule: measuring.plan.statistics.scores[rule]}).to_json()}
     blocks = _Blocks()
-    measuring.elect(blocks.add)
+    measuring.elect(_words(what), blocks.add)
     return {"elections": blocks.to_json()}
 
 
@@ -121,13 +121,18 @@ def _with_shares(plan: Plan, what: str, shares: Sequence[Mapping[str, Any]]) -> 
     elected = Elected()
     for share in shares:
         elected.add(_Blocks.of(share["elections"]))
-    measuring.found_in(elected)
+    measuring.found_in(_words(what), elected)
     return measuring.plan
 
 
 def _rule_of(plan: Plan, what: str) -> str | None:
     """The depth rule that asks for a pass; None if none does."""
     return next((rule for rule in plan.needs.scores if pass_of_rule(rule) == what), None)
+
+
+def _words(what: str) -> tuple[str, ...]:
+    """What a pass of elections finds (`Plan.elections`)."""
+    return tuple(what.split(" and "))
 
 
 def _tensors(plan: Plan, names: Iterable[str]) -> list[TensorPlan]:

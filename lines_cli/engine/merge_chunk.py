@@ -1,8 +1,8 @@
 """What becomes of one chunk: entries are read, dropped as the method's sparsifier says, and merged. The pass that
 writes, the one that counts signs and the ones that take norms all do it here.
 
-A method that sees whole tensors is given all of a segment at once; a chunk is then a part of the result, which the
-workers share.
+A method that sees whole tensors is given all of a segment at once, and so is a calibration of what it makes; a chunk is
+then a part of the result, which the workers share.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lines_cli.engine.arithmetic import dot, is_finite
+from lines_cli.engine.arithmetic import dot, is_finite, task_vector
 from lines_cli.engine.chunks import Chunk, PlanChunk
 from lines_cli.engine.whole_tensors import Whole
 from lines_cli.engine.workers import Worker
@@ -63,8 +63,7 @@ def merge_chunk(
     Raises:
         DataError: NaN or Inf in a tensor that is merged whole, unless that is allowed.
     """
-    method = worker.plan.recipe.method
-    if method.sees_whole(chunk.tensor.values):
+    if worker.plan.merges_whole(chunk.tensor, chunk.segment):
         return _part_of_whole(worker, chunk, given, left)
     base, tensors = read_chunk(worker, chunk)
     if given is not None:
@@ -132,7 +131,7 @@ def nonfinite_behind(worker: Worker, chunk: PlanChunk) -> str | None:
     """Which input of a chunk, or of the whole tensor that it is a part of, holds NaN or Inf, and where; None if none
     does.
     """
-    if chunk.segment.models and worker.plan.recipe.method.sees_whole(chunk.tensor.values):
+    if worker.plan.merges_whole(chunk.tensor, chunk.segment):
         return _whole(worker, chunk).nonfinite
     return worker.nonfinite(chunk)
 
@@ -184,11 +183,18 @@ def _make_whole(worker: Worker, chunk: PlanChunk) -> Whole:
     Raises:
         DataError: NaN or Inf in an input, unless that is allowed.
     """
-    tensor, segment = chunk.tensor, chunk.segment
-    dtype = torch.float64 if tensor.in_float64 else torch.float32
-    method = worker.plan.recipe.method
-    tensors = [torch.empty(segment.numel, dtype=dtype, device=worker.device) for _ in segment.models]
-    base = torch.empty(segment.numel, dtype=dtype, device=worker.device) if method.given_base else None
+    tensor, segment, method = chunk.tensor, chunk.segment, worker.plan.recipe.method
+    calibration = worker.plan.recipe.calibration if worker.plan.calibrated(tensor, segment) else None
+    sees_whole = method.sees_whole(tensor.values)
+
+    def room(number: int) -> list[torch.Tensor]:
+        dtype = torch.float64 if tensor.in_float64 else torch.float32
+        return [torch.empty(segment.numel, dtype=dtype, device=worker.device) for _ in range(number)]
+
+    tensors = room(len(segment.models))
+    before = room(len(segment.models) if calibration is not None else 0)  # anything was dropped or weighted
+    bases = room(1 if method.given_base or (before and method.takes == "weights") else 0)
+    kept: tuple[float, ...] = ()
     squares: tuple[float, ...] = ()
     nonfinite: str | None = None
     for part in Chunk(tensor, segment, 0, segment.numel).cut(worker.chunk):
@@ -199,14 +205,31 @@ def _make_whole(worker: Worker, chunk: PlanChunk) -> Whole:
                 raise DataError(nonfinite, hint=worker.hint_of_nonfinite(part))
             of_base, held = read_chunk(worker, part)  # looking for it went through the same buffers
         squares = _added(squares, _squares(worker, held))
-        if base is not None and of_base is not None:
-            base[part.first : part.first + part.numel].copy_(of_base)
-        for into, entries in zip(tensors, held, strict=True):
-            into[part.first : part.first + part.numel].copy_(entries)
+        here = slice(part.first, part.first + part.numel)
+        for whole, entries in zip(before, held, strict=bool(before)):
+            whole[here].copy_(entries)
+        for whole in bases:
+            assert of_base is not None, "something that needs a base, without one"
+            whole[here].copy_(of_base)
+        if not sees_whole:
+            kept = _added(kept, drop_entries(worker, part, held))
+        for whole, entries in zip(tensors, held, strict=True):
+            whole[here].copy_(entries)
     shape = tensor.shape_of(segment)
-    shaped = [whole.view(shape) for whole in tensors]
-    kept = drop_entries(worker, Chunk(tensor, segment, 0, segment.numel), shaped)
-    values = merge_entries(worker, chunk, shaped, base=None if base is None else base.view(shape)).reshape(-1)
+    if sees_whole:
+        tensors, bases = ([whole.view(shape) for whole in every] for every in (tensors, bases))
+        kept = drop_entries(worker, Chunk(tensor, segment, 0, segment.numel), tensors)
+    base = bases[0] if bases else None
+    values = merge_entries(worker, chunk, tensors, base=base).reshape(-1)
+    if calibration is not None:
+        of_weights = base.reshape(-1) if base is not None and method.takes == "weights" else None
+        if of_weights is not None:
+            for weights in (values, *before):
+                task_vector(weights, of_weights)
+        counting = [before[model].view(shape) for model in method.counting(tensor.values, len(before))]
+        values = calibration.calibrate(values.view(shape), counting).reshape(-1)
+        if of_weights is not None:
+            values.add_(of_weights)
     assert values.numel() == segment.numel, "a method made a tensor of another size"
     if worker.device.type == "cuda":
         torch.cuda.current_stream().synchronize()  # others read it in streams of their own

@@ -6,6 +6,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -15,20 +16,21 @@ import torch
 from lines_cli.checkpoint.formulas import Dequantised
 from lines_cli.checkpoint.header import COMPLEX, TensorInfo, itemsize
 from lines_cli.engine.arithmetic import FLOAT8, TORCH_DTYPES, add_scaled, cast, is_finite, same_nan, task_vector
-from lines_cli.engine.chunks import Chunk, PlanChunk, Streamed
+from lines_cli.engine.chunks import Chunk, PlanChunk, Streamed, follows, joined, small_and_plain
 from lines_cli.engine.fp8 import read_scales, to_codes
 from lines_cli.engine.measure import Measurement
 from lines_cli.engine.merge_chunk import Look, Merged, merge_chunk, nonfinite_behind
 from lines_cli.engine.realised import every_for, lost, realised
 from lines_cli.engine.rounding import cast_at_random
 from lines_cli.engine.workers import Worker
-from lines_cli.errors import DataError, MismatchError, printable
+from lines_cli.errors import ChangedInputError, DataError, MismatchError, printable
 from lines_cli.methods import Drawn
 from lines_cli.methods.sparsify import Where
 from lines_cli.plan.coefficients import to_float32
 from lines_cli.plan.layout import OutputFile
 from lines_cli.plan.plan import Plan, TensorPlan
 from lines_cli.plan.realised import NOTHING_LOST, NOTHING_REALISED, Groups, Lost, Realised, Row, rows_of
+from lines_cli.plan.statistics import NOTHING_MEASURED
 from lines_cli.storage.destination import naming
 from lines_cli.storage.digest import (
     DIGEST_BLOCK,
@@ -237,14 +239,17 @@ class RangeJob(Generic[Thread, Tensor, Counts]):
         writer = RangeWriter(target.file, span.start, target.digest, worker.write_buffer)
         with naming(self.output):
             writer.write(self.outputs[span.file].head[span.start : span.end])
-        for chunk in worker.cut(span.chunks):
-            raw = self._make(worker, chunk, tally)
+        for raw in self._each(worker, span.chunks, tally):
             with naming(self.output):
                 writer.write(raw)
         assert writer.at == span.end, "the chunks of a span do not fill it"
         with naming(self.output):
             writer.close()
         return span, tally
+
+    def _each(self, worker: Thread, chunks: Iterable[Chunk[Tensor]], tally: Counts) -> Iterator[memoryview]:
+        """All chunks of a range, as they are to be written."""
+        return (self._make(worker, chunk, tally) for chunk in worker.cut(chunks))
 
     def take(self, done: tuple[OutputRange[Tensor], Counts], journal: Journal) -> int:
         """Add a range, in the order of the files, to the sum, and write it down; its bytes."""
@@ -302,6 +307,13 @@ class Write(RangeJob[Worker, TensorPlan, Tally]):
         self._read_scales: dict[tuple[str, torch.dtype, str], torch.Tensor] = {}
         self.unchanged, self.looked = set(range(self.models)), False
         """Models of which no merged entry was seen that is not the base's; and whether any entry was."""
+        method = plan.recipe.method
+        self.joins = (
+            (method.sees, method.takes, plan.recipe.rounding) == ("entries", "task vectors", "nearest")
+            and not self.draws
+            and plan.statistics is NOTHING_MEASURED
+        )
+        """Whether tensors may be merged as one that have the same coefficient and parameters."""
 
     def nothing(self) -> Tally:
         return Tally.nothing(self.models)
@@ -316,6 +328,62 @@ class Write(RangeJob[Worker, TensorPlan, Tally]):
     def all_seen_by_parts(self, unchanged: Iterable[int] | None) -> None:
         """All was written by parts: models in which these saw nothing but the base; None if none could see that."""
         self.unchanged, self.looked = set(unchanged or ()), unchanged is not None
+
+    def _each(self, worker: Worker, chunks: Iterable[PlanChunk], tally: Tally) -> Iterator[memoryview]:
+        """The same; small tensors that stand side by side in all inputs in one go, since there may be tens of thousands
+        and each takes forty calls into torch.
+        """
+        if not self.joins:
+            yield from super()._each(worker, chunks, tally)
+            return
+        run: list[PlanChunk] = []
+        kind, held = None, 0
+        for chunk in worker.cut(chunks):
+            own = self._kind(chunk)
+            if run and (own is None or own != kind or held + chunk.numel > worker.chunk or not follows(chunk, run[-1])):
+                yield from self._all_of(worker, run, tally)
+                run, held = [], 0
+            if own is None:
+                worker.at = chunk.tensor.name
+                yield self._make(worker, chunk, tally)
+            else:
+                run.append(chunk)
+                kind, held = own, held + chunk.numel
+        yield from self._all_of(worker, run, tally)
+
+    def _kind(self, chunk: PlanChunk) -> tuple[object, ...] | None:
+        """What a small tensor has to have in common with others to be merged with them; None if it is merged alone."""
+        if not small_and_plain(chunk):
+            return None
+        tensor = chunk.tensor
+        if tensor.name.endswith(("var", "variance")):  # of which the least entry is looked for
+            return None
+        group = self.groups.of.get(tensor.name) if self.groups is not None else None
+        return tensor.coefficient, tensor.in_float64, tensor.info.dtype, id(tensor.values), group
+
+    def _all_of(self, worker: Worker, run: Sequence[PlanChunk], tally: Tally) -> Iterator[memoryview]:
+        """Tensors side by side: in one go; or one by one, if there is a word to say of any."""
+        if len(run) > 1:
+            worker.at = run[0].tensor.name
+            with suppress(ChangedInputError):  # which of them it is in the middle of, reading one by one tells
+                if (raw := self._make_joined(worker, joined(run), tally)) is not None:
+                    yield raw
+                    return
+        for chunk in run:
+            worker.at = chunk.tensor.name
+            yield self._make(worker, chunk, tally)
+
+    def _make_joined(self, worker: Worker, chunk: PlanChunk, tally: Tally) -> memoryview | None:
+        """`_make` of tensors that were joined; None if some entry is not finite."""
+        exact, dtype = self.exact(worker, chunk), chunk.tensor.info.dtype
+        stored = worker.out.device_view(chunk.numel, TORCH_DTYPES[dtype])
+        self._round(chunk, exact.values, stored, exact)
+        if exact.stays is not None or not is_finite(stored):
+            return None
+        self._measure(chunk, stored, exact, tally)
+        raw = worker.out.to_host(chunk.numel * itemsize(dtype))
+        self._count(chunk, exact, tally)
+        return raw
 
     def _make(self, worker: Worker, chunk: PlanChunk, tally: Tally) -> memoryview:
         """One chunk as it is to be written, in a buffer of the worker's; what is counted is added."""

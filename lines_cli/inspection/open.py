@@ -693,7 +693,7 @@ def _rules(recipe: Recipe, depth: DepthMap, shared: Collection[str] = ()) -> Rul
     several models those that are taken whole have 1 or 0; so have those that are not in `shared`.
     """
     said = recipe.parameters or any(source.parameters for source in recipe.merged)
-    plain = not said and recipe.method.plain_sum(recipe.values("", 0.0))
+    plain = not said and recipe.plain_sum(recipe.values("", 0.0))
     rules = recipe.rules(depth, alpha=1 / len(recipe.merged) if plain else None)
     rules = _as_recorded(rules, recipe, depth)
     own = dict(rules.components)

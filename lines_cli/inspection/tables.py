@@ -248,7 +248,7 @@ def _recipe(recipe: Report) -> str:
     text = f"{recipe['merge_method']} of {models}"
     text += f" on {os.path.normpath(recipe['base_model'])}" if "base_model" in recipe else ""
     said = [f"{key} {_plain(value)}" for key, value in recipe.get("parameters", {}).items()]
-    said += [f"{key} {recipe[key]}" for key in ("dtype", "rounding", "rounding_seed") if key in recipe]
+    said += [f"{key} {recipe[key]}" for key in ("calibrate", "dtype", "rounding", "rounding_seed") if key in recipe]
     return text + (f" with {', '.join(said)}" if said else "")
 
 

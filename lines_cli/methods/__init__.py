@@ -3,6 +3,7 @@
 Each file is a family of methods; docs/add-a-merge-method.md says how to add one.
 """
 
+from lines_cli.methods.calibration import CALIBRATIONS, Calibration
 from lines_cli.methods.method import CannotMergeError, Chosen, Measured, Method
 from lines_cli.methods.parameters import Parameter
 from lines_cli.methods.registry import METHODS, find_method
@@ -10,8 +11,10 @@ from lines_cli.methods.said import Said, Values
 from lines_cli.methods.sparsify import ByMagnitude, Drawn
 
 __all__ = [
+    "CALIBRATIONS",
     "METHODS",
     "ByMagnitude",
+    "Calibration",
     "CannotMergeError",
     "Chosen",
     "Drawn",

@@ -171,6 +171,8 @@ METHODS = {
     "della": Method(
         della,
         "TIES over task vectors of which small entries are dropped more often (DELLA, Deep 2024).",
+        paper="2406.11617",
+        use="fine-tunes that moved little; rows decide what is dropped",
         sees="tensors",
         parameters={**_PARAMETERS, "agreement": agreement_parameter("the mean"), "normalize": MAYBE_NORMALIZE},
         sparsifier=_DRAWN,
@@ -184,6 +186,8 @@ METHODS = {
     "della_linear": Method(
         della_linear,
         "The sum of task vectors of which small entries are dropped more often (DELLA, Deep 2024).",
+        paper="2406.11617",
+        use="the same, summed without an election of signs",
         sees="tensors",
         parameters={**_PARAMETERS, "normalize": NORMALIZE},
         sparsifier=_DRAWN,

@@ -77,6 +77,8 @@ METHODS = {
     "ram": Method(
         ram,
         "The average over the models that changed an entry (RAM, arXiv 2601.13572).",
+        paper="2601.13572",
+        use="agents trained by reinforcement, each of which changed few entries",
         parameters={"epsilon": _EPSILON, "lambda": LAMBDA},
         keywords=lambda values, _: {"epsilon": values["epsilon"]},
         scale="lambda",
@@ -86,6 +88,8 @@ METHODS = {
     "ramplus_tl": Method(
         ramplus_tl,
         "The same, with what a model alone changed boosted (RAM+, arXiv 2601.13572).",
+        paper="2601.13572",
+        use="the same, where what one alone changed is to stand out",
         parameters={
             "r": Parameter(0.1, "how much what a model alone changed is boosted", low=0),
             "alpha": Parameter(0.2, "the most that r is multiplied by", low=0),

@@ -114,6 +114,8 @@ METHODS = {
     "sce": Method(
         sce,
         "The entries that vary most, weighted by how much each model changed, by elected sign (SCE, Wan 2024).",
+        paper="2408.07990",
+        use="models of different strength, weighted by what they changed",
         sees="tensors",
         streams=_all_selected,
         parameters={

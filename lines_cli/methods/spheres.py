@@ -216,6 +216,7 @@ METHODS = {
     "nuslerp": Method(
         nuslerp,
         "The way from one task vector, or model, to another along an arc (mergekit's NuSLERP; Shoemake 1985).",
+        use="two models or task vectors whose norm is to be kept",
         base_is_optional=True,
         sees="tensors",
         streams=lambda values: bool(values["nuslerp_flatten"]),
@@ -245,6 +246,7 @@ METHODS = {
     "multislerp": Method(
         multislerp,
         "The mean of several task vectors, or models, on a sphere (mergekit's multi-SLERP).",
+        use="several, whose norm is to be kept",
         base_is_optional=True,
         parameters={
             "weight": WEIGHT,
@@ -263,6 +265,8 @@ METHODS = {
     "karcher": Method(
         karcher,
         "The Karcher mean of whole weights on a sphere (arXiv 2603.04972).",
+        paper="2603.04972",
+        use="several whole models, without a base",
         takes="weights",
         parameters={
             "max_iter": Parameter(10, "steps towards the mean, at most", low=0, high=10_000, whole=True),

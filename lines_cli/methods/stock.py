@@ -72,6 +72,8 @@ METHODS = {
     "model_stock": Method(
         model_stock,
         "The average of the fine-tunes, as near to the base as the angles between them say (Jang 2024).",
+        paper="2403.19522",
+        use="few fine-tunes of one task, two suffice",
         sees="tensors",
         streams=lambda values: not values["filter_wise"],
         parameters={

@@ -76,6 +76,7 @@ METHODS = {
     "nearswap": Method(
         nearswap,
         "The model's entry where it is near the base's, else a step towards it (NearSwap).",
+        use="one model of which only small changes are wanted",
         parameters={
             "t": Parameter(None, "how near is near, and how far the step", low=0, required=True),
             "lambda": LAMBDA,
@@ -88,6 +89,7 @@ METHODS = {
     "arcee_fusion": Method(
         arcee_fusion,
         "The model's entry where it differs from the base's in what matters (Arcee Fusion).",
+        use="one model of which only what matters most is wanted",
         sees="tensors",
         given_base=True,
         parameters={"lambda": LAMBDA},

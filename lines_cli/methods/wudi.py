@@ -24,7 +24,9 @@ def wudi(task_vectors: Sequence[Tensor], *, weight: Sequence[float], ridge: floa
     In directions of the input that hardly any task uses, A says next to nothing. There D is held to the sum S of all
     D_i, where the authors' steps begin: `D (A + m I) = B + m S`, with m = `ridge * N / in`, `ridge` times the mean
     eigenvalue of A. So D is a mean of the D_i, each weighted by how much it uses a direction, and with a large ridge
-    the sum. The authors take 300 steps of Adam of 1e-5 each from the sum, which leaves the weak directions near it.
+    the sum. The authors take 300 steps of Adam of 1e-5 each from the sum and stop, which leaves the weak directions
+    near it, too: where a step is a thirtieth of an update's size, they come as near to the least objective as a ridge
+    of 1, the default. Nearer to it is not better (docs/merging.md).
 
     A tensor of three axes is a batch of matrices; any other that is no matrix is averaged: `sum(w_i * tau_i) / N`.
 
@@ -95,7 +97,7 @@ METHODS = {
         sees="tensors",
         parameters={
             "weight": WEIGHT,
-            "ridge": Parameter(1e-6, "how strongly weak directions are held to the sum", low=1e-9),
+            "ridge": Parameter(1.0, "how strongly weak directions are held to the sum", low=1e-9),
             "lambda": LAMBDA,
         },
         keywords=lambda values, _: {key: values[key] for key in ("weight", "ridge")},

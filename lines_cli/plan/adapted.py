@@ -633,9 +633,15 @@ class _Making:
             self._untie()
         elif targets.through_ties:
             listed = " and ".join(f"{printable(head)} ({printable(one)})" for head, one in targets.through_ties.items())
+            twice = any(True for _ in targets.said_twice())
             notes.append(
-                f"{listed}: one weight in {base.name}, whose config ties them, so what {adapter.name} does to one is "
-                "done to both, as where PEFT saves the two merged"
+                f"{listed}: one weight in {base.name}, whose config ties them, "
+                + (
+                    f"and {adapter.name} keeps its products on both equal (ensure_weight_tying): they are added once, "
+                    "as the adapted model computes; PEFT's merge_and_unload adds them twice"
+                    if twice
+                    else f"so what {adapter.name} does to one is done to both, as where PEFT saves the two merged"
+                )
             )
         for change, target in targets.pairs():
             self._add(change, target)

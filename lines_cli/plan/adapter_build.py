@@ -112,7 +112,7 @@ class Shares:
             )
         number, alpha = len(recipe.merged), None
         if lines.needs_alpha:
-            if not recipe.method.plain_sum(recipe.values("", 0.0)) or recipe.filters or recipe.parameters_vary:
+            if not recipe.plain_sum(recipe.values("", 0.0)) or recipe.filters or recipe.parameters_vary:
                 raise RecipeError(
                     f"lines.alpha: auto is 1/N for a plain sum only; with {recipe.merge_method} and these parameters "
                     "it is measured on whole tensors, and an adapter is merged without any",

@@ -413,7 +413,7 @@ def _needs(recipe: Recipe, depth: DepthMap, rules: Rules, specs: Iterable[Tensor
         l1="l1" in statistics,
         sums="sums" in statistics and (len(recipe.merged) > 1 or not all(map(method.one_is_itself, values))),
         majority=len(recipe.merged) > 1 and "majority" in statistics,
-        norms=not all(map(method.plain_sum, values))
+        norms=not all(map(recipe.plain_sum, values))
         and any(math.isnan(coefficient_of(recipe, depth, rules_by_alpha, spec)) for spec in merged),
         weights=any(rules_among(recipe, own) for own in values),
         scores=_rules_to_measure(recipe, depth, merged),

@@ -169,15 +169,20 @@ class Plan:
         found += [THRESHOLDS] if needs.thresholds else []
         found += [L1_NORMS] if needs.l1 else []
         found += [SUMS] if needs.sums else []
-        found += [self.pass_of_signs] if self.pass_of_signs else []
+        found += [" and ".join(words) for words in self.elections]
         found += [pass_of_rule(rule) for rule in needs.scores]
         return (*found, *((SCALES,) if self.to_quantise else ()))
 
     @property
-    def pass_of_signs(self) -> str:
-        """The pass that measures signs, norms or both; empty where neither is needed."""
-        last = (("signs", self.needs.majority), ("norms", self.needs.norms))
-        return " and ".join(word for word, needed in last if needed)
+    def elections(self) -> tuple[tuple[str, ...], ...]:
+        """The passes that measure signs and norms, and what each finds: both together, for single entries depend on the
+        majority; one after the other where what is merged is calibrated, and whole matrices depend on it.
+        """
+        needed = (("signs", self.needs.majority), ("norms", self.needs.norms))
+        last = tuple(word for word, needs in needed if needs)
+        if self.recipe.calibrate is not None:
+            return tuple((word,) for word in last)
+        return (last,) if last else ()
 
     @property
     def merged_by_name(self) -> list[TensorPlan]:
@@ -224,6 +229,18 @@ class Plan:
     def gives_one(self, values: Values) -> bool:
         """Whether merging with a tensor's values gives the one model there is as it is."""
         return self.number_of_models == 1 and self.recipe.method.one_is_itself(values)
+
+    def calibrated(self, tensor: TensorPlan, segment: Segment) -> bool:
+        """Whether what is merged in a segment is calibrated."""
+        calibration = self.recipe.calibration
+        if calibration is None or not segment.models or self.gives_one(tensor.values):
+            return False
+        return calibration.changes(tensor.shape_of(segment))
+
+    def merges_whole(self, tensor: TensorPlan, segment: Segment) -> bool:
+        """Whether all of a segment has to be there to merge any of it."""
+        whole = self.recipe.method.sees_whole(tensor.values)
+        return bool(segment.models) and (whole or self.calibrated(tensor, segment))
 
     def keywords(self, tensor: TensorPlan, *, majority: int | None = None) -> Values:
         """The keywords of the method's function for a tensor.
@@ -305,7 +322,6 @@ class Plan:
         sees tensors whole each worker makes one, the largest there are, from all models' and in what space the method
         needs, and as many results are kept; and likewise where a depth rule does that is to be measured.
         """
-        method = self.recipe.method
         held = workers * self.formula_bytes
         rules = [rule for name in self.needs.scores if (rule := find_rule(name)).sees == "tensors"]
         each = [
@@ -314,16 +330,27 @@ class Plan:
             for tensor in (self.in_blocks if rules else ())
         ]
         held += sum(sorted(each, reverse=True)[:workers])
-        if method.sees == "entries":
-            return held
         each = [
-            segment.numel * (8 if tensor.in_float64 else 4) * (self.number_of_models + 2 + method.given_base)
-            + method.space_for(tensor.shape_of(segment), in_float64=tensor.in_float64)
+            self._bytes_of_whole(tensor, segment)
             for tensor in self.tensors
             for segment in tensor.segments
-            if segment.models and method.sees_whole(tensor.values)
+            if self.merges_whole(tensor, segment)
         ]
         return held + sum(sorted(each, reverse=True)[:workers])
+
+    def _bytes_of_whole(self, tensor: TensorPlan, segment: Segment) -> int:
+        """Bytes that it takes to merge a segment as a whole, and to keep what becomes of it."""
+        method, calibration = self.recipe.method, self.recipe.calibration
+        shape, wide, models = tensor.shape_of(segment), tensor.in_float64, self.number_of_models
+        entries, needed = segment.numel * (8 if wide else 4), models + 2
+        whole = method.sees_whole(tensor.values)
+        merging = method.space_for(shape, in_float64=wide) if whole else method.temporaries * entries
+        calibrating = 0
+        if calibration is not None and self.calibrated(tensor, segment):
+            needed += models  # what they hold, once more
+            calibrating = calibration.workspace(shape, wide)
+        needed += method.given_base or (calibrating > 0 and method.takes == "weights")
+        return entries * needed + max(merging, calibrating)
 
     @cached_property
     def turned_sides(self) -> int:

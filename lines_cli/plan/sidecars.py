@@ -260,6 +260,7 @@ def with_numbers(plan: Plan) -> tuple[Sidecar, Sidecar]:
             title=plan.output.name if plan.output.name not in ("", "..") else plan.output.resolve().name,
             method=recipe.merge_method,
             about=recipe.method.about,
+            calibrated=recipe.calibration.about if recipe.calibration is not None else "",
             base=inputs.checkpoints[0] if inputs.has_base else None,
             models=inputs.models,
             like=inputs.leading,

@@ -80,14 +80,23 @@ def _with_numbers(recipe: Recipe, values: Values, squares: Sequence[float]) -> V
     return values
 
 
-def recorded(recipe: Recipe, squares: Sequence[float]) -> list[float | None] | None:
-    """For each of a recipe's `models` its weight where a rule stood for it, and else None; None where none did."""
-    values = recipe.values("", 0.0)
-    if not squares or not rules_among(recipe, values):
+def recorded(recipe: Recipe, squares: Sequence[float]) -> list[list[float | None]] | None:
+    """For each of a recipe's `models` its weight where a rule stood for it, and else None; with slices for the sources
+    of each slice, and else one such list. None where no rule stood anywhere.
+    """
+    if not squares:
         return None
-    said, weights = _weights(recipe, values), _weights(recipe, _with_numbers(recipe, values, squares))
-    found: list[float | None] = [None] * len(recipe.models)
-    for number, rule, weight in zip(recipe.chosen, said, weights, strict=True):
-        if number is not None and isinstance(rule, str):
-            found[number] = float(weight)
+    layers = [one.layers for one in recipe.slices]
+    begins = [sum(layers[:number]) / max(1, sum(layers) - 1) for number in range(len(layers))] or [0.0]
+    places = [recipe.values("", begin) for begin in begins]
+    if not any(rules_among(recipe, values) for values in places):
+        return None
+    found: list[list[float | None]] = []
+    for values in places:
+        said, weights = _weights(recipe, values), _weights(recipe, _with_numbers(recipe, values, squares))
+        of_models: list[float | None] = [None] * len(recipe.models)
+        for number, rule, weight in zip(recipe.chosen, said, weights, strict=True):
+            if number is not None and isinstance(rule, str):
+                of_models[number] = float(weight)
+        found.append(of_models)
     return found

@@ -29,7 +29,7 @@ from pydantic import (
 )
 
 from lines_cli.errors import MismatchError, RecipeError, printable
-from lines_cli.methods import Chosen, Method, Said, Values, find_method
+from lines_cli.methods import CALIBRATIONS, Calibration, Chosen, Method, Said, Values, find_method
 from lines_cli.methods.parameters import MOST_RULES, evaluate, filters_of
 from lines_cli.scaling import depth_rules
 from lines_cli.scaling.by_hand import member_of
@@ -85,6 +85,7 @@ def _no_flag(value: Any) -> Any:
 Finite = Annotated[float, BeforeValidator(_no_flag), Field(allow_inf_nan=False)]
 DtypeName = Literal["float64", "float32", "float16", "bfloat16", "fp8"]
 Rounding = Literal["nearest", "stochastic"]
+Calibrate = Literal["svc"]
 
 
 class _Part(BaseModel):
@@ -650,6 +651,8 @@ class Recipe(_Part):
         slices: in their place, the output's layers: each slice has as many sources as there are `models`, which are
             called by the first slice's.
         parameters: the method's, for all models.
+        calibrate: how what the method makes is calibrated before it is scaled (`lines_cli.methods.calibration`); None
+            leaves it as it is.
         lines: the scaling over depth; without it the merged task vector is scaled by the method's own parameter alone.
         dtype: what every float tensor is written as; None keeps what the input has that the output is like; `fp8`
             stores those in 8 bits that an input stores so, as it does, and keeps the others.
@@ -693,6 +696,7 @@ class Recipe(_Part):
     models: tuple[Source, ...] = Field(min_length=1, max_length=MOST_RULES)
     slices: tuple[Slice, ...] = Field(default=(), max_length=MOST_RULES)
     parameters: dict[str, Any] = Field(default_factory=dict)
+    calibrate: Calibrate | None = None
     lines: Scaling | None = None
     dtype: DtypeName | None = None
     rounding: Rounding = "nearest"
@@ -735,7 +739,7 @@ class Recipe(_Part):
     def _without_what_says_nothing(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = serialize(self)
         unsaid = {"rounding", "rounding_seed"} if self.rounding == "nearest" else set()
-        unsaid |= {key for key in (*OF_ADAPTERS, "components", "slices") if not values.get(key)}
+        unsaid |= {key for key in (*OF_ADAPTERS, "calibrate", "components", "slices") if not values.get(key)}
         unsaid |= {"models"} if self.slices else set()
         return {key: value for key, value in values.items() if key not in unsaid}
 
@@ -743,6 +747,15 @@ class Recipe(_Part):
     def method(self) -> Method:
         """What its method says about itself."""
         return find_method(self.merge_method).with_base(self.base_model)
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What its calibration says about itself, if there is one."""
+        return None if self.calibrate is None else CALIBRATIONS[self.calibrate]
+
+    def plain_sum(self, values: Values) -> bool:
+        """Whether with a tensor's values the merged task vector is the sum of all, to the bit."""
+        return self.calibrate is None and self.method.plain_sum(values)
 
     @property
     def merged(self) -> tuple[Source, ...]:
@@ -754,7 +767,7 @@ class Recipe(_Part):
     def chosen(self) -> Chosen:
         """The numbers of these; None is the base, where it is not listed."""
         names = [source.model for source in self.models]
-        return self.method.chosen(names, self.base_model, subtracted=self.lines is not None)
+        return self.method.chosen(names, self.base_model, subtracted=self.changes_difference)
 
     @property
     def stacked(self) -> tuple[tuple[Part, ...], ...]:
@@ -787,7 +800,12 @@ class Recipe(_Part):
     @property
     def subtracts_base(self) -> bool:
         """Whether task vectors are taken: differences to the base."""
-        return self.method.takes == "task vectors" or self.lines is not None
+        return self.method.takes == "task vectors" or self.changes_difference
+
+    @property
+    def changes_difference(self) -> bool:
+        """Whether what the method makes is changed as a difference to the base: scaled over depth, or calibrated."""
+        return self.lines is not None or self.calibrate is not None
 
     def rule_of(self, component: str) -> Whole | ComponentRule | None:
         """What becomes of a component. Of which nothing is said, is edited; but for codecs and filters, None: these are

@@ -490,7 +490,8 @@ def _check_models(recipe: Recipe, problems: list[Problem]) -> None:
     if recipe.as_adapter:
         return
     if recipe.base_model is None and recipe.subtracts_base:
-        why = f"{name} merges task vectors" if method.takes == "task vectors" else "lines: scales task vectors"
+        which = "lines: scales" if recipe.lines is not None else "calibrate: changes"
+        why = f"{name} merges task vectors" if method.takes == "task vectors" else f"{which} task vectors"
         what = f"base_model is missing: {why}, the differences to a base; add base_model: PATH"
         what += (
             " (adapters are merged into an adapter without one, by linear methods: as_adapter: true, or --as-adapter)"
@@ -498,7 +499,7 @@ def _check_models(recipe: Recipe, problems: list[Problem]) -> None:
         problems.append((("base_model",), what))
     is_one_of_them = recipe.base_model in (*recipe.names, *(source.model for source in recipe.merged))
     if recipe.base_model is not None and not recipe.subtracts_base and not is_one_of_them:
-        what = f"base_model: {name} has no use for a base without lines:"
+        what = f"base_model: {name} has no use for a base without lines: or calibrate:"
         problems.append((("base_model",), f"{what}; leave it out, or list it under models"))
     if recipe.resize == "base" and recipe.base_model is None:
         problems.append((("resize",), "resize: base, but there is no base_model"))
@@ -548,6 +549,7 @@ def _of_adapters(recipe: Recipe) -> Iterator[Problem]:
 
 
 _NOT_OF_ADAPTERS: dict[str, Any] = {
+    "calibrate": None,
     "rounding": "nearest",
     "missing": "error",
     "missing_in_blocks": None,

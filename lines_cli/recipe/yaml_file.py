@@ -371,7 +371,7 @@ def dump_recipe(
     named: Mapping[str, str],
     alpha: float | None = None,
     why: str = "",
-    weights: Sequence[float | None] | None = None,
+    weights: Sequence[Sequence[float | None]] | None = None,
 ) -> str:
     """The recipe as YAML that gives the same result again, with everything in it that was decided.
 
@@ -380,7 +380,8 @@ def dump_recipe(
         named: each input as it is to be written: seen from where the file will stand, a Hub id with its commit.
         alpha: what `auto` was measured to be; it takes its place.
         why: how it was measured, for a comment.
-        weights: for each model what its weight was measured to be, where a rule stood for it.
+        weights: for each model what its weight was measured to be, where a rule stood for it; with slices for the
+            sources of each.
     """
     values = recipe.model_dump(mode="json", exclude_none=True, exclude={"notes", "output"})
     for key in ("base_model", "tokenizer_source", "chat_template"):
@@ -396,11 +397,14 @@ def dump_recipe(
         key = recipe.method.counts_by or ""
         rules = {rule for rule in recipe.settings(key) if isinstance(rule, str)}
         measured = f"# {key} was {' and '.join(sorted(rules))}: by the norms of the task vectors\n"
-        for source, weight in zip(values["models"], weights, strict=True):
-            if weight is not None:
-                source["parameters"] = {**source.get("parameters", {}), key: weight}
-        if isinstance(values["parameters"].get(key), str):
-            del values["parameters"][key]
+        places = [one["sources"] for one in values.get("slices", ())] or [values["models"]]
+        for sources, of_models in zip(places, weights, strict=True):
+            for source, weight in zip(sources, of_models, strict=True):
+                if weight is not None:
+                    source["parameters"] = {**source.get("parameters", {}), key: weight}
+        for one in (values, *values.get("slices", ())):
+            if isinstance(one.get("parameters", {}).get(key), str):
+                del one["parameters"][key]
     if not values["parameters"]:
         del values["parameters"]
     if alpha is not None and recipe.lines is not None and recipe.lines.needs_alpha:

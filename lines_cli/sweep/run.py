@@ -475,13 +475,15 @@ class Sweeping:
         if self.sweep.in_process:
             return self._live.evaluate(trial, task, seed, log)
         command = command_for(self.sweep.evaluate, checkpoint=folder, task=task or "", seed=seed, id=trial.id)
-        return run_command(
-            command,
-            log=log,
-            timeout=self.sweep.timeout,
-            environment=self._environment(trial, task, seed, slot),
-            stop=self.stopping.is_set,
-        )
+        with naming(log):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            return run_command(
+                command,
+                log=log,
+                timeout=self.sweep.timeout,
+                environment=self._environment(trial, task, seed, slot),
+                stop=self.stopping.is_set,
+            )
 
     def _make(self, slot: int, folder: Path, recipe: Recipe) -> None:
         """Make a candidate in the module, or in a folder that takes the place of the last one. The same one is made
@@ -579,6 +581,7 @@ class Sweeping:
         how = RunOptions(force=self.options.force or replaces, resume=True, verify=False, verify_inputs=False)
         record = self.folder / _WINNER
         with naming(record):
+            self.folder.mkdir(exist_ok=True)
             record.write_text(json.dumps({"settings": settings, "recipe": None}) + "\n")
         recipe = self.sweep.recipe_of(settings)
         summary = carry_out(recipe, self.output, self.options.resources, how, quiet=True).summary

@@ -506,6 +506,10 @@ def test_products_on_both_of_tied_weights(tmp_path: Path, one: bool, other: bool
     models = [{"model": str(path)} for path in paths]
     lines.merge({"base_model": str(base), "models": models}, tmp_path / "merged", as_adapter=True, rank=rank)
     lines.edit_adapter(paths[0], tmp_path / "scaled", base=base, alpha=0.3, beta=0)
+    lines.edit(base, paths[0], tmp_path / "dense", alpha=0.3, beta=0)
+    if one:  # else the adapted model has two weights, and no checkpoint of a tied one has them
+        wanted = said(with_adapter(tied, base, tmp_path / "scaled"))
+        torch.testing.assert_close(said(load(tied, tmp_path / "dense")), wanted, rtol=1e-4, atol=1e-4)
 
     def products(folder: Path) -> dict[str, torch.Tensor]:
         layers = with_adapter(tied, base, folder).named_modules()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lines_cli.methods import METHODS as REGISTERED
 from lines_cli.methods.iso_c import iso_c
 from lines_cli.methods.iso_cts import dimensions, iso_cts
 from lines_cli.methods.spectrum import workspace
@@ -88,6 +89,13 @@ def made(method: str, tensors: Sequence[Tensor], **said: Any) -> tuple[Tensor, T
     said = {**defaults, **said}
     expected = reference([{"w": tensor.clone()} for tensor in tensors], weight=weight, **said)["w"]
     return own([tensor.clone() for tensor in tensors], weight=weight, **said), expected
+
+
+@pytest.mark.parametrize("tasks", TASKS)
+def test_wudi_as_published_against_numpy(tasks: str) -> None:
+    """With the default ridge; elsewhere the tests take one that is next to nothing."""
+    got, expected = made("wudi", TASKS[tasks], ridge=REGISTERED["wudi"].parameters["ridge"].default)
+    assert relative(got, expected) < (1e-6 if got.dtype == torch.float32 else 1e-9)
 
 
 @pytest.mark.parametrize("method", METHODS)

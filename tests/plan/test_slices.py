@@ -582,3 +582,56 @@ def test_transformers_loads_what_is_stacked(family: str, tmp_path: Path) -> None
     with torch.no_grad():
         kept = {} if family == "bert" else {"use_cache": False}
         torch.testing.assert_close(loaded.eval()(ids, **kept).logits, expected(ids, **kept).logits)
+
+
+@pytest.mark.parametrize("rule", ["nan", "equal_norm"])
+@pytest.mark.parametrize("place", ["top", "slice", "source"])
+def test_weights_that_are_measured(rule: str, place: str, tmp_path: Path) -> None:
+    """A rule of weights, wherever it stands, is measured of the stacked task vectors, and recorded source by source:
+    the record makes the same bytes.
+    """
+    base, a, b = model(0), model(1), model(2)
+    write(tmp_path, base=base, a=a, b=b)
+    ranges = ((0, 3), (1, 4))
+    slices: list[dict[str, Any]] = [
+        {"sources": [{"model": name, "layer_range": list(ends)} for name in ("base", "a", "b")]} for ends in ranges
+    ]
+    recipe: dict[str, Any] = {"merge_method": "task_arithmetic", "base_model": "base", "slices": slices}
+    said = {"weight": rule}
+    if place == "top":
+        recipe["parameters"] = said
+    for one in slices:
+        if place == "slice":
+            one["parameters"] = dict(said)
+        if place == "source":
+            for source in one["sources"][1:]:
+                source["parameters"] = dict(said)
+    if place != "top":
+        slices[0]["sources"][1]["parameters"] = {"weight": 0.25}
+    ran = merge(tmp_path, recipe)
+    assert ran.code == 0, ran.err + ran.trace
+
+    whole = [stacked([(one, *ends) for ends in ranges]) for one in (base, a, b)]
+    norms = [sum(float((one[n] - whole[0][n]).double().pow(2).sum()) for n in one) ** 0.5 for one in whole[1:]]
+
+    def by_rule(of: list[float]) -> list[float]:
+        if rule == "nan":
+            return [(1 / norm) / sum(1 / other for other in of) for norm in of]
+        return [sum(of) / len(of) / norm for norm in of]
+
+    both = by_rule(norms)
+    expected = [both, both] if place == "top" else [[0.25, *by_rule(norms[1:])], both]
+    record = yaml.safe_load((tmp_path / "out" / "lines_recipe.yaml").read_text())
+    got = [[source["parameters"]["weight"] for source in one["sources"][1:]] for one in record["slices"]]
+    assert [number for one in got for number in one] == pytest.approx([number for one in expected for number in one])
+    assert rule not in yaml.safe_dump(record["slices"])
+    assert rule not in yaml.safe_dump(record.get("parameters", {}))
+    for name, tensor in written(tmp_path).items():
+        later = name.startswith(("model.layers.3.", "model.layers.4.", "model.layers.5.", "model.norm", "lm_head"))
+        taus = [one[name] - whole[0][name] for one in whole[1:]]
+        by_hand = whole[0][name] + sum(weight * tau for weight, tau in zip(got[later], taus, strict=True))
+        torch.testing.assert_close(tensor, by_hand, rtol=1e-5, atol=1e-6)
+    assert run_lines("verify", tmp_path / "out").code == 0
+    again = run_lines("merge", "--config", tmp_path / "out" / "lines_recipe.yaml", "-o", tmp_path / "again")
+    assert again.code == 0, again.err
+    assert_same(written(tmp_path, "again"), written(tmp_path))

@@ -72,7 +72,7 @@ def tsv_m_of(matrices: Sequence[Array], eps: float) -> Array:
     return (polar_factor(u) * s) @ polar_factor(vt.T).T
 
 
-def wudi_of(matrices: Sequence[Array], eps: float, ridge: float = 1e-6) -> Array:
+def wudi_of(matrices: Sequence[Array], eps: float, ridge: float = 1.0) -> Array:
     """As least squares, by numpy's solver: `D D_i^T = D_i D_i^T` for all tasks, and the ridge."""
     total, columns = sum(matrices[1:], matrices[0]), matrices[0].shape[1]
     changed = [matrix for matrix in matrices if matrix.any()]
@@ -83,6 +83,28 @@ def wudi_of(matrices: Sequence[Array], eps: float, ridge: float = 1e-6) -> Array
     given = np.vstack([*(m / norm for m, norm in zip(changed, norms, strict=True)), held * np.eye(columns)])
     wanted = np.vstack([*(m @ m.T / norm for m, norm in zip(changed, norms, strict=True)), held * total.T])
     return np.linalg.lstsq(given, wanted, rcond=None)[0].T
+
+
+def svc_of(merged: Array, tasks: Sequence[Array], eps: float) -> Array:
+    """Direction by direction, as the paper has it; equal singular values together."""
+    u, s, _ = triplets(merged, eps)
+    changed = [task for task in tasks if task.any()]
+    made, begin = merged.copy(), 0
+    while begin < len(s) and changed:
+        end = begin + 1
+        while end < len(s) and s[end - 1] - s[end] <= 1e-6 * s[0]:
+            end += 1
+        direction = u[:, begin:end]
+        a = direction.T @ merged
+        shares = []
+        for task in changed:
+            of_task = direction.T @ task
+            if np.linalg.norm(of_task) > 1e-6 * np.linalg.norm(task):
+                shares.append(max(1 / len(changed), (a * of_task).sum() / (of_task * of_task).sum()))
+        if shares:
+            made += (len(shares) / sum(shares) - 1) * direction @ a
+        begin = end
+    return made
 
 
 # --- on whole models ---
@@ -122,5 +144,20 @@ def tsv_m(taus: Sequence[Tensors], *, weight: Sequence[float]) -> Tensors:
     return _on_models(tsv_m_of, taus, weight)
 
 
-def wudi(taus: Sequence[Tensors], *, weight: Sequence[float], ridge: float = 1e-6) -> Tensors:
+def wudi(taus: Sequence[Tensors], *, weight: Sequence[float], ridge: float = 1.0) -> Tensors:
     return _on_models(wudi_of, taus, weight, ridge=ridge)
+
+
+def calibrated(merged: Tensors, taus: Sequence[Tensors]) -> Tensors:
+    """Singular value calibration of every matrix of a merged task vector."""
+    made = {}
+    for name, tensor in merged.items():
+        if tensor.ndim not in (2, 3) or tensor.numel() == 0:
+            made[name] = tensor
+            continue
+        every = [tensor, *(tau[name] for tau in taus)]
+        batches = [one.double().numpy().reshape(-1, *tensor.shape[-2:]) for one in every]
+        eps = torch.finfo(tensor.dtype).eps
+        found = [svc_of(first, rest, eps) for first, *rest in zip(*batches, strict=True)]
+        made[name] = torch.from_numpy(np.stack(found)).to(tensor.dtype).view(tensor.shape)
+    return made

@@ -161,6 +161,7 @@ def sweep_with(harm: str, *more: object, **said: Any) -> list[dict[str, Any]]:
     Path("stop").touch()
     assert (ran.code, ran.trace) == (0, ""), ran.err
     found: list[dict[str, Any]] = ran.json["trials"]
+    assert not [trial["error"] for trial in found if trial["error"]]
     return found
 
 

@@ -402,6 +402,8 @@ def test_python_functions_that_are_not_polite(here: Path, monkeypatch: pytest.Mo
         ({"evaluate": 'printf \'{"m": 1, "m": 2}\' # {checkpoint}'}, None),
         ({"evaluate": "printf '\\377\\376{\"m\": 1}' # {checkpoint}"}, "not JSON"),
         ({"evaluate": "rm -rf {checkpoint}/..; echo '{\"m\": 1}'"}, None),
+        ({"evaluate": "rm -rf {checkpoint}/../..; mkdir -p best.sweep; echo '{\"m\": 1}'"}, None),
+        ({"evaluate": "rm -rf {checkpoint}/../..; echo '{\"m\": 1}'"}, None),
     ],
 )
 def test_what_evaluations_print(here: Path, said: dict[str, Any], words: str | None) -> None:
@@ -411,6 +413,19 @@ def test_what_evaluations_print(here: Path, said: dict[str, Any], words: str | N
     assert (ran.code, ran.trace) == ((0, "") if words is None else (5, "")), ran.err
     assert words is None or words in ran.err
     assert sum(path.stat().st_size for path in Path("best.sweep/logs").iterdir()) < 4 * 10 * 2**20
+
+
+@pytest.mark.parametrize(
+    "harm", ["rm -rf ft", "printf x >> ft/model.safetensors", "rm -rf best.sweep; touch best.sweep"]
+)
+def test_evaluations_that_take_the_ground_away(here: Path, harm: str) -> None:
+    """An input that is gone or changed, a folder that is none: an error in words, and nothing is written."""
+    config = sweep_yaml(evaluate=f"{harm}; echo '{{\"m\": 1}}' # {{checkpoint}}", objective="m", controls=False)
+    ran = run_lines("sweep", "--config", config, "-o", "best")
+    assert ran.code in (3, 6), ran.err
+    assert ran.trace == ""
+    assert "best" in ran.err or "ft" in ran.err
+    assert not Path("best").exists()
 
 
 def test_a_coefficient_that_no_number_holds_is_a_failed_trial(here: Path) -> None:
