@@ -360,14 +360,15 @@ class Measuring:
         self.found_in(words, found)
 
     def elect(self, words: tuple[str, ...], add: Callable[[Election], None]) -> None:
-        """Hold the elections of a pass, and give each chunk's to `add`, in the order of the tensors' names."""
-        needs = _finding(words)
+        """Hold the elections, and give each chunk's to `add`, in the order of the tensors' names."""
+        needs = _needs_of(words)
         self.one_pass(" and ".join(words), lambda worker, chunk: _elect(worker, chunk, needs), add)
 
     def found_in(self, words: tuple[str, ...], elected: Elected) -> None:
-        """Keep what all elections of a pass have come to."""
-        needs = _finding(words)
-        majority = (elected.balance > 0) - (elected.balance < 0) if needs.majority else self.plan.statistics.majority
+        """Keep what all elections have come to."""
+        needs = _needs_of(words)
+        known = self.plan.statistics.majority
+        majority = (elected.balance > 0) - (elected.balance < 0) if needs.majority else known
         merged = elected.with_plus if majority > 0 or not needs.majority else elected.with_minus
         norms = Norms(elected.total, merged, len(self.models)) if needs.norms else None
         self.found(majority=majority, norms=norms)
@@ -446,8 +447,7 @@ def _asked(rule: DepthRule, base: torch.Tensor, update: torch.Tensor) -> Sequenc
     return rule.measure(base, update)
 
 
-def _finding(words: tuple[str, ...]) -> Needs:
-    """What a pass with that name finds (`Plan.elections`)."""
+def _needs_of(words: tuple[str, ...]) -> Needs:
     return Needs(majority="signs" in words, norms="norms" in words)
 
 

@@ -68,7 +68,7 @@ def measure_share(plan: Plan, what: str, names: Sequence[str], how: How) -> Json
         measuring.scores(rule)
         return {"statistics": Statistics(scores={rule: measuring.plan.statistics.scores[rule]}).to_json()}
     blocks = _Blocks()
-    measuring.elect(_words(plan, what), blocks.add)
+    measuring.elect(_words(what), blocks.add)
     return {"elections": blocks.to_json()}
 
 
@@ -121,7 +121,7 @@ def _with_shares(plan: Plan, what: str, shares: Sequence[Mapping[str, Any]]) -> 
     elected = Elected()
     for share in shares:
         elected.add(_Blocks.of(share["elections"]))
-    measuring.found_in(_words(plan, what), elected)
+    measuring.found_in(_words(what), elected)
     return measuring.plan
 
 
@@ -130,9 +130,9 @@ def _rule_of(plan: Plan, what: str) -> str | None:
     return next((rule for rule in plan.needs.scores if pass_of_rule(rule) == what), None)
 
 
-def _words(plan: Plan, what: str) -> tuple[str, ...]:
-    """What a pass of elections finds."""
-    return next(words for words in plan.elections if " and ".join(words) == what)
+def _words(what: str) -> tuple[str, ...]:
+    """What a pass of elections finds (`Plan.elections`)."""
+    return tuple(what.split(" and "))
 
 
 def _tensors(plan: Plan, names: Iterable[str]) -> list[TensorPlan]:

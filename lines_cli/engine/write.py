@@ -328,6 +328,10 @@ class Write(RangeJob[Worker, TensorPlan, Tally]):
         self.unchanged = set()  # what an earlier run saw of that is not known
         return super().take_over(parts)
 
+    def all_seen_by_parts(self, unchanged: Iterable[int] | None) -> None:
+        """All was written by parts: models in which these saw nothing but the base; None if none could see that."""
+        self.unchanged, self.looked = set(unchanged or ()), unchanged is not None
+
     def _each(self, worker: Worker, chunks: Iterable[PlanChunk], tally: Tally) -> Iterator[memoryview]:
         """The same; small tensors that stand side by side in all inputs in one go, since there may be tens of thousands
         and each takes forty calls into torch.
@@ -383,10 +387,6 @@ class Write(RangeJob[Worker, TensorPlan, Tally]):
         raw = worker.out.to_host(chunk.numel * itemsize(dtype))
         self._count(chunk, exact, tally)
         return raw
-
-    def all_seen_by_parts(self, unchanged: Iterable[int] | None) -> None:
-        """All was written by parts: models in which these saw nothing but the base; None if none could see that."""
-        self.unchanged, self.looked = set(unchanged or ()), unchanged is not None
 
     def _make(self, worker: Worker, chunk: PlanChunk, tally: Tally) -> memoryview:
         """One chunk as it is to be written, in a buffer of the worker's; what is counted is added."""

@@ -82,9 +82,10 @@ def _with_numbers(recipe: Recipe, values: Values, squares: Sequence[float]) -> V
 
 def recorded(recipe: Recipe, squares: Sequence[float]) -> list[list[float | None]] | None:
     """For each of a recipe's `models` its weight where a rule stood for it, and else None; with slices for the sources
-    of each slice, and else one such list. None where no rule stood anywhere.
+    of each slice, and else one such list. None where no rule stood anywhere; and where some models' weights have
+    filters, so that what a rule comes to is not the same for all tensors: the recipe keeps its rules.
     """
-    if not squares:
+    if not squares or any(_has_filters(setting) for setting in recipe.settings(recipe.method.counts_by or "")):
         return None
     layers = [one.layers for one in recipe.slices]
     begins = [sum(layers[:number]) / max(1, sum(layers) - 1) for number in range(len(layers))] or [0.0]
@@ -100,3 +101,7 @@ def recorded(recipe: Recipe, squares: Sequence[float]) -> list[list[float | None
                 of_models[number] = float(weight)
         found.append(of_models)
     return found
+
+
+def _has_filters(setting: Any) -> bool:
+    return isinstance(setting, list) and any(isinstance(part, dict) for part in setting)

@@ -40,6 +40,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "ties by tensor": {**TIES, "parameters": {"density": 0.3, "trim": "tensor"}},
     "dare": {"merge_method": "dare_ties", "parameters": {"density": 0.4, "rescale": "l1"}},
     "weights measured": {"merge_method": "task_arithmetic", "parameters": {"weight": "equal_norm", "density": 0.5}},
+    "calibrated": {**TIES, "calibrate": "svc"},
     "layers measured": {"merge_method": "ties", "lines": {"schedule": "esm", "alpha": 0.2, "beta": 0.5}},
     "sum": {"merge_method": "task_arithmetic", "lines": {"alpha": 0.2, "beta": 0.3}},
 }

@@ -263,3 +263,33 @@ def test_of_adapters(here: Path) -> None:
     refused(run_lines("merge", "--config", "m.yaml", "--as-adapter", "-o", "out"), "weight: nan is measured on whole")
     assert run_lines("merge", "--config", "m.yaml", "-o", "out").code == 0
     assert sum(recorded()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("rule", ["nan", "equal_norm"])
+def test_beside_filters(rule: str, here: Path) -> None:
+    """Where a filter gives one model a number, the rule weighs the others alone, tensor by tensor; the record makes the
+    same bytes.
+    """
+    first, *_ = SIZES
+    base = load_file("base/model.safetensors")
+    name = min(base)
+    recipe = asked(rule)
+    recipe["models"][0]["parameters"] = {"weight": [{"filter": name, "value": 0.25}]}
+    lines.merge(recipe, output="out")
+    tensors = {model: load_file(f"{model}/model.safetensors") for model in SIZES}
+    own = dict(zip(SIZES, norms(), strict=True))
+
+    def weights(models: list[str]) -> dict[str, float]:
+        if rule == "nan":
+            return {model: 1 / own[model] / sum(1 / own[other] for other in models) for model in models}
+        return {model: sum(own[other] for other in models) / len(models) / own[model] for model in models}
+
+    for tensor, got in load_file("out/model.safetensors").items():
+        found = weights(list(SIZES))
+        if name in tensor:
+            found = {first: 0.25, **weights([model for model in SIZES if model != first])}
+        total = sum(found[model] * (tensors[model][tensor] - base[tensor]).double() for model in SIZES)
+        torch.testing.assert_close(got, (base[tensor] + total).float(), rtol=1e-5, atol=1e-6)
+    assert run_lines("verify", "out").code == 0
+    assert run_lines("merge", "--config", "out/lines_recipe.yaml", "-o", "again").code == 0
+    assert weights_of("out") == weights_of("again")
