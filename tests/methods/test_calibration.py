@@ -20,6 +20,7 @@ from lines_cli.errors import DataError, RecipeError
 from lines_cli.methods import CALIBRATIONS
 from lines_cli.methods.calibration import svc
 from lines_cli.recipe.schema import Calibrate
+from support.crossed import by_turns
 from support.files import write_checkpoint
 from support.method_cases import TABLE, TYPICAL, Case
 from support.run import run_lines
@@ -116,8 +117,7 @@ TASKS: dict[str, list[Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("tasks", TASKS)
-@pytest.mark.parametrize("scale", [1.0, 0.3])
+@by_turns(tasks=TASKS, scale=[1.0, 0.3])
 def test_against_numpy(tasks: str, scale: float) -> None:
     """Within 1e-6, or for float64 within 1e-9, of the formula carried out direction by direction."""
     tensors = TASKS[tasks]
@@ -243,8 +243,7 @@ def test_weights_have_their_say(tmp_path: Path) -> None:
 SIDE_BY_SIDE = [((12,), (31, 12)), ((31, 12), (12,)), ((12, 31), (31, 12)), ((3, 10, 7), (5,)), ((4, 5), (4, 5), (3,))]
 
 
-@pytest.mark.parametrize("shapes", SIDE_BY_SIDE)
-@pytest.mark.parametrize("lined", [False, True])
+@by_turns(shapes=SIDE_BY_SIDE, lined=[False, True])
 def test_small_tensors_side_by_side(shapes: Any, lined: bool, tmp_path: Path) -> None:
     """Small tensors that are merged in one go are those that are not calibrated: each matrix stays one by itself."""
     chance = torch.Generator().manual_seed(0)

@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from support.crossed import by_turns
 from support.files import write_checkpoint
 from support.run import run_lines
 
@@ -602,8 +603,7 @@ def test_transformers_loads_what_is_stacked(family: str, tmp_path: Path) -> None
         torch.testing.assert_close(loaded.eval()(ids, **kept).logits, expected(ids, **kept).logits)
 
 
-@pytest.mark.parametrize("rule", ["nan", "equal_norm"])
-@pytest.mark.parametrize("place", ["top", "slice", "source"])
+@by_turns(rule=["nan", "equal_norm"], place=["top", "slice", "source"])
 def test_weights_that_are_measured(rule: str, place: str, tmp_path: Path) -> None:
     """A rule of weights, wherever it stands, is measured of the stacked task vectors, and recorded source by source:
     the record makes the same bytes.
