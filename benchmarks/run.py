@@ -68,7 +68,7 @@ def main() -> None:
         if not options.quick:
             print(f"\n{report.targets(found)}")
     if options.save or options.render:
-        limits = (HERE / "limits.md").read_text()
+        limits = "\n".join((HERE / page).read_text() for page in ("limits.md", "spectral.md"))
         (HERE / "RESULTS.md").write_text(report.document(_saved("cpu"), _saved("cuda"), limits))
 
 

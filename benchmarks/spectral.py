@@ -13,10 +13,12 @@ against the same steps by numpy's decomposition in float64 (`tests/support/spect
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +61,14 @@ def seconds(function: Callable[[], Any]) -> tuple[float, Any]:
 
 def plain_polar(matrix: Tensor) -> Tensor:
     u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
-    return u @ vh
+    polar: Tensor = u @ vh
+    return polar
 
 
 def plain_iso_c(tasks: Sequence[Tensor]) -> Tensor:
     u, s, vh = torch.linalg.svd(sum(tasks[1:], tasks[0]), full_matrices=False)
-    return s.mean() * (u @ vh)
+    merged: Tensor = s.mean() * (u @ vh)
+    return merged
 
 
 def plain_tsv_m(tasks: Sequence[Tensor]) -> Tensor:
@@ -81,7 +85,9 @@ def plain_iso_cts(tasks: Sequence[Tensor]) -> Tensor:
     each = round((r - int(0.8 * r)) / len(tasks))
     u, s, vh = torch.linalg.svd(sum(tasks[1:], tasks[0]), full_matrices=False)
     k = r - each * len(tasks)
-    us, ss, vhs = [], [], []
+    us: list[Tensor] = []
+    ss: list[Tensor] = []
+    vhs: list[Tensor] = []
     for task in tasks:
         own = torch.linalg.svd(task - u[:, :k] @ (u[:, :k].T @ task), full_matrices=False)
         us, ss, vhs = [*us, own[0][:, :each]], [*ss, own[1][:each]], [*vhs, own[2][:each]]
@@ -97,7 +103,8 @@ def plain_svc(tasks: Sequence[Tensor]) -> Tensor:
     for task in tasks:
         own = u.T @ task
         shares.append(((a * own).sum(1) / (own * own).sum(1)).clamp(min=1 / len(tasks)))
-    return (u * (s * len(tasks) / torch.stack(shares).sum(0))) @ vh
+    merged: Tensor = (u * (s * len(tasks) / torch.stack(shares).sum(0))) @ vh
+    return merged
 
 
 def plain_wudi(tasks: Sequence[Tensor], steps: int = 300) -> Tensor:
@@ -139,9 +146,12 @@ def exact(method: str, tasks: Sequence[Tensor]) -> Tensor:
     tasks = [task.double() for task in tasks]
     if method == "svc":
         total = sum(tasks[1:], tasks[0])
-        return spectral_references.calibrated({"w": total}, [{"w": task} for task in tasks])["w"]
-    reference: Callable[..., Any] = getattr(spectral_references, method)
-    return reference([{"w": task} for task in tasks], weight=[1.0] * len(tasks))["w"]
+        found = spectral_references.calibrated({"w": total}, [{"w": task} for task in tasks])
+    else:
+        reference: Callable[..., dict[str, Tensor]] = getattr(spectral_references, method)
+        found = reference([{"w": task} for task in tasks], weight=[1.0] * len(tasks))
+    merged: Tensor = found["w"]
+    return merged
 
 
 def off(found: Tensor, expected: Tensor) -> str:
@@ -151,12 +161,12 @@ def off(found: Tensor, expected: Tensor) -> str:
 def by_matrix(shape: tuple[int, int], *, with_errors: bool, plain: Iterable[str]) -> Iterable[list[str]]:
     tasks = [made(shape, seed) for seed in range(TASKS)]
     for method in (*PLAIN, "wudi"):
-        taken, result = seconds(lambda method=method: ours(method, tasks))
+        taken, result = seconds(partial(ours, method, tasks))
         beside, found = None, None
         if method == "wudi" and method in plain:
             beside = seconds(lambda: plain_wudi(tasks, STEPS))[0] * 300 / STEPS
         elif method in plain:
-            beside, found = seconds(lambda method=method: PLAIN[method](tasks))
+            beside, found = seconds(partial(PLAIN[method], tasks))
         expected = exact(method, tasks) if with_errors else None
         yield [
             f"{shape[0]} x {shape[1]}",
@@ -238,7 +248,8 @@ def on_a_model() -> Iterable[list[str]]:
             peer = ""
             if name in peers:
                 function, times = peers[name]
-                peer = f"{seconds(function)[0] * times:.1f}"
+                with contextlib.redirect_stdout(sys.stderr):  # it says what it does
+                    peer = f"{seconds(function)[0] * times:.1f}"
             yield [name, f"{taken:.1f}", peer]
 
 

@@ -175,6 +175,13 @@ _SECRETS = (  # what stands for a secret, and what is left of it
     (re.compile(r"\b([Bb]asic\s+)(?=[a-z+/]*[A-Z0-9=])[\w+/=]{6,}"), rf"\1{_HIDDEN}"),
     (re.compile(r"(?<![A-Za-z0-9])(hf|api_org)_[A-Za-z0-9]{16,}"), rf"\1_{_HIDDEN}"),  # the Hub's tokens
 )
+_HOLD_SECRETS = (
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AZURE_STORAGE_ACCOUNT_KEY",
+)
 _SHORTEST = 4  # characters of a password that is looked for wherever it stands
 
 
@@ -193,7 +200,7 @@ def _own_secrets() -> list[str]:
     """The tokens and passwords in the environment, as they may be spelt; the longest first."""
     found: set[str] = set()
     for name, value in os.environ.items():
-        if name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        if name in _HOLD_SECRETS:
             found.add(value.strip())
         elif name == "HF_ENDPOINT" or name.lower().endswith("_proxy"):
             rest = value.partition("://")[2] or value

@@ -85,6 +85,7 @@ def test_the_page_is_what_the_data_says() -> None:
         assert (DOCS / name).read_text(encoding="utf-8") == drawing
 
 
+@pytest.mark.slow
 def test_one_fine_tune(tiny: Setup) -> None:
     """A fine-tune is trained once and swept once; what a killed run left behind is gone on with."""
     one.run(tiny, 1, "a", tiny.rate)
@@ -110,6 +111,7 @@ def test_one_fine_tune(tiny: Setup) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_merging(tiny: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every family of a method has as many points, and the page can be made of them."""
     monkeypatch.setattr(merging, "STEPS", (0.3, 1.0))
@@ -129,6 +131,7 @@ def test_merging(tiny: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(figures) == 1
 
 
+@pytest.mark.slow
 def test_rewarded_soups(tiny: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     """The ends of the plain mixture are the policies themselves; and what stands behind a text's end does not count."""
     monkeypatch.setattr(policies, "run_lines", one.run_lines)

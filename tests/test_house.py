@@ -130,6 +130,8 @@ def test_no_module_imports_itself_in_a_circle() -> None:
         ("yaml", {"checkpoint.model_card", "inspection.html", "recipe.plain_yaml", "recipe.yaml_file", "sweep.config"}),
         ("regex", {"scaling.by_hand"}),
         ("safetensors", {"checkpoint.crosscheck"}),
+        ("ray", {"api.on_ray"}),
+        ("obstore", {"storage.object_store"}),
     ],
 )
 def test_each_dependency_has_one_home(dependency: str, homes: set[str]) -> None:

@@ -685,7 +685,7 @@ def carry_out(
 
     say = remark or (lambda _: None)
     if destination is None:
-        plan = _planned(recipe, Path(UNNAMED), quiet=quiet)
+        plan = planned(recipe, Path(UNNAMED), quiet=quiet)
         pushed = _foreseen(pushing, plan)
         return Done(plan, {**summary.of_plan(plan, resources), "output": None, "pushed": pushed})
     if pushing is not None:
@@ -703,10 +703,10 @@ def carry_out(
     check_destination(
         destination, inputs=named, nbytes=0, force=how["force"] or how["resume"], may_exist=dry_run and not how["force"]
     )
-    plan = _planned(recipe, destination, quiet=quiet)
+    plan = planned(recipe, destination, quiet=quiet)
     pushed = _foreseen(pushing, plan)
     if not dry_run and not all(checkpoint.is_here for checkpoint in plan.inputs.checkpoints):
-        plan = _planned(recipe, destination, quiet=quiet, weights=True)  # nothing is to be refused any more
+        plan = planned(recipe, destination, quiet=quiet, weights=True)  # nothing is to be refused any more
     is_over = before is not None and before.is_over and is_same_run(plan, before.run)
     finished = how["resume"] and (is_over or is_finished(plan))
     if finished and (how["verify"] or how["verify_inputs"]):
@@ -796,8 +796,10 @@ def put_on_the_hub(pushing: Push, done: Done) -> Summary:
         ) from error
 
 
-def _planned(recipe: Recipe, destination: Path, *, quiet: bool, weights: bool = False) -> AnyPlan:
-    """The plan; without `weights` those that are on the Hub stay there, and only their headers are fetched."""
+def planned(recipe: Recipe, destination: Path, *, quiet: bool, weights: bool = False) -> AnyPlan:
+    """The plan of a recipe's result; without `weights` those that are on the Hub stay there, and only their headers are
+    fetched.
+    """
     from dataclasses import replace
 
     from lines_cli.plan.any_plan import planning

@@ -13,6 +13,7 @@ from lines_cli.checkpoint.reader import Checkpoint
 from lines_cli.checkpoint.sidecars import Sidecar
 from lines_cli.storage.beside import beside
 from lines_cli.storage.names import MODEL_CARD, MODEL_INDEX, RECIPE
+from lines_cli.storage.object_store import is_url
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,10 +218,14 @@ def _public_name(checkpoint: Checkpoint) -> str:
     """A Hub id as it is, also that of a folder in the Hub's cache; of any other path only the last part, since the rest
     is nobody's business.
     """
+    if checkpoint.hub_id and is_url(checkpoint.hub_id):
+        return checkpoint.hub_id.rpartition("/")[2]
     return _id_on_the_hub(checkpoint) or checkpoint.real.name
 
 
 def _id_on_the_hub(checkpoint: Checkpoint) -> str | None:
+    if checkpoint.hub_id and is_url(checkpoint.hub_id):
+        return None
     if checkpoint.hub_id:
         return checkpoint.hub_id.partition("@")[0]
     folder = checkpoint.real if checkpoint.path.is_dir() else checkpoint.real.parent

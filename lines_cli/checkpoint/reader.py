@@ -98,10 +98,14 @@ class Heads:
     Attributes:
         chosen: the index or the weight file that the weights hang on; an index is here.
         files: each weight file by its name, with its size and the JSON of its header.
+        url: of a folder in an object store, where they are read when they are needed; None where they are not.
+        times: of such a folder: when each file was last written, in nanoseconds since 1970.
     """
 
     chosen: str
     files: Mapping[str, tuple[int, bytes]]
+    url: str | None = None
+    times: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,7 @@ class Checkpoint:
         states: the state of each file when its header was read.
         stem: what its weight files are called, `model` in `model-00001-of-00002.safetensors`.
         config: the parsed `config.json`; empty where there is none.
-        hub_id: `org/name@commit`, for one that came from the Hub.
+        hub_id: `org/name@commit`, for one that came from the Hub; the URL of one in an object store.
         metadata: what the header of its only file says beside the tensors; empty where there are several files.
         formulas: tensors that are not stored as they are -> what they are made of.
         beside: tensors of a quantised format that belong to no weight: scales of activations.
@@ -149,7 +153,7 @@ class Checkpoint:
         part: which of several state dicts in its file, if its user said so: `ema` of `ft.ckpt#ema`.
         views: for each file the tensors whose entries do not stand in order; empty where there are none.
         notes: what a person should know of how it was read.
-        is_here: whether the files are; else only their headers were fetched, and no tensor can be read.
+        is_here: whether the files can be read; else only their headers were fetched.
         config_changes: what is otherwise in `config` than in the folder's file, by the path of keys.
         components: of one that holds several models, each by itself; `tensors` are those of all.
     """
@@ -304,6 +308,7 @@ def open_checkpoint(
         what = "neither a file nor a folder" if os.path.lexists(path) else "there is no such file or folder"
         raise CheckpointError(f"{path}: {what}", hint="Give a file with weights, or a folder that holds a checkpoint.")
 
+    elsewhere = heads.url if heads is not None else None
     held: list[_Contents] = []
     states: list[FileState] = []
     tensors: dict[str, StoredTensor] = {}
@@ -314,7 +319,7 @@ def open_checkpoint(
             held.append(_contents(file, known, part, name))
         else:
             contents, nbytes = _fetched(name, file.relative_to(path), heads, known)
-            mtime_ns = 0
+            mtime_ns = heads.times.get(file.relative_to(path).as_posix(), 0)
             held.append(contents)
         states.append(FileState(nbytes, mtime_ns, held[-1].digest))
         if expected is not None and held[-1].tensors.keys() != expected:
@@ -323,7 +328,7 @@ def open_checkpoint(
     checkpoint = Checkpoint(
         name=name,
         path=path,
-        files=tuple(files),
+        files=tuple(files if elsewhere is None else (Path(elsewhere, file.relative_to(path)) for file in files)),
         tensors=tensors,
         states=tuple(states),
         stem=stem,
@@ -333,7 +338,7 @@ def open_checkpoint(
         part=part,
         views=tuple(of.views for of in held) if any(of.views for of in held) else (),
         notes=tuple(note for of in held for note in of.notes),
-        is_here=heads is None,
+        is_here=heads is None or elsewhere is not None,
     )
     return to_be_looked_at(checkpoint) if to_look_at else as_model(checkpoint)
 

@@ -22,6 +22,7 @@ from lines_cli.cli.inspect import inspect
 from lines_cli.cli.merge import merge
 from lines_cli.cli.options import VARIABLES
 from lines_cli.cli.parser import CODE_UNPRINTED, Command, Lines, variable_behind
+from lines_cli.cli.parts import finish, plan, run
 from lines_cli.cli.push import push
 from lines_cli.cli.sweep import sweep
 from lines_cli.cli.verify import verify
@@ -63,6 +64,7 @@ PAGES = {
     "an output, and a doubt": ("lines verify OUT", "docs/reliability.md"),
     "an output, for the Hub": ("lines push OUT org/name", "docs/hub.md"),
     "a job in CI, or a shared disk": ("lines edit ... --resume --force", "docs/jobs.md"),
+    "a model too large for one machine": ("lines plan --config FILE -o OUT", "docs/scale.md"),
     "a script that reads the result": ("lines ... --json", "docs/json.md"),
     "a notebook": ("import lines_cli as lines", "docs/notebooks.md"),
 }
@@ -102,7 +104,9 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
         except (LinesError, KeyboardInterrupt, MemoryError) as error:
             signals.too_late()
             raise typer.Exit(
-                _say(error, writes=command in (edit, extract, merge, sweep), json=options.get("json", False))
+                _say(
+                    error, writes=command in (edit, extract, merge, sweep, run, finish), json=options.get("json", False)
+                )
             ) from error
 
     return guarded
@@ -178,6 +182,9 @@ for _name, _command, _pages in (
     ("merge", merge, "docs/merging.md, docs/merge-methods.md, docs/reliability.md"),
     ("extract", extract, "docs/adapters-out.md, docs/finding-depth.md, docs/reliability.md"),
     ("sweep", sweep, "docs/sweeping.md, docs/forgetting.md"),
+    ("plan", plan, "docs/scale.md"),
+    ("run", run, "docs/scale.md"),
+    ("finish", finish, "docs/scale.md"),
     ("inspect", inspect, "docs/inspecting.md, docs/finding-depth.md"),
     ("verify", verify, "docs/reliability.md"),
     ("push", push, "docs/hub.md"),

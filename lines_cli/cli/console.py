@@ -14,25 +14,29 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
 from lines_cli.api import summary
+from lines_cli.checkpoint.formulas import Dequantised
 from lines_cli.checkpoint.header import EXACT_DTYPES
 from lines_cli.cli import log
-from lines_cli.errors import in_short, printable, size, without_secrets
+from lines_cli.errors import as_argument, in_short, printable, size, without_secrets
 from lines_cli.inspection.tables import Bar, Section, coefficient, count, sections
 from lines_cli.inspection.tables import Table as Columns
 from lines_cli.plan.adapter_plan import AdapterPlan
 from lines_cli.plan.adapter_report import kept_of, layers_of, left_out
+from lines_cli.plan.division import in_runs
 from lines_cli.plan.realised import warning_of
 from lines_cli.version import ABOUT
 
 if TYPE_CHECKING:
     from lines_cli.engine.adapter_write import AdapterOutcome
     from lines_cli.engine.measure import Track
+    from lines_cli.engine.run_parts import PartDone
     from lines_cli.engine.verify import FileVerified, Verification
     from lines_cli.engine.write import Outcome
     from lines_cli.inspection.report import Report
     from lines_cli.plan.adapter_plan import AnyPlan
     from lines_cli.plan.claim import Claim
-    from lines_cli.plan.plan import Plan
+    from lines_cli.plan.division import DividedPlan, Division
+    from lines_cli.plan.plan import Plan, TensorPlan
     from lines_cli.plan.realised import Row
     from lines_cli.plan.resources import Resources
     from lines_cli.storage.staging import Unfinished
@@ -323,6 +327,33 @@ def show_finished(plan: AnyPlan, told: summary.Summary, *, verified: bool, json:
         )
 
 
+def show_division(divided: DividedPlan, division: Division, *, json: bool, quiet: bool) -> None:
+    """The parts of a plan, stage by stage, and the commands that make them."""
+    if json:
+        _print_json(divided.document)
+        return
+    total = len(division.parts)
+    for number in range(len(division.stages)):
+        parts = division.of_stage(number)
+        if not parts:
+            continue
+        numbers = in_runs([part.number for part in parts])
+        read, written = sum(part.reads for part in parts), sum(part.writes for part in parts)
+        wrote = f", write {size(written)}" if written else ""
+        _line(f"parts {numbers}/{total}: {division.called(parts[0])}: read {size(read)}{wrote}")
+    if not quiet:
+        remark(
+            f"planned in {divided.file}. Each part: {divided.command(total)}; "
+            f"then: lines finish {as_argument(divided.file)}"
+        )
+
+
+def show_part(division: Division, done: PartDone) -> None:
+    """That a part is done."""
+    how = "was done before" if done.before else f"done in {_duration(done.seconds)}"
+    remark(f"part {done.part.number}/{len(division.parts)} ({division.called(done.part)}): {how}")
+
+
 def show_cleaned(output: str, found: Unfinished | None) -> None:
     """What was removed."""
     if found is None:
@@ -386,14 +417,15 @@ def show_pushed(told: summary.Summary, *, json: bool, quiet: bool) -> None:
         return
     number = f"{len(pushed['files'])} file{'s' if len(pushed['files']) > 1 else ''}"
     what = f"{number}, {size(pushed['bytes'])}" if pushed["bytes"] is not None else number
-    to = f"{pushed['repo']} ({pushed['revision']})"
-    if pushed["commit"] is None:
+    to = f"{pushed['repo']} ({pushed['revision']})" if pushed["revision"] else pushed["repo"]
+    if pushed["url"] is None:
         _line(f"to push {what}, to {to}")
         for name in pushed["files"]:
             _line(f"        {name}")
         _err.print("Nothing was pushed (--dry-run).", style="dim")
     else:
-        _line(f"pushed  {what}, to {to}, commit {pushed['commit'][:7]}")
+        commit = f", commit {pushed['commit'][:7]}" if pushed["commit"] else ""
+        _line(f"pushed  {what}, to {to}{commit}")
         _line(pushed["url"])
 
 
@@ -745,6 +777,14 @@ def _stacks(plan: Plan, realised: Sequence[Row] = ()) -> None:
         f"edited {edited['tensors']:,} tensors ({count(edited['parameters'])} parameters), "
         f"copied {copied['tensors']:,} ({count(copied['parameters'])}){_why_copied(plan)}"
     )
+    if folded := sum(not tensor.edited and _is_folded(tensor) for tensor in plan.of_model):
+        _line(f"{folded:,} of those copied have an adapter's update folded in, all of it")
+
+
+def _is_folded(tensor: TensorPlan) -> bool:
+    """Whether a tensor that is copied is one that an adapter makes of its base's."""
+    copies = [segment.copy for segment in tensor.segments if segment.copy is not None]
+    return any(not isinstance(step, Dequantised) for copy in copies for step in copy.steps)
 
 
 def _along(said: Mapping[str, Sequence[str]], layers: int, width: int) -> list[str]:

@@ -565,6 +565,74 @@ MaybeOutput = Annotated[
         rich_help_panel=OUTPUT,
     ),
 ]
+PlannedOutput = Annotated[
+    str | None,
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="OUT",
+        show_default="the recipe's output",
+        help="The destination: a folder, or one file, if it ends in .safetensors.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+PlanFile = Annotated[
+    str,
+    typer.Option(
+        "--plan",
+        metavar="FILE",
+        help="Where to write the plan. Relative paths in it count from its own folder.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Parts = Annotated[
+    int | None,
+    typer.Option(
+        "--parts",
+        metavar="N",
+        show_default="one for each 4 GiB of the output",
+        help="Into how many parts each stage is cut, or fewer, where there is less to cut.",
+        rich_help_panel=MACHINE,
+    ),
+]
+ForceAtLast = Annotated[
+    bool,
+    typer.Option(
+        "--force",
+        help="Replace an existing output, when lines finish has the new one whole.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+JsonPlan = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Print what plan.json says on stdout, too.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+On = Annotated[
+    str | None,
+    typer.Option(
+        "--on",
+        metavar="ray[://HOST:PORT]",
+        show_default="this process",
+        help="Do it in parts, as tasks of a Ray cluster that sees the same disk: the one at this address, or that "
+        "RAY_ADDRESS names, or that runs here. --workers is then how many CPUs each part takes (1).",
+        rich_help_panel=MACHINE,
+    ),
+]
+ThePlan = Annotated[str, typer.Argument(metavar="PLAN", help="What lines plan wrote.")]
+PartOfPlan = Annotated[
+    str | None,
+    typer.Option(
+        "--part",
+        metavar="I/N",
+        show_default="all that are not done",
+        help="Which part, of how many: 3/16; or several: 3-5/16 or 1,4/16.",
+        rich_help_panel=MACHINE,
+    ),
+]
 DtypeOfFactors = Annotated[
     Literal["float64", "float32", "float16", "bfloat16"] | None,
     typer.Option(
@@ -749,7 +817,10 @@ JsonPushed = Annotated[
 ]
 Pushed = Annotated[str, typer.Argument(metavar="OUT", help="A folder that lines wrote.")]
 Repository = Annotated[
-    str, typer.Argument(metavar="REPO", help="Where to on the Hub: org/name. It is made if it is not there.")
+    str,
+    typer.Argument(
+        metavar="REPO", help="Where to on the Hub: org/name, which is made if it is not there; or s3://bucket/folder."
+    ),
 ]
 PushTo = Annotated[
     str | None,

@@ -99,10 +99,8 @@ class CandidateFiles:
             self._made[folder] = kept
 
     def _is_as_left(self, path: Path, state: State) -> bool:
-        if self._told is None:
-            self._told = tells_of_changes(path.parent)
         inside = path.parent.resolve() == path.parent.absolute()  # no link leads to it
-        return self._told and inside and _state(path) == state and not written_elsewhere(path)
+        return self._told is True and inside and _state(path) == state and not written_elsewhere(path)
 
     def forget(self, folder: Path) -> None:
         """Remove a candidate, if it is there."""
@@ -116,6 +114,8 @@ class CandidateFiles:
         Raises:
             OSError: one cannot be made.
         """
+        if self._told is None:  # asked beside candidates, where no evaluation looks
+            self._told = tells_of_changes(folder.parent)
         by_file: list[dict[str, TensorPlan]] = [{} for _ in plan.outputs]
         for tensor in plan.tensors:
             by_file[tensor.file][tensor.name] = tensor
@@ -158,12 +158,14 @@ class CandidateFiles:
             made = known.get(file.name)
             if made is None or made.file != file or not all(made.holds(t, same) for t in tensors.values()):
                 continue
-            if _state(folder / file.name) != made.state:
+            if not self._is_as_left(folder / file.name, made.state):
                 continue
             path.unlink(missing_ok=True)
             path.parent.mkdir(parents=True, exist_ok=True)
-            if reflink(folder / file.name, path) and _state(folder / file.name) == made.state:
-                return made
+            if reflink(folder / file.name, path):
+                if self._is_as_left(folder / file.name, made.state):
+                    return made
+                path.unlink()
         return None
 
 

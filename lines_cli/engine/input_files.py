@@ -15,17 +15,32 @@ from lines_cli.checkpoint.reader import FileState
 from lines_cli.engine.whole_tensors import Kept
 from lines_cli.errors import ChangedInputError, CheckpointError
 from lines_cli.storage.files import open_to_stream, read_into
+from lines_cli.storage.object_store import RemoteFile, url_of
 from lines_cli.storage.views import FileWithViews, Views
 
 
+class Held(Protocol):
+    """An input that is no file: tensors in memory."""
+
+    def read_into(self, view: memoryview, offset: int) -> int:
+        """As `positional.read_into`."""
+
+
+Opened = int | Held
+"""An opened input: a file descriptor, or what is read in the same way."""
+
+
 @contextmanager
-def opened(paths: Iterable[Path]) -> Iterator[list[int]]:
-    """The inputs' file descriptors, for the length of a `with` block."""
+def opened(paths: Iterable[Path]) -> Iterator[list[Opened]]:
+    """The inputs, open for the length of a `with` block: file descriptors, or what reads objects in a store."""
     paths = list(paths)
     allow_open_files(len(paths))
-    fds: list[int] = []
+    fds: list[Opened] = []
     try:
         for path in paths:
+            if (url := url_of(path)) is not None:
+                fds.append(RemoteFile(url))
+                continue
             try:
                 fds.append(open_to_stream(path))
             except OSError as error:
@@ -36,25 +51,35 @@ def opened(paths: Iterable[Path]) -> Iterator[list[int]]:
         yield fds
     finally:
         for fd in fds:
-            os.close(fd)
+            if isinstance(fd, int):
+                os.close(fd)
 
 
-def refuse_changed(paths: Sequence[Path], fds: Sequence[int], states: Sequence[FileState]) -> None:
+def refuse_changed(paths: Sequence[Path], fds: Sequence[Opened], states: Sequence[FileState]) -> None:
     """Refuse inputs that are not, or no longer, in the state in which their headers were read.
 
     Raises:
         ChangedInputError: which file, and how it differs.
     """
     for path, fd, state in zip(paths, fds, states, strict=True):
-        there = os.fstat(fd)
-        if (there.st_size, there.st_mtime_ns) != (state.nbytes, state.mtime_ns):
-            what = f"its size went from {state.nbytes:,} to {there.st_size:,} bytes"
-            if there.st_size == state.nbytes:
-                what = f"its modification time moved by {abs(there.st_mtime_ns - state.mtime_ns) / 1e9:.3f} s"
+        nbytes, mtime_ns = _state_of(fd)
+        if (nbytes, mtime_ns) != (state.nbytes, state.mtime_ns):
+            what = f"its size went from {state.nbytes:,} to {nbytes:,} bytes"
+            if nbytes == state.nbytes:
+                what = f"its modification time moved by {abs(mtime_ns - state.mtime_ns) / 1e9:.3f} s"
             raise ChangedInputError(
                 f"{path} was modified while lines was reading it: {what}",
                 hint="Run it again when nothing writes to it.",
             )
+
+
+def _state_of(source: Opened) -> tuple[int, int]:
+    """The size of an open input, and when it was last written."""
+    if isinstance(source, RemoteFile):
+        return source.state()
+    assert isinstance(source, int)
+    there = os.fstat(source)
+    return there.st_size, there.st_mtime_ns
 
 
 def allow_open_files(number: int) -> None:
@@ -75,17 +100,6 @@ def allow_open_files(number: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
-class Held(Protocol):
-    """An input that is no file: tensors in memory."""
-
-    def read_into(self, view: memoryview, offset: int) -> int:
-        """As `positional.read_into`."""
-
-
-Opened = int | Held
-"""An opened input: a file descriptor, or what is read in the same way."""
-
-
 class Sources(list[Opened]):
     """Opened inputs; and what the threads that read them make of them once for all."""
 
@@ -102,9 +116,10 @@ def new_shared() -> Kept[torch.Tensor]:
 _MOST_SHARED = 4  # of a batch's factors each is as large as its file says
 
 
-def with_views(fds: Sequence[int], views: Sequence[Views]) -> Sources:
+def with_views(fds: Sequence[Opened], views: Sequence[Views]) -> Sources:
     """The same inputs, to be read with the views that are in them."""
-    return Sources(FileWithViews(fd, of_file) if of_file else fd for fd, of_file in zip(fds, views, strict=True))
+    each = zip(fds, views, strict=True)
+    return Sources(FileWithViews(fd, of_file) if of_file and isinstance(fd, int) else fd for fd, of_file in each)
 
 
 def read_input(source: Opened, view: memoryview, offset: int) -> int:

@@ -7,7 +7,7 @@ depends on chunks, workers, or the way inputs and output are sharded.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import cycle
@@ -71,7 +71,7 @@ def measure(plan: Plan, sources: Sequence[Opened], devices: Devices, track: Trac
     needs = plan.needs
     if not needs:
         return Measurement(plan.statistics, 0, 0)
-    measuring = _Measuring(plan, sources, devices, track)
+    measuring = Measuring(plan, sources, devices, track)
     if needs.weights:
         measuring.weights()
     if needs.thresholds and plan.trims_globally:
@@ -89,13 +89,30 @@ def measure(plan: Plan, sources: Sequence[Opened], devices: Devices, track: Trac
     return Measurement(measuring.plan.statistics, measuring.passes, measuring.bytes_read)
 
 
-class _Measuring:
-    """The passes over one plan, and what they have found so far."""
+class Measuring:
+    """The passes over one plan, and what they have found so far.
 
-    def __init__(self, plan: Plan, sources: Sequence[Opened], devices: Devices, track: Track) -> None:
+    Args:
+        plan: not yet resolved.
+        sources: the open inputs, as in `plan.paths`.
+        devices: the devices to compute on.
+        track: wraps the stream of byte counts of each pass.
+        only: the tensors that are looked at, in the order of their names; all that are merged, unless said.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        sources: Sequence[Opened],
+        devices: Devices,
+        track: Track,
+        *,
+        only: Sequence[TensorPlan] | None = None,
+    ) -> None:
         self.plan, self.sources, self.devices, self.track = plan, sources, devices, track
         self.models = range(plan.number_of_models)
-        self.tensors = sorted((tensor for tensor in plan.tensors if tensor.edited), key=lambda t: natural(t.name))
+        self.tensors = plan.merged_by_name if only is None else only
+        self.total = None if only is None else bytes_of(segment for _, segment in merged_segments(only))
         self.passes = self.bytes_read = 0
 
     def found(self, **statistics: Any) -> None:
@@ -149,23 +166,17 @@ class _Measuring:
         if total is None or what in map(pass_of_rule, plan.needs.scores):
             title += f" {plan.passes.index(what) + 1}/{len(plan.passes) + 1}"
         with closing(pool.in_order()) as results:
-            for nbytes in self.track(title, total or plan.bytes_measured, (tally(result) for result in results)):
+            whole = plan.bytes_measured if self.total is None else self.total
+            for nbytes in self.track(title, total or whole, (tally(result) for result in results)):
                 self.bytes_read += nbytes
 
     def global_thresholds(self) -> None:
         """The magnitudes of each model's whole task vector that the sparsifier asks for; of a pipeline's, those of each
         component's.
         """
-        groups: dict[str | None, list[TensorPlan]] = defaultdict(list)
-        for tensor in self.tensors:
-            groups[self.plan.measured_with(tensor)].append(tensor)
-        thresholds: dict[tuple[int, str | None], Bounds] = {}
-        kept, total = [0] * len(self.models), 0
-        for name, tensors in groups.items():
-            segments = list(merged_segments(tensors))
-            numel = sum(segment.numel for _, segment in segments)
-            search = Search(self.ranks(tensors[0], numel), numel)
-            whole = None if len(groups) == 1 else bytes_of(segment for _, segment in segments)
+        searches = self.searches()
+        for segments, search in searches.values():
+            whole = None if len(searches) == 1 else bytes_of(segment for _, segment in segments)
 
             def count(
                 items: Iterable[list[PlanChunk]],
@@ -176,10 +187,31 @@ class _Measuring:
                 return self.count(items, windows, total=whole if nbytes is None else nbytes)
 
             search.run(segments, count)
-            thresholds |= {(model, name): search.bounds(model) for model in self.models if search.ranks[model]}
-            kept = [before + search.kept(model) for model, before in enumerate(kept)]
-            total += numel
-        self.passes += len(groups) > 1  # each is a part of one
+        self.passes += len(searches) > 1  # each is a part of one
+        self.found_by({name: search for name, (_, search) in searches.items()})
+
+    def searches(self) -> dict[str | None, tuple[list[tuple[TensorPlan, Segment]], Search]]:
+        """What is searched for together, by its name (`Plan.measured_with`): its segments, and the search."""
+        groups: dict[str | None, list[TensorPlan]] = defaultdict(list)
+        for tensor in self.tensors:
+            groups[self.plan.measured_with(tensor)].append(tensor)
+        found = {}
+        for name, tensors in groups.items():
+            segments = list(merged_segments(tensors))
+            numel = sum(segment.numel for _, segment in segments)
+            found[name] = segments, Search(self.ranks(tensors[0], numel), numel)
+        return found
+
+    def found_by(self, searches: Mapping[str | None, Search]) -> None:
+        """Keep the thresholds that searches have found, all of them."""
+        thresholds = {
+            (model, name): search.bounds(model)
+            for name, search in searches.items()
+            for model in self.models
+            if search.ranks[model]
+        }
+        kept = [sum(search.kept(model) for search in searches.values()) for model in self.models]
+        total = sum(search.numel for search in searches.values())
         self.found(thresholds=thresholds, kept=tuple((number, total) for number in kept))
 
     def ranks(self, tensor: TensorPlan, numel: int) -> tuple[Ranks, ...]:
@@ -248,16 +280,25 @@ class _Measuring:
         """The squared L2 norm of each model's whole task vector; from then on weights are numbers."""
         squares = [0.0] * len(self.models)
 
+        def tally(result: list[list[float]]) -> None:
+            for model, blocks in enumerate(result):
+                squares[model] = _added(squares[model], blocks)
+
+        self.squares(tally)
+        self.found_squares(squares)
+
+    def squares(self, add: Callable[[list[list[float]]], None]) -> None:
+        """Give each model's squared L2 norms of blocks to `add`, chunk by chunk, in the order of the tensors' names."""
+
         def job(worker: Worker, chunk: PlanChunk) -> list[list[float]]:
             _, vectors = read_chunk(worker, chunk)
             _refuse_nonfinite(worker, chunk, vectors)
             return [block_sums(tau.double().square_(), SUM_BLOCK) for tau in vectors]
 
-        def tally(result: list[list[float]]) -> None:
-            for model, blocks in enumerate(result):
-                squares[model] = _added(squares[model], blocks)
+        self.one_pass(WEIGHTS, job, add)
 
-        self.one_pass(WEIGHTS, job, tally)
+    def found_squares(self, squares: Sequence[float]) -> None:
+        """Keep the squared norms of the models' whole task vectors, and the weights that rest on them."""
         self.found(squares=tuple(squares))
         self.plan = with_weights(self.plan, squares)
         numbers = {tensor.name: tensor for tensor in self.plan.tensors}
@@ -311,32 +352,33 @@ class _Measuring:
     def signs_and_norms(self, words: tuple[str, ...]) -> None:
         """The sign that most elections give; and the L1 norms of the sum of all task vectors and of the merged one.
 
-        What is merged depends on the majority where a sum is zero. Both cases are summed, and the one that it turns out
-        to be is taken.
-
         Args:
             words: which of the two this pass finds (`Plan.elections`).
         """
-        needs = Needs(majority="signs" in words, norms="norms" in words)
-        balance, total, merged = 0, 0.0, [0.0, 0.0]
+        found = Elected()
+        self.elect(words, found.add)
+        self.found_in(words, found)
 
-        def tally(result: _Election) -> None:
-            nonlocal balance, total
-            balance += result.balance
-            total = _added(total, result.total)
-            merged[0] = _added(merged[0], result.with_plus)
-            merged[1] = _added(merged[1], result.with_minus)
+    def elect(self, words: tuple[str, ...], add: Callable[[Election], None]) -> None:
+        """Hold the elections, and give each chunk's to `add`, in the order of the tensors' names."""
+        needs = _needs_of(words)
+        self.one_pass(" and ".join(words), lambda worker, chunk: _elect(worker, chunk, needs), add)
 
-        self.one_pass(" and ".join(words), lambda worker, chunk: _elect(worker, chunk, needs), tally)
-        majority = (balance > 0) - (balance < 0) if needs.majority else self.plan.statistics.majority
-        with_it = merged[0] if majority > 0 or not needs.majority else merged[1]
-        norms = Norms(total, with_it, len(self.models)) if needs.norms else None
+    def found_in(self, words: tuple[str, ...], elected: Elected) -> None:
+        """Keep what all elections have come to."""
+        needs = _needs_of(words)
+        known = self.plan.statistics.majority
+        majority = (elected.balance > 0) - (elected.balance < 0) if needs.majority else known
+        merged = elected.with_plus if majority > 0 or not needs.majority else elected.with_minus
+        norms = Norms(elected.total, merged, len(self.models)) if needs.norms else None
         self.found(majority=majority, norms=norms)
 
     def scores(self, name: str) -> None:
         """What a depth rule asks to know of each matrix in the blocks and of its update."""
         rule = find_rule(name)
-        tensors = sorted(self.plan.in_blocks, key=lambda tensor: natural(tensor.name))
+        looked_at = {tensor.name for tensor in self.tensors}
+        in_blocks = [tensor for tensor in self.plan.in_blocks if tensor.name in looked_at]
+        tensors = sorted(in_blocks, key=lambda tensor: natural(tensor.name))
         found: dict[str, list[float]] = {}
 
         def of_entries(worker: Worker, item: list[PlanChunk]) -> _Scored:
@@ -357,7 +399,7 @@ class _Measuring:
             return result[1]
 
         what = pass_of_rule(name)
-        total = self.plan.bytes_of_pass(what)
+        total = bytes_of(segment for _, segment in merged_segments(tensors))
         if rule.sees == "entries":
             self.stream(what, items_of(merged_segments(tensors)), of_entries, tally, total=total)
         else:
@@ -405,6 +447,28 @@ def _asked(rule: DepthRule, base: torch.Tensor, update: torch.Tensor) -> Sequenc
     return rule.measure(base, update)
 
 
+def _needs_of(words: tuple[str, ...]) -> Needs:
+    return Needs(majority="signs" in words, norms="norms" in words)
+
+
+class Elected:
+    """What elections come to, in the order of the tensors' names.
+
+    What is merged depends on the majority where a sum is zero. Both cases are summed, and the one that it turns out to
+    be is taken.
+    """
+
+    def __init__(self) -> None:
+        self.balance, self.total, self.with_plus, self.with_minus = 0, 0.0, 0.0, 0.0
+
+    def add(self, result: Election) -> None:
+        """Take account of a chunk, or of several one after the other."""
+        self.balance += result.balance
+        self.total = _added(self.total, result.total)
+        self.with_plus = _added(self.with_plus, result.with_plus)
+        self.with_minus = _added(self.with_minus, result.with_minus)
+
+
 @dataclass(frozen=True, slots=True)
 class _Selected:
     """What was found of a tensor, of how many entries, and the bytes read."""
@@ -433,7 +497,7 @@ def _count(worker: Worker, item: Iterable[PlanChunk], counters: Counters) -> Non
 
 
 @dataclass(frozen=True, slots=True)
-class _Election:
+class Election:
     """A chunk's part in the signs and norms; sums by block."""
 
     balance: int = 0
@@ -442,7 +506,7 @@ class _Election:
     with_minus: Sequence[float] = ()
 
 
-def _elect(worker: Worker, chunk: PlanChunk, needs: Needs) -> _Election:
+def _elect(worker: Worker, chunk: PlanChunk, needs: Needs) -> Election:
     method = worker.plan.recipe.method
     whole: Sequence[float] = ()
     balance, contested = 0, False
@@ -476,7 +540,7 @@ def _elect(worker: Worker, chunk: PlanChunk, needs: Needs) -> _Election:
         given(base, tensors)
         drop_entries(worker, chunk, tensors)
         left(base, tensors)
-        return _Election(balance)
+        return Election(balance)
     one, other = (1, -1) if needs.majority else (None, None)
     looks = left if needs.majority or method.norm_of_kept else None
     merged = merge_chunk(worker, chunk, given=given, left=looks, majority=one)
@@ -487,7 +551,7 @@ def _elect(worker: Worker, chunk: PlanChunk, needs: Needs) -> _Election:
     with_plus = with_minus = block_sums(values.abs_(), SUM_BLOCK)
     if contested:
         with_minus = block_sums(merge_entries(worker, chunk, again, majority=other).abs_(), SUM_BLOCK)
-    return _Election(balance, whole, with_plus, with_minus)
+    return Election(balance, whole, with_plus, with_minus)
 
 
 def _sum(vectors: Sequence[torch.Tensor]) -> torch.Tensor:

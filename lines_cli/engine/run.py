@@ -147,6 +147,8 @@ def run(
         targets = [Target(staging.create(f.name, f.nbytes), GrowingDigest(f.nbytes)) for f in plan.outputs]
         job = job_of(plan, targets, devices, measures=True)
         finished = job.take_over(staging.contents.parts) if staging.contents else set()
+        if isinstance(job, Write) and staging.contents and job.taken_over == plan.bytes_written:
+            job.all_seen_by_parts(staging.contents.unchanged)
         ranges: Iterable[Any] = output_ranges(plan.outputs, plan.tensors, staging.step)
         spans = (span for span in ranges if (span.file, span.start) not in finished)
         pool: Pool[Any, Any, Any] = Pool(worker_of(plan, sources, devices), spans, job, devices)

@@ -5,7 +5,7 @@ be held; a maximum is the same in whatever order it is found.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import closing
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ from lines_cli.engine.measure import Track
 from lines_cli.engine.pool import Pool
 from lines_cli.engine.workers import Worker
 from lines_cli.engine.write import Write
-from lines_cli.plan.plan import SCALES, Plan
+from lines_cli.plan.plan import SCALES, Plan, bytes_of
 from lines_cli.plan.statistics import Statistics
 
 Seen = list[tuple[str, list[tuple[int, int, torch.Tensor]]]]
@@ -37,7 +37,14 @@ def with_scales(plan: Plan, known: Statistics | None) -> Plan | None:
     return replace(plan, statistics=replace(plan.statistics, scales=known.scales))
 
 
-def measure_scales(plan: Plan, sources: Sequence[Opened], devices: Devices, track: Track) -> Plan:
+def measure_scales(
+    plan: Plan,
+    sources: Sequence[Opened],
+    devices: Devices,
+    track: Track,
+    *,
+    only: Collection[str] | None = None,
+) -> Plan:
     """The plan with the scales of its tensors `to_quantise`.
 
     Args:
@@ -45,12 +52,14 @@ def measure_scales(plan: Plan, sources: Sequence[Opened], devices: Devices, trac
         sources: the open inputs, as in `plan.paths`.
         devices: the devices to compute on.
         track: wraps the stream of byte counts.
+        only: names of the tensors that are looked at; all of them, unless said.
 
     Raises:
         DataError: NaN or Inf in an input that is merged whole.
         CheckpointError: an input ends early or cannot be read.
     """
-    job, tensors = Write(plan, []), plan.to_quantise
+    job = Write(plan, [])
+    tensors = [tensor for tensor in plan.to_quantise if only is None or tensor.name in only]
     largest: dict[str, Largest] = {}
     dtypes = {}
     for tensor in tensors:
@@ -75,7 +84,7 @@ def measure_scales(plan: Plan, sources: Sequence[Opened], devices: Devices, trac
     shared, turned = devices.whole_tensors(), devices.turned(plan.turned_sides)
     segments = ((tensor, segment) for tensor in tensors for segment in tensor.segments)
     pool = Pool(lambda device: Worker(plan, sources, device, size, shared, turned), items_of(segments), seen, devices)
-    title, total = f"measuring {SCALES}", plan.bytes_of_pass(SCALES)
+    title, total = f"measuring {SCALES}", bytes_of(segment for tensor in tensors for segment in tensor.segments)
     with closing(pool.in_order()) as results:
         for _ in track(title, total, map(add, results)):
             pass

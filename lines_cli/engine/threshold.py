@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import zlib
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -151,6 +154,27 @@ class Counter:
             self._bins = other._bins if self._bins is None else self._bins + other._bins
         self.add(other.bits, other.above)
 
+    def to_json(self) -> dict[str, Any]:
+        """What was seen, as JSON has it."""
+        seen = {"bits": _packed(self.bits)} if self._collected else {}
+        return {"above": self.above, **seen, **({"bins": _packed(self._bins)} if self._bins is not None else {})}
+
+    def join_json(self, seen: Mapping[str, Any]) -> None:
+        """Take account of what `to_json` gave of another, which saw through the same window.
+
+        Raises:
+            KeyError, TypeError, ValueError: it gave something else.
+        """
+        other = Counter(self.window, 0)
+        if "bins" in seen:
+            nothing = other._binned(other.bits)
+            other._bins = _unpacked(seen["bins"], nothing.dtype)
+            if other._bins.shape != nothing.shape:
+                raise ValueError("bins of another window")
+        other._held = _unpacked(seen["bits"], torch.int32) if "bits" in seen else other._held
+        other._collected, other.above = other._held.numel(), int(seen["above"])
+        self.join(other)
+
     def ranked(self, k: int) -> tuple[Window, int, int]:
         """In which window the k-th largest entry lies; how many entries lie there or above, 0 if it is outside this
         one; and how many lie above. Inside, a window of one number is the answer.
@@ -193,6 +217,22 @@ class Counter:
         return bins if self._bins is None else self._bins + bins
 
 
+def _packed(numbers: torch.Tensor) -> str:
+    """[n] of whole numbers as text."""
+    raw = bytearray(numbers.numel() * numbers.element_size())
+    if raw:
+        torch.frombuffer(raw, dtype=numbers.dtype).copy_(numbers)
+    return b64encode(zlib.compress(raw, 1)).decode()
+
+
+def _unpacked(text: str, dtype: torch.dtype) -> torch.Tensor:
+    try:
+        raw = bytearray(zlib.decompress(b64decode(text, validate=True)))
+    except zlib.error as error:
+        raise ValueError(str(error)) from error
+    return torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+
+
 _EVERYWHERE = Window(0, _ALL_BITS)
 _WORTH_A_SAMPLE = 2**18  # entries
 
@@ -214,20 +254,33 @@ class Search:
 
     def __init__(self, ranks: Sequence[Ranks], numel: int) -> None:
         self.ranks, self.numel = ranks, numel
+        self._wanted = {(model, n): k for model, own in enumerate(ranks) for n, k in enumerate(own)}
         self._found: dict[Sought, tuple[float, int, int]] = {}  # a magnitude; entries at it or above; above
 
     def run(self, segments: list[tuple[TensorPlan, Segment]], count: Count) -> None:
         """Look at all entries, as often as it takes."""
-        wanted = {(model, n): k for model, ranks in enumerate(self.ranks) for n, k in enumerate(ranks)}
-        windows = dict.fromkeys(wanted, _EVERYWHERE)
-        if windows and (sample := sample_of(segments)):
-            counters = count(batches(sample), windows, sum(chunk.nbytes for chunk in sample))
-            windows = {sought: counter.around(wanted[sought] / self.numel) for sought, counter in counters.items()}
+        windows = self.begin(segments, count)
         while windows:
-            for sought, counter in count(items_of(segments), windows, None).items():
-                windows[sought], number, above = counter.ranked(wanted[sought])
-                if number and windows[sought].is_one:
-                    self._found[sought] = windows.pop(sought).magnitude, number, above
+            windows = self.settle(count(items_of(segments), windows, None))
+
+    def begin(self, segments: list[tuple[TensorPlan, Segment]], count: Count) -> dict[Sought, Window]:
+        """Where to look at all entries for the first time, for what is asked for: where a sample says."""
+        windows = dict.fromkeys(self._wanted, _EVERYWHERE)
+        if not windows or not (sample := sample_of(segments)):
+            return windows
+        counters = count(batches(sample), windows, sum(chunk.nbytes for chunk in sample))
+        return {sought: counter.around(self._wanted[sought] / self.numel) for sought, counter in counters.items()}
+
+    def settle(self, counters: Counters) -> dict[Sought, Window]:
+        """Take account of a look at all entries; where to look for what it did not settle. Nothing, in the end."""
+        windows: dict[Sought, Window] = {}
+        for sought, counter in counters.items():
+            window, number, above = counter.ranked(self._wanted[sought])
+            if number and window.is_one:
+                self._found[sought] = window.magnitude, number, above
+            else:
+                windows[sought] = window
+        return windows
 
     def bounds(self, model: int) -> Bounds:
         """The magnitudes of a model that were asked for."""

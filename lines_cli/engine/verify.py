@@ -54,6 +54,7 @@ from lines_cli.storage.digest import (
 )
 from lines_cli.storage.files import in_whole_pages, read_into
 from lines_cli.storage.names import MODEL_CARD, RECIPE
+from lines_cli.storage.object_store import real_name, url_of
 from lines_cli.storage.verified import Verified, verified_beside
 from lines_cli.version import ABOUT, __version__
 
@@ -265,7 +266,7 @@ def check(
         "verify": 1,
         **identity(plan),
         "inputs": {
-            os.path.realpath(path): [*state, *_state(_stat(path))]
+            real_name(path): [*state, *(_state(_stat(path)) if url_of(path) is None else ())]
             for path, state in zip(plan.paths, plan.states, strict=True)
         },
         "files": {file.name: there.state for file, there in zip(plan.outputs, files, strict=True)},
@@ -465,6 +466,7 @@ def _compare_weights(
         of_inputs = fds[: len(plan.paths)]
         sources = with_views(of_inputs, plan.views)
         for there, fd in zip(present, fds[len(plan.paths) :], strict=True):
+            assert isinstance(fd, int), "an output lies on a disk"
             there.open_as(fd)
         refuse_changed(plan.paths, of_inputs, plan.states)
         if isinstance(plan, Plan) and plan.needs:

@@ -312,8 +312,11 @@ class Write(RangeJob[Worker, TensorPlan, Tally]):
             (method.sees, method.takes, plan.recipe.rounding) == ("entries", "task vectors", "nearest")
             and not self.draws
             and plan.statistics is NOTHING_MEASURED
+            and not any(plan.views)
         )
-        """Whether tensors may be merged as one that have the same coefficient and parameters."""
+        """Whether tensors may be merged as one that have the same coefficient and parameters and stand side by side, as
+        views in pickles do not.
+        """
 
     def nothing(self) -> Tally:
         return Tally.nothing(self.models)
@@ -324,6 +327,10 @@ class Write(RangeJob[Worker, TensorPlan, Tally]):
     def take_over(self, parts: Iterable[WrittenRange]) -> set[tuple[int, int]]:
         self.unchanged = set()  # what an earlier run saw of that is not known
         return super().take_over(parts)
+
+    def all_seen_by_parts(self, unchanged: Iterable[int] | None) -> None:
+        """All was written by parts: models in which these saw nothing but the base; None if none could see that."""
+        self.unchanged, self.looked = set(unchanged or ()), unchanged is not None
 
     def _each(self, worker: Worker, chunks: Iterable[PlanChunk], tally: Tally) -> Iterator[memoryview]:
         """The same; small tensors that stand side by side in all inputs in one go, since there may be tens of thousands

@@ -29,6 +29,7 @@ from lines_cli.checkpoint.reader import (
 )
 from lines_cli.checkpoint.sidecars import is_carried, is_carried_with_a_component, is_of_a_module, module_paths
 from lines_cli.errors import CheckpointError, HubError, LinesError, size, some
+from lines_cli.hub.buckets import locate_in_a_bucket
 from lines_cli.hub.client import (
     CACHE,
     COMMIT,
@@ -42,7 +43,7 @@ from lines_cli.hub.client import (
     status_of,
     unreachable,
 )
-from lines_cli.hub.heads import headers_of
+from lines_cli.hub.heads import headers_on_the_hub
 from lines_cli.storage.beside import leads_out
 from lines_cli.storage.names import (
     CONFIG,
@@ -54,6 +55,7 @@ from lines_cli.storage.names import (
     WEIGHT_STEMS,
     file_and_part,
 )
+from lines_cli.storage.object_store import is_url
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ class Located:
     Attributes:
         path: the file or folder.
         name: as its user named it.
-        hub_id: `org/name@commit`, for one that came from the Hub.
+        hub_id: `org/name@commit`, for one that came from the Hub; the URL of one in an object store.
         part: which part of its file is meant (`file_and_part`), if the name says so.
         heads: where only headers were asked for, and the weights are not here: these.
         heads_of: the same of a pipeline, by the folder of each component that has weights.
@@ -111,7 +113,7 @@ class _Asked:
 def is_missing(name: str) -> bool:
     """Whether a name is a path, for it cannot be a Hub id, and nothing is there."""
     file, _ = file_and_part(name)
-    if os.path.exists(os.path.expanduser(file)) or HUB_ID.fullmatch(file) is not None:
+    if os.path.exists(os.path.expanduser(file)) or is_url(file) or HUB_ID.fullmatch(file) is not None:
         return False
     return base_and_adapter(name) is None
 
@@ -162,6 +164,9 @@ def locate(
     path = os.path.expanduser(name)
     if os.path.exists(path):
         return Located(Path(path), name, None)
+    if is_url(name):
+        url, folder, heads = locate_in_a_bucket(name, also=also, variant=variant)
+        return Located(folder, name, url, heads=heads)
     match = HUB_ID.fullmatch(name)
     if match is None:
         hint = "A model on the Hugging Face Hub is named org/name or org/name@revision."
@@ -283,7 +288,7 @@ def _fetch_several(asked: _Asked, commit: str, names: Collection[str], index: st
     if asked.only is not None and lacking and not any(map(is_pickle, weights)):
         if asked.only == "plan":
             _bring(asked, commit, folder, wanted)
-        files = headers_of(asked.name, asked.repo, commit, weights)
+        files = headers_on_the_hub(asked.name, asked.repo, commit, weights)
         _say_heads(asked, commit, files)
         heads = {
             part: Heads(
@@ -370,7 +375,7 @@ def _heads(asked: _Asked, commit: str, names: Collection[str], chosen: str) -> L
         if lacking := _lacking(folder, beside):
             exactly = [glob.escape(name) for name in lacking]
             folder = Path(snapshot_download(asked.repo, revision=commit, allow_patterns=exactly, cache_dir=cache))
-    files = headers_of(asked.name, asked.repo, commit, shards)
+    files = headers_on_the_hub(asked.name, asked.repo, commit, shards)
     _say_heads(asked, commit, files)
     return Located(folder, asked.name, f"{asked.repo}@{commit}", heads=Heads(chosen, files))
 

@@ -1,4 +1,4 @@
-"""The headers of weight files on the Hub, without the weights: a few requests for the first bytes of each.
+"""The headers of weight files that are elsewhere, without the weights: a few requests for the first bytes of each.
 
 A server that knows ranges sends those bytes and no more. Of one that does not, and sends the whole file, the first
 bytes are read, and the connection is closed.
@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import partial
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,24 @@ _WAITS = (1.0, 4.0)  # seconds before it is tried again
 _RANGE = re.compile(r"bytes (\d+)-\d+/(\d+)")
 
 
-def headers_of(name: str, repo: str, commit: str, files: Sequence[str]) -> dict[str, tuple[int, bytes]]:
+Answer = Callable[[str, int, int], AbstractContextManager["tuple[int | None, Iterator[bytes]]"]]
+"""The size of a file, by its name, and its bytes from the first number on, as far as the second or further."""
+
+
+def headers_of(
+    name: str,
+    files: Sequence[str],
+    answer: Answer,
+    *,
+    passes: Callable[[BaseException], bool] = lambda _: False,
+) -> dict[str, tuple[int, bytes]]:
     """Fetch the headers of safetensors files.
 
     Args:
         name: what messages call the repository.
-        repo, commit: where they are.
         files: their names.
+        answer: asks for a part of one.
+        passes: whether an error may pass, so that it is tried again.
 
     Returns:
         The size of each file, and the JSON of its header.
@@ -43,27 +53,34 @@ def headers_of(name: str, repo: str, commit: str, files: Sequence[str]) -> dict[
         HubError: the server does not say how large a file is.
         Exception: as the client raises it.
     """
+
+    def patiently(file: str) -> tuple[int, bytes]:
+        for wait in _WAITS:
+            try:
+                return _header_of(name, answer, file)
+            except Exception as error:
+                if not passes(error):
+                    raise
+            time.sleep(wait)
+        return _header_of(name, answer, file)
+
     with ThreadPoolExecutor(max_workers=min(_AT_ONCE, len(files)), thread_name_prefix="lines-heads") as threads:
-        found = threads.map(partial(_patiently, name, repo, commit), files)
-        return dict(zip(files, found, strict=True))
+        return dict(zip(files, threads.map(patiently, files), strict=True))
 
 
-def _patiently(name: str, repo: str, commit: str, file: str) -> tuple[int, bytes]:
-    for wait in _WAITS:
-        try:
-            return _header_of(name, repo, commit, file)
-        except Exception as error:
-            if not is_transient(error):
-                raise
-        time.sleep(wait)
-    return _header_of(name, repo, commit, file)
-
-
-def _header_of(name: str, repo: str, commit: str, file: str) -> tuple[int, bytes]:
+def headers_on_the_hub(name: str, repo: str, commit: str, files: Sequence[str]) -> dict[str, tuple[int, bytes]]:
+    """The same of files of a repository's commit on the Hub."""
     from huggingface_hub import hf_hub_url
 
-    path, url = Path(name, file), hf_hub_url(repo, file, revision=commit)
-    with _answer(url, 0, _FIRST) as (size, pieces):
+    def answer(file: str, start: int, end: int) -> AbstractContextManager[tuple[int | None, Iterator[bytes]]]:
+        return _answer(hf_hub_url(repo, file, revision=commit), start, end)
+
+    return headers_of(name, files, answer, passes=is_transient)
+
+
+def _header_of(name: str, answer: Answer, file: str) -> tuple[int, bytes]:
+    path = Path(name, file)
+    with answer(file, 0, _FIRST) as (size, pieces):
         if size is None:
             raise HubError(
                 f"{path}: the server does not say how large the file is, so its header cannot be checked",
@@ -73,7 +90,7 @@ def _header_of(name: str, repo: str, commit: str, file: str) -> tuple[int, bytes
         needed = header_bytes(path, begin, size)
         begin = _read(pieces, needed, begin)
     if len(begin) < needed:
-        with _answer(url, len(begin), needed) as (_, pieces):
+        with answer(file, len(begin), needed) as (_, pieces):
             begin = _read(pieces, needed, begin)
     if len(begin) < needed:
         raise ConnectionError(f"{file}: the answer ended after {len(begin):,} of {needed:,} bytes")

@@ -34,6 +34,7 @@ from lines_cli.plan.components import Share, in_one_shape, refuse_unknown, with_
 from lines_cli.plan.depth import depth_of_kept, places_of_all
 from lines_cli.plan.inputs import Inputs, Opening, inputs_of, notes_of_files, refuse_variant_of_none
 from lines_cli.plan.match import Names, kept, match_names, missing_in_blocks, nothing_in_common
+from lines_cli.plan.stack import stack_layers
 from lines_cli.plan.tensors import (
     STORED,
     Ranges,
@@ -422,9 +423,13 @@ def _alone(
 
 
 def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, quiet: bool) -> Inspection:
-    opened = list(map(Opening(base, variant=recipe.variant, quiet=quiet, also=(RECIPE,)), (base, *names)))
+    opening = Opening(base, variant=recipe.variant, quiet=quiet, also=(RECIPE,))
+    if recipe.slices:
+        opened = [stack_layers(parts, opening, like=base) for parts in (recipe.stacked_base, *recipe.stacked)]
+    else:
+        opened = list(map(opening, (base, *names)))
+        _refuse_twice(opened)
     refuse_variant_of_none(recipe.variant, opened)
-    _refuse_twice(opened)
     notes = notes_of_files(opened)
     pairing = _pairing(base, names, recipe, recipe.like if of == "merge" else "ft")
     inputs = in_one_shape(inputs_of(pairing, *opened), notes)
@@ -727,7 +732,7 @@ def _as_recorded(rules: Rules, recipe: Recipe, depth: DepthMap) -> Rules:
 def _refuse_twice(opened: Sequence[Checkpoint]) -> None:
     paths: dict[str, str] = {}
     for checkpoint in opened:
-        path = checkpoint.with_part(os.path.realpath(checkpoint.path))
+        path = checkpoint.with_part(checkpoint.hub_id or os.path.realpath(checkpoint.path))
         if path in paths:
             raise RecipeError(f"{paths[path]} and {checkpoint.name} are one checkpoint", hint="Name it once.")
         paths[path] = checkpoint.name

@@ -144,7 +144,7 @@ class _NoSuchModulesError(MismatchError):
 # --- the base that the adapter names ---
 
 
-def _note_of_base(adapter: Adapter, base: Checkpoint) -> Iterator[str]:
+def _note_of_base(adapter: Adapter, base: Checkpoint, does: str = "and it is put onto") -> Iterator[str]:
     said = adapter.base_name
     if said is None:
         return
@@ -152,9 +152,26 @@ def _note_of_base(adapter: Adapter, base: Checkpoint) -> Iterator[str]:
     known = {_last_part(name) for name in called if isinstance(name, str) and name}
     if _last_part(said) not in known:
         yield (
-            f"{adapter.name} says that its base is {printable(said)}, and it is put onto {base.name}: make sure that "
+            f"{adapter.name} says that its base is {printable(said)}, {does} {base.name}: make sure that "
             "they are the same weights"
         )
+
+
+def notes_of_bases(adapters: Sequence[Adapter], base: Checkpoint | None) -> Iterator[str]:
+    """What a person should know of the bases that adapters name which stay adapters: another than the base that is
+    given, or than each other's.
+    """
+    if base is not None:
+        for adapter in adapters:
+            yield from _note_of_base(adapter, base, does="and the base that is given is")
+        return
+    named: dict[str, Adapter] = {}
+    for adapter in adapters:
+        if adapter.base_name is not None:
+            named.setdefault(_last_part(adapter.base_name), adapter)
+    if len(named) > 1:
+        said = " and ".join(f"{one.name} of {printable(one.base_name or '')}" for one in list(named.values())[:_SHOWN])
+        yield f"{said}: adapters that say that their bases differ; make sure that they are the same weights"
 
 
 _CACHED = re.compile(r"(?:.*/)?models--(?:[^/]+?--)?(?P<name>[^/]+)(?:/.*)?")

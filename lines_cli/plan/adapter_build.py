@@ -221,7 +221,10 @@ class _Builder:
                 # a head that is one weight with the embedding is a module of its own
                 key = tensor.name, change.kind, is_head(change.name)
                 if number in found.setdefault(key, {}):
-                    raise UnsupportedError(f"{adapter.file}: {printable(tensor.name)} is changed twice")
+                    raise UnsupportedError(
+                        f"{adapter.file}: {printable(tensor.name)} is changed twice",
+                        hint=f"Fold it into its base: lines edit BASE {adapter.name} -o OUT.",
+                    )
                 found[key][number], stored[key] = change, tensor.stored
         return [_Changed(stored[key][0], changes, key[0], stored[key][1:]) for key, changes in found.items()]
 

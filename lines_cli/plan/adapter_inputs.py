@@ -13,7 +13,7 @@ from lines_cli.checkpoint.pipeline import open_whole
 from lines_cli.checkpoint.reader import Checkpoint, choose_weights, open_checkpoint
 from lines_cli.errors import RecipeError, UnsupportedError
 from lines_cli.hub.download import Located, Only, base_and_adapter, locate
-from lines_cli.plan.adapted import Changed, changed_by
+from lines_cli.plan.adapted import Changed, changed_by, notes_of_bases
 from lines_cli.plan.inputs import Inputs, refuse_variant_of_none
 from lines_cli.recipe.schema import Recipe
 from lines_cli.storage.beside import beside, read_object
@@ -66,7 +66,8 @@ def open_adapter_inputs(recipe: Recipe, *, quiet: bool = False, weights: bool = 
     Raises:
         CheckpointError: an input cannot be found or read.
         UnsupportedError: a whole fine-tune among several models.
-        RecipeError: it is not said of which base a fine-tune is, or how large the adapter is to be.
+        RecipeError: it is not said of which base a fine-tune is, or how large the adapter is to be; or several bases
+            are named.
     """
     notes: list[str] = []
     opened: list[Adapter | Checkpoint] = []
@@ -74,7 +75,7 @@ def open_adapter_inputs(recipe: Recipe, *, quiet: bool = False, weights: bool = 
     for source in recipe.merged:
         name = source.model
         if halves := base_and_adapter(name):
-            base_name, name = base_name or halves[0], halves[1]
+            base_name, name = _one_base(base_name, *halves), halves[1]
         sources.append(source.model_copy(update={"model": name}))
         opened.append(_opened(name, recipe, quiet=quiet, only=None if weights else "plan"))
     adapters = tuple(one for one in opened if isinstance(one, Adapter))
@@ -88,7 +89,8 @@ def open_adapter_inputs(recipe: Recipe, *, quiet: bool = False, weights: bool = 
     if whole and (recipe.rank is None) == (recipe.energy is None):
         raise RecipeError(
             f"{whole[0].name} is a whole fine-tune: how large its adapter is to be is not said",
-            hint="Say its rank (--rank 16), or the share of the update to keep (--energy 0.95).",
+            hint=f"Say its rank: lines extract {whole[0].name} --base {base_name or 'BASE'} --rank 16 -o OUT; or, in "
+            "place of that, the share of the update to keep: --energy 0.95.",
         )
     if base_name is None and recipe.num_layers is None and adapters:
         base_name = _base_beside(adapters, notes)
@@ -103,12 +105,34 @@ def open_adapter_inputs(recipe: Recipe, *, quiet: bool = False, weights: bool = 
         base = _base(base_name, recipe, quiet=quiet, only=None if weights and needed else "plan")
         if not (needed or base.is_here):
             headers, base = base, replace(base, files=(), states=(), is_here=True)  # of which nothing is read
+    notes += notes_of_bases(adapters, headers or base)
     checkpoints = (*((base,) if base else ()), *(one.checkpoint if isinstance(one, Adapter) else one for one in opened))
     if whole:
         refuse_variant_of_none(recipe.variant, checkpoints)
     own = recipe.model_copy(update={"base_model": base_name, "models": tuple(sources)})
     inputs = Inputs(checkpoints, base is not None, 1 if base else 0, bool(whole))
     return AdapterInputs(own, inputs, adapters, headers or base, tuple(notes))
+
+
+def _one_base(known: str | None, base: str, adapter: str) -> str:
+    """The base of all adapters, one of which is named with its own.
+
+    Raises:
+        RecipeError: that is another than the one that is known.
+    """
+    if known is None or known == base or _is_same_place(known, base):
+        return known or base
+    raise RecipeError(
+        f"{base}+{adapter} is on {base}, and the other base that is named is {known}: what two bases differ by is no "
+        "product of factors, so no adapter holds it",
+        hint=f"If the two are the same weights, name one of them. Else merge into a whole model: base_model: {known}, "
+        "and no as_adapter (--as-adapter).",
+    )
+
+
+def _is_same_place(one: str, other: str) -> bool:
+    paths = [os.path.realpath(os.path.expanduser(name)) for name in (one, other)]
+    return paths[0] == paths[1]
 
 
 def _opened(name: str, recipe: Recipe, *, quiet: bool, only: Only | None) -> Adapter | Checkpoint:

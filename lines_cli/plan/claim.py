@@ -24,6 +24,7 @@ from lines_cli.recipe.yaml_file import Elsewhere, load_recipe_file
 from lines_cli.storage.beside import leads_out, refuse_link_out
 from lines_cli.storage.destination import is_one_file
 from lines_cli.storage.names import RECIPE
+from lines_cli.storage.object_store import is_url
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,9 @@ def notes_of_inputs(plan: AnyPlan) -> list[str]:
         notes[_MOST_NOTES:] = [f"{len(notes) - _MOST_NOTES:,} more input files are not those that the recipe records"]
     times = []
     for name, checkpoint in inputs_by_name(plan).items():
-        if checkpoint.hub_id is not None:  # its commit says what it is, and its time when it was fetched
+        if checkpoint.hub_id is not None and not is_url(
+            checkpoint.hub_id
+        ):  # its commit says what it is, and its time when it was fetched
             continue
         for called, path, state in recorded_files(checkpoint, name):
             record = recorded.get(called)

@@ -29,6 +29,7 @@ from lines_cli.storage.beside import beside
 from lines_cli.storage.destination import placed
 from lines_cli.storage.digest import altered, file_digest
 from lines_cli.storage.names import MODEL_CARD, RECIPE
+from lines_cli.storage.object_store import real_name, url_of
 from lines_cli.version import __version__
 
 
@@ -40,7 +41,7 @@ def identity(plan: AnyPlan) -> dict[str, Any]:
         **({"package": package} if package else {}),
         **({"vocabulary": plan.vocabulary.digest} if isinstance(plan, Plan) and plan.vocabulary else {}),
         "recipe": dump_recipe(plan.recipe, named=named_inputs(plan)),
-        "inputs": {os.path.realpath(path): [*state] for path, state in zip(plan.paths, plan.states, strict=True)},
+        "inputs": {real_name(path): [*state] for path, state in zip(plan.paths, plan.states, strict=True)},
         "outputs": [[file.name, file.nbytes, sha256(file.head).hexdigest()] for file in plan.outputs],
         **(_of_adapters(plan) if isinstance(plan, AdapterPlan) else {}),
         **_of_formulas(plan.inputs.checkpoints),
@@ -132,6 +133,11 @@ def digests_of(paths: Iterable[Path]) -> dict[str, str]:
     found: dict[str, str] = {}
     for path in paths:
         try:
+            if url_of(path) is not None:
+                raise CheckpointError(
+                    f"{url_of(path)}: no digest is taken of what lies in an object store",
+                    hint="Leave out --verify-inputs: objects are known by their size, time and header.",
+                )
             found[os.path.realpath(path)] = file_digest(path)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
@@ -166,8 +172,8 @@ def inputs_read(plan: AnyPlan, contents: Mapping[str, str]) -> dict[str, dict[st
     for checkpoint in (*_whole(plan.inputs), *_bases_of_adapters(plan.inputs)):
         for name, path, state in recorded_files(checkpoint, path_seen_from(plan.output, checkpoint)):
             record: dict[str, Any] = {"bytes": state.nbytes, "mtime_ns": state.mtime_ns, "header": state.header}
-            if os.path.realpath(path) in contents:
-                record["digest"] = contents[os.path.realpath(path)]
+            if real_name(path) in contents:
+                record["digest"] = contents[real_name(path)]
             found[name] = record
     return found
 
@@ -187,7 +193,8 @@ def recorded_files(checkpoint: Checkpoint, name: str) -> Iterator[tuple[str, Pat
         yield from recorded_files(adapter, name)
         return
     for path, state in zip(checkpoint.files, checkpoint.states, strict=True):
-        within = "" if checkpoint.folder is None else f"/{path.relative_to(checkpoint.folder).as_posix()}"
+        folder = checkpoint.folder if url_of(path) is None else Path(str(checkpoint.hub_id))
+        within = "" if folder is None else f"/{path.relative_to(folder).as_posix()}"
         yield name + within, path, state
 
 

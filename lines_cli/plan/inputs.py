@@ -16,7 +16,7 @@ from lines_cli.checkpoint.reader import Checkpoint, FileState, open_checkpoint
 from lines_cli.errors import CheckpointError, UnsupportedError, some
 from lines_cli.hub.download import Only, base_and_adapter, is_missing, locate
 from lines_cli.plan.adapted import on_base
-from lines_cli.plan.stack import stack
+from lines_cli.plan.stack import stack_layers
 from lines_cli.plan.tied_weights import is_vocabulary, tied_heads
 from lines_cli.recipe.schema import Recipe
 
@@ -54,7 +54,7 @@ def _sides(recipe: Recipe, opening: Callable[[str], Checkpoint]) -> list[Checkpo
     if not recipe.slices:
         return list(map(opening, input_names(recipe)))
     base = [recipe.stacked_base] if recipe.subtracts_base else []
-    return [stack(parts, opening, like=recipe.base_model) for parts in (*base, *recipe.stacked)]
+    return [stack_layers(parts, opening, like=recipe.base_model) for parts in (*base, *recipe.stacked)]
 
 
 def _read_of_the_base(recipe: Recipe) -> Reads | None:

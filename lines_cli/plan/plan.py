@@ -32,6 +32,7 @@ from lines_cli.recipe.schema import Recipe
 from lines_cli.scaling.depth_rules import find_rule
 from lines_cli.scaling.find_depth import DepthMap, Place
 from lines_cli.scaling.schedule import Rules
+from lines_cli.storage.names import natural
 from lines_cli.storage.views import Views
 
 
@@ -165,9 +166,9 @@ class Plan:
         """
         needs = self.needs
         found = [WEIGHTS] if needs.weights else []
-        found += ["thresholds"] if needs.thresholds else []
-        found += ["L1 norms"] if needs.l1 else []
-        found += ["sums"] if needs.sums else []
+        found += [THRESHOLDS] if needs.thresholds else []
+        found += [L1_NORMS] if needs.l1 else []
+        found += [SUMS] if needs.sums else []
         found += [" and ".join(words) for words in self.elections]
         found += [pass_of_rule(rule) for rule in needs.scores]
         return (*found, *((SCALES,) if self.to_quantise else ()))
@@ -182,6 +183,11 @@ class Plan:
         if self.recipe.calibrate is not None:
             return tuple((word,) for word in last)
         return (last,) if last else ()
+
+    @property
+    def merged_by_name(self) -> list[TensorPlan]:
+        """What is merged, in the order of names in which it is measured."""
+        return sorted((tensor for tensor in self.tensors if tensor.edited), key=lambda tensor: natural(tensor.name))
 
     @cached_property
     def in_blocks(self) -> tuple[TensorPlan, ...]:
@@ -576,6 +582,9 @@ def pass_of_rule(rule: str) -> str:
 
 WEIGHTS = "weights"
 """What the pass measures that finds how large task vectors are."""
+THRESHOLDS, L1_NORMS, SUMS = "thresholds", "L1 norms", "sums"
+"""What other passes measure."""
+
 
 SCALES = "FP8 scales"
 """What the pass measures that finds the scales of an output in FP8."""

@@ -20,7 +20,7 @@ from lines_cli.recipe.schema import Part
 from lines_cli.scaling.find_depth import DepthMap, config_counts, find_depth
 
 
-def stack(parts: Sequence[Part], opening: Callable[[str], Checkpoint], *, like: str | None = None) -> Checkpoint:
+def stack_layers(parts: Sequence[Part], opening: Callable[[str], Checkpoint], *, like: str | None = None) -> Checkpoint:
     """The model that has these layers, one part behind the other; one whose own layers these are, as it is.
 
     Args:
@@ -149,7 +149,7 @@ def _cut(checkpoint: Checkpoint) -> _Cut:
     """Take a model apart.
 
     Raises:
-        UnsupportedError, DepthError: as `stack`.
+        UnsupportedError, DepthError: as `stack_layers`.
     """
     name = checkpoint.name
     if checkpoint.components:

@@ -21,6 +21,7 @@ from lines_cli.recipe.validate import dotted, make_recipe
 from lines_cli.storage.digest import FileRecord
 from lines_cli.storage.files import read_small
 from lines_cli.storage.names import file_and_part
+from lines_cli.storage.object_store import is_url
 from lines_cli.version import __version__
 
 
@@ -342,7 +343,11 @@ _OF_A_MODEL = "model:"
 
 
 def _beside(folder: Path, name: str, *, look: bool) -> str:
-    """A path that counts from `folder`, as seen from here; what can only be a Hub id, or an absolute path, as it is."""
+    """A path that counts from `folder`, as seen from here; what can only be a Hub id, a URL or an absolute path, as it
+    is.
+    """
+    if is_url(name):
+        return name
     name = os.path.expanduser(name) if look else name
     beside = os.path.join(folder, name)
     by_spelling = os.path.isabs(name) or name.partition("@")[0].count("/") != 1 or name.startswith(".")

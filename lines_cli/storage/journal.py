@@ -70,6 +70,8 @@ class JournalContents:
         parts: what was written.
         publishing: the last time that it began to put its output into place; None if it did not.
         nbytes: how much of the file can be read; the last line may be cut short.
+        settled: what parts of a divided run have written, each flushed before it said so; in the order of the files.
+        unchanged: numbers of models in which all of these parts saw nothing but the base; None if none could see that.
     """
 
     run: Json
@@ -79,6 +81,8 @@ class JournalContents:
     parts: tuple[WrittenRange, ...]
     publishing: Publishing | None
     nbytes: int
+    settled: tuple[WrittenRange, ...] = ()
+    unchanged: frozenset[int] | None = None
 
 
 class Journal:
@@ -125,10 +129,7 @@ class Journal:
 
     def wrote(self, part: WrittenRange) -> None:
         """A part that was written."""
-        blocks = [block.hex() for block in part.blocks]
-        self._append(
-            {"file": part.file, "start": part.start, "blocks": blocks, **({"told": part.tally} if part.tally else {})}
-        )
+        self._append(line_of(part))
         self.empty = False
 
     def publishing(self, publishing: Publishing) -> None:
@@ -148,6 +149,12 @@ class Journal:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def line_of(part: WrittenRange) -> Json:
+    """A part that was written, as a line has it."""
+    blocks = [block.hex() for block in part.blocks]
+    return {"file": part.file, "start": part.start, "blocks": blocks, **({"told": part.tally} if part.tally else {})}
 
 
 def written_line(line: Mapping[str, Any]) -> bytes:

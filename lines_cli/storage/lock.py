@@ -28,13 +28,14 @@ class RunLock:
         folder: the staging folder.
         output: what messages name.
         make: the folder, if it is not there.
+        shared: others may have it, too, who share it: parts of one run.
 
     Raises:
         OutputError: another run has it.
         OSError: the folder is not there, or not to be written; or its lock is a link.
     """
 
-    def __init__(self, folder: Path, output: Path, *, make: bool = False) -> None:
+    def __init__(self, folder: Path, output: Path, *, make: bool = False, shared: bool = False) -> None:
         path, until = folder / NAME, time.monotonic() + _PATIENCE
         while True:
             if make:
@@ -51,7 +52,7 @@ class RunLock:
                     continue
                 raise
             try:
-                taken = _taken(self._fd, shared=False)
+                taken = _taken(self._fd, shared=shared)
                 if not taken and self.holds(path):  # and it was not removed by the run that had it before
                     return
             except BaseException:

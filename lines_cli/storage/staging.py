@@ -7,6 +7,7 @@ a run that was killed, and which takes the destination's place in one step.
         new/       the output, taking shape; once it is in place, what it replaced
         old/       what `--force` replaces, for the moment between two renames, where the system cannot exchange folders
         moved/     `new` on its way to a folder that can be renamed
+        parts/     what parts of a divided run have done (`storage/part_records`)
 
 Nothing in it is removed, replaced or written to before it is seen to be ours: a folder with these names alone, whose
 files are those that the journal names. What is replaced is removed file by file, by the names that it had when it was
@@ -22,7 +23,7 @@ import stat
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -54,9 +55,14 @@ from lines_cli.storage.journal import (
 from lines_cli.storage.lock import NAME as LOCK
 from lines_cli.storage.lock import RunLock, is_locked, refusal, remove_with
 from lines_cli.storage.names import RECIPE
+from lines_cli.storage.part_records import ROOM as _PARTS
+from lines_cli.storage.part_records import done_in, is_record
 from lines_cli.storage.renames import exchange, move_folder, put
 
-_JOURNAL, _NEW, _OLD, _MOVED = "journal", "new", "old", "moved"
+_JOURNAL, _OLD, _MOVED = "journal", "old", "moved"
+NEW = "new"
+"""The folder in which the output takes shape."""
+
 _LONGEST_NAME = 240  # bytes, so that the whole fits into a file name
 _PATIENCE = 1.0  # seconds for which a folder is looked at that changes all the time
 _TICK = 0.02  # seconds after which a change shows in the times of a folder
@@ -78,7 +84,7 @@ def staging_of(output: Path) -> Path:
 # --- whose is it? ---
 
 
-def _ours(output: Path, names: Collection[str] | None = ()) -> JournalContents | None:
+def ours(output: Path, names: Collection[str] | None = ()) -> JournalContents | None:
     """What the journal of a staging folder tells, once all that the folder holds is seen to be ours.
 
     Args:
@@ -116,15 +122,19 @@ def _ours(output: Path, names: Collection[str] | None = ()) -> JournalContents |
     if contents is None and not os.path.lexists(folder / _JOURNAL):
         names = ()  # no run of ours has come so far as to make a file there
     made, replaced = {*(names or ()), *(contents.names if contents else ())}, _replaced(contents)
-    rooms = {_NEW: (made, replaced), _OLD: ((), replaced), _MOVED: (made, ())}
+    rooms = {NEW: (made, replaced), _OLD: ((), replaced), _MOVED: (made, ())}
     found = survey(folder)
     if not os.path.lexists(output.resolve()):  # what was set aside comes back, whatever it is
         found = {name: entry for name, entry in found.items() if not name.startswith(f"{_OLD}/")}
     if names is None and contents is None:
-        found = {name: entry for name, entry in found.items() if not name.startswith((f"{_NEW}/", f"{_MOVED}/"))}
+        found = {name: entry for name, entry in found.items() if not name.startswith((f"{NEW}/", f"{_MOVED}/"))}
     foreign = [name for name, entry in found.items() if not (_belongs(name, entry, rooms) or is_noise(name))]
     if foreign:
         raise _foreign(folder, sorted(foreign), damaged=contents is None and os.path.lexists(folder / _JOURNAL))
+    if contents is not None:
+        parts = done_in(folder / _PARTS)
+        measured = contents.measured or parts.measured
+        contents = replace(contents, settled=parts.written, measured=measured, unchanged=parts.unchanged)
     return contents
 
 
@@ -139,6 +149,8 @@ def _belongs(name: str, entry: Entry, rooms: Mapping[str, tuple[Collection[str],
     room, _, inner = name.partition("/")
     if room in (LOCK, _JOURNAL):
         return not inner and stat.S_ISREG(entry.kind) and (room == _JOURNAL or entry.nbytes == 0)
+    if room == _PARTS:
+        return stat.S_ISREG(entry.kind) and is_record(inner) if inner else stat.S_ISDIR(entry.kind)
     if room not in rooms:
         return False
     made, replaced = rooms[room]
@@ -175,7 +187,7 @@ def _is_published(contents: JournalContents | None, folder: Path) -> bool:
     """Whether what a run was about to put into place has left the staging folder."""
     if contents is None or contents.publishing is None:
         return False
-    new = folder / _NEW
+    new = folder / NEW
     for path in (new, *(new.iterdir() if new.is_dir() else ())):
         there = path.lstat() if os.path.lexists(path) else None
         if there is not None and (there.st_dev, there.st_ino) == contents.publishing.new:
@@ -278,7 +290,7 @@ def leftover(output: Path) -> Unfinished | None:
 
 def _unfinished(output: Path) -> Unfinished | None:
     folder = staging_of(output)
-    contents = _ours(output, None)
+    contents = ours(output, None)
     if not folder.exists():
         return None
     total = written = 0
@@ -286,7 +298,8 @@ def _unfinished(output: Path) -> Unfinished | None:
         with suppress(KeyError, TypeError, ValueError, IndexError):  # no journal of ours would
             sizes = [int(size) for _, size, _ in contents.run["outputs"]]
             step = contents.run["step"]
-            whole = (part for part in contents.parts if is_part(part.file, part.start, part.blocks, sizes, step))
+            done = {(part.file, part.start): part for part in (*contents.parts, *contents.settled)}.values()
+            whole = (part for part in done if is_part(part.file, part.start, part.blocks, sizes, step))
             written = sum(min(step, sizes[part.file] - part.start) for part in whole) if is_step(step) else 0
             total = sum(sizes)
     is_over = _is_published(contents, folder) and _is_at(output.resolve(), contents)
@@ -348,7 +361,7 @@ def recover(output: Path) -> None:
         except FileNotFoundError:  # another has done so
             return
         try:
-            _put_back(folder, output.resolve(), _ours(output))
+            _put_back(folder, output.resolve(), ours(output))
         finally:
             lock.release()
 
@@ -367,8 +380,8 @@ def clean(output: Path) -> Unfinished | None:
             except FileNotFoundError:  # the run that had it came to its end
                 return None
             try:
-                _put_back(found.folder, output.resolve(), _ours(output))
-                _empty(found.folder, _ours(output))
+                _put_back(found.folder, output.resolve(), ours(output))
+                _empty(found.folder, ours(output))
                 remove_with(lock, found.folder)
             finally:
                 lock.release()
@@ -379,9 +392,16 @@ def _empty(folder: Path, contents: JournalContents | None, names: Collection[str
     """Remove all that a staging folder of ours holds, its lock apart: by the names that the journal knows."""
     known = {*names, *(contents.names if contents else ()), *_replaced(contents)}
     known |= {str(parent) for name in known for parent in PurePosixPath(name).parents}
-    for room in (_MOVED, _NEW, _OLD):
+    for room in (_MOVED, NEW, _OLD):
         _clear(folder / room, known)
+    _clear_records(folder)
     (folder / _JOURNAL).unlink(missing_ok=True)
+
+
+def _clear_records(folder: Path) -> None:
+    """Remove what parts of a divided run have written down."""
+    room = folder / _PARTS
+    _clear(room, [name for name in survey(room) if is_record(name)])
 
 
 def _put_back(folder: Path, target: Path, contents: JournalContents | None) -> None:
@@ -460,7 +480,7 @@ class Staging:
         self.output, self._run, self._names, self._resume = output, run, frozenset(names), resume
         self._replaceable = replaceable
         self._target, self.folder = output.resolve(), staging_of(output)
-        self._new = self.folder / _NEW
+        self._new = self.folder / NEW
         self._open: list[NewFile] = []
         self._made: list[Path] = []
         self._written: dict[str, tuple[int, int]] = {}  # each file's device and inode
@@ -475,7 +495,7 @@ class Staging:
     def __enter__(self) -> Staging:
         with naming(self.output):
             self._made = [parent for parent in self._target.parents if not parent.exists()]
-            _at_rest(self.output, lambda: _ours(self.output, self._names))  # before anything is made in it
+            _at_rest(self.output, lambda: ours(self.output, self._names))  # before anything is made in it
             fresh = False
             try:
                 self.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -483,7 +503,7 @@ class Staging:
                     sync_folder(parent.parent)
                 self._lock = RunLock(self.folder, self.output, make=True)
                 fresh = os.listdir(self.folder) == [LOCK]
-                found = _ours(self.output, self._names)  # now that it stands still
+                found = ours(self.output, self._names)  # now that it stands still
                 _put_back(self.folder, self._target, found)
                 begun = self._of_this_run(found) if self._resume and found is not None else None
                 self._look_at_old(begun)
@@ -594,7 +614,9 @@ class Staging:
         """The story without the parts that are not on the disk as it says."""
         outputs, step = self._run["outputs"], contents.run["step"]
         sizes = [nbytes for _, nbytes, _ in outputs]
-        valid = [part for part in contents.parts if is_part(part.file, part.start, part.blocks, sizes, step)]
+        settled = {(part.file, part.start): part for part in contents.settled if self._is_part(part, sizes, step)}
+        valid = [part for part in contents.parts if self._is_part(part, sizes, step)]
+        valid = [part for part in valid if (part.file, part.start) not in settled]
         parts: list[WrittenRange] = []
         self._new.mkdir(exist_ok=True)
         # What stands beside the weights is made anew; all else was of another output.
@@ -603,7 +625,9 @@ class Staging:
         for number, (name, nbytes, _) in enumerate(outputs):
             path = self._new / name
             own = [part for part in valid if part.file == number]
-            if own and _is_alone(path, nbytes):
+            flushed = [part for part in settled.values() if part.file == number]
+            if (own or flushed) and is_alone(path, nbytes):
+                parts += flushed
                 blocks = {part.start + DIGEST_BLOCK * n: block for part in own for n, block in enumerate(part.blocks)}
                 whole = intact(path, blocks)
                 parts += [
@@ -611,9 +635,12 @@ class Staging:
                 ]
             else:
                 path.unlink(missing_ok=True)
-        return JournalContents(
-            contents.run, contents.names, contents.replaces, contents.measured, tuple(parts), None, contents.nbytes
-        )
+        parts.sort(key=lambda part: (part.file, part.start))  # so that sums are those of one run
+        return replace(contents, parts=tuple(parts), publishing=None)
+
+    @staticmethod
+    def _is_part(part: WrittenRange, sizes: Sequence[int], step: int) -> bool:
+        return is_part(part.file, part.start, part.blocks, sizes, step)
 
     @property
     def step(self) -> int:
@@ -646,6 +673,10 @@ class Staging:
                 os.fsync(file.fileno())
                 there = os.fstat(file.fileno())
             self._written[name] = (there.st_dev, there.st_ino)
+
+    def keep(self) -> None:
+        """What there is so far is worth going on from."""
+        self.journal.empty = False
 
     def sync(self) -> None:
         """Return when all files are on the disk."""
@@ -801,9 +832,10 @@ class Staging:
         why = "the run ended before it could remove it"
         try:
             if self._confirmed:
-                for room in (_NEW, _OLD):
+                for room in (NEW, _OLD):
                     _clear(self.folder / room, self._still_there(self.folder / room))
-                rest = sorted(name for name in survey(self.folder) if name not in (LOCK, _JOURNAL, _NEW, _OLD))
+                _clear_records(self.folder)
+                rest = sorted(name for name in survey(self.folder) if name not in (LOCK, _JOURNAL, NEW, _OLD))
                 if not [name for name in rest if not is_noise(name)]:
                     (self.folder / _JOURNAL).unlink(missing_ok=True)
                     assert self._lock is not None
@@ -843,7 +875,7 @@ class Staging:
 _GOES_ON = "Then the same command with --resume continues from what is finished."
 
 
-def _is_alone(path: Path, nbytes: int) -> bool:
+def is_alone(path: Path, nbytes: int) -> bool:
     """Whether it is a regular file of that size that goes by no other name: a backup may share it."""
     try:
         there = path.lstat()

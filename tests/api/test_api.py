@@ -74,6 +74,8 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 ON_CONSOLES = {"json", "quiet", "full", "log_json"}
 """Options that say what is shown, and how."""
+ON_ENGINES = {"on"}
+"""Options that say where the parts of a run are done: of the command alone."""
 OF_ADAPTERS = {"adapter", "base_of_adapter", "num_layers"}
 ON_THE_HUB = {"push_to", "private", "revision", "cache"}
 OF_FILES = {"output", "variant", "component", "max_shard_size", "force", "resume", "verify", "verify_inputs", "dry_run"}
@@ -101,7 +103,7 @@ def test_keywords_are_the_options(function: Callable[..., Any], command: Callabl
     """
     own, options = keywords(function), keywords(command)
     assert own.pop("track") is None
-    wanted = {name: default for name, default in options.items() if name not in ON_CONSOLES}
+    wanted = {name: default for name, default in options.items() if name not in ON_CONSOLES | ON_ENGINES}
     if function is lines.edit:
         wanted = {name: default for name, default in wanted.items() if name not in OF_ADAPTERS}
         own |= {"base": None, "ft": None}  # which the command needs where there is no adapter

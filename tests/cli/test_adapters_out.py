@@ -60,6 +60,7 @@ IN_PLACE = ["edit", "--adapter", "a", "-o", "out"]
 KNOWN = [*IN_PLACE, "--num-layers", "4"]
 MERGE = ["merge", "--config", "sum.yaml", "-o", "out"]
 EXTRACT = ["extract", "ft", "--base", "base", "-o", "out"]
+RANK_OF_FT = "lines extract ft --base base --rank 16 -o OUT"  # which is a command that works
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ EXTRACT = ["extract", "ft", "--base", "base", "-o", "out"]
         (["edit", "base", "ft", "--num-layers", "4", "-o", "out"], 2, ["--num-layers is of --adapter"]),
         (["edit", "base", "-o", "out"], 2, ["FT is missing", "lines edit [OPTIONS] BASE FT"]),
         (["edit", "-o", "out"], 2, ["BASE is missing"]),
-        (["edit", "--adapter", "ft", "--base", "base", "-o", "out"], 2, ["ft is a whole fine-tune", "--rank"]),
+        (["edit", "--adapter", "ft", "--base", "base", "-o", "out"], 2, ["ft is a whole fine-tune", RANK_OF_FT]),
         (["edit", "--adapter", "gone", "--num-layers", "4", "-o", "out"], 3, ["gone: there is no such file or folder"]),
         ([*IN_PLACE[:-1], "a", "--num-layers", "4"], 6, ["the output would replace an input"]),
         ([*IN_PLACE[:-1], "base", "--base", "base"], 6, ["the output would replace an input"]),
@@ -102,7 +103,7 @@ EXTRACT = ["extract", "ft", "--base", "base", "-o", "out"]
         ([*MERGE, "--set", "as_adapter=false", "--set", "merge_method=linear"], 3, ["--as-adapter"]),
         ([*MERGE, "--set", "models.1.model=ft"], 3, ["ft is a whole fine-tune", "lines extract ./ft --base BASE"]),
         ([*MERGE, "--set", "tokenizer_source=a"], 2, ["tokenizer_source: that is of whole models"]),
-        (EXTRACT, 2, ["how large its adapter is to be is not said", "--rank", "--energy"]),
+        (EXTRACT, 2, ["how large its adapter is to be is not said", RANK_OF_FT, "--energy"]),
         ([*EXTRACT, "--rank", "2", "--energy", "0.5"], 2, ["two ways to say one thing"]),
         ([*EXTRACT, "--rank", "0"], 2, ["--rank", "at least 1"]),
         ([*EXTRACT, "--energy", "1.01"], 2, ["energy"]),
@@ -167,6 +168,46 @@ def test_adapters_of_other_bases(here: Path) -> None:
     ran = run_lines("edit", "--adapter", "b", "--base", "base", "-o", "out")
     assert ran.code == 4
     assert "are not in base" in ran.err.replace("./", "")
+
+
+def test_what_adapters_say_of_their_bases(here: Path) -> None:
+    """Another one than is given, or than each other's, is said; the same is not, whatever its folder."""
+    written(base_model_name_or_path="org/other")
+    ran = run_lines(*IN_PLACE, "--base", "base")
+    assert ran.code == 0
+    assert "note: a says that its base is org/other, and the base that is given is base" in ran.err
+    ran = run_lines(*MERGE, "--force")
+    assert ran.code == 0
+    assert "bases differ" not in ran.err  # of the other it is not known
+    other = json.loads(Path("b", "adapter_config.json").read_text())
+    for named, differ in (("org/base", True), ("elsewhere/other", False)):
+        Path("b", "adapter_config.json").write_text(json.dumps({**other, "base_model_name_or_path": named}))
+        ran = run_lines(*MERGE, "--force")
+        assert ran.code == 0
+        assert ("bases differ" in ran.err) is differ, ran.err
+    written(base_model_name_or_path="org/base-unsloth-bnb-4bit")
+    ran = run_lines(*IN_PLACE, "--base", "base", "--force")
+    assert (ran.code, "note: a says" in ran.err) == (0, False), ran.err
+
+
+def test_bases_named_with_adapters(here: Path) -> None:
+    """All have to be one: the difference of two bases is in no adapter."""
+    before = snapshot(here)
+    models: list[dict[str, str]]
+    for base, models in (
+        (None, [{"model": "base+a"}, {"model": "ft+b"}]),
+        ("ft", [{"model": "base+a"}, {"model": "b"}]),
+        ("ft", [{"model": "a"}, {"model": "base+b"}]),
+    ):
+        recipe("two", models=models, as_adapter=True, base_model=base)
+        ran = run_lines("merge", "--config", "two.yaml", "-o", "out")
+        assert (ran.code, ran.trace) == (2, ""), ran.err
+        assert "what two bases differ by is no product of factors" in ran.err
+        assert "base_model: " in ran.err
+        Path("two.yaml").unlink()
+    assert snapshot(here) == before
+    recipe("one", models=[{"model": "base+a"}, {"model": "./base+b"}], as_adapter=True, base_model="base")
+    assert run_lines("merge", "--config", "one.yaml", "-o", "out").code == 0
 
 
 def test_an_existing_output_is_replaced_with_force_alone(here: Path) -> None:
@@ -244,3 +285,14 @@ def test_base_and_adapter_in_one_name(here: Path) -> None:
     ran = run_lines("merge", "--config", "plus.yaml", "-o", "out")
     assert ran.code == 0, ran.err
     assert run_lines("verify", "out").code == 0
+
+
+@pytest.mark.parametrize(
+    ("alpha", "beta", "folded"), [("1", "0", 8), ("0", "1", 2), ("0.5", "0.4", 0), ("0", "0", 0)], ids=str
+)
+def test_folded_tensors_are_told_from_copies(alpha: str, beta: str, folded: int) -> None:
+    """A coefficient of 1 takes all of an adapter's update: `edited 0 tensors` alone would read as if it had none."""
+    ran = run_lines("edit", "base", "a", "-o", "folded", "--alpha", alpha, "--beta", beta)
+    assert ran.code == 0, ran.err
+    lines = [line for line in ran.out.splitlines() if "update folded in" in line]
+    assert lines == ([f"{folded:,} of those copied have an adapter's update folded in, all of it"] if folded else [])

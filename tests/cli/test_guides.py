@@ -40,6 +40,7 @@ GUIDES = {
     "jobs",
     "notebooks",
     "vocabularies",
+    "scale",
 }
 WIDTH = 64
 
@@ -86,6 +87,16 @@ def test_readme_names_every_guide() -> None:
     assert links >= {f"{guide}.md" for guide in GUIDES | {"tour"}}
 
 
+def test_a_merge_in_parts(here: Path) -> None:
+    """docs/scale.md: the parts make what one run makes, and the table counts as many."""
+    pair("base", "ft-math", "ft-code")
+    run_page("scale.md")
+    (here / "out").rename(here / "parts")
+    assert run_lines("merge", "--config", "merge.yaml", "-o", "out").code == 0
+    whole, parts = ({path.name: path.read_bytes() for path in (here / of).iterdir()} for of in ("out", "parts"))
+    assert parts == whole
+
+
 def test_it_forgot_too_much(here: Path) -> None:
     """docs/forgetting.md: at alpha 0 the first block is the base's, to the byte."""
     pair("base", "ft")
@@ -96,12 +107,18 @@ def test_it_forgot_too_much(here: Path) -> None:
     assert_scaled(load_file(here / "out" / "model.safetensors"), base, ft, [0.3, 0.3 + 0.7 / 3, 0.3 + 1.4 / 3, 1])
 
 
+def python_first(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs `python` runs this one, which looks for no packages and so starts sooner."""
+    (here / "bin").mkdir()
+    (here / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
+    (here / "bin" / "python").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{here / 'bin'}{os.pathsep}{os.environ['PATH']}")
+
+
 def test_an_evaluation_that_decides(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/sweeping.md: seven candidates, as many of each control, and the winner's folder beside the report."""
     pair("base", "ft")
-    (here / "bin").mkdir()
-    (here / "bin" / "python").symlink_to(sys.executable)
-    monkeypatch.setenv("PATH", f"{here / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    python_first(here, monkeypatch)
     (here / "evaluate.py").write_text(
         "import json, sys, zlib\n"
         "seen = zlib.crc32(open(sys.argv[1] + '/model.safetensors', 'rb').read()) / 2**32\n"
@@ -137,24 +154,23 @@ END
 """
 
 
-def test_lm_evaluation_harness(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_lm_evaluation_harness(few: bool, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/sweeping.md: its line for lm_eval, with a program in its place that writes the files that lm_eval writes."""
     pair("base", "ft")
-    (here / "bin").mkdir()
-    (here / "bin" / "python").symlink_to(sys.executable)
+    python_first(here, monkeypatch)
     (here / "bin" / "lm_eval").write_text(FAKE_HARNESS.format(python=sys.executable))
     (here / "bin" / "lm_eval").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{here / 'bin'}{os.pathsep}{os.environ['PATH']}")
     page = (DOCS / "sweeping.md").read_text()
     for name in ("scores.py", "harness.yaml"):
         (text,) = re.findall(rf"^`{re.escape(name)}`:\n\n```\w+\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
         (here / name).write_text(text)
     (command,) = re.findall(r"^    lines (sweep --config harness.yaml .*)$", page, re.MULTILINE)
     config = (here / "harness.yaml").read_text()
-    (here / "harness.yaml").write_text(f"{config}repeats: 2\n")
+    (here / "harness.yaml").write_text(f"{config}repeats: 2\n{'controls: false' if few else ''}\n")
     ran = run_lines(*command.split(), "--json")
     assert ran.code == 0, ran.err
-    assert len(ran.json["trials"]) == 2 + 3 * 4
+    assert len(ran.json["trials"]) == 2 + (1 if few else 3) * 4
     for trial in ran.json["trials"]:
         metrics = trial["metrics"]
         assert metrics["control"] == {"hellaswag": 1 - metrics["target"], "arc_easy": 0.75}

@@ -32,7 +32,23 @@ RECIPES: dict[str, dict[str, Any]] = {
     "iso_c": {"merge_method": "iso_c"},
     "slerp": {"merge_method": "slerp", "parameters": {"t": 0.3}},
 }
-GRID = {"lines.alpha": [1.0, 0.3, 0.0, 0.3, "auto"], "lines.beta": [0.0, 0.4]}
+GRID: dict[str, Any] = {"lines.alpha": [1.0, 0.3, 0.0, 0.3, "auto"], "lines.beta": [0.0, 0.4]}
+PARTS: list[dict[str, Any]] = [
+    {"lines.alpha": [1.0, 0.3, "auto"], "lines.beta": [0.4]},
+    {"lines.alpha": [0.3, 0.0, 0.3], "lines.beta": [0.4]},
+    {"lines.alpha": [0.3], "lines.beta": [0.0, 0.4]},
+]
+DTYPES = ("bfloat16", "float32")
+
+
+def cases(first: int) -> list[Any]:
+    """Every recipe with every dtype and the whole grid; by default with the dtypes in turn and a part of the grid."""
+    made = []
+    for number, (name, said) in enumerate(RECIPES.items()):
+        made += [pytest.param(one, said, GRID, marks=pytest.mark.slow, id=f"{one}-{name}") for one in DTYPES]
+        dtype = DTYPES[(first + number) % 2]
+        made.append(pytest.param(dtype, said, PARTS[number % 3], id=f"{dtype}-{name}-a part of the grid"))
+    return made
 
 
 def model(seed: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -44,14 +60,12 @@ def model(seed: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return made | {"model.layers.0.steps": torch.tensor([7])}
 
 
-@pytest.fixture(params=["bfloat16", "float32"])
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> Path:
     """A folder with a base and three fine-tunes, in which the process works."""
     monkeypatch.chdir(tmp_path)
     for seed, name in enumerate(("base", "ft", "ft2", "ft3")):
-        write_checkpoint(
-            tmp_path / name, model(seed, getattr(torch, request.param)), config={"num_hidden_layers": LAYERS}
-        )
+        write_checkpoint(tmp_path / name, model(seed, getattr(torch, dtype)), config={"num_hidden_layers": LAYERS})
     return tmp_path
 
 
@@ -61,10 +75,10 @@ def recipe_of(said: dict[str, Any]) -> dict[str, Any]:
     return {**values, "models": [{"model": name} for name in models]}
 
 
-def grid_of(said: dict[str, Any]) -> dict[str, Any]:
+def grid_of(said: dict[str, Any], grid: dict[str, Any]) -> dict[str, Any]:
     if said.get("merge_method") == "slerp":
-        return {**GRID, "lines.alpha": [1.0, 0.3, 0.0, 0.3]}
-    return GRID
+        return {**grid, "lines.alpha": [alpha for alpha in grid["lines.alpha"] if alpha != "auto"]}
+    return grid
 
 
 def reference(recipe: dict[str, Any], settings: dict[str, Any]) -> dict[str, bytes]:
@@ -74,10 +88,10 @@ def reference(recipe: dict[str, Any], settings: dict[str, Any]) -> dict[str, byt
     return {path.name: path.read_bytes() for path in Path("reference").glob("*.safetensors")}
 
 
-@pytest.mark.parametrize("said", RECIPES.values(), ids=RECIPES)
-def test_each_candidate_is_what_a_run_writes(here: Path, said: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("dtype", "said", "grid"), cases(0))
+def test_each_candidate_is_what_a_run_writes(here: Path, said: dict[str, Any], grid: dict[str, Any]) -> None:
     """On the disk, in the place of the one before; with an index and config of its own."""
-    recipe, grid = recipe_of(said), grid_of(said)
+    recipe, grid = recipe_of(said), grid_of(said, grid)
     space = space_from(recipe, grid)
     making = Candidates(Resources(workers=2, device="cpu"), scratch=here / "scratch")
     before = None
@@ -95,11 +109,11 @@ def test_each_candidate_is_what_a_run_writes(here: Path, said: dict[str, Any]) -
     assert list((here / "scratch").iterdir()) == [before]
 
 
-@pytest.mark.parametrize("said", RECIPES.values(), ids=RECIPES)
-def test_a_live_module_holds_the_same(here: Path, said: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("dtype", "said", "grid"), cases(1))
+def test_a_live_module_holds_the_same(here: Path, said: dict[str, Any], grid: dict[str, Any]) -> None:
     """And at the end what it held before."""
-    recipe, grid = recipe_of(said), grid_of(said)
-    dtype = torch.float32 if said.get("dtype") == "float32" else None
+    recipe, grid = recipe_of(said), grid_of(said, grid)
+    other = torch.float32 if said.get("dtype") == "float32" else None
     module = torch.nn.Module()
     for name, tensor in load_file("base/model.safetensors").items():
         *path, last = name.split(".")
@@ -108,7 +122,7 @@ def test_a_live_module_holds_the_same(here: Path, said: dict[str, Any]) -> None:
             if not hasattr(inner, part):
                 inner.add_module(part, torch.nn.Module())
             inner = getattr(inner, part)
-        inner.register_buffer(last, tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor)
+        inner.register_buffer(last, tensor.to(other) if other and tensor.is_floating_point() else tensor)
     held = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     for candidate in lines.candidates(recipe, grid, module, device="cpu", workers=2):
         reference(recipe, dict(candidate.settings))

@@ -25,21 +25,29 @@ from support.run import run_lines
 
 Tensors = dict[str, Tensor]
 
-WIDE = (300, 700)  # of several blocks, none of which ends where the tensor does
-SHAPES = {
-    "model.embed_tokens.weight": (400, 300),
-    **{f"model.layers.{n}.up.weight": WIDE for n in range(2)},
-    **{f"model.layers.{n}.turned.weight": WIDE for n in range(2)},
-    **{f"model.layers.{n}.conv.weight": (60, 50, 3, 3) for n in range(2)},
-    **{f"model.layers.{n}.experts.gate_up_proj": (3, 90, 70) for n in range(2)},
-    **{f"model.layers.{n}.norm.weight": (700,) for n in range(2)},
-}
+Shapes = dict[str, tuple[int, ...]]
+
+
+def shapes_of(out: int, into: int, tokens: int) -> Shapes:
+    """A layer of `into` entries that makes `out`, and what else a model has."""
+    return {
+        "model.embed_tokens.weight": (tokens, out),
+        **{f"model.layers.{n}.up.weight": (out, into) for n in range(2)},
+        **{f"model.layers.{n}.turned.weight": (out, into) for n in range(2)},
+        **{f"model.layers.{n}.conv.weight": (out // 5, 50, 3, 3) for n in range(2)},
+        **{f"model.layers.{n}.experts.gate_up_proj": (3, 90, into // 10) for n in range(2)},
+        **{f"model.layers.{n}.norm.weight": (into,) for n in range(2)},
+    }
+
+
+SHAPES = shapes_of(300, 700, 400)  # of several blocks, none of which ends where the tensor does
+SMALL = shapes_of(60, 140, 80)
 RANK = 3
 
 
-def model(seed: int, dtype: torch.dtype = torch.float32) -> Tensors:
+def model(seed: int, dtype: torch.dtype = torch.float32, *, shapes: Shapes = SHAPES) -> Tensors:
     chance = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=chance).to(dtype) for name, shape in SHAPES.items()}
+    return {name: torch.randn(shape, generator=chance).to(dtype) for name, shape in shapes.items()}
 
 
 def drawn(seed: int, *shape: int) -> Tensor:
@@ -52,6 +60,9 @@ def write_lora(folder: Path, seed: int, base: Tensors, *, dora: bool = False) ->
     """
     file: Tensors = {}
     made: Tensors = {}
+    out, into = base["model.layers.0.up.weight"].shape
+    tokens = len(base["model.embed_tokens.weight"])
+    kernels, inner = out // 5, into // 10
 
     def add(
         module: str, a: Tensor, b: Tensor, product: Tensor, *, columns: bool = False, embedding: bool = False
@@ -60,7 +71,7 @@ def write_lora(folder: Path, seed: int, base: Tensors, *, dora: bool = False) ->
         end = "" if embedding else ".weight"
         file[f"{PREFIX}{module}.{kind}A{end}"], file[f"{PREFIX}{module}.{kind}B{end}"] = a, b
         name = f"{module}.weight"
-        made[name] = 2 * product.view(SHAPES[name])
+        made[name] = 2 * product.view(base[name].shape)
         if dora:
             whole = base[name].double() + made[name]
             axes = tuple(range(1, whole.dim())) if not columns else (0,)
@@ -71,19 +82,19 @@ def write_lora(folder: Path, seed: int, base: Tensors, *, dora: bool = False) ->
 
     for n in range(2):
         at = seed + 10 * n
-        a, b = drawn(at, RANK, 700), drawn(at + 1, 300, RANK)
+        a, b = drawn(at, RANK, into), drawn(at + 1, out, RANK)
         add(f"model.layers.{n}.up", a, b, b.double() @ a.double())
-        a, b = drawn(at + 2, RANK, 300), drawn(at + 3, 700, RANK)
+        a, b = drawn(at + 2, RANK, out), drawn(at + 3, into, RANK)
         add(f"model.layers.{n}.turned", a, b, (b.double() @ a.double()).T.contiguous(), columns=True)
-        a, b = drawn(at + 4, RANK, 50, 3, 3), drawn(at + 5, 60, RANK, 1, 1)
+        a, b = drawn(at + 4, RANK, 50, 3, 3), drawn(at + 5, kernels, RANK, 1, 1)
         add(f"model.layers.{n}.conv", a, b, b.double().flatten(1) @ a.double().flatten(1))
         if not dora:
-            a, b = drawn(at + 6, RANK * 3, 70), drawn(at + 7, 90, RANK * 3)
+            a, b = drawn(at + 6, RANK * 3, inner), drawn(at + 7, 90, RANK * 3)
             name = f"model.layers.{n}.experts"
             file[f"{PREFIX}{name}.lora_A.weight"], file[f"{PREFIX}{name}.lora_B.weight"] = a, b
-            batch = b.double().view(90, RANK, 3), a.double().view(3, RANK, 70)
+            batch = b.double().view(90, RANK, 3), a.double().view(3, RANK, inner)
             made[f"{name}.gate_up_proj"] = 2 * torch.einsum("ore,eri->eoi", *batch)
-    a, b = drawn(seed + 30, RANK, 400), drawn(seed + 31, 300, RANK)
+    a, b = drawn(seed + 30, RANK, tokens), drawn(seed + 31, out, RANK)
     add("model.embed_tokens", a, b, (b.double() @ a.double()).T.contiguous(), columns=True, embedding=True)
     config: dict[str, Any] = {"use_dora": True} if dora else {"target_parameters": ["experts.gate_up_proj"]}
     write_adapter(folder, file, r=RANK, lora_alpha=2 * RANK, **config)
@@ -156,13 +167,14 @@ def test_two_adapters_one_after_the_other(tmp_path: Path) -> None:
 WITH_BASE = [pytest.param(case, marks=() if case.endswith("-0") else pytest.mark.slow) for case in TYPICAL]
 
 
+@pytest.mark.parametrize("shapes", [SMALL, pytest.param(SHAPES, marks=pytest.mark.slow)], ids=["small", "large"])
 @pytest.mark.parametrize("case", WITH_BASE)
-def test_every_method_on_adapters_and_full_fine_tunes(case: str, tmp_path: Path) -> None:
+def test_every_method_on_adapters_and_full_fine_tunes(case: str, shapes: Shapes, tmp_path: Path) -> None:
     """As the reference on whole models, where an adapter's task vector is its product, rounded once; its weights are
     the base with that added.
     """
     method, said = TYPICAL[case]
-    base, tuned = model(0), model(1)
+    base, tuned = (model(seed, shapes=shapes) for seed in range(2))
     write_checkpoint(tmp_path / "base", base)
     write_checkpoint(tmp_path / "full", tuned)
     one, two = (write_lora(tmp_path / name, seed, base) for name, seed in (("one", 50), ("two", 90)))

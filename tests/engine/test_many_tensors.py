@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,39 @@ def test_tensors_apart_are_merged_one_by_one(turned: tuple[str, ...], merged: li
     assert edited(tmp_path).code == 0
     assert same(output(tmp_path), expected(**sides))
     assert max(merged) == 36
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_views_in_a_pickle_are_merged_one_by_one(turned: bool, merged: list[int], tmp_path: Path) -> None:
+    """Which only look as if they stood side by side: a view of a storage is not read on into the next one."""
+    sides = {"base": model(0), "ft": model(1)}
+    for side, tensors in sides.items():
+        turns = {name for name, tensor in tensors.items() if turned and tensor.ndim == 2}
+        stored = {name: t.t().contiguous().t() if name in turns else t for name, t in tensors.items()}
+        torch.save(stored, tmp_path / f"{side}.pt")
+    ran = run_lines("edit", tmp_path / "base.pt", tmp_path / "ft.pt", "-o", tmp_path / "out")
+    assert ran.code == 0
+    assert same(output(tmp_path), expected(**sides))
+    assert max(merged) == 36 or not turned
+
+
+def test_what_is_calibrated_is_merged_one_by_one(tmp_path: Path) -> None:
+    """A calibration sees each matrix whole: the bytes are those that other resources give."""
+    for side in range(3):
+        save_file(model(side), tmp_path / f"{side}.safetensors")
+    config = {
+        "merge_method": "task_arithmetic",
+        "calibrate": "svc",
+        "base_model": str(tmp_path / "0.safetensors"),
+        "models": [{"model": str(tmp_path / f"{side}.safetensors")} for side in (1, 2)],
+    }
+    (tmp_path / "merge.yaml").write_text(json.dumps(config))
+    assert run_lines("merge", "--config", tmp_path / "merge.yaml", "-o", tmp_path / "out").code == 0
+    together = output(tmp_path)
+    for side in range(3):
+        in_order(tmp_path, str(side), reordered(model(side)))
+    assert run_lines("merge", "--config", tmp_path / "merge.yaml", "-o", tmp_path / "again").code == 0
+    assert same(load_file(tmp_path / "again" / "model.safetensors"), together)
 
 
 @pytest.mark.parametrize("workers", [1, 3])

@@ -127,7 +127,13 @@ def test_private_and_gated_models(hub: HubServer, user: User) -> None:
     assert (gated.code, "org/gated is gated" in gated.err) == (3, True)
 
 
-@pytest.mark.parametrize(("kind", "status"), [("content", 503), ("content", None), ("file", 429), ("info", 503)])
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [
+        ("content", None),
+        *(pytest.param(*of, marks=pytest.mark.slow) for of in (("content", 503), ("file", 429), ("info", 503))),
+    ],
+)
 def test_what_passes(kind: str, status: int | None, hub: HubServer, user: User) -> None:
     """A fault of a moment while headers are read is waited for; one that stays is said."""
     hub.push("org/model", sharded(1))

@@ -229,7 +229,11 @@ def test_an_earlier_output_is_replaced(hub: HubServer, user: User) -> None:
 
 
 @pytest.mark.parametrize(
-    "other", ["model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+    "other",
+    [
+        "model-00001-of-00002.safetensors",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("model.safetensors", "model.safetensors.index.json")),
+    ],
 )
 def test_weights_of_others_are_not_replaced(other: str, hub: HubServer, user: User) -> None:
     """Weights that lines did not put there are named, in a dry run, too, and before anything is computed; a new branch
@@ -296,7 +300,7 @@ def test_private_means_private(hub: HubServer, user: User) -> None:
     assert hub.repositories["org/hidden"].private
 
 
-@pytest.mark.parametrize("revision", ["refs/pr/1", "main"])
+@pytest.mark.parametrize("revision", ["refs/pr/1", pytest.param("main", marks=pytest.mark.slow)])
 def test_a_revision_that_is_there(revision: str, hub: HubServer, user: User) -> None:
     """A pull request and the main branch are committed to as they are; a tag is no branch."""
     hub.push("org/made", {".gitattributes": b""})
@@ -462,7 +466,12 @@ REFUSALS: dict[str, tuple[dict[str, Any], str, str]] = {
 }
 
 
-@pytest.mark.parametrize("why", REFUSALS)
+# One of each step and of each kind; what is slow is another of the same.
+QUICK = ("no token", "an expired token", "no member", "a reader of the organisation", "no right after all", "no room",
+         "dropped in a file", "someone else", "nobody there")  # fmt: skip
+
+
+@pytest.mark.parametrize("why", [pytest.param(why, marks=() if why in QUICK else pytest.mark.slow) for why in REFUSALS])
 def test_a_refusal_says_which_it_was(why: str, hub: HubServer, user: User) -> None:
     """Each ends with 8, says what it was and the next step, shows no token, and leaves the output as it was."""
     how, said, step = REFUSALS[why]
@@ -483,7 +492,10 @@ def test_a_refusal_says_which_it_was(why: str, hub: HubServer, user: User) -> No
     assert contents(out_of(user)) == before
 
 
-@pytest.mark.parametrize(("status", "said"), [(None, "no Xet storage"), (403, "may not write there (403)")])
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [pytest.param(None, "no Xet storage", marks=pytest.mark.slow), (403, "may not write there (403)")],
+)
 def test_the_storage_of_hf_xet(status: int | None, said: str, hub: HubServer, user: User) -> None:
     """Where hf_xet is installed, large files go its way, and its errors are told as those of the Hub."""
     pytest.importorskip("hf_xet")
@@ -495,7 +507,14 @@ def test_the_storage_of_hf_xet(status: int | None, said: str, hub: HubServer, us
     assert run_on(user, ["push", "out", "org/made"]).code == 0
 
 
-@pytest.mark.parametrize("kind", ["info", "create", "batch", "upload", "verify", "commit"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "upload",
+        "commit",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("info", "create", "batch", "verify")),
+    ],
+)
 def test_what_passes(kind: str, hub: HubServer, user: User) -> None:
     """An error of a moment at any step is waited for, and then all is well."""
     hub.faults = {kind: Fault(503 if kind != "upload" else None, times=1)}
@@ -504,7 +523,7 @@ def test_what_passes(kind: str, hub: HubServer, user: User) -> None:
     assert hub.holds("org/made").keys() == OUTPUT | {".gitattributes"}
 
 
-@pytest.mark.parametrize("as_json", [True, False])
+@pytest.mark.parametrize("as_json", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_failed_push_after_an_edit(as_json: bool, hub: HubServer, user: User) -> None:
     """The output is in place and whole, the summary is there, and the hint is a command that goes on from there."""
     hub.faults = {"commit": Fault(500)}

@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import lines_cli as lines
+from lines_cli.engine.candidates import Candidates
 from lines_cli.errors import DataError, RecipeError
 from lines_cli.methods import CALIBRATIONS
 from lines_cli.methods.calibration import svc
 from lines_cli.recipe.schema import Calibrate
+from support.crossed import by_turns
 from support.files import write_checkpoint
 from support.method_cases import TABLE, TYPICAL, Case
 from support.run import run_lines
@@ -115,8 +117,7 @@ TASKS: dict[str, list[Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("tasks", TASKS)
-@pytest.mark.parametrize("scale", [1.0, 0.3])
+@by_turns(tasks=TASKS, scale=[1.0, 0.3])
 def test_against_numpy(tasks: str, scale: float) -> None:
     """Within 1e-6, or for float64 within 1e-9, of the formula carried out direction by direction."""
     tensors = TASKS[tasks]
@@ -242,8 +243,7 @@ def test_weights_have_their_say(tmp_path: Path) -> None:
 SIDE_BY_SIDE = [((12,), (31, 12)), ((31, 12), (12,)), ((12, 31), (31, 12)), ((3, 10, 7), (5,)), ((4, 5), (4, 5), (3,))]
 
 
-@pytest.mark.parametrize("shapes", SIDE_BY_SIDE)
-@pytest.mark.parametrize("lined", [False, True])
+@by_turns(shapes=SIDE_BY_SIDE, lined=[False, True])
 def test_small_tensors_side_by_side(shapes: Any, lined: bool, tmp_path: Path) -> None:
     """Small tensors that are merged in one go are those that are not calibrated: each matrix stays one by itself."""
     chance = torch.Generator().manual_seed(0)
@@ -282,6 +282,21 @@ def test_the_same_bytes_for_any_workers_chunks_and_shards(method: str, tmp_path:
     assert parts.keys() == whole.keys()
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
     assert run_lines("verify", tmp_path / "plain", "--quiet").code == 0
+
+
+def test_candidates_of_a_sweep_are_calibrated(tmp_path: Path) -> None:
+    """What is merged once for all of them is calibrated once; the bytes are those of a run."""
+    base, models = family(3)
+    save(tmp_path, base, models)
+    candidates = Candidates(lines.Resources(device="cpu"), scratch=tmp_path / "scratch")
+    for beta in (0.3, 0.9):
+        asked = recipe("ties", {"density": 0.5}, 3, lines={"beta": beta})
+        merged(tmp_path, asked, f"run-{beta}")
+        plan = candidates.plan(lines.load_recipe(tmp_path / "merge.yaml"), tmp_path / "candidate")
+        candidates.write(plan, tmp_path / f"candidate-{beta}")
+        weights = [(tmp_path / f"{made}-{beta}" / "model.safetensors").read_bytes() for made in ("run", "candidate")]
+        assert weights[0] == weights[1]
+    candidates.close()
 
 
 def test_in_memory_it_is_the_same(tmp_path: Path) -> None:

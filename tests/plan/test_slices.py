@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from support.crossed import by_turns
 from support.files import write_checkpoint
 from support.run import run_lines
 
@@ -264,6 +265,24 @@ def test_lines_counts_the_layers_of_the_output(tmp_path: Path) -> None:
         layer = layer_of(name)
         by = 0.1 if layer is None else 0.1 + 0.8 * layer / 5
         torch.testing.assert_close(tensor, base[name] + by * (a[name] - base[name]), rtol=1e-6, atol=1e-6)
+
+
+def test_a_recipe_is_inspected_as_it_will_be_merged(tmp_path: Path) -> None:
+    """`lines inspect --config` shows the layers that come out, with the updates of those that they are made of."""
+    models = {name: model(seed) for seed, name in enumerate(("base", "a", "b"))}
+    write(tmp_path, **models)
+    recipe = passthrough(("a", 0, 3), ("b", 1, 4), base_model="base", lines={"alpha": 0.1, "beta": 0.8})
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump(recipe))
+    ran = run_lines("inspect", "--config", tmp_path / "m.yaml", "--json")
+    assert ran.code == 0, ran.err + ran.trace
+    base = stacked([(models["base"], 0, 3), (models["base"], 1, 4)])
+    ours = stacked([(models["a"], 0, 3), (models["b"], 1, 4)])
+    assert [layer["index"] for layer in ran.json["layers"]] == list(range(6))
+    for layer in ran.json["layers"]:
+        names = [name for name in base if layer_of(name) == layer["index"]]
+        norm = sum(float((ours[name] - base[name]).double().square().sum()) for name in names) ** 0.5
+        assert layer["update_norm"] == pytest.approx(norm, rel=1e-6)
+        assert layer["coefficient"] == pytest.approx(0.1 + 0.8 * layer["index"] / 5)
 
 
 def test_layers_of_one_range_onto_those_of_another(tmp_path: Path) -> None:
@@ -584,8 +603,7 @@ def test_transformers_loads_what_is_stacked(family: str, tmp_path: Path) -> None
         torch.testing.assert_close(loaded.eval()(ids, **kept).logits, expected(ids, **kept).logits)
 
 
-@pytest.mark.parametrize("rule", ["nan", "equal_norm"])
-@pytest.mark.parametrize("place", ["top", "slice", "source"])
+@by_turns(rule=["nan", "equal_norm"], place=["top", "slice", "source"])
 def test_weights_that_are_measured(rule: str, place: str, tmp_path: Path) -> None:
     """A rule of weights, wherever it stands, is measured of the stacked task vectors, and recorded source by source:
     the record makes the same bytes.

@@ -22,6 +22,7 @@ from lines_cli.recipe.validate import make_recipe
 from lines_cli.scaling import depth_rules
 from lines_cli.scaling.depth_rules import DepthRule, find_rule
 from support.adapters import factors, layers_of, write_adapter
+from support.crossed import by_turns
 from support.files import write_checkpoint
 from support.pipelines import write_pipeline
 from support.run import run_lines
@@ -162,8 +163,7 @@ def test_an_edit_has_the_rule_s_coefficients(rule: str, here: Path) -> None:
         assert torch.equal(tensor, base[name] + torch.tensor(c) * (ft[name] - base[name])), name
 
 
-@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "iso_c", "linear"])
-@pytest.mark.parametrize("rule", ["esm", "larv-tanh"])
+@by_turns(method=["task_arithmetic", "ties", "iso_c", "linear"], rule=["esm", "larv-tanh"])
 def test_it_measures_what_the_method_makes(rule: str, method: str, here: Path) -> None:
     """The merged task vector, before lambda and gamma: that of the same recipe without `lines:`."""
     asked: dict[str, Any] = {"merge_method": method, "models": [{"model": "ft"}, {"model": "other"}]}

@@ -123,7 +123,7 @@ def test_a_folder_that_does_not_come_to_rest(models: Path, monkeypatch: pytest.M
         (models / STAGING / "new").rmdir()
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(models / STAGING / "new"))
 
-    monkeypatch.setattr(staging, "_ours", other)
+    monkeypatch.setattr(staging, "ours", other)
     monkeypatch.setattr(staging, "_PATIENCE", 0.1)
     for command in (EDIT, [*EDIT, "--force"], [*EDIT, "--dry-run"], ["clean", "out"]):
         ran = run_lines(*command)
@@ -134,7 +134,7 @@ def test_a_folder_that_does_not_come_to_rest(models: Path, monkeypatch: pytest.M
 
 def test_what_is_torn_is_looked_at_again(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A journal of one run beside the files of the next is nobody's fault; what stands still is refused as it is."""
-    ours, looks = staging._ours, []
+    ours, looks = staging.ours, []
 
     def torn(*args: Any) -> Any:
         looks.append(1)
@@ -147,7 +147,7 @@ def test_what_is_torn_is_looked_at_again(models: Path, monkeypatch: pytest.Monke
                 shutil.rmtree(models / STAGING)
         return ours(*args)
 
-    monkeypatch.setattr(staging, "_ours", torn)
+    monkeypatch.setattr(staging, "ours", torn)
     assert staging.leftover(Path("out")) is None
     assert len(looks) == 2
     (models / STAGING).mkdir()

@@ -1,0 +1,225 @@
+"""A run in parts, on as many machines as there are: planned, done part by part, finished."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lines_cli.api.calls import Importing, planned, tolerant_torch_import
+from lines_cli.errors import LinesError, OutputError, UnsupportedError
+
+if TYPE_CHECKING:
+    from lines_cli.engine.measure import Track
+    from lines_cli.engine.run_parts import PartDone
+    from lines_cli.plan.division import DividedPlan, Division
+    from lines_cli.plan.plan import Plan
+    from lines_cli.plan.resources import Resources
+    from lines_cli.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A `plan.json` that holds here: the plan of the whole run, and its parts."""
+
+    divided: DividedPlan
+    plan: Plan
+    division: Division
+
+
+def plan_parts(
+    recipe: Recipe,
+    destination: Path,
+    file: Path,
+    *,
+    shares: int | None = None,
+    at_least: int = 1,
+    force: bool = False,
+    anew: bool = False,
+    quiet: bool = True,
+    say: Callable[[str], None] = lambda _: None,
+) -> Opened:
+    """Cut a run into parts, write `plan.json`, and make room for their output.
+
+    Args:
+        recipe: what is asked.
+        destination: a folder, or a file.
+        file: where to write it.
+        shares: into how many parts each stage is cut (`divide`).
+        at_least: unless that is given: so many, where there is as much to cut.
+        force: an existing output is replaced, in the end.
+        anew: discard what parts of the same plan have done.
+        quiet: no progress bars of the Hub's client.
+        say: gets what a person should know.
+
+    Raises:
+        LinesError: as `lines merge`; or it makes an adapter, or `file` is something else.
+    """
+    from lines_cli.plan.division import divide, document_of, read_document, usual_shares
+    from lines_cli.plan.identity import identity, replaceable
+    from lines_cli.storage.destination import check_destination
+    from lines_cli.storage.shared_staging import begin, is_of_plan
+    from lines_cli.storage.staging import leftover, recover
+
+    before = leftover(destination)
+    if before is not None and before.set_aside:
+        recover(destination)
+    check_destination(destination, inputs=[], nbytes=0, force=force)
+    plan = _whole_model(planned(recipe, destination, quiet=quiet, weights=True))
+    needed = plan.bytes_written - (before.nbytes if before else 0)
+    check_destination(destination, inputs=plan.read_paths, nbytes=needed, force=force)
+    _refuse_to_write(file, plan)
+    division = divide(plan, max(at_least, usual_shares(plan)) if shares is None else shares)
+    document = document_of(plan, division, file, force=force)
+    run = {**identity(plan), "step": division.step}
+    if before is not None and not before.is_over and (anew or not is_of_plan(destination, document["digest"])):
+        say(f"discarding unfinished work in {before.folder} ({before.description})")
+    remarks = begin(
+        destination,
+        run,
+        plan.names,
+        document["digest"],
+        replaceable=partial(replaceable, plan) if force else None,
+        anew=anew,
+        foreseen=[(output.name, output.nbytes) for output in plan.outputs],
+    )
+    for remark in remarks:
+        say(remark)
+    _put(file, json.dumps(document, indent=1).encode() + b"\n")
+    return Opened(read_document(file), plan, division)
+
+
+def _whole_model(plan: Any) -> Plan:
+    """It, the plan of a model.
+
+    Raises:
+        UnsupportedError: what is made is an adapter.
+    """
+    from lines_cli.plan.plan import Plan
+
+    if not isinstance(plan, Plan):
+        raise UnsupportedError(
+            f"{plan.output} is an adapter, which is made in one part",
+            hint="Make it on one machine: lines merge, lines edit --adapter or lines extract.",
+        )
+    return plan
+
+
+def _refuse_to_write(file: Path, plan: Plan) -> None:
+    """Refuse to replace what is no plan.
+
+    Raises:
+        OutputError: it is something else, or in the output.
+    """
+    if file.is_dir() or (os.path.lexists(file) and not _is_a_plan(file)):
+        raise OutputError(f"{file} is not a plan of lines; it is not replaced", hint="Name another file: --plan FILE.")
+    if os.path.realpath(file).startswith(os.path.join(os.path.realpath(plan.output), "")):
+        raise OutputError(f"{file} is in the output's folder", hint="Name a file elsewhere: --plan FILE.")
+
+
+def _is_a_plan(file: Path) -> bool:
+    from lines_cli.storage.files import read_small
+
+    with suppress(OSError, ValueError, RecursionError):
+        return "lines_plan" in json.loads(read_small(file, 2**30, follow=False))
+    return False
+
+
+def _put(file: Path, content: bytes) -> None:
+    """Write a file, in one step."""
+    from lines_cli.storage.destination import naming
+
+    made = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
+    with naming(file):
+        try:
+            made.write_bytes(content)
+            os.replace(made, file)
+        finally:
+            made.unlink(missing_ok=True)
+
+
+def open_parts(file: Path, *, quiet: bool = True) -> Opened:
+    """Read a `plan.json`, and hold it against what its recipe comes to now.
+
+    Raises:
+        RecipeError: it is none, was edited, or was made by another version.
+        ChangedInputError: the inputs are others than were planned with.
+        LinesError: as `lines merge`.
+    """
+    from lines_cli.plan.division import read_document
+
+    divided = read_document(file)
+    plan = _whole_model(planned(divided.recipe, divided.output, quiet=quiet, weights=True))
+    return Opened(divided, plan, divided.divided(plan))
+
+
+def run_parts(
+    opened: Opened,
+    part: str | None,
+    resources: Resources,
+    *,
+    track: Track | None = None,
+    done: Callable[[PartDone], None] = lambda _: None,
+    importing: Importing = tolerant_torch_import,
+) -> list[PartDone]:
+    """Do parts of a run.
+
+    Args:
+        opened: of `open_parts`.
+        part: which: `3/16`, or several; all, unless said.
+        resources: what may be used.
+        track: wraps the stream of byte counts.
+        done: is told of each part, once it is done.
+        importing: what torch is imported within.
+
+    Raises:
+        LinesError: as `lines merge`; or there is no such part, or the output is not in the making.
+    """
+    from lines_cli.plan.division import parts_said
+    from lines_cli.storage.shared_staging import Shared
+
+    parts = opened.division.parts
+    numbers = parts_said(part, len(parts)) if part is not None else tuple(one.number for one in parts)
+    wanted = [parts[number - 1] for number in numbers]
+    divided = opened.divided
+    with Shared(divided.output, divided.digest, divided.file) as staging:
+        with importing():
+            from lines_cli.engine.run_parts import run_parts as run
+
+        tracked = {} if track is None else {"track": track}
+        try:
+            return run(opened.plan, opened.division, staging, wanted, resources, done=done, **tracked)
+        except LinesError as error:
+            error.hint = error.hint or f"What other parts have done is kept. To go on: {divided.command(*numbers)}"
+            raise
+
+
+def refuse_missing(opened: Opened) -> None:
+    """Refuse to finish what is not done.
+
+    Raises:
+        OutputError: which parts are missing, and the command that makes them.
+    """
+    from lines_cli.storage.destination import is_taken
+    from lines_cli.storage.shared_staging import Shared
+
+    divided, division = opened.divided, opened.division
+    if not os.path.lexists(Shared(divided.output, divided.digest, divided.file).folder) and is_taken(divided.output):
+        return  # finished before, or not ours: that is seen then
+    with Shared(divided.output, divided.digest, divided.file) as staging:
+        last = division.of_stage(len(division.stages) - 1)
+        missing = [part.number for part in last if not staging.records.is_there(str(part.number))]
+    if missing:
+        from lines_cli.plan.division import in_runs
+
+        raise OutputError(
+            f"{divided.output} cannot be finished: of {len(division.parts):,} parts, {in_runs(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing",
+            hint=f"To make what is missing: {divided.command(*missing)}",
+        )

@@ -1,0 +1,218 @@
+"""`lines merge --on ray`: a cluster of three nodes on this machine, the same bytes; nodes and drivers that are lost."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lines_cli.api.on_ray import address_of, plan_beside
+from lines_cli.errors import OutputError, RecipeError
+from lines_cli.storage.lock import RunLock
+from lines_cli.storage.staging import staging_of
+from support.files import write_checkpoint
+from support.run import Ran, run_lines
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "ties": {"merge_method": "ties", "parameters": {"density": 0.3}, "lines": {"alpha": "auto", "beta": 0.5}},
+    "dare": {"merge_method": "dare_ties", "parameters": {"density": 0.4, "rescale": "l1"}},
+    "sum": {"merge_method": "task_arithmetic", "lines": {"alpha": 0.2, "beta": 0.3}},
+}
+NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+
+
+@pytest.mark.parametrize("said", ["", "ray:", "ray://", "spark", "http://x", "RAY"])
+def test_what_is_no_engine(said: str) -> None:
+    with pytest.raises(RecipeError, match="not an engine"):
+        address_of(said)
+
+
+def test_without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has not installed it reads what to install; nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    models(tmp_path, 1000)
+    write_recipe(**RECIPES["sum"])
+    monkeypatch.setitem(sys.modules, "ray", None)
+    ran = run_lines("merge", "--config", "merge.yaml", "-o", "out", "--on", "ray")
+    assert (ran.code, ran.trace) == (2, "")
+    assert "ray is not installed" in ran.err
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+
+
+def test_a_cluster_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused at once, with the address; Ray itself would wait long, and end the process."""
+    pytest.importorskip("ray")
+    monkeypatch.chdir(tmp_path)
+    models(tmp_path, 1000)
+    write_recipe(**RECIPES["sum"])
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]  # which nobody has afterwards
+    for said in (f"ray://127.0.0.1:{port}", "ray"):
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+        ran = run_lines("merge", "--config", "merge.yaml", "-o", "out", "--on", said)
+        assert (ran.code, ran.trace) == (6, ""), ran.err
+        assert f"127.0.0.1:{port} cannot be reached" in ran.err
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+
+
+def models(folder: Path, entries: int) -> None:
+    for seed, side in enumerate(("base", "ft", "ft2")):
+        chance = torch.Generator().manual_seed(seed)
+        tensors = {f"layers.{i}.w": torch.randn(entries, generator=chance) for i in range(4)}
+        write_checkpoint(folder / side, tensors, shards=2, config={"model_type": "tiny"})
+
+
+def write_recipe(**keys: Any) -> None:
+    values = {"base_model": "base", "models": [{"model": "ft"}, {"model": "ft2"}], **keys}
+    Path("merge.yaml").write_text(yaml.safe_dump(values))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Three nodes of one CPU each, and the head, which does nothing."""
+    pytest.importorskip("ray")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from ray.cluster_utils import Cluster
+
+        made = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 0, "object_store_memory": 80 * 2**20, "include_dashboard": False},
+        )
+        for _ in range(3):
+            made.add_node(**NODE)
+        made.wait_for_nodes()
+        yield made
+        made.shutdown()
+
+
+@pytest.fixture
+def here(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    models(tmp_path, 1_500_000)
+    write_recipe(**RECIPES["ties"])
+    return tmp_path
+
+
+COMMAND = ["merge", "--config", "merge.yaml", "-o", "out"]
+
+
+def ran(*arguments: object) -> Ran:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own
+        done = run_lines(*arguments)
+    assert not done.trace, done.trace
+    assert done.code == 0, done.err
+    return done
+
+
+def in_one_piece() -> dict[str, bytes]:
+    ran(*COMMAND)
+    files = contents()
+    shutil.rmtree("out")
+    return files
+
+
+def contents() -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path("out").iterdir()}
+
+
+ON_A_CLUSTER = [pytest.mark.slow, pytest.mark.xdist_group("large"), pytest.mark.filterwarnings("ignore")]
+
+
+class TestOnACluster:
+    """What takes one."""
+
+    pytestmark = ON_A_CLUSTER
+
+    @pytest.mark.parametrize("recipe", RECIPES)
+    def test_the_bytes_are_those_of_one_process(self, here: Path, recipe: str) -> None:
+        """Every file of the output; and nothing is left beside it."""
+        write_recipe(**RECIPES[recipe])
+        whole = in_one_piece()
+        before = {path.name for path in here.iterdir()}
+        ran(*COMMAND, "--on", "ray")
+        assert contents() == whole
+        assert {path.name for path in here.iterdir()} == before | {"out"}
+        assert "is finished" in ran(*COMMAND, "--on", "ray", "--resume").err
+
+    @pytest.mark.parametrize("kills", [20])
+    def test_nodes_that_are_lost(self, here: Path, cluster: Any, kills: int) -> None:
+        """A node that is killed costs the parts that it was doing; another does them."""
+        whole = in_one_piece()
+        chance, over = random.Random(kills), threading.Event()
+
+        def kill() -> None:
+            for _ in range(kills):
+                if over.wait(chance.uniform(0.2, 3)):
+                    return
+                nodes = [node for node in cluster.list_all_nodes() if node is not cluster.head_node]
+                cluster.remove_node(chance.choice(nodes), allow_graceful=False)
+                cluster.add_node(**NODE)
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        try:
+            while killer.is_alive():
+                ran(*COMMAND, "--on", "ray")
+                assert contents() == whole
+                shutil.rmtree("out")
+        finally:
+            over.set()
+            killer.join()
+
+    def test_a_driver_that_is_lost(self, here: Path) -> None:
+        """What its parts have done is kept; --resume goes on with the same plan."""
+        whole = in_one_piece()
+        command = [sys.executable, "-m", "lines_cli", *COMMAND, "--on", "ray"]
+        driver = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        records = here / ".out.lines" / "parts"
+        until = time.monotonic() + 120
+        while not [path for path in records.glob("*") if path.name.isdigit()] and time.monotonic() < until:
+            time.sleep(0.05)
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        done = {path.name: path.stat().st_ino for path in records.glob("*") if path.name.isdigit()}
+        assert done
+        assert plan_beside(Path("out")).exists()
+        until = time.monotonic() + 60
+        while time.monotonic() < until:  # tasks of the old driver end with it
+            if not _is_busy(here):
+                break
+            time.sleep(0.5)
+        ran(*COMMAND, "--on", "ray", "--resume")
+        assert contents() == whole
+
+    def test_a_part_that_is_refused(self, here: Path) -> None:
+        """What a task refuses is said as one process says it, with its exit code; nothing comes into place."""
+        bad = {f"layers.{i}.w": torch.ones(1_500_000) for i in range(4)}
+        bad["layers.2.w"][9] = float("inf")
+        shutil.rmtree("ft")
+        write_checkpoint(here / "ft", bad, config={"model_type": "tiny"})
+        done = run_lines(*COMMAND, "--on", "ray")
+        assert (done.code, done.trace) == (5, ""), done.err
+        assert "layers.2.w" in done.err
+        assert not (here / "out").exists()
+
+
+def _is_busy(folder: Path) -> bool:
+    """Whether a part is at work."""
+    try:
+        RunLock(staging_of(folder / "out"), folder / "out").release()
+    except OutputError:
+        return True
+    return False

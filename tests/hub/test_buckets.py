@@ -1,0 +1,246 @@
+"""Inputs in an object store: headers and ranges over HTTP, against as much of S3 as that needs, on loopback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.request import Request, urlopen
+
+import pytest
+import torch
+import yaml
+
+from lines_cli.storage import object_store
+from support.files import write_checkpoint
+from support.run import Ran, run_lines
+from support.s3_server import S3Server
+
+pytest.importorskip("obstore")
+CONFIG = {"model_type": "llama", "num_hidden_layers": 4}
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    with S3Server("models") as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        object_store._store.cache_clear()
+        yield server
+        object_store._store.cache_clear()
+
+
+@pytest.fixture
+def here(store: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A base and two fine-tunes, in folders and in the store."""
+    monkeypatch.chdir(tmp_path)
+    for seed, side in enumerate(("base", "ft", "ft2")):
+        chance = torch.Generator().manual_seed(seed)
+        tensors = {f"model.layers.{i}.w": torch.randn(60, 1000, generator=chance) for i in range(4)}
+        write_checkpoint(tmp_path / side, tensors, shards=1 + seed, config=CONFIG)
+        (tmp_path / side / "tokenizer.json").write_text("{}")
+        for path in (tmp_path / side).iterdir():
+            store.put(f"models/{side}/{path.name}", path.read_bytes())
+    return tmp_path
+
+
+def ran(*arguments: object) -> Ran:
+    done = run_lines(*arguments)
+    assert not done.trace, done.trace
+    assert done.code == 0, done.err
+    return done
+
+
+def refused(code: int, *arguments: object) -> str:
+    done = run_lines(*arguments)
+    assert not done.trace, done.trace
+    assert done.code == code, done.err
+    assert "secret" not in done.err
+    return done.err
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    names = {"README.md", "lines_recipe.yaml"}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in names}
+
+
+MERGE = {
+    "merge_method": "ties",
+    "base_model": "base",
+    "models": [{"model": "ft"}, {"model": "ft2"}],
+    "parameters": {"density": 0.3},
+    "lines": {"alpha": "auto", "beta": 0.5},
+}
+
+
+def write_recipes() -> None:
+    """The same merge, of folders and of what is in the store."""
+    Path("local.yaml").write_text(yaml.safe_dump(MERGE))
+    remote = json.loads(json.dumps(MERGE).replace('"base"', '"s3://models/base"').replace('"ft', '"s3://models/ft'))
+    Path("remote.yaml").write_text(yaml.safe_dump(remote))
+
+
+def test_inspect_reads_headers_only(here: Path, store: S3Server) -> None:
+    """What is told is what is told of the folder; of the weights a few thousand bytes are read."""
+    remote = ran("inspect", "s3://models/ft2", "--json").json
+    local = ran("inspect", "ft2", "--json").json
+    assert remote["stacks"] == local["stacks"]
+    assert (remote["parameters"], remote["files"]) == (local["parameters"], local["files"])
+    asked = {path.rpartition("/")[2] for method, path, span in store.asked if method == "GET" and not span}
+    assert not [name for name in asked if name.endswith(".safetensors")]
+    assert store.bytes_asked <= 3 * 2**16
+
+
+def test_an_edit_of_what_is_in_a_store(here: Path, store: S3Server) -> None:
+    """The bytes are those of the same folders; config and tokenizer come along; nothing is left on this disk."""
+    ran("edit", "base", "ft", "-o", "local")
+    ran("edit", "s3://models/base", "s3://models/ft", "-o", "remote")
+    assert weights(here / "remote") == weights(here / "local")
+    assert (here / "remote" / "tokenizer.json").exists()
+    recipe = yaml.safe_load((here / "remote" / "lines_recipe.yaml").read_text())
+    assert recipe["base_model"] == "s3://models/base"
+    assert "s3://models/ft/model-00001-of-00002.safetensors" in recipe["inputs"]
+    assert "s3:" not in (here / "remote" / "README.md").read_text().partition("\n---")[0]
+    assert ran("verify", "remote", "--json").json["same"] is True
+
+
+def test_a_lone_file_in_a_store(here: Path) -> None:
+    """A file is named as one on a disk is; its neighbours are not looked at."""
+    ran("edit", "base", "ft", "-o", "local.safetensors")
+    ran("edit", "s3://models/base/model.safetensors", "s3://models/ft/", "-o", "remote.safetensors")
+    assert (here / "remote.safetensors").read_bytes() == (here / "local.safetensors").read_bytes()
+
+
+def test_a_merge_in_parts_of_what_is_in_a_store(here: Path) -> None:
+    """Parts read only what they need, and the bytes are those of one run over folders."""
+    write_recipes()
+    ran("merge", "--config", "local.yaml", "-o", "local")
+    ran("plan", "--config", "remote.yaml", "-o", "remote", "--parts", 2)
+    ran("run", "plan.json")
+    ran("finish", "plan.json")
+    assert weights(here / "remote") == weights(here / "local")
+
+
+@pytest.mark.parametrize("kind", ["503", "slow", "drop"])
+def test_what_passes_is_asked_again(here: Path, store: S3Server, kind: str) -> None:
+    """A server that has too much to do, is slow, or drops connections costs time and no byte."""
+    ran("edit", "base", "ft", "-o", "local")
+    count = 0
+
+    def fault(method: str, path: str) -> str | None:
+        nonlocal count
+        count += method == "GET" and path.endswith(".safetensors")
+        return kind if method == "GET" and path.endswith(".safetensors") and count % 5 == 1 else None
+
+    store.fault = fault
+    ran("edit", "s3://models/base", "s3://models/ft", "-o", "remote")
+    assert count > 5
+    assert weights(here / "remote") == weights(here / "local")
+
+
+def test_a_server_that_is_gone(here: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it does not pass, the URL and the reason are named, and nothing is written."""
+    monkeypatch.setattr(object_store, "_PATIENCE", 0)
+    object_store._store.cache_clear()
+    store.fault = lambda method, path: "503" if path.endswith(".safetensors") else None
+    assert "s3://models/base/model.safetensors" in refused(3, "edit", "s3://models/base", "s3://models/ft", "-o", "out")
+    assert not list(here.glob("*out*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("s3://nowhere/base", "no such bucket"),
+        ("s3://models/nothing", "nothing lies there"),
+        ("s3://models/base/other.safetensors", "no such object"),
+        ("s3://", "not the URL"),
+        ("s3:///x", "not the URL"),
+    ],
+)
+def test_what_is_not_there(here: Path, name: str, said: str) -> None:
+    error = refused(3, "inspect", name)
+    assert said in error
+    assert "xml" not in error
+
+
+def test_no_right_to_read(here: Path, store: S3Server) -> None:
+    """A refusal says where credentials are looked for, and shows none."""
+    store.fault = lambda method, path: "403"
+    error = refused(3, "inspect", "s3://models/base")
+    assert "refuses access" in error
+    assert "AWS_ACCESS_KEY_ID" in error
+
+
+def test_an_object_that_is_replaced_meanwhile(here: Path, store: S3Server) -> None:
+    """A range is asked for with the tag of the object that was opened: another one in its place is noticed."""
+    key, count = "models/ft/model-00001-of-00002.safetensors", 0
+
+    def fault(method: str, path: str) -> None:
+        nonlocal count
+        count += path == key and method == "GET"
+        if count == 3:
+            old = bytearray(store.objects[key].content)
+            old[-1] ^= 1
+            store.objects[key].content = bytes(old)
+
+    store.fault = fault
+    assert "was replaced while" in refused(3, "edit", "s3://models/base", "s3://models/ft", "-o", "out")
+    assert not (here / "out").exists()
+    assert not (here / ".out.lines").exists()
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "pytorch_model.bin", "model_index.json"])
+def test_what_is_read_from_a_disk_only(here: Path, store: S3Server, file: str) -> None:
+    """It is refused by name, with what to do."""
+    store.put(f"models/other/{file}", b"x" * 100)
+    assert file in refused(3, "inspect", "s3://models/other")
+
+
+def test_digests_of_what_is_in_a_store(here: Path) -> None:
+    """`--verify-inputs` would read all of it twice: it is refused."""
+    error = refused(3, "edit", "s3://models/base", "ft", "-o", "out", "--verify-inputs")
+    assert "--verify-inputs" in error
+
+
+def test_without_obstore(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has not installed it reads what to install."""
+    import sys
+
+    for name in ("obstore", "obstore.store"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert "obstore is not installed" in refused(3, "inspect", "s3://models/base")
+    shutil.rmtree("ft")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_against_another_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that is not ours (moto's): pushed, inspected, edited, read back; a folder and a file."""
+    server = pytest.importorskip("moto.server")
+    running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    running.start()
+    try:
+        host, port = running.get_host_and_port()
+        settings = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_REGION": "us-east-1"}
+        for name, value in {**settings, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}.items():
+            monkeypatch.setenv(name, value)
+        object_store._store.cache_clear()
+        urlopen(Request(f"http://{host}:{port}/models", method="PUT"), timeout=30).close()
+        monkeypatch.chdir(tmp_path)
+        for seed, side in enumerate(("base", "ft")):
+            chance = torch.Generator().manual_seed(seed)
+            tensors = {f"model.layers.{i}.w": torch.randn(60, 1000, generator=chance) for i in range(4)}
+            write_checkpoint(tmp_path / side, tensors, config=CONFIG)
+        ran("edit", "base", "ft", "-o", "out", "--max-shard-size", "300KB")
+        monkeypatch.setattr(object_store, "_PART", 5 * 2**20)
+        ran("push", "out", "s3://models/out")
+        assert ran("inspect", "s3://models/out", "--json").json["parameters"] == 240_000
+        ran("edit", "out", "ft", "-o", "local", "--alpha", "0.4")
+        ran("edit", "s3://models/out", "ft", "-o", "remote", "--alpha", "0.4")
+        assert weights(tmp_path / "remote") == weights(tmp_path / "local")
+        assert "nothing lies there" in refused(3, "inspect", "s3://models/nothing")
+        assert "no such bucket" in refused(3, "inspect", "s3://nowhere/base")
+    finally:
+        running.stop()
+        object_store._store.cache_clear()
