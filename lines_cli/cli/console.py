@@ -440,7 +440,7 @@ def show_sweep_plan(told: dict[str, Any], *, json: bool) -> None:
         _print_json({**ABOUT, "dry_run": True, **told})
         return
     for family, number in told["trials"].items():
-        _line(f"{family:<10} {number:,} trials")
+        _line(f"{family:<10} {number:,} trial{'s' if number > 1 else ''}")
     if told["baselines"]:
         _line(f"baselines  {' and '.join(told['baselines'])}")
     _line(f"evaluate   {told['evaluations']:,} times")
@@ -452,8 +452,8 @@ def show_sweep_plan(told: dict[str, Any], *, json: bool) -> None:
 
 def show_sweep(found: Found, *, json: bool, quiet: bool) -> None:
     """What a sweep found: the best trials of each family, the verdict, and the winner."""
-    from lines_cli.sweep.page import settings_of
     from lines_cli.sweep.report import BASELINES, called
+    from lines_cli.sweep.trials import shown as settings_of
 
     if json:
         _print_json({**ABOUT, **found.to_json()})
@@ -470,7 +470,7 @@ def show_sweep(found: Found, *, json: bool, quiet: bool) -> None:
         rows.append(
             (
                 called(one.trial.family),
-                settings_of(one),
+                settings_of(one.trial.settings),
                 values or f"failed: {in_short(one.failure or '')}",
                 error,
                 mark,

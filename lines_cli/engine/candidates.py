@@ -408,11 +408,17 @@ def _refuse_other(tensor: TensorPlan, into: Mapping[str, torch.Tensor]) -> None:
             hint="Load it with the class that the checkpoint was saved from (architectures in its config.json).",
         )
     dtype = TORCH_DTYPES.get(tensor.info.dtype, found.dtype)
-    if tuple(found.shape) != tuple(tensor.info.shape) or found.dtype != dtype or not found.is_contiguous():
+    if tuple(found.shape) != tuple(tensor.info.shape) or found.dtype != dtype:
         raise MismatchError(
             f"the model's {printable(tensor.name)} is {found.dtype} {list(found.shape)}, the candidate's {dtype} "
             f"{list(tensor.info.shape)}",
             hint="Load the model in the checkpoint's dtype, or say dtype: in the recipe.",
+        )
+    if not found.is_contiguous():
+        raise MismatchError(
+            f"the model's {printable(tensor.name)} is not contiguous: {list(found.shape)} with strides "
+            f"{list(found.stride())}, and a candidate is written in the order of its bytes",
+            hint="Replace its data with parameter.data.contiguous() first.",
         )
 
 

@@ -314,9 +314,23 @@ def _grid(said: Any, path: Path, search: Search | None) -> dict[str, tuple[Any, 
             raise RecipeError(
                 f'{where}: expected a list of values, arithmetic as in "1 - alpha", or {{low: 0, high: 1}}'
             )
+    for key, values in found.items():
+        if _is_too_large(values):
+            raise RecipeError(f"{path}: grid.{key}: a whole number larger than any float")
+        if inner := next((other for other in found if other.startswith(f"{key}.")), None):
+            raise RecipeError(
+                f"{path}: grid.{printable(key)}: holds {printable(inner)}, which the grid sets as well",
+                hint="Set each value by one key, the longer one.",
+            )
     if all(isinstance(values, Expression) for values in found.values()):
         raise RecipeError(f"{path}: grid: nothing varies; give a list of values for some key")
     return found
+
+
+def _is_too_large(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_is_too_large, value))
+    return isinstance(value, int) and abs(value) >= 2**1023
 
 
 _SEARCH_HINT = "Give a list of values; or search: {sampler: tpe, trials: 40}."

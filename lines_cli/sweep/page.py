@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lines_cli.errors import printable
 from lines_cli.sweep.expression import Expression
 from lines_cli.sweep.report import BASELINES, Judged, better_up, called
-from lines_cli.sweep.trials import LINES
+from lines_cli.sweep.trials import LINES, shown
 from lines_cli.version import __version__
 
 if TYPE_CHECKING:
@@ -73,20 +73,10 @@ def _objective(objective: Objective) -> str:
 
 def _winner(found: Found) -> Iterable[str]:
     if found.winner is not None:
-        yield f"<p>Winner of the grid: <b>{_text(settings_of(found.winner))}</b>, {found.winner.objectives[0]:.6g}.</p>"
+        settings, objective = shown(found.winner.trial.settings), found.winner.objectives[0]
+        yield f"<p>Winner of the grid: <b>{_text(settings)}</b>, {objective:.6g}.</p>"
     if found.front:
         yield "<p>Several objectives have no one winner: the trials that none beats in every objective are in bold.</p>"
-
-
-def settings_of(judged: Judged) -> str:
-    """A trial's settings on one line."""
-    return ", ".join(f"{key}: {_short(value)}" for key, value in judged.trial.settings.items()) or "as it is"
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"[{', '.join(map(_short, value))}]" if isinstance(value, (list, tuple)) else str(value)
 
 
 # --- figures ---
@@ -181,7 +171,7 @@ def _against(found: Found) -> Iterable[str]:
             shapes.append(f'<polyline points="{line}" fill="none" stroke="{_COLOURS[family]}" stroke-opacity="0.5"/>')
     for one in both:
         at = points[one.trial.id]
-        told = f"{called(one.trial.family)}; {settings_of(one)}; {x} {at[0]:.5g}, {y} {at[1]:.5g}"
+        told = f"{called(one.trial.family)}; {shown(one.trial.settings)}; {x} {at[0]:.5g}, {y} {at[1]:.5g}"
         shapes.append(frame.mark(one.trial.family, at, told, ringed=one.trial.id in best))
     if found.winner is not None and found.winner.trial.id in points:
         a, b = points[found.winner.trial.id]
@@ -205,7 +195,7 @@ def _over_grid(found: Found) -> Iterable[str]:
             frame = _Frame(points)
             name = objective.expression.text if several else "objective"
             shapes = [frame.axes(key, name)]
-            shapes += [frame.mark(LINES, at, settings_of(one)) for one, at in zip(own, points, strict=True)]
+            shapes += [frame.mark(LINES, at, shown(one.trial.settings)) for one, at in zip(own, points, strict=True)]
             yield _figure(f"{name if several else 'The objective'} over {key}", shapes)
 
 
@@ -317,7 +307,7 @@ def _table(judged: Sequence[Judged], marked: Sequence[Judged], objectives: Seque
     heads = ["family", "settings", *(o.expression.text for o in objectives), *names, "seconds"]
     rows = ["".join(f"<th>{_text(head)}</th>" for head in heads)]
     for one in judged:
-        cells = [f"<td>{_text(called(one.trial.family))}</td>", f"<td>{_text(settings_of(one))}</td>"]
+        cells = [f"<td>{_text(called(one.trial.family))}</td>", f"<td>{_text(shown(one.trial.settings))}</td>"]
         if one.failure is not None:
             cells.append(f'<td colspan="{len(objectives) + len(names)}">failed: {_text(one.failure)}</td>')
         else:

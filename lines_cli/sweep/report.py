@@ -28,6 +28,7 @@ class Judged:
         errors: of each the standard error over the repeats; None where there was one only.
         failure: why it has no objective.
         seconds: that its evaluations took.
+        said_metrics: whether all evaluations gave metrics; where there is no objective, it is the objective's fault.
     """
 
     trial: Trial
@@ -36,6 +37,7 @@ class Judged:
     errors: tuple[float | None, ...] = ()
     failure: str | None = None
     seconds: float = 0.0
+    said_metrics: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """As `--json` has it."""
@@ -97,10 +99,12 @@ class Judge:
             metrics = average(of_repeats)
             values = [self.values(one) for one in of_repeats]
             objectives = self.values(metrics) if len(of_repeats) == 1 else tuple(map(_mean, zip(*values, strict=True)))
-        except (NonsenseError, ExpressionError) as error:
+        except ExpressionError as error:
+            return Judged(trial, failure=str(error), seconds=seconds, said_metrics=True)
+        except NonsenseError as error:
             return Judged(trial, failure=str(error), seconds=seconds)
         errors = tuple(map(standard_error, zip(*values, strict=True)))
-        return Judged(trial, metrics, objectives, errors, seconds=seconds)
+        return Judged(trial, metrics, objectives, errors, seconds=seconds, said_metrics=True)
 
 
 def repeats(evaluations: Sequence[Evaluation]) -> list[Metrics]:

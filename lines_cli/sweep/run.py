@@ -18,7 +18,7 @@ from typing import Any
 from lines_cli.api.calls import RunOptions, carry_out
 from lines_cli.engine.candidate_files import remove
 from lines_cli.engine.candidates import Candidates, nbytes_merged
-from lines_cli.errors import DataError, MismatchError, OutputError, RecipeError, printable, size
+from lines_cli.errors import DataError, MismatchError, OutputError, RecipeError, size
 from lines_cli.methods import METHODS
 from lines_cli.plan.plan import Plan
 from lines_cli.plan.resources import Resources
@@ -35,7 +35,7 @@ from lines_cli.sweep.metrics import Metrics, NonsenseError, average
 from lines_cli.sweep.page import page
 from lines_cli.sweep.report import BASELINES, Judge, Judged, best, front, repeats, verdict
 from lines_cli.sweep.store import FILE, JOURNAL, Evaluation, Store
-from lines_cli.sweep.trials import Trial, trials_of
+from lines_cli.sweep.trials import Trial, check_recipe, shown, trials_of
 
 Say = Callable[[str], None]
 _MANY = 1000  # trials
@@ -97,8 +97,8 @@ class Found:
         shown: list[Judged] = []
         for family in dict.fromkeys(one.trial.family for one in self.judged):
             own = [one for one in self.judged if one.trial.family == family and family not in BASELINES]
-            valid = sorted((one for one in own if one.objectives), key=lambda one: one.objectives[0])
-            valid = valid if objective.minimize else valid[::-1]
+            valid = [one for one in own if one.objectives]
+            valid.sort(key=lambda one: one.objectives[0], reverse=not objective.minimize)  # the first of equals first
             if self.front:
                 valid = [one for one in valid if one.trial.id in ids]
             shown += [*valid[: _MOST_ON_FRONT if self.front else _SHOWN]]
@@ -135,7 +135,7 @@ def plan_sweep(sweep: Sweep, options: Options) -> dict[str, Any]:
     """
     notes: list[str] = []
     trials = _trials(sweep, notes)
-    plan = Candidates(options.resources).plan(sweep.recipe_of(trials[0].settings), Path("candidate"))
+    plan = _largest_plan(sweep, trials, Candidates(options.resources), Path("candidate"))
     return {
         "trials": _numbers(sweep, trials, notes),
         "baselines": list(sweep.baselines),
@@ -153,12 +153,40 @@ def _trials(sweep: Sweep, notes: list[str]) -> list[Trial]:
 
         trials = [Trial("lines", middle(sweep))]
         for trial in trials:
-            _check_recipe(sweep, trial)
+            check_recipe(sweep, trial)
         return trials
-    trials = trials_of(sweep, notes)
+    return trials_of(sweep, notes)
+
+
+def _largest_plan(sweep: Sweep, trials: Sequence[Trial], candidates: Candidates, output: Path) -> Plan:
+    """The plan that writes most, where a grid's values decide how much that is (dtype, method, models); the first of
+    equals.
+    """
+    differ: dict[str, Trial] = {}
     for trial in trials:
-        _check_recipe(sweep, trial)
-    return trials
+        words = {key: value for key, value in trial.settings.items() if not _is_number(value)}
+        words.pop("lines.schedule", None)
+        differ.setdefault(json.dumps(words, sort_keys=True), trial)
+    found: Plan | None = None
+    for trial in differ.values():
+        try:
+            plan = candidates.plan(sweep.recipe_of(trial.settings), output)
+        except (MismatchError, RecipeError):
+            if found is None:
+                raise
+            continue  # a later trial that cannot be made fails by itself
+        if found is None or _written(plan) > _written(found):
+            found = plan
+    assert found is not None
+    return found
+
+
+def _written(plan: Plan) -> int:
+    return plan.bytes_written + nbytes_merged(plan)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _numbers(sweep: Sweep, trials: Sequence[Trial], notes: list[str]) -> dict[str, int]:
@@ -168,13 +196,6 @@ def _numbers(sweep: Sweep, trials: Sequence[Trial], notes: list[str]) -> dict[st
 
         return dict.fromkeys(families_of(sweep, notes), sweep.search.trials)
     return {family: sum(t.family == family for t in trials) for family in dict.fromkeys(t.family for t in trials)}
-
-
-def _check_recipe(sweep: Sweep, trial: Trial) -> None:
-    try:
-        sweep.recipe_of(trial.settings)
-    except RecipeError as error:
-        raise RecipeError(f"{sweep.where}: {_shown(trial.settings)}: {error.message}", hint=error.hint) from error
 
 
 def _evaluations(sweep: Sweep, trials: Sequence[Trial]) -> int:
@@ -227,7 +248,7 @@ class Sweeping:
         """For each evaluation that runs at a time: the folder of its last candidate, and what made that."""
         self._logging = threading.Lock()
         self.candidates = Candidates(options.resources, scratch=None if sweep.in_process else self.folder / _CANDIDATES)
-        self.plan = self.candidates.plan(sweep.recipe_of(self.trials[0].settings), output)
+        self.plan = _largest_plan(sweep, self.trials, self.candidates, output)
         self.notes += [*self.plan.notes, *_cost(sweep, self.trials, self.plan)]
         self._begun = time.monotonic()
 
@@ -545,14 +566,20 @@ class Sweeping:
         eta = f", {_duration(elapsed / done * left)} left" if left and done else ""
         what = f"failed: {one.failure}" if one.failure else "objective " + ", ".join(f"{v:.6g}" for v in one.objectives)
         self.options.say(
-            f"{number}/{total} {one.trial.family} {_shown(one.trial.settings)}: {what} ({one.seconds:.1f} s{eta})"
+            f"{number}/{total} {one.trial.family} {shown(one.trial.settings)}: {what} ({one.seconds:.1f} s{eta})"
         )
 
     def _finish(self, judged: Sequence[Judged]) -> Found:
         sweep = self.sweep
         own = [one for one in judged if one.trial.family not in BASELINES]
         if not any(one.objectives for one in own):
-            why = next((one.failure for one in own if one.failure), "there was none")
+            first = next((one for one in own if one.failure), None)
+            why = "there was none" if first is None else first.failure
+            if first is not None and first.said_metrics:
+                raise DataError(
+                    f"{sweep.where}: all {len(own)} trials failed, the first by its objective: {why}",
+                    hint="Correct the objective and run it again: what was evaluated is kept.",
+                )
             raise DataError(
                 f"all {len(own)} trials failed; the first: {why}",
                 hint=f"What each said is in {self.folder / _LOGS}. Mend the evaluation, and run it again with --retry.",
@@ -610,18 +637,6 @@ def _digest(path: Path) -> str | None:
 def _plain(text: str) -> str:
     """A name as a part of a file's name."""
     return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in text)[:100]
-
-
-def _shown(settings: Mapping[str, Any]) -> str:
-    return " ".join(f"{key.removeprefix('lines.')}={_short(value)}" for key, value in settings.items()) or "as it is"
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list):
-        return f"[{','.join(map(_short, value))}]"
-    return printable(str(value))
 
 
 def _duration(seconds: float) -> str:

@@ -33,9 +33,19 @@ class Trial:
 
     @cached_property
     def id(self) -> str:
-        """A short name that is the same wherever the same is tried."""
-        text = json.dumps([self.family, self.settings], sort_keys=True)
+        """A short name that is the same wherever the same is tried: 1 is 1.0."""
+        text = json.dumps([self.family, _as_floats(self.settings)], sort_keys=True)
         return f"{self.family}-{sha256(text.encode()).hexdigest()[:10]}"
+
+
+def _as_floats(value: Any) -> Any:
+    """A value with its whole numbers as floats, where they are the same."""
+    if isinstance(value, Mapping):
+        return {key: _as_floats(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_floats(one) for one in value]
+    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= 2**53
+    return float(value) if whole else value
 
 
 def trials_of(sweep: Sweep, notes: list[str]) -> list[Trial]:
@@ -46,9 +56,11 @@ def trials_of(sweep: Sweep, notes: list[str]) -> list[Trial]:
         notes: gets a line for a control that makes no sense here.
 
     Raises:
-        RecipeError: arithmetic of the grid that has no value.
+        RecipeError: arithmetic of the grid that has no value, or settings that make an impossible recipe.
     """
     trials = list({trial.id: trial for trial in (Trial(LINES, one) for one in combinations(sweep))}.values())
+    for trial in trials:
+        check_recipe(sweep, trial)  # controls are computed from them
     own = [trial.settings for trial in trials]
     for control in sweep.controls:
         if why := why_not(sweep, control):
@@ -58,7 +70,34 @@ def trials_of(sweep: Sweep, notes: list[str]) -> list[Trial]:
             trials += [Trial(control, reversed_(settings)) for settings in own]
         else:
             trials += [Trial(control, settings) for settings in _constant(sweep, own)]
+    for trial in trials[len(own) :]:
+        check_recipe(sweep, trial)
     return list({trial.id: trial for trial in trials}.values())
+
+
+def check_recipe(sweep: Sweep, trial: Trial) -> None:
+    """Refuse a trial whose settings make an impossible recipe.
+
+    Raises:
+        RecipeError: names them.
+    """
+    try:
+        sweep.recipe_of(trial.settings)
+    except RecipeError as error:
+        raise RecipeError(f"{sweep.where}: {shown(trial.settings)}: {error.message}", hint=error.hint) from error
+
+
+def shown(settings: Mapping[str, Any]) -> str:
+    """Settings on one line, for people."""
+    return " ".join(f"{key.removeprefix('lines.')}={_short(value)}" for key, value in settings.items()) or "as it is"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(_short, value))}]"
+    return printable(str(value))
 
 
 def combinations(space: Space) -> Iterator[dict[str, Any]]:
@@ -81,8 +120,16 @@ def complete(space: Space, drawn: Mapping[str, Any]) -> dict[str, Any]:
     settings = {key: drawn[key] for key in space.grid if key in drawn}
     for key, said in space.grid.items():
         if isinstance(said, Expression):
+            known = _known(settings)
+            if missing := next((name for name in said.names if name not in known), None):
+                there = ", ".join(map(printable, sorted(known))) or "none"
+                raise RecipeError(
+                    f"{space.where}: grid.{key}: no number of the grid is called {printable(missing)} "
+                    f"(there is {there})",
+                    hint="Arithmetic is over keys of the grid; one that stays the same is a list of one value.",
+                )
             try:
-                settings[key] = said.number(_known(settings))
+                settings[key] = said.number(known)
             except ExpressionError as error:
                 raise RecipeError(f"{space.where}: grid.{key}: {error}") from None
     alpha = settings.get("lines.alpha")

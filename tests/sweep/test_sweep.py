@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 import lines_cli as lines
+from lines_cli.errors import MismatchError
 from support import forked
 from support.files import snapshot, write_checkpoint
 from support.run import run_lines
@@ -188,7 +189,15 @@ def test_objectives_that_evaluations_do_not_answer(here: Path, said: dict[str, A
         ({"grid": {}}, ["grid: expected keys"]),
         ({"grid": {"lines.alpha": []}}, ["grid.lines.alpha: an empty list"]),
         ({"grid": {"lines.alpha": "1 - beta"}}, ["nothing varies"]),
-        ({"grid": {"lines.alpha": [0.1], "lines.beta": "1 - gama"}}, ["no metric is called gama"]),
+        (
+            {"grid": {"lines.alpha": [0.1], "lines.beta": "1 - gama"}},
+            ["no number of the grid is called gama (there is alpha, lines.alpha)"],
+        ),
+        ({"grid": {"lines.alpha": [10**400]}}, ["grid.lines.alpha: a whole number larger than any float"]),
+        ({"grid": {"lines.schedule": [[0, -(10**400)]]}}, ["grid.lines.schedule: a whole number larger"]),
+        ({"grid": {"lines.schedule": [["much", 1]]}}, ["schedule=[much,1]", "lines.schedule"]),
+        ({"grid": {"lines.schedule": [[None, 1]]}}, ["lines.schedule"]),
+        ({"grid": {"lines.alpha": [0.5], "lines": [{"alpha": 0.3}]}}, ["grid.lines: holds lines.alpha"]),
         ({"grid": {"lines.alhpa": [1]}}, ["lines.alhpa is not a key of a recipe"]),
         ({"grid": {"lines.alpha": ["much"]}}, ["lines.alpha"]),
         ({"grid": {"lines.alpha": {"low": 0, "high": 1}}}, ["there is no search"]),
@@ -506,3 +515,67 @@ def test_a_search_draws_and_goes_on(here: Path) -> None:
     number = len(Path("ran").read_text().splitlines())
     again = run_lines("sweep", "--config", config, "-o", "best", "--json").json
     assert (again["winner"], len(Path("ran").read_text().splitlines())) == (ran.json["winner"], number)
+
+
+def test_equal_numbers_are_one_trial(here: Path) -> None:
+    """1 is 1.0, in a list and after an edit of it; so the controls have each alpha of the grid."""
+    config = sweep_yaml(grid={"lines.alpha": [1, 1.0, 0.5]}, objective="target")
+    ran = run_lines("sweep", "--config", config, "-o", "best", "--json")
+    alphas = [
+        [t["settings"]["lines.alpha"] for t in ran.json["trials"] if t["family"] == f] for f in ("lines", "constant")
+    ]
+    assert [sorted(one) for one in alphas] == [[0.5, 1], [0.5, 1]]
+    number = len(Path("ran").read_text().splitlines())
+    config = sweep_yaml(grid={"lines.alpha": [1.0, 0.5]}, objective="target")
+    assert run_lines("sweep", "--config", config, "-o", "best").code == 0
+    assert len(Path("ran").read_text().splitlines()) == number == 6
+
+
+@pytest.mark.parametrize("dtypes", [["float16", "float32"], ["float32", "float16"]])
+def test_scratch_is_that_of_the_largest_candidate(here: Path, dtypes: list[str]) -> None:
+    """Whichever dtype of the grid comes first."""
+    config = sweep_yaml(grid={"dtype": dtypes, "lines.alpha": [0.5]}, objective="target")
+    told = run_lines("sweep", "--config", config, "--dry-run", "--json").json
+    lines.edit("base", "ft", "reference")
+    size = Path("reference/model.safetensors").stat().st_size
+    assert told["candidate_bytes"] >= size
+    assert told["scratch_bytes"] >= size
+
+
+def test_an_objective_at_fault_is_called_so(here: Path) -> None:
+    """Where every evaluation gave metrics, none is to be mended: no --retry, no logs."""
+    ran = run_lines("sweep", "--config", sweep_yaml(objective="control"), "-o", "best")
+    assert ran.code == 5
+    assert "the first by its objective: control: numbers by name (a, b), not one number" in ran.err
+    assert "Correct the objective" in ran.err
+    assert "--retry" not in ran.err
+
+
+def test_the_table_is_whole_in_80_columns(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Families and settings stand there in full, and the winner first among equals."""
+    monkeypatch.setenv("COLUMNS", "80")
+    ran = run_lines("sweep", "--config", sweep_yaml(objective="target * 0"), "-o", "best")
+    rows = ran.out.splitlines()
+    assert rows[1].split()[:3] == ["LiNeS", "alpha=1", "beta=0"]
+    assert rows[1].endswith("winner")
+    assert "constant scaling" in ran.out
+    assert "reversed depth" in ran.out
+    assert "schedule=constant alpha=0.2 beta=0" in ran.out
+    assert "…" not in ran.out
+    assert max(map(len, rows[: rows.index(next(row for row in rows if row.startswith("LiNeS and")))])) <= 80
+
+
+def test_a_module_out_of_order_is_told_why(here: Path) -> None:
+    """A tensor of the right shape and dtype whose bytes are not in order."""
+    config = {"base": "base", "ft": "ft"}
+    module = torch.nn.Module()
+    for name in NAMES:
+        at = module
+        *path, last = name.split(".")
+        for part in path:
+            if part not in at._modules:
+                at.add_module(part, torch.nn.Module())
+            at = at.get_submodule(part)
+        at.register_parameter(last, torch.nn.Parameter(torch.zeros(5, 6).t()))
+    with pytest.raises(MismatchError, match=r"is not contiguous: \[6, 5\] with strides \[1, 6\]"):
+        next(iter(lines.candidates(config, {"lines.alpha": [0.5]}, module)))
