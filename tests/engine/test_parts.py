@@ -111,11 +111,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 # --- the same bytes ---
 
 
-DEAR = {"calibrated", "layers measured"}  # the first as a small model below, the second as others measure
-
-
-@by_turns(
-    recipe=[pytest.param(name, marks=pytest.mark.slow if name in DEAR else (), id=name) for name in RECIPES],
+@by_turns(  # a small model is calibrated below
+    recipe=[pytest.param(name, marks=pytest.mark.slow if name == "calibrated" else (), id=name) for name in RECIPES],
     order=["forward", "backward", "shuffled"],
 )
 def test_parts_in_any_order(models: Path, recipe: str, order: str) -> None:
