@@ -88,6 +88,10 @@ class Parameter:
             if isinstance(value, (str, bool, int, float)) and value in self.choices:  # 1 is true, as in mergekit
                 return self.choices[value]  # type: ignore[index]
             raise ValueError(f"expected {self.expected()} (got {value!r})")
+        if (rule := self.rule_in(value)) is not None:  # in a list, or it would have been taken as one
+            raise ValueError(
+                f"expected a number: {rule} is of a whole model, and stands alone, in no filter and no gradient"
+            )
         if isinstance(value, bool):
             raise ValueError(f"expected {self.expected()} (got {value!r})")
         try:

@@ -51,6 +51,7 @@ def stack_layers(parts: Sequence[Part], opening: Callable[[str], Checkpoint], *,
     in_place = all(layer.of is home and layer.index == number for number, layer in enumerate(layers))
     if not in_place:
         _refuse_unlike(layers)
+        _refuse_places(home, layers)
     ends = cut[first.model], cut[parts[-1].model]
     _refuse_other_ends(*ends)
     files = list(opened.values())
@@ -187,6 +188,12 @@ def _cut(checkpoint: Checkpoint) -> _Cut:
             f"{some(beyond)}",
             hint=_WHOLE,
         )
+    if of_each := [tensor for tensor in outside if "per_layer" in tensor]:
+        raise UnsupportedError(
+            f"slices: {name} has tensors outside its layers that hold a part for each of them, and cannot be taken "
+            f"apart by layers:\n{some(of_each)}",
+            hint=_WHOLE,
+        )
     behind = [tensor for tensor in outside if depth.side_of(tensor) == "after"]
     before = [tensor for tensor in outside if depth.side_of(tensor) == "before"]
     return _Cut(name, checkpoint, prefix, tuple(layers), tuple(before), tuple(behind))
@@ -228,6 +235,37 @@ def _refuse_unlike(layers: Sequence[_Layer]) -> None:
             f"alike:\n{some(differ)}",
             hint="Only layers that hold the same tensors can stand in any order.",
         )
+
+
+def _refuse_places(home: _Cut, layers: Sequence[_Layer]) -> None:
+    """Refuse a layer in a place whose own layer holds other tensors, as ModernBERT's first lacks a norm: the model that
+    is built by the config has that one's there. Where a list in the config says what each layer is, that goes along.
+
+    Raises:
+        MismatchError: the first one.
+    """
+    held = [frozenset(own) for own in home.layers]
+    if len(set(held)) == 1 or any(_tells(values, held) for values in _lists_by_layer(home)):
+        return
+    for number, (layer, own) in enumerate(zip(layers, home.layers, strict=False)):
+        if differ := own.keys() ^ layer.tensors.keys():
+            raise MismatchError(
+                f"slices: layer {layer.index} of {layer.of.name} would be layer {number}, and does not hold what layer "
+                f"{number} of {home.name} does:\n{some(sorted(differ))}",
+                hint="Leave such layers in their places, as in layer_range: [0, N].",
+            )
+
+
+def _lists_by_layer(home: _Cut) -> Iterator[list[Any]]:
+    config, had = home.model.config, len(home.layers)
+    for within in dict.fromkeys(tuple(key.split("."))[:-1] for key, count in _counts(config) if count == had):
+        yield from (_at(config, within)[key] for key in _listed(_at(config, within), had))
+
+
+def _tells(values: Sequence[Any], held: Sequence[frozenset[str]]) -> bool:
+    """Whether layers of which a list says the same hold the same tensors."""
+    found: dict[str, frozenset[str]] = {}
+    return all(found.setdefault(repr(value), own) == own for value, own in zip(values, held, strict=True))
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:
@@ -295,15 +333,22 @@ def _config_changes(home: _Cut, layers: Sequence[_Layer], *, in_place: bool) -> 
         yield path, len(layers)
     for within in dict.fromkeys(path[:-1] for path in counts):
         of_them = _at(config, within)
-        listed = {
-            key
-            for key, value in of_them.items()
-            if isinstance(value, list) and len(value) == had and _BY_LAYER.fullmatch(key)
-        }
+        listed = _listed(of_them, had)
         if not in_place:
             _refuse_by_number(home, of_them, listed)
         for key in sorted(listed):
-            yield (*within, key), [_of_layer(layer, within, key) for layer in layers]
+            every = of_them[key] == list(range(had))  # the numbers of layers, of all
+            new = list(range(len(layers))) if every else [_of_layer(layer, within, key) for layer in layers]
+            yield (*within, key), new
+
+
+def _listed(config: Mapping[str, Any], had: int) -> set[str]:
+    """The keys of lists with something for each of so many layers."""
+    return {
+        key
+        for key, value in config.items()
+        if isinstance(value, list) and len(value) == had and _BY_LAYER.fullmatch(key)
+    }
 
 
 def _counts(config: Mapping[str, Any]) -> list[tuple[str, int]]:

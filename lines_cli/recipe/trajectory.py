@@ -16,7 +16,7 @@ import glob
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -117,6 +117,9 @@ def expand(values: dict[Any, Any], at: Mapping[Place, str], folder: str | os.Pat
     if is_pattern(base, folder):
         text, hint = f"{base!r} is a pattern, and there is one base", "Name one checkpoint, such as the run's first."
         raise refuse(("base_model",), _ImpossibleError("", text, hint))
+    for place, name in _in_slices(values.get("slices")):
+        if is_pattern(name, folder):
+            raise refuse(place, _ImpossibleError("", f"{name!r} is a pattern, and a source is one model", _ONE_BY_ONE))
     models = models if isinstance(models, list) else []
     patterns = [isinstance(source, dict) and is_pattern(source.get("model"), folder) for source in models]
     if not any(patterns):
@@ -133,6 +136,18 @@ def expand(values: dict[Any, Any], at: Mapping[Place, str], folder: str | os.Pat
         numbers += [number] * len(entries)
     values["models"] = found
     return Expanded(tuple(numbers), tuple(notes))
+
+
+_ONE_BY_ONE = "Name one checkpoint for each source; patterns stand under models."
+
+
+def _in_slices(slices: Any) -> Iterator[tuple[Place, Any]]:
+    """The names of models in `slices`, if that is what it should be."""
+    for number, one in enumerate(slices if isinstance(slices, list) else ()):
+        sources = one.get("sources") if isinstance(one, dict) else None
+        for at, source in enumerate(sources if isinstance(sources, list) else ()):
+            if isinstance(source, dict):
+                yield ("slices", number, "sources", at, "model"), source.get("model")
 
 
 class _ImpossibleError(Exception):

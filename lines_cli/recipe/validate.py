@@ -85,7 +85,9 @@ def _problems(error: ValidationError, said_at: SaidAt) -> list[Problem]:
         # no default where alpha is wrong; and there are too few models where one is wrong.
         if str(details["loc"][-1]).startswith("literal[") or kind == "default_factory_not_called":
             continue
-        if kind == "too_short" and any(other["loc"][:1] == ("models",) for other in everything if other != details):
+        within = details["loc"]
+        others = (other["loc"] for other in everything if other != details)
+        if kind == "too_short" and any(other[: len(within)] == within for other in others):
             continue
         if kind == "extra_forbidden":
             found.append((place, f"{key} is not a key of a recipe{_nearest(place)}"))
@@ -137,13 +139,17 @@ def _nearest(place: Place) -> str:
         return f"; a method's {word} stands under parameters"
     if word in Scaling.model_fields and not inside_lines:
         return f"; did you mean lines.{word}?"
+    if above and word in OF_A_PATTERN:
+        return f"; {word} belongs to a pattern under models, and here each checkpoint is named by itself"
+    if above and word in _TOP:
+        return f"; {word} stands at the top of the recipe"
     own: Iterable[str] = _TOP
     if inside_lines:
         own = Scaling.model_fields
     elif above[:1] == ["components"]:
         own = ComponentRule.model_fields
     elif above:
-        own = ("model", "parameters", *OF_A_PATTERN)
+        own = ("model", "parameters", *(("layer_range",) if above[0] == "slices" else OF_A_PATTERN))
     near = get_close_matches(word, own, n=1, cutoff=0.5 if inside_lines else 0.6)
     if near:
         return f"; did you mean {'lines.' if inside_lines else ''}{near[0]}?"

@@ -293,3 +293,12 @@ def test_beside_filters(rule: str, here: Path) -> None:
     assert run_lines("verify", "out").code == 0
     assert run_lines("merge", "--config", "out/lines_recipe.yaml", "-o", "again").code == 0
     assert weights_of("out") == weights_of("again")
+
+
+@pytest.mark.parametrize(
+    "setting", [["nan", 1], [{"filter": "w", "value": "equal_norm"}, {"value": 1}], [{"value": [1, "nan"]}]]
+)
+def test_a_rule_stands_alone(setting: Any, here: Path) -> None:
+    """In a gradient or behind a filter it is refused, and the message says why."""
+    with pytest.raises(lines.LinesError, match="stands alone, in no filter and no gradient"):
+        lines.merge(asked(setting), output="out")

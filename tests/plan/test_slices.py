@@ -658,3 +658,102 @@ def test_weights_that_are_measured(rule: str, place: str, tmp_path: Path) -> Non
     again = run_lines("merge", "--config", tmp_path / "out" / "lines_recipe.yaml", "-o", tmp_path / "again")
     assert again.code == 0, again.err
     assert_same(written(tmp_path, "again"), written(tmp_path))
+
+
+# --- what is of a layer by its number ---
+
+
+@pytest.mark.parametrize("key", ["moe_layers", "cross_attention_layers", "some_block_ids"])
+def test_a_list_of_the_numbers_of_all_layers(key: str, tmp_path: Path) -> None:
+    """It stays one (Llama 4's `moe_layers` where every layer has experts): the numbers are not taken for values."""
+    write(tmp_path, {**LLAMA, key: list(range(LAYERS)), "layer_types": ["a", "b", "c", "d"]}, a=model(1))
+    assert merge(tmp_path, passthrough(("a", 0, 3), ("a", 1, 4))).code == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config[key] == list(range(6))
+    assert config["layer_types"] == ["a", "b", "c", "b", "c", "d"]
+
+
+def without_first_norm(seed: int) -> Model:
+    """As ModernBERT: the first layer lacks a norm that the others have."""
+    found = model(seed)
+    del found["model.layers.0.input_layernorm.weight"]
+    return found
+
+
+@pytest.mark.parametrize("types", [None, ["a", "b", "a", "b"]])
+@pytest.mark.parametrize("parts", [[(1, 4)], [(1, 3), (2, 4)], [(3, 4), (1, 2)]])
+def test_a_layer_in_a_place_that_holds_other_tensors(
+    types: list[str] | None, parts: list[tuple[int, int]], tmp_path: Path
+) -> None:
+    """All layers that are stacked are alike, but the first place is of a layer that is not: refused."""
+    config = LLAMA if types is None else {**LLAMA, "layer_types": types}
+    write(tmp_path, config, a=without_first_norm(1))
+    ran = merge(tmp_path, passthrough(*(("a", first, end) for first, end in parts)))
+    assert ran.code == 4, ran.trace
+    assert f"layer {parts[0][0]} of" in ran.err
+    assert "layer 0 of" in ran.err
+    assert "input_layernorm.weight" in ran.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_layers_left_out_at_the_end_keep_their_places(tmp_path: Path) -> None:
+    first = without_first_norm(1)
+    write(tmp_path, a=first)
+    assert merge(tmp_path, passthrough(("a", 0, 3))).code == 0
+    assert_same(written(tmp_path), stacked([(first, 0, 3)]))
+
+
+def test_a_list_that_tells_what_each_layer_is_goes_along(tmp_path: Path) -> None:
+    """Layers of one type hold the same tensors; those of the other type stand in their places."""
+    found = model(1)
+    for number in (0, 2):
+        del found[f"model.layers.{number}.input_layernorm.weight"]
+    write(tmp_path, {**LLAMA, "layer_types": ["conv", "full", "conv", "full"]}, a=found)
+    assert merge(tmp_path, passthrough(("a", 1, 2), ("a", 3, 4))).code == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["layer_types"] == ["full", "full"]
+    assert_same(written(tmp_path), stacked([(found, 1, 2), (found, 3, 4)]))
+
+
+@pytest.mark.parametrize("parts", [[(0, 3)], [(0, 3), (1, 4)]])
+def test_tensors_with_a_part_for_each_layer(parts: list[tuple[int, int]], tmp_path: Path) -> None:
+    """Gemma 3n and 4 have an embedding for every layer in one tensor outside: refused, and whole it is as it is."""
+    found = {**model(1), "model.embed_tokens_per_layer.weight": torch.zeros(6, 2 * LAYERS)}
+    write(tmp_path, a=found)
+    ran = merge(tmp_path, passthrough(*(("a", first, end) for first, end in parts)))
+    assert ran.code == 3, ran.trace
+    assert "embed_tokens_per_layer" in ran.err
+    assert merge(tmp_path, passthrough(("a", 0, 2), ("a", 2, 4)), out="whole").code == 0
+    assert_same(written(tmp_path, "whole"), found)
+
+
+# --- what is said of mistakes ---
+
+ONE = {"model": "a", "layer_range": [0, 2]}
+MISTAKES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
+    "a pattern": ({**ONE, "model": "run/checkpoint-*"}, ["slices.0.sources.0.model", "is a pattern"], ["Hub"]),
+    "a key of a pattern": (
+        {**ONE, "last": 2},
+        ["slices.0.sources.0.last", "a pattern under models"],
+        ["did you", "none"],
+    ),
+    "a key at the top": (
+        {**ONE, "calibrate": "svc"},
+        ["sources.0.calibrate", "stands at the top"],
+        ["did you", "none"],
+    ),
+    "a typo": ({"model": "a", "layer_rang": [0, 2]}, ["did you mean layer_range?"], ["none is named"]),
+    "an empty range": ({"model": "a", "layer_range": [2, 2]}, ["sources.0.layer_range", "[0, 16]"], ["none is named"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_a_source(mistake: str, tmp_path: Path) -> None:
+    """One mistake is one message, with the line, and a way out that leads somewhere."""
+    source, said, unsaid = MISTAKES[mistake]
+    write(tmp_path, a=model(1))
+    ran = merge(tmp_path, {"merge_method": "linear", "slices": [{"sources": [source]}]})
+    assert ran.code == 2, ran.err + ran.trace
+    for words in ("m.yaml: line ", *said):
+        assert words in ran.err, ran.err
+    for words in unsaid:
+        assert words not in ran.err, ran.err
