@@ -238,6 +238,7 @@ def test_the_dated_copy() -> None:
     assert all(len(row) == 4 and all(row) for row in rows)
 
 
+@pytest.mark.zoo
 def test_features_do_not_depend_on_batches(tiny: Setup) -> None:
     """A text has one feature, whatever it is encoded with."""
     encoder = Encoder(Path(tiny.work) / "base", half=False)

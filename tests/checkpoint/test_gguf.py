@@ -163,8 +163,9 @@ def test_facts_of_other_kinds(facts: dict[str, Any], tmp_path: Path) -> None:
     assert told(tmp_path / "x.gguf")["tensors"] == 2
 
 
-def test_mutated_files(tmp_path: Path) -> None:
-    """Two thousand files with bytes changed, in a process with little memory: read, or refused."""
+@pytest.mark.parametrize("times", [500, pytest.param(2_000, marks=pytest.mark.slow)])
+def test_mutated_files(times: int, tmp_path: Path) -> None:
+    """Many files with bytes changed, in a process with little memory: read, or refused."""
     path = write_gguf(tmp_path / "q.gguf", MODEL, **FACTS, tokenizer__ggml__tokens=["a", "bc"] * 9)
     whole = path.read_bytes()
     end = whole.index(b"output_norm.weight") + 60
@@ -172,7 +173,7 @@ def test_mutated_files(tmp_path: Path) -> None:
     def program() -> None:
         forked.allow_more_memory(2**28)
         chance, outcomes = random.Random(0), [0, 0]
-        for _ in range(2_000):
+        for _ in range(times):
             content = bytearray(whole)
             for _ in range(chance.randint(1, 4)):
                 content[chance.randrange(4, end)] = chance.choice([0, 1, 255, chance.randrange(256)])
@@ -190,7 +191,7 @@ def test_mutated_files(tmp_path: Path) -> None:
     ran = forked.run(program, timeout=300)
     assert ran.returncode == 0, ran.stderr[-3000:]
     read, wrong = map(int, ran.stdout.split())
-    assert min(read, wrong) > 100
+    assert min(read, wrong) > times // 20
 
 
 @pytest.mark.slow

@@ -96,18 +96,12 @@ def refused(code: int, *arguments: object) -> Ran:
     return done
 
 
-IN_ONE_PIECE: dict[Any, dict[str, bytes]] = {}
-
-
 def in_one_piece(folder: str = "out") -> dict[str, bytes]:
-    """All files of an output that one command makes; it is made once of the same recipe and files."""
-    files = (path.stat() for side in ("base", "ft", "ft2") for path in sorted(Path(side).iterdir()))
-    key = folder, Path("merge.yaml").read_text(), *((file.st_ino, file.st_size, file.st_mtime_ns) for file in files)
-    if key not in IN_ONE_PIECE:
-        ran("merge", "--config", "merge.yaml", "-o", folder)
-        IN_ONE_PIECE[key] = contents(Path(folder))
-        shutil.rmtree(folder)
-    return IN_ONE_PIECE[key]
+    """All files of an output that one command makes."""
+    ran("merge", "--config", "merge.yaml", "-o", folder)
+    files = contents(Path(folder))
+    shutil.rmtree(folder)
+    return files
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -117,11 +111,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 # --- the same bytes ---
 
 
-DEAR = {"calibrated", "layers measured"}  # the first as a small model below, the second as others measure
-
-
-@by_turns(
-    recipe=[pytest.param(name, marks=pytest.mark.slow if name in DEAR else (), id=name) for name in RECIPES],
+@by_turns(  # a small model is calibrated below
+    recipe=[pytest.param(name, marks=pytest.mark.slow if name == "calibrated" else (), id=name) for name in RECIPES],
     order=["forward", "backward", "shuffled"],
 )
 def test_parts_in_any_order(models: Path, recipe: str, order: str) -> None:
