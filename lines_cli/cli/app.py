@@ -101,28 +101,29 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
         try:
             with signals.at_work():
                 command(**options)
-        except (LinesError, KeyboardInterrupt, MemoryError) as error:
+        except (Exception, KeyboardInterrupt) as error:
+            ended = error if isinstance(error, (LinesError, KeyboardInterrupt, MemoryError)) else signals.raised()
+            if ended is None:
+                raise
             signals.too_late()
-            raise typer.Exit(
-                _say(
-                    error, writes=command in (edit, extract, merge, sweep, run, finish), json=options.get("json", False)
-                )
-            ) from error
+            writes = command in (edit, extract, merge, sweep, run, finish)
+            raise typer.Exit(_say(ended, error, writes=writes, json=options.get("json", False))) from error
 
     return guarded
 
 
-def _say(error: BaseException, *, writes: bool, json: bool) -> int:
+def _say(error: BaseException, told: BaseException, *, writes: bool, json: bool) -> int:
     """Say why a command ends, and what it leaves; the exit code.
 
     Args:
         error: what ended it.
+        told: the exception that tells what is left: the same, or what a library made of it.
         writes: whether the command writes a destination.
         json: whether stdout is to say it, too.
     """
     from lines_cli.cli import console
 
-    aftermath, code = aftermath_of(error), 1
+    aftermath, code = aftermath_of(told), 1
     message, hint = "", None
     match error:
         case LinesError():

@@ -25,6 +25,7 @@ class Signalled(KeyboardInterrupt):
 
 
 _at_work = False
+_raised: Signalled | None = None
 _ignored: list[int] = []  # those that come too late
 
 
@@ -36,19 +37,26 @@ def install() -> None:
 
 
 def _end(number: int, _: object) -> None:
+    global _raised  # noqa: PLW0603 - as below
     if _at_work:
-        raise Signalled(number)
+        _raised = Signalled(number)
+        raise _raised
     # An exception would be swallowed, or abort the process, in whatever library is being imported.
     told = f"error: interrupted ({signal.Signals(number).name}) before anything was written\n"
     os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, told.encode())
     os._exit(128 + number)
 
 
+def raised() -> Signalled | None:
+    """What a signal has raised, if one has; a library may have made something else of it, as pydantic's core does."""
+    return _raised
+
+
 @contextmanager
 def at_work() -> Iterator[None]:
     """Within it the signals raise `Signalled`; behind it they come too late."""
-    global _at_work  # noqa: PLW0603 - there is one process, and one command at a time in it
-    before, _at_work = _at_work, True
+    global _at_work, _raised  # noqa: PLW0603 - there is one process, and one command at a time in it
+    before, _at_work, _raised = _at_work, True, None
     try:
         yield
     finally:

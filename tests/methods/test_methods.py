@@ -746,11 +746,15 @@ def assert_same_files(folder: Path, names: Sequence[str]) -> None:
         assert one == other, name
 
 
+SUMMED = {name: case for name, case in CASES.items() if not name.endswith(" of none")}
+"""Of which something is left: `alpha: auto` cannot be measured of a sum of nothing."""
+
+
 @pytest.mark.parametrize(
     ("case", "dtypes"),
     [
-        *by_turns({name: case for name, case in CASES.items() if name in MOST_SAID}, [2]),
-        *by_turns({name: case for name, case in CASES.items() if name not in MOST_SAID}, [2], pytest.mark.slow),
+        *by_turns({name: case for name, case in SUMMED.items() if name in MOST_SAID}, [2]),
+        *by_turns({name: case for name, case in SUMMED.items() if name not in MOST_SAID}, [2], pytest.mark.slow),
     ],
 )
 def test_small_chunks_and_workers_change_no_byte(case: str, dtypes: str, tmp_path: Path) -> None:

@@ -166,6 +166,34 @@ def test_a_signal_while_it_starts(number: signal.Signals, moments: str, models: 
     assert codes[128 + number] >= 2
 
 
+SWALLOWED = """
+import os, signal, sys
+from lines_cli.cli import signals
+signals.install()
+import lines_cli.recipe.validate as validate
+
+def swallowing(*_, **__):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except BaseException as error:
+        raise ValueError(f"Error building a schema: {type(error).__name__}") from None
+
+validate.edit_recipe = swallowing
+from lines_cli.__main__ import main
+sys.argv = ["lines", "edit", "base", "ft", "-o", "out"]
+main()
+"""
+
+
+def test_a_signal_that_a_library_makes_something_else_of(models: Path) -> None:
+    """As pydantic's core does while it builds a model: it is the interruption that is told."""
+    ran = subprocess.run([sys.executable, "-c", SWALLOWED], capture_output=True, text=True, check=False, cwd=models)
+    assert ran.returncode == 128 + signal.SIGTERM
+    assert "interrupted (SIGTERM); the destination is as it was" in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert not (models / "out").exists()
+
+
 def test_home(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`--output=~/out` is in the home folder, as a shell would have it; so are a recipe, a plot and what is cleaned."""
     monkeypatch.setenv("HOME", str(models / "home"))
