@@ -249,7 +249,7 @@ def test_what_was_measured_is_not_measured_again(here: Path, monkeypatch: pytest
         patch.setattr("lines_cli.engine.run.resolve", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run_lines(*edit).code != 0
     with monkeypatch.context() as patch:
-        patch.setattr(measure._Measuring, "scores", None)  # would be called
+        patch.setattr(measure.Measuring, "scores", None)  # would be called
         resumed = run_lines(*edit, "--resume", "--json")
     assert (resumed.code, resumed.trace) == (0, ""), resumed.err
     assert layers(resumed.json) == layers(plain)
@@ -269,13 +269,13 @@ def test_candidates_of_a_sweep(here: Path, monkeypatch: pytest.MonkeyPatch) -> N
     measured once.
     """
     measured: list[str] = []
-    scores = measure._Measuring.scores
+    scores = measure.Measuring.scores
 
     def counted(own: Any, rule: str) -> None:
         measured.append(rule)
         scores(own, rule)
 
-    monkeypatch.setattr(measure._Measuring, "scores", counted)
+    monkeypatch.setattr(measure.Measuring, "scores", counted)
     models = {"base_model": "base", "models": [{"model": "ft"}, {"model": "other"}]}
     candidates = Candidates(scratch=here / "scratch")
     for number, (rule, alpha) in enumerate((("esm", 0.2), ("esm", 0.7), ("esm:1", 0.2), ("larv", 0.2))):
