@@ -428,8 +428,9 @@ def _against(base: str, names: Sequence[str], recipe: Recipe, of: Origin, *, qui
         opened = [stack_layers(parts, opening, like=base) for parts in (recipe.stacked_base, *recipe.stacked)]
     else:
         opened = list(map(opening, (base, *names)))
-        _refuse_twice(opened)
     refuse_variant_of_none(recipe.variant, opened)
+    if not recipe.slices:
+        _refuse_twice(opened)
     notes = notes_of_files(opened)
     pairing = _pairing(base, names, recipe, recipe.like if of == "merge" else "ft")
     inputs = in_one_shape(inputs_of(pairing, *opened), notes)
