@@ -164,7 +164,7 @@ def test_every_item(tiny: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     text, figures = render(results)
     assert results.keys() == SECTIONS.keys()
     assert "Not run yet" not in text
-    assert len(re.findall("^##", text, re.MULTILINE)) == 18
+    assert len(re.findall("^##", text, re.MULTILINE)) == 19
     assert len(figures) == 5
     before = {path: path.stat().st_mtime_ns for path in Path(full.work).rglob("*.json*")}
     for phase in phases(full):
