@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lines_cli import installed
 from lines_cli.methods.method import Method
 
 if TYPE_CHECKING:
@@ -46,42 +47,20 @@ def find_method(name: str) -> Method:
     """
     if name in METHODS:
         return METHODS[name]
-    installed = _installed()
-    if name not in installed:
-        names = [*METHODS, *installed]
+    points = _installed()
+    if name not in points:
+        names = [*METHODS, *points]
         near = get_close_matches(name.lower(), names, n=1, cutoff=0.6)
         mean = f"did you mean {near[0]}? " if near else ""
         raise ValueError(f"no method is called {name!r}; {mean}there are {', '.join(names)}")
-    point, package = installed[name], package_of(name)
-    try:
-        found = point.load()
-    except Exception as error:  # whatever a stranger's module does when it is imported
-        raise ValueError(
-            f"{name!r} is a method of the package {package}, which fails to import: {type(error).__name__}: {error}"
-        ) from error
-    if not isinstance(found, Method):
-        raise ValueError(
-            f"{name!r} is a method of the package {package}, but {point.value} is {type(found).__name__}, not "
-            "lines_cli.methods.Method"
-        )
-    return found
+    return installed.load(points[name], "method", Method, "lines_cli.methods.Method")
 
 
 def package_of(name: str) -> str | None:
     """The installed package that adds a method, with its version; None where the method is one of ours."""
-    point = None if name in METHODS else _installed().get(name)
-    if point is None:
-        return None
-    return f"{point.dist.name} {point.dist.version}" if point.dist else point.value
+    point = _installed().get(name)
+    return installed.package_of(point) if point is not None else None
 
 
-@cache
 def _installed() -> dict[str, EntryPoint]:
-    """The entry points of installed packages, by name; the first package's where two have one name."""
-    from importlib.metadata import entry_points
-
-    found: dict[str, EntryPoint] = {}
-    for point in sorted(entry_points(group=GROUP), key=lambda point: (point.name, point.value)):
-        if point.name not in METHODS:
-            found.setdefault(point.name, point)
-    return found
+    return installed.added(GROUP, frozenset(METHODS))

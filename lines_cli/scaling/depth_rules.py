@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
+from lines_cli import installed
 from lines_cli.scaling.find_depth import Place
 
 if TYPE_CHECKING:
@@ -104,23 +105,10 @@ def find_rule(name: str) -> DepthRule:
     """
     if name in RULES:
         return RULES[name]
-    installed = _installed()
-    if name not in installed:
+    point = _installed().get(name)
+    if point is None:
         raise ValueError(f"no schedule is called {name[:_LONGEST_NAME]!r}")
-    point = installed[name]
-    package = f"{point.dist.name} {point.dist.version}" if point.dist else point.value
-    try:
-        found = point.load()
-    except Exception as error:  # whatever a stranger's module does when it is imported
-        raise ValueError(
-            f"{name!r} is a schedule of the package {package}, which fails to import: {type(error).__name__}: {error}"
-        ) from error
-    if not isinstance(found, DepthRule):
-        raise ValueError(
-            f"{name!r} is a schedule of the package {package}, but {point.value} is {type(found).__name__}, not "
-            "lines_cli.scaling.depth_rules.DepthRule"
-        )
-    return found
+    return installed.load(point, "schedule", DepthRule, "lines_cli.scaling.depth_rules.DepthRule")
 
 
 _LONGEST_NAME = 100
@@ -131,16 +119,8 @@ def installed_names() -> tuple[str, ...]:
     return tuple(_installed())
 
 
-@cache
 def _installed() -> dict[str, EntryPoint]:
-    """The entry points of installed packages, by name; the first package's where two have one name."""
-    from importlib.metadata import entry_points
-
-    found: dict[str, EntryPoint] = {}
-    for point in sorted(entry_points(group=GROUP), key=lambda point: (point.name, point.value)):
-        if point.name not in RULES:
-            found.setdefault(point.name, point)
-    return found
+    return installed.added(GROUP, frozenset(RULES))
 
 
 # --- rules that follow from the depth alone ---

@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 import lines_cli as lines
+from lines_cli import installed
 from lines_cli.errors import DataError, RecipeError
 from lines_cli.methods import METHODS, Method, find_method, registry
 from lines_cli.methods.iso_c import iso_c as own_iso_c
@@ -201,7 +202,7 @@ def added(monkeypatch: pytest.MonkeyPatch, **points: str) -> None:
     found = [EntryPoint(name, value, registry.GROUP) for name, value in points.items()]
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: found if group == registry.GROUP else [])
     find_method.cache_clear()
-    registry._installed.cache_clear()
+    installed.added.cache_clear()
 
 
 def test_a_package_that_fails_to_import_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +218,7 @@ def test_a_package_that_fails_to_import_is_named(tmp_path: Path, monkeypatch: py
     assert find_method("ties") is METHODS["ties"]
     merged(tmp_path, recipe("ties", {}, "a"))
     find_method.cache_clear()
-    registry._installed.cache_clear()
+    installed.added.cache_clear()
 
 
 @pytest.mark.slow

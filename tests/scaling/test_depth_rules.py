@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 import lines_cli as lines
+from lines_cli import installed as in_packages
 from lines_cli.engine import measure
 from lines_cli.engine.candidates import Candidates
 from lines_cli.errors import RecipeError
@@ -509,10 +510,10 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     points += [EntryPoint("odd", "json:dumps", depth_rules.GROUP)]
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: points if group == depth_rules.GROUP else [])
     find_rule.cache_clear()
-    depth_rules._installed.cache_clear()
+    in_packages.added.cache_clear()
     yield
     find_rule.cache_clear()
-    depth_rules._installed.cache_clear()
+    in_packages.added.cache_clear()
 
 
 def test_a_package_adds_rules(here: Path, installed: None) -> None:
