@@ -15,7 +15,7 @@ import yaml
 from lines_cli.storage import object_store
 from support.files import write_checkpoint
 from support.run import Ran, run_lines
-from support.s3_server import S3Server
+from support.s3_server import S3Server, at_hand
 
 pytest.importorskip("obstore")
 CONFIG = {"model_type": "llama", "num_hidden_layers": 4}
@@ -23,12 +23,8 @@ CONFIG = {"model_type": "llama", "num_hidden_layers": 4}
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
-    with S3Server("models") as server:
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
-        object_store._store.cache_clear()
+    with at_hand(monkeypatch) as server:
         yield server
-        object_store._store.cache_clear()
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from email.utils import format_datetime
@@ -15,6 +16,10 @@ from hashlib import md5
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
+
+import pytest
+
+from lines_cli.storage import object_store
 
 Fault = Callable[[str, str], str | None]
 """Given a request's method and path: `503`, `slow`, `drop` (half of an answer, then nothing), `403`, or None."""
@@ -82,6 +87,17 @@ class S3Server:
         self._http.shutdown()
         self._http.server_close()
         self._thread.join()
+
+
+@contextmanager
+def at_hand(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    """A server with a bucket `models`, which this process finds by its environment."""
+    with S3Server("models") as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        object_store._store.cache_clear()
+        yield server
+        object_store._store.cache_clear()
 
 
 class _Handler(BaseHTTPRequestHandler):
