@@ -32,7 +32,7 @@ from lines_cli.checkpoint.reader import Checkpoint, views_of
 from lines_cli.errors import CheckpointError, MismatchError, UnsupportedError, printable, some
 from lines_cli.plan.flux_names import in_other_names
 from lines_cli.plan.in_modules import InModules, in_modules
-from lines_cli.plan.same_names import canonical
+from lines_cli.plan.same_names import canonical, unwrapped
 from lines_cli.plan.tied_weights import is_head, is_vocabulary, says_tied, tied_embeddings, tied_partner, untied
 from lines_cli.plan.unet_names import otherwise
 
@@ -294,8 +294,13 @@ class _Targets:
 
     def _with_prefixes(self, names: Sequence[str], spelling: _Spelling) -> tuple[Found, list[Found]]:
         """The readings by which names are those of the base; and those by which they are so behind a prefix, or the
-        base's are so behind one.
+        base's are so behind one. If names of both sides have lost `model.` and the like, they are so behind none: the
+        `model.layers` of one model are not the `model.decoder.layers` of another.
         """
+
+        def may_have_one(name: str, there: str) -> bool:
+            return spelling.of_adapter is not canonical or not (_is_bared(name) and _is_bared(there))
+
         keys: dict[str, list[str]] = defaultdict(list)
         for name in names:
             keys[spelling.of_adapter(name)].append(name)
@@ -306,12 +311,13 @@ class _Targets:
             of_base[key].append(there)
             for prefix, rest in _cuts(key):
                 for name in keys.get(spelling.of_rest(rest), ()):
-                    found["base", prefix][name].append(there)
+                    if not prefix or may_have_one(name, there):
+                        found["base", prefix][name].append(there)
         for key, those in keys.items():
             for prefix, rest in _cuts(key):
                 if prefix and rest in of_base:
                     for name in those:
-                        found["adapter", prefix][name] += of_base[rest]
+                        found["adapter", prefix][name] += [one for one in of_base[rest] if may_have_one(name, one)]
         plain = found.pop(("base", ""), {})
         return plain, sorted(found.values(), key=len, reverse=True)[:_MOST_READINGS]
 
@@ -548,6 +554,11 @@ def _flat(name: str) -> str:
     """A tensor's name with underscores in its module's."""
     module, dot, parameter = name.rpartition(".")
     return f"{module.replace('.', '_')}{dot}{parameter}"
+
+
+def _is_bared(name: str) -> bool:
+    """Whether the one name for all that it is called lacks more than wrappers of it."""
+    return canonical(name) != unwrapped(name)
 
 
 class _Spelling(NamedTuple):

@@ -126,6 +126,23 @@ def test_another_architecture(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("called", ["model.decoder.layers", "model.encoder.layers", "model.x.y.layers"])
+@pytest.mark.parametrize("side", ["adapter", "base"])
+def test_the_same_names_deeper_in_another_architecture(called: str, side: str, tmp_path: Path) -> None:
+    """OPT's `model.decoder.layers` are not Llama's `model.layers`, whatever their shapes; peft finds none of them."""
+    spelt = {name: name.replace("model.layers", called) for name in (*base(), *factors(MODULES, 4, 2))}
+    made, before = factors(MODULES, 4, 2), base()
+    if side == "adapter":
+        made = {spelt[name]: tensor for name, tensor in made.items()}
+    else:
+        before = {spelt[name]: tensor for name, tensor in before.items()}
+    write_checkpoint(tmp_path / "base", before, config=LLAMA)
+    write_adapter(tmp_path / "adapter", made)
+    with pytest.raises(MismatchError, match="4 of the 4 tensors that it changes are not in"):
+        folded(tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("module", ["model.layers.1.mlp.down_proj", "lm_tail"])
 def test_one_module_that_is_not_there(module: str, tmp_path: Path) -> None:
     """It is not left out: the adapter is refused, and the module named."""
