@@ -36,7 +36,7 @@ EXIT_CODES = {
     3: "an input cannot be found or read, or is of a kind lines does not edit",
     4: "the inputs do not fit together, or depth cannot be decided from the names",
     5: "NaN or Inf in an input, or a value that the output dtype cannot hold; lines inspect --check found something; "
-    "lines verify found a difference",
+    "lines verify found a difference; the evaluation of a sweep's base or fine-tune failed, or all its trials did",
     6: "the destination exists, is an input, or cannot be written",
     CODE_UNPRINTED: "all was done, and an output is in place and whole; but stdout was closed or full, so that not "
     "everything could be printed",

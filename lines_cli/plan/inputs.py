@@ -141,8 +141,9 @@ class Opening:
             if self._base is None or name == self._base:
                 raise UnsupportedError(
                     f"{name} is an adapter, not a whole checkpoint: it changes a base, and none is named",
-                    hint="Write BASE+ADAPTER, with the base that it was trained on. Adapters alone are merged into "
-                    "an adapter, by linear methods: --as-adapter (in the recipe as_adapter: true).",
+                    hint="If it stands in the base's place, exchange the two. As a model of its own write "
+                    "BASE+ADAPTER, with the base that it was trained on. Adapters alone are merged into an adapter, by "
+                    "linear methods: lines merge --as-adapter.",
                 )
             adapter = open_adapter(found.path, name=found.name, hub_id=found.hub_id)
             return with_its_components(on_base(adapter, self._base_of_adapters(self._base)))

@@ -57,7 +57,7 @@ class Store:
     def __init__(self, folder: Path, sweep: Mapping[str, Any], *, retry: bool = False) -> None:
         self.path = folder / FILE
         self.done: dict[Key, Evaluation] = {}
-        whole = 0
+        whole, differs, ours = 0, list[str](), True
         head = {"schema": SCHEMA, "sweep": dict(sweep)}
         try:
             if os.path.lexists(self.path) and os.path.getsize(self.path) > _LARGEST:
@@ -70,10 +70,19 @@ class Store:
             if said is None:
                 break  # torn; so is nothing behind it worth a reading
             if number == 0:
-                _refuse_other(self.path, said, head)
+                differs = _differing(said, head)
+                ours = said.get("schema") == SCHEMA and isinstance(said.get("sweep"), dict)
             elif (found := _evaluation(said)) is not None:
                 self.done[found.key] = found
             whole += len(line)
+        succeeded = any(found.result.metrics is not None for found in self.done.values())
+        if differs and (succeeded or not ours):
+            raise OutputError(
+                f"{self.path}: the trials of another sweep, with other settings of {' and '.join(differs)}",
+                hint="Give another -o; or --force, which discards those trials and begins anew.",
+            )
+        if differs:  # of which nothing succeeded, as where the command to evaluate had a typing error
+            self.done, whole = {}, 0
         if retry:
             self.done = {key: found for key, found in self.done.items() if found.result.metrics is not None}
         try:
@@ -127,15 +136,12 @@ def _object(line: bytes) -> dict[str, Any] | None:
     return said if line.endswith(b"\n") and isinstance(said, dict) else None
 
 
-def _refuse_other(path: Path, said: Mapping[str, Any], head: Mapping[str, Any]) -> None:
+def _differing(said: Mapping[str, Any], head: Mapping[str, Any]) -> list[str]:
+    """In what a file's sweep is another one; empty if it is the same."""
     before, now = said.get("sweep"), head["sweep"]
     if said.get("schema") == SCHEMA and before == now:
-        return
-    differs = [key for key in now if not isinstance(before, dict) or before.get(key) != now[key]]
-    raise OutputError(
-        f"{path}: the trials of another sweep: {' and '.join(differs) or 'its form'} differ",
-        hint="Give another -o; or --force, which discards those trials and begins anew.",
-    )
+        return []
+    return [key for key in now if not isinstance(before, dict) or before.get(key) != now[key]] or ["its form"]
 
 
 def _evaluation(said: Mapping[str, Any]) -> Evaluation | None:

@@ -71,6 +71,23 @@ def test_the_winner_is_that_of_a_loop_by_hand(here: Path) -> None:
     assert sorted(os.listdir("best.sweep")) == ["lock", "logs", "report.html", "trials.jsonl", "winner.json"]
 
 
+def test_a_mended_command_begins_anew_where_nothing_succeeded(here: Path) -> None:
+    """A typing error in `evaluate:` is mended in the file, and the same command runs again, as its hint says."""
+    wrong = {"evaluate": f"{sys.executable} -S no_such_file.py {{checkpoint}}"}
+    failed = run_lines("sweep", "--config", sweep_yaml(**wrong), "-o", "best")
+    assert (failed.code, "--retry" in failed.err) == (5, True)
+    mended = run_lines("sweep", "--config", sweep_yaml(), "-o", "best", "--retry")
+    assert mended.code == 0, mended.err
+    kept = Path("best.sweep/trials.jsonl").read_text()
+    assert "no_such_file" not in kept
+    refused = run_lines("sweep", "--config", sweep_yaml(**wrong), "-o", "best", "--retry")
+    assert refused.code == 6
+    assert Path("best.sweep/trials.jsonl").read_text() == kept
+    Path("best.sweep/trials.jsonl").write_text('{"notes": "of somebody else"}\n')
+    assert run_lines("sweep", "--config", sweep_yaml(**wrong), "-o", "best", "--retry").code == 6
+    assert "somebody else" in Path("best.sweep/trials.jsonl").read_text()
+
+
 def test_no_evaluation_runs_twice(here: Path) -> None:
     """The same command again, a larger grid, another objective: only what is new is evaluated."""
     two = {"lines.alpha": [1.0, 0.2]}
@@ -88,7 +105,7 @@ def test_no_evaluation_runs_twice(here: Path) -> None:
     other = sweep_yaml(evaluate=f"{sys.executable} -S evaluate.py {{checkpoint}} x")
     refused = run_lines("sweep", "--config", other, "-o", "best")
     assert refused.code == 6
-    assert "the trials of another sweep: evaluate differ" in refused.err
+    assert "the trials of another sweep, with other settings of evaluate" in refused.err
 
 
 def test_a_winner_makes_way_for_the_next_one(here: Path) -> None:
