@@ -569,7 +569,8 @@ class _Reading:
         )
 
     def _config_of(self, module: str) -> AdapterConfig | None:
-        return self.config or self.of_component.get(component_of(module)[0].name)
+        found = self.of_component
+        return self.config or found.get(component_of(module)[0].name, found.get(""))
 
     def _where(self, module: str) -> str:
         config = self._config_of(module)
@@ -664,6 +665,8 @@ def _configs_in(metadata: Mapping[str, str], file: Path) -> dict[str, AdapterCon
         raise CheckpointError(f"{where} is no JSON", hint=_DAMAGED) from error
     if not isinstance(said, dict):
         raise CheckpointError(f"{where} is no mapping", hint=_DAMAGED)
+    if "peft_type" in said:  # of a model that was saved by itself
+        return {"": checked_config(said, where)}
     return {name: checked_config(own, f"{where}: {printable(name)}") for name, own in by_component(said).items()}
 
 

@@ -27,7 +27,7 @@ from lines_cli.checkpoint.formulas import (
     Rescaled,
     Rows,
 )
-from lines_cli.checkpoint.header import StoredTensor
+from lines_cli.checkpoint.header import FLOAT_DTYPES, StoredTensor, itemsize
 from lines_cli.checkpoint.reader import Checkpoint, views_of
 from lines_cli.errors import CheckpointError, MismatchError, UnsupportedError, printable, some
 from lines_cli.plan.flux_names import in_other_names
@@ -703,15 +703,29 @@ class _Making:
             target = self._heads.get(target, target)
         self._note_change(change, target)
         if change.kind == "whole":
-            if target in self.tensors and is_vocabulary(target):
-                self._follow_rows(self.tensors[target].info.shape, factors["whole"].info.shape)
-            self.tensors[target] = factors["whole"]
-            self.formulas.pop(target, None)
+            self._take_whole(target, factors["whole"])
             return
         stored = self.tensors[target]
         before = self.formulas.get(target, Made(stored, ()))
         step = self._step(change, target, tuple(factors.items()), stored.info.shape, before)
         self.formulas[target] = Made(before.stored, (*before.steps, step))
+
+    def _take_whole(self, target: str, own: StoredTensor) -> None:
+        """Let the adapter's own tensor be the base's, in the base's dtype: the adapter's is often narrower, and what is
+        added on top would be rounded to it.
+        """
+        before = self.tensors.get(target)
+        self.tensors[target] = own
+        self.formulas.pop(target, None)
+        if before is None:
+            return
+        if is_vocabulary(target):
+            self._follow_rows(before.info.shape, own.info.shape)
+        dtype = before.info.dtype
+        if own.info.dtype != dtype and {own.info.dtype, dtype} <= FLOAT_DTYPES:
+            nbytes = own.info.numel * itemsize(dtype)
+            self.tensors[target] = own._replace(info=own.info._replace(dtype=dtype, nbytes=nbytes))
+            self.formulas[target] = Made(own, ())
 
     def _note_change(self, change: Change, target: str) -> None:
         for stored in change.factors.values():

@@ -308,6 +308,16 @@ def test_diffusers_with_configs_inside(tmp_path: Path) -> None:
     save(use_something=True)
     with pytest.raises(UnsupportedError, match="use_something"):
         folded(tmp_path)
+    # of a model by itself, as its save_lora_adapter writes it: no component before names and keys
+    alone = {name.removeprefix("transformer."): tensor for name, tensor in file.items()}
+    for keys, refused in (({}, None), ({"use_something": True}, "use_something")):
+        config = {"peft_type": "LORA", **said, **keys}
+        save_file(alone, tmp_path / "lora.safetensors", {"lora_adapter_metadata": json.dumps(config)})
+        if refused is None:
+            assert_folded(folded(tmp_path), weights(shapes), updates)
+        else:
+            with pytest.raises(UnsupportedError, match=refused):
+                folded(tmp_path)
     save_file(file, tmp_path / "lora.safetensors", {"lora_adapter_metadata": "{"})
     with pytest.raises(CheckpointError, match="lora_adapter_metadata is no JSON"):
         folded(tmp_path)

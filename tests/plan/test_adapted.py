@@ -191,6 +191,27 @@ def test_a_base_that_the_config_contradicts(tmp_path: Path) -> None:
 # --- whole tensors, rows, biases ---
 
 
+@pytest.mark.parametrize("own", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("of_base", [torch.float32, torch.bfloat16])
+def test_what_is_whole_is_in_the_dtype_of_the_base(own: torch.dtype, of_base: torch.dtype, tmp_path: Path) -> None:
+    """An adapter in a narrower dtype does not narrow the base's tensors, nor what is added on top of its own."""
+    before = {name: tensor.to(of_base) for name, tensor in base().items()}
+    write_checkpoint(tmp_path / "base", before, config=LLAMA)
+    norm, underneath = torch.randn(8).to(own), before["lm_head.weight"].to(own)
+    made = factors(MODULES | {"lm_head": (30, 8)}, 4, 2, own) | {
+        f"{PREFIX}model.layers.0.norm.weight": norm,
+        f"{PREFIX}lm_head.base_layer.weight": underneath,
+    }
+    added = updates(write_adapter(tmp_path / "adapter", made, modules_to_save=["norm"]))
+    found = folded(tmp_path)
+    assert {name: tensor.dtype for name, tensor in found.items()} == dict.fromkeys(before, of_base)
+    assert torch.equal(found["model.layers.0.norm.weight"], norm.to(of_base))
+    wanted = underneath.double() + added["lm_head.weight"].double()
+    close = {"rtol": 3e-7, "atol": 6e-7} if of_base == torch.float32 else {"rtol": 2**-8, "atol": 0}
+    torch.testing.assert_close(found["lm_head.weight"].double(), wanted, **close)
+    assert run_lines("verify", tmp_path / "out").code == 0
+
+
 def test_what_is_whole_takes_the_base_s_place(tmp_path: Path) -> None:
     """A module that was saved whole, spelt as on disk and as in memory; what PEFT keeps beside it is not read."""
     write_checkpoint(tmp_path / "base", base(), config=LLAMA)
