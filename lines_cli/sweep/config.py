@@ -94,9 +94,15 @@ class Space:
             RecipeError: they make an impossible one.
         """
         texts = [f"{key}={_one_line(value)}" for key, value in settings.items()]
-        if isinstance(settings.get("lines.schedule"), (list, tuple)):
-            return recipe_from(_without_ends(self._values), texts)
-        return recipe_from(self._values, texts)
+        listed = isinstance(settings.get("lines.schedule"), (list, tuple))
+        recipe = recipe_from(_without_ends(self._values) if listed else self._values, texts)
+        if recipe.as_adapter:
+            raise RecipeError(
+                "as_adapter: candidates are whole models, so what is evaluated would not be what is kept",
+                hint="Leave it out of the sweep, and make the adapter with the winner's numbers: "
+                "lines edit --adapter, or lines merge --as-adapter.",
+            )
+        return recipe
 
     @cached_property
     def _values(self) -> dict[str, Any]:

@@ -207,7 +207,7 @@ def _realised(found: Found) -> Iterable[str]:
     """What rounding left of the winner's coefficients."""
     by_stack: dict[str, list[Mapping[str, Any]]] = {}
     for layer in (found.summary or {}).get("layers") or ():
-        if layer.get("realised") is not None:  # an adapter's layers have none
+        if layer["realised"] is not None:
             by_stack.setdefault(layer["stack"], []).append(layer)
     for stack, layers in by_stack.items():
         if len(layers) < 2:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 import lines_cli as lines
 from lines_cli.errors import MismatchError
 from support import forked
+from support.adapters import factors, write_adapter
 from support.files import snapshot, write_checkpoint
 from support.run import run_lines
 from support.sweeps import EVALUATION, LAYERS, NAMES, inputs_in, sweep_yaml
@@ -86,6 +87,25 @@ def test_a_mended_command_begins_anew_where_nothing_succeeded(here: Path) -> Non
     Path("best.sweep/trials.jsonl").write_text('{"notes": "of somebody else"}\n')
     assert run_lines("sweep", "--config", sweep_yaml(**wrong), "-o", "best", "--retry").code == 6
     assert "somebody else" in Path("best.sweep/trials.jsonl").read_text()
+
+
+def test_an_output_that_is_an_adapter_is_refused(here: Path) -> None:
+    """What is evaluated is a whole model; said of the recipe or by the grid. An adapter as the fine-tune is swept."""
+    write_adapter(Path("ad"), factors({name.removesuffix(".weight"): (6, 5) for name in NAMES}, 2, 3), r=2)
+    recipe = {"base": "base", "ft": "ad"}
+    said = {"objective": "target", "controls": False}
+    for config in (
+        {"recipe": recipe | {"as_adapter": True}, "grid": {"lines.alpha": [0.5]}},
+        {"recipe": recipe, "grid": {"as_adapter": [True]}},
+    ):
+        ran = run_lines("sweep", "--config", sweep_yaml(**said, **config), "-o", "best")
+        assert (ran.code, ran.trace) == (2, ""), ran.err
+        assert "as_adapter: candidates are whole models" in ran.err
+        assert not Path("best").exists()
+    grid = {"lines.alpha": [0.5]}
+    assert run_lines("sweep", "--config", sweep_yaml(**said, recipe=recipe, grid=grid), "-o", "best").code == 0
+    lines.edit("base", "ad", "reference", alpha=0.5)
+    assert Path("best/model.safetensors").read_bytes() == Path("reference/model.safetensors").read_bytes()
 
 
 def test_no_evaluation_runs_twice(here: Path) -> None:
