@@ -723,7 +723,8 @@ def _refuse_unknown(adapter: Adapter, change: Change, *, in_place: bool) -> None
     if change.kind not in _SCALED and change.kind != "whole":
         why = _NO_SUM.get(change.kind, f"it is changed by more than factors that are multiplied ({change.kind})")
         raise UnsupportedError(
-            f"{adapter.file}: {printable(change.called)} cannot be scaled without its base: {why}", hint=fold
+            f"{adapter.file}: {printable(change.called)} cannot be scaled where the output stays an adapter: {why}",
+            hint=fold,
         )
     if in_place or change.kind == "whole":
         return
