@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
@@ -644,9 +644,6 @@ def _memory_is_limited() -> bool:
     return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
 
 
-Importing = Callable[[], AbstractContextManager[None]]
-
-
 def carry_out(
     recipe: Recipe,
     destination: Path | None,
@@ -657,7 +654,6 @@ def carry_out(
     quiet: bool = True,
     track: Track | None = None,
     remark: Callable[[str], None] | None = None,
-    importing: Importing = tolerant_torch_import,
     at_last: Callable[[], None] = lambda: None,
     pushing: Push | None = None,
 ) -> Done:
@@ -672,7 +668,6 @@ def carry_out(
         quiet: no progress bars of the Hub's client, and no remark about what an earlier run left.
         track: as in `edit`.
         remark: gets what a person should know by the way.
-        importing: what torch is imported within.
         at_last: as of `engine.run`.
         pushing: a push of the output, of which only is asked here whether it can be done; and the output is read back.
     """
@@ -751,7 +746,7 @@ def carry_out(
 
     if how["verify_inputs"]:
         refuse_other_contents(plan)
-    with importing():
+    with tolerant_torch_import():
         from lines_cli.engine.run import run
 
     outcome = run(plan, resources, **how, **({} if track is None else {"track": track}), at_last=at_last)
@@ -833,7 +828,6 @@ def look(
     plot: Named | None,
     quiet: bool,
     track: Track | None,
-    importing: Importing = tolerant_torch_import,
 ) -> Report:
     """Inspect, and draw what is to be drawn; arguments as in `inspect`."""
     from lines_cli.inspection.report import make_report
@@ -848,13 +842,13 @@ def look(
         drawing.spare(inspection.inputs)
     findings = None
     if inspection.has_base or check:
-        with importing():
+        with tolerant_torch_import():
             from lines_cli.inspection.compare import compare
 
         findings = compare(inspection, resources, files=check, **({} if track is None else {"track": track}))
     norms = None
     if inspection.adapter is not None:
-        with importing():
+        with tolerant_torch_import():
             from lines_cli.engine.adapter_norms import update_norms
 
         norms = update_norms(inspection.adapter[0])

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lines_cli.api.calls import Importing, planned, tolerant_torch_import
+from lines_cli.api.calls import planned, tolerant_torch_import
 from lines_cli.errors import LinesError, OutputError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -166,7 +166,6 @@ def run_parts(
     *,
     track: Track | None = None,
     done: Callable[[PartDone], None] = lambda _: None,
-    importing: Importing = tolerant_torch_import,
 ) -> list[PartDone]:
     """Do parts of a run.
 
@@ -176,7 +175,6 @@ def run_parts(
         resources: what may be used.
         track: wraps the stream of byte counts.
         done: is told of each part, once it is done.
-        importing: what torch is imported within.
 
     Raises:
         LinesError: as `lines merge`; or there is no such part, or the output is not in the making.
@@ -189,7 +187,7 @@ def run_parts(
     wanted = [parts[number - 1] for number in numbers]
     divided = opened.divided
     with Shared(divided.output, divided.digest, divided.file) as staging:
-        with importing():
+        with tolerant_torch_import():
             from lines_cli.engine.run_parts import run_parts as run
 
         tracked = {} if track is None else {"track": track}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from lines_cli.api import arguments
 from lines_cli.api.calls import look, refuse_problems
 from lines_cli.cli import options as opt
-from lines_cli.cli.run import interruptible_import
 
 
 def inspect(
@@ -81,7 +80,6 @@ def inspect(
         plot=plot,
         quiet=quiet,
         track=console.progress(quiet=quiet),
-        importing=interruptible_import,
     )
     console.show_report(report, json=json, full=full)
     if plot is not None and not quiet:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lines_cli.api import arguments
 from lines_cli.api.calls import RunOptions, destination_of, read_recipe
 from lines_cli.cli import options as opt
-from lines_cli.cli.run import carry_out, interruptible_import
+from lines_cli.cli.run import carry_out
 from lines_cli.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -93,7 +93,6 @@ def run(
         resources,
         track=console.progress(quiet=quiet),
         done=lambda one: None if quiet else console.show_part(opened.division, one),
-        importing=interruptible_import,
     )
 
 

@@ -1,13 +1,11 @@
-"""What `edit` and `merge` have in common, recipe -> plan -> run -> report; and how all commands import torch."""
+"""What `edit` and `merge` have in common, recipe -> plan -> run -> report."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lines_cli.api.calls import RunOptions, put_on_the_hub, tolerant_torch_import
+from lines_cli.api.calls import RunOptions, put_on_the_hub
 from lines_cli.api.calls import carry_out as make
 from lines_cli.cli import signals, streams
 from lines_cli.errors import Aftermath, PushError, aftermath_of, attach_aftermath
@@ -52,7 +50,6 @@ def carry_out(
         quiet=quiet,
         track=console.progress(quiet=quiet),
         remark=console.remark,
-        importing=interruptible_import,
         at_last=signals.too_late,
         pushing=pushing,
     )
@@ -92,10 +89,3 @@ def _pushed(pushing: Push, done: Done) -> tuple[Summary, PushError | None]:
     except PushError as error:
         said = {"code": error.exit_code, "message": error.message, "hint": error.hint}
         return {**done.summary, "pushed": None, "error": said}, error
-
-
-@contextmanager
-def interruptible_import() -> Iterator[None]:
-    """Import torch: signals are held back until that is over."""
-    with signals.held_back(), tolerant_torch_import():
-        yield

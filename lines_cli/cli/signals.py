@@ -6,14 +6,20 @@ Nothing here may be slow to import: it is the first thing that `lines` does.
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import sys
-import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+WORKS_IN = "lines_cli.cli.app"
+"""The module whose frame stands below all that a command does."""
 
 
 class Signalled(KeyboardInterrupt):
@@ -36,8 +42,11 @@ def install() -> None:
             signal.signal(number, _end)
 
 
-def _end(number: int, _: object) -> None:
+def _end(number: int, frame: FrameType | None) -> None:
     global _raised  # noqa: PLW0603 - as below
+    if _at_work and _imports(frame):
+        _thread.start_new_thread(_again_soon, (number,))
+        return
     if _at_work:
         _raised = Signalled(number)
         raise _raised
@@ -50,6 +59,22 @@ def _end(number: int, _: object) -> None:
 def raised() -> Signalled | None:
     """What a signal has raised, if one has; a library may have made something else of it, as pydantic's core does."""
     return _raised
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether a module is being imported where a signal came. An exception would leave it half made in `sys.modules`,
+    for the message to stumble over; and C code within, as PyYAML's, swallows it.
+    """
+    while frame is not None and frame.f_globals.get("__name__") != WORKS_IN:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _again_soon(number: int) -> None:
+    time.sleep(0.01)
+    os.kill(os.getpid(), number)
 
 
 @contextmanager
@@ -78,23 +103,3 @@ def again() -> None:
     """Mind them again: the output is in place, and what comes now takes its time."""
     while _ignored:
         signal.signal(_ignored.pop(), _end)
-
-
-@contextmanager
-def held_back() -> Iterator[None]:
-    """Hold the signals back to the end of the block: the import of torch swallows exceptions, or dies of them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    arrived: list[int] = []
-    before = {}
-    for number in ENDING:
-        if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: a handler that is not Python's
-            before[number] = signal.signal(number, lambda number, _: arrived.append(number))
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for number in arrived[:1]:
-            signal.raise_signal(number)

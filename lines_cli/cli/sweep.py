@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lines_cli.api import arguments
+from lines_cli.api.calls import tolerant_torch_import
 from lines_cli.cli import options as opt
-from lines_cli.cli.run import interruptible_import
 
 
 def sweep(
@@ -48,7 +48,7 @@ def sweep(
     destination = arguments.destination_unless(output, dry_run=dry_run, unnamed="no output is named")
     resources = arguments.resources(workers, device, gpu_memory)
     arguments.use_cache(cache)
-    with interruptible_import():
+    with tolerant_torch_import():
         from lines_cli.sweep.run import Options, Sweeping, plan_sweep
 
     options = Options(resources, parallel, force, retry, say=(lambda _: None) if quiet else console.said)

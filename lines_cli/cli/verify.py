@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from lines_cli.api.calls import tolerant_torch_import
 from lines_cli.cli import options as opt
-from lines_cli.cli.run import interruptible_import
 
 
 def verify(
@@ -46,7 +46,7 @@ def verify(
     if not quiet:
         console.show_claim(claim)
     plan = plan_claim(claim, quiet=quiet)
-    with interruptible_import():
+    with tolerant_torch_import():
         from lines_cli.engine.verify import check
 
     found = check(claim, plan, resources, resume=resume, track=console.progress(quiet=quiet))

@@ -194,6 +194,36 @@ def test_a_signal_that_a_library_makes_something_else_of(models: Path) -> None:
     assert not (models / "out").exists()
 
 
+IMPORTED = """
+import os, signal, sys
+from lines_cli.cli import signals
+signals.install()
+
+from lines_cli.__main__ import main
+name, sys.argv = sys.argv[1], ["lines", "edit", "base", "ft", "-o", "out"]
+assert name not in sys.modules, name
+
+class Killing:
+    def find_spec(self, sought, *_):
+        if sought == name:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+sys.meta_path.insert(0, Killing())
+main()
+"""
+
+
+@pytest.mark.parametrize("module", ["yaml._yaml", "lines_cli.cli.console", "lines_cli.recipe.schema", "torch._C"])
+def test_a_signal_while_a_command_imports(module: str, models: Path) -> None:
+    """It is minded once the import is over: until then C code would swallow it, and the module would stay half made."""
+    command = [sys.executable, "-c", IMPORTED, module]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=models)
+    assert ran.returncode == 128 + signal.SIGTERM, ran.stderr
+    assert "interrupted (SIGTERM); the destination is as it was" in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert not (models / "out").exists()
+
+
 def test_home(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`--output=~/out` is in the home folder, as a shell would have it; so are a recipe, a plot and what is cleaned."""
     monkeypatch.setenv("HOME", str(models / "home"))
