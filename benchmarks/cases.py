@@ -476,7 +476,7 @@ class Suite:
         )
 
     def set_peers(self) -> Case:
-        """What else mergekit has, each once, beside it; and layers of two models stacked."""
+        """What else mergekit has, each once, beside it; and halves of two models stacked."""
         models = [Model(role, self.sizes.slow) for role in ("base", "ft1", "ft2", "ft3")]
         layers = int(self.sizes.slow.split("-")[1])
         methods = {
@@ -492,7 +492,7 @@ class Suite:
         }
         bf16 = "dtype: bfloat16\nout_dtype: bfloat16"  # without the second mergekit's arcee_fusion writes float32
         recipes = {f"{name}.yaml": _recipe(name, models[: 1 + n], said, bf16) for name, (n, said) in methods.items()}
-        parts = ((models[1].name, 0, layers - 1), (models[2].name, 1, layers))
+        parts = ((models[1].name, 0, layers // 2), (models[2].name, layers // 2, layers))
         slices = "".join(f"  - sources: [{{model: {m}, layer_range: [{a}, {b}]}}]\n" for m, a, b in parts)
         recipes["stack.yaml"] = f"merge_method: passthrough\nslices:\n{slices}dtype: bfloat16\n"
         contenders = []
@@ -510,8 +510,8 @@ class Suite:
             writes=models[0].nbytes,
             rounds=self.sizes.fewer,
             reference="lines model_stock",
-            about="One file for both. Three fine-tunes; nuslerp has two, nearswap and arcee_fusion one. `stack` is all "
-            "layers of one model but its last, and behind them all of another but its first, by passthrough.",
+            about="One file for both. Three fine-tunes; nuslerp has two, nearswap and arcee_fusion one. `stack` is the "
+            "first half of one model's layers and the second half of another's, by passthrough.",
             recipes=recipes,
         )
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -33,6 +34,14 @@ class Judge:
     heads: Mapping[str, Tensor]
     pairs: Pairs
     seed: int
+    best: dict[str, float] = field(default_factory=dict)  # the best mean on validation, of the merges measured so far
+
+    def measurable(self, module: nn.Module) -> nn.Module | None:
+        """A candidate as it is measured: where matrices are multiplied in float32, its weights in the encoder's own."""
+        if self.encoder.half:
+            return module
+        self.encoder.module.load_state_dict(module.state_dict())
+        return None
 
     def misspelt(self, module: nn.Module | None, name: str) -> float:
         """Per cent right of one task's test texts with typing errors in them."""
@@ -41,29 +50,38 @@ class Judge:
         return accuracy(self.encoder.encoded(texts, module), self.heads[name], test.labels)
 
     def metrics(self, module: nn.Module | None, target: str | None) -> Metrics:
-        """What a candidate is chosen by, of the validation texts; and `test`, which nothing is chosen by.
+        """What a candidate is chosen by, of the validation texts; and `test`, which nothing is chosen by. Of merges
+        only those have it that are the best so far: of others nothing asks for it, and it takes most of the time.
 
         Args:
             module: that is measured; None for the encoder's own.
             target: the task whose `target` is told apart from `control`; None for a merge, where `tasks` has all.
         """
-        parts = [(name, part) for name in self.tasks for part in ("validation", "test")]
-        labelled = {key: getattr(self.tasks[key[0]], key[1]) for key in parts}
-        groups = [*(each.texts for each in labelled.values()), self.pairs.glosses, self.pairs.words]
-        features = self.encoder.encoded([text for group in groups for text in group], module)
-        *of_parts, glosses, words = torch.split(features, [len(group) for group in groups])
-        found: dict[str, dict[str, float]] = {"validation": {}, "test": {}}
-        for (name, part), each in zip(parts, of_parts, strict=True):
-            found[part][name] = accuracy(each, self.heads[name], labelled[name, part].labels)
-        validation, test = found["validation"], found["test"]
-        test[RETRIEVAL] = accuracy(glosses, words, range(len(words)))
+        validation = self._accuracies(module, "validation")
         if target is None:
-            return {"tasks": validation, "test": test}
+            mean = fmean(validation.values())
+            if mean <= self.best.get("mean", -1.0):
+                return {"tasks": validation}
+            self.best["mean"] = mean
+            return {"tasks": validation, "test": self._accuracies(module, "test", self.pairs)}
         known = validation.pop(target)
-        return {"target": known, "control": validation, "test": test}
+        return {"target": known, "control": validation, "test": self._accuracies(module, "test", self.pairs)}
+
+    def _accuracies(self, module: nn.Module | None, part: str, pairs: Pairs | None = None) -> dict[str, float]:
+        """Per cent right of each task's texts; and of retrieval, where pairs are given."""
+        labelled = {name: getattr(task, part) for name, task in self.tasks.items()}
+        groups = [each.texts for each in labelled.values()]
+        groups += [] if pairs is None else [pairs.glosses, pairs.words]
+        features = self.encoder.encoded([text for group in groups for text in group], module)
+        each = list(torch.split(features, [len(group) for group in groups]))
+        found = {name: accuracy(each.pop(0), self.heads[name], own.labels) for name, own in labelled.items()}
+        if pairs is not None:
+            glosses, words = each
+            found[RETRIEVAL] = accuracy(glosses, words, range(len(words)))
+        return found
 
 
-def make_judge(setup: Setup, seed: int, *, half: bool = True) -> Judge:
+def make_judge(setup: Setup, seed: int, *, half: bool | None = None) -> Judge:
     """The judge of one seed. On one thread, so that sums round alike on any machine that computes alike."""
     torch.set_num_threads(1)
     work = Path(setup.work)
@@ -85,31 +103,32 @@ def context(path: Path, seed: int, target: str | None = None, **more: Any) -> di
 @cache
 def _judge() -> tuple[Judge, dict[str, Any]]:
     said = json.loads(os.environ[VARIABLE])
-    return make_judge(load_setup(Path(said["setup"])), said["seed"], half=said.get("half", True)), said
+    return make_judge(load_setup(Path(said["setup"])), said["seed"]), said
 
 
 def model() -> nn.Module:
     """The module that candidates are put into: in their dtype."""
     said = json.loads(os.environ[VARIABLE])
     module = make_module(base_folder(Path(load_setup(Path(said["setup"])).work)))
-    return module.to(torch.bfloat16 if said.get("half", True) else torch.float32)
+    return module.to(torch.bfloat16)
 
 
 def evaluate(module: nn.Module, trial: Mapping[str, Any]) -> Metrics:  # noqa: ARG001 - what a sweep gives
     """All metrics of a candidate."""
     judge, said = _judge()
-    return judge.metrics(module, said["target"])
+    return judge.metrics(judge.measurable(module), said["target"])
 
 
 def evaluate_robustness(module: nn.Module, trial: Mapping[str, Any]) -> Metrics:  # noqa: ARG001
     """Accuracy on the target's texts as they are, and with typing errors."""
     judge, said = _judge()
+    measured = judge.measurable(module)
     task, head = judge.tasks[said["target"]], judge.heads[said["target"]]
     clean = {
-        part: accuracy(judge.encoder.encoded(labelled.texts, module), head, labelled.labels)
+        part: accuracy(judge.encoder.encoded(labelled.texts, measured), head, labelled.labels)
         for part, labelled in (("validation", task.validation), ("test", task.test))
     }
     return {
         "target": clean["validation"],
-        "test": {"clean": clean["test"], "misspelt": judge.misspelt(module, task.name)},
+        "test": {"clean": clean["test"], "misspelt": judge.misspelt(measured, task.name)},
     }

