@@ -106,6 +106,34 @@ class Sources(list[Opened]):
     def __init__(self, opened: Iterable[Opened]) -> None:
         super().__init__(opened)
         self.shared = new_shared()
+        disks: dict[int, Pace] = {}
+        self.paces = [disks.setdefault(os.fstat(fd).st_dev, Pace()) if isinstance(fd, int) else None for fd in self]
+        """Of each that is a file: how its disk keeps up."""
+
+
+class Pace:
+    """How a disk keeps up with all threads.
+
+    Attributes:
+        waits: whether reads were seen to wait for it. That stays so, for what is asked for in advance is read fast.
+    """
+
+    def __init__(self) -> None:
+        self.waits = False
+        self._slow = 0  # reads in a row
+
+    def took(self, seconds: float, nbytes: int) -> None:
+        """Take account of a read; of small ones nothing is learned. One slow read says little: other processes may have
+        had the processor meanwhile.
+        """
+        if not self.waits and nbytes >= _WORTH_TIMING:
+            self._slow = self._slow + 1 if seconds * _WAITING > nbytes else 0
+            self.waits = self._slow >= _IN_A_ROW
+
+
+_WORTH_TIMING = 128 * 1024  # bytes
+_WAITING = 300e6  # bytes per second of one thread: memory gives ten times as much
+_IN_A_ROW = 6
 
 
 def new_shared() -> Kept[torch.Tensor]:

@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 import torch
 
 from lines_cli.engine.devices import Devices, first_line, give_back, is_out_of_memory
+from lines_cli.engine.read_ahead import ReadAhead
 from lines_cli.engine.workers import Reader
 from lines_cli.errors import LinesError, printable
 
@@ -37,7 +38,7 @@ class Pool(Generic[Thread, Item, Result]):
         devices: Devices,
     ) -> None:
         self._new_worker, self._job, self._crew = new_worker, job, devices
-        self._items = enumerate(items)
+        self._items = ReadAhead(items)
         self._take = threading.Lock()
         self._stop = threading.Event()
         self._done: queue.SimpleQueue[tuple[int, Result] | BaseException | None] = queue.SimpleQueue()
@@ -93,7 +94,7 @@ class Pool(Generic[Thread, Item, Result]):
                 worker = self._new_worker(device)
                 while not self._stop.is_set():
                     with self._take:
-                        item = next(self._items, None)
+                        item = self._items.take(worker.sources)
                     if item is None:
                         break
                     self._done.put((item[0], self._do(worker, item[1])))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -63,6 +64,7 @@ class _Stored:
 
     def __init__(self, paths: Sequence[Path], sources: Sequence[Opened], device: torch.device, turned: Turned) -> None:
         self._paths, self._sources, self._device, self._turned = paths, sources, device, turned
+        self._paces = sources.paces if isinstance(sources, Sources) else [None] * len(sources)
         self.at: str | None = None
 
     def entries(self, source: SourceRange, view: memoryview, first: int) -> None:
@@ -87,11 +89,13 @@ class _Stored:
 
     def fill(self, file: int, view: memoryview, offset: int) -> None:
         """Read bytes of an input into all of `view`."""
-        path = self._paths[file]
+        path, started = self._paths[file], time.perf_counter()
         try:
             got = read_input(self._sources[file], view, offset)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+        if (pace := self._paces[file]) is not None:
+            pace.took(time.perf_counter() - started, got)
         if got < len(view):
             of = f" in the middle of tensor {printable(self.at)}" if self.at is not None else ""
             raise ChangedInputError(

@@ -100,6 +100,20 @@ def read_into(fd: int, view: memoryview, offset: int) -> int:
     return done
 
 
+def ask_for(fd: int, offset: int, nbytes: int) -> None:
+    """Have the system begin to read these bytes of a file into the page cache, as far as they are not there. It waits
+    only where the disk has as many requests already as it takes.
+    """
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):  # a filesystem may know no advice
+            for start in range(offset, offset + nbytes, _ASKED_AT_ONCE):
+                step = min(_ASKED_AT_ONCE, offset + nbytes - start)
+                os.posix_fadvise(fd, start, step, os.POSIX_FADV_WILLNEED)
+
+
+_ASKED_AT_ONCE = 256 * 1024  # Linux reads no more than its window (128 KiB, twice that where a file is streamed)
+
+
 def write_from(fd: int, view: memoryview | bytes, offset: int) -> None:
     """Write all of `view` at `offset`."""
     view = memoryview(view)
