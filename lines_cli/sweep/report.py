@@ -193,7 +193,17 @@ def _said_of_front(sweep: Sweep, judged: Sequence[Judged], families: Sequence[st
 
 
 def verdict(sweep: Sweep, judged: Sequence[Judged]) -> dict[str, Any]:
-    """Which family did best, and whether the difference is more than noise, as plain values and in words."""
+    """Which family did best, and whether the difference is more than noise, as plain values and in words; and how many
+    trials failed, if some did and not all.
+    """
+    found = _compared(sweep, judged)
+    failed = sum(one.failure is not None for one in judged)
+    if 0 < failed < len(judged):
+        found["said"] += f"; {failed} of {len(judged)} trials failed"
+    return found
+
+
+def _compared(sweep: Sweep, judged: Sequence[Judged]) -> dict[str, Any]:
     objective = sweep.objectives[0]
     families = [family for family in (LINES, *sweep.controls) if any(one.trial.family == family for one in judged)]
     leaders = {family: best(judged, objective, family) for family in families}

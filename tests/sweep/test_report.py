@@ -49,6 +49,14 @@ def test_verdicts(values: list[tuple[str, float, float | None]], won: str, said:
     assert (found["won"], said in found["said"]) == (won, True), found["said"]
 
 
+def test_trials_that_failed_are_told() -> None:
+    """Those of some; where all did, there is nothing else to say."""
+    broken = Judged(Trial("lines", {"lines.alpha": 0.5}), failure="it ended with 1")
+    found = verdict(asked(), [judged("lines", 3.0), broken, judged("constant", 2.0)])
+    assert found["said"].endswith("; 1 of 3 trials failed")
+    assert "1 of" not in verdict(asked(), [broken])["said"]
+
+
 def test_the_least_wins_where_it_is_asked_for() -> None:
     """`minimize:` turns it round."""
     found = verdict(asked(minimize=True), [judged("lines", 2.0), judged("constant", 3.0)])
