@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from lines_cli.recipe.yaml_file import load_recipe as load_recipe
     from lines_cli.scaling.find_depth import DepthMap as DepthMap
     from lines_cli.scaling.find_depth import find_depth as find_depth
-    from lines_cli.sweep.candidates import candidates as candidates
+    from lines_cli.sweeping.candidates import candidates as candidates
 
 
 _HOMES = {
@@ -70,7 +70,7 @@ _HOMES = {
     "inspection.report": ("make_report", "problems"),
     "plan.resources": ("Resources",),
     "engine.verify": ("Verification", "verify"),
-    "sweep.candidates": ("candidates",),
+    "sweeping.candidates": ("candidates",),
 }
 __all__ = ["__version__", *(name for names in _HOMES.values() for name in names)]  # noqa: PLE0604 - all are strings
 

@@ -42,14 +42,14 @@ def sweep(
     which did best. No evaluation runs twice: the same command goes on where an earlier one ended.
     """
     from lines_cli.cli import console
-    from lines_cli.sweep.config import load_sweep
+    from lines_cli.sweeping.config import load_sweep
 
     asked = load_sweep(arguments.path("--config", config))
     destination = arguments.destination_unless(output, dry_run=dry_run, unnamed="no output is named")
     resources = arguments.resources(workers, device, gpu_memory)
     arguments.use_cache(cache)
     with tolerant_torch_import():
-        from lines_cli.sweep.run import Options, Sweeping, plan_sweep
+        from lines_cli.sweeping.run import Options, Sweeping, plan_sweep
 
     options = Options(resources, parallel, force, retry, say=(lambda _: None) if quiet else console.said)
     if dry_run or destination is None:

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lines_cli.sweep.config import Objective, Sweep
-from lines_cli.sweep.expression import ExpressionError, Value
-from lines_cli.sweep.metrics import Metrics, NonsenseError, average, by_task
-from lines_cli.sweep.store import Evaluation
-from lines_cli.sweep.trials import LINES, Trial
+from lines_cli.sweeping.config import Objective, Sweep
+from lines_cli.sweeping.expression import ExpressionError, Value
+from lines_cli.sweeping.metrics import Metrics, NonsenseError, average, by_task
+from lines_cli.sweeping.store import Evaluation
+from lines_cli.sweeping.trials import LINES, Trial
 
 BASELINES = ("pre", "ft")
 

@@ -28,14 +28,14 @@ from lines_cli.storage.destination import check_destination, is_one_file, naming
 from lines_cli.storage.files import read_small
 from lines_cli.storage.lock import RunLock
 from lines_cli.storage.names import RECIPE
-from lines_cli.sweep.config import Sweep
-from lines_cli.sweep.evaluate import Result, command_for, function_named, run_command
-from lines_cli.sweep.live import Live
-from lines_cli.sweep.metrics import Metrics, NonsenseError, average
-from lines_cli.sweep.page import page
-from lines_cli.sweep.report import BASELINES, Judge, Judged, best, front, repeats, verdict
-from lines_cli.sweep.store import FILE, JOURNAL, Evaluation, Store
-from lines_cli.sweep.trials import Trial, check_recipe, shown, trials_of
+from lines_cli.sweeping.config import Sweep
+from lines_cli.sweeping.evaluate import Result, command_for, function_named, run_command
+from lines_cli.sweeping.live import Live
+from lines_cli.sweeping.metrics import Metrics, NonsenseError, average
+from lines_cli.sweeping.page import page
+from lines_cli.sweeping.report import BASELINES, Judge, Judged, best, front, repeats, verdict
+from lines_cli.sweeping.store import FILE, JOURNAL, Evaluation, Store
+from lines_cli.sweeping.trials import Trial, check_recipe, shown, trials_of
 
 Say = Callable[[str], None]
 _MANY = 1000  # trials
@@ -149,7 +149,7 @@ def plan_sweep(sweep: Sweep, options: Options) -> dict[str, Any]:
 def _trials(sweep: Sweep, notes: list[str]) -> list[Trial]:
     """The trials of a grid; of a search one for each draw, whose values are not known yet."""
     if sweep.search is not None:
-        from lines_cli.sweep.search import middle
+        from lines_cli.sweeping.search import middle
 
         trials = [Trial("lines", middle(sweep))]
         for trial in trials:
@@ -192,7 +192,7 @@ def _is_number(value: Any) -> bool:
 def _numbers(sweep: Sweep, trials: Sequence[Trial], notes: list[str]) -> dict[str, int]:
     """How many trials each family has."""
     if sweep.search is not None:
-        from lines_cli.sweep.search import families_of
+        from lines_cli.sweeping.search import families_of
 
         return dict.fromkeys(families_of(sweep, notes), sweep.search.trials)
     return {family: sum(t.family == family for t in trials) for family in dict.fromkeys(t.family for t in trials)}
@@ -391,7 +391,7 @@ class Sweeping:
     def _judged(self, store: Store, judge: Judge) -> list[Judged]:
         sweep = self.sweep
         if sweep.search is not None:
-            from lines_cli.sweep.search import search
+            from lines_cli.sweeping.search import search
 
             return [*self._of_baselines(store, judge), *search(self, store, judge)]
         todo = {trial.id: trial for trial in self.trials if not self.is_done(store, trial)}

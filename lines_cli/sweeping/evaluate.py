@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lines_cli.errors import RecipeError, printable, size, without_secrets
-from lines_cli.sweep.metrics import Metrics, NonsenseError, metrics_of, read_metrics
+from lines_cli.sweeping.metrics import Metrics, NonsenseError, metrics_of, read_metrics
 
 _PLACES = re.compile(r"\{(checkpoint|task|seed|id)\}")
 _PATIENCE = 5.0  # seconds between asking a process to end and ending it

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from lines_cli.sweep.config import Objective, Sweep
-from lines_cli.sweep.expression import parse
-from lines_cli.sweep.report import Judged, front, standard_error, verdict
-from lines_cli.sweep.trials import Trial
+from lines_cli.sweeping.config import Objective, Sweep
+from lines_cli.sweeping.expression import parse
+from lines_cli.sweeping.report import Judged, front, standard_error, verdict
+from lines_cli.sweeping.trials import Trial
 
 
 def judged(family: str, value: float, error: float | None = None) -> Judged:
@@ -79,8 +79,8 @@ def test_the_front() -> None:
 
 def test_hostile_names_do_no_harm_in_the_page(tmp_path: Path) -> None:
     """Whatever metrics and keys are called, the page has no element of theirs."""
-    from lines_cli.sweep.page import page
-    from lines_cli.sweep.run import Found
+    from lines_cli.sweeping.page import page
+    from lines_cli.sweeping.run import Found
 
     name = "<script>alert(1)</script>"
     one = Judged(
