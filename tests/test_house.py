@@ -125,7 +125,7 @@ def test_no_module_imports_itself_in_a_circle() -> None:
         ("matplotlib", {"inspection.plot"}),
         ("typer", {"cli.app", "cli.options", "cli.parser"}),
         ("huggingface_hub", {"hub.client", "hub.download", "hub.heads", "hub.upload"}),
-        ("torch", {"api.in_memory", "inspection.compare", "scaling.spectra", "sweeping.live", "sweeping.run"}),
+        ("torch", {"api.in_memory", "inspection.compare", "scaling.spectra", "sweeping.bench", "sweeping.live"}),
         ("pydantic", {"recipe.schema", "recipe.validate"}),
         (
             "yaml",

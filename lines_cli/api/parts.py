@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lines_cli.api.calls import planned, tolerant_torch_import
+from lines_cli.api.planned import planned, tolerant_torch_import
 from lines_cli.errors import LinesError, OutputError, UnsupportedError
 
 if TYPE_CHECKING:

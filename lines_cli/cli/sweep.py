@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lines_cli.api import arguments
-from lines_cli.api.calls import tolerant_torch_import
+from lines_cli.api.planned import tolerant_torch_import
 from lines_cli.cli import options as opt
 
 
@@ -13,10 +13,11 @@ def sweep(
     output: opt.OutputOfSweep = None,
     force: opt.ForceSweep = False,
     retry: opt.Retry = False,
-    parallel: opt.Parallel = 1,
+    parallel: opt.Parallel = None,
     workers: opt.Workers = None,
     device: opt.Device = "auto",
     gpu_memory: opt.GpuMemory = None,
+    on: opt.OnForSweep = None,
     cache: opt.Cache = None,
     dry_run: opt.DryRun = False,
     json: opt.Json = False,
@@ -51,7 +52,7 @@ def sweep(
     with tolerant_torch_import():
         from lines_cli.sweeping.run import Options, Sweeping, plan_sweep
 
-    options = Options(resources, parallel, force, retry, say=(lambda _: None) if quiet else console.said)
+    options = Options(resources, parallel, on, force, retry, say=(lambda _: None) if quiet else console.said)
     if dry_run or destination is None:
         console.show_sweep_plan(plan_sweep(asked, options), json=json)
         return

@@ -92,8 +92,8 @@ def _one_family(sweeping: Sweeping, store: Store, judge: Judge, family: str, pro
     assert sweep.search is not None
     study = _study(optuna, sweep, family, sweeping.folder / JOURNAL)
     found: dict[str, Judged] = {}
-    for first in range(0, sweep.search.trials, sweeping.parallel):
-        numbers = range(first, min(first + sweeping.parallel, sweep.search.trials))
+    for first in range(0, sweep.search.trials, sweeping.batch):
+        numbers = range(first, min(first + sweeping.batch, sweep.search.trials))
         asked = {number: _asked(optuna, study, sweep, family, number) for number in numbers}
         todo = {trial.id: trial for trial in asked.values() if not sweeping.is_done(store, trial)}
         for _ in range(len(asked) - len(todo)):
