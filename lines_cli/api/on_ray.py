@@ -218,7 +218,7 @@ class Cluster:
                 except errors.RayTaskError as error:
                     raise _refused(error.cause) from None
                 except errors.RayError as error:
-                    why = str(error).strip().partition("\n")[0] or type(error).__name__
+                    why = _in_a_line(error)
                     if lost is None or not isinstance(error, (errors.WorkerCrashedError, errors.OutOfMemoryError)):
                         raise OutputError(
                             f"Ray does not get {task.name} done: {why}",
@@ -288,7 +288,7 @@ def connected(address: str | None) -> Iterator[Cluster]:
             except ConnectionError:
                 ray.init(include_dashboard=False, **said)  # none is running: one of this machine
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise _no_cluster(where, str(error).strip().partition("\n")[0] or type(error).__name__) from error
+        raise _no_cluster(where, _in_a_line(error)) from error
     try:
         yield Cluster(ray)
     finally:
@@ -318,6 +318,12 @@ def _unreachable(where: str) -> str | None:
 _WAIT = 10.0  # seconds
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _SETTINGS = b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"  # RFC 9113: length, type 4, flags, stream
+
+
+def _in_a_line(error: BaseException) -> str:
+    """What an exception of Ray says, first of all."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
 
 
 def _no_cluster(where: str, why: str) -> OutputError:
