@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import islice
@@ -279,20 +280,21 @@ def connected(address: str | None) -> Iterator[Cluster]:
     said: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is not None and find_spec("grpc") is None:
         raise RecipeError(f"--on {address}: Ray's client is not installed", hint=f"{_INSTALL[:-1]} (ray[client]).")
-    try:
-        if address is not None:
-            ray.init(address=address, **said)
-        else:
-            try:
-                ray.init(address="auto", **said)
-            except ConnectionError:
-                ray.init(include_dashboard=False, **said)  # none is running: one of this machine
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise _no_cluster(where, _in_a_line(error)) from error
-    try:
-        yield Cluster(ray)
-    finally:
-        ray.shutdown()
+    with redirect_stdout(sys.stderr):  # where Ray says, whatever it is asked, what became of its workers
+        try:
+            if address is not None:
+                ray.init(address=address, **said)
+            else:
+                try:
+                    ray.init(address="auto", **said)
+                except ConnectionError:
+                    ray.init(include_dashboard=False, **said)  # none is running: one of this machine
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            raise _no_cluster(where, _in_a_line(error)) from error
+        try:
+            yield Cluster(ray)
+        finally:
+            ray.shutdown()
 
 
 def _unreachable(where: str) -> str | None:

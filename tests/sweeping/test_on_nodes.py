@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import load_file
 
 import lines_cli as lines
+from lines_cli.api import on_ray
 from lines_cli.engine.candidates import Known
 from lines_cli.errors import OutputError
 from lines_cli.plan.resources import Resources
@@ -285,6 +286,18 @@ class TestOnACluster:
         said = swept("--on", "ray", output="other", code=2)
         assert "in_a_notebook cannot be imported" in said
         assert f"node {socket.gethostname()}" in said
+
+    def test_a_function_that_ends_its_process(self, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """When Ray gives up, that trial has failed, and the sweep goes on; stdout is the JSON alone."""
+        monkeypatch.setattr(on_ray, "_RETRIES", 0)
+        judge = Path(__file__).with_name("test_sweep.py").read_text().partition('JUDGE = """')[2].partition('"""')[0]
+        ends = "import os\n\ndef ends(model, trial):\n    if trial['settings']['lines.alpha'] == 0.5: os._exit(3)\n"
+        (here / "ending.py").write_text(f"{judge}\n{ends}    return judge(model, trial)\n")
+        sweep_yaml(evaluate="ending:ends", model="ending:model", objective="sum", controls=False)
+        found = swept("--on", "ray", "--parallel", 1)
+        errors = {one["settings"]["lines.alpha"]: one["error"] for one in found["trials"]}
+        assert "Ray lost the process" in errors.pop(0.5)
+        assert set(errors.values()) == {None}
 
     def test_a_folder_that_no_node_sees(self, here: Path) -> None:
         """The sweep ends before an evaluation runs, and says which folder."""
