@@ -143,9 +143,10 @@ def carry_out_on_ray(
         on: what `--on` says.
     """
     from lines_cli.api.on_ray import OnRay, address_of, do_parts, is_over, plan_beside
-    from lines_cli.api.parts import refuse_missing
+    from lines_cli.api.parts import refuse_a_store, refuse_missing
     from lines_cli.cli import console
 
+    refuse_a_store(destination)
     if how["verify_inputs"]:
         raise RecipeError("--verify-inputs is not done on Ray", hint="Leave it out; plan.json knows the inputs.")
     asked = OnRay(address_of(on), resources, how["force"], how["resume"])
