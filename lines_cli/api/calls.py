@@ -666,8 +666,10 @@ def carry_out(
     if on is None:
         return make(how)
     from lines_cli.api.on_ray import OnRay, address_of, do_parts, is_over, plan_beside
-    from lines_cli.api.parts import refuse_missing
+    from lines_cli.api.parts import refuse_a_store, refuse_missing
 
+    if destination is not None:
+        refuse_a_store(destination)
     asked = OnRay(address_of(on), resources, how["force"], how["resume"])
     if how["verify_inputs"]:
         raise RecipeError("--verify-inputs is not done on Ray", hint="Leave it out; plan.json knows the inputs.")
@@ -698,10 +700,10 @@ def _made(
 
     from lines_cli.plan.claim import refuse_other_contents
     from lines_cli.plan.identity import is_finished, is_same_run, refuse_altered, replaceable
-    from lines_cli.storage.destination import check_destination, is_taken
-    from lines_cli.storage.staging import clean, leftover, recover
+    from lines_cli.storage.making import check_destination, clean, is_taken, leftover, recover, refuse_unfinished
 
     say = remark or (lambda _: None)
+    arguments.one_that_reads_back(destination, verify=how["verify"])
     if destination is None:
         plan = planned(recipe, Path(UNNAMED), quiet=quiet)
         pushed = _foreseen(pushing, plan)
@@ -717,6 +719,8 @@ def _made(
             say(f"the old {destination} is in {before.folder}; a run, or {puts_back}, puts it back")
         else:
             recover(destination)
+    if not dry_run:
+        refuse_unfinished(destination, before, resume=how["resume"])
     # Before anything is fetched. Whether what is there already is what is asked for, a plan will tell.
     check_destination(
         destination, inputs=named, nbytes=0, force=how["force"] or how["resume"], may_exist=dry_run and not how["force"]
@@ -816,10 +820,13 @@ def put_on_the_hub(pushing: Push, done: Done) -> Summary:
 
 def _what_becomes_of(left: Unfinished, how: RunOptions, *, same: bool) -> str:
     """What a run would do with what an earlier one left; `same` if that was the same run."""
+    from lines_cli.storage.object_store import url_of
+
     if left.run is None:
         return f"{left.folder} holds nothing to continue from: a run starts over"
     if not how["resume"]:
-        return f"{left.folder} holds unfinished work ({left.description}): a run without --resume discards it"
+        then = "discards it" if url_of(left.folder) is None else "refuses to begin (exit code 6)"
+        return f"{left.folder} holds unfinished work ({left.description}): a run without --resume {then}"
     if same:
         return f"{left.folder} holds unfinished work ({left.description}): --resume continues it"
     then = "--resume with --force discards it" if how["force"] else "--resume refuses to run (exit code 6)"

@@ -493,8 +493,8 @@ Output = Annotated[
         "--output",
         metavar="OUT",
         show_default=False,
-        help="A folder that loads as it is, with config and tokenizer; or one file, if it ends in .safetensors. "
-        "--dry-run needs none.",
+        help="A folder that loads as it is, with config and tokenizer; or one file, if it ends in .safetensors. Either "
+        "may be a URL (s3://, gs://, az://). --dry-run needs none.",
         rich_help_panel=OUTPUT,
     ),
 ]
@@ -514,7 +514,7 @@ Verified = Annotated[
     str,
     typer.Argument(
         metavar="OUT",
-        help="What lines wrote: a folder, a .safetensors file, or a Hub id (org/name, org/name@revision).",
+        help="What lines wrote: a folder, a .safetensors file, a Hub id (org/name, org/name@revision), or a URL (s3://).",
     ),
 ]
 RecipeOf = Annotated[
@@ -561,8 +561,8 @@ MaybeOutput = Annotated[
         "--output",
         metavar="OUT",
         show_default="the recipe's output",
-        help="A folder that loads as it is, with config and tokenizer; or one file, if it ends in .safetensors. "
-        "--dry-run needs none.",
+        help="A folder that loads as it is, with config and tokenizer; or one file, if it ends in .safetensors. Either "
+        "may be a URL (s3://, gs://, az://). --dry-run needs none.",
         rich_help_panel=OUTPUT,
     ),
 ]

@@ -47,6 +47,11 @@ def sweep(
 
     asked = load_sweep(arguments.path("--config", config))
     destination = arguments.destination_unless(output, dry_run=dry_run, unnamed="no output is named")
+    arguments.on_a_disk(
+        destination,
+        what="trials and report stand beside the output",
+        hint="Name a folder; then lines push OUT URL.",
+    )
     resources = arguments.resources(workers, device, gpu_memory)
     arguments.use_cache(cache)
     with tolerant_torch_import():
