@@ -43,15 +43,11 @@ def sweep(
     which did best. No evaluation runs twice: the same command goes on where an earlier one ended.
     """
     from lines_cli.cli import console
+    from lines_cli.sweeping.call import destination_of
     from lines_cli.sweeping.config import load_sweep
 
     asked = load_sweep(arguments.path("--config", config))
-    destination = arguments.destination_unless(output, dry_run=dry_run, unnamed="no output is named")
-    arguments.on_a_disk(
-        destination,
-        what="trials and report stand beside the output",
-        hint="Name a folder; then lines push OUT URL.",
-    )
+    destination = destination_of(output, dry_run=dry_run)
     resources = arguments.resources(workers, device, gpu_memory)
     arguments.use_cache(cache)
     with tolerant_torch_import():

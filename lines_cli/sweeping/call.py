@@ -15,6 +15,18 @@ if TYPE_CHECKING:
     from lines_cli.api.calls import Named
 
 
+def destination_of(output: Named | None, *, dry_run: bool) -> Path | None:
+    """The folder of a sweep's winner; None in a dry run for which none is named.
+
+    Raises:
+        RecipeError: none is named, or one in an object store.
+    """
+    found = arguments.destination_unless(output, dry_run=dry_run, unnamed="no output is named")
+    hint = "Name a folder; then lines push OUT URL."
+    arguments.on_a_disk(found, what="trials and report stand beside the output", hint=hint)
+    return found
+
+
 def sweep(
     config: Named | Mapping[str, Any],
     output: Named | None = None,
@@ -51,7 +63,7 @@ def sweep(
         asked = sweep_from(dict(config), Path("sweep"))
     else:
         asked = load_sweep(arguments.path("--config", config))
-    destination = arguments.destination_unless(output, dry_run=dry_run, unnamed="no output is named")
+    destination = destination_of(output, dry_run=dry_run)
     resources = arguments.resources(workers, device, gpu_memory)
     arguments.use_cache(cache)
     with tolerant_torch_import():

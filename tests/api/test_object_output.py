@@ -14,7 +14,8 @@ import pytest
 import torch
 import yaml
 
-from lines_cli.errors import size
+import lines_cli as lines
+from lines_cli.errors import RecipeError, size
 from lines_cli.storage import object_store, uploads
 from lines_cli.storage.uploads import Uploads
 from support.adapters import factors, layers_of, write_adapter
@@ -478,6 +479,10 @@ def test_what_needs_a_disk(here: Path, store: S3Server) -> None:
     assert "lines push" in refused(2, "plan", *command[1:], "-o", "s3://models/out")
     assert "lines push" in refused(2, *command, "-o", "s3://models/out", "--on", "ray")
     assert "lines push" in refused(2, "sweep", "--config", "sweep.yaml", "-o", "s3://models/out")
+    with pytest.raises(RecipeError, match="which has to be on a disk"):
+        lines.sweep("sweep.yaml", "s3://models/out")
+    with pytest.raises(RecipeError, match="which has to be on a disk"):
+        lines.edit("base", "ft", "s3://models/out", on="ray")
     assert "--push-to" in refused(2, *command, "-o", "s3://models/out", "--push-to", "org/name")
     assert "--verify" in refused(2, *command, "-o", "s3://models/out.safetensors", "--verify")
     assert not store.asked
