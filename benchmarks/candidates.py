@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 import lines_cli as lines
 from lines_cli.engine.candidates import Candidates
 from lines_cli.plan.resources import Resources
-from lines_cli.sweep.config import space_from
-from lines_cli.sweep.trials import combinations
+from lines_cli.sweeping.config import space_from
+from lines_cli.sweeping.trials import combinations
 
 ALPHAS = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
 GRID = {"lines.alpha": ALPHAS}

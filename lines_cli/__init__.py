@@ -47,7 +47,8 @@ if TYPE_CHECKING:
     from lines_cli.recipe.yaml_file import load_recipe as load_recipe
     from lines_cli.scaling.find_depth import DepthMap as DepthMap
     from lines_cli.scaling.find_depth import find_depth as find_depth
-    from lines_cli.sweep.candidates import candidates as candidates
+    from lines_cli.sweeping.call import sweep as sweep
+    from lines_cli.sweeping.candidates import candidates as candidates
 
 
 _HOMES = {
@@ -70,7 +71,8 @@ _HOMES = {
     "inspection.report": ("make_report", "problems"),
     "plan.resources": ("Resources",),
     "engine.verify": ("Verification", "verify"),
-    "sweep.candidates": ("candidates",),
+    "sweeping.call": ("sweep",),
+    "sweeping.candidates": ("candidates",),
 }
 __all__ = ["__version__", *(name for names in _HOMES.values() for name in names)]  # noqa: PLE0604 - all are strings
 

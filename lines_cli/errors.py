@@ -130,12 +130,14 @@ class Aftermath:
         in_place: the destination, if the new output had taken its place before; None where that is as it was.
         output: the destination, to name in the commands that go on from there.
         unpushed: of an output that was being put on the Hub: the command that goes on with it.
+        state: what has become of the destination, in words, where it is not as it was.
     """
 
     kept: Path | None = None
     in_place: Path | None = None
     output: Path | None = None
     unpushed: str | None = None
+    state: str | None = None
 
 
 def attach_aftermath(error: BaseException, aftermath: Aftermath) -> None:

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lines_cli"
 
 # From the top down: a module may import from folders below its own, and from its own; never from one above.
-FOLDERS = ["", *"cli sweep api inspection engine plan recipe hub checkpoint storage methods scaling".split()]
+FOLDERS = ["", *"cli sweeping api inspection engine plan recipe hub checkpoint storage methods scaling".split()]
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")
@@ -125,9 +125,12 @@ def test_no_module_imports_itself_in_a_circle() -> None:
         ("matplotlib", {"inspection.plot"}),
         ("typer", {"cli.app", "cli.options", "cli.parser"}),
         ("huggingface_hub", {"hub.client", "hub.download", "hub.heads", "hub.upload"}),
-        ("torch", {"api.in_memory", "inspection.compare", "scaling.spectra", "sweep.live", "sweep.run"}),
+        ("torch", {"api.in_memory", "inspection.compare", "scaling.spectra", "sweeping.bench", "sweeping.live"}),
         ("pydantic", {"recipe.schema", "recipe.validate"}),
-        ("yaml", {"checkpoint.model_card", "inspection.html", "recipe.plain_yaml", "recipe.yaml_file", "sweep.config"}),
+        (
+            "yaml",
+            {"checkpoint.model_card", "inspection.html", "recipe.plain_yaml", "recipe.yaml_file", "sweeping.config"},
+        ),
         ("regex", {"scaling.by_hand"}),
         ("safetensors", {"checkpoint.crosscheck"}),
         ("ray", {"api.on_ray"}),
@@ -315,9 +318,9 @@ OTHER_MEANINGS = {
     "recipe.yaml_file": {"weight"},
     "plan.weights": {"weight"},  # the parameter for which a rule may stand
     "plan.flux_names": {"weight"},
-    "sweep.config": {"seed"},  # of a search, and of repeated evaluations
-    "sweep.live": {"seed"},
-    "sweep.store": {"seed"},
+    "sweeping.config": {"seed"},  # of a search, and of repeated evaluations
+    "sweeping.live": {"seed"},
+    "sweeping.store": {"seed"},
     "inspection.report": {"lambda"},  # a key of the report
     "inspection.tables": {"lambda", "scale"},
     "recipe.schema": {"task_arithmetic"},  # what a recipe is that says no method

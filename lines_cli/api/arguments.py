@@ -53,18 +53,59 @@ def destination_unless(given: str | Path | None, *, dry_run: bool, unnamed: str,
 
 
 def destination(given: str | Path) -> Path:
-    """Where the output goes: a folder, or a .safetensors file.
+    """Where the output goes: a folder, or a .safetensors file; on a disk, or in an object store.
 
     Raises:
-        RecipeError: its name is that of a file of another format.
+        RecipeError: its name is that of a file of another format; or of no folder in a bucket.
     """
+    from lines_cli.storage.object_store import ObjectPath, is_url, url_of
+
     found = path("-o", given)
+    url = url_of(str(given))
+    if url is not None and url.count("/") > 2 and ".." not in found.parts:
+        found = ObjectPath(url)
+    elif url is not None or is_url(str(given)):
+        raise RecipeError(f"-o {given}: not the URL of a folder in a bucket", hint="As in -o s3://bucket/folder.")
     if found.name.lower().endswith(_OTHER_FORMATS):
         raise RecipeError(
             f"-o {found}: lines writes safetensors, and no {found.suffix} file",
             hint=f"Give a folder, or one file: -o {found.with_suffix('.safetensors')}.",
         )
     return found
+
+
+def on_a_disk(destination: Path | None, *, what: str, hint: str) -> None:
+    """Refuse a destination in an object store.
+
+    Args:
+        destination: None where there is none.
+        what: why, as in `lines sweep keeps its trials beside the output`.
+        hint: what to do.
+
+    Raises:
+        RecipeError: it is in a store.
+    """
+    from lines_cli.storage.object_store import url_of
+
+    if destination is not None and url_of(destination) is not None:
+        raise RecipeError(f"-o {destination}: {what}, which has to be on a disk", hint=hint)
+
+
+def one_that_reads_back(destination: Path | None, *, verify: bool) -> None:
+    """Refuse to verify a single object before it is there.
+
+    Raises:
+        RecipeError: that is asked.
+    """
+    from lines_cli.storage.destination import is_one_file
+    from lines_cli.storage.object_store import url_of
+
+    if verify and destination is not None and url_of(destination) is not None and is_one_file(destination):
+        raise RecipeError(
+            f"-o {destination}: --verify reads an output back before anybody finds it, and an object by itself appears "
+            "when it is whole",
+            hint=f"Leave out --verify; or write a folder: -o {destination.with_suffix('')}.",
+        )
 
 
 _OTHER_FORMATS = (*".bin .pt .pth .ckpt .gguf .h5 .msgpack .onnx .npz .pkl .json .safetensor .sft".split(),)
@@ -154,6 +195,7 @@ def target(repo: str | None, *, private: bool, revision: str | None, destination
     from lines_cli.storage.destination import is_one_file
 
     found = target_of(repo, private=private, revision=revision)
+    on_a_disk(destination, what="--push-to sends what lies in the output", hint="Name a folder here, or leave it out.")
     if destination is not None and is_one_file(destination):
         raise RecipeError(
             f"-o {destination}: --push-to puts a folder on the Hub, with config and record, and no single file",

@@ -7,14 +7,14 @@ Importing this module loads nothing heavy; the commands are made of the same par
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from lines_cli.api import arguments, summary
+from lines_cli.api.planned import planned, tolerant_torch_import
 from lines_cli.errors import DataError, OutputError, RecipeError, as_argument, size
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def edit(
     workers: int | None = None,
     device: str = "auto",
     gpu_memory: str | int | None = None,
+    on: str | None = None,
     cache: Named | None = None,
     dry_run: bool = False,
     track: Track | None = None,
@@ -103,6 +104,7 @@ def edit(
         force, resume, verify, verify_inputs: as the options.
         push_to, private, revision: where on the Hub to put the output, once it is in place (`push`).
         workers, device, gpu_memory, cache: what may be used; it changes no byte.
+        on: `"ray"` or `"ray://HOST:PORT"`: done in parts, as tasks of a Ray cluster (docs/scale.md).
         dry_run: return the plan, and write nothing.
         track: wraps the stream of byte counts of each pass, to show progress: called with title, total and stream.
 
@@ -144,7 +146,7 @@ def edit(
     destination = arguments.destination_unless(output, dry_run=dry_run, unnamed="no output is named")
     arguments.use_cache(cache)
     pushing = _push_to(arguments.target(push_to, private=private, revision=revision, destination=destination))
-    done = carry_out(recipe, destination, resources, how, dry_run=dry_run, track=track, pushing=pushing)
+    done = carry_out(recipe, destination, resources, how, dry_run=dry_run, track=track, pushing=pushing, on=on)
     return done.summary if pushing is None or dry_run else put_on_the_hub(pushing, done)
 
 
@@ -328,6 +330,7 @@ def merge(
     workers: int | None = None,
     device: str = "auto",
     gpu_memory: str | int | None = None,
+    on: str | None = None,
     cache: Named | None = None,
     dry_run: bool = False,
     track: Track | None = None,
@@ -341,8 +344,8 @@ def merge(
         sets: what overrules the recipe: a mapping such as `{"lines.beta": 0.4}`, or texts as `--set` takes them.
         as_adapter, rank, energy, num_layers: merge adapters into an adapter (docs/adapters-out.md); as the recipe's
             keys.
-        force, resume, verify, verify_inputs, push_to, private, revision, workers, device, gpu_memory, cache, dry_run,
-            track: as in `edit`.
+        force, resume, verify, verify_inputs, push_to, private, revision, workers, device, gpu_memory, on, cache,
+            dry_run, track: as in `edit`.
 
     Returns:
         What `--json` prints (docs/json.md).
@@ -356,7 +359,7 @@ def merge(
     destination = destination_of(recipe, output, called=config, dry_run=dry_run)
     arguments.use_cache(cache)
     pushing = _push_to(arguments.target(push_to, private=private, revision=revision, destination=destination))
-    done = carry_out(recipe, destination, resources, how, dry_run=dry_run, track=track, pushing=pushing)
+    done = carry_out(recipe, destination, resources, how, dry_run=dry_run, track=track, pushing=pushing, on=on)
     return done.summary if pushing is None or dry_run else put_on_the_hub(pushing, done)
 
 
@@ -619,31 +622,6 @@ def destination_of(recipe: Recipe, output: Named | None, *, called: Any, dry_run
     )
 
 
-@contextmanager
-def tolerant_torch_import() -> Iterator[None]:
-    """Import torch: keep its warning of a missing numpy from the user, since nothing here needs it; and say what it
-    means where its libraries do not fit into the memory that the process may have.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Failed to initialize NumPy")
-        try:
-            yield
-        except Exception as error:
-            reasons = [line for line in str(error).splitlines() if "map segment" in line or "allocate memory" in line]
-            if not reasons and not _memory_is_limited():
-                raise
-            raise MemoryError(f"torch cannot be loaded: {(reasons or [type(error).__name__])[0].strip()}") from error
-
-
-def _memory_is_limited() -> bool:
-    """Whether the process may have so much address space only: what fails then in a library may be of any kind."""
-    try:
-        import resource
-    except ImportError:
-        return False
-    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
-
-
 def carry_out(
     recipe: Recipe,
     destination: Path | None,
@@ -656,6 +634,7 @@ def carry_out(
     remark: Callable[[str], None] | None = None,
     at_last: Callable[[], None] = lambda: None,
     pushing: Push | None = None,
+    on: str | None = None,
 ) -> Done:
     """Plan a recipe's result, and unless `dry_run` says otherwise make it.
 
@@ -670,15 +649,61 @@ def carry_out(
         remark: gets what a person should know by the way.
         at_last: as of `engine.run`.
         pushing: a push of the output, of which only is asked here whether it can be done; and the output is read back.
+        on: the engine that does it in parts, as `--on` says it; None for this process.
     """
+    make = partial(
+        _made,
+        recipe,
+        destination,
+        resources,
+        dry_run=dry_run,
+        quiet=quiet,
+        track=track,
+        remark=remark,
+        at_last=at_last,
+        pushing=pushing,
+    )
+    if on is None:
+        return make(how)
+    from lines_cli.api.on_ray import OnRay, address_of, do_parts, is_over, plan_beside
+    from lines_cli.api.parts import refuse_a_store, refuse_missing
+
+    if destination is not None:
+        refuse_a_store(destination)
+    asked = OnRay(address_of(on), resources, how["force"], how["resume"])
+    if how["verify_inputs"]:
+        raise RecipeError("--verify-inputs is not done on Ray", hint="Leave it out; plan.json knows the inputs.")
+    if dry_run or destination is None:
+        return make(how)
+    if not is_over(recipe, destination, how["resume"], quiet=quiet):
+        refuse_missing(do_parts(recipe, destination, asked, quiet=quiet, track=track, say=remark or (lambda _: None)))
+    done = make({**how, "resume": True})
+    plan_beside(destination).unlink(missing_ok=True)
+    return done
+
+
+def _made(
+    recipe: Recipe,
+    destination: Path | None,
+    resources: Resources,
+    how: RunOptions,
+    *,
+    dry_run: bool,
+    quiet: bool,
+    track: Track | None,
+    remark: Callable[[str], None] | None,
+    at_last: Callable[[], None],
+    pushing: Push | None,
+) -> Done:
+    """The same, here."""
     from dataclasses import replace
 
     from lines_cli.plan.claim import refuse_other_contents
     from lines_cli.plan.identity import is_finished, is_same_run, refuse_altered, replaceable
-    from lines_cli.storage.destination import check_destination, is_taken
-    from lines_cli.storage.staging import clean, leftover, recover
+    from lines_cli.storage.making import check_destination, clean, is_taken, leftover, recover, refuse_unfinished
 
     say = remark or (lambda _: None)
+    arguments.one_that_reads_back(destination, verify=how["verify"])
     if destination is None:
         plan = planned(recipe, Path(UNNAMED), quiet=quiet)
         pushed = _foreseen(pushing, plan)
@@ -694,6 +719,8 @@ def carry_out(
             say(f"the old {destination} is in {before.folder}; a run, or {puts_back}, puts it back")
         else:
             recover(destination)
+    if not dry_run:
+        refuse_unfinished(destination, before, resume=how["resume"])
     # Before anything is fetched. Whether what is there already is what is asked for, a plan will tell.
     check_destination(
         destination, inputs=named, nbytes=0, force=how["force"] or how["resume"], may_exist=dry_run and not how["force"]
@@ -791,25 +818,15 @@ def put_on_the_hub(pushing: Push, done: Done) -> Summary:
         ) from error
 
 
-def planned(recipe: Recipe, destination: Path, *, quiet: bool, weights: bool = False) -> AnyPlan:
-    """The plan of a recipe's result; without `weights` those that are on the Hub stay there, and only their headers are
-    fetched.
-    """
-    from dataclasses import replace
-
-    from lines_cli.plan.any_plan import planning
-    from lines_cli.plan.claim import notes_of_inputs
-
-    plan = planning(recipe, quiet=quiet, weights=weights)(destination)
-    return replace(plan, notes=(*plan.notes, *notes_of_inputs(plan))) if recipe.inputs else plan
-
-
 def _what_becomes_of(left: Unfinished, how: RunOptions, *, same: bool) -> str:
     """What a run would do with what an earlier one left; `same` if that was the same run."""
+    from lines_cli.storage.object_store import url_of
+
     if left.run is None:
         return f"{left.folder} holds nothing to continue from: a run starts over"
     if not how["resume"]:
-        return f"{left.folder} holds unfinished work ({left.description}): a run without --resume discards it"
+        then = "discards it" if url_of(left.folder) is None else "refuses to begin (exit code 6)"
+        return f"{left.folder} holds unfinished work ({left.description}): a run without --resume {then}"
     if same:
         return f"{left.folder} holds unfinished work ({left.description}): --resume continues it"
     then = "--resume with --force discards it" if how["force"] else "--resume refuses to run (exit code 6)"

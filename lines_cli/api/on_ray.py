@@ -1,20 +1,23 @@
-"""A run in parts as tasks of a Ray cluster. Ray is the engine: it places, retries and limits; what a part is, `lines
-plan` says. The only user of ray, which is imported when it is asked for.
+"""A run in parts as tasks of a Ray cluster; and the cluster, for whoever else has tasks. Ray is the engine: it places,
+retries and limits; what a part is, `lines plan` says. The only user of ray, which is imported when it is asked for.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, redirect_stdout, suppress
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lines_cli.api.calls import planned
 from lines_cli.api.parts import Opened, open_parts, plan_parts, run_parts
-from lines_cli.errors import LinesError, OutputError, RecipeError
+from lines_cli.api.planned import planned
+from lines_cli.errors import LinesError, OutputError, RecipeError, size
 
 if TYPE_CHECKING:
     from lines_cli.engine.measure import Track
@@ -23,8 +26,9 @@ if TYPE_CHECKING:
     from lines_cli.recipe.schema import Recipe
 
 _RETRIES = 8
-"""How often Ray does a part anew whose worker or node was lost."""
+"""How often Ray does a task anew whose worker or node was lost."""
 _INSTALL = "Install ray: the extra `ray`."
+_PATIENCE = 12.0  # seconds in which tasks that are cancelled may end what they have started
 
 
 def plan_beside(destination: Path) -> Path:
@@ -92,10 +96,12 @@ def do_parts(
     Raises:
         LinesError: as `lines merge`; or ray is not there, or does not get a part done.
     """
-    with _connected(how.address) as (ray, cpus):
-        opened = _planned(recipe, destination, how, cpus, quiet=quiet, say=say)
+    with connected(how.address) as cluster:
+        opened = _planned(recipe, destination, how, cluster.cpus, quiet=quiet, say=say)
+        needs = needs_of(how.resources, opened.plan.peak_memory)
+        cluster.say_what_is_missing(needs, say)
         for stage in range(len(opened.division.stages)):
-            _stage(ray, opened, stage, how, track)
+            _stage(cluster, opened, stage, needs, track)
     return opened
 
 
@@ -115,51 +121,211 @@ def _planned(
     return plan_parts(recipe, destination, file, at_least=at_once, force=how.force, anew=True, quiet=quiet, say=say)
 
 
-class _connected:  # noqa: N801 - used as a function
-    """A connection to Ray, for the length of a `with` block: the module, and how many CPUs there are."""
+@dataclass(frozen=True)
+class Needs:
+    """What a task takes.
 
-    def __init__(self, address: str | None) -> None:
-        self._address = address
+    Attributes:
+        resources: what it may use of its node.
+        memory: bytes.
+    """
 
-    def __enter__(self) -> tuple[Any, int]:
+    resources: Resources
+    memory: int
+
+    @property
+    def cpus(self) -> int:
+        return self.resources.workers or 1
+
+    @property
+    def gpus(self) -> int:
+        return sum(device.startswith("cuda") for device in self.resources.device.split(","))
+
+
+def needs_of(resources: Resources, peak_memory: Callable[[Resources], int]) -> Needs:
+    """What a task takes that may use so much: `workers` CPUs, 1 unless said; a GPU for each CUDA device; memory."""
+    each = replace(resources, workers=resources.workers or 1)
+    return Needs(each, peak_memory(each))
+
+
+@dataclass(frozen=True)
+class Task:
+    """A function that some node calls.
+
+    Attributes:
+        name: in Ray's own tools.
+        function: that a node can import.
+        arguments: which are pickled.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
+class Cluster:
+    """A Ray cluster that this process is connected to."""
+
+    def __init__(self, ray: Any) -> None:
+        self._ray = ray
+
+    @property
+    def cpus(self) -> int:
+        return int(self._ray.cluster_resources().get("CPU", 1))
+
+    def say_what_is_missing(self, needs: Needs, say: Callable[[str], None]) -> None:
+        """Say so, if no node has what a task needs: Ray waits until one comes."""
+        wanted = {"CPU": needs.cpus, "GPU": needs.gpus, "memory": needs.memory}
+        nodes = [node["Resources"] for node in self._ray.nodes() if node.get("Alive")]
+        if not any(all(has.get(key, 0) >= value for key, value in wanted.items()) for has in nodes):
+            say(
+                f"no node of the cluster has {needs.cpus} CPUs, {needs.gpus} GPUs and {size(needs.memory)} of memory, "
+                "which a task takes: Ray waits until one comes"
+            )
+
+    def each(
+        self,
+        tasks: Iterable[Task],
+        needs: Needs,
+        *,
+        at_once: int | None = None,
+        lost: Callable[[Task, str], Any] | None = None,
+    ) -> Generator[Any, None, None]:
+        """What tasks give, as they end. Those that have not ended when this is left are cancelled.
+
+        Args:
+            tasks: spread over the nodes.
+            needs: of each.
+            at_once: how many Ray is given at a time; None for all.
+            lost: what stands for a task that ends the process it runs in, however often Ray tries.
+
+        Raises:
+            LinesError: what a task was refused for; or Ray does not get one done.
+        """
+        left, running = iter(tasks), dict[Any, Task]()
+
+        def submit() -> None:
+            for task in islice(left, None if at_once is None else at_once - len(running)):
+                running[self._submitted(task, needs)] = task
+
+        errors = self._ray.exceptions
         try:
-            import ray
-        except ImportError as error:
-            raise RecipeError("--on ray: ray is not installed", hint=_INSTALL) from error
-        self._ray: Any = ray
-        where = self._address or os.environ.get("RAY_ADDRESS") or "this machine"
-        if unreachable := _unreachable(where):  # for which Ray waits long, and ends the process
-            raise _no_cluster(where, unreachable)
-        said: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+            submit()
+            while running:
+                (ended, *_), _ = self._ray.wait(list(running), num_returns=1)
+                task = running.pop(ended)
+                try:
+                    found = self._ray.get(ended)
+                except errors.RayTaskError as error:
+                    raise _refused(error.cause) from None
+                except errors.RayError as error:
+                    why = _in_a_line(error)
+                    if lost is None or not isinstance(error, (errors.WorkerCrashedError, errors.OutOfMemoryError)):
+                        raise OutputError(
+                            f"Ray does not get {task.name} done: {why}",
+                            hint="Look at ray status and at the logs of its workers; then go on: the same command"
+                            f"{'' if lost else ' with --resume'}.",
+                        ) from error
+                    found = lost(task, why)
+                submit()
+                yield found
+        finally:
+            for reference in running:
+                with suppress(Exception):
+                    self._ray.cancel(reference)
+            if running:
+                with suppress(Exception):
+                    self._ray.wait(list(running), num_returns=len(running), timeout=_PATIENCE)
+
+    def _submitted(self, task: Task, needs: Needs) -> Any:
+        options = {
+            "name": task.name,
+            "num_cpus": needs.cpus,
+            "num_gpus": needs.gpus,
+            "memory": needs.memory,
+            "max_retries": _RETRIES,
+            "scheduling_strategy": "SPREAD",
+        }
+        return self._ray.remote(task.function).options(**options).remote(*task.arguments)
+
+
+def _refused(cause: BaseException) -> BaseException:
+    """What a person is told of an exception of a task."""
+    if isinstance(cause, ImportError):
+        return OutputError(
+            f"a node of the Ray cluster cannot run lines: {cause}",
+            hint="Install the same version of lines, and what your own functions need, on all nodes.",
+        )
+    return cause
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[Cluster]:
+    """A connection to a cluster, for the length of a `with` block; one that this process has already is used, and kept.
+
+    Raises:
+        RecipeError: ray is not installed.
+        OutputError: nobody answers.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise RecipeError("--on ray: ray is not installed", hint=_INSTALL) from error
+    if address is None and ray.is_initialized():
+        yield Cluster(ray)
+        return
+    where = address or os.environ.get("RAY_ADDRESS") or "this machine"
+    if unreachable := _unreachable(where):  # for which Ray waits long, and ends the process
+        raise _no_cluster(where, unreachable)
+    said: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address is not None and find_spec("grpc") is None:
+        raise RecipeError(f"--on {address}: Ray's client is not installed", hint=f"{_INSTALL[:-1]} (ray[client]).")
+    with redirect_stdout(sys.stderr):  # where Ray says, whatever it is asked, what became of its workers
         try:
-            if self._address is not None:
-                ray.init(address=self._address, **said)
+            if address is not None:
+                ray.init(address=address, **said)
             else:
                 try:
                     ray.init(address="auto", **said)
                 except ConnectionError:
                     ray.init(include_dashboard=False, **said)  # none is running: one of this machine
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            raise _no_cluster(where, str(error).strip().partition("\n")[0] or type(error).__name__) from error
-        return self._ray, int(self._ray.cluster_resources().get("CPU", 1))
-
-    def __exit__(self, *_: object) -> None:
-        self._ray.shutdown()
+            raise _no_cluster(where, _in_a_line(error)) from error
+        try:
+            yield Cluster(ray)
+        finally:
+            ray.shutdown()
 
 
 def _unreachable(where: str) -> str | None:
-    """Why nobody answers at an address `HOST:PORT`; None if somebody does, or it is no such address."""
+    """Why no cluster answers at an address `HOST:PORT`; None if one does, or it is no such address. Both of Ray's
+    servers, and no others, speak gRPC, which begins with a frame of settings.
+    """
     host, _, port = where.rpartition("://")[2].rpartition(":")
     if not host or not port.isdecimal():
         return None
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_WAIT).close()
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_WAIT) as connection:
+            if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+                return None
+            connection.sendall(_PREFACE + _SETTINGS)
+            frame = connection.recv(len(_SETTINGS), socket.MSG_WAITALL)
+    except TimeoutError:
+        return f"nobody answered for {_WAIT:.0f} s"
     except (OSError, OverflowError) as error:
         return getattr(error, "strerror", None) or str(error)
-    return None
+    return None if frame[3:4] == _SETTINGS[3:4] else "what answers there is not Ray"
 
 
 _WAIT = 10.0  # seconds
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+_SETTINGS = b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"  # RFC 9113: length, type 4, flags, stream
+
+
+def _in_a_line(error: BaseException) -> str:
+    """What an exception of Ray says, first of all."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
 
 
 def _no_cluster(where: str, why: str) -> OutputError:
@@ -169,7 +335,7 @@ def _no_cluster(where: str, why: str) -> OutputError:
     )
 
 
-def _stage(ray: Any, opened: Opened, stage: int, how: OnRay, track: Track | None) -> None:
+def _stage(cluster: Cluster, opened: Opened, stage: int, needs: Needs, track: Track | None) -> None:
     """Do all parts of a stage. Where thresholds are looked for, a part may have more to do once all have looked
     (`engine/run_parts`): the first is asked.
     """
@@ -178,11 +344,10 @@ def _stage(ray: Any, opened: Opened, stage: int, how: OnRay, track: Track | None
     parts = opened.division.of_stage(stage)
     left = [part for part in parts if not _is_done(opened, part)]
     while True:
-        _do(ray, opened, left, how, track)
+        _do(cluster, opened, left, needs, track)
         if opened.division.stages[stage] != THRESHOLDS or not opened.plan.trims_globally or not parts:
             return
-        more = list(_results(ray, [_submitted(ray, opened, parts[0], how)]))
-        if all(before for _, before in more):
+        if all(before for _, before in list(cluster.each([_task(opened, parts[0], needs)], needs))):
             return
         left = list(parts[1:])
 
@@ -194,63 +359,25 @@ def _is_done(opened: Opened, part: Part) -> bool:
     return Shared(divided.output, divided.digest, divided.file).records.is_there(str(part.number))
 
 
-def _do(ray: Any, opened: Opened, parts: Sequence[Part], how: OnRay, track: Track | None) -> None:
+def _do(cluster: Cluster, opened: Opened, parts: Sequence[Part], needs: Needs, track: Track | None) -> None:
     if not parts:
         return
     sizes = {part.number: part.writes or part.reads for part in parts}
-    tasks = [_submitted(ray, opened, part, how) for part in parts]
-    done: Iterator[int] = (sizes[number] for number, _ in _results(ray, tasks))
+    ended = cluster.each([_task(opened, part, needs) for part in parts], needs)
+    done: Iterator[int] = (sizes[number] for number, _ in ended)
     title = f"{opened.division.called(parts[0])} in {len(parts):,} parts on Ray"
-    for _ in done if track is None else track(title, sum(sizes.values()), done):
-        pass
+    with closing(ended):
+        for _ in done if track is None else track(title, sum(sizes.values()), done):
+            pass
 
 
-def _submitted(ray: Any, opened: Opened, part: Part, how: OnRay) -> Any:
-    """The part as a task."""
-    from dataclasses import replace
-
-    cpus = how.resources.workers or 1
-    resources = replace(how.resources, workers=cpus)
+def _task(opened: Opened, part: Part, needs: Needs) -> Task:
     total = len(opened.division.parts)
-    task = ray.remote(_do_part).options(
-        name=f"lines part {part.number}/{total} ({opened.division.called(part)})",
-        num_cpus=cpus,
-        num_gpus=1 if resources.device.startswith("cuda") else 0,
-        memory=opened.plan.peak_memory(resources),
-        max_retries=_RETRIES,
-        scheduling_strategy="SPREAD",
-    )
-    return task.remote(os.path.abspath(opened.divided.file), part.number, total, resources)
+    name = f"lines part {part.number}/{total} ({opened.division.called(part)})"
+    return Task(name, _do_part, (os.path.abspath(opened.divided.file), part.number, total, needs.resources))
 
 
 def _do_part(file: str, number: int, total: int, resources: Resources) -> tuple[int, bool]:
     """A part, in a worker of the cluster: its number, and whether it had been done before."""
     (done,) = run_parts(open_parts(Path(file)), f"{number}/{total}", resources)
     return number, done.before
-
-
-def _results(ray: Any, tasks: Sequence[Any]) -> Iterator[tuple[int, bool]]:
-    """What tasks give, as they end.
-
-    Raises:
-        LinesError: what a part was refused for; the others are cancelled.
-    """
-    waiting = list(tasks)
-    try:
-        while waiting:
-            ended, waiting = ray.wait(waiting, num_returns=1)
-            try:
-                yield ray.get(ended[0])
-            except ray.exceptions.RayTaskError as error:
-                cause = error.cause
-                raise cause if isinstance(cause, LinesError) else error from None
-            except ray.exceptions.RayError as error:
-                first = str(error).strip().partition("\n")[0]
-                raise OutputError(
-                    f"Ray does not get a part done: {first}",
-                    hint="Look at ray status and at the logs of its workers; then the same command with --resume.",
-                ) from error
-    finally:
-        for task in waiting:
-            with suppress(Exception):
-                ray.cancel(task)

@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lines_cli.api.calls import planned, tolerant_torch_import
+from lines_cli.api import arguments
+from lines_cli.api.planned import planned, tolerant_torch_import
 from lines_cli.errors import LinesError, OutputError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def plan_parts(
     from lines_cli.storage.shared_staging import begin, is_of_plan
     from lines_cli.storage.staging import leftover, recover
 
+    refuse_a_store(destination)
     before = leftover(destination)
     if before is not None and before.set_aside:
         recover(destination)
@@ -93,6 +95,17 @@ def plan_parts(
         say(remark)
     _put(file, json.dumps(document, indent=1).encode() + b"\n")
     return Opened(read_document(file), plan, division)
+
+
+def refuse_a_store(destination: Path) -> None:
+    """Refuse an output in an object store: parts write ranges of its files.
+
+    Raises:
+        RecipeError: it is in one.
+    """
+    arguments.on_a_disk(
+        destination, what="parts write ranges of one file", hint="Name a folder that all see; then lines push OUT URL."
+    )
 
 
 def _whole_model(plan: Any) -> Plan:

@@ -1,5 +1,6 @@
 """An output of lines into an object store. Nothing is renamed there, so the order says when it is whole: weights first,
-then what stands beside them, the index, and the recipe last. Who looks for recipe or index never sees half of it.
+then what stands beside them, the config, the index, and the recipe last. Who looks for one of these three never sees
+half of it.
 """
 
 from __future__ import annotations
@@ -83,12 +84,9 @@ def push_to_objects(
 
 def in_order(contents: Contents) -> list[str]:
     """The files of an output as they are sent."""
-    from lines_cli.storage.names import RECIPE
+    from lines_cli.storage.names import turn
 
-    def rank(name: str) -> int:
-        return 3 if name == RECIPE else 2 if name.endswith(".index.json") else 0 if name.endswith(".safetensors") else 1
-
-    return sorted(contents.files, key=lambda name: (rank(name), name))
+    return sorted(contents.files, key=turn)
 
 
 def _refuse_others(contents: Contents, target: str) -> bool:
@@ -101,7 +99,7 @@ def _refuse_others(contents: Contents, target: str) -> bool:
     from lines_cli.storage.object_store import content_of, listed
 
     try:
-        there = listed(target)
+        there = {name: one.nbytes for name, one in listed(target).items()}
         recipe = content_of(f"{target}/{RECIPE}", 2**30) if RECIPE in there else None
     except CheckpointError as error:
         raise PushError(error.message, hint=error.hint) from error

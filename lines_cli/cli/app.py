@@ -140,13 +140,15 @@ def _say(error: BaseException, told: BaseException, *, writes: bool, json: bool)
                 console.remark(f"interrupted ({number.name}) after {aftermath.in_place} was in place: it is whole")
                 code = 0
             else:
-                unchanged = "; the destination is as it was" if writes else ""
+                unchanged = "; the destination is as it was" if writes and aftermath.state is None else ""
                 message, code = f"interrupted ({number.name}){unchanged}", 128 + number
         case _:
             message = ": ".join(filter(None, ("out of memory", str(error))))
             hint = "Try fewer --workers: each has buffers of its own."
     if message:
         console.refuse(message, hint, code=code)
+    if aftermath.state is not None:
+        console.remark(aftermath.state)
     if aftermath.kept is not None and aftermath.unpushed is None:
         removes = f"lines clean {as_argument(aftermath.output)} removes it"
         if aftermath.in_place is not None:

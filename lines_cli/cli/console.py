@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from lines_cli.plan.realised import Row
     from lines_cli.plan.resources import Resources
     from lines_cli.storage.staging import Unfinished
-    from lines_cli.sweep.run import Found
+    from lines_cli.sweeping.run import Found
 
 _MOST_NAMES = 16
 _MOST_DEPTHS = 7
@@ -452,8 +452,8 @@ def show_sweep_plan(told: dict[str, Any], *, json: bool) -> None:
 
 def show_sweep(found: Found, *, json: bool, quiet: bool) -> None:
     """What a sweep found: the best trials of each family, the verdict, and the winner."""
-    from lines_cli.sweep.report import BASELINES, called
-    from lines_cli.sweep.trials import shown as settings_of
+    from lines_cli.sweeping.report import BASELINES, called
+    from lines_cli.sweeping.trials import shown as settings_of
 
     if json:
         _print_json({**ABOUT, **found.to_json()})

@@ -50,6 +50,7 @@ def edit(
     workers: opt.Workers = None,
     device: opt.Device = "auto",
     gpu_memory: opt.GpuMemory = None,
+    on: opt.On = None,
     cache: opt.Cache = None,
     dry_run: opt.DryRun = False,
     json: opt.Json = False,
@@ -112,7 +113,7 @@ def edit(
     destination = arguments.destination_unless(output, dry_run=dry_run, unnamed="no output is named")
     arguments.use_cache(cache)
     target = arguments.target(push_to, private=private, revision=revision, destination=destination)
-    carry_out(recipe, destination, resources, how, target=target, dry_run=dry_run, json=json, quiet=quiet)
+    carry_out(recipe, destination, resources, how, on=on, target=target, dry_run=dry_run, json=json, quiet=quiet)
 
 
 def _both(

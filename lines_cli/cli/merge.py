@@ -5,7 +5,6 @@ from __future__ import annotations
 from lines_cli.api import arguments
 from lines_cli.api.calls import RunOptions, destination_of, read_recipe, with_adapter_keys
 from lines_cli.cli import options as opt
-from lines_cli.cli.parts import carry_out_on_ray
 from lines_cli.cli.run import carry_out
 from lines_cli.methods import METHODS
 
@@ -65,10 +64,7 @@ def merge(
     how = RunOptions(force=force, resume=resume, verify=verify, verify_inputs=verify_inputs)
     arguments.use_cache(cache)
     target = arguments.target(push_to, private=private, revision=revision, destination=destination)
-    if on is not None and not dry_run and destination is not None:
-        carry_out_on_ray(recipe, destination, on, resources, how, target=target, json=json, quiet=quiet)
-        return
-    carry_out(recipe, destination, resources, how, target=target, dry_run=dry_run, json=json, quiet=quiet)
+    carry_out(recipe, destination, resources, how, on=on, target=target, dry_run=dry_run, json=json, quiet=quiet)
 
 
 merge.__doc__ = (merge.__doc__ or "").replace("METHODS", ", ".join(METHODS))

@@ -257,12 +257,13 @@ OutputOfSweep = Annotated[
     ),
 ]
 Parallel = Annotated[
-    int,
+    int | None,
     typer.Option(
         "--parallel",
         min=1,
-        max=64,
+        max=1000,
         metavar="N",
+        show_default="1; on Ray, of a grid, as many as there is room for",
         help="How many evaluations run at a time; where there are CUDA devices, each is given one of them.",
         rich_help_panel=MACHINE,
     ),
@@ -492,8 +493,8 @@ Output = Annotated[
         "--output",
         metavar="OUT",
         show_default=False,
-        help="A folder that loads as it is, with config and tokenizer; or one file, if it ends in .safetensors. "
-        "--dry-run needs none.",
+        help="A folder that loads as it is, with config and tokenizer; or one file, if it ends in .safetensors. Either "
+        "may be a URL (s3://, gs://, az://). --dry-run needs none.",
         rich_help_panel=OUTPUT,
     ),
 ]
@@ -513,7 +514,7 @@ Verified = Annotated[
     str,
     typer.Argument(
         metavar="OUT",
-        help="What lines wrote: a folder, a .safetensors file, or a Hub id (org/name, org/name@revision).",
+        help="What lines wrote: a folder, a .safetensors file, a Hub id (org/name, org/name@revision), or a URL (s3://).",
     ),
 ]
 RecipeOf = Annotated[
@@ -560,8 +561,8 @@ MaybeOutput = Annotated[
         "--output",
         metavar="OUT",
         show_default="the recipe's output",
-        help="A folder that loads as it is, with config and tokenizer; or one file, if it ends in .safetensors. "
-        "--dry-run needs none.",
+        help="A folder that loads as it is, with config and tokenizer; or one file, if it ends in .safetensors. Either "
+        "may be a URL (s3://, gs://, az://). --dry-run needs none.",
         rich_help_panel=OUTPUT,
     ),
 ]
@@ -619,6 +620,18 @@ On = Annotated[
         show_default="this process",
         help="Do it in parts, as tasks of a Ray cluster that sees the same disk: the one at this address, or that "
         "RAY_ADDRESS names, or that runs here. --workers is then how many CPUs each part takes (1).",
+        rich_help_panel=MACHINE,
+    ),
+]
+OnForSweep = Annotated[
+    str | None,
+    typer.Option(
+        "--on",
+        metavar="ray[://HOST:PORT]",
+        show_default="this machine",
+        help="Run trials as tasks of a Ray cluster that sees the same disk: the one at this address, or that "
+        "RAY_ADDRESS names, or that runs here. --workers is then how many CPUs each takes (1); with --device cuda it "
+        "takes a GPU.",
         rich_help_panel=MACHINE,
     ),
 ]

@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
-
 from lines_cli.api import arguments
 from lines_cli.api.calls import RunOptions, destination_of, read_recipe
 from lines_cli.cli import options as opt
 from lines_cli.cli.run import carry_out
-from lines_cli.errors import RecipeError
-
-if TYPE_CHECKING:
-    from lines_cli.hub.upload import Target
-    from lines_cli.plan.resources import Resources
-    from lines_cli.recipe.schema import Recipe
 
 
 def plan(
@@ -123,37 +114,3 @@ def finish(
     divided = opened.divided
     how = RunOptions(force=divided.force, resume=True, verify=verify, verify_inputs=False)
     carry_out(divided.recipe, divided.output, resources, how, target=None, dry_run=False, json=json, quiet=quiet)
-
-
-def carry_out_on_ray(
-    recipe: Recipe,
-    destination: Path,
-    on: str,
-    resources: Resources,
-    how: RunOptions,
-    *,
-    target: Target | None,
-    json: bool,
-    quiet: bool,
-) -> None:
-    """Make a recipe's result in parts on Ray, and finish it here.
-
-    Args:
-        recipe, destination, resources, how, target, json, quiet: as of `carry_out`.
-        on: what `--on` says.
-    """
-    from lines_cli.api.on_ray import OnRay, address_of, do_parts, is_over, plan_beside
-    from lines_cli.api.parts import refuse_missing
-    from lines_cli.cli import console
-
-    if how["verify_inputs"]:
-        raise RecipeError("--verify-inputs is not done on Ray", hint="Leave it out; plan.json knows the inputs.")
-    asked = OnRay(address_of(on), resources, how["force"], how["resume"])
-    if not is_over(recipe, destination, how["resume"], quiet=quiet):
-        opened = do_parts(
-            recipe, destination, asked, quiet=quiet, track=console.progress(quiet=quiet), say=console.remark
-        )
-        refuse_missing(opened)
-    how = RunOptions(force=how["force"], resume=True, verify=how["verify"], verify_inputs=False)
-    carry_out(recipe, destination, resources, how, target=target, dry_run=False, json=json, quiet=quiet)
-    plan_beside(destination).unlink(missing_ok=True)

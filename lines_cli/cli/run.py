@@ -29,6 +29,7 @@ def carry_out(
     dry_run: bool,
     json: bool,
     quiet: bool,
+    on: str | None = None,
 ) -> None:
     """Plan a recipe's result, then show it (`dry_run`) or make it and say what was done; and put it on the Hub, if a
     target there is named.
@@ -52,6 +53,7 @@ def carry_out(
         remark=console.remark,
         at_last=signals.too_late,
         pushing=pushing,
+        on=on,
     )
     if done.outcome is None and not done.before:
         console.show_plan(done.plan, done.summary, resources, json=json)

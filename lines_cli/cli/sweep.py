@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lines_cli.api import arguments
-from lines_cli.api.calls import tolerant_torch_import
+from lines_cli.api.planned import tolerant_torch_import
 from lines_cli.cli import options as opt
 
 
@@ -13,10 +13,11 @@ def sweep(
     output: opt.OutputOfSweep = None,
     force: opt.ForceSweep = False,
     retry: opt.Retry = False,
-    parallel: opt.Parallel = 1,
+    parallel: opt.Parallel = None,
     workers: opt.Workers = None,
     device: opt.Device = "auto",
     gpu_memory: opt.GpuMemory = None,
+    on: opt.OnForSweep = None,
     cache: opt.Cache = None,
     dry_run: opt.DryRun = False,
     json: opt.Json = False,
@@ -42,16 +43,17 @@ def sweep(
     which did best. No evaluation runs twice: the same command goes on where an earlier one ended.
     """
     from lines_cli.cli import console
-    from lines_cli.sweep.config import load_sweep
+    from lines_cli.sweeping.call import destination_of
+    from lines_cli.sweeping.config import load_sweep
 
     asked = load_sweep(arguments.path("--config", config))
-    destination = arguments.destination_unless(output, dry_run=dry_run, unnamed="no output is named")
+    destination = destination_of(output, dry_run=dry_run)
     resources = arguments.resources(workers, device, gpu_memory)
     arguments.use_cache(cache)
     with tolerant_torch_import():
-        from lines_cli.sweep.run import Options, Sweeping, plan_sweep
+        from lines_cli.sweeping.run import Options, Sweeping, plan_sweep
 
-    options = Options(resources, parallel, force, retry, say=(lambda _: None) if quiet else console.said)
+    options = Options(resources, parallel, on, force, retry, say=(lambda _: None) if quiet else console.said)
     if dry_run or destination is None:
         console.show_sweep_plan(plan_sweep(asked, options), json=json)
         return

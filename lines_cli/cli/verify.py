@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lines_cli.api.calls import tolerant_torch_import
+from lines_cli.api.planned import tolerant_torch_import
 from lines_cli.cli import options as opt
 
 

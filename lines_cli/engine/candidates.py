@@ -11,7 +11,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import BinaryIO
@@ -47,6 +47,19 @@ from lines_cli.storage.destination import naming
 from lines_cli.storage.files import write_from
 
 
+@dataclass
+class Known:
+    """What is known of the inputs of candidates: plain values, which hold in other processes, too.
+
+    Attributes:
+        states: the files, as they were first seen.
+        measured: statistics, by what decides them.
+    """
+
+    states: dict[Path, FileState] = field(default_factory=dict)
+    measured: dict[tuple[object, Needs], Statistics] = field(default_factory=dict)
+
+
 class Candidates:
     """Makes candidates.
 
@@ -55,15 +68,22 @@ class Candidates:
         scratch: a folder in which merged task vectors may be stored; None keeps them in memory, if they take at most
             half of what is free.
         track: wraps the stream of byte counts of each pass.
+        known: what others have measured.
+        keep_merged: whether merged task vectors are stored; it is not worth it for a candidate or two.
     """
 
     def __init__(
-        self, resources: Resources | None = None, *, scratch: Path | None = None, track: Track = untracked
+        self,
+        resources: Resources | None = None,
+        *,
+        scratch: Path | None = None,
+        track: Track = untracked,
+        known: Known | None = None,
+        keep_merged: bool = True,
     ) -> None:
         self._devices, self._scratch, self._track = Devices(resources or Resources()), scratch, track
-        self._files = CandidateFiles()
-        self._measured: dict[tuple[object, Needs], Statistics] = {}
-        self._states: dict[Path, FileState] = {}
+        self._files, self._keep_merged = CandidateFiles(), keep_merged
+        self.known = known or Known()
         self._merged: tuple[object, Merged] | None = None  # the last one: it is as large as a model
         keep_freed_memory()
 
@@ -75,16 +95,16 @@ class Candidates:
         """
         plan = make_plan(recipe, open_inputs(recipe, quiet=True), output)
         for path, state in zip(plan.paths, plan.states, strict=True):
-            if self._states.setdefault(path, state) != state:
+            if self.known.states.setdefault(path, state) != state:
                 with opened([path]) as fds:
-                    refuse_changed([path], fds, [self._states[path]])
+                    refuse_changed([path], fds, [self.known.states[path]])
         if plan.needs:
-            key = (same_of(plan), plan.needs)
-            if key not in self._measured:
+            key, measured = (same_of(plan), plan.needs), self.known.measured
+            if key not in measured:
                 with opened(plan.paths) as fds, self._devices.bounded():
                     sources = with_views(fds, plan.views)
-                    self._measured[key] = measure(plan, sources, self._devices, self._track).statistics
-            plan = resolve(plan, self._measured[key])
+                    measured[key] = measure(plan, sources, self._devices, self._track).statistics
+            plan = resolve(plan, measured[key])
         return plan
 
     def write(self, plan: Plan, folder: Path, *, before: Path | None = None) -> None:
@@ -167,7 +187,7 @@ class Candidates:
 
     def _with_merged(self, plan: Plan) -> Plan:
         """The plan, where merged task vectors are read that were kept, if that is less work."""
-        if not nbytes_merged(plan):
+        if not self._keep_merged or not nbytes_merged(plan):
             return plan
         key = same_of(plan)
         if self._merged is None or self._merged[0] != key:

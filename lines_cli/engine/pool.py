@@ -28,6 +28,8 @@ class Pool(Generic[Thread, Item, Result]):
         items: what there is to do, in order.
         job: what is done with each; it can be done again, from the start.
         devices: the device of each thread.
+        at_end: is called when no thread is to begin anything more, before they are waited for: what a job waits for
+            may come from one that has failed.
     """
 
     def __init__(
@@ -36,8 +38,10 @@ class Pool(Generic[Thread, Item, Result]):
         items: Iterable[Item],
         job: Callable[[Thread, Item], Result],
         devices: Devices,
+        *,
+        at_end: Callable[[], None] = lambda: None,
     ) -> None:
-        self._new_worker, self._job, self._crew = new_worker, job, devices
+        self._new_worker, self._job, self._crew, self._at_end = new_worker, job, devices, at_end
         self._items = ReadAhead(items)
         self._take = threading.Lock()
         self._stop = threading.Event()
@@ -68,6 +72,7 @@ class Pool(Generic[Thread, Item, Result]):
                     yield found
         finally:
             self._stop.set()
+            self._at_end()
             for worker in workers:
                 if worker.ident is not None:
                     worker.join()

@@ -35,16 +35,15 @@ from lines_cli.plan.resolve import resolve
 from lines_cli.plan.resources import Resources
 from lines_cli.plan.sidecars import contents_beside
 from lines_cli.plan.statistics import NOTHING_MEASURED, Statistics
-from lines_cli.storage.destination import check_destination, naming
+from lines_cli.storage.destination import naming
 from lines_cli.storage.digest import (
     DIGEST_BLOCK,
     DIGEST_BLOCKS_ON_CUDA,
     FileRecord,
     GrowingDigest,
-    file_digest,
     record_of,
 )
-from lines_cli.storage.staging import Staging, leftover, recover
+from lines_cli.storage.making import Making, check_destination, leftover, making, recover
 
 
 @overload
@@ -126,7 +125,7 @@ def run(
     identified["step"] = DIGEST_BLOCK * (DIGEST_BLOCKS_ON_CUDA if devices.has_own_memory else 1)
     allow_open_files(len(plan.paths) + 2 * len(plan.outputs))
     with (
-        Staging(
+        making(
             plan.output,
             identified,
             plan.names,
@@ -151,7 +150,7 @@ def run(
             job.all_seen_by_parts(staging.contents.unchanged)
         ranges: Iterable[Any] = output_ranges(plan.outputs, plan.tensors, staging.step)
         spans = (span for span in ranges if (span.file, span.start) not in finished)
-        pool: Pool[Any, Any, Any] = Pool(worker_of(plan, sources, devices), spans, job, devices)
+        pool: Pool[Any, Any, Any] = Pool(worker_of(plan, sources, devices), spans, job, devices, at_end=staging.stop)
         number = len(plan.passes) + 1
         title = f"writing {number}/{number}" if number > 1 else "writing"
         # Closing stops and joins the threads, whatever interrupts this one, before the files they write are closed.
@@ -177,7 +176,7 @@ def run(
     return replace(outcome, seconds=time.perf_counter() - started, remarks=tuple(staging.remarks))
 
 
-def _carried_over(staging: Staging, plan: AnyPlan) -> dict[str, FileRecord]:
+def _carried_over(staging: Making, plan: AnyPlan) -> dict[str, FileRecord]:
     """Copy what stands beside the weights before anything else, while it is there; what was written of each."""
     records: dict[str, FileRecord] = {}
     for sidecar in plan.sidecars:
@@ -189,9 +188,7 @@ def _carried_over(staging: Staging, plan: AnyPlan) -> dict[str, FileRecord]:
     return records
 
 
-def _measured(
-    staging: Staging, plan: AnyPlan, sources: Sequence[Opened], devices: Devices, track: Track
-) -> Measurement:
+def _measured(staging: Making, plan: AnyPlan, sources: Sequence[Opened], devices: Devices, track: Track) -> Measurement:
     """What the plan needs to know, from the journal if it was measured before."""
     if isinstance(plan, AdapterPlan):
         if plan.found and (staging.contents is None or staging.contents.measured is None):
@@ -209,7 +206,7 @@ def _measured(
 
 
 def _with_scales(
-    staging: Staging, plan: Plan, measurement: Measurement, how: tuple[Sequence[Opened], Devices, Track]
+    staging: Making, plan: Plan, measurement: Measurement, how: tuple[Sequence[Opened], Devices, Track]
 ) -> tuple[Plan, Measurement]:
     """The plan with the scales of what is stored in 8 bits, from the journal if they were measured before."""
     if staging.contents is not None and staging.contents.measured is not None:
@@ -224,7 +221,7 @@ def _with_scales(
     return plan, Measurement(plan.statistics, measurement.passes + 1, measurement.bytes_read + nbytes)
 
 
-def _verify(staging: Staging, records: Mapping[str, FileRecord]) -> None:
+def _verify(staging: Making, records: Mapping[str, FileRecord]) -> None:
     """Read back what was written.
 
     Raises:
@@ -232,8 +229,7 @@ def _verify(staging: Staging, records: Mapping[str, FileRecord]) -> None:
     """
     staging.sync()
     for name, written in records.items():
-        with naming(staging.output):
-            found = file_digest(staging.path(name))
+        found = staging.digest(name)
         if found != written.digest:
             raise OutputError(
                 f"{staging.output}: {name} reads back as {found}, but {written.digest} was written",
@@ -241,7 +237,7 @@ def _verify(staging: Staging, records: Mapping[str, FileRecord]) -> None:
             )
 
 
-def _refuse_misread(staging: Staging, plan: AnyPlan) -> None:
+def _refuse_misread(staging: Making, plan: AnyPlan) -> None:
     """Have the safetensors package open what was written.
 
     Raises:
@@ -251,4 +247,5 @@ def _refuse_misread(staging: Staging, plan: AnyPlan) -> None:
     for tensor in plan.tensors:
         planned[tensor.file][tensor.name.removeprefix(plan.outputs[tensor.file].prefix)] = tensor.info
     for file, tensors in zip(plan.outputs, planned, strict=True):
-        refuse_misread(staging.path(file.name), tensors, called=f"{plan.output}: {file.name}")
+        with staging.opened(file.name, file.head) as path:
+            refuse_misread(path, tensors, called=f"{plan.output}: {file.name}")

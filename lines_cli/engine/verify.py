@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -25,7 +25,7 @@ from lines_cli.checkpoint.header import itemsize, read_header
 from lines_cli.checkpoint.sidecars import CARRIED_FILES, Sidecar
 from lines_cli.engine.buffers import keep_freed_memory
 from lines_cli.engine.devices import Devices
-from lines_cli.engine.input_files import Opened, opened, refuse_changed, with_views
+from lines_cli.engine.input_files import Opened, opened, read_input, refuse_changed, with_views
 from lines_cli.engine.jobs import job_of, sized, worker_of
 from lines_cli.engine.measure import Track, measure, untracked
 from lines_cli.engine.pool import Pool
@@ -54,7 +54,9 @@ from lines_cli.storage.digest import (
 )
 from lines_cli.storage.files import in_whole_pages, read_into
 from lines_cli.storage.names import MODEL_CARD, RECIPE
-from lines_cli.storage.object_store import real_name, url_of
+from lines_cli.storage.object_staging import digest_of_object
+from lines_cli.storage.object_store import ObjectPath, looked_up, real_name, url_of
+from lines_cli.storage.object_store import listed as objects_below
 from lines_cli.storage.verified import Verified, verified_beside
 from lines_cli.version import ABOUT, __version__
 
@@ -250,9 +252,12 @@ def check(
     """`verify`, of a claim and its plan."""
     started = time.perf_counter()
     if resume and claim.hub_id is not None:
+        where, how = (
+            ("an object store", "copy it here") if claim.url else ("the Hub's cache", "download it (hf download)")
+        )
         raise RecipeError(
-            f"--resume keeps its progress beside the output, but {claim.name} is in the Hub's cache",
-            hint="Leave out --resume; or download it (hf download) and verify that folder.",
+            f"--resume keeps its progress beside the output, but {claim.name} is in {where}",
+            hint=f"Leave out --resume; or {how} and verify that folder.",
         )
     devices = Devices(resources or Resources())
     keep_freed_memory()
@@ -261,7 +266,7 @@ def check(
         if not sidecar.name.endswith(".index.json"):  # which may lie where the weights do
             refuse_link_out(claim.output, sidecar.name)
     rooms = _Rooms()
-    files = [_Present(claim.path(file.name), rooms) for file in plan.outputs]
+    files = [_Present(claim.weights(file.name), rooms) for file in plan.outputs]
     run = {
         "verify": 1,
         **identity(plan),
@@ -318,7 +323,7 @@ class _Present:
     """
 
     def __init__(self, path: Path, rooms: _Rooms) -> None:
-        self.path, self._rooms, self._fd = path, rooms, -1
+        self.path, self._rooms, self._fd = path, rooms, cast("Opened", -1)
         self.problem, self.state = _looked_up(path)
         self.differs: dict[int, int] = {}
 
@@ -326,7 +331,7 @@ class _Present:
     def nbytes(self) -> int | None:
         return self.state[0] if self.state else None
 
-    def open_as(self, fd: int) -> None:
+    def open_as(self, fd: Opened) -> None:
         """Read from there."""
         self._fd = fd
         self.refuse_changed()
@@ -337,7 +342,8 @@ class _Present:
         Raises:
             CheckpointError: it is not.
         """
-        if _state(os.fstat(self._fd)) != self.state:
+        fd = self._fd
+        if (_state(os.fstat(fd)) if isinstance(fd, int) else _state_there(self.path)) != self.state:
             raise CheckpointError(
                 f"{self.path}: changed while it was compared", hint="Run it again when nothing writes to it."
             )
@@ -346,7 +352,7 @@ class _Present:
         """Compare these bytes, which belong at `offset`."""
         there = self._rooms.segment[: len(view)]
         try:
-            there = there[: read_into(self._fd, there, offset)]
+            there = there[: read_input(self._fd, there, offset)]
         except OSError as error:
             raise _unreadable(self.path, error) from error
         first = _first_difference(view, there)
@@ -427,6 +433,8 @@ class _Compare:
 
     def _header(self, number: int) -> str:
         """How the header of a file differs, in words."""
+        if url_of(self.files[number].path) is not None:
+            return "it is not the one that the recipe makes"
         try:
             held = read_header(self.files[number].path).tensors
         except LinesError as error:
@@ -466,7 +474,6 @@ def _compare_weights(
         of_inputs = fds[: len(plan.paths)]
         sources = with_views(of_inputs, plan.views)
         for there, fd in zip(present, fds[len(plan.paths) :], strict=True):
-            assert isinstance(fd, int), "an output lies on a disk"
             there.open_as(fd)
         refuse_changed(plan.paths, of_inputs, plan.states)
         if isinstance(plan, Plan) and plan.needs:
@@ -553,7 +560,7 @@ def _unexpected(claim: Claim, made: set[str]) -> tuple[list[str], list[FileVerif
     """
     if is_one_file(claim.output):
         return [], [], []
-    names, links = _listed(claim.output)
+    names, links = _listed(claim.output) if claim.url is None else (sorted(objects_below(claim.url)), [])
     strange = [name for name in names if name not in made and name not in (RECIPE, MODEL_CARD)]
     recorded = {name for name in claim.recipe.files if name not in made and not leads_out(name)}
     # What a link of a folder leads to within the output is looked at there.
@@ -641,6 +648,9 @@ def _looked_up(path: Path) -> tuple[str | None, list[int] | None]:
     Raises:
         CheckpointError: it cannot be looked up.
     """
+    if url_of(path) is not None:
+        state = _state_there(path)
+        return (None, state) if state else ("is missing", None)
     try:
         there = path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -657,6 +667,12 @@ def _stat(path: Path) -> os.stat_result:
         return path.stat()
     except OSError as error:
         raise _unreadable(path, error) from error
+
+
+def _state_there(url: Path) -> list[int] | None:
+    """The state of an object; None where there is none."""
+    there = looked_up(str(ObjectPath(url)))
+    return None if there is None else [there.nbytes, there.mtime_ns]
 
 
 def _state(there: os.stat_result) -> list[int]:
@@ -680,7 +696,8 @@ def _held_against(
     still = None
     if not file.same:
         try:
-            still = recorded.nbytes == file.found and file_digest(path) == recorded.digest
+            digest = file_digest if url_of(path) is None else digest_of_object
+            still = recorded.nbytes == file.found and digest(path) == recorded.digest
         except OSError as error:
             raise _unreadable(path, error) from error
     return replace(file, made_as_recorded=made == recorded, still_as_recorded=still)

@@ -39,7 +39,8 @@ from lines_cli.storage.digest import (
     RangeWriter,
     Written,
 )
-from lines_cli.storage.journal import Journal, WrittenRange
+from lines_cli.storage.journal import WrittenRange
+from lines_cli.storage.making import Notes
 
 
 class Placed(Streamed, Protocol):
@@ -251,7 +252,7 @@ class RangeJob(Generic[Thread, Tensor, Counts]):
         """All chunks of a range, as they are to be written."""
         return (self._make(worker, chunk, tally) for chunk in worker.cut(chunks))
 
-    def take(self, done: tuple[OutputRange[Tensor], Counts], journal: Journal) -> int:
+    def take(self, done: tuple[OutputRange[Tensor], Counts], journal: Notes) -> int:
         """Add a range, in the order of the files, to the sum, and write it down; its bytes."""
         span, tally = done
         self.tally.add(tally)

@@ -45,10 +45,10 @@ def locate_in_a_bucket(name: str, *, also: Collection[str] = (), variant: str | 
     if url.endswith(".safetensors"):
         folder_url, _, chosen = url.rpartition("/")
         return folder_url, _folder_for(url), _heads(name, folder_url, chosen, [chosen])
-    sizes = listed(url)
-    if not sizes:
+    there = listed(url)
+    if not there:
         raise CheckpointError(f"{name}: nothing lies there", hint="Check the spelling; or give the URL of a file.")
-    top = {file for file in sizes if "/" not in file}
+    top = {file for file in there if "/" not in file}
     if several := sorted(top & {MODEL_INDEX, MODULES}):
         raise UnsupportedError(f"{name} holds several models ({several[0]}), which are read from a disk", hint=_COPY_IT)
     if adapters := sorted(top & {*ADAPTERS}):
@@ -65,7 +65,7 @@ def locate_in_a_bucket(name: str, *, also: Collection[str] = (), variant: str | 
         raise UnsupportedError(
             f"{name}: {pickles[0]} was written by torch.save, and is read from a disk", hint=_COPY_IT
         )
-    if missing := sorted(set(shards) - sizes.keys()):
+    if missing := sorted(set(shards) - there.keys()):
         raise CheckpointError(f"{name}: its {chosen} names shards that are not there:\n{some(missing)}")
     return url, folder, _heads(name, url, chosen, shards)
 

@@ -25,6 +25,7 @@ from lines_cli.plan.tensors import Segment, SourceRange
 from lines_cli.recipe.schema import Recipe
 from lines_cli.scaling.find_depth import DepthMap, Place
 from lines_cli.scaling.schedule import Rules
+from lines_cli.storage.uploads import memory_on_the_way
 from lines_cli.storage.views import Views
 
 Role = Literal["A", "B", "bias"]
@@ -334,7 +335,8 @@ class AdapterPlan:
     def peak_memory(self, resources: Resources) -> int:
         """About how much resident memory a run takes at most, in bytes, on the CPU."""
         buffers = resources.threads * resources.chunk_for(self.per_entry) * self.per_entry.nbytes()
-        return _PYTHON_WITH_TORCH + buffers + self.whole_bytes(resources.threads)
+        own = _PYTHON_WITH_TORCH + buffers + self.whole_bytes(resources.threads)
+        return own + memory_on_the_way(self.output, [file.nbytes for file in self.outputs])
 
     def coefficients(self) -> list[tuple[str, list[float]]]:
         """Each stack's name, and the coefficient of each of its layers (filters apart)."""

@@ -24,7 +24,7 @@ from lines_cli.recipe.yaml_file import Elsewhere, load_recipe_file
 from lines_cli.storage.beside import leads_out, refuse_link_out
 from lines_cli.storage.destination import is_one_file
 from lines_cli.storage.names import RECIPE
-from lines_cli.storage.object_store import is_url
+from lines_cli.storage.object_store import ObjectPath, is_url, url_of
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Claim:
     Attributes:
         name: of the output, as its user named it.
         output: the folder or file.
-        hub_id: `org/name@commit`, for one that came from the Hub.
+        hub_id: `org/name@commit`, for one that came from the Hub; the URL of one in an object store.
         file: that holds the recipe.
         recipe: what it says, record included.
         places: each input as the file names it -> as `recipe` does.
@@ -53,6 +53,15 @@ class Claim:
         """Where a file of the output is."""
         return self.output if is_one_file(self.output) else self.output / file
 
+    @property
+    def url(self) -> str | None:
+        """Of a folder in an object store, whose weights stay there: its URL."""
+        return self.hub_id if self.hub_id is not None and is_url(self.hub_id) else None
+
+    def weights(self, file: str) -> Path:
+        """Where a weight file of the output is: a path, or a URL."""
+        return self.path(file) if self.url is None or is_one_file(self.output) else ObjectPath(f"{self.url}/{file}")
+
 
 def open_claim(output: str | Path, *, config: Path | None = None, inputs: Elsewhere = (), quiet: bool = False) -> Claim:
     """Find an output and its recipe; nothing that the recipe names is opened yet.
@@ -69,7 +78,9 @@ def open_claim(output: str | Path, *, config: Path | None = None, inputs: Elsewh
     """
     found = locate(str(output), quiet=quiet, also=(RECIPE,))
     path = found.path
-    if path.is_file():
+    if found.hub_id is not None and is_url(found.hub_id) and is_one_file(path):
+        path = ObjectPath(url_of(found.name) or found.name)
+    if path.is_file() or url_of(path) is not None:
         if not is_one_file(path):
             raise CheckpointError(f"{path} is not a .safetensors file, by its name", hint=_WHAT_TO_GIVE)
         if config is None:

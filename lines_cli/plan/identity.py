@@ -23,13 +23,16 @@ from lines_cli.methods.registry import package_of
 from lines_cli.plan.adapter_plan import AdapterPlan, AnyPlan
 from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.plan import Plan
+from lines_cli.recipe.plain_yaml import LARGEST
 from lines_cli.recipe.schema import Recipe
-from lines_cli.recipe.yaml_file import dump_recipe, is_by_lines, load_record
+from lines_cli.recipe.yaml_file import dump_recipe, is_by_lines, read_record
 from lines_cli.storage.beside import beside
 from lines_cli.storage.destination import placed
 from lines_cli.storage.digest import altered, file_digest
+from lines_cli.storage.files import read_small
 from lines_cli.storage.names import MODEL_CARD, RECIPE
-from lines_cli.storage.object_store import real_name, url_of
+from lines_cli.storage.object_staging import altered_objects
+from lines_cli.storage.object_store import content_of, listed, looked_up, real_name, url_of
 from lines_cli.version import __version__
 
 
@@ -74,15 +77,36 @@ def is_same_run(plan: AnyPlan, run: Mapping[str, Any] | None) -> bool:
 def is_finished(plan: AnyPlan) -> bool:
     """Whether the destination is a folder that this very run has written, and is all there, by its files' sizes."""
     try:
-        path = beside(placed(plan.output), RECIPE)
-        if path is None:
+        raw = _recipe_there(plan.output)
+        if raw is None:
             return False
-        recipe = load_record(path)
-        sizes = {name: (path.parent / name).stat().st_size for name in recipe.files}
-    except (OSError, RecipeError, CheckpointError):
+        recipe = read_record(raw, placed(plan.output) / RECIPE)
+        sizes = _sizes(plan.output, recipe.files)
+    except (OSError, KeyError, RecipeError, CheckpointError):
         return False
     whole = bool(sizes) and all(sizes[name] == record.nbytes for name, record in recipe.files.items())
     return whole and recipe.run == run_digest(identity(plan))
+
+
+def _recipe_there(output: Path) -> bytes | None:
+    """The recipe in an output that is there, if there is any."""
+    url = url_of(output)
+    if url is None:
+        path = beside(placed(output), RECIPE)
+        return None if path is None else read_small(path, LARGEST)
+    return content_of(f"{url}/{RECIPE}", LARGEST) if looked_up(f"{url}/{RECIPE}") is not None else None
+
+
+def _sizes(output: Path, names: Iterable[str]) -> dict[str, int]:
+    """The sizes of files of an output.
+
+    Raises:
+        OSError, KeyError: one is not there.
+    """
+    if url_of(output) is None:
+        return {name: (placed(output) / name).stat().st_size for name in names}
+    there = listed(str(output))
+    return {name: there[name].nbytes for name in names}
 
 
 def refuse_altered(plan: AnyPlan, *, output: bool, inputs: bool) -> None:
@@ -97,8 +121,9 @@ def refuse_altered(plan: AnyPlan, *, output: bool, inputs: bool) -> None:
         ChangedInputError: an input is not what was read.
         CheckpointError: a file cannot be read.
     """
-    recipe = load_record(plan.output / RECIPE)
-    if output and (differing := altered(plan.output, recipe.files)):
+    recipe = read_record(_recipe_there(plan.output) or b"", plan.output / RECIPE)
+    unlike = altered if url_of(plan.output) is None else altered_objects
+    if output and (differing := unlike(plan.output, recipe.files)):
         changes = [f"{name} {difference}" for name, difference in differing.items()]
         raise OutputError(
             f"{plan.output} is finished, but is no longer what was written:\n{some(changes)}",
@@ -152,16 +177,18 @@ def replaceable(plan: AnyPlan) -> frozenset[str]:
     """
     own = plan.names - {MODEL_CARD, RECIPE}  # other people have these two, too
     with suppress(OSError, RecipeError, CheckpointError):
-        recipe = beside(placed(plan.output), RECIPE)
+        recipe = _recipe_there(plan.output)
         if recipe is None:
             return own
         if is_by_lines(recipe):
             own |= {RECIPE}
-        record = load_record(recipe)
+        folder = placed(plan.output)
+        record = read_record(recipe, folder / RECIPE)
         if record.files:
             own |= {RECIPE, *record.files} - {MODEL_CARD}  # which a person may edit, whoever wrote the record
-        linked = (recipe.parent / MODEL_CARD).is_symlink()
-        if record.card is not None and not linked and not altered(recipe.parent, {MODEL_CARD: record.card}):
+        unlike = altered if url_of(folder) is None else altered_objects
+        linked = url_of(folder) is None and (folder / MODEL_CARD).is_symlink()
+        if record.card is not None and not linked and not unlike(folder, {MODEL_CARD: record.card}):
             own |= {MODEL_CARD}
     return own
 
@@ -276,6 +303,6 @@ def path_seen_from(folder: Path, checkpoint: Checkpoint) -> str:
         return "+".join(path_seen_from(folder, part) for part in checkpoint.parts)
     if checkpoint.hub_id:
         return checkpoint.with_part(checkpoint.hub_id)
-    if checkpoint.path.is_absolute():
+    if checkpoint.path.is_absolute() or url_of(folder) is not None:  # from a store no path leads here
         return checkpoint.with_part(str(checkpoint.real))
     return checkpoint.with_part(os.path.relpath(checkpoint.real, os.path.realpath(folder)))

@@ -33,6 +33,7 @@ from lines_cli.scaling.depth_rules import find_rule
 from lines_cli.scaling.find_depth import DepthMap, Place
 from lines_cli.scaling.schedule import Rules
 from lines_cli.storage.names import natural
+from lines_cli.storage.uploads import memory_on_the_way
 from lines_cli.storage.views import Views
 
 
@@ -395,7 +396,8 @@ class Plan:
         """
         scales = sum(tensor.info.numel for tensor in self.tensors if tensor.spec.scales_of)
         second = _OF_A_PASS + 8 * scales if self.to_quantise else 0  # found in float32, and as they are stored
-        return _PYTHON_WITH_TORCH + _PER_TENSOR * len(self.tensors) + self.buffer_bytes(resources) + second
+        own = _PYTHON_WITH_TORCH + _PER_TENSOR * len(self.tensors) + self.buffer_bytes(resources) + second
+        return own + memory_on_the_way(self.output, [file.nbytes for file in self.outputs])
 
     @cached_property
     def dtype(self) -> str | None:

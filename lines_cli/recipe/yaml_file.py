@@ -149,12 +149,13 @@ def _input_names(values: Mapping[Any, Any]) -> Iterator[str]:
             yield name
 
 
-def is_by_lines(path: Path) -> bool:
-    """Whether a recipe begins as those do that are written into an output, whatever it says."""
+def is_by_lines(recipe: Path | bytes) -> bool:
+    """Whether a recipe, a file or its content, begins as those do that are written into an output, whatever it says."""
     try:
-        return read_small(path, LARGEST).startswith(b"# Written by lines ")
+        raw = recipe if isinstance(recipe, bytes) else read_small(recipe, LARGEST)
     except OSError:
         return False
+    return raw.startswith(b"# Written by lines ")
 
 
 def load_record(path: Path) -> Recipe:
@@ -164,16 +165,28 @@ def load_record(path: Path) -> Recipe:
     Raises:
         RecipeError: as `load_recipe`.
     """
-    values, at, _ = _read(path)
+    return read_record(_raw(path), path)
+
+
+def read_record(raw: bytes, path: Path) -> Recipe:
+    """The same, of a recipe whose bytes were read before, from `path`."""
+    values, at, _ = _parsed(raw, path)
     return make_recipe(_with_paths(path.parent, values, {}, {}, look=False), where=str(path), at=at)
+
+
+def _raw(path: Path) -> bytes:
+    try:
+        return read_small(path, LARGEST)
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[Place, str], str]:
     """The values in a recipe's file, where each stands, and its text."""
-    try:
-        raw = read_small(path, LARGEST)
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return _parsed(_raw(path), path)
+
+
+def _parsed(raw: bytes, path: Path) -> tuple[dict[str, Any], dict[Place, str], str]:
     try:
         text = raw.decode("utf-8")
         values, at = read_yaml(text)
@@ -334,7 +347,7 @@ def _with_paths(
     for rule in tokens.values() if isinstance(tokens, dict) else ():
         one_of_them(rule, "source")
         one_of_them(rule.get("source") if isinstance(rule, dict) else None, "model")
-    if isinstance(values.get("output"), str) and values["output"] and look:
+    if isinstance(values.get("output"), str) and values["output"] and look and not is_url(values["output"]):
         values["output"] = os.path.join(folder, os.path.expanduser(values["output"]))
     return values
 

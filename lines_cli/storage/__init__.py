@@ -1,1 +1,1 @@
-"""Bytes on a disk: reading, writing, digests, staging, and whose a file is."""
+"""Bytes on a disk, or in an object store: reading, writing, digests, staging, and whose a file is."""

@@ -15,10 +15,13 @@ from typing import NamedTuple
 from lines_cli.errors import OutputError, some
 from lines_cli.storage.files import open_regular, read_into
 from lines_cli.storage.names import CONFIG, MODEL_CARD, MODEL_INDEX, RECIPE, WEIGHT_STEMS
+from lines_cli.storage.object_store import url_of
 
 
 def placed(output: Path) -> Path:
-    """A destination without `..`: its parents may not be there yet, as in `new/../out`."""
+    """A destination without `..`: its parents may not be there yet, as in `new/../out`. A URL stays as it is."""
+    if url_of(output) is not None:
+        return output
     return output.parent.resolve() / output.name if output.name not in ("", "..") else output.resolve()
 
 

@@ -46,7 +46,7 @@ def record_of(content: bytes) -> FileRecord:
     """The record of a file whose content is in memory."""
     view = memoryview(content)
     blocks = (sha256(view[start : start + DIGEST_BLOCK]).digest() for start in range(0, len(view), DIGEST_BLOCK))
-    return FileRecord(len(content), _root(blocks))
+    return FileRecord(len(content), tree_digest(blocks))
 
 
 def is_step(step: Any) -> bool:
@@ -68,7 +68,7 @@ def file_digest(path: Path) -> str:
     Raises:
         OSError: it cannot be read.
     """
-    return _root(_digests(path, range(0, path.stat().st_size, DIGEST_BLOCK)))
+    return tree_digest(_digests(path, range(0, path.stat().st_size, DIGEST_BLOCK)))
 
 
 def intact(path: Path, blocks: Mapping[int, bytes]) -> set[int]:
@@ -119,7 +119,7 @@ class GrowingDigest:
     def record(self) -> FileRecord:
         """What was written, when all of it is."""
         assert all(self._blocks), "a block was not written"
-        return FileRecord(self._nbytes, _root(self._blocks))
+        return FileRecord(self._nbytes, tree_digest(self._blocks))
 
 
 class Written(Protocol):
@@ -236,5 +236,6 @@ def _of_block(fd: int, start: int, nbytes: int) -> bytes:
     return digest.digest()
 
 
-def _root(blocks: Iterable[bytes]) -> str:
+def tree_digest(blocks: Iterable[bytes]) -> str:
+    """The digest of a file, of the digests of its blocks."""
     return _KIND + sha256(b"".join(blocks)).hexdigest()

@@ -157,6 +157,16 @@ def line_of(part: WrittenRange) -> Json:
     return {"file": part.file, "start": part.start, "blocks": blocks, **({"told": part.tally} if part.tally else {})}
 
 
+def range_of(line: Mapping[str, Any]) -> WrittenRange:
+    """The same, read.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError, OverflowError: it is something else.
+    """
+    blocks = tuple(bytes.fromhex(block) for block in line["blocks"])
+    return WrittenRange(int(line["file"]), int(line["start"]), blocks, dict(line.get("told", {})))
+
+
 def written_line(line: Mapping[str, Any]) -> bytes:
     """A line of JSON with a checksum as its last key."""
     text = json.dumps(line, separators=(",", ":")).encode().removesuffix(b"}")
@@ -199,8 +209,7 @@ def read_journal(path: Path) -> JournalContents | None:
                 device, inode = line["publishing"]
                 publishing = Publishing((int(device), int(inode)), _names(line["old"]))
             else:
-                blocks = tuple(bytes.fromhex(block) for block in line["blocks"])
-                part = WrittenRange(int(line["file"]), int(line["start"]), blocks, dict(line.get("told", {})))
+                part = range_of(line)
                 parts[part.file, part.start] = part  # the last word counts: one may have been made again
             nbytes = end
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):

@@ -22,6 +22,17 @@ RECIPE = "lines_recipe.yaml"
 MODEL_CARD = "README.md"
 
 
+def turn(name: str) -> tuple[int, str]:
+    """Sort key: the order in which the files of an output come where nothing can be renamed. Weights first; behind all
+    else what a reader looks for: the config, the index, the recipe.
+    """
+    last = name.rpartition("/")[2]
+    if name.endswith(".safetensors"):
+        return 0, name
+    ranks = {CONFIG: 2, "adapter_config.json": 2, MODULES: 3, MODEL_INDEX: 3, RECIPE: 4}
+    return 3 if last.endswith(".index.json") else ranks.get(last, 1), name
+
+
 def file_and_part(name: str) -> tuple[str, str | None]:
     """A checkpoint's name, and which part of its file is meant, if it says so: `ft.ckpt#ema`. What is there by the
     whole name is meant by it.

@@ -1,5 +1,5 @@
-"""Objects in a store (`s3://`, `gs://`, `az://`): listed, read by ranges, and known by size and time. The only user of
-obstore, which is imported when a URL is first asked for.
+"""Objects in a store (`s3://`, `gs://`, `az://`): listed, read by ranges, known by size and time, written, removed. The
+only user of obstore, which is imported when a URL is first asked for.
 
 Credentials, region and endpoint are what obstore finds: the variables in the environment that the stores' own tools
 read (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, ...), or the machine's role. What a server
@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PosixPath
+from typing import Any, NamedTuple, TypeVar
 
 from lines_cli.errors import ChangedInputError, CheckpointError
 
@@ -44,6 +44,22 @@ def url_of(path: Path | str) -> str | None:
     if found is None:
         return None
     return f"{found[1]}://{found['bucket']}" + (f"/{found['key']}" if found["key"] else "")
+
+
+class ObjectPath(PosixPath):
+    """Where something lies in a store, or is to lie: a path by its parts, shown as the URL that it stands for."""
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return url_of(text) or text
+
+    def is_absolute(self) -> bool:
+        """It is: it counts from no folder."""
+        return True
+
+    def resolve(self, strict: bool = False) -> ObjectPath:  # noqa: ARG002 - as of a path
+        """It leads nowhere else."""
+        return self
 
 
 def real_name(path: Path) -> str:
@@ -116,8 +132,47 @@ def _first_line(error: BaseException) -> str:
     return re.sub(r"<\?xml.*", "", text, flags=re.DOTALL).strip().rstrip(":") or type(error).__name__
 
 
-def listed(url: str) -> dict[str, int]:
-    """What lies below a URL that stands for a folder: names relative to it, and sizes. Empty where nothing does.
+_Answer = TypeVar("_Answer")
+
+
+def _patiently(ask: Callable[[], _Answer], *, again: Callable[[], bool] = lambda: True) -> _Answer:
+    """An answer; where it breaks off in its middle, which obstore gives up at, it is asked for again.
+
+    Args:
+        ask: asks for it.
+        again: whether that still can be done.
+    """
+    from obstore.exceptions import GenericError
+
+    for left in range(_BROKEN_OFF, -1, -1):
+        try:
+            return ask()
+        except GenericError as error:
+            if not left or "response body" not in str(error) or not again():
+                raise
+    raise AssertionError
+
+
+_BROKEN_OFF = 2
+
+
+class Stored(NamedTuple):
+    """An object, short of its content: enough to see that it is still the same. Lists may give its time in fractions of
+    a second, or its tag without quotes, and the object itself not.
+    """
+
+    nbytes: int
+    mtime_ns: int
+    tag: str
+
+
+def _stored(meta: Any) -> Stored:
+    seconds = int(meta["last_modified"].timestamp())
+    return Stored(int(meta["size"]), seconds * 1_000_000_000, (meta["e_tag"] or "").strip('"'))
+
+
+def listed(url: str) -> dict[str, Stored]:
+    """What lies below a URL that stands for a folder, by names relative to it. Empty where nothing does.
 
     Raises:
         CheckpointError: the store cannot be asked, or there is no such bucket.
@@ -126,9 +181,40 @@ def listed(url: str) -> dict[str, int]:
     import obstore
 
     with _explained(url):
-        found = obstore.list(store, prefix=prefix or None).collect()
+        found = _patiently(lambda: obstore.list(store, prefix=prefix or None).collect())
     start = len(prefix) + 1 if prefix else 0
-    return {one["path"][start:]: int(one["size"]) for one in found if one["path"] != prefix}
+    return {one["path"][start:]: _stored(one) for one in found if one["path"] != prefix}
+
+
+def is_anything_below(url: str) -> bool:
+    """Whether anything lies below a URL: one request, however much there is.
+
+    Raises:
+        CheckpointError: the store cannot be asked, or there is no such bucket.
+    """
+    store, prefix = _split(url)
+    import obstore
+
+    with _explained(url):
+        page = _patiently(lambda: next(iter(obstore.list(store, prefix=prefix or None, chunk_size=2)), ()))
+        return any(one["path"] != prefix for one in page)
+
+
+def looked_up(url: str) -> Stored | None:
+    """An object; None where there is none.
+
+    Raises:
+        CheckpointError: the store cannot be asked, or refuses access.
+    """
+    store, key = _split(url)
+    import obstore
+    from obstore.exceptions import NotFoundError
+
+    with _explained(url):
+        try:
+            return _stored(obstore.head(store, key))
+        except (NotFoundError, FileNotFoundError):
+            return None
 
 
 def content_of(url: str, most: int) -> bytes:
@@ -208,8 +294,92 @@ def put_file(url: str, path: Path) -> None:
     import obstore
 
     with open(path, "rb") as file, _explained(url, verb="written"):
-        obstore.put(store, key, file, chunk_size=_PART, max_concurrency=_AT_ONCE)
+        obstore.put(store, key, file, chunk_size=PART, max_concurrency=AT_ONCE)
 
 
-_PART = 16 * 2**20  # bytes of a part of an upload: at most 10,000 of them, so 160 GB
-_AT_ONCE = 4
+def put_content(url: str, content: bytes, *, new: bool = False) -> bool:
+    """Write a small object, in one request.
+
+    Args:
+        url: which.
+        content: what it is to hold.
+        new: only if there is none.
+
+    Returns:
+        Whether it holds that now; `new` leaves another one as it is.
+
+    Raises:
+        CheckpointError: the store does not take it.
+    """
+    store, key = _split(url)
+    import obstore
+    from obstore.exceptions import AlreadyExistsError, GenericError, NotSupportedError
+
+    with _explained(url, verb="written"):
+        try:
+            obstore.put(store, key, content, use_multipart=False, mode="create" if new else "overwrite")
+        except AlreadyExistsError:  # it may be this one, whose answer was lost
+            return content_of(url, len(content) + 2**20) == content
+        except (NotSupportedError, NotImplementedError, GenericError) as error:
+            if isinstance(error, GenericError) and "501 Not Implemented" not in str(error):
+                raise
+            # Not every store knows conditions.
+            obstore.put(store, key, content, use_multipart=False)
+    return True
+
+
+def put_pieces(url: str, pieces: Iterator[bytes], nbytes: int) -> None:
+    """Write an object in parts while its bytes are made: each part is sent as soon as it is whole. If `pieces` raises
+    anything, what was sent is removed, and that is raised.
+
+    Args:
+        url: which.
+        pieces: its bytes, in order.
+        nbytes: how many they are.
+
+    Raises:
+        CheckpointError: the store does not take it.
+    """
+    store, key = _split(url)
+    import obstore
+
+    begun = False
+
+    def noted() -> Iterator[bytes]:
+        nonlocal begun
+        for piece in pieces:
+            begun = True
+            yield piece
+
+    def send() -> Any:
+        return obstore.put(store, key, noted(), use_multipart=True, chunk_size=part_of(nbytes), max_concurrency=AT_ONCE)
+
+    with _explained(url, verb="written"):
+        _patiently(send, again=lambda: not begun)
+
+
+def part_of(nbytes: int) -> int:
+    """Bytes of a part of an upload of so many bytes: more than PART only where there would be too many parts."""
+    return PART if nbytes <= PART * _MOST_PARTS else -(-nbytes // _MOST_PARTS // _WHOLE) * _WHOLE
+
+
+def remove(urls: Sequence[str]) -> None:
+    """Remove objects, those that are not there included.
+
+    Raises:
+        CheckpointError: the store does not remove them.
+    """
+    import obstore
+
+    if urls:
+        keys = [_split(url) for url in urls]
+        with _explained(urls[0], verb="removed"):
+            _patiently(lambda: obstore.delete(keys[0][0], [key for _, key in keys]))
+
+
+PART = 16 * 2**20
+"""Bytes of a part of an upload: at most 10,000 of them make an object."""
+_MOST_PARTS = 10_000
+_WHOLE = 4 * 2**20  # bytes that a larger part is a multiple of
+AT_ONCE = 4
+"""Parts of one object that are on their way at once."""

@@ -21,8 +21,8 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
@@ -41,7 +41,7 @@ from lines_cli.storage.destination import (
     survey,
     sync_folder,
 )
-from lines_cli.storage.digest import DIGEST_BLOCK, intact, is_part, is_step
+from lines_cli.storage.digest import DIGEST_BLOCK, file_digest, intact, is_part, is_step
 from lines_cli.storage.files import NewFile
 from lines_cli.storage.journal import (
     Journal,
@@ -176,6 +176,38 @@ def _foreign(folder: Path, names: Sequence[str], *, damaged: bool = False) -> Ou
 def _cleaning(output: Path) -> str:
     """The command that removes what is unfinished."""
     return f"lines clean {as_argument(output)}"
+
+
+def refuse_another(own: Json, run: Json, folder: Path, output: Path) -> None:
+    """Refuse to go on with what another recipe, or other inputs, have begun.
+
+    Args:
+        own: which run it is that would go on.
+        run: which began.
+        folder: where that has left its work.
+        output: the destination.
+
+    Raises:
+        OutputError: what is not the same.
+    """
+    if "contents" in own and "contents" not in run:
+        raise OutputError(
+            f"{output}: the work in {folder} was begun without --verify-inputs, so it has no digests of its inputs to "
+            "compare with",
+            hint="Continue without --verify-inputs, or start over without --resume.",
+        )
+    sought = (own.keys() | (run.keys() - {"contents"})) - {"step"}
+    different = sorted(key for key in sought if run.get(key) != own.get(key))
+    if not different:
+        return
+    before, now = run.get("inputs"), own.get("inputs")
+    if "inputs" in different and isinstance(before, dict) and isinstance(now, dict):
+        of_both = [path for path in now if path in before and before[path] != now[path]]
+        different[different.index("inputs")] = f"inputs ({', '.join(of_both) or 'others'})"
+    raise OutputError(
+        f"{folder} holds the unfinished work of another run, with different {', '.join(different)}",
+        hint=f"Run it without --resume to discard that work, or remove it: {_cleaning(output)}",
+    )
 
 
 def _replaced(contents: JournalContents | None) -> frozenset[str]:
@@ -546,7 +578,7 @@ class Staging:
         work is begun anew: a job that always resumes must not wait for a person.
         """
         try:
-            self._refuse_another(found.run)
+            refuse_another(self._run, found.run, self.folder, self.output)
         except OutputError as error:
             if self._replaceable is None:
                 raise
@@ -576,31 +608,6 @@ class Staging:
                     f"{some([name or str(self.output) for name in new])}",
                     hint="Move it away; or, to replace it, start over with --force and without --resume.",
                 )
-
-    def _refuse_another(self, run: Json) -> None:
-        """Refuse to go on with what another recipe, or other inputs, have begun.
-
-        Raises:
-            OutputError: what is not the same.
-        """
-        if "contents" in self._run and "contents" not in run:
-            raise OutputError(
-                f"{self.output}: the work in {self.folder} was begun without --verify-inputs, so it has no digests of "
-                "its inputs to compare with",
-                hint="Continue without --verify-inputs, or start over without --resume.",
-            )
-        sought = (self._run.keys() | (run.keys() - {"contents"})) - {"step"}
-        different = sorted(key for key in sought if run.get(key) != self._run.get(key))
-        if not different:
-            return
-        before, now = run.get("inputs"), self._run.get("inputs")
-        if "inputs" in different and isinstance(before, dict) and isinstance(now, dict):
-            of_both = [path for path in now if path in before and before[path] != now[path]]
-            different[different.index("inputs")] = f"inputs ({', '.join(of_both) or 'others'})"
-        raise OutputError(
-            f"{self.folder} holds the unfinished work of another run, with different {', '.join(different)}",
-            hint=f"Run it without --resume to discard that work, or remove it: {_cleaning(self.output)}",
-        )
 
     def _make_movable(self) -> None:
         """Have `new` be a folder that can be renamed: on overlayfs one that came with the image cannot."""
@@ -684,9 +691,18 @@ class Staging:
             for file in self._open:
                 file.sync()
 
-    def path(self, name: str) -> Path:
-        """Where a file stands until it is published."""
-        return self._new / name
+    @contextmanager
+    def opened(self, name: str, head: bytes) -> Iterator[Path]:  # noqa: ARG002 - which a disk gives back
+        """A weight file as another program opens it, to read its header."""
+        yield self._new / name
+
+    def digest(self, name: str) -> str:
+        """The digest of a file, read back."""
+        with naming(self.output):
+            return file_digest(self._new / name)
+
+    def stop(self) -> None:
+        """The run comes to its end: nothing that is to be written waits any more. On a disk nothing does."""
 
     # --- into place ---
 

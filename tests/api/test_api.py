@@ -22,7 +22,7 @@ from golden.recipes import CASES, OF_MODELS, Case, inputs, llama, llama_config, 
 from lines_cli import errors
 from lines_cli.api import arguments
 from lines_cli.checkpoint import crosscheck
-from lines_cli.cli import edit, extract, merge, push
+from lines_cli.cli import edit, extract, merge, push, sweep
 from lines_cli.cli import inspect as inspect_command
 from lines_cli.errors import LinesError, OutputError
 from lines_cli.recipe.schema import Scaling
@@ -74,12 +74,10 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 ON_CONSOLES = {"json", "quiet", "full", "log_json"}
 """Options that say what is shown, and how."""
-ON_ENGINES = {"on"}
-"""Options that say where the parts of a run are done: of the command alone."""
 OF_ADAPTERS = {"adapter", "base_of_adapter", "num_layers"}
 ON_THE_HUB = {"push_to", "private", "revision", "cache"}
 OF_FILES = {"output", "variant", "component", "max_shard_size", "force", "resume", "verify", "verify_inputs", "dry_run"}
-OF_FILES |= ON_THE_HUB
+OF_FILES |= ON_THE_HUB | {"on"}
 
 
 def keywords(function: Callable[..., Any]) -> dict[str, Any]:
@@ -103,18 +101,25 @@ def test_keywords_are_the_options(function: Callable[..., Any], command: Callabl
     """
     own, options = keywords(function), keywords(command)
     assert own.pop("track") is None
-    wanted = {name: default for name, default in options.items() if name not in ON_CONSOLES | ON_ENGINES}
+    wanted = {name: default for name, default in options.items() if name not in ON_CONSOLES}
     if function is lines.edit:
         wanted = {name: default for name, default in wanted.items() if name not in OF_ADAPTERS}
         own |= {"base": None, "ft": None}  # which the command needs where there is no adapter
     assert own == wanted
 
 
+def test_keywords_of_a_sweep_are_the_options() -> None:
+    """Beside them there is what gets the lines that the command prints."""
+    own = keywords(lines.sweep)
+    assert own.pop("say") is None
+    assert own == {name: default for name, default in keywords(sweep.sweep).items() if name not in ON_CONSOLES}
+
+
 def test_keywords_of_an_adapter_are_those_of_an_edit() -> None:
     """But for those that speak of whole models."""
     own, options = keywords(lines.edit_adapter), keywords(lines.edit)
     of_whole_models = {"ft", "prefix", "missing", "missing_in_blocks", "resize", "rounding", "rounding_seed"}
-    of_whole_models |= {"max_shard_size", "component"}
+    of_whole_models |= {"max_shard_size", "component", "on"}
     assert own.keys() - {"adapter", "num_layers"} == options.keys() - of_whole_models
     assert all(own[name] == options[name] for name in own.keys() & options.keys() - {"base"})
 

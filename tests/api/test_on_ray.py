@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,14 @@ import pytest
 import torch
 import yaml
 
+import lines_cli as lines
+from lines_cli.api import on_ray
 from lines_cli.api.on_ray import address_of, plan_beside
 from lines_cli.errors import OutputError, RecipeError
 from lines_cli.storage.lock import RunLock
 from lines_cli.storage.staging import staging_of
 from support.files import write_checkpoint
+from support.ray_cluster import ON_A_CLUSTER, kill_node, nodes_of, three_nodes
 from support.run import Ran, run_lines
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -31,7 +34,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "dare": {"merge_method": "dare_ties", "parameters": {"density": 0.4, "rescale": "l1"}},
     "sum": {"merge_method": "task_arithmetic", "lines": {"alpha": 0.2, "beta": 0.3}},
 }
-NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
 
 
 @pytest.mark.parametrize("said", ["", "ray:", "ray://", "spark", "http://x", "RAY"])
@@ -68,6 +70,44 @@ def test_a_cluster_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]
 
 
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (None, "nobody answered for 1 s"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "what answers there is not Ray"),
+        (b"", "cannot be reached"),
+    ],
+    ids=["nothing", "http", "closed"],
+)
+def test_something_else_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes | None, words: str
+) -> None:
+    """Whoever answers something else, or nothing for some seconds, is no cluster: it is not waited for any longer."""
+    pytest.importorskip("ray")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(on_ray, "_WAIT", 1.0)
+    models(tmp_path, 1000)
+    write_recipe(**RECIPES["sum"])
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        said = f"ray://127.0.0.1:{server.getsockname()[1]}"
+        held: list[socket.socket] = []
+
+        def serve() -> None:
+            held.append(server.accept()[0])
+            if answer is not None:
+                held[0].recv(100)
+                held[0].sendall(answer)
+                held[0].close()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        ran = run_lines("merge", "--config", "merge.yaml", "-o", "out", "--on", said)
+        thread.join()
+    assert (ran.code, ran.trace) == (6, ""), ran.err
+    assert words in ran.err
+    held[0].close()
+
+
 def models(folder: Path, entries: int) -> None:
     for seed, side in enumerate(("base", "ft", "ft2")):
         chance = torch.Generator().manual_seed(seed)
@@ -82,21 +122,14 @@ def write_recipe(**keys: Any) -> None:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """Three nodes of one CPU each, and the head, which does nothing."""
-    pytest.importorskip("ray")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from ray.cluster_utils import Cluster
-
-        made = Cluster(
-            initialize_head=True,
-            head_node_args={"num_cpus": 0, "object_store_memory": 80 * 2**20, "include_dashboard": False},
-        )
-        for _ in range(3):
-            made.add_node(**NODE)
-        made.wait_for_nodes()
+    with three_nodes() as made:
         yield made
-        made.shutdown()
+
+
+@pytest.fixture
+def client(cluster: Any) -> str:
+    """The address at which the head lets others in."""
+    return f"ray://{cluster.address.partition(':')[0]}:{cluster.head_node._ray_params.ray_client_server_port}"
 
 
 @pytest.fixture
@@ -131,7 +164,15 @@ def contents() -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in Path("out").iterdir()}
 
 
-ON_A_CLUSTER = [pytest.mark.slow, pytest.mark.xdist_group("large"), pytest.mark.filterwarnings("ignore")]
+@contextmanager
+def a_driver() -> Iterator[subprocess.Popen[str]]:
+    """The command on Ray, in a process of its own."""
+    command = [sys.executable, "-m", "lines_cli", *COMMAND, "--on", "ray"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as driver:
+        try:
+            yield driver
+        finally:
+            driver.kill()
 
 
 class TestOnACluster:
@@ -152,40 +193,42 @@ class TestOnACluster:
 
     @pytest.mark.parametrize("kills", [20])
     def test_nodes_that_are_lost(self, here: Path, cluster: Any, kills: int) -> None:
-        """A node that is killed costs the parts that it was doing; another does them."""
+        """A node that is killed costs the parts that it was doing: another does them."""
         whole = in_one_piece()
-        chance, over = random.Random(kills), threading.Event()
+        chance, killed = random.Random(kills), 0
+        while killed < kills:
+            with a_driver() as driver:
+                while killed < kills and driver.poll() is None:
+                    with suppress(subprocess.TimeoutExpired):
+                        driver.wait(chance.uniform(0.2, 3))
+                    if driver.poll() is None and (here / ".out.lines").exists():
+                        kill_node(cluster, chance.choice(nodes_of(cluster)))
+                        killed += 1
+                assert driver.wait(300) == 0, driver.stderr.read()
+            assert contents() == whole
+            shutil.rmtree("out")
 
-        def kill() -> None:
-            for _ in range(kills):
-                if over.wait(chance.uniform(0.2, 3)):
-                    return
-                nodes = [node for node in cluster.list_all_nodes() if node is not cluster.head_node]
-                cluster.remove_node(chance.choice(nodes), allow_graceful=False)
-                cluster.add_node(**NODE)
-
-        killer = threading.Thread(target=kill)
-        killer.start()
-        try:
-            while killer.is_alive():
-                ran(*COMMAND, "--on", "ray")
-                assert contents() == whole
-                shutil.rmtree("out")
-        finally:
-            over.set()
-            killer.join()
+    def test_by_an_address(self, here: Path, client: str) -> None:
+        """`ray://HOST:PORT`, as from a machine that is no node: a merge and an edit from Python."""
+        whole = in_one_piece()
+        ran(*COMMAND, "--on", client)
+        assert contents() == whole
+        found = []
+        for on in (None, client):
+            shutil.rmtree("out")
+            lines.edit("base", "ft", "out", alpha=0.3, on=on)
+            found.append(contents())
+        assert found[0] == found[1]
 
     def test_a_driver_that_is_lost(self, here: Path) -> None:
         """What its parts have done is kept; --resume goes on with the same plan."""
         whole = in_one_piece()
-        command = [sys.executable, "-m", "lines_cli", *COMMAND, "--on", "ray"]
-        driver = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         records = here / ".out.lines" / "parts"
         until = time.monotonic() + 120
-        while not [path for path in records.glob("*") if path.name.isdigit()] and time.monotonic() < until:
-            time.sleep(0.05)
-        driver.send_signal(signal.SIGKILL)
-        driver.wait()
+        with a_driver() as driver:
+            while not [path for path in records.glob("*") if path.name.isdigit()] and time.monotonic() < until:
+                time.sleep(0.05)
+            driver.kill()
         done = {path.name: path.stat().st_ino for path in records.glob("*") if path.name.isdigit()}
         assert done
         assert plan_beside(Path("out")).exists()

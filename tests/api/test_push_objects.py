@@ -81,7 +81,7 @@ def test_a_dry_run(out: Path, store: S3Server) -> None:
 
 def test_large_files_go_in_parts(out: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each part is a request of its own, and no upload is left open."""
-    monkeypatch.setattr(object_store, "_PART", 16_000)
+    monkeypatch.setattr(object_store, "PART", 16_000)
     ran("push", "out", "s3://models/x")
     assert there(store) == contents(out)
     assert len([1 for method, _, _ in store.asked if method == "PUT"]) > len(contents(out))
@@ -90,7 +90,7 @@ def test_large_files_go_in_parts(out: Path, store: S3Server, monkeypatch: pytest
 
 def test_an_upload_that_fails(out: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is left of the file that failed, no index and no recipe are there; the same command does it then."""
-    monkeypatch.setattr(object_store, "_PART", 16_000)
+    monkeypatch.setattr(object_store, "PART", 16_000)
     monkeypatch.setattr(object_store, "_PATIENCE", 0)
     object_store._store.cache_clear()
     parts = 0

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 import lines_cli as lines
 from lines_cli.engine.candidates import Candidates
 from lines_cli.plan.resources import Resources
-from lines_cli.sweep.config import space_from
-from lines_cli.sweep.trials import combinations
+from lines_cli.sweeping.config import space_from
+from lines_cli.sweeping.trials import combinations
 from support.files import write_checkpoint
 
 LAYERS = 3

@@ -229,7 +229,7 @@ def test_against_another_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             tensors = {f"model.layers.{i}.w": torch.randn(60, 1000, generator=chance) for i in range(4)}
             write_checkpoint(tmp_path / side, tensors, config=CONFIG)
         ran("edit", "base", "ft", "-o", "out", "--max-shard-size", "300KB")
-        monkeypatch.setattr(object_store, "_PART", 5 * 2**20)
+        monkeypatch.setattr(object_store, "PART", 5 * 2**20)
         ran("push", "out", "s3://models/out")
         assert ran("inspect", "s3://models/out", "--json").json["parameters"] == 240_000
         ran("edit", "out", "ft", "-o", "local", "--alpha", "0.4")

@@ -15,14 +15,16 @@ from email.utils import format_datetime
 from hashlib import md5
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
-from xml.sax.saxutils import escape
+from xml.sax.saxutils import escape, unescape
 
 import pytest
 
 from lines_cli.storage import object_store
 
 Fault = Callable[[str, str], str | None]
-"""Given a request's method and path: `503`, `slow`, `drop` (half of an answer, then nothing), `403`, or None."""
+"""Given a request's method and path: `503`, `hold` (the same, once `until` says so), `slow`, `drop` (half of an answer,
+then nothing), `403`, or None.
+"""
 
 
 @dataclass
@@ -44,12 +46,15 @@ class S3Server:
         objects: by `bucket/key`.
         asked: every request: method, path, and the range that was asked for.
         fault: what goes wrong.
+        until: what `hold` waits for.
     """
 
     def __init__(self, *buckets: str) -> None:
         self.buckets, self.objects, self.asked = set(buckets), dict[str, Stored](), list[tuple[str, str, str]]()
         self.uploads: dict[str, dict[int, bytes]] = {}
+        self.completed: set[str] = set()
         self.fault: Fault = lambda method, path: None
+        self.until: Callable[[], bool] = lambda: True
         self.lock = threading.Lock()
         server = self
 
@@ -118,6 +123,9 @@ class _Handler(BaseHTTPRequestHandler):
             fault = self.state.fault(self.command, path)
         if fault == "slow":
             time.sleep(0.3)
+        while fault == "hold" and not self.state.until():
+            time.sleep(0.01)
+        fault = "503" if fault == "hold" else fault
         self._drops = fault == "drop"
         if fault is not None and fault.isdigit():
             self._error(int(fault), {"503": "SlowDown", "403": "AccessDenied"}[fault])
@@ -178,8 +186,8 @@ class _Handler(BaseHTTPRequestHandler):
                 one = self.state.objects[key]
                 rows += (
                     f"<Contents><Key>{escape(within)}</Key><Size>{len(one.content)}</Size>"
-                    f"<LastModified>{one.at.isoformat().replace('+00:00', '.000Z')}</LastModified>"
-                    f"<ETag>{escape(one.tag)}</ETag></Contents>"
+                    f"<LastModified>{one.at.isoformat().replace('+00:00', '.250Z')}</LastModified>"
+                    f"<ETag>{escape(one.tag.strip(chr(34)))}</ETag></Contents>"  # as some servers do, unlike in headers
                 )
         self._send(
             200,
@@ -208,15 +216,25 @@ class _Handler(BaseHTTPRequestHandler):
         if begun is None:
             return
         path, query, body = begun
+        if "delete" in query:
+            keys = re.findall(r"<Key>(.*?)</Key>", body.decode())
+            for key in keys:
+                self.state.objects.pop(f"{path}/{unescape(key)}", None)
+            rows = "".join(f"<Deleted><Key>{key}</Key></Deleted>" for key in keys)
+            self._send(200, f"<DeleteResult>{rows}</DeleteResult>".encode())
+            return
         if "uploads" in query:
-            name = f"{path}@{len(self.state.uploads)}"
-            self.state.uploads[name] = {}
+            with self.state.lock:
+                name = f"{path}@{len(self.state.uploads) + len(self.state.completed)}"
+                self.state.uploads[name] = {}
             text = f"<InitiateMultipartUploadResult><UploadId>{escape(name)}</UploadId></InitiateMultipartUploadResult>"
             self._send(200, text.encode())
             return
-        parts = self.state.uploads.pop(query["uploadId"][0])
-        numbers = [int(number) for number in re.findall(r"<PartNumber>(\d+)</PartNumber>", body.decode())]
-        self.state.put(path, b"".join(parts[number] for number in numbers))
+        if query["uploadId"][0] not in self.state.completed:  # else its answer was lost, and it is asked again
+            parts = self.state.uploads.pop(query["uploadId"][0])
+            numbers = [int(number) for number in re.findall(r"<PartNumber>(\d+)</PartNumber>", body.decode())]
+            self.state.put(path, b"".join(parts[number] for number in numbers))
+            self.state.completed.add(query["uploadId"][0])
         tag = escape(self.state.objects[path].tag)
         text = f"<CompleteMultipartUploadResult><ETag>{tag}</ETag></CompleteMultipartUploadResult>"
         self._send(200, text.encode())

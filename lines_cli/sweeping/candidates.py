@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lines_cli.api import arguments
-from lines_cli.sweep.config import space_from
-from lines_cli.sweep.trials import combinations
+from lines_cli.sweeping.config import space_from
+from lines_cli.sweeping.trials import combinations
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +56,7 @@ def candidates(
         LinesError: as `lines.merge`.
     """
     from lines_cli.engine.candidates import Candidates
-    from lines_cli.sweep.live import restored, tensors_of
+    from lines_cli.sweeping.live import restored, tensors_of
 
     space = space_from(recipe, grid)
     settings = list(combinations(space))

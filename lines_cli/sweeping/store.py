@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from lines_cli.errors import OutputError
-from lines_cli.sweep.evaluate import Result
-from lines_cli.sweep.metrics import NonsenseError, metrics_of
-from lines_cli.sweep.trials import Trial
+from lines_cli.sweeping.evaluate import Result
+from lines_cli.sweeping.metrics import NonsenseError, metrics_of
+from lines_cli.sweeping.trials import Trial
 
 FILE = "trials.jsonl"
 JOURNAL = "optuna.log"

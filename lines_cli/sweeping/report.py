@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lines_cli.sweep.config import Objective, Sweep
-from lines_cli.sweep.expression import ExpressionError, Value
-from lines_cli.sweep.metrics import Metrics, NonsenseError, average, by_task
-from lines_cli.sweep.store import Evaluation
-from lines_cli.sweep.trials import LINES, Trial
+from lines_cli.sweeping.config import Objective, Sweep
+from lines_cli.sweeping.expression import ExpressionError, Value
+from lines_cli.sweeping.metrics import Metrics, NonsenseError, average, by_task
+from lines_cli.sweeping.store import Evaluation
+from lines_cli.sweeping.trials import LINES, Trial
 
 BASELINES = ("pre", "ft")
 
@@ -193,7 +193,17 @@ def _said_of_front(sweep: Sweep, judged: Sequence[Judged], families: Sequence[st
 
 
 def verdict(sweep: Sweep, judged: Sequence[Judged]) -> dict[str, Any]:
-    """Which family did best, and whether the difference is more than noise, as plain values and in words."""
+    """Which family did best, and whether the difference is more than noise, as plain values and in words; and how many
+    trials failed, if some did and not all.
+    """
+    found = _compared(sweep, judged)
+    failed = sum(one.failure is not None for one in judged)
+    if 0 < failed < len(judged):
+        found["said"] += f"; {failed} of {len(judged)} trials failed"
+    return found
+
+
+def _compared(sweep: Sweep, judged: Sequence[Judged]) -> dict[str, Any]:
     objective = sweep.objectives[0]
     families = [family for family in (LINES, *sweep.controls) if any(one.trial.family == family for one in judged)]
     leaders = {family: best(judged, objective, family) for family in families}

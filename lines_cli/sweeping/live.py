@@ -11,8 +11,8 @@ import torch
 
 from lines_cli.errors import RecipeError
 from lines_cli.plan.plan import Plan
-from lines_cli.sweep.evaluate import Result, call
-from lines_cli.sweep.trials import Trial
+from lines_cli.sweeping.evaluate import Result, call
+from lines_cli.sweeping.trials import Trial
 
 
 class Live:

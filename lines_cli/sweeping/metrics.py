@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lines_cli.errors import printable
-from lines_cli.sweep.expression import Value
+from lines_cli.sweeping.expression import Value
 
 Metrics = dict[str, Value]
 

@@ -11,14 +11,14 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from lines_cli.errors import RecipeError, printable, size, without_secrets
-from lines_cli.sweep.metrics import Metrics, NonsenseError, metrics_of, read_metrics
+from lines_cli.sweeping.metrics import Metrics, NonsenseError, metrics_of, read_metrics
 
 _PLACES = re.compile(r"\{(checkpoint|task|seed|id)\}")
 _PATIENCE = 5.0  # seconds between asking a process to end and ending it
@@ -58,6 +58,8 @@ def run_command(
         KeyboardInterrupt: `stop` said so.
     """
     started = time.monotonic()
+    for kind in (".err", ".out"):  # into one that is there an earlier evaluation may still be writing
+        log.with_suffix(kind).unlink(missing_ok=True)
     with open(log.with_suffix(".err"), "w+b") as errors, open(log.with_suffix(".out"), "w+b") as output:
         process = subprocess.Popen(  # noqa: S602 - the user's own command line
             command,
@@ -69,7 +71,8 @@ def run_command(
             start_new_session=True,  # so that what it starts can be ended with it
         )
         try:
-            why = _wait(process, timeout, stop, started, (output, errors))
+            with _ended_with_this_process(process):
+                why = _wait(process, timeout, stop, started, (output, errors))
         finally:
             _end(process)
         said = _end_of(output)
@@ -88,6 +91,35 @@ def run_command(
         return Result(read_metrics(said.decode("utf-8", "replace")), None, seconds)
     except NonsenseError as error:
         return Result(None, str(error), seconds)
+
+
+@contextmanager
+def _ended_with_this_process(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Have a command and all that it started ended if this process is, without a chance to do it itself: by SIGKILL, or
+    by Ray, whose driver was lost, and which ends the children of this process, too, but not theirs. Of a pipe that only
+    this process can write to a child's child reads the end then.
+    """
+    reads, writes = os.pipe()
+    try:
+        watch = subprocess.Popen(  # noqa: S603 - of our own words and a number
+            ["/bin/sh", "-c", _WATCH, str(process.pid)],
+            stdin=reads,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            yield
+        finally:
+            with suppress(BrokenPipeError):
+                os.write(writes, b"over\n")
+            watch.wait()
+    finally:
+        os.close(reads)
+        os.close(writes)
+
+
+_WATCH = 'exec 3<&0; { read -r said <&3; [ -n "$said" ] || kill -s KILL -- "-$0"; } & wait'
 
 
 def _wait(

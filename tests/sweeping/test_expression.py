@@ -5,7 +5,7 @@ import math
 import pytest
 
 from lines_cli.errors import RecipeError
-from lines_cli.sweep.expression import ExpressionError, parse
+from lines_cli.sweeping.expression import ExpressionError, parse
 
 KNOWN = {"t": 0.9, "t_ft": 0.95, "c": [0.4, 0.5], "c_pre": [0.5, 0.5], "by": {"a": 2.0, "b": 4.0}, "acc,none": 0.5}
 

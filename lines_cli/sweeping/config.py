@@ -20,7 +20,7 @@ from lines_cli.recipe.plain_yaml import LARGEST, YamlError, read_yaml
 from lines_cli.recipe.schema import Recipe
 from lines_cli.recipe.yaml_file import dump_recipe, recipe_from
 from lines_cli.storage.files import read_small
-from lines_cli.sweep.expression import Expression, parse
+from lines_cli.sweeping.expression import Expression, parse
 
 Control = Literal["constant", "reversed"]
 CONTROLS: tuple[Control, ...] = get_args(Control)

@@ -192,6 +192,23 @@ def test_an_evaluation_that_hangs_is_ended_with_all_that_it_started(here: Path) 
     assert not _runs(child)
 
 
+def test_an_evaluation_ends_with_a_sweep_that_is_killed(here: Path) -> None:
+    """Also where the sweep has no chance to end it."""
+    config = sweep_yaml(evaluate="echo $$ > child; exec sleep 300 # {checkpoint}", controls=False)
+    with forked.Forked(forked.command("sweep", "--config", config, "-o", "best")) as fork:
+        while not Path("child").exists() or not Path("child").read_text().endswith("\n"):
+            assert fork.poll() is None, fork.read()
+            time.sleep(0.02)
+        child = int(Path("child").read_text())
+        assert _runs(child)
+        fork.kill()
+        fork.wait()
+    until = time.monotonic() + 10
+    while time.monotonic() < until and _runs(child):
+        time.sleep(0.05)
+    assert not _runs(child)
+
+
 def _runs(pid: int) -> bool:
     try:
         os.kill(pid, 0)

@@ -9,13 +9,14 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from lines_cli.api.calls import RunOptions, carry_out
+from lines_cli.api.on_ray import Cluster, address_of, connected, needs_of
 from lines_cli.engine.candidate_files import remove
 from lines_cli.engine.candidates import Candidates, nbytes_merged
 from lines_cli.errors import DataError, MismatchError, OutputError, RecipeError, size
@@ -28,18 +29,17 @@ from lines_cli.storage.destination import check_destination, is_one_file, naming
 from lines_cli.storage.files import read_small
 from lines_cli.storage.lock import RunLock
 from lines_cli.storage.names import RECIPE
-from lines_cli.sweep.config import Sweep
-from lines_cli.sweep.evaluate import Result, command_for, function_named, run_command
-from lines_cli.sweep.live import Live
-from lines_cli.sweep.metrics import Metrics, NonsenseError, average
-from lines_cli.sweep.page import page
-from lines_cli.sweep.report import BASELINES, Judge, Judged, best, front, repeats, verdict
-from lines_cli.sweep.store import FILE, JOURNAL, Evaluation, Store
-from lines_cli.sweep.trials import Trial, check_recipe, shown, trials_of
+from lines_cli.sweeping.bench import CANDIDATES, LOGS, Bench
+from lines_cli.sweeping.config import Sweep
+from lines_cli.sweeping.metrics import Metrics, NonsenseError, average
+from lines_cli.sweeping.on_nodes import OnNodes, Run
+from lines_cli.sweeping.page import page
+from lines_cli.sweeping.report import BASELINES, Judge, Judged, best, front, repeats, verdict
+from lines_cli.sweeping.store import FILE, JOURNAL, Evaluation, Store
+from lines_cli.sweeping.trials import Trial, check_recipe, shown, trials_of
 
 Say = Callable[[str], None]
 _MANY = 1000  # trials
-_CANDIDATES, _LOGS = "candidates", "logs"
 REPORT, _WINNER = "report.html", "winner.json"
 _MOST_SAID = 2**24  # bytes
 
@@ -49,18 +49,25 @@ class Options:
     """What a sweep may use, and how it goes about it.
 
     Attributes:
-        resources: for making candidates.
-        parallel: how many evaluations run at a time.
+        resources: for making candidates; on a cluster also what each trial takes of it.
+        parallel: how many evaluations run at a time; None for 1, and on a cluster for as many as there is room for (of
+            a search 1, since what is drawn depends on it).
+        on: the engine that runs trials elsewhere, as `--on` says it; None for this machine.
         force: discard another sweep's trials; replace an existing output.
         retry: evaluate once more what failed before.
         say: gets a line about each trial, and whatever else a person should know.
     """
 
     resources: Resources = field(default_factory=Resources)
-    parallel: int = 1
+    parallel: int | None = None
+    on: str | None = None
     force: bool = False
     retry: bool = False
     say: Say = lambda _: None
+
+    def __post_init__(self) -> None:
+        if self.on is not None:
+            address_of(self.on)  # refused before anything is planned
 
 
 @dataclass(frozen=True)
@@ -149,7 +156,7 @@ def plan_sweep(sweep: Sweep, options: Options) -> dict[str, Any]:
 def _trials(sweep: Sweep, notes: list[str]) -> list[Trial]:
     """The trials of a grid; of a search one for each draw, whose values are not known yet."""
     if sweep.search is not None:
-        from lines_cli.sweep.search import middle
+        from lines_cli.sweeping.search import middle
 
         trials = [Trial("lines", middle(sweep))]
         for trial in trials:
@@ -192,7 +199,7 @@ def _is_number(value: Any) -> bool:
 def _numbers(sweep: Sweep, trials: Sequence[Trial], notes: list[str]) -> dict[str, int]:
     """How many trials each family has."""
     if sweep.search is not None:
-        from lines_cli.sweep.search import families_of
+        from lines_cli.sweeping.search import families_of
 
         return dict.fromkeys(families_of(sweep, notes), sweep.search.trials)
     return {family: sum(t.family == family for t in trials) for family in dict.fromkeys(t.family for t in trials)}
@@ -212,7 +219,8 @@ def _scratch(sweep: Sweep, plan: Plan, options: Options) -> int:
     largest = plan.bytes_written
     if sweep.baselines:
         largest = max(largest, *(checkpoint.nbytes for checkpoint in plan.inputs.checkpoints))
-    return largest + (options.parallel - 1) * plan.bytes_written + nbytes_merged(plan)
+    merged = nbytes_merged(plan) if options.on is None else 0
+    return largest + ((options.parallel or 1) - 1) * plan.bytes_written + merged
 
 
 def _cost(sweep: Sweep, trials: Sequence[Trial], plan: Plan) -> Iterator[str]:
@@ -242,13 +250,11 @@ class Sweeping:
         self.folder = folder_of(output)
         self.notes: list[str] = []
         self.trials = _trials(sweep, self.notes)
-        self.stopping = threading.Event()
-        self._making = threading.Lock()
-        self._last: dict[int, tuple[Path, Recipe, Plan]] = {}
-        """For each evaluation that runs at a time: the folder of its last candidate, and what made that."""
+        self._cluster: Cluster | None = None
+        self._orders: OnNodes | None = None
         self._logging = threading.Lock()
-        self.candidates = Candidates(options.resources, scratch=None if sweep.in_process else self.folder / _CANDIDATES)
-        self.plan = _largest_plan(sweep, self.trials, self.candidates, output)
+        self.bench = Bench(sweep, options.resources, self.folder, self.folder / CANDIDATES, slots=options.parallel or 1)
+        self.plan = _largest_plan(sweep, self.trials, self.bench.candidates, output)
         self.notes += [*self.plan.notes, *_cost(sweep, self.trials, self.plan)]
         self._begun = time.monotonic()
 
@@ -264,18 +270,18 @@ class Sweeping:
             nbytes=0,
             force=self.options.force or self._is_own(),
         )
-        with naming(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = RunLock(self.folder, self.output)
-        try:
+        with ExitStack() as opened:
+            if self.options.on is not None:
+                self._cluster = opened.enter_context(connected(address_of(self.options.on)))
+            with naming(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                opened.callback(RunLock(self.folder, self.output).release)
             return self._run()
-        finally:
-            lock.release()
 
     def _run(self) -> Found:
         with naming(self.folder):
-            remove(self.folder / _CANDIDATES)
-            for name in (_CANDIDATES, _LOGS):
+            remove(self.folder / CANDIDATES)
+            for name in (CANDIDATES, LOGS):
                 (self.folder / name).mkdir(exist_ok=True)
         store = self._store()
         try:
@@ -283,10 +289,10 @@ class Sweeping:
             judge = Judge(self.sweep, self._baselines(store))
             judged = self._judged(store, judge)
         finally:
-            self.stopping.set()
+            self.bench.stopping.set()
             store.close()
-            self.candidates.close()
-            remove(self.folder / _CANDIDATES)
+            self.bench.candidates.close()
+            remove(self.folder / CANDIDATES)
         return self._finish(judged)
 
     def _store(self) -> Store:
@@ -312,7 +318,10 @@ class Sweeping:
     def _refuse_full_disk(self) -> None:
         if self.sweep.in_process:
             return
-        needed, free = _scratch(self.sweep, self.plan, self.options), shutil.disk_usage(self.folder).free
+        options = self.options
+        if self._cluster is not None and options.parallel is None:
+            options = replace(options, parallel=self._cluster.cpus // (options.resources.workers or 1))
+        needed, free = _scratch(self.sweep, self.plan, options), shutil.disk_usage(self.folder).free
         if needed > free:
             raise OutputError(
                 f"{self.folder}: candidates need {size(needed)} of scratch, and {size(free)} are free",
@@ -326,7 +335,8 @@ class Sweeping:
         found: dict[str, Metrics] = {}
         for which in self.sweep.baselines:
             trial = Trial(which, {})
-            self._evaluate(store, trial, self._recipes_of(which))
+            for _ in self.each(store, [trial]):
+                pass
             evaluations = [one for one in store.done.values() if one.trial.id == trial.id]
             failed = [one for one in evaluations if one.result.metrics is None]
             name = "the base" if which == "pre" else "the fine-tune"
@@ -384,14 +394,14 @@ class Sweeping:
     # --- trials ---
 
     @property
-    def parallel(self) -> int:
-        """How many evaluations run at a time: in this process one."""
-        return 1 if self.sweep.in_process else self.options.parallel
+    def batch(self) -> int:
+        """How many trials a search draws at a time: as many as evaluations run at a time, in this process one."""
+        return 1 if self.sweep.in_process and self._cluster is None else self.options.parallel or 1
 
     def _judged(self, store: Store, judge: Judge) -> list[Judged]:
         sweep = self.sweep
         if sweep.search is not None:
-            from lines_cli.sweep.search import search
+            from lines_cli.sweeping.search import search
 
             return [*self._of_baselines(store, judge), *search(self, store, judge)]
         todo = {trial.id: trial for trial in self.trials if not self.is_done(store, trial)}
@@ -426,10 +436,13 @@ class Sweeping:
 
     def each(self, store: Store, trials: Sequence[Trial]) -> Iterator[Trial]:
         """Evaluate trials, several at a time; gives each as it is done."""
-        parallel = min(self.parallel, len(trials))
+        if self._cluster is not None:
+            yield from self._each_on_ray(self._cluster, store, trials)
+            return
+        parallel = min(self.batch, len(trials))
         if parallel <= 1:
             for trial in trials:
-                self.evaluate(store, trial)
+                self._evaluate(store, trial)
                 yield trial
             return
         left, done = iter(trials), queue.SimpleQueue[Trial | BaseException | None]()
@@ -437,12 +450,12 @@ class Sweeping:
 
         def work(number: int) -> None:
             try:
-                while not self.stopping.is_set():
+                while not self.bench.stopping.is_set():
                     with taking:
                         trial = next(left, None)
                     if trial is None:
                         break
-                    self.evaluate(store, trial, slot=number)
+                    self._evaluate(store, trial, slot=number)
                     done.put(trial)
                 done.put(None)
             except BaseException as error:  # noqa: BLE001 - handed over to the thread that waits
@@ -464,85 +477,45 @@ class Sweeping:
                 else:
                     yield found
         finally:
-            self.stopping.set()
+            self.bench.stopping.set()
             for thread in threads:
                 thread.join()
-            self.stopping.clear()
+            self.bench.stopping.clear()
 
-    def evaluate(self, store: Store, trial: Trial, *, slot: int = 0) -> None:
+    def _evaluate(self, store: Store, trial: Trial, *, slot: int = 0) -> None:
         """Make a candidate, evaluate it, and keep what came of it."""
-        self._evaluate(store, trial, lambda _: self.sweep.recipe_of(trial.settings), slot=slot)
-
-    def _evaluate(self, store: Store, trial: Trial, made_by: Callable[[str | None], Recipe], *, slot: int = 0) -> None:
-        for task, seed in self._runs():
-            if (trial.id, task, seed) in store.done:
-                continue
-            result = self._one(trial, made_by(task), task, seed, slot)
+        for task, seed, recipe in self._left(store, trial):
+            result = self.bench.evaluate(trial, recipe, task, seed, slot)
             with self._logging:
                 store.add(Evaluation(trial, task, seed, result))
             if result.metrics is None:
                 break  # the others would be of no use
 
-    def _one(self, trial: Trial, recipe: Recipe, task: str | None, seed: int, slot: int) -> Result:
-        log = self.folder / _LOGS / f"{trial.id}{f'-{_plain(task)}' if task else ''}-{seed}.log"
-        folder = Path(os.path.abspath(self.folder / _CANDIDATES / trial.id))
-        try:
-            with self._making:
-                if self.stopping.is_set():
-                    raise KeyboardInterrupt
-                self._make(slot, folder, recipe)
-        except DataError as error:
-            return Result(None, f"the candidate cannot be made: {error.message}", 0.0)
-        if self.sweep.in_process:
-            return self._live.evaluate(trial, task, seed, log)
-        command = command_for(self.sweep.evaluate, checkpoint=folder, task=task or "", seed=seed, id=trial.id)
-        with naming(log):
-            log.parent.mkdir(parents=True, exist_ok=True)
-            return run_command(
-                command,
-                log=log,
-                timeout=self.sweep.timeout,
-                environment=self._environment(trial, task, seed, slot),
-                stop=self.stopping.is_set,
-            )
+    def _left(self, store: Store, trial: Trial) -> list[Run]:
+        """The evaluations of a trial that are not there."""
+        made_by = self._recipes_of(trial.family) if trial.family in BASELINES else None
+        return [
+            Run(task, seed, made_by(task) if made_by else self.sweep.recipe_of(trial.settings))
+            for task, seed in self._runs()
+            if (trial.id, task, seed) not in store.done
+        ]
 
-    def _make(self, slot: int, folder: Path, recipe: Recipe) -> None:
-        """Make a candidate in the module, or in a folder that takes the place of the last one. The same one is made
-        again for another repeat or task, because the last evaluation may have changed it.
+    def _each_on_ray(self, cluster: Cluster, store: Store, trials: Sequence[Trial]) -> Iterator[Trial]:
+        """The same on the nodes of a cluster."""
+        needs, orders = needs_of(self.options.resources, self._peak_memory), self._orders
+        if orders is None:
+            orders = self._orders = OnNodes(self.sweep, self.folder, needs.resources, self.bench.candidates.known)
+            cluster.say_what_is_missing(needs, self.options.say)
+        tasks = (orders.task(trial, self._left(store, trial)) for trial in trials)
+        with closing(cluster.each(tasks, needs, at_once=self.options.parallel, lost=orders.lost)) as done:
+            for evaluations in done:
+                for one in evaluations:
+                    store.add(one)
+                yield evaluations[0].trial
 
-        Raises:
-            DataError: it cannot be made.
-        """
-        before, made_by, plan = self._last.pop(slot, (None, None, None))
-        if plan is None or (before, made_by) != (folder, recipe):
-            try:
-                plan = self.candidates.plan(recipe, folder)
-            except (MismatchError, RecipeError) as error:  # of these settings: those of the first trial were planned
-                raise DataError(error.message, hint=error.hint) from error
-        if self.sweep.in_process:
-            self.candidates.put(plan, self._live.tensors)
-        else:
-            try:
-                self.candidates.write(plan, folder, before=before)
-            except BaseException:
-                self.candidates.forget(folder)
-                raise
-        self._last[slot] = folder, recipe, plan
-
-    def _environment(self, trial: Trial, task: str | None, seed: int, slot: int) -> dict[str, str]:
-        found = {"LINES_TRIAL": trial.id, "LINES_SEED": str(seed), "LINES_TASK": task or ""}
-        devices = _devices()
-        if self.options.parallel > 1 and devices:
-            found["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
-        return found
-
-    @property
-    def _live(self) -> Live:
-        if not hasattr(self, "_held_live"):
-            function = function_named(self.sweep.evaluate, where=f"{self.sweep.where}: evaluate")
-            make = function_named(self.sweep.model, where=f"{self.sweep.where}: model") if self.sweep.model else None
-            self._held_live = Live(function, make, self.plan, self.sweep.timeout)
-        return self._held_live
+    def _peak_memory(self, resources: Resources) -> int:
+        """Of a task: to make a candidate, and of a live module the module. What a command takes nobody knows."""
+        return self.plan.peak_memory(resources) + (self.plan.bytes_written if self.sweep.in_process else 0)
 
     # --- what is said ---
 
@@ -582,7 +555,7 @@ class Sweeping:
                 )
             raise DataError(
                 f"all {len(own)} trials failed; the first: {why}",
-                hint=f"What each said is in {self.folder / _LOGS}. Mend the evaluation, and run it again with --retry.",
+                hint=f"What each said is in {self.folder / LOGS}. Mend the evaluation, and run it again with --retry.",
             )
         winner, on_front, summary = None, tuple[Judged, ...](), None
         if len(sweep.objectives) == 1:
@@ -634,23 +607,8 @@ def _digest(path: Path) -> str | None:
     return None
 
 
-def _plain(text: str) -> str:
-    """A name as a part of a file's name."""
-    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in text)[:100]
-
-
 def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = seconds / 60
     return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
-
-
-def _devices() -> list[str]:
-    """The CUDA devices that evaluations may be given, one each."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [one for one in visible.split(",") if one.strip()]
-    import torch
-
-    return [str(number) for number in range(torch.cuda.device_count())]

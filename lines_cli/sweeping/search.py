@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lines_cli.errors import OutputError, RecipeError
-from lines_cli.sweep.config import Range, Sweep
-from lines_cli.sweep.expression import Expression
-from lines_cli.sweep.report import Judge, Judged
-from lines_cli.sweep.store import JOURNAL, Store
-from lines_cli.sweep.trials import LINES, Trial, complete, constant, is_end, ranges_of, reversed_, span, why_not
+from lines_cli.sweeping.config import Range, Sweep
+from lines_cli.sweeping.expression import Expression
+from lines_cli.sweeping.report import Judge, Judged
+from lines_cli.sweeping.store import JOURNAL, Store
+from lines_cli.sweeping.trials import LINES, Trial, complete, constant, is_end, ranges_of, reversed_, span, why_not
 
 if TYPE_CHECKING:
-    from lines_cli.sweep.run import Sweeping
+    from lines_cli.sweeping.run import Sweeping
 
 
 def middle(sweep: Sweep) -> dict[str, Any]:
@@ -92,8 +92,8 @@ def _one_family(sweeping: Sweeping, store: Store, judge: Judge, family: str, pro
     assert sweep.search is not None
     study = _study(optuna, sweep, family, sweeping.folder / JOURNAL)
     found: dict[str, Judged] = {}
-    for first in range(0, sweep.search.trials, sweeping.parallel):
-        numbers = range(first, min(first + sweeping.parallel, sweep.search.trials))
+    for first in range(0, sweep.search.trials, sweeping.batch):
+        numbers = range(first, min(first + sweeping.batch, sweep.search.trials))
         asked = {number: _asked(optuna, study, sweep, family, number) for number in numbers}
         todo = {trial.id: trial for trial in asked.values() if not sweeping.is_done(store, trial)}
         for _ in range(len(asked) - len(todo)):

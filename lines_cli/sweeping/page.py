@@ -13,15 +13,15 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from lines_cli.errors import printable
-from lines_cli.sweep.expression import Expression
-from lines_cli.sweep.report import BASELINES, Judged, better_up, called
-from lines_cli.sweep.trials import LINES, shown
+from lines_cli.sweeping.expression import Expression
+from lines_cli.sweeping.report import BASELINES, Judged, better_up, called
+from lines_cli.sweeping.trials import LINES, shown
 from lines_cli.version import __version__
 
 if TYPE_CHECKING:
-    from lines_cli.sweep.config import Objective
-    from lines_cli.sweep.expression import Value
-    from lines_cli.sweep.run import Found
+    from lines_cli.sweeping.config import Objective
+    from lines_cli.sweeping.expression import Value
+    from lines_cli.sweeping.run import Found
 
 _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:56rem;padding:0 1rem;color:#1c1c1c;background:#fff}

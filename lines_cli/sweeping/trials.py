@@ -12,8 +12,8 @@ from hashlib import sha256
 from typing import Any
 
 from lines_cli.errors import RecipeError, printable
-from lines_cli.sweep.config import Control, Range, Space, Sweep
-from lines_cli.sweep.expression import Expression, ExpressionError
+from lines_cli.sweeping.config import Control, Range, Space, Sweep
+from lines_cli.sweeping.expression import Expression, ExpressionError
 
 LINES = "lines"
 """The family of what the grid says itself."""

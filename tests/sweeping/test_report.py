@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from lines_cli.sweep.config import Objective, Sweep
-from lines_cli.sweep.expression import parse
-from lines_cli.sweep.report import Judged, front, standard_error, verdict
-from lines_cli.sweep.trials import Trial
+from lines_cli.sweeping.config import Objective, Sweep
+from lines_cli.sweeping.expression import parse
+from lines_cli.sweeping.report import Judged, front, standard_error, verdict
+from lines_cli.sweeping.trials import Trial
 
 
 def judged(family: str, value: float, error: float | None = None) -> Judged:
@@ -49,6 +49,14 @@ def test_verdicts(values: list[tuple[str, float, float | None]], won: str, said:
     assert (found["won"], said in found["said"]) == (won, True), found["said"]
 
 
+def test_trials_that_failed_are_told() -> None:
+    """Those of some; where all did, there is nothing else to say."""
+    broken = Judged(Trial("lines", {"lines.alpha": 0.5}), failure="it ended with 1")
+    found = verdict(asked(), [judged("lines", 3.0), broken, judged("constant", 2.0)])
+    assert found["said"].endswith("; 1 of 3 trials failed")
+    assert "1 of" not in verdict(asked(), [broken])["said"]
+
+
 def test_the_least_wins_where_it_is_asked_for() -> None:
     """`minimize:` turns it round."""
     found = verdict(asked(minimize=True), [judged("lines", 2.0), judged("constant", 3.0)])
@@ -71,8 +79,8 @@ def test_the_front() -> None:
 
 def test_hostile_names_do_no_harm_in_the_page(tmp_path: Path) -> None:
     """Whatever metrics and keys are called, the page has no element of theirs."""
-    from lines_cli.sweep.page import page
-    from lines_cli.sweep.run import Found
+    from lines_cli.sweeping.page import page
+    from lines_cli.sweeping.run import Found
 
     name = "<script>alert(1)</script>"
     one = Judged(

@@ -1,0 +1,622 @@
+"""The output in the making, in an object store: weights become objects as they are made, and what a reader looks for
+(config, index, recipe) comes last, when all else is there. Nothing is renamed, and nothing lies on this disk.
+
+    s3://bucket/.out.lines/
+        run        which run it is, its files, and what stood at the destination when it began
+        measured   what it has measured
+        down       that what stood there is removed
+        0, 1, ...  of each weight file that is whole: the object, and the digests of its blocks
+
+Nothing tells whether a run is at work there or was killed. So nothing of that is discarded unasked: the same run goes
+on from it (`--resume`), or it is removed (`lines clean`).
+"""
+
+from __future__ import annotations
+
+import re
+import stat
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from types import TracebackType
+
+from lines_cli.errors import OF_NO_USE, Aftermath, CheckpointError, OutputError, as_argument, attach_aftermath, some
+from lines_cli.storage.destination import Entry, is_noise, is_one_file, refuse_to_replace
+from lines_cli.storage.digest import DIGEST_BLOCK, FileRecord, is_part, is_step, record_of, tree_digest
+from lines_cli.storage.journal import JournalContents, Json, WrittenRange, line_of, range_of, whole_lines, written_line
+from lines_cli.storage.names import RECIPE, turn
+from lines_cli.storage.object_store import (
+    ObjectPath,
+    RemoteFile,
+    Stored,
+    content_of,
+    is_anything_below,
+    listed,
+    looked_up,
+    put_content,
+    remove,
+    url_of,
+)
+from lines_cli.storage.staging import Unfinished, refuse_another
+from lines_cli.storage.uploads import Upload, Uploads
+
+_RUN, _MEASURED, _DOWN = "run", "measured", "down"
+_OF_FILE = re.compile(r"\d{1,6}")
+_OURS = re.compile(rf"{_RUN}|{_MEASURED}|{_DOWN}|{_OF_FILE.pattern}")
+_LARGEST = 2**30  # bytes of what a run has written down
+_THREADS = 4
+
+
+def _url(output: Path) -> str:
+    found = url_of(output)
+    assert found is not None
+    return found
+
+
+def room_of(output: Path) -> ObjectPath:
+    """Where a run writes down what it has done: beside the destination."""
+    folder, _, name = _url(output).rpartition("/")
+    return ObjectPath(f"{folder}/.{name}.lines")
+
+
+@contextmanager
+def asked_of_the_store() -> Iterator[None]:
+    """What a store refuses, as a refusal of the destination."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise OutputError(error.message, hint=error.hint) from error
+
+
+# --- may it go there? ---
+
+
+def is_taken(output: Path) -> bool:
+    """Whether anything lies there."""
+    with asked_of_the_store():
+        return looked_up(_url(output)) is not None if is_one_file(output) else is_anything_below(_url(output))
+
+
+def check_destination(
+    output: Path, *, inputs: Iterable[Path], force: bool, ours: Collection[str] | None = None, may_exist: bool = False
+) -> None:
+    """Refuse a destination that is taken, is one of the inputs or holds one; arguments as for one on a disk.
+
+    Raises:
+        OutputError: with what is in the way; or the store cannot be asked.
+    """
+    target = _url(output)
+    for path in inputs:
+        source = url_of(path)
+        if source is not None and (source == target or source.startswith(f"{target}/")):
+            raise OutputError(
+                f"{output}: the output would replace an input, {source}", hint="Choose another destination with -o."
+            )
+    if may_exist or not is_taken(output):
+        if may_exist:
+            is_taken(output)  # whether the store answers at all
+        return
+    if _is_begun(output):  # by a run whose work is gone on from, or is refused, when this one begins
+        return
+    if not force:
+        hint = "Choose another destination with -o, or replace it with --force."
+        raise OutputError(f"{output} exists", hint=hint)
+    if ours is not None:
+        _refuse_to_replace(output, _there(output), ours)
+
+
+def _is_begun(output: Path) -> bool:
+    with asked_of_the_store():
+        return looked_up(f"{room_of(output)}/{_RUN}") is not None
+
+
+def refuse_unfinished(output: Path) -> None:
+    """Refuse to begin where another run has begun: nothing tells whether it is at work.
+
+    Raises:
+        OutputError: what to do.
+    """
+    raise OutputError(
+        f"{room_of(output)} holds the unfinished work of a run that was ended, or that is at work now",
+        hint=f"To go on from it, add --resume. If none is at work, this removes it: lines clean {as_argument(output)}",
+    )
+
+
+def _there(output: Path) -> dict[str, Stored]:
+    """What lies at a destination, by names relative to it; a file by itself has the name ''."""
+    with asked_of_the_store():
+        if is_one_file(output):
+            found = looked_up(_url(output))
+            return {} if found is None else {"": found}
+        return {name: one for name, one in listed(_url(output)).items() if not is_noise(name)}
+
+
+def _refuse_to_replace(output: Path, there: Mapping[str, Stored], ours: Collection[str]) -> None:
+    refuse_to_replace(
+        output, {name: Entry(stat.S_IFREG, 0, one.nbytes, one.mtime_ns) for name, one in there.items()}, ours
+    )
+
+
+# --- what an earlier run has left ---
+
+
+@dataclass
+class _Left:
+    """What a run has written down.
+
+    Attributes:
+        run: which it was; None where that is gone, and the rest is to be removed.
+        names: the files that it makes.
+        replaces: what stands at the destination since it began, and is to be replaced.
+        measured: what it has measured.
+        files: of each weight file that is whole: the object, and its ranges.
+        objects: the names of all this, in its room.
+    """
+
+    run: Json | None = None
+    names: frozenset[str] = frozenset()
+    replaces: dict[str, Stored] = field(default_factory=dict)
+    measured: Json | None = None
+    files: dict[int, tuple[Stored, list[WrittenRange]]] = field(default_factory=dict)
+    objects: list[str] = field(default_factory=list)
+    line: bytes = b""
+
+    def made(self, there: Mapping[str, Stored], *, one_file: bool) -> list[str]:
+        """What of a destination it has put there."""
+        names = {""} if one_file else self.names
+        return [name for name, found in there.items() if name in names and self.replaces.get(name) != found]
+
+    def is_over(self, there: Mapping[str, Stored], *, one_file: bool) -> bool:
+        """Whether it came to its end: what comes last is there."""
+        return self.run is not None and ("" if one_file else RECIPE) in self.made(there, one_file=one_file)
+
+
+def _left(output: Path) -> _Left | None:
+    room = room_of(output)
+    with asked_of_the_store():
+        objects = sorted(listed(str(room)))
+        if not objects:
+            return None
+        if others := [name for name in objects if not _OURS.fullmatch(name)]:
+            raise OutputError(
+                f"{room} holds objects that lines did not put there:\n{some(others)}",
+                hint="lines keeps unfinished output there, and removes it then. Move these away, or choose another "
+                "destination with -o.",
+            )
+        left = _Left(objects=objects)
+        with ThreadPoolExecutor(_THREADS) as pool:
+            content = dict(
+                zip(objects, pool.map(lambda name: content_of(f"{room}/{name}", _LARGEST), objects), strict=True)
+            )
+    if _RUN not in objects:
+        return left
+    try:
+        ((told, _),) = whole_lines(content[_RUN])
+        left.run, left.names, left.line = dict(told["run"]), frozenset(map(str, told["names"])), content[_RUN]
+        if _DOWN not in objects:
+            left.replaces = {name: Stored(int(a), int(b), str(c)) for name, (a, b, c) in told["replaces"].items()}
+        sizes = [int(nbytes) for _, nbytes, _ in left.run["outputs"]]
+        step = left.run["step"]
+        if not is_step(step):
+            raise ValueError(step)  # noqa: TRY301 - as of what else is wrong there
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise OutputError(
+            f"{room}/{_RUN} was not written by lines, or is damaged",
+            hint="If you need nothing in it, remove these objects by the store's own tools, and run the command again.",
+        ) from error
+    with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        for line, _ in whole_lines(content.get(_MEASURED, b"")):
+            left.measured = dict(line["measured"])
+    for name in objects:
+        if not _OF_FILE.fullmatch(name):
+            continue
+        with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError, IndexError):
+            (first, _), *lines = whole_lines(content[name])
+            number = int(name)
+            parts = [range_of(one) for one, _ in lines]
+            whole = sum(len(part.blocks) for part in parts) == -(-sizes[number] // DIGEST_BLOCK)
+            if whole and all(is_part(number, part.start, part.blocks, sizes, step) for part in parts):
+                nbytes, mtime, tag = first["stored"]
+                left.files[number] = Stored(int(nbytes), int(mtime), str(tag)), parts
+    return left
+
+
+def leftover(output: Path) -> Unfinished | None:
+    """What an earlier run has left of this output, or one that is at work, if there is anything.
+
+    Raises:
+        OutputError: the store cannot be asked, or there is something else in that place.
+    """
+    left = _left(output)
+    if left is None:
+        return None
+    total = sum(nbytes for _, nbytes, _ in left.run["outputs"]) if left.run else 0
+    written = sum(stored.nbytes for stored, _ in left.files.values())
+    is_over = left.is_over(_there(output), one_file=is_one_file(output))
+    return Unfinished(room_of(output), written, total, written, False, left.run, is_over, left.measured)
+
+
+def clean(output: Path) -> Unfinished | None:
+    """Remove what an earlier run has left of this output: the objects that it has put there, and what it wrote down. If
+    it is at work still, it ends with an error.
+
+    Raises:
+        OutputError: the store refuses, or what is there is not ours.
+    """
+    found, left = leftover(output), _left(output)
+    if found is not None and left is not None:
+        _discard(output, left, keep=found.is_over)
+    return found
+
+
+def _discard(output: Path, left: _Left, *, keep: bool = False) -> None:
+    """Remove what a run has made, unless that is kept, and what it wrote down; that which says whose it is, last."""
+    with asked_of_the_store():
+        if not keep:
+            made = left.made(_there(output), one_file=is_one_file(output))
+            _remove_in_turn(_url(output), made)
+        remove([f"{room_of(output)}/{name}" for name in left.objects if name != _RUN])
+        remove([f"{room_of(output)}/{_RUN}"])
+
+
+def _remove_in_turn(url: str, names: Iterable[str]) -> None:
+    """Remove objects below a URL: first what a reader looks for."""
+    names = sorted(names, key=turn)
+    last = [name for name in names if turn(name)[0] >= turn("config.json")[0]]
+    remove([f"{url}/{name}".rstrip("/") for name in reversed(last)])
+    remove([f"{url}/{name}".rstrip("/") for name in names if name not in last])
+
+
+# --- the output in the making ---
+
+
+class ObjectStaging:
+    """The output in the making, as `Staging` is on a disk; arguments and attributes are the same.
+
+    A folder's weights are objects as soon as they are whole, and its config, index and recipe come last. A file by
+    itself appears in one step, at the end, and takes the place of one that is there. A folder that is there has to go
+    before the first of its weights is replaced: that is when all is measured, and its recipe goes first.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        run: Json,
+        names: Iterable[str],
+        *,
+        replaceable: Callable[[], Collection[str]] | None = None,
+        resume: bool = False,
+    ) -> None:
+        self.output, self._run, self._names, self._resume = output, run, frozenset(names), resume
+        self._replaceable = replaceable
+        self._target, self.folder, self._one_file = _url(output), room_of(output), is_one_file(output)
+        self._beside: dict[str, bytes] = {}
+        self._files: dict[str, Upload] = {}
+        self._uploads = Uploads()
+        self._left = _Left()
+        self._in_place, self._gone, self._begun = False, False, False
+        self._journal: ObjectJournal | None = None
+        self.contents: JournalContents | None = None
+        self.remarks: list[str] = []
+
+    def __enter__(self) -> ObjectStaging:
+        left, there = _left(self.output), _there(self.output)
+        if left is not None and (left.run is None or left.is_over(there, one_file=self._one_file)):
+            _discard(self.output, left, keep=True)
+            left = None
+        if left is not None and not self._is_of_this_run(left):
+            _discard(self.output, left)
+            left, there = None, _there(self.output)
+        self._look_at_old(left, there)
+        if left is None:
+            told = {"run": self._run, "names": sorted(self._names), "replaces": there}
+            left = _Left(self._run, self._names, there, objects=[_RUN], line=written_line(told))
+            with asked_of_the_store():
+                if not put_content(f"{self.folder}/{_RUN}", left.line, new=True):
+                    raise OutputError(f"another run has begun to write {self.output}", hint="Wait until it is done.")
+        else:
+            self._go_on(left, there)
+        self._left, self._begun = left, True
+        self._journal = ObjectJournal(self)
+        self._journal.empty = not left.files and left.measured is None
+        return self
+
+    def _is_of_this_run(self, left: _Left) -> bool:
+        """Whether what a run has left is to be gone on from; else it is to be discarded.
+
+        Raises:
+            OutputError: neither was asked for.
+        """
+        assert left.run is not None
+        if not self._resume:
+            refuse_unfinished(self.output)
+        try:
+            refuse_another(self._run, left.run, self.folder, self.output)
+        except OutputError as error:
+            if self._replaceable is None:
+                removes = f"lines clean {as_argument(self.output)}"
+                raise OutputError(error.message, hint=f"If that run is not at work, remove it: {removes}") from error
+            self.remarks.append(f"{error.message}; it was discarded")
+            return False
+        return True
+
+    def _look_at_old(self, left: _Left | None, there: Mapping[str, Stored]) -> None:
+        """Refuse to replace what is not ours, or has come since an earlier run began.
+
+        Raises:
+            OutputError: what that is.
+        """
+        old = there
+        if left is not None:
+            own = left.made(there, one_file=self._one_file)
+            old = {name: found for name, found in there.items() if name not in own}
+            if new := sorted(name for name, found in old.items() if left.replaces.get(name) != found):
+                raise OutputError(
+                    f"{self.output} has changed since the interrupted run began:\n{some(new)}",
+                    hint="Move it away, or choose another destination with -o.",
+                )
+        if old and self._replaceable is None:
+            raise OutputError(f"{self.output} exists", hint="Replace it with --force, or choose another with -o.")
+        if old and self._replaceable is not None:
+            _refuse_to_replace(self.output, old, self._replaceable())
+            if left is None and not self._one_file and RECIPE not in old:
+                self.remarks.append(f"{self.output} was replaced; lines had not written it")
+
+    def _go_on(self, left: _Left, there: Mapping[str, Stored]) -> None:
+        """Take over what an earlier run has finished, as far as it is what that run has written down."""
+        assert left.run is not None
+        names = [name for name, _, _ in left.run["outputs"]]
+        left.files = {n: one for n, one in left.files.items() if there.get(names[n]) == one[0] and not self._one_file}
+        parts = [part for _, own in left.files.values() for part in own]
+        parts.sort(key=lambda part: (part.file, part.start))  # so that sums are those of one run
+        self.contents = JournalContents(left.run, left.names, None, left.measured, tuple(parts), None, 0)
+
+    @property
+    def step(self) -> int:
+        """Bytes of a file that are written at a time: those of the run that is resumed, so that its parts fit."""
+        return int((self.contents.run if self.contents else self._run)["step"])
+
+    @property
+    def journal(self) -> ObjectJournal:
+        """Where what is finished is written down."""
+        assert self._journal is not None
+        return self._journal
+
+    def create(self, name: str, nbytes: int) -> Upload:
+        """A file of `nbytes`, which becomes an object when all its bytes are there."""
+        if not self._files:
+            self._take_down()
+        done = self._left.files.get(len(self._files))
+        url = self._target if self._one_file else f"{self._target}/{name}"
+        file = self._uploads.add(url, nbytes, done=done[0] if done else None, held=self._one_file)
+        self._files[name] = file
+        return file
+
+    def _take_down(self) -> None:
+        """Remove an old output: nobody is to find parts of two. A file by itself is replaced in one step, later."""
+        if self._one_file or not self._left.replaces:
+            return
+        there = _there(self.output)
+        self._refuse_arrivals(there)
+        old = [name for name, found in there.items() if self._left.replaces.get(name) == found]
+        self._gone = bool(old)
+        with asked_of_the_store():
+            _remove_in_turn(self._target, old)
+        self.wrote_down(_DOWN, [])
+        self._left.replaces = {}
+
+    def _refuse_arrivals(self, there: Mapping[str, Stored]) -> None:
+        """Refuse what neither this run has put there, nor stood there when it began."""
+        known = {name: file.done for name, file in self._files.items()}
+        new = sorted(
+            name
+            for name, found in there.items()
+            if found not in (known.get(name), self._left.replaces.get(name))
+            and not (self.contents is not None and name in self._names and name not in self._files)
+        )
+        if new:
+            raise OutputError(
+                f"{self.output} has changed while the new output was written:\n{some(new)}",
+                hint="Move it away. Then the same command with --resume continues from what is finished.",
+            )
+
+    def add(self, name: str, content: bytes) -> None:
+        """Keep one of the files beside the weights until these are there."""
+        self._beside[name] = content
+
+    def sync(self) -> None:
+        """Return when all weights are objects, and are written down as finished."""
+        for _ in self._uploads.wait():
+            self.journal.note()
+
+    def stop(self) -> None:
+        """The run comes to its end: nothing that is to be written waits any more."""
+        self._uploads.stop()
+
+    @contextmanager
+    def opened(self, name: str, head: bytes) -> Iterator[Path]:
+        """A weight file as another program opens it, to read its header: that, and holes in place of the weights."""
+        with tempfile.TemporaryDirectory(prefix="lines-") as folder:
+            path = Path(folder, "header.safetensors")
+            with open(path, "xb") as file:
+                file.write(head)
+                file.truncate(self._files[name].nbytes)
+            yield path
+
+    def digest(self, name: str) -> str:
+        """The digest of a file, read back. What is not in the store yet is what was given."""
+        if name in self._beside:
+            return record_of(self._beside[name]).digest
+        return digest_of_object(self._files[name].url)
+
+    def publish(self, at_last: Callable[[], None] = lambda: None) -> None:
+        """Put what is left into place: what stands beside the weights, then what a reader looks for, the recipe last.
+
+        Args:
+            at_last: is called before that, when all that takes time is done.
+
+        Raises:
+            OutputError: something has come to the destination meanwhile; or the store refuses.
+        """
+        self.sync()
+        at_last()
+        with asked_of_the_store():
+            self.refuse_taken_over()
+            there = _there(self.output)
+            self._refuse_arrivals(there)
+            if self._one_file:
+                self._uploads.let_go()
+                self.sync()
+            elif missing := sorted(name for name, file in self._files.items() if there.get(name) != file.done):
+                raise OutputError(
+                    f"{self.output} does not hold what was written into it:\n{some(missing)}",
+                    hint="The same command with --resume makes again what is missing.",
+                )
+            for name in sorted(self._beside, key=turn):
+                put_content(f"{self._target}/{name}", self._beside[name])
+        self._in_place = True
+
+    def refuse_taken_over(self) -> None:
+        """Refuse to go on where another command has removed what this run wrote down, or has begun anew."""
+        room = f"{self.folder}/{_RUN}"
+        if looked_up(room) is None or content_of(room, _LARGEST) != self._left.line:
+            raise OutputError(
+                f"{self.folder} is no longer that of this run: lines clean was run, or another run has begun",
+                hint="Run the command again, when no other writes there.",
+            )
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._uploads.end()
+            if self._in_place:
+                self._tidy()
+            elif error is not None:
+                with suppress(OutputError, CheckpointError):  # the store may be what failed
+                    self._keep_or_discard(error)
+        finally:
+            if error is not None:
+                attach_aftermath(error, self._aftermath())
+
+    def _keep_or_discard(self, error: BaseException) -> None:
+        self.refuse_taken_over()
+        if isinstance(error, OF_NO_USE):
+            self.journal.empty = True
+        else:
+            self.journal.note()
+        if self.journal.empty:
+            _discard(self.output, self._left)
+            self._begun = False
+
+    def _tidy(self) -> None:
+        try:
+            _discard(self.output, self._left, keep=True)
+        except OutputError as error:
+            removes = f"lines clean {as_argument(self.output)}"
+            self.remarks.append(
+                f"{self.output} is in place; {self.folder} is not removed yet ({removes}): {error.message}"
+            )
+        self._begun = False
+
+    def _aftermath(self) -> Aftermath:
+        state = None
+        if self._gone and not self._in_place:
+            state = f"the old {self.output} was removed before the new one was whole"
+        elif self._files and self._begun and not self._one_file and not self._in_place:
+            state = f"{self.output} holds weights without config, index or recipe, and is no output yet"
+        if self._uploads.failed:
+            parts = "if it could not be reached, the store may still hold parts of an upload (docs/scale.md)"
+            state = f"{state}; {parts}" if state else parts
+        in_place = self.output if self._in_place else None
+        return Aftermath(self.folder if self._begun else None, in_place, self.output, state=state)
+
+    # --- what is finished ---
+
+    def wrote_down(self, name: str, lines: Iterable[Json]) -> None:
+        """Write down what is finished."""
+        with asked_of_the_store():
+            self.refuse_taken_over()
+            put_content(f"{self.folder}/{name}", b"".join(map(written_line, lines)))
+        if name not in self._left.objects:
+            self._left.objects.append(name)
+
+    def finished(self) -> dict[int, tuple[Stored, int]]:
+        """The files that are objects by now: each with its object, and how many blocks it has."""
+        return {
+            file.number: (file.done, -(-file.nbytes // DIGEST_BLOCK))
+            for file in self._files.values()
+            if file.done is not None and not self._one_file
+        }
+
+
+class ObjectJournal:
+    """What a run has finished: a file is written down once it is an object, with all its ranges.
+
+    Attributes:
+        empty: whether there is nothing that would be worth going on from.
+    """
+
+    def __init__(self, staging: ObjectStaging) -> None:
+        self._staging = staging
+        self._ranges: dict[int, list[WrittenRange]] = {}
+        self._noted: set[int] = {part.file for part in staging.contents.parts} if staging.contents else set()
+        self.empty = True
+
+    def measured(self, tally: Json) -> None:
+        """What was measured."""
+        self._staging.wrote_down(_MEASURED, [{"measured": tally}])
+        self.empty = False
+
+    def wrote(self, part: WrittenRange) -> None:
+        """A range that was made."""
+        self._ranges.setdefault(part.file, []).append(part)
+        self.note()
+
+    def note(self) -> None:
+        """Write down what has become whole since."""
+        for number, (stored, blocks) in self._staging.finished().items():
+            ranges = self._ranges.get(number, [])
+            if number not in self._noted and sum(len(part.blocks) for part in ranges) == blocks:
+                self._staging.wrote_down(str(number), [{"stored": [*stored]}, *map(line_of, ranges)])
+                self._noted.add(number)
+                self._ranges.pop(number)
+                self.empty = False
+
+
+def digest_of_object(url: Path | str) -> str:
+    """The tree digest of an object, read in bounded memory.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    file = RemoteFile(str(url))
+
+    def block(start: int) -> bytes:
+        return sha256(file.range(start, min(start + DIGEST_BLOCK, file.nbytes))).digest()
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return tree_digest(pool.map(block, range(0, file.nbytes, DIGEST_BLOCK)))
+
+
+def altered_objects(output: Path, files: Mapping[str, FileRecord]) -> dict[str, str]:
+    """Which objects of an output are no longer what was written, each with what differs, in words; read whole.
+
+    Raises:
+        CheckpointError: one cannot be read.
+    """
+    found: dict[str, str] = {}
+    for name, written in files.items():
+        url = f"{_url(output)}/{name}"
+        there = looked_up(url)
+        if there is None:
+            found[name] = "is missing"
+        elif there.nbytes != written.nbytes:
+            found[name] = f"holds {there.nbytes:,} bytes, but {written.nbytes:,} were written"
+        elif (digest := digest_of_object(url)) != written.digest:
+            found[name] = f"holds {digest}, {written.digest} was written"
+    return found
