@@ -314,7 +314,7 @@ def gone_after(store: S3Server, monkeypatch: pytest.MonkeyPatch, name: str) -> N
     store.fault = lambda method, path: "hold" if method == "PUT" and path.endswith(name) else None
 
 
-SECOND = "model-00002-of-00002.safetensors"
+FIRST, SECOND = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
 
 
 def test_a_run_that_is_resumed(here: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,7 +406,7 @@ def test_ctrl_c(here: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch) ->
 
     def fault(method: str, path: str) -> str | None:
         if method == "PUT" and path.endswith(SECOND):
-            if "models/.out.lines/0" in store.objects and not came.is_set():
+            if f"models/out/{FIRST}" in store.objects and not came.is_set():
                 came.set()
                 os.kill(os.getpid(), signal.SIGINT)
             return "503"

@@ -31,6 +31,7 @@ from lines_cli.plan.resources import Resources
 from lines_cli.recipe.validate import make_recipe
 from lines_cli.storage import staging
 from lines_cli.storage.files import NewFile
+from lines_cli.storage.staging import Staging
 from support import forked
 from support.files import snapshot, without_staging, write_checkpoint, write_raw
 from support.run import as_nobody, run_lines
@@ -666,14 +667,14 @@ def test_an_interrupt_stops_the_workers_first(tmp_path: Path, monkeypatch: pytes
             yield nbytes
             raise KeyboardInterrupt
 
-    close = engine.Staging._close_files
+    close = Staging._close_files
 
-    def closing(staging: engine.Staging) -> None:
+    def closing(staging: Staging) -> None:
         alive.append([thread.name for thread in threading.enumerate() if thread.name.startswith("lines-worker")])
         close(staging)
 
     monkeypatch.setattr(NewFile, "write", slow)
-    monkeypatch.setattr(engine.Staging, "_close_files", closing)
+    monkeypatch.setattr(Staging, "_close_files", closing)
     with pytest.raises(KeyboardInterrupt):
         engine.run(plan, Resources(workers=2, chunk=4), track=interrupted)
     assert alive == [[]]
@@ -761,9 +762,9 @@ def test_what_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
     def program() -> None:
         for number in IGNORED:
             signal.signal(number, signal.SIG_IGN)
-        open_files, write = engine.Staging.__enter__, NewFile.write
+        open_files, write = Staging.__enter__, NewFile.write
 
-        def entering(staging: engine.Staging) -> engine.Staging:
+        def entering(staging: Staging) -> Staging:
             send()
             return open_files(staging)
 
@@ -775,7 +776,7 @@ def test_what_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
             for number in IGNORED:
                 os.kill(os.getpid(), number)
 
-        engine.Staging.__enter__, NewFile.write = entering, writing  # type: ignore[method-assign]
+        Staging.__enter__, NewFile.write = entering, writing  # type: ignore[method-assign]
         send()
         forked.command("edit", "base", "ft", "-o", "out")()
 

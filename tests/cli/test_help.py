@@ -31,7 +31,7 @@ def test_options_in_panels() -> None:
         assert option in found[heading]
     assert found["Other:"] == ["--help"]
     listed = [option for options in found.values() for option in options]
-    assert len(listed) == len(set(listed)) == 41
+    assert len(listed) == len(set(listed)) == 42
 
 
 @pytest.mark.parametrize("command", COMMANDS)
