@@ -5,6 +5,7 @@ command line's options, whose names Python's keywords share.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,10 +63,15 @@ def destination(given: str | Path) -> Path:
 
     found = path("-o", given)
     url = url_of(str(given))
-    if url is not None and url.count("/") > 2 and ".." not in found.parts:
+    if url is not None and url.count("/") > 2 and not {".", ".."} & {*url.split("/")}:
         found = ObjectPath(url)
     elif url is not None or is_url(str(given)):
         raise RecipeError(f"-o {given}: not the URL of a folder in a bucket", hint="As in -o s3://bucket/folder.")
+    elif _OTHER_URL.match(str(given)):
+        raise RecipeError(
+            f"-o {given}: a URL of a kind that lines does not write to",
+            hint="Object stores are s3://bucket/folder, gs:// and az:// (small letters); lines push writes to the Hub.",
+        )
     if found.name.lower().endswith(_OTHER_FORMATS):
         raise RecipeError(
             f"-o {found}: lines writes safetensors, and no {found.suffix} file",
@@ -108,6 +114,7 @@ def one_that_reads_back(destination: Path | None, *, verify: bool) -> None:
         )
 
 
+_OTHER_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|(?:s3|gs|az|hf):", re.IGNORECASE)
 _OTHER_FORMATS = (*".bin .pt .pth .ckpt .gguf .h5 .msgpack .onnx .npz .pkl .json .safetensor .sft".split(),)
 
 

@@ -5,10 +5,12 @@
         run        which run it is, its files, and what stood at the destination when it began
         measured   what it has measured
         down       that what stood there is removed
+        beside     the files that stand beside the weights, and their sizes, before they are put there
         0, 1, ...  of each weight file that is whole: the object, and the digests of its blocks
 
 Nothing tells whether a run is at work there or was killed. So nothing of that is discarded unasked: the same run goes
-on from it (`--resume`), or it is removed (`lines clean`).
+on from it (`--resume`), or it is removed (`lines clean`). Each run that begins or goes on puts a word of its own into
+`run`; one that does not find it there any more ends, and touches nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from secrets import token_hex
 from types import TracebackType
 
 from lines_cli.errors import OF_NO_USE, Aftermath, CheckpointError, OutputError, as_argument, attach_aftermath, some
@@ -44,9 +47,9 @@ from lines_cli.storage.object_store import (
 from lines_cli.storage.staging import Unfinished, refuse_another
 from lines_cli.storage.uploads import Upload, Uploads
 
-_RUN, _MEASURED, _DOWN = "run", "measured", "down"
+_RUN, _MEASURED, _DOWN, _BESIDE = "run", "measured", "down", "beside"
 _OF_FILE = re.compile(r"\d{1,6}")
-_OURS = re.compile(rf"{_RUN}|{_MEASURED}|{_DOWN}|{_OF_FILE.pattern}")
+_OURS = re.compile(rf"{_RUN}|{_MEASURED}|{_DOWN}|{_BESIDE}|{_OF_FILE.pattern}")
 _LARGEST = 2**30  # bytes of what a run has written down
 _THREADS = 4
 
@@ -136,9 +139,20 @@ def _there(output: Path) -> dict[str, Stored]:
 
 
 def _refuse_to_replace(output: Path, there: Mapping[str, Stored], ours: Collection[str]) -> None:
+    if is_one_file(output) and there and not _looks_like_weights(_url(output)):
+        hint = "Choose another destination with -o."
+        raise OutputError(f"{output} is not a safetensors file; --force will not delete it", hint=hint)
     refuse_to_replace(
         output, {name: Entry(stat.S_IFREG, 0, one.nbytes, one.mtime_ns) for name, one in there.items()}, ours
     )
+
+
+def _looks_like_weights(url: str) -> bool:
+    """Whether an object begins as safetensors does: the length of a header that it has room for, and a brace."""
+    with asked_of_the_store():
+        file = RemoteFile(url)
+        head = bytes(file.range(0, min(9, file.nbytes)))
+    return head[8:] == b"{" and int.from_bytes(head[:8], "little") <= file.nbytes - 8
 
 
 # --- what an earlier run has left ---
@@ -154,6 +168,7 @@ class _Left:
         replaces: what stands at the destination since it began, and is to be replaced.
         measured: what it has measured.
         files: of each weight file that is whole: the object, and its ranges.
+        beside: the sizes of the files beside the weights, once they are put there.
         objects: the names of all this, in its room.
     """
 
@@ -162,13 +177,15 @@ class _Left:
     replaces: dict[str, Stored] = field(default_factory=dict)
     measured: Json | None = None
     files: dict[int, tuple[Stored, list[WrittenRange]]] = field(default_factory=dict)
+    beside: dict[str, int] = field(default_factory=dict)
     objects: list[str] = field(default_factory=list)
     line: bytes = b""
 
     def made(self, there: Mapping[str, Stored], *, one_file: bool) -> list[str]:
-        """What of a destination it has put there."""
-        names = {""} if one_file else self.names
-        return [name for name, found in there.items() if name in names and self.replaces.get(name) != found]
+        """What of a destination it has put there: of the names and sizes that it makes, and not there before."""
+        sizes = {"" if one_file else name: nbytes for name, nbytes, _ in (self.run or {}).get("outputs", ())}
+        sizes |= self.beside
+        return [n for n, found in there.items() if sizes.get(n) == found.nbytes and self.replaces.get(n) != found]
 
     def is_over(self, there: Mapping[str, Stored], *, one_file: bool) -> bool:
         """Whether it came to its end: what comes last is there."""
@@ -211,6 +228,9 @@ def _left(output: Path) -> _Left | None:
     with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
         for line, _ in whole_lines(content.get(_MEASURED, b"")):
             left.measured = dict(line["measured"])
+    with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        for line, _ in whole_lines(content.get(_BESIDE, b"")):
+            left.beside = {str(name): int(nbytes) for name, nbytes in line["beside"].items()}
     for name in objects:
         if not _OF_FILE.fullmatch(name):
             continue
@@ -296,9 +316,9 @@ class ObjectStaging:
         self._target, self.folder, self._one_file = _url(output), room_of(output), is_one_file(output)
         self._beside: dict[str, bytes] = {}
         self._files: dict[str, Upload] = {}
-        self._uploads = Uploads()
+        self._uploads = Uploads(before_done=self.refuse_taken_over)
         self._left = _Left()
-        self._in_place, self._gone, self._begun = False, False, False
+        self._in_place, self._gone, self._begun, self._lost = False, False, False, False
         self._journal: ObjectJournal | None = None
         self.contents: JournalContents | None = None
         self.remarks: list[str] = []
@@ -308,41 +328,46 @@ class ObjectStaging:
         if left is not None and (left.run is None or left.is_over(there, one_file=self._one_file)):
             _discard(self.output, left, keep=True)
             left = None
-        if left is not None and not self._is_of_this_run(left):
-            _discard(self.output, left)
-            left, there = None, _there(self.output)
+        if left is not None:
+            self._refuse_unless_of_this_run(left)
         self._look_at_old(left, there)
         if left is None:
-            told = {"run": self._run, "names": sorted(self._names), "replaces": there}
-            left = _Left(self._run, self._names, there, objects=[_RUN], line=written_line(told))
-            with asked_of_the_store():
-                if not put_content(f"{self.folder}/{_RUN}", left.line, new=True):
-                    raise OutputError(f"another run has begun to write {self.output}", hint="Wait until it is done.")
+            left = _Left(self._run, self._names, there, objects=[_RUN])
+            self._take_over(left, new=True)
         else:
+            self._take_over(left, new=False)
             self._go_on(left, there)
         self._left, self._begun = left, True
         self._journal = ObjectJournal(self)
         self._journal.empty = not left.files and left.measured is None
         return self
 
-    def _is_of_this_run(self, left: _Left) -> bool:
-        """Whether what a run has left is to be gone on from; else it is to be discarded.
+    def _take_over(self, left: _Left, *, new: bool) -> None:
+        """Say that the work there is this run's from now on: another one that may be at it finds that out, and ends.
 
         Raises:
-            OutputError: neither was asked for.
+            OutputError: another has begun meanwhile, where this one was to be the first.
+        """
+        told = {"run": left.run, "names": sorted(left.names), "replaces": left.replaces, "by": token_hex(8)}
+        left.line = written_line(told)
+        with asked_of_the_store():
+            if not put_content(f"{self.folder}/{_RUN}", left.line, new=new):
+                raise OutputError(f"another run has begun to write {self.output}", hint="Wait until it is done.")
+
+    def _refuse_unless_of_this_run(self, left: _Left) -> None:
+        """Refuse to go on from what a run has left, if that was not asked for, or it makes something else.
+
+        Raises:
+            OutputError: what to do.
         """
         assert left.run is not None
         if not self._resume:
             refuse_unfinished(self.output)
         try:
             refuse_another(self._run, left.run, self.folder, self.output)
-        except OutputError as error:
-            if self._replaceable is None:
-                removes = f"lines clean {as_argument(self.output)}"
-                raise OutputError(error.message, hint=f"If that run is not at work, remove it: {removes}") from error
-            self.remarks.append(f"{error.message}; it was discarded")
-            return False
-        return True
+        except OutputError as error:  # with --force, too: it may be at work
+            removes = f"lines clean {as_argument(self.output)}"
+            raise OutputError(error.message, hint=f"If that run is not at work, remove it: {removes}") from error
 
     def _look_at_old(self, left: _Left | None, there: Mapping[str, Stored]) -> None:
         """Refuse to replace what is not ours, or has come since an earlier run began.
@@ -361,9 +386,9 @@ class ObjectStaging:
                 )
         if old and self._replaceable is None:
             raise OutputError(f"{self.output} exists", hint="Replace it with --force, or choose another with -o.")
-        if old and self._replaceable is not None:
+        if old and left is None and self._replaceable is not None:  # else it was asked when the run began
             _refuse_to_replace(self.output, old, self._replaceable())
-            if left is None and not self._one_file and RECIPE not in old:
+            if not self._one_file and RECIPE not in old:
                 self.remarks.append(f"{self.output} was replaced; lines had not written it")
 
     def _go_on(self, left: _Left, there: Mapping[str, Stored]) -> None:
@@ -398,14 +423,22 @@ class ObjectStaging:
 
     def _take_down(self) -> None:
         """Remove an old output: nobody is to find parts of two. A file by itself is replaced in one step, later."""
-        if self._one_file or not self._left.replaces:
+        if self._one_file:
             return
         there = _there(self.output)
         self._refuse_arrivals(there)
+        if not self._left.replaces:
+            return
         old = [name for name, found in there.items() if self._left.replaces.get(name) == found]
+        self.refuse_taken_over()
         self._gone = bool(old)
-        with asked_of_the_store():
-            _remove_in_turn(self._target, old)
+        try:
+            with asked_of_the_store():
+                _remove_in_turn(self._target, old)
+        except OutputError:
+            with suppress(OutputError):
+                self._gone = not {*old} <= _there(self.output).keys()
+            raise
         self.wrote_down(_DOWN, [])
         self._left.replaces = {}
 
@@ -476,6 +509,7 @@ class ObjectStaging:
                     f"{self.output} does not hold what was written into it:\n{some(missing)}",
                     hint="The same command with --resume makes again what is missing.",
                 )
+            self.wrote_down(_BESIDE, [{"beside": {name: len(content) for name, content in self._beside.items()}}])
             for name in sorted(self._beside, key=turn):
                 put_content(f"{self._target}/{name}", self._beside[name])
         self._in_place = True
@@ -484,6 +518,7 @@ class ObjectStaging:
         """Refuse to go on where another command has removed what this run wrote down, or has begun anew."""
         room = f"{self.folder}/{_RUN}"
         if looked_up(room) is None or content_of(room, _LARGEST) != self._left.line:
+            self._lost = True
             raise OutputError(
                 f"{self.folder} is no longer that of this run: lines clean was run, or another run has begun",
                 hint="Run the command again, when no other writes there.",
@@ -525,6 +560,8 @@ class ObjectStaging:
 
     def _aftermath(self) -> Aftermath:
         state = None
+        if self._lost:
+            return Aftermath(None, None, self.output)
         if self._gone and not self._in_place:
             state = f"the old {self.output} was removed before the new one was whole"
         elif self._files and self._begun and not self._one_file and not self._in_place:

@@ -25,6 +25,7 @@ _URL = re.compile(r"(s3|gs|az):/{1,2}(?P<bucket>[^/\s]+)(?:/+(?P<key>.*?))?/*", 
 _GIVEN = re.compile(r"(?:s3|gs|az)://.*", re.DOTALL)
 _PATIENCE = 60  # seconds for which what may pass is asked again
 _TIMEOUT = "30s"  # of one request
+_TIMEOUT_OF_PARTS = "300s"  # four parts of 16 MiB at once: a line of 2 Mbit/s
 _INSTALL = "Install obstore, which reads objects: the extra `objects`."
 _CREDENTIALS = (
     "Credentials are found where the store's own tools find them: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
@@ -68,7 +69,7 @@ def real_name(path: Path) -> str:
 
 
 @lru_cache(maxsize=64)
-def _store(bucket: str) -> Any:
+def _store(bucket: str, timeout: str = _TIMEOUT) -> Any:
     try:
         import obstore  # noqa: F401 - which is asked for its errors
         from obstore.store import from_url
@@ -76,7 +77,7 @@ def _store(bucket: str) -> Any:
         raise CheckpointError(f"{bucket}: obstore is not installed", hint=_INSTALL) from error
     endpoint = next((os.environ[name] for name in _ENDPOINTS if os.environ.get(name)), "")
     plain = endpoint.startswith("http://") and bucket.startswith("s3:")
-    options: Any = {"timeout": _TIMEOUT, **({"allow_http": True} if plain else {})}
+    options: Any = {"timeout": timeout, **({"allow_http": True} if plain else {})}
     retry: Any = {"max_retries": 8, "retry_timeout": timedelta(seconds=_PATIENCE)}
     with _explained(bucket):
         return from_url(bucket, client_options=options, retry_config=retry)
@@ -85,11 +86,11 @@ def _store(bucket: str) -> Any:
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 
 
-def _split(url: str) -> tuple[Any, str]:
+def _split(url: str, timeout: str = _TIMEOUT) -> tuple[Any, str]:
     found = _URL.fullmatch(url)
     if found is None:
         raise CheckpointError(f"{url}: not the URL of anything in a bucket", hint="As in s3://bucket/folder.")
-    return _store(f"{found[1]}://{found['bucket']}"), found["key"] or ""
+    return _store(f"{found[1]}://{found['bucket']}", timeout), found["key"] or ""
 
 
 @contextmanager
@@ -290,7 +291,7 @@ def put_file(url: str, path: Path) -> None:
         CheckpointError: the store does not take it.
         OSError: the file cannot be read.
     """
-    store, key = _split(url)
+    store, key = _split(url, _TIMEOUT_OF_PARTS)
     import obstore
 
     with open(path, "rb") as file, _explained(url, verb="written"):
@@ -340,7 +341,7 @@ def put_pieces(url: str, pieces: Iterator[bytes], nbytes: int) -> None:
     Raises:
         CheckpointError: the store does not take it.
     """
-    store, key = _split(url)
+    store, key = _split(url, _TIMEOUT_OF_PARTS)
     import obstore
 
     begun = False

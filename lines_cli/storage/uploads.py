@@ -8,7 +8,8 @@ bytes that wait for their turn, and the parts of one object that are on their wa
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lines_cli.errors import CheckpointError, OutputError
@@ -33,11 +34,15 @@ class UploadStoppedError(Exception):
 class Uploads:
     """Those of one run.
 
+    Args:
+        before_done: is called before a file is whole; if it raises, the file is given up.
+
     Attributes:
         files: each, in the order of the plan; the first that is not done is the one that all wait for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, before_done: Callable[[], None] = lambda: None) -> None:
+        self._before_done = before_done
         self.files: list[Upload] = []
         self._changed = threading.Condition()
         self._over = False
@@ -147,6 +152,8 @@ class Uploads:
                 self._changed.wait()
             if file.given_up:
                 raise UploadStoppedError(file.url)
+        with ThreadPoolExecutor(1) as asking:  # obstore cannot be asked in the midst of an upload, by its thread
+            asking.submit(self._before_done).result()
 
     def run(self, file: Upload) -> None:
         """Send a file: what its thread does."""

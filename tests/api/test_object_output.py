@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -465,9 +467,138 @@ def test_strangers_in_the_room(here: Path, store: S3Server) -> None:
     assert [*store.objects] == ["models/.out.lines/run"]
 
 
-@pytest.mark.parametrize("url", ["s3://models", "s3://", "s3:///x", "s3://models/a/../b"])
+@pytest.mark.parametrize("url", ["s3://models", "s3://", "s3:///x", "s3://models/a/../b", "s3://models/."])
 def test_where_no_folder_can_be(here: Path, url: str) -> None:
     assert "not the URL of a folder" in refused(2, *edit(here), "-o", url)
+
+
+@pytest.mark.parametrize(
+    "url", ["S3://models/out", "hf://org/name", "gcs://models/out", "s3:models/out", "HF:org/name"]
+)
+def test_urls_of_other_kinds(here: Path, url: str) -> None:
+    """They make no folder of that name here."""
+    assert "does not write to" in refused(2, *edit(here), "-o", url)
+    (here / "merge.yaml").write_text("merge_method: average\nbase_model: base\nmodels: [{model: ft}]\n")
+    assert "does not write to" in refused(2, "plan", "--config", here / "merge.yaml", "-o", url)
+    assert sorted(path.name for path in here.iterdir()) == ["base", "ft", "ft2", "merge.yaml"]
+
+
+# --- two at once ---
+
+
+def test_a_run_whose_work_was_taken_over(here: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends before its file replaces another's, and removes nothing."""
+    monkeypatch.setattr(object_store, "PART", 16_384)
+
+    def fault(method: str, path: str) -> None:
+        if method == "PUT" and path.endswith(SECOND):
+            run = store.objects["models/.out.lines/run"].content
+            store.put("models/.out.lines/run", run.replace(b'"by"', b'"by" '))
+            store.put("models/out/tokenizer.json", b"{}")
+
+    store.fault = fault
+    error = refused(6, *edit(here, *SHARDED), "-o", "s3://models/out", "--workers", 1)
+    assert "no longer that of this run" in error
+    assert "is kept" not in error
+    assert not store.uploads
+    assert SECOND not in there_so_far(store)
+    assert there_so_far(store)["tokenizer.json"] == b"{}"
+
+
+def test_the_same_run_twice_at_once(here: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever goes on with --resume has the work, and its output is whole; the first ends, and touches nothing."""
+    monkeypatch.setattr(object_store, "PART", 16_384)
+    ran(*edit(here, *SHARDED), "-o", here / "out")
+    second = []
+    command = [sys.executable, "-m", "lines_cli", *map(str, edit(here, *SHARDED)), "-o", "s3://models/out", "--resume"]
+
+    def fault(method: str, path: str) -> str | None:
+        if method == "PUT" and path.endswith(SECOND) and not second:
+            second.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+            return "hold"
+        return None
+
+    store.fault, store.until = fault, lambda: second[0].poll() is not None
+    error = refused(6, *edit(here, *SHARDED), "-o", "s3://models/out", "--workers", 1)
+    assert "no longer that of this run" in error
+    assert second[0].wait() == 0
+    second[0].communicate()
+    assert there(store) == contents(here / "out")
+
+
+def test_another_run_is_not_discarded(here: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not with --force either: it may be at work."""
+    gone_after(store, monkeypatch, SECOND)
+    refused(6, *edit(here, *SHARDED), "-o", "s3://models/out", "--workers", 1)
+    store.fault = lambda method, path: None
+    before = {name: one.content for name, one in store.objects.items()}
+    another = (*edit(here, *SHARDED, "--alpha", 0.3), "-o", "s3://models/out", "--resume", "--force")
+    assert "lines clean s3://models/out" in refused(6, *another)
+    assert {name: one.content for name, one in store.objects.items()} == before
+
+
+# --- what is not ours ---
+
+
+def test_files_that_came_into_unfinished_work(here: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are nobody's but their owner's: neither --resume nor lines clean touches them."""
+    gone_after(store, monkeypatch, SECOND)
+    refused(6, *edit(here, *SHARDED), "-o", "s3://models/out", "--workers", 1)
+    store.fault = lambda method, path: None
+    mine = {"config.json": b"mine", "tokenizer.json": b"mine", SECOND: b"mine"}
+    for name, content in mine.items():
+        store.put(f"models/out/{name}", content)
+    error = refused(6, *edit(here, *SHARDED), "-o", "s3://models/out", "--resume")
+    assert all(name in error for name in mine)
+    ran("clean", "s3://models/out")
+    assert there(store) == mine
+
+
+def test_what_comes_while_a_run_measures(here: Path, store: S3Server) -> None:
+    command = merge(here, "ties", density=0.3)
+
+    def fault(method: str, path: str) -> None:
+        if path.endswith("measured"):
+            store.put("models/out/model.safetensors", b"mine")
+
+    store.fault = fault
+    assert "model.safetensors" in refused(6, *command, "-o", "s3://models/out")
+    assert there_so_far(store) == {"model.safetensors": b"mine"}
+
+
+def test_force_replaces_weights_only(here: Path, store: S3Server) -> None:
+    store.put("models/x.safetensors", b"precious text")
+    error = refused(6, *edit(here), "-o", "s3://models/x.safetensors", "--force")
+    assert "not a safetensors file" in error
+    assert store.objects["models/x.safetensors"].content == b"precious text"
+    assert [*store.objects] == ["models/x.safetensors"]
+
+
+def test_an_old_output_that_is_half_removed(here: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that ended between two removals is gone on with."""
+    ran(*edit(here), "-o", "s3://models/out")
+    ran(*edit(here), "-o", here / "out", "--alpha", 0.4)
+    removals = []
+
+    def fault(method: str, path: str) -> str | None:
+        removals.extend([path] if method == "POST" and path == "models" else [])
+        return "403" if method == "POST" and len(removals) > 1 else None
+
+    store.fault = fault
+    error = refused(6, *edit(here), "-o", "s3://models/out", "--force", "--alpha", 0.4)
+    assert "the old s3://models/out was removed" in error
+    store.fault = lambda method, path: None
+    ran(*edit(here), "-o", "s3://models/out", "--force", "--alpha", 0.4, "--resume")
+    assert there(store) == contents(here / "out")
+
+
+def test_an_old_output_that_may_not_be_removed(here: Path, store: S3Server) -> None:
+    ran(*edit(here), "-o", "s3://models/out")
+    before = there(store)
+    store.fault = lambda method, path: "403" if method == "POST" and path == "models" else None
+    error = refused(6, *edit(here), "-o", "s3://models/out", "--force", "--alpha", 0.4)
+    assert "was removed" not in error
+    assert there_so_far(store) == before
 
 
 def test_what_needs_a_disk(here: Path, store: S3Server) -> None:
@@ -552,6 +683,7 @@ def test_against_another_s3(here: Path, monkeypatch: pytest.MonkeyPatch) -> None
         host, port = running.get_host_and_port()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
         object_store._store.cache_clear()
+        urlopen(Request(f"http://{host}:{port}/moto-api/reset", method="POST"), timeout=30).close()  # of another test
         urlopen(Request(f"http://{host}:{port}/models", method="PUT"), timeout=30).close()
         client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
         for seed, side in enumerate(("base", "ft")):

@@ -222,6 +222,7 @@ def test_against_another_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         for name, value in {**settings, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}.items():
             monkeypatch.setenv(name, value)
         object_store._store.cache_clear()
+        urlopen(Request(f"http://{host}:{port}/moto-api/reset", method="POST"), timeout=30).close()  # of another test
         urlopen(Request(f"http://{host}:{port}/models", method="PUT"), timeout=30).close()
         monkeypatch.chdir(tmp_path)
         for seed, side in enumerate(("base", "ft")):

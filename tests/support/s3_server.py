@@ -53,6 +53,7 @@ class S3Server:
         self.buckets, self.objects, self.asked = set(buckets), dict[str, Stored](), list[tuple[str, str, str]]()
         self.uploads: dict[str, dict[int, bytes]] = {}
         self.completed: set[str] = set()
+        self.begun = 0  # uploads
         self.fault: Fault = lambda method, path: None
         self.until: Callable[[], bool] = lambda: True
         self.lock = threading.Lock()
@@ -225,7 +226,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if "uploads" in query:
             with self.state.lock:
-                name = f"{path}@{len(self.state.uploads) + len(self.state.completed)}"
+                self.state.begun += 1
+                name = f"{path}@{self.state.begun}"
                 self.state.uploads[name] = {}
             text = f"<InitiateMultipartUploadResult><UploadId>{escape(name)}</UploadId></InitiateMultipartUploadResult>"
             self._send(200, text.encode())
