@@ -534,6 +534,9 @@ class ObjectStaging:
             elif error is not None:
                 with suppress(OutputError, CheckpointError):  # the store may be what failed
                     self._keep_or_discard(error)
+        except BaseException as later:  # a second Ctrl-C, for one
+            attach_aftermath(later, self._aftermath())
+            raise
         finally:
             if error is not None:
                 attach_aftermath(error, self._aftermath())

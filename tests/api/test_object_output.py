@@ -425,6 +425,19 @@ def test_ctrl_c(here: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch) ->
     assert there(store) == contents(here / "out")
 
 
+def test_ctrl_c_twice(here: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one ends the cleaning up, and what is left is said all the same."""
+    gone_after(store, monkeypatch, SECOND)
+
+    def end(_: Uploads) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Uploads, "end", end)
+    error = refused(130, *edit(here, *SHARDED), "-o", "s3://models/out", "--workers", 1)
+    assert "the destination is as it was" not in error
+    assert "lines clean s3://models/out" in error
+
+
 def test_another_program_writes_there(here: Path, store: S3Server) -> None:
     """What has come meanwhile is not hidden under an index."""
 
