@@ -78,7 +78,7 @@ def _store(bucket: str, timeout: str = _TIMEOUT) -> Any:
     endpoint = next((os.environ[name] for name in _ENDPOINTS if os.environ.get(name)), "")
     plain = endpoint.startswith("http://") and bucket.startswith("s3:")
     options: Any = {"timeout": timeout, **({"allow_http": True} if plain else {})}
-    retry: Any = {"max_retries": 8, "retry_timeout": timedelta(seconds=_PATIENCE)}
+    retry: Any = {"max_retries": 20, "retry_timeout": timedelta(seconds=_PATIENCE)}
     with _explained(bucket):
         return from_url(bucket, client_options=options, retry_config=retry)
 
