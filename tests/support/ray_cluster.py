@@ -25,16 +25,9 @@ def three_nodes() -> Iterator[Any]:
 
         with socket.create_server(("", 0)) as server:
             port = server.getsockname()[1]  # which nobody has afterwards
-        made = Cluster(
-            initialize_head=True,
-            head_node_args={
-                "num_cpus": 0,
-                "object_store_memory": 80 * 2**20,
-                "include_dashboard": False,
-                "ray_client_server_port": port,
-            },
-        )
+        made = Cluster(initialize_head=False)
         try:
+            add_node(made, num_cpus=0, include_dashboard=False, ray_client_server_port=port)
             for _ in range(3):
                 add_node(made)
             made.wait_for_nodes()
@@ -43,11 +36,13 @@ def three_nodes() -> Iterator[Any]:
             made.shutdown()
 
 
-def add_node(cluster: Any) -> None:
-    """One more. Ray makes them in the main thread alone, and gives each half a minute, which may be too short here."""
+def add_node(cluster: Any, **node: Any) -> None:
+    """One more; the first is the head. Ray makes them in the main thread alone, and gives each half a minute, which may
+    be too short here.
+    """
     for last in (False, False, True):
         try:
-            cluster.add_node(**NODE)
+            cluster.add_node(**NODE | node)
         except Exception as error:
             if last or "timed out" not in str(error):
                 raise
