@@ -100,6 +100,7 @@ def test_what_computes_nothing_imports_no_torch(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["edit base ft -o new", "merge --config ties.yaml -o new", "inspect ft --base base"])
+@pytest.mark.some(2)
 def test_what_computes_imports_torch(line: str, folder: Path) -> None:
     """The same hook is heard by a command that needs tensors."""
     command = [sys.executable, "-c", PROGRAM, json.dumps([line.split()])]
