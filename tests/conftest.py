@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Iterator
 
 import pytest
@@ -10,9 +11,22 @@ import pytest
 from support import shared
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What builds models of transformers comes first, and so into one worker: importing and building takes seconds."""
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
+    """Of a test marked `some(n)`, all cases but n are slow: the first, the last, and some between, which stay the same.
+    Then what builds models of transformers comes first, and so into one worker: importing and building takes seconds.
+    """
+    cases = defaultdict[str, list[pytest.Item]](list)
+    for item in items:
+        if item.get_closest_marker("some") and not item.get_closest_marker("slow"):
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for of_one in cases.values():
+        wanted, last = of_one[0].get_closest_marker("some").args[0], len(of_one) - 1
+        by_default = {round(at * last / (wanted - 1)) for at in range(wanted)}
+        for at, item in enumerate(of_one):
+            if at not in by_default:
+                item.add_marker(pytest.mark.slow)
+    yield
     items.sort(key=lambda item: item.get_closest_marker("zoo") is None)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from time import sleep
 from typing import TYPE_CHECKING, Any
 
 from lines_cli.api.parts import Opened, open_parts, plan_parts, run_parts
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _RETRIES = 8
 """How often Ray does a task anew whose worker or node was lost."""
 _INSTALL = "Install ray: the extra `ray`."
+_PAUSE = 1.0  # seconds before a head is asked again
 _PATIENCE = 12.0  # seconds in which tasks that are cancelled may end what they have started
 
 
@@ -283,18 +285,34 @@ def connected(address: str | None) -> Iterator[Cluster]:
     with redirect_stdout(sys.stderr):  # where Ray says, whatever it is asked, what became of its workers
         try:
             if address is not None:
-                ray.init(address=address, **said)
+                _join(ray, address, said)
             else:
                 try:
                     ray.init(address="auto", **said)
                 except ConnectionError:
                     ray.init(include_dashboard=False, **said)  # none is running: one of this machine
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        except Exception as error:
             raise _no_cluster(where, _in_a_line(error)) from error
         try:
             yield Cluster(ray)
         finally:
             ray.shutdown()
+
+
+def _join(ray: Any, address: str, said: dict[str, Any]) -> None:
+    """Become a client of a cluster. Its head starts a process for each client, which may fail to come up."""
+    if ray.is_initialized():
+        raise ConnectionError("this process is connected to a cluster already, and ray.shutdown() ends that")
+    for last in (False, False, True):
+        try:
+            ray.init(address=address, **said)
+        except Exception as error:
+            ray.util.client.ray.disconnect()  # else this process stays a client, though of nobody
+            if last or not isinstance(error, ConnectionAbortedError):
+                raise
+            sleep(_PAUSE)
+        else:
+            return
 
 
 def _unreachable(where: str) -> str | None:

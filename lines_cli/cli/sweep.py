@@ -45,17 +45,18 @@ def sweep(
     from lines_cli.cli import console
     from lines_cli.sweeping.call import destination_of
     from lines_cli.sweeping.config import load_sweep
+    from lines_cli.sweeping.forecast import Options, plan_sweep
 
     asked = load_sweep(arguments.path("--config", config))
     destination = destination_of(output, dry_run=dry_run)
     resources = arguments.resources(workers, device, gpu_memory)
     arguments.use_cache(cache)
-    with tolerant_torch_import():
-        from lines_cli.sweeping.run import Options, Sweeping, plan_sweep
-
     options = Options(resources, parallel, on, force, retry, say=(lambda _: None) if quiet else console.said)
     if dry_run or destination is None:
         console.show_sweep_plan(plan_sweep(asked, options), json=json)
         return
+    with tolerant_torch_import():
+        from lines_cli.sweeping.run import Sweeping
+
     found = Sweeping(asked, destination, options).run()
     console.show_sweep(found, json=json, quiet=quiet)

@@ -19,7 +19,7 @@ from typing import BinaryIO
 import torch
 
 from lines_cli.checkpoint.formulas import Difference
-from lines_cli.checkpoint.header import EXACT_DTYPES, StoredTensor, TensorInfo, itemsize
+from lines_cli.checkpoint.header import StoredTensor, itemsize
 from lines_cli.checkpoint.reader import FileState
 from lines_cli.engine.arithmetic import TORCH_DTYPES
 from lines_cli.engine.buffers import keep_freed_memory
@@ -37,11 +37,12 @@ from lines_cli.engine.write import Write
 from lines_cli.errors import MismatchError, printable
 from lines_cli.plan.build import make_plan
 from lines_cli.plan.inputs import open_inputs
+from lines_cli.plan.merged import infos_of_merged, mergeable, nbytes_merged
 from lines_cli.plan.plan import Plan, TensorPlan
 from lines_cli.plan.resolve import resolve
 from lines_cli.plan.resources import Resources
 from lines_cli.plan.statistics import NOTHING_MEASURED, Needs, Statistics
-from lines_cli.plan.tensors import STORED, Segment
+from lines_cli.plan.tensors import Segment
 from lines_cli.recipe.schema import Recipe, Source
 from lines_cli.storage.destination import naming
 from lines_cli.storage.files import write_from
@@ -216,7 +217,7 @@ class Candidates:
                         merged.write(behind, _bytes_of(values), offset)
                     return sum(chunk.nbytes for chunk in item)
 
-                self._run(plan, sources, store, _mergeable(plan), "merging the task vectors")
+                self._run(plan, sources, store, mergeable(plan), "merging the task vectors")
         except BaseException:
             merged.close()
             raise
@@ -244,36 +245,6 @@ def segments_of(tensors: Iterable[TensorPlan]) -> Iterator[tuple[TensorPlan, Seg
     return ((tensor, segment) for tensor in tensors for segment in tensor.segments)
 
 
-def _mergeable(plan: Plan) -> Iterator[tuple[TensorPlan, Segment]]:
-    """What is merged where no coefficient is 0 or 1."""
-    for tensor in plan.tensors:
-        if tensor.spec.paired and tensor.spec.dtype not in EXACT_DTYPES:
-            yield from ((tensor, segment) for segment in tensor.spec.segments if segment.models)
-
-
-def nbytes_merged(plan: Plan) -> int:
-    """What merged task vectors take; 0 where it is no more work to make them each time."""
-    recipe = plan.recipe
-    if recipe.method.takes != "task vectors" or not plan.inputs.has_base:
-        return 0
-    if all(plan.gives_one(tensor.values) for tensor in plan.tensors if tensor.spec.paired):
-        return 0
-    return max((info.offset + info.nbytes for info in _infos_of_merged(plan).values()), default=0)
-
-
-def _infos_of_merged(plan: Plan) -> dict[str, TensorInfo]:
-    """Where each merged task vector is kept, in the dtype of the arithmetic."""
-    infos: dict[str, TensorInfo] = {}
-    end = 0
-    for tensor, _ in _mergeable(plan):
-        if tensor.name not in infos:
-            dtype = STORED["float64" if tensor.in_float64 else "float32"]
-            nbytes = tensor.info.numel * itemsize(dtype)
-            infos[tensor.name] = TensorInfo(dtype, tensor.info.shape, end, nbytes)
-            end += -(-nbytes // 8) * 8
-    return infos
-
-
 class Merged:
     """Merged task vectors, in the dtype of the arithmetic.
 
@@ -286,7 +257,7 @@ class Merged:
         self.path = (
             scratch or Path("memory")
         ) / "merged.bin"  # in messages: the file has no name, so none can change it
-        self._infos = _infos_of_merged(plan)
+        self._infos = infos_of_merged(plan)
         self._held: _InMemory | BinaryIO
         self._held = _InMemory(nbytes_merged(plan)) if scratch is None else TemporaryFile(dir=scratch)  # noqa: SIM115 - `close`
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lines_cli.api import arguments
 from lines_cli.api.planned import tolerant_torch_import
 from lines_cli.sweeping.config import load_sweep, sweep_from
+from lines_cli.sweeping.forecast import Options, plan_sweep
 from lines_cli.version import ABOUT
 
 if TYPE_CHECKING:
@@ -66,10 +67,10 @@ def sweep(
     destination = destination_of(output, dry_run=dry_run)
     resources = arguments.resources(workers, device, gpu_memory)
     arguments.use_cache(cache)
-    with tolerant_torch_import():
-        from lines_cli.sweeping.run import Options, Sweeping, plan_sweep
-
     options = Options(resources, parallel, on, force, retry, say=say or (lambda _: None))
     if dry_run or destination is None:
         return {**ABOUT, "dry_run": True, **plan_sweep(asked, options)}
+    with tolerant_torch_import():
+        from lines_cli.sweeping.run import Sweeping
+
     return {**ABOUT, **Sweeping(asked, destination, options).run().to_json()}

@@ -197,10 +197,28 @@ def verdict(sweep: Sweep, judged: Sequence[Judged]) -> dict[str, Any]:
     trials failed, if some did and not all.
     """
     found = _compared(sweep, judged)
+    if len(sweep.objectives) == 1:
+        found["said"] += _of_inputs(sweep, judged)
     failed = sum(one.failure is not None for one in judged)
     if 0 < failed < len(judged):
         found["said"] += f"; {failed} of {len(judged)} trials failed"
     return found
+
+
+def _of_inputs(sweep: Sweep, judged: Sequence[Judged]) -> str:
+    """Which inputs, as they are, do no worse than the best trial: nothing has to be made to have them. Of a merge the
+    fine-tune is each task's own, which no one model is.
+    """
+    objective, inputs = sweep.objectives[0], BASELINES if sweep.of_an_edit else ("pre",)
+    if (tried := best(judged, objective)) is None:
+        return ""
+    said = ""
+    for one in judged:
+        if one.trial.family in inputs and one.objectives:
+            ours, own = tried.objectives[0], one.objectives[0]
+            if not objective.better(ours, own):
+                said += f"; {called(one.trial.family)} itself does {'as well' if own == ours else 'better'}"
+    return said
 
 
 def _compared(sweep: Sweep, judged: Sequence[Judged]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,8 @@ from typing import Any
 from lines_cli.api.calls import RunOptions, carry_out
 from lines_cli.api.on_ray import Cluster, address_of, connected, needs_of
 from lines_cli.engine.candidate_files import remove
-from lines_cli.engine.candidates import Candidates, nbytes_merged
-from lines_cli.errors import DataError, MismatchError, OutputError, RecipeError, size
+from lines_cli.errors import DataError, OutputError, RecipeError, size
 from lines_cli.methods import METHODS
-from lines_cli.plan.plan import Plan
 from lines_cli.plan.resources import Resources
 from lines_cli.recipe.schema import Recipe
 from lines_cli.recipe.yaml_file import recipe_from
@@ -31,43 +29,16 @@ from lines_cli.storage.lock import RunLock
 from lines_cli.storage.names import RECIPE
 from lines_cli.sweeping.bench import CANDIDATES, LOGS, Bench
 from lines_cli.sweeping.config import Sweep
+from lines_cli.sweeping.forecast import Options, cost, largest_plan, scratch_bytes, trials_to_come
 from lines_cli.sweeping.metrics import Metrics, NonsenseError, average
 from lines_cli.sweeping.on_nodes import OnNodes, Run
 from lines_cli.sweeping.page import page
 from lines_cli.sweeping.report import BASELINES, Judge, Judged, best, front, repeats, verdict
 from lines_cli.sweeping.store import FILE, JOURNAL, Evaluation, Store
-from lines_cli.sweeping.trials import Trial, check_recipe, shown, trials_of
+from lines_cli.sweeping.trials import Trial, shown
 
-Say = Callable[[str], None]
-_MANY = 1000  # trials
 REPORT, _WINNER = "report.html", "winner.json"
 _MOST_SAID = 2**24  # bytes
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a sweep may use, and how it goes about it.
-
-    Attributes:
-        resources: for making candidates; on a cluster also what each trial takes of it.
-        parallel: how many evaluations run at a time; None for 1, and on a cluster for as many as there is room for (of
-            a search 1, since what is drawn depends on it).
-        on: the engine that runs trials elsewhere, as `--on` says it; None for this machine.
-        force: discard another sweep's trials; replace an existing output.
-        retry: evaluate once more what failed before.
-        say: gets a line about each trial, and whatever else a person should know.
-    """
-
-    resources: Resources = field(default_factory=Resources)
-    parallel: int | None = None
-    on: str | None = None
-    force: bool = False
-    retry: bool = False
-    say: Say = lambda _: None
-
-    def __post_init__(self) -> None:
-        if self.on is not None:
-            address_of(self.on)  # refused before anything is planned
 
 
 @dataclass(frozen=True)
@@ -134,103 +105,6 @@ def folder_of(output: Path) -> Path:
     return output.with_name(f"{output.name}.sweep")
 
 
-def plan_sweep(sweep: Sweep, options: Options) -> dict[str, Any]:
-    """What a sweep would do, and what it would take, as plain values; nothing is written or evaluated.
-
-    Raises:
-        LinesError: what can be refused before anything runs.
-    """
-    notes: list[str] = []
-    trials = _trials(sweep, notes)
-    plan = _largest_plan(sweep, trials, Candidates(options.resources), Path("candidate"))
-    return {
-        "trials": _numbers(sweep, trials, notes),
-        "baselines": list(sweep.baselines),
-        "evaluations": _evaluations(sweep, trials),
-        "candidate_bytes": plan.bytes_written,
-        "scratch_bytes": 0 if sweep.in_process else _scratch(sweep, plan, options),
-        "notes": [*plan.notes, *notes, *_cost(sweep, trials, plan)],
-    }
-
-
-def _trials(sweep: Sweep, notes: list[str]) -> list[Trial]:
-    """The trials of a grid; of a search one for each draw, whose values are not known yet."""
-    if sweep.search is not None:
-        from lines_cli.sweeping.search import middle
-
-        trials = [Trial("lines", middle(sweep))]
-        for trial in trials:
-            check_recipe(sweep, trial)
-        return trials
-    return trials_of(sweep, notes)
-
-
-def _largest_plan(sweep: Sweep, trials: Sequence[Trial], candidates: Candidates, output: Path) -> Plan:
-    """The plan that writes most, where a grid's values decide how much that is (dtype, method, models); the first of
-    equals.
-    """
-    differ: dict[str, Trial] = {}
-    for trial in trials:
-        words = {key: value for key, value in trial.settings.items() if not _is_number(value)}
-        words.pop("lines.schedule", None)
-        differ.setdefault(json.dumps(words, sort_keys=True), trial)
-    found: Plan | None = None
-    for trial in differ.values():
-        try:
-            plan = candidates.plan(sweep.recipe_of(trial.settings), output)
-        except (MismatchError, RecipeError):
-            if found is None:
-                raise
-            continue  # a later trial that cannot be made fails by itself
-        if found is None or _written(plan) > _written(found):
-            found = plan
-    assert found is not None
-    return found
-
-
-def _written(plan: Plan) -> int:
-    return plan.bytes_written + nbytes_merged(plan)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _numbers(sweep: Sweep, trials: Sequence[Trial], notes: list[str]) -> dict[str, int]:
-    """How many trials each family has."""
-    if sweep.search is not None:
-        from lines_cli.sweeping.search import families_of
-
-        return dict.fromkeys(families_of(sweep, notes), sweep.search.trials)
-    return {family: sum(t.family == family for t in trials) for family in dict.fromkeys(t.family for t in trials)}
-
-
-def _evaluations(sweep: Sweep, trials: Sequence[Trial]) -> int:
-    number = len(trials)
-    if sweep.search is not None:
-        number = sum(_numbers(sweep, trials, []).values())
-    return (number + len(sweep.baselines)) * sweep.repeats * (len(sweep.tasks) if sweep.by_task else 1)
-
-
-def _scratch(sweep: Sweep, plan: Plan, options: Options) -> int:
-    """Bytes of scratch at most: a candidate for each evaluation that runs, or an input that is evaluated itself; and
-    merged task vectors.
-    """
-    largest = plan.bytes_written
-    if sweep.baselines:
-        largest = max(largest, *(checkpoint.nbytes for checkpoint in plan.inputs.checkpoints))
-    merged = nbytes_merged(plan) if options.on is None else 0
-    return largest + ((options.parallel or 1) - 1) * plan.bytes_written + merged
-
-
-def _cost(sweep: Sweep, trials: Sequence[Trial], plan: Plan) -> Iterator[str]:
-    number = _evaluations(sweep, trials)
-    if number > _MANY:
-        written = size(len(trials) * plan.bytes_written)
-        where = "in memory" if sweep.in_process else "on the disk, one after the other"
-        yield f"{number:,} evaluations: {written} of candidates are made for them, {where}"
-
-
 class Sweeping:
     """A sweep at work.
 
@@ -249,13 +123,13 @@ class Sweeping:
         self.sweep, self.output, self.options = sweep, output, options
         self.folder = folder_of(output)
         self.notes: list[str] = []
-        self.trials = _trials(sweep, self.notes)
+        self.trials = trials_to_come(sweep, self.notes)
         self._cluster: Cluster | None = None
         self._orders: OnNodes | None = None
         self._logging = threading.Lock()
         self.bench = Bench(sweep, options.resources, self.folder, self.folder / CANDIDATES, slots=options.parallel or 1)
-        self.plan = _largest_plan(sweep, self.trials, self.bench.candidates, output)
-        self.notes += [*self.plan.notes, *_cost(sweep, self.trials, self.plan)]
+        self.plan = largest_plan(sweep, self.trials, lambda recipe: self.bench.candidates.plan(recipe, output))
+        self.notes += [*self.plan.notes, *cost(sweep, self.trials, self.plan)]
         self._begun = time.monotonic()
 
     def run(self) -> Found:
@@ -321,7 +195,7 @@ class Sweeping:
         options = self.options
         if self._cluster is not None and options.parallel is None:
             options = replace(options, parallel=self._cluster.cpus // (options.resources.workers or 1))
-        needed, free = _scratch(self.sweep, self.plan, options), shutil.disk_usage(self.folder).free
+        needed, free = scratch_bytes(self.sweep, self.plan, options), shutil.disk_usage(self.folder).free
         if needed > free:
             raise OutputError(
                 f"{self.folder}: candidates need {size(needed)} of scratch, and {size(free)} are free",

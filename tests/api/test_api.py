@@ -343,6 +343,7 @@ def test_refusals_are_the_commands(options: list[str], said: dict[str, Any], mod
     "call",
     ["edit", "merge", "inspect", "coefficients('ft')", "edit('base', 'ft', 'out', dry_run=True)", "inspect('ft')"],
 )
+@pytest.mark.some(3)
 def test_headers_load_no_torch(call: str, models: Path) -> None:
     """Nor does importing `lines_cli`, or asking for a function, load anything else that is slow."""
     program = f"import sys, lines_cli\nlines_cli.{call}\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
@@ -525,6 +526,7 @@ def bits(tensor: torch.Tensor) -> bytes:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if at % 2 else ()) for at, name in enumerate(OF_MODELS)]
 )
+@pytest.mark.some(12)
 def test_tensors_are_those_of_the_files(name: str, folder: Path, tmp_path: Path) -> None:
     """Every method, dtype and mixture, tied heads, integers, scalars, empty tensors, alpha auto, thresholds, draws."""
     plan = CASES[name].plan(folder, tmp_path)

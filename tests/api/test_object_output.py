@@ -125,6 +125,7 @@ def test_an_edit(here: Path, store: S3Server, shards: tuple[str, ...]) -> None:
         ("model_stock", {}),
     ],
 )
+@pytest.mark.some(2)
 def test_a_merge(here: Path, store: S3Server, method: str, parameters: dict[str, Any]) -> None:
     """The same of methods that measure, that draw, and that see matrices whole."""
     command = merge(here, method, **parameters)
@@ -273,6 +274,7 @@ def test_a_dry_run(here: Path, store: S3Server) -> None:
 
 
 @pytest.mark.parametrize("kind", ["503", "slow", "drop"])
+@pytest.mark.slow
 def test_what_passes_is_asked_again(here: Path, store: S3Server, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that has too much to do, is slow, or drops connections costs time and no byte."""
     monkeypatch.setattr(object_store, "PART", 32_768)

@@ -223,6 +223,49 @@ class TestOnACluster:
             found.append(contents())
         assert found[0] == found[1]
 
+    @pytest.mark.parametrize("failures", [2, 3])
+    def test_a_head_that_fails_to_let_in(
+        self, here: Path, client: str, monkeypatch: pytest.MonkeyPatch, failures: int
+    ) -> None:
+        """It is asked three times in all; whoever was not let in can still run elsewhere."""
+        from ray.util.client.worker import Worker
+
+        let_in, asked = Worker._server_init, 0
+
+        def fails(self: Any, *args: Any, **kwargs: Any) -> None:
+            nonlocal asked
+            asked += 1
+            if asked <= failures:
+                raise ConnectionAbortedError("Initialization failure from server:\nthe process is gone")
+            let_in(self, *args, **kwargs)
+
+        monkeypatch.setattr(Worker, "_server_init", fails)
+        monkeypatch.setattr(on_ray, "_PAUSE", 0.01)
+        done = run_lines(*COMMAND, "--on", client)
+        assert asked == min(failures + 1, 3)
+        if failures < 3:
+            assert (done.code, done.trace) == (0, ""), done.err
+            shutil.rmtree("out")
+        else:
+            assert (done.code, done.trace) == (6, ""), done.err
+            assert "cannot be reached: Initialization failure from server: the process is gone" in done.err
+        ran(*COMMAND, "--on", "ray")
+
+    def test_a_process_that_is_a_client_already(self, here: Path, client: str) -> None:
+        """Another address is refused; the connection stays."""
+        import ray
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ray.init(client)
+        try:
+            done = run_lines(*COMMAND, "--on", client)
+            assert (done.code, done.trace) == (6, ""), done.err
+            assert "ray.shutdown() ends that" in done.err
+            assert ray.is_initialized()
+        finally:
+            ray.shutdown()
+
     def test_a_driver_that_is_lost(self, here: Path) -> None:
         """What its parts have done is kept; --resume goes on with the same plan."""
         whole = in_one_piece()

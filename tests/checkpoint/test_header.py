@@ -280,6 +280,7 @@ def test_tensors_within_tensors_are_refused_at_once(tmp_path: Path) -> None:
     assert time.process_time() - started < 3
 
 
+@pytest.mark.slow
 def test_never_laxer_than_the_reference(tmp_path: Path) -> None:
     """Of 1,000 damaged headers each is refused as a CheckpointError, or read as safetensors' own library reads it."""
     good = {

@@ -41,6 +41,7 @@ def mutate(kind: str, folder: Path, number: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("kind", hostile.KINDS)
+@pytest.mark.some(2)
 def test_mutated_files(kind: str, tmp_path: Path) -> None:
     """Some hundred files of each kind with things wrong with them."""
     mutate(kind, tmp_path, TIMES[kind], 0)

@@ -60,6 +60,7 @@ def test_an_edit_of_fp8_is_that_of_its_numbers(kind: str, side: str, tmp_path: P
     assert len(said) == (2 if side == "both" else 1)
 
 
+@pytest.mark.slow
 def test_chunks_workers_and_shards_change_no_byte(tmp_path: Path) -> None:
     """Blocks are cut anywhere: within a row, a block, a row of blocks."""
     written = []

@@ -349,6 +349,7 @@ for load in (load_recipe, load_record):
 """
 
 
+@pytest.mark.slow
 def test_recipes_that_ask_for_too_much(tmp_path: Path) -> None:
     """Each is a RecipeError with the file's name, in little time and memory, whoever reads it."""
     for number, content in enumerate([*(text.encode() for text in BOMBS.values()), *BYTES.values()]):
@@ -715,6 +716,7 @@ def put(at: Path, name: str, content: bytes, side: str) -> None:
 
 @pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in (1, 2))])
 @pytest.mark.parametrize("name", FILES)
+@pytest.mark.some(2)
 def test_json_of_any_shape(name: str, part: int, folders: Path) -> None:
     """It is refused with the file's name, or carried as it is; nothing else happens.
 
@@ -750,6 +752,7 @@ KEYS = st.sampled_from(
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.dictionaries(KEYS | st.text(max_size=4), VALUE, max_size=6) | VALUE, name=st.sampled_from(FILES[:4]))
+@pytest.mark.slow
 def test_any_json_beside_the_weights(content: Any, name: str, folders: Path) -> None:
     for side in ("base", "ft"):
         shutil.rmtree(folders / side, ignore_errors=True)
@@ -812,6 +815,7 @@ def test_json_with_as_many_values_as_it_may_have(tmp_path: Path, monkeypatch: py
         read_json(tmp_path / "x.json")
 
 
+@pytest.mark.slow
 def test_an_index_of_too_many_shards(folders: Path) -> None:
     """Its size is bounded, and so is the number of files that it may name."""
     index = {"weight_map": {f"t{n}": f"{n}.safetensors" for n in range(100_001)}}
@@ -875,6 +879,7 @@ def test_what_is_no_secret_stays(text: str) -> None:
     ids=range(8),
 )
 @pytest.mark.parametrize("flags", [(), pytest.param(("--json",), marks=pytest.mark.slow)])
+@pytest.mark.some(2)
 def test_no_run_shows_a_credential(flags: tuple[str, ...], environment: dict[str, str], tmp_path: Path) -> None:
     """Whatever endpoint, proxy or token it is given, and whatever the client makes of it."""
     own = {

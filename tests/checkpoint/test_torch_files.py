@@ -179,6 +179,7 @@ def digests(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("options", [(), ("--alpha", 0.3, "--max-shard-size", "2KB", "--workers", 2)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.some(6)
 def test_an_edit_is_that_of_the_same_tensors(kind: str, options: tuple[Any, ...], tmp_path: Path) -> None:
     """To the byte; and its blocks are what torch computes of whole tensors."""
     base, ft = model(0), model(1)
@@ -817,6 +818,7 @@ FEWER = {"tuples in each other, as a key", "remembered"}
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=() if case in FEWER else pytest.mark.slow) for case in BOMBS]
 )
+@pytest.mark.slow
 def test_a_pickle_that_wants_all_memory(case: str, tmp_path: Path) -> None:
     """As many instructions as may be, and more, take less than 1 GiB and end; no depth is too much for the stack."""
     path = write_zip(tmp_path / "m.pt", b"\x80\x04" + BOMBS[case](MOST_STEPS - 10) + b".")
@@ -845,6 +847,7 @@ HARM: dict[str, Callable[[Path], Any]] = {
 
 @pytest.mark.parametrize("kind", ["zip", "old"])
 @pytest.mark.parametrize("case", HARM)
+@pytest.mark.some(13)
 def test_nothing_is_run(case: str, kind: str, tmp_path: Path) -> None:
     """With every command, whatever the file is called and wherever it stands; it says what the file names."""
     mark = tmp_path / "mark"

@@ -520,6 +520,7 @@ FAULTS = {
 
 @pytest.mark.durable
 @pytest.mark.parametrize(("module", "name", "number", "error"), FAULTS.values(), ids=FAULTS)
+@pytest.mark.some(8)
 def test_a_failure_at_any_point_keeps_the_old(
     module: Any, name: str, number: int, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -607,6 +608,7 @@ def test_a_real_disk(kind: str, tmp_path: Path) -> None:
         ("ft/tokenizer.json", 0o000, 3, "ft/tokenizer.json"),
     ],
 )
+@pytest.mark.some(6)
 def test_no_permission(path: str, mode: int, code: int, word: str) -> None:
     """What an ordinary user may not read or write is refused by name, and nothing is left."""
     with as_nobody() as folder:
@@ -806,6 +808,7 @@ def test_what_nohup_ignores_stays_ignored_while_torch_loads(tmp_path: Path) -> N
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_nothing_is_said_of_a_numpy_that_is_not_needed(tmp_path: Path) -> None:
     """Where numpy is not installed, as after a plain `pip install`, torch's warning of it does not reach the user."""
     for side, seed in (("base", 0), ("ft", 1)):

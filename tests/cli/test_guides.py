@@ -115,6 +115,7 @@ def python_first(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{here / 'bin'}{os.pathsep}{os.environ['PATH']}")
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_decides(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/sweeping.md: seven candidates, as many of each control, and the winner's folder beside the report."""
     pair("base", "ft")

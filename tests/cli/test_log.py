@@ -209,6 +209,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("variable", "value", "said"), [(name.rstrip("="), *rest) for name, rest in WRONG.items()])
+@pytest.mark.some(9)
 def test_a_wrong_value_names_the_variable(
     variable: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

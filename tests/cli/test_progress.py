@@ -53,6 +53,7 @@ COMMANDS = {
 
 @pytest.mark.usefixtures("slow")
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+@pytest.mark.some(2)
 def test_lines_off_a_terminal(command: list[str], here: Path) -> None:
     """A long run says on stderr how far it is, at most ten times a pass; --quiet says nothing, stdout is the same."""
     ran = run_lines(*command, "--json")
@@ -167,6 +168,7 @@ def test_a_bar_on_a_terminal(here: Path) -> None:
 
 
 @pytest.mark.parametrize("term", ["dumb", "unknown"])
+@pytest.mark.some(3)
 def test_a_dumb_terminal(term: str, here: Path) -> None:
     """A terminal that cannot move its cursor gets whole lines, and nothing is left behind."""
     drawn = on_a_terminal(here, term).decode().replace("\r\n", "\n")

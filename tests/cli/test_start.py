@@ -48,6 +48,10 @@ COMMANDS = (
     (0, "merge --config auto.yaml --dry-run"),
     (0, "extract ft --base base --rank 1 --dry-run"),
     (0, "edit --adapter adapter --num-layers 2 --dry-run"),
+    (0, "sweep --config sweep.yaml --dry-run"),
+    (0, "sweep --config sweep.yaml --dry-run --on ray"),
+    (0, "sweep --config search.yaml --dry-run --json"),
+    (2, "sweep --config sweep.yaml"),
     (0, "inspect base"),
     (0, "inspect done --json --tensors"),
     (0, "inspect base --plot page.html"),
@@ -85,6 +89,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "ties.yaml").write_text(f"{merge}merge_method: ties\nparameters: {{density: 0.5}}\n")
     (tmp_path / "auto.yaml").write_text(f"{merge}merge_method: task_arithmetic\nlines: {{alpha: auto, beta: 0.5}}\n")
     (tmp_path / "wrong.yaml").write_text(f"{merge}merge_method: tie\n")
+    judge = 'evaluate: "python eval.py {checkpoint}"\nobjective: accuracy\n'
+    measured = (
+        "{base_model: base, models: [{model: ft}, {model: ft}], merge_method: ties, lines: {alpha: auto, beta: 0.5}}"
+    )
+    grid = "grid: {parameters.density: [0.2, 0.5]}\n"
+    (tmp_path / "sweep.yaml").write_text(f"recipe: {measured}\n{grid}{judge}")
+    search = "grid: {lines.alpha: {low: 0.05, high: 1, log: true}}\nsearch: {sampler: tpe, trials: 5}\n"
+    (tmp_path / "search.yaml").write_text(f"recipe: {{base: base, ft: ft}}\n{search}{judge}")
     assert run_lines("edit", "base", "ft", "-o", "done").code == 0
     return tmp_path
 
@@ -100,6 +112,7 @@ def test_what_computes_nothing_imports_no_torch(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["edit base ft -o new", "merge --config ties.yaml -o new", "inspect ft --base base"])
+@pytest.mark.some(2)
 def test_what_computes_imports_torch(line: str, folder: Path) -> None:
     """The same hook is heard by a command that needs tensors."""
     command = [sys.executable, "-c", PROGRAM, json.dumps([line.split()])]

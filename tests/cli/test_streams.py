@@ -61,6 +61,7 @@ def ended(pair: Path, stdout: int, *args: object) -> forked.Ended:
     ],
     ids=["edit", "edit --json", "merge"],
 )
+@pytest.mark.some(4)
 def test_an_output_in_place(arguments: list[str], stdout: Callable[[], int], pair: Path, tmp_path: Path) -> None:
     """One line on stderr says that the output is in place and whole, and the exit code is one of its own."""
     ran = ended(pair, stdout(), *arguments, tmp_path / "out")
@@ -94,6 +95,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("arguments", COMMANDS.values(), ids=COMMANDS)
+@pytest.mark.some(2)
 def test_other_commands(arguments: list[str], pair: Path) -> None:
     """On a full disk a line says that it is the printing that failed; a reader who had enough is told nothing. Neither
     is a traceback, nor an error.

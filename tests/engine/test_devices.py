@@ -75,6 +75,7 @@ def own_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 @by_turns(method=METHODS, number=[1, 3])
+@pytest.mark.some(6)
 def test_memory_of_its_own_changes_no_byte(
     method: str, number: int, tmp_path: Path, own_memory: Callable[[int], None]
 ) -> None:
@@ -197,6 +198,7 @@ class Full:
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if not TABLE[name].on_weights])
+@pytest.mark.some(5)
 def test_out_of_memory_halves_the_chunk(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the run goes on: nothing is counted twice, and the bytes are the same."""
     models(tmp_path)

@@ -59,6 +59,7 @@ def output(tmp_path: Path, out: str = "out") -> Tensors:
 
 
 @by_turns(kind=FORMATS, side=["base", "ft", "both"])
+@pytest.mark.some(5)
 def test_an_edit_is_quantised_as_its_input(kind: str, side: str, tmp_path: Path) -> None:
     """Codes and scales are those of the exact result, quantised by itself; whatever else there is, is as it was."""
     models = {"base": plain(), "ft": near(plain(), 1)}
@@ -145,6 +146,7 @@ def test_other_scales_are_no_copy(tmp_path: Path) -> None:
     same(output(tmp_path, "one"), load_file(tmp_path / "ft" / "model.safetensors"))
 
 
+@pytest.mark.slow
 def test_chunks_workers_and_shards_change_no_byte(tmp_path: Path) -> None:
     """Blocks are cut anywhere, and their largest entries found in any order."""
     for kind in BLOCKS:
@@ -428,6 +430,7 @@ def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.durable
 @pytest.mark.parametrize("after", [0, 5, 9])
+@pytest.mark.some(2)
 def test_resumed(after: int, large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The scales of the run before are taken, and the bytes are those of a run that was left alone."""
     flags = ("--dtype", "fp8", "--workers", 1)
@@ -459,6 +462,7 @@ def test_resumed(after: int, large: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert all(0.02 < layer["error"] < 0.03 for layer in ran.json["layers"][:-1])
 
 
+@pytest.mark.slow
 def test_planned_and_verified(large: Path) -> None:
     """--dry-run says the pass, its bytes and the memory; verify finds a code and a scale that were changed."""
     plan = run_lines("edit", "base", "ft", "-o", "out", "--dtype", "fp8", "--dry-run", "--json").json

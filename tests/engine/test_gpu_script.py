@@ -37,6 +37,7 @@ def test_without_a_gpu_it_refuses(device: str, gpu: Any, capsys: pytest.CaptureF
     assert "sees no CUDA device here\nhint: --device cpu --small" in printed.err
 
 
+@pytest.mark.slow
 def test_a_short_rehearsal(gpu: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On the CPU, and with one method of each kind: every check passes, or says why it is left out."""
     gpu.METHODS = {name: gpu.METHODS[name] for name in ("task_arithmetic", "slerp", "iso_c")}

@@ -115,6 +115,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     recipe=[pytest.param(name, marks=pytest.mark.slow if name == "calibrated" else (), id=name) for name in RECIPES],
     order=["forward", "backward", "shuffled"],
 )
+@pytest.mark.some(2)
 def test_parts_in_any_order(models: Path, recipe: str, order: str) -> None:
     """Every file of the output is the same to the byte, the recipe with its digests among them."""
     write_recipe(models, **RECIPES[recipe], max_shard_size="13MB")
@@ -154,6 +155,7 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not case.adapter  # an output that is an adapter is made in one part
     ],
 )
+@pytest.mark.some(3)
 def test_parts_of_every_method(name: str, golden: Path, tmp_path: Path) -> None:
     """What every golden recipe makes, it makes in parts, the last part first."""
     case = CASES[name]
@@ -224,6 +226,7 @@ def test_one_file(models: Path) -> None:
     assert (models / "many.safetensors").read_bytes() == (models / "one.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_plan_moves_with_its_models(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Paths in plan.json count from its folder: parts may run from any other."""
     whole = in_one_piece()
@@ -352,6 +355,7 @@ def test_inputs_that_changed(models: Path, command: list[str]) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.some(10)
 def test_a_plan_that_was_edited(models: Path, edit: dict[str, Any], *, signed: bool) -> None:
     """Whatever was changed in it, it is refused; also where the digest was put right."""
     planned()
@@ -393,6 +397,7 @@ def test_another_version_s_plan(models: Path, monkeypatch: pytest.MonkeyPatch) -
     assert lines.__version__ in error
 
 
+@pytest.mark.slow
 def test_parts_of_another_plan(models: Path) -> None:
     """A plan of the same output that was made since is not mixed with the old one, whose parts are refused."""
     ran("plan", "--config", "merge.yaml", "-o", "out", "--plan", "old.json", "--parts", 3)
@@ -422,6 +427,7 @@ def test_the_same_plan_again(models: Path) -> None:
 # --- beside other runs ---
 
 
+@pytest.mark.slow
 def test_whoever_needs_it_alone_waits(models: Path) -> None:
     """While a part runs, neither a whole run nor `lines clean` nor `lines finish` takes its folder from it."""
     planned()
@@ -434,6 +440,7 @@ def test_whoever_needs_it_alone_waits(models: Path) -> None:
     ran("finish", "plan.json")
 
 
+@pytest.mark.slow
 def test_a_whole_run_goes_on_from_parts(models: Path) -> None:
     """`lines merge --resume` keeps what parts have written, and does the rest."""
     whole = in_one_piece()
@@ -520,6 +527,7 @@ def test_an_adapter_is_made_in_one_part(tmp_path: Path, monkeypatch: pytest.Monk
 # --- twice at once, and killed ---
 
 
+@pytest.mark.slow
 def test_the_same_part_twice_at_once(models: Path) -> None:
     """Two processes that do the same part, whatever it measures or writes, harm nothing."""
     whole = in_one_piece()
@@ -532,6 +540,7 @@ def test_the_same_part_twice_at_once(models: Path) -> None:
     assert contents(models / "out") == whole
 
 
+@pytest.mark.slow
 def test_all_parts_at_once(models: Path) -> None:
     """Where all parts begin at once, those that write measure first what nobody has yet."""
     whole = in_one_piece()
@@ -582,6 +591,7 @@ def test_killed_again_and_again(models: Path, slowly: None, kills: int) -> None:
     assert not (models / STAGING).exists()
 
 
+@pytest.mark.slow
 def test_finish_says_what_it_takes_from_parts(models: Path) -> None:
     """The summary of `lines finish` is that of a whole run, but for the time and what was done before."""
     told = ran("merge", "--config", "merge.yaml", "-o", "out", "--json").json
@@ -596,6 +606,7 @@ def test_finish_says_what_it_takes_from_parts(models: Path) -> None:
     assert again["resumed"] == told["bytes"]["written"]
 
 
+@pytest.mark.slow
 def test_a_model_that_is_its_base(models: Path) -> None:
     """It is said by `lines finish` as by a whole run, though no part sees all of it."""
     shutil.rmtree("ft2")

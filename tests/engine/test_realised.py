@@ -276,6 +276,7 @@ def test_a_copy_beside_what_has_to_be_rounded_is_measured_too(tmp_path: Path) ->
     assert summary["realised"]["outside"]["changed"] is None  # nothing of it is rounded: the base is not read
 
 
+@pytest.mark.slow
 def test_neither_workers_nor_chunks_change_it(tmp_path: Path) -> None:
     """The same numbers, and the same recipe, byte for byte, however the work is cut."""
     pair(tmp_path)
@@ -309,6 +310,7 @@ def test_the_recipe_records_it_and_is_still_a_recipe(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layers", [2_001, pytest.param(10_500, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_record_of_very_many_layers_is_left_out(layers: int, tmp_path: Path) -> None:
     """A recipe may have so many values and no more; what lines wrote, lines reads."""
     base = {f"layers.{i}.w": torch.full((2,), 1.0) for i in range(layers)}

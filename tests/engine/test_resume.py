@@ -221,6 +221,7 @@ def test_what_is_finished_is_not_made_again(models: Path, monkeypatch: pytest.Mo
     ],
     ids=["another recipe", "other shards", "an input written since"],
 )
+@pytest.mark.some(2)
 def test_what_another_run_has_begun_is_refused(
     change: Callable[[Path], list[str] | None], word: str, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,6 +310,7 @@ def lose_the_journal(folder: Path) -> None:
 @pytest.mark.parametrize(
     "what", [damage_a_part, damage_the_journal, lose_a_file, cut_a_file, lose_all, lose_the_journal]
 )
+@pytest.mark.some(2)
 def test_damaged_parts_are_made_again(
     what: Callable[[Path], None],
     models: Path,
@@ -353,6 +355,7 @@ ODD_JOURNALS_MORE: list[tuple[str, dict[str, Any]]] = [
     [*ODD_JOURNALS, *(pytest.param(*odd, marks=pytest.mark.slow) for odd in ODD_JOURNALS_MORE)],
     ids=str,
 )
+@pytest.mark.some(3)
 def test_a_journal_that_no_run_would_write(
     key: str, odd: dict[str, Any], models: Path, pair_edited: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -394,6 +397,7 @@ def test_told_once(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # --- two runs ---
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused(models: Path) -> None:
     """While one is at work, which here stands still; clean is refused, too, and neither disturbs the first."""
     with begun(EDIT) as process:

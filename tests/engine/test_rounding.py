@@ -88,6 +88,7 @@ def telling(dtype: torch.dtype) -> list[float]:
 
 
 @pytest.mark.parametrize(("source", "dtype"), CASTS)
+@pytest.mark.some(2)
 def test_mean_and_variance_are_those_of_theory(source: torch.dtype, dtype: torch.dtype) -> None:
     """As many entries go up as a coin with that probability gives, and with its spread over tensors: the mean is the
     value, the variance p (1 - p) times the squared distance of the neighbours.
@@ -260,6 +261,7 @@ MERGES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", MERGES)
+@pytest.mark.some(2)
 def test_the_same_bytes_however_it_is_computed(models: Path, tmp_path: Path, case: str) -> None:
     """Workers, chunks and shards change no bit; rounding to nearest gives others, and so does another seed."""
     said = dict(MERGES[case])

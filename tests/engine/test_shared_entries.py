@@ -54,6 +54,7 @@ def sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str
 
 
 @pytest.mark.parametrize("case", TYPICAL)
+@pytest.mark.some(10)
 def test_what_all_share_stays(case: str, sides: dict[str, dict[str, torch.Tensor]]) -> None:
     """In every method, whatever passes it needs, for every coefficient and chunk."""
     method, parameters = TYPICAL[case]

@@ -299,6 +299,7 @@ def read(folder: Path, name: str) -> torch.Tensor:
     return load_file(checkpoint.files[checkpoint.tensors[name].file])[name]
 
 
+@pytest.mark.slow
 def test_on_the_hub(here: Path) -> None:
     """An output of ours is fetched with its recipe, and compared; its inputs lie here. Nothing is kept beside it."""
     files = {path.name: path.read_bytes() for path in (here / "out").iterdir()}
@@ -432,6 +433,7 @@ CHANGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize(("name", "change", "words"), CHANGES.values(), ids=CHANGES)
+@pytest.mark.some(11)
 def test_a_change_is_found(name: str, change: Callable[[Path], object], words: str, here: Path) -> None:
     """Whatever became of a file, it is named with what is wrong, and no other file is."""
     change(here / "out" / name)

@@ -119,6 +119,7 @@ def test_a_merge_in_parts_of_what_is_in_a_store(here: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["503", "slow", "drop"])
+@pytest.mark.some(2)
 def test_what_passes_is_asked_again(here: Path, store: S3Server, kind: str) -> None:
     """A server that has too much to do, is slow, or drops connections costs time and no byte."""
     ran("edit", "base", "ft", "-o", "local")

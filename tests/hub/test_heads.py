@@ -292,6 +292,7 @@ def test_an_output_on_the_hub_tells_its_recipe(hub: HubServer, user: User) -> No
     assert ran.json["recipe"]["lines"]["alpha"] == 0.25
 
 
+@pytest.mark.slow
 def test_a_cache_of_ones_own(hub: HubServer, user: User) -> None:
     """`--cache`, or LINES_CACHE, is where everything that is fetched is kept, and looked for."""
     hub.push("org/base", whole(1))

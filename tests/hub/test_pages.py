@@ -65,6 +65,7 @@ def run_shell(user: User, *blocks: str, **env: str) -> list[Ran]:
     return found
 
 
+@pytest.mark.slow
 def test_the_page_of_the_hub(hub: HubServer, user: User) -> None:
     """Its commands, in their order; and what they leave."""
     blocks = [text for kind, text in pages.blocks("hub.md") if kind == "sh"]

@@ -106,6 +106,7 @@ def test_a_variant(hub: HubServer, user: User) -> None:
 
 
 @pytest.mark.parametrize("within", ["", "0_Transformer"])
+@pytest.mark.some(2)
 def test_modules_of_sentence_transformers(within: str, hub: HubServer, user: User, tmp_path: Path) -> None:
     """The modules' weights are fetched, wherever the transformer lies."""
     for seed, side in enumerate(("base", "ft")):
@@ -122,6 +123,7 @@ def test_modules_of_sentence_transformers(within: str, hub: HubServer, user: Use
 
 
 @pytest.mark.parametrize("index", [b'{"../x": ["a", "b"]}', b"[]", b"{", b'{"unet": ["a", "b"], "vae/..": ["a", "b"]}'])
+@pytest.mark.some(4)
 def test_an_index_of_a_stranger(index: bytes, hub: HubServer, user: User) -> None:
     """It is refused, and nothing but it was fetched."""
     hub.push("org/x", {"model_index.json": index, "unet/model.safetensors": b"x"})

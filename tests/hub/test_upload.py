@@ -152,6 +152,7 @@ def test_only_what_belongs_is_pushed(hub: HubServer, user: User) -> None:
     assert not any(b"hf_secret" in content for content in [*hub.holds("org/made").values(), *hub.stored.values()])
 
 
+@pytest.mark.slow
 def test_names_that_are_patterns_and_folders(hub: HubServer, user: User) -> None:
     """Files in folders go there, and no name is read as a pattern. An output may be named by a link."""
     extra = {
@@ -211,6 +212,7 @@ def test_a_merge_is_pushed_in_words(hub: HubServer, user: User) -> None:
 # --- what is there already ---
 
 
+@pytest.mark.slow
 def test_an_earlier_output_is_replaced(hub: HubServer, user: User) -> None:
     """Of an earlier output, files that the new one has not go in the same commit; what others put there stays."""
     sharded = ["edit", "org/base", "org/ft", "-o", "sharded", "--max-shard-size", "8kB", "--push-to", "org/made"]
@@ -472,6 +474,7 @@ QUICK = ("no token", "an expired token", "no member", "a reader of the organisat
 
 
 @pytest.mark.parametrize("why", [pytest.param(why, marks=() if why in QUICK else pytest.mark.slow) for why in REFUSALS])
+@pytest.mark.some(3)
 def test_a_refusal_says_which_it_was(why: str, hub: HubServer, user: User) -> None:
     """Each ends with 8, says what it was and the next step, shows no token, and leaves the output as it was."""
     how, said, step = REFUSALS[why]
@@ -496,6 +499,7 @@ def test_a_refusal_says_which_it_was(why: str, hub: HubServer, user: User) -> No
     ("status", "said"),
     [pytest.param(None, "no Xet storage", marks=pytest.mark.slow), (403, "may not write there (403)")],
 )
+@pytest.mark.slow
 def test_the_storage_of_hf_xet(status: int | None, said: str, hub: HubServer, user: User) -> None:
     """Where hf_xet is installed, large files go its way, and its errors are told as those of the Hub."""
     pytest.importorskip("hf_xet")
@@ -524,6 +528,7 @@ def test_what_passes(kind: str, hub: HubServer, user: User) -> None:
 
 
 @pytest.mark.parametrize("as_json", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_failed_push_after_an_edit(as_json: bool, hub: HubServer, user: User) -> None:
     """The output is in place and whole, the summary is there, and the hint is a command that goes on from there."""
     hub.faults = {"commit": Fault(500)}
@@ -556,6 +561,7 @@ def test_nothing_is_computed_for_a_push_that_cannot_be(hub: HubServer, user: Use
     assert len(hub.holds("org/ft2")["model.safetensors"]) > 2**20
 
 
+@pytest.mark.slow
 def test_a_card_that_the_hub_does_not_take(hub: HubServer, user: User) -> None:
     """What is wrong with it is said; with it corrected, the push ends well."""
     (out_of(user) / "README.md").write_text("---\nlicense: [mit, x]\n---\n")
@@ -573,6 +579,7 @@ def test_a_file_that_does_not_arrive(hub: HubServer, user: User) -> None:
     assert (ran.code, "model.safetensors: is missing" in ran.err, ".gitignore" in ran.err) == (8, True, True)
 
 
+@pytest.mark.slow
 def test_an_output_that_changes_meanwhile(hub: HubServer, user: User) -> None:
     """An output that another run replaces while it is sent is not taken for what was sent."""
     path = out_of(user) / "model.safetensors"
@@ -590,6 +597,7 @@ def many_shards(user: User) -> Path:
     return user.home.parent / "sharded"
 
 
+@pytest.mark.slow
 def test_killed_half_way_and_resumed(hub: HubServer, user: User) -> None:
     """A push that is killed leaves no commit behind; the next sends only the files that had not arrived."""
     folder = many_shards(user)
@@ -641,6 +649,7 @@ def test_a_large_file_in_parts(hub: HubServer, user: User) -> None:
     assert hub.holds("org/made")["model.safetensors"] == (out_of(user) / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_half_a_push_of_ours_is_no_stranger(hub: HubServer, user: User) -> None:
     """What a client commits in several steps, and was stopped between, is ours by its content."""
     weights = (out_of(user) / "model.safetensors").read_bytes()
@@ -650,6 +659,7 @@ def test_half_a_push_of_ours_is_no_stranger(hub: HubServer, user: User) -> None:
     assert run_on(user, ["push", "out", "org/made2"]).code == 8
 
 
+@pytest.mark.slow
 def test_from_python(hub: HubServer, user: User) -> None:
     """`lines.push` and `lines.edit(push_to=...)` return what `--json` prints."""
 

@@ -581,6 +581,7 @@ def inside(case: zoo.Case) -> list[str]:
 
 @pytest.mark.zoo
 @pytest.mark.parametrize("case", [case for case in TOLD if case.id not in NO_TRANSFORMERS], ids=str)
+@pytest.mark.some(10)
 def test_blocks_of_transformers_are_attention_mlp_and_norm(case: zoo.Case) -> None:
     """Of a transformer's blocks nothing is `other`, but what is listed with the reason."""
     kinds = {name: kind_of(name, inside=True) for name in inside(case)}
@@ -603,6 +604,7 @@ PREFIXES = ["module.", "_orig_mod.", "model.", "module.0.", "encoder.", "base_mo
 
 @pytest.mark.zoo
 @pytest.mark.parametrize("turn", [0, *(pytest.param(turn, marks=pytest.mark.slow) for turn in range(1, len(PREFIXES)))])
+@pytest.mark.slow
 def test_a_wrapper_changes_no_kind(turn: int) -> None:
     """What is put before all names says nothing of any."""
     for at, case in enumerate(PLACED):

@@ -167,6 +167,7 @@ def flat(ref: Reference) -> tuple[Flat, list[int]]:
     ],
 )
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.some(5)
 def test_auto_alpha_of_a_merge(method: str, lines: dict[str, Any], tmp_path: Path) -> None:
     """Alpha auto, its norms, and all that is scaled by it are what the merge of the same recipe makes of them."""
     base = toy(11, 3)
@@ -292,6 +293,7 @@ PLANS: dict[str, tuple[dict[str, Any], Callable[[str, Spot], float]]] = {
 
 
 @pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.some(5)
 def test_coefficients_of_a_recipe(plan: str, tmp_path: Path) -> None:
     """Each tensor's coefficient is that of the merge, `lambda` and filters included, and what is scaled follows it."""
     base = pair_of_stacks(1)

@@ -64,6 +64,7 @@ FAMILIES = {
 
 @pytest.mark.zoo
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.some(2)
 def test_models_of_transformers(family: str, tmp_path: Path) -> None:
     """Real models, saved by transformers and perturbed, have the layers, sides, kinds and numbers written here."""
     expected = FAMILIES[family]
@@ -105,6 +106,7 @@ def random_tensors(random: np.random.Generator, layers: int) -> Tensors:
 
 
 @pytest.mark.parametrize("seed", [*range(10), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(10, 30))])
+@pytest.mark.some(7)
 def test_random_checkpoints(seed: int, tmp_path: Path) -> None:
     """Whatever shapes, dtypes, shards and numbers of fine-tunes come together, the numbers are the reference's."""
     random = np.random.default_rng(seed)

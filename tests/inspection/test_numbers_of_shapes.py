@@ -68,6 +68,7 @@ def many(seed: int) -> Tensors:
 
 
 @pytest.mark.parametrize("number", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
 def test_chunks_shards_and_workers(number: int, tmp_path: Path) -> None:
     """However tensors are cut, sharded and shared out, the numbers are the reference's, the JSON one to the bit."""
     base = many(1)

@@ -108,6 +108,7 @@ def test_a_planned_merge_tells_its_alpha(outputs: Path) -> None:
         ("base_model: base\nmodels: [{model: a}]\nlines: {alpha: 0.2, beta: 0.5}\n", 0.2, "alpha 0.2, beta 0.5, "),
     ],
 )
+@pytest.mark.some(3)
 def test_where_coefficients_come_from(recipe: str, alpha: float, words: str, outputs: Path) -> None:
     """The text says that they are the recipe's, and what they are."""
     path = recipe_beside(outputs, "other.yaml", recipe)

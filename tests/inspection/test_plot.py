@@ -211,6 +211,7 @@ QUICK += [(case, "html") for case in ("one fine-tune", "unknown depth")]
 
 
 @pytest.mark.parametrize(("case", "form"), QUICK)
+@pytest.mark.some(2)
 def test_files_are_whole(case: str, form: str, drawn: Any) -> None:
     """Every case in every form gives a file that opens, with no folder strewn beside it."""
     _, path = drawn(case, form)
@@ -237,6 +238,7 @@ def test_what_is_not_finite(tmp_path: Path) -> None:
         pytest.param("svg", True, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_the_same_twice(form: str, compared: bool, tmp_path: Path) -> None:
     """The same command gives the same bytes, run after run; and drawing what headers tell needs no torch."""
     model = decoder(4)
@@ -254,6 +256,7 @@ def test_the_same_twice(form: str, compared: bool, tmp_path: Path) -> None:
     assert (tmp_path / f"a.{form}").read_bytes() == (tmp_path / f"b.{form}").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_same_twice_in_a_process(drawn: Any) -> None:
     """The same report gives the same bytes, whatever was drawn before it."""
     arguments, _ = drawn("one layer, two", "")
@@ -577,6 +580,7 @@ def test_without_matplotlib(form: str, tmp_path: Path) -> None:
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_user_s_own_style(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a matplotlibrc of the user's says does not matter: the file is the same."""
     model = decoder(2)

@@ -22,6 +22,7 @@ from support.run import run_lines
 
 @pytest.mark.parametrize("layers", [1, 12, 13, 126])
 @pytest.mark.parametrize("tunes", [0, 1, 2])
+@pytest.mark.some(3)
 def test_folding(layers: int, tunes: int, tmp_path: Path) -> None:
     """A stack shows at most 12 layers, the first and the last among them, and all of them with --full."""
     model = llama(layers)
@@ -46,6 +47,7 @@ NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?[%x]?|-")
 @pytest.mark.parametrize("columns", [60, 80])
 @pytest.mark.parametrize("tunes", [0, 1, 3, 8])
 @pytest.mark.parametrize("flags", [[], ["--tensors"], ["--check", "--full"]], ids=["", "tensors", "check"])
+@pytest.mark.some(5)
 def test_columns(tunes: int, flags: list[str], columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A table is no wider than the terminal unless its numbers need that: long names are elided in their middle, each
     row is one line, and no number is cut. Off a terminal names are whole.

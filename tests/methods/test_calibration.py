@@ -263,6 +263,7 @@ def test_small_tensors_side_by_side(shapes: Any, lined: bool, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("method", ["ties", "iso_c", "linear"])
+@pytest.mark.some(2)
 def test_the_same_bytes_for_any_workers_chunks_and_shards(method: str, tmp_path: Path) -> None:
     """On one machine; and `lines verify` computes them again."""
     base, models = family(3, torch.bfloat16)

@@ -66,6 +66,7 @@ def recipe_of(world: Path, method: str, said: dict[str, Any], models: tuple[str,
 @pytest.mark.parametrize("models", SETS)
 @pytest.mark.parametrize("method", MERGERS)
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["first", "every typical"])
+@pytest.mark.some(25)
 def test_the_result_is_finite(method: str, models: str, every: bool, world: Path, tmp_path: Path) -> None:
     """Nothing is divided by nothing, whatever shape a tensor has; models that are the base give the base; and the bytes
     are the same for one worker as for several.
@@ -90,6 +91,7 @@ def test_the_result_is_finite(method: str, models: str, every: bool, world: Path
 
 @pytest.mark.parametrize("weights", [(0.0, 0.0, 0.0), (1.0, -1.0, 0.0), (-0.5, -0.5, 2.0)], ids=str)
 @pytest.mark.parametrize("method", [name for name in MERGERS if "weight" in METHODS[name].parameters])
+@pytest.mark.some(8)
 def test_weights_of_nothing(method: str, weights: tuple[float, ...], world: Path, tmp_path: Path) -> None:
     """Weights that are zero, negative, or add up to nothing give a finite result, or are refused in words."""
     for number, said in enumerate(TABLE[method].typical):

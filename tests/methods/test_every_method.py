@@ -89,6 +89,7 @@ FIRST = [pytest.param(case, marks=() if case.endswith("-0") else pytest.mark.slo
 
 
 @pytest.mark.parametrize("case", FIRST)
+@pytest.mark.some(8)
 def test_inspect_tells_the_alpha_of_the_merge(case: str, tmp_path: Path) -> None:
     """`lines inspect --config` measures what the merge of the recipe measures, and that is the reference's."""
     method, said = TYPICAL[case]

@@ -187,6 +187,7 @@ def by_turns(cases: Mapping[str, Case], numbers: Sequence[int], *marks: pytest.M
 
 
 @pytest.mark.parametrize(("case", "dtypes"), [*by_turns(CASES, [0]), *by_turns(CASES, [1], pytest.mark.slow)])
+@pytest.mark.some(30)
 def test_every_method_in_every_dtype(case: str, dtypes: str, tmp_path: Path) -> None:
     """Three models (as many as the method takes) are merged and scaled over depth as on whole models, bit for bit."""
     chosen = CASES[case]
@@ -222,6 +223,7 @@ def few(name: str, at: int, number: int) -> bool:
         for n in (case.numbers if name in MOST_SAID else case.numbers[at % 2 :: 2] or case.numbers)
     ],
 )
+@pytest.mark.some(14)
 def test_alpha_auto_with_any_number_of_models(case: str, number: int, tmp_path: Path) -> None:
     """alpha: auto is the ratio of L1 norms over the whole model, and the result is what that alpha gives."""
     chosen = CASES[case]
@@ -247,6 +249,7 @@ def test_without_lines_the_coefficient_is_lambda(case: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("case", "dtypes"), by_turns(WHOLE_WEIGHTS, [0, 1]))
+@pytest.mark.some(9)
 def test_methods_on_whole_weights_without_a_base(case: str, dtypes: str, tmp_path: Path) -> None:
     """Without a base, linear, slerp and passthrough give their sum as it is, in the first model's dtypes."""
     chosen = WHOLE_WEIGHTS[case]
@@ -595,6 +598,7 @@ def test_draws_differ_by_model_tensor_block_and_seed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("density", [1e-7, 1e-5, 0.5 + 2**-17, 1 - 2**-17, 0.99999, 1 - 1e-7])
+@pytest.mark.some(3)
 def test_a_density_between_two_steps(density: float, tmp_path: Path) -> None:
     """Densities that 16 bits cannot say, to the last below 1, are kept on average."""
     size = 64 * whole_model.BLOCK
@@ -757,6 +761,7 @@ SUMMED = {name: case for name, case in CASES.items() if not name.endswith(" of n
         *by_turns({name: case for name, case in SUMMED.items() if name not in MOST_SAID}, [2], pytest.mark.slow),
     ],
 )
+@pytest.mark.some(6)
 def test_small_chunks_and_workers_change_no_byte(case: str, dtypes: str, tmp_path: Path) -> None:
     """Chunks of 7 in three workers give what one worker gives at once; and that is the reference's."""
     chosen = CASES[case]
@@ -828,6 +833,7 @@ def test_blocks_and_chunks_change_no_byte(
     "case",
     ["weighted sum of the largest", "ties", "ties by tensor", "consensus on ties", "dare, l1", "linear", "slerp"],
 )
+@pytest.mark.some(4)
 def test_shards_change_no_byte(case: str, tmp_path: Path) -> None:
     """However inputs and output are sharded, tensors and the measured alpha are the same to the last bit."""
     number = CASES[case].numbers[-1] if case == "slerp" else 3

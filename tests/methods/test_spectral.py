@@ -104,6 +104,7 @@ def test_wudi_as_published_against_numpy(tasks: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("tasks", TASKS)
+@pytest.mark.some(5)
 def test_against_numpy(tasks: str, method: str) -> None:
     """Within 1e-6 of what numpy's singular value decomposition in float64 gives: ten times nearer than asked."""
     tensors = TASKS[tasks]
@@ -271,6 +272,7 @@ def iterated(tasks: Sequence[Tensor], steps: int, rate: float) -> Tensor:
     return merged.detach()
 
 
+@pytest.mark.slow
 def test_wudi_solves_what_is_published_as_steps() -> None:
     """No step of the published form comes below its objective; with many steps it comes to the same matrix."""
     tasks = [2e-3 * uneven((12, 18), seed).double() for seed in range(3)]

@@ -120,6 +120,7 @@ WITH_RULES = [
 
 
 @pytest.mark.parametrize("case", WITH_RULES)
+@pytest.mark.some(7)
 def test_every_method_takes_them_as_numbers(case: str, here: Path) -> None:
     """What is measured after it, alpha and thresholds among it, rests on the numbers."""
     method, said = TYPICAL[case]

@@ -68,6 +68,7 @@ def test_an_edit_across_layouts(model: str) -> None:
 
 @pytest.mark.parametrize("model", [name for name, of in LAYOUTS.items() if not of.needs_config])
 @pytest.mark.parametrize("config", [{}, {"model_type": "of_my_own"}, {"model_type": "llama"}], ids=str)
+@pytest.mark.some(5)
 def test_without_a_config_that_says_which(model: str, config: dict[str, Any]) -> None:
     """Experts one by one and fused ones, and `gate_up_proj`, are known by their names and shapes."""
     of = LAYOUTS[model]
@@ -77,6 +78,7 @@ def test_without_a_config_that_says_which(model: str, config: dict[str, Any]) ->
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 @pytest.mark.parametrize("model", LAYOUTS)
+@pytest.mark.some(11)
 def test_a_coefficient_that_copies(model: str, alpha: float) -> None:
     """With 0 everywhere the output is the base in the fine-tune's layout, with 1 it is the fine-tune."""
     of = LAYOUTS[model]
@@ -135,6 +137,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("like", ["base", "ft"])
 @pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.some(5)
 def test_merges_of_mixed_layouts(recipe: str, like: str, tmp_path: Path) -> None:
     """Every method gives the bytes that it gives where all have the layout of the one that the output is like."""
     said = {"like": like} | RECIPES[recipe]
@@ -151,6 +154,7 @@ def test_merges_of_mixed_layouts(recipe: str, like: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("at_once", [64 * 2**20, 100, 1])
 @pytest.mark.parametrize("model", ["qwen3_vl_moe", "qwen3_moe"])
+@pytest.mark.some(3)
 def test_neither_chunks_nor_workers_change_a_byte(
     model: str, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -475,6 +479,7 @@ def write_adapter(path: Path, seed: int, *, dora: bool) -> None:
 
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.some(2)
 def test_an_adapter_on_a_base_in_another_layout(quantised: bool, dora: bool, tmp_path: Path) -> None:
     """An expert's update is not lost where experts are put together: the bytes are those of a merge in one layout."""
     stored = in_fp8(QWEN.apart(0)) if quantised else QWEN.apart(0)

@@ -106,6 +106,7 @@ PROC = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads 
 
 
 @PROC
+@pytest.mark.slow
 def test_memory_is_flat(tmp_path: Path) -> None:
     """TIES with alpha measured on three models of 60 MB takes as much memory as on three of 15 MB."""
     flat(tmp_path, 1, (15 * MB, 60 * MB), LARGE["ties"])

@@ -398,6 +398,7 @@ SWAPPED = {
 
 
 @pytest.mark.parametrize("kind", SWAPPED)
+@pytest.mark.some(3)
 def test_each_side_has_a_prefix_of_its_own(kind: str, tmp_path: Path) -> None:
     """They are not paired unasked; the hint says how, and what it says is right, also for a new head."""
     one, another = SWAPPED[kind]

@@ -300,6 +300,7 @@ def other_ways(way: str, side: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("way", ["fp8", "layout"])
 @pytest.mark.parametrize("flags", [(), ("--component", "text_encoder")], ids=["all", "one"])
+@pytest.mark.some(4)
 def test_a_component_in_fp8_or_another_layout(way: str, flags: tuple[str, ...], tmp_path: Path) -> None:
     """It is read as it would be by itself, wherever its files stand among those of all."""
     for seed, side in enumerate(("base", "ft")):

@@ -94,6 +94,7 @@ def assert_same(got: Model, expected: Model) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.some(7)
 def test_layers_are_stacked(parts: list[tuple[str, int, int]], dtype: torch.dtype, tmp_path: Path) -> None:
     """Every tensor is a copy of the one that it says, the config counts the layers, and the output is verified and made
     again by its own recipe.

@@ -85,6 +85,7 @@ def config_of(family: str, words: Mapping[str, Any] | None) -> dict[str, Any] | 
 
 
 @crossed(family=HEADS, words=TIED, has_head=["base", "ft", "both"])
+@pytest.mark.some(16)
 def test_a_tied_head_on_one_side_is_understood(family: str, words: str, has_head: str, tmp_path: Path) -> None:
     """The output holds the head where the fine-tune does; a base without one has its embedding for a head."""
     embedding, head = HEADS[family]
@@ -156,6 +157,7 @@ TIES_IN_ZOO = [
         for side, full in enumerate(("base", "ft"))
     ],  # by default each family with one of its sides
 )
+@pytest.mark.some(3)
 def test_a_state_dict_saved_whole_fits_one_saved_by_transformers(family: str, full: str, tmp_path: Path) -> None:
     """One side holds every tied tensor again under its own name, the other only once; what they share is by formula."""
     model = zoo.ZOO[family]()
@@ -307,6 +309,7 @@ def test_only_vocabularies_are_resized(case: tuple[str, list[int], list[int]], k
 
 @pytest.mark.zoo
 @by_turns(family=["llama", "llama_tied", "gpt2", "t5", "bert", "bart"], keep=["ft", "base"])
+@pytest.mark.some(4)
 def test_a_resized_model_loads(family: str, keep: str, tmp_path: Path) -> None:
     """A fine-tune that got a padding token of its own: the output loads with either vocabulary, whole."""
     base = zoo.ZOO[family]()

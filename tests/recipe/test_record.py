@@ -92,6 +92,7 @@ def runs_again(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     absolute=[False, True],
 )
+@pytest.mark.some(10)
 def test_links_on_the_way(ends: tuple[str, str], absolute: bool, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What stands behind a link is named by where it is, not by the words of its path."""
     base, out = ends
@@ -247,6 +248,7 @@ def test_a_revision_with_a_slash(name: str, here: Path) -> None:
     ],
     ids=ascii,
 )
+@pytest.mark.some(5)
 def test_odd_names(name: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any name that a system gives a folder comes back from the recipe as it was."""
     (here / "base").rename(here / name)

@@ -197,6 +197,7 @@ def test_lambda_and_alpha_auto(here: Path) -> None:
 
 
 @pytest.mark.parametrize("rule", ["esm", "larv", "larv-tanh"])
+@pytest.mark.slow
 def test_chunks_workers_and_shards_change_no_byte(rule: str, here: Path) -> None:
     """The same coefficients, to the bit."""
     asked = {

@@ -51,6 +51,7 @@ def coefficients(case: zoo.Case, names: list[str], alpha: float, beta: float) ->
 
 @pytest.mark.parametrize(("alpha", "beta"), [(0.1, 0.9), pytest.param(0.37, -1.21, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", EDITED)
+@pytest.mark.some(6)
 def test_every_coefficient_of_every_family(case: zoo.Case, alpha: float, beta: float, tmp_path: Path) -> None:
     """From zeros to ones, what is written is the coefficient of each tensor, as the nearest float32."""
     names, config = names_and_config(case)
@@ -65,6 +66,7 @@ def test_every_coefficient_of_every_family(case: zoo.Case, alpha: float, beta: f
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.refuse], ids=str)
+@pytest.mark.some(4)
 def test_what_has_no_depth_is_refused_before_anything_is_written(case: zoo.Case, tmp_path: Path) -> None:
     """Exit code 4 and no output; with one coefficient for all it is edited."""
     names, config = names_and_config(case)
@@ -169,6 +171,7 @@ def outputs(model: Any) -> list[torch.Tensor]:
         for number, case in enumerate(FAMILIES)
     ],
 )
+@pytest.mark.some(3)
 def test_the_output_computes_what_a_model_patched_in_memory_computes(
     number: int, case: zoo.Case, tmp_path: Path
 ) -> None:

@@ -181,6 +181,7 @@ def test_zero_padded_numbers(pattern: str) -> None:
     assert {name: index for name, (_, index) in found.items()} == {name: i for i, name in enumerate(names)}
 
 
+@pytest.mark.slow
 def test_names_are_read_together_as_each_is_read_alone() -> None:
     """Beginnings that names share are read once: what each is counted in does not depend on those before it."""
     choice = random.Random(0).choice

@@ -129,6 +129,7 @@ def options_of(key: str, which: range) -> list[Asked]:
     "which", [range(10), pytest.param(range(10, 30), marks=pytest.mark.slow)], ids=["10", "20 more"]
 )
 @pytest.mark.parametrize("key", MODELS)
+@pytest.mark.some(3)
 def test_any_combination_gives_what_the_rules_say(key: str, which: range, saved: dict[str, tuple[Path, Path]]) -> None:
     """The map of a dry run has every tensor's stack, layer and coefficient as the rules have them; YAML says the same;
     the summary's first and last values are those of the map.
@@ -159,6 +160,7 @@ def test_any_combination_gives_what_the_rules_say(key: str, which: range, saved:
 
 @pytest.mark.parametrize("which", [range(2), pytest.param(range(2, 6), marks=pytest.mark.slow)], ids=["2", "4 more"])
 @pytest.mark.parametrize("key", MODELS)
+@pytest.mark.some(3)
 def test_a_run_writes_its_map_and_its_recipe_writes_it_again(
     key: str, which: range, saved: dict[str, tuple[Path, Path]], tmp_path: Path
 ) -> None:
@@ -217,6 +219,7 @@ def depths(layers: int) -> Any:
         ),
     ],
 )
+@pytest.mark.some(6)
 def test_a_schedule_over_depth(schedule: str, layers: int, tmp_path: Path) -> None:
     """Every layer has gamma * (alpha + beta * f(x)), one layer alone gamma * (alpha + beta), outside gamma * alpha."""
     for gamma in (1.0, -0.5):
@@ -227,6 +230,7 @@ def test_a_schedule_over_depth(schedule: str, layers: int, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.some(6)
 def test_a_schedule_has_the_same_defaults(schedule: str, tmp_path: Path) -> None:
     """alpha is 0.1 and beta 1 - alpha with every schedule, so that the last layer is the fine-tune's; in float32."""
     for given, alpha in (((), 0.1), (("--alpha", 0.4), 0.4)):
@@ -271,6 +275,7 @@ LISTS = {
 
 @pytest.mark.parametrize("layers", [1, 5, *(pytest.param(layers, marks=pytest.mark.slow) for layers in (2, 12))])
 @pytest.mark.parametrize("key", LISTS)
+@pytest.mark.some(5)
 def test_a_list_is_interpolated_over_depth(key: str, layers: int, tmp_path: Path) -> None:
     """Listed values stand at equal distances, lines between them (numpy.interp), one layer alone has the last;
     outside has the first; gamma multiplies all.

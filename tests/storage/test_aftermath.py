@@ -214,6 +214,7 @@ main()
 
 
 @pytest.mark.parametrize("module", ["yaml._yaml", "lines_cli.cli.console", "lines_cli.recipe.schema", "torch._C"])
+@pytest.mark.some(2)
 def test_a_signal_while_a_command_imports(module: str, models: Path) -> None:
     """It is minded once the import is over: until then C code would swallow it, and the module would stay half made."""
     command = [sys.executable, "-c", IMPORTED, module]
@@ -224,6 +225,7 @@ def test_a_signal_while_a_command_imports(module: str, models: Path) -> None:
     assert not (models / "out").exists()
 
 
+@pytest.mark.slow
 def test_home(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`--output=~/out` is in the home folder, as a shell would have it; so are a recipe, a plot and what is cleaned."""
     monkeypatch.setenv("HOME", str(models / "home"))
@@ -310,6 +312,7 @@ def overlay(folder: Path, lower: Path) -> Iterator[Path]:
 
 @pytest.mark.durable
 @pytest.mark.parametrize("what", ["a leftover", "an output", "both"])
+@pytest.mark.some(3)
 def test_folders_that_came_with_an_image(what: str, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On overlayfs these cannot be renamed or exchanged (EXDEV): their files are moved."""
     if what != "a leftover":
@@ -334,6 +337,7 @@ def test_folders_that_came_with_an_image(what: str, models: Path, monkeypatch: p
 
 @pytest.mark.durable
 @pytest.mark.parametrize("after", range(1, 8))
+@pytest.mark.some(5)
 def test_killed_while_files_are_moved(after: int, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a folder has to be moved file by file, a kill at any of them loses none: the old output comes back."""
     assert run_lines(*EDIT).code == 0

@@ -213,6 +213,7 @@ SHARDED = {edit: ("--max-shard-size", "10MB"), merge: ("--set", "max_shard_size=
 @pytest.mark.durable
 @pytest.mark.parametrize("make", SHARDED, ids=["edit", "merge"])
 @pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.some(3)
 def test_the_recipe_records_every_file(make: Callable[..., Path], sharded: bool, inputs: Path) -> None:
     """Weights, index and what is carried over are recorded as they lie in the folder; so is a config that changed."""
     dtype = ("--dtype", "float32") if make is edit else ("--set", "dtype=float32")
@@ -249,6 +250,7 @@ def test_the_record_without_positional_reads(inputs: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("make", SHARDED, ids=["edit", "merge"])
+@pytest.mark.some(2)
 def test_a_recorded_recipe_runs_again(make: Callable[..., Path], inputs: Path) -> None:
     """It makes the same files again, and its record says nothing of the next output: that has its own."""
     out = make(inputs, "out")
@@ -329,6 +331,7 @@ CHANGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize(("name", "change", "words"), CHANGES.values(), ids=CHANGES)
+@pytest.mark.some(6)
 def test_a_change_is_noticed(name: str, change: Callable[[Path], object], words: str, inputs: Path) -> None:
     """Whatever became of a file, it is named, both sides are, and no other file is."""
     out = edit(inputs, "out")

@@ -222,6 +222,7 @@ def test_nothing_is_published_but_what_was_written(what: str, models: Path, monk
 
 @pytest.mark.parametrize("exchanges", [True, False], ids=["exchange", "two renames"])
 @pytest.mark.parametrize("what", ["added", "in a folder", "changed", "replaced"])
+@pytest.mark.some(4)
 def test_what_arrives_while_it_writes_is_not_deleted(
     what: str, exchanges: bool, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,6 +50,7 @@ def put(folder: Path, name: str, content: str) -> None:
 
 
 @by_turns(name=PROJECT, ours=[True, False])
+@pytest.mark.some(10)
 def test_a_project_is_no_checkpoint(name: str, ours: bool, models: Path) -> None:
     """Whatever else stands beside the weights is named, and nothing is deleted."""
     if ours:
@@ -81,6 +82,7 @@ HOW = ["edited", "emptied", "a link", "a link to the same", "listed among the fi
 
 
 @pytest.mark.parametrize("how", HOW)
+@pytest.mark.some(5)
 def test_a_model_card_that_a_person_edited_is_theirs(how: str, models: Path) -> None:
     """--force names it, replaces nothing, and goes on once it is out of the folder. The same for a dry run."""
     assert run_lines(*EDIT).code == 0
@@ -273,6 +275,7 @@ IN_A_LEFTOVER = [
 
 
 @pytest.mark.parametrize("what", [*FOREIGN, *IN_A_LEFTOVER])
+@pytest.mark.some(6)
 def test_what_is_not_ours_is_left_alone(
     what: Callable[[], None], models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
-ON_A_CLUSTER = [pytest.mark.slow, pytest.mark.xdist_group("large"), pytest.mark.filterwarnings("ignore")]
+ON_A_CLUSTER = [pytest.mark.slow, pytest.mark.xdist_group("ray"), pytest.mark.filterwarnings("ignore")]
 """Marks of what takes one; Ray itself warns a lot."""
 
 

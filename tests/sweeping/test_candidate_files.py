@@ -197,6 +197,7 @@ def quick(*harms: str, of: Sequence[str]) -> list[Any]:
 
 
 @pytest.mark.parametrize("harm", quick(*QUICK, of=HARMS))
+@pytest.mark.some(2)
 def test_an_evaluation_that_harms_its_candidate_harms_no_other(here: Path, harm: str) -> None:
     """Later candidates are what `lines edit` writes; the inputs are as before, and share no file with a candidate."""
     before = {name: snapshot(here / name) for name in ("base", "ft")}
@@ -209,12 +210,14 @@ def test_an_evaluation_that_harms_its_candidate_harms_no_other(here: Path, harm:
 
 
 @pytest.mark.parametrize("harm", quick("map", of=["nothing", "map", "overwrite", "a process that stays"]))
+@pytest.mark.slow
 def test_in_memory_too(in_memory: Path, harm: str) -> None:
     """Where the system does not tell of changes through memory, nothing is taken over."""
     check(sweep_with(harm))
 
 
 @pytest.mark.parametrize("harm", quick("map", "delete", of=["nothing", "map", "delete", "a process that stays"]))
+@pytest.mark.slow
 def test_side_by_side(here: Path, harm: str) -> None:
     """With several evaluations at a time, and a candidate evaluated again, too."""
     check(sweep_with(harm, "--parallel", 3, repeats=2))
@@ -235,6 +238,7 @@ def test_what_does_not_change_stays(here: Path) -> None:
             assert (one["times"][name] == other["times"][name]) == same, name
 
 
+@pytest.mark.slow
 def test_a_baseline_is_a_copy(here: Path) -> None:
     """What an evaluation of X_pre and X_ft does to its checkpoint is not done to the base and to the fine-tune."""
     before = {name: snapshot(here / name) for name in ("base", "ft")}
@@ -245,6 +249,7 @@ def test_a_baseline_is_a_copy(here: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", quick("overwrite", of=["overwrite", "delete all"]))
+@pytest.mark.slow
 def test_of_a_merge_too(here: Path, harm: str) -> None:
     """The merged task vector, which is kept beside the candidates, has no name that an evaluation could find."""
     shutil.copytree("ft", "ft2")

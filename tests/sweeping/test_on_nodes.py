@@ -92,6 +92,7 @@ def orders(folder: Path) -> Iterator[OnNodes]:
     os.chdir(folder)
 
 
+@pytest.mark.slow
 def test_what_a_node_does(orders: OnNodes, folder: Path) -> None:
     """A task gives what a sweep here writes down, from any folder, and leaves no candidate."""
     sweep = load_sweep(Path("sweep.yaml"))

@@ -49,6 +49,22 @@ def test_verdicts(values: list[tuple[str, float, float | None]], won: str, said:
     assert (found["won"], said in found["said"]) == (won, True), found["said"]
 
 
+@pytest.mark.parametrize(
+    ("least", "ft", "pre", "said"),
+    [
+        (False, 3.0, 1.0, "; the fine-tune itself does as well"),
+        (False, 3.5, 1.0, "; the fine-tune itself does better"),
+        (True, 2.5, 1.0, "; the base itself does better"),
+        (False, 2.5, 1.0, None),
+    ],
+)
+def test_an_input_that_does_no_worse(*, least: bool, ft: float, pre: float, said: str | None) -> None:
+    """What nothing has to be made for is said, such as a fine-tune that the best coefficients leave as it is."""
+    trials = [judged("pre", pre), judged("ft", ft), judged("lines", 3.0), judged("constant", 2.0)]
+    found = verdict(asked(minimize=least), trials)["said"]
+    assert "itself" not in found if said is None else found.endswith(said), found
+
+
 def test_trials_that_failed_are_told() -> None:
     """Those of some; where all did, there is nothing else to say."""
     broken = Judged(Trial("lines", {"lines.alpha": 0.5}), failure="it ended with 1")

@@ -60,6 +60,7 @@ SAMPLERS: list[dict[str, Any]] = [
     [SAMPLERS[0], *(pytest.param(said, marks=pytest.mark.slow) for said in SAMPLERS[1:])],
     ids=["tpe", "cmaes", "nsga2"],
 )
+@pytest.mark.slow
 def test_a_search_goes_on_with_what_it_would_have_drawn(here: Path, said: dict[str, Any]) -> None:
     """In steps, with torn lines in both of its files, it draws the same as in one go; and evaluates nothing twice."""
     if said["search"]["sampler"] == "cmaes":
@@ -179,6 +180,7 @@ QUICK = ("alpha, beta and gamma", "stacks")
     "grid",
     [pytest.param(grid, marks=() if name in QUICK else pytest.mark.slow, id=name) for name, grid in SPACES.items()],
 )
+@pytest.mark.slow
 def test_what_can_be_searched(here: Path, grid: dict[str, Any]) -> None:
     """Each trial's settings are those of a merge, in all families; the winner's output is that merge."""
     recipe = a_merge(here)

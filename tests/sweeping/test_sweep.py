@@ -163,6 +163,7 @@ def test_a_winner_makes_way_for_the_next_one(here: Path) -> None:
         ("kill -9 $$ # {checkpoint}", "ended by SIGKILL"),
     ],
 )
+@pytest.mark.some(3)
 def test_evaluations_that_go_wrong_are_failed_trials(here: Path, command: str, said: str) -> None:
     """All are recorded; where all fail the sweep ends with 5, names the first, and has written no output."""
     config = sweep_yaml(evaluate=command, objective="target", controls=False)
@@ -294,6 +295,7 @@ def test_a_dry_run_says_what_it_will_take(here: Path) -> None:
     assert snapshot(here) == before
 
 
+@pytest.mark.slow
 def test_candidates_of_a_merge_are_its_outputs(here: Path) -> None:
     """What an evaluation sees is what `lines merge` writes at the same values, byte for byte."""
     torch.manual_seed(2)
@@ -476,6 +478,7 @@ def test_python_functions_that_are_not_polite(here: Path, monkeypatch: pytest.Mo
         ({"evaluate": "rm -rf {checkpoint}/../..; echo '{\"m\": 1}'"}, None),
     ],
 )
+@pytest.mark.some(4)
 def test_what_evaluations_print(here: Path, said: dict[str, Any], words: str | None) -> None:
     """Much, other alphabets, lists of changing length, numbers that are none; logs stay small."""
     grid = {"lines.alpha": [1.0, 0.2]}
