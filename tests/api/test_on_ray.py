@@ -142,6 +142,7 @@ def here(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 COMMAND = ["merge", "--config", "merge.yaml", "-o", "out"]
+SAID = Path("driver.txt")
 
 
 def ran(*arguments: object) -> Ran:
@@ -165,10 +166,15 @@ def contents() -> dict[str, bytes]:
 
 
 @contextmanager
-def a_driver() -> Iterator[subprocess.Popen[str]]:
-    """The command on Ray, in a process of its own."""
+def a_driver() -> Iterator[subprocess.Popen[bytes]]:
+    """The command on Ray, in a process of its own. What it says goes into a file: of each node that is lost Ray says
+    pages, and a pipe that nobody reads is full after a few.
+    """
     command = [sys.executable, "-m", "lines_cli", *COMMAND, "--on", "ray"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as driver:
+    with (
+        SAID.open("w") as said,
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said) as driver,
+    ):
         try:
             yield driver
         finally:
@@ -207,7 +213,7 @@ class TestOnACluster:
                     if driver.poll() is None and killed < kills and (here / ".out.lines").exists():
                         kill_node(cluster, chance.choice(nodes_of(cluster)))
                         killed += 1
-                assert driver.wait() == 0, driver.stderr.read()
+                assert driver.wait() == 0, SAID.read_text()
             assert contents() == whole
             shutil.rmtree("out")
 
@@ -300,8 +306,8 @@ class TestOnACluster:
 
 def renew(cluster: Any) -> None:
     """Put a node in the place of one that has ended by itself. Ray gives a node's agent 15 s to come up, which may be
-    too short here; then the node ends (raylet.out: "Timed out waiting for file .../metrics_agent_port"). Where all have,
-    a merge waits for the next, as it should: with none, for ever.
+    too short here; then the node ends (raylet.out: "Timed out waiting for file .../metrics_agent_port"). Where none is
+    left, a merge waits for the next, as it should: for ever.
     """
     for node in nodes_of(cluster):
         if not node.remaining_processes_alive():
