@@ -40,6 +40,13 @@ def path(flag: str, given: str | Path) -> Path:
     return Path(found)
 
 
+def plan_file(flag: str, given: str | Path) -> Path:
+    """Where a plan.json is: on a disk, or in an object store."""
+    from lines_cli.storage.object_store import is_url, placed_at
+
+    return placed_at(given) if is_url(str(given)) else path(flag, given)
+
+
 def destination_unless(given: str | Path | None, *, dry_run: bool, unnamed: str, or_else: str = "") -> Path | None:
     """The same; None where it is not said and `dry_run` needs none.
 

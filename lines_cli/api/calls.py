@@ -666,10 +666,8 @@ def carry_out(
     if on is None:
         return make(how)
     from lines_cli.api.on_ray import OnRay, address_of, do_parts, is_over, plan_beside
-    from lines_cli.api.parts import refuse_a_store, refuse_missing
+    from lines_cli.api.parts import refuse_missing, remove_plan
 
-    if destination is not None:
-        refuse_a_store(destination)
     asked = OnRay(address_of(on), resources, how["force"], how["resume"])
     if how["verify_inputs"]:
         raise RecipeError("--verify-inputs is not done on Ray", hint="Leave it out; plan.json knows the inputs.")
@@ -678,7 +676,7 @@ def carry_out(
     if not is_over(recipe, destination, how["resume"], quiet=quiet):
         refuse_missing(do_parts(recipe, destination, asked, quiet=quiet, track=track, say=remark or (lambda _: None)))
     done = make({**how, "resume": True})
-    plan_beside(destination).unlink(missing_ok=True)
+    remove_plan(plan_beside(destination))
     return done
 
 

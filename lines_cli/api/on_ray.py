@@ -89,7 +89,7 @@ def do_parts(
 
     Args:
         recipe: what is asked.
-        destination: a folder, or a file, that all nodes see by the same path.
+        destination: a folder, or a file, that all nodes see by the same path; or a folder in an object store.
         how: on what.
         quiet: no progress bars.
         track: wraps the stream of byte counts of each stage.
@@ -111,8 +111,8 @@ def _planned(
     recipe: Recipe, destination: Path, how: OnRay, cpus: int, *, quiet: bool, say: Callable[[str], None]
 ) -> Opened:
     file = plan_beside(destination)
-    if how.resume and os.path.lexists(file):
-        with suppress(LinesError):  # else it is planned anew, and what does not belong to it is discarded
+    if how.resume:
+        with suppress(LinesError):  # else, if there is none, it is planned anew; what is of another is discarded
             opened = open_parts(file, quiet=quiet)
             again = plan_parts(
                 recipe, destination, file, shares=opened.division.shares, force=how.force, quiet=quiet, say=say
@@ -374,7 +374,7 @@ def _is_done(opened: Opened, part: Part) -> bool:
     from lines_cli.storage.shared_staging import Shared
 
     divided = opened.divided
-    return Shared(divided.output, divided.digest, divided.file).records.is_there(str(part.number))
+    return Shared(divided.output, divided.digest, divided.file).is_done(part.number)
 
 
 def _do(cluster: Cluster, opened: Opened, parts: Sequence[Part], needs: Needs, track: Track | None) -> None:
@@ -390,12 +390,16 @@ def _do(cluster: Cluster, opened: Opened, parts: Sequence[Part], needs: Needs, t
 
 
 def _task(opened: Opened, part: Part, needs: Needs) -> Task:
+    from lines_cli.storage.object_store import real_name
+
     total = len(opened.division.parts)
     name = f"lines part {part.number}/{total} ({opened.division.called(part)})"
-    return Task(name, _do_part, (os.path.abspath(opened.divided.file), part.number, total, needs.resources))
+    return Task(name, _do_part, (real_name(opened.divided.file), part.number, total, needs.resources))
 
 
 def _do_part(file: str, number: int, total: int, resources: Resources) -> tuple[int, bool]:
     """A part, in a worker of the cluster: its number, and whether it had been done before."""
-    (done,) = run_parts(open_parts(Path(file)), f"{number}/{total}", resources)
+    from lines_cli.storage.object_store import placed_at
+
+    (done,) = run_parts(open_parts(placed_at(file)), f"{number}/{total}", resources)
     return number, done.before

@@ -6,15 +6,15 @@ import json
 import os
 import secrets
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lines_cli.api import arguments
 from lines_cli.api.planned import planned, tolerant_torch_import
-from lines_cli.errors import LinesError, OutputError, UnsupportedError
+from lines_cli.errors import LinesError, OutputError, RecipeError, UnsupportedError
 
 if TYPE_CHECKING:
     from lines_cli.engine.measure import Track
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from lines_cli.plan.plan import Plan
     from lines_cli.plan.resources import Resources
     from lines_cli.recipe.schema import Recipe
+
+
+_AT_ONCE = 8  # parts that are asked for at once, whether they are done
 
 
 @dataclass(frozen=True)
@@ -64,14 +67,13 @@ def plan_parts(
     """
     from lines_cli.plan.division import divide, document_of, read_document, usual_shares
     from lines_cli.plan.identity import identity, replaceable
-    from lines_cli.storage.destination import check_destination
+    from lines_cli.storage.making import check_destination, leftover, recover, refuse_unfinished
     from lines_cli.storage.shared_staging import begin, is_of_plan
-    from lines_cli.storage.staging import leftover, recover
 
-    refuse_a_store(destination)
     before = leftover(destination)
     if before is not None and before.set_aside:
         recover(destination)
+    refuse_to_replace_in_a_store(destination, unfinished=before is not None)
     check_destination(destination, inputs=[], nbytes=0, force=force)
     plan = _whole_model(planned(recipe, destination, quiet=quiet, weights=True))
     needed = plan.bytes_written - (before.nbytes if before else 0)
@@ -81,6 +83,7 @@ def plan_parts(
     document = document_of(plan, division, file, force=force)
     run = {**identity(plan), "step": division.step}
     if before is not None and not before.is_over and (anew or not is_of_plan(destination, document["digest"])):
+        refuse_unfinished(destination, before, resume=False)
         say(f"discarding unfinished work in {before.folder} ({before.description})")
     remarks = begin(
         destination,
@@ -97,15 +100,33 @@ def plan_parts(
     return Opened(read_document(file), plan, division)
 
 
-def refuse_a_store(destination: Path) -> None:
-    """Refuse an output in an object store: parts write ranges of its files.
+def refuse_to_replace_in_a_store(destination: Path, *, unfinished: bool) -> None:
+    """Refuse what parts cannot do in an object store, where each puts whole files into place as they are made.
+
+    Args:
+        destination: wherever.
+        unfinished: a run has left work there, which tells what of it is its own.
 
     Raises:
-        RecipeError: it is in one.
+        RecipeError: it is to be one object, which would appear before all is done.
+        OutputError: there is something.
     """
-    arguments.on_a_disk(
-        destination, what="parts write ranges of one file", hint="Name a folder that all see; then lines push OUT URL."
-    )
+    from lines_cli.storage.destination import is_one_file
+    from lines_cli.storage.making import is_taken
+    from lines_cli.storage.object_store import url_of
+
+    if url_of(destination) is None:
+        return
+    if is_one_file(destination):
+        raise RecipeError(
+            f"-o {destination}: parts make whole files, and this is one, which appears when it is whole",
+            hint=f"Write a folder: -o {destination.with_suffix('')}. Or write it in one piece: lines merge.",
+        )
+    if not unfinished and is_taken(destination):
+        raise OutputError(
+            f"{destination} exists; parts put their files into place one by one, and replace none in a store",
+            hint="Choose another destination with -o, or remove what is there by the store's own tools.",
+        )
 
 
 def _whole_model(plan: Any) -> Plan:
@@ -130,24 +151,57 @@ def _refuse_to_write(file: Path, plan: Plan) -> None:
     Raises:
         OutputError: it is something else, or in the output.
     """
-    if file.is_dir() or (os.path.lexists(file) and not _is_a_plan(file)):
+    from lines_cli.storage.object_store import real_name
+
+    if not _is_free_for_a_plan(file):
         raise OutputError(f"{file} is not a plan of lines; it is not replaced", hint="Name another file: --plan FILE.")
-    if os.path.realpath(file).startswith(os.path.join(os.path.realpath(plan.output), "")):
+    if real_name(file).startswith(f"{real_name(plan.output).rstrip('/')}/"):
         raise OutputError(f"{file} is in the output's folder", hint="Name a file elsewhere: --plan FILE.")
 
 
-def _is_a_plan(file: Path) -> bool:
+def _is_free_for_a_plan(file: Path) -> bool:
+    """Whether nothing is there, or a plan."""
     from lines_cli.storage.files import read_small
+    from lines_cli.storage.object_store import asked_of_the_store, content_if_there, url_of
 
+    url = url_of(file)
+    if url is not None:
+        with asked_of_the_store():
+            there = content_if_there(url, _LARGEST)
+        if there is None:
+            return True
+    elif not os.path.lexists(file):
+        return True
     with suppress(OSError, ValueError, RecursionError):
-        return "lines_plan" in json.loads(read_small(file, 2**30, follow=False))
+        return "lines_plan" in json.loads(read_small(file, _LARGEST, follow=False) if url is None else there or b"")
     return False
+
+
+_LARGEST = 2**30  # bytes of a plan.json
+
+
+def remove_plan(file: Path) -> None:
+    """Remove it, once it is of no more use."""
+    from lines_cli.storage.object_store import asked_of_the_store, remove, url_of
+
+    url = url_of(file)
+    if url is None:
+        file.unlink(missing_ok=True)
+        return
+    with asked_of_the_store():
+        remove([url])
 
 
 def _put(file: Path, content: bytes) -> None:
     """Write a file, in one step."""
     from lines_cli.storage.destination import naming
+    from lines_cli.storage.object_store import asked_of_the_store, put_content, url_of
 
+    url = url_of(file)
+    if url is not None:
+        with asked_of_the_store():
+            put_content(url, content)
+        return
     made = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
     with naming(file):
         try:
@@ -217,15 +271,16 @@ def refuse_missing(opened: Opened) -> None:
     Raises:
         OutputError: which parts are missing, and the command that makes them.
     """
-    from lines_cli.storage.destination import is_taken
+    from lines_cli.storage.making import is_taken
     from lines_cli.storage.shared_staging import Shared
 
     divided, division = opened.divided, opened.division
-    if not os.path.lexists(Shared(divided.output, divided.digest, divided.file).folder) and is_taken(divided.output):
+    shared = Shared(divided.output, divided.digest, divided.file)
+    if not shared.is_begun() and is_taken(divided.output):
         return  # finished before, or not ours: that is seen then
-    with Shared(divided.output, divided.digest, divided.file) as staging:
-        last = division.of_stage(len(division.stages) - 1)
-        missing = [part.number for part in last if not staging.records.is_there(str(part.number))]
+    with shared, ThreadPoolExecutor(_AT_ONCE) as pool:
+        last = [part.number for part in division.of_stage(len(division.stages) - 1)]
+        missing = [number for number, done in zip(last, pool.map(shared.is_done, last), strict=True) if not done]
     if missing:
         from lines_cli.plan.division import in_runs
 

@@ -362,6 +362,8 @@ def show_cleaned(output: str, found: Unfinished | None) -> None:
         if found.set_aside:
             remark(f"{output} had been moved into it, and is back in its place")
         remark(f"removed {found.folder} ({size(found.nbytes)}, {found.description})")
+        for left in found.remarks:
+            remark(left)
 
 
 def show_outcome(outcome: Outcome | AdapterOutcome, told: summary.Summary, *, json: bool, quiet: bool) -> None:

@@ -573,7 +573,8 @@ PlannedOutput = Annotated[
         "--output",
         metavar="OUT",
         show_default="the recipe's output",
-        help="The destination: a folder, or one file, if it ends in .safetensors.",
+        help="The destination: a folder, or one file, if it ends in .safetensors; or a folder in an object store "
+        "(s3://, gs://, az://).",
         rich_help_panel=OUTPUT,
     ),
 ]
@@ -582,7 +583,8 @@ PlanFile = Annotated[
     typer.Option(
         "--plan",
         metavar="FILE",
-        help="Where to write the plan. Relative paths in it count from its own folder.",
+        help="Where to write the plan: a file, or a URL in an object store. Relative paths in it count from its own "
+        "folder.",
         rich_help_panel=OUTPUT,
     ),
 ]
@@ -618,8 +620,8 @@ On = Annotated[
         "--on",
         metavar="ray[://HOST:PORT]",
         show_default="this process",
-        help="Do it in parts, as tasks of a Ray cluster that sees the same disk: the one at this address, or that "
-        "RAY_ADDRESS names, or that runs here. --workers is then how many CPUs each part takes (1).",
+        help="Do it in parts, as tasks of a Ray cluster that sees the same disk or store: the one at this address, or "
+        "that RAY_ADDRESS names, or that runs here. --workers is then how many CPUs each part takes (1).",
         rich_help_panel=MACHINE,
     ),
 ]
@@ -635,7 +637,7 @@ OnForSweep = Annotated[
         rich_help_panel=MACHINE,
     ),
 ]
-ThePlan = Annotated[str, typer.Argument(metavar="PLAN", help="What lines plan wrote.")]
+ThePlan = Annotated[str, typer.Argument(metavar="PLAN", help="What lines plan wrote: a file, or its URL.")]
 PartOfPlan = Annotated[
     str | None,
     typer.Option(

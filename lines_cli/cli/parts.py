@@ -30,7 +30,7 @@ def plan(
 
     The parts of one stage do not depend on each other. A recipe that measures something has a stage for each pass, and
     one that writes: run the parts of a stage, then those of the next. All parts see the same inputs, and the folder of
-    OUT, by the same paths. The output is, byte for byte, what lines merge writes.
+    OUT, by the same paths or URLs. The output is, byte for byte, what lines merge writes.
     """
     from lines_cli.api.parts import plan_parts
     from lines_cli.cli import console
@@ -42,7 +42,7 @@ def plan(
     opened = plan_parts(
         recipe,
         destination,
-        arguments.path("--plan", file),
+        arguments.plan_file("--plan", file),
         shares=parts,
         force=force,
         quiet=quiet,
@@ -77,7 +77,7 @@ def run(
 
     resources = arguments.resources(workers, device, gpu_memory)
     arguments.use_cache(cache)
-    opened = open_parts(arguments.path("PLAN", file), quiet=quiet)
+    opened = open_parts(arguments.plan_file("PLAN", file), quiet=quiet)
     run_parts(
         opened,
         part,
@@ -109,7 +109,7 @@ def finish(
 
     resources = arguments.resources(workers, "cpu", None)
     arguments.use_cache(cache)
-    opened = open_parts(arguments.path("PLAN", file), quiet=quiet)
+    opened = open_parts(arguments.plan_file("PLAN", file), quiet=quiet)
     refuse_missing(opened)
     divided = opened.divided
     how = RunOptions(force=divided.force, resume=True, verify=verify, verify_inputs=False)

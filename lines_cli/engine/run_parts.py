@@ -28,7 +28,6 @@ from lines_cli.plan.resolve import resolve
 from lines_cli.plan.resources import Resources
 from lines_cli.storage.destination import naming
 from lines_cli.storage.digest import GrowingDigest
-from lines_cli.storage.files import NewFile
 from lines_cli.storage.journal import Json, WrittenRange, line_of
 from lines_cli.storage.part_records import MEASURED
 from lines_cli.storage.shared_staging import Shared
@@ -75,7 +74,7 @@ def run_parts(
     with _Running(plan, division, staging, resources or Resources(), track) as running:
         for part in wanted:
             started = time.perf_counter()
-            before = staging.records.is_there(str(part.number)) and not running.is_open(part)
+            before = staging.is_done(part.number) and not running.is_open(part)
             if not before:
                 running(part)
             found.append(PartDone(part, time.perf_counter() - started, before))
@@ -259,41 +258,35 @@ class _Running:
 
     def _damaged(self, what: str) -> OutputError:
         return OutputError(
-            f"{self.records.folder}: what parts have measured there of {what} does not fit together",
+            f"{self.records.shelf.folder}: what parts have measured there of {what} does not fit together",
             hint=f"Discard it, and plan again: lines clean {as_argument(self.staging.output)}",
         )
 
     # --- what is written ---
 
     def _write(self, part: Part) -> None:
-        plan, records = self.plan, self.records
-        with ExitStack() as stack, records.open(str(part.number)) as (add, keep):
-            files: dict[int, NewFile] = {}
-            for number, _, _ in part.ranges:
-                if number not in files:
-                    file = plan.outputs[number]
-                    files[number] = self.staging.open(file.name, file.nbytes)
-                    stack.callback(files[number].close)
+        plan = self.plan
+        own = {number: (plan.outputs[number].name, plan.outputs[number].nbytes) for number, _, _ in part.ranges}
+        lines: list[Json] = []
+        with self.staging.files(part.number, own) as files:
             targets = [
-                Target(files.get(number, _NOT_OF_THIS_PART), GrowingDigest(file.nbytes))
+                Target(files.targets.get(number, _NOT_OF_THIS_PART), GrowingDigest(file.nbytes))
                 for number, file in enumerate(plan.outputs)
             ]
             job = job_of(plan, targets, self.devices, measures=True)
             ranges: Iterable[OutputRange[Any]] = output_ranges(plan.outputs, plan.tensors, self.division.step)
             spans = (span for span in ranges if _is_within(span, part))
-            pool: Pool[Any, Any, Any] = Pool(worker_of(plan, self._sources, self.devices), spans, job, self.devices)
-            journal: Any = _Into(add)
+            worker = worker_of(plan, self._sources, self.devices)
+            pool: Pool[Any, Any, Any] = Pool(worker, spans, job, self.devices, at_end=files.stop)
+            journal: Any = _Into(lines.append)
             with closing(pool.in_order()) as results:
                 done = (job.take(result, journal) for result in results)
                 for _ in self._how(part)[2](WRITING, part.writes, done):
                     pass
             self._refuse_changed()
             if isinstance(job, Write) and job.looked:
-                add({"unchanged": sorted(job.unchanged)})
-            with naming(self.staging.output):
-                for target in files.values():
-                    target.sync()
-                keep()
+                lines.append({"unchanged": sorted(job.unchanged)})
+            self.staging.finish(part.number, files, lines)
 
 
 def _is_within(span: OutputRange[Any], part: Part) -> bool:

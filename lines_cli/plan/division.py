@@ -25,7 +25,7 @@ from lines_cli.recipe.schema import Recipe
 from lines_cli.recipe.yaml_file import dump_recipe, recipe_from
 from lines_cli.storage.digest import DIGEST_BLOCK, DIGEST_BLOCKS_ON_CUDA
 from lines_cli.storage.files import read_small
-from lines_cli.storage.object_store import real_name
+from lines_cli.storage.object_store import content_if_there, placed_at, real_name, url_of
 from lines_cli.version import __version__
 
 Json = dict[str, Any]
@@ -46,7 +46,8 @@ class Part:
         number: from 1, over all stages.
         stage: the number of its stage.
         tensors: of a measuring part: the names of the tensors it looks at, in order.
-        ranges: of a part that writes: file, first byte, and where it ends; cut where the plan's `step` says.
+        ranges: of a part that writes: file, first byte, and where it ends; cut where the plan's `step` says; in a store
+            whole files.
         reads, writes: bytes of tensor data; those of the output.
     """
 
@@ -85,7 +86,7 @@ class Division:
 
 
 def divide(plan: Plan, shares: int | None = None) -> Division:
-    """Cut a run into parts.
+    """Cut a run into parts. What is written into an object store is cut between files.
 
     Args:
         plan: not yet resolved.
@@ -113,8 +114,12 @@ def divide(plan: Plan, shares: int | None = None) -> Division:
         for start in range(0, file.nbytes, step)
     ]
     reads = _Reads(plan)
-    for first, end in _cut([1] * len(steps), shares):
-        ranges = _joined(steps[first:end])
+    if url_of(plan.output) is None:
+        cuts = [_joined(steps[first:end]) for first, end in _cut([1] * len(steps), shares)]
+    else:  # whole files: an object is sent by one process
+        files = [(number, 0, file.nbytes) for number, file in enumerate(plan.outputs)]
+        cuts = [tuple(files[first:end]) for first, end in _cut([end for _, _, end in files], shares)]
+    for ranges in cuts:
         own = sum(end - start for _, start, end in ranges)
         parts.append(Part(len(parts) + 1, len(stages) - 1, (), ranges, sum(map(reads, ranges)), own))
     return Division(stages, tuple(parts), step, shares)
@@ -187,7 +192,7 @@ def document_of(plan: Plan, division: Division, file: Path, *, force: bool) -> J
         file: where it will stand: paths in it count from its folder.
         force: whether an existing output is replaced in the end.
     """
-    folder = Path(os.path.abspath(file)).parent
+    folder = _folder_of(file)
     memory = plan.peak_memory(Resources())
     listed = []
     for part in division.parts:
@@ -210,6 +215,10 @@ def document_of(plan: Plan, division: Division, file: Path, *, force: bool) -> J
         "parts": listed,
     }
     return {**said, "digest": digest_of(said)}
+
+
+def _folder_of(file: Path) -> Path:
+    return file.parent if url_of(file) is not None else Path(os.path.abspath(file)).parent
 
 
 def states_of(plan: Plan) -> dict[str, list[Any]]:
@@ -297,9 +306,10 @@ def read_document(file: Path) -> DividedPlan:
 
     Raises:
         RecipeError: it cannot be read, is none, was edited, or was made by another version.
+        CheckpointError: a store cannot be asked for it.
     """
     try:
-        document = json.loads(read_small(file, _LARGEST))
+        document = json.loads(_content_of(file))
     except OSError as error:
         raise RecipeError(
             f"{file}: cannot be read: {error.strerror or error}", hint="lines plan writes such a file."
@@ -319,7 +329,18 @@ def read_document(file: Path) -> DividedPlan:
             hint="A plan is not edited by hand: change the recipe, and plan again.",
         )
     recipe = recipe_from(document["recipe"], folder=file.parent, where=str(file))
-    return DividedPlan(file, recipe, file.parent / document["output"], document)
+    output = placed_at(document["output"])
+    return DividedPlan(file, recipe, file.parent / output if url_of(output) is None else output, document)
+
+
+def _content_of(file: Path) -> bytes:
+    url = url_of(file)
+    if url is None:
+        return read_small(file, _LARGEST)
+    found = content_if_there(url, _LARGEST)
+    if found is None:
+        raise RecipeError(f"{file}: there is no such object", hint="lines plan writes such a file.")
+    return found
 
 
 _AGAIN = "Make one: lines plan --config FILE -o OUT."

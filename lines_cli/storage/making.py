@@ -55,6 +55,9 @@ class Making(Protocol):
     def add(self, name: str, content: bytes) -> None:
         """One of the files beside the weights."""
 
+    def keep(self) -> None:
+        """What there is so far is worth going on from."""
+
     def sync(self) -> None:
         """Return when all weights are where they stay."""
 

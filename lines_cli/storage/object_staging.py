@@ -7,6 +7,7 @@
         down       that what stood there is removed
         beside     the files that stand beside the weights, and their sizes, before they are put there
         0, 1, ...  of each weight file that is whole: the object, and the digests of its blocks
+        parts/     what parts of a divided run have done (`object_parts`)
 
 Nothing tells whether a run is at work there or was killed. So nothing of that is discarded unasked: the same run goes
 on from it (`--resume`), or it is removed (`lines clean`). Each run that begins or goes on puts a word of its own into
@@ -36,6 +37,8 @@ from lines_cli.storage.object_store import (
     ObjectPath,
     RemoteFile,
     Stored,
+    asked_of_the_store,
+    content_if_there,
     content_of,
     is_anything_below,
     listed,
@@ -44,6 +47,7 @@ from lines_cli.storage.object_store import (
     remove,
     url_of,
 )
+from lines_cli.storage.part_records import ROOM, ObjectShelf, done_in, is_record
 from lines_cli.storage.staging import Unfinished, refuse_another
 from lines_cli.storage.uploads import Upload, Uploads
 
@@ -64,15 +68,6 @@ def room_of(output: Path) -> ObjectPath:
     """Where a run writes down what it has done: beside the destination."""
     folder, _, name = _url(output).rpartition("/")
     return ObjectPath(f"{folder}/.{name}.lines")
-
-
-@contextmanager
-def asked_of_the_store() -> Iterator[None]:
-    """What a store refuses, as a refusal of the destination."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise OutputError(error.message, hint=error.hint) from error
 
 
 # --- may it go there? ---
@@ -115,6 +110,42 @@ def check_destination(
 def _is_begun(output: Path) -> bool:
     with asked_of_the_store():
         return looked_up(f"{room_of(output)}/{_RUN}") is not None
+
+
+def sent_url(output: Path, name: str) -> str:
+    """What a weight file of an output becomes."""
+    return _url(output) if is_one_file(output) else f"{_url(output)}/{name}"
+
+
+def begun_of(output: Path) -> tuple[bytes, tuple[str, ...]] | None:
+    """What the run that has an output in the making says of itself, and the names of its weight files; None where none
+    is in the making.
+
+    Raises:
+        OutputError: the store cannot be asked, or this was not written by lines.
+    """
+    with asked_of_the_store():
+        line = content_if_there(f"{room_of(output)}/{_RUN}", _LARGEST)
+    if line is None:
+        return None
+    try:
+        ((told, _),) = whole_lines(line)
+        return line, tuple(str(name) for name, _, _ in told["run"]["outputs"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(output) from error
+
+
+def taken_over(output: Path, line: bytes | None) -> bool:
+    """Whether the work there is no longer that of the run that says so of itself."""
+    with asked_of_the_store():
+        return content_if_there(f"{room_of(output)}/{_RUN}", _LARGEST) != line
+
+
+def _damaged(output: Path) -> OutputError:
+    return OutputError(
+        f"{room_of(output)}/{_RUN} was not written by lines, or is damaged",
+        hint="If you need nothing in it, remove these objects by the store's own tools, and run the command again.",
+    )
 
 
 def refuse_unfinished(output: Path) -> None:
@@ -167,8 +198,10 @@ class _Left:
         names: the files that it makes.
         replaces: what stands at the destination since it began, and is to be replaced.
         measured: what it has measured.
+        unchanged: as of `JournalContents`.
         files: of each weight file that is whole: the object, and its ranges.
         beside: the sizes of the files beside the weights, once they are put there.
+        sending: weight files that a part was sending which has not come to its end.
         objects: the names of all this, in its room.
     """
 
@@ -176,8 +209,10 @@ class _Left:
     names: frozenset[str] = frozenset()
     replaces: dict[str, Stored] = field(default_factory=dict)
     measured: Json | None = None
+    unchanged: frozenset[int] | None = None
     files: dict[int, tuple[Stored, list[WrittenRange]]] = field(default_factory=dict)
     beside: dict[str, int] = field(default_factory=dict)
+    sending: list[str] = field(default_factory=list)
     objects: list[str] = field(default_factory=list)
     line: bytes = b""
 
@@ -198,17 +233,16 @@ def _left(output: Path) -> _Left | None:
         objects = sorted(listed(str(room)))
         if not objects:
             return None
-        if others := [name for name in objects if not _OURS.fullmatch(name)]:
+        if others := [name for name in objects if not (_OURS.fullmatch(name) or _is_of_a_part(name))]:
             raise OutputError(
                 f"{room} holds objects that lines did not put there:\n{some(others)}",
                 hint="lines keeps unfinished output there, and removes it then. Move these away, or choose another "
                 "destination with -o.",
             )
         left = _Left(objects=objects)
+        own = [name for name in objects if not _is_of_a_part(name)]
         with ThreadPoolExecutor(_THREADS) as pool:
-            content = dict(
-                zip(objects, pool.map(lambda name: content_of(f"{room}/{name}", _LARGEST), objects), strict=True)
-            )
+            content = dict(zip(own, pool.map(lambda name: content_of(f"{room}/{name}", _LARGEST), own), strict=True))
     if _RUN not in objects:
         return left
     try:
@@ -221,28 +255,59 @@ def _left(output: Path) -> _Left | None:
         if not is_step(step):
             raise ValueError(step)  # noqa: TRY301 - as of what else is wrong there
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise OutputError(
-            f"{room}/{_RUN} was not written by lines, or is damaged",
-            hint="If you need nothing in it, remove these objects by the store's own tools, and run the command again.",
-        ) from error
+        raise _damaged(output) from error
     with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
         for line, _ in whole_lines(content.get(_MEASURED, b"")):
             left.measured = dict(line["measured"])
     with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
         for line, _ in whole_lines(content.get(_BESIDE, b"")):
             left.beside = {str(name): int(nbytes) for name, nbytes in line["beside"].items()}
-    for name in objects:
+    found: dict[int, tuple[Stored, list[WrittenRange]]] = {}
+    for name in own:
         if not _OF_FILE.fullmatch(name):
             continue
         with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError, IndexError):
             (first, _), *lines = whole_lines(content[name])
-            number = int(name)
-            parts = [range_of(one) for one, _ in lines]
+            nbytes, mtime, tag = first["stored"]
+            found[int(name)] = Stored(int(nbytes), int(mtime), str(tag)), [range_of(one) for one, _ in lines]
+    if len(own) < len(objects):
+        _add_what_parts_did(left, found, output)
+    for number, (stored, parts) in found.items():
+        with suppress(IndexError):
             whole = sum(len(part.blocks) for part in parts) == -(-sizes[number] // DIGEST_BLOCK)
             if whole and all(is_part(number, part.start, part.blocks, sizes, step) for part in parts):
-                nbytes, mtime, tag = first["stored"]
-                left.files[number] = Stored(int(nbytes), int(mtime), str(tag)), parts
+                left.files[number] = stored, parts
     return left
+
+
+def _is_of_a_part(name: str) -> bool:
+    room, _, record = name.partition("/")
+    return room == ROOM and is_record(record)
+
+
+def _add_what_parts_did(left: _Left, found: dict[int, tuple[Stored, list[WrittenRange]]], output: Path) -> None:
+    """What is done of a divided run; what a run has done that went on from it counts before that."""
+    shelf = ObjectShelf(room_of(output) / ROOM)
+    done = done_in(shelf)
+    left.measured, left.unchanged = left.measured or done.measured, done.unchanged
+    for number, stored in done.stored.items():
+        found.setdefault(number, (Stored(*stored), [part for part in done.written if part.file == number]))
+    for name in left.objects:
+        if _is_of_a_part(name) and "." in name:
+            with suppress(ValueError, KeyError, TypeError, RecursionError):
+                for line, _ in whole_lines(shelf.read(name.partition("/")[2]) or b""):
+                    left.sending += map(str, line["sends"])
+
+
+def _said_of_uploads(output: Path, left: _Left) -> tuple[str, ...]:
+    """That the store may hold what no listing of objects shows."""
+    if not left.sending:
+        return ()
+    kind, _, rest = _url(output).partition("://")
+    bucket, _, key = rest.partition("/")
+    shows = f" (aws s3api list-multipart-uploads --bucket {bucket} --prefix {key}/)" if kind == "s3" else ""
+    may = f"a part was killed, or is at work, while it sent these; the store may hold pieces of that{shows}:"
+    return (f"{may}\n{some(sorted(set(left.sending)))}",)
 
 
 def leftover(output: Path) -> Unfinished | None:
@@ -257,7 +322,8 @@ def leftover(output: Path) -> Unfinished | None:
     total = sum(nbytes for _, nbytes, _ in left.run["outputs"]) if left.run else 0
     written = sum(stored.nbytes for stored, _ in left.files.values())
     is_over = left.is_over(_there(output), one_file=is_one_file(output))
-    return Unfinished(room_of(output), written, total, written, False, left.run, is_over, left.measured)
+    said = _said_of_uploads(output, left)
+    return Unfinished(room_of(output), written, total, written, False, left.run, is_over, left.measured, said)
 
 
 def clean(output: Path) -> Unfinished | None:
@@ -398,7 +464,9 @@ class ObjectStaging:
         left.files = {n: one for n, one in left.files.items() if there.get(names[n]) == one[0] and not self._one_file}
         parts = [part for _, own in left.files.values() for part in own]
         parts.sort(key=lambda part: (part.file, part.start))  # so that sums are those of one run
-        self.contents = JournalContents(left.run, left.names, None, left.measured, tuple(parts), None, 0)
+        self.contents = JournalContents(
+            left.run, left.names, None, left.measured, tuple(parts), None, 0, unchanged=left.unchanged
+        )
 
     @property
     def step(self) -> int:
@@ -416,7 +484,7 @@ class ObjectStaging:
         if not self._files:
             self._take_down()
         done = self._left.files.get(len(self._files))
-        url = self._target if self._one_file else f"{self._target}/{name}"
+        url = sent_url(self.output, name)
         file = self._uploads.add(url, nbytes, done=done[0] if done else None, held=self._one_file)
         self._files[name] = file
         return file
@@ -460,6 +528,10 @@ class ObjectStaging:
     def add(self, name: str, content: bytes) -> None:
         """Keep one of the files beside the weights until these are there."""
         self._beside[name] = content
+
+    def keep(self) -> None:
+        """What there is so far is worth going on from."""
+        self.journal.empty = False
 
     def sync(self) -> None:
         """Return when all weights are objects, and are written down as finished."""
@@ -516,8 +588,7 @@ class ObjectStaging:
 
     def refuse_taken_over(self) -> None:
         """Refuse to go on where another command has removed what this run wrote down, or has begun anew."""
-        room = f"{self.folder}/{_RUN}"
-        if looked_up(room) is None or content_of(room, _LARGEST) != self._left.line:
+        if taken_over(self.output, self._left.line):
             self._lost = True
             raise OutputError(
                 f"{self.folder} is no longer that of this run: lines clean was run, or another run has begun",
@@ -552,6 +623,7 @@ class ObjectStaging:
             self._begun = False
 
     def _tidy(self) -> None:
+        self.remarks += _said_of_uploads(self.output, self._left)
         try:
             _discard(self.output, self._left, keep=True)
         except OutputError as error:

@@ -19,7 +19,7 @@ from functools import lru_cache
 from pathlib import Path, PosixPath
 from typing import Any, NamedTuple, TypeVar
 
-from lines_cli.errors import ChangedInputError, CheckpointError
+from lines_cli.errors import ChangedInputError, CheckpointError, OutputError
 
 _URL = re.compile(r"(s3|gs|az):/{1,2}(?P<bucket>[^/\s]+)(?:/+(?P<key>.*?))?/*", re.DOTALL)
 _GIVEN = re.compile(r"(?:s3|gs|az)://.*", re.DOTALL)
@@ -61,6 +61,11 @@ class ObjectPath(PosixPath):
     def resolve(self, strict: bool = False) -> ObjectPath:  # noqa: ARG002 - as of a path
         """It leads nowhere else."""
         return self
+
+
+def placed_at(name: str | Path) -> Path:
+    """A path, or the place in a store whose URL it is."""
+    return ObjectPath(name) if is_url(str(name)) else Path(name)
 
 
 def real_name(path: Path) -> str:
@@ -125,6 +130,15 @@ def _explained(url: str, *, verb: str = "read") -> Iterator[None]:
         if "credential" in text.lower() or "169.254" in text:
             hint = _CREDENTIALS
         raise CheckpointError(f"{url}: the object cannot be {verb}: {_first_line(error)}", hint=hint) from error
+
+
+@contextmanager
+def asked_of_the_store() -> Iterator[None]:
+    """What a store refuses, as a refusal of the destination."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise OutputError(error.message, hint=error.hint) from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -227,11 +241,30 @@ def content_of(url: str, most: int) -> bytes:
     store, key = _split(url)
     import obstore
 
-    with _explained(url):
+    def ask() -> bytes:
         found = obstore.get(store, key)
         if found.meta["size"] > most:
             raise CheckpointError(f"{url}: it has {found.meta['size']:,} bytes; at most {most:,} are read")
         return bytes(found.bytes())
+
+    with _explained(url):
+        return _patiently(ask)
+
+
+def content_if_there(url: str, most: int) -> bytes | None:
+    """The content of a small object; None where there is none.
+
+    Raises:
+        CheckpointError: it cannot be read, or has more than `most` bytes.
+    """
+    from obstore.exceptions import NotFoundError
+
+    try:
+        return content_of(url, most)
+    except CheckpointError as error:
+        if isinstance(error.__cause__, (NotFoundError, FileNotFoundError)):
+            return None
+        raise
 
 
 class RemoteFile:

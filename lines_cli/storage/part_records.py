@@ -1,8 +1,8 @@
-"""What the parts of a divided run have done: one file for each, in a folder beside the output in the making.
+"""What the parts of a divided run have done: a record for each, beside the output in the making. On a disk it is a
+file, in an object store an object.
 
-A record is written under a name of its own, flushed, and then given the part's name, in one step. The first to come
-stays: two processes that do the same part harm nothing, and whoever reads a record reads a whole one. Lines are those
-of a journal (`storage/journal`).
+A record appears whole, in one step. The first to come stays: two processes that do the same part harm nothing, and
+whoever reads a record reads a whole one. Lines are those of a journal (`storage/journal`).
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from lines_cli.storage.destination import sync_folder
 from lines_cli.storage.files import read_small
-from lines_cli.storage.journal import Json, WrittenRange, whole_lines, written_line
+from lines_cli.storage.journal import Json, WrittenRange, range_of, whole_lines, written_line
+from lines_cli.storage.object_store import asked_of_the_store, content_if_there, listed, put_content
 
 ROOM = "parts"
 """The folder that they lie in, in the staging folder."""
@@ -26,7 +29,8 @@ PLAN, MEASURED = "plan", "measured"
 """Records of their own: which plan the parts are of; and what all measuring parts have found, in the end."""
 
 _NAME = re.compile(r"(?:plan|measured|sample|\d{1,9}(?:-\d{1,9})?)(?:\.[0-9a-f]{16})?")
-_LARGEST = 2**30  # bytes
+_LARGEST = 2**30  # bytes of a record
+_THREADS = 4
 
 
 def is_record(name: str) -> bool:
@@ -34,16 +38,116 @@ def is_record(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
+def in_the_making(name: str) -> str:
+    """A name for what is to become a record; nobody else's."""
+    return f"{name}.{secrets.token_hex(8)}"
+
+
+class Shelf(Protocol):
+    """Where records lie.
+
+    Attributes:
+        folder: where that is, for messages.
+    """
+
+    folder: Path
+
+    def begin(self) -> None:
+        """Make room for them."""
+
+    def read(self, name: str) -> bytes | None:
+        """One; None where there is none."""
+
+    def names(self) -> list[str]:
+        """The names of all that lies there."""
+
+    def put(self, name: str, content: bytes, counts: Callable[[], bool]) -> None:
+        """Put one there, whole, in one step; but one that is there stays, if it `counts`."""
+
+
+class FolderShelf:
+    """A folder of records: each is written under a name of its own, flushed, and then given its name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def begin(self) -> None:
+        """Make room for them."""
+        self.folder.mkdir(exist_ok=True)
+        sync_folder(self.folder.parent)
+
+    def read(self, name: str) -> bytes | None:
+        """One; None where there is none."""
+        try:
+            return read_small(self.folder / name, _LARGEST, follow=False)
+        except FileNotFoundError:
+            return None
+
+    def names(self) -> list[str]:
+        """The names of all that lies there."""
+        return os.listdir(self.folder)
+
+    def put(self, name: str, content: bytes, counts: Callable[[], bool]) -> None:
+        """Put one there, whole, in one step; but one that is there stays, if it `counts`."""
+        made, target = self.folder / in_the_making(name), self.folder / name
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
+        try:
+            with open(os.open(made, flags, 0o666), "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                os.link(made, target)
+            except FileExistsError:
+                if not counts():
+                    os.replace(made, target)
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+                    raise
+                os.replace(made, target)  # a filesystem without second names
+        finally:
+            with suppress(OSError):
+                made.unlink(missing_ok=True)
+        sync_folder(self.folder)
+
+
+class ObjectShelf:
+    """Records below a URL: each an object, which appears whole."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def begin(self) -> None:
+        """Make room for them: a store has always some."""
+
+    def read(self, name: str) -> bytes | None:
+        """One; None where there is none."""
+        with asked_of_the_store():
+            return content_if_there(f"{self.folder}/{name}", _LARGEST)
+
+    def names(self) -> list[str]:
+        """The names of all that lies there."""
+        with asked_of_the_store():
+            return list(listed(str(self.folder)))
+
+    def put(self, name: str, content: bytes, counts: Callable[[], bool]) -> None:
+        """Put one there, whole, in one step; but one that is there stays, if it `counts`."""
+        url = f"{self.folder}/{name}"
+        with asked_of_the_store():
+            if not put_content(url, content, new=True) and not counts():
+                put_content(url, content)
+
+
 @dataclass(frozen=True, slots=True)
 class Records:
     """The records of one plan.
 
     Attributes:
-        folder: where they are.
+        shelf: where they are.
         plan: the digest of the plan.
     """
 
-    folder: Path
+    shelf: Shelf
     plan: str
 
     def read(self, name: str) -> list[Json] | None:
@@ -52,26 +156,26 @@ class Records:
         Raises:
             OSError: it cannot be read.
         """
-        return _read(self.folder / name, self.plan)
+        return _read(self.shelf, name, self.plan)
 
     def is_there(self, name: str) -> bool:
         """Whether there is such a record, and it is whole."""
         return self.read(name) is not None
 
-    def write(self, name: str, lines: Iterable[Json]) -> None:
-        """Write a record, unless there is one: that stays, as others may have read it.
+    def write(self, name: str, lines: Iterable[Json], *, counts: Callable[[], bool] | None = None) -> None:
+        """Write a record, unless there is one that counts: that stays, as others may have read it.
+
+        Args:
+            name: of the record.
+            lines: that it is to hold.
+            counts: whether one that is there does; unless said, if it is whole, and of this plan.
 
         Raises:
             OSError: it cannot be written.
         """
-        with self.open(name) as (add, keep):
-            for line in lines:
-                add(line)
-            keep()
-
-    def open(self, name: str) -> RecordInTheMaking:
-        """The same, line by line."""
-        return RecordInTheMaking(self, name)
+        own = list(lines)
+        whole = [{"plan": self.plan, "record": name}, *own, {"lines": len(own) + 1}]
+        self.shelf.put(name, b"".join(map(written_line, whole)), counts or (lambda: self.is_there(name)))
 
     def begin(self) -> None:
         """Say which plan these are of.
@@ -79,80 +183,30 @@ class Records:
         Raises:
             OSError: it cannot be written.
         """
-        self.folder.mkdir(exist_ok=True)
+        self.shelf.begin()
         self.write(PLAN, ())
-        sync_folder(self.folder.parent)
 
 
-class RecordInTheMaking:
-    """A record that is being written. Leaving the `with` block without `keep` removes what there is of it."""
-
-    def __init__(self, records: Records, name: str) -> None:
-        self._records, self._name = records, name
-        self._path = records.folder / f"{name}.{secrets.token_hex(8)}"
-        self._fd, self._lines = -1, 0
-
-    def __enter__(self) -> tuple[Callable[[Json], None], Callable[[], None]]:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
-        self._fd = os.open(self._path, flags, 0o666)
-        self.add({"plan": self._records.plan, "record": self._name})
-        return self.add, self.keep
-
-    def __exit__(self, *_: object) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-        with suppress(OSError):
-            self._path.unlink(missing_ok=True)
-
-    def add(self, line: Json) -> None:
-        """A line more."""
-        left = written_line(line)
-        while left:
-            left = left[os.write(self._fd, left) :]
-        self._lines += 1
-
-    def keep(self) -> None:
-        """That is all: from now on it counts, unless another came first."""
-        self.add({"lines": self._lines})
-        os.fsync(self._fd)
-        target = self._records.folder / self._name
-        try:
-            os.link(self._path, target)
-        except FileExistsError:
-            if not self._records.is_there(self._name):  # damaged, or of another plan
-                os.replace(self._path, target)
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
-                raise
-            os.replace(self._path, target)  # a filesystem without second names
-        sync_folder(self._records.folder)
-
-
-def _read(path: Path, plan: str | None) -> list[Json] | None:
-    try:
-        content = read_small(path, _LARGEST, follow=False)
-    except FileNotFoundError:
+def _read(shelf: Shelf, name: str, plan: str) -> list[Json] | None:
+    content = shelf.read(name)
+    if content is None:
         return None
     lines: list[Json] = []
     with suppress(ValueError, RecursionError):
         lines = [line for line, _ in whole_lines(content)]
-    if len(lines) < 2 or lines[-1].get("lines") != len(lines) - 1 or lines[0].get("record") != path.name:
+    if len(lines) < 2 or lines[-1].get("lines") != len(lines) - 1 or lines[0].get("record") != name:
         return None
-    return lines[1:-1] if plan is None or lines[0].get("plan") == plan else None
+    return lines[1:-1] if lines[0].get("plan") == plan else None
 
 
-def plan_of(folder: Path) -> str | None:
-    """The digest of the plan whose parts lie in a folder; None where there are none.
+def plan_of(shelf: Shelf) -> str | None:
+    """The digest of the plan whose parts lie somewhere; None where there are none.
 
     Raises:
         OSError: it cannot be read.
     """
-    try:
-        content = read_small(folder / PLAN, _LARGEST, follow=False)
-    except FileNotFoundError:
-        return None
     with suppress(ValueError, RecursionError):
-        for line, _ in whole_lines(content):
+        for line, _ in whole_lines(shelf.read(PLAN) or b""):
             if isinstance(line.get("plan"), str):
                 return str(line["plan"])
     return None
@@ -166,39 +220,56 @@ class PartsDone:
         written: what they have written, in the order of the files.
         measured: what was measured, if all of that was.
         unchanged: as of `JournalContents`.
+        stored: in an object store: of each file its object, as it was when its part was done.
     """
 
     written: tuple[WrittenRange, ...] = ()
     measured: Json | None = None
     unchanged: frozenset[int] | None = None
+    stored: dict[int, tuple[int, int, str]] = field(default_factory=dict)
 
 
-def done_in(folder: Path) -> PartsDone:
-    """What the records in a folder say.
+def done_in(shelf: Shelf) -> PartsDone:
+    """What the records say.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: one cannot be read.
     """
-    plan = plan_of(folder)
+    plan = plan_of(shelf)
     if plan is None:
         return PartsDone()
     found: dict[tuple[int, int], WrittenRange] = {}
     unchanged: frozenset[int] | None = None
-    for name in sorted(os.listdir(folder)):
-        lines = (_read(folder / name, plan) if name.isdigit() else None) or ()
+    stored: dict[int, tuple[int, int, str]] = {}
+    numbers = sorted(name for name in shelf.names() if name.isdigit())
+    with ThreadPoolExecutor(_THREADS) as pool:
+        records = list(pool.map(lambda name: _read(shelf, name, plan) or (), numbers))
+    for lines in records:
         for part in _ranges(lines):
             found[part.file, part.start] = part
+        stored |= stored_in(lines)
         for line in lines:
             if isinstance(line.get("unchanged"), list):
                 own = frozenset(number for number in line["unchanged"] if type(number) is int)
                 unchanged = own if unchanged is None else unchanged & own
-    measured = _read(folder / MEASURED, plan)
-    return PartsDone(tuple(found[key] for key in sorted(found)), measured[0] if measured else None, unchanged)
+    measured = _read(shelf, MEASURED, plan)
+    written = tuple(found[key] for key in sorted(found))
+    return PartsDone(written, measured[0] if measured else None, unchanged, stored)
+
+
+def stored_in(lines: Sequence[Json]) -> dict[int, tuple[int, int, str]]:
+    """What a record says of the objects that its part has made, by the numbers of their files."""
+    found = {}
+    for line in lines:
+        with suppress(KeyError, TypeError, ValueError):
+            if "stored" in line:
+                nbytes, mtime, tag = line["stored"]
+                found[int(line["object"])] = (int(nbytes), int(mtime), str(tag))
+    return found
 
 
 def _ranges(lines: Sequence[Json]) -> Iterator[WrittenRange]:
     for line in lines:
-        with suppress(KeyError, TypeError, ValueError):  # no record of ours
+        with suppress(KeyError, TypeError, ValueError, AttributeError, OverflowError):  # no record of ours
             if "blocks" in line:
-                blocks = tuple(bytes.fromhex(block) for block in line["blocks"])
-                yield WrittenRange(int(line["file"]), int(line["start"]), blocks, dict(line.get("told", {})))
+                yield range_of(line)

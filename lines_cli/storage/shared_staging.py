@@ -1,22 +1,29 @@
-"""The output in the making, while parts of one run write into it at once, on one machine or on several.
+"""The output in the making, while parts of one run write into it at once, on one machine or on several; on a disk, or
+in an object store (`object_parts`).
 
 `lines plan` begins it (`begin`), each part opens it (`Shared`), and the run that finishes takes it over as it would the
-work of a run that was killed (`storage/staging`).
+work of a run that was killed (`storage/making`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 from lines_cli.errors import OutputError, as_argument
 from lines_cli.storage.destination import naming
+from lines_cli.storage.digest import Written
 from lines_cli.storage.files import NewFile
 from lines_cli.storage.journal import Json
 from lines_cli.storage.lock import RunLock
-from lines_cli.storage.part_records import ROOM, Records, plan_of
-from lines_cli.storage.staging import NEW, Staging, is_alone, ours, staging_of
+from lines_cli.storage.making import making
+from lines_cli.storage.object_parts import ObjectRoom
+from lines_cli.storage.object_store import url_of
+from lines_cli.storage.part_records import ROOM, FolderShelf, Records, Shelf, plan_of
+from lines_cli.storage.staging import NEW, is_alone, ours, staging_of
 
 
 def begin(
@@ -29,26 +36,26 @@ def begin(
     foreseen: Collection[tuple[str, int]],
     anew: bool = False,
 ) -> tuple[str, ...]:
-    """Make room for the parts of a plan beside the destination; what another plan has left there is discarded, and what
-    this very plan has is kept. Gives what a person should know.
+    """Make room for the parts of a plan beside the destination; what another plan has left there is discarded, in a
+    store refused, and what this very plan has is kept. Gives what a person should know.
 
     Args:
         output: the destination.
         run, names, replaceable: as of `Staging`.
         plan: the plan's digest.
         foreseen: the files that parts will write, and their sizes.
-        anew: discard what this very plan has left, too.
+        anew: discard what this very plan has left, too; in a store it is refused.
 
     Raises:
         OutputError: the destination is taken, or a run is at work on it.
     """
     if not anew and is_of_plan(output, plan):
         return ()
-    with Staging(output, run, names, replaceable=replaceable) as staging:
+    with making(output, run, names, replaceable=replaceable) as staging:
         for name, nbytes in foreseen:
             staging.create(name, nbytes)
         with naming(output):
-            Records(staging.folder / ROOM, plan).begin()
+            Records(_room_of(output).shelf, plan).begin()
         staging.keep()
     return tuple(staging.remarks)
 
@@ -60,11 +67,61 @@ def is_of_plan(output: Path, plan: str) -> bool:
         OutputError: its folder cannot be read.
     """
     with naming(output):
-        return plan_of(staging_of(output) / ROOM) == plan
+        return plan_of(_room_of(output).shelf) == plan
+
+
+class PartFiles(Protocol):
+    """The files that a part writes.
+
+    Attributes:
+        targets: to be written to, by their numbers.
+    """
+
+    @property
+    def targets(self) -> Mapping[int, Written]:
+        """To be written to, by their numbers."""
+
+    def stop(self) -> None:
+        """No more is written: nothing waits to be."""
+
+    def settle(self) -> Iterable[Json]:
+        """Return when what was written stays: what the part's record is to say of it."""
+
+
+class _Room(Protocol):
+    """Where the work of all parts lies."""
+
+    @property
+    def folder(self) -> Path:
+        """Where that is, for messages."""
+
+    @property
+    def shelf(self) -> Shelf:
+        """Their records."""
+
+    def is_there(self) -> bool:
+        """Whether anything is."""
+
+    def enter(self) -> bool:
+        """Be at work in it; False where there is nothing."""
+
+    def leave(self) -> None:
+        """No more be at work."""
+
+    def holds(self, record: Sequence[Json]) -> bool:
+        """Whether what a part has made is there still, as its record says."""
+
+    def files(
+        self, part: str, wanted: Mapping[int, tuple[str, int]], is_done: Callable[[], bool]
+    ) -> AbstractContextManager[PartFiles]:
+        """Files that a part makes, by their numbers: name and size. `is_done` tells whether another has done it
+        meanwhile: then the block is left, where that is seen.
+        """
 
 
 class Shared:
-    """It, open for parts of a plan, for the length of a `with` block. Only a run that needs it alone is kept away.
+    """It, open for parts of a plan, for the length of a `with` block. Only a run that needs it alone is kept away; in a
+    store that is not, and parts end when it has come.
 
     Args:
         output: the destination.
@@ -80,31 +137,31 @@ class Shared:
 
     def __init__(self, output: Path, plan: str, source: Path) -> None:
         self.output, self._plan, self._source = output, plan, source
-        self.folder = staging_of(output)
-        self.records = Records(self.folder / ROOM, plan)
-        self._lock: RunLock | None = None
+        self._room = _room_of(output)
+        self.records = Records(self._room.shelf, plan)
+
+    def is_begun(self) -> bool:
+        """Whether any work lies there, be it this plan's or not."""
+        return self._room.is_there()
 
     def __enter__(self) -> Shared:
         with naming(self.output):
-            try:
-                self._lock = RunLock(self.folder, self.output, shared=True)
-            except FileNotFoundError:
-                raise self._nothing() from None
+            if not self._room.enter():
+                raise self._nothing()
             try:
                 self._look()
             except BaseException:
-                self._lock.release()
+                self._room.leave()
                 raise
         return self
 
     def _look(self) -> None:
-        contents = ours(self.output)
-        there = plan_of(self.folder / ROOM) if contents is not None else None
+        there = plan_of(self._room.shelf)
         if there is None:
             raise self._nothing()
         if there != self._plan:
             raise OutputError(
-                f"{self.folder} holds the parts of another plan than {self._source}",
+                f"{self._room.folder} holds the parts of another plan than {self._source}",
                 hint="Run the parts of that plan; or discard them, and plan again: "
                 f"lines clean {as_argument(self.output)}",
             )
@@ -118,11 +175,93 @@ class Shared:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._room.leave()
+
+    def is_done(self, number: int) -> bool:
+        """Whether a part is done, and what it has made is there."""
+        record = self.records.read(str(number))
+        return record is not None and self._room.holds(record)
+
+    def files(self, number: int, wanted: Mapping[int, tuple[str, int]]) -> AbstractContextManager[PartFiles]:
+        """Files that a part makes, by their numbers: name and size. The block is left early, where another does the
+        same part, and is done first.
+        """
+        return self._room.files(str(number), wanted, lambda: self.is_done(number))
+
+    def finish(self, number: int, files: PartFiles, lines: Collection[Json]) -> None:
+        """A part is done: write its record, once all it has made is where it stays.
+
+        Raises:
+            OutputError: that does not last.
+        """
+        for _ in range(_TRIES):
+            with naming(self.output):
+                said = [*files.settle(), *lines]
+                self.records.write(str(number), said, counts=lambda: self.is_done(number))
+                if self.is_done(number):  # else another has made the same at the same moment
+                    return
+        raise OutputError(
+            f"{self.output}: what part {number} wrote is replaced again and again",
+            hint="Run it again when no other program writes there.",
+        )
+
+
+_TRIES = 5
+
+
+class _FolderRoom:
+    """On a disk: the staging folder."""
+
+    def __init__(self, output: Path) -> None:
+        self.output, self.folder = output, staging_of(output)
+        self.shelf = FolderShelf(self.folder / ROOM)
+        self._lock: RunLock | None = None
+
+    def is_there(self) -> bool:
+        """Whether there is one, be it what it may."""
+        return self.folder.is_symlink() or self.folder.exists()
+
+    def enter(self) -> bool:
+        """Lock it, along with others; False where there is none."""
+        try:
+            self._lock = RunLock(self.folder, self.output, shared=True)
+        except FileNotFoundError:
+            return False
+        try:
+            is_ours = ours(self.output) is not None
+        except BaseException:
+            self.leave()
+            raise
+        if not is_ours:
+            self.leave()
+        return is_ours
+
+    def leave(self) -> None:
+        """Let go of the lock."""
         if self._lock is not None:
             self._lock.release()
+            self._lock = None
 
-    def open(self, name: str, nbytes: int) -> NewFile:
-        """A file of the output, to write into: all of them are there since the plan."""
+    def holds(self, record: Sequence[Json]) -> bool:  # noqa: ARG002 - nobody takes from a folder what is in it
+        """Whether what a part has made is there still: that is looked at when the run is finished."""
+        return True
+
+    @contextmanager
+    def files(
+        self,
+        part: str,  # noqa: ARG002 - which a store is told
+        wanted: Mapping[int, tuple[str, int]],
+        is_done: Callable[[], bool],  # noqa: ARG002 - two that write the same bytes harm nothing
+    ) -> Iterator[_FolderFiles]:
+        """Files of the output, to write into: all of them are there since the plan."""
+        with ExitStack() as stack:
+            files = _FolderFiles()
+            for number, (name, nbytes) in wanted.items():
+                files.targets[number] = self._open(name, nbytes)
+                stack.callback(files.targets[number].close)
+            yield files
+
+    def _open(self, name: str, nbytes: int) -> NewFile:
         path = self.folder / NEW / name
         if not is_alone(path, nbytes):
             raise OutputError(
@@ -131,3 +270,23 @@ class Shared:
             )
         with naming(self.output):
             return NewFile(path, nbytes, begun=True)
+
+
+class _FolderFiles:
+    """Those that a part writes into."""
+
+    def __init__(self) -> None:
+        self.targets: dict[int, NewFile] = {}
+
+    def stop(self) -> None:
+        """No more is written: nothing waits to be."""
+
+    def settle(self) -> Iterable[Json]:
+        """Return when what was written is on the disk."""
+        for file in self.targets.values():
+            file.sync()
+        return ()
+
+
+def _room_of(output: Path) -> _Room:
+    return _FolderRoom(output) if url_of(output) is None else ObjectRoom(output)

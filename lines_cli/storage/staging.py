@@ -56,7 +56,7 @@ from lines_cli.storage.lock import NAME as LOCK
 from lines_cli.storage.lock import RunLock, is_locked, refusal, remove_with
 from lines_cli.storage.names import RECIPE
 from lines_cli.storage.part_records import ROOM as _PARTS
-from lines_cli.storage.part_records import done_in, is_record
+from lines_cli.storage.part_records import FolderShelf, done_in, is_record
 from lines_cli.storage.renames import exchange, move_folder, put
 
 _JOURNAL, _OLD, _MOVED = "journal", "old", "moved"
@@ -132,7 +132,7 @@ def ours(output: Path, names: Collection[str] | None = ()) -> JournalContents | 
     if foreign:
         raise _foreign(folder, sorted(foreign), damaged=contents is None and os.path.lexists(folder / _JOURNAL))
     if contents is not None:
-        parts = done_in(folder / _PARTS)
+        parts = done_in(FolderShelf(folder / _PARTS))
         measured = contents.measured or parts.measured
         contents = replace(contents, settled=parts.written, measured=measured, unchanged=parts.unchanged)
     return contents
@@ -289,6 +289,7 @@ class Unfinished:
         run: which run it was; None where that is not known.
         is_over: whether that run's output is in place, and what is left is what it replaced.
         measured: what it had measured; None where that was not finished.
+        remarks: what removing it does not remove.
     """
 
     folder: Path
@@ -299,6 +300,7 @@ class Unfinished:
     run: Json | None = None
     is_over: bool = False
     measured: Json | None = None
+    remarks: tuple[str, ...] = ()
 
     @property
     def description(self) -> str:

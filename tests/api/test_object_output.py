@@ -622,13 +622,9 @@ def test_what_needs_a_disk(here: Path, store: S3Server) -> None:
     (here / "sweep.yaml").write_text(
         "recipe: {base: base, ft: ft}\ngrid: {lines.alpha: [0.1]}\nevaluate: x {checkpoint}\nobjective: x\n"
     )
-    assert "lines push" in refused(2, "plan", *command[1:], "-o", "s3://models/out")
-    assert "lines push" in refused(2, *command, "-o", "s3://models/out", "--on", "ray")
     assert "lines push" in refused(2, "sweep", "--config", "sweep.yaml", "-o", "s3://models/out")
     with pytest.raises(RecipeError, match="which has to be on a disk"):
         lines.sweep("sweep.yaml", "s3://models/out")
-    with pytest.raises(RecipeError, match="which has to be on a disk"):
-        lines.edit("base", "ft", "s3://models/out", on="ray")
     assert "--push-to" in refused(2, *command, "-o", "s3://models/out", "--push-to", "org/name")
     assert "--verify" in refused(2, *command, "-o", "s3://models/out.safetensors", "--verify")
     assert not store.asked

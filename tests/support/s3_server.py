@@ -47,6 +47,7 @@ class S3Server:
         asked: every request: method, path, and the range that was asked for.
         fault: what goes wrong.
         until: what `hold` waits for.
+        amid: is called in the midst of each request; it may ask the server itself.
     """
 
     def __init__(self, *buckets: str) -> None:
@@ -56,6 +57,7 @@ class S3Server:
         self.begun = 0  # uploads
         self.fault: Fault = lambda method, path: None
         self.until: Callable[[], bool] = lambda: True
+        self.amid: Callable[[str, str], None] = lambda method, path: None
         self.lock = threading.Lock()
         server = self
 
@@ -122,6 +124,7 @@ class _Handler(BaseHTTPRequestHandler):
         with self.state.lock:
             self.state.asked.append((self.command, path, self.headers.get("Range", "")))
             fault = self.state.fault(self.command, path)
+        self.state.amid(self.command, path)
         if fault == "slow":
             time.sleep(0.3)
         while fault == "hold" and not self.state.until():

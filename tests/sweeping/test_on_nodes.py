@@ -231,7 +231,7 @@ class TestOnACluster:
                     time.sleep(0.05)
                 if driver.poll() is None:
                     kill_node(cluster, nodes_of(cluster)[0])
-            assert driver.wait(300) == 0, driver.stderr.read()
+            assert driver.wait(300) == 0, SAID.read_text()
         assert_same(swept(), whole)
         assert len(recorded()) == len(set(recorded()))
 
@@ -331,9 +331,15 @@ class TestOnACluster:
 
 
 def a_driver() -> Any:
-    """The command on Ray, in a process of its own."""
+    """The command on Ray, in a process of its own. What it says goes into a file: of each node that is lost Ray says
+    pages, and a pipe that nobody reads is full after a few.
+    """
     command = [sys.executable, "-m", "lines_cli", *ON_RAY, "-o", "best"]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    with SAID.open("w") as said:
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
+
+
+SAID = Path("driver.txt")
 
 
 def candidates() -> set[Path]:

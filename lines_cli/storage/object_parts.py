@@ -1,0 +1,142 @@
+"""An output in the making in an object store, as parts of a divided run see it: each part makes whole files, which
+become objects at the destination, and its record says which objects these are.
+
+    s3://bucket/.out.lines/         as of a run that is not divided (`object_staging`), and
+        parts/plan, parts/1, ...    what is done (`part_records`)
+        parts/7.0123456789abcdef    a part that is sending: what it sends; of one that was killed it stays
+
+No lock keeps others away. A part looks before each of its files is whole, and before its record, whether the run is
+still the one that it began with; if another run has taken the work over, or removed it, it ends. What two processes
+make of one part is the same, and who comes second gives its upload up. Should both have become whole at the same
+moment, the record is made to say which object is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from lines_cli.errors import CheckpointError, OutputError
+from lines_cli.storage.journal import Json, written_line
+from lines_cli.storage.object_staging import begun_of, room_of, sent_url, taken_over
+from lines_cli.storage.object_store import Stored, asked_of_the_store, looked_up, put_content, remove
+from lines_cli.storage.part_records import ROOM, ObjectShelf, in_the_making, stored_in
+from lines_cli.storage.uploads import Upload, Uploads
+
+
+class DoneByAnotherError(Exception):
+    """Another process has done this part meanwhile."""
+
+
+class ObjectRoom:
+    """Where the work of all parts lies.
+
+    Args:
+        output: the destination.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.output, self.folder = output, room_of(output)
+        self.shelf = ObjectShelf(self.folder / ROOM)
+        self._begun: bytes | None = None
+        self._names: tuple[str, ...] = ()
+
+    def is_there(self) -> bool:
+        """Whether anything is in the making."""
+        return begun_of(self.output) is not None
+
+    def enter(self) -> bool:
+        """Take note of whose work it is; False where none is in the making."""
+        found = begun_of(self.output)
+        if found is not None:
+            self._begun, self._names = found
+        return found is not None
+
+    def leave(self) -> None:
+        """Nothing is held."""
+
+    def holds(self, record: Sequence[Json]) -> bool:
+        """Whether the objects that a part has made are still there, as its record says."""
+        if not self._names:
+            self.enter()
+        with asked_of_the_store():
+            return all(
+                number < len(self._names) and looked_up(self._url(number)) == Stored(*stored)
+                for number, stored in stored_in(record).items()
+            )
+
+    def _url(self, number: int) -> str:
+        return sent_url(self.output, self._names[number])
+
+    @contextmanager
+    def files(
+        self, part: str, wanted: Mapping[int, tuple[str, int]], is_done: Callable[[], bool]
+    ) -> Iterator[ObjectFiles]:
+        """Files that a part makes, by their numbers: name and size. Leaving it takes back what is not whole."""
+
+        def before_done() -> None:
+            self._refuse_taken_over()
+            if is_done():
+                raise DoneByAnotherError
+
+        urls = {number: (self._url(number), nbytes) for number, (_, nbytes) in wanted.items()}
+        made = ObjectFiles(Uploads(before_done), urls, self._refuse_taken_over)
+        sending = f"{self.shelf.folder}/{in_the_making(part)}"
+        with asked_of_the_store():
+            put_content(sending, written_line({"sends": sorted(name for name, _ in wanted.values())}))
+        try:
+            with suppress(DoneByAnotherError):
+                yield made
+        finally:
+            made.uploads.end()
+            if not made.uploads.failed:
+                with suppress(CheckpointError):
+                    remove([sending])
+
+    def _refuse_taken_over(self) -> None:
+        if taken_over(self.output, self._begun):
+            raise OutputError(
+                f"{self.folder} is no longer that of this plan: the output was finished or cleaned away, or another "
+                "run has taken it over",
+                hint="To make the output again, plan it again: lines plan.",
+            )
+
+
+class ObjectFiles:
+    """The files of a part.
+
+    Attributes:
+        targets: to be written to, by their numbers.
+    """
+
+    def __init__(
+        self, uploads: Uploads, wanted: Mapping[int, tuple[str, int]], refuse_taken_over: Callable[[], None]
+    ) -> None:
+        self.uploads, self._wanted, self._refuse_taken_over = uploads, wanted, refuse_taken_over
+        self.targets: dict[int, Upload] = {n: uploads.add(url, nbytes) for n, (url, nbytes) in sorted(wanted.items())}
+
+    def stop(self) -> None:
+        """No more is written."""
+        self.uploads.stop()
+
+    def settle(self) -> Iterable[Json]:
+        """Return when all of them are objects: which, for the record.
+
+        Raises:
+            OutputError: the store does not take one; another program has replaced it; or the work was taken over.
+        """
+        for _ in self.uploads.wait():
+            pass
+        self._refuse_taken_over()
+        lines = []
+        for number, (url, nbytes) in self._wanted.items():
+            with asked_of_the_store():
+                there = looked_up(url)
+            if there is None or there.nbytes != nbytes:
+                raise OutputError(
+                    f"{url} is not what was written: another program has replaced or removed it",
+                    hint="The same command makes it again, when no other program writes there.",
+                )
+            lines.append({"object": number, "stored": [*there]})
+        return lines
