@@ -38,11 +38,12 @@ _SAMPLE = "sample"
 
 @dataclass(frozen=True, slots=True)
 class PartDone:
-    """What became of a part: how long it took, and whether it was done before."""
+    """What became of a part: how long it took, whether it was done before, and what a person should know of it."""
 
     part: Part
     seconds: float
     before: bool = False
+    remark: str | None = None
 
 
 def run_parts(
@@ -71,16 +72,16 @@ def run_parts(
         CheckpointError: an input ends early, cannot be read, or has changed.
         OutputError: the output cannot be written.
     """
-    found = []
+    found: list[PartDone] = []
     devices = Devices(resources or Resources())
-    prepare(plan, devices, share=len(wanted) / len(division.parts))
+    remark = prepare(plan, devices, share=len(wanted) / len(division.parts))
     with _Running(plan, division, staging, devices, track) as running:
         for part in wanted:
             started = time.perf_counter()
             before = staging.is_done(part.number) and not running.is_open(part)
             if not before:
                 running(part)
-            found.append(PartDone(part, time.perf_counter() - started, before))
+            found.append(PartDone(part, time.perf_counter() - started, before, None if found else remark))
             done(found[-1])
     return found
 

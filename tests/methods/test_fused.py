@@ -274,6 +274,31 @@ def test_the_variable_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not (tmp_path / "out").exists()
 
 
+def test_kernels_that_fail_in_parts_and_in_a_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be compiled is said once, by `lines run` and by `lines verify`, and the bytes are the same."""
+    models_of(tmp_path, BF16)
+    monkeypatch.setenv(fast.VARIABLE, "1")
+    expected = merged(tmp_path, RECIPES["global"], "expected")
+    fused.use(None)
+
+    def fails() -> None:
+        raise ValueError("no LLVM\nat all")
+
+    monkeypatch.setattr(kernels, "compile_all", fails)
+    plan = tmp_path / "plan.json"
+    planned = run_lines(
+        "plan", "--config", tmp_path / "merge.yaml", "-o", tmp_path / "out", "--parts", 2, "--plan", plan
+    )
+    assert planned.code == 0, planned.err
+    for command in (("run", plan), ("verify", tmp_path / "expected")):
+        ran = run_lines(*command)
+        assert ran.code == 0, ran.err
+        assert " ".join(ran.err.split()).count("numba says: no LLVM (docs") == 1
+        assert not fused.in_use()
+    assert run_lines("finish", plan).code == 0
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == expected
+
+
 PROGRAM = """
 import sys
 from lines_cli.cli.app import main
