@@ -117,6 +117,7 @@ class Suite:
             three,
             self.cold(three),
             self.methods("three-methods", three.models),
+            self.kernels(three.models),
             self.inspect_base(three.models[:2]),
             self.inspect_base(three.models),
             self.methods("eight-methods", eight),
@@ -433,6 +434,36 @@ class Suite:
             rounds=self.sizes.fewer,
             reference="lines task_arithmetic",
             about="Density 0.2 where a method has one; LiNeS on top, alpha 0.3 where it is not `auto`, beta 0.5.",
+            recipes=recipes,
+        )
+
+    def kernels(self, models: list[Model]) -> Case:
+        recipes = {
+            "kernels-task-arithmetic.yaml": _recipe("task_arithmetic", models, "", "lines: {alpha: 0.3, beta: 0.5}"),
+            "kernels-ties.yaml": _recipe("ties", models, "density: 0.2", "lines: {alpha: 0.3, beta: 0.5}"),
+            "kernels-consensus.yaml": _recipe("consensus", models, "", "lines: {alpha: 0.3, beta: 0.5}"),
+        }
+
+        def by_turns(method: str) -> list[Contender]:
+            command = f"lines merge --config kernels-{method}.yaml -o out --device {self.device}"
+            return [
+                Contender(f"lines {method}, {what}", f"env LINES_FAST={number} {command}")
+                for number, what in enumerate(("plain", "kernels"))
+            ]
+
+        return Case(
+            "kernels",
+            "`lines merge` with compiled kernels and without, three fine-tunes, {size} each",
+            models,
+            [
+                self._merge("lines task_arithmetic", "kernels-task-arithmetic.yaml"),
+                *by_turns("ties"),
+                *by_turns("consensus"),
+            ],
+            writes=models[0].nbytes,
+            rounds=self.sizes.fewer,
+            reference="lines task_arithmetic",
+            about="Loading numba and the kernels is part of the seconds, and so is compiling them where nobody has.",
             recipes=recipes,
         )
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -23,9 +24,10 @@ import torch
 from lines_cli.engine.arithmetic import add_scaled, is_finite, task_vector
 from lines_cli.engine.buffers import keep_freed_memory
 from lines_cli.engine.threshold import Window, look
+from lines_cli.methods import fused
 from lines_cli.methods.consensus import consensus
 from lines_cli.methods.sparsify import Where, random_masks, trim
-from lines_cli.methods.ties import signs, ties
+from lines_cli.methods.ties import elect, ties
 from lines_cli.storage.files import start_writeback
 
 CHUNK, CHUNKS = 256 * 1024, 1000  # entries of a chunk; so many make 0.5 GB
@@ -69,6 +71,20 @@ def repeated(action: Callable[[], object]) -> Callable[[], object]:
     return repeat
 
 
+def by_kernels(action: Callable[[], object]) -> Callable[[], object]:
+    """The same with compiled kernels."""
+    from lines_cli.methods import kernels
+
+    kernels.compile_all()
+
+    def with_kernels() -> None:
+        fused.use(kernels)
+        action()
+        fused.use(None)
+
+    return with_kernels
+
+
 def parts(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
     """Each part's name, and what does it 1,000 times."""
     source, target = folder / "source", folder / "target"
@@ -109,11 +125,21 @@ def parts(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
         return random_masks(taus[:1], density=[0.2], seed=0, where=Where("t", 0))
 
     yield "copy three task vectors (to be taken off below)", repeated(fresh)
-    yield "threshold: look for three through narrow windows", repeated(lambda: look(magnitudes, [window] * 3))
+
+    def count_signs() -> object:
+        return elect(taus, weight=ones, factor=ones, waiting=False)[0].sum(dtype=torch.float64)
+
+    with_kernels: list[tuple[str, Callable[[], object]]] = [
+        ("threshold: look for three through narrow windows", lambda: look(magnitudes, [window] * 3)),
+        ("TIES: signs of three", count_signs),
+        ("TIES: merge three", lambda: ties(fresh(), weight=ones, factor=ones)),
+        ("consensus of three", lambda: consensus(fresh(), weight=ones, mask_lambda=[0.4] * 3)),
+    ]
+    for name, action in with_kernels:
+        yield name, repeated(action)
+        if find_spec("numba") is not None:
+            yield "  the same by a kernel", by_kernels(repeated(action))
     yield "threshold: trim three", repeated(lambda: trim(fresh(), threshold=[threshold] * 3))
-    yield "TIES: signs of three", repeated(lambda: signs(taus, weight=ones))
-    yield "TIES: merge three", repeated(lambda: ties(fresh(), weight=ones, factor=ones))
-    yield "consensus of three", repeated(lambda: consensus(fresh(), weight=ones, mask_lambda=[0.4] * 3))
     yield "DARE: draw for one", repeated(draw)
 
 

@@ -18,7 +18,16 @@ NOTHING: dict[str, Any] = {"contenders": [], "inputs": {}}
 
 SECTIONS = {
     "Editing": ("edit", "edit-cold", "edit-fp32", "adapter", "huge", "tiny"),
-    "Merging": ("three", "three-cold", "three-methods", "eight-methods", "ties-peers", "dare-peers", "set-peers"),
+    "Merging": (
+        "three",
+        "three-cold",
+        "three-methods",
+        "kernels",
+        "eight-methods",
+        "ties-peers",
+        "dare-peers",
+        "set-peers",
+    ),
     "Inspecting and planning": ("inspect-headers", "inspect-base-1", "inspect-base-3", "planning"),
 }
 ELEMENT_WISE = ("edit", "task_arithmetic", "average", "consensus", "dare_linear")

@@ -135,6 +135,8 @@ def test_no_module_imports_itself_in_a_circle() -> None:
         ("safetensors", {"checkpoint.crosscheck"}),
         ("ray", {"api.on_ray"}),
         ("obstore", {"storage.object_store"}),
+        ("numba", {"methods.kernels"}),
+        ("numpy", {"methods.kernels"}),
     ],
 )
 def test_each_dependency_has_one_home(dependency: str, homes: set[str]) -> None:
@@ -167,7 +169,7 @@ def test_help_loads_no_torch(arguments: list[str]) -> None:
     )
     run = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
     assert run.stdout
-    assert not {"torch", "numpy", "huggingface_hub", "yaml", "regex", "rich"} & set(run.stderr.split())
+    assert not {"torch", "numpy", "numba", "huggingface_hub", "yaml", "regex", "rich"} & set(run.stderr.split())
 
 
 def from_docs(name: str) -> Any:
@@ -327,7 +329,7 @@ OTHER_MEANINGS = {
 }
 OF_THE_SCALING = {"alpha", "gamma", "linear"}  # keys of `lines:`, and a schedule
 SAID_OF_METHODS = {
-    "about", "chosen", "counting", "counts_by", "elect", "ignored", "keywords", "merge", "models", "needs",
+    "about", "chosen", "counting", "counts_by", "elect", "fused", "ignored", "keywords", "merge", "models", "needs",
     "given_base", "norm_of_kept", "one_is_itself", "parameters", "plain_sum", "review", "scale", "scale_of",
     "sees", "sees_whole", "may_be_a_sum", "shares", "space_for", "sparsifier", "sums", "takes", "temporaries", "wrong",
 }  # fmt: skip

@@ -25,6 +25,7 @@ from lines_cli.engine.arithmetic import FLOAT8, TORCH_DTYPES
 from lines_cli.engine.buffers import keep_freed_memory
 from lines_cli.engine.chunks import PlanChunk, items_of
 from lines_cli.engine.devices import Devices
+from lines_cli.engine.fast import prepare
 from lines_cli.engine.measure import Track, measure, untracked
 from lines_cli.engine.pool import Pool
 from lines_cli.engine.scales import measure_scales
@@ -341,6 +342,7 @@ def _computed(
     devices = Devices(resources)
     keep_freed_memory()
     _wait_for(chain.from_iterable(side.tensors.values() for side in held.values()))
+    prepare(plan, devices)
     if plan.needs:
         with devices.bounded():
             plan = resolve(plan, measure(plan, sources, devices, track).statistics)

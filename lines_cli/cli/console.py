@@ -352,6 +352,7 @@ def show_part(division: Division, done: PartDone) -> None:
     """That a part is done."""
     how = "was done before" if done.before else f"done in {_duration(done.seconds)}"
     remark(f"part {done.part.number}/{len(division.parts)} ({division.called(done.part)}): {how}")
+    _notes([done.remark] if done.remark is not None else [])
 
 
 def show_cleaned(output: str, found: Unfinished | None) -> None:

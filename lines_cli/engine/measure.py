@@ -488,7 +488,7 @@ def _count(worker: Worker, item: Iterable[PlanChunk], counters: Counters) -> Non
         every = worker.held(chunk)[0][1 : 1 + len(vectors)]
         models = [model for model, _ in counters]
         sought = every if models == list(range(len(vectors))) else every[models]
-        found, finite = look(sought.abs_().to(torch.float32), windows)
+        found, finite = look(sought, windows)
         if not finite:
             worker.refuse_nonfinite(chunk)
         seen += [(bits.cpu(), above) for bits, above in found]

@@ -20,6 +20,7 @@ from lines_cli.checkpoint.header import TensorInfo
 from lines_cli.engine.adapter_write import AdapterOutcome
 from lines_cli.engine.buffers import keep_freed_memory
 from lines_cli.engine.devices import Devices
+from lines_cli.engine.fast import prepare
 from lines_cli.engine.input_files import Opened, allow_open_files, opened, refuse_changed, with_views
 from lines_cli.engine.jobs import job_of, sized, worker_of
 from lines_cli.engine.measure import Measurement, Track, measure, untracked
@@ -122,6 +123,7 @@ def run(
     identified = identity(plan)
     if verify_inputs:
         identified["contents"] = digests_of(plan.paths)
+    remark = prepare(plan, devices) if isinstance(plan, Plan) else None
     identified["step"] = DIGEST_BLOCK * (DIGEST_BLOCKS_ON_CUDA if devices.has_own_memory else 1)
     allow_open_files(len(plan.paths) + 2 * len(plan.outputs))
     with (
@@ -135,6 +137,7 @@ def run(
         opened(plan.paths) as fds,
         devices.bounded(),
     ):
+        staging.remarks.extend([remark] if remark is not None else [])
         refuse_changed(plan.paths, fds, plan.states)
         sources = with_views(fds, plan.views)
         records = _carried_over(staging, plan)

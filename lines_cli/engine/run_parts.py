@@ -15,6 +15,7 @@ from typing import Any
 
 from lines_cli.engine.buffers import keep_freed_memory
 from lines_cli.engine.devices import Devices
+from lines_cli.engine.fast import prepare
 from lines_cli.engine.input_files import allow_open_files, opened, refuse_changed, with_views
 from lines_cli.engine.jobs import job_of, worker_of
 from lines_cli.engine.measure import Track, untracked
@@ -37,11 +38,12 @@ _SAMPLE = "sample"
 
 @dataclass(frozen=True, slots=True)
 class PartDone:
-    """What became of a part: how long it took, and whether it was done before."""
+    """What became of a part: how long it took, whether it was done before, and what a person should know of it."""
 
     part: Part
     seconds: float
     before: bool = False
+    remark: str | None = None
 
 
 def run_parts(
@@ -70,14 +72,16 @@ def run_parts(
         CheckpointError: an input ends early, cannot be read, or has changed.
         OutputError: the output cannot be written.
     """
-    found = []
-    with _Running(plan, division, staging, resources or Resources(), track) as running:
+    found: list[PartDone] = []
+    devices = Devices(resources or Resources())
+    remark = prepare(plan, devices, share=len(wanted) / len(division.parts))
+    with _Running(plan, division, staging, devices, track) as running:
         for part in wanted:
             started = time.perf_counter()
             before = staging.is_done(part.number) and not running.is_open(part)
             if not before:
                 running(part)
-            found.append(PartDone(part, time.perf_counter() - started, before))
+            found.append(PartDone(part, time.perf_counter() - started, before, None if found else remark))
             done(found[-1])
     return found
 
@@ -85,10 +89,10 @@ def run_parts(
 class _Running:
     """The open inputs, and what is known so far of what was measured."""
 
-    def __init__(self, plan: Plan, division: Division, staging: Shared, resources: Resources, track: Track) -> None:
+    def __init__(self, plan: Plan, division: Division, staging: Shared, devices: Devices, track: Track) -> None:
         self.plan, self.division, self.staging, self.track = plan, division, staging, track
         self.records = staging.records
-        self.devices = Devices(resources)
+        self.devices = devices
         self._reached = 0  # the stages before this one are measured, and the plan knows what they found
         self._stack = ExitStack()
         self._common: Common | None = None

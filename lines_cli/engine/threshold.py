@@ -20,6 +20,7 @@ import torch
 
 from lines_cli.engine.arithmetic import is_finite
 from lines_cli.engine.chunks import Chunk, PlanChunk, items_of
+from lines_cli.methods import fused
 from lines_cli.methods.sparsify import Bounds, Ranks
 from lines_cli.plan.plan import TensorPlan
 from lines_cli.plan.tensors import Segment
@@ -81,16 +82,20 @@ class Window:
         return 0 if self.high == _ALL_BITS else int((bits >= self.high).sum())
 
 
-def look(magnitudes: torch.Tensor, windows: Sequence[Window]) -> tuple[list[Seen], bool]:
+def look(task_vectors: torch.Tensor, windows: Sequence[Window]) -> tuple[list[Seen], bool]:
     """What there is of each model in its window.
 
     Args:
-        magnitudes: [N, n], float32.
+        task_vectors: [N, n], in the compute dtype; overwritten.
         windows: N.
 
     Returns:
         N; and whether all entries are finite.
     """
+    found = fused.look(task_vectors, [(window.low, window.high) for window in windows])
+    if found is not None:
+        return found
+    magnitudes = task_vectors.abs_().to(torch.float32)
     models, width = len(windows), magnitudes.shape[1] // _ROWS
     finite = is_finite(magnitudes)
     if not finite or width == 0 or any(window.high > _INF_BITS for window in windows):

@@ -25,6 +25,7 @@ from lines_cli.checkpoint.header import itemsize, read_header
 from lines_cli.checkpoint.sidecars import CARRIED_FILES, Sidecar
 from lines_cli.engine.buffers import keep_freed_memory
 from lines_cli.engine.devices import Devices
+from lines_cli.engine.fast import prepare
 from lines_cli.engine.input_files import Opened, opened, read_input, refuse_changed, with_views
 from lines_cli.engine.jobs import job_of, sized, worker_of
 from lines_cli.engine.measure import Track, measure, untracked
@@ -277,9 +278,10 @@ def check(
         "files": {file.name: there.state for file, there in zip(plan.outputs, files, strict=True)},
         "step": DIGEST_BLOCK * (DIGEST_BLOCKS_ON_CUDA if devices.has_own_memory else 1),
     }
+    remark = prepare(plan, devices) if isinstance(plan, Plan) else None
     with Verified(claim.output, run) if resume else nullcontext() as kept:
         job = _compare_weights(plan, files, devices, kept, run["step"], track)
-        notes = []
+        notes = [remark] if remark is not None else []
         if kept is not None and kept.differs:
             notes.append(
                 f"{verified_beside(claim.output)} was of another comparison ({', '.join(kept.differs)} differ): "

@@ -144,6 +144,7 @@ METHODS = {
         needs=_ties_needs,
         keywords=_ties_keywords,
         elect=elect,
+        fused=True,
         one_is_itself=whole_and_unweighted,
         scale="lambda",
         review=_review_ties,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
+from lines_cli.methods import fused
 from lines_cli.methods.method import Measured, Method
 from lines_cli.methods.parameters import Parameter
 from lines_cli.methods.said import Conflict, Note, Remark, Said, Values
@@ -20,7 +21,8 @@ from lines_cli.methods.sparsify import (
     trims_globally,
 )
 from lines_cli.methods.sums import LAMBDA, WEIGHT, weighted_sum
-from lines_cli.methods.ties import signs, ties
+from lines_cli.methods.ties import elect as elect_by_ties
+from lines_cli.methods.ties import ties
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,6 +56,8 @@ def consensus(
         merged = ties(trimmed, weight=weight, factor=[1.0] * len(trimmed), agreement="sum", majority=majority)
     else:
         merged = weighted_sum(task_vectors, weight, overwrite=False)
+    if fused.votes(merged, task_vectors, scale=mask_lambda, k=k):
+        return merged
     votes = None
     for tau, scale in zip(task_vectors, mask_lambda, strict=True):
         others = (merged - tau).abs_().mul_(scale)
@@ -67,7 +71,8 @@ def elect(
     task_vectors: Sequence[Tensor], *, weight: Sequence[float], bounds: Sequence[Bounds], waiting: bool, **_: object
 ) -> tuple[Tensor, bool]:
     """The signs of the TIES that is masked."""
-    return signs(keep_between([tau.clone() for tau in task_vectors], bounds), weight=weight, waiting=waiting)
+    trimmed = keep_between([tau.clone() for tau in task_vectors], bounds)
+    return elect_by_ties(trimmed, weight=weight, factor=[1.0] * len(trimmed), waiting=waiting)
 
 
 def _keywords(values: Values, measured: Measured) -> Values:
@@ -111,6 +116,7 @@ METHODS = {
         needs=lambda values: frozenset({"majority"} if values["on"] == "ties" and trims_globally(values) else ()),
         keywords=_keywords,
         elect=elect,
+        fused=True,
         scale="lambda",
         review=_review,
     ),

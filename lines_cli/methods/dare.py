@@ -84,6 +84,7 @@ METHODS = {
         sparsifier=SEEDED,
         needs=norms_to_restore,
         keywords=_ties_keywords,
+        fused=True,
         one_is_itself=whole_and_unweighted,
         scale="lambda",
         review=_review_ties,

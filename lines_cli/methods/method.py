@@ -107,8 +107,9 @@ class Method:
         sums: what is summed over a tensor where it needs `sums`: given what `merge` would be given, as runs of entries,
             and the tensor's values, terms of [n] each, in float64 or a mask; it overwrites nothing.
         keywords: a tensor's values, and what was measured, as keywords of `merge`.
-        elect: the signs that `majority` counts: given the same as `merge`, and `waiting`, the sign of each entry ([n])
-            and, if `waiting` asks for that, whether the result depends on the majority. It overwrites nothing.
+        elect: the signs that `majority` counts: given the same as `merge`, and `waiting`, the sign of each entry ([n]),
+            or the sum of these, and, if `waiting` asks for that, whether the result depends on the majority. It
+            overwrites nothing.
         one_is_itself: whether with these values one model comes back as it is. Then it is copied.
         plain_sum: whether with these values the result is the sum of the task vectors, to the bit.
         shares: what each of so many task vectors is multiplied by, where with these values the result is their weighted
@@ -122,6 +123,7 @@ class Method:
         wrong: why it cannot merge with a tensor's values, where they contradict each other; else None.
         review: what contradicts itself, what is worth a note, and what follows from what a recipe says.
         ignored: mergekit's parameters that are accepted and do nothing here.
+        fused: whether `merge` has kernels for entries in float32 (`methods/fused`), so that a large merge loads them.
         temporaries: how many runs of its input's size `merge` needs at a time beside its input, where it sees entries.
         workspace: how many bytes it needs beside its input, given a tensor's shape, where it sees tensors.
         workspace_in_float64: the same where an input is float64, if that is more than what is computed with.
@@ -152,6 +154,7 @@ class Method:
     wrong: Callable[[Values], str | None] = _nothing_wrong
     review: Callable[[Said], Iterable[Remark]] = _no_remarks
     ignored: frozenset[str] = frozenset({"int8_mask", "embed_slerp"})
+    fused: bool = False
     temporaries: int = 5
     workspace: Callable[[Sequence[int]], int] = _five_of_float64
     workspace_in_float64: Callable[[Sequence[int]], int] | None = None

@@ -29,7 +29,7 @@ def _families() -> dict[str, Method]:
     found: dict[str, Method] = {}
     package = __name__.rpartition(".")[0]
     for file in sorted(pkgutil.iter_modules([str(Path(__file__).parent)])):
-        if file.name != "registry":
+        if file.name not in {"registry", "kernels"}:  # which loads numba
             found |= getattr(import_module(f"{package}.{file.name}"), "METHODS", {})
     return dict(sorted(found.items()))
 

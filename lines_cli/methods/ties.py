@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
+from lines_cli.methods import fused
 from lines_cli.methods.method import Measured, Method, Statistic
 from lines_cli.methods.parameters import Parameter
 from lines_cli.methods.said import Conflict, Remark, Said, Values
@@ -46,6 +47,8 @@ def ties(
     """
     import torch
 
+    if (merged := fused.ties(task_vectors, factor, weight, agreement, plus=majority > 0)) is not None:
+        return merged
     taus = scaled(task_vectors, factor, weight)
     total = weighted_sum(taus, [1.0] * len(taus), overwrite=False)
     positive = total.ge_(0) if majority > 0 else total.gt_(0)
@@ -132,7 +135,12 @@ def agreement_or_normalize(said: Said) -> Iterator[Remark]:
 def elect(
     task_vectors: Sequence[Tensor], *, weight: Sequence[float], factor: Sequence[float], waiting: bool, **_: object
 ) -> tuple[Tensor, bool]:
-    """`signs`, given the keywords of `ties`."""
+    """`signs`, given the keywords of `ties`; of a kernel only their sum."""
+    import torch
+
+    if (found := fused.signs(task_vectors, factor=factor, weight=weight, waiting=waiting)) is not None:
+        balance, waits = found
+        return task_vectors[0].new_tensor(balance, dtype=torch.float64), waits
     return signs(task_vectors, weight=weight, factor=factor, waiting=waiting)
 
 
@@ -176,6 +184,7 @@ METHODS = {
         needs=_needs,
         keywords=_keywords,
         elect=elect,
+        fused=True,
         one_is_itself=whole_and_unweighted,
         scale="lambda",
         review=_review,

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from lines_cli.plan.coefficients import known, layer_coefficients, outside_coeff
 from lines_cli.plan.components import Share
 from lines_cli.plan.inputs import Inputs
 from lines_cli.plan.layout import OutputFile
-from lines_cli.plan.resources import TURNED_AT_ONCE, TURNING, BytesPerEntry, Resources
+from lines_cli.plan.resources import TURNED_AT_ONCE, TURNING, WORTH_LOADING, BytesPerEntry, Resources
 from lines_cli.plan.statistics import NOTHING_MEASURED, Needs, Statistics
 from lines_cli.plan.tensors import STORED, Segment, SourceRange, TensorSpec
 from lines_cli.plan.vocabulary import Vocabulary
@@ -389,13 +390,27 @@ class Plan:
         read = {itemsize(source.dtype) for t in self.tensors for p in t.segments for source in p.sources}
         return max(read, default=0), max((itemsize(tensor.info.dtype) for tensor in self.tensors), default=0)
 
+    @cached_property
+    def fused_entries(self) -> int:
+        """How many entries compiled kernels would go over, counted for each model and pass; 0 where they have none to
+        go over.
+        """
+        if not (self.needs.thresholds or self.recipe.method.fused):
+            return 0
+        tensors = (tensor for tensor in self.tensors if not tensor.in_float64)
+        entries = sum(segment.numel * len(segment.models) for tensor in tensors for segment in tensor.segments)
+        return entries * (len(self.passes) + 1)
+
     def peak_memory(self, resources: Resources) -> int:
         """About how much resident memory a run takes at most, in bytes, on the CPU.
 
-        Python with torch imported (measured with torch's CPU build), the plan (measured, per tensor), the buffers.
+        Python with torch imported (measured with torch's CPU build), kernels if a run loads them (the same), the plan
+        (measured, per tensor), the buffers.
         """
         scales = sum(tensor.info.numel for tensor in self.tensors if tensor.spec.scales_of)
         second = _OF_A_PASS + 8 * scales if self.to_quantise else 0  # found in float32, and as they are stored
+        if self.fused_entries >= WORTH_LOADING and find_spec("numba") is not None:
+            second += _KERNELS
         own = _PYTHON_WITH_TORCH + _PER_TENSOR * len(self.tensors) + self.buffer_bytes(resources) + second
         return own + memory_on_the_way(self.output, [file.nbytes for file in self.outputs])
 
@@ -595,5 +610,6 @@ BYTES_COUNTING = 6 * 2**20
 """What a worker takes for each model whose magnitudes it counts."""
 
 _PYTHON_WITH_TORCH = 250_000_000  # resident, with all that lines imports
+_KERNELS = 120_000_000  # numba, and what it loads of LLVM
 _OF_A_PASS = 24_000_000  # of the pass that finds scales, which the C library keeps
 _PER_TENSOR = 3_000

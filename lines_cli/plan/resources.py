@@ -16,6 +16,12 @@ TURNED_AT_ONCE = 64 * 2**20
 TURNING = 2
 """How many times these bytes are held while they are turned, the result apart."""
 
+WORTH_LOADING = 2**31
+WORTH_COMPILING = 2**33
+"""Of `Plan.fused_entries`, from which on compiled kernels gain more time than loading them takes (0.6 s and more), or
+compiling them (5 s): TIES of three models of 240 million parameters, and of a billion.
+"""
+
 _ON_CPU = 384 * 1024  # entries: more gain nothing
 _IN_CACHE = 13 * 2**20  # bytes that a step takes there, or somewhat more where that is fewer entries than BLOCK
 _ON_CUDA = 4 * 2**20  # entries: there a step has to be worth its launches
