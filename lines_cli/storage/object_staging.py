@@ -693,6 +693,8 @@ class ObjectStaging:
             self.wrote_down(_FINISHED, [{"finished": self._left.mark}])
             _discard(self.output, self._left)
         except OutputError as error:
+            if self._lost:  # what lies there is another's
+                return
             removes = f"lines clean {as_argument(self.output)}"
             self.remarks.append(
                 f"{self.output} is in place; {self.folder} is not removed yet ({removes}): {error.message}"

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -304,6 +305,22 @@ def test_a_kill_before_the_removal(here: Path, store: S3Server) -> None:
     assert is_all(store, whole)
 
 
+def test_an_output_whose_leftovers_stay(here: Path, store: S3Server) -> None:
+    """Nothing takes it for unfinished, whatever becomes of its recipe, and no plan replaces it."""
+    write_recipe("one")
+    ran("run", "plan.json", "--part", f"1-2/{planned()}")
+    store.fault = lambda method, path: "403" if (method, path) == ("POST", "models") else None
+    ran("finish", "plan.json")
+    store.fault = lambda method, path: None
+    before = there(store)
+    command = ["plan", "--config", "merge.yaml", "-o", "s3://models/out", "--plan", "other.json"]
+    assert "replace none" in refused(6, *command, "--force")
+    assert there(store) == before
+    store.put("models/out/lines_recipe.yaml", b"edited")
+    ran("clean", "s3://models/out")
+    assert is_all(store, {**before, "lines_recipe.yaml": b"edited"})
+
+
 def test_clean_that_ends_half_way(here: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of unfinished work; what others have put there stays, wherever it ends."""
     write_recipe("one")
@@ -552,6 +569,27 @@ def test_against_another_s3(here: Path, monkeypatch: pytest.MonkeyPatch) -> None
     finally:
         running.stop()
         object_store._store.cache_clear()
+
+
+def test_a_driver_that_is_interrupted(here: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not say that the destination is as it was: nodes put files there."""
+    pytest.importorskip("ray")
+    from lines_cli.api import on_ray
+
+    class NoCluster:
+        cpus = 2
+
+        def say_what_is_missing(self, *_: object) -> None: ...
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(on_ray, "connected", lambda _: nullcontext(NoCluster()))
+    monkeypatch.setattr(on_ray, "_stage", interrupted)
+    error = refused(130, "merge", "--config", "merge.yaml", "-o", "s3://models/out", "--on", "ray")
+    assert "as it was" not in error
+    assert "may hold files" in error
+    assert "--resume" in error
 
 
 class TestOnACluster:
