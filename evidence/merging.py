@@ -29,15 +29,17 @@ FAMILIES = ("plain", "lines", "reversed")
 
 
 def methods_of(setup: Setup) -> tuple[str, ...]:
-    """The methods that merge any number of task vectors; of a short run three."""
+    """The methods that merge any number of task vectors, those of a short run first."""
     from lines_cli.methods import METHODS
 
     if not setup.full:
         return QUICK_METHODS
-    return tuple(
+    return QUICK_METHODS + tuple(
         name
         for name, method in METHODS.items()
-        if method.takes == "task vectors" and (method.models[1] or len(setup.tasks)) >= len(setup.tasks)
+        if name not in QUICK_METHODS
+        and method.takes == "task vectors"
+        and (method.models[1] or len(setup.tasks)) >= len(setup.tasks)
     )
 
 

@@ -45,7 +45,7 @@ def prepare(plan: Plan, devices: Devices, *, share: float = 1) -> str | None:
         if said is not None or work >= WORTH_COMPILING or kernels.are_cached():
             kernels.compile_all()
             fused.use(kernels)
-    except Exception as error:  # noqa: BLE001 - whatever is wrong with it, there is another way to the same bytes
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - there is another way to the same bytes
         why = first_line(error) or repr(error)
         return f"no compiled kernels, so it took longer: numba says: {why} (docs/merging.md says where it keeps them)"
     return None

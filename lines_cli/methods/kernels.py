@@ -168,6 +168,8 @@ _SIGNATURES: dict[Any, tuple[Any, ...]] = {
 }
 _compiled = numba.njit(nogil=True, fastmath=False, error_model="numpy", cache=True)
 _COMPILING = Lock()
+if numba.config.DISABLE_JIT:  # type: ignore[attr-defined,unused-ignore]
+    raise ImportError("NUMBA_DISABLE_JIT is set, so that it compiles nothing")
 _KERNELS: dict[Any, Any] = {loop: _compiled(loop) for loop in _SIGNATURES}
 
 
@@ -186,12 +188,18 @@ def compile_all() -> None:
     """Compile the kernels, or load what was compiled before.
 
     Raises:
-        RuntimeError: this compiler rounds a product and a sum once where two roundings are due.
+        RuntimeError: they cannot be compiled, or what was kept is damaged; or this compiler rounds a product and a sum
+            once where two roundings are due.
     """
     with _COMPILING:
         for loop, kernel in _KERNELS.items():
             if not kernel.signatures:
-                kernel.compile(_SIGNATURES[loop])
+                try:
+                    kernel.compile(_SIGNATURES[loop])
+                except Exception as error:
+                    kept = Path(kernel.stats.cache_path) / f"{Path(__file__).stem}.{loop.__name__}-*"
+                    why = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+                    raise RuntimeError(f"{why}; what it keeps may be damaged: remove {kept}") from error
                 kernel.disable_compile()
     third, numbers = np.float32(1 / 3), np.arange(1, 1000, dtype=np.float32)
     numbers = numbers[numbers * np.float64(third) > numbers * third]  # a product that is not rounded leaves something

@@ -70,11 +70,8 @@ def run_command(
             env={**os.environ, **environment},
             start_new_session=True,  # so that what it starts can be ended with it
         )
-        try:
-            with _ended_with_this_process(process):
-                why = _wait(process, timeout, stop, started, (output, errors))
-        finally:
-            _end(process)
+        with _ended_with_this_process(process):
+            why = _wait(process, timeout, stop, started, (output, errors))
         said = _end_of(output)
         with open(log, "wb") as file:
             file.write(_end_of(errors) + said)
@@ -95,22 +92,27 @@ def run_command(
 
 @contextmanager
 def _ended_with_this_process(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Have a command and all that it started ended if this process is, without a chance to do it itself: by SIGKILL, or
-    by Ray, whose driver was lost, and which ends the children of this process, too, but not theirs. Of a pipe that only
-    this process can write to a child's child reads the end then.
+    """End a command and all that it started, in the end; also if this process is ended without a chance to do it: by
+    SIGKILL, or by Ray, whose driver was lost, and which ends the children of this process, but not theirs, and then
+    this process. Of a pipe that only this process can write to a child's child reads the end then.
     """
     reads, writes = os.pipe()
     try:
-        watch = subprocess.Popen(  # noqa: S603 - of our own words and a number
-            ["/bin/sh", "-c", _WATCH, str(process.pid)],
-            stdin=reads,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        try:
+            watch = subprocess.Popen(  # noqa: S603 - of our own words and a number
+                ["/bin/sh", "-c", _WATCH, str(process.pid)],
+                stdin=reads,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except OSError:
+            _end(process)
+            raise
         try:
             yield
         finally:
+            _end(process)  # before it is watched no more: of a command whose shell is gone more may be left
             with suppress(BrokenPipeError):
                 os.write(writes, b"over\n")
             watch.wait()

@@ -314,6 +314,9 @@ print(code, "numba" in sys.modules, "lines_cli.methods.kernels" in sys.modules)
         ("whole", "", None),
         pytest.param("absent", "1", None, marks=pytest.mark.slow),
         ("broken", "1", "numba says: it wants another numpy"),
+        pytest.param("leaving", "1", "numba says: boom", marks=pytest.mark.slow),
+        pytest.param("switched off", "1", "numba says: NUMBA_DISABLE_JIT is set", marks=pytest.mark.slow),
+        pytest.param("damaged", "1", "what it keeps may be damaged: remove", marks=pytest.mark.slow),
         pytest.param("something else", "1", "numba says: No module named 'numba.", marks=pytest.mark.slow),
     ],
 )
@@ -325,9 +328,13 @@ def test_numba_that_is_of_no_use(numba_is: str, variable: str, says: str | None,
     expected = merged(tmp_path, RECIPES["global"], "expected")
     beside = tmp_path / "beside"
     beside.mkdir()
-    if numba_is in ("broken", "something else"):
-        text = "raise ImportError('it wants another numpy\\nby far')" if numba_is == "broken" else ""
-        (beside / "numba.py").write_text(text)
+    texts = {
+        "broken": "raise ImportError('it wants another numpy\\nby far')",
+        "leaving": "raise SystemExit('boom')",
+        "something else": "",
+    }
+    if numba_is in texts:
+        (beside / "numba.py").write_text(texts[numba_is])
     if numba_is == "absent":
         find = "lambda name, *more: None if name == 'numba' else find_spec(name, *more)"
         hook = f"import importlib.util\nfrom importlib.util import find_spec\nimportlib.util.find_spec = {find}\n"
@@ -335,6 +342,15 @@ def test_numba_that_is_of_no_use(numba_is: str, variable: str, says: str | None,
     path = os.pathsep.join([str(beside), *sys.path])
     command = [sys.executable, "-c", PROGRAM, "merge", "--config", "merge.yaml", "-o", "out"]
     env = {**os.environ, "PYTHONPATH": path, fast.VARIABLE: variable}
+    if numba_is == "switched off":
+        env["NUMBA_DISABLE_JIT"] = "1"
+    if numba_is == "damaged":
+        env["NUMBA_CACHE_DIR"] = str(tmp_path / "cache")
+        subprocess.run([*command[:-1], "first"], cwd=tmp_path, env=env, capture_output=True, check=True)
+        kept = list((tmp_path / "cache").rglob("kernels.*.nbi"))
+        assert kept
+        for index in kept:
+            index.write_bytes(b"garbage")
     ran = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
     code, *imported = ran.stdout.split()[-3:]
     assert code == "0", ran.stderr

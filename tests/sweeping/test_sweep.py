@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 
 import lines_cli as lines
 from lines_cli.errors import MismatchError
+from lines_cli.sweeping import evaluate
 from support import forked
 from support.adapters import factors, write_adapter
 from support.files import snapshot, write_checkpoint
@@ -186,11 +188,7 @@ def test_an_evaluation_that_hangs_is_ended_with_all_that_it_started(here: Path) 
     ran = run_lines("sweep", "--config", config, "-o", "best")
     assert ran.code == 5
     assert "took longer than timeout: 1 s" in ran.err
-    child = int(Path("child").read_text())
-    until = time.monotonic() + 10
-    while time.monotonic() < until and _runs(child):
-        time.sleep(0.05)
-    assert not _runs(child)
+    assert _ends(int(Path("child").read_text()))
 
 
 def test_an_evaluation_ends_with_a_sweep_that_is_killed(here: Path) -> None:
@@ -204,10 +202,24 @@ def test_an_evaluation_ends_with_a_sweep_that_is_killed(here: Path) -> None:
         assert _runs(child)
         fork.kill()
         fork.wait()
+    assert _ends(child)
+
+
+def test_what_is_left_of_an_evaluation_ends_with_a_sweep_that_is_killed(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its shell is ended first, and then the sweep, before it has ended what the shell started: so Ray does it."""
+    monkeypatch.setattr(evaluate, "_end", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+    config = sweep_yaml(evaluate="sleep 300 & echo $! > child; kill -9 $$ # {checkpoint}", controls=False)
+    assert forked.run(forked.command("sweep", "--config", config, "-o", "best")).returncode == -signal.SIGKILL
+    assert _ends(int(Path("child").read_text()))
+
+
+def _ends(pid: int) -> bool:
     until = time.monotonic() + 10
-    while time.monotonic() < until and _runs(child):
+    while time.monotonic() < until and _runs(pid):
         time.sleep(0.05)
-    assert not _runs(child)
+    return not _runs(pid)
 
 
 def _runs(pid: int) -> bool:
