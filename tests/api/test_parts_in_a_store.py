@@ -254,6 +254,7 @@ def test_what_comes_while_a_file_is_sent(
 # --- killed while the records of finished work are removed ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["finish", "merge"])
 def test_a_removal_that_ends_half_way(
     here: Path, store: S3Server, command: str, monkeypatch: pytest.MonkeyPatch
@@ -321,6 +322,7 @@ def test_an_output_whose_leftovers_stay(here: Path, store: S3Server) -> None:
     assert is_all(store, {**before, "lines_recipe.yaml": b"edited"})
 
 
+@pytest.mark.slow
 def test_clean_that_ends_half_way(here: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of unfinished work; what others have put there stays, wherever it ends."""
     write_recipe("one")
@@ -410,6 +412,7 @@ def test_a_part_whose_work_is_taken_over(here: Path, store: S3Server, command: s
         assert not store.objects
 
 
+@pytest.mark.slow
 def test_a_part_that_is_interrupted(here: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """It says how many whole files of it stand there, and lines clean says what they took."""
     write_recipe("one")
@@ -561,6 +564,7 @@ def test_against_another_s3(here: Path, monkeypatch: pytest.MonkeyPatch) -> None
         for number in range(total, 0, -1):
             ran(*part(number, total))
         ran("finish", "plan.json")
+        assert (object_store.marked(f"s3://models/out{FIRST}") or ("", ""))[1]
         found = client.list_objects_v2(Bucket="models")["Contents"]
         assert {one["Key"] for one in found} == {f"out/{name}" for name in whole}
         for name, content in whole.items():
