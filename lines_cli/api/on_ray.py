@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from lines_cli.api.parts import Opened, open_parts, plan_parts, run_parts
 from lines_cli.api.planned import planned
-from lines_cli.errors import LinesError, OutputError, RecipeError, size
+from lines_cli.errors import Aftermath, LinesError, OutputError, RecipeError, attach_aftermath, size
 
 if TYPE_CHECKING:
     from lines_cli.engine.measure import Track
@@ -98,12 +98,21 @@ def do_parts(
     Raises:
         LinesError: as `lines merge`; or ray is not there, or does not get a part done.
     """
+    from lines_cli.storage.making import room_of
+    from lines_cli.storage.object_store import url_of
+
     with connected(how.address) as cluster:
         opened = _planned(recipe, destination, how, cluster.cpus, quiet=quiet, say=say)
         needs = needs_of(how.resources, opened.plan.peak_memory)
         cluster.say_what_is_missing(needs, say)
-        for stage in range(len(opened.division.stages)):
-            _stage(cluster, opened, stage, needs, track)
+        try:
+            for stage in range(len(opened.division.stages)):
+                _stage(cluster, opened, stage, needs, track)
+        except BaseException as error:
+            if url_of(destination) is not None:
+                state = f"{destination} may hold files that are whole, and is no output yet"
+                attach_aftermath(error, Aftermath(room_of(destination), output=destination, state=state))
+            raise
     return opened
 
 

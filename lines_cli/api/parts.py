@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lines_cli.recipe.schema import Recipe
 
 
+_ITS_COMMAND = "To go on from it, run the command that began it: lines run with its plan, or lines merge --resume. "
 _AT_ONCE = 8  # parts that are asked for at once, whether they are done
 
 
@@ -73,7 +74,8 @@ def plan_parts(
     before = leftover(destination)
     if before is not None and before.set_aside:
         recover(destination)
-    refuse_to_replace_in_a_store(destination, unfinished=before is not None)
+    begun = before is not None and before.run is not None and not before.is_over
+    refuse_to_replace_in_a_store(destination, unfinished=begun)
     check_destination(destination, inputs=[], nbytes=0, force=force)
     plan = _whole_model(planned(recipe, destination, quiet=quiet, weights=True))
     needed = plan.bytes_written - (before.nbytes if before else 0)
@@ -83,7 +85,7 @@ def plan_parts(
     document = document_of(plan, division, file, force=force)
     run = {**identity(plan), "step": division.step}
     if before is not None and not before.is_over and (anew or not is_of_plan(destination, document["digest"])):
-        refuse_unfinished(destination, before, resume=False)
+        refuse_unfinished(destination, before, resume=False, resumes="" if anew else _ITS_COMMAND)
         say(f"discarding unfinished work in {before.folder} ({before.description})")
     remarks = begin(
         destination,
@@ -149,14 +151,16 @@ def _refuse_to_write(file: Path, plan: Plan) -> None:
     """Refuse to replace what is no plan.
 
     Raises:
-        OutputError: it is something else, or in the output.
+        OutputError: it is something else, or in the output, or among the work that is begun.
     """
+    from lines_cli.storage.making import room_of
     from lines_cli.storage.object_store import real_name
 
     if not _is_free_for_a_plan(file):
         raise OutputError(f"{file} is not a plan of lines; it is not replaced", hint="Name another file: --plan FILE.")
-    if real_name(file).startswith(f"{real_name(plan.output).rstrip('/')}/"):
-        raise OutputError(f"{file} is in the output's folder", hint="Name a file elsewhere: --plan FILE.")
+    for folder, what in ((plan.output, "the output's folder"), (room_of(plan.output), "the folder of unfinished work")):
+        if real_name(file).startswith(f"{real_name(folder).rstrip('/')}/"):
+            raise OutputError(f"{file} is in {what}", hint="Name another file: --plan FILE.")
 
 
 def _is_free_for_a_plan(file: Path) -> bool:
@@ -284,8 +288,9 @@ def refuse_missing(opened: Opened) -> None:
     if missing:
         from lines_cli.plan.division import in_runs
 
+        which, verb = ("part", "is") if len(missing) == 1 else ("parts", "are")
         raise OutputError(
-            f"{divided.output} cannot be finished: of {len(division.parts):,} parts, {in_runs(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} missing",
+            f"{divided.output} cannot be finished: of {len(division.parts):,} parts, {which} {in_runs(missing)} "
+            f"{verb} missing",
             hint=f"To make what is missing: {divided.command(*missing)}",
         )

@@ -118,14 +118,25 @@ def leftover(output: Path) -> Unfinished | None:
     return staging.leftover(output) if url_of(output) is None else object_staging.leftover(output)
 
 
-def refuse_unfinished(output: Path, before: Unfinished | None, *, resume: bool) -> None:
+def refuse_unfinished(output: Path, before: Unfinished | None, *, resume: bool, resumes: str = "") -> None:
     """Refuse to begin anew in a store where a run has left something, or is at work; on a disk a lock tells.
+
+    Args:
+        output: the destination.
+        before: what is left there.
+        resume: it is to be gone on from.
+        resumes: how to do that, if not by --resume.
 
     Raises:
         OutputError: what to do.
     """
     if before is not None and not before.is_over and not resume and url_of(output) is not None and before.run:
-        object_staging.refuse_unfinished(output)
+        object_staging.refuse_unfinished(output, resumes)
+
+
+def room_of(output: Path) -> Path:
+    """Where its unfinished work lies."""
+    return staging.staging_of(output) if url_of(output) is None else object_staging.room_of(output)
 
 
 def recover(output: Path) -> None:

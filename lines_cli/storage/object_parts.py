@@ -5,6 +5,9 @@ become objects at the destination, and its record says which objects these are.
         parts/plan, parts/1, ...    what is done (`part_records`)
         parts/7.0123456789abcdef    a part that is sending: what it sends; of one that was killed it stays
 
+Nothing is replaced: what stands at the destination and does not bear the run's mark is refused, before a part sends
+anything, and again before each of its files is whole.
+
 No lock keeps others away. A part looks before each of its files is whole, and before its record, whether the run is
 still the one that it began with; if another run has taken the work over, or removed it, it ends. What two processes
 make of one part is the same, and who comes second gives its upload up. Should both have become whole at the same
@@ -17,10 +20,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lines_cli.errors import CheckpointError, OutputError
+from lines_cli.errors import CheckpointError, OutputError, some
 from lines_cli.storage.journal import Json, written_line
-from lines_cli.storage.object_staging import begun_of, room_of, sent_url, taken_over
-from lines_cli.storage.object_store import Stored, asked_of_the_store, looked_up, put_content, remove
+from lines_cli.storage.object_staging import Begun, begun_of, room_of, sent_url, taken_over, there_at
+from lines_cli.storage.object_store import Stored, asked_of_the_store, looked_up, marked, put_content, remove
 from lines_cli.storage.part_records import ROOM, ObjectShelf, in_the_making, stored_in
 from lines_cli.storage.uploads import Upload, Uploads
 
@@ -39,8 +42,9 @@ class ObjectRoom:
     def __init__(self, output: Path) -> None:
         self.output, self.folder = output, room_of(output)
         self.shelf = ObjectShelf(self.folder / ROOM)
-        self._begun: bytes | None = None
-        self._names: tuple[str, ...] = ()
+        self._begun: Begun | None = None
+        self._state: str | None = None
+        self._put = 0  # files that are whole
 
     def is_there(self) -> bool:
         """Whether anything is in the making."""
@@ -48,26 +52,34 @@ class ObjectRoom:
 
     def enter(self) -> bool:
         """Take note of whose work it is; False where none is in the making."""
-        found = begun_of(self.output)
-        if found is not None:
-            self._begun, self._names = found
-        return found is not None
+        self._begun = begun_of(self.output)
+        return self._begun is not None
 
     def leave(self) -> None:
         """Nothing is held."""
 
     def holds(self, record: Sequence[Json]) -> bool:
         """Whether the objects that a part has made are still there, as its record says."""
-        if not self._names:
-            self.enter()
+        if self._begun is None and not self.enter():
+            return False
+        names = self._run.names
         with asked_of_the_store():
             return all(
-                number < len(self._names) and looked_up(self._url(number)) == Stored(*stored)
+                number < len(names) and looked_up(self._url(number)) == Stored(*stored)
                 for number, stored in stored_in(record).items()
             )
 
+    @property
+    def _run(self) -> Begun:
+        assert self._begun is not None
+        return self._begun
+
     def _url(self, number: int) -> str:
-        return sent_url(self.output, self._names[number])
+        return sent_url(self.output, self._run.names[number])
+
+    def state(self) -> str | None:
+        """What has become of the destination here, in words; None where it is as it was."""
+        return self._state
 
     @contextmanager
     def files(
@@ -75,27 +87,65 @@ class ObjectRoom:
     ) -> Iterator[ObjectFiles]:
         """Files that a part makes, by their numbers: name and size. Leaving it takes back what is not whole."""
 
-        def before_done() -> None:
+        def before_done(url: str) -> None:
             self._refuse_taken_over()
             if is_done():
                 raise DoneByAnotherError
+            self._refuse_arrivals([url.removeprefix(f"{self._url_of_all}/")])
 
+        others = {*self._run.names} - {name for name, _ in wanted.values()}
+        self._refuse_taken_over()
+        self._refuse_arrivals(there_at(self.output).keys() - others)
         urls = {number: (self._url(number), nbytes) for number, (_, nbytes) in wanted.items()}
-        made = ObjectFiles(Uploads(before_done), urls, self._refuse_taken_over)
+        made = ObjectFiles(Uploads(before_done, self._run.mark), urls, self._refuse_taken_over)
         sending = f"{self.shelf.folder}/{in_the_making(part)}"
         with asked_of_the_store():
             put_content(sending, written_line({"sends": sorted(name for name, _ in wanted.values())}))
+        self._state = f"{self.output} may hold files that are whole, and is no output yet"
         try:
             with suppress(DoneByAnotherError):
                 yield made
         finally:
             made.uploads.end()
+            self._count(made.uploads)
             if not made.uploads.failed:
                 with suppress(CheckpointError):
                     remove([sending])
 
+    def _count(self, uploads: Uploads) -> None:
+        with suppress(CheckpointError):  # of one whose answer was not waited for, the store is asked
+            self._put += sum(
+                file.done is not None or (file.was_sent and (marked(file.url) or ("", ""))[1] == uploads.mark)
+                for file in uploads.files
+            )
+            self._state = (
+                f"{self.output} holds {self._put} whole {'file' if self._put == 1 else 'files'} of this command, and "
+                "is no output yet: of a part that was not done nothing counts"
+                if self._put
+                else None
+            )
+
+    def _refuse_arrivals(self, names: Iterable[str]) -> None:
+        """Refuse to replace what others have put there, or to put files beside it.
+
+        Raises:
+            OutputError: what it is.
+        """
+        with asked_of_the_store():
+            found = {name: marked(f"{self._url_of_all}/{name}") for name in names}
+        if new := sorted(name for name, one in found.items() if one is not None and one[1] != self._run.mark):
+            raise OutputError(
+                f"{self.output} holds what no part of this plan has put there:\n{some(new)}",
+                hint="Parts replace nothing. Move it away, and run the same command again; or plan it for another "
+                "destination: lines plan -o.",
+            )
+
+    @property
+    def _url_of_all(self) -> str:
+        return sent_url(self.output, "").rstrip("/")
+
     def _refuse_taken_over(self) -> None:
-        if taken_over(self.output, self._begun):
+        if taken_over(self.output, self._run.line):
             raise OutputError(
                 f"{self.folder} is no longer that of this plan: the output was finished or cleaned away, or another "
                 "run has taken it over",
@@ -114,6 +164,7 @@ class ObjectFiles:
         self, uploads: Uploads, wanted: Mapping[int, tuple[str, int]], refuse_taken_over: Callable[[], None]
     ) -> None:
         self.uploads, self._wanted, self._refuse_taken_over = uploads, wanted, refuse_taken_over
+        self._mark = uploads.mark
         self.targets: dict[int, Upload] = {n: uploads.add(url, nbytes) for n, (url, nbytes) in sorted(wanted.items())}
 
     def stop(self) -> None:
@@ -132,8 +183,9 @@ class ObjectFiles:
         lines = []
         for number, (url, nbytes) in self._wanted.items():
             with asked_of_the_store():
-                there = looked_up(url)
-            if there is None or there.nbytes != nbytes:
+                found = marked(url)
+            there, mark = found or (None, "")
+            if there is None or there.nbytes != nbytes or (there != self.targets[number].done and mark != self._mark):
                 raise OutputError(
                     f"{url} is not what was written: another program has replaced or removed it",
                     hint="The same command makes it again, when no other program writes there.",

@@ -5,9 +5,12 @@
         run        which run it is, its files, and what stood at the destination when it began
         measured   what it has measured
         down       that what stood there is removed
-        beside     the files that stand beside the weights, and their sizes, before they are put there
         0, 1, ...  of each weight file that is whole: the object, and the digests of its blocks
         parts/     what parts of a divided run have done (`object_parts`)
+        finished   that the output is in place, before anything of this is removed
+
+What it puts at the destination bears a mark, which `run` names: so a file that became whole right before a kill is
+known, too. What neither bears it nor is written down here was put there by others, and is neither replaced nor removed.
 
 Nothing tells whether a run is at work there or was killed. So nothing of that is discarded unasked: the same run goes
 on from it (`--resume`), or it is removed (`lines clean`). Each run that begins or goes on puts a word of its own into
@@ -22,11 +25,12 @@ import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from secrets import token_hex
 from types import TracebackType
+from typing import NamedTuple
 
 from lines_cli.errors import OF_NO_USE, Aftermath, CheckpointError, OutputError, as_argument, attach_aftermath, some
 from lines_cli.storage.destination import Entry, is_noise, is_one_file, refuse_to_replace
@@ -43,6 +47,7 @@ from lines_cli.storage.object_store import (
     is_anything_below,
     listed,
     looked_up,
+    marked,
     put_content,
     remove,
     url_of,
@@ -51,9 +56,9 @@ from lines_cli.storage.part_records import ROOM, ObjectShelf, done_in, is_record
 from lines_cli.storage.staging import Unfinished, refuse_another
 from lines_cli.storage.uploads import Upload, Uploads
 
-_RUN, _MEASURED, _DOWN, _BESIDE = "run", "measured", "down", "beside"
+_RUN, _MEASURED, _DOWN, _FINISHED = "run", "measured", "down", "finished"
 _OF_FILE = re.compile(r"\d{1,6}")
-_OURS = re.compile(rf"{_RUN}|{_MEASURED}|{_DOWN}|{_BESIDE}|{_OF_FILE.pattern}")
+_OURS = re.compile(rf"{_RUN}|{_MEASURED}|{_DOWN}|{_FINISHED}|{_OF_FILE.pattern}")
 _LARGEST = 2**30  # bytes of what a run has written down
 _THREADS = 4
 
@@ -104,7 +109,7 @@ def check_destination(
         hint = "Choose another destination with -o, or replace it with --force."
         raise OutputError(f"{output} exists", hint=hint)
     if ours is not None:
-        _refuse_to_replace(output, _there(output), ours)
+        _refuse_to_replace(output, there_at(output), ours)
 
 
 def _is_begun(output: Path) -> bool:
@@ -117,9 +122,22 @@ def sent_url(output: Path, name: str) -> str:
     return _url(output) if is_one_file(output) else f"{_url(output)}/{name}"
 
 
-def begun_of(output: Path) -> tuple[bytes, tuple[str, ...]] | None:
-    """What the run that has an output in the making says of itself, and the names of its weight files; None where none
-    is in the making.
+class Begun(NamedTuple):
+    """A run that has an output in the making.
+
+    Attributes:
+        line: what it says of itself.
+        names: its weight files.
+        mark: what it marks its objects by.
+    """
+
+    line: bytes
+    names: tuple[str, ...]
+    mark: str
+
+
+def begun_of(output: Path) -> Begun | None:
+    """The run that has an output in the making; None where none is.
 
     Raises:
         OutputError: the store cannot be asked, or this was not written by lines.
@@ -130,7 +148,7 @@ def begun_of(output: Path) -> tuple[bytes, tuple[str, ...]] | None:
         return None
     try:
         ((told, _),) = whole_lines(line)
-        return line, tuple(str(name) for name, _, _ in told["run"]["outputs"])
+        return Begun(line, tuple(str(name) for name, _, _ in told["run"]["outputs"]), str(told["mark"]))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(output) from error
 
@@ -148,19 +166,24 @@ def _damaged(output: Path) -> OutputError:
     )
 
 
-def refuse_unfinished(output: Path) -> None:
+def refuse_unfinished(output: Path, resumes: str = "") -> None:
     """Refuse to begin where another run has begun: nothing tells whether it is at work.
+
+    Args:
+        output: the destination.
+        resumes: how to go on from it, a sentence, if not by --resume.
 
     Raises:
         OutputError: what to do.
     """
     raise OutputError(
         f"{room_of(output)} holds the unfinished work of a run that was ended, or that is at work now",
-        hint=f"To go on from it, add --resume. If none is at work, this removes it: lines clean {as_argument(output)}",
+        hint=f"{resumes or 'To go on from it, add --resume. '}If none is at work, this removes it: "
+        f"lines clean {as_argument(output)}",
     )
 
 
-def _there(output: Path) -> dict[str, Stored]:
+def there_at(output: Path) -> dict[str, Stored]:
     """What lies at a destination, by names relative to it; a file by itself has the name ''."""
     with asked_of_the_store():
         if is_one_file(output):
@@ -200,7 +223,8 @@ class _Left:
         measured: what it has measured.
         unchanged: as of `JournalContents`.
         files: of each weight file that is whole: the object, and its ranges.
-        beside: the sizes of the files beside the weights, once they are put there.
+        mark: what its objects bear.
+        is_finished: it has said that its output is in place.
         sending: weight files that a part was sending which has not come to its end.
         objects: the names of all this, in its room.
     """
@@ -211,20 +235,37 @@ class _Left:
     measured: Json | None = None
     unchanged: frozenset[int] | None = None
     files: dict[int, tuple[Stored, list[WrittenRange]]] = field(default_factory=dict)
-    beside: dict[str, int] = field(default_factory=dict)
+    mark: str = ""
+    is_finished: bool = False
     sending: list[str] = field(default_factory=list)
     objects: list[str] = field(default_factory=list)
     line: bytes = b""
 
-    def made(self, there: Mapping[str, Stored], *, one_file: bool) -> list[str]:
-        """What of a destination it has put there: of the names and sizes that it makes, and not there before."""
-        sizes = {"" if one_file else name: nbytes for name, nbytes, _ in (self.run or {}).get("outputs", ())}
-        sizes |= self.beside
-        return [n for n, found in there.items() if sizes.get(n) == found.nbytes and self.replaces.get(n) != found]
+    def made(self, output: Path, there: Mapping[str, Stored]) -> list[str]:
+        """What of a destination it has put there: what it has written down, and what bears its mark."""
+        if self.run is None:
+            return []
+        outputs = [name for name, _, _ in self.run["outputs"]]
+        known = {outputs[number]: stored for number, (stored, _) in self.files.items()}
+        names = {""} if is_one_file(output) else self.names
+        maybe = [n for n, found in there.items() if n in names and found not in (known.get(n), self.replaces.get(n))]
+        with asked_of_the_store(), ThreadPoolExecutor(_THREADS) as pool:
+            is_marked = dict(zip(maybe, pool.map(lambda n: _bears(output, n, self.mark), maybe), strict=True))
+        return [n for n, found in there.items() if is_marked.get(n, known.get(n) == found)]
 
-    def is_over(self, there: Mapping[str, Stored], *, one_file: bool) -> bool:
-        """Whether it came to its end: what comes last is there."""
-        return self.run is not None and ("" if one_file else RECIPE) in self.made(there, one_file=one_file)
+    def is_in_place(self, output: Path, there: Mapping[str, Stored]) -> bool:
+        """Whether what it puts there last is there."""
+        last = "" if is_one_file(output) else RECIPE
+        return bool(self.made(output, {name: found for name, found in there.items() if name == last}))
+
+    def is_over(self, output: Path, there: Mapping[str, Stored]) -> bool:
+        """Whether it came to its end: nothing that it has put there is to be removed."""
+        return self.is_finished or self.is_in_place(output, there)
+
+
+def _bears(output: Path, name: str, mark: str) -> bool:
+    found = marked(f"{_url(output)}/{name}".rstrip("/"))
+    return found is not None and found[1] == mark != ""
 
 
 def _left(output: Path) -> _Left | None:
@@ -248,6 +289,7 @@ def _left(output: Path) -> _Left | None:
     try:
         ((told, _),) = whole_lines(content[_RUN])
         left.run, left.names, left.line = dict(told["run"]), frozenset(map(str, told["names"])), content[_RUN]
+        left.mark = str(told["mark"])
         if _DOWN not in objects:
             left.replaces = {name: Stored(int(a), int(b), str(c)) for name, (a, b, c) in told["replaces"].items()}
         sizes = [int(nbytes) for _, nbytes, _ in left.run["outputs"]]
@@ -260,8 +302,8 @@ def _left(output: Path) -> _Left | None:
         for line, _ in whole_lines(content.get(_MEASURED, b"")):
             left.measured = dict(line["measured"])
     with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        for line, _ in whole_lines(content.get(_BESIDE, b"")):
-            left.beside = {str(name): int(nbytes) for name, nbytes in line["beside"].items()}
+        for line, _ in whole_lines(content.get(_FINISHED, b"")):
+            left.is_finished = line["finished"] == left.mark  # else it is of a run before that
     found: dict[int, tuple[Stored, list[WrittenRange]]] = {}
     for name in own:
         if not _OF_FILE.fullmatch(name):
@@ -321,7 +363,7 @@ def leftover(output: Path) -> Unfinished | None:
         return None
     total = sum(nbytes for _, nbytes, _ in left.run["outputs"]) if left.run else 0
     written = sum(stored.nbytes for stored, _ in left.files.values())
-    is_over = left.is_over(_there(output), one_file=is_one_file(output))
+    is_over = left.is_in_place(output, there_at(output))
     said = _said_of_uploads(output, left)
     return Unfinished(room_of(output), written, total, written, False, left.run, is_over, left.measured, said)
 
@@ -334,19 +376,36 @@ def clean(output: Path) -> Unfinished | None:
         OutputError: the store refuses, or what is there is not ours.
     """
     found, left = leftover(output), _left(output)
-    if found is not None and left is not None:
-        _discard(output, left, keep=found.is_over)
-    return found
+    if found is None or left is None:
+        return found
+    there = there_at(output)
+    if left.is_over(output, there):
+        _discard(output, left)
+        return found
+    made = left.made(output, there)
+    _discard(output, left, made)
+    written = sum(
+        there[name].nbytes for name in made if name in {name for name, _, _ in (left.run or _NONE)["outputs"]}
+    )
+    stays = sorted(n for n, one in there.items() if n not in made and left.replaces.get(n) != one)
+    said = (f"{output} holds what this run had not put there; it stays:\n{some(stays)}",) if stays else ()
+    nbytes = sum(there[name].nbytes for name in made)
+    return replace(found, written=written, nbytes=nbytes, remarks=(*found.remarks, *said))
 
 
-def _discard(output: Path, left: _Left, *, keep: bool = False) -> None:
-    """Remove what a run has made, unless that is kept, and what it wrote down; that which says whose it is, last."""
+_NONE: Json = {"outputs": ()}
+
+
+def _discard(output: Path, left: _Left, made: Iterable[str] = ()) -> None:
+    """Remove what a run wrote down, and before that of what it has made what is not kept. Wherever this ends, what is
+    left tells whose it is and whether it is over: these two go last.
+    """
+    room = room_of(output)
     with asked_of_the_store():
-        if not keep:
-            made = left.made(_there(output), one_file=is_one_file(output))
-            _remove_in_turn(_url(output), made)
-        remove([f"{room_of(output)}/{name}" for name in left.objects if name != _RUN])
-        remove([f"{room_of(output)}/{_RUN}"])
+        _remove_in_turn(_url(output), made)
+        remove([f"{room}/{name}" for name in left.objects if name not in (_RUN, _FINISHED)])
+        remove([f"{room}/{_RUN}"])
+        remove([f"{room}/{name}" for name in left.objects if name == _FINISHED])
 
 
 def _remove_in_turn(url: str, names: Iterable[str]) -> None:
@@ -382,7 +441,7 @@ class ObjectStaging:
         self._target, self.folder, self._one_file = _url(output), room_of(output), is_one_file(output)
         self._beside: dict[str, bytes] = {}
         self._files: dict[str, Upload] = {}
-        self._uploads = Uploads(before_done=self.refuse_taken_over)
+        self._uploads = Uploads(before_done=self._refuse_to_replace)
         self._left = _Left()
         self._in_place, self._gone, self._begun, self._lost = False, False, False, False
         self._journal: ObjectJournal | None = None
@@ -390,20 +449,20 @@ class ObjectStaging:
         self.remarks: list[str] = []
 
     def __enter__(self) -> ObjectStaging:
-        left, there = _left(self.output), _there(self.output)
-        if left is not None and (left.run is None or left.is_over(there, one_file=self._one_file)):
-            _discard(self.output, left, keep=True)
+        left, there = _left(self.output), there_at(self.output)
+        if left is not None and (left.run is None or left.is_over(self.output, there)):
+            _discard(self.output, left)
             left = None
         if left is not None:
             self._refuse_unless_of_this_run(left)
         self._look_at_old(left, there)
         if left is None:
-            left = _Left(self._run, self._names, there, objects=[_RUN])
+            left = _Left(self._run, self._names, there, objects=[_RUN], mark=token_hex(16))
             self._take_over(left, new=True)
         else:
             self._take_over(left, new=False)
             self._go_on(left, there)
-        self._left, self._begun = left, True
+        self._left, self._begun, self._uploads.mark = left, True, left.mark
         self._journal = ObjectJournal(self)
         self._journal.empty = not left.files and left.measured is None
         return self
@@ -414,8 +473,8 @@ class ObjectStaging:
         Raises:
             OutputError: another has begun meanwhile, where this one was to be the first.
         """
-        told = {"run": left.run, "names": sorted(left.names), "replaces": left.replaces, "by": token_hex(8)}
-        left.line = written_line(told)
+        told = {"run": left.run, "names": sorted(left.names), "replaces": left.replaces, "mark": left.mark}
+        left.line = written_line({**told, "by": token_hex(8)})
         with asked_of_the_store():
             if not put_content(f"{self.folder}/{_RUN}", left.line, new=new):
                 raise OutputError(f"another run has begun to write {self.output}", hint="Wait until it is done.")
@@ -443,7 +502,7 @@ class ObjectStaging:
         """
         old = there
         if left is not None:
-            own = left.made(there, one_file=self._one_file)
+            own = left.made(self.output, there)
             old = {name: found for name, found in there.items() if name not in own}
             if new := sorted(name for name, found in old.items() if left.replaces.get(name) != found):
                 raise OutputError(
@@ -493,7 +552,7 @@ class ObjectStaging:
         """Remove an old output: nobody is to find parts of two. A file by itself is replaced in one step, later."""
         if self._one_file:
             return
-        there = _there(self.output)
+        there = there_at(self.output)
         self._refuse_arrivals(there)
         if not self._left.replaces:
             return
@@ -505,7 +564,7 @@ class ObjectStaging:
                 _remove_in_turn(self._target, old)
         except OutputError:
             with suppress(OutputError):
-                self._gone = not {*old} <= _there(self.output).keys()
+                self._gone = not {*old} <= there_at(self.output).keys()
             raise
         self.wrote_down(_DOWN, [])
         self._left.replaces = {}
@@ -513,13 +572,20 @@ class ObjectStaging:
     def _refuse_arrivals(self, there: Mapping[str, Stored]) -> None:
         """Refuse what neither this run has put there, nor stood there when it began."""
         known = {name: file.done for name, file in self._files.items()}
-        new = sorted(
-            name
-            for name, found in there.items()
-            if found not in (known.get(name), self._left.replaces.get(name))
-            and not (self.contents is not None and name in self._names and name not in self._files)
-        )
-        if new:
+        rest = {n: one for n, one in there.items() if one not in (known.get(n), self._left.replaces.get(n))}
+        self._refuse({*rest} - {*self._left.made(self.output, rest)})
+
+    def _refuse_to_replace(self, url: str) -> None:
+        """Refuse to complete a file whose work was taken over, or whose name another program has given meanwhile."""
+        self.refuse_taken_over()
+        name = "" if self._one_file else url.removeprefix(f"{self._target}/")
+        with asked_of_the_store():
+            found = marked(url)
+        if found is not None and found[1] != self._left.mark and found[0] != self._left.replaces.get(name):
+            self._refuse([name or url])
+
+    def _refuse(self, new: Iterable[str]) -> None:
+        if new := sorted(new):
             raise OutputError(
                 f"{self.output} has changed while the new output was written:\n{some(new)}",
                 hint="Move it away. Then the same command with --resume continues from what is finished.",
@@ -571,7 +637,7 @@ class ObjectStaging:
         at_last()
         with asked_of_the_store():
             self.refuse_taken_over()
-            there = _there(self.output)
+            there = there_at(self.output)
             self._refuse_arrivals(there)
             if self._one_file:
                 self._uploads.let_go()
@@ -581,9 +647,8 @@ class ObjectStaging:
                     f"{self.output} does not hold what was written into it:\n{some(missing)}",
                     hint="The same command with --resume makes again what is missing.",
                 )
-            self.wrote_down(_BESIDE, [{"beside": {name: len(content) for name, content in self._beside.items()}}])
             for name in sorted(self._beside, key=turn):
-                put_content(f"{self._target}/{name}", self._beside[name])
+                put_content(f"{self._target}/{name}", self._beside[name], mark=self._left.mark)
         self._in_place = True
 
     def refuse_taken_over(self) -> None:
@@ -619,14 +684,17 @@ class ObjectStaging:
         else:
             self.journal.note()
         if self.journal.empty:
-            _discard(self.output, self._left)
+            _discard(self.output, self._left, self._left.made(self.output, there_at(self.output)))
             self._begun = False
 
     def _tidy(self) -> None:
         self.remarks += _said_of_uploads(self.output, self._left)
         try:
-            _discard(self.output, self._left, keep=True)
+            self.wrote_down(_FINISHED, [{"finished": self._left.mark}])
+            _discard(self.output, self._left)
         except OutputError as error:
+            if self._lost:  # what lies there is another's
+                return
             removes = f"lines clean {as_argument(self.output)}"
             self.remarks.append(
                 f"{self.output} is in place; {self.folder} is not removed yet ({removes}): {error.message}"

@@ -171,6 +171,9 @@ def _patiently(ask: Callable[[], _Answer], *, again: Callable[[], bool] = lambda
 _BROKEN_OFF = 2
 
 
+_MARK = "lines"  # what objects are marked by: metadata of this name
+
+
 class Stored(NamedTuple):
     """An object, short of its content: enough to see that it is still the same. Lists may give its time in fractions of
     a second, or its tag without quotes, and the object itself not.
@@ -232,6 +235,24 @@ def looked_up(url: str) -> Stored | None:
             return None
 
 
+def marked(url: str) -> tuple[Stored, str] | None:
+    """An object, and the mark that it was written with, '' where with none; None where there is no object.
+
+    Raises:
+        CheckpointError: the store cannot be asked, or refuses access.
+    """
+    store, key = _split(url)
+    import obstore
+    from obstore.exceptions import NotFoundError
+
+    with _explained(url):
+        try:
+            found = obstore.get(store, key, options={"head": True})
+        except (NotFoundError, FileNotFoundError):
+            return None
+        return _stored(found.meta), str(found.attributes.get(_MARK, ""))
+
+
 def content_of(url: str, most: int) -> bytes:
     """The content of a small object.
 
@@ -255,14 +276,16 @@ def content_if_there(url: str, most: int) -> bytes | None:
     """The content of a small object; None where there is none.
 
     Raises:
-        CheckpointError: it cannot be read, or has more than `most` bytes.
+        CheckpointError: it cannot be read, has more than `most` bytes, or there is no such bucket.
     """
     from obstore.exceptions import NotFoundError
 
     try:
         return content_of(url, most)
     except CheckpointError as error:
-        if isinstance(error.__cause__, (NotFoundError, FileNotFoundError)):
+        if isinstance(error.__cause__, (NotFoundError, FileNotFoundError)) and "NoSuchBucket" not in str(
+            error.__cause__
+        ):
             return None
         raise
 
@@ -331,13 +354,14 @@ def put_file(url: str, path: Path) -> None:
         obstore.put(store, key, file, chunk_size=PART, max_concurrency=AT_ONCE)
 
 
-def put_content(url: str, content: bytes, *, new: bool = False) -> bool:
+def put_content(url: str, content: bytes, *, new: bool = False, mark: str = "") -> bool:
     """Write a small object, in one request.
 
     Args:
         url: which.
         content: what it is to hold.
         new: only if there is none.
+        mark: tells whose it is (`marked`).
 
     Returns:
         Whether it holds that now; `new` leaves another one as it is.
@@ -349,20 +373,25 @@ def put_content(url: str, content: bytes, *, new: bool = False) -> bool:
     import obstore
     from obstore.exceptions import AlreadyExistsError, GenericError, NotSupportedError
 
+    how: Any = {"use_multipart": False, **_with_mark(mark)}
     with _explained(url, verb="written"):
         try:
-            obstore.put(store, key, content, use_multipart=False, mode="create" if new else "overwrite")
+            obstore.put(store, key, content, mode="create" if new else "overwrite", **how)
         except AlreadyExistsError:  # it may be this one, whose answer was lost
             return content_of(url, len(content) + 2**20) == content
         except (NotSupportedError, NotImplementedError, GenericError) as error:
             if isinstance(error, GenericError) and "501 Not Implemented" not in str(error):
                 raise
             # Not every store knows conditions.
-            obstore.put(store, key, content, use_multipart=False)
+            obstore.put(store, key, content, **how)
     return True
 
 
-def put_pieces(url: str, pieces: Iterator[bytes], nbytes: int) -> None:
+def _with_mark(mark: str) -> dict[str, Any]:
+    return {"attributes": {_MARK: mark}} if mark else {}
+
+
+def put_pieces(url: str, pieces: Iterator[bytes], nbytes: int, *, mark: str = "") -> str:
     """Write an object in parts while its bytes are made: each part is sent as soon as it is whole. If `pieces` raises
     anything, what was sent is removed, and that is raised.
 
@@ -370,6 +399,10 @@ def put_pieces(url: str, pieces: Iterator[bytes], nbytes: int) -> None:
         url: which.
         pieces: its bytes, in order.
         nbytes: how many they are.
+        mark: tells whose it is (`marked`).
+
+    Returns:
+        The tag of the object; '' where the store does not say.
 
     Raises:
         CheckpointError: the store does not take it.
@@ -386,10 +419,11 @@ def put_pieces(url: str, pieces: Iterator[bytes], nbytes: int) -> None:
             yield piece
 
     def send() -> Any:
-        return obstore.put(store, key, noted(), use_multipart=True, chunk_size=part_of(nbytes), max_concurrency=AT_ONCE)
+        how: Any = {"chunk_size": part_of(nbytes), "max_concurrency": AT_ONCE, **_with_mark(mark)}
+        return obstore.put(store, key, noted(), use_multipart=True, **how)
 
     with _explained(url, verb="written"):
-        _patiently(send, again=lambda: not begun)
+        return (_patiently(send, again=lambda: not begun)["e_tag"] or "").strip('"')
 
 
 def part_of(nbytes: int) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
-from lines_cli.errors import OutputError, as_argument
+from lines_cli.errors import Aftermath, OutputError, as_argument, attach_aftermath
 from lines_cli.storage.destination import naming
 from lines_cli.storage.digest import Written
 from lines_cli.storage.files import NewFile
@@ -108,6 +108,9 @@ class _Room(Protocol):
     def leave(self) -> None:
         """No more be at work."""
 
+    def state(self) -> str | None:
+        """What has become of the destination here, in words; None where it is as it was."""
+
     def holds(self, record: Sequence[Json]) -> bool:
         """Whether what a part has made is there still, as its record says."""
 
@@ -176,6 +179,8 @@ class Shared:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._room.leave()
+        if error is not None and (state := self._room.state()) is not None:
+            attach_aftermath(error, Aftermath(state=state))
 
     def is_done(self, number: int) -> bool:
         """Whether a part is done, and what it has made is there."""
@@ -241,6 +246,9 @@ class _FolderRoom:
         if self._lock is not None:
             self._lock.release()
             self._lock = None
+
+    def state(self) -> None:
+        """It is as it was."""
 
     def holds(self, record: Sequence[Json]) -> bool:  # noqa: ARG002 - nobody takes from a folder what is in it
         """Whether what a part has made is there still: that is looked at when the run is finished."""

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lines_cli.errors import CheckpointError, OutputError
-from lines_cli.storage.object_store import AT_ONCE, Stored, looked_up, part_of, put_pieces, url_of
+from lines_cli.storage.object_store import AT_ONCE, Stored, looked_up, marked, part_of, put_pieces, url_of
 
 WINDOW = 64 * 2**20
 """Bytes that may be written ahead of what was sent."""
@@ -35,14 +35,15 @@ class Uploads:
     """Those of one run.
 
     Args:
-        before_done: is called before a file is whole; if it raises, the file is given up.
+        before_done: is called with a file's URL before it is whole; if it raises, the file is given up.
 
     Attributes:
+        mark: what the objects bear, to tell whose they are.
         files: each, in the order of the plan; the first that is not done is the one that all wait for.
     """
 
-    def __init__(self, before_done: Callable[[], None] = lambda: None) -> None:
-        self._before_done = before_done
+    def __init__(self, before_done: Callable[[str], None] = lambda _: None, mark: str = "") -> None:
+        self._before_done, self.mark = before_done, mark
         self.files: list[Upload] = []
         self._changed = threading.Condition()
         self._over = False
@@ -153,13 +154,13 @@ class Uploads:
             if file.given_up:
                 raise UploadStoppedError(file.url)
         with ThreadPoolExecutor(1) as asking:  # obstore cannot be asked in the midst of an upload, by its thread
-            asking.submit(self._before_done).result()
+            asking.submit(self._before_done, file.url).result()
 
     def run(self, file: Upload) -> None:
         """Send a file: what its thread does."""
         try:
-            put_pieces(file.url, self.pieces(file), file.nbytes)
-            there = _as_sent(file)
+            tag = put_pieces(file.url, self.pieces(file), file.nbytes, mark=self.mark)
+            there = _as_sent(file, tag, self.mark)
             with self._changed:
                 file.done = there
                 self._changed.notify_all()
@@ -171,14 +172,18 @@ class Uploads:
                 self._changed.notify_all()
 
 
-def _as_sent(file: Upload) -> Stored:
-    """The object that a file has become.
+def _as_sent(file: Upload, tag: str, mark: str) -> Stored:
+    """The object that a file has become: that of this tag, or another of this mark.
 
     Raises:
         OutputError: it is not what was sent.
     """
     there = looked_up(file.url)
-    if there is None or there.nbytes != file.nbytes:
+    is_it = there is not None and there.nbytes == file.nbytes
+    if is_it and there is not None and tag not in ("", there.tag):
+        found = marked(file.url)
+        there, is_it = (found[0], found[1] == mark) if found is not None and mark else (None, False)
+    if there is None or not is_it:
         raise OutputError(
             f"{file.url} is not what was written: another program has replaced it", hint="Write to another place."
         )
@@ -204,6 +209,11 @@ class Upload:
         self.sent = 0
         self.waiting: dict[int, bytes] = {}
         self.thread: threading.Thread | None = None
+
+    @property
+    def was_sent(self) -> bool:
+        """Whether all of it was."""
+        return self.sent == self.nbytes
 
     def begin(self) -> None:
         """Have it sent, by a thread of its own."""

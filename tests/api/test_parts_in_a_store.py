@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -18,7 +20,8 @@ import pytest
 import torch
 import yaml
 
-from lines_cli.storage import object_store
+from lines_cli.errors import CheckpointError
+from lines_cli.storage import object_staging, object_store
 from support.files import write_checkpoint
 from support.ray_cluster import ON_A_CLUSTER, kill_node, nodes_of, three_nodes
 from support.run import Ran, run_lines
@@ -156,6 +159,7 @@ def test_no_disk_in_common(here: Path, store: S3Server, tmp_path: Path, monkeypa
     )
     assert "is not a plan of lines" in error
     assert "no such object" in refused(2, "run", "s3://models/nothing.json")
+    assert "no such bucket" in refused(3, "run", "s3://nowhere/plan.json")
 
 
 # --- what is missing ---
@@ -176,7 +180,9 @@ def test_a_part_that_is_missing(here: Path, store: S3Server) -> None:
     ran(*shlex.split(command[1]))
     del store.objects["models/out/model-00001-of-00004.safetensors"]
     store.put("models/out/model-00003-of-00004.safetensors", b"another")
-    assert "5-6 are missing" in refused(6, "finish", "plan.json")
+    assert "parts 5-6 are missing" in refused(6, "finish", "plan.json")
+    assert "model-00003-of" in refused(6, "run", "plan.json", "--part", f"5-6/{total}")
+    del store.objects["models/out/model-00003-of-00004.safetensors"]
     ran("run", "plan.json", "--part", f"5-6/{total}")
     ran("finish", "plan.json")
     assert is_all(store, whole)
@@ -192,6 +198,155 @@ def test_a_merge_goes_on_from_parts(here: Path, store: S3Server) -> None:
     assert is_all(store, whole)
     sent = {path[-22:] for method, path, _ in store.asked if method == "POST" and path.startswith("models/out/")}
     assert sent == {"00003-of-00004.safetensors"[-22:], "00004-of-00004.safetensors"[-22:]}
+
+
+# --- what others put there meanwhile ---
+
+
+@pytest.mark.parametrize("name", ["model-00003-of-00004.safetensors", "model.safetensors", "lines_recipe.yaml"])
+def test_what_comes_after_the_plan(here: Path, store: S3Server, name: str) -> None:
+    """A shard's name, other weights, the recipe of a finished output: no part replaces it or puts a file beside it, and
+    lines clean removes what parts have made, and not this.
+    """
+    write_recipe("one")
+    total = planned()
+    ran(*part(1, total))
+    size = len(there(store)["model-00001-of-00004.safetensors"])  # that of every shard
+    store.put(f"models/out/{name}", bytes(size))
+    before = there(store)
+    error = refused(6, *part(2, total))
+    assert name in error
+    assert "as it was" not in error
+    assert there(store) == before
+    assert not store.uploads
+    refused(6, "finish", "plan.json")
+    assert f"it stays:\n  {name}" in ran("clean", "s3://models/out").err
+    assert {key: one.content for key, one in store.objects.items()} == {f"models/out/{name}": bytes(size)}
+
+
+def test_an_output_that_another_has_pushed(here: Path, store: S3Server) -> None:
+    """The same, byte for byte, is still another's."""
+    write_recipe("one")
+    whole, total = in_one_piece(), planned()
+    ran("push", "out", "s3://models/out")
+    assert "lines_recipe.yaml" in refused(6, *part(1, total))
+    ran("clean", "s3://models/out")
+    assert is_all(store, whole)
+
+
+@pytest.mark.parametrize("command", ["run", "merge"])
+def test_what_comes_while_a_file_is_sent(
+    here: Path, store: S3Server, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is seen before that is whole."""
+    monkeypatch.setattr(object_store, "PART", 4096)  # so that it comes before the last piece
+    write_recipe("one")
+    commands = {"run": [*part(1, planned())], "merge": ["merge", "--config", "merge.yaml", "-o", "s3://models/two"]}
+    url = {"run": f"models/out{FIRST}", "merge": f"models/two{FIRST}"}[command]
+    seen = once(store, "PUT", url, lambda: store.put(url, b"mine"))
+    error = refused(6, *commands[command])
+    assert seen
+    assert FIRST[1:] in error
+    assert store.objects[url].content == b"mine"
+    assert not store.uploads
+
+
+# --- killed while the records of finished work are removed ---
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["finish", "merge"])
+def test_a_removal_that_ends_half_way(
+    here: Path, store: S3Server, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between any two removals: what the next command finds leads it to remove no file of the output."""
+    write_recipe("one")
+    whole = in_one_piece()
+    left = [0]
+
+    def one_by_one(urls: Sequence[str]) -> None:
+        for url in urls:
+            left[0] -= 1
+            if left[0] < 0:
+                raise CheckpointError("killed")
+            object_store.remove([url])
+
+    monkeypatch.setattr(object_staging, "remove", one_by_one)
+    if command == "finish":
+        ran("run", "plan.json", "--part", f"1-2/{planned()}")
+        told = ran("finish", "plan.json")
+    else:
+        told = ran("merge", "--config", "merge.yaml", "-o", "s3://models/out")
+    assert "lines clean s3://models/out" in told.err
+    before = dict(store.objects)
+    records = sorted(key for key in before if ".out.lines/" in key)
+    assert f"models/.out.lines/{'parts/1' if command == 'finish' else '0'}" in records
+    for removed in range(len(records) + 1):
+        store.objects = dict(before)
+        left[0] = removed
+        done = run_lines("clean", "s3://models/out")
+        assert (done.code == 0) == (removed == len(records))
+        assert len(store.objects) == len(before) - removed
+        left[0] = len(records)
+        ran("clean", "s3://models/out")
+        assert is_all(store, whole)
+
+
+def test_a_kill_before_the_removal(here: Path, store: S3Server) -> None:
+    """Right after the recipe: nothing says that the work is finished, and what is there does."""
+    write_recipe("one")
+    whole = in_one_piece()
+    store.fault = lambda method, path: (
+        "403" if path.endswith("/finished") or (method, path) == ("POST", "models") else None
+    )
+    ran("merge", "--config", "merge.yaml", "-o", "s3://models/out")
+    store.fault = lambda method, path: None
+    assert {"models/.out.lines/run", "models/.out.lines/0"} <= store.objects.keys()
+    ran("clean", "s3://models/out")
+    assert is_all(store, whole)
+
+
+def test_an_output_whose_leftovers_stay(here: Path, store: S3Server) -> None:
+    """Nothing takes it for unfinished, whatever becomes of its recipe, and no plan replaces it."""
+    write_recipe("one")
+    ran("run", "plan.json", "--part", f"1-2/{planned()}")
+    store.fault = lambda method, path: "403" if (method, path) == ("POST", "models") else None
+    ran("finish", "plan.json")
+    store.fault = lambda method, path: None
+    before = there(store)
+    command = ["plan", "--config", "merge.yaml", "-o", "s3://models/out", "--plan", "other.json"]
+    assert "replace none" in refused(6, *command, "--force")
+    assert there(store) == before
+    store.put("models/out/lines_recipe.yaml", b"edited")
+    ran("clean", "s3://models/out")
+    assert is_all(store, {**before, "lines_recipe.yaml": b"edited"})
+
+
+@pytest.mark.slow
+def test_clean_that_ends_half_way(here: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of unfinished work; what others have put there stays, wherever it ends."""
+    write_recipe("one")
+    total = planned()
+    ran(*part(1, total))
+    store.put("models/out/model.safetensors", b"mine")
+    before, left = dict(store.objects), [0]
+
+    def one_by_one(urls: Sequence[str]) -> None:
+        for url in urls:
+            left[0] -= 1
+            if left[0] < 0:
+                raise CheckpointError("killed")
+            object_store.remove([url])
+
+    monkeypatch.setattr(object_staging, "remove", one_by_one)
+    for removed in range(len(before) - 1):
+        store.objects, left[0] = dict(before), removed
+        refused(6, "clean", "s3://models/out")
+        assert len(store.objects) == len(before) - removed
+        left[0] = len(before)
+        ran("clean", "s3://models/out")
+        assert there(store) == {"model.safetensors": b"mine"}
+        assert len(store.objects) == 1
 
 
 # --- the same part twice, and killed ---
@@ -258,6 +413,36 @@ def test_a_part_whose_work_is_taken_over(here: Path, store: S3Server, command: s
 
 
 @pytest.mark.slow
+def test_a_part_that_is_interrupted(here: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says how many whole files of it stand there, and lines clean says what they took."""
+    write_recipe("one")
+    monkeypatch.setattr(object_store, "PART", 16_384)
+    planned(parts=1)
+    came: list[str] = []
+
+    def fault(method: str, path: str) -> str | None:
+        if method == "PUT" and path.endswith("2-of-00004.safetensors"):
+            if f"models/out{FIRST}" in store.objects and not came:
+                came.append(path)
+                os.kill(os.getpid(), signal.SIGINT)
+            return "503"
+        return None
+
+    store.fault = fault
+    error = refused(130, "run", "plan.json", "--workers", 1)
+    assert "as it was" not in error
+    whole = len(there(store))  # several are sent at once
+    assert f"holds {whole} whole file" in error
+    assert FIRST[1:] in there(store)
+    assert not store.uploads
+    store.fault = lambda method, path: None
+    told = ran("clean", "s3://models/out").err
+    assert f"{25 * whole}% finished" in told
+    assert "(0 B" not in told
+    assert not store.objects
+
+
+@pytest.mark.slow
 def test_a_part_that_is_killed(here: Path, store: S3Server) -> None:
     """Nothing of it counts, and it is done again; of what no listing shows, the end of the run tells."""
     whole, total = in_one_piece(), planned()
@@ -304,7 +489,9 @@ def test_the_same_plan_again(here: Path, store: S3Server) -> None:
     assert "lines clean" in refused(6, "merge", "--config", "merge.yaml", "-o", "s3://models/out")
     write_recipe("one")
     command = ["plan", "--config", "merge.yaml", "-o", "s3://models/out", "--plan", "other.json"]
-    assert "lines clean" in refused(6, *command, "--force")
+    error = refused(6, *command, "--force")
+    assert "lines clean" in error
+    assert "add --resume" not in error  # which lines plan has not
     assert store.objects == before
 
 
@@ -315,6 +502,9 @@ def test_what_is_there_already(here: Path, store: S3Server) -> None:
     assert "exists" in refused(6, *command, "s3://models/out")
     assert "replace none" in refused(6, *command, "s3://models/out", "--force")
     assert "lines merge" in refused(2, *command, "s3://models/one.safetensors")
+    hidden = [*command, "s3://models/new", "--plan", "s3://models/.new.lines/plan.json"]
+    assert "another file: --plan" in refused(6, *hidden)
+    assert "another file: --plan" in refused(6, *command, "out", "--plan", ".out.lines/plan.json")
     assert store.objects.keys() == {"models/out/notes.txt"}
     assert not Path("plan.json").exists()
 
@@ -374,6 +564,7 @@ def test_against_another_s3(here: Path, monkeypatch: pytest.MonkeyPatch) -> None
         for number in range(total, 0, -1):
             ran(*part(number, total))
         ran("finish", "plan.json")
+        assert (object_store.marked(f"s3://models/out{FIRST}") or ("", ""))[1]
         found = client.list_objects_v2(Bucket="models")["Contents"]
         assert {one["Key"] for one in found} == {f"out/{name}" for name in whole}
         for name, content in whole.items():
@@ -382,6 +573,27 @@ def test_against_another_s3(here: Path, monkeypatch: pytest.MonkeyPatch) -> None
     finally:
         running.stop()
         object_store._store.cache_clear()
+
+
+def test_a_driver_that_is_interrupted(here: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not say that the destination is as it was: nodes put files there."""
+    pytest.importorskip("ray")
+    from lines_cli.api import on_ray
+
+    class NoCluster:
+        cpus = 2
+
+        def say_what_is_missing(self, *_: object) -> None: ...
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(on_ray, "connected", lambda _: nullcontext(NoCluster()))
+    monkeypatch.setattr(on_ray, "_stage", interrupted)
+    error = refused(130, "merge", "--config", "merge.yaml", "-o", "s3://models/out", "--on", "ray")
+    assert "as it was" not in error
+    assert "may hold files" in error
+    assert "--resume" in error
 
 
 class TestOnACluster:

@@ -32,6 +32,7 @@ class Stored:
     """An object: its bytes, its tag, and when it was written."""
 
     content: bytes
+    mark: str = ""  # metadata of the name `lines`
     at: datetime = field(default_factory=lambda: datetime.now(timezone.utc).replace(microsecond=0))
 
     @property
@@ -53,6 +54,7 @@ class S3Server:
     def __init__(self, *buckets: str) -> None:
         self.buckets, self.objects, self.asked = set(buckets), dict[str, Stored](), list[tuple[str, str, str]]()
         self.uploads: dict[str, dict[int, bytes]] = {}
+        self.marks: dict[str, str] = {}  # of uploads
         self.completed: set[str] = set()
         self.begun = 0  # uploads
         self.fault: Fault = lambda method, path: None
@@ -84,8 +86,8 @@ class S3Server:
         found = [re.fullmatch(r"bytes=(\d+)-(\d+)", asked) for _, _, asked in self.asked]
         return sum(int(one[2]) + 1 - int(one[1]) for one in found if one)
 
-    def put(self, key: str, content: bytes) -> None:
-        self.objects[key] = Stored(content)
+    def put(self, key: str, content: bytes, mark: str = "") -> None:
+        self.objects[key] = Stored(content, mark)
 
     def __enter__(self) -> S3Server:
         self._thread.start()
@@ -106,6 +108,9 @@ def at_hand(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
         object_store._store.cache_clear()
         yield server
         object_store._store.cache_clear()
+
+
+_MARK = "x-amz-meta-lines"
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -165,6 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(404, "NoSuchKey")
             return
         headers = {"ETag": found.tag, "Last_Modified": format_datetime(found.at, usegmt=True)}
+        headers |= {"x_amz_meta_lines": found.mark} if found.mark else {}
         if self.headers.get("If-Match", found.tag) != found.tag:
             self._error(412, "PreconditionFailed")
             return
@@ -212,7 +218,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("If-None-Match") == "*" and path in self.state.objects:
             self._error(412, "PreconditionFailed")
             return
-        self.state.put(path, body)
+        self.state.put(path, body, self.headers.get(_MARK, ""))
         self._send(200, b"", ETag=self.state.objects[path].tag)
 
     def do_POST(self) -> None:
@@ -232,13 +238,15 @@ class _Handler(BaseHTTPRequestHandler):
                 self.state.begun += 1
                 name = f"{path}@{self.state.begun}"
                 self.state.uploads[name] = {}
+                self.state.marks[name] = self.headers.get(_MARK, "")
             text = f"<InitiateMultipartUploadResult><UploadId>{escape(name)}</UploadId></InitiateMultipartUploadResult>"
             self._send(200, text.encode())
             return
         if query["uploadId"][0] not in self.state.completed:  # else its answer was lost, and it is asked again
             parts = self.state.uploads.pop(query["uploadId"][0])
             numbers = [int(number) for number in re.findall(r"<PartNumber>(\d+)</PartNumber>", body.decode())]
-            self.state.put(path, b"".join(parts[number] for number in numbers))
+            mark = self.state.marks[query["uploadId"][0]]
+            self.state.put(path, b"".join(parts[number] for number in numbers), mark)
             self.state.completed.add(query["uploadId"][0])
         tag = escape(self.state.objects[path].tag)
         text = f"<CompleteMultipartUploadResult><ETag>{tag}</ETag></CompleteMultipartUploadResult>"
