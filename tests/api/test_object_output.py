@@ -408,15 +408,15 @@ def test_ctrl_c(here: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(object_store, "PART", 16_384)
     came = threading.Event()
 
-    def fault(method: str, path: str) -> str | None:
-        if method == "PUT" and path.endswith(SECOND):
-            if f"models/out/{FIRST}" in store.objects and not came.is_set():
-                came.set()
-                os.kill(os.getpid(), signal.SIGINT)
-            return "503"
-        return None
+    def interrupted() -> bool:
+        """Asked again and again, while the second file's first part is held up."""
+        if f"models/out/{FIRST}" in store.objects and not came.is_set():
+            came.set()
+            os.kill(os.getpid(), signal.SIGINT)
+        return came.is_set()
 
-    store.fault = fault
+    store.until = interrupted
+    store.fault = lambda method, path: "hold" if method == "PUT" and path.endswith(SECOND) else None
     error = refused(130, *edit(here, *SHARDED), "-o", "s3://models/out", "--workers", 1)
     assert "interrupted" in error
     assert "the destination is as it was" not in error
