@@ -197,26 +197,6 @@ class TestOnACluster:
         assert {path.name for path in here.iterdir()} == before | {"out"}
         assert "is finished" in ran(*COMMAND, "--on", "ray", "--resume").err
 
-    @pytest.mark.parametrize(("kills", "seed"), [(7, 1), (7, 2), (6, 3)])
-    def test_nodes_that_are_lost(self, here: Path, cluster: Any, kills: int, seed: int) -> None:
-        """A node that is killed costs the parts that it was doing: another does them. Twenty in all, at random moments
-        of merges of three passes.
-        """
-        whole = in_one_piece()
-        chance, killed = random.Random(seed), 0
-        while killed < kills:
-            with a_driver() as driver:
-                while driver.poll() is None:
-                    with suppress(subprocess.TimeoutExpired):
-                        driver.wait(chance.uniform(0.2, 2) if killed < kills else 2)
-                    renew(cluster)
-                    if driver.poll() is None and killed < kills and (here / ".out.lines").exists():
-                        kill_node(cluster, chance.choice(nodes_of(cluster)))
-                        killed += 1
-                assert driver.wait() == 0, SAID.read_text()
-            assert contents() == whole
-            shutil.rmtree("out")
-
     def test_by_an_address(self, here: Path, client: str) -> None:
         """`ray://HOST:PORT`, as from a machine that is no node: a merge and an edit from Python."""
         whole = in_one_piece()
@@ -259,18 +239,11 @@ class TestOnACluster:
 
     def test_a_process_that_is_a_client_already(self, here: Path, client: str) -> None:
         """Another address is refused; the connection stays."""
-        import ray
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            ray.init(client)
-        try:
+        with on_ray.connected(client) as cluster:
             done = run_lines(*COMMAND, "--on", client)
             assert (done.code, done.trace) == (6, ""), done.err
             assert "ray.shutdown() ends that" in done.err
-            assert ray.is_initialized()
-        finally:
-            ray.shutdown()
+            assert cluster.cpus == 3
 
     def test_a_driver_that_is_lost(self, here: Path) -> None:
         """What its parts have done is kept; --resume goes on with the same plan."""
@@ -302,6 +275,26 @@ class TestOnACluster:
         assert (done.code, done.trace) == (5, ""), done.err
         assert "layers.2.w" in done.err
         assert not (here / "out").exists()
+
+    @pytest.mark.parametrize(("kills", "seed"), [(7, 1), (7, 2), (6, 3)])
+    def test_nodes_that_are_lost(self, here: Path, cluster: Any, kills: int, seed: int) -> None:
+        """A node that is killed costs the parts that it was doing: another does them. Twenty in all, at random moments
+        of merges of three passes.
+        """
+        whole = in_one_piece()
+        chance, killed = random.Random(seed), 0
+        while killed < kills:
+            with a_driver() as driver:
+                while driver.poll() is None:
+                    with suppress(subprocess.TimeoutExpired):
+                        driver.wait(chance.uniform(0.2, 2) if killed < kills else 2)
+                    renew(cluster)
+                    if driver.poll() is None and killed < kills and (here / ".out.lines").exists():
+                        kill_node(cluster, chance.choice(nodes_of(cluster)))
+                        killed += 1
+                assert driver.wait() == 0, SAID.read_text()
+            assert contents() == whole
+            shutil.rmtree("out")
 
 
 def renew(cluster: Any) -> None:

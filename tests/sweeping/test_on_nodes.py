@@ -219,22 +219,6 @@ class TestOnACluster:
         assert_same(swept(), whole)
         assert len(Path("ran").read_text().splitlines()) == 2 * ran  # nothing was left
 
-    def test_nodes_that_are_lost(self, here: Path, cluster: Any) -> None:
-        """A trial goes with its node, and runs again on another; none is written down twice."""
-        sweep_yaml()
-        whole = swept(output="whole")
-        Path("evaluate.py").write_text(SLOWLY + EVALUATION)
-        with a_driver() as driver:
-            for _ in range(3):
-                begun = candidates()
-                while driver.poll() is None and not candidates() - begun:
-                    time.sleep(0.05)
-                if driver.poll() is None:
-                    kill_node(cluster, nodes_of(cluster)[0])
-            assert driver.wait(300) == 0, SAID.read_text()
-        assert_same(swept(), whole)
-        assert len(recorded()) == len(set(recorded()))
-
     def test_a_driver_that_is_lost(self, here: Path) -> None:
         """A sweep goes on without Ray from what was written down; no evaluation of it runs on."""
         sweep_yaml()
@@ -328,6 +312,22 @@ class TestOnACluster:
             assert summary["output"] == "edited"
             assert Path("edited/model.safetensors").read_bytes() == Path("best/model.safetensors").read_bytes()
             assert ray.is_initialized()
+
+    def test_nodes_that_are_lost(self, here: Path, cluster: Any) -> None:
+        """A trial goes with its node, and runs again on another; none is written down twice."""
+        sweep_yaml()
+        whole = swept(output="whole")
+        Path("evaluate.py").write_text(SLOWLY + EVALUATION)
+        with a_driver() as driver:
+            for _ in range(3):
+                begun = candidates()
+                while driver.poll() is None and not candidates() - begun:
+                    time.sleep(0.05)
+                if driver.poll() is None:
+                    kill_node(cluster, nodes_of(cluster)[0])
+            assert driver.wait(300) == 0, SAID.read_text()
+        assert_same(swept(), whole)
+        assert len(recorded()) == len(set(recorded()))
 
 
 def a_driver() -> Any:
