@@ -22,7 +22,7 @@ from lines_cli.storage import object_store, uploads
 from lines_cli.storage.uploads import Uploads
 from support.adapters import factors, layers_of, write_adapter
 from support.files import write_checkpoint
-from support.run import Ran, run_lines
+from support.run import ran, refused
 from support.s3_server import S3Server, at_hand
 
 pytest.importorskip("obstore")
@@ -46,21 +46,6 @@ def here(store: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         write_checkpoint(tmp_path / side, tensors, config={"model_type": "llama", "num_hidden_layers": 4})
         (tmp_path / side / "tokenizer.json").write_text("{}")
     return tmp_path
-
-
-def ran(*arguments: object) -> Ran:
-    done = run_lines(*arguments)
-    assert not done.trace, done.trace
-    assert done.code == 0, done.err
-    return done
-
-
-def refused(code: int, *arguments: object) -> str:
-    done = run_lines(*arguments)
-    assert not done.trace, done.trace
-    assert done.code == code, (done.code, done.err)
-    assert "secret" not in done.err
-    return done.err
 
 
 def there(store: S3Server, folder: str = "out") -> dict[str, bytes]:

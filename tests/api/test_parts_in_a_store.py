@@ -24,7 +24,7 @@ from lines_cli.errors import CheckpointError
 from lines_cli.storage import object_staging, object_store
 from support.files import write_checkpoint
 from support.ray_cluster import ON_A_CLUSTER, kill_node, nodes_of, three_nodes
-from support.run import Ran, run_lines
+from support.run import ran, refused, run_lines
 from support.s3_server import S3Server, at_hand
 
 pytest.importorskip("obstore")
@@ -64,20 +64,6 @@ def write_recipe(name: str, **keys: Any) -> None:
     base, *tuned = (str(Path.cwd() / side) for side in ("base", "ft", "ft2"))  # as an output in a store names them
     values = {"base_model": base, "models": [{"model": model} for model in tuned], "max_shard_size": "35KB"}
     Path("merge.yaml").write_text(yaml.safe_dump({**values, **RECIPES[name], **keys}))
-
-
-def ran(*arguments: object) -> Ran:
-    done = run_lines(*arguments)
-    assert not done.trace, done.trace
-    assert done.code == 0, done.err
-    return done
-
-
-def refused(code: int, *arguments: object) -> str:
-    done = run_lines(*arguments)
-    assert not done.trace, done.trace
-    assert done.code == code, (done.code, done.err)
-    return done.err
 
 
 def in_one_piece() -> dict[str, bytes]:

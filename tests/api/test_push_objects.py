@@ -11,7 +11,7 @@ import torch
 
 from lines_cli.storage import object_store
 from support.files import write_checkpoint
-from support.run import Ran, run_lines
+from support.run import ran, run_lines
 from support.s3_server import S3Server, at_hand
 
 pytest.importorskip("obstore")
@@ -33,13 +33,6 @@ def out(store: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
         write_checkpoint(tmp_path / side, tensors, config={"model_type": "tiny"})
     ran("edit", "base", "ft", "-o", "out", "--max-shard-size", "50KB")
     return tmp_path / "out"
-
-
-def ran(*arguments: object) -> Ran:
-    done = run_lines(*arguments)
-    assert not done.trace, done.trace
-    assert done.code == 0, done.err
-    return done
 
 
 def refused(*arguments: object, code: int = 8) -> str:

@@ -14,7 +14,7 @@ import yaml
 
 from lines_cli.storage import object_store
 from support.files import write_checkpoint
-from support.run import Ran, run_lines
+from support.run import ran, refused
 from support.s3_server import S3Server, at_hand
 
 pytest.importorskip("obstore")
@@ -39,21 +39,6 @@ def here(store: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         for path in (tmp_path / side).iterdir():
             store.put(f"models/{side}/{path.name}", path.read_bytes())
     return tmp_path
-
-
-def ran(*arguments: object) -> Ran:
-    done = run_lines(*arguments)
-    assert not done.trace, done.trace
-    assert done.code == 0, done.err
-    return done
-
-
-def refused(code: int, *arguments: object) -> str:
-    done = run_lines(*arguments)
-    assert not done.trace, done.trace
-    assert done.code == code, done.err
-    assert "secret" not in done.err
-    return done.err
 
 
 def weights(folder: Path) -> dict[str, bytes]:

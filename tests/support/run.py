@@ -62,6 +62,23 @@ def run_lines(*args: object) -> Ran:
     return Ran(code, *told, trace)
 
 
+def ran(*args: object) -> Ran:
+    """The same, of what has to succeed."""
+    done = run_lines(*args)
+    assert not done.trace, done.trace
+    assert done.code == 0, done.err
+    return done
+
+
+def refused(code: int, *args: object) -> str:
+    """The same, of what has to end with this exit code: what it says on stderr, where no credential is to stand."""
+    done = run_lines(*args)
+    assert not done.trace, done.trace
+    assert done.code == code, (done.code, done.err)
+    assert "secret" not in done.err
+    return done.err
+
+
 @contextmanager
 def as_nobody() -> Iterator[Path]:
     """A fresh folder, and no more rights than an ordinary user's (root is bound by no mode)."""
