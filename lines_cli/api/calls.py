@@ -763,8 +763,11 @@ def _made(
     if before is not None and before.is_over and not quiet:
         say(f"{before.folder} holds the old output that a finished run replaced; it is removed")
     elif before is not None and not quiet:
-        if how["resume"]:
-            kept = f": {size(before.written)} of it is kept" if is_same_run(plan, before.run) else ""
+        same = is_same_run(plan, before.run)
+        if how["resume"] and same and before.written == before.total:
+            say(f"all weights of {destination} are written; what is left to do is done now")
+        elif how["resume"]:
+            kept = f": {size(before.written)} of it is kept" if same else ""
             say(f"{before.folder} holds unfinished work ({before.description}){kept}")
         else:
             say(f"discarding unfinished work in {before.folder} ({before.description}); --resume would have kept it")

@@ -95,7 +95,7 @@ def test_resume_and_force_together(here: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (dry.code, "--resume refuses to run (exit code 6)" in dry.err) == (0, True)
     assert run_lines(*other).code == 6
 
-    assert "(100% finished)" in run_lines(*JOB, "--alpha", "0.5").err, "it continues"
+    assert "all weights of out are written" in run_lines(*JOB, "--alpha", "0.5").err, "it continues"
     assert snapshot(here / "out") != first
     interrupted(monkeypatch, *JOB, "--alpha", "0.5", "--gamma", "0.9")
     ran = run_lines(*JOB)

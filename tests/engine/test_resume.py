@@ -22,6 +22,7 @@ import lines_cli as lines
 from lines_cli.engine import run as engine
 from lines_cli.engine import write
 from lines_cli.errors import Aftermath, CheckpointError, OutputError, aftermath_of
+from lines_cli.methods import fused
 from lines_cli.storage import lock, staging
 from lines_cli.storage.files import NewFile
 from lines_cli.storage.journal import written_line
@@ -134,6 +135,32 @@ def written(command: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 # --- interrupted, and on again ---
+
+
+@pytest.mark.parametrize("after", [0, 11], ids=["measured", "half written"])
+@pytest.mark.parametrize(("first", "then"), [("0", "1"), ("1", "0")], ids=["with", "without"])
+def test_resume_with_other_kernels(
+    first: str,
+    then: str,
+    after: int,
+    undisturbed: Callable[[list[str]], dict[str, bytes]],
+    models: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A merge that began without compiled kernels goes on with them, or the other way round: the same bytes."""
+    pytest.importorskip("numba")
+    monkeypatch.setattr(fused, "_kernels", None)
+    monkeypatch.setenv("LINES_FAST", "0")
+    expected = undisturbed(MERGE)
+    monkeypatch.setenv("LINES_FAST", first)
+    stop(monkeypatch, MERGE, after)
+    assert fused.in_use() == (first == "1")
+    monkeypatch.setenv("LINES_FAST", then)
+    ran = run_lines(*MERGE, "--resume", "--json")
+    assert ran.code == 0, ran.err
+    assert bool(ran.json["resumed"]) == bool(after)
+    assert fused.in_use() == (then == "1")
+    assert weights(models / "out") == expected
 
 
 @pytest.mark.parametrize("command", [EDIT, MERGE], ids=["edit", "merge"])

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import pytest
 import torch
 import yaml
 
+import lines_cli as lines
 from lines_cli.engine import fast
 from lines_cli.engine.threshold import Window, look
 from lines_cli.methods import fused
 from lines_cli.methods.consensus import consensus
 from lines_cli.methods.consensus import elect as elect_before_masks
 from lines_cli.methods.ties import elect, ties
+from support import forked
 from support.bits import raw
 from support.files import write_checkpoint
 from support.run import run_lines
@@ -297,6 +300,23 @@ def test_kernels_that_fail_in_parts_and_in_a_check(tmp_path: Path, monkeypatch: 
         assert not fused.in_use()
     assert run_lines("finish", plan).code == 0
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == expected
+
+
+def test_merges_in_threads_and_in_a_fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several merges at once that load the kernels, and one in a fork of a process that has: the same bytes."""
+    models_of(tmp_path, BF16)
+    monkeypatch.setenv(fast.VARIABLE, "0")
+    expected = merged(tmp_path, RECIPES["global"], "expected")
+    monkeypatch.setenv(fast.VARIABLE, "1")
+    config = tmp_path / "merge.yaml"
+    with ThreadPoolExecutor(4) as pool:
+        outputs = [tmp_path / f"thread{number}" for number in range(4)]
+        list(pool.map(lambda output: lines.merge(config, output), outputs))
+    assert fused.in_use()
+    ran = forked.run(forked.command("merge", "--config", config, "-o", tmp_path / "fork", "--workers", 2))
+    assert ran.returncode == 0, ran.stderr
+    for output in (*outputs, tmp_path / "fork"):
+        assert (output / "model.safetensors").read_bytes() == expected, output
 
 
 PROGRAM = """
