@@ -183,7 +183,7 @@ class NewFile:
             self._straight = None  # not here, or not from such a buffer
             return 0
         if done:
-            self._pace += ((time.perf_counter() - started) / done - self._pace) / 8
+            self._pace += ((time.perf_counter() - started) / done - self._pace) / _REMEMBERED
             if self._pace > 1 / _SLOW:
                 self._straight = None
         return done
@@ -209,6 +209,7 @@ class NewFile:
 
 
 _SLOW = 100e6  # bytes per second of one thread: a disk that takes less should not be waited for at each step
+_REMEMBERED = 64  # writes: a disk that is fast may still take a third of a second for one of some hundreds
 
 
 def start_writeback(fd: int, offset: int, nbytes: int) -> None:
