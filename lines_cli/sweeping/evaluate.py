@@ -61,10 +61,9 @@ def run_command(
     for kind in (".err", ".out"):  # into one that is there an earlier evaluation may still be writing
         log.with_suffix(kind).unlink(missing_ok=True)
     with open(log.with_suffix(".err"), "w+b") as errors, open(log.with_suffix(".out"), "w+b") as output:
-        process = subprocess.Popen(  # noqa: S602 - the user's own command line
-            command,
-            shell=True,
-            stdin=subprocess.DEVNULL,
+        process = subprocess.Popen(  # noqa: S603 - the user's own command line
+            ["/bin/sh", "-c", _ONCE_WATCHED, command],
+            stdin=subprocess.PIPE,
             stdout=output,
             stderr=errors,
             env={**os.environ, **environment},
@@ -94,8 +93,10 @@ def run_command(
 def _ended_with_this_process(process: subprocess.Popen[bytes]) -> Iterator[None]:
     """End a command and all that it started, in the end; also if this process is ended without a chance to do it: by
     SIGKILL, or by Ray, whose driver was lost, and which ends the children of this process, but not theirs, and then
-    this process. Of a pipe that only this process can write to a child's child reads the end then.
+    this process. Of a pipe that only this process can write to a child's child reads the end then. The command begins
+    once it is watched, and not at all if this process ends before.
     """
+    assert process.stdin is not None
     reads, writes = os.pipe()
     try:
         try:
@@ -110,6 +111,8 @@ def _ended_with_this_process(process: subprocess.Popen[bytes]) -> Iterator[None]
             _end(process)
             raise
         try:
+            with suppress(BrokenPipeError), process.stdin as begins:
+                begins.write(b"\n")
             yield
         finally:
             _end(process)  # before it is watched no more: of a command whose shell is gone more may be left
@@ -121,6 +124,7 @@ def _ended_with_this_process(process: subprocess.Popen[bytes]) -> Iterator[None]
         os.close(writes)
 
 
+_ONCE_WATCHED = 'read -r told && exec /bin/sh -c "$0" < /dev/null'
 _WATCH = 'exec 3<&0; { read -r said <&3; [ -n "$said" ] || kill -s KILL -- "-$0"; } & wait'
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -205,6 +206,26 @@ def test_an_evaluation_ends_with_a_sweep_that_is_killed(here: Path) -> None:
     assert _ends(child)
 
 
+def test_an_evaluation_does_not_begin_if_the_sweep_is_killed_before_it_is_watched(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between starting the one and the other, a sweep leaves nothing that works."""
+    popen, began = subprocess.Popen, here / "began"
+
+    def kill_instead(arguments: Any, **options: Any) -> Any:
+        if evaluate._WATCH in arguments:
+            os.kill(os.getpid(), signal.SIGKILL)
+        process = popen(arguments, **options)
+        (here / "child").write_text(str(process.pid))
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", kill_instead)
+    config = sweep_yaml(evaluate=f"touch {began}; exec sleep 300 # {{checkpoint}}", controls=False)
+    assert forked.run(forked.command("sweep", "--config", config, "-o", "best")).returncode == -signal.SIGKILL
+    assert _ends(int((here / "child").read_text()))
+    assert not began.exists()
+
+
 def test_what_is_left_of_an_evaluation_ends_with_a_sweep_that_is_killed(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,7 +237,7 @@ def test_what_is_left_of_an_evaluation_ends_with_a_sweep_that_is_killed(
 
 
 def _ends(pid: int) -> bool:
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60  # of the 300 that it would take
     while time.monotonic() < until and _runs(pid):
         time.sleep(0.05)
     return not _runs(pid)
