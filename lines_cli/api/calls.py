@@ -761,7 +761,7 @@ def _made(
             plan = replace(plan, notes=(*plan.notes, note))
         return Done(plan, {**summary.of_plan(plan, resources), "pushed": pushed})
     if before is not None and before.is_over and not quiet:
-        say(f"{before.folder} holds the old output that a finished run replaced; it is removed")
+        say(f"{before.folder} holds what a finished run has left; it is removed")
     elif before is not None and not quiet:
         same = is_same_run(plan, before.run)
         if how["resume"] and same and before.written == before.total:

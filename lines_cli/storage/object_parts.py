@@ -41,7 +41,7 @@ class ObjectRoom:
 
     def __init__(self, output: Path) -> None:
         self.output, self.folder = output, room_of(output)
-        self.shelf = ObjectShelf(self.folder / ROOM)
+        self.shelf = ObjectShelf(self.folder / ROOM, self._refuse_taken_over)
         self._begun: Begun | None = None
         self._state: str | None = None
         self._put = 0  # files that are whole
@@ -145,7 +145,7 @@ class ObjectRoom:
         return sent_url(self.output, "").rstrip("/")
 
     def _refuse_taken_over(self) -> None:
-        if taken_over(self.output, self._run.line):
+        if self._begun is not None and taken_over(self.output, self._begun.line):
             raise OutputError(
                 f"{self.folder} is no longer that of this plan: the output was finished or cleaned away, or another "
                 "run has taken it over",

@@ -11,10 +11,13 @@
 
 What it puts at the destination bears a mark, which `run` names: so a file that became whole right before a kill is
 known, too. What neither bears it nor is written down here was put there by others, and is neither replaced nor removed.
+`run` bears it as well: a store that drops it is refused.
 
 Nothing tells whether a run is at work there or was killed. So nothing of that is discarded unasked: the same run goes
 on from it (`--resume`), or it is removed (`lines clean`). Each run that begins or goes on puts a word of its own into
-`run`; one that does not find it there any more ends, and touches nothing.
+`run`; one that does not find it there any more ends, and touches nothing. So does `lines clean`. A run looks once more
+when its last file is in place, and who takes its work over looks at the destination after that: one of them sees the
+other.
 """
 
 from __future__ import annotations
@@ -43,7 +46,6 @@ from lines_cli.storage.object_store import (
     Stored,
     asked_of_the_store,
     content_if_there,
-    content_of,
     is_anything_below,
     listed,
     looked_up,
@@ -137,20 +139,29 @@ class Begun(NamedTuple):
 
 
 def begun_of(output: Path) -> Begun | None:
-    """The run that has an output in the making; None where none is.
+    """The run that has an output in the making; None where none is, or it is finished.
 
     Raises:
         OutputError: the store cannot be asked, or this was not written by lines.
     """
     with asked_of_the_store():
-        line = content_if_there(f"{room_of(output)}/{_RUN}", _LARGEST)
+        line, finished = (content_if_there(f"{room_of(output)}/{name}", _LARGEST) for name in (_RUN, _FINISHED))
     if line is None:
         return None
     try:
         ((told, _),) = whole_lines(line)
-        return Begun(line, tuple(str(name) for name, _, _ in told["run"]["outputs"]), str(told["mark"]))
+        begun = Begun(line, tuple(str(name) for name, _, _ in told["run"]["outputs"]), str(told["mark"]))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(output) from error
+    return None if finished is not None and _finished_by(finished) == begun.mark else begun
+
+
+def _finished_by(content: bytes) -> str | None:
+    """The mark of the run that has said there that its output is in place."""
+    with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        for line, _ in whole_lines(content):
+            return str(line["finished"])
+    return None
 
 
 def taken_over(output: Path, line: bytes | None) -> bool:
@@ -224,6 +235,7 @@ class _Left:
         unchanged: as of `JournalContents`.
         files: of each weight file that is whole: the object, and its ranges.
         mark: what its objects bear.
+        is_down: what stood there is removed.
         is_finished: it has said that its output is in place.
         sending: weight files that a part was sending which has not come to its end.
         objects: the names of all this, in its room.
@@ -236,6 +248,7 @@ class _Left:
     unchanged: frozenset[int] | None = None
     files: dict[int, tuple[Stored, list[WrittenRange]]] = field(default_factory=dict)
     mark: str = ""
+    is_down: bool = False
     is_finished: bool = False
     sending: list[str] = field(default_factory=list)
     objects: list[str] = field(default_factory=list)
@@ -259,8 +272,10 @@ class _Left:
         return bool(self.made(output, {name: found for name, found in there.items() if name == last}))
 
     def is_over(self, output: Path, there: Mapping[str, Stored]) -> bool:
-        """Whether it came to its end: nothing that it has put there is to be removed."""
-        return self.is_finished or self.is_in_place(output, there)
+        """Whether it came to its end, or all but a rest of what it wrote down is gone: nothing that it has put there
+        is to be removed.
+        """
+        return self.run is None or self.is_finished or self.is_in_place(output, there)
 
 
 def _bears(output: Path, name: str, mark: str) -> bool:
@@ -272,8 +287,6 @@ def _left(output: Path) -> _Left | None:
     room = room_of(output)
     with asked_of_the_store():
         objects = sorted(listed(str(room)))
-        if not objects:
-            return None
         if others := [name for name in objects if not (_OURS.fullmatch(name) or _is_of_a_part(name))]:
             raise OutputError(
                 f"{room} holds objects that lines did not put there:\n{some(others)}",
@@ -281,16 +294,19 @@ def _left(output: Path) -> _Left | None:
                 "destination with -o.",
             )
         left = _Left(objects=objects)
-        own = [name for name in objects if not _is_of_a_part(name)]
+        own = [_RUN, *(name for name in objects if name != _RUN and not _is_of_a_part(name))]  # a list may be late
         with ThreadPoolExecutor(_THREADS) as pool:
-            content = dict(zip(own, pool.map(lambda name: content_of(f"{room}/{name}", _LARGEST), own), strict=True))
-    if _RUN not in objects:
-        return left
+            read = list(pool.map(lambda name: content_if_there(f"{room}/{name}", _LARGEST), own))
+        content = {name: one for name, one in zip(own, read, strict=True) if one is not None}
+        left.objects = sorted({*objects, *content})
+    if _RUN not in content:
+        return left if objects else None
     try:
         ((told, _),) = whole_lines(content[_RUN])
         left.run, left.names, left.line = dict(told["run"]), frozenset(map(str, told["names"])), content[_RUN]
         left.mark = str(told["mark"])
-        if _DOWN not in objects:
+        left.is_down = _DOWN in content
+        if not left.is_down:
             left.replaces = {name: Stored(int(a), int(b), str(c)) for name, (a, b, c) in told["replaces"].items()}
         sizes = [int(nbytes) for _, nbytes, _ in left.run["outputs"]]
         step = left.run["step"]
@@ -301,9 +317,7 @@ def _left(output: Path) -> _Left | None:
     with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
         for line, _ in whole_lines(content.get(_MEASURED, b"")):
             left.measured = dict(line["measured"])
-    with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        for line, _ in whole_lines(content.get(_FINISHED, b"")):
-            left.is_finished = line["finished"] == left.mark  # else it is of a run before that
+    left.is_finished = _finished_by(content.get(_FINISHED, b"")) == left.mark  # else it is of a run before that
     found: dict[int, tuple[Stored, list[WrittenRange]]] = {}
     for name in own:
         if not _OF_FILE.fullmatch(name):
@@ -312,7 +326,7 @@ def _left(output: Path) -> _Left | None:
             (first, _), *lines = whole_lines(content[name])
             nbytes, mtime, tag = first["stored"]
             found[int(name)] = Stored(int(nbytes), int(mtime), str(tag)), [range_of(one) for one, _ in lines]
-    if len(own) < len(objects):
+    if any(map(_is_of_a_part, objects)):
         _add_what_parts_did(left, found, output)
     for number, (stored, parts) in found.items():
         with suppress(IndexError):
@@ -359,11 +373,12 @@ def leftover(output: Path) -> Unfinished | None:
         OutputError: the store cannot be asked, or there is something else in that place.
     """
     left = _left(output)
-    if left is None:
-        return None
+    return None if left is None else _unfinished(output, left, is_over=left.is_over(output, there_at(output)))
+
+
+def _unfinished(output: Path, left: _Left, *, is_over: bool) -> Unfinished:
     total = sum(nbytes for _, nbytes, _ in left.run["outputs"]) if left.run else 0
     written = sum(stored.nbytes for stored, _ in left.files.values())
-    is_over = left.is_in_place(output, there_at(output))
     said = _said_of_uploads(output, left)
     return Unfinished(room_of(output), written, total, written, False, left.run, is_over, left.measured, said)
 
@@ -375,25 +390,54 @@ def clean(output: Path) -> Unfinished | None:
     Raises:
         OutputError: the store refuses, or what is there is not ours.
     """
-    found, left = leftover(output), _left(output)
-    if found is None or left is None:
-        return found
+    left = _left(output)
+    if left is not None and not left.is_over(output, there_at(output)):
+        _claim(output, left)
+        left = _left(output)  # all that it wrote down, now that it does no more
+    if left is None:
+        return None
     there = there_at(output)
-    if left.is_over(output, there):
+    if left.run is None or left.is_over(output, there):
         _discard(output, left)
-        return found
+        return _unfinished(output, left, is_over=True)
     made = left.made(output, there)
     _discard(output, left, made)
-    written = sum(
-        there[name].nbytes for name in made if name in {name for name, _, _ in (left.run or _NONE)["outputs"]}
+    weights = {name for name, _, _ in left.run["outputs"]}
+    return replace(
+        _unfinished(output, left, is_over=False),
+        written=sum(there[name].nbytes for name in made if name in weights),
+        nbytes=sum(there[name].nbytes for name in made),
+        remarks=(*_said_of_uploads(output, left), *_said_of_what_stays(output, left, there, made)),
     )
-    stays = sorted(n for n, one in there.items() if n not in made and left.replaces.get(n) != one)
-    said = (f"{output} holds what this run had not put there; it stays:\n{some(stays)}",) if stays else ()
-    nbytes = sum(there[name].nbytes for name in made)
-    return replace(found, written=written, nbytes=nbytes, remarks=(*found.remarks, *said))
 
 
-_NONE: Json = {"outputs": ()}
+def _said_of_what_stays(output: Path, left: _Left, there: Mapping[str, Stored], made: Collection[str]) -> Iterator[str]:
+    """What is at the destination still, once all that a run has put there is removed."""
+    if stays := sorted(n for n, one in there.items() if n not in made and left.replaces.get(n) != one):
+        yield f"{output} holds what this run had not put there; it stays:\n{some(stays)}"
+    if not is_one_file(output) and (left.is_down or left.replaces.keys() - there.keys()):
+        rest = sorted(left.replaces.keys() & there.keys())
+        yield f"the old {output} was removed before the new one was whole" + (
+            f", but for these files of it, which stay:\n{some(rest)}" if rest else ""
+        )
+
+
+def _claim(output: Path, left: _Left, *, new: bool = False) -> bool:
+    """Say that the work there is this command's from now on: another one that is at it finds that out, and ends. If it
+    has put its last file into place before that, who looks at the destination now finds it.
+
+    Args:
+        output: the destination.
+        left: the work.
+        new: only if there is none.
+
+    Returns:
+        Whether it is this command's now.
+    """
+    told = {"run": left.run, "names": sorted(left.names), "replaces": left.replaces, "mark": left.mark}
+    left.line = written_line({**told, "by": token_hex(8)})
+    with asked_of_the_store():
+        return put_content(f"{room_of(output)}/{_RUN}", left.line, new=new, mark=left.mark)
 
 
 def _discard(output: Path, left: _Left, made: Iterable[str] = ()) -> None:
@@ -404,8 +448,8 @@ def _discard(output: Path, left: _Left, made: Iterable[str] = ()) -> None:
     with asked_of_the_store():
         _remove_in_turn(_url(output), made)
         remove([f"{room}/{name}" for name in left.objects if name not in (_RUN, _FINISHED)])
-        remove([f"{room}/{_RUN}"])
-        remove([f"{room}/{name}" for name in left.objects if name == _FINISHED])
+        for last in (_RUN, _FINISHED):
+            remove([f"{room}/{name}" for name in left.objects if name == last])
 
 
 def _remove_in_turn(url: str, names: Iterable[str]) -> None:
@@ -450,34 +494,57 @@ class ObjectStaging:
 
     def __enter__(self) -> ObjectStaging:
         left, there = _left(self.output), there_at(self.output)
-        if left is not None and (left.run is None or left.is_over(self.output, there)):
+        if left is not None and left.is_over(self.output, there):
             _discard(self.output, left)
             left = None
         if left is not None:
             self._refuse_unless_of_this_run(left)
         self._look_at_old(left, there)
         if left is None:
-            left = _Left(self._run, self._names, there, objects=[_RUN], mark=token_hex(16))
-            self._take_over(left, new=True)
+            left = self._began(there)
         else:
-            self._take_over(left, new=False)
-            self._go_on(left, there)
+            left = self._claimed(left)
+            self._go_on(left)
         self._left, self._begun, self._uploads.mark = left, True, left.mark
         self._journal = ObjectJournal(self)
-        self._journal.empty = not left.files and left.measured is None
+        self._journal.empty = not (left.files or left.measured is not None or any(map(_is_of_a_part, left.objects)))
         return self
 
-    def _take_over(self, left: _Left, *, new: bool) -> None:
-        """Say that the work there is this run's from now on: another one that may be at it finds that out, and ends.
+    def _began(self, there: Mapping[str, Stored]) -> _Left:
+        """Say that this run is at work.
 
         Raises:
-            OutputError: another has begun meanwhile, where this one was to be the first.
+            OutputError: another has begun meanwhile; or the store does not keep marks.
         """
-        told = {"run": left.run, "names": sorted(left.names), "replaces": left.replaces, "mark": left.mark}
-        left.line = written_line({**told, "by": token_hex(8)})
+        left = _Left(self._run, self._names, dict(there), objects=[_RUN], mark=token_hex(16))
+        if not _claim(self.output, left, new=True):
+            raise OutputError(f"another run has begun to write {self.output}", hint="Wait until it is done.")
         with asked_of_the_store():
-            if not put_content(f"{self.folder}/{_RUN}", left.line, new=new):
-                raise OutputError(f"another run has begun to write {self.output}", hint="Wait until it is done.")
+            found = marked(f"{self.folder}/{_RUN}")
+        if found is not None and not found[1]:
+            _discard(self.output, left)
+            raise OutputError(
+                f"{self.output}: the store drops the metadata of objects, by which lines tells its own from others'",
+                hint="Write the output to a disk, and then: lines push.",
+            )
+        return left
+
+    def _claimed(self, left: _Left) -> _Left:
+        """What an earlier run has left, now that it is this one's, and no other adds to it.
+
+        Raises:
+            OutputError: another run has taken it, or has come to its end meanwhile.
+        """
+        _claim(self.output, left)
+        now = _left(self.output)
+        if now is None or now.line != left.line:
+            raise OutputError(f"another run has begun to write {self.output}", hint="Wait until it is done.")
+        if now.is_over(self.output, there_at(self.output)):
+            _discard(self.output, now)
+            raise OutputError(
+                f"another run has just finished {self.output}", hint="It is in place: there is nothing left to do."
+            )
+        return now
 
     def _refuse_unless_of_this_run(self, left: _Left) -> None:
         """Refuse to go on from what a run has left, if that was not asked for, or it makes something else.
@@ -516,9 +583,10 @@ class ObjectStaging:
             if not self._one_file and RECIPE not in old:
                 self.remarks.append(f"{self.output} was replaced; lines had not written it")
 
-    def _go_on(self, left: _Left, there: Mapping[str, Stored]) -> None:
+    def _go_on(self, left: _Left) -> None:
         """Take over what an earlier run has finished, as far as it is what that run has written down."""
         assert left.run is not None
+        there = there_at(self.output)
         names = [name for name, _, _ in left.run["outputs"]]
         left.files = {n: one for n, one in left.files.items() if there.get(names[n]) == one[0] and not self._one_file}
         parts = [part for _, own in left.files.values() for part in own]
@@ -642,14 +710,27 @@ class ObjectStaging:
             if self._one_file:
                 self._uploads.let_go()
                 self.sync()
-            elif missing := sorted(name for name, file in self._files.items() if there.get(name) != file.done):
+            elif missing := sorted(n for n, file in self._files.items() if not _is_there(file, there.get(n))):
                 raise OutputError(
                     f"{self.output} does not hold what was written into it:\n{some(missing)}",
                     hint="The same command with --resume makes again what is missing.",
                 )
             for name in sorted(self._beside, key=turn):
-                put_content(f"{self._target}/{name}", self._beside[name], mark=self._left.mark)
+                self._put_beside(name)
+        try:
+            self.refuse_taken_over()
+        except OutputError:
+            if self._lost:  # to one that saw no recipe yet, and may remove what it saw
+                raise
         self._in_place = True
+
+    def _put_beside(self, name: str) -> None:
+        """Put one of the files beside the weights into place; one that others have put there stays."""
+        url, mark = f"{self._target}/{name}", self._left.mark
+        self.refuse_taken_over()
+        if not put_content(url, self._beside[name], new=True, mark=mark):
+            self._refuse_to_replace(url)
+            put_content(url, self._beside[name], mark=mark)
 
     def refuse_taken_over(self) -> None:
         """Refuse to go on where another command has removed what this run wrote down, or has begun anew."""
@@ -732,6 +813,11 @@ class ObjectStaging:
             for file in self._files.values()
             if file.done is not None and not self._one_file
         }
+
+
+def _is_there(file: Upload, found: Stored | None) -> bool:
+    """Whether a file is the object that it became; a list, which says what was found, may be late."""
+    return found == file.done or looked_up(file.url) == file.done
 
 
 class ObjectJournal:

@@ -112,10 +112,15 @@ class FolderShelf:
 
 
 class ObjectShelf:
-    """Records below a URL: each an object, which appears whole."""
+    """Records below a URL: each an object, which appears whole.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        folder: where.
+        before: is called before one is put there; if it raises, none is.
+    """
+
+    def __init__(self, folder: Path, before: Callable[[], None] = lambda: None) -> None:
+        self.folder, self._before = folder, before
 
     def begin(self) -> None:
         """Make room for them: a store has always some."""
@@ -132,6 +137,7 @@ class ObjectShelf:
 
     def put(self, name: str, content: bytes, counts: Callable[[], bool]) -> None:
         """Put one there, whole, in one step; but one that is there stays, if it `counts`."""
+        self._before()
         url = f"{self.folder}/{name}"
         with asked_of_the_store():
             if not put_content(url, content, new=True) and not counts():

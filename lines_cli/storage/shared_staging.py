@@ -66,8 +66,9 @@ def is_of_plan(output: Path, plan: str) -> bool:
     Raises:
         OutputError: its folder cannot be read.
     """
+    room = _room_of(output)
     with naming(output):
-        return plan_of(_room_of(output).shelf) == plan
+        return room.is_there() and plan_of(room.shelf) == plan
 
 
 class PartFiles(Protocol):

@@ -306,7 +306,7 @@ class Unfinished:
     def description(self) -> str:
         """How far it came, in words."""
         if self.is_over:
-            return "what a finished run has replaced"
+            return "what a finished run has left"
         return f"{self.written / self.total:.0%} finished" if self.total else "nothing finished"
 
 
@@ -563,7 +563,8 @@ class Staging:
             self.contents = self._checked(begun)
             self._journal = Journal(path, self._names, keep=begun.nbytes)
             self._journal.replaces(self._replaces)
-            self._journal.empty = not self.contents.parts and self.contents.measured is None
+            has_parts = (self.folder / _PARTS).exists()  # of a divided run, which may be at work
+            self._journal.empty = not (self.contents.parts or self.contents.measured is not None or has_parts)
             return
         _empty(self.folder, found, self._names)
         self._journal = Journal(path, self._names, self._run)

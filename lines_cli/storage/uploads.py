@@ -87,8 +87,9 @@ class Uploads:
 
     @property
     def failed(self) -> bool:
-        """Whether the store did not take a file."""
-        return self._error is not None
+        """Whether the store did not take a file; what was given up for another reason is taken back."""
+        error = self._error
+        return isinstance(error, CheckpointError) or isinstance(getattr(error, "__cause__", None), CheckpointError)
 
     def stop(self) -> None:
         """Nothing waits to be written any more; what was written goes on."""
@@ -185,7 +186,8 @@ def _as_sent(file: Upload, tag: str, mark: str) -> Stored:
         there, is_it = (found[0], found[1] == mark) if found is not None and mark else (None, False)
     if there is None or not is_it:
         raise OutputError(
-            f"{file.url} is not what was written: another program has replaced it", hint="Write to another place."
+            f"{file.url} is not what was written: another program has replaced or removed it",
+            hint="The same command makes it again, when no other program writes there.",
         )
     return there
 

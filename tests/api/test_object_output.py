@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -535,6 +535,92 @@ def test_another_run_is_not_discarded(here: Path, store: S3Server, monkeypatch: 
     another = (*edit(here, *SHARDED, "--alpha", 0.3), "-o", "s3://models/out", "--resume", "--force")
     assert "lines clean s3://models/out" in refused(6, *another)
     assert {name: one.content for name, one in store.objects.items()} == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "lines_recipe.yaml"])
+def test_clean_while_an_output_is_put_into_place(here: Path, store: S3Server, name: str) -> None:
+    """The run sees that after its last file, and does not call an output what has lost its weights."""
+    came = amid_once(store, f"models/out/{name}", lambda: ran("clean", "s3://models/out"))
+    assert "no longer that of this run" in refused(6, *edit(here, *SHARDED), "-o", "s3://models/out")
+    assert came
+    assert there(store).keys() == {name}  # which was on its way
+
+
+def amid_once(store: S3Server, path: str, do: Callable[[], object]) -> list[bool]:
+    """Have something done while an object is put, one time; whether that was."""
+    came: list[bool] = []
+
+    def amid(method: str, asked: str) -> None:
+        if (method, asked) == ("PUT", path) and not came:
+            came.append(True)
+            do()
+
+    store.amid = amid
+    return came
+
+
+def test_a_run_that_another_finishes_first(here: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two go on from the same work; the slower one finds all in place, and does not remove it for an input that has
+    changed since.
+    """
+    ran(*edit(here, *SHARDED), "-o", here / "out")
+    gone_after(store, monkeypatch, SECOND)
+    command = (*edit(here, *SHARDED), "-o", "s3://models/out")
+    refused(6, *command, "--workers", 1)
+    store.fault = lambda method, path: None
+
+    def finish() -> None:
+        ran(*command, "--resume")
+        os.utime(here / "ft" / "model.safetensors", (1, 1))
+
+    came = amid_once(store, "models/.out.lines/run", finish)
+    assert "has just finished s3://models/out" in refused(6, *command, "--resume")
+    assert came
+    assert there(store) == contents(here / "out")
+
+
+def test_what_comes_while_an_output_is_put_into_place(here: Path, store: S3Server) -> None:
+    """It is not replaced, however late it comes."""
+    came = amid_once(store, "models/out/README.md", lambda: store.put("models/out/config.json", b"mine" * 2**19))
+    assert "config.json" in refused(6, *edit(here, *SHARDED), "-o", "s3://models/out")
+    assert came
+    assert there_so_far(store)["config.json"] == b"mine" * 2**19
+    assert "lines_recipe.yaml" not in there_so_far(store)
+
+
+def test_a_store_that_drops_metadata(here: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused before anything is made: nothing would tell a run's own objects from others'."""
+    monkeypatch.setattr(store, "put", lambda key, content, mark="": S3Server.put(store, key, content))
+    assert "drops the metadata" in refused(6, *edit(here, *SHARDED), "-o", "s3://models/out")
+    assert not store.objects
+
+
+def test_lists_that_are_late(here: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a list does not show yet is asked for itself, before it is called missing, or nobody's."""
+    ran(*edit(here, *SHARDED), "-o", here / "out")
+    gone_after(store, monkeypatch, SECOND)
+    refused(6, *edit(here, *SHARDED), "-o", "s3://models/out", "--workers", 1)
+    store.fault, store.unlisted = lambda method, path: None, {f"models/out/{SECOND}", "models/.out.lines/run"}
+    assert "--resume" in refused(6, *edit(here, *SHARDED), "-o", "s3://models/out")
+    ran(*edit(here, *SHARDED), "-o", "s3://models/out", "--resume")
+    assert there(store) == contents(here / "out")
+
+
+def test_clean_says_what_has_become_of_an_old_output(here: Path, store: S3Server) -> None:
+    """A run that was to replace it was killed between two removals, and could not say so itself."""
+    ran(*edit(here), "-o", "s3://models/out")
+    removals = []
+
+    def fault(method: str, path: str) -> str | None:
+        removals.extend([path] if method == "POST" and path == "models" else [])
+        return "403" if method == "POST" and len(removals) > 1 else None
+
+    store.fault = fault
+    refused(6, *edit(here), "-o", "s3://models/out", "--force", "--alpha", 0.4)
+    store.fault = lambda method, path: None
+    told = ran("clean", "s3://models/out").err
+    assert "the old s3://models/out was removed before the new one was whole, but for" in told
+    assert "model.safetensors" in told
 
 
 # --- what is not ours ---

@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 
+from lines_cli.engine import run_parts
 from lines_cli.errors import CheckpointError
 from lines_cli.storage import object_staging, object_store
 from support.files import write_checkpoint
@@ -450,6 +451,82 @@ def test_a_part_that_is_killed(here: Path, store: S3Server) -> None:
     assert FIRST[1:] in told
     assert there(store) == whole
     assert len(store.objects) == len(whole)
+
+
+# --- remains ---
+
+
+@pytest.mark.parametrize("left", ["finished", "parts/1"])
+def test_what_is_left_of_a_removal(here: Path, store: S3Server, left: str) -> None:
+    """It is no other run's, and goes."""
+    write_recipe("one")
+    whole = in_one_piece()
+    ran("run", "plan.json", "--part", f"1-2/{planned()}")
+    ran("finish", "plan.json")
+    store.put(f"models/.out.lines/{left}", b"")
+    assert "another run" not in ran("finish", "plan.json").err
+    assert is_all(store, whole)
+
+
+def test_an_output_that_is_gone_and_whose_leftovers_stay(here: Path, store: S3Server) -> None:
+    """It is planned and made again: records of a finished run are of no use to the next."""
+    write_recipe("one")
+    whole, total = in_one_piece(), planned()
+    ran("run", "plan.json", "--part", f"1-2/{total}")
+    store.fault = lambda method, path: "403" if (method, path) == ("POST", "models") else None
+    ran("finish", "plan.json")
+    store.fault = lambda method, path: None
+    store.objects = {key: one for key, one in store.objects.items() if not key.startswith("models/out/")}
+    assert "is finished, or was cleaned away" in refused(6, *part(1, total))
+    planned()
+    ran("run", "plan.json", "--part", f"1-2/{total}")
+    ran("finish", "plan.json")
+    assert is_all(store, whole)
+
+
+@pytest.mark.parametrize("output", ["s3://models/out", "other"])
+def test_what_parts_have_measured_outlasts_a_merge(
+    here: Path, store: S3Server, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One in one piece that goes on from it, and is interrupted before it has anything of its own."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    ran("plan", "--config", "merge.yaml", "-o", output, "--parts", 2)
+    total = len(json.loads(Path("plan.json").read_text())["parts"])
+    ran(*part(1, total))
+    with monkeypatch.context() as patch:
+        patch.setattr("lines_cli.engine.run.measure", interrupted)
+        assert "is kept" in refused(130, "merge", "--config", "merge.yaml", "-o", output, "--resume")
+    assert "was done before" in ran(*part(1, total)).err
+
+
+def test_a_measuring_part_whose_work_is_cleaned_away(
+    here: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It leaves nothing, and does not say that it is done."""
+    write_recipe("two")
+    total, measured = planned(), run_parts.measure_share
+
+    def cleaned(*args: Any) -> Any:
+        ran("clean", "s3://models/out")
+        return measured(*args)
+
+    monkeypatch.setattr(run_parts, "measure_share", cleaned)
+    assert "no longer that of this plan" in refused(6, *part(1, total))
+    assert not store.objects
+
+
+def test_a_part_that_gives_way_leaves_no_pieces(here: Path, store: S3Server) -> None:
+    """So nobody is told to look for them."""
+    total = planned()
+    ran("run", "plan.json", "--part", f"1-4/{total}")
+    seen = once(store, "POST", FIRST, lambda: ran(*part(5, total)))  # it has sent nothing by then
+    ran(*part(5, total))
+    assert seen
+    assert not [key for key in store.objects if key.startswith(f"{RECORDS}5.")]
+    assert "list-multipart-uploads" not in ran("clean", "s3://models/out").err
 
 
 # --- leftovers, and what is in the way ---

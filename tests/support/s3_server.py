@@ -48,6 +48,7 @@ class S3Server:
         asked: every request: method, path, and the range that was asked for.
         fault: what goes wrong.
         until: what `hold` waits for.
+        unlisted: objects that lists do not show yet.
         amid: is called in the midst of each request; it may ask the server itself.
     """
 
@@ -59,6 +60,7 @@ class S3Server:
         self.begun = 0  # uploads
         self.fault: Fault = lambda method, path: None
         self.until: Callable[[], bool] = lambda: True
+        self.unlisted = set[str]()
         self.amid: Callable[[str, str], None] = lambda method, path: None
         self.lock = threading.Lock()
         server = self
@@ -188,7 +190,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _list(self, bucket: str, query: dict[str, list[str]]) -> None:
         prefix = query.get("prefix", [""])[0]
         with self.state.lock:
-            keys = sorted(self.state.objects)
+            keys = sorted(self.state.objects.keys() - self.state.unlisted)
         rows = ""
         for key in keys:
             within = key.partition("/")[2]
