@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, redirect_stdout, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import islice
@@ -115,12 +115,23 @@ def do_parts(
         needs = needs_of(how.resources, opened.plan.peak_memory)
         cluster.say_what_is_missing(needs, say)
         try:
-            for stage in range(len(opened.division.stages)):
-                _stage(cluster, opened, stage, needs, track)
+            with _alone(opened):
+                for stage in range(len(opened.division.stages)):
+                    _stage(cluster, opened, stage, needs, track)
         except BaseException as error:
             attach_aftermath(error, _what_is_left(destination, error))
             raise
     return opened
+
+
+def _alone(opened: Opened) -> AbstractContextManager[Any]:
+    """While stages are done, nobody else begins anew there, whether or not a part is at work just now."""
+    from lines_cli.storage.object_store import url_of
+    from lines_cli.storage.shared_staging import Shared
+
+    divided = opened.divided
+    on_a_disk = url_of(divided.output) is None  # a store has no locks
+    return Shared(divided.output, divided.digest, divided.file) if on_a_disk else nullcontext()
 
 
 def _what_is_left(destination: Path, error: BaseException) -> Aftermath:
@@ -417,7 +428,7 @@ def _not_let_in(where: str, error: Exception) -> OutputError:
 
 _LETS_IN = (
     "A cluster that asks for a token, as one that ray start begins may, lets in who sets RAY_AUTH_MODE=token and has "
-    "its token, in ~/.ray/auth_token or RAY_AUTH_LETS_IN."
+    "its token, in ~/.ray/auth_token or RAY_AUTH_TOKEN."
 )
 
 

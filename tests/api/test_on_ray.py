@@ -120,6 +120,17 @@ def test_where_jobs_are_submitted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "ray://HEAD:10001" in str(refused.value.hint)
 
 
+def test_a_cluster_that_asks_for_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray does not say in its error why it is not let in; so whoever is not reads of the token."""
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_ADDRESS", "head")
+    monkeypatch.setattr(ray, "init", lambda **_: (_ for _ in ()).throw(RuntimeError("Failed to connect")))
+    with pytest.raises(OutputError, match="cannot be reached: Failed to connect") as refused, on_ray.connected(None):
+        pass
+    assert "RAY_AUTH_MODE=token" in str(refused.value.hint)
+    assert "RAY_AUTH_TOKEN" in str(refused.value.hint)
+
+
 def test_a_node_without_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A part that cannot begin where the driver could says on which node, and what all nodes need; of an input that was
     changed meanwhile it says that.
@@ -313,6 +324,27 @@ class TestOnACluster:
             time.sleep(0.5)
         ran(*COMMAND, "--on", "ray", "--resume")
         assert contents() == whole
+
+    def test_two_drivers(self, here: Path) -> None:
+        """The second is refused, from the first's first part to its last, and disturbs nothing."""
+        whole = in_one_piece()
+        records = here / ".out.lines" / "parts"
+        until = time.monotonic() + 120
+        with a_driver() as driver:
+            while not [path for path in records.glob("*") if path.name.isdigit()] and time.monotonic() < until:
+                time.sleep(0.05)
+            driver.send_signal(signal.SIGSTOP)
+            done, before = len(list(records.glob("*"))), -1
+            while done != before:  # the parts of this stage come to their end
+                time.sleep(4)
+                done, before = len(list(records.glob("*"))), done
+            second = run_lines(*COMMAND, "--on", "ray")
+            driver.send_signal(signal.SIGCONT)
+            assert (second.code, second.trace) == (6, ""), second.err
+            assert "another run" in second.err
+            assert driver.wait(120) == 0, SAID.read_text()
+        assert contents() == whole
+        assert "by an earlier run" not in SAID.read_text()
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
     def test_a_driver_that_is_told_to_end(self, here: Path, number: signal.Signals) -> None:
