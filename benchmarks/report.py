@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,21 @@ NOTHING: dict[str, Any] = {"contenders": [], "inputs": {}}
 """A case that was not run."""
 
 SECTIONS = {
-    "Editing": ("edit", "edit-cold", "edit-fp32", "adapter", "huge", "tiny"),
+    "Editing": (
+        "edit",
+        "realised",
+        "edit-cold",
+        "edit-fp32",
+        "adapter",
+        "pickles",
+        "fp8",
+        "fp8-out",
+        "huge",
+        "tiny",
+        "tensors",
+        "verify",
+        "candidates",
+    ),
     "Merging": (
         "three",
         "three-cold",
@@ -30,6 +44,7 @@ SECTIONS = {
     ),
     "Inspecting and planning": ("inspect-headers", "inspect-base-1", "inspect-base-3", "planning"),
 }
+MANY_TENSORS = ("tiny", "tensors")  # whose names and places take memory of their own
 ELEMENT_WISE = ("edit", "task_arithmetic", "average", "consensus", "dare_linear")
 
 HEAD = """# Measured
@@ -214,24 +229,25 @@ def _bars(title: str, values: dict[str, float]) -> str:
 
 @dataclass(frozen=True)
 class Target:
-    """A figure that was set, and what was measured of it: one value, or one for each round."""
+    """A figure that was set, and what was measured of it, in which case: one value, or one for each round."""
 
     aim: str
     limit: float
+    case: str
     measured: list[float]
     at_most: bool = True
 
-    def row(self) -> list[str]:
-        """What it was, what it is, and whether that will do."""
+    def row(self, machine: str) -> list[str]:
+        """What it was, what it is, where, and whether that will do."""
         if not self.measured:
-            return [self.aim, "not measured", ""]
+            return [self.aim, "not measured", "", ""]
         value = statistics.median(self.measured)
         reached = value <= self.limit if self.at_most else value >= self.limit
-        return [self.aim, _spread(self.measured), "yes" if reached else "**no**"]
+        return [self.aim, _spread(self.measured), machine, "yes" if reached else "**no**"]
 
 
-def targets(found: Found) -> str:
-    """The table of all targets: what was set, what was measured, and whether it is reached."""
+def targets(found: Found, letters: Mapping[str, str] | None = None) -> str:
+    """The table of all targets: what was set, what was measured, on which machine, and whether it is reached."""
 
     def ratios(case: str, ours: str, to: str) -> list[float]:
         return _ratios(found[case], ours, to) if case in found else []
@@ -247,115 +263,171 @@ def targets(found: Found) -> str:
         for name, case in found.items()
         for method in ELEMENT_WISE
         for peak in [_peak(case, f"lines {method}", "resident_mb")]
-        if name != "tiny" and peak
+        if name not in MANY_TENSORS and peak
     ]
     peaks = [_peak(case, edit, "resident_mb") or 0 for case in _by_size(found)]
     of_adapter = _peak(found.get("adapter", NOTHING), OF_ADAPTER, "resident_mb")
     planning = _named(found.get("planning", NOTHING), "plan.py").get("steps", {})
     planned = planning.get("edit: total", [])
     rows = [
-        Target("`edit`: at most 1.15 times floor + digests", 1.15, ratios("edit", edit, DIGESTS)),
+        Target("`edit`: at most 1.15 times floor + digests", 1.15, "edit", ratios("edit", edit, DIGESTS)),
         Target(
             "`edit`: at most 1.1 times an edit that measures no realised coefficient",
             1.1,
+            "realised",
             ratios("realised", edit, UNMEASURED),
         ),
         Target(
             "`edit` of an adapter of rank 16: at most 1.3 times that of a fine-tune",
             1.3,
+            "adapter",
             ratios("adapter", OF_ADAPTER, edit),
         ),
-        Target("`edit` of an adapter of rank 16: at most 300 MB resident", 300, [of_adapter] if of_adapter else []),
-        Target("`task_arithmetic` of three: at most 1.3 times", 1.3, ratios("three", sum_of, DIGESTS)),
-        Target("`average` of eight: at most 1.3 times", 1.3, ratios("eight-methods", "lines average", DIGESTS)),
+        Target(
+            "`edit` of an adapter of rank 16: at most 300 MB resident",
+            300,
+            "adapter",
+            [of_adapter] if of_adapter else [],
+        ),
+        Target("`task_arithmetic` of three: at most 1.3 times", 1.3, "three", ratios("three", sum_of, DIGESTS)),
+        Target(
+            "`average` of eight: at most 1.3 times",
+            1.3,
+            "eight-methods",
+            ratios("eight-methods", "lines average", DIGESTS),
+        ),
         *(
             Target(
                 f"`{method}` of {number}: at most {limit} times our `task_arithmetic`",
                 limit,
+                f"{number}-methods",
                 ratios(f"{number}-methods", f"lines {method}", sum_of),
             )
             for method, limit in (("ties", 4), ("consensus", 5), ("dare_linear", 5))
             for number in ("three", "eight")
         ),
-        Target("`ties`: at most two passes over the inputs before the last", 2.05, passes),
-        Target("`edit`: at least 4 times as fast as mergekit", 4, ratios("edit", MERGEKIT, edit), at_most=False),
+        Target("`ties`: at most two passes over the inputs before the last", 2.05, "three-methods", passes),
         *(
             Target(
-                f"`{method}` of three: at least {limit} times as fast as mergekit",
+                f"{words}: at least {limit} times as fast as mergekit",
                 limit,
-                ratios(case, MERGEKIT, f"lines {method}"),
+                case,
+                ratios(case, MERGEKIT, ours),
                 at_most=False,
             )
-            for method, limit, case in (
-                ("task_arithmetic", 4, "three"),
-                ("ties", 20, "ties-peers"),
-                ("ties by tensor", 20, "ties-peers"),
-                ("dare_linear", 6, "dare-peers"),
+            for words, limit, case, ours in (
+                ("`edit`", 4, "edit", edit),
+                ("`task_arithmetic` of three", 4, "three", sum_of),
+                ("`ties` of three", 20, "ties-peers", "lines ties"),
+                ("`ties by tensor` of three", 20, "ties-peers", "lines ties by tensor"),
+                ("`dare_linear` of three", 6, "dare-peers", "lines dare_linear"),
             )
         ),
-        Target("element-wise methods: at most 300 MB resident, at any size", 300, [max(resident)] if resident else []),
+        Target(
+            "element-wise methods: at most 300 MB resident, at any size", 300, "", [max(resident)] if resident else []
+        ),
         Target(
             "`edit`: the largest model takes at most 1.05 times the memory of the smallest",
             1.05,
+            "",
             [peaks[-1] / peaks[0]] if len(peaks) > 1 else [],
         ),
         *(
-            Target(f"{words}: {kind} memory above `import torch` at most a tenth of mergekit's", 0.1, shares)
+            Target(
+                f"{words}: {kind} memory above `import torch` at most a tenth of mergekit's",
+                0.1,
+                case,
+                memory_above_torch(case, name, f"{kind}_mb"),
+            )
             for words, case, name in (("`edit`", "edit", edit), ("`task_arithmetic` of three", "three", sum_of))
             for kind in ("resident", "anonymous")
-            for shares in [memory_above_torch(case, name, f"{kind}_mb")]
         ),
-        Target("ten candidates on the disk: at most a third of ten edits", 1 / 3, ratios("candidates", ON_DISK, TEN)),
-        Target("ten candidates in a live module: at most a tenth of ten edits", 0.1, ratios("candidates", LIVE, TEN)),
-        Target("planning an edit of 100,000 tensors, from headers on: at most 2 s", 2, planned),
+        Target(
+            "ten candidates on the disk: at most a third of ten edits",
+            1 / 3,
+            "candidates",
+            ratios("candidates", ON_DISK, TEN),
+        ),
+        Target(
+            "ten candidates in a live module: at most a tenth of ten edits",
+            0.1,
+            "candidates",
+            ratios("candidates", LIVE, TEN),
+        ),
+        Target("planning an edit of 100,000 tensors, from headers on: at most 2 s", 2, "planning", planned),
     ]
-    return _table(["target", "measured", "reached"], [row.row() for row in rows])
+    letters = letters or {}
+    machines = {name: letters.get(_machine(case), "") for name, case in found.items()}
+    return _table(["target", "measured", "machine", "reached"], [row.row(machines.get(row.case, "")) for row in rows])
 
 
 # --- the document ---
 
 
-def document(found: Found, on_cuda: Found, limits: str) -> str:
-    """RESULTS.md: what was found on the CPU, and where a GPU was at hand, with it."""
+def document(found: Found, on_cuda: Found, earlier: Found, limits: str) -> str:
+    """RESULTS.md: what was found on the CPU, with a GPU where one was at hand, and earlier on another machine."""
+    others = {"On a GPU": on_cuda, "Earlier, on another machine": earlier}
+    everything = {**found, **{f"{name}, {where}": case for where, own in others.items() for name, case in own.items()}}
+    letters = _letters(everything)
+
+    def section(case: dict[str, Any]) -> str:
+        return _section(case, f"Machine {letters[_machine(case)]}." if letters else "")
+
     parts = [
         HEAD,
         "## Targets\n\nRatios are of net times; mergekit is 0.1.5 with its best flags.\n",
-        targets(found),
+        targets(found, letters),
         "",
     ]
     for heading, names in SECTIONS.items():
         parts.append(f"## {heading}\n")
-        parts += [_section(found[name]) for name in names if name in found]
+        parts += [section(found[name]) for name in names if name in found]
         if heading == "Editing":
             parts.append(_scaling(found))
     parts.append(limits)
-    if on_cuda:
-        parts += ["## On a GPU\n", *map(_section, on_cuda.values())]
-    parts += ["## Machines\n", *_machines({**found, **{f"{name} (GPU)": case for name, case in on_cuda.items()}})]
+    for where, own in others.items():
+        parts += [f"## {where}\n", *map(section, own.values())] if own else []
+    parts += ["## Machines\n", *_machines(everything)]
     return "\n".join([*parts, "", "## Commands\n", _commands(found)])
 
 
-def _section(case: dict[str, Any]) -> str:
+def _section(case: dict[str, Any], machine: str = "") -> str:
     rounds = f"{case['rounds']} rounds." if case["rounds"] > 1 else "One round."
     share = case.get("in_page_cache")
     cached = f"Only {share:.0%} of the inputs were in the page cache." if share and 0.01 < share < 0.99 else ""
-    words = textwrap.fill(" ".join(filter(None, [case["about"], rounds, cached])), 120)
+    words = textwrap.fill(" ".join(filter(None, [case["about"], rounds, machine, cached])), 120)
     return f"### {case['title']}\n\n{words}\n\n{_case_table(case)}\n"
 
 
+HARDWARE = ("cores", "processor", "vectors", "memory_gib", "filesystem", "kernel", "device", "gpu")
+"""What tells machines apart; the rest are versions of what ran on them."""
+
+
+def _machine(case: dict[str, Any]) -> str:
+    """The machine on which a case ran, in words."""
+    told = case["machine"]
+    return "; ".join(f"{key.replace('_gib', ' (GiB)')}: {told[key]}" for key in HARDWARE if key in told)
+
+
+def _letters(found: Found) -> dict[str, str]:
+    """A letter for each machine, in the order of the cases; none where there is one machine only."""
+    machines = list(dict.fromkeys(map(_machine, found.values())))
+    return {told: chr(ord("A") + at) for at, told in enumerate(machines)} if len(machines) > 1 else {}
+
+
 def _machines(found: Found) -> list[str]:
-    """Each machine on which cases ran, with the days and the cases."""
-    cases: dict[str, list[str]] = {}
-    days: dict[str, set[str]] = {}
-    for name, case in found.items():
-        told = "; ".join(f"{key.replace('_gib', ' (GiB)')}: {value}" for key, value in case["machine"].items())
-        cases.setdefault(told, []).append(name)
-        days.setdefault(told, set()).add(case["date"])
-    whole = len(cases) == 1
-    return [
-        f"- {told}. {', '.join(sorted(days[told]))}{'.' if whole else ': ' + ', '.join(names) + '.'}"
-        for told, names in cases.items()
-    ]
+    """Each machine on which cases ran, with what they ran with, and the days."""
+    letters = _letters(found)
+    cases: dict[str, list[dict[str, Any]]] = {}
+    for case in found.values():
+        cases.setdefault(_machine(case), []).append(case)
+    rows = []
+    for told, own in cases.items():
+        versions = {key: value for case in own for key, value in case["machine"].items() if key not in HARDWARE}
+        words = ", ".join(f"{key} {value}" for key, value in versions.items())
+        days = ", ".join(sorted({case["date"] for case in own}))
+        rows.append(f"- {f'**{letters[told]}**: ' if letters else ''}{told}; {words}. {days}.")
+    return rows
 
 
 def _commands(found: Found) -> str:

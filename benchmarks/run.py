@@ -69,7 +69,7 @@ def main() -> None:
             print(f"\n{report.targets(found)}")
     if options.save or options.render:
         limits = "\n".join((HERE / page).read_text() for page in ("limits.md", "spectral.md"))
-        (HERE / "RESULTS.md").write_text(report.document(_saved("cpu"), _saved("cuda"), limits))
+        (HERE / "RESULTS.md").write_text(report.document(_saved("cpu"), _saved("cuda"), _saved("earlier"), limits))
 
 
 def _run(case: Case, rounds: int, warm_up: bool, machine: dict[str, Any]) -> dict[str, Any]:
@@ -115,8 +115,9 @@ def _title(case: Case) -> str:
 
 
 def _results(device: str) -> Path:
-    """Where results are kept: those of a GPU beside those of the CPU."""
-    return HERE / ("results-cuda.json" if device.startswith("cuda") else "results.json")
+    """Where results are kept: beside those of the CPU those of a GPU, and what was measured `earlier` elsewhere."""
+    kind = device.partition(":")[0]
+    return HERE / ("results.json" if kind == "cpu" else f"results-{kind}.json")
 
 
 def _saved(device: str) -> dict[str, Any]:
@@ -130,6 +131,7 @@ def _machine(device: str) -> dict[str, Any]:
     told = {
         "cores": os.cpu_count(),
         "processor": _processor(),
+        "vectors": _asked(sys.executable, "import torch; print(torch.backends.cpu.get_cpu_capability())"),
         "memory_gib": round(MEMORY / 2**30),
         "filesystem": mount[0].split()[1] if mount else "unknown",
         "kernel": f"{platform.system()} {platform.release()}",
@@ -139,16 +141,20 @@ def _machine(device: str) -> dict[str, Any]:
         "device": device,
     }
     if device.startswith("cuda"):
-        name = f"import torch; print(torch.cuda.get_device_name({device!r}))"
-        told["gpu"] = subprocess.run([sys.executable, "-c", name], capture_output=True, text=True, check=True).stdout
+        told["gpu"] = _asked(sys.executable, f"import torch; print(torch.cuda.get_device_name({device!r}))")
     if PEERS.exists():
         told |= {peer: _version(str(PEERS), peer) for peer in ("mergekit", "sd-mecha", "peft")}
     return told
 
 
 def _version(python: str, package: str) -> str:
-    told = f"import importlib.metadata as m; print(m.version({package!r}))"
-    return subprocess.run([python, "-c", told], capture_output=True, text=True, check=True, env=ENVIRONMENT).stdout[:-1]
+    return _asked(python, f"import importlib.metadata as m; print(m.version({package!r}))")
+
+
+def _asked(python: str, program: str) -> str:
+    """What a program prints."""
+    command = [python, "-c", program]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=ENVIRONMENT).stdout.strip()
 
 
 def _processor() -> str:

@@ -33,18 +33,19 @@ def phases(setup: Setup) -> Iterator[list[Job]]:
         yield [("digits", seed, target) for target in others]
         if setup.full:
             yield [("inspect", seed, task, f"{setup.rate:g}") for task in setup.tasks]
-            yield [("wise", seed, task) for task in setup.tasks]
-            yield [("depth", seed, task) for task in setup.tasks]
+            yield [("wise", seed, task) for task in setup.in_turn(int(seed))]
+            yield [("depth", seed, task) for task in setup.in_turn(int(seed))]
             yield [("alpha", seed, method) for method in ("task_arithmetic", "ties")]
     for seed in map(str, setup.seeds):
-        if setup.strong is not None:
-            yield [("one", seed, task, f"{setup.strong:g}") for task in setup.tasks]
-            yield [("inspect", seed, task, f"{setup.strong:g}") for task in setup.tasks]
-        if setup.light is not None:
-            yield [("rounding", seed, task, f"{rate:g}") for task in setup.tasks for rate in (setup.light, setup.rate)]
+        tasks = setup.in_turn(int(seed))
         if setup.full:
             yield [("policies", seed, "styles")]
-            yield [("soups", seed, task) for task in setup.tasks]
+            yield [("soups", seed, task) for task in tasks]
+        if setup.strong is not None:
+            yield [("one", seed, task, f"{setup.strong:g}") for task in tasks]
+            yield [("inspect", seed, task, f"{setup.strong:g}") for task in tasks]
+        if setup.light is not None:
+            yield [("rounding", seed, task, f"{rate:g}") for task in tasks for rate in (setup.light, setup.rate)]
 
 
 JOBS: dict[str, Callable[..., None]] = {

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,7 +19,7 @@ from evidence.texts import Labelled, Task
 
 TOKENS = 64  # of a text, at most
 BATCH = 32  # texts in a step of training
-AT_ONCE = 2048  # tokens in a batch without gradients
+AT_ONCE, TRAINED_AT_ONCE = 2048, 256  # tokens in one go, without gradients and with
 SCALE = 20.0  # of cosines, before a softmax
 WEIGHTS = "model.safetensors"
 SIDECARS = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
@@ -47,41 +47,50 @@ class Encoder:
         Args:
             texts: at least one.
         """
-        return self._of(self.module, self._numbers(texts))
+        return self._in_groups(self.module, texts, TRAINED_AT_ONCE)
 
     @torch.no_grad()
     def encoded(self, texts: Sequence[str], module: nn.Module | None = None) -> Tensor:
-        """The same for many texts, without gradients: long ones beside long ones, which leaves little to pad.
+        """The same for many texts, without gradients.
 
         Args:
             texts: at least one.
             module: that computes, in place of the own.
         """
-        module = (module or self.module).eval()
+        return self._in_groups((module or self.module).eval(), texts, AT_ONCE)
+
+    def _in_groups(self, module: nn.Module, texts: Sequence[str], at_once: int) -> Tensor:
+        """Long texts beside long ones, which leaves little to pad, and so many tokens in one go. Words are looked up
+        once for all: each gradient of a look-up is as large as the vocabulary.
+        """
         numbers = self._numbers(texts)
         order = sorted(range(len(texts)), key=lambda at: len(numbers[at]))
-        parts, batch = [], list[list[int]]()
+        groups: list[list[list[int]]] = [[]]
         for at in order:
-            if batch and (len(batch) + 1) * len(numbers[at]) > AT_ONCE:
-                parts.append(self._of(module, batch))
-                batch = []
-            batch.append(numbers[at])
-        parts.append(self._of(module, batch))
+            if groups[-1] and (len(groups[-1]) + 1) * len(numbers[at]) > at_once:
+                groups.append([])
+            groups[-1].append(numbers[at])
+        tokens = [torch.tensor([[*row, *[0] * (max(map(len, rows)) - len(row))] for row in rows]) for rows in groups]
+        look_up = cast("nn.Embedding", module.get_submodule("embeddings.word_embeddings"))
+        words = look_up(torch.cat([each.flatten() for each in tokens])).split([each.numel() for each in tokens])
+        parts = [
+            self._pooled(module, found.view(*each.shape, -1), torch.tensor([len(row) for row in rows]))
+            for rows, each, found in zip(groups, tokens, words, strict=True)
+        ]
         return torch.cat(parts)[torch.tensor(order).argsort()]
+
+    def _pooled(self, module: nn.Module, words: Tensor, lengths: Tensor) -> Tensor:
+        """What the module makes of words [texts, tokens, width], of which each text has so many."""
+        mask = (torch.arange(words.shape[1]) < lengths[:, None]).long()
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
+            states = module(inputs_embeds=words, attention_mask=mask).last_hidden_state.float()
+        weight = mask[:, :, None].float()
+        return normalize((states * weight).sum(1) / weight.sum(1), dim=-1)
 
     def _numbers(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of each text."""
         found: list[list[int]] = self._tokenizer(list(texts), truncation=True, max_length=TOKENS)["input_ids"]
         return found
-
-    def _of(self, module: nn.Module, numbers: Sequence[Sequence[int]]) -> Tensor:
-        longest = max(map(len, numbers))
-        tokens = torch.tensor([[*row, *[0] * (longest - len(row))] for row in numbers])
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in numbers])
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
-            states = module(input_ids=tokens, attention_mask=mask).last_hidden_state.float()
-        weight = mask[:, :, None].float()
-        return normalize((states * weight).sum(1) / weight.sum(1), dim=-1)
 
 
 def has_bfloat16() -> bool:

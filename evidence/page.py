@@ -63,7 +63,9 @@ SETUP = f"""## Set-up
 * **Training**: the encoder alone, {SIZES.train:,} texts, {FULL.epochs} epochs of AdamW, batches of {BATCH}. Of each
   task {SIZES.validation} texts to choose by and {SIZES.test} to test: one accuracy has a standard error of
   {100 * (0.25 / SIZES.test) ** 0.5:.1f} points at most, means and paired differences much less.
-* **Seeds** deal texts anew and train anew. Seed 0 was used to choose this set-up, and is not on this page.
+* **Seeds** deal texts anew and train anew. Seed 0 was used to choose this set-up, and is not on this page. One
+  fine-tune and merging have all tasks of each seed; soups, WiSE-FT, depth rules, the larger learning rate and rounding
+  two of them, by turns, so that over the seeds each task is among them.
 * **Choice**: every family is given as many points, and chosen by the paper's rule, `2 * target / target_ft +
   mean(control / control_pre)`, on validation texts. At the same target accuracy families are compared along their whole
   curves, on test texts. p is of a test that flips signs of paired differences; below 0.05 a difference counts as beyond

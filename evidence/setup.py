@@ -44,6 +44,10 @@ class Setup:
     full: bool = False
     work: str = str(WORK)
 
+    def in_turn(self, seed: int) -> tuple[str, ...]:
+        """Two tasks of a seed, for what takes too long for all of them: over the seeds every task has its turn."""
+        return tuple(dict.fromkeys(self.tasks[(2 * seed + step) % len(self.tasks)] for step in range(2)))
+
     @property
     def results(self) -> Path:
         return Path(self.work) / "results"
