@@ -5,10 +5,12 @@ retries and limits; what a part is, `lines plan` says. The only user of ray, whi
 from __future__ import annotations
 
 import os
+import re
+import signal
 import socket
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, redirect_stdout, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import islice
@@ -16,9 +18,19 @@ from pathlib import Path
 from time import sleep
 from typing import TYPE_CHECKING, Any
 
-from lines_cli.api.parts import Opened, open_parts, plan_parts, run_parts
+from lines_cli.api.parts import Opened, open_parts, plan_parts, remove_plan, run_parts
 from lines_cli.api.planned import planned
-from lines_cli.errors import Aftermath, LinesError, OutputError, RecipeError, attach_aftermath, size
+from lines_cli.errors import (
+    OF_NO_USE,
+    Aftermath,
+    ChangedInputError,
+    DataError,
+    LinesError,
+    OutputError,
+    RecipeError,
+    attach_aftermath,
+    size,
+)
 
 if TYPE_CHECKING:
     from lines_cli.engine.measure import Track
@@ -98,22 +110,44 @@ def do_parts(
     Raises:
         LinesError: as `lines merge`; or ray is not there, or does not get a part done.
     """
-    from lines_cli.storage.making import room_of
-    from lines_cli.storage.object_store import url_of
-
     with connected(how.address) as cluster:
         opened = _planned(recipe, destination, how, cluster.cpus, quiet=quiet, say=say)
         needs = needs_of(how.resources, opened.plan.peak_memory)
         cluster.say_what_is_missing(needs, say)
         try:
-            for stage in range(len(opened.division.stages)):
-                _stage(cluster, opened, stage, needs, track)
+            with _alone(opened):
+                for stage in range(len(opened.division.stages)):
+                    _stage(cluster, opened, stage, needs, track)
         except BaseException as error:
-            if url_of(destination) is not None:
-                state = f"{destination} may hold files that are whole, and is no output yet"
-                attach_aftermath(error, Aftermath(room_of(destination), output=destination, state=state))
+            attach_aftermath(error, _what_is_left(destination, error))
             raise
     return opened
+
+
+def _alone(opened: Opened) -> AbstractContextManager[Any]:
+    """While stages are done, nobody else begins anew there, whether or not a part is at work just now."""
+    from lines_cli.storage.object_store import url_of
+    from lines_cli.storage.shared_staging import Shared
+
+    divided = opened.divided
+    on_a_disk = url_of(divided.output) is None  # a store has no locks
+    return Shared(divided.output, divided.digest, divided.file) if on_a_disk else nullcontext()
+
+
+def _what_is_left(destination: Path, error: BaseException) -> Aftermath:
+    """What an error leaves of what parts have done; on a disk nothing, where that is of no use any more."""
+    from lines_cli.storage.making import clean, room_of
+    from lines_cli.storage.object_store import url_of
+
+    if url_of(destination) is not None:
+        state = f"{destination} may hold files that are whole, and is no output yet"
+        return Aftermath(room_of(destination), output=destination, state=state)
+    if isinstance(error, OF_NO_USE):
+        with suppress(LinesError):  # a task that could not be cancelled is still at work
+            clean(destination)
+            remove_plan(plan_beside(destination))
+            return Aftermath()
+    return Aftermath(room_of(destination), output=destination)
 
 
 def _planned(
@@ -228,7 +262,7 @@ class Cluster:
                 try:
                     found = self._ray.get(ended)
                 except errors.RayTaskError as error:
-                    raise _refused(error.cause) from None
+                    raise _refused(error.cause, str(error)) from None
                 except errors.RayError as error:
                     why = _in_a_line(error)
                     if lost is None or not isinstance(error, (errors.WorkerCrashedError, errors.OutOfMemoryError)):
@@ -260,14 +294,25 @@ class Cluster:
         return self._ray.remote(task.function).options(**options).remote(*task.arguments)
 
 
-def _refused(cause: BaseException) -> BaseException:
-    """What a person is told of an exception of a task."""
-    if isinstance(cause, ImportError):
+def _refused(cause: BaseException, told: str = "") -> BaseException:
+    """What a person is told of an exception of a task.
+
+    Args:
+        cause: the exception.
+        told: what Ray says of it: pages, with the address of the node.
+    """
+    unknown = str(cause).startswith(_UNKNOWN)  # Ray makes something else of an ImportError of the task itself
+    if isinstance(cause, ImportError) or unknown:
+        node = re.search(r"\bip=([\w.:]+\w)", told)
+        why = str(cause).strip().splitlines()[-1] if str(cause).strip() else type(cause).__name__
         return OutputError(
-            f"a node of the Ray cluster cannot run lines: {cause}",
+            f"a node of the Ray cluster{f' ({node[1]})' if node else ''} cannot run lines: {why}",
             hint="Install the same version of lines, and what your own functions need, on all nodes.",
         )
     return cause
+
+
+_UNKNOWN = "The remote function failed to import on the worker"
 
 
 @contextmanager
@@ -286,8 +331,17 @@ def connected(address: str | None) -> Iterator[Cluster]:
         yield Cluster(ray)
         return
     where = address or os.environ.get("RAY_ADDRESS") or "this machine"
+    if where.startswith("ray://"):
+        address = where
+    if where.startswith(("http://", "https://")):
+        raise RecipeError(
+            f"RAY_ADDRESS is {where}, where jobs are submitted: a cluster has another address for what runs on it",
+            hint="On a node of the cluster unset RAY_ADDRESS, or set it to HEAD:6379; elsewhere say --on "
+            "ray://HEAD:10001 (these are Ray's usual ports).",
+        )
     if unreachable := _unreachable(where):  # for which Ray waits long, and ends the process
         raise _no_cluster(where, unreachable)
+    ends = signal.getsignal(signal.SIGTERM)
     said: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is not None and find_spec("grpc") is None:
         raise RecipeError(f"--on {address}: Ray's client is not installed", hint=f"{_INSTALL[:-1]} (ray[client]).")
@@ -301,8 +355,11 @@ def connected(address: str | None) -> Iterator[Cluster]:
                 except ConnectionError:
                     ray.init(include_dashboard=False, **said)  # none is running: one of this machine
         except Exception as error:
-            raise _no_cluster(where, _in_a_line(error)) from error
+            raise _not_let_in(where, error) from error
         try:
+            if callable(ends):  # Ray's own prints a stack, and ends the process
+                with suppress(ValueError):  # of another thread than the main one: Ray has left it, too
+                    signal.signal(signal.SIGTERM, ends)
             yield Cluster(ray)
         finally:
             ray.shutdown()
@@ -353,6 +410,26 @@ def _in_a_line(error: BaseException) -> str:
     """What an exception of Ray says, first of all."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+
+
+def _not_let_in(where: str, error: Exception) -> OutputError:
+    """What a person is told of the exception with which Ray ends an attempt to connect."""
+    said = str(error)
+    if "Version mismatch" in said and len(found := re.findall(r"(Ray|Python): (\S+)", said)) == 4:
+        cluster, here = (", ".join(f"{name} {version}" for name, version in half) for half in (found[:2], found[2:]))
+        return OutputError(
+            f"--on ray: the cluster at {where} has {cluster}, and this process {here}",
+            hint="Use the versions of the cluster here; or run lines on one of its nodes.",
+        )
+    no = _no_cluster(where, _in_a_line(error))
+    no.hint = f"{no.hint} {_LETS_IN}"
+    return no
+
+
+_LETS_IN = (
+    "A cluster that asks for a token, as one that ray start begins may, lets in who sets RAY_AUTH_MODE=token and has "
+    "its token, in ~/.ray/auth_token or RAY_AUTH_TOKEN."
+)
 
 
 def _no_cluster(where: str, why: str) -> OutputError:
@@ -407,8 +484,30 @@ def _task(opened: Opened, part: Part, needs: Needs) -> Task:
 
 
 def _do_part(file: str, number: int, total: int, resources: Resources) -> tuple[int, bool]:
-    """A part, in a worker of the cluster: its number, and whether it had been done before."""
+    """A part, in a worker of the cluster: its number, and whether it had been done before.
+
+    Raises:
+        LinesError: as `run_parts`, with the node's name; or the node does not see what the driver has seen.
+    """
     from lines_cli.storage.object_store import placed_at
 
-    (done,) = run_parts(open_parts(placed_at(file)), f"{number}/{total}", resources)
+    node = f"node {socket.gethostname()}"
+    try:
+        opened = open_parts(placed_at(file))
+    except LinesError as error:  # the driver has read the same
+        kind = ChangedInputError if isinstance(error, ChangedInputError) else OutputError
+        raise kind(f"{node} cannot begin part {number}: {error.message}", hint=_ALIKE) from error
+    try:
+        (done,) = run_parts(opened, f"{number}/{total}", resources, resumes=_AGAIN)
+    except DataError:  # wherever it is looked at
+        raise
+    except LinesError as error:
+        raise type(error)(f"{node}: {error.message}", hint=error.hint) from error
     return number, done.before
+
+
+_AGAIN = "What other parts have done is kept. To go on: the same command with --resume."
+_ALIKE = (
+    "All nodes need the same version of lines, and inputs and output on a disk that they see by the same paths as this "
+    "machine, or in a store. If an input was changed meanwhile: the same command begins anew."
+)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lines_cli.api.planned import planned, tolerant_torch_import
-from lines_cli.errors import LinesError, OutputError, RecipeError, UnsupportedError
+from lines_cli.errors import OF_NO_USE, LinesError, OutputError, RecipeError, UnsupportedError
 
 if TYPE_CHECKING:
     from lines_cli.engine.measure import Track
@@ -156,14 +156,14 @@ def _refuse_to_write(file: Path, plan: Plan) -> None:
     from lines_cli.storage.making import room_of
     from lines_cli.storage.object_store import real_name
 
-    if not _is_free_for_a_plan(file):
+    if not is_free_for_a_plan(file):
         raise OutputError(f"{file} is not a plan of lines; it is not replaced", hint="Name another file: --plan FILE.")
     for folder, what in ((plan.output, "the output's folder"), (room_of(plan.output), "the folder of unfinished work")):
         if real_name(file).startswith(f"{real_name(folder).rstrip('/')}/"):
             raise OutputError(f"{file} is in {what}", hint="Name another file: --plan FILE.")
 
 
-def _is_free_for_a_plan(file: Path) -> bool:
+def is_free_for_a_plan(file: Path) -> bool:
     """Whether nothing is there, or a plan."""
     from lines_cli.storage.files import read_small
     from lines_cli.storage.object_store import asked_of_the_store, content_if_there, url_of
@@ -236,6 +236,7 @@ def run_parts(
     resources: Resources,
     *,
     track: Track | None = None,
+    resumes: str | None = None,
     done: Callable[[PartDone], None] = lambda _: None,
 ) -> list[PartDone]:
     """Do parts of a run.
@@ -245,6 +246,7 @@ def run_parts(
         part: which: `3/16`, or several; all, unless said.
         resources: what may be used.
         track: wraps the stream of byte counts.
+        resumes: after an error, how to go on, if not by the command that makes these parts.
         done: is told of each part, once it is done.
 
     Raises:
@@ -265,7 +267,9 @@ def run_parts(
         try:
             return run(opened.plan, opened.division, staging, wanted, resources, done=done, **tracked)
         except LinesError as error:
-            error.hint = error.hint or f"What other parts have done is kept. To go on: {divided.command(*numbers)}"
+            if not isinstance(error, OF_NO_USE):
+                again = resumes or f"What other parts have done is kept. To go on: {divided.command(*numbers)}"
+                error.hint = error.hint or again
             raise
 
 

@@ -102,9 +102,10 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
             with signals.at_work():
                 command(**options)
         except (Exception, KeyboardInterrupt) as error:
-            ended = error if isinstance(error, (LinesError, KeyboardInterrupt, MemoryError)) else signals.raised()
-            if ended is None:
+            ended: BaseException | None = error if isinstance(error, (LinesError, MemoryError)) else signals.raised()
+            if ended is None and not isinstance(error, KeyboardInterrupt):
                 raise
+            ended = ended or error
             signals.too_late()
             writes = command in (edit, extract, merge, sweep, run, finish)
             raise typer.Exit(_say(ended, error, writes=writes, json=options.get("json", False))) from error

@@ -254,7 +254,7 @@ def _show_adapter_outcome(outcome: AdapterOutcome, told: summary.Summary, *, jso
     if json or quiet:
         return
     _adapter(plan, outcome.norms)
-    kept = f" ({size(outcome.resumed)} of it by an earlier run)" if outcome.resumed else ""
+    kept = f" ({size(outcome.resumed)} of it before)" if outcome.resumed else ""
     written = f"wrote {size(plan.bytes_written)}{kept} in {outcome.seconds:.1f} s"
     _line(f"read {size(plan.bytes_read)}, {written}")
     _out.print(f"output  {_printable(str(plan.output))}", style="bold", soft_wrap=True)
@@ -401,7 +401,7 @@ def _show_outcome(outcome: Outcome, plan: Plan, told: summary.Summary, *, json: 
     _stacks(plan, outcome.realised)
     rate = (outcome.bytes_read + plan.bytes_written - outcome.resumed) / max(outcome.seconds, 1e-9)
     passes = f" in {outcome.passes} passes" if outcome.passes > 1 else ""
-    kept = f" ({size(outcome.resumed)} of it by an earlier run)" if outcome.resumed else ""
+    kept = f" ({size(outcome.resumed)} of it before)" if outcome.resumed else ""
     written = f"wrote {size(plan.bytes_written)}{kept} in {outcome.seconds:.1f} s ({size(rate)}/s read and written)"
     _line(f"read {size(outcome.bytes_read)}{passes}, {written}")
     _out.print(f"output  {_printable(str(plan.output))}", style="bold", soft_wrap=True)

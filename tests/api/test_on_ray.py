@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -21,8 +23,9 @@ import yaml
 
 import lines_cli as lines
 from lines_cli.api import on_ray
-from lines_cli.api.on_ray import address_of, plan_beside
-from lines_cli.errors import OutputError, RecipeError
+from lines_cli.api.on_ray import Task, address_of, needs_of, plan_beside
+from lines_cli.errors import ChangedInputError, OutputError, RecipeError
+from lines_cli.plan.resources import Resources
 from lines_cli.storage.lock import RunLock
 from lines_cli.storage.staging import staging_of
 from support.files import write_checkpoint
@@ -106,6 +109,63 @@ def test_something_else_is_there(
     assert (ran.code, ran.trace) == (6, ""), ran.err
     assert words in ran.err
     held[0].close()
+
+
+def test_where_jobs_are_submitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ray job submit` reads the same variable, and takes another kind of address: that is said, and what to do."""
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    with pytest.raises(RecipeError, match="where jobs are submitted") as refused, on_ray.connected(None):
+        pass
+    assert "ray://HEAD:10001" in str(refused.value.hint)
+
+
+def test_a_cluster_that_asks_for_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray does not say in its error why it is not let in; so whoever is not reads of the token."""
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_ADDRESS", "head")
+    monkeypatch.setattr(ray, "init", lambda **_: (_ for _ in ()).throw(RuntimeError("Failed to connect")))
+    with pytest.raises(OutputError, match="cannot be reached: Failed to connect") as refused, on_ray.connected(None):
+        pass
+    assert "RAY_AUTH_MODE=token" in str(refused.value.hint)
+    assert "RAY_AUTH_TOKEN" in str(refused.value.hint)
+
+
+def test_a_node_without_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part that cannot begin where the driver could says on which node, and what all nodes need; of an input that was
+    changed meanwhile it says that.
+    """
+    monkeypatch.chdir(tmp_path)
+    models(tmp_path, 1000)
+    write_recipe(**RECIPES["sum"])
+    run_lines("plan", "--config", "merge.yaml", "-o", "out")
+    node = socket.gethostname()
+    with pytest.raises(OutputError, match=f"node {node} cannot begin part 1: .*gone.json") as refused:
+        on_ray._do_part(str(tmp_path / "gone.json"), 1, 1, Resources())
+    assert "by the same paths" in str(refused.value.hint)
+    os.utime("ft/config.json")
+    for file in Path("ft").glob("*.safetensors"):
+        os.utime(file, (1, 1))
+    with pytest.raises(ChangedInputError, match=f"node {node} cannot begin"):
+        on_ray._do_part(str(tmp_path / "plan.json"), 1, 1, Resources())
+    shutil.rmtree("ft")
+    with pytest.raises(OutputError, match=f"node {node} cannot begin part 1: .*ft"):
+        on_ray._do_part(str(tmp_path / "plan.json"), 1, 1, Resources())
+
+
+def test_clean_removes_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`lines clean` removes what a run on Ray leaves: its parts, and its plan; of that name nothing that is no plan."""
+    monkeypatch.chdir(tmp_path)
+    models(tmp_path, 1000)
+    write_recipe(**RECIPES["sum"])
+    before = {path.name for path in tmp_path.iterdir()}
+    run_lines("plan", "--config", "merge.yaml", "-o", "out", "--plan", ".out.lines-plan.json")
+    assert plan_beside(Path("out")).exists()
+    assert run_lines("clean", "out").code == 0
+    assert {path.name for path in tmp_path.iterdir()} == before
+    plan_beside(Path("out")).write_text("{}")
+    assert run_lines("clean", "out").code == 0
+    assert plan_beside(Path("out")).exists()
 
 
 def models(folder: Path, entries: int) -> None:
@@ -265,16 +325,81 @@ class TestOnACluster:
         ran(*COMMAND, "--on", "ray", "--resume")
         assert contents() == whole
 
+    def test_two_drivers(self, here: Path) -> None:
+        """The second is refused, from the first's first part to its last, and disturbs nothing."""
+        whole = in_one_piece()
+        records = here / ".out.lines" / "parts"
+        until = time.monotonic() + 120
+        with a_driver() as driver:
+            while not [path for path in records.glob("*") if path.name.isdigit()] and time.monotonic() < until:
+                time.sleep(0.05)
+            driver.send_signal(signal.SIGSTOP)
+            done, before = len(list(records.glob("*"))), -1
+            while done != before:  # the parts of this stage come to their end
+                time.sleep(4)
+                done, before = len(list(records.glob("*"))), done
+            second = run_lines(*COMMAND, "--on", "ray")
+            driver.send_signal(signal.SIGCONT)
+            assert (second.code, second.trace) == (6, ""), second.err
+            assert "another run" in second.err
+            assert driver.wait(120) == 0, SAID.read_text()
+        assert contents() == whole
+        assert "by an earlier run" not in SAID.read_text()
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+    def test_a_driver_that_is_told_to_end(self, here: Path, number: signal.Signals) -> None:
+        """It ends as elsewhere, though Ray has a handler of its own: exit code, message, what is kept."""
+        records = here / ".out.lines" / "parts"
+        until = time.monotonic() + 120
+        with a_driver() as driver:
+            while not [path for path in records.glob("*") if path.name.isdigit()] and time.monotonic() < until:
+                time.sleep(0.05)
+            driver.send_signal(number)
+            assert driver.wait(120) == 128 + number, SAID.read_text()
+        said = SAID.read_text()
+        assert f"interrupted ({number.name}); the destination is as it was" in said
+        assert "the same command with --resume continues from there" in said
+        assert "received at" not in said  # Ray's words, above a stack
+        run_lines("clean", "out")
+        assert not plan_beside(Path("out")).exists()
+
+    def test_other_versions_of_ray(self, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Both sides' versions are said."""
+        import ray
+
+        there = ray.__version__
+        monkeypatch.setattr(ray, "__version__", "2.0.0")
+        done = run_lines(*COMMAND, "--on", "ray")
+        assert (done.code, done.trace) == (6, ""), done.err
+        assert f"has Ray {there}, Python" in done.err
+        assert "and this process Ray 2.0.0, Python" in done.err
+
+    def test_a_node_without_a_package(self, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A function that a node cannot import: which package, on which node; no pages of Ray's."""
+        (here / "elsewhere").mkdir()
+        (here / "elsewhere" / "only_here.py").write_text("def f(): pass\n")
+        monkeypatch.syspath_prepend(here / "elsewhere")
+        import only_here  # type: ignore[import-not-found]
+
+        needs = needs_of(Resources(), lambda _: 2**20)
+        with on_ray.connected(None) as cluster, pytest.raises(OutputError, match="only_here") as refused:
+            list(cluster.each([Task("f", only_here.f, ())], needs))
+        assert "a node of the Ray cluster (" in refused.value.message
+        assert "\n" not in refused.value.message
+        assert "on all nodes" in str(refused.value.hint)
+
     def test_a_part_that_is_refused(self, here: Path) -> None:
         """What a task refuses is said as one process says it, with its exit code; nothing comes into place."""
         bad = {f"layers.{i}.w": torch.ones(1_500_000) for i in range(4)}
         bad["layers.2.w"][9] = float("inf")
         shutil.rmtree("ft")
         write_checkpoint(here / "ft", bad, config={"model_type": "tiny"})
+        before = {path.name for path in here.iterdir()}
         done = run_lines(*COMMAND, "--on", "ray")
         assert (done.code, done.trace) == (5, ""), done.err
         assert "layers.2.w" in done.err
-        assert not (here / "out").exists()
+        assert "is kept" not in done.err
+        assert {path.name for path in here.iterdir()} == before
 
     @pytest.mark.parametrize(("kills", "seed"), [(7, 1), (7, 2), (6, 3)])
     def test_nodes_that_are_lost(self, here: Path, cluster: Any, kills: int, seed: int) -> None:

@@ -207,7 +207,7 @@ def test_what_resume_keeps(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (here / "out").rename(here / "first")
     interrupt()
     ran = run_lines(*command, "--resume")
-    kept = re.search(r"wrote 48 MB \((.+) of it by an earlier run\) in ", ran.out)
+    kept = re.search(r"wrote 48 MB \((.+) of it before\) in ", ran.out)
     assert kept
     assert kept[1] == said[2]
     assert run_lines("edit", "base", "ft", "-o", "whole", "--json").json["resumed"] == 0
