@@ -355,6 +355,8 @@ def connected(address: str | None) -> Iterator[Cluster]:
                 except ConnectionError:
                     ray.init(include_dashboard=False, **said)  # none is running: one of this machine
         except Exception as error:
+            with suppress(Exception):  # else this process stays half connected
+                ray.shutdown()
             raise _not_let_in(where, error) from error
         try:
             if callable(ends):  # Ray's own prints a stack, and ends the process
