@@ -273,6 +273,10 @@ def run_parts(
             raise
 
 
+def _of(parts: int) -> str:
+    return f"of {parts:,} parts, " if parts > 1 else ""
+
+
 def refuse_missing(opened: Opened) -> None:
     """Refuse to finish what is not done.
 
@@ -294,7 +298,6 @@ def refuse_missing(opened: Opened) -> None:
 
         which, verb = ("part", "is") if len(missing) == 1 else ("parts", "are")
         raise OutputError(
-            f"{divided.output} cannot be finished: of {len(division.parts):,} parts, {which} {in_runs(missing)} "
-            f"{verb} missing",
+            f"{divided.output} cannot be finished: {_of(len(division.parts))}{which} {in_runs(missing)} {verb} missing",
             hint=f"To make what is missing: {divided.command(*missing)}",
         )

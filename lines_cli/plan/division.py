@@ -356,7 +356,8 @@ def parts_said(text: str, total: int) -> tuple[int, ...]:
     if said is None:
         raise RecipeError(f"--part {text}: not a part", hint="Say which of how many: 3/16, or several: 3-5/16.")
     if int(said[2]) != total:
-        raise RecipeError(f"--part {text}: the plan has {total:,} parts", hint=f"Say which of these: 1/{total}.")
+        parts = "1 part" if total == 1 else f"{total:,} parts"
+        raise RecipeError(f"--part {text}: the plan has {parts}", hint=f"Say which of these: 1/{total}.")
     numbers: list[int] = []
     for run in said[1].split(","):
         first, _, last = run.partition("-")
