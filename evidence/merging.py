@@ -18,6 +18,8 @@ SAID: dict[str, dict[str, Any]] = {
     "ties": {"density": 0.2},
     "dare_linear": {"density": 0.2},
     "dare_ties": {"density": 0.2},
+    "della": {"density": 0.4},
+    "della_linear": {"density": 0.4},
     "breadcrumbs": {"density": 0.9},
     "breadcrumbs_ties": {"density": 0.9},
 }
