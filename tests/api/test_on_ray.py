@@ -241,6 +241,13 @@ def a_driver() -> Iterator[subprocess.Popen[bytes]]:
             driver.kill()
 
 
+def wait_for_a_part(records: Path) -> None:
+    """Return once a part is done, or after two minutes."""
+    until = time.monotonic() + 120
+    while not any(path.name.isdigit() for path in records.glob("*")) and time.monotonic() < until:
+        time.sleep(0.05)
+
+
 class TestOnACluster:
     """What takes one."""
 
@@ -309,10 +316,8 @@ class TestOnACluster:
         """What its parts have done is kept; --resume goes on with the same plan."""
         whole = in_one_piece()
         records = here / ".out.lines" / "parts"
-        until = time.monotonic() + 120
         with a_driver() as driver:
-            while not [path for path in records.glob("*") if path.name.isdigit()] and time.monotonic() < until:
-                time.sleep(0.05)
+            wait_for_a_part(records)
             driver.kill()
         done = {path.name: path.stat().st_ino for path in records.glob("*") if path.name.isdigit()}
         assert done
@@ -329,10 +334,8 @@ class TestOnACluster:
         """The second is refused, from the first's first part to its last, and disturbs nothing."""
         whole = in_one_piece()
         records = here / ".out.lines" / "parts"
-        until = time.monotonic() + 120
         with a_driver() as driver:
-            while not [path for path in records.glob("*") if path.name.isdigit()] and time.monotonic() < until:
-                time.sleep(0.05)
+            wait_for_a_part(records)
             driver.send_signal(signal.SIGSTOP)
             done, before = len(list(records.glob("*"))), -1
             while done != before:  # the parts of this stage come to their end
@@ -350,10 +353,8 @@ class TestOnACluster:
     def test_a_driver_that_is_told_to_end(self, here: Path, number: signal.Signals) -> None:
         """It ends as elsewhere, though Ray has a handler of its own: exit code, message, what is kept."""
         records = here / ".out.lines" / "parts"
-        until = time.monotonic() + 120
         with a_driver() as driver:
-            while not [path for path in records.glob("*") if path.name.isdigit()] and time.monotonic() < until:
-                time.sleep(0.05)
+            wait_for_a_part(records)
             driver.send_signal(number)
             assert driver.wait(120) == 128 + number, SAID.read_text()
         said = SAID.read_text()
