@@ -341,6 +341,9 @@ def connected(address: str | None) -> Iterator[Cluster]:
         )
     if unreachable := _unreachable(where):  # for which Ray waits long, and ends the process
         raise _no_cluster(where, unreachable)
+    if address is not None and ray.is_initialized():
+        connected = ConnectionError("this process is connected to a cluster already, and ray.shutdown() ends that")
+        raise _not_let_in(where, connected)
     ends = signal.getsignal(signal.SIGTERM)
     said: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is not None and find_spec("grpc") is None:
@@ -369,8 +372,6 @@ def connected(address: str | None) -> Iterator[Cluster]:
 
 def _join(ray: Any, address: str, said: dict[str, Any]) -> None:
     """Become a client of a cluster. Its head starts a process for each client, which may fail to come up."""
-    if ray.is_initialized():
-        raise ConnectionError("this process is connected to a cluster already, and ray.shutdown() ends that")
     for last in (False, False, True):
         try:
             ray.init(address=address, **said)

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lines_cli
 from lines_cli.checkpoint.reader import open_checkpoint
 from lines_cli.errors import LinesError, RecipeError
 from lines_cli.inspection.open import open_inspection
@@ -28,6 +29,7 @@ from lines_cli.plan.build import make_plan
 from lines_cli.plan.inputs import open_inputs
 from lines_cli.recipe.validate import edit_recipe
 from lines_cli.recipe.yaml_file import load_recipe
+from lines_cli.scaling import depth_rules
 from lines_cli.scaling.find_depth import find_depth
 from lines_cli.storage.names import RECIPE
 
@@ -164,7 +166,7 @@ def check(kind: str, folder: Path, content: bytes) -> bool:
 
 
 class watched:  # noqa: N801 - reads as what it is
-    """Within it nothing may be opened outside a folder, or to be written. (Audit hooks cannot be taken off again.)"""
+    """Within it nothing may be opened outside a folder and our package, or to be written. (Audit hooks stay.)"""
 
     folder: Path | None = None
     _hooked = False
@@ -194,11 +196,13 @@ class watched:  # noqa: N801 - reads as what it is
                 return
             writes = isinstance(mode, str) and any(letter in mode for letter in "wax+")
             writes = writes or bool(isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-            inside = Path(os.path.abspath(os.fsdecode(path))).is_relative_to(folder)
+            full = Path(os.path.abspath(os.fsdecode(path)))
+            inside = full.is_relative_to(folder) or full.is_relative_to(_OURS)
             if writes or not inside:
                 raise AssertionError(f"opened {path!r}, {'to be written' if writes else 'outside the folder'}")
 
 
+_OURS = Path(lines_cli.__file__).parent  # its data may be read
 _NEVER = {
     "os.exec", "os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.symlink", "os.system", "os.truncate",
     "pickle.find_class", "shutil.rmtree", "socket.connect", "subprocess.Popen", "urllib.Request",
@@ -255,15 +259,16 @@ def mutated(content: bytes, chance: random.Random) -> bytes:
     return struct.pack("<Q", len(data)) + data if framed else bytes(data)
 
 
-def load_installed_methods() -> None:
-    """A method that is none of ours is looked for among the installed packages, once in a process."""
+def look_among_the_installed() -> None:
+    """A method or a depth rule that is none of ours is looked for among the installed packages, once in a process."""
+    depth_rules.installed_names()
     with contextlib.suppress(ValueError):
         find_method("no method")
 
 
 def run(kind: str, folder: Path, number: int, seed: int) -> tuple[int, int]:
     """Mutate the corpus so many times; how many files were read, and how many refused."""
-    load_installed_methods()
+    look_among_the_installed()
     chance = random.Random(f"{kind} {seed}")
     prepare(folder, kind)
     seeds = [path.read_bytes() for path in sorted((CORPUS / kind).iterdir())]
