@@ -26,6 +26,7 @@ Job = tuple[str, ...]
 def phases(setup: Setup) -> Iterator[list[Job]]:
     """What is run, in phases: jobs of one phase need those before it, and none of each other."""
     for seed in map(str, setup.seeds):  # seed by seed, so that what a run that was ended has is of use
+        tasks = setup.in_turn(int(seed))
         yield [("one", seed, task, f"{setup.rate:g}") for task in setup.tasks]
         yield [("merging", seed, method) for method in merging.methods_of(setup)]
         first, *others = vision.DOMAINS if setup.full else vision.DOMAINS[1:2]
@@ -33,14 +34,8 @@ def phases(setup: Setup) -> Iterator[list[Job]]:
         yield [("digits", seed, target) for target in others]
         if setup.full:
             yield [("inspect", seed, task, f"{setup.rate:g}") for task in setup.tasks]
-            yield [("wise", seed, task) for task in setup.in_turn(int(seed))]
-            yield [("depth", seed, task) for task in setup.in_turn(int(seed))]
-            yield [("alpha", seed, method) for method in ("task_arithmetic", "ties")]
-    for seed in map(str, setup.seeds):
-        tasks = setup.in_turn(int(seed))
-        if setup.full:
-            yield [("policies", seed, "styles")]
-            yield [("soups", seed, task) for task in tasks]
+            yield [(item, seed, task) for item in ("wise", "depth", "soups") for task in tasks]
+            yield [("alpha", seed, "task_arithmetic"), ("alpha", seed, "ties"), ("policies", seed, "styles")]
         if setup.strong is not None:
             yield [("one", seed, task, f"{setup.strong:g}") for task in tasks]
             yield [("inspect", seed, task, f"{setup.strong:g}") for task in tasks]

@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from evidence.encoder import Encoder, accuracy, base_folder, make_module, prototypes
@@ -88,8 +89,20 @@ def make_judge(setup: Setup, seed: int, *, half: bool | None = None) -> Judge:
     found, words = pools(work)
     encoder = Encoder(base_folder(work), half=half)
     tasks = {name: deal(found[name], name, seed, setup.sizes) for name in setup.tasks}
-    heads = {name: prototypes(encoder, task.prototypes) for name, task in tasks.items()}
+    heads = _heads(work / f"seed{seed}" / f"heads{'-half' if encoder.half else ''}.safetensors", encoder, tasks)
     return Judge(encoder, tasks, heads, deal_pairs(words, seed, setup.sizes), seed)
+
+
+def _heads(path: Path, encoder: Encoder, tasks: Mapping[str, Task]) -> dict[str, Tensor]:
+    """The prototypes of each task; of the same encoder they are computed once."""
+    if path.exists():
+        return load_file(path)
+    heads = {name: prototypes(encoder, task.prototypes) for name, task in tasks.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part{os.getpid()}")
+    save_file(heads, part)
+    part.rename(path)
+    return heads
 
 
 # --- what a sweep calls ---

@@ -61,7 +61,8 @@ def section(results: Results) -> tuple[str, dict[str, str]]:
         "## 2. Merging",
         f"{counted(len(tasks), 'fine-tune')} of one seed in one model; mean over the {len(tasks)} tasks' test texts. "
         + _ends(results, seeds_of(results["merging"]))
-        + " `lambda` without LiNeS and beta with it (alpha: auto) are chosen on validation from as many values.",
+        + " `lambda` without LiNeS and beta with it (alpha: auto) are chosen on validation from as many values"
+        + f"{_largest(methods)}.",
         table(head, rows),
         verdicts(methods, order),
         _paper(methods),
@@ -80,6 +81,17 @@ def _ends(results: Results, seeds: Sequence[int]) -> str:
         return ""
     pre, ft = (fmean(target_of(one, baseline(one, which)) for one in own) for which in ("pre", "ft"))
     return f"Pre-trained {pre:.1f}; each fine-tune on its own task {ft:.1f}."
+
+
+def _largest(methods: Mapping[str, Sequence[Result]]) -> str:
+    """Up to which lambda, and beta, methods were tried."""
+    reached: dict[float, list[str]] = defaultdict(list)
+    for name, results in sorted(methods.items()):
+        points = [point for one in results for point in one["points"] if point["family"] == "plain"]
+        reached[max(point["parameters.lambda"] for point in points)].append(f"`{name}`")
+    usual = max(reached, key=lambda value: len(reached[value]))
+    others = [f"{value:g} with {listed(names)}" for value, names in sorted(reached.items()) if value != usual]
+    return f" up to {usual:g}{f', {listed(others)}' if others else ''}"
 
 
 def verdicts(methods: Mapping[str, Sequence[Result]], order: Sequence[str]) -> str:
