@@ -23,9 +23,11 @@ SAID: dict[str, dict[str, Any]] = {
     "breadcrumbs": {"density": 0.9},
     "breadcrumbs_ties": {"density": 0.9},
 }
-# Largest coefficients where 1 is too little: of a mean, which is a fifth of a sum; of Iso-C, which was still improving
+# Largest coefficients where 1 is too little: of means, which are a fifth of a sum; of Iso-C, which was still improving
 # at 1; and of a stock of models whose task vectors stand at right angles, for which it all but vanishes.
-LARGEST = {"average": 2.5, "linear": 2.5, "iso_c": 2.0, "iso_cts": 2.0, "model_stock": 75.0}
+LARGEST = {
+    "average": 2.5, "linear": 2.5, "ram": 2.5, "ramplus_tl": 2.5, "iso_c": 2.0, "iso_cts": 2.0, "model_stock": 75.0,
+}  # fmt: skip
 QUICK_METHODS = ("task_arithmetic", "ties")
 # Of lambda without LiNeS, of beta with it; first what is often best, for what is not the best so far takes less time.
 STEPS = (0.6, 0.4, 0.8, 1.0, 0.2)
