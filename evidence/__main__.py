@@ -17,7 +17,7 @@ from pathlib import Path
 from evidence import ablations, merging, one, policies, soups, vision
 from evidence.encoder import base_folder
 from evidence.page import publish, write_page
-from evidence.setup import FULL, QUICK, ROOT, Setup, save_setup
+from evidence.setup import FULL, QUICK, ROOT, Setup, check_setup, save_setup
 from evidence.texts import pools
 
 Job = tuple[str, ...]
@@ -69,6 +69,7 @@ def run_all(setup: Setup, jobs: int) -> None:
     """Every job, each in a process of its own, some at a time; the first that fails ends the run."""
     flags = ["--full"] if setup.full else []
     save_setup(setup)
+    check_setup(setup)
     pools(Path(setup.work))  # fetched and made once, before several processes want them
     base_folder(Path(setup.work))
 

@@ -77,7 +77,8 @@ def curves(
     for name, point in ends.items():
         x, y = place(point)
         parts.append(f'<circle class="end" cx="{x:g}" cy="{y:g}" r="5"/>')
-        parts.append(_text(x, y - 10, name, "small", "middle"))
+        below = (TOP + BOTTOM) / 2 < y < BOTTOM - 22  # curves come to a low end from above
+        parts.append(_text(x, y + 20 if below else y - 10, name, "small", "middle"))
         said.append(f"{name} ({point[0]:.1f}, {point[1]:.1f})")
     label = escape(f"{title}. {across} and {up}: {'; '.join(said)}")
     return (

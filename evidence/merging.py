@@ -23,10 +23,11 @@ SAID: dict[str, dict[str, Any]] = {
     "breadcrumbs": {"density": 0.9},
     "breadcrumbs_ties": {"density": 0.9},
 }
-# Largest coefficients where 1 is too little: of means, which are a fifth of a sum; of Iso-C, which was still improving
+# Largest coefficients where 1 is too little: of means, which are a fifth of a sum; of methods that were still improving
 # at 1; and of a stock of models whose task vectors stand at right angles, for which it all but vanishes.
 LARGEST = {
-    "average": 2.5, "linear": 2.5, "ram": 2.5, "ramplus_tl": 2.5, "iso_c": 2.0, "iso_cts": 2.0, "model_stock": 75.0,
+    "average": 4.0, "linear": 4.0, "ram": 2.5, "ramplus_tl": 2.5, "multislerp": 1.5, "ties": 1.5, "della": 1.5,
+    "iso_c": 2.0, "iso_cts": 2.0, "model_stock": 75.0,
 }  # fmt: skip
 QUICK_METHODS = ("task_arithmetic", "ties")
 # Of lambda without LiNeS, of beta with it; first what is often best, for what is not the best so far takes less time.

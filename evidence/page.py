@@ -5,15 +5,18 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import fill
 
 from evidence import section_ablations, section_merging, section_one, section_soups
 from evidence.encoder import BATCH
 from evidence.results import RESULTS, Results, counted, listed, read_results, seeds_of
 from evidence.setup import FULL, ROOT, Setup
-from evidence.summary import summary
+from evidence.statistics import FEWEST
+from evidence.summary import expect, summary
 
 DOCS = ROOT / "docs"
 PAGE = "evidence.md"
+BEGIN, END = "<!-- evidence -->\n", "\n<!-- /evidence -->"  # in README.md, around what this writes
 
 SECTIONS: dict[str, Callable[[Results], tuple[str, dict[str, str]]]] = {
     "one": section_one.section,
@@ -67,9 +70,13 @@ SETUP = f"""## Set-up
   fine-tune and merging have all tasks of each seed; soups, WiSE-FT, depth rules, the larger learning rate and rounding
   two of them, by turns, so that over the seeds each task is among them.
 * **Choice**: every family is given as many points, and chosen by the paper's rule, `2 * target / target_ft +
-  mean(control / control_pre)`, on validation texts. At the same target accuracy families are compared along their whole
-  curves, on test texts. p is of a test that flips signs of paired differences; below 0.05 a difference counts as beyond
-  noise. Fine-tunes of one seed share their texts, so p is somewhat too small."""
+  mean(control / control_pre)`, on validation texts. Constant scaling takes the values of alpha as its coefficients, so
+  that it reaches from the base to the fine-tune; LiNeS' lie between alpha and 1.
+* **Comparison**: at the same target families are compared along their whole curves, on test texts, with straight lines
+  between the points, in the mean over all targets that both reach.
+* **Noise**: differences are paired, and p is of a t-test over the means of seeds, for what a seed deals and trains is
+  in all of its pairs. Below 0.05 a difference counts as beyond noise; fewer than {FEWEST} seeds are never tested. ± is
+  the standard error of a difference, and of an accuracy the standard deviation between seeds."""
 
 
 def render(results: Results) -> tuple[str, dict[str, str]]:
@@ -109,6 +116,17 @@ def write_page(results: Path = RESULTS, docs: Path = DOCS) -> None:
     for name, drawing in figures.items():
         (docs / name).write_text(drawing, encoding="utf-8")
     (docs / PAGE).write_text(text, encoding="utf-8")
+    readme = docs.parent / "README.md"
+    readme.write_text(told(readme.read_text(encoding="utf-8"), read_results(results)), encoding="utf-8")
+
+
+def told(readme: str, results: Results) -> str:
+    """README.md with what is to be expected, between two marks."""
+    head, begin, rest = readme.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not end:
+        raise ValueError(f"README.md lacks {BEGIN.strip()} or {END.strip()}")
+    return f"{head}{begin}{fill(expect(results), 124)}{end}{tail}"
 
 
 def publish(setup: Setup) -> None:

@@ -39,30 +39,41 @@ def best(points: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
 
 
 def spread(results: Sequence[Result], value: Callable[[Result], float]) -> str:
-    """The mean over all results; behind it the standard deviation of the means of seeds, if there are several."""
+    """The mean over all results; behind it the standard deviation of the means of seeds, if there are several, and all
+    have the same tasks: else it would be one of tasks.
+    """
     by_seed: dict[int, list[float]] = defaultdict(list)
+    tasks: dict[int, set[str]] = defaultdict(set)
     for result in results:
         by_seed[result["seed"]].append(value(result))
+        tasks[result["seed"]].add(str(result.get("task")))
     means = [fmean(values) for values in by_seed.values()]
-    deviation = f" ± {stdev(means):.1f}" if len(means) > 1 else ""
-    return f"{fmean(value(result) for result in results):.1f}{deviation}"
+    alike = len(means) > 1 and all(own == tasks[results[0]["seed"]] for own in tasks.values())
+    return f"{fmean(value(result) for result in results):.1f}{f' ± {stdev(means):.1f}' if alike else ''}"
 
 
-def said(test: Paired) -> str:
-    """A difference with its error and its test, in words."""
-    error = "" if test.error is None else f" ± {test.error:.1f}"
-    return f"{test.mean:+.1f}{error} points ({test.positive} of {test.pairs} above zero, p {_p(test.p)})"
+def said(test: Paired, unit: str = "points", digits: int = 1) -> str:
+    """A difference with its standard error and its test, in words."""
+    error = "" if test.error is None else f" ± {test.error:.{digits}f}"
+    p = "" if test.p is None else f", p {_p(test.p)}"
+    return f"{test.mean:+.{digits}f}{error} {unit} ({test.positive} of {test.pairs} above zero{p})"
 
 
 def _p(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"= {value:.3f}"
 
 
+def verdict(test: Paired, more: str, less: str) -> str:
+    """What a difference comes to: one of two things, or neither."""
+    if test.p is None:
+        return "too few seeds to tell"
+    return (more if test.mean > 0 else less) if test.beyond_noise else "within noise"
+
+
 def direction(published: float, found: Paired) -> str:
     """How a measured difference stands beside a published one."""
-    if not found.beyond_noise:
-        return "within noise here"
-    return "same direction" if (found.mean > 0) == (published > 0) else "the other direction here"
+    same = "same direction", "the other direction here"
+    return verdict(found, *(same if published > 0 else same[::-1]))
 
 
 def counted(number: int, noun: str) -> str:

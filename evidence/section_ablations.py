@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from evidence.ablations import LISTS
-from evidence.results import Result, Results, counted, listed, said, seeds_of, spread, table
+from evidence.results import Result, Results, counted, listed, said, seeds_of, spread, table, verdict
 from evidence.section_merging import chosen as chosen_merge
 from evidence.section_one import baseline, chosen, control_of, curve, rule, target_of
 from evidence.statistics import Paired, correlation, lead, paired
@@ -29,7 +29,9 @@ def _one_of(results: Results, result: Result) -> Result:
 
 def depth(results: Results) -> tuple[str, dict[str, str]]:
     """Of other depth rules, and of what lies outside the blocks."""
-    own = results["depth"]
+    own = [one for one in results["depth"] if _has_one(results, one)]
+    if not own:
+        return "## 4. Ablations", {}
     ones = {(one["seed"], one["task"]): _one_of(results, one) for one in own}
 
     def points(result: Result, what: str, key: str, value: object) -> list[Point]:
@@ -40,17 +42,15 @@ def depth(results: Results) -> tuple[str, dict[str, str]]:
             one = ones[result["seed"], result["task"]]
             return max(take(result), key=lambda point: rule(one, point))
 
-        ahead = paired(
-            [
-                lead(
-                    [(target_of(result, point), control_of(result, point)) for point in take(result)],
-                    curve(ones[result["seed"], result["task"]], "constant"),
-                )
-                for result in own
-            ]
-        )
+        ahead = [
+            (result["seed"], found)
+            for result in own
+            if (found := lead(_points(result, take(result)), curve(ones[result["seed"], result["task"]], "constant")))
+            is not None
+        ]
         target = spread(own, lambda one: target_of(one, picked(one)))
-        return [name, target, spread(own, lambda one: control_of(one, picked(one))), said(ahead)]
+        compared = said(paired(ahead)) if ahead else "no target in common"
+        return [name, target, spread(own, lambda one: control_of(one, picked(one))), compared]
 
     rules = sorted({p["schedule"] for r in own for p in r["points"] if p["what"] == "schedule" and "schedule" in p})
     halves = {name: values[0] for name, values in LISTS.items()}
@@ -74,10 +74,16 @@ def depth(results: Results) -> tuple[str, dict[str, str]]:
     head = ["target", "controls", "against constant scaling at the same target"]
     text = (
         f"Of {counted(len(own), 'fine-tune')} (seeds {listed(seeds_of(own))}); alpha is chosen from as many values in "
-        "each row but those of half of the blocks, which have none."
+        "each row but those of half of the blocks, which have none. The first block's coefficient holds outside, too."
     )
     parts = ["## 4. Ablations", text, "### Depth rules", table(["rule", *head], rows), "### Outside the blocks"]
     return "\n\n".join([*parts, table(["embeddings and pooler (linear rule)", *head], outside)]), {}
+
+
+def _points(result: Result, points: Sequence[Point]) -> list[tuple[float, float]]:
+    """Target and control of each, from the least of the update to the most."""
+    ordered = sorted(points, key=lambda point: float(point.get("alpha", 0.0)))
+    return [(target_of(result, point), control_of(result, point)) for point in ordered]
 
 
 def points_of_list(result: Result) -> list[Point]:
@@ -105,7 +111,14 @@ def alpha(results: Results) -> tuple[str, dict[str, str]]:
         rows.append([f"`{method}`, alpha auto", spread([auto for _, auto in pairs], lambda one: mean(one, "lines"))])
         rows.append([f"`{method}`, alpha fixed", spread([fixed for fixed, _ in pairs], lambda one: mean(one, "fixed"))])
         test = _between(pairs, "fixed", "lines")
-        sentences.append(f"* `{method}`: a fixed alpha, chosen with beta, minus `auto`: {said(test)}.")
+        values = [
+            sum(point["family"] == family for point in one["points"])
+            for one, family in zip(pairs[0], ("fixed", "lines"), strict=True)
+        ]
+        sentences.append(
+            f"* `{method}`: a fixed alpha, chosen with beta among {values[0]} pairs, minus `auto`, of which beta alone "
+            f"is chosen among {values[1]}: {said(test)}: {verdict(test, 'fixed is better', '`auto` is better')}."
+        )
         if method == "ties":
             for family, called in (("tensor", "without LiNeS"), ("tensor, LiNeS", "with LiNeS")):
                 other = "plain" if family == "tensor" else "lines"
@@ -116,28 +129,31 @@ def alpha(results: Results) -> tuple[str, dict[str, str]]:
                     ]
                 )
                 test = _between(pairs, family, other)
-                sentences.append(f"* `ties`, each tensor trimmed minus the whole model, {called}: {said(test)}.")
+                sentences.append(
+                    f"* `ties`, each tensor trimmed minus the whole model, {called}: {said(test)}: "
+                    f"{verdict(test, 'by tensor is better', 'the whole is better')}."
+                )
     parts = ["### Alpha fixed or auto; trimming", table(["merge", "mean of the tasks"], rows), "\n".join(sentences)]
     return "\n\n".join(parts), {}
 
 
 def _between(pairs: Sequence[tuple[Result, Result]], family: str, other: str) -> Paired:
     return paired(
-        [
-            chosen_merge(fixed, family)["test"][task] - chosen_merge(auto, other)["test"][task]
-            for fixed, auto in pairs
-            for task in fixed["tasks"]
-        ]
+        (fixed["seed"], chosen_merge(fixed, family)["test"][task] - chosen_merge(auto, other)["test"][task])
+        for fixed, auto in pairs
+        for task in fixed["tasks"]
     )
 
 
 def inspect(results: Results) -> tuple[str, dict[str, str]]:
     """Of what the update's norms tell beforehand."""
     own = [result for result in results["inspect"] if _has_one(results, result)]
+    if not own:
+        return "### What `lines inspect` tells of alpha", {}
     ones = [_one_of(results, result) for result in own]
     shares = [result["first_third"] for result in own]
     alphas = [float(chosen(one, "lines").get("alpha", 1.0)) for one in ones]
-    ahead = [lead(curve(one, "lines")[:-1], curve(one, "constant")) for one in ones]
+    ahead = [lead(curve(one, "lines"), curve(one, "constant")) or 0.0 for one in ones]
     lost = [control_of(one, baseline(one, "pre")) - control_of(one, baseline(one, "ft")) for one in ones]
     norms = [result["relative_norm"] for result in own]
     rates = sorted({result["rate"] for result in own})
@@ -154,7 +170,8 @@ def inspect(results: Results) -> tuple[str, dict[str, str]]:
     ]
     head = ["rate", *(f"block {at + 1}" for at in range(len(own[0]["relative"])))]
     text = (
-        f"Rank correlations over {counted(len(own), 'fine-tune')}; below them the update of each block, in per cent of "
+        f"Rank correlations over {counted(len(own), 'fine-tune')} of {counted(len(rates), 'learning rate')}, which are "
+        "not independent: they describe these, and are no test. Below them the update of each block, in per cent of "
         "its weights."
     )
     parts = ["### What `lines inspect` tells of alpha", text, "\n".join(sentences), table(head, rows)]
@@ -164,6 +181,29 @@ def inspect(results: Results) -> tuple[str, dict[str, str]]:
 def _has_one(results: Results, result: Result) -> bool:
     keys = ("seed", "task", "rate")
     return any(all(one[key] == result[key] for key in keys) for one in results.get("one", []))
+
+
+def left_of(results: Results, rate: float, name: str) -> tuple[float, float]:
+    """The coefficient of the first block that was asked for, and what an output in one rounding has of it."""
+    layers = [
+        next(point for point in one["points"] if point["rounding"] == name)["layers"][0]
+        for one in results["rounding"]
+        if one["rate"] == rate
+    ]
+    return fmean(asked for asked, _ in layers), fmean(real for _, real in layers)
+
+
+def rounding_told(results: Results) -> str:
+    """What rounding does to the first block, at each rate."""
+    parts = []
+    for rate in sorted({one["rate"] for one in results["rounding"]}):
+        asked, nearest = left_of(results, rate, "nearest")
+        stochastic, float32 = (left_of(results, rate, name)[1] for name in ("stochastic", "float32"))
+        parts.append(
+            f"at learning rate {rate:g} the first block gets {nearest:.2f} of the update where {asked:.2f} was asked "
+            f"for, {stochastic:.2f} with stochastic rounding, {float32:.2f} in float32"
+        )
+    return f"stored in bfloat16 and rounded to the nearest, {'; '.join(parts)}"
 
 
 def rounding(results: Results) -> tuple[str, dict[str, str]]:
@@ -192,7 +232,7 @@ def rounding(results: Results) -> tuple[str, dict[str, str]]:
     asked = [f"{value:g} asked" for value, _ in own[0]["points"][0]["layers"]]
     text = (
         f"`lines edit` with the defaults, of {counted(len(own), 'fine-tune')}: the coefficients that the blocks really "
-        "get, and what the output gets right, evaluated in float32."
+        f"get, and what the output gets right, evaluated in float32. In short: {rounding_told(results)}."
     )
     parts = ["### Rounding", text, table(["rate, output", *asked, "target", "controls"], rows)]
     return "\n\n".join(parts), {}

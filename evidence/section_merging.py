@@ -9,7 +9,7 @@ from typing import Any
 
 from evidence.results import PAPER, Result, Results, best, counted, direction, listed, said, seeds_of, spread, table
 from evidence.section_one import baseline, target_of
-from evidence.statistics import Paired, paired
+from evidence.statistics import Paired, corrected, paired
 
 FAMILIES = {"plain": "without", "lines": "with LiNeS", "reversed": "reversed"}
 
@@ -27,11 +27,9 @@ def score(result: Result, family: str) -> float:
 def gain(results: Sequence[Result], family: str = "lines", than: str = "plain") -> Paired:
     """What a family has more than another, task by task."""
     return paired(
-        [
-            chosen(result, family)["test"][task] - chosen(result, than)["test"][task]
-            for result in results
-            for task in result["tasks"]
-        ]
+        (result["seed"], chosen(result, family)["test"][task] - chosen(result, than)["test"][task])
+        for result in results
+        for task in result["tasks"]
     )
 
 
@@ -95,16 +93,28 @@ def _largest(methods: Mapping[str, Sequence[Result]]) -> str:
 
 
 def verdicts(methods: Mapping[str, Sequence[Result]], order: Sequence[str]) -> str:
+    """With which methods LiNeS helps and hurts; and the best merge on validation."""
+    tests = {name: gain(methods[name]) for name in order}
+    known = {name: test.p for name, test in tests.items() if test.p is not None}
+    ps = dict(zip(known, corrected(list(known.values())), strict=True))
     groups: dict[str, list[str]] = defaultdict(list)
-    for name in order:
-        test = gain(methods[name])
-        what = "makes no difference beyond noise" if not test.beyond_noise else "helps" if test.mean > 0 else "hurts"
-        groups[what].append(f"`{name}`")
+    for name, test in tests.items():
+        if name in ps:
+            beyond = "helps" if test.mean > 0 else "hurts"
+            groups[beyond if ps[name] < 0.05 else "makes no difference beyond noise"].append(f"`{name}`")
+        else:
+            groups["does better" if test.mean > 0 else "does worse"].append(f"`{name}`")
     sentences = [f"LiNeS {what} with {listed(names)}." for what, names in groups.items()]
-    leader = max(
-        ((fmean(score(one, family) for one in methods[name]), name, family) for name in order for family in FAMILIES),
+    if len(ps) > 1 and ps.keys() == tests.keys():
+        sentences.append(f"(p of {counted(len(ps), 'method')} corrected together, after Holm.)")
+    elif len(ps) < len(tests):
+        sentences.append("Where nothing is said of noise there are too few seeds to tell it from.")
+    name, family = max(
+        ((name, family) for name in order for family in FAMILIES),
+        key=lambda which: fmean(float(chosen(one, which[1])["objective"]) for one in methods[which[0]]),
     )
-    sentences.append(f"Best of all: `{leader[1]}` {FAMILIES[leader[2]]}, {leader[0]:.1f}.")
+    score_ = fmean(score(one, family) for one in methods[name])
+    sentences.append(f"Best on validation: `{name}` {FAMILIES[family]}, {score_:.1f} on test.")
     return " ".join(sentences)
 
 

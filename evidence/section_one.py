@@ -19,6 +19,7 @@ from evidence.results import (
     seeds_of,
     spread,
     table,
+    verdict,
 )
 from evidence.statistics import Paired, lead, paired
 from evidence.texts import RETRIEVAL
@@ -65,9 +66,11 @@ def curve(result: Result, family: str) -> list[tuple[float, float]]:
     return [(target_of(result, point), control_of(result, point)) for point in path_of(result, family)]
 
 
-def leads(results: Sequence[Result], family: str) -> Paired:
-    """How much more control than constant scaling a family has at the same target."""
-    return paired([lead(curve(result, family)[:-1], curve(result, "constant")) for result in results])
+def leads(results: Sequence[Result], family: str, than: str = "constant") -> Paired:
+    """How much more control than another a family has at the same target. Both end at the fine-tune itself, so that
+    they have that target in common at least.
+    """
+    return paired((one["seed"], lead(curve(one, family), curve(one, than)) or 0.0) for one in results)
 
 
 def section(results: Results) -> tuple[str, dict[str, str]]:
@@ -119,7 +122,7 @@ def compared(results: Sequence[Result], heading: str) -> str:
         for name, take in rows.items()
     ]
     tasks, seeds = {one["task"] for one in results}, seeds_of(results)
-    lines, turned = leads(results, "lines"), leads(results, "reversed")
+    lines, turned = leads(results, "lines"), leads(results, "lines", "reversed")
     alphas = {family: fmean(chosen(one, family).get("alpha", 1.0) for one in results) for family in FAMILIES}
     head = (
         f"### {heading}: {counted(len(results), 'fine-tune')} "
@@ -129,22 +132,17 @@ def compared(results: Sequence[Result], heading: str) -> str:
     if len(seeds) > 1:
         note += "; behind ± the standard deviation between seeds"
     note += f". Mean alphas chosen: {'; '.join(f'{FAMILIES[family]} {alpha:.2f}' for family, alpha in alphas.items())}."
-    verdict = (
+    compared = (
         f"**At the same target accuracy** LiNeS has, against constant scaling, {said(lines)} of the controls: "
-        f"{verdict_of(lines, 'LiNeS')} Reversed depth has {said(turned)}: {verdict_of(turned, 'reversed depth')}"
+        f"{verdict(lines, 'LiNeS keeps more', 'constant scaling keeps more')}. Against reversed depth it has "
+        f"{said(turned)}: {verdict(turned, 'LiNeS keeps more', 'reversed depth keeps more')}."
     )
-    return "\n\n".join([head, table(["% of the test set right", *columns], body), note, verdict])
+    return "\n\n".join([head, table(["% of the test set right", *columns], body), note, compared])
 
 
 def _at(result: Result, family: str, alpha: float) -> Point:
     """The point of a family at one alpha."""
     return next(p for p in result["points"] if p["family"] == family and abs(p["alpha"] - alpha) < 1e-9)
-
-
-def verdict_of(test: Paired, name: str) -> str:
-    if not test.beyond_noise:
-        return "within noise."
-    return f"{name} keeps more." if test.mean > 0 else "constant scaling keeps more."
 
 
 def _figure(results: Sequence[Result], what: str) -> str:
@@ -171,7 +169,9 @@ def _published() -> str:
 def back(results: Sequence[Result], where: str) -> str:
     """What LiNeS as chosen gives back, beside what the paper says of it."""
     published = {name: values[1] for name, values in PAPER["one"].items()}
-    found = paired([control_of(one, chosen(one, "lines")) - control_of(one, baseline(one, "ft")) for one in results])
+    found = paired(
+        (one["seed"], control_of(one, chosen(one, "lines")) - control_of(one, baseline(one, "ft"))) for one in results
+    )
     cost = fmean(target_of(one, chosen(one, "lines")) - target_of(one, baseline(one, "ft")) for one in results)
     lost = fmean(control_of(one, baseline(one, "pre")) - control_of(one, baseline(one, "ft")) for one in results)
     share = f" of {lost:.1f} lost" if lost > 0 else ""

@@ -76,6 +76,30 @@ def load_setup(path: Path) -> Setup:
 # --- results ---
 
 
+def check_setup(setup: Setup) -> None:
+    """Note what results are made with, beside them; those of another set-up are not gone on with.
+
+    Raises:
+        SystemExit: they are of another.
+    """
+    import torch
+
+    from evidence.encoder import has_bfloat16
+
+    path = setup.results / "setup.json"
+    made: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"setup": {}, "on": []}
+    free = ("seeds", "work", "full", "strong", "light")  # say what is run, not how
+    own = json.loads(json.dumps({key: value for key, value in asdict(setup).items() if key not in free}))
+    if made["setup"] and (other := [key for key in own if made["setup"].get(key) != own[key]]):
+        told = "; ".join(f"{key} was {made['setup'].get(key)} and is {own[key]}" for key in other)
+        raise SystemExit(f"{path}: results of another set-up: {told}.\nRemove {setup.work} to begin anew.")
+    known = torch.cpu.get_capabilities()
+    on = {"torch": torch.__version__, "processor": known.get("cpu_name", "unknown"), "bfloat16": has_bfloat16()}
+    if on not in made["on"]:
+        made["on"].append(on)
+    write_json(path, {"setup": own, "on": made["on"]})
+
+
 def result_path(setup: Setup, item: str, *parts: object) -> Path:
     """The file of one result."""
     return setup.results / item / f"{'-'.join(str(part) for part in parts)}.json"

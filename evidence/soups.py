@@ -16,7 +16,7 @@ from evidence.setup import Setup, result_path, save_setup, write_json
 MEMBERS = 4  # fine-tunes in a soup: as many orders of the texts, at two rates in turn
 BETAS = (0.0, 0.1, 0.2, 0.3, 0.5)  # of LiNeS on a soup with alpha 1; 0 is the soup itself
 CONSTANTS = (1.0, 1.1, 1.2, 1.3, 1.5)  # as many for constant scaling
-GAMMAS = (0.2, 0.4, 0.6, 0.8, 1.0)
+GAMMAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # the families meet at 0
 
 
 def run_soup(setup: Setup, seed: int, task: str) -> None:

@@ -1,87 +1,116 @@
-"""Means with their errors, paired tests, and curves compared at equal height: plain numbers in, plain numbers out."""
+"""Means with their errors, paired tests over seeds, and curves compared at equal height: plain numbers in and out."""
 
 from __future__ import annotations
 
 import itertools
-import random
-from collections.abc import Sequence
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-EXACT = 12  # up to so many pairs every flip of signs is tried
-DRAWS = 4000  # of flips, with more pairs
+from scipy import stats
+
+FEWEST = 3  # seeds, below which nothing is tested
+STEPS = 100  # targets at which two curves are compared
 
 
 @dataclass(frozen=True)
 class Paired:
-    """Differences of pairs.
+    """Differences of pairs, each of one seed.
 
     Attributes:
-        mean: of the differences.
-        error: standard error of that mean; None of one pair.
-        positive: how many are above zero.
+        mean: over seeds, of the means of each.
+        error: standard error of that mean; None of one seed.
+        positive: how many pairs are above zero.
         pairs: how many there are.
-        p: how often flipping signs at random gives a mean as far from zero; two-sided.
+        seeds: of how many seeds.
+        p: of a t-test that the means of seeds are zero, two-sided; None of fewer than three.
     """
 
     mean: float
     error: float | None
     positive: int
     pairs: int
-    p: float
+    seeds: int
+    p: float | None
 
     @property
     def beyond_noise(self) -> bool:
         """Whether chance gives as much in fewer than one of twenty cases."""
-        return self.p < 0.05
+        return self.p is not None and self.p < 0.05
 
 
-def paired(differences: Sequence[float]) -> Paired:
-    """A test by flipping signs: if neither side is better, each difference might as well be its opposite."""
-    count = len(differences)
-    mean = fmean(differences)
-    error = stdev(differences) / count**0.5 if count > 1 else None
-    if count <= EXACT:
-        flips = itertools.product((1, -1), repeat=count)
-    else:
-        draw = random.Random(0)  # noqa: S311 - the same page from the same data
-        flips = (tuple(draw.choice((1, -1)) for _ in differences) for _ in range(DRAWS))  # type: ignore[assignment]
-    means = [fmean(sign * each for sign, each in zip(signs, differences, strict=True)) for signs in flips]
-    as_far = sum(abs(each) >= abs(mean) - 1e-9 for each in means)
-    p = as_far / len(means) if count <= EXACT else (as_far + 1) / (len(means) + 1)
-    return Paired(mean, error, sum(each > 0 for each in differences), count, p)
+def paired(differences: Iterable[tuple[int, float]]) -> Paired:
+    """A test over seeds: what one seed deals and trains is in all of its pairs, so that they count once.
+
+    Args:
+        differences: (seed, difference), at least one.
+    """
+    pairs = list(differences)
+    of_seed: dict[int, list[float]] = defaultdict(list)
+    for seed, difference in pairs:
+        of_seed[seed].append(difference)
+    means = [fmean(own) for own in of_seed.values()]
+    deviation = stdev(means) if len(means) > 1 else None
+    p = None
+    if deviation is not None and len(means) >= FEWEST:
+        p = float(stats.ttest_1samp(means, 0.0).pvalue) if deviation > 1e-12 else float(abs(fmean(means)) < 1e-12)
+    return Paired(
+        mean=fmean(means),
+        error=None if deviation is None else deviation / len(means) ** 0.5,
+        positive=sum(difference > 0 for _, difference in pairs),
+        pairs=len(pairs),
+        seeds=len(means),
+        p=p,
+    )
+
+
+def corrected(values: Sequence[float]) -> list[float]:
+    """Values of p of several tests, each as large as it is for all of them together (Holm 1979)."""
+    adjusted, least = [0.0] * len(values), 0.0
+    for rank, at in enumerate(sorted(range(len(values)), key=lambda at: values[at])):
+        least = max(least, min(1.0, values[at] * (len(values) - rank)))
+        adjusted[at] = least
+    return adjusted
 
 
 Curve = Sequence[tuple[float, float]]  # target, control; from the pre-trained end to the fine-tuned
 
 
-def at_target(curve: Curve, target: float) -> float:
-    """The control where a curve first reaches a target, with straight lines between its points; if it never does, at
-    its greatest target.
+def at_target(curve: Curve, target: float) -> float | None:
+    """The control where a curve reaches a target, with straight lines between its points: the mean of the first time
+    and the last; None if it never does.
     """
+    found = []
     for (x0, y0), (x1, y1) in itertools.pairwise(curve):
-        if x0 >= target:
-            return y0
-        if x1 >= target:
-            return y0 + (y1 - y0) * (target - x0) / (x1 - x0)
-    return max(curve)[1]
+        if min(x0, x1) <= target <= max(x0, x1):
+            share = 0.0 if x0 == x1 else (target - x0) / (x1 - x0)
+            found += [y0, y1] if x0 == x1 else [y0 + share * (y1 - y0)]
+    found += [y for x, y in curve if x == target and len(curve) == 1]
+    return (found[0] + found[-1]) / 2 if found else None
 
 
-def lead(curve: Curve, baseline: Curve) -> float:
-    """How much more control a curve has than a baseline at the same target: mean over the curve's points."""
-    return fmean(control - at_target(baseline, target) for target, control in curve)
+def lead(curve: Curve, baseline: Curve) -> float | None:
+    """How much more control a curve has than a baseline, in the mean over the targets that both reach; None if they
+    have none in common. The other way round it is the opposite.
+    """
+    low = max(min(target for target, _ in each) for each in (curve, baseline))
+    high = min(max(target for target, _ in each) for each in (curve, baseline))
+    if low > high:
+        return None
+    differences = []
+    for step in range(STEPS + 1):
+        target = low + (high - low) * step / STEPS if step < STEPS else high
+        own, other = at_target(curve, target), at_target(baseline, target)
+        if own is not None and other is not None:
+            differences.append(own - other)
+    return fmean(differences) if differences else None
 
 
 def correlation(one: Sequence[float], other: Sequence[float]) -> float:
-    """Spearman's: Pearson's of the ranks, ties sharing theirs; 0 where one side is constant."""
-    ranks = [_ranks(values) for values in (one, other)]
-    means = [fmean(each) for each in ranks]
-    left, right = ([value - mean for value in each] for each, mean in zip(ranks, means, strict=True))
-    size = (sum(value * value for value in left) * sum(value * value for value in right)) ** 0.5
-    return sum(a * b for a, b in zip(left, right, strict=True)) / size if size else 0.0
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    return [
-        sum(other < value for other in values) + (sum(other == value for other in values) + 1) / 2 for value in values
-    ]
+    """Spearman's; 0 where one side is constant."""
+    if len(set(one)) < 2 or len(set(other)) < 2:
+        return 0.0
+    found = float(stats.spearmanr(one, other).statistic)
+    return 0.0 if math.isnan(found) else found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import random
 import re
 from dataclasses import replace
@@ -16,11 +17,11 @@ import torch
 from evidence import ablations, judge, merging, one, policies, setup, sources, texts, vision
 from evidence.__main__ import phases, run_job
 from evidence.encoder import Encoder, prototypes, write_model
-from evidence.page import DOCS, PAGE, SECTIONS, render
+from evidence.page import DOCS, PAGE, SECTIONS, render, told
 from evidence.policies import Size as PolicySize
-from evidence.results import read_results
+from evidence.results import direction, read_results, verdict
 from evidence.setup import Setup, run_lines
-from evidence.statistics import at_target, correlation, lead, paired
+from evidence.statistics import Paired, at_target, corrected, correlation, lead, paired
 from support.run import run_lines as in_process
 
 WORDS = [f"w{at}" for at in range(60)]
@@ -125,7 +126,7 @@ def test_merging(tiny: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
         assert [point["family"] for point in result["points"]] == [f for f in merging.FAMILIES for _ in range(2)]
     average, total = ([p for p in r["points"] if p["family"] == "plain"] for r in results["merging"])
     for mean, whole in zip(average, total, strict=True):  # a mean is tried further than a sum
-        assert mean["parameters.lambda"] == pytest.approx(2.5 * whole["parameters.lambda"])
+        assert mean["parameters.lambda"] == pytest.approx(4 * whole["parameters.lambda"])
     text, figures = render(results)
     assert "`task_arithmetic`" in text
     assert len(figures) == 1
@@ -249,41 +250,101 @@ def test_features_do_not_depend_on_batches(tiny: Setup) -> None:
     torch.testing.assert_close(head, own / own.norm(dim=1, keepdim=True), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("differences", [[1.0, 2.0, 3.0, -0.5], [0.5], [0.0, 0.0, 0.0], [1.0, -1.0] * 3])
-def test_flips_of_signs(differences: list[float]) -> None:
-    """The exact test, against scipy's."""
-    from scipy.stats import permutation_test
+@pytest.mark.parametrize("means", [[1.0, 2.0, 3.0, -0.5], [0.1, 0.2, 0.15], [0.0, 0.0, 0.0], [2.0, 2.0, 2.0, 2.0]])
+def test_a_seed_counts_once(means: list[float]) -> None:
+    """Pairs of one seed, which have much in common, are no more evidence than their mean is: the t-test has one value
+    of each seed, whatever it is called and however many pairs it has.
+    """
+    pairs = [(7 * seed, mean + shift) for seed, mean in enumerate(means) for shift in (-1.0, 0.25, 0.75)]
+    found = paired(pairs)
+    assert found.mean == pytest.approx(sum(means) / len(means))
+    assert (found.seeds, found.pairs) == (len(means), 3 * len(means))
+    assert found.positive == sum(difference > 0 for _, difference in pairs)
+    mean, deviation = (
+        each.item() for each in (torch.tensor(means).double().mean(), torch.tensor(means).double().std())
+    )
+    assert found.error == pytest.approx(deviation / len(means) ** 0.5, abs=1e-9)
+    assert found.p is not None
+    if deviation:  # p by integrating the t distribution's density
+        t, free = mean / (deviation / len(means) ** 0.5), len(means) - 1
+        x = torch.linspace(0, abs(t), 100_001, dtype=torch.float64)
+        scale = math.gamma((free + 1) / 2) / (math.sqrt(free * math.pi) * math.gamma(free / 2))
+        inside = torch.trapezoid(scale * (1 + x**2 / free) ** (-(free + 1) / 2), x).item()
+        assert found.p == pytest.approx(1 - 2 * inside, abs=1e-6)
+    else:
+        assert found.p == (0.0 if mean else 1.0)
 
-    found = paired(differences)
-    if len(differences) > 1:
-        reference = permutation_test(
-            (torch.tensor(differences).numpy(),),
-            lambda x, axis: x.mean(axis),
-            permutation_type="samples",
-            n_resamples=1e5,
-        )
-        assert found.p == pytest.approx(reference.pvalue)
-    assert (found.mean, found.positive) == (sum(differences) / len(differences), sum(d > 0 for d in differences))
+
+def test_few_seeds_are_not_tested() -> None:
+    """Of one or two nothing is said of noise, however large the difference."""
+    assert paired([(1, 5.0), (1, 6.0)]) == Paired(5.5, None, 2, 2, 1, None)
+    assert paired([(1, 5.0), (2, 6.0)]) == Paired(5.5, pytest.approx(0.5), 2, 2, 2, None)
+    assert verdict(paired([(1, 5.0), (2, 6.0)]), "more", "less") == "too few seeds to tell"
+    three = paired([(1, 5.0), (2, 6.0), (3, 5.5)])
+    assert (verdict(three, "more", "less"), direction(1.0, three)) == ("more", "same direction")
+    assert direction(-1.0, three) == "the other direction here"
+    assert verdict(paired([(1, 5.0), (2, -6.0), (3, 0.5)]), "more", "less") == "within noise"
 
 
-def test_many_pairs_are_drawn() -> None:
-    """With more pairs than can be flipped in every way, p is near that of the normal distribution, and repeatable."""
-    draw = random.Random(1)
-    far, near = ([shift + draw.gauss(0, 1) for _ in range(30)] for shift in (1.0, 0.0))
-    assert paired(far).p < 0.001
-    assert paired(near).p > 0.05
-    assert paired(near) == paired(near)
+def test_false_alarms_are_rare() -> None:
+    """Where there is no difference, but pairs of one seed have much in common, one test in twenty says there is."""
+    draw = random.Random(0)
+    alarms = 0
+    for _ in range(1000):
+        shared = [draw.gauss(0, 1) for _ in range(4)]
+        alarms += paired(
+            [(seed, own + draw.gauss(0, 0.5)) for seed, own in enumerate(shared) for _ in range(5)]
+        ).beyond_noise
+    assert 25 <= alarms <= 80
+
+
+def test_many_tests_are_corrected_together() -> None:
+    """Holm's: the smallest p times their number, the next times one less, never falling."""
+    assert corrected([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert corrected([0.5, 0.9]) == [1.0, 1.0]
+    assert corrected([]) == []
 
 
 def test_curves_at_equal_height() -> None:
-    """Straight lines between points; beyond the greatest target its own control."""
+    """Straight lines between points; where a curve comes to a target again, the mean of the first time and the last."""
     baseline = [(50.0, 70.0), (60.0, 68.0), (60.0, 66.0), (70.0, 60.0)]
     assert at_target(baseline, 55.0) == 69.0
-    assert at_target(baseline, 60.0) == 68.0
+    assert at_target(baseline, 60.0) == 67.0
     assert at_target(baseline, 65.0) == 63.0
-    assert at_target(baseline, 45.0) == 70.0
-    assert at_target(baseline, 75.0) == 60.0
-    assert lead([(55.0, 70.0), (65.0, 62.0)], baseline) == 0.0
+    assert (at_target(baseline, 45.0), at_target(baseline, 75.0)) == (None, None)
+    assert at_target([(50.0, 70.0), (60.0, 60.0), (50.0, 40.0)], 55.0) == 57.5
+    assert lead([(55.0, 70.0), (65.0, 64.0)], baseline) == pytest.approx(0.5, abs=0.02)  # +1 to -1, then +1
+    assert lead(baseline, baseline) == 0.0
+    assert lead([(71.0, 99.0)], baseline) is None
+    assert lead([(65.0, 64.0)], baseline) == 1.0
+
+
+def test_neither_curve_is_preferred() -> None:
+    """The other way round a lead is the opposite, whatever the curves look like."""
+    draw = random.Random(0)
+    for _ in range(50):
+        one, other = ([(draw.uniform(0, 9), draw.uniform(0, 9)) for _ in range(5)] for _ in range(2))
+        ahead, behind = lead(one, other), lead(other, one)
+        assert (ahead is None) == (behind is None)
+        if ahead is not None and behind is not None:
+            assert ahead == pytest.approx(-behind)
+
+
+def test_results_of_another_set_up_are_not_mixed(tiny: Setup) -> None:
+    """A short run may go on as a full one; other texts, rates or points may not."""
+    setup.check_setup(tiny)
+    setup.check_setup(replace(tiny, seeds=(1, 2, 3), full=True, strong=1e-2))
+    with pytest.raises(SystemExit, match=r"results of another set-up: rate was 0.005 and is 0.5.\nRemove"):
+        setup.check_setup(replace(tiny, rate=0.5))
+    assert len(json.loads((tiny.results / "setup.json").read_text())["on"]) == 1
+
+
+def test_readme_says_what_was_measured() -> None:
+    """What README.md says is to be expected is the page's, to the letter."""
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    assert told(readme, read_results()) == readme
+    with pytest.raises(ValueError, match=r"README\.md lacks <!-- evidence -->"):
+        told("nothing", read_results())
 
 
 def test_ranks_are_correlated_as_scipy_does_it() -> None:
