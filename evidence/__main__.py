@@ -16,6 +16,7 @@ from pathlib import Path
 
 from evidence import ablations, merging, one, policies, soups, vision
 from evidence.encoder import base_folder
+from evidence.finetunes import trained
 from evidence.page import publish, write_page
 from evidence.setup import FULL, QUICK, ROOT, Setup, check_setup, save_setup
 from evidence.texts import pools
@@ -27,7 +28,8 @@ def phases(setup: Setup) -> Iterator[list[Job]]:
     """What is run, in phases: jobs of one phase need those before it, and none of each other."""
     for seed in map(str, setup.seeds):  # seed by seed, so that what a run that was ended has is of use
         tasks = setup.in_turn(int(seed))
-        yield [("one", seed, task, f"{setup.rate:g}") for task in setup.tasks]
+        yield [("train", seed, task, f"{setup.rate:g}") for task in setup.tasks]
+        yield [("one", seed, task, f"{setup.rate:g}") for task in (setup.tasks if setup.full else tasks)]
         yield [("merging", seed, method) for method in merging.methods_of(setup)]
         first, *others = vision.DOMAINS if setup.full else vision.DOMAINS[1:2]
         yield [("digits", seed, first)]  # pre-trains what the others start from
@@ -43,7 +45,8 @@ def phases(setup: Setup) -> Iterator[list[Job]]:
             yield [("rounding", seed, task, f"{rate:g}") for task in tasks for rate in (setup.light, setup.rate)]
 
 
-JOBS: dict[str, Callable[..., None]] = {
+JOBS: dict[str, Callable[..., object]] = {
+    "train": trained,
     "one": one.run,
     "digits": vision.run,
     "merging": merging.run,
