@@ -18,7 +18,7 @@ from evidence import ablations, merging, one, policies, soups, vision
 from evidence.encoder import base_folder
 from evidence.finetunes import trained
 from evidence.page import publish, write_page
-from evidence.setup import FULL, QUICK, ROOT, Setup, check_setup, save_setup
+from evidence.setup import FULL, QUICK, ROOT, Setup, check_setup, result_path, save_setup
 from evidence.texts import pools
 
 Job = tuple[str, ...]
@@ -34,15 +34,21 @@ def phases(setup: Setup) -> Iterator[list[Job]]:
         first, *others = vision.DOMAINS if setup.full else vision.DOMAINS[1:2]
         yield [("digits", seed, first)]  # pre-trains what the others start from
         yield [("digits", seed, target) for target in others]
+        late: list[Job] = []  # what takes longest first, so that no process waits for another
+        if setup.full:
+            late += [("soups", seed, task) for task in tasks]
+        if setup.strong is not None:
+            late += [("one", seed, task, f"{setup.strong:g}") for task in tasks]
+        if setup.light is not None:
+            late += [("rounding", seed, task, f"{rate:g}") for rate in (setup.light, setup.rate) for task in tasks]
+        if setup.full:
+            late += [(item, seed, task) for item in ("depth", "wise") for task in tasks]
+            late += [("alpha", seed, "ties"), ("alpha", seed, "task_arithmetic"), ("policies", seed, "styles")]
+        yield late
         if setup.full:
             yield [("inspect", seed, task, f"{setup.rate:g}") for task in setup.tasks]
-            yield [(item, seed, task) for item in ("wise", "depth", "soups") for task in tasks]
-            yield [("alpha", seed, "task_arithmetic"), ("alpha", seed, "ties"), ("policies", seed, "styles")]
         if setup.strong is not None:
-            yield [("one", seed, task, f"{setup.strong:g}") for task in tasks]
             yield [("inspect", seed, task, f"{setup.strong:g}") for task in tasks]
-        if setup.light is not None:
-            yield [("rounding", seed, task, f"{rate:g}") for task in tasks for rate in (setup.light, setup.rate)]
 
 
 JOBS: dict[str, Callable[..., object]] = {
@@ -77,6 +83,8 @@ def run_all(setup: Setup, jobs: int) -> None:
     base_folder(Path(setup.work))
 
     def start(job: Job) -> None:
+        if result_path(setup, *job).exists():
+            return  # a job would say so, too, once it had begun
         print("$", *job, flush=True)
         subprocess.run([sys.executable, "-m", "evidence", *flags, *job], cwd=ROOT, check=True)
 
