@@ -36,13 +36,13 @@ def phases(setup: Setup) -> Iterator[list[Job]]:
         yield [("digits", seed, target) for target in others]
         late: list[Job] = []  # what takes longest first, so that no process waits for another
         if setup.full:
-            late += [("soups", seed, task) for task in tasks]
+            late += [("soups", seed, tasks[0])]
         if setup.strong is not None:
             late += [("one", seed, task, f"{setup.strong:g}") for task in tasks]
         if setup.light is not None:
             late += [("rounding", seed, task, f"{rate:g}") for rate in (setup.light, setup.rate) for task in tasks]
         if setup.full:
-            late += [(item, seed, task) for item in ("depth", "wise") for task in tasks]
+            late += [("depth", seed, tasks[0]), *(("wise", seed, task) for task in tasks)]
             late += [("alpha", seed, "ties"), ("alpha", seed, "task_arithmetic"), ("policies", seed, "styles")]
         yield late
         if setup.full:

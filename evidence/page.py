@@ -67,8 +67,8 @@ SETUP = f"""## Set-up
   task {SIZES.validation} texts to choose by and {SIZES.test} to test: one accuracy has a standard error of
   {100 * (0.25 / SIZES.test) ** 0.5:.1f} points at most, means and paired differences much less.
 * **Seeds** deal texts anew and train anew. Seed 0 was used to choose this set-up, and is not on this page. One
-  fine-tune and merging have all tasks of each seed; soups, WiSE-FT, depth rules, the larger learning rate and rounding
-  two of them, by turns, so that over the seeds each task is among them.
+  fine-tune and merging have all tasks of each seed; WiSE-FT, the larger learning rate and rounding two of them, soups
+  and depth rules one or two, by turns, so that other seeds have others.
 * **Choice**: every family is given as many points, and chosen by the paper's rule, `2 * target / target_ft +
   mean(control / control_pre)`, on validation texts. Constant scaling takes the values of alpha as its coefficients, so
   that it reaches from the base to the fine-tune; LiNeS' lie between alpha and 1.
