@@ -165,9 +165,9 @@ class NewFile:
 
     def write(self, view: memoryview, offset: int) -> None:
         """Write all of `view` (bytes) at `offset`."""
-        done = 0
-        if self._straight is not None and len(view) % mmap.PAGESIZE == offset % mmap.PAGESIZE == 0:
-            done = self._write_straight(self._straight, view, offset)
+        done, straight = 0, self._straight  # which another thread may give up meanwhile
+        if straight is not None and len(view) % mmap.PAGESIZE == offset % mmap.PAGESIZE == 0:
+            done = self._write_straight(straight, view, offset)
         if done < len(view):
             write_from(self._fds[0], view[done:], offset + done)
             start_writeback(self._fds[0], offset + done, len(view) - done)
@@ -183,7 +183,8 @@ class NewFile:
             self._straight = None  # not here, or not from such a buffer
             return 0
         if done:
-            self._pace += ((time.perf_counter() - started) / done - self._pace) / _REMEMBERED
+            took = min((time.perf_counter() - started) / done, _MOST_COUNTED)
+            self._pace += (took - self._pace) / _REMEMBERED
             if self._pace > 1 / _SLOW:
                 self._straight = None
         return done
@@ -210,6 +211,7 @@ class NewFile:
 
 _SLOW = 100e6  # bytes per second of one thread: a disk that takes less should not be waited for at each step
 _REMEMBERED = 64  # writes: a disk that is fast may still take a third of a second for one of some hundreds
+_MOST_COUNTED = 4 / _SLOW  # of one write, however long it took: a pause of the disk is that of all threads that write
 
 
 def start_writeback(fd: int, offset: int, nbytes: int) -> None:

@@ -94,25 +94,24 @@ def _ended_with_this_process(process: subprocess.Popen[bytes]) -> Iterator[None]
     """End a command and all that it started, in the end; also if this process is ended without a chance to do it: by
     SIGKILL, or by Ray, whose driver was lost, and which ends the children of this process, but not theirs, and then
     this process. Of a pipe that only this process can write to a child's child reads the end then. The command begins
-    once it is watched, and not at all if this process ends before.
+    when that child's child says so, and not at all if nobody is left who could.
     """
     assert process.stdin is not None
     reads, writes = os.pipe()
     try:
         try:
-            watch = subprocess.Popen(  # noqa: S603 - of our own words and a number
-                ["/bin/sh", "-c", _WATCH, str(process.pid)],
-                stdin=reads,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        except OSError:
+            with process.stdin as begins:
+                watch = subprocess.Popen(  # noqa: S603 - of our own words and a number
+                    ["/bin/sh", "-c", _WATCH, str(process.pid)],
+                    stdin=reads,
+                    stdout=begins,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
+        except BaseException:
             _end(process)
             raise
         try:
-            with suppress(BrokenPipeError), process.stdin as begins:
-                begins.write(b"\n")
             yield
         finally:
             _end(process)  # before it is watched no more: of a command whose shell is gone more may be left
@@ -124,8 +123,16 @@ def _ended_with_this_process(process: subprocess.Popen[bytes]) -> Iterator[None]
         os.close(writes)
 
 
-_ONCE_WATCHED = 'read -r told && exec /bin/sh -c "$0" < /dev/null'
-_WATCH = 'exec 3<&0; { read -r said <&3; [ -n "$said" ] || kill -s KILL -- "-$0"; } & wait'
+_ONCE_WATCHED = """\
+read -r LINES_BEGINS || { echo 'no process could be started that ends it with the sweep' >&2; exit 1; }
+exec /bin/sh -c "$0" < /dev/null
+"""
+_WATCH = """\
+exec 3<&0
+{ echo; exec > /dev/null; read -r said <&3; [ -n "$said" ] || kill -s KILL -- "-$0"; } &
+exec > /dev/null
+wait
+"""
 
 
 def _wait(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,6 +65,39 @@ def test_a_fast_disk_that_pauses(disk: SimpleNamespace, tmp_path: Path) -> None:
     disk.seconds = lambda number: 0.35 if number % 100 == 3 else 0.0026
     assert written(tmp_path / "file", 210) == expected(210)
     assert disk.straight == 210
+
+
+@pytest.mark.parametrize(("threads", "seconds"), [(2, 0.35), (4, 2.0)])
+def test_a_disk_that_pauses_for_several_threads(
+    disk: SimpleNamespace, tmp_path: Path, threads: int, seconds: float
+) -> None:
+    """All that write wait for it, each with a write of its own: that is one pause still, however long."""
+    disk.seconds = lambda number: seconds if number % 100 < threads else 0.005
+    assert written(tmp_path / "file", 210) == expected(210)
+    assert disk.straight == 210
+
+
+def test_another_thread_gives_it_up_meanwhile(
+    disk: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look whether to write directly and the write; the file is whole."""
+
+    class Meanwhile:
+        @property
+        def PAGESIZE(self) -> int:  # noqa: N802 - as mmap has it
+            file._straight = None
+            return mmap.PAGESIZE
+
+    file, piece = NewFile(tmp_path / "file", MIB), in_whole_pages(MIB)
+    piece[:] = b"x" * MIB
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "mmap", Meanwhile())
+            file.write(piece, 0)
+    finally:
+        file.close()
+    assert (tmp_path / "file").read_bytes() == b"x" * MIB
+    assert disk.straight == 1
 
 
 @pytest.mark.parametrize("rate", [50e6, 10e6], ids=["50 MB/s", "10 MB/s"])

@@ -226,6 +226,30 @@ def test_an_evaluation_does_not_begin_if_the_sweep_is_killed_before_it_is_watche
     assert not began.exists()
 
 
+def test_an_evaluation_that_nobody_watches_does_not_begin(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What watches was started, and ended before it could: so Ray does it, or a limit of processes."""
+    popen, began = subprocess.Popen, here / "began"
+
+    def ends_at_once(arguments: Any, **options: Any) -> Any:
+        return popen(["/bin/sh", "-c", "exit"] if evaluate._WATCH in arguments else arguments, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", ends_at_once)
+    found = evaluate.run_command(f"touch {began}", log=here / "log", timeout=60, environment={}, stop=lambda: False)
+    assert found.error is not None
+    assert "no process could be started that ends it with the sweep" in found.error
+    assert not began.exists()
+
+
+@pytest.mark.parametrize("name", ["told", "said"])
+def test_an_evaluation_has_the_environment_of_the_sweep(here: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Whatever its variables are called; an empty stdin; and no more open files than a shell has."""
+    monkeypatch.setenv(name, "7")
+    command = f'cat; for fd in 3 4 5 6 7 8 9; do (: >&$fd) 2>&- && echo $fd >&2; done; echo "{{\\"m\\": ${name}}}"'
+    found = evaluate.run_command(command, log=here / "log", timeout=60, environment={}, stop=lambda: False)
+    assert (found.metrics, found.error) == ({"m": 7.0}, None)
+    assert (here / "log").read_text() == '{"m": 7}\n'
+
+
 def test_what_is_left_of_an_evaluation_ends_with_a_sweep_that_is_killed(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
