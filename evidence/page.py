@@ -9,7 +9,7 @@ from textwrap import fill
 
 from evidence import section_ablations, section_merging, section_one, section_soups
 from evidence.encoder import BATCH
-from evidence.results import RESULTS, Results, counted, listed, read_results, seeds_of
+from evidence.results import RESULTS, Results, counted, in_words, listed, read_results, seeds_of
 from evidence.setup import FULL, ROOT, Setup
 from evidence.statistics import FEWEST
 from evidence.summary import expect, summary
@@ -93,8 +93,7 @@ def render(results: Results) -> tuple[str, dict[str, str]]:
 def _covers(results: Results) -> str:
     """Which items and seeds the page is made of, and which are missing."""
     there = [
-        f"{CALLED[item]} ({counted(len(results[item]), 'run')}, "
-        f"{'seeds' if len(seeds_of(results[item])) > 1 else 'seed'} {listed(seeds_of(results[item]))})"
+        f"{CALLED[item]} ({counted(len(results[item]), 'run')}, {in_words(seeds_of(results[item]))})"
         for item in SECTIONS
         if results.get(item)
     ]

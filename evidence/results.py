@@ -56,7 +56,8 @@ def said(test: Paired, unit: str = "points", digits: int = 1) -> str:
     """A difference with its standard error and its test, in words."""
     error = "" if test.error is None else f" ± {test.error:.{digits}f}"
     p = "" if test.p is None else f", p {_p(test.p)}"
-    return f"{test.mean:+.{digits}f}{error} {unit} ({test.positive} of {test.pairs} above zero{p})"
+    mean = round(test.mean, digits) + 0.0  # no minus before a zero
+    return f"{mean:+.{digits}f}{error} {unit} ({test.positive} of {test.pairs} above zero{p})"
 
 
 def _p(value: float) -> str:
@@ -83,6 +84,11 @@ def counted(number: int, noun: str) -> str:
 
 def seeds_of(results: Sequence[Result]) -> list[int]:
     return sorted({result["seed"] for result in results})
+
+
+def in_words(seeds: Sequence[int]) -> str:
+    """Seeds as they are named in a sentence."""
+    return f"{'seed' if len(seeds) == 1 else 'seeds'} {listed(seeds)}"
 
 
 def listed(values: Iterable[object]) -> str:

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from evidence.ablations import LISTS
-from evidence.results import Result, Results, counted, listed, said, seeds_of, spread, table, verdict
+from evidence.results import Result, Results, counted, in_words, said, seeds_of, spread, table, verdict
 from evidence.section_merging import chosen as chosen_merge
 from evidence.section_one import baseline, chosen, control_of, curve, rule, target_of
 from evidence.statistics import Paired, correlation, lead, paired
@@ -73,7 +73,7 @@ def depth(results: Results) -> tuple[str, dict[str, str]]:
     ]
     head = ["target", "controls", "against constant scaling at the same target"]
     text = (
-        f"Of {counted(len(own), 'fine-tune')} (seeds {listed(seeds_of(own))}); alpha is chosen from as many values in "
+        f"Of {counted(len(own), 'fine-tune')} ({in_words(seeds_of(own))}); alpha is chosen from as many values in "
         "each row but those of half of the blocks, which have none. The first block's coefficient holds outside, too."
     )
     parts = ["## 4. Ablations", text, "### Depth rules", table(["rule", *head], rows), "### Outside the blocks"]

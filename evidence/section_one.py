@@ -14,7 +14,7 @@ from evidence.results import (
     Results,
     counted,
     direction,
-    listed,
+    in_words,
     said,
     seeds_of,
     spread,
@@ -124,10 +124,7 @@ def compared(results: Sequence[Result], heading: str) -> str:
     tasks, seeds = {one["task"] for one in results}, seeds_of(results)
     lines, turned = leads(results, "lines"), leads(results, "lines", "reversed")
     alphas = {family: fmean(chosen(one, family).get("alpha", 1.0) for one in results) for family in FAMILIES}
-    head = (
-        f"### {heading}: {counted(len(results), 'fine-tune')} "
-        f"({counted(len(tasks), 'task')}, {'seed' if len(seeds) == 1 else 'seeds'} {listed(seeds)})"
-    )
+    head = f"### {heading}: {counted(len(results), 'fine-tune')} ({counted(len(tasks), 'task')}, {in_words(seeds)})"
     note = "Means over fine-tunes"
     if len(seeds) > 1:
         note += "; behind ± the standard deviation between seeds"

@@ -15,7 +15,7 @@ from evidence.results import (
     best,
     counted,
     direction,
-    listed,
+    in_words,
     said,
     seeds_of,
     spread,
@@ -81,7 +81,7 @@ def soups(results: Results) -> tuple[str, dict[str, str]]:
     head = ["% of the target's test texts right", "as it is", "with LiNeS, beta chosen", "scaled, constant chosen"]
     members = fmean(one["members"] for one in own)
     text = (
-        f"Soups of {counted(len({one['task'] for one in own}), 'task')}, seeds {listed(seeds_of(own))}: {MEMBERS} "
+        f"Soups of {counted(len({one['task'] for one in own}), 'task')}, {in_words(seeds_of(own))}: {MEMBERS} "
         f"fine-tunes each, of two rates and other orders of texts; a greedy soup has {members:.1f} of them."
     )
     return "\n\n".join(["## 3. Soups and robustness", "### Soups", text, table(head, rows), "\n".join(sentences)]), {}
@@ -187,7 +187,7 @@ def wise(results: Results) -> tuple[str, dict[str, str]]:
     )
     text = (
         f"The mixing weight gamma goes from the base (0) to the fine-tune (1); with LiNeS alpha = beta = 0.5. "
-        f"{counted(len(own), 'fine-tune')}, {listed(seeds_of(own))}. At the same accuracy on clean texts LiNeS has, "
+        f"{counted(len(own), 'fine-tune')}, {in_words(seeds_of(own))}. At the same accuracy on clean texts LiNeS has, "
         f"against the plain mixture, {said(test)} on misspelt ones: "
         f"{verdict(test, 'LiNeS is more robust', 'the plain mixture is more robust')}. The paper gives curves for "
         "CLIP on shifted ImageNets, as pictures: with LiNeS they lie further out."

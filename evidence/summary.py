@@ -9,7 +9,7 @@ from statistics import fmean
 from evidence import section_ablations, section_merging, section_soups
 from evidence.results import Result, Results, counted, listed, said, seeds_of, verdict
 from evidence.section_one import baseline, chosen, control_of, leads, target_of
-from evidence.statistics import Paired
+from evidence.statistics import FEWEST, Paired
 
 MORE, LESS = "LiNeS keeps more", "constant scaling keeps more"
 
@@ -100,7 +100,8 @@ def expect(results: Results) -> str:
         return ""
     text = "; ".join(sentences)
     seeds = seeds_of([one for item in ("one", "digits", "merging") for one in results.get(item, [])])
-    return f"{text[0].upper()}{text[1:]} ({counted(len(seeds), 'seed')})."
+    few = ": too few to tell from noise" if len(seeds) < FEWEST else ""
+    return f"{text[0].upper()}{text[1:]} ({counted(len(seeds), 'seed')}{few})."
 
 
 def _choice(test: Paired) -> str:
@@ -110,7 +111,7 @@ def _choice(test: Paired) -> str:
     )
     if test.beyond_noise:
         return f"{text}: begin with {'LiNeS' if test.mean > 0 else 'constant scaling'}"
-    return f"{text}, {verdict(test, MORE, LESS)}"
+    return text if test.p is None else f"{text}, {verdict(test, MORE, LESS)}"
 
 
 def _of_merges(results: Results) -> str:
