@@ -130,7 +130,10 @@ def policies(results: Results) -> tuple[str, dict[str, str]]:
         f"w to 1 - w; {SAMPLES} texts drawn of each. {counted(len(own), 'seed')}. "
         f"Pre-trained {pre[0]:+.2f} / {pre[1]:+.2f}."
     )
-    drawn = {f"{'reversed' if family == 'plain' else family}: {MIXED[family]}": fronts[family] for family in MIXED}
+    drawn = {
+        f"{'reversed' if family == 'plain' else family}: {called.partition(' with ')[0]}": fronts[family]
+        for family, called in MIXED.items()
+    }
     figure = curves("Rewarded soups", f"reward for {styles[0]}", f"reward for {styles[1]}", drawn)
     name = "evidence-policies.svg"
     parts = ["### Rewarded soups", text, table(["w", *MIXED.values()], rows), "\n".join(sentences)]
