@@ -39,7 +39,7 @@ class Size:
     """How long a run trains: steps of the language model, and of each policy."""
 
     pretrain: int = 800
-    policy: int = 150
+    policy: int = 15  # with more both rewards saturate, and mixtures jump from one policy to the other
     batch: int = 64
 
 
