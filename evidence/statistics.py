@@ -85,8 +85,7 @@ def at_target(curve: Curve, target: float) -> float | None:
     found = []
     for (x0, y0), (x1, y1) in itertools.pairwise(curve):
         if min(x0, x1) <= target <= max(x0, x1):
-            share = 0.0 if x0 == x1 else (target - x0) / (x1 - x0)
-            found += [y0, y1] if x0 == x1 else [y0 + share * (y1 - y0)]
+            found += [y0, y1] if x0 == x1 else [y0 + (y1 - y0) * (target - x0) / (x1 - x0)]
     found += [y for x, y in curve if x == target and len(curve) == 1]
     return (found[0] + found[-1]) / 2 if found else None
 
