@@ -128,15 +128,17 @@ def test_a_system_that_does_not_write_past_the_page_cache(
 
     monkeypatch.setattr(os, "pwrite", pwrite)
     monkeypatch.setattr(time, "perf_counter", itertools.count(step=1 if slow else 0).__next__)
-    writer = RangeWriter(file, 0, digest := GrowingDigest(len(content)), in_whole_pages(MIB))
+    writer = RangeWriter(file, 0, digest := GrowingDigest(len(content)), in_whole_pages(MIB // 16))
     writer.write(content)
     writer.close()
     file.sync()
     file.close()
     assert (tmp_path / "file").read_bytes() == content
     assert digest.record().digest == tree_digest(content)
-    if any(calls) and behaviour in ("refuses", "is slow"):
+    if any(calls) and behaviour == "refuses":
         assert sum(calls) == 1, "it is tried once, and then given up"
+    if any(calls) and slow:
+        assert 1 < sum(calls) < 40, "some slow writes are a pause, dozens of them a slow disk"
 
 
 def test_a_block_that_was_not_written_has_no_digest(tmp_path: Path) -> None:
