@@ -28,23 +28,24 @@ def phases(setup: Setup) -> Iterator[list[Job]]:
     """What is run, in phases: jobs of one phase need those before it, and none of each other."""
     for seed in map(str, setup.seeds):  # seed by seed, so that what a run that was ended has is of use
         tasks = setup.in_turn(int(seed))
-        yield [("train", seed, task, f"{setup.rate:g}") for task in setup.tasks]
-        yield [("one", seed, task, f"{setup.rate:g}") for task in (setup.tasks if setup.full else tasks)]
-        yield [("merging", seed, method) for method in merging.methods_of(setup)]
         first, *others = vision.DOMAINS if setup.full else vision.DOMAINS[1:2]
-        yield [("digits", seed, first)]  # pre-trains what the others start from
-        yield [("digits", seed, target) for target in others]
-        late: list[Job] = []  # what takes longest first, so that no process waits for another
+        # what the others start from: the fine-tunes, and the digits' encoder
+        yield [("digits", seed, first), *(("train", seed, task, f"{setup.rate:g}") for task in setup.tasks)]
+        jobs: list[Job] = []  # what takes longest first, so that no process waits for another
         if setup.full:
-            late += [("soups", seed, tasks[0])]
+            jobs += [("soups", seed, tasks[0])]
         if setup.strong is not None:
-            late += [("one", seed, task, f"{setup.strong:g}") for task in tasks]
-        if setup.light is not None:
-            late += [("rounding", seed, task, f"{rate:g}") for rate in (setup.light, setup.rate) for task in tasks]
+            jobs += [("one", seed, task, f"{setup.strong:g}") for task in tasks]
+        jobs += [("one", seed, task, f"{setup.rate:g}") for task in (setup.tasks if setup.full else tasks)]
+        jobs += [("digits", seed, target) for target in others]
         if setup.full:
-            late += [("depth", seed, tasks[0]), *(("wise", seed, task) for task in tasks)]
-            late += [("alpha", seed, "ties"), ("alpha", seed, "task_arithmetic"), ("policies", seed, "styles")]
-        yield late
+            jobs += [("alpha", seed, "ties"), ("alpha", seed, "task_arithmetic")]
+        jobs += [("merging", seed, method) for method in merging.methods_of(setup)]
+        if setup.light is not None:
+            jobs += [("rounding", seed, task, f"{rate:g}") for rate in (setup.light, setup.rate) for task in tasks]
+        if setup.full:
+            jobs += [("depth", seed, tasks[0]), *(("wise", seed, task) for task in tasks), ("policies", seed, "styles")]
+        yield jobs
         if setup.full:
             yield [("inspect", seed, task, f"{setup.rate:g}") for task in setup.tasks]
         if setup.strong is not None:

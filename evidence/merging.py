@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from evidence.encoder import base_folder
 from evidence.finetunes import trained
 from evidence.judge import context
 from evidence.one import points_of, sweep
+from evidence.results import best
 from evidence.setup import Setup, result_path, save_setup, write_json
 
 # What is said of a method beside its defaults: what its paper uses, where the default is not that.
@@ -30,7 +32,7 @@ LARGEST = {
     "iso_c": 2.0, "iso_cts": 2.0, "model_stock": 75.0,
 }  # fmt: skip
 QUICK_METHODS = ("task_arithmetic", "ties")
-# Of lambda without LiNeS, of beta with it; first what is often best, for what is not the best so far takes less time.
+# Of lambda without LiNeS, of beta with it.
 STEPS = (0.6, 0.4, 0.8, 1.0, 0.2)
 FAMILIES = ("plain", "lines", "reversed")
 
@@ -76,15 +78,29 @@ def swept(setup: Setup, seed: int, folder: Path, recipe: dict[str, Any], grid: d
     return points_of(sweep(folder, said, context(save_setup(setup), seed)))
 
 
+def _best_first(setup: Setup, seed: int, method: str, family: str) -> list[float]:
+    """The steps in the order in which they are tried: what is likely to be best goes first, and that is what was best
+    of the seed before. What is not the best so far takes less time (`Judge.metrics`).
+    """
+    path = result_path(setup, "merging", seed - 1, method)
+    if not path.exists():
+        return list(STEPS)
+    before = best(
+        point for point in json.loads(path.read_text(encoding="utf-8"))["points"] if point["family"] == family
+    )
+    held = float(before["beta" if "beta" in before else "parameters.lambda"]) / LARGEST.get(method, 1.0)
+    return sorted(STEPS, key=lambda step: abs(step - held) > 1e-3)
+
+
 def run(setup: Setup, seed: int, method: str) -> None:
     """One method of one seed: as many points without LiNeS as with it and as reversed."""
     path = result_path(setup, "merging", seed, method)
     if path.exists():
         return
     work = Path(setup.work) / f"seed{seed}" / "merging" / method
-    steps = [step * LARGEST.get(method, 1.0) for step in STEPS]
     points = []
     for family in FAMILIES:
+        steps = [step * LARGEST.get(method, 1.0) for step in _best_first(setup, seed, method, family)]
         recipe = recipe_of(setup, seed, method)
         grid: dict[str, Any] = {"lines.beta": steps}
         if family == "plain":

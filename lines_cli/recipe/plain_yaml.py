@@ -1,4 +1,5 @@
-"""YAML from anybody, read into plain values: text, numbers, booleans, null, lists, and dicts whose keys are text.
+"""YAML from anybody, read into plain values: text, numbers, booleans, null, lists, and dicts whose keys are text; and
+such values written.
 
 The library splits the text into events. What becomes of them is decided here, event by event, so that a budget holds
 while values are made and not after: a few hundred bytes of anchors, aliases and merge keys can stand for more than any
@@ -8,7 +9,8 @@ machine has. Tags that make anything but plain values are refused; a date is tex
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn
 
 import yaml
@@ -57,6 +59,21 @@ def read_yaml(text: str) -> tuple[Any, dict[Place, str]]:
         raise YamlError(f"line {line}: {str(error).splitlines()[0]}") from error
     except UnicodeEncodeError as error:
         raise YamlError(f"it holds {text[error.start]!r}, which is not valid text (half a character)") from error
+
+
+def dump_yaml(values: Mapping[str, Any], *, flow: bool | None = False) -> str:
+    """Plain values as a YAML document that `read_yaml` reads: keys in their order, long lines left whole.
+
+    Args:
+        values: of text, numbers, booleans, None, lists and mappings.
+        flow: whether lists and mappings stand on one line; None: those that hold no others.
+    """
+    fast = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    for dumper in (fast, yaml.SafeDumper):
+        with suppress(UnicodeEncodeError):  # the fast one knows no half characters, as the fast reader
+            text: str = yaml.dump(values, Dumper=dumper, sort_keys=False, width=1_000, default_flow_style=flow)
+            return text
+    raise AssertionError("the library's own writer escapes what is not ASCII")
 
 
 def anchored_keys(text: str) -> set[str]:

@@ -14,7 +14,7 @@ import yaml
 
 from lines_cli.errors import RecipeError, some
 from lines_cli.hub.download import base_and_adapter
-from lines_cli.recipe.plain_yaml import LARGEST, Place, YamlError, anchored_keys, read_yaml
+from lines_cli.recipe.plain_yaml import LARGEST, Place, YamlError, anchored_keys, dump_yaml, read_yaml
 from lines_cli.recipe.schema import UNION, Recipe
 from lines_cli.recipe.trajectory import expand
 from lines_cli.recipe.validate import dotted, make_recipe
@@ -423,7 +423,7 @@ def dump_recipe(
     if alpha is not None and recipe.lines is not None and recipe.lines.needs_alpha:
         values["lines"]["alpha"] = alpha
         measured += f"# lines.alpha was auto: {why}\n"
-    text = yaml.safe_dump(values, sort_keys=False, width=1_000)
+    text = dump_yaml(values)
     again = "lines merge --config lines_recipe.yaml -o OUT"
     return f"# Written by lines {__version__}. To run it again: {again}\n{measured}{text}"
 
@@ -452,12 +452,12 @@ def dump_record(
         **({"card": _record_values(card)} if card is not None else {}),
         "files": {name: _record_values(files[name]) for name in sorted(files)},
     }
-    text = yaml.safe_dump(values, sort_keys=False, width=1_000)
+    text = dump_yaml(values)
     record = f"# What was read, and written beside this file. A later run of this recipe notices other inputs.\n{text}"
     if not layers:
         return record
     listed = {"layers": [dict(layer) for layer in layers]}
-    realised = yaml.safe_dump(listed, sort_keys=False, width=1_000, default_flow_style=None)
+    realised = dump_yaml(listed, flow=None)
     return f"# What rounding left of each layer's coefficient (docs/editing.md).\n{realised}{record}"
 
 

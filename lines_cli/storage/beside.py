@@ -83,6 +83,10 @@ _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin.index.json", *PICKL
 
 def outside(folder: Path, name: str) -> Path | None:
     """Where a name in a folder leads, if a link on the way to it leaves the folder."""
+    if os.sep == "/" and not leads_out(name):
+        parts = PurePosixPath(name).parts
+        if not any(os.path.islink(folder.joinpath(*parts[: at + 1])) for at in range(len(parts))):
+            return None  # no link on the way, as nearly always: to resolve whole paths takes far longer
     home, target = Path(os.path.realpath(folder)), Path(os.path.realpath(folder / name))
     return None if target.is_relative_to(home) or _is_blob(target, home) else target
 

@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lines_cli.errors import CheckpointError, LinesError, RecipeError, without_secrets
-from lines_cli.recipe.plain_yaml import YamlError, read_yaml
+from lines_cli.recipe.plain_yaml import YamlError, dump_yaml, read_yaml
 from lines_cli.recipe.yaml_file import load_recipe, load_record
 from lines_cli.scaling.find_depth import find_depth
 from lines_cli.storage.beside import read_json, refuse_link_out
@@ -446,6 +446,25 @@ def test_nothing_is_shared() -> None:
     values, _ = read_yaml("a: &a {x: [1]}\nb: *a\nc: {<<: *a}\n")
     values["a"]["x"].append(2)
     assert values["b"] == values["c"] == {"x": [1]}
+
+
+_WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_from("\n\udc80\udcff"), max_size=12)
+_PLAIN = st.recursive(
+    _WORDS | st.integers(-(10**20), 10**20) | st.floats(allow_nan=False) | st.booleans() | st.none(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_WORDS, inner, max_size=3),
+    max_leaves=10,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(_WORDS, _PLAIN, max_size=3), st.sampled_from([False, None, True]), st.booleans())
+def test_yaml_is_read_as_it_was_written(values: dict[str, Any], flow: bool | None, slow: bool) -> None:
+    """Names of files that are not UTF-8 stay, too, whichever of the library's writers there is."""
+    with pytest.MonkeyPatch.context() as patch:
+        if slow:
+            patch.delattr(yaml, "CSafeDumper", raising=False)
+        text = dump_yaml(values, flow=flow)
+    assert read_yaml(text)[0] == values
 
 
 def test_both_readers_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
