@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -10,18 +11,24 @@ import pytest
 
 from support import shared
 
+CASES = 3  # of a test, in the default suite
+
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
-    """Of a test marked `some(n)`, all cases but n are slow: the first, the last, and some between, which stay the same.
+    """Of a test with many cases, all but CASES are slow, or all but n where it is marked `some(n)`: what stays is the
+    first, the last, and some between, always the same. Where some cases are marked slow by hand, it has been chosen.
     Then what builds models of transformers comes first, and so into one worker: importing and building takes seconds.
     """
     cases = defaultdict[str, list[pytest.Item]](list)
     for item in items:
-        if item.get_closest_marker("some") and not item.get_closest_marker("slow"):
-            cases[item.nodeid.partition("[")[0]].append(item)
-    for of_one in cases.values():
-        wanted, last = of_one[0].get_closest_marker("some").args[0], len(of_one) - 1
+        cases[item.nodeid.partition("[")[0]].append(item)
+    for all_ in cases.values():
+        of_one = [item for item in all_ if not item.get_closest_marker("slow")]
+        said = all_[0].get_closest_marker("some")
+        wanted, last = said.args[0] if said else CASES, len(of_one) - 1
+        if len(of_one) <= wanted or (said is None and len(of_one) < len(all_)):
+            continue
         by_default = {round(at * last / (wanted - 1)) for at in range(wanted)}
         for at, item in enumerate(of_one):
             if at not in by_default:
@@ -45,6 +52,13 @@ def _shared(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
     folder.mkdir(exist_ok=True)
     shared.keep_in(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _minds_ctrl_c() -> None:
+    """A shell has what it starts in the background ignore SIGINT; tests send it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

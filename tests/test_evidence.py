@@ -183,6 +183,7 @@ def _random_digits(full: Setup, seed: int, target: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_command_that_fails_is_an_error(tmp_path: Path) -> None:
     """What `lines` says is not lost."""
     with pytest.raises(RuntimeError, match=r"exit code 3\n(.|\n)*nothing"):
@@ -286,6 +287,7 @@ def test_few_seeds_are_not_tested() -> None:
     assert verdict(paired([(1, 5.0), (2, -6.0), (3, 0.5)]), "more", "less") == "within noise"
 
 
+@pytest.mark.slow
 def test_false_alarms_are_rare() -> None:
     """Where there is no difference, but pairs of one seed have much in common, one test in twenty says there is."""
     draw = random.Random(0)

@@ -20,6 +20,8 @@ from support import crossed
 from support.files import write_checkpoint
 from support.run import run_lines
 
+pytestmark = pytest.mark.some(1000)  # all of them: they are quick
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lines_cli"
 
@@ -38,14 +40,20 @@ def folder_of(module: str) -> str:
 
 
 @cache
+def parsed(path: Path) -> ast.Module:
+    """A file's syntax, which nobody changes."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
 def imports(path: Path) -> set[str]:
     """Every module that a file imports at run time, wherever in it."""
     found: set[str] = set()
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            node.body = []
-    for node in ast.walk(tree):
+    left: list[ast.AST] = [parsed(path)]
+    while left:
+        node = left.pop()
+        typing_alone = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        left += node.orelse if typing_alone and isinstance(node, ast.If) else ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -94,12 +102,16 @@ def test_every_folder_has_a_place() -> None:
         assert ast.get_docstring(ast.parse(text)), f"{folder}/__init__.py does not say what the folder is"
 
 
-@pytest.mark.parametrize("module", sorted(MODULES))
-def test_imports_point_down(module: str) -> None:
+def test_imports_point_down() -> None:
     """No module knows one in a folder above its own; all know the errors, the version, and what packages add."""
-    rank = FOLDERS.index(folder_of(module))
-    names = imported_from(module) - {"errors", "version", "installed"}
-    assert not {name for name in names if FOLDERS.index(folder_of(name)) < rank}
+    rank = {module: FOLDERS.index(folder_of(module)) for module in MODULES}
+    up = {
+        f"{module} imports {name}"
+        for module in MODULES
+        for name in imported_from(module) - {"errors", "version", "installed"}
+        if rank[name] < rank[module]
+    }
+    assert not up
 
 
 def test_no_module_imports_itself_in_a_circle() -> None:
@@ -149,6 +161,7 @@ def test_each_dependency_has_one_home(dependency: str, homes: set[str]) -> None:
     assert users == homes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -184,6 +197,7 @@ def from_docs(name: str) -> Any:
         sys.path.remove(str(ROOT / "docs"))
 
 
+@pytest.mark.slow
 def test_the_references_are_fresh() -> None:
     """docs/cli.md says what --help says, docs/merge-methods.md what the table says, README.md and docs/tour.md what
     their commands print; `make docs` writes them anew.
@@ -219,6 +233,7 @@ def test_what_a_page_shows_is_run(block: str, shown: str, tmp_path: Path) -> Non
         assert text.endswith("Behind.\n")
 
 
+@pytest.mark.slow
 def test_figures_are_the_demo_s_and_the_cases() -> None:
     """README's picture is the demo's as it was drawn, and pages count as many cases of depth as there are."""
     import yaml
@@ -338,23 +353,26 @@ SAID_OF_METHODS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("module", sorted(module for module in MODULES if not module.startswith("methods")))
-def test_methods_alone_know_methods(module: str) -> None:
+def test_methods_alone_know_methods() -> None:
     """No other module names a method, or a parameter of one; and of what a method says none asks for what is private
     to the package.
     """
     from lines_cli.methods import METHODS, Method
 
     names = {name for method in METHODS.values() for name in method.parameters} | METHODS.keys()
-    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
-    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    assert texts & names - OF_THE_SCALING <= OTHER_MEANINGS.get(module, set())
-    asked = {
-        node.attr
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value).split(".")[-1] == "method"
-    }
-    assert asked & set(dir(Method)) <= SAID_OF_METHODS
+    wrong: list[tuple[str, set[str]]] = []
+    for module, path in MODULES.items():
+        if module.startswith("methods"):
+            continue
+        texts, asked = set(), set()
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.add(node.value)
+            elif isinstance(node, ast.Attribute) and ast.unparse(node.value).split(".")[-1] == "method":
+                asked.add(node.attr)
+        wrong.append((module, (texts & names) - OF_THE_SCALING - OTHER_MEANINGS.get(module, set())))
+        wrong.append((module, (asked & set(dir(Method))) - SAID_OF_METHODS))
+    assert not [(module, found) for module, found in wrong if found]
 
 
 def test_the_architecture_page_names_every_module() -> None:

@@ -266,6 +266,7 @@ def test_check_raises_and_keeps_the_report(models: Path) -> None:
     assert lines.problems(raised.value.report)
 
 
+@pytest.mark.slow
 def test_an_inspection_is_drawn(models: Path) -> None:
     """`plot` as the option."""
     lines.inspect("ft", base="base", plot=models / "drawn.svg")
@@ -343,7 +344,7 @@ def test_refusals_are_the_commands(options: list[str], said: dict[str, Any], mod
     "call",
     ["edit", "merge", "inspect", "coefficients('ft')", "edit('base', 'ft', 'out', dry_run=True)", "inspect('ft')"],
 )
-@pytest.mark.some(3)
+@pytest.mark.slow
 def test_headers_load_no_torch(call: str, models: Path) -> None:
     """Nor does importing `lines_cli`, or asking for a function, load anything else that is slow."""
     program = f"import sys, lines_cli\nlines_cli.{call}\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
@@ -683,6 +684,7 @@ def test_entries_of_a_tensor_that_is_not_contiguous() -> None:
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "notebooks.md").read_text(encoding="utf-8"), re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_page_runs(models: Path) -> None:
     """Every block of docs/notebooks.md, one after the other, as in a notebook."""
     assert len(BLOCKS) > 5

@@ -189,6 +189,7 @@ def test_the_order(here: Path, store: S3Server) -> None:
     assert order[-3:] == LAST
 
 
+@pytest.mark.slow
 def test_parts(here: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """A part of the output is a part of the upload."""
     monkeypatch.setattr(object_store, "PART", 2**20)
@@ -220,6 +221,7 @@ def test_a_destination_that_is_taken(here: Path, store: S3Server) -> None:
     assert there(store) == {"notes.txt": b"mine"}
 
 
+@pytest.mark.slow
 def test_an_output_that_is_replaced(here: Path, store: S3Server) -> None:
     """What a reader looks for goes first, before any weight is there, and comes last: nobody sees parts of two."""
     ran(*edit(here, *SHARDED), "-o", "s3://models/out")
@@ -306,6 +308,7 @@ def gone_after(store: S3Server, monkeypatch: pytest.MonkeyPatch, name: str) -> N
 FIRST, SECOND = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed(here: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """What failed leaves no parts, no config, no index and no recipe. Another run does not begin there; the same with
     --resume keeps the file that was whole, and sends only the other.
@@ -336,6 +339,7 @@ def there_so_far(store: S3Server) -> dict[str, bytes]:
     return {k.removeprefix("models/out/"): v.content for k, v in store.objects.items() if k.startswith("models/out/")}
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_kept(here: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     command = merge(here, "ties", density=0.3)
     ran(*command, "-o", here / "out")
@@ -388,6 +392,7 @@ def test_bad_data(here: Path, store: S3Server) -> None:
     assert not store.uploads
 
 
+@pytest.mark.slow
 def test_ctrl_c(here: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """The upload that is under way is taken back; what was whole is kept, and said."""
     monkeypatch.setattr(object_store, "PART", 16_384)
@@ -505,6 +510,7 @@ def test_a_run_whose_work_was_taken_over(here: Path, store: S3Server, monkeypatc
     assert there_so_far(store)["tokenizer.json"] == b"{}"
 
 
+@pytest.mark.slow
 def test_the_same_run_twice_at_once(here: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever goes on with --resume has the work, and its output is whole; the first ends, and touches nothing."""
     monkeypatch.setattr(object_store, "PART", 16_384)
@@ -559,6 +565,7 @@ def amid_once(store: S3Server, path: str, do: Callable[[], object]) -> list[bool
     return came
 
 
+@pytest.mark.slow
 def test_a_run_that_another_finishes_first(here: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two go on from the same work; the slower one finds all in place, and does not remove it for an input that has
     changed since.
@@ -660,6 +667,7 @@ def test_force_replaces_weights_only(here: Path, store: S3Server) -> None:
     assert [*store.objects] == ["models/x.safetensors"]
 
 
+@pytest.mark.slow
 def test_an_old_output_that_is_half_removed(here: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that ended between two removals is gone on with."""
     ran(*edit(here), "-o", "s3://models/out")

@@ -57,6 +57,7 @@ def test_without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]
 
 
+@pytest.mark.slow
 def test_a_cluster_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is refused at once, with the address; Ray itself would wait long, and end the process."""
     pytest.importorskip("ray")

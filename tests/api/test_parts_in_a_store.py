@@ -101,6 +101,7 @@ def is_all(store: S3Server, whole: dict[str, bytes]) -> bool:
 # --- the same bytes ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [1, -1], ids=["forward", "backward"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_parts_in_any_order(here: Path, store: S3Server, recipe: str, order: int) -> None:
@@ -125,6 +126,7 @@ def test_parts_are_whole_files(here: Path, store: S3Server) -> None:
     assert sum(one["writes"] > 0 for one in parts) == 4
 
 
+@pytest.mark.slow
 def test_no_disk_in_common(here: Path, store: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inputs, plan and output in the store: each part may run in any folder."""
     for side in ("base", "ft", "ft2"):
@@ -152,6 +154,7 @@ def test_no_disk_in_common(here: Path, store: S3Server, tmp_path: Path, monkeypa
 # --- what is missing ---
 
 
+@pytest.mark.slow
 def test_a_part_that_is_missing(here: Path, store: S3Server) -> None:
     """It is named, with a command that makes it, and nothing is changed by then; so is one whose object has gone, or is
     another.
@@ -175,6 +178,7 @@ def test_a_part_that_is_missing(here: Path, store: S3Server) -> None:
     assert is_all(store, whole)
 
 
+@pytest.mark.slow
 def test_a_merge_goes_on_from_parts(here: Path, store: S3Server) -> None:
     """`lines merge --resume` sends what no part has."""
     whole, total = in_one_piece(), planned()
@@ -279,6 +283,7 @@ def test_a_removal_that_ends_half_way(
         assert is_all(store, whole)
 
 
+@pytest.mark.slow
 def test_a_kill_before_the_removal(here: Path, store: S3Server) -> None:
     """Right after the recipe: nothing says that the work is finished, and what is there does."""
     write_recipe("one")
@@ -293,6 +298,7 @@ def test_a_kill_before_the_removal(here: Path, store: S3Server) -> None:
     assert is_all(store, whole)
 
 
+@pytest.mark.slow
 def test_an_output_whose_leftovers_stay(here: Path, store: S3Server) -> None:
     """Nothing takes it for unfinished, whatever becomes of its recipe, and no plan replaces it."""
     write_recipe("one")
@@ -358,6 +364,7 @@ def once(store: S3Server, method: str, name: str, do: Callable[[], object], *, a
 FIRST = "/model-00001-of-00004.safetensors"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "name", "after"),
     [("PUT", FIRST, 0), ("POST", FIRST, 1), ("PUT", f"{RECORDS}5", 0)],
@@ -381,6 +388,7 @@ def test_a_part_that_runs_twice_at_once(here: Path, store: S3Server, method: str
     assert is_all(store, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["clean", "merge"])
 def test_a_part_whose_work_is_taken_over(here: Path, store: S3Server, command: str) -> None:
     """It ends before its file is whole, leaves nothing, and does not disturb who came."""
@@ -456,6 +464,7 @@ def test_a_part_that_is_killed(here: Path, store: S3Server) -> None:
 # --- remains ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", ["finished", "parts/1"])
 def test_what_is_left_of_a_removal(here: Path, store: S3Server, left: str) -> None:
     """It is no other run's, and goes."""
@@ -468,6 +477,7 @@ def test_what_is_left_of_a_removal(here: Path, store: S3Server, left: str) -> No
     assert is_all(store, whole)
 
 
+@pytest.mark.slow
 def test_an_output_that_is_gone_and_whose_leftovers_stay(here: Path, store: S3Server) -> None:
     """It is planned and made again: records of a finished run are of no use to the next."""
     write_recipe("one")
@@ -518,6 +528,7 @@ def test_a_measuring_part_whose_work_is_cleaned_away(
     assert not store.objects
 
 
+@pytest.mark.slow
 def test_a_part_that_gives_way_leaves_no_pieces(here: Path, store: S3Server) -> None:
     """So nobody is told to look for them."""
     total = planned()
@@ -532,6 +543,7 @@ def test_a_part_that_gives_way_leaves_no_pieces(here: Path, store: S3Server) -> 
 # --- leftovers, and what is in the way ---
 
 
+@pytest.mark.slow
 def test_clean(here: Path, store: S3Server) -> None:
     """What parts have made is removed, and their records; then there is nothing to run or to finish."""
     total = planned()
@@ -542,6 +554,7 @@ def test_clean(here: Path, store: S3Server) -> None:
     assert "cleaned away" in refused(6, "finish", "plan.json")
 
 
+@pytest.mark.slow
 def test_the_same_plan_again(here: Path, store: S3Server) -> None:
     """It keeps what parts have done. Another plan, or a run in one piece, does not begin there."""
     total = planned()
@@ -585,6 +598,7 @@ def test_bad_data(here: Path, store: S3Server) -> None:
     assert "model-00004-of-00004.safetensors" not in there(store)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["503", "drop"])
 def test_what_passes_is_asked_again(here: Path, store: S3Server, kind: str) -> None:
     """A server that has too much to do, or drops connections, costs time and no byte."""

@@ -226,6 +226,7 @@ def test_a_tokenizer_that_may_not_fit(tmp_path: Path) -> None:
     assert about(notes, "may not fit (rows: 8 there, 6 here)")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["llama", "other"])
 def test_a_fine_tune_without_its_processor(model_type: str, tmp_path: Path) -> None:
     """The base's is taken for the same type of model."""

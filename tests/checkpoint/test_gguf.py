@@ -163,6 +163,7 @@ def test_facts_of_other_kinds(facts: dict[str, Any], tmp_path: Path) -> None:
     assert told(tmp_path / "x.gguf")["tensors"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("times", [500, pytest.param(2_000, marks=pytest.mark.slow)])
 def test_mutated_files(times: int, tmp_path: Path) -> None:
     """Many files with bytes changed, in a process with little memory: read, or refused."""

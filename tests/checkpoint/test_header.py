@@ -268,6 +268,7 @@ def test_a_long_shape_is_refused_at_once(tmp_path: Path) -> None:
     assert len(refused.value.message) < 1000
 
 
+@pytest.mark.slow
 def test_tensors_within_tensors_are_refused_at_once(tmp_path: Path) -> None:
     """What is wrong with an entry is written out once it is told, not at each of 500 levels of one within the other."""
     inner: object = [1] * 1_000_000

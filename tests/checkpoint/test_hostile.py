@@ -56,7 +56,7 @@ def mutate(kind: str, folder: Path, number: int, seed: int, *, anew: bool = Fals
 
 
 @pytest.mark.parametrize("kind", hostile.KINDS)
-@pytest.mark.some(2)
+@pytest.mark.slow
 def test_mutated_files(kind: str, tmp_path: Path) -> None:
     """Some hundred files of each kind with things wrong with them."""
     mutate(kind, tmp_path, TIMES[kind], 0)
@@ -97,6 +97,7 @@ ENTRY = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(header=st.dictionaries(st.text(max_size=6), ENTRY | JSON, max_size=4) | JSON, data=st.binary(max_size=64))
 def test_any_header(header: Any, data: bytes, tmp_path: Path) -> None:

@@ -357,6 +357,7 @@ def sdxl(folder: Path) -> dict[str, Tensors]:
     return parts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spelt", ["kohya", "diffusers"])
 def test_a_pipeline_with_two_text_encoders(spelt: str, tmp_path: Path) -> None:
     """Each part of the file goes to its own component, though two have modules with the same names."""
@@ -498,6 +499,7 @@ def test_flux_is_what_diffusers_makes_of_it() -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spelt", ["kohya", "ComfyUI"])
 def test_flux_with_the_original_s_names_on_diffusers(spelt: str, tmp_path: Path) -> None:
     """Fused queries, keys and values get their own rows of the update; a part of the pipeline that is not there is left

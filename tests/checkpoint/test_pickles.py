@@ -29,6 +29,7 @@ PLAIN = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(value=PLAIN, protocol=st.sampled_from([3, 4, 5]), more=st.binary(max_size=5))
 def test_plain_values(value: Any, protocol: int, more: bytes) -> None:
@@ -39,6 +40,7 @@ def test_plain_values(value: Any, protocol: int, more: bytes) -> None:
     assert end == len(raw)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(value=PLAIN, protocol=st.sampled_from([3, 4, 5]), data=st.data())
 def test_a_pickle_that_was_cut(value: Any, protocol: int, data: st.DataObject) -> None:

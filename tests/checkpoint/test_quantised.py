@@ -76,6 +76,7 @@ def test_chunks_workers_and_shards_change_no_byte(tmp_path: Path) -> None:
     assert len(set(written)) == 5
 
 
+@pytest.mark.slow
 def test_merges_of_fp8(tmp_path: Path) -> None:
     """A merge of an FP8 and a whole model on an FP8 base, by methods that measure, is that of whole models."""
     models = {"base": plain(), "a": near(plain(), 1), "b": near(plain(), 2)}

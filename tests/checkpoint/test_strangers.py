@@ -456,7 +456,7 @@ _PLAIN = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.dictionaries(_WORDS, _PLAIN, max_size=3), st.sampled_from([False, None, True]), st.booleans())
 def test_yaml_is_read_as_it_was_written(values: dict[str, Any], flow: bool | None, slow: bool) -> None:
     """Names of files that are not UTF-8 stay, too, whichever of the library's writers there is."""
@@ -520,6 +520,7 @@ ODD_EXPRESSIONS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_expression_that_never_ends(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The user's own ends after a while, with a next step; by --layers and by a recipe."""
     monkeypatch.setattr("lines_cli.scaling.by_hand.SECONDS_TO_MATCH", 0.5)
@@ -735,7 +736,7 @@ def put(at: Path, name: str, content: bytes, side: str) -> None:
 
 @pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in (1, 2))])
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.some(2)
+@pytest.mark.slow
 def test_json_of_any_shape(name: str, part: int, folders: Path) -> None:
     """It is refused with the file's name, or carried as it is; nothing else happens.
 

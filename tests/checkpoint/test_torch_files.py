@@ -201,6 +201,7 @@ def ok(ran: Ran) -> Ran:
     return ran
 
 
+@pytest.mark.slow
 def test_a_merge_of_all_kinds_with_whole_matrices(tmp_path: Path) -> None:
     """Files of both kinds, a folder and a part of a file in a recipe, with measured passes and whole tensors: the bytes
     of the same in safetensors. The record makes it again, and it is verified.
@@ -232,6 +233,7 @@ def test_a_merge_of_all_kinds_with_whole_matrices(tmp_path: Path) -> None:
     assert "2.ckpt is not the file that the recipe records" in run_lines(*again, "--force").err
 
 
+@pytest.mark.slow
 def test_two_parts_of_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A teacher and a student in one file are two checkpoints, for an edit, a comparison and a record."""
     monkeypatch.chdir(tmp_path)
@@ -341,6 +343,7 @@ def test_which_file_of_a_folder(case: str, tmp_path: Path) -> None:
     assert [path.name for path in open_checkpoint(tmp_path, variant=variant).files] == [chosen]
 
 
+@pytest.mark.slow
 def test_no_torch_for_headers(tmp_path: Path) -> None:
     """A file of torch's is inspected, and an edit of it planned, without torch."""
     saved({"state_dict": model(), "args": argparse.Namespace(a=1)}, tmp_path / "m.ckpt")

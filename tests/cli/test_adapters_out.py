@@ -170,6 +170,7 @@ def test_adapters_of_other_bases(here: Path) -> None:
     assert "are not in base" in ran.err.replace("./", "")
 
 
+@pytest.mark.slow
 def test_what_adapters_say_of_their_bases(here: Path) -> None:
     """Another one than is given, or than each other's, is said; the same is not, whatever its folder."""
     written(base_model_name_or_path="org/other")
@@ -222,6 +223,7 @@ def test_an_existing_output_is_replaced_with_force_alone(here: Path) -> None:
     assert "mine.txt" in ran.err
 
 
+@pytest.mark.slow
 def test_the_recipe_in_the_output_makes_it_again(here: Path) -> None:
     """In place, merged and extracted."""
     runs = {"one": KNOWN, "two": [*MERGE, "--rank", "2"], "three": [*EXTRACT, "--energy", "0.9", "--save-rest"]}

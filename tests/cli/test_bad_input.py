@@ -359,6 +359,7 @@ CASES: dict[str, Case] = {
 }
 
 
+@pytest.mark.some(16)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_refused(case: Case, tmp_path: Path) -> None:
     """The exit code, a message with names and a next step on stderr, nothing on stdout, nothing changed on the disk."""
@@ -682,6 +683,7 @@ def test_an_interrupt_stops_the_workers_first(tmp_path: Path, monkeypatch: pytes
     assert alive == [[]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "existing"),
     [
@@ -720,6 +722,7 @@ def test_a_signal_in_the_middle_of_a_write(number: signal.Signals, existing: boo
     assert (".out.lines" in err) == (tmp_path / ".out.lines").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_torch_loads(tmp_path: Path) -> None:
     """Ctrl-C in the first second is heard, though importing torch would swallow it."""
     for side in ("base", "ft"):
@@ -756,6 +759,7 @@ def test_an_input_by_another_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 IGNORED = (signal.SIGHUP, signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_what_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
     """A run whose parent ignores SIGHUP and SIGINT, as nohup and a script's background do, is not ended by them."""
     for side in ("base", "ft"):

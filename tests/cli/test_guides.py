@@ -87,6 +87,7 @@ def test_readme_names_every_guide() -> None:
     assert links >= {f"{guide}.md" for guide in GUIDES | {"tour"}}
 
 
+@pytest.mark.slow
 def test_a_merge_in_parts(here: Path) -> None:
     """docs/scale.md: the parts make what one run makes, and the table counts as many."""
     pair("base", "ft-math", "ft-code")
@@ -97,6 +98,7 @@ def test_a_merge_in_parts(here: Path) -> None:
     assert parts == whole
 
 
+@pytest.mark.slow
 def test_it_forgot_too_much(here: Path) -> None:
     """docs/forgetting.md: at alpha 0 the first block is the base's, to the byte."""
     pair("base", "ft")
@@ -155,6 +157,7 @@ END
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_lm_evaluation_harness(few: bool, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/sweeping.md: its line for lm_eval, with a program in its place that writes the files that lm_eval writes."""
@@ -244,6 +247,7 @@ def test_pickles(here: Path) -> None:
     torch.testing.assert_close(edited, before + 0.4 * (after - before), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_diffusion(here: Path) -> None:
     """docs/diffusion.md: a whole pipeline is written, one file with everything, and one of sentence-transformers."""
     for seed, side in enumerate(("base", "ft")):
@@ -272,6 +276,7 @@ def test_diffusion(here: Path) -> None:
     assert base.keys() == ft.keys()
 
 
+@pytest.mark.slow
 def test_quantised(here: Path) -> None:
     """docs/quantised.md: what is in FP8 is edited as the numbers that it stands for."""
     whole = {}
@@ -335,6 +340,7 @@ def test_the_tour_from_python(here: Path) -> None:
     assert names["summary"]["stacks"][0]["coefficients"] == pytest.approx([0.3, 0.3 + 0.7 / 3, 0.3 + 1.4 / 3, 1])
 
 
+@pytest.mark.slow
 def test_adapters_out(here: Path) -> None:
     """docs/adapters-out.md: of an adapter that is scaled each layer has its coefficient, and a sum is the dense one."""
     sizes = {"self_attn.q_proj": (12, 8), "mlp.up_proj": (16, 8)}
@@ -356,6 +362,7 @@ def test_adapters_out(here: Path) -> None:
         torch.testing.assert_close(merged[name], wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_adapters(here: Path) -> None:
     """docs/adapters.md: each layer has the share of B A that its coefficient says; to fold is to scale by 1."""
     sizes = {"self_attn.q_proj": (12, 8), "mlp.up_proj": (16, 8)}

@@ -141,6 +141,7 @@ def test_no_words_of_a_library_in_recipes(recipe: str, tmp_path: Path) -> None:
     assert not re.search(r"Value error|Assertion failed|Input should|validation error|pydantic", ran.err)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_by_module(shell: str) -> None:
     """`python -m lines_cli` names the command that is installed, in hints and in what it hands to a shell."""
@@ -164,6 +165,7 @@ def completed(*words: str, cwd: Path | None = None) -> list[str]:
     return ran.stdout.split()
 
 
+@pytest.mark.slow
 def test_completion() -> None:
     """Commands, options and choices are offered to a shell."""
     assert set(completed("")) >= set(COMMANDS)
@@ -184,6 +186,7 @@ def test_completion_of_paths(words: list[str], tmp_path: Path) -> None:
     assert completed(*words, cwd=tmp_path) == []
 
 
+@pytest.mark.slow
 def test_completion_in_bash(tmp_path: Path) -> None:
     """The script that is installed works: choices and files complete in a shell."""
     home = tmp_path / "home"

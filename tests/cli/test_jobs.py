@@ -71,6 +71,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, *command: str, out: str = "out"
     assert f"lines clean {out} removes it" in ran.err
 
 
+@pytest.mark.slow
 def test_resume_and_force_together(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The table of what is there, row by row; and what a dry run says of it before."""
     assert run_lines(*JOB).code == 0

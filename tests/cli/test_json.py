@@ -29,6 +29,7 @@ def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_every_object_begins_alike(pair: Path) -> None:
     """`schema` and `lines` come first in what each command prints, and in what each call returns."""
     for arguments in (

@@ -55,6 +55,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
 def test_progress(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each pass has an event at its begin and at its end, and between them one every few seconds; bytes only grow."""
@@ -133,6 +134,7 @@ def test_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("--resume continues" in event["message"] for event in found if event["event"] == "note")
 
 
+@pytest.mark.slow
 def test_a_signal_in_a_process() -> None:
     """Of a process that is ended by SIGTERM every line is an object, too."""
 

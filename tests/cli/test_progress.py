@@ -53,7 +53,7 @@ COMMANDS = {
 
 @pytest.mark.usefixtures("slow")
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
-@pytest.mark.some(2)
+@pytest.mark.slow
 def test_lines_off_a_terminal(command: list[str], here: Path) -> None:
     """A long run says on stderr how far it is, at most ten times a pass; --quiet says nothing, stdout is the same."""
     ran = run_lines(*command, "--json")
@@ -76,6 +76,7 @@ def test_lines_off_a_terminal(command: list[str], here: Path) -> None:
     assert not [line for line in run_lines(*command, "--quiet").err.splitlines() if LINE.fullmatch(line)]
 
 
+@pytest.mark.slow
 def test_a_short_run_says_nothing(here: Path) -> None:
     """A run of a moment has no lines."""
     ran = run_lines(*COMMANDS["edit"])
@@ -156,6 +157,7 @@ def on_a_terminal(here: Path, term: str, *flags: str) -> bytes:
     return drawn
 
 
+@pytest.mark.slow
 def test_a_bar_on_a_terminal(here: Path) -> None:
     """Stage, sizes and speed stand beside the bar, in the summary's units; it is gone in the end."""
     drawn = on_a_terminal(here, "xterm-256color").decode()
@@ -168,7 +170,7 @@ def test_a_bar_on_a_terminal(here: Path) -> None:
 
 
 @pytest.mark.parametrize("term", ["dumb", "unknown"])
-@pytest.mark.some(3)
+@pytest.mark.slow
 def test_a_dumb_terminal(term: str, here: Path) -> None:
     """A terminal that cannot move its cursor gets whole lines, and nothing is left behind."""
     drawn = on_a_terminal(here, term).decode().replace("\r\n", "\n")
@@ -178,6 +180,7 @@ def test_a_dumb_terminal(term: str, here: Path) -> None:
     assert all(LINE.fullmatch(line) or line.startswith("note: ") for line in drawn.splitlines())
 
 
+@pytest.mark.slow
 def test_what_resume_keeps(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """--resume says how much of an earlier run it keeps: when it starts, in the summary, and in the JSON."""
     (here / "before").mkdir()

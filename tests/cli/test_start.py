@@ -101,6 +101,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_what_computes_nothing_imports_no_torch(folder: Path) -> None:
     """Help, plans, looks at headers, refusals and what is finished already: importing torch fails, and none notices."""
     command_lines = [line.split() for _, line in COMMANDS]
@@ -112,7 +113,7 @@ def test_what_computes_nothing_imports_no_torch(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["edit base ft -o new", "merge --config ties.yaml -o new", "inspect ft --base base"])
-@pytest.mark.some(2)
+@pytest.mark.slow
 def test_what_computes_imports_torch(line: str, folder: Path) -> None:
     """The same hook is heard by a command that needs tensors."""
     command = [sys.executable, "-c", PROGRAM, json.dumps([line.split()])]

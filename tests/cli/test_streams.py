@@ -61,7 +61,7 @@ def ended(pair: Path, stdout: int, *args: object) -> forked.Ended:
     ],
     ids=["edit", "edit --json", "merge"],
 )
-@pytest.mark.some(4)
+@pytest.mark.slow
 def test_an_output_in_place(arguments: list[str], stdout: Callable[[], int], pair: Path, tmp_path: Path) -> None:
     """One line on stderr says that the output is in place and whole, and the exit code is one of its own."""
     ran = ended(pair, stdout(), *arguments, tmp_path / "out")
@@ -95,7 +95,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("arguments", COMMANDS.values(), ids=COMMANDS)
-@pytest.mark.some(2)
+@pytest.mark.slow
 def test_other_commands(arguments: list[str], pair: Path) -> None:
     """On a full disk a line says that it is the printing that failed; a reader who had enough is told nothing. Neither
     is a traceback, nor an error.
@@ -111,6 +111,7 @@ def test_other_commands(arguments: list[str], pair: Path) -> None:
     assert not (pair / "out").exists()
 
 
+@pytest.mark.slow
 def test_what_is_found_counts_more(pair: Path, tmp_path: Path) -> None:
     """What a command finds, or refuses, decides the exit code, whether it can be printed or not."""
     broken = tuned(llama(), 1)
@@ -133,6 +134,7 @@ def test_nothing_to_print(pair: Path, tmp_path: Path) -> None:
     assert (ran.returncode, ran.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_stderr_and_stdout_gone(pair: Path, tmp_path: Path) -> None:
     """`2>&1 | head`: nothing can be said any more, and the exit code alone tells it."""
     both = gone()
@@ -146,6 +148,7 @@ def test_stderr_and_stdout_gone(pair: Path, tmp_path: Path) -> None:
     assert run_lines("verify", tmp_path / "out").code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", [">&-", pytest.param(">&- 2>&-", marks=pytest.mark.slow), ">&- 2>&- <&-"])
 def test_descriptors_that_are_closed(closed: str, pair: Path, tmp_path: Path) -> None:
     """Where the shell closes them, no file of the output gets their numbers, nor what libraries print."""
@@ -159,6 +162,7 @@ def test_descriptors_that_are_closed(closed: str, pair: Path, tmp_path: Path) ->
     assert run_lines("verify", out).code == 0
 
 
+@pytest.mark.slow
 def test_many_lines_and_a_reader_who_leaves(tmp_path: Path) -> None:
     """A report of thousands of lines, of which one is read."""
     path = write_checkpoint(tmp_path / "m", {f"layers.{i}.w{j}": torch.ones(1) for i in range(30) for j in range(80)})

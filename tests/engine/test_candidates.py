@@ -89,7 +89,7 @@ def reference(recipe: dict[str, Any], settings: dict[str, Any]) -> dict[str, byt
 
 
 @pytest.mark.parametrize(("dtype", "said", "grid"), cases(0))
-@pytest.mark.some(3)
+@pytest.mark.slow
 def test_each_candidate_is_what_a_run_writes(here: Path, said: dict[str, Any], grid: dict[str, Any]) -> None:
     """On the disk, in the place of the one before; with an index and config of its own."""
     recipe, grid = recipe_of(said), grid_of(said, grid)
@@ -111,7 +111,7 @@ def test_each_candidate_is_what_a_run_writes(here: Path, said: dict[str, Any], g
 
 
 @pytest.mark.parametrize(("dtype", "said", "grid"), cases(1))
-@pytest.mark.some(4)
+@pytest.mark.slow
 def test_a_live_module_holds_the_same(here: Path, said: dict[str, Any], grid: dict[str, Any]) -> None:
     """And at the end what it held before."""
     recipe, grid = recipe_of(said), grid_of(said, grid)

@@ -70,6 +70,7 @@ def test_very_little(tensors: dict[str, Any], tmp_path: Path) -> None:
         assert load_file(tmp_path / "out" / "model.safetensors").keys() == tensors.keys()
 
 
+@pytest.mark.slow
 def test_very_long_names(tmp_path: Path) -> None:
     """Names of 10,000 characters are written as they are, and do not make messages as long."""
     names = [f"layers.{i}.{'x' * 10_000}" for i in range(4)]
@@ -153,6 +154,7 @@ def test_64_models(method: str, tmp_path: Path) -> None:
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits address space as Linux does")
 @pytest.mark.parametrize("megabytes", [300, *(pytest.param(size, marks=pytest.mark.slow) for size in (200, 400))])
 def test_too_little_memory(megabytes: int, tmp_path: Path) -> None:

@@ -137,6 +137,7 @@ def test_held_against_float64(dora: bool, dtype: torch.dtype, tmp_path: Path) ->
         ).all(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dora", [False, True])
 def test_chunks_and_workers_change_no_byte(dora: bool, tmp_path: Path) -> None:
     """A chunk that begins and ends within rows, blocks and matrices, on any number of workers."""
@@ -280,6 +281,7 @@ def test_an_output_of_an_adapter_is_verified(changed: str, tmp_path: Path) -> No
     assert again.json["same"] is False
 
 
+@pytest.mark.slow
 def test_a_run_of_an_adapter_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a killed run has finished is taken over, and the bytes are those of an undisturbed one."""
     from lines_cli.engine import write

@@ -175,6 +175,7 @@ def test_chunks_workers_and_shards_change_no_byte(tmp_path: Path) -> None:
         assert set(index["weight_map"]) == set(together)
 
 
+@pytest.mark.slow
 def test_merges(tmp_path: Path) -> None:
     """With thresholds, signs, norms and draws: what float32 would be, quantised."""
     models = {"base": plain(), "a": near(plain(), 1), "b": near(plain(), 2)}
@@ -387,6 +388,7 @@ def test_no_draws(tmp_path: Path) -> None:
     assert (ran.code, "line 5" in ran.err) == (2, True)
 
 
+@pytest.mark.slow
 def test_a_layout_that_is_not_the_outputs(tmp_path: Path) -> None:
     """Experts that the base has one by one in FP8, and the fine-tune fused: like which is it?"""
     of = LAYOUTS["qwen3_moe"]
@@ -430,7 +432,7 @@ def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.durable
 @pytest.mark.parametrize("after", [0, 5, 9])
-@pytest.mark.some(2)
+@pytest.mark.slow
 def test_resumed(after: int, large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The scales of the run before are taken, and the bytes are those of a run that was left alone."""
     flags = ("--dtype", "fp8", "--workers", 1)

@@ -107,6 +107,7 @@ def in_order(folder: Path, side: str, tensors: Tensors) -> None:
     (folder / f"{side}.safetensors").write_bytes(lay_out(rows, {})[0] + content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turned", [("ft",), ("base",), ("base", "ft")])
 def test_tensors_apart_are_merged_one_by_one(turned: tuple[str, ...], merged: list[int], tmp_path: Path) -> None:
     """Where inputs have them in another order than the output, or than each other."""
@@ -119,6 +120,7 @@ def test_tensors_apart_are_merged_one_by_one(turned: tuple[str, ...], merged: li
     assert max(merged) == 36
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turned", [False, True])
 def test_views_in_a_pickle_are_merged_one_by_one(turned: bool, merged: list[int], tmp_path: Path) -> None:
     """Which only look as if they stood side by side: a view of a storage is not read on into the next one."""
@@ -133,6 +135,7 @@ def test_views_in_a_pickle_are_merged_one_by_one(turned: bool, merged: list[int]
     assert max(merged) == 36 or not turned
 
 
+@pytest.mark.slow
 def test_what_is_calibrated_is_merged_one_by_one(tmp_path: Path) -> None:
     """A calibration sees each matrix whole: the bytes are those that other resources give."""
     for side in range(3):
@@ -152,6 +155,7 @@ def test_what_is_calibrated_is_merged_one_by_one(tmp_path: Path) -> None:
     assert same(load_file(tmp_path / "again" / "model.safetensors"), together)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("chunk", [64, SUM_BLOCK])
 def test_neither_workers_nor_chunks_change_a_bit(workers: int, chunk: int, tmp_path: Path) -> None:
@@ -178,6 +182,7 @@ def overflow(base: Tensors, ft: Tensors) -> None:
     ft["layers.1.experts.7.up"][2, 3] = -3e38
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [nan_in_one, inf_in_the_base, overflow])
 def test_what_is_not_finite_is_told_of_the_tensor(damage: Callable[..., None], tmp_path: Path) -> None:
     """Refused with its name and its place; or let through, with its name alone."""

@@ -50,7 +50,7 @@ def sparse(path: Path, tensors: int, nbytes: int) -> Path:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 @pytest.mark.parametrize(("tensors", "suffix"), [(1, ".safetensors"), (40, "")], ids=["one tensor", "many tensors"])
-@pytest.mark.some(2)
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tensors: int, suffix: str, tmp_path: Path) -> None:
     """A model of 180 MB takes no more memory than one of 60 MB: the buffers, and little else; a file or a folder."""
     for size, nbytes in (("small", 60 * MB), ("large", 180 * MB)):

@@ -54,7 +54,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for turn, dtype in enumerate((None, "bfloat16"))
     ],
 )
-@pytest.mark.some(5)
+@pytest.mark.slow
 def test_the_same_bytes_for_any_chunk(case: str, dtype: str | None, models: Path, tmp_path: Path) -> None:
     """Vectors and the entries behind the last whole vector give NaN of other bits: written is one."""
     method, parameters = TYPICAL[case]

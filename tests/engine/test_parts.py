@@ -155,7 +155,7 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not case.adapter  # an output that is an adapter is made in one part
     ],
 )
-@pytest.mark.some(3)
+@pytest.mark.slow
 def test_parts_of_every_method(name: str, golden: Path, tmp_path: Path) -> None:
     """What every golden recipe makes, it makes in parts, the last part first."""
     case = CASES[name]
@@ -182,6 +182,7 @@ WITHOUT = sorted(METHODS.keys() - {str(case.recipe["merge_method"]) for case in 
 CALIBRATED = {"merge_method": "ties", "calibrate": "svc", "lines": {"alpha": "auto", "beta": 0.3}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [*({"merge_method": method} for method in WITHOUT), CALIBRATED], ids=str)
 def test_parts_of_other_methods(recipe: Mapping[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A method that sees whole matrices makes in parts what it makes in one piece on the same machine."""
@@ -199,6 +200,7 @@ def test_parts_of_other_methods(recipe: Mapping[str, Any], tmp_path: Path, monke
     assert contents(tmp_path / "out") == whole
 
 
+@pytest.mark.slow
 def test_a_sample_that_misleads(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A look that settles nothing is followed by others, each in shares; a share with a look left is not done."""
     whole = in_one_piece()
@@ -217,6 +219,7 @@ def test_a_sample_that_misleads(models: Path, monkeypatch: pytest.MonkeyPatch) -
     assert contents(models / "out") == whole
 
 
+@pytest.mark.slow
 def test_one_file(models: Path) -> None:
     """An output that is one file is made in parts, too."""
     ran("merge", "--config", "merge.yaml", "-o", "one.safetensors")
@@ -282,6 +285,7 @@ def test_parts_that_there_are_not(models: Path, said: str) -> None:
 # --- what is missing, or stale ---
 
 
+@pytest.mark.slow
 def test_a_part_that_is_missing(models: Path) -> None:
     """It is named, with a command that makes it; nothing is changed by then."""
     whole = in_one_piece()
@@ -301,6 +305,7 @@ def test_a_part_that_is_missing(models: Path) -> None:
     assert "is finished, or was cleaned away" in refused(6, "run", "plan.json", "--part", f"1/{total}").err
 
 
+@pytest.mark.slow
 def test_a_damaged_record_counts_for_nothing(models: Path) -> None:
     """A record that was cut short, changed, or is another part's: the part is missing, and is made again."""
     whole = in_one_piece()
@@ -328,6 +333,7 @@ def changed_input(models: Path) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [["run", "plan.json"], ["finish", "plan.json"]])
 def test_inputs_that_changed(models: Path, command: list[str]) -> None:
     """An input that is another file than it was planned with is refused by name, before anything is read of it."""
@@ -414,6 +420,7 @@ def test_parts_of_another_plan(models: Path) -> None:
     assert {name: (models / "out" / name).read_bytes() for name in weights} == weights
 
 
+@pytest.mark.slow
 def test_the_same_plan_again(models: Path) -> None:
     """Planning once more what is in the making keeps what parts have done."""
     total = planned()
@@ -451,6 +458,7 @@ def test_a_whole_run_goes_on_from_parts(models: Path) -> None:
     assert contents(models / "out") == whole
 
 
+@pytest.mark.slow
 def test_what_parts_left_is_cleaned_away(models: Path) -> None:
     planned()
     ran("run", "plan.json", "--part", "7/9")
@@ -477,6 +485,7 @@ def test_a_link_among_the_records(models: Path) -> None:
     assert (models / "outside").read_text() == ""
 
 
+@pytest.mark.slow
 def test_an_output_that_exists(models: Path) -> None:
     """Without --force it is refused when it is planned; with it, it is replaced when all is done, and not before."""
     ran("merge", "--config", "merge.yaml", "-o", "out", "--set", "lines.beta=0.7")
@@ -568,6 +577,7 @@ def slowly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(NewFile, "write", slow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_again_and_again(models: Path, slowly: None, kills: int) -> None:
     """A process that is killed leaves no part half done: the same command goes on, and the bytes are the same."""
@@ -620,6 +630,7 @@ def test_a_model_that_is_its_base(models: Path) -> None:
     assert again["unchanged"] == told["unchanged"]
 
 
+@pytest.mark.slow
 def test_a_file_of_the_output_that_was_replaced(models: Path) -> None:
     """What a part wrote into a file that is another now, or is gone, is not taken for what it is."""
     planned()

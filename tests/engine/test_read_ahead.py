@@ -74,6 +74,7 @@ RUNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 def test_what_is_asked_for_is_read_later(
     run: Callable[..., Any], models: Path, tmp_path: Path, seen: Ranges, monkeypatch: pytest.MonkeyPatch

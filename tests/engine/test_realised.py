@@ -444,6 +444,7 @@ def test_rounding_a_whole_fine_tune_is_seen_too(tmp_path: Path) -> None:
     assert "where 1 was asked" in said
 
 
+@pytest.mark.slow
 def test_an_edit_that_was_interrupted_tells_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a first run measured is kept with the parts that it wrote."""
     generator = torch.Generator().manual_seed(0)
@@ -496,6 +497,7 @@ def test_one_run_in_eight_is_counted_for_all(cuts: list[int]) -> None:
     assert (found.changed, found.entries) == (every * int((change != 0).sum()), every * len(looked_at))
 
 
+@pytest.mark.slow
 def test_large_tensors_in_blocks_are_sampled_and_others_are_not(tmp_path: Path) -> None:
     """What an edit tells of a layer with a large matrix is within 0.002 of all its entries; an embedding as large, of
     which only some rows were tuned, is looked at whole.

@@ -137,6 +137,7 @@ def written(command: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
 # --- interrupted, and on again ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [0, 11], ids=["measured", "half written"])
 @pytest.mark.parametrize(("first", "then"), [("0", "1"), ("1", "0")], ids=["with", "without"])
 def test_resume_with_other_kernels(
@@ -182,6 +183,7 @@ def test_resume_gives_the_same_bytes_and_does_not_begin_anew(
     assert run_lines("inspect", "out", "--check").code == 0
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_not_measured_again(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The passes before the last are spared, once they are done; coefficients and norms are told as ever."""
     undisturbed = run_lines(*MERGE, "--json").json
@@ -204,6 +206,7 @@ def test_what_was_measured_is_not_measured_again(models: Path, monkeypatch: pyte
     assert weights(models / "again") == weights(models / "out")
 
 
+@pytest.mark.slow
 def test_a_lone_file_is_resumed(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a folder is."""
     command = ["edit", "base", "ft", "-o", "out.safetensors"]
@@ -222,6 +225,7 @@ def test_nothing_to_resume_simply_runs(models: Path) -> None:
     assert (models / "out" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_made_again(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """--resume says so and ends with 0; with another recipe the destination is taken."""
     assert run_lines(*EDIT).code == 0
@@ -248,7 +252,7 @@ def test_what_is_finished_is_not_made_again(models: Path, monkeypatch: pytest.Mo
     ],
     ids=["another recipe", "other shards", "an input written since"],
 )
-@pytest.mark.some(2)
+@pytest.mark.slow
 def test_what_another_run_has_begun_is_refused(
     change: Callable[[Path], list[str] | None], word: str, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,6 +272,7 @@ def test_what_another_run_has_begun_is_refused(
     assert not (models / STAGING).exists()
 
 
+@pytest.mark.slow
 def test_inputs_whose_content_alone_changed(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Size, time and header tell nothing of it; --verify-inputs does, if both runs have it."""
     file = own(models / "ft" / "model-00002-of-00002.safetensors")
@@ -289,6 +294,7 @@ def test_inputs_whose_content_alone_changed(models: Path, monkeypatch: pytest.Mo
     assert "without --verify-inputs" in ran.err
 
 
+@pytest.mark.slow
 def test_the_recipe_records_what_was_read(models: Path) -> None:
     """Size, time and header of each input; with --verify-inputs its digest, which is that of the file."""
     assert run_lines(*EDIT, "--verify-inputs").code == 0
@@ -337,7 +343,7 @@ def lose_the_journal(folder: Path) -> None:
 @pytest.mark.parametrize(
     "what", [damage_a_part, damage_the_journal, lose_a_file, cut_a_file, lose_all, lose_the_journal]
 )
-@pytest.mark.some(2)
+@pytest.mark.slow
 def test_damaged_parts_are_made_again(
     what: Callable[[Path], None],
     models: Path,
@@ -382,7 +388,7 @@ ODD_JOURNALS_MORE: list[tuple[str, dict[str, Any]]] = [
     [*ODD_JOURNALS, *(pytest.param(*odd, marks=pytest.mark.slow) for odd in ODD_JOURNALS_MORE)],
     ids=str,
 )
-@pytest.mark.some(3)
+@pytest.mark.slow
 def test_a_journal_that_no_run_would_write(
     key: str, odd: dict[str, Any], models: Path, pair_edited: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -565,6 +571,7 @@ def test_a_linked_destination(models: Path, monkeypatch: pytest.MonkeyPatch) -> 
 # --- read back ---
 
 
+@pytest.mark.slow
 def test_verify_reads_back(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that gives back something else is found before anything is published."""
     assert run_lines(*EDIT, "--verify").code == 0
@@ -724,6 +731,7 @@ def killed_often(
     return inside
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [EDIT, pytest.param(MERGE, marks=pytest.mark.slow)], ids=["edit", "merge"])
 def test_a_few_kills(command: list[str], models: Path, undisturbed: Callable[[list[str]], dict[str, bytes]]) -> None:
     """Killed inside the write, the old output is whole; resumed, the bytes are those of a run that was left alone."""
@@ -773,6 +781,7 @@ def staging_digest(path: Path) -> str:
     return lines.storage.digest.file_digest(path)
 
 
+@pytest.mark.slow
 def test_journal_is_plain_text(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A line of JSON for whatever was finished: for people, too."""
     stop(monkeypatch, MERGE)

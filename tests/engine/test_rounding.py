@@ -106,6 +106,7 @@ def test_mean_and_variance_are_those_of_theory(source: torch.dtype, dtype: torch
             assert 2 < spread < 45  # of a chi squared with 16 degrees of freedom, all but 1 in 10,000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALVES)
 def test_a_probability_below_the_sixteenth_bit(dtype: torch.dtype) -> None:
     """Sixteen random bits decide nearly always; where they do not, more are drawn: nothing is cut off."""
@@ -119,6 +120,7 @@ def test_a_probability_below_the_sixteenth_bit(dtype: torch.dtype) -> None:
         assert 8 < int((drawn(values, dtype) > 0).sum()) < 64
 
 
+@pytest.mark.slow
 def test_a_probability_of_the_sixteenth_bit_among_subnormals() -> None:
     """The largest number that can be drawn is enough, and without more bits."""
     tiny = 2.0**-24
@@ -159,6 +161,7 @@ def test_a_draw_depends_on_its_place_alone(source: torch.dtype, dtype: torch.dty
     assert raw(blocks[0]) != raw(blocks[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [1 + 2.0**-9 + 2.0**-24, 2.0**-134 + 2.0**-150])
 def test_further_bits_depend_on_their_place_alone(value: float) -> None:
     """Where sixteen bits do not decide, one entry in 65,536: here some thirty, in normal numbers and in subnormals."""
@@ -261,7 +264,7 @@ MERGES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", MERGES)
-@pytest.mark.some(2)
+@pytest.mark.slow
 def test_the_same_bytes_however_it_is_computed(models: Path, tmp_path: Path, case: str) -> None:
     """Workers, chunks and shards change no bit; rounding to nearest gives others, and so does another seed."""
     said = dict(MERGES[case])
@@ -317,6 +320,7 @@ def test_what_both_sides_share_is_not_drawn_where_it_has_to_be_rounded(tmp_path:
     assert bool(((last.float() - ft["layers.3.w"]).abs() <= unit).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["linear", "slerp"])
 def test_entries_that_all_models_share_stay_in_a_merge_of_weights(tmp_path: Path, method: str) -> None:
     """Weights that add up to one leave an entry that all models share a little beside itself in float32: it is not
@@ -341,6 +345,7 @@ def test_entries_that_all_models_share_stay_in_a_merge_of_weights(tmp_path: Path
     assert differing == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALVES)
 def test_updates_of_one_and_two_units_come_out_as_the_ramp(tmp_path: Path, dtype: torch.dtype) -> None:
     """A million entries, with updates of 0, 1 and 2 units in the last place: rounded to nearest the ramp is a step,

@@ -168,6 +168,7 @@ def test_inputs_that_disagree(here: Path) -> None:
     verifies("new")
 
 
+@pytest.mark.slow
 def test_a_lone_file(here: Path) -> None:
     """It needs the recipe that made it: of a merge, also one whose alpha is `auto`; of an edit four lines of YAML."""
     merged({"merge_method": "ties", "base_model": "base", **METHODS["ties"]}, "new.safetensors")
@@ -224,6 +225,7 @@ def test_the_folders_have_moved(here: Path, monkeypatch: pytest.MonkeyPatch) -> 
     verifies(".")
 
 
+@pytest.mark.slow
 def test_inputs_that_lie_elsewhere(here: Path) -> None:
     """The error names those there are, and --input says where they lie."""
     for name in ("base", "ft"):
@@ -243,6 +245,7 @@ def test_inputs_that_lie_elsewhere(here: Path) -> None:
     assert lines.verify("out", inputs={"../base": "my=base", "../ft": "my=ft"}).same
 
 
+@pytest.mark.slow
 def test_the_note_of_inputs(here: Path) -> None:
     """Each is named with where it is, without detours, before it is opened; none is hidden by another of one place."""
     assert "../base (./base), ../ft (./ft)" in " ".join(verifies("out").err.split())
@@ -366,6 +369,7 @@ def test_several_blocks(here: Path) -> None:
     assert "3 blocks differ" in ran.out
 
 
+@pytest.mark.slow
 def test_the_first_and_the_last_byte(here: Path) -> None:
     """No byte is out of sight."""
     for name in ("model-00001-of-00002.safetensors", SECOND):
@@ -499,6 +503,7 @@ def test_what_a_library_may_load_at_any_depth(name: str, here: Path) -> None:
     assert f"{name}: the recipe does not make it" in differs("out").out
 
 
+@pytest.mark.slow
 def test_what_no_library_loads(here: Path) -> None:
     """Legal texts, results and notes at any depth are told as not compared."""
     names = ["LICENSE-APACHE.txt", "NOTICE.md", "a/b/c/notes.txt", "eval_results.json", "trainer_state.json"]
@@ -513,6 +518,7 @@ def test_what_no_library_loads(here: Path) -> None:
     assert " and 6 more" in " ".join(verifies("out").err.split())
 
 
+@pytest.mark.slow
 def test_links_of_folders_are_not_followed(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that stays is a note; one that leads away is named itself, and nothing of what lies there is."""
     (here / "out" / "loop").symlink_to(".")
@@ -539,6 +545,7 @@ def test_a_record_of_what_is_neither_made_nor_there(here: Path) -> None:
     assert "vocab.txt: the recipe does not make it" in differs("out").out
 
 
+@pytest.mark.slow
 def test_another_input(here: Path) -> None:
     """An input of another size is told first; one that only holds other numbers, if its digest was recorded."""
     write_checkpoint(here / "ft", {f"layers.{i}.w": torch.ones(1_100_003 + i) for i in range(4)})
@@ -602,6 +609,7 @@ def test_a_strangers_record_leads_nowhere(name: str, here: Path) -> None:
     assert "outside the folder" in differs("out", code=3).err
 
 
+@pytest.mark.slow
 def test_a_strangers_inputs_are_read_as_checkpoints_only(here: Path) -> None:
     """What else they name is refused, and was named before it was opened."""
     (here / "secret").write_text("secret")
@@ -646,6 +654,7 @@ def test_links_out_of_the_output_are_refused(name: str, here: Path, monkeypatch:
     assert f"out/{name} is a link that leaves its folder" in differs("out", code=3).err
 
 
+@pytest.mark.slow
 def test_recorded_digests_are_always_compared(here: Path) -> None:
     """An input that holds something else, and gives the same output, is told."""
     assert run_lines("edit", "base", "ft", "-o", "new", "--alpha", "0", "--beta", "0", "--verify-inputs").code == 0
@@ -732,6 +741,7 @@ def test_interrupted_without_resume(here: Path, monkeypatch: pytest.MonkeyPatch)
     assert snapshot(here) == before
 
 
+@pytest.mark.slow
 def test_resume(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was compared is kept in one hidden file, named, gone on from, and removed at the end."""
     before = snapshot(here)
@@ -748,6 +758,7 @@ def test_resume(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert compared(monkeypatch, "--resume")[0] == all_of_it
 
 
+@pytest.mark.slow
 def test_resume_remembers_what_differs(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A difference that was found before the interruption is told by the run that goes on."""
     flip(here / "out" / "model-00001-of-00002.safetensors", 5 * MIB)
@@ -760,6 +771,7 @@ def test_resume_remembers_what_differs(here: Path, monkeypatch: pytest.MonkeyPat
     assert not (here / KEPT).exists()
 
 
+@pytest.mark.slow
 def test_resume_does_not_measure_again(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Thresholds and signs are kept, too."""
     shutil.rmtree("out")
@@ -804,6 +816,7 @@ def test_what_is_not_the_same_is_compared_anew(
     assert not (here / KEPT).exists()
 
 
+@pytest.mark.slow
 def test_a_time_that_was_set_back(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is written in place, and given its old time, is not what was compared; of outputs and of inputs."""
     for name in ("out/model-00001-of-00002.safetensors", "ft/model-00001-of-00002.safetensors"):
@@ -922,6 +935,7 @@ def test_a_read_that_fails_once_costs_nothing(here: Path, monkeypatch: pytest.Mo
     assert not (here / KEPT).exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_journal(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What comes before the damage holds; lines of another shape are passed over."""
     all_of_it, _ = compared(monkeypatch)

@@ -63,6 +63,7 @@ def test_inputs_are_what_they_were() -> None:
     assert not changed
 
 
+@pytest.mark.some(14)
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_are_what_they_were(name: str, folder: Path, tmp_path: Path) -> None:
     """The weight files, the index, the config and what else stands beside them."""

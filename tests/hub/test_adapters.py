@@ -40,7 +40,7 @@ def user(hub: HubServer, tmp_path: Path) -> User:
 
 
 @pytest.mark.parametrize("name", ["org/adapter", "org/base+org/adapter"])
-@pytest.mark.some(2)
+@pytest.mark.slow
 def test_an_adapter_is_fetched_and_pinned(name: str, hub: HubServer, user: User) -> None:
     """Its config, its weights and its tokenizer, and nothing else; the recipe names the commit, and runs offline."""
     commit = hub.push("org/adapter", ADAPTER | UNWANTED)
@@ -62,6 +62,7 @@ def test_an_adapter_is_fetched_and_pinned(name: str, hub: HubServer, user: User)
     )
 
 
+@pytest.mark.slow
 def test_a_dry_run_and_a_look(hub: HubServer, user: User) -> None:
     """Of the base headers are enough; the adapter, which is small, is fetched."""
     hub.push("org/adapter", ADAPTER)

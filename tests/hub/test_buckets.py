@@ -73,6 +73,7 @@ def test_inspect_reads_headers_only(here: Path, store: S3Server) -> None:
     assert store.bytes_asked <= 3 * 2**16
 
 
+@pytest.mark.slow
 def test_an_edit_of_what_is_in_a_store(here: Path, store: S3Server) -> None:
     """The bytes are those of the same folders; config and tokenizer come along; nothing is left on this disk."""
     ran("edit", "base", "ft", "-o", "local")
@@ -93,6 +94,7 @@ def test_a_lone_file_in_a_store(here: Path) -> None:
     assert (here / "remote.safetensors").read_bytes() == (here / "local.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_merge_in_parts_of_what_is_in_a_store(here: Path) -> None:
     """Parts read only what they need, and the bytes are those of one run over folders."""
     write_recipes()
@@ -104,7 +106,7 @@ def test_a_merge_in_parts_of_what_is_in_a_store(here: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["503", "slow", "drop"])
-@pytest.mark.some(2)
+@pytest.mark.slow
 def test_what_passes_is_asked_again(here: Path, store: S3Server, kind: str) -> None:
     """A server that has too much to do, is slow, or drops connections costs time and no byte."""
     ran("edit", "base", "ft", "-o", "local")

@@ -90,6 +90,7 @@ def user(hub: HubServer, tmp_path: Path) -> User:
     return User(hub, tmp_path / "home")
 
 
+@pytest.mark.slow
 def test_of_a_repository_only_what_an_edit_needs_is_fetched(hub: HubServer, user: User) -> None:
     """One set of weights and the carried-over files are fetched, once each, and nothing else."""
     commit = hub.push("org/model", WANTED | UNWANTED)
@@ -103,6 +104,7 @@ def test_of_a_repository_only_what_an_edit_needs_is_fetched(hub: HubServer, user
     assert contents == ["model.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_second_run_fetches_no_file(hub: HubServer, user: User) -> None:
     """What is in the cache is not fetched again, and few questions are asked."""
     hub.push("org/model", WANTED)
@@ -114,6 +116,7 @@ def test_a_second_run_fetches_no_file(hub: HubServer, user: User) -> None:
     assert len(hub.requests) <= 3 * 2  # 2 each; 3 with a client that keeps no listing
 
 
+@pytest.mark.slow
 def test_where_there_are_no_safetensors_what_torch_saved_is_fetched(hub: HubServer, user: User) -> None:
     """In one file or in shards; what a trainer kept beside them is not. Offline the cache gives the same."""
     kept = {"config.json": b"{}", "training_args.bin": b"a", "optimizer.pt": b"b", "rng_state.pth": b"c"}
@@ -128,6 +131,7 @@ def test_where_there_are_no_safetensors_what_torch_saved_is_fetched(hub: HubServ
     assert user.locates("org/one", "org/two", HF_HUB_OFFLINE="1") == [one, two]
 
 
+@pytest.mark.slow
 def test_a_revision_is_a_branch_a_tag_or_a_commit(hub: HubServer, user: User) -> None:
     """Each gives the files of that commit, and of a sharded repository exactly the index's shards."""
     stale = {"model-00003-of-00003.safetensors": weights(c=3)}
@@ -143,6 +147,7 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(hub: HubServer, user: User) ->
     assert newest["tensors"] == ["z"]
 
 
+@pytest.mark.slow
 def test_all_files_are_of_one_commit(hub: HubServer, user: User) -> None:
     """A push between the first question and the download does not mix two commits."""
     first = hub.push("org/model", {**SHARDED, "tokenizer.json": b"old"})
@@ -153,6 +158,7 @@ def test_all_files_are_of_one_commit(hub: HubServer, user: User) -> None:
     assert Path(found["path"], "tokenizer.json").read_bytes() == b"old"
 
 
+@pytest.mark.slow
 def test_without_a_connection_the_cache_serves(hub: HubServer, user: User) -> None:
     """Offline, or while the Hub is down, what an earlier run fetched is found again, by branch and by commit."""
     hub.push("org/model", WANTED | UNWANTED)
@@ -168,6 +174,7 @@ def test_without_a_connection_the_cache_serves(hub: HubServer, user: User) -> No
     assert user.locates(*names) == offline
 
 
+@pytest.mark.slow
 def test_offline_an_absent_or_partial_copy_is_refused(hub: HubServer, user: User) -> None:
     """The refusal says that it is offline, what is lacking, and where."""
     hub.push("org/sharded", SHARDED)
@@ -182,6 +189,7 @@ def test_offline_an_absent_or_partial_copy_is_refused(hub: HubServer, user: User
     assert "is offline (HF_HUB_OFFLINE is set)" in absent["message"]
 
 
+@pytest.mark.slow
 def test_without_the_clients_listing_a_lone_shard_is_not_taken_for_a_model(hub: HubServer, user: User) -> None:
     """Of a snapshot that another tool fetched file by file, only weights under a library's own name are used."""
     hub.push("org/model", WANTED | UNWANTED)
@@ -200,6 +208,7 @@ def test_without_the_clients_listing_a_lone_shard_is_not_taken_for_a_model(hub: 
     assert "complete is not known" in shard["message"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(huggingface_hub, "get_cached_repo_tree"), reason="this client keeps no listings")
 def test_offline_a_lone_file_of_any_name_is_found_again(hub: HubServer, user: User) -> None:
     """The client's listing says that the cached file is all there is."""
@@ -207,6 +216,7 @@ def test_offline_a_lone_file_of_any_name_is_found_again(hub: HubServer, user: Us
     assert user.locates("org/lone") == user.locates("org/lone", HF_HUB_OFFLINE="1")
 
 
+@pytest.mark.slow
 def test_an_unreachable_hub_is_said_to_be_unreachable(user: User) -> None:
     """No network is no traceback: the address and the reason are named."""
     [refused] = user.locates("org/model", HF_ENDPOINT="http://127.0.0.1:1")
@@ -254,6 +264,7 @@ def test_an_impossible_revision_is_refused_unasked(revision: str) -> None:
         locate(f"org/model@{revision}")
 
 
+@pytest.mark.slow
 def test_a_private_repository_takes_a_token(hub: HubServer, user: User) -> None:
     """With HF_TOKEN it is fetched, and the token stays with the Hub; with a wrong one, access is refused."""
     hub.push("org/private", WHOLE, private=True)
@@ -267,6 +278,7 @@ def test_a_private_repository_takes_a_token(hub: HubServer, user: User) -> None:
     assert "HF_TOKEN" in refused["hint"]
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written_is_named(hub: HubServer, user: User) -> None:
     """A failure of the disk is told apart from one of the Hub."""
     hub.push("org/model", WHOLE)
@@ -328,6 +340,7 @@ def test_a_refusal_says_what_is_wrong_and_what_to_do(name: str, refusals: Mappin
     assert hint in refusals[name]["hint"]
 
 
+@pytest.mark.slow
 def test_names_that_lead_out_of_the_repository_are_not_fetched(hub: HubServer, user: User) -> None:
     """What a repository lists above its own folder is left alone."""
     stray = {"../config.json": b"", "../../evil_tokenizer.json": b"", "/etc/tokenizer.json": b"", "*.json": b""}
@@ -360,6 +373,7 @@ def test_edit_takes_hub_ids_and_pins_them(hub: HubServer, user: User) -> None:
     assert (out.with_name("again") / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_line_for_each_model(hub: HubServer, user: User) -> None:
     """What is fetched is said on stderr, model by model: when it begins, and how much it was, without what the plan
     has fetched. What is in the cache already is not mentioned, and --quiet says nothing.

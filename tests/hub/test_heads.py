@@ -76,6 +76,7 @@ def on_disk(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [whole, sharded])
 def test_an_inspection_downloads_no_weights(model: object, hub: HubServer, user: User) -> None:
     """`lines inspect org/name` says what it says of the folder, from the first bytes of each weight file."""
@@ -95,6 +96,7 @@ def test_an_inspection_downloads_no_weights(model: object, hub: HubServer, user:
     assert f"read {number} header" in there.err
 
 
+@pytest.mark.slow
 def test_a_long_header_takes_a_second_request(hub: HubServer, user: User) -> None:
     """A header that is longer than what is asked for at first is read to its end, and no further."""
     files = whole(1, note="x" * 200_000)
@@ -105,6 +107,7 @@ def test_a_long_header_takes_a_second_request(hub: HubServer, user: User) -> Non
     assert [request.nbytes for request in hub.kinds("content")] == [65536, 8 + length - 65536]
 
 
+@pytest.mark.slow
 def test_a_server_without_ranges(hub: HubServer, user: User) -> None:
     """Where the server sends the whole file, the connection is closed once the header has come."""
     hub.push("org/model", whole(1, note="x" * 200_000))
@@ -114,6 +117,7 @@ def test_a_server_without_ranges(hub: HubServer, user: User) -> None:
     assert on_disk(user.home) < 100_000
 
 
+@pytest.mark.slow
 def test_private_and_gated_models(hub: HubServer, user: User) -> None:
     """They take a token, which stays with the Hub; without it the refusal is the one of a download."""
     hub.push("org/private", whole(1), private=True)
@@ -127,6 +131,7 @@ def test_private_and_gated_models(hub: HubServer, user: User) -> None:
     assert (gated.code, "org/gated is gated" in gated.err) == (3, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "status"),
     [
@@ -156,6 +161,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.slow
 def test_broken_files(hub: HubServer, user: User) -> None:
     """A header from the Hub is checked as one on the disk is, and messages name the file in its repository."""
     for at, (content, _) in enumerate(BROKEN.values()):
@@ -167,6 +173,7 @@ def test_broken_files(hub: HubServer, user: User) -> None:
         assert str(user.home) not in ran.err
 
 
+@pytest.mark.slow
 def test_shards_that_are_not_there(hub: HubServer, user: User) -> None:
     """An index that names more than there is, or something else than its shards hold, is refused."""
     lacking, other = sharded(1), sharded(2)
@@ -179,6 +186,7 @@ def test_shards_that_are_not_there(hub: HubServer, user: User) -> None:
     assert (second.code, "model-00002-of-00004.safetensors" in second.err) == (3, True)
 
 
+@pytest.mark.slow
 def test_what_needs_the_numbers_fetches_them(hub: HubServer, user: User) -> None:
     """`--check` and `--base` read weights: those are fetched, once, and then headers come from the cache."""
     hub.push("org/base", whole(1))
@@ -193,6 +201,7 @@ def test_what_needs_the_numbers_fetches_them(hub: HubServer, user: User) -> None
     assert weights_sent(hub) == 0
 
 
+@pytest.mark.slow
 def test_coefficients_of_a_model_on_the_hub(hub: HubServer, user: User) -> None:
     """`lines.coefficients("org/name")` needs names alone."""
     hub.push("org/model", whole(1))
@@ -224,6 +233,7 @@ def test_a_dry_run_downloads_no_weights(hub: HubServer, user: User) -> None:
     assert (user.home.parent / "out" / "tokenizer.json").is_file()
 
 
+@pytest.mark.slow
 def test_inputs_that_do_not_fit_are_not_downloaded(hub: HubServer, user: User) -> None:
     """What headers tell is refused before weights are fetched."""
     hub.push("org/base", whole(1))
@@ -233,6 +243,7 @@ def test_inputs_that_do_not_fit_are_not_downloaded(hub: HubServer, user: User) -
     assert weights_sent(hub) <= 2 * 65536
 
 
+@pytest.mark.slow
 def test_complex_numbers_are_looked_at(hub: HubServer, user: User) -> None:
     """They are the one kind of number that a plan compares: of such a model the weights are fetched for a dry run."""
 
@@ -253,6 +264,7 @@ def test_complex_numbers_are_looked_at(hub: HubServer, user: User) -> None:
     assert (other.code, "complex numbers" in other.err) == (4, True)
 
 
+@pytest.mark.slow
 def test_only_what_an_edit_reads_is_fetched(hub: HubServer, user: User) -> None:
     """Of each input the chosen weights once, and the small files; no other weights, whatever their format."""
     others = "pytorch_model.bin model.fp16.safetensors onnx/model.onnx optimizer.pt consolidated.safetensors"
@@ -265,6 +277,7 @@ def test_only_what_an_edit_reads_is_fetched(hub: HubServer, user: User) -> None:
     assert weights_sent(hub) < 2 * LARGE + 2 * 65536 + 10_000
 
 
+@pytest.mark.slow
 def test_the_commit_is_recorded_and_read_again(hub: HubServer, user: User) -> None:
     """Of `org/name@main` the recipe holds the commit; `lines verify` reads that, wherever the branch is by then."""
     base, ft = hub.push("org/base", whole(1)), hub.push("org/ft", whole(2))
@@ -282,6 +295,7 @@ def test_the_commit_is_recorded_and_read_again(hub: HubServer, user: User) -> No
     assert moved.code == 5
 
 
+@pytest.mark.slow
 def test_an_output_on_the_hub_tells_its_recipe(hub: HubServer, user: User) -> None:
     """`lines inspect` of an output of lines shows its recipe from there, too."""
     hub.push("org/base", whole(1))
@@ -311,6 +325,7 @@ def test_a_cache_of_ones_own(hub: HubServer, user: User) -> None:
     assert (ran.code, "file" in ran.err) == (3, True)
 
 
+@pytest.mark.slow
 def test_a_reader_may_look(hub: HubServer, user: User) -> None:
     """A token that may only read is enough to look."""
     hub.accounts["hf_reads"] = Account(role="read")
@@ -318,6 +333,7 @@ def test_a_reader_may_look(hub: HubServer, user: User) -> None:
     assert run_all(user, ["inspect", "org/private"], HF_TOKEN="hf_reads")[0].code == 0
 
 
+@pytest.mark.slow
 def test_an_adapter_is_scaled_by_the_headers_of_its_base(hub: HubServer, user: User) -> None:
     """No weights of the base are fetched: not for the run, nor to verify what it wrote."""
     rows, columns = 512, LARGE // 4 // 512

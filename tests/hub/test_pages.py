@@ -77,6 +77,7 @@ def test_the_page_of_the_hub(hub: HubServer, user: User) -> None:
     assert "lines_recipe.yaml" in hub.holds("org/ft-0.3")
 
 
+@pytest.mark.slow
 def test_the_workflow(hub: HubServer, user: User) -> None:
     """Every step of it but the install runs as it stands, with its environment; stderr is lines of JSON, and what was
     pushed is what was edited.

@@ -54,6 +54,7 @@ def fetched(hub: HubServer, repo: str) -> set[str]:
     }
 
 
+@pytest.mark.slow
 def test_of_each_side_what_is_read(hub: HubServer, user: User, tmp_path: Path) -> None:
     """Of the base the components that are edited, of the fine-tune what an output has; it is what folders give."""
     commands = [["edit", "org/base", "org/ft", "-o", "out"], ["edit", "base", "ft", "-o", "local"]]
@@ -70,6 +71,7 @@ def test_of_each_side_what_is_read(hub: HubServer, user: User, tmp_path: Path) -
     assert f"base_model: org/base@{hub.repositories['org/base'].refs['main']}" in recipe
 
 
+@pytest.mark.slow
 def test_one_component(hub: HubServer, user: User) -> None:
     """Of the base nothing else is fetched; a second run asks for no file, and works without a connection."""
     command = ["edit", "org/base", "org/ft", "-o", "out", "--component", "unet", "--force"]
@@ -85,6 +87,7 @@ def test_one_component(hub: HubServer, user: User) -> None:
     assert (other.code, "lacks text_encoder" in other.err) == (3, True), other.err
 
 
+@pytest.mark.slow
 def test_headers_alone(hub: HubServer, user: User) -> None:
     """An inspection and a dry run say what they say of folders, and fetch no weights."""
     there, here = user.commands(["inspect", "org/ft", "--json"], ["inspect", "ft", "--json"])
@@ -106,7 +109,7 @@ def test_a_variant(hub: HubServer, user: User) -> None:
 
 
 @pytest.mark.parametrize("within", ["", "0_Transformer"])
-@pytest.mark.some(2)
+@pytest.mark.slow
 def test_modules_of_sentence_transformers(within: str, hub: HubServer, user: User, tmp_path: Path) -> None:
     """The modules' weights are fetched, wherever the transformer lies."""
     for seed, side in enumerate(("base", "ft")):
@@ -123,7 +126,7 @@ def test_modules_of_sentence_transformers(within: str, hub: HubServer, user: Use
 
 
 @pytest.mark.parametrize("index", [b'{"../x": ["a", "b"]}', b"[]", b"{", b'{"unet": ["a", "b"], "vae/..": ["a", "b"]}'])
-@pytest.mark.some(4)
+@pytest.mark.slow
 def test_an_index_of_a_stranger(index: bytes, hub: HubServer, user: User) -> None:
     """It is refused, and nothing but it was fetched."""
     hub.push("org/x", {"model_index.json": index, "unet/model.safetensors": b"x"})

@@ -116,6 +116,7 @@ def test_an_output_is_pushed(hub: HubServer, user: User) -> None:
     assert again.code == 0, again.err
 
 
+@pytest.mark.slow
 def test_what_the_commit_and_the_card_say(hub: HubServer, user: User) -> None:
     """The card names the base models; the commit names them with their commits, the digest of each weight file as the
     record has it, and the lines that make it again and check it.
@@ -134,6 +135,7 @@ def test_what_the_commit_and_the_card_say(hub: HubServer, user: User) -> None:
     assert "lines verify org/made" in said
 
 
+@pytest.mark.slow
 def test_only_what_belongs_is_pushed(hub: HubServer, user: User) -> None:
     """What else lies in the folder stays, whatever its name is, and is named; nothing of it is sent."""
     secrets = {".env": "HF_TOKEN=hf_secret", "notes.txt": "mine", "model.fp16.safetensors": "w", "sub/key.pem": "k",
@@ -173,6 +175,7 @@ def test_names_that_are_patterns_and_folders(hub: HubServer, user: User) -> None
     assert there.keys() == OUTPUT | extra.keys() | {".gitattributes"}
 
 
+@pytest.mark.slow
 def test_an_edit_that_is_pushed(hub: HubServer, user: User) -> None:
     """`--push-to` pushes what the run has written; `--json` says both; a second run finds the output finished and
     sends nothing again.
@@ -197,6 +200,7 @@ def test_an_edit_that_is_pushed(hub: HubServer, user: User) -> None:
     assert hub.kinds("commit") == []
 
 
+@pytest.mark.slow
 def test_a_merge_is_pushed_in_words(hub: HubServer, user: User) -> None:
     """Without `--json` the summary comes first, and then the commit and its address."""
     (user.home.parent / "merge.yaml").write_text("base_model: org/base\nmodels: [{model: org/ft}]\noutput: merged\n")
@@ -230,6 +234,7 @@ def test_an_earlier_output_is_replaced(hub: HubServer, user: User) -> None:
     assert all(name.startswith("model") for name in removed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "other",
     [
@@ -262,6 +267,7 @@ def test_weights_of_others_are_not_replaced(other: str, hub: HubServer, user: Us
     assert ran.json["pushed"]["revision"] == "lines"
 
 
+@pytest.mark.slow
 def test_a_branch_that_would_not_begin_empty(hub: HubServer, user: User) -> None:
     """Where the first commit of a repository holds weights already, a new branch is refused, and not made."""
     hub.push("org/theirs", {"model.safetensors": b"weights"})
@@ -270,6 +276,7 @@ def test_a_branch_that_would_not_begin_empty(hub: HubServer, user: User) -> None
     assert hub.repositories["org/theirs"].refs.keys() == {"main"}
 
 
+@pytest.mark.slow
 def test_a_record_of_others_makes_nothing_ours(hub: HubServer, user: User) -> None:
     """A recipe that does not begin as those of lines do owns no file there."""
     record = "files:\n  model.safetensors: {bytes: 7, digest: x}\nbase_model: a\nmodels: [{model: b}]\n"
@@ -278,6 +285,7 @@ def test_a_record_of_others_makes_nothing_ours(hub: HubServer, user: User) -> No
     assert (ran.code, "model.safetensors" in ran.err) == (8, True)
 
 
+@pytest.mark.slow
 def test_a_model_card(hub: HubServer, user: User) -> None:
     """A card that somebody has edited on the Hub stays; one that was edited here goes there."""
     assert run_on(user, ["push", "out", "org/made"]).code == 0
@@ -291,6 +299,7 @@ def test_a_model_card(hub: HubServer, user: User) -> None:
     assert hub.holds("org/made")["README.md"] == b"# Edited here"
 
 
+@pytest.mark.slow
 def test_private_means_private(hub: HubServer, user: User) -> None:
     """A public repository is not pushed to with --private; a private one stays private without it."""
     hub.push("org/public", {".gitattributes": b""})
@@ -302,6 +311,7 @@ def test_private_means_private(hub: HubServer, user: User) -> None:
     assert hub.repositories["org/hidden"].private
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("revision", ["refs/pr/1", pytest.param("main", marks=pytest.mark.slow)])
 def test_a_revision_that_is_there(revision: str, hub: HubServer, user: User) -> None:
     """A pull request and the main branch are committed to as they are; a tag is no branch."""
@@ -396,6 +406,7 @@ def test_what_is_not_whole_is_not_pushed(hub: HubServer, user: User) -> None:
     assert hub.requests == []
 
 
+@pytest.mark.slow
 def test_unfinished_work_is_not_pushed(hub: HubServer, user: User) -> None:
     """Where a run was killed, neither its hidden folder nor the output beside it is pushed, until it is cleaned up."""
     command = ["edit", "org/base", "org/ft", "-o", "out", "--force", "--alpha", "0.7"]
@@ -422,6 +433,7 @@ IMPOSSIBLE = [
 ]
 
 
+@pytest.mark.slow
 def test_what_is_impossible(hub: HubServer, user: User) -> None:
     """Such a command line is refused unasked; and so is what is not there, a file, or a folder of something else."""
     (user.home.parent / "model.safetensors").write_bytes(layers(1))
@@ -474,7 +486,7 @@ QUICK = ("no token", "an expired token", "no member", "a reader of the organisat
 
 
 @pytest.mark.parametrize("why", [pytest.param(why, marks=() if why in QUICK else pytest.mark.slow) for why in REFUSALS])
-@pytest.mark.some(3)
+@pytest.mark.slow
 def test_a_refusal_says_which_it_was(why: str, hub: HubServer, user: User) -> None:
     """Each ends with 8, says what it was and the next step, shows no token, and leaves the output as it was."""
     how, said, step = REFUSALS[why]
@@ -511,6 +523,7 @@ def test_the_storage_of_hf_xet(status: int | None, said: str, hub: HubServer, us
     assert run_on(user, ["push", "out", "org/made"]).code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [
@@ -549,6 +562,7 @@ def test_a_failed_push_after_an_edit(as_json: bool, hub: HubServer, user: User) 
     assert [ran.code for ran in run_all(user, ["inspect", "new", "--check"], command.split()[1:])] == [0, 0]
 
 
+@pytest.mark.slow
 def test_nothing_is_computed_for_a_push_that_cannot_be(hub: HubServer, user: User) -> None:
     """A token that may not write is found out before the first tensor is read, and before any weights are fetched."""
     for name in ("base2", "ft2"):
@@ -571,6 +585,7 @@ def test_a_card_that_the_hub_does_not_take(hub: HubServer, user: User) -> None:
     assert run_on(user, ["push", "out", "org/made"]).code == 0
 
 
+@pytest.mark.slow
 def test_a_file_that_does_not_arrive(hub: HubServer, user: User) -> None:
     """A repository that ignores a file is not taken for one that holds it."""
     hub.push("org/made", {".gitattributes": b"", ".gitignore": b"*.safetensors"})
@@ -624,6 +639,7 @@ def test_killed_half_way_and_resumed(hub: HubServer, user: User) -> None:
     assert there == contents(folder)
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed(hub: HubServer, user: User) -> None:
     """Ctrl-C while an edit is pushed: the output is in place, the exit code is the signal's, and the hint goes on."""
     pids: list[int] = []
@@ -641,6 +657,7 @@ def test_interrupted_and_resumed(hub: HubServer, user: User) -> None:
     assert run_on(user, ["inspect", "new", "--check"], ["push", "new", "org/made"]).code == 0
 
 
+@pytest.mark.slow
 def test_a_large_file_in_parts(hub: HubServer, user: User) -> None:
     """Where the storage takes a file in parts, it is sent so, and put together again."""
     hub.part = 5000
@@ -682,6 +699,7 @@ def test_from_python(hub: HubServer, user: User) -> None:
     assert code == 8
 
 
+@pytest.mark.slow
 def test_paths_in_the_recipe_are_named(hub: HubServer, user: User) -> None:
     """That a recipe names inputs by paths, which nobody can follow from the Hub, is said; its commit has their last
     part alone.

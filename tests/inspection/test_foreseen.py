@@ -248,6 +248,7 @@ def test_a_recipe_foresees_its_own_dtype(tmp_path: Path) -> None:
     assert several["fine_tunes"][0]["layers"][0]["realised"] is None
 
 
+@pytest.mark.slow
 def test_a_record_from_a_stranger(tmp_path: Path) -> None:
     """Whatever a recipe records of layers, of none that are there or as no numbers, is shown or refused."""
     pair(tmp_path, torch.bfloat16, torch.bfloat16)

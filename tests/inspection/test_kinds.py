@@ -592,6 +592,7 @@ def test_blocks_of_transformers_are_attention_mlp_and_norm(case: zoo.Case) -> No
     assert {"attention", "mlp"} <= set(kinds.values())  # norms that are modulated may have no parameters
 
 
+@pytest.mark.slow
 @pytest.mark.zoo
 def test_no_exemption_is_idle() -> None:
     """Every case that is exempt exists, and has something in its blocks that is `other`."""
@@ -624,6 +625,7 @@ def test_any_string_has_a_kind(name: str, inside: bool) -> None:
     assert kind_of(name, inside=inside) == "other"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["", "!", ".weight"])
 def test_long_names_take_linear_time(end: str) -> None:
     """A hostile name of 10,000 characters takes no longer than a moment, whichever words it repeats."""

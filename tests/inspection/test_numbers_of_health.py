@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from support.files import write_checkpoint
@@ -132,6 +133,7 @@ def test_tensors_of_zeros(tmp_path: Path) -> None:
     assert told["same"] == []
 
 
+@pytest.mark.slow
 def test_duplicates(tmp_path: Path) -> None:
     """The same bytes, dtype and shape make a duplicate, in whichever shard; the same values otherwise do not."""
     one = torch.randn(40, 30, generator=torch.Generator().manual_seed(1))

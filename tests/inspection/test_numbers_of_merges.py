@@ -488,6 +488,7 @@ def test_a_coefficient_of_a_recipe_beyond_float32(tmp_path: Path) -> None:
     refused(2, "--config", recipe)
 
 
+@pytest.mark.slow
 def test_a_base_listed_among_the_models(tmp_path: Path) -> None:
     """A base among the models has no task vector: it is no model, and N is that of the others. `linear` counts it."""
     base = toy(1, 3)

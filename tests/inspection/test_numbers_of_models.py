@@ -64,7 +64,7 @@ FAMILIES = {
 
 @pytest.mark.zoo
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.some(2)
+@pytest.mark.slow
 def test_models_of_transformers(family: str, tmp_path: Path) -> None:
     """Real models, saved by transformers and perturbed, have the layers, sides, kinds and numbers written here."""
     expected = FAMILIES[family]

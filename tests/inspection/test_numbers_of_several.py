@@ -138,6 +138,7 @@ def test_one_checkpoint_twice(tmp_path: Path) -> None:
         refused(2, *models, flag, c)
 
 
+@pytest.mark.slow
 def test_coefficients_of_several(tmp_path: Path) -> None:
     """Of several, alpha is 1/N and beta 0.5 unless alpha or a schedule is given; what is given counts."""
     base = toy(3, 3)

@@ -146,6 +146,7 @@ def test_the_package_holds_the_page_s_files() -> None:
     assert set(json.loads(said)) == {name for name in others if "__pycache__" not in name and not name.endswith(".py")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["html", "svg"])
 def test_what_was_written_is_said(form: str, tmp_path: Path) -> None:
     """--plot names its file on stderr, unless --quiet; stdout has the report alone."""

@@ -211,7 +211,7 @@ QUICK += [(case, "html") for case in ("one fine-tune", "unknown depth")]
 
 
 @pytest.mark.parametrize(("case", "form"), QUICK)
-@pytest.mark.some(2)
+@pytest.mark.slow
 def test_files_are_whole(case: str, form: str, drawn: Any) -> None:
     """Every case in every form gives a file that opens, with no folder strewn beside it."""
     _, path = drawn(case, form)
@@ -368,6 +368,7 @@ WITHIN = {"svg": ("script", "escapes", "right to left", "CDATA", "math"), "png":
 SINGLY = [(what, form) for form in ("html", "svg", "png") for what in EVIL if form == "html" or what in WITHIN[form]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "form"),
     [
@@ -391,6 +392,7 @@ def test_hostile_names(what: str, form: str, tmp_path: Path) -> None:
             assert EVIL[one] in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "what",
     ["script", "math", "legend", *(pytest.param(what, marks=pytest.mark.slow) for what in ("escapes", "glyphs"))],
@@ -425,6 +427,7 @@ def test_a_hostile_recipe(tmp_path: Path) -> None:
 # --- where it goes ---
 
 
+@pytest.mark.slow
 def test_an_older_file_is_replaced(tmp_path: Path) -> None:
     """A file of that name is replaced, a link by the file, and its target stays."""
     path = write_checkpoint(tmp_path / "m", decoder(2))
@@ -485,6 +488,7 @@ def test_where_nothing_can_be_drawn(what: str, tmp_path: Path, monkeypatch: pyte
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["Svg", *(pytest.param(form, marks=pytest.mark.slow) for form in ("PNG", "HTML"))])
 def test_suffixes_in_capitals(form: str, tmp_path: Path) -> None:
     """A suffix says the same in capitals."""
@@ -494,12 +498,14 @@ def test_suffixes_in_capitals(form: str, tmp_path: Path) -> None:
     check_file(tmp_path / f"p.{form.lower()}")
 
 
+@pytest.mark.slow
 def test_a_name_as_long_as_names_may_be(tmp_path: Path) -> None:
     """A name of 255 bytes is drawn into, although nothing could be added to it."""
     path = write_checkpoint(tmp_path / "m", decoder(2))
     draw(tmp_path / ("x" * 251 + ".svg"), path)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the file cannot be written the older one stands, nothing is beside it, and the exit code says so."""
     path = write_checkpoint(tmp_path / "m", decoder(2))
@@ -565,6 +571,7 @@ from lines_cli.cli.app import main; main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [".svg", pytest.param(".png", marks=pytest.mark.slow)])
 def test_without_matplotlib(form: str, tmp_path: Path) -> None:
     """Without matplotlib --plot says what to install, before it reads; a page, and all else, works."""
@@ -650,6 +657,7 @@ LAID_OUT = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", LAID_OUT)
 def test_text_keeps_its_distance(case: str, drawn: Any) -> None:
     """No text of a figure lies on another, or reaches over the edge."""
@@ -668,6 +676,7 @@ def test_text_keeps_its_distance(case: str, drawn: Any) -> None:
                 assert not (wide > 1 and high > 1), (text, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["three", pytest.param("four stacks", marks=pytest.mark.slow)])
 def test_labels_are_clear_of_colour_bars(case: str, drawn: Any) -> None:
     """Between a colour bar with its numbers and any other axes with its labels there is room to see."""
@@ -769,6 +778,7 @@ def test_colours_are_told_apart(vision: str) -> None:
     assert min(close.values()) > 10, min(close, key=lambda pair: close[pair])
 
 
+@pytest.mark.slow
 def test_the_legend_names_each_model(drawn: Any) -> None:
     """Every model stands in a legend, and no two read alike."""
     arguments, _ = drawn("eight, long names", "")
@@ -778,6 +788,7 @@ def test_the_legend_names_each_model(drawn: Any) -> None:
     assert len(labels) == len(set(labels)) == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["three", "one layer, two", pytest.param("towers, three", marks=pytest.mark.slow)])
 def test_one_scale_for_all_cosines(case: str, drawn: Any) -> None:
     """Every cosine of a file is drawn on one scale, no finer than +-0.25; opposed signs on 0 to 100 %."""
@@ -799,6 +810,7 @@ def test_one_scale_for_all_cosines(case: str, drawn: Any) -> None:
     assert scales == {("PuOr_r", *cosine), ("Blues", 0, 100)}
 
 
+@pytest.mark.slow
 def test_more_than_eight(drawn: Any) -> None:
     """Of more than 8 fine-tunes strips of means are drawn; lines, before and after, and matrices of all."""
     arguments, _ = drawn("twenty", "")
@@ -854,6 +866,7 @@ def test_every_layer_is_drawn(drawn: Any) -> None:
     assert [tick.get_text() for tick in kinds.axes[0].get_yticklabels()] == [kind["kind"] for kind in told["kinds"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [["--alpha=-1", "--beta", "3"], ["--alpha", "0", "--beta", "0"], ["--gamma=-2"]])
 def test_odd_coefficients(options: list[str], tmp_path: Path) -> None:
     """Negative coefficients, and none but zeros, are within what is drawn."""
@@ -867,6 +880,7 @@ def test_odd_coefficients(options: list[str], tmp_path: Path) -> None:
     assert low < high
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [

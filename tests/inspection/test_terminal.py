@@ -22,7 +22,7 @@ from support.run import run_lines
 
 @pytest.mark.parametrize("layers", [1, 12, 13, 126])
 @pytest.mark.parametrize("tunes", [0, 1, 2])
-@pytest.mark.some(3)
+@pytest.mark.slow
 def test_folding(layers: int, tunes: int, tmp_path: Path) -> None:
     """A stack shows at most 12 layers, the first and the last among them, and all of them with --full."""
     model = llama(layers)
@@ -91,6 +91,7 @@ def test_columns(tunes: int, flags: list[str], columns: int, tmp_path: Path, mon
                 assert not (dots and out is whole.out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tunes", "columns"), [(8, 8), (9, 3)])
 def test_many_fine_tunes(tunes: int, columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Above 8 fine-tunes a table tells the lowest, the mean and the highest, with --full a column for each."""
@@ -171,6 +172,7 @@ def test_no_colour_on_a_terminal(forced: dict[str, str], tmp_path: Path) -> None
         assert b"\x1b" not in seen
 
 
+@pytest.mark.slow
 def test_an_ascii_stdout(tmp_path: Path) -> None:
     """Where stdout holds only ASCII, bars are drawn with #, and names are escaped."""
     path = write_checkpoint(tmp_path / "m.safetensors", {f"layers.{i}.gewicht_ü_权": torch.ones(2) for i in range(3)})
@@ -183,6 +185,7 @@ def test_an_ascii_stdout(tmp_path: Path) -> None:
         assert ("\\xfc_" in out or "\\u00fc_" in out) == ("--tensors" in options)
 
 
+@pytest.mark.slow
 def test_a_closed_pipe(tmp_path: Path) -> None:
     """`lines inspect ... | head` ends without a traceback."""
     path = write_checkpoint(tmp_path / "m", {f"layers.{i}.w{j}": torch.ones(1) for i in range(40) for j in range(80)})
@@ -302,6 +305,7 @@ def test_just_below_the_next_unit(value: int) -> None:
     assert count(value).startswith("1 ")
 
 
+@pytest.mark.slow
 def test_bars_do_not_disturb(outputs: Path) -> None:
     """On a terminal a bar is drawn for each pass, on stderr alone; --quiet draws none; the report is the same."""
     import pty

@@ -285,6 +285,7 @@ def test_the_same_bytes_for_any_workers_chunks_and_shards(method: str, tmp_path:
     assert run_lines("verify", tmp_path / "plain", "--quiet").code == 0
 
 
+@pytest.mark.slow
 def test_candidates_of_a_sweep_are_calibrated(tmp_path: Path) -> None:
     """What is merged once for all of them is calibrated once; the bytes are those of a run."""
     base, models = family(3)

@@ -93,6 +93,7 @@ def both_ways(made: Any) -> list[Any]:
     return [plain, by_kernels]
 
 
+@pytest.mark.slow
 def test_kernels_are_what_is_called() -> None:
     """With kernels in use they do the work; of float64, of the largest, and of entries that do not lie side by side,
     torch does it, as it does without.
@@ -173,6 +174,7 @@ def test_windows(kind: str) -> None:
                 assert found[0].numel() == int(inside.sum()) > 0
 
 
+@pytest.mark.slow
 def test_a_compiler_that_contracts_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a product is not rounded before it is added, the kernels are refused."""
     contracting = numba.njit(fastmath={"contract"}, error_model="numpy")(kernels._signs)
@@ -224,6 +226,7 @@ def merged(folder: Path, recipe: dict[str, Any], output: str, *more: object) -> 
     return (folder / output / "model.safetensors").read_bytes()
 
 
+@pytest.mark.some(5)
 @pytest.mark.parametrize("dtypes", [(BF16,), (F16, BF16, F32), (F32, F64)], ids=str)
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_merge_has_the_same_bytes(
@@ -277,6 +280,7 @@ def test_the_variable_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_kernels_that_fail_in_parts_and_in_a_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What cannot be compiled is said once, by `lines run` and by `lines verify`, and the bytes are the same."""
     models_of(tmp_path, BF16)
@@ -302,6 +306,7 @@ def test_kernels_that_fail_in_parts_and_in_a_check(tmp_path: Path, monkeypatch: 
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == expected
 
 
+@pytest.mark.slow
 def test_merges_in_threads_and_in_a_fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several merges at once that load the kernels, and one in a fork of a process that has: the same bytes."""
     models_of(tmp_path, BF16)
@@ -328,6 +333,7 @@ print(code, "numba" in sys.modules, "lines_cli.methods.kernels" in sys.modules)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("numba_is", "variable", "says"),
     [

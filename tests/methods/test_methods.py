@@ -598,7 +598,7 @@ def test_draws_differ_by_model_tensor_block_and_seed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("density", [1e-7, 1e-5, 0.5 + 2**-17, 1 - 2**-17, 0.99999, 1 - 1e-7])
-@pytest.mark.some(3)
+@pytest.mark.slow
 def test_a_density_between_two_steps(density: float, tmp_path: Path) -> None:
     """Densities that 16 bits cannot say, to the last below 1, are kept on average."""
     size = 64 * whole_model.BLOCK
@@ -672,6 +672,7 @@ def test_the_base_of_slerp_comes_first(tmp_path: Path) -> None:
 # --- what is no part of the task vectors ---
 
 
+@pytest.mark.slow
 def test_integers_empty_tensors_and_single_numbers(tmp_path: Path) -> None:
     """Integers are the base's and count for nothing; a tensor may have one entry and no axis, or no entry."""
     base, models = family(3, "by turns")
@@ -761,7 +762,7 @@ SUMMED = {name: case for name, case in CASES.items() if not name.endswith(" of n
         *by_turns({name: case for name, case in SUMMED.items() if name not in MOST_SAID}, [2], pytest.mark.slow),
     ],
 )
-@pytest.mark.some(6)
+@pytest.mark.slow
 def test_small_chunks_and_workers_change_no_byte(case: str, dtypes: str, tmp_path: Path) -> None:
     """Chunks of 7 in three workers give what one worker gives at once; and that is the reference's."""
     chosen = CASES[case]
@@ -833,7 +834,7 @@ def test_blocks_and_chunks_change_no_byte(
     "case",
     ["weighted sum of the largest", "ties", "ties by tensor", "consensus on ties", "dare, l1", "linear", "slerp"],
 )
-@pytest.mark.some(4)
+@pytest.mark.slow
 def test_shards_change_no_byte(case: str, tmp_path: Path) -> None:
     """However inputs and output are sharded, tensors and the measured alpha are the same to the last bit."""
     number = CASES[case].numbers[-1] if case == "slerp" else 3

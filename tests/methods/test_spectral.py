@@ -113,6 +113,7 @@ def test_against_numpy(tasks: str, method: str) -> None:
     assert relative(got, expected) < (1e-6 if got.dtype == torch.float32 else 1e-9)
 
 
+@pytest.mark.slow
 @by_turns(tasks=DEFICIENT, method=["iso_c", "iso_cts", "tsv_m"])
 def test_directions_that_are_zero_to_rounding_stay_out(tasks: str, method: str) -> None:
     """Rounding makes of them what is no direction; numpy is told the same threshold. What is written has no more
@@ -126,6 +127,7 @@ def test_directions_that_are_zero_to_rounding_stay_out(tasks: str, method: str) 
     assert int((values > 1e-4 * values[0]).sum()) == ranks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tasks", DEFICIENT)
 def test_wudi_of_rank_deficient_tasks_is_their_sum(tasks: str) -> None:
     """Where each task uses few directions of the input, which the others do not, each has its own way there; what lies

@@ -488,7 +488,7 @@ def of_all_experts(model: str, rank: int, seed: int) -> tuple[Tensors, Tensors]:
 
 @pytest.mark.parametrize("quantised", [False, True], ids=["", "fp8"])
 @pytest.mark.parametrize("model", ["qwen3_moe", "mixtral", "jamba", "nemotron_h"])
-@pytest.mark.some(3)
+@pytest.mark.slow
 def test_fused_experts_of_small_models(model: str, quantised: bool, tmp_path: Path) -> None:
     """Each expert gets its own part of the product, by transformers' rules of how they are put together; an adapter
     that is scaled in place is the same edit.

@@ -137,7 +137,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("like", ["base", "ft"])
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.some(5)
+@pytest.mark.slow
 def test_merges_of_mixed_layouts(recipe: str, like: str, tmp_path: Path) -> None:
     """Every method gives the bytes that it gives where all have the layout of the one that the output is like."""
     said = {"like": like} | RECIPES[recipe]
@@ -154,7 +154,7 @@ def test_merges_of_mixed_layouts(recipe: str, like: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("at_once", [64 * 2**20, 100, 1])
 @pytest.mark.parametrize("model", ["qwen3_vl_moe", "qwen3_moe"])
-@pytest.mark.some(3)
+@pytest.mark.slow
 def test_neither_chunks_nor_workers_change_a_byte(
     model: str, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -392,6 +392,7 @@ def test_turned_ones_of_an_unknown_model() -> None:
     assert "transpose those of one side first" in refused(of.together(of.apart(0)), of.apart(1), {})
 
 
+@pytest.mark.slow
 def test_experts_one_by_one_and_turned() -> None:
     """They are put together and turned, as long as whole rows stay together; else both sides are named."""
     of = LAYOUTS["qwen3_vl_moe"]
@@ -420,6 +421,7 @@ BLOCK = (4, 3)
 IN_FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": list(BLOCK)}, "dtype": "bfloat16"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
 def test_a_base_in_fp8_and_in_another_layout(alpha: float, tmp_path: Path) -> None:
     """Each expert's codes have scales of their own: what is put together is what they stand for."""
@@ -479,7 +481,7 @@ def write_adapter(path: Path, seed: int, *, dora: bool) -> None:
 
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("quantised", [False, True])
-@pytest.mark.some(2)
+@pytest.mark.slow
 def test_an_adapter_on_a_base_in_another_layout(quantised: bool, dora: bool, tmp_path: Path) -> None:
     """An expert's update is not lost where experts are put together: the bytes are those of a merge in one layout."""
     stored = in_fp8(QWEN.apart(0)) if quantised else QWEN.apart(0)
@@ -588,6 +590,7 @@ def made(draw: st.DrawFn) -> tuple[pieces.Pieced, torch.Tensor, dict[str, torch.
     return one, tensor, sources
 
 
+@pytest.mark.slow
 @given(made(), st.integers(0, 20), st.integers(1, 9), st.sampled_from([1, 5, 100]))
 @settings(max_examples=200, deadline=None)
 def test_pieces_are_what_torch_makes(

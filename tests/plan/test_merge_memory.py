@@ -249,6 +249,7 @@ def test_the_card_of_one_model(recipe: dict[str, Any], says: str, tmp_path: Path
     assert says in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_more_files_than_a_process_may_open_at_first(tmp_path: Path) -> None:
     """The soft limit of open files is raised as far as is needed."""
     write_checkpoint(tmp_path / "base", {f"layers.{i}.w": torch.zeros(2) for i in range(60)}, shards=60)

@@ -398,7 +398,7 @@ SWAPPED = {
 
 
 @pytest.mark.parametrize("kind", SWAPPED)
-@pytest.mark.some(3)
+@pytest.mark.slow
 def test_each_side_has_a_prefix_of_its_own(kind: str, tmp_path: Path) -> None:
     """They are not paired unasked; the hint says how, and what it says is right, also for a new head."""
     one, another = SWAPPED[kind]
@@ -503,6 +503,7 @@ def unheard_of(name: str) -> str:
     return name.replace("up_proj", "feed_forward_up")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["ft", "copy", "skip"])
 def test_renamed_blocks_are_no_new_tensors(missing: str, tmp_path: Path) -> None:
     """--missing, which a new head needs, does not take along what is only called otherwise; the count does."""

@@ -67,6 +67,7 @@ def same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> Non
 # --- what is made ---
 
 
+@pytest.mark.slow
 def test_each_component_by_its_own_depth(tmp_path: Path) -> None:
     """U-Net and text encoder are scaled, each over its own layers; the VAE and all that has no weights is carried over;
     the folder is verified, and made again by its own recipe.
@@ -300,7 +301,7 @@ def other_ways(way: str, side: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("way", ["fp8", "layout"])
 @pytest.mark.parametrize("flags", [(), ("--component", "text_encoder")], ids=["all", "one"])
-@pytest.mark.some(4)
+@pytest.mark.slow
 def test_a_component_in_fp8_or_another_layout(way: str, flags: tuple[str, ...], tmp_path: Path) -> None:
     """It is read as it would be by itself, wherever its files stand among those of all."""
     for seed, side in enumerate(("base", "ft")):
@@ -330,6 +331,7 @@ def test_a_component_in_fp8_that_is_kept(tmp_path: Path) -> None:
         assert torch.equal(tensor, stored.whole[name].to(tensor.dtype))
 
 
+@pytest.mark.slow
 def test_a_component_that_is_stored_in_fp8_again(tmp_path: Path) -> None:
     """With its scales and its config, as by itself; the other components keep their dtypes."""
     for seed, side in enumerate(("base", "ft")):
@@ -370,6 +372,7 @@ def test_names_that_two_components_could_have(tmp_path: Path) -> None:
     refused(edit(tmp_path), 3, "may be of unet and of unet.ema")
 
 
+@pytest.mark.slow
 def test_pickles_in_components(tmp_path: Path) -> None:
     """What torch.save wrote is read as safetensors are, and written as these, whether it is edited or kept."""
     write_pair(tmp_path)
@@ -426,6 +429,7 @@ def test_a_base_that_is_one_component(tmp_path: Path) -> None:
     assert run_lines("verify", tmp_path / "out").code == 0
 
 
+@pytest.mark.slow
 def test_a_fine_tune_that_is_one_component(tmp_path: Path) -> None:
     """Of the base the same is read, whichever it is; the output is one model."""
     write_pair(tmp_path)
@@ -668,6 +672,7 @@ def test_what_is_not_carried_over(tmp_path: Path) -> None:
     assert "images" not in note
 
 
+@pytest.mark.slow
 def test_force_replaces_what_is_ours(tmp_path: Path) -> None:
     """A copy of the pipeline, or an earlier output; a stranger's file in any of its folders is left, and named."""
     write_pair(tmp_path)
@@ -683,6 +688,7 @@ def test_force_replaces_what_is_ours(tmp_path: Path) -> None:
     assert (tmp_path / "out/vae/mine.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was finished of any component is kept, and the rest is made; else nothing of it is left."""
     from lines_cli.storage.files import NewFile
@@ -759,6 +765,7 @@ def test_inspect_shows_every_component(tmp_path: Path) -> None:
     assert [word for word in ("by model", "unet", "text_encoder", "vae") if word not in shown.out] == []
 
 
+@pytest.mark.slow
 def test_inspect_with_components_named(tmp_path: Path) -> None:
     """The coefficients are those of an edit with the same option; and those of an output, of its recipe."""
     write_pair(tmp_path)
@@ -796,6 +803,7 @@ def test_a_call_from_python(tmp_path: Path) -> None:
 # --- sentence-transformers ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("within", ["", "0_Transformer"])
 def test_modules_of_sentence_transformers(within: str, tmp_path: Path) -> None:
     """The transformer by its own depth, wherever it lies; a dense layer as what lies outside the blocks; the rest is

@@ -604,6 +604,7 @@ def test_transformers_loads_what_is_stacked(family: str, tmp_path: Path) -> None
         torch.testing.assert_close(loaded.eval()(ids, **kept).logits, expected(ids, **kept).logits)
 
 
+@pytest.mark.slow
 @by_turns(rule=["nan", "equal_norm"], place=["top", "slice", "source"])
 def test_weights_that_are_measured(rule: str, place: str, tmp_path: Path) -> None:
     """A rule of weights, wherever it stands, is measured of the stacked task vectors, and recorded source by source:

@@ -370,7 +370,7 @@ def test_a_union_is_the_merge_of_filled_tables(
     method=[("dare_linear", {"density": 0.5}), ("ties", {"density": 0.5}), ("iso_c", {}), ("consensus", {})],
     rounding=["nearest", "stochastic"],
 )
-@pytest.mark.some(2)
+@pytest.mark.slow
 def test_chunks_and_workers_change_no_bit(method: tuple[str, dict[str, Any]], rounding: str, tmp_path: Path) -> None:
     """However few entries are read at a time, across rows and runs and inputs of other dtypes."""
     model(tmp_path / "base", WORDS, ("<s>",), seed=0, dtype=torch.bfloat16)

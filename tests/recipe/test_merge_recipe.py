@@ -121,6 +121,7 @@ TIES = {
 }
 
 
+@pytest.mark.slow
 def test_dry_run_writes_nothing_and_loads_no_torch(models: Path, tmp_path: Path) -> None:
     """A merge is planned without torch, and without a trace on the disk."""
     (tmp_path / "merge.yaml").write_text(yaml.safe_dump(recipe_text(models, {**TIES, "output": "out"})))

@@ -451,6 +451,7 @@ def complaint(folder: Path, text: str, *args: object) -> str:
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 8))])
 def test_no_recipe_ends_in_a_traceback(seed: int, beside: Path) -> None:
     """A recipe with wrong types, missing, misplaced and unknown keys is done or refused: no traceback, valid JSON."""
@@ -524,6 +525,7 @@ def well_formed(rng: random.Random) -> dict[str, Any]:
     return recipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 6))])
 def test_no_well_formed_recipe_ends_in_a_traceback(seed: int, beside: Path) -> None:
     """Every method with possible values of its parameters, models, scaling and filters is done or refused."""

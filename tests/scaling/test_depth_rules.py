@@ -179,6 +179,7 @@ def test_it_measures_what_the_method_makes(rule: str, method: str, here: Path) -
     assert layers(said) == pytest.approx([2 * (0.5 + 0.25 * share) for share in shares], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_lambda_and_alpha_auto(here: Path) -> None:
     """What lambda multiplies is measured without it; alpha is measured, too."""
     asked = {"merge_method": "ties", "base_model": "base", "models": [{"model": "ft"}, {"model": "other"}]}
@@ -222,6 +223,7 @@ def test_chunks_workers_and_shards_change_no_byte(rule: str, here: Path) -> None
         assert all(torch.equal(tensor, plain[1][name]) for name, tensor in tensors.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["esm", "larv"])
 def test_it_is_forecast_verified_and_made_again(rule: str, here: Path) -> None:
     """A dry run says that it is measured, and how much is read; verify and the output's recipe measure it again."""
@@ -243,6 +245,7 @@ def test_it_is_forecast_verified_and_made_again(rule: str, here: Path) -> None:
     assert run_lines("verify", "out").code != 0
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_not_measured_again(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """--resume takes the scores from the journal."""
     edit = ["edit", "base", "ft", "-o", "out", "--schedule", "larv"]
@@ -266,6 +269,7 @@ def test_in_memory(here: Path) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.slow
 def test_candidates_of_a_sweep(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Candidates with other ends, another power, and another rule are the merges of their recipes; each rule is
     measured once.
@@ -359,6 +363,7 @@ def test_beta_of_0_measures_nothing(here: Path) -> None:
 # --- inspect ---
 
 
+@pytest.mark.slow
 def test_inspect_draws_it(here: Path) -> None:
     """With a base it is measured, and is that of the edit; of an output it is what the output records; else unknown."""
     run_lines("edit", "base", "ft", "-o", "out", "--schedule", "larv-tanh")
@@ -378,6 +383,7 @@ def test_inspect_draws_it(here: Path) -> None:
     assert shown("ft", "--schedule", "cosine")[0] == 0.1
 
 
+@pytest.mark.slow
 def test_inspect_foresees_rounding_by_it(here: Path) -> None:
     """What rounding leaves is that of the coefficients that are measured; a recipe's are, too, with its alpha."""
     told = run_lines("inspect", "ft", "--base", "base", "--schedule", "esm", "--json").json
@@ -407,6 +413,7 @@ def test_inspect_what_does_not_pair(here: Path) -> None:
     assert all(layer["coefficient"] is not None for layer in ran.json["layers"])
 
 
+@pytest.mark.slow
 def test_components_of_a_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each may have a rule of its own; what is measured of one does not depend on the others."""
     monkeypatch.chdir(tmp_path)
@@ -517,6 +524,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     in_packages.added.cache_clear()
 
 
+@pytest.mark.slow
 def test_a_package_adds_rules(here: Path, installed: None) -> None:
     """One that follows from the depth, with its number; and one that measures."""
 

@@ -36,6 +36,7 @@ def stacks(depth: DepthMap) -> dict[str, int]:
 # --- real families ---
 
 
+@pytest.mark.some(16)
 @pytest.mark.zoo
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_tensor_of_every_family(case: zoo.Case) -> None:
@@ -71,6 +72,7 @@ def test_order_of_names_does_not_matter(case: zoo.Case, more: bool) -> None:
 PREFIXES = ["module.", "_orig_mod.", "model.", "module.0.", "encoder.", "text_embedder."]
 
 
+@pytest.mark.slow
 @pytest.mark.zoo
 @pytest.mark.parametrize("turn", [0, *(pytest.param(turn, marks=pytest.mark.slow) for turn in range(1, len(PREFIXES)))])
 def test_a_prefix_before_all_names_does_not_matter(turn: int) -> None:
@@ -210,6 +212,7 @@ def test_names_are_read_together_as_each_is_read_alone() -> None:
         assert len(got) == len(expected)
 
 
+@pytest.mark.slow
 def test_a_thousand_towers() -> None:
     """Each is a stack of its own; comparing every list with every other, again and again, took minutes."""
     letters = [f"t{a}{b}" for a in string.ascii_letters[:32] for b in string.ascii_letters[:32]]
@@ -683,6 +686,7 @@ def test_a_toss_up_on_the_command_line(tmp_path: Path) -> None:
     assert "the depth of 25% of the parameters can be read in two ways" in " ".join((ran.out + ran.err).split())
 
 
+@pytest.mark.some(24)
 @pytest.mark.zoo
 @pytest.mark.parametrize("case", PLACED, ids=str)
 def test_no_known_family_is_a_toss_up(case: zoo.Case) -> None:

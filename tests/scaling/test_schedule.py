@@ -129,7 +129,7 @@ def options_of(key: str, which: range) -> list[Asked]:
     "which", [range(10), pytest.param(range(10, 30), marks=pytest.mark.slow)], ids=["10", "20 more"]
 )
 @pytest.mark.parametrize("key", MODELS)
-@pytest.mark.some(3)
+@pytest.mark.slow
 def test_any_combination_gives_what_the_rules_say(key: str, which: range, saved: dict[str, tuple[Path, Path]]) -> None:
     """The map of a dry run has every tensor's stack, layer and coefficient as the rules have them; YAML says the same;
     the summary's first and last values are those of the map.

@@ -124,6 +124,7 @@ def test_what_is_said_once_it_is_in_place(when: str, models: Path, monkeypatch: 
 MOMENTS = {"a few": (0, 2, 4), "the others": (1, 3, 5, 6, 7)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "moments"),
     [
@@ -185,6 +186,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_signal_that_a_library_makes_something_else_of(models: Path) -> None:
     """As pydantic's core does while it builds a model: it is the interruption that is told."""
     ran = subprocess.run([sys.executable, "-c", SWALLOWED], capture_output=True, text=True, check=False, cwd=models)
@@ -214,7 +216,7 @@ main()
 
 
 @pytest.mark.parametrize("module", ["yaml._yaml", "lines_cli.cli.console", "lines_cli.recipe.schema", "torch._C"])
-@pytest.mark.some(2)
+@pytest.mark.slow
 def test_a_signal_while_a_command_imports(module: str, models: Path) -> None:
     """It is minded once the import is over: until then C code would swallow it, and the module would stay half made."""
     command = [sys.executable, "-c", IMPORTED, module]

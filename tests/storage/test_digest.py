@@ -215,7 +215,7 @@ SHARDED = {edit: ("--max-shard-size", "10MB"), merge: ("--set", "max_shard_size=
 @pytest.mark.durable
 @pytest.mark.parametrize("make", SHARDED, ids=["edit", "merge"])
 @pytest.mark.parametrize("sharded", [False, True])
-@pytest.mark.some(3)
+@pytest.mark.slow
 def test_the_recipe_records_every_file(make: Callable[..., Path], sharded: bool, inputs: Path) -> None:
     """Weights, index and what is carried over are recorded as they lie in the folder; so is a config that changed."""
     dtype = ("--dtype", "float32") if make is edit else ("--set", "dtype=float32")
@@ -228,6 +228,7 @@ def test_the_recipe_records_every_file(make: Callable[..., Path], sharded: bool,
     assert altered(out, lines.load_recipe(out / "lines_recipe.yaml").files) == {}
 
 
+@pytest.mark.slow
 def test_the_record_does_not_depend_on_the_workers(inputs: Path) -> None:
     """One worker or seven, large chunks or small: the recipe is the same text."""
     one = edit(inputs, "one", "--workers", "1")
@@ -241,6 +242,7 @@ def test_the_record_does_not_depend_on_the_workers(inputs: Path) -> None:
     assert recorded(inputs / "small") == recorded(one)
 
 
+@pytest.mark.slow
 @pytest.mark.durable
 def test_the_record_without_positional_reads(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where preadv and pwrite are missing, threads do not get in each other's way."""
@@ -252,7 +254,7 @@ def test_the_record_without_positional_reads(inputs: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("make", SHARDED, ids=["edit", "merge"])
-@pytest.mark.some(2)
+@pytest.mark.slow
 def test_a_recorded_recipe_runs_again(make: Callable[..., Path], inputs: Path) -> None:
     """It makes the same files again, and its record says nothing of the next output: that has its own."""
     out = make(inputs, "out")

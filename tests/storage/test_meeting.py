@@ -38,6 +38,7 @@ def raced(folder: Path, number: int, seconds: float) -> Counter[str]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "seconds"), [(3, 1), pytest.param(5, 60, marks=pytest.mark.slow)])
 def test_runs_into_one_destination(number: int, seconds: float, models: Path) -> None:
     """Each publishes a whole output or is refused; none loses a file under its feet."""
@@ -81,6 +82,7 @@ class Vanishing:
         return asking
 
 
+@pytest.mark.slow
 def test_a_leftover_that_goes_while_it_is_looked_at(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At whatever moment another run removes it: then there is nothing left, or what was seen before."""
     stopped(monkeypatch, *EDIT)

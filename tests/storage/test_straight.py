@@ -60,6 +60,7 @@ def expected(pieces: int) -> bytes:
     return b"".join(bytes([number % 251]) * MIB for number in range(pieces))
 
 
+@pytest.mark.slow
 def test_a_fast_disk_that_pauses(disk: SimpleNamespace, tmp_path: Path) -> None:
     """400 MB/s, and a third of a second for one write of a hundred: all go straight to it."""
     disk.seconds = lambda number: 0.35 if number % 100 == 3 else 0.0026
@@ -67,6 +68,7 @@ def test_a_fast_disk_that_pauses(disk: SimpleNamespace, tmp_path: Path) -> None:
     assert disk.straight == 210
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("threads", "seconds"), [(2, 0.35), (4, 2.0)])
 def test_a_disk_that_pauses_for_several_threads(
     disk: SimpleNamespace, tmp_path: Path, threads: int, seconds: float

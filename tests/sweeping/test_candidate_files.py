@@ -197,7 +197,7 @@ def quick(*harms: str, of: Sequence[str]) -> list[Any]:
 
 
 @pytest.mark.parametrize("harm", quick(*QUICK, of=HARMS))
-@pytest.mark.some(2)
+@pytest.mark.slow
 def test_an_evaluation_that_harms_its_candidate_harms_no_other(here: Path, harm: str) -> None:
     """Later candidates are what `lines edit` writes; the inputs are as before, and share no file with a candidate."""
     before = {name: snapshot(here / name) for name in ("base", "ft")}
@@ -223,6 +223,7 @@ def test_side_by_side(here: Path, harm: str) -> None:
     check(sweep_with(harm, "--parallel", 3, repeats=2))
 
 
+@pytest.mark.slow
 def test_what_does_not_change_stays(here: Path) -> None:
     """A shard that two candidates have in common is the same file, not written again."""
     if not tells_of_changes(here):

@@ -70,6 +70,7 @@ def test_what_is_no_engine(folder: Path, options: list[str]) -> None:
         lines.sweep("sweep.yaml", "best", on="spark")
 
 
+@pytest.mark.slow
 def test_a_cluster_that_is_not_there(folder: Path) -> None:
     """It is refused at once, with its address."""
     pytest.importorskip("ray")

@@ -92,6 +92,7 @@ def test_several_at_a_time(here: Path) -> None:
     assert ran() == number
 
 
+@pytest.mark.slow
 def test_another_search_into_the_same_output(here: Path) -> None:
     """Draws of another grid, sampler or objective are not taken for this one's; evaluations that fit are."""
     said: dict[str, Any] = {"grid": ONE, "search": {"sampler": "tpe", "trials": 3}, "controls": False}
@@ -105,6 +106,7 @@ def test_another_search_into_the_same_output(here: Path) -> None:
     assert all("lines.gamma" in t["settings"] for t in found["trials"] if t["family"] == "lines")
 
 
+@pytest.mark.slow
 def test_a_front_of_several_objectives(here: Path) -> None:
     """In JSON, table and page it is what a loop over all pairs finds, each objective in its own direction."""
     said: dict[str, Any] = {
@@ -219,6 +221,7 @@ def test_what_can_be_searched(here: Path, grid: dict[str, Any]) -> None:
     assert lines.inspect("best") is not None
 
 
+@pytest.mark.slow
 def test_a_journal_that_is_none(here: Path) -> None:
     """Is said to be one; without it the same is drawn, and nothing is evaluated again."""
     said = {"grid": ONE, "search": {"sampler": "tpe", "trials": 3}, "controls": False}
@@ -235,6 +238,7 @@ def test_a_journal_that_is_none(here: Path) -> None:
     assert ran() == number
 
 
+@pytest.mark.slow
 def test_failed_trials_are_drawn_on_from_and_can_be_retried(here: Path) -> None:
     """`--retry` evaluates them once more, though the study knows them as failed."""
     Path("evaluate.py").write_text(

@@ -75,6 +75,7 @@ def test_the_winner_is_that_of_a_loop_by_hand(here: Path) -> None:
     assert sorted(os.listdir("best.sweep")) == ["lock", "logs", "report.html", "trials.jsonl", "winner.json"]
 
 
+@pytest.mark.slow
 def test_a_mended_command_begins_anew_where_nothing_succeeded(here: Path) -> None:
     """A typing error in `evaluate:` is mended in the file, and the same command runs again, as its hint says."""
     wrong = {"evaluate": f"{sys.executable} -S no_such_file.py {{checkpoint}}"}
@@ -111,6 +112,7 @@ def test_an_output_that_is_an_adapter_is_refused(here: Path) -> None:
     assert Path("best/model.safetensors").read_bytes() == Path("reference/model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_no_evaluation_runs_twice(here: Path) -> None:
     """The same command again, a larger grid, another objective: only what is new is evaluated."""
     two = {"lines.alpha": [1.0, 0.2]}
@@ -131,6 +133,7 @@ def test_no_evaluation_runs_twice(here: Path) -> None:
     assert "the trials of another sweep, with other settings of evaluate" in refused.err
 
 
+@pytest.mark.slow
 def test_a_winner_makes_way_for_the_next_one(here: Path) -> None:
     """Of the same sweep, after a change of grid or objective; what is somebody else's does not, and that is said
     before anything is evaluated.
@@ -276,6 +279,7 @@ def _runs(pid: int) -> bool:
     return not state.exists() or state.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("said", "words"),
     [
@@ -340,6 +344,7 @@ def test_bad_sweeps(here: Path, said: dict[str, Any], words: list[str]) -> None:
     assert not {name for name in left if not str(name).startswith("best.sweep")}
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_it_will_take(here: Path) -> None:
     """Numbers of trials and evaluations, and bytes; a large grid is said to be one."""
     grid = {"lines.alpha": [n / 100 for n in range(40)], "lines.gamma": [1 + n / 100 for n in range(30)]}
@@ -391,6 +396,7 @@ def test_candidates_of_a_merge_are_its_outputs(here: Path) -> None:
         assert trial["metrics"]["target"] == int(digest[:12], 16), trial["settings"]
 
 
+@pytest.mark.slow
 def test_by_task(here: Path) -> None:
     """`{task}`: each model's own evaluation; X_ft is each task on its own model."""
     torch.manual_seed(3)
@@ -478,6 +484,7 @@ def harms(model, trial):
 """
 
 
+@pytest.mark.slow
 def test_python_functions_that_are_not_polite(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Arrays and tensors are numbers; what is printed is not in the JSON; SystemExit is a failed trial; weights that a
     function changed are put back for the next repeat, and the module is whole for the next trial.
@@ -559,6 +566,7 @@ def test_evaluations_that_take_the_ground_away(here: Path, harm: str) -> None:
     assert not Path("best").exists()
 
 
+@pytest.mark.slow
 def test_a_coefficient_that_no_number_holds_is_a_failed_trial(here: Path) -> None:
     """The others go on; a value that is none is refused before, by its key and on one line."""
     grid = {"lines.alpha": [0.5, 1e300, 0.2]}
@@ -579,6 +587,7 @@ def test_points_that_a_grid_has_twice(here: Path) -> None:
     assert found["trials"] == {"lines": 2, "constant": 2, "reversed": 2}
 
 
+@pytest.mark.slow
 def test_two_sweeps_at_once(here: Path) -> None:
     """Into the same output: the second is refused, and the first is not disturbed."""
     waits = "touch begun; until test -e go; do sleep 0.05; done"
@@ -616,6 +625,7 @@ def test_candidates_in_a_live_module(here: Path, monkeypatch: pytest.MonkeyPatch
         next(other)
 
 
+@pytest.mark.slow
 def test_a_search_draws_and_goes_on(here: Path) -> None:
     """Optuna's draws are judged like a grid's, with as many for the controls; the same command draws no more."""
     pytest.importorskip("optuna")
@@ -631,6 +641,7 @@ def test_a_search_draws_and_goes_on(here: Path) -> None:
     assert (again["winner"], len(Path("ran").read_text().splitlines())) == (ran.json["winner"], number)
 
 
+@pytest.mark.slow
 def test_equal_numbers_are_one_trial(here: Path) -> None:
     """1 is 1.0, in a list and after an edit of it; so the controls have each alpha of the grid."""
     config = sweep_yaml(grid={"lines.alpha": [1, 1.0, 0.5]}, objective="target")
@@ -656,6 +667,7 @@ def test_scratch_is_that_of_the_largest_candidate(here: Path, dtypes: list[str])
     assert told["scratch_bytes"] >= size
 
 
+@pytest.mark.slow
 def test_an_objective_at_fault_is_called_so(here: Path) -> None:
     """Where every evaluation gave metrics, none is to be mended: no --retry, no logs."""
     ran = run_lines("sweep", "--config", sweep_yaml(objective="control"), "-o", "best")
@@ -665,6 +677,7 @@ def test_an_objective_at_fault_is_called_so(here: Path) -> None:
     assert "--retry" not in ran.err
 
 
+@pytest.mark.slow
 def test_the_table_is_whole_in_80_columns(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Families and settings stand there in full, and the winner first among equals."""
     monkeypatch.setenv("COLUMNS", "80")
