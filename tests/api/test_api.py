@@ -418,6 +418,7 @@ def test_every_weight_file_is_opened(models: Path, monkeypatch: pytest.MonkeyPat
 # --- coefficients ---
 
 
+@pytest.mark.slow
 def test_coefficients_are_those_of_the_plan(models: Path) -> None:
     """Of a checkpoint, of its names, of its tensors: what `--dry-run` lists."""
     for said in ({}, {"alpha": 0.3, "beta": 0.1, "gamma": 2.0}, {"filter": {"norm": 0.7}, "outside": "position"}):
@@ -543,6 +544,7 @@ def untouched() -> Iterator[None]:
     assert before == {name: checkpoint.digest for name, checkpoint in inputs().items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["edit-mixed", "ties-mixed", "dare-wide", "edit-resize-ft", "slerp-wide", "edit-towers"]
 )
@@ -554,6 +556,7 @@ def test_how_tensors_lie_in_memory_does_not_show(name: str, monkeypatch: pytest.
     assert_same(in_memory(CASES[name], scattered), expected)
 
 
+@pytest.mark.slow
 def test_the_command_line_writes_the_same(models: Path) -> None:
     """The whole way, once."""
     base, ft, ft2 = (load_all(models / name) for name in ("base", "ft", "ft2"))
@@ -693,6 +696,7 @@ def test_the_page_runs(models: Path) -> None:
         exec(compile(block, "docs/notebooks.md", "exec"), names)
 
 
+@pytest.mark.slow
 def test_the_readme_runs(models: Path) -> None:
     """And what README.md shows of Python."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")

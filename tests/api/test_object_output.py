@@ -110,7 +110,7 @@ def test_an_edit(here: Path, store: S3Server, shards: tuple[str, ...]) -> None:
         ("model_stock", {}),
     ],
 )
-@pytest.mark.some(2)
+@pytest.mark.slow
 def test_a_merge(here: Path, store: S3Server, method: str, parameters: dict[str, Any]) -> None:
     """The same of methods that measure, that draw, and that see matrices whole."""
     command = merge(here, method, **parameters)
@@ -123,6 +123,7 @@ def test_a_merge(here: Path, store: S3Server, method: str, parameters: dict[str,
     assert there(store) == contents(here / "out")
 
 
+@pytest.mark.slow
 def test_an_adapter_folded_in(here: Path, store: S3Server) -> None:
     command = ["edit", here / "base", f"{here / 'base'}+{adapter(here)}"]
     ran(*command, "-o", here / "out")
@@ -130,6 +131,7 @@ def test_an_adapter_folded_in(here: Path, store: S3Server) -> None:
     assert there(store) == contents(here / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["scaled", "extracted"])
 def test_an_adapter(here: Path, store: S3Server, kind: str) -> None:
     """An output that is an adapter itself; one of fewer ranks is measured while it is made."""
@@ -141,6 +143,7 @@ def test_an_adapter(here: Path, store: S3Server, kind: str) -> None:
     assert there(store) == contents(here / "out")
 
 
+@pytest.mark.slow
 def test_a_file_by_itself(here: Path, store: S3Server) -> None:
     """It appears in one step, and takes the place of one that is there in one step."""
     ran(*edit(here), "-o", here / "out.safetensors")
@@ -171,6 +174,7 @@ def test_inputs_and_output_in_the_store(here: Path, store: S3Server) -> None:
     assert "is not what its recipe makes" in error
 
 
+@pytest.mark.slow
 def test_a_file_by_itself_is_verified(here: Path, store: S3Server) -> None:
     command = merge(here, "ties", density=0.3)
     ran(*command, "-o", "s3://models/out.safetensors")
@@ -280,6 +284,7 @@ def test_what_passes_is_asked_again(here: Path, store: S3Server, kind: str, monk
     assert not store.uploads
 
 
+@pytest.mark.slow
 def test_an_upload_whose_beginning_is_lost(here: Path, store: S3Server) -> None:
     """It is begun again; the name of the lost one is known to nobody, and so it stays, empty."""
     lost: list[str] = []
@@ -350,6 +355,7 @@ def test_what_was_measured_is_kept(here: Path, store: S3Server, monkeypatch: pyt
     assert there(store) == contents(here / "out")
 
 
+@pytest.mark.slow
 def test_clean(here: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that an unfinished run has put there goes, and nothing else; a second time there is nothing to remove."""
     gone_after(store, monkeypatch, SECOND)
@@ -361,6 +367,7 @@ def test_clean(here: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch) -> 
     assert "nothing to remove" in ran("clean", "s3://models/out").err
 
 
+@pytest.mark.slow
 def test_clean_keeps_an_old_output(here: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that was to replace it, and failed before it was removed, has not touched it."""
     ran(*edit(here), "-o", "s3://models/out")
@@ -375,6 +382,7 @@ def test_clean_keeps_an_old_output(here: Path, store: S3Server, monkeypatch: pyt
     assert there(store) == before
 
 
+@pytest.mark.slow
 def test_an_old_output_that_is_gone_is_said(here: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     ran(*edit(here), "-o", "s3://models/out")
     gone_after(store, monkeypatch, "model.safetensors")
@@ -491,6 +499,7 @@ def test_urls_of_other_kinds(here: Path, url: str) -> None:
 # --- two at once ---
 
 
+@pytest.mark.slow
 def test_a_run_whose_work_was_taken_over(here: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """It ends before its file replaces another's, and removes nothing."""
     monkeypatch.setattr(object_store, "PART", 16_384)
@@ -532,6 +541,7 @@ def test_the_same_run_twice_at_once(here: Path, store: S3Server, monkeypatch: py
     assert there(store) == contents(here / "out")
 
 
+@pytest.mark.slow
 def test_another_run_is_not_discarded(here: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not with --force either: it may be at work."""
     gone_after(store, monkeypatch, SECOND)
@@ -543,6 +553,7 @@ def test_another_run_is_not_discarded(here: Path, store: S3Server, monkeypatch: 
     assert {name: one.content for name, one in store.objects.items()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["config.json", "lines_recipe.yaml"])
 def test_clean_while_an_output_is_put_into_place(here: Path, store: S3Server, name: str) -> None:
     """The run sees that after its last file, and does not call an output what has lost its weights."""
@@ -586,6 +597,7 @@ def test_a_run_that_another_finishes_first(here: Path, store: S3Server, monkeypa
     assert there(store) == contents(here / "out")
 
 
+@pytest.mark.slow
 def test_what_comes_while_an_output_is_put_into_place(here: Path, store: S3Server) -> None:
     """It is not replaced, however late it comes."""
     came = amid_once(store, "models/out/README.md", lambda: store.put("models/out/config.json", b"mine" * 2**19))
@@ -602,6 +614,7 @@ def test_a_store_that_drops_metadata(here: Path, store: S3Server, monkeypatch: p
     assert not store.objects
 
 
+@pytest.mark.slow
 def test_lists_that_are_late(here: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a list does not show yet is asked for itself, before it is called missing, or nobody's."""
     ran(*edit(here, *SHARDED), "-o", here / "out")
@@ -613,6 +626,7 @@ def test_lists_that_are_late(here: Path, store: S3Server, monkeypatch: pytest.Mo
     assert there(store) == contents(here / "out")
 
 
+@pytest.mark.slow
 def test_clean_says_what_has_become_of_an_old_output(here: Path, store: S3Server) -> None:
     """A run that was to replace it was killed between two removals, and could not say so itself."""
     ran(*edit(here), "-o", "s3://models/out")
@@ -633,6 +647,7 @@ def test_clean_says_what_has_become_of_an_old_output(here: Path, store: S3Server
 # --- what is not ours ---
 
 
+@pytest.mark.slow
 def test_files_that_came_into_unfinished_work(here: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are nobody's but their owner's: neither --resume nor lines clean touches them."""
     gone_after(store, monkeypatch, SECOND)
@@ -686,6 +701,7 @@ def test_an_old_output_that_is_half_removed(here: Path, store: S3Server, monkeyp
     assert there(store) == contents(here / "out")
 
 
+@pytest.mark.slow
 def test_an_old_output_that_may_not_be_removed(here: Path, store: S3Server) -> None:
     ran(*edit(here), "-o", "s3://models/out")
     before = there(store)
@@ -717,6 +733,7 @@ def test_verify_reads_back(here: Path, store: S3Server) -> None:
     assert SECOND in refused(6, *edit(here, *SHARDED), "-o", "s3://models/out", "--resume", "--verify")
 
 
+@pytest.mark.slow
 def test_a_recipe_that_names_its_output(here: Path, store: S3Server) -> None:
     command = merge(here, "ties", density=0.3)
     with open(here / "merge.yaml", "a") as file:
@@ -725,6 +742,7 @@ def test_a_recipe_that_names_its_output(here: Path, store: S3Server) -> None:
     assert "lines_recipe.yaml" in there(store)
 
 
+@pytest.mark.slow
 def test_memory_is_bounded(store: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever is ahead waits: no more than the window lies here, in whatever order and however slow the store is."""
     piece, whole, window = 1000, 40_000, 8000

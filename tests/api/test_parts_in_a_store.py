@@ -194,6 +194,7 @@ def test_a_merge_goes_on_from_parts(here: Path, store: S3Server) -> None:
 # --- what others put there meanwhile ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model-00003-of-00004.safetensors", "model.safetensors", "lines_recipe.yaml"])
 def test_what_comes_after_the_plan(here: Path, store: S3Server, name: str) -> None:
     """A shard's name, other weights, the recipe of a finished output: no part replaces it or puts a file beside it, and
@@ -215,6 +216,7 @@ def test_what_comes_after_the_plan(here: Path, store: S3Server, name: str) -> No
     assert {key: one.content for key, one in store.objects.items()} == {f"models/out/{name}": bytes(size)}
 
 
+@pytest.mark.slow
 def test_an_output_that_another_has_pushed(here: Path, store: S3Server) -> None:
     """The same, byte for byte, is still another's."""
     write_recipe("one")
@@ -225,6 +227,7 @@ def test_an_output_that_another_has_pushed(here: Path, store: S3Server) -> None:
     assert is_all(store, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["run", "merge"])
 def test_what_comes_while_a_file_is_sent(
     here: Path, store: S3Server, command: str, monkeypatch: pytest.MonkeyPatch
@@ -494,6 +497,7 @@ def test_an_output_that_is_gone_and_whose_leftovers_stay(here: Path, store: S3Se
     assert is_all(store, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", ["s3://models/out", "other"])
 def test_what_parts_have_measured_outlasts_a_merge(
     here: Path, store: S3Server, output: str, monkeypatch: pytest.MonkeyPatch
@@ -512,6 +516,7 @@ def test_what_parts_have_measured_outlasts_a_merge(
     assert "was done before" in ran(*part(1, total)).err
 
 
+@pytest.mark.slow
 def test_a_measuring_part_whose_work_is_cleaned_away(
     here: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

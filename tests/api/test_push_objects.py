@@ -104,6 +104,7 @@ def test_an_upload_that_fails(out: Path, store: S3Server, monkeypatch: pytest.Mo
     assert there(store) == contents(out)
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_replaced(out: Path, store: S3Server) -> None:
     """Neither a stranger's object nor another output."""
     store.put("models/x/notes.txt", b"mine")

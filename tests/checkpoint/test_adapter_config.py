@@ -136,6 +136,7 @@ def test_a_config_that_is_no_mapping(content: bytes, tmp_path: Path) -> None:
         open_adapter(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", [r"(?:a|aa)+_proj", r"(a|a)+_proj", r"(?:\w|\w\w)+q_proj"])
 def test_a_pattern_of_a_stranger_s_ends(pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that would search for ever is given up, and named; many of them have no more time than one."""

@@ -62,6 +62,7 @@ def about(notes: list[str], words: str) -> list[str]:
 MODULES = [{"idx": number, "path": path} for number, path in enumerate(("", "1_Pooling", "2_Dense", "3_Normalize"))]
 
 
+@pytest.mark.slow
 def test_modules_with_weights_of_their_own(tmp_path: Path) -> None:
     """They are scaled as what lies outside the blocks, and a note says so; an output is replaced and verified with
     them.
@@ -124,6 +125,7 @@ def test_modules_that_only_the_base_has(tmp_path: Path) -> None:
 CODE = {"AutoModel": "modeling_x.XModel", "AutoTokenizer": ["tokenization_x.T", None], "AutoConfig": "org/x--conf.C"}
 
 
+@pytest.mark.slow
 def test_code_that_auto_map_names(tmp_path: Path) -> None:
     """It is taken from the base where the fine-tune was saved without, with what it may import; else it is named."""
     config = CONFIG | {"auto_map": CODE}

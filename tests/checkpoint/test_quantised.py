@@ -160,6 +160,7 @@ def _wide(scale: torch.Tensor, shape: tuple[int, int], block: tuple[int, int]) -
     return scale.double().repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)[..., : shape[0], : shape[1]]
 
 
+@pytest.mark.slow
 def test_a_scale_for_each_entry_of_a_very_long_row(tmp_path: Path) -> None:
     """More scales than are held at a time in one row: they are read with the entries that they are of."""
     random = torch.Generator().manual_seed(0)
@@ -239,6 +240,7 @@ def test_scales_of_activations_stay_behind_and_are_named(tmp_path: Path) -> None
     assert not [name for name in load_file(tmp_path / "out" / "model.safetensors") if "scale" in name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("allow", [False, True])
 def test_codes_that_are_nan_and_scales_that_are_infinite(allow: bool, tmp_path: Path) -> None:
     """The tensor, its file and the entry are named; let through, they are NaN or Inf, and no other entry changes."""

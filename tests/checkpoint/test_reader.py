@@ -353,7 +353,7 @@ def evil_runs(text: str, tmp: Path) -> list[Ran]:
 
 
 @pytest.mark.parametrize("text", CONTROL.values(), ids=CONTROL)
-@pytest.mark.some(4)
+@pytest.mark.slow
 def test_no_name_reaches_the_terminal_unescaped(text: str, tmp_path: Path) -> None:
     """Control characters, line breaks and direction marks in names are printed as escapes, whatever is printed."""
     for ran in evil_runs(text, tmp_path):

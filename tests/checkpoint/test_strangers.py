@@ -456,6 +456,7 @@ _PLAIN = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(st.dictionaries(_WORDS, _PLAIN, max_size=3), st.sampled_from([False, None, True]), st.booleans())
 def test_yaml_is_read_as_it_was_written(values: dict[str, Any], flow: bool | None, slow: bool) -> None:

@@ -268,6 +268,7 @@ def test_a_file_whose_name_has_a_number_sign(tmp_path: Path) -> None:
     assert "a#b.pt#b" in ok(run_lines("inspect", f"{path}#b", "--json")).out
 
 
+@pytest.mark.slow
 def test_an_interrupted_edit_goes_on(tmp_path: Path) -> None:
     """What was begun from a file is finished with `--resume`, as from safetensors; a file that changed is refused."""
     base, ft = (saved(model(seed), tmp_path / f"{seed}.pt") for seed in range(2))

@@ -254,6 +254,7 @@ def test_a_dry_run_writes_nothing(arguments: list[str], here: Path) -> None:
     assert planned["bytes"]["written"] >= done["bytes"]["written"]
 
 
+@pytest.mark.slow
 def test_what_is_printed(here: Path) -> None:
     """Ranks and what they keep, layer by layer; and what of a fine-tune is left out."""
     ran = run_lines(*EXTRACT, "--rank", "2", "--alpha", "0.1")

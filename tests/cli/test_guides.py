@@ -195,6 +195,7 @@ class ImageEncoder(torch.nn.Module):
         self.model.visual.transformer.resblocks = torch.nn.Sequential(*blocks)
 
 
+@pytest.mark.slow
 def test_on_large_models(here: Path) -> None:
     """docs/at-scale.md: its sweeps can be planned, on stand-ins of the same names, and its evaluations are valid."""
     pair("base", "ft")
@@ -218,6 +219,7 @@ def test_on_large_models(here: Path) -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_pickles(here: Path) -> None:
     """docs/pickles.md: file and memory give the same, with views and parts; a module becomes one again."""
@@ -304,6 +306,7 @@ def test_a_mergekit_file(here: Path) -> None:
     assert len({file.read_bytes() for file in files}) == len(files)
 
 
+@pytest.mark.slow
 def test_vocabularies(here: Path) -> None:
     """docs/vocabularies.md: the union has every token's row; renumbered rows are edited by token."""
     words = [f"w{number}" for number in range(12)]

@@ -177,6 +177,7 @@ def test_completion() -> None:
     assert "cpu" in completed("edit", "--device", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words", [["edit", ""], ["edit", "ba"], ["merge", "--config", "ba"], ["edit", "-o", "ba"], ["clean", "ba"]], ids=str
 )

@@ -37,6 +37,7 @@ def blocks() -> list[str]:
     return [text for kind, text in pages.blocks("jobs.md") if kind == "sh"]
 
 
+@pytest.mark.slow
 def test_the_page(here: Path) -> None:
     """In the order of the page, in one folder."""
     lines = [line for block in blocks() if "for " not in block for line in pages.commands(block)]
@@ -110,6 +111,7 @@ def test_resume_and_force_together(here: Path, monkeypatch: pytest.MonkeyPatch) 
         (here / "out" / name).unlink()
 
 
+@pytest.mark.slow
 def test_a_finished_output_that_is_damaged(here: Path) -> None:
     """--resume --force goes by sizes; --verify reads, and writes it again."""
     assert run_lines(*JOB).code == 0

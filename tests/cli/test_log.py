@@ -83,12 +83,14 @@ def test_progress(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(map(len, passes)) > 2
 
 
+@pytest.mark.slow
 def test_stdout_is_the_same() -> None:
     """It holds what it holds without the option, in words and as JSON."""
     for command in (["inspect", "base"], ["edit", "base", "ft", "-o", "out", "--dry-run", "--json"]):
         assert run_lines(*command).out == run_lines(*command, "--log-json").out != ""
 
 
+@pytest.mark.slow
 def test_a_note_a_warning_and_what_else_is_said() -> None:
     """Notes and warnings are events of their own; what a library writes is a message, a line of it at a time."""
     tensors = {f"layers.{at}.w": torch.ones(8) for at in range(2)}
@@ -121,6 +123,7 @@ def test_errors(arguments: list[str], code: int, word: str) -> None:
     assert word in error["message"]
 
 
+@pytest.mark.slow
 def test_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C is an error with its code, and what is kept is a note."""
 
@@ -154,6 +157,7 @@ def test_a_signal_in_a_process() -> None:
     assert events(Ran(143, ended.stdout, ended.stderr, ""))[-1]["code"] == 143
 
 
+@pytest.mark.slow
 def test_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     """With --quiet there is no progress, and errors and the end are still said."""
     ran = run_lines("edit", "base", "ft", "-o", "out", "--log-json", "--quiet")
@@ -169,6 +173,7 @@ def test_no_secret_and_no_control_character(monkeypatch: pytest.MonkeyPatch) -> 
     assert "\x1b" not in ran.err
 
 
+@pytest.mark.slow
 def test_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """LINES_LOG_JSON does the same for each command, what the option parser refuses among them."""
     monkeypatch.setenv("LINES_LOG_JSON", "1")
@@ -187,6 +192,7 @@ def threads(ran: Ran) -> int:
     return int(line.split()[-2])
 
 
+@pytest.mark.slow
 def test_a_default_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """A variable sets the default of its option; the command line comes first; an empty one says nothing."""
     plan = ["edit", "base", "ft", "--dry-run"]
@@ -211,7 +217,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("variable", "value", "said"), [(name.rstrip("="), *rest) for name, rest in WRONG.items()])
-@pytest.mark.some(9)
+@pytest.mark.slow
 def test_a_wrong_value_names_the_variable(
     variable: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,6 +236,7 @@ def test_a_wrong_value_names_the_variable(
         assert (ran.code, variable in ran.err) == (2, False)
 
 
+@pytest.mark.slow
 def test_python_heeds_no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are defaults of the command line."""
     monkeypatch.setenv("LINES_DEVICE", "tpu")

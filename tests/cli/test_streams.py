@@ -128,6 +128,7 @@ def test_what_is_found_counts_more(pair: Path, tmp_path: Path) -> None:
     assert (ran.returncode, "error: made exists" in ran.stderr) == (6, True)
 
 
+@pytest.mark.slow
 def test_nothing_to_print(pair: Path, tmp_path: Path) -> None:
     """With --quiet a full stdout is no matter."""
     ran = ended(pair, full(), "edit", "base", "ft", "-o", tmp_path / "out", "--quiet")

@@ -36,6 +36,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_long_names_stay_apart(encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stacks whose names begin and end alike are not shown as the same name."""
@@ -53,6 +54,7 @@ def test_long_names_stay_apart(encoding: str, tmp_path: Path, monkeypatch: pytes
     assert all(len(row) <= 60 for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [60, 80])
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
 @pytest.mark.parametrize(
@@ -85,6 +87,7 @@ def test_tables_fit(
     assert along or (command[0] == "merge" and dry)
 
 
+@pytest.mark.slow
 def test_a_dull_terminal(here: Path) -> None:
     """Where stdout holds only ASCII, the middle that is left out is three dots."""
     env = {**os.environ, "COLUMNS": "60", "PYTHONIOENCODING": "ascii"}

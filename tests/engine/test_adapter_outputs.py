@@ -151,6 +151,7 @@ def test_a_base_s_own_weight_beneath_a_product(tmp_path: Path) -> None:
     torch.testing.assert_close(found[head], 0.1 * own[head])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("equal", [False, True], ids=["", "kept equal"])
 def test_products_on_both_of_tied_weights(tmp_path: Path, equal: bool) -> None:
     """An adapter of the embedding and of the head, which the base has as one weight: both are scaled as that is. Side
@@ -202,6 +203,7 @@ def test_a_weight_that_one_holds_whole_and_another_adds_to(tmp_path: Path) -> No
         lines.merge({"models": models, "base_model": str(base)}, tmp_path / "no", as_adapter=True)
 
 
+@pytest.mark.slow
 def test_modules_that_the_base_stores_as_one(tmp_path: Path) -> None:
     """Dinov2's gate and up: each has its product, also where several are merged; workers change no byte."""
     of = LAYOUTS["dinov2"]
@@ -714,6 +716,7 @@ def test_nan_has_no_nearest_matrix(tmp_path: Path) -> None:
 # --- the same bytes ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["scaled", "merged", "reduced", "extracted"])
 def test_workers_and_resuming_change_no_byte(tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One worker or three; and a run that goes on from what another has finished."""
@@ -756,6 +759,7 @@ def test_workers_and_resuming_change_no_byte(tmp_path: Path, what: str, monkeypa
     assert again.get("done_before", True)
 
 
+@pytest.mark.slow
 def test_a_finished_extraction_is_known(tmp_path: Path) -> None:
     """Before anything is measured: the ranks are no part of what tells a run from another. Another config is."""
     base = base_of(tmp_path / "base")
@@ -785,6 +789,7 @@ def test_an_adapter_that_was_changed_is_found(tmp_path: Path) -> None:
     assert str(found.files[0].difference.tensor).endswith("lora_B.weight")
 
 
+@pytest.mark.slow
 def test_a_lone_file_with_kohya_s_names(tmp_path: Path) -> None:
     """Scaled into one file with the same names and alphas, or into a folder: then its edit is the original's."""
     modules = [f"text_model.encoder.layers.{i}.{module}" for i in range(3) for module in ("mlp.fc1", "mlp.fc2")]

@@ -86,6 +86,7 @@ def test_memory_of_its_own_changes_no_byte(
     assert merged(tmp_path, "apart", METHODS[method], Resources(device="cpu", workers=number, chunk=SUM_BLOCK)) == plain
 
 
+@pytest.mark.slow
 def test_edits_and_inspection_with_memory_of_its_own(tmp_path: Path, own_memory: Callable[[int], None]) -> None:
     """The other commands as well: an edit's bytes, and every number of `inspect`."""
     models(tmp_path)
@@ -209,6 +210,7 @@ def test_out_of_memory_halves_the_chunk(method: str, tmp_path: Path, monkeypatch
     assert max(full.sizes) == SUM_BLOCK
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("says", OUT_OF_MEMORY)
 def test_every_way_to_say_so(says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The allocator has a kind of error of its own; the driver and the libraries have only words."""
@@ -303,6 +305,7 @@ def test_pinned_memory_is_not_rounded_up(gpu_memory: int, stored: int, own_memor
     assert nbytes // stored >= SUM_BLOCK
 
 
+@pytest.mark.slow
 def test_memory_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After every pass, since the next has streams of its own; and before a smaller buffer is asked for."""
     models(tmp_path)

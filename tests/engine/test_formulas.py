@@ -118,6 +118,7 @@ def output(folder: Path, out: str) -> Tensors:
     return load_file(folder / out / "model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("dora", [False, True])
 def test_held_against_float64(dora: bool, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -152,6 +153,7 @@ def test_chunks_and_workers_change_no_byte(dora: bool, tmp_path: Path) -> None:
         assert (tmp_path / "other" / "model.safetensors").read_bytes() == plain, (workers, chunk)
 
 
+@pytest.mark.slow
 def test_two_adapters_one_after_the_other(tmp_path: Path) -> None:
     """`base+adapter` may be a base, on which another adapter is put: DoRA's norms are then those of the first's."""
     base = model(0)
@@ -205,6 +207,7 @@ def test_every_method_on_adapters_and_full_fine_tunes(case: str, shapes: Shapes,
 # --- files ---
 
 
+@pytest.mark.slow
 def test_an_adapter_s_nan_is_named(tmp_path: Path) -> None:
     """With its file, its module and the tensor; nothing is written. It may be let through."""
     base = model(0)
@@ -244,6 +247,7 @@ def test_a_norm_of_nothing(rows: bool, tmp_path: Path) -> None:
         lines.edit(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", alpha=1, beta=0)
 
 
+@pytest.mark.slow
 def test_another_scale_is_another_run(tmp_path: Path) -> None:
     """What an adapter's config says is in no file with tensors, and is a part of which run it is."""
     base = model(0)
@@ -257,6 +261,7 @@ def test_another_scale_is_another_run(tmp_path: Path) -> None:
     assert run_lines(*edit).json["done_before"] is False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", ["adapter_model.safetensors", "adapter_config.json"])
 def test_an_output_of_an_adapter_is_verified(changed: str, tmp_path: Path) -> None:
     """`verify` computes it again; another adapter's factors or scale do not make it. Its inputs' digests are kept."""

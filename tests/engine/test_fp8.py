@@ -59,7 +59,7 @@ def output(tmp_path: Path, out: str = "out") -> Tensors:
 
 
 @by_turns(kind=FORMATS, side=["base", "ft", "both"])
-@pytest.mark.some(5)
+@pytest.mark.slow
 def test_an_edit_is_quantised_as_its_input(kind: str, side: str, tmp_path: Path) -> None:
     """Codes and scales are those of the exact result, quantised by itself; whatever else there is, is as it was."""
     models = {"base": plain(), "ft": near(plain(), 1)}
@@ -84,6 +84,7 @@ def test_an_edit_is_quantised_as_its_input(kind: str, side: str, tmp_path: Path)
     assert lines.inspect(tmp_path / "out")["parameters"] == sum(w.numel() for w in result.values())
 
 
+@pytest.mark.slow
 def test_the_error_of_each_layer(tmp_path: Path) -> None:
     """Relative to what should be stored: the root of the mean square, over what is stored in 8 bits; printed, too."""
     base, ft = FORMATS["blocks"](plain()), near(plain(), 1)
@@ -135,6 +136,7 @@ def test_a_layer_that_is_copied_beside_one_that_is_computed(tmp_path: Path) -> N
     assert summary["layers"][0]["realised"] == pytest.approx(0.5, abs=0.05)
 
 
+@pytest.mark.slow
 def test_other_scales_are_no_copy(tmp_path: Path) -> None:
     """A fine-tune in rows on a base in blocks: at 1 the output has its codes; at 0 the base is quantised anew."""
     written(tmp_path, "base", base := FORMATS["blocks"](plain()))
@@ -254,6 +256,7 @@ def test_extremes(case: str, scales: torch.dtype, tmp_path: Path) -> None:
         assert not bool(clamped.any()) or scales != torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=str)
 def test_nan_and_inf_let_through(dtype: torch.dtype, tmp_path: Path) -> None:
     """They are refused by name; let through, NaN is NaN, and Inf is Inf where codes have it; the scales stay."""
@@ -277,6 +280,7 @@ def test_nan_and_inf_let_through(dtype: torch.dtype, tmp_path: Path) -> None:
     assert value.isnan() if dtype == E4M3 else value == -torch.inf
 
 
+@pytest.mark.slow
 def test_what_all_inputs_share_stays(tmp_path: Path) -> None:
     """A NaN code that base and fine-tune have is no reason to refuse, and stays."""
     base, ft = FORMATS["blocks"](plain()), FORMATS["blocks"](near(plain(), 1))
@@ -324,6 +328,7 @@ def test_names_with_a_prefix(tmp_path: Path) -> None:
     assert sorted(output(tmp_path)) == sorted(n.removeprefix("model.") for n in base)
 
 
+@pytest.mark.slow
 def test_files_that_say_how_weights_are_quantised(tmp_path: Path) -> None:
     """ModelOpt's hf_quant_config.json goes with an output in FP8, not with a whole one; nested configs keep theirs."""
     stored = FORMATS["tensors of modelopt"](plain())
@@ -487,6 +492,7 @@ def test_planned_and_verified(large: Path) -> None:
     shutil.rmtree(large / "out")
 
 
+@pytest.mark.slow
 def test_in_memory(tmp_path: Path) -> None:
     """Tensors in memory give what files would hold; at 1 they are the fine-tune's own."""
     base, ft = FORMATS["blocks"](plain()), near(plain(), 1)

@@ -58,6 +58,7 @@ def test_a_whole_rehearsal(gpu: Any, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert all(f"({letter}) " in printed for letter in "abcdef")
 
 
+@pytest.mark.slow
 def test_other_bytes_are_seen(gpu: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A device whose arithmetic differs in one bit of one entry fails; the other checks are made all the same."""
     gpu.METHODS = {"slerp": gpu.METHODS["slerp"]}

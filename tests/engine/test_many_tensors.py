@@ -201,6 +201,7 @@ def test_what_is_not_finite_is_told_of_the_tensor(damage: Callable[..., None], t
     assert same(others, wanted)
 
 
+@pytest.mark.slow
 def test_nan_that_all_share_stays(tmp_path: Path) -> None:
     """Its very bits, in the one tensor; the others are merged as ever."""
     base, ft = model(0), model(1)
@@ -216,6 +217,7 @@ def test_nan_that_all_share_stays(tmp_path: Path) -> None:
     assert same(found, wanted)
 
 
+@pytest.mark.slow
 def test_a_negative_variance_is_told_of_its_tensor(tmp_path: Path) -> None:
     """Which is looked for in each by itself."""
     base, ft = model(0), model(1)
@@ -229,6 +231,7 @@ def test_a_negative_variance_is_told_of_its_tensor(tmp_path: Path) -> None:
     assert "layers.0.experts.9.running_var" not in str(ran.json)
 
 
+@pytest.mark.slow
 def test_an_input_that_ends_is_told_of_the_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one that it ends in, not the first of those that were merged in one go."""
     base, ft = model(0), model(1)

@@ -260,6 +260,7 @@ def test_what_a_plan_says(models: Path) -> None:
     assert {part["memory"] for part in shown["parts"]} == {foreseen["peak_memory"]}
 
 
+@pytest.mark.slow
 def test_fewer_parts_than_asked(models: Path) -> None:
     """No part is empty: where there is less to cut, there are fewer."""
     write_recipe(models, merge_method="task_arithmetic")
@@ -379,6 +380,7 @@ def test_a_plan_that_was_edited(models: Path, edit: dict[str, Any], *, signed: b
     assert not list((models / STAGING / "parts").glob("[0-9]*"))
 
 
+@pytest.mark.slow
 def test_a_plan_that_was_only_laid_out_anew(models: Path) -> None:
     """White space is no change."""
     planned()
@@ -507,6 +509,7 @@ def test_a_file_in_place_of_the_plan(models: Path) -> None:
     assert "in the output's folder" in refused(6, "plan", "--config", "merge.yaml", "-o", "out", "--plan", "out/p").err
 
 
+@pytest.mark.slow
 def test_nan_in_one_part(models: Path) -> None:
     """The part that reads it is refused with the tensor's name; the others are done, and kept."""
     write_recipe(models, merge_method="task_arithmetic")

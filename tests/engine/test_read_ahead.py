@@ -114,6 +114,7 @@ def _covered(start: int, end: int, ranges: list[tuple[int, int]]) -> bool:
     return start >= end
 
 
+@pytest.mark.slow
 def test_no_more_is_asked_for_than_said(
     models: Path, tmp_path: Path, seen: Ranges, waiting: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +128,7 @@ def test_no_more_is_asked_for_than_said(
     assert 0 < most <= 2 * 4 * 2**20
 
 
+@pytest.mark.slow
 def test_a_file_that_ends_early_is_named_with_its_tensor(
     models: Path, tmp_path: Path, waiting: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +165,7 @@ def test_a_system_that_takes_no_advice(
     assert len(refused) > len(list(models.glob("*/*.safetensors")))
 
 
+@pytest.mark.slow
 def test_the_benchmark_says_what_it_lacks(tmp_path: Path) -> None:
     """Without the tools that it mounts with, benchmarks/latency.py ends with a sentence."""
     script = Path(__file__).parents[2] / "benchmarks" / "latency.py"

@@ -349,6 +349,7 @@ def test_off_by_more_than_a_twentieth_or_than_a_tenth_of_it(asked: float, realis
     assert is_off(asked, realised) == off
 
 
+@pytest.mark.slow
 def test_the_summary_says_where_rounding_distorts_the_scaling(tmp_path: Path) -> None:
     """One line: a layer, both numbers, why, and both ways out, which do what they say. Nothing where all is well."""
     pair(tmp_path, scale=2e-5)

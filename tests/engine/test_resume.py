@@ -406,6 +406,7 @@ def test_a_journal_that_no_run_would_write(
     assert weights(models / "out") == pair_edited
 
 
+@pytest.mark.slow
 def test_killed_once_folders_were_exchanged(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then the old output stands where the new one was: none of it comes back, and the next run removes it."""
     write_checkpoint(models / "out", {"w": torch.ones(3)}, shards=1)
@@ -506,6 +507,7 @@ def test_a_signal_in_the_middle(
 # --- into place ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("can", [True, False])
 def test_the_old_is_whole_until_the_new_is_in_place(can: bool, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where folders can be exchanged there is no moment without an output; else none in which it is lost."""
@@ -527,6 +529,7 @@ def test_the_old_is_whole_until_the_new_is_in_place(can: bool, models: Path, mon
     assert sorted(path.name for path in models.glob(".*")) == []
 
 
+@pytest.mark.slow
 def test_what_was_set_aside_comes_back(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kill between the two renames, where folders cannot be exchanged, leaves the old output aside: the next run, and
     clean, put it back.
@@ -555,6 +558,7 @@ def test_exchange_is_one_step(tmp_path: Path) -> None:
         staging.exchange(tmp_path / "a", tmp_path / "c")
 
 
+@pytest.mark.slow
 def test_a_linked_destination(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a link leads to is replaced, and the work is done beside that; the link stays."""
     (models / "far").mkdir()
@@ -595,6 +599,7 @@ def test_verify_reads_back(models: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 # --- bad input, full disks ---
 
 
+@pytest.mark.slow
 def test_bad_data_leaves_nothing(models: Path) -> None:
     """NaN in the last tensor: what was finished before is of no use, and is removed."""
     tensors = {f"layers.{i}.w": torch.randn(1_500_000) for i in range(4)}
@@ -629,6 +634,7 @@ def test_an_input_that_changes_while_it_is_read(content: str, models: Path) -> N
     assert not (models / STAGING).exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_what_is_finished(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And says so; when there is room, --resume goes on."""
     err = stop(monkeypatch, EDIT, error=OSError(28, "No space left on device"))
@@ -637,6 +643,7 @@ def test_a_full_disk_keeps_what_is_finished(models: Path, monkeypatch: pytest.Mo
     assert written([*EDIT, "--resume"], monkeypatch) <= 24 - 8 + 1
 
 
+@pytest.mark.slow
 def test_room_that_a_dead_run_takes_is_counted(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is left of it will be replaced or built upon, and is no reason to refuse."""
     stop(monkeypatch, EDIT)
@@ -647,6 +654,7 @@ def test_room_that_a_dead_run_takes_is_counted(models: Path, monkeypatch: pytest
     assert run_lines(*EDIT).code == 6
 
 
+@pytest.mark.slow
 def test_a_worker_that_fails(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is wrong with one worker, the others stop, and the error names the tensor."""
     make = write.Write._make
@@ -667,6 +675,7 @@ def test_a_worker_that_fails(models: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert run_lines("edit", "base", "ft", "-o", "out", "--resume").code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
 def test_a_filesystem_without_locks(number: int, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs are not kept apart there, and work."""
@@ -682,6 +691,7 @@ def test_a_filesystem_without_locks(number: int, models: Path, monkeypatch: pyte
 # --- clean ---
 
 
+@pytest.mark.slow
 def test_clean(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Removes what is left, says what it was, and touches nothing else; again, there is nothing to do."""
     before = snapshot(models)

@@ -379,6 +379,7 @@ def test_updates_of_one_and_two_units_come_out_as_the_ramp(tmp_path: Path, dtype
     assert realised["nearest"] == pytest.approx([0.0, 0.4, 0.4, 0.6, 1.0, 1.0], abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_recorded_recipe_makes_the_same_again(models: Path, tmp_path: Path) -> None:
     """lines_recipe.yaml says how was rounded, lines verify computes it again, and tensors in memory are the same."""
     out = tmp_path / "out"

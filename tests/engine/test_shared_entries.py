@@ -54,7 +54,7 @@ def sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str
 
 
 @pytest.mark.parametrize("case", TYPICAL)
-@pytest.mark.some(10)
+@pytest.mark.slow
 def test_what_all_share_stays(case: str, sides: dict[str, dict[str, torch.Tensor]]) -> None:
     """In every method, whatever passes it needs, for every coefficient and chunk."""
     method, parameters = TYPICAL[case]
@@ -108,6 +108,7 @@ def test_what_one_has_alone_is_refused(
     assert ran.code == 5  # one input shares nothing
 
 
+@pytest.mark.slow
 def test_a_fine_tune_that_is_its_base(sides: dict[str, dict[str, torch.Tensor]]) -> None:
     """It is said, by name; and of none that differs in one entry."""
     ran = run_lines("edit", "base", "base", "-o", "out", "--json")
@@ -211,6 +212,7 @@ def test_such_a_mask_in_a_merge(method: str, tmp_path: Path, monkeypatch: pytest
     assert load_file("out/model.safetensors")["h.2.attn.bias"].isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_weight_is_no_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of a mask is said of weights, of what is NaN, and of what is in no dtype of the output finite."""
     monkeypatch.chdir(tmp_path)

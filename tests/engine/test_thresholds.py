@@ -115,6 +115,7 @@ def test_of_the_whole_model(kind: str, density: float, tmp_path: Path) -> None:
 EACH = {"normal", "one number", "mostly zeros", "unseen by a sample"}  # the others are ordered alike, by tensor or not
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", [kind if kind in EACH else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 )
@@ -135,6 +136,7 @@ def test_of_each_tensor(kind: str, density: float, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [math.inf, pytest.param(-math.inf, marks=pytest.mark.slow), math.nan])
 @pytest.mark.parametrize("density", [0.01, 0.3])
 @pytest.mark.parametrize("trim", ["global", "tensor"])
@@ -169,6 +171,7 @@ def test_float64_is_ordered_as_float32(tmp_path: Path) -> None:
     assert outcome.plan.statistics.kept == ((number, NUMEL),)
 
 
+@pytest.mark.slow
 def test_one_pass_as_a_rule(tmp_path: Path) -> None:
     """Fine-tunes of one kind or another: their thresholds are known after everything was read once, and a sample
     that says where to look.

@@ -140,6 +140,7 @@ def test_every_method(method: str) -> None:
     verifies("new", "--workers", "1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -157,6 +158,7 @@ def test_an_edit_with_options(options: list[str], here: Path) -> None:
     verifies("new")
 
 
+@pytest.mark.slow
 def test_inputs_that_disagree(here: Path) -> None:
     """`--resize`, `--missing` and `--allow-nonfinite` are in the recipe, too."""
     tensors = {f"layers.{i}.w": torch.ones(5) * i for i in range(3)}
@@ -183,6 +185,7 @@ def test_a_lone_file(here: Path) -> None:
     assert "lines verify out" in differs(f"out/{SECOND}", code=2).err
 
 
+@pytest.mark.slow
 def test_people_edit_the_model_card(here: Path) -> None:
     """The card, a licence and notes beside it are not compared; the notes are told."""
     (here / "out" / "README.md").write_text("mine")
@@ -192,6 +195,7 @@ def test_people_edit_the_model_card(here: Path) -> None:
     assert "LICENSE, results.txt" in verifies("out").err
 
 
+@pytest.mark.slow
 def test_an_older_output_without_a_record(here: Path) -> None:
     """Its files are compared with the computation alone, and this is said."""
     path = here / "out" / "lines_recipe.yaml"
@@ -201,6 +205,7 @@ def test_an_older_output_without_a_record(here: Path) -> None:
     assert "differs first at byte 9,000" in differs("out").out
 
 
+@pytest.mark.slow
 def test_another_version_of_lines(here: Path) -> None:
     """Its outputs are verified all the same; it is told where something differs."""
     path = here / "out" / "lines_recipe.yaml"
@@ -214,6 +219,7 @@ def test_another_version_of_lines(here: Path) -> None:
 # --- on another machine ---
 
 
+@pytest.mark.slow
 def test_the_folders_have_moved(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inputs and output in another place, with other times."""
     (here / "x").mkdir()
@@ -287,6 +293,7 @@ def test_the_last_part_of_an_input_s_name(here: Path) -> None:
             found(wrong)
 
 
+@pytest.mark.slow
 def test_inputs_in_other_shards(here: Path) -> None:
     """The bytes are the same, so it is that merge; the note tells of the inputs."""
     tensors = {name: read(here / "base", name) for name in open_checkpoint(here / "base").tensors}
@@ -360,6 +367,7 @@ def test_a_flipped_bit(here: Path) -> None:
     assert (file["made_as_recorded"], file["still_as_recorded"]) == (True, False)
 
 
+@pytest.mark.slow
 def test_several_blocks(here: Path) -> None:
     """Their number is told, and the first of them."""
     for at in (8 * MIB + 5, 4 * MIB - 1, 5 * MIB, 2 * MIB):
@@ -437,7 +445,7 @@ CHANGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize(("name", "change", "words"), CHANGES.values(), ids=CHANGES)
-@pytest.mark.some(11)
+@pytest.mark.slow
 def test_a_change_is_found(name: str, change: Callable[[Path], object], words: str, here: Path) -> None:
     """Whatever became of a file, it is named with what is wrong, and no other file is."""
     change(here / "out" / name)
@@ -458,6 +466,7 @@ def test_all_is_gone(here: Path) -> None:
     assert "lines merge --config " in err
 
 
+@pytest.mark.slow
 def test_a_file_that_is_not_of_its_making(here: Path) -> None:
     """What a library might load is a difference, be it recorded or not."""
     shutil.copy(here / "out" / SECOND, here / "out" / "adapter_model.safetensors")
@@ -467,6 +476,7 @@ def test_a_file_that_is_not_of_its_making(here: Path) -> None:
     assert "modeling_tiny.py was not made by the recipe" in ran.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -535,6 +545,7 @@ def test_links_of_folders_are_not_followed(here: Path, monkeypatch: pytest.Monke
     assert "holds more than 5 files" in differs("out", code=3).err
 
 
+@pytest.mark.slow
 def test_a_record_of_what_is_neither_made_nor_there(here: Path) -> None:
     """The record is wrong, then."""
     path = here / "out" / "lines_recipe.yaml"
@@ -573,6 +584,7 @@ def test_another_input(here: Path) -> None:
     assert "Some inputs are not the recorded ones" in ran.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
@@ -590,6 +602,7 @@ def test_the_record_was_edited(old: str, new: str, words: str, here: Path) -> No
     assert words in differs("out").out
 
 
+@pytest.mark.slow
 def test_no_recipe(here: Path) -> None:
     """A folder without one is refused, and --config gives it one."""
     shutil.move("out/lines_recipe.yaml", "recipe.yaml")
@@ -641,6 +654,7 @@ def test_a_file_that_changes_meanwhile(here: Path, monkeypatch: pytest.MonkeyPat
 # --- what it prints ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lines_recipe.yaml", "config.json", "tokenizer.json"])
 def test_links_out_of_the_output_are_refused(name: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is compared; weights and their index may be links."""
@@ -663,6 +677,7 @@ def test_recorded_digests_are_always_compared(here: Path) -> None:
     assert "1 of the input files are not the recorded ones, but they give the same output" in verifies("new").err
 
 
+@pytest.mark.slow
 def test_quiet(here: Path) -> None:
     """Nothing but errors."""
     ran = run_lines("verify", "out", "--quiet")
@@ -673,6 +688,7 @@ def test_quiet(here: Path) -> None:
     assert "is not what its recipe makes" in ran.err
 
 
+@pytest.mark.slow
 def test_from_python(here: Path) -> None:
     """The same as a frozen value."""
     found = lines.verify("out", resources=lines.Resources(workers=1, chunk=70_001))
@@ -781,6 +797,7 @@ def test_resume_does_not_measure_again(here: Path, monkeypatch: pytest.MonkeyPat
     assert compared(monkeypatch, "--resume")[1].code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "word"),
     [
@@ -831,6 +848,7 @@ def test_a_time_that_was_set_back(here: Path, monkeypatch: pytest.MonkeyPatch) -
         os.utime(here / name, ns=(there.st_atime_ns, there.st_mtime_ns))
 
 
+@pytest.mark.slow
 def test_what_an_earlier_run_compared_is_told(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stop(monkeypatch, "--resume")
     assert "(8.8 MB of it by an earlier run)" in compared(monkeypatch, "--resume")[1].out
@@ -862,6 +880,7 @@ ODD_LINES_MORE: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "odd", [*ODD_LINES, *(pytest.param(odd, marks=pytest.mark.slow) for odd in ODD_LINES_MORE)], ids=str
 )
@@ -875,6 +894,7 @@ def test_odd_lines_are_passed_over(odd: dict[str, Any], here: Path, monkeypatch:
     assert (ran.code, ran.trace, ran.json["resumed"]) == (0, "", 0), ran.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "step",
     [0, 4 * MIB + 1, float("inf"), None]
@@ -924,6 +944,7 @@ def test_odd_statistics_are_none(key: str, odd: Any) -> None:
         Statistics.of(good | {key: odd}, 2)
 
 
+@pytest.mark.slow
 def test_a_read_that_fails_once_costs_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A network disk that hiccups: what was compared is kept, and named."""
     all_of_it, _ = compared(monkeypatch)
@@ -951,6 +972,7 @@ def test_a_damaged_journal(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert compared(monkeypatch, "--resume")[0] == all_of_it
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As long as the first holds the file; `lines clean` is, too. Without --resume there is nothing to be held."""
     stop(monkeypatch, "--resume")

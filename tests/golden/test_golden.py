@@ -118,6 +118,7 @@ def test_nothing_depends_on_resources(resources: Mapping[str, Any], folder: Path
     assert found == {name: recorded(name) for name in cases}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("places", [-4, 4])
 def test_the_last_places_of_trigonometry_do_not_show(
     places: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -87,6 +87,7 @@ def test_an_edit_of_what_is_in_a_store(here: Path, store: S3Server) -> None:
     assert ran("verify", "remote", "--json").json["same"] is True
 
 
+@pytest.mark.slow
 def test_a_lone_file_in_a_store(here: Path) -> None:
     """A file is named as one on a disk is; its neighbours are not looked at."""
     ran("edit", "base", "ft", "-o", "local.safetensors")
@@ -156,6 +157,7 @@ def test_no_right_to_read(here: Path, store: S3Server) -> None:
     assert "AWS_ACCESS_KEY_ID" in error
 
 
+@pytest.mark.slow
 def test_an_object_that_is_replaced_meanwhile(here: Path, store: S3Server) -> None:
     """A range is asked for with the tag of the object that was opened: another one in its place is noticed."""
     key, count = "models/ft/model-00001-of-00002.safetensors", 0

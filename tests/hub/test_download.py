@@ -225,6 +225,7 @@ def test_an_unreachable_hub_is_said_to_be_unreachable(user: User) -> None:
     assert "\n" not in refused["message"]
 
 
+@pytest.mark.slow
 def test_a_path_that_exists_wins(hub: HubServer, user: User) -> None:
     """A folder named like a Hub id is that folder: no request, and the client is not even imported."""
     folder = user.home.parent / "org" / "model"

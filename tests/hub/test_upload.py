@@ -393,6 +393,7 @@ DAMAGED: dict[Callable[[Path], None], tuple[int, str]] = {
 }
 
 
+@pytest.mark.slow
 def test_what_is_not_whole_is_not_pushed(hub: HubServer, user: User) -> None:
     """The Hub is not even asked."""
     folders = [out_of(user).with_name(f"out {damage.__name__}") for damage in DAMAGED]

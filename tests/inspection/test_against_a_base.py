@@ -129,6 +129,7 @@ def test_strangers(tmp_path: Path) -> None:
     refused(4, c, b, "--base", a, words=("no tensor in common",))
 
 
+@pytest.mark.slow
 def test_another_architecture(tmp_path: Path) -> None:
     """Of a fine-tune whose shapes and names differ what fits is compared, and the rest is named."""
     model = llama(3)
@@ -181,6 +182,7 @@ def test_cuda_that_is_not_there(tmp_path: Path) -> None:
     refused(2, path, "--check", "--device", "cuda", words=("cuda",))
 
 
+@pytest.mark.slow
 def test_workers_make_no_difference(tmp_path: Path) -> None:
     """The same numbers, to the bit, whatever the number of workers."""
     model = {f"layers.{i}.w": torch.randn(300, 700) for i in range(3)}

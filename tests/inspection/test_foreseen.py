@@ -192,6 +192,7 @@ def test_a_base_that_has_to_be_rounded_is_still_a_copy(tmp_path: Path) -> None:
         assert foreseen["realised"] == pytest.approx(layer["realised"], rel=1e-9)
 
 
+@pytest.mark.slow
 def test_it_is_said_before_anything_is_written(tmp_path: Path) -> None:
     """In words: a layer, both numbers, and what helps; a table by layer; or that all is well."""
     pair(tmp_path, torch.bfloat16, torch.bfloat16, scale=2e-5)

@@ -465,6 +465,7 @@ def test_headers_load_no_torch(options: list[str], tmp_path: Path) -> None:
     assert not {"torch", "numpy", "matplotlib", "huggingface_hub"} & set(ran.stderr.decode().split())
 
 
+@pytest.mark.slow
 def test_headers_of_many_shards_are_quick(tmp_path: Path) -> None:
     """A thousand tensors in fifty shards take little time."""
     names = [f"model.layers.{i}.p{j}.weight" for i in range(50) for j in range(20)]

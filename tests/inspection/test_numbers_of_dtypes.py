@@ -25,6 +25,7 @@ from support.inspect_reference import (
 from support.run import run_lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base_dtype", FLOATS)
 def test_every_combination_of_dtypes(base_dtype: str, tmp_path: Path) -> None:
     """Whatever dtypes the sides have, differences are those of the stored values, in float64."""
@@ -38,6 +39,7 @@ def test_every_combination_of_dtypes(base_dtype: str, tmp_path: Path) -> None:
         check(inspect(*written(tmp_path / f"{number}", base, [ft])), toy_reference(base, [ft]))
 
 
+@pytest.mark.slow
 def test_dtypes_that_change_from_tensor_to_tensor(tmp_path: Path) -> None:
     """Each tensor may have its own dtype on each side."""
     dtypes = itertools.cycle(itertools.product(FLOATS.values(), FLOATS.values(), FLOATS.values()))

@@ -189,6 +189,7 @@ def test_two_pairs_whose_bytes_add_up_to_the_same(tmp_path: Path) -> None:
     assert [[int(name.split(".")[2]) for name in group] for group in twins] == [[0, 2], [1, 3]]
 
 
+@pytest.mark.slow
 def test_what_health_finds_comes_in_one_order(tmp_path: Path) -> None:
     """What is found is listed alike with and without a base, and however tensors are sharded."""
     one = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
@@ -231,6 +232,7 @@ def test_a_tied_head_is_no_duplicate_in_a_lone_file(tmp_path: Path) -> None:
     assert [health["same"] for health in told["health"]] == [[], []]
 
 
+@pytest.mark.slow
 def test_a_tied_head_beside_copies_of_its_embedding(tmp_path: Path) -> None:
     """Of a T5 that stores all four, the encoder's and decoder's embeddings may be duplicates, the tied head is not."""
     tensors = pair_of_stacks(1)

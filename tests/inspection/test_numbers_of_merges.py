@@ -167,7 +167,7 @@ def flat(ref: Reference) -> tuple[Flat, list[int]]:
     ],
 )
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.some(5)
+@pytest.mark.slow
 def test_auto_alpha_of_a_merge(method: str, lines: dict[str, Any], tmp_path: Path) -> None:
     """Alpha auto, its norms, and all that is scaled by it are what the merge of the same recipe makes of them."""
     base = toy(11, 3)
@@ -200,6 +200,7 @@ def test_auto_alpha_of_a_merge(method: str, lines: dict[str, Any], tmp_path: Pat
     check(told, Reference(base, fts, spots, c))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("t", [0.25, 0.8])
 @pytest.mark.parametrize("models", [1, 2])
 def test_auto_alpha_of_slerp(models: int, t: float, tmp_path: Path) -> None:
@@ -293,7 +294,7 @@ PLANS: dict[str, tuple[dict[str, Any], Callable[[str, Spot], float]]] = {
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.some(5)
+@pytest.mark.slow
 def test_coefficients_of_a_recipe(plan: str, tmp_path: Path) -> None:
     """Each tensor's coefficient is that of the merge, `lambda` and filters included, and what is scaled follows it."""
     base = pair_of_stacks(1)
@@ -331,6 +332,7 @@ def test_what_is_told_as_merge_gives_what_is_told_as_scaled(tmp_path: Path) -> N
         assert row["scaled_norm_of_sum"] == pytest.approx(left, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [(), ("--alpha", 0.3, "--gamma", 0.5), ("--schedule", "0.1,0.8", "--filter", "mlp=2")]
 )
@@ -398,6 +400,7 @@ def test_what_a_merge_refuses(spoil: Callable[[list[Tensors]], None], tmp_path: 
     refused(ran.code, "--config", recipe)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settled", [{"missing": "skip"}, {"missing": "copy"}, {"resize": "base"}, {"resize": "ft"}])
 def test_what_a_recipe_settles(settled: dict[str, str], tmp_path: Path) -> None:
     """Where the recipe says what becomes of misfits, alpha is measured over what is merged, as by the merge."""
@@ -539,6 +542,7 @@ def test_filters_of_a_recipe_go_by_the_names_of_its_base(said: dict[str, Any], t
     assert {f"text.{name.removeprefix('text.')}": c for name, c in told.items()} == planned
 
 
+@pytest.mark.slow
 def test_the_map_of_an_output_is_that_of_its_merge(tmp_path: Path) -> None:
     """An output tells each tensor's coefficient as the merge had it, unless options ask for others."""
     base = pair_of_stacks(3)

@@ -106,7 +106,7 @@ def random_tensors(random: np.random.Generator, layers: int) -> Tensors:
 
 
 @pytest.mark.parametrize("seed", [*range(10), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(10, 30))])
-@pytest.mark.some(7)
+@pytest.mark.slow
 def test_random_checkpoints(seed: int, tmp_path: Path) -> None:
     """Whatever shapes, dtypes, shards and numbers of fine-tunes come together, the numbers are the reference's."""
     random = np.random.default_rng(seed)

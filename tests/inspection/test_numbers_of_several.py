@@ -23,6 +23,7 @@ from support.inspect_reference import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [2, 3, 5])
 def test_every_number_of_several_fine_tunes(number: int, tmp_path: Path) -> None:
     """Cosines, opposed and disagreeing signs, norms and auto are told as the plain computation has them."""
@@ -45,6 +46,7 @@ def test_identical_updates(number: int, tmp_path: Path) -> None:
     assert together["norm_of_sum"] == pytest.approx(together["sum_of_norms"], rel=1e-12)
 
 
+@pytest.mark.slow
 def test_a_cosine_is_never_above_one(tmp_path: Path) -> None:
     """Cosines lie between -1 and 1, the last bit of a division included."""
     base = {f"model.layers.{i}.mlp.w": torch.zeros(5, dtype=torch.float64) for i in range(64)}
@@ -74,6 +76,7 @@ def test_opposite_updates(tmp_path: Path) -> None:
     assert together["auto"] == {"method": "task_arithmetic", "alpha": None, "sum": 0.0, "merged": 0.0}
 
 
+@pytest.mark.slow
 def test_updates_of_disjoint_entries(tmp_path: Path) -> None:
     """Updates that never meet are at right angles, disagree nowhere, and their norms add up in squares."""
     base = toy(3, 3)

@@ -86,6 +86,7 @@ def test_chunks_shards_and_workers(number: int, tmp_path: Path) -> None:
     assert len({json.dumps(run | {"seconds": 0}) for run in runs}) == 1
 
 
+@pytest.mark.slow
 def test_sharding_changes_nothing(tmp_path: Path) -> None:
     """One file or many, in whatever order tensors lie: the same numbers to the bit."""
     base = toy(9, 5)

@@ -78,6 +78,7 @@ def test_coefficients_as_asked_and_realised(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_digests_of_an_output(outputs: Path, tmp_path: Path) -> None:
     """The page of an output has the digests of its record; and none is made up where nothing is recorded."""
     import yaml

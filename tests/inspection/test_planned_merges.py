@@ -118,6 +118,7 @@ def test_where_coefficients_come_from(recipe: str, alpha: float, words: str, out
     assert report["fine_tunes"][0]["layers"][0]["coefficient"] == pytest.approx(alpha)
 
 
+@pytest.mark.slow
 def test_the_default_of_several(outputs: Path) -> None:
     """Of several fine-tunes the coefficients are those of alpha auto, 1/N, and beta 0.5; of one an edit's."""
     base = ["--base", outputs / "base"]

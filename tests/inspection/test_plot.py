@@ -297,6 +297,7 @@ def test_the_page_holds_every_number(case: str, drawn: Any) -> None:
         assert all(f"model: {tune['model']}" in page.text for tune in told["fine_tunes"])
 
 
+@pytest.mark.slow
 def test_the_recipe_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The recipe that a page shows is one that lines merge takes."""
     model = decoder(3)
@@ -725,6 +726,7 @@ def contrast(a: tuple[float, ...], b: tuple[float, ...]) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
+@pytest.mark.slow
 def test_numbers_on_colours_can_be_read() -> None:
     """A number in a matrix stands out from its cell, whatever its value is."""
     pairs = list(combinations(range(8), 2))

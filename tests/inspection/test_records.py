@@ -41,6 +41,7 @@ def changed(path: Path) -> dict[str, str]:
 SHARDS = [f"model-0000{at}-of-00002.safetensors" for at in (1, 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["edit", "out"])
 def test_an_untouched_output_passes(which: str, outputs: Path) -> None:
     """All files of an output of edit and of merge are as the recipe recorded them; --check says how many that are."""

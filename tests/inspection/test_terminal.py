@@ -47,7 +47,7 @@ NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?[%x]?|-")
 @pytest.mark.parametrize("columns", [60, 80])
 @pytest.mark.parametrize("tunes", [0, 1, 3, 8])
 @pytest.mark.parametrize("flags", [[], ["--tensors"], ["--check", "--full"]], ids=["", "tensors", "check"])
-@pytest.mark.some(5)
+@pytest.mark.slow
 def test_columns(tunes: int, flags: list[str], columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A table is no wider than the terminal unless its numbers need that: long names are elided in their middle, each
     row is one line, and no number is cut. Off a terminal names are whole.
@@ -136,6 +136,7 @@ def test_no_number_is_cut(tunes: int, by: float, tmp_path: Path, monkeypatch: py
         assert all(cell.endswith("%") for cell in row[2:]), row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {}, {"TERM": "xterm-256color"}])
 def test_no_escape_codes_in_a_pipe(env: dict[str, str], tmp_path: Path) -> None:
     """Piped output holds no escape codes, with colour forbidden or not."""
@@ -147,6 +148,7 @@ def test_no_escape_codes_in_a_pipe(env: dict[str, str], tmp_path: Path) -> None:
     assert "model.layers" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forced", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
 def test_no_colour_on_a_terminal(forced: dict[str, str], tmp_path: Path) -> None:
     """On a terminal, too, NO_COLOR and TERM=dumb leave no colour."""
@@ -257,6 +259,7 @@ def test_a_hostile_path(tmp_path: Path) -> None:
     assert not CONTROL.search(ok(path, "--json").out)
 
 
+@pytest.mark.slow
 def test_the_terminal_tells_what_json_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers in the tables are those of the JSON, rounded."""
     monkeypatch.chdir(tmp_path)

@@ -205,6 +205,7 @@ QUICK = {"task_arithmetic-0", "ties-0", "dare_linear-1", "linear-0", "iso_c-0", 
 EVERY = [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow) for case in TYPICAL]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", EVERY)
 def test_on_top_of_every_method(case: str, tmp_path: Path) -> None:
     """What the method makes is calibrated, and that is what LiNeS scales; `alpha: auto` is measured of it."""
@@ -320,6 +321,7 @@ def test_signs_are_counted_before_norms_are_taken(tmp_path: Path) -> None:
     assert planned(tmp_path, {**asked, "lines": {"alpha": 0.2, "beta": 0.5}}).passes == ("thresholds", "signs")
 
 
+@pytest.mark.slow
 def test_it_is_said_and_recorded(tmp_path: Path) -> None:
     """In the summary, in the recipe beside the output, in the model card, in JSON; the recipe gives the same again."""
     base, models = family(2)

@@ -91,7 +91,7 @@ def test_the_result_is_finite(method: str, models: str, every: bool, world: Path
 
 @pytest.mark.parametrize("weights", [(0.0, 0.0, 0.0), (1.0, -1.0, 0.0), (-0.5, -0.5, 2.0)], ids=str)
 @pytest.mark.parametrize("method", [name for name in MERGERS if "weight" in METHODS[name].parameters])
-@pytest.mark.some(8)
+@pytest.mark.slow
 def test_weights_of_nothing(method: str, weights: tuple[float, ...], world: Path, tmp_path: Path) -> None:
     """Weights that are zero, negative, or add up to nothing give a finite result, or are refused in words."""
     for number, said in enumerate(TABLE[method].typical):

@@ -89,7 +89,7 @@ FIRST = [pytest.param(case, marks=() if case.endswith("-0") else pytest.mark.slo
 
 
 @pytest.mark.parametrize("case", FIRST)
-@pytest.mark.some(8)
+@pytest.mark.slow
 def test_inspect_tells_the_alpha_of_the_merge(case: str, tmp_path: Path) -> None:
     """`lines inspect --config` measures what the merge of the recipe measures, and that is the reference's."""
     method, said = TYPICAL[case]
@@ -134,6 +134,7 @@ def test_whole_tensors_for_any_chunk_and_any_number_of_workers(rows: int, tmp_pa
     assert torch.equal(got[embedding][rows:], models[0][embedding][rows:])
 
 
+@pytest.mark.slow
 def test_a_tensor_over_several_spans_is_merged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By one worker for all of them, in each pass."""
     large = {"layers.0.w": (2_500_000,), "layers.1.w": (3, 4)}
@@ -181,6 +182,7 @@ def test_null_directions_stay_null() -> None:
     assert own_iso_c([torch.zeros(0, 5)], weight=[1.0]).shape == (0, 5)
 
 
+@pytest.mark.slow
 def test_nan_in_a_whole_tensor_names_the_input(tmp_path: Path) -> None:
     """Wherever in the tensor it stands; let through, it fills the matrix that it stands in."""
     models = [model(seed) for seed in range(3)]

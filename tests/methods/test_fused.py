@@ -154,6 +154,7 @@ def test_consensus(kind: str, on: str) -> None:
         assert [int(after[0].sum()), after[1]] == [int(before[0].sum(dtype=torch.float64)), before[1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["any bits", "infinite", "finite", "grid", "last places"])
 def test_windows(kind: str) -> None:
     """What lies in a window, in whatever order, and how many lie above: windows on everything, on one magnitude that
@@ -226,7 +227,7 @@ def merged(folder: Path, recipe: dict[str, Any], output: str, *more: object) -> 
     return (folder / output / "model.safetensors").read_bytes()
 
 
-@pytest.mark.some(5)
+@pytest.mark.slow
 @pytest.mark.parametrize("dtypes", [(BF16,), (F16, BF16, F32), (F32, F64)], ids=str)
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_merge_has_the_same_bytes(
@@ -243,6 +244,7 @@ def test_a_merge_has_the_same_bytes(
     assert run_lines("verify", tmp_path / "fast").code == 0
 
 
+@pytest.mark.slow
 def test_small_runs_take_no_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run takes them from a size on: a higher one where they have yet to be compiled."""
     models_of(tmp_path, BF16)

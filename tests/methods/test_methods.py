@@ -404,6 +404,7 @@ def test_how_many_a_density_keeps(density: float, k: int, trim: str, tmp_path: P
     assert got == {"a": [0] * (100 - k) + tau["a"][100 - k :]}
 
 
+@pytest.mark.slow
 def test_a_threshold_of_neighbouring_numbers(tmp_path: Path) -> None:
     """Magnitudes that differ in the last bit are told apart, the smallest and the largest of float32 too."""
     tops = np.array([3e38, 1.0, 2.0**-126, 1e-45], dtype=np.float32)
@@ -557,6 +558,7 @@ def test_alpha_of_a_plain_sum_is_one_over_n(number: int, tmp_path: Path) -> None
         assert alpha_of(tmp_path / "out") == 1 / number
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["weighted sum", "ties", "dare, l1", "consensus on ties"])
 def test_alpha_is_measured_before_lambda_gamma_and_filters(case: str, tmp_path: Path) -> None:
     """Neither lambda nor gamma, nor what filters and stacks do with the result, changes the measured alpha."""
@@ -584,6 +586,7 @@ def draws(
     return [{name: got[name].long() >> (2 * n) & 1 for name in names} for n in range(number)]
 
 
+@pytest.mark.slow
 def test_draws_differ_by_model_tensor_block_and_seed(tmp_path: Path) -> None:
     """The share that is kept is the density, and two draws agree as often as independent ones do."""
     size, density = 4 * whole_model.BLOCK, 0.3

@@ -73,6 +73,7 @@ def weights_of(out: str) -> bytes:
     return Path(out, "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["nan", "equal_norm"])
 def test_the_weights_are_those_of_the_norms(rule: str, here: Path) -> None:
     """Recorded as numbers; the result is the weighted sum, to the bit; verify and the record make it again."""
@@ -142,6 +143,7 @@ def test_every_sum_of_task_vectors_has_them() -> None:
     assert without == {"linear", "nuslerp"}
 
 
+@pytest.mark.slow
 def test_chunks_and_workers_change_no_byte(here: Path) -> None:
     """Norms are summed in one order."""
     recipe = make_recipe(asked("nan"), where="here")

@@ -165,6 +165,7 @@ def test_another_size(tmp_path: Path) -> None:
     assert "trained on another model" in ran.err
 
 
+@pytest.mark.slow
 def test_a_base_that_the_config_contradicts(tmp_path: Path) -> None:
     """It is said; a copy under the same name, one in the Hub's cache, and one that was quantised say nothing."""
     write_checkpoint(tmp_path / "base", base(), config=LLAMA)
@@ -607,6 +608,7 @@ def of_experts(model_type: str, number: int = 3, rank: int = 4) -> tuple[Tensors
 TWO_OF_EXPERTS: dict[str, Any] = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", EXPERTS)
 def test_fused_experts_on_a_base_that_stores_them_one_by_one(model_type: str, tmp_path: Path) -> None:
     """What is one tensor in the model, and many on disk, gets its part of the product, by transformers' own rules; so
@@ -629,6 +631,7 @@ def test_fused_experts_on_a_base_that_stores_them_one_by_one(model_type: str, tm
     assert "layers.0.mlp.experts.down_proj and model.layers.0." in note
 
 
+@pytest.mark.slow
 def test_a_merge_of_fused_experts(tmp_path: Path) -> None:
     """An adapter beside a fine-tune: the product is its task vector, in whatever chunks."""
     before = one_by_one("mixtral")

@@ -68,7 +68,7 @@ def test_an_edit_across_layouts(model: str) -> None:
 
 @pytest.mark.parametrize("model", [name for name, of in LAYOUTS.items() if not of.needs_config])
 @pytest.mark.parametrize("config", [{}, {"model_type": "of_my_own"}, {"model_type": "llama"}], ids=str)
-@pytest.mark.some(5)
+@pytest.mark.slow
 def test_without_a_config_that_says_which(model: str, config: dict[str, Any]) -> None:
     """Experts one by one and fused ones, and `gate_up_proj`, are known by their names and shapes."""
     of = LAYOUTS[model]
@@ -87,6 +87,7 @@ def test_a_coefficient_that_copies(model: str, alpha: float) -> None:
         same(got, ft(int(alpha)))
 
 
+@pytest.mark.slow
 def test_files_in_shards(tmp_path: Path) -> None:
     """Experts that lie in many files are read from there; verify, the dry run and inspect see the same."""
     apart, together = (
@@ -443,6 +444,7 @@ def test_a_base_in_fp8_and_in_another_layout(alpha: float, tmp_path: Path) -> No
     assert updates[0]["update_norm"] == pytest.approx(updates[1]["update_norm"], rel=1e-12)
 
 
+@pytest.mark.slow
 def test_fused_experts_in_fp8_that_are_cut(tmp_path: Path) -> None:
     """A part of a quantised tensor has the scales of its own rows."""
     fused_codes = in_fp8(fused_qwen(0))

@@ -126,6 +126,7 @@ def test_one_of_another_kind_among_several(kind: str, side: str, tmp_path: Path)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "setresuid"), reason="no other user to be")
 @pytest.mark.parametrize(("path", "mode"), [
     ("b/model.safetensors", 0o000), ("b", 0o000), ("b/config.json", 0o000), ("a", 0o311), ("base/tokenizer.json", 0),
@@ -267,6 +268,7 @@ def test_an_input_that_gets_shorter_between_the_passes(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "base", "merge.yaml"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_while_measuring(number: signal.Signals, tmp_path: Path) -> None:
     """A run of four times 128 MB that is asked to end while it measures: 128 + signal, and the disk as it was."""

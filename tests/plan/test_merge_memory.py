@@ -154,6 +154,7 @@ def test_a_head_and_its_embedding_lose_the_same_entries(tmp_path: Path) -> None:
     assert not torch.equal(got["lm_head.weight"], models["base"]["lm_head.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gamma", [0, 1])
 @pytest.mark.parametrize("like", ["base", "ft"])
 def test_integers_do_not_depend_on_how_alpha_is_known(gamma: int, like: str, tmp_path: Path) -> None:

@@ -164,6 +164,7 @@ def test_the_way_out_of_an_overflow_is_one_of_a_merge(tmp_path: Path) -> None:
     refused(ran, 5, "hint: ", "dtype", "allow_nonfinite: true")
 
 
+@pytest.mark.slow
 def test_an_overflow_of_the_difference(tmp_path: Path) -> None:
     """Finite inputs whose difference is beyond float32 are refused in either pass, not written as Inf."""
     far = torch.zeros(5, 7)

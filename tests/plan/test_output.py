@@ -293,6 +293,7 @@ def litter(folder: Path, mark: str) -> None:
     (folder / "model.safetensors.index.json").unlink()
 
 
+@pytest.mark.slow
 def test_what_is_carried_over(tmp_path: Path) -> None:
     """Of a training folder with everything in it, what a loader needs comes along, byte for byte, and no more."""
     for side in ("base", "ft"):
@@ -355,6 +356,7 @@ def test_config_follows_the_dtype(
         assert floats == {getattr(torch, dtype)}
 
 
+@pytest.mark.slow
 @pytest.mark.zoo
 def test_transformers_loads_it(tmp_path: Path) -> None:
     """A model, its tokenizer and its generation config load from the output as they are, the weights as written."""
@@ -440,6 +442,7 @@ def weights(out: Path) -> dict[str, bytes | str | None]:
     return {name: text for name, text in snapshot(out).items() if name not in ("README.md", "lines_recipe.yaml")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["relative", "absolute"])
 def test_the_recipe_repeats_the_run(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`lines merge --config out/lines_recipe.yaml` gives the same bytes, from another working directory too."""

@@ -330,6 +330,7 @@ ALIKE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ALIKE)
 def test_two_prefixes_that_fit_alike(kind: str, tmp_path: Path) -> None:
     """They are listed with their counts, and --prefix decides; the recipe holds it, so that verify agrees."""
@@ -421,6 +422,7 @@ def test_each_side_has_a_prefix_of_its_own(kind: str, tmp_path: Path) -> None:
         assert run_lines("verify", tmp_path / "out").code == 0
 
 
+@pytest.mark.slow
 def test_two_towers_behind_two_prefixes(tmp_path: Path) -> None:
     """Where several fit alike each is listed; a pairing that is whole needs no hint."""
     whole = tower(TEXT, 0, own="stem") | tower(VISION, 1, own="stem")

@@ -91,6 +91,7 @@ def test_each_component_by_its_own_depth(tmp_path: Path) -> None:
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_everything_is_recorded(tmp_path: Path) -> None:
     """The recipe has a digest of every file in every folder, and says what was read; no folder is left beside."""
     write_pair(tmp_path)
@@ -104,6 +105,7 @@ def test_everything_is_recorded(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["base", "ft", "out"]
 
 
+@pytest.mark.slow
 def test_a_component_gives_what_it_gives_by_itself(tmp_path: Path) -> None:
     """The same tensors as an edit of its folder alone, with the same options."""
     write_pair(tmp_path)
@@ -127,6 +129,7 @@ def test_one_component_is_named(tmp_path: Path) -> None:
     assert told["outside"]["tensors"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "alphas", "vae"),
     [
@@ -190,6 +193,7 @@ def merge(tmp_path: Path, *flags: object, **more: Any) -> Ran:
     return ran
 
 
+@pytest.mark.slow
 def test_a_recipe_says_it_of_each(tmp_path: Path) -> None:
     """Schedule, layers and what lies outside, each of one component; and the record says it again."""
     write_pair(tmp_path)
@@ -232,6 +236,7 @@ def test_a_merge_of_pipelines(tmp_path: Path) -> None:
     assert run_lines("verify", tmp_path / "out").code == 0
 
 
+@pytest.mark.slow
 def test_shards_each_in_its_folder(tmp_path: Path) -> None:
     """Inputs are sharded or not; the output's components have an index each, with their own names and files."""
     write_pair(tmp_path, unet={"shards": 3})
@@ -395,6 +400,7 @@ def test_pickles_in_components(tmp_path: Path) -> None:
     assert run_lines("verify", tmp_path / "out").code == 0
 
 
+@pytest.mark.slow
 def test_tokens_of_sentence_transformers(tmp_path: Path) -> None:
     """Rows are paired by token, and the tokenizer gets what is new, as for a transformer by itself."""
     for seed, (side, words) in enumerate((("base", ["<unk>", *WORDS]), ("ft", ["<unk>", *WORDS[::-1], "new"]))):
@@ -641,6 +647,7 @@ def test_nan_in_a_component(tmp_path: Path) -> None:
 # --- what lies beside ---
 
 
+@pytest.mark.slow
 def test_custom_code_is_named_and_not_run(tmp_path: Path) -> None:
     """In the notes and in the model card; of a single model, too."""
     write_pair(tmp_path)
@@ -724,6 +731,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert sorted(os.listdir(tmp_path)) == ["base", "ft"]
 
 
+@pytest.mark.slow
 def test_verify_finds_what_was_changed(tmp_path: Path) -> None:
     """In any folder: another byte, a file that is missing, and one that is not of it."""
     write_pair(tmp_path)
@@ -745,6 +753,7 @@ def test_verify_finds_what_was_changed(tmp_path: Path) -> None:
 # --- to look at ---
 
 
+@pytest.mark.slow
 def test_inspect_shows_every_component(tmp_path: Path) -> None:
     """Alone and against a base: each with its stacks, its size and its update; a VAE has 1 throughout."""
     write_pair(tmp_path)
@@ -829,6 +838,7 @@ def test_modules_of_sentence_transformers(within: str, tmp_path: Path) -> None:
     same(loaded(tmp_path / "out")["2_Dense"], ft["2_Dense"])
 
 
+@pytest.mark.slow
 def test_a_transformer_as_the_base_of_modules(tmp_path: Path) -> None:
     """It is paired with theirs, wherever that lies; the other modules are the fine-tune's."""
     write_modules(tmp_path / "base", 0)
@@ -856,6 +866,7 @@ def test_modules_in_one_file(tmp_path: Path) -> None:
     assert any("without 2_Dense" in note for note in ran.json["notes"])
 
 
+@pytest.mark.slow
 def test_modules_that_lie_deeper_or_elsewhere(tmp_path: Path) -> None:
     """A module's path of several folders is one; a link out of the folder is refused."""
     for seed, side in enumerate(("base", "ft")):

@@ -121,6 +121,7 @@ def test_layers_are_stacked(parts: list[tuple[str, int, int]], dtype: torch.dtyp
     }
 
 
+@pytest.mark.slow
 def test_other_files_give_the_same_bytes(tmp_path: Path) -> None:
     """Shards, pickles, workers and chunks make no difference; nor do several files of the output."""
     models = {name: model(seed) for seed, name in enumerate("ab")}
@@ -164,6 +165,7 @@ def test_whose_ends_is_said(tmp_path: Path) -> None:
     assert not any("the same tokens" in note for note in notes)
 
 
+@pytest.mark.slow
 def test_the_files_are_the_base_s_if_it_is_one(tmp_path: Path) -> None:
     """Config and tokenizer are those of the first model, or of base_model, or of tokenizer_source."""
     write(tmp_path, a=model(0))
@@ -286,6 +288,7 @@ def test_a_recipe_is_inspected_as_it_will_be_merged(tmp_path: Path) -> None:
         assert layer["coefficient"] == pytest.approx(0.1 + 0.8 * layer["index"] / 5)
 
 
+@pytest.mark.slow
 def test_layers_of_one_range_onto_those_of_another(tmp_path: Path) -> None:
     """SLERP from a model's layers to other layers of another; at t = 0 and t = 1 they are the one and the other."""
     models = {name: model(seed) for seed, name in enumerate("ab")}

@@ -265,6 +265,7 @@ def test_rows_of_one_side_keep_their_bits(zero: float, tmp_path: Path) -> None:
 # --- union ---
 
 
+@pytest.mark.slow
 @by_turns(
     kind=["WordLevel", "BPE", "Unigram", "WordPiece"],
     sizes=[(None, None, None), (16, 12, None), (None, 64, 13)],
@@ -326,6 +327,7 @@ def test_a_union_of_the_same_vocabularies_changes_nothing(tmp_path: Path) -> Non
     assert files[2] == files[3]
 
 
+@pytest.mark.slow
 @by_turns(
     method=[
         ("ties", {"trim": "tensor", "density": 0.5}),
@@ -396,6 +398,7 @@ def test_chunks_and_workers_change_no_bit(method: tuple[str, dict[str, Any]], ro
     assert made[0] == made[1] == made[2]
 
 
+@pytest.mark.slow
 def test_an_adapter_on_a_base_with_other_ids(tmp_path: Path) -> None:
     """An adapter that changes the head does so at its base's rows, whatever order the output has."""
     _, ids = model(tmp_path / "base", WORDS, seed=0)
@@ -445,6 +448,7 @@ def adapter_and_base(
     return base, ids, *adapter_with_tables(folder / "ft", base, words, extra)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [WORDS, swapped(WORDS, (2, 7))], ids=["same order", "other order"])
 def test_the_tokenizer_of_an_adapter_says_whose_its_rows_are(words: Sequence[str], tmp_path: Path) -> None:
     """A union has the tokens that only the tokenizer beside an adapter knows, and pairs all others by it."""
@@ -461,6 +465,7 @@ def test_the_tokenizer_of_an_adapter_says_whose_its_rows_are(words: Sequence[str
                 torch.testing.assert_close(got[name][number], task_arithmetic(rows, [1.0]))
 
 
+@pytest.mark.slow
 def test_an_adapter_with_other_ids_is_refused(tmp_path: Path) -> None:
     """As a whole fine-tune with these is; with --resize rows are paired by token, and the kept side's tokenizer goes
     with them.
@@ -525,6 +530,7 @@ def test_a_union_without_a_base(tmp_path: Path) -> None:
         torch.testing.assert_close(got[EMBED][number], expected)
 
 
+@pytest.mark.slow
 def test_the_tokens_of_a_named_input(tmp_path: Path) -> None:
     """tokenizer_source: a model keeps that model's tokens and ids, and every input is read by token."""
     sides = {
@@ -547,6 +553,7 @@ def test_the_tokens_of_a_named_input(tmp_path: Path) -> None:
         assert ids_in(tmp_path / "out") == ids
 
 
+@pytest.mark.slow
 def test_rows_of_single_tokens_may_be_said(tmp_path: Path) -> None:
     """mergekit's `tokens`: a model's row, another token's, zeros, for those who lack the token or for all; and a token
     that none has. `pad_to_multiple_of` gives the rows behind them the mean of all.
@@ -687,6 +694,7 @@ def test_a_head_that_one_side_lacks_is_copied_by_token(tmp_path: Path) -> None:
 # --- what cannot be done ---
 
 
+@pytest.mark.slow
 def test_what_a_union_needs(tmp_path: Path) -> None:
     """A folder to write the tokenizer into, a tokenizer.json to write, tokenizers that can be read, one meaning."""
     model(tmp_path / "base", WORDS, seed=1)

@@ -157,7 +157,7 @@ TIES_IN_ZOO = [
         for side, full in enumerate(("base", "ft"))
     ],  # by default each family with one of its sides
 )
-@pytest.mark.some(3)
+@pytest.mark.slow
 def test_a_state_dict_saved_whole_fits_one_saved_by_transformers(family: str, full: str, tmp_path: Path) -> None:
     """One side holds every tied tensor again under its own name, the other only once; what they share is by formula."""
     model = zoo.ZOO[family]()
@@ -309,7 +309,7 @@ def test_only_vocabularies_are_resized(case: tuple[str, list[int], list[int]], k
 
 @pytest.mark.zoo
 @by_turns(family=["llama", "llama_tied", "gpt2", "t5", "bert", "bart"], keep=["ft", "base"])
-@pytest.mark.some(4)
+@pytest.mark.slow
 def test_a_resized_model_loads(family: str, keep: str, tmp_path: Path) -> None:
     """A fine-tune that got a padding token of its own: the output loads with either vocabulary, whole."""
     base = zoo.ZOO[family]()

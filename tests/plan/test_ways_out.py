@@ -380,6 +380,7 @@ def test_a_variant_is_inspected(tmp_path: Path) -> None:
     assert (ran.code, "--config already gives" in ran.err) == (2, True)
 
 
+@pytest.mark.slow
 def test_several_variants(tmp_path: Path) -> None:
     """Which one is meant has to be said; where there is one without a variant, that is meant."""
     write_checkpoint(tmp_path / "base", layers(0), config=LLAMA)
@@ -419,6 +420,7 @@ def test_an_index_as_an_argument(tmp_path: Path) -> None:
     assert (refused.code, "replace an input" in refused.err) == (6, True)
 
 
+@pytest.mark.slow
 def test_a_complex_buffer(tmp_path: Path) -> None:
     """The same on both sides it is copied; else an error, unless one side's is asked for."""
     table = torch.ones(5, dtype=torch.complex64)
@@ -438,6 +440,7 @@ def test_a_complex_buffer(tmp_path: Path) -> None:
         assert torch.equal(load_file(tmp_path / "out/model.safetensors")["freqs_cis"], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [0, 2**17 + 1, 3 * 2**17 - 1])
 def test_complex_buffers_are_compared_while_planning(at: int, tmp_path: Path) -> None:
     """Wherever they differ, of every input of a merge, and before anything is measured or written."""

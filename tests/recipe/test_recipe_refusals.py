@@ -309,6 +309,7 @@ VALUES_REFUSED: dict[str, tuple[str, dict[str, Any], list[str]]] = {
 }
 
 
+@pytest.mark.slow
 def test_a_parameter_s_filter_that_matches_nothing_says_nothing(models: Path, tmp_path: Path) -> None:
     """As in mergekit a filter without a match falls through to the next place, and a note names it."""
     weights = {"a": [{"filter": "xyzzy", "value": 9}]}
@@ -534,6 +535,7 @@ def test_no_well_formed_recipe_ends_in_a_traceback(seed: int, beside: Path) -> N
     assert [found for text in texts if (found := complaint(beside, text, "--quiet"))] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_no_text_ends_in_a_traceback(seed: int, beside: Path) -> None:
     """A recipe's text with characters lost, doubled and put in is done or refused, too."""
@@ -550,6 +552,7 @@ def test_no_text_ends_in_a_traceback(seed: int, beside: Path) -> None:
     assert [found for text in texts if (found := complaint(beside, text))] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_no_set_ends_in_a_traceback(seed: int, beside: Path) -> None:
     """Whatever --set puts wherever into a sound recipe is done or refused."""
@@ -590,6 +593,7 @@ def test_yamls_own_oddities(text: str, beside: Path) -> None:
     assert complaint(beside, text) == ""
 
 
+@pytest.mark.slow
 def test_recipe_error_is_what_load_recipe_raises(tmp_path: Path) -> None:
     """From Python, too, every malformed shape is a RecipeError."""
     rng = random.Random(11)

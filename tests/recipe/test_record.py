@@ -121,6 +121,7 @@ def test_the_current_folder_is_behind_a_link(here: Path, monkeypatch: pytest.Mon
     assert record(out)["base_model"] == "../../../base"
 
 
+@pytest.mark.slow
 def test_a_link_that_leads_elsewhere_later(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`latest` was one version, and that is the one recorded."""
     (here / "latest").symlink_to("base")
@@ -169,6 +170,7 @@ def notes(*args: object, code: int = 0) -> str:
     return " ".join(ran.err.split())
 
 
+@pytest.mark.slow
 def test_a_moved_recipe_that_finds_other_models(here: Path) -> None:
     """Other sizes and headers are told; of other times alone it is only said that the times differ."""
     recipe = recipe_elsewhere(edit("base", "ft", "out"), here)
@@ -189,6 +191,7 @@ def test_a_moved_recipe_that_finds_other_models(here: Path) -> None:
     assert "recipe records" not in own
 
 
+@pytest.mark.slow
 def test_a_moved_recipe_with_digests(here: Path) -> None:
     """With --verify-inputs what the record has digests of has to hold just that; from Python, too."""
     ran = run_lines("edit", "base", "ft", "-o", "out", "--verify-inputs")
@@ -208,6 +211,7 @@ def test_a_moved_recipe_with_digests(here: Path) -> None:
         lines.merge(values, output="again3", verify_inputs=True)
 
 
+@pytest.mark.slow
 def test_a_record_that_a_recipe_overrules(here: Path) -> None:
     """Another model by --set is told as not recorded; a recipe of any shape of record is run."""
     out = edit("base", "ft", "out")
@@ -248,7 +252,7 @@ def test_a_revision_with_a_slash(name: str, here: Path) -> None:
     ],
     ids=ascii,
 )
-@pytest.mark.some(5)
+@pytest.mark.slow
 def test_odd_names(name: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any name that a system gives a folder comes back from the recipe as it was."""
     (here / "base").rename(here / name)

@@ -164,6 +164,7 @@ def test_an_edit_has_the_rule_s_coefficients(rule: str, here: Path) -> None:
         assert torch.equal(tensor, base[name] + torch.tensor(c) * (ft[name] - base[name])), name
 
 
+@pytest.mark.slow
 @by_turns(method=["task_arithmetic", "ties", "iso_c", "linear"], rule=["esm", "larv-tanh"])
 def test_it_measures_what_the_method_makes(rule: str, method: str, here: Path) -> None:
     """The merged task vector, before lambda and gamma: that of the same recipe without `lines:`."""
@@ -261,6 +262,7 @@ def test_what_was_measured_is_not_measured_again(here: Path, monkeypatch: pytest
     assert Path("out/model.safetensors").read_bytes() == Path("plain/model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_in_memory(here: Path) -> None:
     """Tensors in memory come to those of the files."""
     run_lines("edit", "base", "ft", "-o", "out", "--schedule", "esm", "--alpha", 0.2)
@@ -298,6 +300,7 @@ def test_candidates_of_a_sweep(here: Path, monkeypatch: pytest.MonkeyPatch) -> N
 # --- what there is to look at ---
 
 
+@pytest.mark.slow
 def test_odd_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer that does not change, one with a matrix that no other has, and one without matrices: each has a share."""
     monkeypatch.chdir(tmp_path)
@@ -403,6 +406,7 @@ def test_inspect_foresees_rounding_by_it(here: Path) -> None:
     assert told["scaling"]["alpha"] == merged["alpha"]
 
 
+@pytest.mark.slow
 def test_inspect_what_does_not_pair(here: Path) -> None:
     """Tensors inside blocks that one side lacks are passed over, as ever."""
     short = load_file(here / "ft" / "model.safetensors")
@@ -483,6 +487,7 @@ def test_what_no_rule_is_called(said: str, words: str, here: Path) -> None:
     refused(run_lines("edit", "base", "ft", "-o", "out", "--schedule", said), words)
 
 
+@pytest.mark.slow
 def test_values_that_are_not_finite(here: Path) -> None:
     """NaN in a matrix is refused; where it is let through, no share rests on it."""
     broken = load_file(here / "ft" / "model.safetensors")
@@ -543,6 +548,7 @@ def test_a_package_adds_rules(here: Path, installed: None) -> None:
     assert find_rule("esm") is depth_rules.RULES["esm"]
 
 
+@pytest.mark.slow
 def test_a_package_that_is_broken_is_named(here: Path, installed: None) -> None:
     """By what asks for its rule, and by nothing else."""
 

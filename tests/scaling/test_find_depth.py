@@ -408,6 +408,7 @@ def test_not_layers_are_as_if_they_were_not_there() -> None:
         find_depth(names, not_layers="(")
 
 
+@pytest.mark.slow
 def test_depth_by_hand_is_recorded_and_runs_again(tmp_path: Path) -> None:
     """The recipe of the output says the series and what is no layer; verify and a second run read it so."""
     import torch

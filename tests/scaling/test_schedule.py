@@ -160,7 +160,7 @@ def test_any_combination_gives_what_the_rules_say(key: str, which: range, saved:
 
 @pytest.mark.parametrize("which", [range(2), pytest.param(range(2, 6), marks=pytest.mark.slow)], ids=["2", "4 more"])
 @pytest.mark.parametrize("key", MODELS)
-@pytest.mark.some(3)
+@pytest.mark.slow
 def test_a_run_writes_its_map_and_its_recipe_writes_it_again(
     key: str, which: range, saved: dict[str, tuple[Path, Path]], tmp_path: Path
 ) -> None:

@@ -245,6 +245,7 @@ def test_home(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not list(models.glob("~*"))
 
 
+@pytest.mark.slow
 def test_a_dry_run_writes_nothing(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even a lock, and a leftover stays as it is; nor does it with --resume where all is finished."""
 
@@ -268,6 +269,7 @@ def test_a_dry_run_writes_nothing(models: Path, monkeypatch: pytest.MonkeyPatch)
     assert times() == before
 
 
+@pytest.mark.slow
 def test_verify_of_what_is_finished(models: Path) -> None:
     """--resume --verify --verify-inputs reads an output that is finished, and its inputs, as it would a new one."""
     flags = ["--resume", "--verify", "--verify-inputs"]
@@ -314,7 +316,7 @@ def overlay(folder: Path, lower: Path) -> Iterator[Path]:
 
 @pytest.mark.durable
 @pytest.mark.parametrize("what", ["a leftover", "an output", "both"])
-@pytest.mark.some(3)
+@pytest.mark.slow
 def test_folders_that_came_with_an_image(what: str, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On overlayfs these cannot be renamed or exchanged (EXDEV): their files are moved."""
     if what != "a leftover":

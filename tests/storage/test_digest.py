@@ -265,6 +265,7 @@ def test_a_recorded_recipe_runs_again(make: Callable[..., Path], inputs: Path) -
     assert recorded(other) == found(other) != found(out)
 
 
+@pytest.mark.slow
 def test_a_wrong_record_has_no_influence(inputs: Path) -> None:
     """Whatever a recipe says was written, the result is that of the other keys; --json shows those alone."""
     out = edit(inputs, "out")

@@ -82,7 +82,7 @@ HOW = ["edited", "emptied", "a link", "a link to the same", "listed among the fi
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.some(5)
+@pytest.mark.slow
 def test_a_model_card_that_a_person_edited_is_theirs(how: str, models: Path) -> None:
     """--force names it, replaces nothing, and goes on once it is out of the folder. The same for a dry run."""
     assert run_lines(*EDIT).code == 0
@@ -131,6 +131,7 @@ def test_commands_in_hints_can_be_run(output: str, named: str) -> None:
     assert as_argument(Path(output)) == named
 
 
+@pytest.mark.slow
 def test_a_model_card_that_is_edited_while_it_writes(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two looks it is seen by its time; the run that resumes sees what it holds."""
     assert run_lines(*EDIT).code == 0
@@ -308,6 +309,7 @@ def test_a_file_that_a_backup_shares_is_not_written_to(models: Path, monkeypatch
     assert run_lines("inspect", "out", "--check").code == 0
 
 
+@pytest.mark.slow
 def test_what_was_set_aside_does_not_replace_what_came_since(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run was killed between two renames; somebody put something else there: both stay, and are named."""
     assert run_lines(*EDIT).code == 0

@@ -102,6 +102,7 @@ def test_another_thread_gives_it_up_meanwhile(
     assert disk.straight == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [50e6, 10e6], ids=["50 MB/s", "10 MB/s"])
 def test_a_slow_disk(disk: SimpleNamespace, tmp_path: Path, rate: float) -> None:
     """It is given up within 64 writes, and the rest goes through the page cache."""

@@ -93,6 +93,7 @@ def test_a_mended_command_begins_anew_where_nothing_succeeded(here: Path) -> Non
     assert "somebody else" in Path("best.sweep/trials.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_an_output_that_is_an_adapter_is_refused(here: Path) -> None:
     """What is evaluated is a whole model; said of the recipe or by the grid. An adapter as the fine-tune is swept."""
     write_adapter(Path("ad"), factors({name.removesuffix(".weight"): (6, 5) for name in NAMES}, 2, 3), r=2)
@@ -169,7 +170,7 @@ def test_a_winner_makes_way_for_the_next_one(here: Path) -> None:
         ("kill -9 $$ # {checkpoint}", "ended by SIGKILL"),
     ],
 )
-@pytest.mark.some(3)
+@pytest.mark.slow
 def test_evaluations_that_go_wrong_are_failed_trials(here: Path, command: str, said: str) -> None:
     """All are recorded; where all fail the sweep ends with 5, names the first, and has written no output."""
     config = sweep_yaml(evaluate=command, objective="target", controls=False)
@@ -185,6 +186,7 @@ def test_evaluations_that_go_wrong_are_failed_trials(here: Path, command: str, s
     assert Path("best.sweep/trials.jsonl").read_text().count("\n") == 5
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_hangs_is_ended_with_all_that_it_started(here: Path) -> None:
     """After `timeout:`; what it started goes with it."""
     command = "sh -c 'sleep 300 & echo $! > child; wait' # {checkpoint}"
@@ -195,6 +197,7 @@ def test_an_evaluation_that_hangs_is_ended_with_all_that_it_started(here: Path) 
     assert _ends(int(Path("child").read_text()))
 
 
+@pytest.mark.slow
 def test_an_evaluation_ends_with_a_sweep_that_is_killed(here: Path) -> None:
     """Also where the sweep has no chance to end it."""
     config = sweep_yaml(evaluate="echo $$ > child; exec sleep 300 # {checkpoint}", controls=False)
@@ -209,6 +212,7 @@ def test_an_evaluation_ends_with_a_sweep_that_is_killed(here: Path) -> None:
     assert _ends(child)
 
 
+@pytest.mark.slow
 def test_an_evaluation_does_not_begin_if_the_sweep_is_killed_before_it_is_watched(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,6 +257,7 @@ def test_an_evaluation_has_the_environment_of_the_sweep(here: Path, monkeypatch:
     assert (here / "log").read_text() == '{"m": 7}\n'
 
 
+@pytest.mark.slow
 def test_what_is_left_of_an_evaluation_ends_with_a_sweep_that_is_killed(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -542,7 +547,7 @@ def test_python_functions_that_are_not_polite(here: Path, monkeypatch: pytest.Mo
         ({"evaluate": "rm -rf {checkpoint}/../..; echo '{\"m\": 1}'"}, None),
     ],
 )
-@pytest.mark.some(4)
+@pytest.mark.slow
 def test_what_evaluations_print(here: Path, said: dict[str, Any], words: str | None) -> None:
     """Much, other alphabets, lists of changing length, numbers that are none; logs stay small."""
     grid = {"lines.alpha": [1.0, 0.2]}
@@ -603,6 +608,7 @@ def test_two_sweeps_at_once(here: Path) -> None:
     assert first.returncode == 0, said
 
 
+@pytest.mark.slow
 def test_candidates_in_a_live_module(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is what a file would hold, and at the end, also in the middle, the module holds what it held before."""
     namespace: dict[str, Any] = {}
