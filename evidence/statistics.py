@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from scipy import stats
 
 FEWEST = 3  # seeds, below which nothing is tested
 STEPS = 100  # targets at which two curves are compared
@@ -55,6 +54,8 @@ def paired(differences: Iterable[tuple[int, float]]) -> Paired:
     deviation = stdev(means) if len(means) > 1 else None
     p = None
     if deviation is not None and len(means) >= FEWEST:
+        from scipy import stats  # takes seconds
+
         p = float(stats.ttest_1samp(means, 0.0).pvalue) if deviation > 1e-12 else float(abs(fmean(means)) < 1e-12)
     return Paired(
         mean=fmean(means),
@@ -111,5 +112,7 @@ def correlation(one: Sequence[float], other: Sequence[float]) -> float:
     """Spearman's; 0 where one side is constant."""
     if len(set(one)) < 2 or len(set(other)) < 2:
         return 0.0
+    from scipy import stats
+
     found = float(stats.spearmanr(one, other).statistic)
     return 0.0 if math.isnan(found) else found

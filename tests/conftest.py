@@ -11,7 +11,7 @@ import pytest
 
 from support import shared
 
-CASES = 3  # of a test, in the default suite
+CASES = 2  # of a test, in the default suite
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

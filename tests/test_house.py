@@ -287,6 +287,7 @@ def test_the_citation_is_of_this_version() -> None:
     assert citation["version"] == lines_cli.__version__
 
 
+@pytest.mark.slow
 def test_json_is_documented(tmp_path: Path) -> None:
     """docs/json.md names every key that --json prints, and no other, each command's in its own section."""
     for side in ("base", "ft"):

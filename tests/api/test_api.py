@@ -220,6 +220,7 @@ def test_a_merge_is_the_command(options: list[str], said: dict[str, Any], models
         Path("out").rmdir()
 
 
+@pytest.mark.slow
 def test_a_recipe_names_its_output(models: Path) -> None:
     """As in YAML; a `Recipe` that is one already is taken as it is, and cannot be overruled."""
     told = lines.merge({**RECIPE, "output": "out"})
@@ -273,6 +274,7 @@ def test_an_inspection_is_drawn(models: Path) -> None:
     assert (models / "drawn.svg").read_text(encoding="utf-8").startswith("<?xml")
 
 
+@pytest.mark.slow
 def test_home_is_expanded(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python expands no `~`, nor does a shell inside a string."""
     monkeypatch.setenv("HOME", str(models))
@@ -293,6 +295,7 @@ def test_nothing_is_printed(models: Path, capfd: pytest.CaptureFixture[str]) -> 
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_progress(models: Path) -> None:
     """`track` sees every pass: its title, its total, and as many bytes."""
     seen: dict[str, list[int]] = {}

@@ -27,6 +27,7 @@ MODEL: dict[str, tuple[str, list[int]]] = {
 FACTS = {"llama__block_count": 4, "general__file_type": 15, "general__name": "tiny"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alignment", [32, 64])
 def test_inspecting_a_file(alignment: int, tmp_path: Path) -> None:
     """Tensors, parameters, bytes by type, depth, and what the file says of itself."""

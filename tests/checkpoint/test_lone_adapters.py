@@ -527,6 +527,7 @@ def test_flux_with_the_original_s_names_on_diffusers(spelt: str, tmp_path: Path)
         torch.testing.assert_close(found[name], tensor, rtol=3e-6, atol=3e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_flux_with_the_names_of_diffusers_on_the_original(prefix: str, tmp_path: Path) -> None:
     """Each has its own rows of what is fused there; one of three is enough."""

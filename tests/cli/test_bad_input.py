@@ -609,7 +609,7 @@ def test_a_real_disk(kind: str, tmp_path: Path) -> None:
         ("ft/tokenizer.json", 0o000, 3, "ft/tokenizer.json"),
     ],
 )
-@pytest.mark.some(6)
+@pytest.mark.slow
 def test_no_permission(path: str, mode: int, code: int, word: str) -> None:
     """What an ordinary user may not read or write is refused by name, and nothing is left."""
     with as_nobody() as folder:

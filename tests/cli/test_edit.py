@@ -308,6 +308,7 @@ def test_sharding_and_order_change_no_byte(
     assert digests(edit(*paths, tmp_path / "out", max_shard_size=2000)) == expected
 
 
+@pytest.mark.slow
 def test_a_run_again_changes_no_byte(inputs: tuple[Path, Path, dict[str, str]], tmp_path: Path) -> None:
     """The same command gives every file of the folder again; its recipe does, too."""
     base, ft, _ = inputs

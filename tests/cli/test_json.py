@@ -91,6 +91,7 @@ def test_errors(arguments: list[str], code: int, word: str, pair: Path) -> None:
     assert error["hint"] is None or f"hint: {error['hint']}" in ran.err
 
 
+@pytest.mark.slow
 def test_a_report_is_the_one_object(pair: Path) -> None:
     """What was printed before the error is all that stdout has: --check and verify say in it what is wrong."""
     broken = tuned(llama(), 1)

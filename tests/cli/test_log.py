@@ -164,6 +164,7 @@ def test_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [event["event"] for event in events(ran)] == ["end"]
 
 
+@pytest.mark.slow
 def test_no_secret_and_no_control_character(monkeypatch: pytest.MonkeyPatch) -> None:
     """As everywhere, what is said holds no token."""
     monkeypatch.setenv("HF_TOKEN", "hf_averysecrettoken0123456789")

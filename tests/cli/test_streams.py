@@ -72,6 +72,7 @@ def test_an_output_in_place(arguments: list[str], stdout: Callable[[], int], pai
     assert run_lines("verify", tmp_path / "out").code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stdout", [full, gone])
 def test_an_output_that_was_finished_before(stdout: Callable[[], int], pair: Path) -> None:
     """--resume that has nothing to do, and cannot print that, leaves it as it is and says so."""

@@ -249,6 +249,7 @@ def test_experts_are_put_side_by_side_one_by_one(tmp_path: Path) -> None:
         lines.merge({"models": models}, tmp_path / "no", as_adapter=True, energy=0.9)
 
 
+@pytest.mark.slow
 def test_adapters_of_one_base_that_call_modules_otherwise(tmp_path: Path) -> None:
     """As its files do, and as transformers does in memory: they are the same modules, and the output's are the latter,
     for no model has both.

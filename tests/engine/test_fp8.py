@@ -349,6 +349,7 @@ def test_files_that_say_how_weights_are_quantised(tmp_path: Path) -> None:
         assert any("--dtype fp8" in note for note in summary["notes"]) == (dtype is None)
 
 
+@pytest.mark.slow
 def test_a_vocabulary_that_grew(tmp_path: Path) -> None:
     """An embedding in FP8 with other rows: its grid of scales follows."""
     for side, rows in (("base", 300), ("ft", 400)):

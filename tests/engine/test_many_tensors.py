@@ -79,6 +79,7 @@ def same(found: Tensors, wanted: Tensors) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_tensors_side_by_side_are_merged_in_one_go(dtype: torch.dtype, merged: list[int], tmp_path: Path) -> None:
     """The bits are those of one after another, each layer with its own coefficient; and there are few calls."""

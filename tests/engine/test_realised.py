@@ -385,6 +385,7 @@ def test_the_summary_says_where_rounding_distorts_the_scaling(tmp_path: Path) ->
     assert "distorted" not in exact.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_no_way_out_is_named_where_there_is_none(tmp_path: Path, dtype: torch.dtype) -> None:
     """Updates of one unit of the dtype that the arithmetic runs in are lost before anything is rounded to the output's:

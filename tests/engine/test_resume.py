@@ -219,6 +219,7 @@ def test_a_lone_file_is_resumed(models: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not list(models.glob(".*"))
 
 
+@pytest.mark.slow
 def test_nothing_to_resume_simply_runs(models: Path) -> None:
     """So that a job can say --resume from the start."""
     assert run_lines(*EDIT, "--resume").code == 0
@@ -612,6 +613,7 @@ def test_bad_data_leaves_nothing(models: Path) -> None:
     assert snapshot(models) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["touched", "cut", "grown"])
 def test_an_input_that_changes_while_it_is_read(content: str, models: Path) -> None:
     """It is noticed at the end at the latest; the output would be of neither state."""

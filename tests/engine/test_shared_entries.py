@@ -76,6 +76,7 @@ def test_what_all_share_stays(case: str, sides: dict[str, dict[str, torch.Tensor
     assert Path("out/model.safetensors").read_bytes() == Path("again/model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_an_edit(sides: dict[str, dict[str, torch.Tensor]]) -> None:
     """With coefficients from 0, a copy of the base, to 1, a copy of the fine-tune; and written as another dtype."""
     assert run_lines("edit", "base", "a", "-o", "out", "--alpha", "0", "--beta", "1").code == 0

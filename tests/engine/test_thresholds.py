@@ -162,6 +162,7 @@ def test_where_the_threshold_is_nan_that_alone_is_kept(dtype: torch.dtype, tmp_p
     assert not got.nan_to_num().any()
 
 
+@pytest.mark.slow
 def test_float64_is_ordered_as_float32(tmp_path: Path) -> None:
     """Magnitudes are rounded before they are compared."""
     values = normal().double() * (1 + 1e-9)

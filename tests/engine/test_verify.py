@@ -130,6 +130,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         write_checkpoint(tmp_path / side, tensors, shards=2, config=CONFIG)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method(method: str) -> None:
@@ -637,6 +638,7 @@ def test_a_strangers_inputs_are_read_as_checkpoints_only(here: Path) -> None:
         verifies("out")
 
 
+@pytest.mark.slow
 def test_a_file_that_changes_meanwhile(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not told as equal or as different."""
     write = verification._Present.write
@@ -750,6 +752,7 @@ def compared(monkeypatch: pytest.MonkeyPatch, *options: object, code: int = 0) -
     return len(seen), ran
 
 
+@pytest.mark.slow
 def test_interrupted_without_resume(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is kept."""
     before = snapshot(here)

@@ -120,6 +120,7 @@ def test_one_checkpoint_by_another_way(spelt: str, tmp_path: Path, monkeypatch: 
     refused(2, "--config", "r.yaml")
 
 
+@pytest.mark.slow
 def test_strangers(tmp_path: Path) -> None:
     """Checkpoints without a tensor in common do not fit together, and no weight is read."""
     a = write_checkpoint(tmp_path / "a", llama())

@@ -117,6 +117,7 @@ def test_a_stored_tie_is_no_duplicate(tmp_path: Path) -> None:
     assert run_lines("inspect", loose, "--check").code == 5
 
 
+@pytest.mark.slow
 def test_health_with_a_base(tmp_path: Path) -> None:
     """With --base the health of every checkpoint is told, the base first, and only --check makes it an error."""
     model = llama()

@@ -44,6 +44,7 @@ def modes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_json_is_documented(modes: dict[str, Any]) -> None:
     """docs/inspecting.md names every key that --json prints, no other, and says when it is there."""
     described = documented()

@@ -317,6 +317,7 @@ def test_coefficients_of_a_recipe(plan: str, tmp_path: Path) -> None:
     assert coefficients_in(output) == coefficients_in(told)
 
 
+@pytest.mark.slow
 def test_what_is_told_as_merge_gives_what_is_told_as_scaled(tmp_path: Path) -> None:
     """The recipe in the report, run, changes each layer by the scaled norm of the sum."""
     base = toy(2, 4)
@@ -417,6 +418,7 @@ def test_what_a_recipe_settles(settled: dict[str, str], tmp_path: Path) -> None:
     check(told, Reference(cut[0], cut[1:], spots, linear(spots, ran["alpha"], 0.5)))
 
 
+@pytest.mark.slow
 def test_a_plain_sum_of_what_is_not_finite(tmp_path: Path) -> None:
     """Of a plain sum, whose alpha needs no measuring, 1/N is told, and norms over what is finite in all."""
     sides = [base := toy(1, 3), *(tuned(base, seed) for seed in (1, 2))]

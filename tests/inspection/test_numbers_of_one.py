@@ -138,6 +138,7 @@ def test_coefficient_of_a_row_is_filters_apart(tmp_path: Path) -> None:
     assert {row["coefficient"] for row in told["map"] if row["index"] == 1} == {0.75}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -267,6 +267,7 @@ def test_the_same_twice_in_a_process(drawn: Any) -> None:
     assert len({page_of(told) for _ in range(2)}) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [

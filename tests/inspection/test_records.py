@@ -76,6 +76,7 @@ def test_a_flipped_bit(shard: str, output: Path) -> None:
     assert re.fullmatch(r"holds sha256-tree-4MiB:\w{64}, sha256-tree-4MiB:\w{64} was written", found[shard])
 
 
+@pytest.mark.slow
 def test_every_file_is_told(output: Path, outputs: Path) -> None:
     """An edited config, a tokenizer that is gone, and an index that is a folder: each is told, with how it differs."""
     (output / "config.json").write_text('{"model_type": "llama"}')

@@ -302,6 +302,7 @@ def test_candidates_of_a_sweep_are_calibrated(tmp_path: Path) -> None:
     candidates.close()
 
 
+@pytest.mark.slow
 def test_in_memory_it_is_the_same(tmp_path: Path) -> None:
     base, models = family(3)
     save(tmp_path, base, models)

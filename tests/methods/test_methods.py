@@ -548,6 +548,7 @@ def test_a_weight_may_be_a_gradient(tmp_path: Path) -> None:
     assert_same(got, with_lines(base, merged, alpha_of(tmp_path / "out"), 0.5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 3, 8])
 def test_alpha_of_a_plain_sum_is_one_over_n(number: int, tmp_path: Path) -> None:
     """With weights of 1 both norms are the same, so that alpha is 1/N to the last bit, trimmed or not."""
@@ -660,6 +661,7 @@ def test_slerp_of_opposite_parallel_and_empty_directions(tmp_path: Path) -> None
         torch.testing.assert_close(got[name], tensor.float(), rtol=1e-6, atol=0, msg=name)
 
 
+@pytest.mark.slow
 def test_the_base_of_slerp_comes_first(tmp_path: Path) -> None:
     """As in mergekit t runs from the base, whichever of the two models it is, listed or not."""
     _, models = family(2)
@@ -721,6 +723,7 @@ def test_tensors_that_one_model_lacks_count_for_nothing(case: str, tmp_path: Pat
     assert_as_measured(CASES[case], base, models, got, tmp_path / "out", extra={"lm_head.weight": head})
 
 
+@pytest.mark.slow
 def test_a_model_may_be_named_twice(tmp_path: Path) -> None:
     """The same model twice is two models, each with its own parameters."""
     base, models = family(1)
@@ -856,6 +859,7 @@ def test_shards_change_no_byte(case: str, tmp_path: Path) -> None:
     assert_same(sharded, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["ties, all said", "dare, l1", "consensus on ties, all said", "linear"])
 def test_the_written_recipe_gives_the_same_weights(case: str, tmp_path: Path) -> None:
     """lines_recipe.yaml, in which alpha is a number, makes the same file again."""

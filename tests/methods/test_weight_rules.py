@@ -268,6 +268,7 @@ def test_of_adapters(here: Path) -> None:
     assert sum(recorded()) == pytest.approx(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["nan", "equal_norm"])
 def test_beside_filters(rule: str, here: Path) -> None:
     """Where a filter gives one model a number, the rule weighs the others alone, tensor by tensor; the record makes the

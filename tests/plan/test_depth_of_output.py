@@ -141,6 +141,7 @@ def test_layers_that_were_cut_out(gone: set[int], tmp_path: Path) -> None:
     assert got == pytest.approx({name: left.index(int(name.split(".")[2])) / (len(left) - 1) for name in got})
 
 
+@pytest.mark.slow
 def test_a_tower_that_is_not_in_the_output(tmp_path: Path) -> None:
     """No stack of nothing: a vision tower of the base alone is not among the stacks, here and in inspect."""
     tower = stack("vision_tower.layers", 3, 0.0)

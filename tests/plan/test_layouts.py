@@ -195,6 +195,7 @@ def test_the_language_model_of_a_larger_one_in_another_layout() -> None:
     same(got, lines.edit_state_dict(fused_qwen(0), fused_qwen(1), config=QWEN.config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", [r"_orig_mod.\g<0>", r"module.\g<0>", r"policy.\g<0>", r"my.own.\g<0>"])
 def test_a_layout_behind_a_prefix(wrap: str) -> None:
     """Wrappers and prefixes stand before one layout and not before the other."""
@@ -338,6 +339,7 @@ def test_a_square_one_of_an_unknown_model() -> None:
     same(got, both)
 
 
+@pytest.mark.slow
 def test_fused_attention_of_an_unknown_model() -> None:
     """Whether its rows are query, key and value one behind the other is not known: both names are said."""
     of = LAYOUTS["phi3"]

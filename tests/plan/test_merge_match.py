@@ -429,6 +429,7 @@ def test_float_dtypes_may_differ(dtypes: tuple[str, ...], tmp_path: Path) -> Non
     same(output(tmp_path), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
 @pytest.mark.parametrize("shards", [(1, 2, 3), (3, 1, 2)], ids=str)
 def test_shards_make_no_difference(shards: tuple[int, ...], method: str, tmp_path: Path) -> None:

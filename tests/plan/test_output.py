@@ -57,6 +57,7 @@ def mode(path: Path) -> int:
 # --- files ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
 def test_modes_follow_the_umask(mask: int, tmp_path: Path) -> None:
     """Every file is 0666 and every folder 0777 less the umask, whatever the inputs' modes are."""

@@ -253,6 +253,7 @@ def test_shards_each_in_its_folder(tmp_path: Path) -> None:
     assert run_lines("verify", tmp_path / "out").code == 0
 
 
+@pytest.mark.slow
 def test_other_names_of_one_component(tmp_path: Path) -> None:
     """A text encoder that another version saved without its prefix is paired, by itself; the output has the
     fine-tune's names.
@@ -322,6 +323,7 @@ def test_a_component_in_fp8_or_another_layout(way: str, flags: tuple[str, ...], 
     assert report.json["not_compared"] == []
 
 
+@pytest.mark.slow
 def test_a_component_in_fp8_that_is_kept(tmp_path: Path) -> None:
     """It is written as the numbers that it stands for, and its config no longer says otherwise."""
     stored = FORMATS["blocks"](plain())
@@ -424,6 +426,7 @@ def test_tokens_of_sentence_transformers(tmp_path: Path) -> None:
 # --- one model beside a pipeline ---
 
 
+@pytest.mark.slow
 def test_a_base_that_is_one_component(tmp_path: Path) -> None:
     """It is paired with the component that it is; the others are the fine-tune's. A note says so."""
     write_pair(tmp_path)
@@ -571,6 +574,7 @@ def test_one_file_for_a_pipeline(tmp_path: Path) -> None:
     refused(ran, 2, "is a pipeline", "-o OUT", "ft/unet")
 
 
+@pytest.mark.slow
 def test_a_folder_that_the_index_names_is_missing(tmp_path: Path) -> None:
     """It is refused; but not where nothing of it would be read."""
     write_pair(tmp_path)
@@ -614,6 +618,7 @@ def test_links_out_of_the_folder(which: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_links_of_weights_and_within(tmp_path: Path) -> None:
     """Weights may lie where their user keeps them, as those of one model may; a link within the folder is followed."""
     write_pair(tmp_path)
@@ -799,6 +804,7 @@ def test_coefficients_of_a_pipeline(tmp_path: Path) -> None:
     assert {value for name, value in found.items() if name.startswith("vae.")} == {1}
 
 
+@pytest.mark.slow
 def test_a_call_from_python(tmp_path: Path) -> None:
     """`component` takes what a recipe says, or the option's texts."""
     base, ft = write_pair(tmp_path)

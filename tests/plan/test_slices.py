@@ -94,7 +94,7 @@ def assert_same(got: Model, expected: Model) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.some(7)
+@pytest.mark.slow
 def test_layers_are_stacked(parts: list[tuple[str, int, int]], dtype: torch.dtype, tmp_path: Path) -> None:
     """Every tensor is a copy of the one that it says, the config counts the layers, and the output is verified and made
     again by its own recipe.
@@ -234,6 +234,7 @@ def test_what_stands_behind_the_blocks_has_the_last_slice_s(tmp_path: Path) -> N
 # --- other methods ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("listed", [True, False], ids=["base listed", "base not listed"])
 def test_task_vectors_of_stacked_layers(listed: bool, tmp_path: Path) -> None:
     """The base's layers are those that are listed, in whatever place, or the same as the others'."""

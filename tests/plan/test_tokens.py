@@ -312,6 +312,7 @@ def test_union(kind: str, sizes: tuple[int | None, ...], dtype: torch.dtype, tmp
     assert all(raw(load_file(tmp_path / "again" / "model.safetensors")[n]) == raw(got[n]) for n in got)
 
 
+@pytest.mark.slow
 def test_a_union_of_the_same_vocabularies_changes_nothing(tmp_path: Path) -> None:
     """It is what it is without: the same weights, the base's tokenizer, byte for byte."""
     for number, name in enumerate(("base", "a", "b")):
@@ -483,6 +484,7 @@ def test_an_adapter_with_other_ids_is_refused(tmp_path: Path) -> None:
             torch.testing.assert_close(output(tmp_path)[EMBED][number], expected)
 
 
+@pytest.mark.slow
 def test_whose_tokenizer_is_taken_is_said(tmp_path: Path) -> None:
     """Only where the output has that of the adapter is it said to have it."""
     adapter_and_base(tmp_path, WORDS, ("<a>",))

@@ -355,6 +355,7 @@ def test_shards_of_a_variant(new: bool, tmp_path: Path) -> None:
     assert run_lines("edit", tmp_path / "base", tmp_path / "ft", "-o", out, "--force").code == 3
 
 
+@pytest.mark.slow
 def test_a_variant_is_inspected(tmp_path: Path) -> None:
     """`inspect` takes the variant that an edit takes, alone and against a base, and refuses one that nothing has."""
     write_checkpoint(tmp_path / "base", layers(0), config=LLAMA)

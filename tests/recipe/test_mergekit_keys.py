@@ -277,6 +277,7 @@ def sliced(recipe: dict[str, Any], models: Path, **of_slice: Any) -> dict[str, A
     return {**recipe, "slices": [{"sources": sources, **of_slice}]}
 
 
+@pytest.mark.slow
 def test_one_slice_of_whole_models_is_models(models: Path, tmp_path: Path) -> None:
     """`slices` with one slice of all layers makes the same weights as `models`."""
     recipe = {

@@ -337,6 +337,7 @@ def test_an_impossible_value_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_key_that_yaml_takes_for_a_switch(models: Path, tmp_path: Path) -> None:
     """`on: ties` needs no quotes, although YAML reads a bare `on` as true."""
     paths = "".join(f"  - model: {models / name}\n" for name in ("noisy-a", "noisy-b"))

@@ -92,7 +92,7 @@ def runs_again(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     absolute=[False, True],
 )
-@pytest.mark.some(10)
+@pytest.mark.slow
 def test_links_on_the_way(ends: tuple[str, str], absolute: bool, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What stands behind a link is named by where it is, not by the words of its path."""
     base, out = ends
@@ -111,6 +111,7 @@ def test_the_output_is_a_link(here: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert record("../there/deep/inner")["base_model"] == "../../../here/base"
 
 
+@pytest.mark.slow
 def test_the_current_folder_is_behind_a_link(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`..` from it is where the system goes, and so do the names."""
     (here.parent / "way").symlink_to("there/deep/inner", target_is_directory=True)
@@ -135,6 +136,7 @@ def test_a_link_that_leads_elsewhere_later(here: Path, monkeypatch: pytest.Monke
         shutil.rmtree(out)
 
 
+@pytest.mark.slow
 def test_inputs_and_output_move_together(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was given relatively is found again in another place, and nothing of the old place is needed."""
     out = edit("base", "ft", "out")
@@ -279,6 +281,7 @@ def test_shards_of_one_name_in_two_folders(here: Path, monkeypatch: pytest.Monke
     runs_again(out, monkeypatch)
 
 
+@pytest.mark.slow
 def test_one_model_twice(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It counts twice, is recorded once, and counts twice again."""
     out = merge(
@@ -289,6 +292,7 @@ def test_one_model_twice(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs_again(out, monkeypatch)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_and_a_template_of_an_input(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are named as the input is."""
     (here / "ft2" / "tokenizer.json").write_text("{}")
@@ -317,6 +321,7 @@ def test_a_base_under_two_names_is_refused(here: Path) -> None:
     assert len(record(merged)["inputs"]) == 2
 
 
+@pytest.mark.slow
 def test_a_fine_tune_that_is_its_base(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing hangs on the name of a single model."""
     runs_again(edit("base", "./base", "out"), monkeypatch)
@@ -335,6 +340,7 @@ def cached(here: Path) -> Path:
     return snapshot
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lone", [False, True])
 def test_a_folder_of_the_hubs_cache(lone: bool, cached: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is named by its path, its files by their names there; the model card names the model."""

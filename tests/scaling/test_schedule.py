@@ -440,6 +440,7 @@ def test_yaml_and_flags_say_the_same(text: str, options: list[str], saved: dict[
     assert {row["name"]: row["coefficient"] for row in ran.json["map"]} == planned(saved["decoder"], *options)
 
 
+@pytest.mark.slow
 def test_python_and_flags_say_the_same(saved: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
     """`edit_recipe` takes the same options as plain values: tuples and whole numbers, numpy's too."""
     paths = saved["encoder and decoder"]

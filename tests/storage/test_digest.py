@@ -348,6 +348,7 @@ def test_a_change_is_noticed(name: str, change: Callable[[Path], object], words:
         assert recorded(out)[name]["digest"] in differences[name]
 
 
+@pytest.mark.slow
 def test_people_may_edit_the_model_card(inputs: Path) -> None:
     """The card is recorded by itself, and the recipe not at all, nor what was not there when the output was written."""
     out = edit(inputs, "out")

@@ -224,7 +224,7 @@ def test_nothing_is_published_but_what_was_written(what: str, models: Path, monk
 
 @pytest.mark.parametrize("exchanges", [True, False], ids=["exchange", "two renames"])
 @pytest.mark.parametrize("what", ["added", "in a folder", "changed", "replaced"])
-@pytest.mark.some(4)
+@pytest.mark.slow
 def test_what_arrives_while_it_writes_is_not_deleted(
     what: str, exchanges: bool, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -326,6 +326,7 @@ def test_what_arrives_at_the_last_moment_is_put_back(models: Path, monkeypatch: 
     assert "as it was" not in ran.err
 
 
+@pytest.mark.slow
 def test_what_arrives_in_the_old_output_once_it_is_replaced(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that stands in the old folder goes on writing there: that is kept, and told."""
     assert run_lines(*EDIT).code == 0

@@ -406,6 +406,7 @@ def test_a_journal_after_a_power_cut(content: bytes | None, models: Path, monkey
     assert not (models / STAGING).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()], ids=["EIO", "Ctrl-C"]
 )

@@ -691,7 +691,8 @@ def load_cases(folder: Path = CASES) -> list[Case]:
     """Every case of every file, in the order of file names and of each file."""
     cases: dict[str, Case] = {}
     for path in sorted(folder.glob("*.yaml")):
-        for name, fields in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        for name, fields in yaml.load(path.read_text(encoding="utf-8"), loader).items():
             if name in cases:
                 raise ValueError(f"{path.name}: a case named {name} exists already")
             cases[name] = _case(name, fields, path.stem)
