@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-
 FEWEST = 3  # seeds, below which nothing is tested
 STEPS = 100  # targets at which two curves are compared
 
