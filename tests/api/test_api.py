@@ -531,7 +531,7 @@ def bits(tensor: torch.Tensor) -> bytes:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if at % 2 else ()) for at, name in enumerate(OF_MODELS)]
 )
-@pytest.mark.some(12)
+@pytest.mark.some(6)
 def test_tensors_are_those_of_the_files(name: str, folder: Path, tmp_path: Path) -> None:
     """Every method, dtype and mixture, tied heads, integers, scalars, empty tensors, alpha auto, thresholds, draws."""
     plan = CASES[name].plan(folder, tmp_path)

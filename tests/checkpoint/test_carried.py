@@ -274,7 +274,7 @@ def test_a_chat_template_that_only_a_model_has(where: str, tmp_path: Path) -> No
         ("alibi", (True, False)),
     ],
 )
-@pytest.mark.some(11)
+@pytest.mark.some(6)
 def test_configs_that_use_the_weights_in_other_ways(key: str, values: tuple[Any, Any], tmp_path: Path) -> None:
     """A note with key and values; also of a config within another. Names, versions and dropout are no matter."""
     ours, theirs = ({"text_config": {key: value} if value is not None else {}} for value in values)

@@ -851,7 +851,7 @@ HARM: dict[str, Callable[[Path], Any]] = {
 
 @pytest.mark.parametrize("kind", ["zip", "old"])
 @pytest.mark.parametrize("case", HARM)
-@pytest.mark.some(13)
+@pytest.mark.some(6)
 def test_nothing_is_run(case: str, kind: str, tmp_path: Path) -> None:
     """With every command, whatever the file is called and wherever it stands; it says what the file names."""
     mark = tmp_path / "mark"

@@ -359,7 +359,7 @@ CASES: dict[str, Case] = {
 }
 
 
-@pytest.mark.some(16)
+@pytest.mark.some(8)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_refused(case: Case, tmp_path: Path) -> None:
     """The exit code, a message with names and a next step on stderr, nothing on stdout, nothing changed on the disk."""
@@ -521,7 +521,7 @@ FAULTS = {
 
 @pytest.mark.durable
 @pytest.mark.parametrize(("module", "name", "number", "error"), FAULTS.values(), ids=FAULTS)
-@pytest.mark.some(8)
+@pytest.mark.some(6)
 def test_a_failure_at_any_point_keeps_the_old(
     module: Any, name: str, number: int, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -172,7 +172,7 @@ WITH_BASE = [pytest.param(case, marks=() if case.endswith("-0") else pytest.mark
 
 @pytest.mark.parametrize("shapes", [SMALL, pytest.param(SHAPES, marks=pytest.mark.slow)], ids=["small", "large"])
 @pytest.mark.parametrize("case", WITH_BASE)
-@pytest.mark.some(8)
+@pytest.mark.some(6)
 def test_every_method_on_adapters_and_full_fine_tunes(case: str, shapes: Shapes, tmp_path: Path) -> None:
     """As the reference on whole models, where an adapter's task vector is its product, rounded once; its weights are
     the base with that added.

@@ -362,7 +362,7 @@ def test_inputs_that_changed(models: Path, command: list[str]) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("signed", [False, True])
-@pytest.mark.some(10)
+@pytest.mark.some(6)
 def test_a_plan_that_was_edited(models: Path, edit: dict[str, Any], *, signed: bool) -> None:
     """Whatever was changed in it, it is refused; also where the digest was put right."""
     planned()

@@ -100,7 +100,7 @@ def sorted_out(magnitudes: torch.Tensor, density: float) -> tuple[float, int]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("density", DENSITIES)
-@pytest.mark.some(10)
+@pytest.mark.some(6)
 def test_of_the_whole_model(kind: str, density: float, tmp_path: Path) -> None:
     """One large tensor and two small ones, in one order; exactly, ties included."""
     values = KINDS[kind]()

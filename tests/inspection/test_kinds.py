@@ -581,7 +581,7 @@ def inside(case: zoo.Case) -> list[str]:
 
 @pytest.mark.zoo
 @pytest.mark.parametrize("case", [case for case in TOLD if case.id not in NO_TRANSFORMERS], ids=str)
-@pytest.mark.some(10)
+@pytest.mark.some(6)
 def test_blocks_of_transformers_are_attention_mlp_and_norm(case: zoo.Case) -> None:
     """Of a transformer's blocks nothing is `other`, but what is listed with the reason."""
     kinds = {name: kind_of(name, inside=True) for name in inside(case)}

@@ -66,7 +66,7 @@ def recipe_of(world: Path, method: str, said: dict[str, Any], models: tuple[str,
 @pytest.mark.parametrize("models", SETS)
 @pytest.mark.parametrize("method", MERGERS)
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["first", "every typical"])
-@pytest.mark.some(25)
+@pytest.mark.some(12)
 def test_the_result_is_finite(method: str, models: str, every: bool, world: Path, tmp_path: Path) -> None:
     """Nothing is divided by nothing, whatever shape a tensor has; models that are the base give the base; and the bytes
     are the same for one worker as for several.

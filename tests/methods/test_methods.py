@@ -187,7 +187,7 @@ def by_turns(cases: Mapping[str, Case], numbers: Sequence[int], *marks: pytest.M
 
 
 @pytest.mark.parametrize(("case", "dtypes"), [*by_turns(CASES, [0]), *by_turns(CASES, [1], pytest.mark.slow)])
-@pytest.mark.some(30)
+@pytest.mark.some(15)
 def test_every_method_in_every_dtype(case: str, dtypes: str, tmp_path: Path) -> None:
     """Three models (as many as the method takes) are merged and scaled over depth as on whole models, bit for bit."""
     chosen = CASES[case]
@@ -223,7 +223,7 @@ def few(name: str, at: int, number: int) -> bool:
         for n in (case.numbers if name in MOST_SAID else case.numbers[at % 2 :: 2] or case.numbers)
     ],
 )
-@pytest.mark.some(14)
+@pytest.mark.some(7)
 def test_alpha_auto_with_any_number_of_models(case: str, number: int, tmp_path: Path) -> None:
     """alpha: auto is the ratio of L1 norms over the whole model, and the result is what that alpha gives."""
     chosen = CASES[case]
@@ -249,7 +249,7 @@ def test_without_lines_the_coefficient_is_lambda(case: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("case", "dtypes"), by_turns(WHOLE_WEIGHTS, [0, 1]))
-@pytest.mark.some(9)
+@pytest.mark.some(6)
 def test_methods_on_whole_weights_without_a_base(case: str, dtypes: str, tmp_path: Path) -> None:
     """Without a base, linear, slerp and passthrough give their sum as it is, in the first model's dtypes."""
     chosen = WHOLE_WEIGHTS[case]

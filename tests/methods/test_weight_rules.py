@@ -121,7 +121,7 @@ WITH_RULES = [
 
 
 @pytest.mark.parametrize("case", WITH_RULES)
-@pytest.mark.some(7)
+@pytest.mark.some(6)
 def test_every_method_takes_them_as_numbers(case: str, here: Path) -> None:
     """What is measured after it, alpha and thresholds among it, rests on the numbers."""
     method, said = TYPICAL[case]

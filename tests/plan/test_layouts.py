@@ -78,7 +78,7 @@ def test_without_a_config_that_says_which(model: str, config: dict[str, Any]) ->
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 @pytest.mark.parametrize("model", LAYOUTS)
-@pytest.mark.some(11)
+@pytest.mark.some(6)
 def test_a_coefficient_that_copies(model: str, alpha: float) -> None:
     """With 0 everywhere the output is the base in the fine-tune's layout, with 1 it is the fine-tune."""
     of = LAYOUTS[model]

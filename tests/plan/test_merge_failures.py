@@ -213,7 +213,7 @@ READS = 3 * 3 * 5
 @pytest.mark.parametrize(
     "error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()], ids=["EIO", "Ctrl-C"]
 )
-@pytest.mark.some(16)
+@pytest.mark.some(8)
 def test_a_read_that_fails(
     error: BaseException, at: int, out: str, existing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

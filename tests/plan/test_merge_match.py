@@ -232,7 +232,7 @@ SIZES = [(6, 8, 10), (10, 8, 6), (8, 6, 10), (8, 10, 6)]
     ],
     ids=str,
 )
-@pytest.mark.some(7)
+@pytest.mark.some(6)
 def test_rows_that_all_have_are_merged(needs: str, sizes: tuple[int, int, int], keep: str, tmp_path: Path) -> None:
     """Rows that all have are merged as in models of that many rows; further rows of the kept side are its own."""
     method, parameters, lines = NEEDS[needs]
@@ -376,7 +376,7 @@ LINES: dict[str, Any] = {"plain": None, "auto": {"beta": 0.5}, "zero": {"alpha":
     ("kind", "scaled"), [*((kind, "plain") for kind in WHOLE), ("int64", "auto"), ("int64", "zero")]
 )
 @pytest.mark.parametrize("differs", ["", "base", "a", "b"])
-@pytest.mark.some(17)
+@pytest.mark.some(8)
 def test_whole_numbers_are_the_base_s(kind: str, scaled: str, differs: str, tmp_path: Path) -> None:
     """Integers and booleans are the base's to the byte; who differs from it is said, in a warning and in --json."""
     usual, other = WHOLE[kind]

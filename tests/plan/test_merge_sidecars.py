@@ -197,7 +197,7 @@ RULES: dict[str, tuple[dict[str, Any], dict[str, Callable[[float], float]]]] = {
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("kind", STACKS)
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
-@pytest.mark.some(10)
+@pytest.mark.some(6)
 def test_each_stack_has_a_depth_of_its_own(method: str, kind: str, rule: str, tmp_path: Path) -> None:
     """Coefficients count through each stack alone, stacks chooses which is scaled, and the merge is scaled by them."""
     stacks = STACKS[kind]

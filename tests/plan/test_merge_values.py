@@ -68,7 +68,7 @@ def method_recipe(case: str) -> dict[str, Any]:
 
 
 @crossed(case=METHODS, auto=[False, True], value=[NAN, -INF])
-@pytest.mark.some(14)
+@pytest.mark.some(7)
 def test_one_impossible_entry_is_refused(case: str, auto: bool, value: float, tmp_path: Path) -> None:
     """NaN or Inf in one model, be it masked away: exit 5 with file, tensor and entry; nothing is left on the disk."""
     write(tmp_path, base=tensors(0), a=tensors(1), b=tensors(2, layers_1_w=holed(2, value)))
@@ -110,7 +110,7 @@ def test_a_refusal_of_numbers_keeps_the_old(case: str, existing: bool, tmp_path:
 
 @pytest.mark.parametrize("value", [NAN, INF])
 @pytest.mark.parametrize("case", METHODS)
-@pytest.mark.some(13)
+@pytest.mark.some(6)
 def test_impossible_entries_let_through(case: str, value: float, tmp_path: Path) -> None:
     """With allow_nonfinite the entry is not finite in the output, no other tensor is touched by it, and it is named."""
     write(tmp_path, base=tensors(0), a=tensors(1), b=tensors(2, layers_1_w=holed(2, value)))
@@ -199,7 +199,7 @@ def test_odd_tensors_with_ties(lines: Any, density: float, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("case", METHODS)
-@pytest.mark.some(9)
+@pytest.mark.some(6)
 def test_odd_tensors_with_every_method(case: str, tmp_path: Path) -> None:
     """Every method takes them, with alpha measured and without, and the shapes stay."""
     models = [odd(seed) for seed in range(3)]

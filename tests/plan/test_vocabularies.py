@@ -85,7 +85,7 @@ def config_of(family: str, words: Mapping[str, Any] | None) -> dict[str, Any] | 
 
 
 @crossed(family=HEADS, words=TIED, has_head=["base", "ft", "both"])
-@pytest.mark.some(16)
+@pytest.mark.some(8)
 def test_a_tied_head_on_one_side_is_understood(family: str, words: str, has_head: str, tmp_path: Path) -> None:
     """The output holds the head where the fine-tune does; a base without one has its embedding for a head."""
     embedding, head = HEADS[family]

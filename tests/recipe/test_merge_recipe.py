@@ -82,7 +82,7 @@ def test_an_output_counts_from_here_on_the_command_line(
 
 
 @pytest.mark.parametrize("recipe", AGAIN.values(), ids=AGAIN)
-@pytest.mark.some(7)
+@pytest.mark.some(6)
 def test_the_outputs_recipe_makes_the_same_bytes(
     recipe: dict[str, Any], models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

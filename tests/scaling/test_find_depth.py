@@ -36,7 +36,7 @@ def stacks(depth: DepthMap) -> dict[str, int]:
 # --- real families ---
 
 
-@pytest.mark.some(16)
+@pytest.mark.some(8)
 @pytest.mark.zoo
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_tensor_of_every_family(case: zoo.Case) -> None:
@@ -52,6 +52,7 @@ def test_every_tensor_of_every_family(case: zoo.Case) -> None:
     assert stacks(depth) == {name: len(layers) for name, layers in case.stacks.items()}
 
 
+@pytest.mark.some(30)
 @pytest.mark.zoo
 @pytest.mark.parametrize("case", PLACED, ids=str)
 @pytest.mark.parametrize("more", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["two", "four more"])
@@ -687,7 +688,7 @@ def test_a_toss_up_on_the_command_line(tmp_path: Path) -> None:
     assert "the depth of 25% of the parameters can be read in two ways" in " ".join((ran.out + ran.err).split())
 
 
-@pytest.mark.some(24)
+@pytest.mark.some(12)
 @pytest.mark.zoo
 @pytest.mark.parametrize("case", PLACED, ids=str)
 def test_no_known_family_is_a_toss_up(case: zoo.Case) -> None:

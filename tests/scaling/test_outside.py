@@ -223,7 +223,7 @@ def side(block: str, names: Sequence[str], folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.some(16)
+@pytest.mark.some(8)
 def test_on_which_side_a_name_stands(family: str, tmp_path: Path) -> None:
     """Embeddings, stems, first norms and projectors stand before the blocks; final norms, poolers and heads behind."""
     inputs_of = {key: FAMILIES[family][key].split() for key in ("before", "after")}

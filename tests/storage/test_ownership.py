@@ -50,7 +50,7 @@ def put(folder: Path, name: str, content: str) -> None:
 
 
 @by_turns(name=PROJECT, ours=[True, False])
-@pytest.mark.some(10)
+@pytest.mark.some(6)
 def test_a_project_is_no_checkpoint(name: str, ours: bool, models: Path) -> None:
     """Whatever else stands beside the weights is named, and nothing is deleted."""
     if ours:

@@ -189,6 +189,7 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # an answer is sent at once, not after the wait for another piece of it
 
     def log_message(self, format: str, *arguments: Any) -> None:  # noqa: A002
         pass

@@ -117,6 +117,7 @@ _MARK = "x-amz-meta-lines"
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # an answer is sent at once, not after the wait for another piece of it
     state: S3Server
     _drops = False
 
