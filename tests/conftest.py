@@ -62,6 +62,14 @@ def _minds_ctrl_c() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _same_numbers() -> None:
+    """What a test draws does not depend on those before it."""
+    import torch
+
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(request: pytest.FixtureRequest) -> Iterator[None]:
     """A fifth of a small run is spent in fsync; only tests marked `durable` wait for it."""
     with pytest.MonkeyPatch.context() as patch:
