@@ -44,8 +44,8 @@ def folded(folder: Path, adapter: Path | str = "adapter", **options: Any) -> Ten
 
 
 def assert_folded(found: Tensors, before: Tensors, added: Tensors) -> None:
-    """Each weight is the base's with what was added to it, in float64, to rounding (of up to 16, twice where two products
-    are added); the others are the base's.
+    """Each weight is the base's with what was added to it, in float64, to rounding; the others are the base's. Two products
+    that are added to one weight are rounded twice, at up to 16.
     """
     assert found.keys() == before.keys()
     assert added.keys() <= before.keys()
