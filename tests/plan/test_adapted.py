@@ -44,7 +44,7 @@ def folded(folder: Path, adapter: Path | str = "adapter", **options: Any) -> Ten
 
 
 def assert_folded(found: Tensors, before: Tensors, added: Tensors) -> None:
-    """Each weight is the base's with what was added to it, in float64, to rounding; the others are the base's. Two products
+    """Each weight is the base's with what was added to it, in float64, to rounding; others are the base's. Two products
     that are added to one weight are rounded twice, at up to 16.
     """
     assert found.keys() == before.keys()
