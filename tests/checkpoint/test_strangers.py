@@ -449,6 +449,9 @@ def test_nothing_is_shared() -> None:
 
 
 _WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_from("\n\udc80\udcff"), max_size=12)
+_WORDS |= st.sampled_from(
+    ["word " * 300, " word\n " * 300, "w" * 2000, "- a", "a: b", "1e3", "null", "'", "...", "---", "\t"]
+)
 _PLAIN = st.recursive(
     _WORDS | st.integers(-(10**20), 10**20) | st.floats(allow_nan=False) | st.booleans() | st.none(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_WORDS, inner, max_size=3),
