@@ -41,11 +41,30 @@ class LinesError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        message = "\n".join(_shortened(line, _LONGEST_READ) for line in message.split("\n"))
+        message = "\n".join(_shortened(line, _LONGEST_READ) for line in _as_known(message).split("\n"))
         message = "\n".join(_shortened(line, _LONGEST_LINE) for line in without_secrets(message).split("\n"))
         super().__init__(message)
         self.message = message
-        self.hint = None if hint is None else without_secrets(hint)
+        self.hint = None if hint is None else without_secrets(_as_known(hint))
+
+
+_known_as: dict[str, str] = {}
+
+
+def know_as(folder: Path, url: str) -> None:
+    """Have messages name what a person knows, in place of a folder of this process into which it is fetched.
+
+    Args:
+        folder: which is gone when the message is read.
+        url: what it holds files of.
+    """
+    _known_as[str(folder)] = url
+
+
+def _as_known(text: str) -> str:
+    for folder, url in _known_as.items():
+        text = text.replace(folder, url)
+    return text
 
 
 _LONGEST_LINE = 1000

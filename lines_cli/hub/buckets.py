@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lines_cli.checkpoint.reader import ADAPTERS, Heads, choose_weights, is_index, is_pickle, refuse_folder, shards_of
 from lines_cli.checkpoint.sidecars import is_carried
-from lines_cli.errors import CheckpointError, UnsupportedError, some
+from lines_cli.errors import CheckpointError, UnsupportedError, know_as, some
 from lines_cli.hub.heads import headers_of
 from lines_cli.storage.beside import leads_out
 from lines_cli.storage.names import CONFIG, MODEL_CARD, MODEL_INDEX, MODULES
@@ -76,6 +76,7 @@ def _folder_for(url: str) -> Path:
     atexit.register(shutil.rmtree, made, ignore_errors=True)
     folder = made / url.rpartition("/")[2]
     folder.mkdir()
+    know_as(folder, url)
     return folder
 
 

@@ -231,3 +231,22 @@ def test_against_another_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     finally:
         running.stop()
         object_store._store.cache_clear()
+
+
+@pytest.mark.parametrize("command", ["edit", "inspect"])
+def test_files_beside_are_called_by_their_url(command: str, here: Path, store: S3Server) -> None:
+    """Not by the folder to which they are fetched: that is gone when a person reads the message."""
+    store.put("models/ft/config.json", b"{")
+    options = {"edit": ["s3://models/base", "s3://models/ft", "-o", here / "out"], "inspect": ["s3://models/ft"]}
+    error = refused(3, command, *options[command])
+    assert "s3://models/ft/config.json: not valid JSON" in error
+    assert "/lines-" not in error
+
+
+@pytest.mark.parametrize("recipe", [b"[", b"lines: {alpha: 7}", b"models: 3\n"])
+def test_a_recipe_in_a_store_that_is_none(recipe: bytes, here: Path, store: S3Server) -> None:
+    """`verify` names what it could not read by its URL, too."""
+    store.put("models/ft/lines_recipe.yaml", recipe)
+    error = refused(2, "verify", "s3://models/ft")
+    assert "s3://models/ft/lines_recipe.yaml: " in error
+    assert "/lines-" not in error
