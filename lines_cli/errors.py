@@ -41,11 +41,11 @@ class LinesError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        message = "\n".join(_shortened(line, _LONGEST_READ) for line in _as_known(message).split("\n"))
+        message = "\n".join(_shortened(line, _LONGEST_READ) for line in as_known(message).split("\n"))
         message = "\n".join(_shortened(line, _LONGEST_LINE) for line in without_secrets(message).split("\n"))
         super().__init__(message)
         self.message = message
-        self.hint = None if hint is None else without_secrets(_as_known(hint))
+        self.hint = None if hint is None else without_secrets(as_known(hint))
 
 
 _known_as: dict[str, str] = {}
@@ -61,7 +61,8 @@ def know_as(folder: Path, url: str) -> None:
     _known_as[str(folder)] = url
 
 
-def _as_known(text: str) -> str:
+def as_known(text: str) -> str:
+    """A text with what a person knows in place of such folders."""
     for folder, url in _known_as.items():
         text = text.replace(folder, url)
     return text

@@ -17,7 +17,7 @@ from lines_cli.api import summary
 from lines_cli.checkpoint.formulas import Dequantised
 from lines_cli.checkpoint.header import EXACT_DTYPES
 from lines_cli.cli import log
-from lines_cli.errors import as_argument, in_short, printable, size, without_secrets
+from lines_cli.errors import as_argument, as_known, in_short, printable, size, without_secrets
 from lines_cli.inspection.tables import Bar, Section, coefficient, count, sections
 from lines_cli.inspection.tables import Table as Columns
 from lines_cli.plan.adapter_plan import AdapterPlan
@@ -496,7 +496,7 @@ def show_sweep(found: Found, *, json: bool, quiet: bool) -> None:
 def show_claim(claim: Claim) -> None:
     """What will be read: a recipe may be a stranger's."""
     inputs = (name if name == path else f"{name} ({in_short(path)})" for name, path in claim.places.items())
-    remark(f"the inputs of {claim.file}: {', '.join(inputs)}")
+    remark(as_known(f"the inputs of {claim.file}: {', '.join(inputs)}"))
 
 
 def show_verification(found: Verification, *, json: bool, quiet: bool) -> None:

@@ -32,7 +32,7 @@ from lines_cli.engine.measure import Track, measure, untracked
 from lines_cli.engine.pool import Pool
 from lines_cli.engine.scales import measure_scales, with_scales
 from lines_cli.engine.write import OutputRange, Target, output_ranges
-from lines_cli.errors import CheckpointError, DataError, LinesError, RecipeError, as_argument, printable
+from lines_cli.errors import CheckpointError, DataError, LinesError, RecipeError, as_argument, as_known, printable
 from lines_cli.plan.adapter_plan import AnyPlan
 from lines_cli.plan.claim import Claim, InputRead, inputs_read, open_claim, plan_claim
 from lines_cli.plan.identity import identity
@@ -182,6 +182,8 @@ class Verification:
         if any(read.difference for read in self.inputs):
             return "Some inputs are not the recorded ones. If the right ones are in another place: --input NAME=PATH"
         again = f"lines merge --config {as_argument(self.recipe)} -o AGAIN"
+        if as_known(str(self.recipe)) != str(self.recipe):  # a recipe is read from a disk alone
+            again = f"copy {RECIPE} to a disk, and there: lines merge --config {RECIPE} -o AGAIN"
         if any(file.found is None and file.nbytes for file in differing):
             return f"A file is missing. If it was lost in copying, copy it again. To make all of them: {again}"
         if differing and all(file.made_as_recorded for file in differing):
@@ -199,7 +201,7 @@ class Verification:
         return {
             **ABOUT,
             "output": self.output,
-            "recipe": str(self.recipe),
+            "recipe": as_known(str(self.recipe)),
             "same": self.same,
             "written_by": self.version,
             "inputs": [
@@ -763,9 +765,9 @@ def _about(claim: Claim, result: Verification) -> Iterator[str]:
     if is_one_file(claim.output):
         pass
     elif not claim.recipe.files:
-        yield f"{claim.file} records no digests: the files were compared only with what it makes"
+        yield f"{as_known(str(claim.file))} records no digests: the files were compared only with what it makes"
     elif unrecorded := [file.name for file in result.files if file.name not in claim.recipe.files]:
-        yield f"{claim.file} has no record of {', '.join(map(printable, unrecorded[:8]))}"
+        yield f"{as_known(str(claim.file))} has no record of {', '.join(map(printable, unrecorded[:8]))}"
     if result.same:
         changed = Counter(read.difference is not None for read in result.inputs)[True]
         if changed:

@@ -5,6 +5,7 @@ where they are until the engine asks for a range of them.
 from __future__ import annotations
 
 import atexit
+import os
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
@@ -20,6 +21,7 @@ from lines_cli.storage.names import CONFIG, MODEL_CARD, MODEL_INDEX, MODULES
 from lines_cli.storage.object_store import RemoteFile, content_of, listed, url_of
 
 _LARGEST = 2**28  # bytes of a file beside the weights
+_LONGEST_NAME = 100  # bytes, of a folder on this machine; a key may be far longer than a name in a filesystem
 _COPY_IT = "Copy it to a disk, and name the folder there."
 
 
@@ -74,7 +76,7 @@ def _folder_for(url: str) -> Path:
     """An empty folder on this machine, called as the last part of a URL, until the process ends."""
     made = Path(tempfile.mkdtemp(prefix="lines-"))
     atexit.register(shutil.rmtree, made, ignore_errors=True)
-    folder = made / url.rpartition("/")[2]
+    folder = made / os.fsdecode(os.fsencode(url.rpartition("/")[2])[:_LONGEST_NAME])
     folder.mkdir()
     know_as(folder, url)
     return folder

@@ -250,3 +250,23 @@ def test_a_recipe_in_a_store_that_is_none(recipe: bytes, here: Path, store: S3Se
     error = refused(2, "verify", "s3://models/ft")
     assert "s3://models/ft/lines_recipe.yaml: " in error
     assert "/lines-" not in error
+
+
+def test_verify_in_a_store_shows_nothing_of_this_machine(here: Path, store: S3Server) -> None:
+    """Neither in its notes nor in JSON; and what it says to do can be done."""
+    ran("edit", here / "base", here / "ft", "-o", "s3://models/out")
+    done = ran("verify", "s3://models/out", "--json")
+    assert done.json["recipe"] == "s3://models/out/lines_recipe.yaml"
+    assert "/lines-" not in done.out + done.err
+    content = bytearray(store.objects["models/out/model.safetensors"].content)
+    content[-1] ^= 1
+    store.put("models/out/model.safetensors", bytes(content))
+    error = refused(5, "verify", "s3://models/out")
+    assert "/lines-" not in error
+    assert "copy lines_recipe.yaml to a disk" in error
+
+
+def test_a_key_that_is_longer_than_a_file_name(store: S3Server) -> None:
+    """It is refused as any other that holds no model."""
+    store.put(f"models/{'n' * 300}/config.json", b"{}")
+    assert "s3://models/nnn" in refused(3, "inspect", f"s3://models/{'n' * 300}")
