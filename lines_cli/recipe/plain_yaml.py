@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn
 
 import yaml
@@ -62,18 +61,18 @@ def read_yaml(text: str) -> tuple[Any, dict[Place, str]]:
 
 
 def dump_yaml(values: Mapping[str, Any], *, flow: bool | None = False) -> str:
-    """Plain values as a YAML document that `read_yaml` reads: keys in their order, long lines left whole.
+    """Plain values as a YAML document that `read_yaml` reads: keys in order, lines of up to 1,000 characters whole.
 
     Args:
         values: of text, numbers, booleans, None, lists and mappings.
         flow: whether lists and mappings stand on one line; None: those that hold no others.
     """
-    fast = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-    for dumper in (fast, yaml.SafeDumper):
-        with suppress(UnicodeEncodeError):  # the fast one knows no half characters, as the fast reader
-            text: str = yaml.dump(values, Dumper=dumper, sort_keys=False, width=1_000, default_flow_style=flow)
-            return text
-    raise AssertionError("the library's own writer escapes what is not ASCII")
+    how: dict[str, Any] = {"sort_keys": False, "width": 1_000, "default_flow_style": flow}
+    try:
+        text: str = yaml.dump(values, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), **how)
+    except UnicodeEncodeError:  # the fast one knows no half characters, as the fast reader
+        text = yaml.dump(values, Dumper=yaml.SafeDumper, **how)
+    return text
 
 
 def anchored_keys(text: str) -> set[str]:
