@@ -18,6 +18,7 @@ from evidence import ablations, merging, one, policies, soups, vision
 from evidence.encoder import base_folder
 from evidence.finetunes import trained
 from evidence.page import publish, write_page
+from evidence.results import PAPER
 from evidence.setup import FULL, QUICK, ROOT, Setup, check_setup, result_path, save_setup
 from evidence.texts import pools
 
@@ -36,7 +37,7 @@ def phases(setup: Setup) -> Iterator[list[Job]]:
             jobs += [("soups", seed, tasks[0])]
         if setup.strong is not None:
             jobs += [("one", seed, task, f"{setup.strong:g}") for task in tasks]
-        jobs += [("one", seed, task, f"{setup.rate:g}") for task in (setup.tasks if setup.full else tasks)]
+        jobs += [("one", seed, task, f"{setup.rate:g}") for task in (setup.tasks if setup.full else tasks[:1])]
         jobs += [("digits", seed, target) for target in others]
         if setup.full:
             jobs += [("alpha", seed, "ties"), ("alpha", seed, "task_arithmetic")]
@@ -47,7 +48,9 @@ def phases(setup: Setup) -> Iterator[list[Job]]:
             jobs += [("depth", seed, tasks[0]), *(("wise", seed, task) for task in tasks), ("policies", seed, "styles")]
         yield jobs
         if setup.full:
-            yield [("inspect", seed, task, f"{setup.rate:g}") for task in setup.tasks]
+            jobs = [("inspect", seed, task, f"{setup.rate:g}") for task in setup.tasks]
+            jobs += [("digits-merging", seed, method) for method in merging.methods_of(setup)]
+            yield [*jobs, *(("digits-tasks", seed, method) for method in PAPER["merging"])]
         if setup.strong is not None:
             yield [("inspect", seed, task, f"{setup.strong:g}") for task in tasks]
 
@@ -57,6 +60,8 @@ JOBS: dict[str, Callable[..., object]] = {
     "one": one.run,
     "digits": vision.run,
     "merging": merging.run,
+    "digits-merging": vision.run_merging,
+    "digits-tasks": vision.run_tasks,
     "policies": policies.run,
     "soups": soups.run_soup,
     "wise": soups.run_wise,

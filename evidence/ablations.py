@@ -16,7 +16,7 @@ from evidence.setup import Setup, result_path, run_lines, save_setup, write_json
 
 ALPHAS = (0.1, 0.4, 0.7)
 SCHEDULES = ("linear", "power:2", "power:0.5", "reversed")
-OUTSIDE = ("alpha", "position", "base", "keep")
+OUTSIDE = ("alpha", "base", "keep")  # `position` gives the embeddings alpha, too, and the pooler is not used
 # Listed coefficients for any number of blocks: half of the blocks only.
 LISTS = {"deep half only": [0.0, 1.0], "shallow half only": [1.0, 0.0]}
 
@@ -93,11 +93,13 @@ def run_alpha(setup: Setup, seed: int, method: str) -> None:
         return
     work = Path(setup.work) / f"seed{seed}" / "alpha" / method
     recipe = merging.recipe_of(setup, seed, method)
-    recipe["lines"] = {"alpha": FIXED[0], "beta": BETAS[0]}
-    fixed = merging.swept(setup, seed, work / "fixed", recipe, {"lines.alpha": list(FIXED), "lines.beta": list(BETAS)})
+    largest = merging.LARGEST.get(method, 1.0)
+    betas = [largest * beta for beta in BETAS]
+    recipe["lines"] = {"alpha": FIXED[0], "beta": betas[0]}
+    fixed = merging.swept(setup, seed, work / "fixed", recipe, {"lines.alpha": list(FIXED), "lines.beta": betas})
     points = [{**point, "family": "fixed"} for point in fixed]
     if method == "ties":
-        steps = list(merging.STEPS)
+        steps = [largest * step for step in merging.STEPS]
         trimmed = merging.recipe_of(setup, seed, method, trim="tensor")
         plain = merging.swept(setup, seed, work / "tensor", trimmed, {"parameters.lambda": steps})
         trimmed["lines"] = {"alpha": "auto", "beta": steps[0]}

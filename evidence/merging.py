@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +55,32 @@ def methods_of(setup: Setup) -> tuple[str, ...]:
 
 def recipe_of(setup: Setup, seed: int, method: str, **more: Any) -> dict[str, Any]:
     """A recipe that merges the fine-tunes of a seed; `more` are parameters of the method."""
+    models = [trained(setup, seed, task, setup.rate) for task in setup.tasks]
+    return recipe_for(method, base_folder(Path(setup.work)), models, **more)
+
+
+def recipe_for(method: str, base: Path, models: Iterable[Path], **more: Any) -> dict[str, Any]:
+    """A recipe that merges models of one base; `more` are parameters of the method."""
     return {
         "merge_method": method,
-        "base_model": str(base_folder(Path(setup.work))),
-        "models": [{"model": str(trained(setup, seed, task, setup.rate))} for task in setup.tasks],
+        "base_model": str(base),
+        "models": [{"model": str(model)} for model in models],
         "parameters": {**SAID.get(method, {}), **more},
     }
 
 
-def swept(setup: Setup, seed: int, folder: Path, recipe: dict[str, Any], grid: dict[str, Any]) -> list[dict[str, Any]]:
-    """The points of one grid over a merge; of `mean(tasks)` on validation the largest is the best."""
+def swept(
+    setup: Setup,
+    seed: int,
+    folder: Path,
+    recipe: dict[str, Any],
+    grid: dict[str, Any],
+    judge: str = "evidence.judge",
+    **more: Any,
+) -> list[dict[str, Any]]:
+    """The points of one grid over a merge, as a module's `evaluate` judges them, which is to know `more`; of
+    `mean(tasks)` on validation the largest is the best.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "merge.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
@@ -71,42 +88,67 @@ def swept(setup: Setup, seed: int, folder: Path, recipe: dict[str, Any], grid: d
         "recipe": path.name,
         "grid": grid,
         "controls": False,
-        "evaluate": "evidence.judge:evaluate",
-        "model": "evidence.judge:model",
+        "evaluate": f"{judge}:evaluate",
+        "model": f"{judge}:model",
         "objective": "mean(tasks)",
     }
-    return points_of(sweep(folder, said, context(save_setup(setup), seed)))
-
-
-def _best_first(setup: Setup, seed: int, method: str, family: str) -> list[float]:
-    """The steps in the order in which they are tried: what is likely to be best goes first, and that is what was best
-    of the seed before. What is not the best so far takes less time (`Judge.metrics`).
-    """
-    path = result_path(setup, "merging", seed - 1, method)
-    if not path.exists():
-        return list(STEPS)
-    before = best(
-        point for point in json.loads(path.read_text(encoding="utf-8"))["points"] if point["family"] == family
-    )
-    held = float(before["beta" if "beta" in before else "parameters.lambda"]) / LARGEST.get(method, 1.0)
-    return sorted(STEPS, key=lambda step: abs(step - held) > 1e-3)
+    return points_of(sweep(folder, said, context(save_setup(setup), seed, **more)))
 
 
 def run(setup: Setup, seed: int, method: str) -> None:
-    """One method of one seed: as many points without LiNeS as with it and as reversed."""
+    """One method of one seed, of the sentence encoder; nothing where its result is there."""
     path = result_path(setup, "merging", seed, method)
-    if path.exists():
-        return
-    work = Path(setup.work) / f"seed{seed}" / "merging" / method
+    if not path.exists():
+        work = Path(setup.work) / f"seed{seed}" / "merging" / method
+        before = result_path(setup, "merging", seed - 1, method)
+        recipe = recipe_of(setup, seed, method)
+        points = families(setup, seed, work, recipe, before, largest=LARGEST.get(method, 1.0))
+        write_json(path, {"seed": seed, "method": method, "tasks": list(setup.tasks), "points": points})
+
+
+def families(
+    setup: Setup,
+    seed: int,
+    work: Path,
+    recipe: dict[str, Any],
+    before: Path,
+    *,
+    largest: float,
+    **judged: Any,
+) -> list[dict[str, Any]]:
+    """A merge tuned without LiNeS, with it, and reversed: as many points of each.
+
+    Args:
+        setup: of the run.
+        seed: of the models.
+        work: where the sweeps lie.
+        recipe: of the merge, without LiNeS.
+        before: the result of another seed, if there is one, whose best points are tried first.
+        largest: lambda, and beta, that is tried.
+        judged: what `swept` is to know of who judges.
+    """
     points = []
     for family in FAMILIES:
-        steps = [step * LARGEST.get(method, 1.0) for step in _best_first(setup, seed, method, family)]
-        recipe = recipe_of(setup, seed, method)
+        steps = [step * largest for step in _best_first(before, family, largest)]
         grid: dict[str, Any] = {"lines.beta": steps}
+        own = recipe
         if family == "plain":
             grid = {"parameters.lambda": steps}
         else:
             schedule = "reversed" if family == "reversed" else "linear"
-            recipe["lines"] = {"alpha": "auto", "beta": steps[0], "schedule": schedule}
-        points += [{**point, "family": family} for point in swept(setup, seed, work / family, recipe, grid)]
-    write_json(path, {"seed": seed, "method": method, "tasks": list(setup.tasks), "points": points})
+            own = {**recipe, "lines": {"alpha": "auto", "beta": steps[0], "schedule": schedule}}
+        found = swept(setup, seed, work / family, own, grid, **judged)
+        points += [{**point, "family": family} for point in found]
+    return points
+
+
+def _best_first(before: Path, family: str, largest: float) -> list[float]:
+    """The steps in the order in which they are tried: what is likely to be best goes first, and that is what was best
+    of the seed before. What is not the best so far takes less time (`Judge.metrics`).
+    """
+    if not before.exists():
+        return list(STEPS)
+    found = json.loads(before.read_text(encoding="utf-8"))["points"]
+    held = best(point for point in found if point["family"] == family)
+    step = float(held["beta" if "beta" in held else "parameters.lambda"]) / largest
+    return sorted(STEPS, key=lambda each: abs(each - step) > 1e-3)

@@ -22,6 +22,8 @@ SECTIONS: dict[str, Callable[[Results], tuple[str, dict[str, str]]]] = {
     "one": section_one.section,
     "digits": section_one.vision,
     "merging": section_merging.section,
+    "digits-merging": section_merging.vision,
+    "digits-tasks": section_merging.tasks,
     "soups": section_soups.soups,
     "wise": section_soups.wise,
     "policies": section_soups.policies,
@@ -34,6 +36,8 @@ CALLED = {
     "one": "one fine-tune",
     "digits": "a vision transformer on digits",
     "merging": "merging",
+    "digits-merging": "merging on digits",
+    "digits-tasks": "merging more tasks",
     "soups": "soups",
     "policies": "rewarded soups",
     "wise": "WiSE-FT on misspelt texts",
@@ -45,11 +49,11 @@ CALLED = {
 
 HEAD = """# Evidence
 
-What LiNeS does, and what it does not, to models that were really trained, on what runs here. `make reproduce` (2 seeds)
-and `make reproduce FULL=1` (every item, 4 seeds) train, run everything through `lines edit`, `lines merge` and
-`lines sweep` on safetensors files, and write this page and its figures from what they measured
-([evidence/results](../evidence/results), one small file of JSON for each run). No number is typed by hand; those called
-published are the paper's (arXiv 2410.17146)."""
+What LiNeS does, and what it does not, to models that were really trained, and are small enough for two CPU cores. `make
+reproduce` (2 seeds) and `make reproduce FULL=1` (every item, 4 seeds) train, run everything through `lines edit`,
+`lines merge` and `lines sweep` on safetensors files, and write this page and its figures from what they measured
+([evidence/results](../evidence/results), one small file of JSON for each run): [how, and how
+long](../evidence/README.md). No number is typed by hand; those called published are the paper's (arXiv 2410.17146)."""
 
 SIZES = FULL.sizes
 SETUP = f"""## Set-up
@@ -66,14 +70,17 @@ SETUP = f"""## Set-up
 * **Training**: the encoder alone, {SIZES.train:,} texts, {FULL.epochs} epochs of AdamW, batches of {BATCH}. Of each
   task {SIZES.validation} texts to choose by and {SIZES.test} to test: one accuracy has a standard error of
   {100 * (0.25 / SIZES.test) ** 0.5:.1f} points at most, means and paired differences much less.
-* **Seeds** deal texts anew and train anew. Seed 0 was used to choose this set-up, and is not on this page. One
-  fine-tune and merging have all tasks of each seed; WiSE-FT, the larger learning rate and rounding two of them, soups
-  and depth rules one or two, by turns, so that other seeds have others.
+* **Seeds** deal texts anew and train anew. Seed 0 was used to choose this set-up, and is not on this page. Once seed 1
+  was measured, two things were changed that its numbers had shown: some merges had been chosen at the largest
+  coefficient tried, which is larger now for all families, and policies train less. One fine-tune and merging have all
+  tasks of each seed; WiSE-FT, the larger learning rate and rounding two of them, soups and depth rules one, by turns,
+  so that other seeds have others.
 * **Choice**: every family is given as many points, and chosen by the paper's rule, `2 * target / target_ft +
   mean(control / control_pre)`, on validation texts. Constant scaling takes the values of alpha as its coefficients, so
-  that it reaches from the base to the fine-tune; LiNeS' lie between alpha and 1.
-* **Comparison**: at the same target families are compared along their whole curves, on test texts, with straight lines
-  between the points, in the mean over all targets that both reach.
+  that it reaches from the base to the fine-tune; LiNeS' coefficients lie between alpha and 1, so that its curve stops
+  short of the base.
+* **Comparison**: families are compared at the same target, on test texts, along their whole curves, with straight lines
+  between the points, and averaged over all targets that both reach.
 * **Noise**: differences are paired, and p is of a t-test over the means of seeds, for what a seed deals and trains is
   in all of its pairs. Below 0.05 a difference counts as beyond noise; fewer than {FEWEST} seeds are never tested. ± is
   the standard error of a difference, and of an accuracy the standard deviation between seeds."""
@@ -125,7 +132,9 @@ def told(readme: str, results: Results) -> str:
     _, end, tail = rest.partition(END)
     if not end:
         raise ValueError(f"README.md lacks {BEGIN.strip()} or {END.strip()}")
-    return f"{head}{begin}{fill(expect(results), 124)}{end}{tail}"
+    lines = [fill(line, 124, subsequent_indent="  ") for line in expect(results).splitlines()]
+    text = "\n".join(lines)
+    return f"{head}{begin}{text}{end}{tail}"
 
 
 def publish(setup: Setup) -> None:

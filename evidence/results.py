@@ -34,8 +34,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def best(points: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The point with the largest objective; the first of equal ones."""
-    return max(points, key=lambda point: float(point["objective"]))
+    """The point with the largest objective; the first of equal ones that was tested."""
+    return max(points, key=lambda point: (float(point["objective"]), "test" in point))
 
 
 def spread(results: Sequence[Result], value: Callable[[Result], float]) -> str:
@@ -54,10 +54,20 @@ def spread(results: Sequence[Result], value: Callable[[Result], float]) -> str:
 
 def said(test: Paired, unit: str = "points", digits: int = 1) -> str:
     """A difference with its standard error and its test, in words."""
-    error = "" if test.error is None else f" ± {test.error:.{digits}f}"
     p = "" if test.p is None else f", p {_p(test.p)}"
-    mean = round(test.mean, digits) + 0.0  # no minus before a zero
-    return f"{mean:+.{digits}f}{error} {unit} ({test.positive} of {test.pairs} above zero{p})"
+    signs = [f"up in {test.positive}", f"equal in {test.equal}", f"down in {test.pairs - test.positive - test.equal}"]
+    told = [sign for sign in signs if not sign.endswith(" 0")]
+    return f"{_mean(test, digits)} {unit} ({', '.join(told)} of {test.pairs}{p})"
+
+
+def brief(test: Paired, unit: str = "") -> str:
+    """The same in short, for tables."""
+    return f"{_mean(test, 1)}{f' {unit}' if unit else ''}{'' if test.p is None else f' (p {_p(test.p)})'}"
+
+
+def _mean(test: Paired, digits: int) -> str:
+    error = "" if test.error is None else f" ± {test.error:.{digits}f}"
+    return f"{round(test.mean, digits) + 0.0:+.{digits}f}{error}"  # no minus before a zero
 
 
 def _p(value: float) -> str:

@@ -7,15 +7,15 @@ from statistics import fmean
 from typing import Any
 
 from evidence.ablations import LISTS
-from evidence.results import Result, Results, counted, in_words, said, seeds_of, spread, table, verdict
+from evidence.results import Result, Results, brief, counted, in_words, said, seeds_of, spread, table, verdict
 from evidence.section_merging import chosen as chosen_merge
 from evidence.section_one import baseline, chosen, control_of, curve, rule, target_of
-from evidence.statistics import Paired, correlation, lead, paired
+from evidence.statistics import Paired, correlation, lead, paired, together
 
 Point = Mapping[str, Any]
+Take = Callable[[Result], Sequence[Point]]
 OUTSIDE = {
     "alpha": "alpha, as the blocks' first",
-    "position": "alpha before, alpha + beta behind",
     "base": "the base's",
     "keep": "the fine-tune's",
 }
@@ -37,47 +37,55 @@ def depth(results: Results) -> tuple[str, dict[str, str]]:
     def points(result: Result, what: str, key: str, value: object) -> list[Point]:
         return [p for p in result["points"] if p["what"] == what and p.get(key) == value]
 
-    def row(name: str, take: Callable[[Result], Sequence[Point]]) -> list[str]:
+    def row(name: str, take: Take, test: Paired | None) -> list[str]:
         def picked(result: Result) -> Point:
             one = ones[result["seed"], result["task"]]
             return max(take(result), key=lambda point: rule(one, point))
 
-        ahead = [
+        target = spread(own, lambda one: target_of(one, picked(one)))
+        compared = "no target in common" if test is None else brief(test)
+        return [name, target, spread(own, lambda one: control_of(one, picked(one))), compared]
+
+    def ahead(take: Take) -> Paired | None:
+        found = [
             (result["seed"], found)
             for result in own
             if (found := lead(_points(result, take(result)), curve(ones[result["seed"], result["task"]], "constant")))
             is not None
         ]
-        target = spread(own, lambda one: target_of(one, picked(one)))
-        compared = said(paired(ahead)) if ahead else "no target in common"
-        return [name, target, spread(own, lambda one: control_of(one, picked(one))), compared]
+        return paired(found) if found else None
+
+    def rows(takes: Mapping[str, Take]) -> list[list[str]]:
+        tests = {name: test for name, take in takes.items() if (test := ahead(take)) is not None}
+        tests = together(tests)
+        return [row(name, take, tests.get(name)) for name, take in takes.items()]
 
     rules = sorted({p["schedule"] for r in own for p in r["points"] if p["what"] == "schedule" and "schedule" in p})
     halves = {name: values[0] for name, values in LISTS.items()}
-    rows = [
-        *(row(f"`{name}`", lambda one, name=name: points(one, "schedule", "schedule", name)) for name in rules),  # type: ignore[misc]
-        *(
-            row(name, lambda one, first=first: [p for p in points_of_list(one) if p["schedule"][0] == first])  # type: ignore[misc]
-            for name, first in halves.items()
-        ),
-    ]
+    depths: dict[str, Take] = {
+        f"`{name}`": lambda one, name=name: points(one, "schedule", "schedule", name)  # type: ignore[misc]
+        for name in rules
+    }
+    for name, first in halves.items():
+        depths[name] = lambda one, first=first: [p for p in points_of_list(one) if p["schedule"][0] == first]  # type: ignore[misc]
 
     def points_outside(result: Result, value: str) -> list[Point]:
         if value == "alpha":
             return points(result, "schedule", "schedule", "linear")
         return points(result, "outside", "outside", value)
 
-    outside = [
-        row(called, lambda one, value=value: points_outside(one, value))  # type: ignore[misc]
+    outside: dict[str, Take] = {
+        called: lambda one, value=value: points_outside(one, value)  # type: ignore[misc]
         for value, called in OUTSIDE.items()
-    ]
-    head = ["target", "controls", "against constant scaling at the same target"]
+    }
+    head = ["target", "controls", "controls minus constant scaling's at the same target"]
     text = (
         f"Of {counted(len(own), 'fine-tune')} ({in_words(seeds_of(own))}); alpha is chosen from as many values in "
-        "each row but those of half of the blocks, which have none. The first block's coefficient holds outside, too."
+        "each row; half of the blocks alone have no alpha to choose. The first block's coefficient holds outside, too. "
+        "The p of each table are corrected together, after Holm. The paper has no table of these."
     )
-    parts = ["## 4. Ablations", text, "### Depth rules", table(["rule", *head], rows), "### Outside the blocks"]
-    return "\n\n".join([*parts, table(["embeddings and pooler (linear rule)", *head], outside)]), {}
+    parts = ["## 4. Ablations", text, "### Depth rules", table(["rule", *head], rows(depths)), "### Outside the blocks"]
+    return "\n\n".join([*parts, table(["embeddings (linear rule)", *head], rows(outside))]), {}
 
 
 def _points(result: Result, points: Sequence[Point]) -> list[tuple[float, float]]:
@@ -150,32 +158,33 @@ def inspect(results: Results) -> tuple[str, dict[str, str]]:
     own = [result for result in results["inspect"] if _has_one(results, result)]
     if not own:
         return "### What `lines inspect` tells of alpha", {}
-    ones = [_one_of(results, result) for result in own]
-    shares = [result["first_third"] for result in own]
-    alphas = [float(chosen(one, "lines").get("alpha", 1.0)) for one in ones]
-    ahead = [lead(curve(one, "lines"), curve(one, "constant")) or 0.0 for one in ones]
-    lost = [control_of(one, baseline(one, "pre")) - control_of(one, baseline(one, "ft")) for one in ones]
-    norms = [result["relative_norm"] for result in own]
-    rates = sorted({result["rate"] for result in own})
-    rows = []
-    for rate in rates:
+    columns, blocks = {}, []
+    for rate in sorted({result["rate"] for result in own}):
         group = [result for result in own if result["rate"] == rate]
-        blocks = [fmean(100 * result["relative"][at] for result in group) for at in range(len(group[0]["relative"]))]
-        rows.append([f"{rate:g}", *(f"{value:.2f}" for value in blocks)])
-    sentences = [
-        f"* share of the update in the first third, and the alpha chosen: {correlation(shares, alphas):+.2f}",
-        f"* the same share, and how much LiNeS is ahead of constant scaling: {correlation(shares, ahead):+.2f}",
-        f"* size of the update relative to the weights, and what the controls lost: {correlation(norms, lost):+.2f}",
-        f"* the same size, and the alpha chosen: {correlation(norms, alphas):+.2f}",
-    ]
-    head = ["rate", *(f"block {at + 1}" for at in range(len(own[0]["relative"])))]
-    text = (
-        f"Rank correlations over {counted(len(own), 'fine-tune')} of {counted(len(rates), 'learning rate')}, which are "
-        "not independent: they describe these, and are no test. Below them the update of each block, in per cent of "
-        "its weights."
+        ones = [_one_of(results, result) for result in group]
+        shares, norms = ([result[key] for result in group] for key in ("first_third", "relative_norm"))
+        alphas = [float(chosen(one, "lines").get("alpha", 1.0)) for one in ones]
+        ahead = [lead(curve(one, "lines"), curve(one, "constant")) or 0.0 for one in ones]
+        lost = [control_of(one, baseline(one, "pre")) - control_of(one, baseline(one, "ft")) for one in ones]
+        columns[f"{rate:g} ({counted(len(group), 'fine-tune')})"] = [
+            correlation(*pair) for pair in ((shares, alphas), (shares, ahead), (norms, lost), (norms, alphas))
+        ]
+        relative = [fmean(100 * result["relative"][at] for result in group) for at in range(len(group[0]["relative"]))]
+        blocks.append([f"{rate:g}", *(f"{value:.2f}" for value in relative)])
+    names = (
+        "share of the update in the first third, and the alpha chosen",
+        "the same share, and how much LiNeS is ahead of constant scaling",
+        "size of the update relative to the weights, and what the controls lost",
+        "the same size, and the alpha chosen",
     )
-    parts = ["### What `lines inspect` tells of alpha", text, "\n".join(sentences), table(head, rows)]
-    return "\n\n".join(parts), {}
+    rows = [[name, *(f"{found[at]:+.2f}" for found in columns.values())] for at, name in enumerate(names)]
+    head = ["rate", *(f"block {at + 1}" for at in range(len(blocks[0]) - 1))]
+    text = (
+        "Rank correlations over the fine-tunes of each learning rate, which are not independent: they describe these, "
+        "and are no test. Below them the update of each block, in per cent of its weights. The paper has no such table."
+    )
+    parts = [text, table(["rank correlation of", *columns], rows), table(head, blocks)]
+    return "\n\n".join(["### What `lines inspect` tells of alpha", *parts]), {}
 
 
 def _has_one(results: Results, result: Result) -> bool:
@@ -215,7 +224,7 @@ def rounding(results: Results) -> tuple[str, dict[str, str]]:
         for name in ("nearest", "stochastic", "float32"):
 
             def take(result: Result, name: str = name) -> Point:
-                return next(point for point in result["points"] if point["rounding"] == name)
+                return _stored(result, name)
 
             layers = [
                 [asked, fmean(take(result)["layers"][at][1] for result in group)]
@@ -232,7 +241,31 @@ def rounding(results: Results) -> tuple[str, dict[str, str]]:
     asked = [f"{value:g} asked" for value, _ in own[0]["points"][0]["layers"]]
     text = (
         f"`lines edit` with the defaults, of {counted(len(own), 'fine-tune')}: the coefficients that the blocks really "
-        f"get, and what the output gets right, evaluated in float32. In short: {rounding_told(results)}."
+        f"get, and what the output gets right, evaluated in float32. In short: {rounding_told(results)}. The paper has "
+        "nothing on rounding."
     )
     parts = ["### Rounding", text, table(["rate, output", *asked, "target", "controls"], rows)]
-    return "\n\n".join(parts), {}
+    return "\n\n".join([*parts, "\n".join(_rounded(own))]), {}
+
+
+def _rounded(results: Sequence[Result]) -> list[str]:
+    """What rounding costs at each rate, against an output in float32."""
+    sentences = []
+    for rate in sorted({result["rate"] for result in results}):
+        told = []
+        for name in ("nearest", "stochastic"):
+            tests = [
+                paired(
+                    (one["seed"], value(one, _stored(one, name)) - value(one, _stored(one, "float32")))
+                    for one in results
+                    if one["rate"] == rate
+                )
+                for value in (target_of, control_of)
+            ]
+            told.append(f"{name} changes the target by {said(tests[0])} and the controls by {said(tests[1])}")
+        sentences.append(f"* At {rate:g}, against float32, {'; '.join(told)}.")
+    return sentences
+
+
+def _stored(result: Result, name: str) -> Point:
+    return next(point for point in result["points"] if point["rounding"] == name)

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from evidence.results import PAPER, Result, Results, best, counted, direction, listed, said, seeds_of, spread, table
+from evidence.merging import STEPS, methods_of
+from evidence.results import (
+    PAPER,
+    Result,
+    Results,
+    best,
+    brief,
+    counted,
+    direction,
+    in_words,
+    listed,
+    said,
+    seeds_of,
+    spread,
+    table,
+    verdict,
+)
 from evidence.section_one import baseline, target_of
-from evidence.statistics import Paired, corrected, paired
+from evidence.setup import FULL
+from evidence.statistics import Paired, paired, together
 
 FAMILIES = {"plain": "without", "lines": "with LiNeS", "reversed": "reversed"}
 
@@ -33,52 +50,125 @@ def gain(results: Sequence[Result], family: str = "lines", than: str = "plain") 
     )
 
 
-def by_method(results: Results) -> tuple[dict[str, list[Result]], list[str]]:
+def untuned(results: Sequence[Result], family: str = "lines", than: str = "plain") -> Paired:
+    """The same in the mean over all values that were tried, on validation, task by task: what is to be expected of a
+    coefficient that nobody tuned.
+    """
+
+    def mean(result: Result, which: str, task: str) -> float:
+        return fmean(point["tasks"][task] for point in result["points"] if point["family"] == which)
+
+    return paired(
+        (result["seed"], mean(result, family, task) - mean(result, than, task))
+        for result in results
+        for task in result["tasks"]
+    )
+
+
+def by_method(results: Sequence[Result]) -> tuple[dict[str, list[Result]], list[str]]:
     """The results of each method; and the methods, the best without LiNeS first."""
     methods: dict[str, list[Result]] = defaultdict(list)
-    for result in results["merging"]:
+    for result in results:
         methods[result["method"]].append(result)
     return methods, sorted(methods, key=lambda name: -fmean(score(one, "plain") for one in methods[name]))
 
 
 def section(results: Results) -> tuple[str, dict[str, str]]:
-    """The section; it has no figure."""
-    methods, order = by_method(results)
-    rows = [
-        [
-            f"`{name}`",
-            *(spread(methods[name], lambda one, family=family: score(one, family)) for family in FAMILIES),  # type: ignore[misc]
-            said(gain(methods[name])),
-            listed(seeds_of(methods[name])),
-        ]
-        for name in order
-    ]
-    head = ["method", *FAMILIES.values(), "LiNeS minus without", "seeds"]
-    tasks = max((result["tasks"] for result in results["merging"]), key=len)
+    """Of sentence encoders; there is no figure."""
+    own = results["merging"]
     parts = [
         "## 2. Merging",
-        f"{counted(len(tasks), 'fine-tune')} of one seed in one model; mean over the {len(tasks)} tasks' test texts. "
-        + _ends(results, seeds_of(results["merging"]))
-        + " `lambda` without LiNeS and beta with it (alpha: auto) are chosen on validation from as many values"
-        + f"{_largest(methods)}.",
-        table(head, rows),
-        verdicts(methods, order),
-        _paper(methods),
+        "### Sentence encoders",
+        _compared(own, results.get("one", []), "test texts"),
+        _left_out(),
     ]
-    return "\n\n".join(part for part in parts if part), {}
+    return "\n\n".join(parts), {}
 
 
-def _ends(results: Results, seeds: Sequence[int]) -> str:
+def vision(results: Results) -> tuple[str, dict[str, str]]:
+    """Of the demo's vision transformers; there is no figure."""
+    own = results["digits-merging"]
+    parts = ["### Vision transformers on digits", _compared(own, results.get("digits", []), "test images")]
+    return "\n\n".join(parts), {}
+
+
+def tasks(results: Results) -> tuple[str, dict[str, str]]:
+    """Of merges of fewer models, and of all; there is no figure."""
+    every = [*results["digits-tasks"], *results.get("digits-merging", [])]
+    methods = {result["method"] for result in results["digits-tasks"]}
+    counts = sorted({len(result["tasks"]) for result in every})
+    groups = {
+        f"`{method}`, {count} tasks": [one for one in every if (one["method"], len(one["tasks"])) == (method, count)]
+        for method in sorted(methods)
+        for count in counts
+    }
+    groups = {name: own for name, own in groups.items() if own}
+    text = (
+        "The same vision transformers, fewer or more of them in one model, each measured on its own tasks. The paper "
+        "merges 8 to 20."
+    )
+    return "\n\n".join(["### More tasks", text, _rows(groups, "merge")]), {}
+
+
+def _left_out() -> str:
+    """Methods that were not run, and why."""
+    from lines_cli.methods import METHODS
+
+    ran = methods_of(FULL)
+    names = [f"`{name}`" for name in METHODS if name not in ran]
+    return f"Not here are the methods that merge two models only, or weights in place of task vectors: {listed(names)}."
+
+
+def _compared(results: Sequence[Result], ones: Sequence[Result], test: str) -> str:
+    """Each method without LiNeS, with it and reversed, and the paper's numbers.
+
+    Args:
+        results: of the merges.
+        ones: of the fine-tunes that were merged, and others.
+        test: what is tested on.
+    """
+    methods, order = by_method(results)
+    merged = max((result["tasks"] for result in results), key=len)
+    text = (
+        f"{counted(len(merged), 'fine-tune')} of one seed in one model, {in_words(seeds_of(results))}; mean over the "
+        f"{len(merged)} tasks' {test}. {_ends(ones, seeds_of(results))} Tuned: `lambda` without LiNeS, beta with it "
+        f"and reversed (alpha: auto), are chosen on validation from {len(STEPS)} values{_largest(methods)}. Untuned: "
+        "the mean over all of these values, on validation. With LiNeS and reversed the coefficients are the same, in "
+        "opposite orders."
+    )
+    table_ = _rows({f"`{name}`": methods[name] for name in order}, "method")
+    return "\n\n".join([text, table_, verdicts(methods, order), _edges(methods, order), _paper(methods)])
+
+
+def _rows(groups: Mapping[str, Sequence[Result]], what: str) -> str:
+    """A table of merges, tuned and untuned."""
+    tuned_ = together({name: gain(own) for name, own in groups.items()})
+    loose_ = together({name: untuned(own) for name, own in groups.items()})
+    rows = [
+        [
+            name,
+            *(spread(own, lambda one, family=family: score(one, family)) for family in FAMILIES),  # type: ignore[misc]
+            brief(tuned_[name]),
+            brief(loose_[name]),
+        ]
+        for name, own in groups.items()
+    ]
+    return table([what, *FAMILIES.values(), "LiNeS minus without", "the same, untuned"], rows)
+
+
+def _ends(ones: Sequence[Result], seeds: Sequence[int]) -> str:
     """Between what merges lie: the pre-trained model, and each fine-tune on its own task."""
-    rates = [one["rate"] for one in results.get("one", [])]
-    if not rates:
-        return ""
-    common = max(set(rates), key=rates.count)
-    own = [one for one in results["one"] if one["seed"] in seeds and one["rate"] == common]
+    rates = [one.get("rate") for one in ones]
+    own = [one for one in ones if one["seed"] in seeds and one.get("rate") == max(set(rates), key=rates.count)]
     if not own:
         return ""
     pre, ft = (fmean(target_of(one, baseline(one, which)) for one in own) for which in ("pre", "ft"))
     return f"Pre-trained {pre:.1f}; each fine-tune on its own task {ft:.1f}."
+
+
+def _coefficient(point: Mapping[str, Any]) -> float:
+    """lambda, or beta: what a family is tuned by."""
+    return float(point["beta" if "beta" in point else "parameters.lambda"])
 
 
 def _largest(methods: Mapping[str, Sequence[Result]]) -> str:
@@ -86,29 +176,37 @@ def _largest(methods: Mapping[str, Sequence[Result]]) -> str:
     reached: dict[float, list[str]] = defaultdict(list)
     for name, results in sorted(methods.items()):
         points = [point for one in results for point in one["points"] if point["family"] == "plain"]
-        reached[max(point["parameters.lambda"] for point in points)].append(f"`{name}`")
+        reached[round(max(map(_coefficient, points)), 6)].append(f"`{name}`")
     usual = max(reached, key=lambda value: len(reached[value]))
     others = [f"{value:g} with {listed(names)}" for value, names in sorted(reached.items()) if value != usual]
     return f" up to {usual:g}{f', {listed(others)}' if others else ''}"
 
 
+def _edges(methods: Mapping[str, Sequence[Result]], order: Sequence[str]) -> str:
+    """Where the largest value that was tried was chosen, so that a larger one might have done better."""
+    found: dict[str, list[str]] = {}
+    for family in ("plain", "lines"):
+        for name in order:
+            at = sum(
+                _coefficient(chosen(one, family))
+                >= max(_coefficient(point) for point in one["points"] if point["family"] == family) - 1e-9
+                for one in methods[name]
+            )
+            if at:
+                found.setdefault(family, []).append(f"`{name}` ({at})")
+    if not found:
+        return "The largest value tried was never the one chosen."
+    called = {"plain": "without LiNeS", "lines": "with it"}
+    told = [f"{called[family]} {listed(names)}" for family, names in found.items()]
+    return (
+        "The largest value tried was the one chosen, so that a still larger one might do better (in how many seeds): "
+        f"{'; '.join(told)}."
+    )
+
+
 def verdicts(methods: Mapping[str, Sequence[Result]], order: Sequence[str]) -> str:
-    """With which methods LiNeS helps and hurts; and the best merge on validation."""
-    tests = {name: gain(methods[name]) for name in order}
-    known = {name: test.p for name, test in tests.items() if test.p is not None}
-    ps = dict(zip(known, corrected(list(known.values())), strict=True))
-    groups: dict[str, list[str]] = defaultdict(list)
-    for name, test in tests.items():
-        if name in ps:
-            beyond = "helps" if test.mean > 0 else "hurts"
-            groups[beyond if ps[name] < 0.05 else "makes no difference beyond noise"].append(f"`{name}`")
-        else:
-            groups["does better" if test.mean > 0 else "does worse"].append(f"`{name}`")
-    sentences = [f"LiNeS {what} with {listed(names)}." for what, names in groups.items()]
-    if len(ps) > 1 and ps.keys() == tests.keys():
-        sentences.append(f"(p of {counted(len(ps), 'method')} corrected together, after Holm.)")
-    elif len(ps) < len(tests):
-        sentences.append("Where nothing is said of noise there are too few seeds to tell it from.")
+    """With which methods LiNeS helps and hurts, tuned; what it does untuned; and the best merge on validation."""
+    sentences = [f"**Tuned**, {tuned(methods)}.", f"**Untuned**, in the mean over all values tried, {loose(methods)}."]
     name, family = max(
         ((name, family) for name in order for family in FAMILIES),
         key=lambda which: fmean(float(chosen(one, which[1])["objective"]) for one in methods[which[0]]),
@@ -118,13 +216,42 @@ def verdicts(methods: Mapping[str, Sequence[Result]], order: Sequence[str]) -> s
     return " ".join(sentences)
 
 
+def tuned(methods: Mapping[str, Sequence[Result]], say: Callable[[Paired, str], str] = said) -> str:
+    """What LiNeS does to merges that are tuned: in the mean over methods, and with each."""
+    whole = gain([one for own in methods.values() for one in own])
+    tests = together({name: gain(results) for name, results in methods.items()})
+    text = f"LiNeS adds {say(whole, 'points')}: {verdict(whole, 'it helps', 'it hurts')}"
+    if len(tests) == 1:
+        return text
+    gains = [round(test.mean, 1) + 0.0 for test in tests.values()]
+    text += f"; by method {min(gains):+.1f} to {max(gains):+.1f}"
+    if any(test.p is None for test in tests.values()):
+        return text
+    helps, hurts = (
+        [f"`{name}`" for name, test in tests.items() if test.beyond_noise and sign * test.mean > 0] for sign in (1, -1)
+    )
+    shown = [f"that it {what} {listed(names)}" for what, names in (("helps", helps), ("hurts", hurts)) if names]
+    beyond = f"it can be told from noise {' and '.join(shown)}" if shown else "of none can it be told from noise"
+    return f"{text}; {beyond} (p corrected for {counted(len(tests), 'method')}, after Holm)"
+
+
+def loose(methods: Mapping[str, Sequence[Result]], say: Callable[[Paired, str], str] = said) -> str:
+    """What LiNeS and reversed depth do to merges that nobody tuned, in the mean over methods."""
+    results = [one for own in methods.values() for one in own]
+    lines, turned = untuned(results), untuned(results, "reversed")
+    return (
+        f"LiNeS adds {say(lines, 'points')}: {verdict(lines, 'it helps', 'it hurts')}; reversed depth adds "
+        f"{say(turned, 'points')}"
+    )
+
+
 def _paper(methods: Mapping[str, Sequence[Result]]) -> str:
+    tests = together({name: gain(own) for name, own in methods.items()})
     rows = []
     for name, published in PAPER["merging"].items():
         here = "not run"
-        if name in methods:
-            test = gain(methods[name])
-            here = f"{said(test)}: {direction(published['8'][1] - published['8'][0], test)}"
+        if name in tests:
+            here = f"{brief(tests[name])}: {direction(published['8'][1] - published['8'][0], tests[name])}"
         rows.append([f"`{name}`", *(f"{a:.1f} -> {b:.1f}" for a, b in published.values()), here])
     head = ["CLIP ViT-B/32, as published", *(f"{count} tasks" for count in PAPER["merging"]["ties"]), "here"]
-    return "\n\n".join(["### Beside the paper", table(head, rows)])
+    return "\n\n".join(["#### Beside the paper", table(head, rows)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from statistics import fmean
 from typing import Any
@@ -21,11 +21,12 @@ from evidence.results import (
     table,
     verdict,
 )
-from evidence.statistics import Paired, lead, paired
+from evidence.statistics import Paired, common, lead, paired
 from evidence.texts import RETRIEVAL
 
 FAMILIES = {"lines": "LiNeS", "constant": "constant scaling", "reversed": "reversed depth"}
 Point = Mapping[str, Any]
+Value = Callable[[Result, Point], float]
 
 
 def target_of(result: Result, point: Point) -> float:
@@ -61,16 +62,30 @@ def rule(result: Result, point: Point) -> float:
     return 2 * float(point["target"]) / float(ft["target"]) + kept
 
 
-def curve(result: Result, family: str) -> list[tuple[float, float]]:
-    """Target and control of each point of a family's path."""
-    return [(target_of(result, point), control_of(result, point)) for point in path_of(result, family)]
+def retrieval_of(result: Result, point: Point) -> float:  # noqa: ARG001 - as the others
+    """Per cent of words found by their glosses."""
+    return float(point["test"][RETRIEVAL])
 
 
-def leads(results: Sequence[Result], family: str, than: str = "constant") -> Paired:
-    """How much more control than another a family has at the same target. Both end at the fine-tune itself, so that
-    they have that target in common at least.
+def curve(result: Result, family: str, kept: Value = control_of) -> list[tuple[float, float]]:
+    """Target, and what is kept, of each point of a family's path."""
+    return [(target_of(result, point), kept(result, point)) for point in path_of(result, family)]
+
+
+def leads(results: Sequence[Result], family: str, than: str = "constant", kept: Value = control_of) -> Paired:
+    """How much more than another a family has kept at the same target. Both end at the fine-tune itself, so that they
+    have that target in common at least.
     """
-    return paired((one["seed"], lead(curve(one, family), curve(one, than)) or 0.0) for one in results)
+    return paired((one["seed"], lead(curve(one, family, kept), curve(one, than, kept)) or 0.0) for one in results)
+
+
+def reach(results: Sequence[Result], family: str, than: str = "constant") -> float:
+    """Over how many points of the target two families are compared, in the mean."""
+    widths = []
+    for one in results:
+        low, high = common(curve(one, family), curve(one, than))
+        widths.append(high - low)
+    return fmean(widths)
 
 
 def section(results: Results) -> tuple[str, dict[str, str]]:
@@ -110,7 +125,7 @@ def compared(results: Sequence[Result], heading: str) -> str:
     }
     columns: dict[str, Any] = {"target": target_of, "controls": control_of}
     if RETRIEVAL in baseline(results[0], "pre")["test"]:
-        columns["retrieval"] = lambda _, point: float(point["test"][RETRIEVAL])
+        columns["retrieval"] = retrieval_of
     body = [
         [
             name,
@@ -126,14 +141,23 @@ def compared(results: Sequence[Result], heading: str) -> str:
     alphas = {family: fmean(chosen(one, family).get("alpha", 1.0) for one in results) for family in FAMILIES}
     head = f"### {heading}: {counted(len(results), 'fine-tune')} ({counted(len(tasks), 'task')}, {in_words(seeds)})"
     note = "Means over fine-tunes"
-    if len(seeds) > 1:
+    if len(seeds) > 1 and len(results) == len(seeds) * len(tasks):
         note += "; behind ± the standard deviation between seeds"
-    note += f". Mean alphas chosen: {'; '.join(f'{FAMILIES[family]} {alpha:.2f}' for family, alpha in alphas.items())}."
+    picked = "; ".join(f"{FAMILIES[family]} {alpha:.2f}" for family, alpha in alphas.items())
+    note += f". Mean alpha chosen (of constant scaling the coefficient): {picked}."
     compared = (
-        f"**At the same target accuracy** LiNeS has, against constant scaling, {said(lines)} of the controls: "
-        f"{verdict(lines, 'LiNeS keeps more', 'constant scaling keeps more')}. Against reversed depth it has "
-        f"{said(turned)}: {verdict(turned, 'LiNeS keeps more', 'reversed depth keeps more')}."
+        f"**At the same target accuracy** the controls of LiNeS minus those of constant scaling are {said(lines)}: "
+        f"{verdict(lines, 'LiNeS keeps more', 'constant scaling keeps more')}. Minus those of reversed depth they are "
+        f"{said(turned)}: {verdict(turned, 'LiNeS keeps more', 'reversed depth keeps more')}. The targets that both "
+        f"reach span {reach(results, 'lines'):.1f} and {reach(results, 'lines', 'reversed'):.1f} points; constant "
+        "scaling goes further down, to the base."
     )
+    if "retrieval" in columns:
+        found = leads(results, "lines", kept=retrieval_of)
+        compared += (
+            f" In retrieval LiNeS minus constant scaling is {said(found)}: "
+            f"{verdict(found, 'LiNeS keeps more', 'constant scaling keeps more')}."
+        )
     return "\n\n".join([head, table(["% of the test set right", *columns], body), note, compared])
 
 
@@ -164,17 +188,21 @@ def _published() -> str:
 
 
 def back(results: Sequence[Result], where: str) -> str:
-    """What LiNeS as chosen gives back, beside what the paper says of it."""
+    """What LiNeS as chosen gives back, beside what the paper says of it, and beside constant scaling as chosen."""
+
+    def change(family: str, value: Value) -> Paired:
+        pairs = [(one, chosen(one, family), baseline(one, "ft")) for one in results]
+        return paired((one["seed"], value(one, point) - value(one, ft)) for one, point, ft in pairs)
+
     published = {name: values[1] for name, values in PAPER["one"].items()}
-    found = paired(
-        (one["seed"], control_of(one, chosen(one, "lines")) - control_of(one, baseline(one, "ft"))) for one in results
-    )
-    cost = fmean(target_of(one, chosen(one, "lines")) - target_of(one, baseline(one, "ft")) for one in results)
     lost = fmean(control_of(one, baseline(one, "pre")) - control_of(one, baseline(one, "ft")) for one in results)
     share = f" of {lost:.1f} lost" if lost > 0 else ""
-    gain = published["LiNeS"] - published["fine-tuned"]
+    gain, cost = published["LiNeS"] - published["fine-tuned"], PAPER["one"]["LiNeS"][0] - PAPER["one"]["fine-tuned"][0]
+    found, constant = change("lines", control_of), change("constant", control_of)
     return (
-        f"* {where}, LiNeS as chosen changes the controls by {said(found)}{share}, and the target by {cost:+.1f}. As "
-        f"published it gives {gain:.1f} of {published['pre-trained'] - published['fine-tuned']:.1f} back: "
-        f"{direction(gain, found)}."
+        f"* {where}, LiNeS as chosen changes the controls by {said(found)}{share}, and the target by "
+        f"{change('lines', target_of).mean:+.1f}; constant scaling as chosen the controls by {constant.mean:+.1f} and "
+        f"the target by {change('constant', target_of).mean:+.1f}. As published, LiNeS gives {gain:.1f} of "
+        f"{published['pre-trained'] - published['fine-tuned']:.1f} back, and changes the target by {cost:+.1f}. What "
+        f"comes back: {direction(gain, found)}."
     )

@@ -23,6 +23,7 @@ from evidence.results import (
     verdict,
 )
 from evidence.section_one import FAMILIES
+from evidence.setup import FULL
 from evidence.soups import MEMBERS
 from evidence.statistics import Paired, lead, paired
 
@@ -43,10 +44,10 @@ def _chosen(result: Result, soup: str, family: str) -> float:
     return float(best(_of_soup(result, soup, family))["test"]["clean"])
 
 
-def soup_gains(results: Results) -> dict[str, Paired]:
-    """What LiNeS adds to each kind of soup."""
+def soup_gains(results: Results, family: str = "lines") -> dict[str, Paired]:
+    """What LiNeS adds to each kind of soup, or another family."""
     return {
-        soup: paired((one["seed"], _chosen(one, soup, "lines") - _plain(one, soup)) for one in results["soups"])
+        soup: paired((one["seed"], _chosen(one, soup, family) - _plain(one, soup)) for one in results["soups"])
         for soup in ("uniform", "greedy")
     }
 
@@ -63,7 +64,7 @@ def soups(results: Results) -> tuple[str, dict[str, str]]:
             "",
         ],
     ]
-    sentences = []
+    sentences, constant = [], soup_gains(results, "constant")
     for soup, test in soup_gains(results).items():
         rows.append(
             [
@@ -76,13 +77,14 @@ def soups(results: Results) -> tuple[str, dict[str, str]]:
         before, after = PAPER["soups"][soup]
         sentences.append(
             f"* {soup}: LiNeS adds {said(test)}; as published, of 70 fine-tunes on ImageNet, {before} -> {after}: "
-            f"{direction(after - before, test)}."
+            f"{direction(after - before, test)}. A constant adds {said(constant[soup])}."
         )
     head = ["% of the target's test texts right", "as it is", "with LiNeS, beta chosen", "scaled, constant chosen"]
     members = fmean(one["members"] for one in own)
     text = (
         f"Soups of {counted(len({one['task'] for one in own}), 'task')}, {in_words(seeds_of(own))}: {MEMBERS} "
-        f"fine-tunes each, of two rates and other orders of texts; a greedy soup has {members:.1f} of them."
+        f"fine-tunes each, of two rates and other orders of texts; a greedy soup has {members:.1f} of them in the "
+        f"mean. beta and the constant are chosen on {FULL.sizes.validation} texts only, so that the choice is rough."
     )
     return "\n\n".join(["## 3. Soups and robustness", "### Soups", text, table(head, rows), "\n".join(sentences)]), {}
 
@@ -119,8 +121,8 @@ def policies(results: Results) -> tuple[str, dict[str, str]]:
     ]
     pre = [fmean(result["points"][0]["rewards"][at] for result in own) for at in (0, 1)]
     sentences = [
-        f"* {MIXED[family]} minus {MIXED[than]}, each reward weighted as its policy: "
-        f"{said(test, 'nats a word', 3)}: {verdict(test, 'more', 'less')}."
+        f"* {MIXED[family][0].upper()}{MIXED[family][1:]} minus {MIXED[than]}, each reward weighted as its policy: "
+        f"{said(test, 'nats a word', 3)}: {verdict(test, 'higher rewards', 'lower rewards')}."
         for (family, than), test in policy_gains(results).items()
     ]
     sentences.append("* The paper gives fronts as pictures, without numbers: with LiNeS they lie further out.")
@@ -189,9 +191,10 @@ def wise(results: Results) -> tuple[str, dict[str, str]]:
         drawn,
     )
     text = (
-        f"The mixing weight gamma goes from the base (0) to the fine-tune (1); with LiNeS alpha = beta = 0.5. "
-        f"{counted(len(own), 'fine-tune')}, {in_words(seeds_of(own))}. At the same accuracy on clean texts LiNeS has, "
-        f"against the plain mixture, {said(test)} on misspelt ones: "
+        "The mixing weight gamma goes from the base (0) to the fine-tune (1); with LiNeS to the fine-tune scaled with "
+        "alpha = beta = 0.5, with reversed depth to the one scaled the other way round. "
+        f"{counted(len(own), 'fine-tune')}, {in_words(seeds_of(own))}. At the same accuracy on clean texts, LiNeS "
+        f"minus the plain mixture is {said(test)} on misspelt ones: "
         f"{verdict(test, 'LiNeS is more robust', 'the plain mixture is more robust')}. The paper gives curves for "
         "CLIP on shifted ImageNets, as pictures: with LiNeS they lie further out."
     )

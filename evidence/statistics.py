@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 
 FEWEST = 3  # seeds, below which nothing is tested
@@ -21,14 +21,17 @@ class Paired:
         mean: over seeds, of the means of each.
         error: standard error of that mean; None of one seed.
         positive: how many pairs are above zero.
+        equal: how many are zero.
         pairs: how many there are.
         seeds: of how many seeds.
-        p: of a t-test that the means of seeds are zero, two-sided; None of fewer than three.
+        p: of a t-test that the means of seeds are zero, two-sided; None of fewer than three, and where they are all one
+            number that is not zero, of which no test can tell.
     """
 
     mean: float
     error: float | None
     positive: int
+    equal: int
     pairs: int
     seeds: int
     p: float | None
@@ -55,15 +58,27 @@ def paired(differences: Iterable[tuple[int, float]]) -> Paired:
     if deviation is not None and len(means) >= FEWEST:
         from scipy import stats  # takes seconds
 
-        p = float(stats.ttest_1samp(means, 0.0).pvalue) if deviation > 1e-12 else float(abs(fmean(means)) < 1e-12)
+        if deviation > 1e-12:
+            p = float(stats.ttest_1samp(means, 0.0).pvalue)
+        elif abs(fmean(means)) < 1e-12:
+            p = 1.0
     return Paired(
         mean=fmean(means),
         error=None if deviation is None else deviation / len(means) ** 0.5,
-        positive=sum(difference > 0 for _, difference in pairs),
+        positive=sum(difference > 1e-9 for _, difference in pairs),
+        equal=sum(abs(difference) <= 1e-9 for _, difference in pairs),
         pairs=len(pairs),
         seeds=len(means),
         p=p,
     )
+
+
+def together(tests: Mapping[str, Paired]) -> dict[str, Paired]:
+    """Several tests that one sentence speaks of, the p of each corrected for all; as they are, where one has none."""
+    known = [test.p for test in tests.values() if test.p is not None]
+    if len(known) < len(tests):
+        return dict(tests)
+    return {name: replace(test, p=p) for (name, test), p in zip(tests.items(), corrected(known), strict=True)}
 
 
 def corrected(values: Sequence[float]) -> list[float]:
@@ -90,12 +105,18 @@ def at_target(curve: Curve, target: float) -> float | None:
     return (found[0] + found[-1]) / 2 if found else None
 
 
+def common(curve: Curve, other: Curve) -> tuple[float, float]:
+    """The lowest and the highest target that both curves reach; where they have none in common the first is larger."""
+    low = max(min(target for target, _ in each) for each in (curve, other))
+    high = min(max(target for target, _ in each) for each in (curve, other))
+    return low, high
+
+
 def lead(curve: Curve, baseline: Curve) -> float | None:
     """How much more control a curve has than a baseline, in the mean over the targets that both reach; None if they
     have none in common. The other way round it is the opposite.
     """
-    low = max(min(target for target, _ in each) for each in (curve, baseline))
-    high = min(max(target for target, _ in each) for each in (curve, baseline))
+    low, high = common(curve, baseline)
     if low > high:
         return None
     differences = []

@@ -7,9 +7,8 @@ from itertools import groupby
 from statistics import fmean
 
 from evidence import section_ablations, section_merging, section_soups
-from evidence.results import Result, Results, counted, listed, said, seeds_of, verdict
+from evidence.results import PAPER, Result, Results, brief, counted, said, verdict
 from evidence.section_one import baseline, chosen, control_of, leads, target_of
-from evidence.statistics import FEWEST, Paired
 
 MORE, LESS = "LiNeS keeps more", "constant scaling keeps more"
 
@@ -17,26 +16,26 @@ MORE, LESS = "LiNeS keeps more", "constant scaling keeps more"
 def summary(results: Results) -> str:
     """What a reader should take away, as far as there are results for it."""
     sentences = [_of(group, called) for called, group in _groups(results).items()]
-    if results.get("merging"):
-        sentences.append(f"**Merging**: {section_merging.verdicts(*section_merging.by_method(results))}")
+    for called, merges in _merges(results).items():
+        sentences.append(f"**{called}**. {section_merging.verdicts(*section_merging.by_method(merges))}")
     if results.get("soups"):
         gains = section_soups.soup_gains(results)
         told = [f"{soup} {said(test)}, {verdict(test, 'better', 'worse')}" for soup, test in gains.items()]
-        sentences.append(f"**Soups**, LiNeS against the soup as it is: {'; '.join(told)}.")
+        sentences.append(f"**Soups**, LiNeS minus the soup as it is: {'; '.join(told)}.")
     if results.get("wise"):
         test = section_soups.wise_lead(results)
         sentences.append(
-            "**WiSE-FT on misspelt texts**, LiNeS against the plain mixture at the same accuracy on clean ones: "
+            "**WiSE-FT on misspelt texts**, LiNeS minus the plain mixture at the same accuracy on clean ones: "
             f"{said(test)}, {verdict(test, 'more robust', 'less robust')}."
         )
     if results.get("policies"):
         gains_ = section_soups.policy_gains(results)
         told = [
-            f"against {section_soups.MIXED[than]} {said(gains_['lines', than], 'nats a word', 3)}, "
-            f"{verdict(gains_['lines', than], 'more', 'less')}"
+            f"beside {section_soups.MIXED[than]} {said(gains_['lines', than], 'nats a word', 3)}, "
+            f"{verdict(gains_['lines', than], 'higher rewards', 'lower rewards')}"
             for than in ("plain", "constant")
         ]
-        sentences.append(f"**Rewarded soups**, both rewards, LiNeS {'; '.join(told)}.")
+        sentences.append(f"**Rewarded soups**, both rewards of LiNeS {'; '.join(told)}.")
     if results.get("rounding"):
         sentences.append(f"**Rounding**: {section_ablations.rounding_told(results)}.")
     if not sentences:
@@ -47,11 +46,11 @@ def summary(results: Results) -> str:
 def _groups(results: Results) -> dict[str, Sequence[Result]]:
     """What item 1 was run on: a sentence encoder at each rate, and digits."""
     groups: dict[str, Sequence[Result]] = {
-        f"the sentence encoder at learning rate {rate:g}": list(group)
+        f"the sentence encoder (6 blocks) at learning rate {rate:g}": list(group)
         for rate, group in groupby(sorted(results.get("one", []), key=_rate), _rate)
     }
     if results.get("digits"):
-        groups["the vision transformer on digits"] = results["digits"]
+        groups["the vision transformer on digits (12 blocks)"] = results["digits"]
     return groups
 
 
@@ -72,53 +71,56 @@ def _of(results: Sequence[Result], called: str) -> str:
     return (
         f"**{called[0].upper()}{called[1:]}**, {counted(len(results), 'fine-tune')}, target / controls: pre-trained "
         f"{ends('pre')}, fine-tuned {ends('ft')}; chosen on validation: LiNeS {mean('lines')}, constant scaling "
-        f"{mean('constant')}, reversed {mean('reversed')}. At the same target LiNeS has of the controls, against "
-        f"constant scaling, {said(test)}: {verdict(test, MORE, LESS)}; against reversed depth {said(turned)}: "
-        f"{verdict(turned, MORE, 'reversed depth keeps more')}."
+        f"{mean('constant')}, reversed {mean('reversed')}. At the same target the controls of LiNeS minus those "
+        f"of constant scaling are {said(test)}: {verdict(test, MORE, LESS)}; minus those of reversed depth "
+        f"{said(turned)}: {verdict(turned, MORE, 'reversed depth keeps more')}."
     )
+
+
+def _merges(results: Results) -> dict[str, Sequence[Result]]:
+    """What item 2 was run on."""
+    called = {"merging": "Merges of sentence encoders", "digits-merging": "Merges of vision transformers on digits"}
+    return {name: results[item] for item, name in called.items() if results.get(item)}
 
 
 def _advice(results: Results) -> str:
     """What to try first, for what kind of model."""
-    return (
-        f"**What to try first**: {expect(results)} These models are small, and the paper's are CLIP's vision "
-        "transformers, on which it reports margins larger than any here: nothing here shows or refutes those. So "
-        "measure both on your own model: `lines sweep` gives constant scaling and reversed depth as many trials as "
-        "LiNeS, and says which did best ([how](sweeping.md), [for CLIP and for a 7B model](at-scale.md))."
+    gains = [after - before for counts in PAPER["merging"].values() for before, after in counts.values()]
+    pre, ft, edited = (PAPER["one"][name] for name in ("pre-trained", "fine-tuned", "LiNeS"))
+    text = (
+        "These models are small. The paper's are CLIP's vision transformers: there LiNeS gives back "
+        f"{edited[1] - ft[1]:.1f} of {pre[1] - ft[1]:.1f} points lost, at {ft[0] - edited[0]:.1f} of the target, and "
+        f"adds {min(gains):.1f} to {max(gains):.1f} to merges. Nothing on this page shows or refutes that. So measure "
+        "both on your own model: `lines sweep` gives constant scaling and reversed depth as many trials as LiNeS, and "
+        "says which did best ([how](sweeping.md), [for CLIP and for a 7B model](at-scale.md))."
     )
+    return "\n\n".join(["**What to try first**, on models like these:", expect(results), text])
 
 
 def expect(results: Results) -> str:
-    """For each kind of model that was measured, LiNeS or constant scaling; and merges. README.md has it, too."""
-    choices: dict[str, list[str]] = {}
-    for called, group in _groups(results).items():
-        choices.setdefault(_choice(leads(group, "lines")), []).append(called)
-    sentences = [f"on {listed(names)} {choice}" for choice, names in choices.items()]
-    if results.get("merging"):
-        sentences.append(_of_merges(results))
-    if not sentences:
-        return ""
-    text = "; ".join(sentences)
-    seeds = seeds_of([one for item in ("one", "digits", "merging") for one in results.get(item, [])])
-    few = ": too few to tell from noise" if len(seeds) < FEWEST else ""
-    return f"{text[0].upper()}{text[1:]} ({counted(len(seeds), 'seed')}{few})."
+    """For each kind of model that was measured, LiNeS or constant scaling; and merges. A list in Markdown, which
+    README.md has, too.
+    """
+    told = [_choice(called, group) for called, group in _groups(results).items()]
+    for called, merges in _merges(results).items():
+        methods, _ = section_merging.by_method(merges)
+        tuned, loose = section_merging.tuned(methods, brief), section_merging.loose(methods, brief)
+        told.append(f"**{called}**: tuned, {tuned}. Untuned, in the mean over all coefficients tried, {loose}.")
+    return "\n".join(f"* {each}" for each in told)
 
 
-def _choice(test: Paired) -> str:
+def _choice(called: str, results: Sequence[Result]) -> str:
+    """LiNeS or constant scaling, on one kind of model."""
+    test = leads(results, "lines")
+    lost = fmean(control_of(one, baseline(one, "pre")) - control_of(one, baseline(one, "ft")) for one in results)
+    error = "" if test.error is None else f" ± {test.error:.1f}"
     text = (
-        f"LiNeS keeps {abs(test.mean):.1f} points {'more' if test.mean > 0 else 'less'} of the controls than constant "
-        "scaling"
+        f"**{called[0].upper()}{called[1:]}**, whose fine-tunes lost {lost:.1f} points of the controls: these are "
+        f"{abs(test.mean):.1f}{error} points {'higher' if test.mean > 0 else 'lower'} with LiNeS than with constant "
+        "scaling at the same target"
     )
-    if test.beyond_noise:
-        return f"{text}: begin with {'LiNeS' if test.mean > 0 else 'constant scaling'}"
-    return text if test.p is None else f"{text}, {verdict(test, MORE, LESS)}"
-
-
-def _of_merges(results: Results) -> str:
-    methods, order = section_merging.by_method(results)
-    gains = {name: section_merging.gain(methods[name]).mean for name in order}
-    better = sum(gain > 0 for gain in gains.values())
-    return (
-        f"in merges LiNeS adds {min(gains.values()):+.1f} to {max(gains.values()):+.1f} points, above zero with "
-        f"{better} of {counted(len(gains), 'method')}"
-    )
+    if test.p is None:
+        return f"{text}: {verdict(test, MORE, LESS)}."
+    if not test.beyond_noise:
+        return f"{text}, within noise: either is as good."
+    return f"{text}: begin with {'LiNeS' if test.mean > 0 else 'constant scaling'}."

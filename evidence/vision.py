@@ -1,4 +1,4 @@
-"""The demo's vision transformer on handwritten digits: item 1 once more, on a pre-norm model of images."""
+"""The demo's vision transformer on handwritten digits: items 1 and 2 once more, on a pre-norm model of images."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from evidence import merging
 from evidence.judge import Metrics, context
 from evidence.one import RULE, points_of, sweep
 from evidence.setup import ROOT, VARIABLE, Setup, load_setup, result_path, save_setup, write_json
@@ -24,6 +25,7 @@ sys.path.append(str(ROOT / "demo"))
 import digits
 
 DOMAINS = ("plain", "inverted", "rotated", "shuffled", "checkered")
+LARGEST = 0.5  # of the coefficients of merges, where encoders of texts have 1: the best were the smallest of seed 0
 
 
 def folder_of(setup: Setup, seed: int) -> Path:
@@ -89,18 +91,54 @@ def run(setup: Setup, seed: int, target: str) -> None:
     write_json(path, {"seed": seed, "task": target, "points": points_of(found)})
 
 
+def run_merging(setup: Setup, seed: int, method: str) -> None:
+    """One method of one seed, of all domains; nothing where its result is there."""
+    path = result_path(setup, "digits-merging", seed, method)
+    if not path.exists():
+        torch.set_num_threads(1)
+        points = _merged(setup, seed, method, DOMAINS, path.with_name(f"{seed - 1}-{method}.json"))
+        write_json(path, {"seed": seed, "method": method, "tasks": list(DOMAINS), "points": points})
+
+
+def _merged(setup: Setup, seed: int, method: str, domains: Sequence[str], before: Path) -> list[dict[str, Any]]:
+    """A merge of some domains' fine-tunes, tuned without LiNeS, with it and reversed, and measured on these."""
+    recipe = merging.recipe_for(method, pretrained(setup, seed), [trained(setup, seed, each) for each in domains])
+    return merging.families(
+        setup,
+        seed,
+        folder_of(setup, seed) / f"merging-{len(domains)}" / method,
+        recipe,
+        before,
+        largest=LARGEST * merging.LARGEST.get(method, 1.0),
+        judge="evidence.vision",
+        tasks=list(domains),
+    )
+
+
+def run_tasks(setup: Setup, seed: int, method: str) -> None:
+    """One method of one seed, of fewer domains than all; nothing where its results are there."""
+    torch.set_num_threads(1)
+    for count in range(2, len(DOMAINS)):
+        path = result_path(setup, "digits-tasks", seed, method, count)
+        if path.exists():
+            continue
+        domains = [DOMAINS[(seed + at) % len(DOMAINS)] for at in range(count)]  # over the seeds each has its turn
+        points = _merged(setup, seed, method, domains, path.with_name(f"{seed - 1}-{method}-{count}.json"))
+        write_json(path, {"seed": seed, "method": method, "tasks": domains, "points": points})
+
+
 # --- what the sweep calls ---
 
 
 @cache
-def _judge() -> tuple[str, digits.Judge]:
+def _judge() -> tuple[Mapping[str, Any], digits.Judge]:
     torch.set_num_threads(1)
     said = json.loads(os.environ[VARIABLE])
     setup, seed = load_setup(Path(said["setup"])), said["seed"]
     splits, domains = dealt(seed)
     encoder = _loaded(pretrained(setup, seed))
     heads = {name: digits.one_shot_head(encoder, domain, splits["pretrain"]) for name, domain in domains.items()}
-    return said["target"], digits.Judge(said["target"], domains, heads, splits)
+    return said, digits.Judge(said["target"] or "", domains, heads, splits)
 
 
 def model() -> nn.Module:
@@ -109,10 +147,12 @@ def model() -> nn.Module:
 
 
 def evaluate(module: nn.Module, trial: Mapping[str, Any]) -> Metrics:  # noqa: ARG001 - what a sweep gives
-    """All metrics of a candidate."""
-    target, judge = _judge()
+    """All metrics of a candidate: what it is chosen by, of the validation images; and `test`."""
+    said, judge = _judge()
     validation, test = (_accuracies(module, judge, split) for split in ("validation", "test"))
-    known = validation.pop(target)
+    if said["target"] is None:
+        return {"tasks": {task: validation[task] for task in said["tasks"]}, "test": test}
+    known = validation.pop(said["target"])
     return {"target": known, "control": validation, "test": test}
 
 

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from evidence import ablations, judge, merging, one, policies, setup, sources, texts, vision
+from evidence import ablations, judge, merging, one, policies, section_merging, setup, sources, texts, vision
 from evidence.__main__ import phases, run_job
 from evidence.encoder import Encoder, prototypes, write_model
 from evidence.page import DOCS, PAGE, SECTIONS, render, told
 from evidence.policies import Size as PolicySize
-from evidence.results import direction, read_results, verdict
+from evidence.results import brief, direction, read_results, said, verdict
 from evidence.setup import Setup, run_lines
-from evidence.statistics import Paired, at_target, corrected, correlation, lead, paired
+from evidence.statistics import Paired, at_target, corrected, correlation, lead, paired, together
 from support.run import run_lines as in_process
 
 WORDS = [f"w{at}" for at in range(60)]
@@ -152,6 +152,7 @@ def test_rewarded_soups(tiny: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_item(tiny: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     """All jobs of a full run, in their order; then the page says something of each item, and no job is done twice."""
     monkeypatch.setattr(merging, "methods_of", lambda _: ("task_arithmetic", "ties"))
+    monkeypatch.setattr(merging, "STEPS", (0.3, 1.0))
     for module in (ablations, policies):
         monkeypatch.setattr(module, "run_lines", one.run_lines)
     monkeypatch.setattr(policies, "Size", lambda: PolicySize(pretrain=4, policy=2, batch=4))
@@ -165,7 +166,7 @@ def test_every_item(tiny: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     text, figures = render(results)
     assert results.keys() == SECTIONS.keys()
     assert "Not run yet" not in text
-    assert len(re.findall("^##", text, re.MULTILINE)) == 19
+    assert len(re.findall("^##", text, re.MULTILINE)) == 24
     assert len(figures) == 5
     before = {path: path.stat().st_mtime_ns for path in Path(full.work).rglob("*.json*")}
     for phase in phases(full):
@@ -265,21 +266,20 @@ def test_a_seed_counts_once(means: list[float]) -> None:
         each.item() for each in (torch.tensor(means).double().mean(), torch.tensor(means).double().std())
     )
     assert found.error == pytest.approx(deviation / len(means) ** 0.5, abs=1e-9)
-    assert found.p is not None
     if deviation:  # p by integrating the t distribution's density
         t, free = mean / (deviation / len(means) ** 0.5), len(means) - 1
         x = torch.linspace(0, abs(t), 100_001, dtype=torch.float64)
         scale = math.gamma((free + 1) / 2) / (math.sqrt(free * math.pi) * math.gamma(free / 2))
         inside = torch.trapezoid(scale * (1 + x**2 / free) ** (-(free + 1) / 2), x).item()
         assert found.p == pytest.approx(1 - 2 * inside, abs=1e-6)
-    else:
-        assert found.p == (0.0 if mean else 1.0)
+    else:  # of one number, again and again, no test can tell
+        assert found.p == (None if mean else 1.0)
 
 
 def test_few_seeds_are_not_tested() -> None:
     """Of one or two nothing is said of noise, however large the difference."""
-    assert paired([(1, 5.0), (1, 6.0)]) == Paired(5.5, None, 2, 2, 1, None)
-    assert paired([(1, 5.0), (2, 6.0)]) == Paired(5.5, pytest.approx(0.5), 2, 2, 2, None)
+    assert paired([(1, 5.0), (1, 6.0)]) == Paired(5.5, None, 2, 0, 2, 1, None)
+    assert paired([(1, 5.0), (2, 6.0)]) == Paired(5.5, pytest.approx(0.5), 2, 0, 2, 2, None)
     assert verdict(paired([(1, 5.0), (2, 6.0)]), "more", "less") == "too few seeds to tell"
     three = paired([(1, 5.0), (2, 6.0), (3, 5.5)])
     assert (verdict(three, "more", "less"), direction(1.0, three)) == ("more", "same direction")
@@ -305,6 +305,55 @@ def test_many_tests_are_corrected_together() -> None:
     assert corrected([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert corrected([0.5, 0.9]) == [1.0, 1.0]
     assert corrected([]) == []
+    one, other = (paired([(1, shift), (2, shift + 0.2), (3, shift + 0.1)]) for shift in (0.2, 1.0))
+    assert one.p is not None
+    assert other.p is not None
+    found = together({"one": one, "other": other})
+    assert (found["one"], found["other"].p) == (one, pytest.approx(2 * other.p))
+    few = paired([(1, 1.0)])
+    assert together({"one": one, "few": few}) == {"one": one, "few": few}
+
+
+def test_differences_in_words() -> None:
+    """Ups, equals and downs are counted apart; p is told where there is one."""
+    test = paired([(1, 1.0), (1, 0.0), (2, 1.0), (2, -0.5), (3, 0.75), (3, 0.75)])
+    assert test.p is not None
+    assert said(test) == f"+0.5 ± 0.1 points (up in 4, equal in 1, down in 1 of 6, p = {test.p:.3f})"
+    assert brief(test) == f"+0.5 ± 0.1 (p = {test.p:.3f})"
+    assert said(paired([(1, -0.01), (1, -0.03)]), "nats", 2) == "-0.02 nats (down in 2 of 2)"
+    assert brief(paired([(1, -0.01)])) == "+0.0"
+
+
+def _merge(seed: int, values: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
+    """A result of two tasks: of each family (validation, test) of the first task, of the second 10 less."""
+    points = [
+        {
+            "family": family,
+            "parameters.lambda" if family == "plain" else "beta": float(at),
+            "objective": validation - 5,
+            "tasks": {"a": validation, "b": validation - 10},
+            "test": {"a": test, "b": test - 10},
+        }
+        for family, each in values.items()
+        for at, (validation, test) in enumerate(each)
+    ]
+    return {"seed": seed, "method": "ties", "tasks": ["a", "b"], "points": points}
+
+
+def test_merges_tuned_and_untuned() -> None:
+    """Tuned is the test of what validation chose; untuned the mean of validation over all values."""
+    results = [
+        _merge(
+            seed, {"plain": [(60, 61), (70 + seed, 72), (50, 90)], "lines": [(70, 75), (69, 99)], "reversed": [(1, 2)]}
+        )
+        for seed in (1, 2, 3)
+    ]
+    assert section_merging.gain(results).mean == pytest.approx(3.0)
+    assert section_merging.untuned(results).mean == pytest.approx(69.5 - (60 + 72 + 50) / 3)
+    assert section_merging.untuned(results, "reversed").positive == 0
+    assert section_merging._edges({"ties": results}, ["ties"]) == "The largest value tried was never the one chosen."
+    results[0]["points"][4]["objective"] = 99.0
+    assert section_merging._edges({"ties": results}, ["ties"]).endswith("with it `ties` (1).")
 
 
 def test_curves_at_equal_height() -> None:
