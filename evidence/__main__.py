@@ -18,7 +18,6 @@ from evidence import ablations, merging, one, policies, soups, vision
 from evidence.encoder import base_folder
 from evidence.finetunes import trained
 from evidence.page import publish, write_page
-from evidence.results import PAPER
 from evidence.setup import FULL, QUICK, ROOT, Setup, check_setup, result_path, save_setup
 from evidence.texts import pools
 
@@ -49,8 +48,8 @@ def phases(setup: Setup) -> Iterator[list[Job]]:
         yield jobs
         if setup.full:
             jobs = [("inspect", seed, task, f"{setup.rate:g}") for task in setup.tasks]
-            jobs += [("digits-merging", seed, method) for method in merging.methods_of(setup)]
-            yield [*jobs, *(("digits-tasks", seed, method) for method in PAPER["merging"])]
+            jobs += [("digits-merging", seed, method) for method in vision.METHODS]
+            yield [*jobs, ("digits-tasks", seed, vision.METHODS[0])]
         if setup.strong is not None:
             yield [("inspect", seed, task, f"{setup.strong:g}") for task in tasks]
 

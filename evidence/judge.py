@@ -9,17 +9,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from evidence.encoder import Encoder, accuracy, base_folder, make_module, prototypes
+from evidence.encoder import Encoder, accuracy, base_folder, make_module, prototypes, read_into
 from evidence.setup import VARIABLE, Setup, load_setup
 from evidence.texts import RETRIEVAL, Pairs, Task, deal, deal_pairs, misspelt, pools
 
@@ -35,7 +34,6 @@ class Judge:
     heads: Mapping[str, Tensor]
     pairs: Pairs
     seed: int
-    best: dict[str, float] = field(default_factory=dict)  # the best mean on validation, of the merges measured so far
 
     def measurable(self, module: nn.Module) -> nn.Module | None:
         """A candidate as it is measured: where matrices are multiplied in float32, its weights in the encoder's own."""
@@ -51,8 +49,8 @@ class Judge:
         return accuracy(self.encoder.encoded(texts, module), self.heads[name], test.labels)
 
     def metrics(self, module: nn.Module | None, target: str | None) -> Metrics:
-        """What a candidate is chosen by, of the validation texts; and `test`, which nothing is chosen by. Of merges
-        only those have it that are the best so far: of others nothing asks for it, and it takes most of the time.
+        """What a candidate is chosen by, of the validation texts; and `test`, which nothing is chosen by. Merges have
+        none: only of the one that is chosen it is asked for (`tested`), and it takes most of the time.
 
         Args:
             module: that is measured; None for the encoder's own.
@@ -60,13 +58,14 @@ class Judge:
         """
         validation = self._accuracies(module, "validation")
         if target is None:
-            mean = fmean(validation.values())
-            if mean <= self.best.get("mean", -1.0):
-                return {"tasks": validation}
-            self.best["mean"] = mean
-            return {"tasks": validation, "test": self._accuracies(module, "test", self.pairs)}
+            return {"tasks": validation}
         known = validation.pop(target)
         return {"target": known, "control": validation, "test": self._accuracies(module, "test", self.pairs)}
+
+    def tested(self, folder: Path) -> dict[str, float]:
+        """Per cent right of each task's test texts, by a model that lies in a folder."""
+        read_into(self.encoder.module, folder / "model.safetensors")
+        return self._accuracies(None, "test")
 
     def _accuracies(self, module: nn.Module | None, part: str, pairs: Pairs | None = None) -> dict[str, float]:
         """Per cent right of each task's texts; and of retrieval, where pairs are given."""

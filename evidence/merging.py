@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,8 @@ import yaml
 
 from evidence.encoder import base_folder
 from evidence.finetunes import trained
-from evidence.judge import context
+from evidence.judge import context, make_judge
 from evidence.one import points_of, sweep
-from evidence.results import best
 from evidence.setup import Setup, result_path, save_setup, write_json
 
 # What is said of a method beside its defaults: what its paper uses, where the default is not that.
@@ -78,8 +76,8 @@ def swept(
     judge: str = "evidence.judge",
     **more: Any,
 ) -> list[dict[str, Any]]:
-    """The points of one grid over a merge, as a module's `evaluate` judges them, which is to know `more`; of
-    `mean(tasks)` on validation the largest is the best.
+    """The points of one grid over a merge, as a module's `evaluate` judges them, which is to know `more`. The one with
+    the largest `mean(tasks)` on validation is tested; of equal ones the first.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "merge.yaml"
@@ -92,7 +90,12 @@ def swept(
         "model": f"{judge}:model",
         "objective": "mean(tasks)",
     }
-    return points_of(sweep(folder, said, context(save_setup(setup), seed, **more)))
+    found = sweep(folder, said, context(save_setup(setup), seed, **more))
+    points = points_of(found)
+    winner = next(at for at, trial in enumerate(found["trials"]) if trial["settings"] == found["winner"])
+    if "test" not in points[winner]:
+        points[winner]["test"] = make_judge(setup, seed).tested(folder / "best")
+    return points
 
 
 def run(setup: Setup, seed: int, method: str) -> None:
@@ -100,9 +103,8 @@ def run(setup: Setup, seed: int, method: str) -> None:
     path = result_path(setup, "merging", seed, method)
     if not path.exists():
         work = Path(setup.work) / f"seed{seed}" / "merging" / method
-        before = result_path(setup, "merging", seed - 1, method)
         recipe = recipe_of(setup, seed, method)
-        points = families(setup, seed, work, recipe, before, largest=LARGEST.get(method, 1.0))
+        points = families(setup, seed, work, recipe, largest=LARGEST.get(method, 1.0))
         write_json(path, {"seed": seed, "method": method, "tasks": list(setup.tasks), "points": points})
 
 
@@ -111,7 +113,6 @@ def families(
     seed: int,
     work: Path,
     recipe: dict[str, Any],
-    before: Path,
     *,
     largest: float,
     **judged: Any,
@@ -123,13 +124,11 @@ def families(
         seed: of the models.
         work: where the sweeps lie.
         recipe: of the merge, without LiNeS.
-        before: the result of another seed, if there is one, whose best points are tried first.
         largest: lambda, and beta, that is tried.
         judged: what `swept` is to know of who judges.
     """
-    points = []
+    points, steps = [], [step * largest for step in STEPS]
     for family in FAMILIES:
-        steps = [step * largest for step in _best_first(before, family, largest)]
         grid: dict[str, Any] = {"lines.beta": steps}
         own = recipe
         if family == "plain":
@@ -140,15 +139,3 @@ def families(
         found = swept(setup, seed, work / family, own, grid, **judged)
         points += [{**point, "family": family} for point in found]
     return points
-
-
-def _best_first(before: Path, family: str, largest: float) -> list[float]:
-    """The steps in the order in which they are tried: what is likely to be best goes first, and that is what was best
-    of the seed before. What is not the best so far takes less time (`Judge.metrics`).
-    """
-    if not before.exists():
-        return list(STEPS)
-    found = json.loads(before.read_text(encoding="utf-8"))["points"]
-    held = best(point for point in found if point["family"] == family)
-    step = float(held["beta" if "beta" in held else "parameters.lambda"]) / largest
-    return sorted(STEPS, key=lambda each: abs(each - step) > 1e-3)

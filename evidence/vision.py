@@ -18,6 +18,7 @@ from torch import nn
 from evidence import merging
 from evidence.judge import Metrics, context
 from evidence.one import RULE, points_of, sweep
+from evidence.results import PAPER
 from evidence.setup import ROOT, VARIABLE, Setup, load_setup, result_path, save_setup, write_json
 
 sys.path.append(str(ROOT / "demo"))
@@ -25,6 +26,7 @@ sys.path.append(str(ROOT / "demo"))
 import digits
 
 DOMAINS = ("plain", "inverted", "rotated", "shuffled", "checkered")
+METHODS = (*PAPER["merging"], "average", "iso_c", "tsv_m", "wudi")  # the paper's, the mean, and what is best of texts
 LARGEST = 0.5  # of the coefficients of merges, where encoders of texts have 1: the best were the smallest of seed 0
 
 
@@ -96,11 +98,11 @@ def run_merging(setup: Setup, seed: int, method: str) -> None:
     path = result_path(setup, "digits-merging", seed, method)
     if not path.exists():
         torch.set_num_threads(1)
-        points = _merged(setup, seed, method, DOMAINS, path.with_name(f"{seed - 1}-{method}.json"))
+        points = _merged(setup, seed, method, DOMAINS)
         write_json(path, {"seed": seed, "method": method, "tasks": list(DOMAINS), "points": points})
 
 
-def _merged(setup: Setup, seed: int, method: str, domains: Sequence[str], before: Path) -> list[dict[str, Any]]:
+def _merged(setup: Setup, seed: int, method: str, domains: Sequence[str]) -> list[dict[str, Any]]:
     """A merge of some domains' fine-tunes, tuned without LiNeS, with it and reversed, and measured on these."""
     recipe = merging.recipe_for(method, pretrained(setup, seed), [trained(setup, seed, each) for each in domains])
     return merging.families(
@@ -108,7 +110,6 @@ def _merged(setup: Setup, seed: int, method: str, domains: Sequence[str], before
         seed,
         folder_of(setup, seed) / f"merging-{len(domains)}" / method,
         recipe,
-        before,
         largest=LARGEST * merging.LARGEST.get(method, 1.0),
         judge="evidence.vision",
         tasks=list(domains),
@@ -123,7 +124,7 @@ def run_tasks(setup: Setup, seed: int, method: str) -> None:
         if path.exists():
             continue
         domains = [DOMAINS[(seed + at) % len(DOMAINS)] for at in range(count)]  # over the seeds each has its turn
-        points = _merged(setup, seed, method, domains, path.with_name(f"{seed - 1}-{method}-{count}.json"))
+        points = _merged(setup, seed, method, domains)
         write_json(path, {"seed": seed, "method": method, "tasks": domains, "points": points})
 
 

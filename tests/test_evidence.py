@@ -70,7 +70,8 @@ def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def run(*arguments: object, context: dict[str, Any] | None = None) -> dict[str, Any]:
         monkeypatch.setenv(setup.VARIABLE, json.dumps(context))
-        judge._judge.cache_clear()
+        for own in (judge, vision):
+            own._judge.cache_clear()
         return in_process(*arguments, "--json").json
 
     for module in (one, setup):
