@@ -183,23 +183,23 @@ def _largest(methods: Mapping[str, Sequence[Result]]) -> str:
 
 
 def _edges(methods: Mapping[str, Sequence[Result]], order: Sequence[str]) -> str:
-    """Where the largest value that was tried was chosen, so that a larger one might have done better."""
-    found: dict[str, list[str]] = {}
-    for family in ("plain", "lines"):
-        for name in order:
-            at = sum(
-                _coefficient(chosen(one, family))
-                >= max(_coefficient(point) for point in one["points"] if point["family"] == family) - 1e-9
-                for one in methods[name]
-            )
-            if at:
-                found.setdefault(family, []).append(f"`{name}` ({at})")
-    if not found:
-        return "The largest value tried was never the one chosen."
-    called = {"plain": "without LiNeS", "lines": "with it"}
-    told = [f"{called[family]} {listed(names)}" for family, names in found.items()]
+    """Where the largest value that was tried was chosen, or the smallest, so that one beyond might have done better."""
+    told = []
+    for end, called in ((max, "largest"), (min, "smallest")):
+        for family, which in (("plain", "without LiNeS"), ("lines", "with it")):
+            names = []
+            for name in order:
+                at = sum(
+                    _coefficient(chosen(one, family))
+                    == end(_coefficient(point) for point in one["points"] if point["family"] == family)
+                    for one in methods[name]
+                )
+                names += [f"`{name}` ({at})"] if at else []
+            told += [f"the {called} {which}: {listed(names)}"] if names else []
+    if not told:
+        return "The value chosen was never the largest tried, nor the smallest."
     return (
-        "The largest value tried was the one chosen, so that a still larger one might do better (in how many seeds): "
+        "Where the value chosen was the largest tried, or the smallest, one beyond might do better (in how many seeds): "
         f"{'; '.join(told)}."
     )
 
@@ -230,9 +230,9 @@ def tuned(methods: Mapping[str, Sequence[Result]], say: Callable[[Paired, str], 
     helps, hurts = (
         [f"`{name}`" for name, test in tests.items() if test.beyond_noise and sign * test.mean > 0] for sign in (1, -1)
     )
-    shown = [f"that it {what} {listed(names)}" for what, names in (("helps", helps), ("hurts", hurts)) if names]
-    beyond = f"it can be told from noise {' and '.join(shown)}" if shown else "of none can it be told from noise"
-    return f"{text}; {beyond} (p corrected for {counted(len(tests), 'method')}, after Holm)"
+    shown = [f"it {what} with {listed(names)}" for what, names in (("helps", helps), ("hurts", hurts)) if names]
+    beyond = f"beyond noise {' and '.join(shown)}" if shown else "beyond noise with none"
+    return f"{text}, {beyond} (p corrected for {counted(len(tests), 'method')}, after Holm)"
 
 
 def loose(methods: Mapping[str, Sequence[Result]], say: Callable[[Paired, str], str] = said) -> str:

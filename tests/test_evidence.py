@@ -352,9 +352,13 @@ def test_merges_tuned_and_untuned() -> None:
     assert section_merging.gain(results).mean == pytest.approx(3.0)
     assert section_merging.untuned(results).mean == pytest.approx(69.5 - (60 + 72 + 50) / 3)
     assert section_merging.untuned(results, "reversed").positive == 0
-    assert section_merging._edges({"ties": results}, ["ties"]) == "The largest value tried was never the one chosen."
+    assert section_merging._edges({"ties": results}, ["ties"]) == (
+        "Where the value chosen was the largest tried, or the smallest, one beyond might do better (in how many seeds): "
+        "the smallest with it: `ties` (3)."
+    )
     results[0]["points"][4]["objective"] = 99.0
-    assert section_merging._edges({"ties": results}, ["ties"]).endswith("with it `ties` (1).")
+    edges = section_merging._edges({"ties": results}, ["ties"])
+    assert edges.endswith(": the largest with it: `ties` (1); the smallest with it: `ties` (2).")
 
 
 def test_curves_at_equal_height() -> None:
