@@ -199,7 +199,7 @@ def _edges(methods: Mapping[str, Sequence[Result]], order: Sequence[str]) -> str
     if not told:
         return "The value chosen was never the largest tried, nor the smallest."
     return (
-        "Where the value chosen was the largest tried, or the smallest, one beyond might do better (in how many seeds): "
+        "Where the value chosen was the largest tried, or the smallest, one beyond might do better (seeds): "
         f"{'; '.join(told)}."
     )
 

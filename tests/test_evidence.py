@@ -353,7 +353,7 @@ def test_merges_tuned_and_untuned() -> None:
     assert section_merging.untuned(results).mean == pytest.approx(69.5 - (60 + 72 + 50) / 3)
     assert section_merging.untuned(results, "reversed").positive == 0
     assert section_merging._edges({"ties": results}, ["ties"]) == (
-        "Where the value chosen was the largest tried, or the smallest, one beyond might do better (in how many seeds): "
+        "Where the value chosen was the largest tried, or the smallest, one beyond might do better (seeds): "
         "the smallest with it: `ties` (3)."
     )
     results[0]["points"][4]["objective"] = 99.0
