@@ -28,6 +28,7 @@ from evidence.section_one import baseline, target_of
 from evidence.setup import FULL
 from evidence.statistics import Paired, paired, together
 
+BEYOND = "beyond noise"
 FAMILIES = {"plain": "without", "lines": "with LiNeS", "reversed": "reversed"}
 
 
@@ -220,7 +221,7 @@ def tuned(methods: Mapping[str, Sequence[Result]], say: Callable[[Paired, str], 
     """What LiNeS does to merges that are tuned: in the mean over methods, and with each."""
     whole = gain([one for own in methods.values() for one in own])
     tests = together({name: gain(results) for name, results in methods.items()})
-    text = f"LiNeS adds {say(whole, 'points')}: {verdict(whole, 'it helps', 'it hurts')}"
+    text = f"LiNeS adds {say(whole, 'points')}, {verdict(whole, BEYOND, BEYOND)}"
     if len(tests) == 1:
         return text
     gains = [round(test.mean, 1) + 0.0 for test in tests.values()]
@@ -231,8 +232,8 @@ def tuned(methods: Mapping[str, Sequence[Result]], say: Callable[[Paired, str], 
         [f"`{name}`" for name, test in tests.items() if test.beyond_noise and sign * test.mean > 0] for sign in (1, -1)
     )
     shown = [f"it {what} with {listed(names)}" for what, names in (("helps", helps), ("hurts", hurts)) if names]
-    beyond = f"beyond noise {' and '.join(shown)}" if shown else "beyond noise with none"
-    return f"{text}, {beyond} (p corrected for {counted(len(tests), 'method')}, after Holm)"
+    of = f"of {counted(len(tests), 'method')} (p corrected together, after Holm)"
+    return f"{text}, {BEYOND} {' and '.join(shown)} {of}" if shown else f"{text}, {BEYOND} with none {of}"
 
 
 def loose(methods: Mapping[str, Sequence[Result]], say: Callable[[Paired, str], str] = said) -> str:
@@ -240,8 +241,8 @@ def loose(methods: Mapping[str, Sequence[Result]], say: Callable[[Paired, str], 
     results = [one for own in methods.values() for one in own]
     lines, turned = untuned(results), untuned(results, "reversed")
     return (
-        f"LiNeS adds {say(lines, 'points')}: {verdict(lines, 'it helps', 'it hurts')}; reversed depth adds "
-        f"{say(turned, 'points')}"
+        f"LiNeS adds {say(lines, 'points')}, {verdict(lines, BEYOND, BEYOND)}; reversed depth adds "
+        f"{say(turned, 'points')}, {verdict(turned, BEYOND, BEYOND)}"
     )
 
 

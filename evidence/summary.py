@@ -94,7 +94,7 @@ def _advice(results: Results) -> str:
         "both on your own model: `lines sweep` gives constant scaling and reversed depth as many trials as LiNeS, and "
         "says which did best ([how](sweeping.md), [for CLIP and for a 7B model](at-scale.md))."
     )
-    return "\n\n".join(["**What to try first**, on models like these:", expect(results), text])
+    return "\n\n".join(["**What to try first**:", expect(results), text])
 
 
 def expect(results: Results) -> str:
@@ -105,8 +105,28 @@ def expect(results: Results) -> str:
     for called, merges in _merges(results).items():
         methods, _ = section_merging.by_method(merges)
         tuned, loose = section_merging.tuned(methods, brief), section_merging.loose(methods, brief)
-        told.append(f"**{called}**: tuned, {tuned}. Untuned, in the mean over all coefficients tried, {loose}.")
+        told.append(f"**{called}**. Tuned, {tuned}. Untuned, in the mean over all coefficients tried, {loose}.")
+    told += _so(results)
     return "\n".join(f"* {each}" for each in told)
+
+
+def _so(results: Results) -> list[str]:
+    """What follows from all of these, where they agree."""
+    tests = [leads(group, "lines") for group in _groups(results).values()]
+    tuned, loose = (
+        [measure(merges) for merges in _merges(results).values()]
+        for measure in (section_merging.gain, section_merging.untuned)
+    )
+    so = []
+    if tests and all(test.p is not None for test in tests):
+        if not any(test.beyond_noise and test.mean > 0 for test in tests):
+            so.append("for one fine-tune try constant scaling first (`--alpha 0.5 --beta 0`), and LiNeS beside it")
+        elif not any(test.beyond_noise and test.mean < 0 for test in tests):
+            so.append("for one fine-tune try LiNeS first")
+    if loose and all(test.beyond_noise and test.mean > 0 for test in loose):
+        without = "" if any(test.beyond_noise for test in tuned) else "; tuned, it is as good without"
+        so.append(f"a merge whose coefficient nobody tunes is better with LiNeS{without}")
+    return [f"**So**, on models like these: {'; '.join(so)}."] if so else []
 
 
 def _choice(called: str, results: Sequence[Result]) -> str:
@@ -115,9 +135,9 @@ def _choice(called: str, results: Sequence[Result]) -> str:
     lost = fmean(control_of(one, baseline(one, "pre")) - control_of(one, baseline(one, "ft")) for one in results)
     error = "" if test.error is None else f" ± {test.error:.1f}"
     text = (
-        f"**{called[0].upper()}{called[1:]}**, whose fine-tunes lost {lost:.1f} points of the controls: these are "
-        f"{abs(test.mean):.1f}{error} points {'higher' if test.mean > 0 else 'lower'} with LiNeS than with constant "
-        "scaling at the same target"
+        f"**{called[0].upper()}{called[1:]}**, whose fine-tunes lost {lost:.1f} points of the controls. At the same "
+        f"target these are {abs(test.mean):.1f}{error} points {'higher' if test.mean > 0 else 'lower'} with LiNeS than "
+        "with constant scaling"
     )
     if test.p is None:
         return f"{text}: {verdict(test, MORE, LESS)}."

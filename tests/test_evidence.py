@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from evidence import ablations, judge, merging, one, policies, section_merging, setup, sources, texts, vision
+from evidence import ablations, judge, merging, one, policies, section_merging, setup, sources, summary, texts, vision
 from evidence.__main__ import phases, run_job
 from evidence.encoder import Encoder, prototypes, write_model
 from evidence.page import DOCS, PAGE, SECTIONS, render, told
@@ -359,6 +359,19 @@ def test_merges_tuned_and_untuned() -> None:
     results[0]["points"][4]["objective"] = 99.0
     edges = section_merging._edges({"ties": results}, ["ties"])
     assert edges.endswith(": the largest with it: `ties` (1); the smallest with it: `ties` (2).")
+
+
+def test_what_to_try_first() -> None:
+    """The advice follows the tests: of merges that are better untuned it says so, of others nothing."""
+    better = {"plain": [(60, 61), (70, 72)], "lines": [(70, 72), (71, 72)], "reversed": [(1, 2)]}
+    told = summary.expect({"merging": [_merge(seed, better) for seed in (1, 2)]})
+    assert "too few seeds to tell" in told
+    assert "So" not in told
+    results = [_merge(seed, {**better, "lines": [(70 + seed, 72), (71, 72)]}) for seed in (1, 2, 3)]
+    assert summary.expect({"merging": results}).endswith(
+        "**So**, on models like these: a merge whose coefficient nobody tunes is better with LiNeS; tuned, it is as "
+        "good without."
+    )
 
 
 def test_curves_at_equal_height() -> None:
