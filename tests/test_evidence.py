@@ -154,6 +154,8 @@ def test_every_item(tiny: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     """All jobs of a full run, in their order; then the page says something of each item, and no job is done twice."""
     monkeypatch.setattr(merging, "methods_of", lambda _: ("task_arithmetic", "ties"))
     monkeypatch.setattr(merging, "STEPS", (0.3, 1.0))
+    monkeypatch.setattr(vision, "METHODS", ("ties",))
+    monkeypatch.setattr(vision, "DOMAINS", vision.DOMAINS[:3])
     for module in (ablations, policies):
         monkeypatch.setattr(module, "run_lines", one.run_lines)
     monkeypatch.setattr(policies, "Size", lambda: PolicySize(pretrain=4, policy=2, batch=4))
