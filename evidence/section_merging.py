@@ -106,7 +106,7 @@ def tasks(results: Results) -> tuple[str, dict[str, str]]:
     groups = {name: own for name, own in groups.items() if own}
     text = (
         "The same vision transformers, fewer or more of them in one model, each measured on its own tasks. The paper "
-        "merges 8 to 20."
+        "merges 8 to 20. The p of a column are corrected together, after Holm."
     )
     return "\n\n".join(["### More tasks", text, _rows(groups, "merge")]), {}
 
@@ -135,7 +135,7 @@ def _compared(results: Sequence[Result], ones: Sequence[Result], test: str) -> s
         f"{len(merged)} tasks' {test}. {_ends(ones, seeds_of(results))} Tuned: `lambda` without LiNeS, beta with it "
         f"and reversed (alpha: auto), are chosen on validation from {len(STEPS)} values{_largest(methods)}. Untuned: "
         "the mean over all of these values, on validation. With LiNeS and reversed the coefficients are the same, in "
-        "opposite orders."
+        "opposite orders. The p of a column are corrected together, after Holm."
     )
     table_ = _rows({f"`{name}`": methods[name] for name in order}, "method")
     return "\n\n".join([text, table_, verdicts(methods, order), _edges(methods, order), _paper(methods)])
