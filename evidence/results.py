@@ -46,7 +46,7 @@ def spread(results: Sequence[Result], value: Callable[[Result], float]) -> str:
     tasks: dict[int, set[str]] = defaultdict(set)
     for result in results:
         by_seed[result["seed"]].append(value(result))
-        tasks[result["seed"]].add(str(result.get("task")))
+        tasks[result["seed"]].add(str(result.get("task", result.get("tasks"))))
     means = [fmean(values) for values in by_seed.values()]
     alike = len(means) > 1 and all(own == tasks[results[0]["seed"]] for own in tasks.values())
     return f"{fmean(value(result) for result in results):.1f}{f' ± {stdev(means):.1f}' if alike else ''}"
