@@ -24,34 +24,33 @@ from evidence.texts import pools
 Job = tuple[str, ...]
 
 
-def phases(setup: Setup) -> Iterator[list[Job]]:
-    """What is run, in phases: jobs of one phase need those before it, and none of each other."""
-    for seed in map(str, setup.seeds):  # seed by seed, so that what a run that was ended has is of use
-        tasks = setup.in_turn(int(seed))
-        first, *others = vision.DOMAINS if setup.full else vision.DOMAINS[1:2]
-        # what the others start from: the fine-tunes, and the digits' encoder
-        yield [("digits", seed, first), *(("train", seed, task, f"{setup.rate:g}") for task in setup.tasks)]
-        jobs: list[Job] = []  # what takes longest first, so that no process waits for another
-        if setup.full:
-            jobs += [("soups", seed, tasks[0])]
-        if setup.strong is not None:
-            jobs += [("one", seed, task, f"{setup.strong:g}") for task in tasks]
-        jobs += [("one", seed, task, f"{setup.rate:g}") for task in (setup.tasks if setup.full else tasks[:1])]
-        jobs += [("digits", seed, target) for target in others]
-        if setup.full:
-            jobs += [("alpha", seed, "ties"), ("alpha", seed, "task_arithmetic")]
-        jobs += [("merging", seed, method) for method in merging.methods_of(setup)]
-        if setup.light is not None:
-            jobs += [("rounding", seed, task, f"{rate:g}") for rate in (setup.light, setup.rate) for task in tasks]
-        if setup.full:
-            jobs += [("depth", seed, tasks[0]), *(("wise", seed, task) for task in tasks), ("policies", seed, "styles")]
-        yield jobs
-        if setup.full:
-            jobs = [("inspect", seed, task, f"{setup.rate:g}") for task in setup.tasks]
-            jobs += [("digits-merging", seed, method) for method in vision.METHODS]
-            yield [*jobs, ("digits-tasks", seed, vision.METHODS[0])]
-        if setup.strong is not None:
-            yield [("inspect", seed, task, f"{setup.strong:g}") for task in tasks]
+def phases(setup: Setup, seed: str) -> Iterator[list[Job]]:
+    """What is run of a seed, in phases: jobs of one phase need those before it, and none of each other."""
+    tasks = setup.in_turn(int(seed))
+    first, *others = vision.DOMAINS if setup.full else vision.DOMAINS[1:2]
+    # what the others start from: the fine-tunes, and the digits' encoder
+    yield [("digits", seed, first), *(("train", seed, task, f"{setup.rate:g}") for task in setup.tasks)]
+    jobs: list[Job] = []  # what takes longest first, so that no process waits for another
+    if setup.full:
+        jobs += [("soups", seed, tasks[0])]
+    if setup.strong is not None:
+        jobs += [("one", seed, task, f"{setup.strong:g}") for task in tasks]
+    jobs += [("one", seed, task, f"{setup.rate:g}") for task in (setup.tasks if setup.full else tasks[:1])]
+    jobs += [("digits", seed, target) for target in others]
+    if setup.full:
+        jobs += [("alpha", seed, "ties"), ("alpha", seed, "task_arithmetic")]
+    jobs += [("merging", seed, method) for method in merging.methods_of(setup)]
+    if setup.light is not None:
+        jobs += [("rounding", seed, task, f"{rate:g}") for rate in (setup.light, setup.rate) for task in tasks]
+    if setup.full:
+        jobs += [("depth", seed, tasks[0]), *(("wise", seed, task) for task in tasks), ("policies", seed, "styles")]
+    yield jobs
+    if setup.full:
+        jobs = [("inspect", seed, task, f"{setup.rate:g}") for task in setup.tasks]
+        jobs += [("digits-merging", seed, method) for method in vision.METHODS]
+        yield jobs + [("digits-tasks", seed, vision.METHODS[0], str(n)) for n in range(2, len(vision.DOMAINS))]
+    if setup.strong is not None:
+        yield [("inspect", seed, task, f"{setup.strong:g}") for task in tasks]
 
 
 JOBS: dict[str, Callable[..., object]] = {
@@ -94,8 +93,11 @@ def run_all(setup: Setup, jobs: int) -> None:
         subprocess.run([sys.executable, "-m", "evidence", *flags, *job], cwd=ROOT, check=True)
 
     with ThreadPoolExecutor(jobs) as pool:
-        for phase in phases(setup):
-            list(pool.map(start, phase))
+        for seed in map(str, setup.seeds):  # seed by seed, so that what a run that was ended has is of use
+            left = list(phases(setup, seed))
+            if any(job[0] != "train" and not result_path(setup, *job).exists() for phase in left for job in phase):
+                for phase in left:  # a fine-tune is no result: it is trained where a result is missing
+                    list(pool.map(start, phase))
 
 
 def main() -> None:

@@ -61,11 +61,15 @@ def know_as(folder: Path, url: str) -> None:
     _known_as[str(folder)] = url
 
 
+# A URL that was made a path, which has one slash of its two.
+_SQUEEZED = re.compile(r"(?<![\w./-])(s3|gs|az):/(?=[^/\s])")
+
+
 def as_known(text: str) -> str:
-    """A text with what a person knows in place of such folders."""
+    """A text with what a person knows in place of such folders, and in URLs both slashes."""
     for folder, url in _known_as.items():
         text = text.replace(folder, url)
-    return text
+    return _SQUEEZED.sub(r"\1://", text)
 
 
 _LONGEST_LINE = 1000

@@ -162,9 +162,10 @@ def test_every_item(tiny: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vision, "trained", _random_digits)
     monkeypatch.setattr(vision, "pretrained", lambda *of: _random_digits(*of, ""))
     full = replace(tiny, strong=2e-2, light=1e-3, full=True)
-    for phase in phases(full):
-        for job in phase:
-            run_job(full, job)
+    jobs = [job for phase in phases(full, "1") for job in phase]
+    for job in jobs:
+        run_job(full, job)
+    assert all(setup.result_path(full, *job).exists() for job in jobs if job[0] != "train")
     results = read_results(full.results)
     text, figures = render(results)
     assert results.keys() == SECTIONS.keys()
@@ -172,9 +173,8 @@ def test_every_item(tiny: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(re.findall("^##", text, re.MULTILINE)) == 23
     assert len(figures) == 5
     before = {path: path.stat().st_mtime_ns for path in Path(full.work).rglob("*.json*")}
-    for phase in phases(full):
-        for job in phase:
-            run_job(full, job)
+    for job in jobs:
+        run_job(full, job)
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 

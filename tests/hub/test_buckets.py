@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from lines_cli.errors import as_known
 from lines_cli.storage import object_store
 from support.files import write_checkpoint
 from support.run import ran, refused
@@ -270,3 +271,24 @@ def test_a_key_that_is_longer_than_a_file_name(store: S3Server) -> None:
     """It is refused as any other that holds no model."""
     store.put(f"models/{'n' * 300}/config.json", b"{}")
     assert "s3://models/nnn" in refused(3, "inspect", f"s3://models/{'n' * 300}")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\xff" * 40, b"\x02" + bytes(7) + b"{]", b"\x40" + bytes(7) + b"{}" + b" " * 62 + b"?", b""],
+    ids=["length", "json", "bytes left over", "empty"],
+)
+def test_a_damaged_file_is_called_by_its_url(content: bytes, here: Path, store: S3Server) -> None:
+    """Not by a path made of it, which has one slash and is nothing to paste."""
+    name = "models/ft/model-00001-of-00002.safetensors"
+    store.put(name, content)
+    error = refused(3, "edit", here / "base", "s3://models/ft", "-o", here / "out")
+    assert f"s3://{name}" in error
+    assert "s3:/m" not in error
+
+
+def test_names_in_a_store_are_shown_with_both_slashes() -> None:
+    """And folders of a disk as they are."""
+    assert as_known("s3:/a/b and (gs:/c), az:/d: no") == "s3://a/b and (gs://c), az://d: no"
+    for text in ("s3://a/b", "s3:", "s3:/", "/tmp/s3:/a", "./gs:/a", "xs3:/a"):
+        assert as_known(text) == text
