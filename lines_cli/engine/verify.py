@@ -205,7 +205,8 @@ class Verification:
             "same": self.same,
             "written_by": self.version,
             "inputs": [
-                {"name": read.recorded, "path": str(read.path), "difference": read.difference} for read in self.inputs
+                {"name": read.recorded, "path": as_known(str(read.path)), "difference": read.difference}
+                for read in self.inputs
             ],
             "files": [asdict(file) | {"same": file.same} for file in self.files],
             "unexpected": list(self.unexpected),

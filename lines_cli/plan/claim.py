@@ -95,7 +95,8 @@ def open_claim(output: str | Path, *, config: Path | None = None, inputs: Elsewh
     if config is None:
         refuse_link_out(path, RECIPE)
     file = config or path / RECIPE
-    record = load_recipe_file(file, elsewhere=inputs)
+    url = found.hub_id if config is None and found.hub_id is not None and is_url(found.hub_id) else None
+    record = load_recipe_file(file, elsewhere=inputs, url=url)
     for name in record.recipe.files:
         if leads_out(name):
             raise CheckpointError(

@@ -21,7 +21,7 @@ from lines_cli.recipe.validate import dotted, make_recipe
 from lines_cli.storage.digest import FileRecord
 from lines_cli.storage.files import read_small
 from lines_cli.storage.names import file_and_part
-from lines_cli.storage.object_store import is_url
+from lines_cli.storage.object_store import is_url, placed_at, url_of
 from lines_cli.version import __version__
 
 
@@ -74,13 +74,16 @@ Elsewhere = Mapping[str, str] | Sequence[str]
 """Inputs by their names in a recipe, and where they are: pairs, or texts of the form NAME=PATH."""
 
 
-def load_recipe_file(path: Path, sets: Iterable[str] = (), *, elsewhere: Elsewhere = ()) -> RecipeFile:
+def load_recipe_file(
+    path: Path, sets: Iterable[str] = (), *, elsewhere: Elsewhere = (), url: str | None = None
+) -> RecipeFile:
     """Read a recipe, of which some inputs may lie elsewhere than it says.
 
     Args:
         path: the file.
         sets: as of `load_recipe`.
         elsewhere: where these inputs are: a path, which counts from the current folder, or a Hub id.
+        url: of the folder in an object store from which the file was fetched: there its relative paths count from.
 
     Raises:
         RecipeError: as of `load_recipe`; or the recipe has no input of a name.
@@ -90,7 +93,8 @@ def load_recipe_file(path: Path, sets: Iterable[str] = (), *, elsewhere: Elsewhe
         _set(values, one, at)
     places: dict[str, str] = {}
     found = expand(values, at, path.parent, where=str(path))
-    values = _with_paths(path.parent, values, places, _elsewhere(values, elsewhere))
+    folder = path.parent if url is None else placed_at(url)
+    values = _with_paths(folder, values, places, _elsewhere(values, elsewhere))
     version = _VERSION.match(text)
     constants = anchored_keys(text) if "&" in text else ()
     recipe = make_recipe(values, where=str(path), at=at, constants=constants, expanded=found)
@@ -362,9 +366,10 @@ def _beside(folder: Path, name: str, *, look: bool) -> str:
     if is_url(name):
         return name
     name = os.path.expanduser(name) if look else name
+    if (url := url_of(folder)) is not None and not os.path.isabs(name):
+        return _in_store(url, name)
     beside = os.path.join(folder, name)
-    by_spelling = os.path.isabs(name) or name.partition("@")[0].count("/") != 1 or name.startswith(".")
-    if by_spelling or (look and os.path.lexists(file_and_part(beside)[0])):
+    if not _may_be_hub_id(name) or (look and os.path.lexists(file_and_part(beside)[0])):
         # What is a path stays one: `conf/base` would be looked for on the Hub.
         return beside if os.path.isabs(beside) or beside.startswith(".") else os.path.join(".", beside)
     if look and os.path.lexists(file_and_part(name)[0]):
@@ -373,6 +378,20 @@ def _beside(folder: Path, name: str, *, look: bool) -> str:
             hint="Paths in a recipe count from its own folder: correct the path, or give it as an absolute one.",
         )
     return name
+
+
+def _in_store(url: str, name: str) -> str:
+    """The URL of what is named from a folder in an object store, within its bucket; a Hub id as it is."""
+    if _may_be_hub_id(name):
+        return name
+    scheme, _, place = url.partition("://")
+    beside = os.path.normpath(f"{place}/{name}")
+    bucket = place.partition("/")[0]
+    return f"{scheme}://{beside}" if beside.startswith(f"{bucket}/") else f"{url}/{name}"
+
+
+def _may_be_hub_id(name: str) -> bool:
+    return name.partition("@")[0].count("/") == 1 and not name.startswith((".", "/"))
 
 
 _BASE_ITSELF = (("tokenizer_source", "base"), ("chat_template", "base"))

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from lines_cli.errors import as_known
+from lines_cli.recipe.yaml_file import load_recipe_file
 from lines_cli.storage import object_store
 from support.files import write_checkpoint
 from support.run import ran, refused
@@ -265,6 +266,45 @@ def test_verify_in_a_store_shows_nothing_of_this_machine(here: Path, store: S3Se
     error = refused(5, "verify", "s3://models/out")
     assert "/lines-" not in error
     assert "copy lines_recipe.yaml to a disk" in error
+
+
+def test_inputs_of_a_recipe_in_a_store_count_from_its_folder(here: Path, store: S3Server) -> None:
+    """An output that was copied to a store with its inputs is verified there; a message names what is gone."""
+    ran("edit", "base", "ft", "-o", "out")
+    for path in (here / "out").iterdir():
+        store.put(f"models/out/{path.name}", path.read_bytes())
+    done = ran("verify", "s3://models/out", "--json")
+    assert {read["path"].rpartition("/")[0] for read in done.json["inputs"]} == {"s3://models/base", "s3://models/ft"}
+    assert "../base (s3://models/base)" in done.err
+    for key in [key for key in store.objects if key.startswith("models/base/")]:
+        del store.objects[key]
+    error = refused(3, "verify", "s3://models/out")
+    assert "s3://models/base" in error
+    assert "--input ../base=PATH" in error
+    assert "/lines-" not in error
+    ran("verify", "s3://models/out", "--input", "../base=base")
+
+
+@pytest.mark.parametrize(
+    ("name", "url"),
+    [
+        ("../base", "s3://models/base"),
+        ("./base/", "s3://models/2026/base"),
+        ("base", "s3://models/2026/base"),
+        ("../../../base", "s3://models/2026/../../../base"),
+        ("../../modelsbase", "s3://models/2026/../../modelsbase"),
+        ("../x.safetensors#ema", "s3://models/x.safetensors#ema"),
+        ("org/name", "org/name"),
+        ("org/name@main", "org/name@main"),
+        ("/base", "/base"),
+        ("gs://other/base", "gs://other/base"),
+    ],
+)
+def test_a_name_beside_a_recipe_in_a_store(name: str, url: str, tmp_path: Path) -> None:
+    """It stays within its bucket."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({"base_model": name, "models": [{"model": "/ft"}]}))
+    assert load_recipe_file(file, url="s3://models/2026").recipe.base_model == url
 
 
 def test_a_key_that_is_longer_than_a_file_name(store: S3Server) -> None:
