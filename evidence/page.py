@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -86,9 +87,10 @@ SETUP = f"""## Set-up
   the standard error of a difference, and of an accuracy the standard deviation between seeds."""
 
 
-def render(results: Results) -> tuple[str, dict[str, str]]:
+def render(results: Results, machines: str = "") -> tuple[str, dict[str, str]]:
     """The page, and its figures by file name."""
-    parts, figures = [part for part in (HEAD, _covers(results), summary(results), SETUP) if part], {}
+    setup = "\n".join(filter(None, (SETUP, machines)))
+    parts, figures = [part for part in (HEAD, _covers(results), summary(results), setup) if part], {}
     for item, section in SECTIONS.items():
         if results.get(item):
             text, drawn = section(results)
@@ -114,9 +116,24 @@ def _covers(results: Results) -> str:
     return f"**What this page covers**: {'; '.join(there)}.{rest}"
 
 
+def machines_of(results: Path = RESULTS) -> str:
+    """What computed these results, for the list of the set-up; empty where nothing is known of it."""
+    path = results / "setup.json"
+    on = json.loads(path.read_text(encoding="utf-8"))["on"] if path.exists() else []
+    if not on:
+        return ""
+    each = (f"{one['processor']}, evaluated in {'bfloat16' if one['bfloat16'] else 'float32'}" for one in on)
+    went_on = (
+        "Where a run went on on another machine, fine-tunes were trained there anew, from the same texts in the same "
+        "order: those of one seed are not the same to the bit in all items."
+    )
+    line = f"* **Processors**: {'; '.join(dict.fromkeys(each))}.{f' {went_on}' if len(on) > 1 else ''}"
+    return fill(line, 120, subsequent_indent="  ")
+
+
 def write_page(results: Path = RESULTS, docs: Path = DOCS) -> None:
     """Write the page and its figures; figures of results that are gone are removed."""
-    text, figures = render(read_results(results))
+    text, figures = render(read_results(results), machines_of(results))
     for old in docs.glob("evidence-*.svg"):
         old.unlink()
     for name, drawing in figures.items():
@@ -139,6 +156,7 @@ def told(readme: str, results: Results) -> str:
 
 def publish(setup: Setup) -> None:
     """Have the project's results be those of a run, and write the page from them."""
-    shutil.rmtree(RESULTS, ignore_errors=True)
-    shutil.copytree(setup.results, RESULTS, ignore=shutil.ignore_patterns("*.part*"))
+    for old in RESULTS.rglob("*.json"):
+        old.unlink()
+    shutil.copytree(setup.results, RESULTS, ignore=shutil.ignore_patterns("*.part*"), dirs_exist_ok=True)
     write_page()

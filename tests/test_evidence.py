@@ -14,10 +14,23 @@ from typing import Any
 import pytest
 import torch
 
-from evidence import ablations, judge, merging, one, policies, section_merging, setup, sources, summary, texts, vision
+from evidence import (
+    ablations,
+    judge,
+    merging,
+    one,
+    page,
+    policies,
+    section_merging,
+    setup,
+    sources,
+    summary,
+    texts,
+    vision,
+)
 from evidence.__main__ import phases, run_job
 from evidence.encoder import Encoder, prototypes, write_model
-from evidence.page import DOCS, PAGE, SECTIONS, render, told
+from evidence.page import DOCS, PAGE, SECTIONS, machines_of, render, told
 from evidence.policies import Size as PolicySize
 from evidence.results import brief, direction, read_results, said, verdict
 from evidence.setup import Setup, run_lines
@@ -80,7 +93,7 @@ def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_page_is_what_the_data_says() -> None:
     """docs/evidence.md and its figures come from evidence/results alone: `python -m evidence page` writes them anew."""
-    text, figures = render(read_results())
+    text, figures = render(read_results(), machines_of())
     assert (DOCS / PAGE).read_text(encoding="utf-8") == text
     assert {path.name for path in DOCS.glob("evidence-*.svg")} == figures.keys()
     for name, drawing in figures.items():
@@ -399,6 +412,29 @@ def test_neither_curve_is_preferred() -> None:
         assert (ahead is None) == (behind is None)
         if ahead is not None and behind is not None:
             assert ahead == pytest.approx(-behind)
+
+
+def test_published_results_replace_what_was_there(tiny: Setup, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of an earlier run nothing stays, and nothing of one that writes; what explains the folder does."""
+    kept = tmp_path / "kept"
+    for path, text in (("one/1-old.json", "{}"), ("README.md", "Raw results")):
+        (kept / path).parent.mkdir(parents=True, exist_ok=True)
+        (kept / path).write_text(text)
+    setup.check_setup(tiny)
+    setup.write_json(tiny.results / "one" / "1-new.json", {"seed": 1})
+    (tiny.results / "one" / "1-next.json.part7").write_text("{")
+    monkeypatch.setattr(page, "RESULTS", kept)
+    monkeypatch.setattr(page, "write_page", lambda: None)
+    page.publish(tiny)
+    there = {path.relative_to(kept).as_posix() for path in kept.rglob("*") if path.is_file()}
+    assert there == {"README.md", "setup.json", "one/1-new.json"}
+    line = page.machines_of(kept)
+    assert line.startswith("* **Processors**: ")
+    assert "trained there anew" not in line
+    made = json.loads((kept / "setup.json").read_text())
+    setup.write_json(kept / "setup.json", {**made, "on": [*made["on"], {"processor": "another", "bfloat16": True}]})
+    assert "another, evaluated in bfloat16" in " ".join(page.machines_of(kept).split())
+    assert "trained there anew" in " ".join(page.machines_of(kept).split())
 
 
 def test_results_of_another_set_up_are_not_mixed(tiny: Setup) -> None:
