@@ -45,7 +45,7 @@ bench: $(VENV)/dev benchmarks/.venv-peers/done ## Measure lines against the disk
 gpu: $(VENV)/dev ## Hold a CUDA device against the CPU, in 8 minutes (needs a torch with CUDA in .venv).
 	$(BIN)/python benchmarks/gpu.py
 
-reproduce: $(VENV)/evidence ## Train, edit, merge and measure anew what docs/evidence.md says, some 20 minutes (FULL=1: every item, hours).
+reproduce: $(VENV)/evidence ## Train, edit, merge and measure anew what docs/evidence.md says, 10 to 20 minutes (FULL=1: every item, hours).
 	$(BIN)/python -m evidence $(if $(FULL),--full) --jobs $(or $(JOBS),2)
 
 clean: ## Remove what was installed and built.
