@@ -12,7 +12,7 @@ from evidence import merging, one
 from evidence.encoder import base_folder, read_into
 from evidence.finetunes import trained
 from evidence.judge import context, make_judge
-from evidence.setup import Setup, result_path, run_lines, save_setup, write_json
+from evidence.setup import Setup, result_path, run_lines, save_result, save_setup
 
 ALPHAS = (0.1, 0.4, 0.7)
 SCHEDULES = ("linear", "power:2", "power:0.5", "reversed")
@@ -57,7 +57,7 @@ def run_depth(setup: Setup, seed: int, task: str) -> None:
         }
         found = one.sweep(ft.parent / "depth" / what, said, context(save_setup(setup), seed, task))
         points += [{"what": what, **point} for point in one.points_of(found)]
-    write_json(path, {"seed": seed, "task": task, "rate": setup.rate, "points": points})
+    save_result(path, {"seed": seed, "task": task, "rate": setup.rate, "points": points})
 
 
 def inspected(setup: Setup, ft: Path) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def run_inspect(setup: Setup, seed: int, task: str, rate: float) -> None:
         return
     found = inspected(setup, trained(setup, seed, task, rate))
     (update,) = found["fine_tunes"]
-    write_json(
+    save_result(
         path,
         {
             "seed": seed,
@@ -106,7 +106,7 @@ def run_alpha(setup: Setup, seed: int, method: str) -> None:
         scaled = merging.swept(setup, seed, work / "tensor-lines", trimmed, {"lines.beta": steps})
         points += [{**point, "family": "tensor"} for point in plain]
         points += [{**point, "family": "tensor, LiNeS"} for point in scaled]
-    write_json(path, {"seed": seed, "method": method, "tasks": list(setup.tasks), "points": points})
+    save_result(path, {"seed": seed, "method": method, "tasks": list(setup.tasks), "points": points})
 
 
 def run_rounding(setup: Setup, seed: int, task: str, rate: float) -> None:
@@ -126,4 +126,4 @@ def run_rounding(setup: Setup, seed: int, task: str, rate: float) -> None:
         layers = [[layer["coefficient"], layer["realised"]] for layer in found["layers"]]
         points.append({"rounding": name, "layers": layers, **judge.metrics(None, task)})
     shutil.rmtree(ft.parent / "rounding")
-    write_json(path, {"seed": seed, "task": task, "rate": rate, "points": points})
+    save_result(path, {"seed": seed, "task": task, "rate": rate, "points": points})

@@ -12,7 +12,7 @@ from evidence.encoder import base_folder
 from evidence.finetunes import trained
 from evidence.judge import context, make_judge
 from evidence.one import points_of, sweep
-from evidence.setup import Setup, result_path, save_setup, write_json
+from evidence.setup import Setup, result_path, save_result, save_setup
 
 # What is said of a method beside its defaults: what its paper uses, where the default is not that.
 SAID: dict[str, dict[str, Any]] = {
@@ -105,7 +105,7 @@ def run(setup: Setup, seed: int, method: str) -> None:
         work = Path(setup.work) / f"seed{seed}" / "merging" / method
         recipe = recipe_of(setup, seed, method)
         points = families(setup, seed, work, recipe, largest=LARGEST.get(method, 1.0))
-        write_json(path, {"seed": seed, "method": method, "tasks": list(setup.tasks), "points": points})
+        save_result(path, {"seed": seed, "method": method, "tasks": list(setup.tasks), "points": points})
 
 
 def families(

@@ -10,7 +10,7 @@ import yaml
 from evidence.encoder import base_folder
 from evidence.finetunes import trained
 from evidence.judge import context
-from evidence.setup import Setup, result_path, run_lines, save_setup, write_json
+from evidence.setup import Setup, result_path, run_lines, save_result, save_setup
 
 # The paper's rule for one fine-tune.
 RULE = "2 * target / target_ft + mean(control / control_pre)"
@@ -58,4 +58,4 @@ def run(setup: Setup, seed: int, task: str, rate: float) -> None:
         "objective": RULE,
     }
     found = sweep(ft.parent / "one", said, context(save_setup(setup), seed, task))
-    write_json(path, {"seed": seed, "task": task, "rate": rate, "points": points_of(found)})
+    save_result(path, {"seed": seed, "task": task, "rate": rate, "points": points_of(found)})

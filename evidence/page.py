@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import fill
@@ -42,8 +43,8 @@ CALLED = {
     "soups": "soups",
     "policies": "rewarded soups",
     "wise": "WiSE-FT on misspelt texts",
-    "depth": "depth rules and what lies outside the blocks",
-    "alpha": "alpha of merges, and trimming",
+    "depth": "depth rules and embeddings",
+    "alpha": "alpha and trimming of merges",
     "inspect": "what `lines inspect` tells",
     "rounding": "rounding",
 }
@@ -72,24 +73,27 @@ SETUP = f"""## Set-up
   task {SIZES.validation} texts to choose by and {SIZES.test} to test: one accuracy has a standard error of
   {100 * (0.25 / SIZES.test) ** 0.5:.1f} points at most, means and paired differences much less.
 * **Seeds** deal texts anew and train anew. Seed 0 was used to choose this set-up, and is not on this page. Once seed 1
-  was measured, two things were changed that its numbers had shown: some merges had been chosen at the largest
-  coefficient tried, which is larger now for all families, and policies train less. One fine-tune and merging have all
-  tasks of each seed; WiSE-FT, the larger learning rate and rounding two of them, soups and depth rules one, by turns,
-  so that other seeds have others.
-* **Choice**: every family is given as many points, and chosen by the paper's rule, `2 * target / target_ft +
-  mean(control / control_pre)`, on validation texts. Constant scaling takes the values of alpha as its coefficients, so
-  that it reaches from the base to the fine-tune; LiNeS' coefficients lie between alpha and 1, so that its curve stops
-  short of the base.
+  was measured, three things were changed that its numbers had shown: some merges had been chosen at the largest
+  coefficient tried, which is larger now for all families; DELLA, whose default dropped nothing, has a density; and
+  policies train less. One fine-tune and merging have all tasks of each seed; WiSE-FT, the larger learning rate and
+  rounding two of them, soups and depth rules one, by turns, so that other seeds have others.
+* **Choice**, on validation texts, among as many points of each family: of one fine-tune by the paper's rule, `2 *
+  target / target_ft + mean(control / control_pre)`; of a merge by the mean of its tasks; of a soup by its target.
+  Constant scaling takes the values of alpha as its coefficients, so that it reaches from the base to the fine-tune;
+  LiNeS' coefficients lie between alpha and 1, so that its curve stops short of the base.
 * **Comparison**: families are compared at the same target, on test texts, along their whole curves, with straight lines
-  between the points, and averaged over all targets that both reach.
+  between the points, and averaged over all targets that both reach. Where a curve reaches a target more than once, the
+  mean of the first time and the last counts.
 * **Noise**: differences are paired, and p is of a t-test over the means of seeds, for what a seed deals and trains is
-  in all of its pairs. Below 0.05 a difference counts as beyond noise; fewer than {FEWEST} seeds are never tested. ± is
-  the standard error of a difference, and of an accuracy the standard deviation between seeds."""
+  in all of its pairs. Below 0.05 a difference counts as beyond noise; fewer than {FEWEST} seeds are never tested. Only
+  where it is said are the p of several tests corrected together. So few seeds show large differences alone, most of all
+  where p is corrected for many methods: what lies within noise has not been shown to be equal. ± is the standard error
+  of a difference, and of an accuracy the standard deviation between seeds."""
 
 
-def render(results: Results, machines: str = "") -> tuple[str, dict[str, str]]:
+def render(results: Results, processors: str = "") -> tuple[str, dict[str, str]]:
     """The page, and its figures by file name."""
-    setup = "\n".join(filter(None, (SETUP, machines)))
+    setup = "\n".join(filter(None, (SETUP, processors)))
     parts, figures = [part for part in (HEAD, _covers(results), summary(results), setup) if part], {}
     for item, section in SECTIONS.items():
         if results.get(item):
@@ -116,24 +120,42 @@ def _covers(results: Results) -> str:
     return f"**What this page covers**: {'; '.join(there)}.{rest}"
 
 
-def machines_of(results: Path = RESULTS) -> str:
-    """What computed these results, for the list of the set-up; empty where nothing is known of it."""
-    path = results / "setup.json"
-    on = json.loads(path.read_text(encoding="utf-8"))["on"] if path.exists() else []
-    if not on:
+def processors_of(folder: Path = RESULTS) -> str:
+    """What computed which of the results, for the list of the set-up; empty where that is not known."""
+    path = folder / "setup.json"
+    known = json.loads(path.read_text(encoding="utf-8"))["on"] if path.exists() else []
+    half = {one["processor"]: one["bfloat16"] for one in known}
+    seeds: dict[int, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    results = read_results(folder)
+    for item in filter(results.get, SECTIONS):
+        for result in results[item]:
+            of_seed = seeds[result["seed"]][result.get("on", "unknown")]
+            of_seed += [] if CALLED[item] in of_seed else [CALLED[item]]
+    told = []
+    for name in dict.fromkeys(name for own in seeds.values() for name in own):
+        whole = [seed for seed in sorted(seeds) if list(seeds[seed]) == [name]]
+        parts = [in_words(whole)] if whole else []
+        parts += [
+            f"of seed {seed} {listed(seeds[seed][name])}"
+            for seed in sorted(seeds)
+            if name in seeds[seed] and seed not in whole
+        ]
+        told.append(
+            f"{name}, where the encoder computes in {'bfloat16' if half.get(name) else 'float32'}: {'; '.join(parts)}."
+        )
+    if not told:
         return ""
-    each = (f"{one['processor']}, evaluated in {'bfloat16' if one['bfloat16'] else 'float32'}" for one in on)
-    went_on = (
-        "Where a run went on on another machine, fine-tunes were trained there anew, from the same texts in the same "
-        "order: those of one seed are not the same to the bit in all items."
-    )
-    line = f"* **Processors**: {'; '.join(dict.fromkeys(each))}.{f' {went_on}' if len(on) > 1 else ''}"
-    return fill(line, 120, subsequent_indent="  ")
+    if len(told) > 1:
+        told.append(
+            "A run that goes on on another processor trains its fine-tunes there anew. Items are compared with "
+            "each other only where they are of the same fine-tunes."
+        )
+    return fill(f"* **Processors**: {' '.join(told)}", 120, subsequent_indent="  ")
 
 
 def write_page(results: Path = RESULTS, docs: Path = DOCS) -> None:
     """Write the page and its figures; figures of results that are gone are removed."""
-    text, figures = render(read_results(results), machines_of(results))
+    text, figures = render(read_results(results), processors_of(results))
     for old in docs.glob("evidence-*.svg"):
         old.unlink()
     for name, drawing in figures.items():

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import OneCycleLR
 
-from evidence.setup import Setup, result_path, run_lines, write_json
+from evidence.setup import Setup, result_path, run_lines, save_result
 from evidence.texts import pools
 
 STYLES = ("packages", "sentiment")  # a reward for the style of each
@@ -214,7 +214,7 @@ def run(setup: Setup, seed: int, name: str) -> None:
             (folder / "merge.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
             run_lines("merge", "--config", folder / "merge.yaml", "-o", out, "--force", "--workers", 1)
             points.append({"family": family, "weight": weight, "rewards": _rewards(out, texts, seed)})
-    write_json(path, {"seed": seed, "styles": list(texts.rewards), "points": points})
+    save_result(path, {"seed": seed, "styles": list(texts.rewards), "points": points})
 
 
 def _rewards(folder: Path, texts: Texts, seed: int) -> list[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from evidence.merging import STEPS, methods_of
 from evidence.results import (
@@ -34,7 +34,7 @@ FAMILIES = {"plain": "without", "lines": "with LiNeS", "reversed": "reversed"}
 
 def chosen(result: Result, family: str) -> Mapping[str, Any]:
     """The best on validation of a family's points."""
-    return best(point for point in result["points"] if point["family"] == family)
+    return best(_points(result, family))
 
 
 def score(result: Result, family: str) -> float:
@@ -51,13 +51,23 @@ def gain(results: Sequence[Result], family: str = "lines", than: str = "plain") 
     )
 
 
-def untuned(results: Sequence[Result], family: str = "lines", than: str = "plain") -> Paired:
-    """The same in the mean over all values that were tried, on validation, task by task: what is to be expected of a
+def untuned(
+    results: Sequence[Result], family: str = "lines", than: str = "plain", of: Literal["all", "ends", "middle"] = "all"
+) -> Paired:
+    """The same in the mean over values that were tried, on validation, task by task: what is to be expected of a
     coefficient that nobody tuned.
+
+    Args:
+        results: of merges.
+        family: that is held beside another.
+        than: the other.
+        of: all values; the smallest and the largest; or the middle one.
     """
 
     def mean(result: Result, which: str, task: str) -> float:
-        return fmean(point["tasks"][task] for point in result["points"] if point["family"] == which)
+        points = sorted(_points(result, which), key=_coefficient)
+        taken = {"all": points, "ends": [points[0], points[-1]], "middle": [points[len(points) // 2]]}[of]
+        return fmean(point["tasks"][task] for point in taken)
 
     return paired(
         (result["seed"], mean(result, family, task) - mean(result, than, task))
@@ -167,6 +177,10 @@ def _ends(ones: Sequence[Result], seeds: Sequence[int]) -> str:
     return f"Pre-trained {pre:.1f}; each fine-tune on its own task {ft:.1f}."
 
 
+def _points(result: Result, family: str) -> list[Mapping[str, Any]]:
+    return [point for point in result["points"] if point["family"] == family]
+
+
 def _coefficient(point: Mapping[str, Any]) -> float:
     """lambda, or beta: what a family is tuned by."""
     return float(point["beta" if "beta" in point else "parameters.lambda"])
@@ -187,14 +201,11 @@ def _edges(methods: Mapping[str, Sequence[Result]], order: Sequence[str]) -> str
     """Where the largest value that was tried was chosen, or the smallest, so that one beyond might have done better."""
     told = []
     for end, called in ((max, "largest"), (min, "smallest")):
-        for family, which in (("plain", "without LiNeS"), ("lines", "with it")):
+        for family, which in (("plain", "without LiNeS"), ("lines", "with it"), ("reversed", "reversed")):
             names = []
             for name in order:
-                at = sum(
-                    _coefficient(chosen(one, family))
-                    == end(_coefficient(point) for point in one["points"] if point["family"] == family)
-                    for one in methods[name]
-                )
+                tried = [(one, [*map(_coefficient, _points(one, family))]) for one in methods[name]]
+                at = sum(len(of) > 1 and _coefficient(chosen(one, family)) == end(of) for one, of in tried)
                 names += [f"`{name}` ({at})"] if at else []
             told += [f"the {called} {which}: {listed(names)}"] if names else []
     if not told:
@@ -207,7 +218,12 @@ def _edges(methods: Mapping[str, Sequence[Result]], order: Sequence[str]) -> str
 
 def verdicts(methods: Mapping[str, Sequence[Result]], order: Sequence[str]) -> str:
     """With which methods LiNeS helps and hurts, tuned; what it does untuned; and the best merge on validation."""
-    sentences = [f"**Tuned**, {tuned(methods)}.", f"**Untuned**, in the mean over all values tried, {loose(methods)}."]
+    every = [one for own in methods.values() for one in own]
+    turned = gain(every, "reversed")
+    sentences = [
+        f"**Tuned**, {tuned(methods)}. Reversed depth adds {said(turned)}, {verdict(turned, BEYOND, BEYOND)}.",
+        f"**Untuned**, in the mean over all values tried, on validation, {loose(methods)}.",
+    ]
     name, family = max(
         ((name, family) for name in order for family in FAMILIES),
         key=lambda which: fmean(float(chosen(one, which[1])["objective"]) for one in methods[which[0]]),
@@ -217,10 +233,30 @@ def verdicts(methods: Mapping[str, Sequence[Result]], order: Sequence[str]) -> s
     return " ".join(sentences)
 
 
-def tuned(methods: Mapping[str, Sequence[Result]], say: Callable[[Paired, str], str] = said) -> str:
+Say = Callable[[Paired, str], str]
+
+
+def tuned(methods: Mapping[str, Sequence[Result]], say: Say = said) -> str:
     """What LiNeS does to merges that are tuned: in the mean over methods, and with each."""
-    whole = gain([one for own in methods.values() for one in own])
-    tests = together({name: gain(results) for name, results in methods.items()})
+    return _with_each(methods, gain, say)
+
+
+def loose(methods: Mapping[str, Sequence[Result]], say: Say = said) -> str:
+    """What LiNeS and reversed depth do to merges that nobody tuned: over all values tried, and at three of them."""
+    every = [one for own in methods.values() for one in own]
+    ends, middle, turned = untuned(every, of="ends"), untuned(every, of="middle"), untuned(every, "reversed")
+    return (
+        f"{_with_each(methods, untuned, say)}. At the smallest and the largest value it adds {say(ends, 'points')}, "
+        f"{verdict(ends, BEYOND, BEYOND)}; at the middle one {say(middle, 'points')}, "
+        f"{verdict(middle, BEYOND, BEYOND)}. Reversed depth adds {say(turned, 'points')} over all, "
+        f"{verdict(turned, BEYOND, BEYOND)}"
+    )
+
+
+def _with_each(methods: Mapping[str, Sequence[Result]], measure: Callable[..., Paired], say: Say) -> str:
+    """What LiNeS adds, in the mean over methods and with each."""
+    whole = measure([one for own in methods.values() for one in own])
+    tests = together({name: measure(results) for name, results in methods.items()})
     text = f"LiNeS adds {say(whole, 'points')}, {verdict(whole, BEYOND, BEYOND)}"
     if len(tests) == 1:
         return text
@@ -228,22 +264,14 @@ def tuned(methods: Mapping[str, Sequence[Result]], say: Callable[[Paired, str], 
     text += f"; by method {min(gains):+.1f} to {max(gains):+.1f}"
     if any(test.p is None for test in tests.values()):
         return text
-    helps, hurts = (
-        [f"`{name}`" for name, test in tests.items() if test.beyond_noise and sign * test.mean > 0] for sign in (1, -1)
-    )
-    shown = [f"it {what} with {listed(names)}" for what, names in (("helps", helps), ("hurts", hurts)) if names]
-    of = f"of {counted(len(tests), 'method')} (p corrected together, after Holm)"
-    return f"{text}, {BEYOND} {' and '.join(shown)} {of}" if shown else f"{text}, {BEYOND} with none {of}"
-
-
-def loose(methods: Mapping[str, Sequence[Result]], say: Callable[[Paired, str], str] = said) -> str:
-    """What LiNeS and reversed depth do to merges that nobody tuned, in the mean over methods."""
-    results = [one for own in methods.values() for one in own]
-    lines, turned = untuned(results), untuned(results, "reversed")
-    return (
-        f"LiNeS adds {say(lines, 'points')}, {verdict(lines, BEYOND, BEYOND)}; reversed depth adds "
-        f"{say(turned, 'points')}, {verdict(turned, BEYOND, BEYOND)}"
-    )
+    shown = [
+        f"it {what} {listed(names)}"
+        for what, sign in (("helps", 1), ("hurts", -1))
+        if (names := [f"`{name}`" for name, test in tests.items() if test.beyond_noise and sign * test.mean > 0])
+    ]
+    number = sum(test.beyond_noise for test in tests.values()) or "none"
+    of = f"{BEYOND} with {number} of {counted(len(tests), 'method')} (p corrected together, after Holm)"
+    return f"{text}, {of}{': ' if shown else ''}{' and '.join(shown)}"
 
 
 def _paper(methods: Mapping[str, Sequence[Result]]) -> str:

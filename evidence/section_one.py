@@ -12,9 +12,11 @@ from evidence.results import (
     PAPER,
     Result,
     Results,
+    brief,
     counted,
     direction,
     in_words,
+    listed,
     said,
     seeds_of,
     spread,
@@ -62,6 +64,11 @@ def rule(result: Result, point: Point) -> float:
     return 2 * float(point["target"]) / float(ft["target"]) + kept
 
 
+def by_default(result: Result) -> Point:
+    """The fine-tune as `lines edit` edits it where nothing else is said: alpha 0.1."""
+    return next(p for p in result["points"] if p["family"] == "lines" and abs(p["alpha"] - 0.1) < 1e-9)
+
+
 def retrieval_of(result: Result, point: Point) -> float:  # noqa: ARG001 - as the others
     """Per cent of words found by their glosses."""
     return float(point["test"][RETRIEVAL])
@@ -101,7 +108,34 @@ def section(results: Results) -> tuple[str, dict[str, str]]:
         figures[name] = _figure(group, f"learning rate {rate:g}")
         parts += [compared(group, f"Learning rate {rate:g}"), f"![Target against controls, rate {rate:g}.]({name})"]
     paper = [back(group, f"At {rate:g}") for rate, group in groups.items()]
-    return "\n\n".join([*parts, "### Beside the paper", _published(), "\n".join(paper)]), figures
+    parts += ["### Beside the paper", _published(), "\n".join(paper)]
+    return "\n\n".join(parts + again(results)), figures
+
+
+def again(results: Results) -> list[str]:
+    """What came of fine-tunes that were trained and measured twice, on two processors; nothing where none was."""
+    keys = ("seed", "task", "rate")
+    known = {tuple(one[key] for key in keys): one for one in results["one"]}
+    pairs = [(one, known[own]) for one in results.get("again", []) if (own := tuple(one[key] for key in keys)) in known]
+    rows = []
+    for rate in sorted({one["rate"] for one, _ in pairs}):
+        sides = [[pair[at] for pair in pairs if pair[0]["rate"] == rate] for at in (0, 1)]
+        for side in sides:
+            ends = [
+                f"{fmean(value(one, baseline(one, 'ft')) for one in side):.1f}" for value in (target_of, control_of)
+            ]
+            lines, turned = leads(side, "lines"), leads(side, "lines", "reversed")
+            name = f"{rate:g} on {listed(sorted({one['on'] for one in side}))}"
+            rows.append([name, *ends, brief(lines, "points"), brief(turned, "points")])
+    if not rows:
+        return []
+    text = (
+        f"{counted(len(pairs), 'fine-tune')} ({in_words(seeds_of([one for one, _ in pairs]))}) were trained and "
+        "measured on two processors, from the same texts in the same order: what rounding alone changes. Of each rate "
+        "the second line is what the tables above have."
+    )
+    head = ["learning rate", "target, fine-tuned", "controls", "LiNeS minus constant scaling", "LiNeS minus reversed"]
+    return ["### The same on another processor", text, table(head, rows)]
 
 
 def vision(results: Results) -> tuple[str, dict[str, str]]:
@@ -120,11 +154,11 @@ def compared(results: Sequence[Result], heading: str) -> str:
     rows: dict[str, Any] = {
         "pre-trained": lambda one: baseline(one, "pre"),
         "fine-tuned": lambda one: baseline(one, "ft"),
-        "LiNeS, defaults (alpha 0.1)": lambda one: _at(one, "lines", 0.1),
+        "LiNeS, defaults (alpha 0.1)": by_default,
         **{f"{called}, chosen": lambda one, family=family: chosen(one, family) for family, called in FAMILIES.items()},
     }
     columns: dict[str, Any] = {"target": target_of, "controls": control_of}
-    if RETRIEVAL in baseline(results[0], "pre")["test"]:
+    if has_retrieval(results):
         columns["retrieval"] = retrieval_of
     body = [
         [
@@ -144,7 +178,8 @@ def compared(results: Sequence[Result], heading: str) -> str:
     if len(seeds) > 1 and len(results) == len(seeds) * len(tasks):
         note += "; behind ± the standard deviation between seeds"
     picked = "; ".join(f"{FAMILIES[family]} {alpha:.2f}" for family, alpha in alphas.items())
-    note += f". Mean alpha chosen (of constant scaling the coefficient): {picked}."
+    note += f". Mean alpha chosen (of constant scaling the coefficient): {picked}; "
+    note += "the fine-tune itself, which every family may choose, counts as 1."
     compared = (
         f"**At the same target accuracy** the controls of LiNeS minus those of constant scaling are {said(lines)}: "
         f"{verdict(lines, 'LiNeS keeps more', 'constant scaling keeps more')}. Minus those of reversed depth they are "
@@ -152,18 +187,24 @@ def compared(results: Sequence[Result], heading: str) -> str:
         f"reach span {reach(results, 'lines'):.1f} and {reach(results, 'lines', 'reversed'):.1f} points; constant "
         "scaling goes further down, to the base."
     )
-    if "retrieval" in columns:
-        found = leads(results, "lines", kept=retrieval_of)
-        compared += (
-            f" In retrieval LiNeS minus constant scaling is {said(found)}: "
-            f"{verdict(found, 'LiNeS keeps more', 'constant scaling keeps more')}."
-        )
+    compared += retrieval_told(results)
     return "\n\n".join([head, table(["% of the test set right", *columns], body), note, compared])
 
 
-def _at(result: Result, family: str, alpha: float) -> Point:
-    """The point of a family at one alpha."""
-    return next(p for p in result["points"] if p["family"] == family and abs(p["alpha"] - alpha) < 1e-9)
+def has_retrieval(results: Sequence[Result]) -> bool:
+    """Whether retrieval was measured, too."""
+    return RETRIEVAL in baseline(results[0], "pre")["test"]
+
+
+def retrieval_told(results: Sequence[Result]) -> str:
+    """A sentence on retrieval at the same target, if it was measured."""
+    if not has_retrieval(results):
+        return ""
+    found = leads(results, "lines", kept=retrieval_of)
+    return (
+        f" In retrieval, for which nothing is trained, LiNeS minus constant scaling is {said(found)}: "
+        f"{verdict(found, 'LiNeS keeps more', 'constant scaling keeps more')}."
+    )
 
 
 def _figure(results: Sequence[Result], what: str) -> str:

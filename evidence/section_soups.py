@@ -31,6 +31,9 @@ Point = Mapping[str, Any]
 MIXED = {"plain": "the plain mixture", "lines": "LiNeS with alpha = beta = 1", "constant": "the mixture times 1.5"}
 
 
+KINDS = ("uniform", "greedy")
+
+
 def _of_soup(result: Result, soup: str, family: str) -> list[Point]:
     return [point for point in result["points"] if (point["soup"], point["family"]) == (soup, family)]
 
@@ -48,8 +51,21 @@ def soup_gains(results: Results, family: str = "lines") -> dict[str, Paired]:
     """What LiNeS adds to each kind of soup, or another family."""
     return {
         soup: paired((one["seed"], _chosen(one, soup, family) - _plain(one, soup)) for one in results["soups"])
-        for soup in ("uniform", "greedy")
+        for soup in KINDS
     }
+
+
+def soup_told(results: Results, soup: str) -> str:
+    """What LiNeS does to one kind of soup, by its choice of beta: 0 is the soup as it is."""
+    own, test = results["soups"], soup_gains(results)[soup]
+    used = sum(best(_of_soup(one, soup, "lines"))["beta"] > 0 for one in own)
+    if not used:
+        unused = f"was chosen in each of {len(own)}, so that LiNeS was not used"
+        return f"{soup.capitalize()}: beta = 0, the soup as it is, {unused}"
+    return (
+        f"{soup.capitalize()}: LiNeS, which was chosen in {used} of {len(own)} (beta above 0), adds {said(test)}, "
+        f"{verdict(test, 'better', 'worse')}"
+    )
 
 
 def soups(results: Results) -> tuple[str, dict[str, str]]:
@@ -76,7 +92,7 @@ def soups(results: Results) -> tuple[str, dict[str, str]]:
         )
         before, after = PAPER["soups"][soup]
         sentences.append(
-            f"* {soup}: LiNeS adds {said(test)}; as published, of 70 fine-tunes on ImageNet, {before} -> {after}: "
+            f"* {soup_told(results, soup)}; as published, of 70 fine-tunes on ImageNet, {before} -> {after}: "
             f"{direction(after - before, test)}. A constant adds {said(constant[soup])}."
         )
     head = ["% of the target's test texts right", "as it is", "with LiNeS, beta chosen", "scaled, constant chosen"]
@@ -84,18 +100,20 @@ def soups(results: Results) -> tuple[str, dict[str, str]]:
     text = (
         f"Soups of {counted(len({one['task'] for one in own}), 'task')}, {in_words(seeds_of(own))}: {MEMBERS} "
         f"fine-tunes each, of two rates and other orders of texts; a greedy soup has {members:.1f} of them in the "
-        f"mean. beta and the constant are chosen on {FULL.sizes.validation} texts only, so that the choice is rough."
+        f"mean. beta and the constant are chosen on {FULL.sizes.validation} texts only, so the choice is rough; of "
+        "equal values the first is taken, which is the soup as it is."
     )
     return "\n\n".join(["## 3. Soups and robustness", "### Soups", text, table(head, rows), "\n".join(sentences)]), {}
 
 
-def policy_gains(results: Results) -> dict[tuple[str, str], Paired]:
-    """What a mixture has more than another, each reward weighted as its policy; in nats a word."""
+def policy_gains(results: Results, *, alike: bool = False) -> dict[tuple[str, str], Paired]:
+    """What a mixture has more than another, each reward weighted as its policy, or both alike; in nats a word."""
 
     def gain(result: Result, family: str, than: str) -> float:
         """The mean over mixtures, which are of the same two policies."""
         pairs = zip(WEIGHTS, front(result["points"], family), front(result["points"], than), strict=True)
-        return fmean(weight * (one[0] - two[0]) + (1 - weight) * (one[1] - two[1]) for weight, one, two in pairs)
+        shares = ((0.5 if alike else weight, one, two) for weight, one, two in pairs)
+        return fmean(share * (one[0] - two[0]) + (1 - share) * (one[1] - two[1]) for share, one, two in shares)
 
     against = (("lines", "plain"), ("constant", "plain"), ("lines", "constant"))
     return {
@@ -120,9 +138,13 @@ def policies(results: Results) -> tuple[str, dict[str, str]]:
         for at, weight in enumerate(WEIGHTS)
     ]
     pre = [fmean(result["points"][0]["rewards"][at] for result in own) for at in (0, 1)]
+    alike = policy_gains(results, alike=True)
+    spans = [abs(fronts["plain"][-1][at] - fronts["plain"][0][at]) for at in (0, 1)]
     sentences = [
         f"* {MIXED[family][0].upper()}{MIXED[family][1:]} minus {MIXED[than]}, each reward weighted as its policy: "
-        f"{said(test, 'nats a word', 3)}: {verdict(test, 'higher rewards', 'lower rewards')}."
+        f"{said(test, 'nats a word', 3)}: {verdict(test, 'higher rewards', 'lower rewards')}; both weighted alike: "
+        f"{said(alike[family, than], 'nats a word', 3)}, "
+        f"{verdict(alike[family, than], 'higher rewards', 'lower rewards')}."
         for (family, than), test in policy_gains(results).items()
     ]
     sentences.append("* The paper gives fronts as pictures, without numbers: with LiNeS they lie further out.")
@@ -130,7 +152,8 @@ def policies(results: Results) -> tuple[str, dict[str, str]]:
         f"A causal language model of {LAYERS} blocks, trained here on all texts; two policies by policy gradients, "
         f"rewarded for words of `{styles[0]}` and of `{styles[1]}` (log-odds against all texts, nats a word), mixed "
         f"w to 1 - w; {SAMPLES} texts drawn of each. {counted(len(own), 'seed')}. "
-        f"Pre-trained {pre[0]:+.2f} / {pre[1]:+.2f}."
+        f"Pre-trained {pre[0]:+.2f} / {pre[1]:+.2f}; from one policy to the other the rewards change by "
+        f"{spans[0]:.1f} and {spans[1]:.1f}."
     )
     drawn = {
         f"{'reversed' if family == 'plain' else family}: {called.partition(' with ')[0]}": fronts[family]

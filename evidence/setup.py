@@ -93,11 +93,24 @@ def check_setup(setup: Setup) -> None:
     if made["setup"] and (other := [key for key in own if made["setup"].get(key) != own[key]]):
         told = "; ".join(f"{key} was {made['setup'].get(key)} and is {own[key]}" for key in other)
         raise SystemExit(f"{path}: results of another set-up: {told}.\nRemove {setup.work} to begin anew.")
-    known = torch.cpu.get_capabilities()
-    on = {"torch": torch.__version__, "processor": known.get("cpu_name", "unknown"), "bfloat16": has_bfloat16()}
+    on = {"torch": torch.__version__, "processor": processor(), "bfloat16": has_bfloat16()}
     if on not in made["on"]:
         made["on"].append(on)
     write_json(path, {"setup": own, "on": made["on"]})
+
+
+def processor() -> str:
+    """What computes here, by its maker and kind."""
+    import torch
+
+    return str(torch.cpu.get_capabilities().get("cpu_name", "unknown"))
+
+
+def save_result(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a result, with the processor that computed it: what is compared over items is to be of one, for a run that
+    goes on on another trains its fine-tunes there anew.
+    """
+    write_json(path, {**value, "on": processor()})
 
 
 def result_path(setup: Setup, item: str, *parts: object) -> Path:

@@ -11,7 +11,7 @@ from evidence.encoder import base_folder
 from evidence.finetunes import trained
 from evidence.judge import context
 from evidence.one import points_of, sweep
-from evidence.setup import Setup, result_path, save_setup, write_json
+from evidence.setup import Setup, result_path, save_result, save_setup
 
 MEMBERS = 4  # fine-tunes in a soup: as many orders of the texts, at two rates in turn
 BETAS = (0.0, 0.1, 0.2, 0.3, 0.5)  # of LiNeS on a soup with alpha 1; 0 is the soup itself
@@ -45,7 +45,7 @@ def run_soup(setup: Setup, seed: int, task: str) -> None:
         if float(tried[0]["target"]) >= held:
             chosen, held = [*chosen, members[at]], float(tried[0]["target"])
     points += _of_soup(setup, seed, task, work / "greedy", chosen, "greedy")
-    write_json(path, {"seed": seed, "task": task, "members": len(chosen), "points": points})
+    save_result(path, {"seed": seed, "task": task, "members": len(chosen), "points": points})
 
 
 def _judged() -> dict[str, Any]:
@@ -99,4 +99,4 @@ def run_wise(setup: Setup, seed: int, task: str) -> None:
         }
         found = points_of(sweep(ft.parent / "wise" / family, said, context(save_setup(setup), seed, task)))
         points += [{**point, "family": family} for point in found]
-    write_json(path, {"seed": seed, "task": task, "rate": setup.rate, "points": points})
+    save_result(path, {"seed": seed, "task": task, "rate": setup.rate, "points": points})

@@ -8,7 +8,16 @@ from statistics import fmean
 
 from evidence import section_ablations, section_merging, section_soups
 from evidence.results import PAPER, Result, Results, brief, counted, said, verdict
-from evidence.section_one import baseline, chosen, control_of, leads, target_of
+from evidence.section_one import (
+    baseline,
+    chosen,
+    control_of,
+    has_retrieval,
+    leads,
+    retrieval_of,
+    retrieval_told,
+    target_of,
+)
 
 MORE, LESS = "LiNeS keeps more", "constant scaling keeps more"
 
@@ -19,9 +28,8 @@ def summary(results: Results) -> str:
     for called, merges in _merges(results).items():
         sentences.append(f"**{called}**. {section_merging.verdicts(*section_merging.by_method(merges))}")
     if results.get("soups"):
-        gains = section_soups.soup_gains(results)
-        told = [f"{soup} {said(test)}, {verdict(test, 'better', 'worse')}" for soup, test in gains.items()]
-        sentences.append(f"**Soups**, LiNeS minus the soup as it is: {'; '.join(told)}.")
+        told = [section_soups.soup_told(results, soup) for soup in section_soups.KINDS]
+        sentences.append(f"**Soups**. {'; '.join(told)}.")
     if results.get("wise"):
         test = section_soups.wise_lead(results)
         sentences.append(
@@ -35,9 +43,12 @@ def summary(results: Results) -> str:
             f"{verdict(gains_['lines', than], 'higher rewards', 'lower rewards')}"
             for than in ("plain", "constant")
         ]
-        sentences.append(f"**Rewarded soups**, both rewards of LiNeS {'; '.join(told)}.")
+        means = "the mean of the two rewards, each weighted as its policy"
+        sentences.append(f"**Rewarded soups**, {means}: LiNeS {'; '.join(told)}.")
     if results.get("rounding"):
-        sentences.append(f"**Rounding**: {section_ablations.rounding_told(results)}.")
+        sentences.append(
+            f"**Rounding**: {section_ablations.rounding_told(results)}; {section_ablations.rounding_cost(results)}."
+        )
     if not sentences:
         return ""
     return "\n".join(["## In short", "", *(f"* {each}" for each in sentences), "", _advice(results)])
@@ -73,7 +84,7 @@ def _of(results: Sequence[Result], called: str) -> str:
         f"{ends('pre')}, fine-tuned {ends('ft')}; chosen on validation: LiNeS {mean('lines')}, constant scaling "
         f"{mean('constant')}, reversed {mean('reversed')}. At the same target the controls of LiNeS minus those "
         f"of constant scaling are {said(test)}: {verdict(test, MORE, LESS)}; minus those of reversed depth "
-        f"{said(turned)}: {verdict(turned, MORE, 'reversed depth keeps more')}."
+        f"{said(turned)}: {verdict(turned, MORE, 'reversed depth keeps more')}.{retrieval_told(results)}"
     )
 
 
@@ -102,20 +113,26 @@ def expect(results: Results) -> str:
     README.md has, too.
     """
     told = [_choice(called, group) for called, group in _groups(results).items()]
-    for called, merges in _merges(results).items():
-        methods, _ = section_merging.by_method(merges)
-        tuned, loose = section_merging.tuned(methods, brief), section_merging.loose(methods, brief)
-        told.append(f"**{called}**. Tuned, {tuned}. Untuned, in the mean over all coefficients tried, {loose}.")
+    told += [_of_merges(called, merges) for called, merges in _merges(results).items()]
     told += _so(results)
     return "\n".join(f"* {each}" for each in told)
+
+
+def _of_merges(called: str, merges: Sequence[Result]) -> str:
+    """What LiNeS adds to merges on one kind of model, where their coefficient is tuned and where it is not."""
+    ends, middle = (section_merging.untuned(merges, of="ends"), section_merging.untuned(merges, of="middle"))
+    tests = {"with the best coefficient": section_merging.gain(merges), "with the middle one of those tried": middle}
+    tests["with the smallest and the largest"] = ends
+    told = [f"{brief(test, 'points')} {where}, {verdict(test, *['beyond noise'] * 2)}" for where, test in tests.items()]
+    return f"**{called}**, in the mean over methods. LiNeS adds {'; '.join(told)}."
 
 
 def _so(results: Results) -> list[str]:
     """What follows from all of these, where they agree."""
     tests = [leads(group, "lines") for group in _groups(results).values()]
-    tuned, loose = (
+    tuned, far = (
         [measure(merges) for merges in _merges(results).values()]
-        for measure in (section_merging.gain, section_merging.untuned)
+        for measure in (section_merging.gain, lambda own: section_merging.untuned(own, of="ends"))
     )
     so = []
     if tests and all(test.p is not None for test in tests):
@@ -123,9 +140,10 @@ def _so(results: Results) -> list[str]:
             so.append("for one fine-tune try constant scaling first (`--alpha 0.5 --beta 0`), and LiNeS beside it")
         elif not any(test.beyond_noise and test.mean < 0 for test in tests):
             so.append("for one fine-tune try LiNeS first")
-    if loose and all(test.beyond_noise and test.mean > 0 for test in loose):
-        without = "" if any(test.beyond_noise for test in tuned) else "; tuned, it is as good without"
-        so.append(f"a merge whose coefficient nobody tunes is better with LiNeS{without}")
+    if far and all(test.beyond_noise and test.mean > 0 for test in far):
+        so.append("a merge whose coefficient may be far too small or too large is better with LiNeS")
+        if not any(test.beyond_noise for test in tuned):
+            so.append("where it is tuned, no difference could be shown")
     return [f"**So**, on models like these: {'; '.join(so)}."] if so else []
 
 
@@ -141,6 +159,10 @@ def _choice(called: str, results: Sequence[Result]) -> str:
     )
     if test.p is None:
         return f"{text}: {verdict(test, MORE, LESS)}."
+    found = leads(results, "lines", kept=retrieval_of) if has_retrieval(results) else None
+    other = ""
+    if found is not None and found.beyond_noise:
+        other = f"; in retrieval {'LiNeS' if found.mean > 0 else 'constant scaling'} keeps {abs(found.mean):.1f} more"
     if not test.beyond_noise:
-        return f"{text}, within noise: either is as good."
-    return f"{text}: begin with {'LiNeS' if test.mean > 0 else 'constant scaling'}."
+        return f"{text}, within noise{other}."
+    return f"{text}{other}: begin with {'LiNeS' if test.mean > 0 else 'constant scaling'}."

@@ -19,7 +19,7 @@ from evidence import merging
 from evidence.judge import Metrics, context
 from evidence.one import RULE, points_of, sweep
 from evidence.results import PAPER
-from evidence.setup import ROOT, VARIABLE, Setup, load_setup, result_path, save_setup, write_json
+from evidence.setup import ROOT, VARIABLE, Setup, load_setup, result_path, save_result, save_setup
 
 sys.path.append(str(ROOT / "demo"))
 
@@ -90,7 +90,7 @@ def run(setup: Setup, seed: int, target: str) -> None:
         "objective": RULE,
     }
     found = sweep(ft.parent / "one", said, context(save_setup(setup), seed, target))
-    write_json(path, {"seed": seed, "task": target, "points": points_of(found)})
+    save_result(path, {"seed": seed, "task": target, "points": points_of(found)})
 
 
 def run_merging(setup: Setup, seed: int, method: str) -> None:
@@ -99,7 +99,7 @@ def run_merging(setup: Setup, seed: int, method: str) -> None:
     if not path.exists():
         torch.set_num_threads(1)
         points = _merged(setup, seed, method, DOMAINS)
-        write_json(path, {"seed": seed, "method": method, "tasks": list(DOMAINS), "points": points})
+        save_result(path, {"seed": seed, "method": method, "tasks": list(DOMAINS), "points": points})
 
 
 def _merged(setup: Setup, seed: int, method: str, domains: Sequence[str]) -> list[dict[str, Any]]:
@@ -124,7 +124,7 @@ def run_tasks(setup: Setup, seed: int, method: str, count: float) -> None:
         return
     domains = [DOMAINS[(seed + at) % len(DOMAINS)] for at in range(int(count))]  # over the seeds each has its turn
     points = _merged(setup, seed, method, domains)
-    write_json(path, {"seed": seed, "method": method, "tasks": domains, "points": points})
+    save_result(path, {"seed": seed, "method": method, "tasks": domains, "points": points})
 
 
 # --- what the sweep calls ---

@@ -21,7 +21,9 @@ from evidence import (
     one,
     page,
     policies,
+    section_ablations,
     section_merging,
+    section_soups,
     setup,
     sources,
     summary,
@@ -30,7 +32,7 @@ from evidence import (
 )
 from evidence.__main__ import phases, run_job
 from evidence.encoder import Encoder, prototypes, write_model
-from evidence.page import DOCS, PAGE, SECTIONS, machines_of, render, told
+from evidence.page import DOCS, PAGE, SECTIONS, processors_of, render, told
 from evidence.policies import Size as PolicySize
 from evidence.results import brief, direction, read_results, said, verdict
 from evidence.setup import Setup, run_lines
@@ -93,7 +95,7 @@ def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_page_is_what_the_data_says() -> None:
     """docs/evidence.md and its figures come from evidence/results alone: `python -m evidence page` writes them anew."""
-    text, figures = render(read_results(), machines_of())
+    text, figures = render(read_results(), processors_of())
     assert (DOCS / PAGE).read_text(encoding="utf-8") == text
     assert {path.name for path in DOCS.glob("evidence-*.svg")} == figures.keys()
     for name, drawing in figures.items():
@@ -366,6 +368,8 @@ def test_merges_tuned_and_untuned() -> None:
     ]
     assert section_merging.gain(results).mean == pytest.approx(3.0)
     assert section_merging.untuned(results).mean == pytest.approx(69.5 - (60 + 72 + 50) / 3)
+    assert section_merging.untuned(results, of="ends").mean == pytest.approx(69.5 - 55)
+    assert section_merging.untuned(results, of="middle").mean == pytest.approx(69 - 72)
     assert section_merging.untuned(results, "reversed").positive == 0
     assert section_merging._edges({"ties": results}, ["ties"]) == (
         "Where the value chosen was the largest tried, or the smallest, one beyond might do better (seeds): "
@@ -384,9 +388,51 @@ def test_what_to_try_first() -> None:
     assert "So" not in told
     results = [_merge(seed, {**better, "lines": [(70 + seed, 72), (71, 72)]}) for seed in (1, 2, 3)]
     assert summary.expect({"merging": results}).endswith(
-        "**So**, on models like these: a merge whose coefficient nobody tunes is better with LiNeS; tuned, it is as "
-        "good without."
+        "**So**, on models like these: a merge whose coefficient may be far too small or too large is better with "
+        "LiNeS; where it is tuned, no difference could be shown."
     )
+
+
+def test_a_soup_that_took_no_lines_is_not_said_to_gain_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """beta = 0 is the soup as it is: a gain of 0 is then no finding."""
+
+    def result(seed: int, beta: float) -> dict[str, Any]:
+        points = [
+            {
+                "soup": "greedy",
+                "family": "lines",
+                "beta": at,
+                "objective": float(at == beta),
+                "test": {"clean": 70 + at},
+            }
+            for at in (0.0, 0.5)
+        ]
+        return {"seed": seed, "points": points}
+
+    none = {"soups": [result(seed, 0.0) for seed in (1, 2, 3)]}
+    monkeypatch.setattr(section_soups, "KINDS", ("greedy",))
+    assert section_soups.soup_told(none, "greedy") == (
+        "Greedy: beta = 0, the soup as it is, was chosen in each of 3, so that LiNeS was not used"
+    )
+    some = {"soups": [result(seed, 0.5 * (seed > 1)) for seed in (1, 2, 3)]}
+    told = section_soups.soup_told(some, "greedy")
+    assert told.startswith("Greedy: LiNeS, which was chosen in 2 of 3 (beta above 0), adds +0.3 ± 0.2 points")
+
+
+def test_items_are_compared_on_the_same_fine_tunes_only() -> None:
+    """Another processor trains another fine-tune from the same texts: the norms of one are not the other's."""
+    results = read_results()
+    for item in ("depth", "inspect"):
+        for result in results[item]:
+            one = section_ablations._one_of(results, result)
+            assert one is not None
+            assert one["on"] == result["on"]
+            ends = {point["family"]: point for point in one["points"] if point["family"] in ("pre", "ft")}
+            for point in result.get("points", []):
+                if point["family"] in ends:  # measured in both
+                    assert point["test"] == ends[point["family"]]["test"]
+    elsewhere = {**results, "inspect": [{**result, "on": "another"} for result in results["inspect"]]}
+    assert "fine-tunes)" not in section_ablations.inspect(elsewhere)[0]
 
 
 def test_curves_at_equal_height() -> None:
@@ -421,20 +467,25 @@ def test_published_results_replace_what_was_there(tiny: Setup, monkeypatch: pyte
         (kept / path).parent.mkdir(parents=True, exist_ok=True)
         (kept / path).write_text(text)
     setup.check_setup(tiny)
-    setup.write_json(tiny.results / "one" / "1-new.json", {"seed": 1})
+    setup.save_result(tiny.results / "one" / "1-new.json", {"seed": 1})
     (tiny.results / "one" / "1-next.json.part7").write_text("{")
     monkeypatch.setattr(page, "RESULTS", kept)
     monkeypatch.setattr(page, "write_page", lambda: None)
     page.publish(tiny)
     there = {path.relative_to(kept).as_posix() for path in kept.rglob("*") if path.is_file()}
     assert there == {"README.md", "setup.json", "one/1-new.json"}
-    line = page.machines_of(kept)
+    line = " ".join(page.processors_of(kept).split())
     assert line.startswith("* **Processors**: ")
-    assert "trained there anew" not in line
+    assert line.endswith(": seed 1.")
     made = json.loads((kept / "setup.json").read_text())
     setup.write_json(kept / "setup.json", {**made, "on": [*made["on"], {"processor": "another", "bfloat16": True}]})
-    assert "another, evaluated in bfloat16" in " ".join(page.machines_of(kept).split())
-    assert "trained there anew" in " ".join(page.machines_of(kept).split())
+    setup.write_json(kept / "one" / "2-a.json", {"seed": 2, "on": "another"})
+    setup.write_json(kept / "soups" / "1-a.json", {"seed": 1, "on": "another"})
+    line = " ".join(page.processors_of(kept).split())
+    assert (
+        ": of seed 1 one fine-tune. another, where the encoder computes in bfloat16: seed 2; of seed 1 soups." in line
+    )
+    assert "trains its fine-tunes there anew" in line
 
 
 def test_results_of_another_set_up_are_not_mixed(tiny: Setup) -> None:
