@@ -55,7 +55,8 @@ What LiNeS does, and what it does not, to models that were really trained, and a
 reproduce` (2 seeds) and `make reproduce FULL=1` (every item, 4 seeds) train, run everything through `lines edit`,
 `lines merge` and `lines sweep` on safetensors files, and write this page and its figures from what they measured
 ([evidence/results](../evidence/results), one small file of JSON for each run): [how, and how
-long](../evidence/README.md). No number is typed by hand; those called published are the paper's (arXiv 2410.17146)."""
+long](../evidence/README.md). No measured number is typed by hand; those called published are the paper's (arXiv
+2410.17146)."""
 
 SIZES = FULL.sizes
 SETUP = f"""## Set-up
@@ -134,21 +135,21 @@ def processors_of(folder: Path = RESULTS) -> str:
     told = []
     for name in dict.fromkeys(name for own in seeds.values() for name in own):
         whole = [seed for seed in sorted(seeds) if list(seeds[seed]) == [name]]
-        parts = [in_words(whole)] if whole else []
+        parts = [f"all of {in_words(whole)}"] if whole else []
         parts += [
-            f"of seed {seed} {listed(seeds[seed][name])}"
+            f"of seed {seed} ({listed(seeds[seed][name])})"
             for seed in sorted(seeds)
             if name in seeds[seed] and seed not in whole
         ]
         told.append(
-            f"{name}, where the encoder computes in {'bfloat16' if half.get(name) else 'float32'}: {'; '.join(parts)}."
+            f"{name}, where the encoder computes in {'bfloat16' if half.get(name) else 'float32'}: {', '.join(parts)}."
         )
     if not told:
         return ""
     if len(told) > 1:
         told.append(
-            "A run that goes on on another processor trains its fine-tunes there anew. Items are compared with "
-            "each other only where they are of the same fine-tunes."
+            "A run that is continued on another processor trains its fine-tunes there anew. Depth rules, alpha of "
+            "merges and what `lines inspect` tells are held beside results of the same fine-tunes only."
         )
     return fill(f"* **Processors**: {' '.join(told)}", 120, subsequent_indent="  ")
 

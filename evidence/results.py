@@ -38,18 +38,28 @@ def best(points: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
     return max(points, key=lambda point: (float(point["objective"]), "test" in point))
 
 
-def spread(results: Sequence[Result], value: Callable[[Result], float]) -> str:
-    """The mean over all results; behind it the standard deviation of the means of seeds, if there are several, and all
-    have the same tasks: else it would be one of tasks.
-    """
+def mean_of(results: Sequence[Result], value: Callable[[Result], float]) -> float:
+    """The mean over seeds of the means of each, as tests take it: a seed that was run twice counts once."""
+    return fmean(_means(results, value).values())
+
+
+def _means(results: Sequence[Result], value: Callable[[Result], float]) -> dict[int, float]:
     by_seed: dict[int, list[float]] = defaultdict(list)
-    tasks: dict[int, set[str]] = defaultdict(set)
     for result in results:
         by_seed[result["seed"]].append(value(result))
+    return {seed: fmean(values) for seed, values in by_seed.items()}
+
+
+def spread(results: Sequence[Result], value: Callable[[Result], float]) -> str:
+    """The mean over seeds; behind it the standard deviation between them, if there are several, and all have the same
+    tasks: else it would be one of tasks.
+    """
+    tasks: dict[int, set[str]] = defaultdict(set)
+    for result in results:
         tasks[result["seed"]].add(str(result.get("task", result.get("tasks"))))
-    means = [fmean(values) for values in by_seed.values()]
+    means = _means(results, value).values()
     alike = len(means) > 1 and all(own == tasks[results[0]["seed"]] for own in tasks.values())
-    return f"{fmean(value(result) for result in results):.1f}{f' ± {stdev(means):.1f}' if alike else ''}"
+    return f"{fmean(means):.1f}{f' ± {stdev(means):.1f}' if alike else ''}"
 
 
 def said(test: Paired, unit: str = "points", digits: int = 1) -> str:

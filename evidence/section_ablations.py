@@ -129,9 +129,10 @@ def alpha(results: Results) -> tuple[str, dict[str, str]]:
     sentences = []
     for name, test in together(tests).items():
         more, less, seen = said_of[name]
-        sentences.append(f"* {name}: {said(test)}: {verdict(test, more, less)}; on validation {brief(seen)}.")
+        doubted = ", on test alone" if test.beyond_noise and seen.mean * test.mean < 0 else ""
+        sentences.append(f"* {name}: {said(test)}: {verdict(test, more, less)}{doubted}; on validation {brief(seen)}.")
     text = (
-        "Differences on test texts, whose p are corrected together, after Holm; behind them the same on validation, "
+        "Differences on test texts, whose p are corrected together, after Holm; after each the same on validation, "
         "where both sides were chosen."
     )
     parts = ["### Alpha fixed or auto; trimming", table(["merge", "mean of the tasks"], rows), text]
@@ -193,8 +194,8 @@ def inspect(results: Results) -> tuple[str, dict[str, str]]:
         shares, norms = ([result[key] for result in group] for key in ("first_third", "relative_norm"))
         alphas = [float(chosen(one, "lines").get("alpha", 1.0)) for one in ones]
         ahead = [lead(curve(one, "lines"), curve(one, "constant")) or 0.0 for one in ones]
-        lost = [control_of(one, baseline(one, "pre")) - control_of(one, baseline(one, "ft")) for one in ones]
-        returned = [control_of(one, by_default(one)) - control_of(one, baseline(one, "ft")) for one in ones]
+        lost = [_kept(one, baseline(one, "pre")) for one in ones]
+        returned = [_kept(one, by_default(one)) for one in ones]
         pairs = (
             (shares, alphas),
             (shares, returned),
@@ -222,6 +223,11 @@ def inspect(results: Results) -> tuple[str, dict[str, str]]:
     )
     parts = [text, table(["rank correlation of", *columns], rows), table(head, blocks)]
     return "\n\n".join(["### What `lines inspect` tells of alpha", *parts]), {}
+
+
+def _kept(one: Result, point: Point) -> float:
+    """How many points of the controls a point has more than the fine-tune; equal where only stored decimals differ."""
+    return round(control_of(one, point) - control_of(one, baseline(one, "ft")), 2)
 
 
 def left_of(results: Results, rate: float, name: str) -> tuple[float, float]:

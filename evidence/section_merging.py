@@ -18,6 +18,7 @@ from evidence.results import (
     direction,
     in_words,
     listed,
+    mean_of,
     said,
     seeds_of,
     spread,
@@ -145,7 +146,8 @@ def _compared(results: Sequence[Result], ones: Sequence[Result], test: str) -> s
         f"{len(merged)} tasks' {test}. {_ends(ones, seeds_of(results))} Tuned: `lambda` without LiNeS, beta with it "
         f"and reversed (alpha: auto), are chosen on validation from {len(STEPS)} values{_largest(methods)}. Untuned: "
         "the mean over all of these values, on validation. With LiNeS and reversed the coefficients are the same, in "
-        "opposite orders. The p of a column are corrected together, after Holm."
+        "opposite orders; their mean over the blocks, alpha + beta / 2, spans less than lambda does, which is a "
+        "part of what both add at the ends. The p of a column are corrected together, after Holm."
     )
     table_ = _rows({f"`{name}`": methods[name] for name in order}, "method")
     return "\n\n".join([text, table_, verdicts(methods, order), _edges(methods, order), _paper(methods)])
@@ -173,7 +175,7 @@ def _ends(ones: Sequence[Result], seeds: Sequence[int]) -> str:
     own = [one for one in ones if one["seed"] in seeds and one.get("rate") == max(set(rates), key=rates.count)]
     if not own:
         return ""
-    pre, ft = (fmean(target_of(one, baseline(one, which)) for one in own) for which in ("pre", "ft"))
+    pre, ft = (mean_of(own, lambda one, which=which: target_of(one, baseline(one, which))) for which in ("pre", "ft"))  # type: ignore[misc]
     return f"Pre-trained {pre:.1f}; each fine-tune on its own task {ft:.1f}."
 
 
@@ -216,13 +218,17 @@ def _edges(methods: Mapping[str, Sequence[Result]], order: Sequence[str]) -> str
     )
 
 
-def verdicts(methods: Mapping[str, Sequence[Result]], order: Sequence[str]) -> str:
+Say = Callable[[Paired, str], str]
+
+
+def verdicts(methods: Mapping[str, Sequence[Result]], order: Sequence[str], say: Say = said) -> str:
     """With which methods LiNeS helps and hurts, tuned; what it does untuned; and the best merge on validation."""
     every = [one for own in methods.values() for one in own]
     turned = gain(every, "reversed")
+    reversed_ = f"Reversed depth adds {say(turned, 'points')}, {verdict(turned, BEYOND, BEYOND)}"
     sentences = [
-        f"**Tuned**, {tuned(methods)}. Reversed depth adds {said(turned)}, {verdict(turned, BEYOND, BEYOND)}.",
-        f"**Untuned**, in the mean over all values tried, on validation, {loose(methods)}.",
+        f"**Tuned**, {tuned(methods, say)}. {reversed_}.",
+        f"**Untuned**, in the mean over all values tried, on validation, {loose(methods, say)}.",
     ]
     name, family = max(
         ((name, family) for name in order for family in FAMILIES),
@@ -233,9 +239,6 @@ def verdicts(methods: Mapping[str, Sequence[Result]], order: Sequence[str]) -> s
     return " ".join(sentences)
 
 
-Say = Callable[[Paired, str], str]
-
-
 def tuned(methods: Mapping[str, Sequence[Result]], say: Say = said) -> str:
     """What LiNeS does to merges that are tuned: in the mean over methods, and with each."""
     return _with_each(methods, gain, say)
@@ -244,13 +247,18 @@ def tuned(methods: Mapping[str, Sequence[Result]], say: Say = said) -> str:
 def loose(methods: Mapping[str, Sequence[Result]], say: Say = said) -> str:
     """What LiNeS and reversed depth do to merges that nobody tuned: over all values tried, and at three of them."""
     every = [one for own in methods.values() for one in own]
-    ends, middle, turned = untuned(every, of="ends"), untuned(every, of="middle"), untuned(every, "reversed")
-    return (
-        f"{_with_each(methods, untuned, say)}. At the smallest and the largest value it adds {say(ends, 'points')}, "
-        f"{verdict(ends, BEYOND, BEYOND)}; at the middle one {say(middle, 'points')}, "
-        f"{verdict(middle, BEYOND, BEYOND)}. Reversed depth adds {say(turned, 'points')} over all, "
-        f"{verdict(turned, BEYOND, BEYOND)}"
-    )
+
+    def told(test: Paired) -> str:
+        return f"{say(test, 'points')}, {verdict(test, BEYOND, BEYOND)}"
+
+    parts = [f"{_with_each(methods, untuned, say)}."]
+    for called, family in (("LiNeS", "lines"), ("reversed depth", "reversed")):
+        ends, middle = untuned(every, family, of="ends"), untuned(every, family, of="middle")
+        parts.append(
+            f"At the smallest and the largest value {called} adds {told(ends)}; at the middle one {told(middle)}."
+        )
+    parts.append(f"Over all, LiNeS minus reversed depth is {told(untuned(every, 'lines', 'reversed'))}")
+    return " ".join(parts)
 
 
 def _with_each(methods: Mapping[str, Sequence[Result]], measure: Callable[..., Paired], say: Say) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from statistics import fmean
@@ -12,11 +13,10 @@ from evidence.results import (
     PAPER,
     Result,
     Results,
-    brief,
     counted,
     direction,
     in_words,
-    listed,
+    mean_of,
     said,
     seeds_of,
     spread,
@@ -88,11 +88,12 @@ def leads(results: Sequence[Result], family: str, than: str = "constant", kept: 
 
 def reach(results: Sequence[Result], family: str, than: str = "constant") -> float:
     """Over how many points of the target two families are compared, in the mean."""
-    widths = []
-    for one in results:
+
+    def width(one: Result) -> float:
         low, high = common(curve(one, family), curve(one, than))
-        widths.append(high - low)
-    return fmean(widths)
+        return high - low
+
+    return mean_of(results, width)
 
 
 def section(results: Results) -> tuple[str, dict[str, str]]:
@@ -109,33 +110,36 @@ def section(results: Results) -> tuple[str, dict[str, str]]:
         parts += [compared(group, f"Learning rate {rate:g}"), f"![Target against controls, rate {rate:g}.]({name})"]
     paper = [back(group, f"At {rate:g}") for rate, group in groups.items()]
     parts += ["### Beside the paper", _published(), "\n".join(paper)]
-    return "\n\n".join(parts + again(results)), figures
+    return "\n\n".join(parts + again(results["one"])), figures
 
 
-def again(results: Results) -> list[str]:
-    """What came of fine-tunes that were trained and measured twice, on two processors; nothing where none was."""
-    keys = ("seed", "task", "rate")
-    known = {tuple(one[key] for key in keys): one for one in results["one"]}
-    pairs = [(one, known[own]) for one in results.get("again", []) if (own := tuple(one[key] for key in keys)) in known]
-    rows = []
-    for rate in sorted({one["rate"] for one, _ in pairs}):
-        sides = [[pair[at] for pair in pairs if pair[0]["rate"] == rate] for at in (0, 1)]
-        for side in sides:
-            ends = [
-                f"{fmean(value(one, baseline(one, 'ft')) for one in side):.1f}" for value in (target_of, control_of)
-            ]
-            lines, turned = leads(side, "lines"), leads(side, "lines", "reversed")
-            name = f"{rate:g} on {listed(sorted({one['on'] for one in side}))}"
-            rows.append([name, *ends, brief(lines, "points"), brief(turned, "points")])
-    if not rows:
+def again(results: Sequence[Result]) -> list[str]:
+    """What came of fine-tunes that were trained and measured on several processors; nothing where none was."""
+    ran: dict[tuple[Any, ...], dict[str, Result]] = defaultdict(dict)
+    for one in results:
+        ran[one["rate"], one["seed"], one["task"]][one.get("on", "")] = one
+    twice = {key: own for key, own in ran.items() if len(own) > 1}
+    if not twice:
         return []
+    groups: dict[str, list[Result]] = defaultdict(list)
+    for key in sorted(twice):
+        for on in sorted(twice[key]):
+            groups[f"{key[0]:g} on {on}"].append(twice[key][on])
+    rows = []
+    for name, own in groups.items():
+        ends = [f"{mean_of(own, lambda one, value=value: value(one, baseline(one, 'ft'))):.1f}" for value in ENDS]  # type: ignore[misc]
+        ahead = [leads(own, "lines"), leads(own, "lines", "reversed"), leads(own, "lines", kept=retrieval_of)]
+        rows.append([name, *ends, *(f"{round(test.mean, 1) + 0.0:+.1f}" for test in ahead)])
     text = (
-        f"{counted(len(pairs), 'fine-tune')} ({in_words(seeds_of([one for one, _ in pairs]))}) were trained and "
-        "measured on two processors, from the same texts in the same order: what rounding alone changes. Of each rate "
-        "the second line is what the tables above have."
+        f"{counted(len(twice), 'fine-tune')} ({in_words(sorted({key[1] for key in twice}))}) were trained and measured "
+        "on several processors, from the same texts in the same order: what the precision of products alone changes. "
+        "The tables and tests above have all of them, and a seed counts once."
     )
-    head = ["learning rate", "target, fine-tuned", "controls", "LiNeS minus constant scaling", "LiNeS minus reversed"]
-    return ["### The same on another processor", text, table(head, rows)]
+    head = ["learning rate", "target, fine-tuned", "controls", "LiNeS minus constant scaling", "minus reversed"]
+    return ["### The same on another processor", text, table([*head, "minus constant, retrieval"], rows)]
+
+
+ENDS = (target_of, control_of)
 
 
 def vision(results: Results) -> tuple[str, dict[str, str]]:
@@ -172,10 +176,13 @@ def compared(results: Sequence[Result], heading: str) -> str:
     ]
     tasks, seeds = {one["task"] for one in results}, seeds_of(results)
     lines, turned = leads(results, "lines"), leads(results, "lines", "reversed")
-    alphas = {family: fmean(chosen(one, family).get("alpha", 1.0) for one in results) for family in FAMILIES}
+    alphas = {
+        family: mean_of(results, lambda one, family=family: chosen(one, family).get("alpha", 1.0))  # type: ignore[misc]
+        for family in FAMILIES
+    }
     head = f"### {heading}: {counted(len(results), 'fine-tune')} ({counted(len(tasks), 'task')}, {in_words(seeds)})"
-    note = "Means over fine-tunes"
-    if len(seeds) > 1 and len(results) == len(seeds) * len(tasks):
+    note = "Means over seeds"
+    if len(seeds) > 1 and len({(one["seed"], one["task"]) for one in results}) == len(seeds) * len(tasks):
         note += "; behind ± the standard deviation between seeds"
     picked = "; ".join(f"{FAMILIES[family]} {alpha:.2f}" for family, alpha in alphas.items())
     note += f". Mean alpha chosen (of constant scaling the coefficient): {picked}; "
@@ -208,15 +215,19 @@ def retrieval_told(results: Sequence[Result]) -> str:
 
 
 def _figure(results: Sequence[Result], what: str) -> str:
-    def mean(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-        return fmean(x for x, _ in points), fmean(y for _, y in points)
+    def mean(take: Callable[[Result], Point]) -> tuple[float, float]:
+        across = mean_of(results, lambda one: target_of(one, take(one)))
+        return across, mean_of(results, lambda one: control_of(one, take(one)))
 
     drawn = {
-        f"{family}: {called}": [mean(points) for points in zip(*(curve(one, family) for one in results), strict=True)]
+        f"{family}: {called}": [
+            mean(lambda one, family=family, at=at: path_of(one, family)[at])  # type: ignore[misc]
+            for at in range(len(path_of(results[0], family)))
+        ]
         for family, called in FAMILIES.items()
     }
     ends = {
-        called: mean([(target_of(one, baseline(one, which)), control_of(one, baseline(one, which))) for one in results])
+        called: mean(lambda one, which=which: baseline(one, which))  # type: ignore[misc]
         for which, called in (("pre", "pre-trained"), ("ft", "fine-tuned"))
     }
     title = f"What is learnt against what is kept: {counted(len(results), 'fine-tune')}, {what}"
@@ -228,6 +239,11 @@ def _published() -> str:
     return table(head, [[name, *(f"{value:.1f}" for value in values)] for name, values in PAPER["one"].items()])
 
 
+def lost_by(results: Sequence[Result]) -> float:
+    """How many points of the controls fine-tuning lost."""
+    return mean_of(results, lambda one: control_of(one, baseline(one, "pre")) - control_of(one, baseline(one, "ft")))
+
+
 def back(results: Sequence[Result], where: str) -> str:
     """What LiNeS as chosen gives back, beside what the paper says of it, and beside constant scaling as chosen."""
 
@@ -236,7 +252,7 @@ def back(results: Sequence[Result], where: str) -> str:
         return paired((one["seed"], value(one, point) - value(one, ft)) for one, point, ft in pairs)
 
     published = {name: values[1] for name, values in PAPER["one"].items()}
-    lost = fmean(control_of(one, baseline(one, "pre")) - control_of(one, baseline(one, "ft")) for one in results)
+    lost = lost_by(results)
     share = f" of {lost:.1f} lost" if lost > 0 else ""
     gain, cost = published["LiNeS"] - published["fine-tuned"], PAPER["one"]["LiNeS"][0] - PAPER["one"]["fine-tuned"][0]
     found, constant = change("lines", control_of), change("constant", control_of)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -55,10 +55,16 @@ def soup_gains(results: Results, family: str = "lines") -> dict[str, Paired]:
     }
 
 
+def _used(results: Sequence[Result], soup: str, family: str) -> int:
+    """In how many soups a family was chosen with another value than that of the soup as it is."""
+    key, same = ("beta", 0.0) if family == "lines" else ("alpha", 1.0)
+    return sum(best(_of_soup(one, soup, family))[key] != same for one in results)
+
+
 def soup_told(results: Results, soup: str) -> str:
     """What LiNeS does to one kind of soup, by its choice of beta: 0 is the soup as it is."""
     own, test = results["soups"], soup_gains(results)[soup]
-    used = sum(best(_of_soup(one, soup, "lines"))["beta"] > 0 for one in own)
+    used = _used(own, soup, "lines")
     if not used:
         unused = f"was chosen in each of {len(own)}, so that LiNeS was not used"
         return f"{soup.capitalize()}: beta = 0, the soup as it is, {unused}"
@@ -91,9 +97,11 @@ def soups(results: Results) -> tuple[str, dict[str, str]]:
             ]
         )
         before, after = PAPER["soups"][soup]
+        used = _used(own, soup, "constant")
+        scaled = f"A constant other than 1 was chosen in {used} of {len(own)}, and adds {said(constant[soup])}."
         sentences.append(
-            f"* {soup_told(results, soup)}; as published, of 70 fine-tunes on ImageNet, {before} -> {after}: "
-            f"{direction(after - before, test)}. A constant adds {said(constant[soup])}."
+            f"* {soup_told(results, soup)}. As published, of 70 fine-tunes on ImageNet, {before} -> {after}"
+            f"{f': here {direction(after - before, test)}' if _used(own, soup, 'lines') else ''}. {scaled}"
         )
     head = ["% of the target's test texts right", "as it is", "with LiNeS, beta chosen", "scaled, constant chosen"]
     members = fmean(one["members"] for one in own)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
-from statistics import fmean
 
 from evidence import section_ablations, section_merging, section_soups
-from evidence.results import PAPER, Result, Results, brief, counted, said, verdict
+from evidence.results import PAPER, Result, Results, brief, counted, mean_of, said, verdict
 from evidence.section_one import (
+    Point,
     baseline,
     chosen,
     control_of,
     has_retrieval,
     leads,
+    lost_by,
     retrieval_of,
     retrieval_told,
     target_of,
@@ -26,10 +27,10 @@ def summary(results: Results) -> str:
     """What a reader should take away, as far as there are results for it."""
     sentences = [_of(group, called) for called, group in _groups(results).items()]
     for called, merges in _merges(results).items():
-        sentences.append(f"**{called}**. {section_merging.verdicts(*section_merging.by_method(merges))}")
+        sentences.append(f"**{called}**. {section_merging.verdicts(*section_merging.by_method(merges), brief)}")
     if results.get("soups"):
         told = [section_soups.soup_told(results, soup) for soup in section_soups.KINDS]
-        sentences.append(f"**Soups**. {'; '.join(told)}.")
+        sentences.append(f"**Soups**. {'. '.join(told)}.")
     if results.get("wise"):
         test = section_soups.wise_lead(results)
         sentences.append(
@@ -38,12 +39,14 @@ def summary(results: Results) -> str:
         )
     if results.get("policies"):
         gains_ = section_soups.policy_gains(results)
+        alike = section_soups.policy_gains(results, alike=True)
         told = [
             f"beside {section_soups.MIXED[than]} {said(gains_['lines', than], 'nats a word', 3)}, "
-            f"{verdict(gains_['lines', than], 'higher rewards', 'lower rewards')}"
+            f"{verdict(gains_['lines', than], 'higher rewards', 'lower rewards')} (both weighted alike "
+            f"{alike['lines', than].mean:+.3f}, {verdict(alike['lines', than], 'higher', 'lower')})"
             for than in ("plain", "constant")
         ]
-        means = "the mean of the two rewards, each weighted as its policy"
+        means = "the mean of two rewards, each weighted as its policy"
         sentences.append(f"**Rewarded soups**, {means}: LiNeS {'; '.join(told)}.")
     if results.get("rounding"):
         sentences.append(
@@ -70,13 +73,15 @@ def _rate(result: Result) -> float:
 
 
 def _of(results: Sequence[Result], called: str) -> str:
+    def both(take: Callable[[Result], Point]) -> str:
+        values = (mean_of(results, lambda one, value=value: value(one, take(one))) for value in (target_of, control_of))  # type: ignore[misc]
+        return " / ".join(f"{value:.1f}" for value in values)
+
     def mean(family: str) -> str:
-        points = [(one, chosen(one, family)) for one in results]
-        return f"{fmean(target_of(*each) for each in points):.1f} / {fmean(control_of(*each) for each in points):.1f}"
+        return both(lambda one: chosen(one, family))
 
     def ends(which: str) -> str:
-        points = [(one, baseline(one, which)) for one in results]
-        return f"{fmean(target_of(*each) for each in points):.1f} / {fmean(control_of(*each) for each in points):.1f}"
+        return both(lambda one: baseline(one, which))
 
     test, turned = leads(results, "lines"), leads(results, "lines", "reversed")
     return (
@@ -136,24 +141,30 @@ def _so(results: Results) -> list[str]:
     )
     so = []
     if tests and all(test.p is not None for test in tests):
-        if not any(test.beyond_noise and test.mean > 0 for test in tests):
-            so.append("for one fine-tune try constant scaling first (`--alpha 0.5 --beta 0`), and LiNeS beside it")
-        elif not any(test.beyond_noise and test.mean < 0 for test in tests):
+        ahead, behind = (any(test.beyond_noise and sign * test.mean > 0 for test in tests) for sign in (1, -1))
+        if behind and not ahead:
+            so.append(
+                "for one fine-tune try constant scaling first (as in `--alpha 0.5 --beta 0`), and LiNeS beside it"
+            )
+        elif ahead and not behind:
             so.append("for one fine-tune try LiNeS first")
     if far and all(test.beyond_noise and test.mean > 0 for test in far):
-        so.append("a merge whose coefficient may be far too small or too large is better with LiNeS")
+        so.append(
+            "a merge risks less with LiNeS where nobody tunes its coefficient: at the smallest and the largest that we "
+            "tried it is better in the mean over methods"
+        )
         if not any(test.beyond_noise for test in tuned):
-            so.append("where it is tuned, no difference could be shown")
+            so.append("once the coefficient is tuned, no difference could be shown")
     return [f"**So**, on models like these: {'; '.join(so)}."] if so else []
 
 
 def _choice(called: str, results: Sequence[Result]) -> str:
     """LiNeS or constant scaling, on one kind of model."""
     test = leads(results, "lines")
-    lost = fmean(control_of(one, baseline(one, "pre")) - control_of(one, baseline(one, "ft")) for one in results)
     error = "" if test.error is None else f" ± {test.error:.1f}"
+    lost = f"whose fine-tunes lost {lost_by(results):.1f} points of the controls"
     text = (
-        f"**{called[0].upper()}{called[1:]}**, whose fine-tunes lost {lost:.1f} points of the controls. At the same "
+        f"**{called[0].upper()}{called[1:]}**, {lost}. At the same "
         f"target these are {abs(test.mean):.1f}{error} points {'higher' if test.mean > 0 else 'lower'} with LiNeS than "
         "with constant scaling"
     )

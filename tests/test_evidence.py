@@ -23,6 +23,7 @@ from evidence import (
     policies,
     section_ablations,
     section_merging,
+    section_one,
     section_soups,
     setup,
     sources,
@@ -34,7 +35,7 @@ from evidence.__main__ import phases, run_job
 from evidence.encoder import Encoder, prototypes, write_model
 from evidence.page import DOCS, PAGE, SECTIONS, processors_of, render, told
 from evidence.policies import Size as PolicySize
-from evidence.results import brief, direction, read_results, said, verdict
+from evidence.results import brief, direction, read_results, said, spread, verdict
 from evidence.setup import Setup, run_lines
 from evidence.statistics import Paired, at_target, corrected, correlation, lead, paired, together
 from support.run import run_lines as in_process
@@ -388,8 +389,9 @@ def test_what_to_try_first() -> None:
     assert "So" not in told
     results = [_merge(seed, {**better, "lines": [(70 + seed, 72), (71, 72)]}) for seed in (1, 2, 3)]
     assert summary.expect({"merging": results}).endswith(
-        "**So**, on models like these: a merge whose coefficient may be far too small or too large is better with "
-        "LiNeS; where it is tuned, no difference could be shown."
+        "**So**, on models like these: a merge risks less with LiNeS where nobody tunes its coefficient: at the "
+        "smallest and the largest that we tried it is better in the mean over methods; once the coefficient is tuned, "
+        "no difference could be shown."
     )
 
 
@@ -435,6 +437,21 @@ def test_items_are_compared_on_the_same_fine_tunes_only() -> None:
     assert "fine-tunes)" not in section_ablations.inspect(elsewhere)[0]
 
 
+def test_a_seed_that_was_run_twice_counts_once() -> None:
+    """In tables as in tests: on another processor the same seed is no other evidence."""
+    once = [{"seed": seed, "task": "a", "value": value} for seed, value in ((1, 60.0), (2, 70.0))]
+    twice = [*once, {"seed": 2, "task": "a", "value": 80.0, "on": "another"}]
+    assert spread(once, lambda one: one["value"]) == "65.0 ± 7.1"
+    assert spread(twice, lambda one: one["value"]) == "67.5 ± 10.6"
+    results = read_results()["one"]
+    heading, text, table = section_one.again(results)
+    assert heading == "### The same on another processor"
+    assert "14 fine-tunes (seeds 3 and 4)" in text
+    ran = {one["on"] for one in results}
+    assert all(f"0.0002 on {on} |" in table for on in ran)
+    assert section_one.again([one for one in results if one["on"] == min(ran)]) == []
+
+
 def test_curves_at_equal_height() -> None:
     """Straight lines between points; where a curve comes to a target again, the mean of the first time and the last."""
     baseline = [(50.0, 70.0), (60.0, 68.0), (60.0, 66.0), (70.0, 60.0)]
@@ -476,15 +493,14 @@ def test_published_results_replace_what_was_there(tiny: Setup, monkeypatch: pyte
     assert there == {"README.md", "setup.json", "one/1-new.json"}
     line = " ".join(page.processors_of(kept).split())
     assert line.startswith("* **Processors**: ")
-    assert line.endswith(": seed 1.")
+    assert line.endswith(": all of seed 1.")
     made = json.loads((kept / "setup.json").read_text())
     setup.write_json(kept / "setup.json", {**made, "on": [*made["on"], {"processor": "another", "bfloat16": True}]})
     setup.write_json(kept / "one" / "2-a.json", {"seed": 2, "on": "another"})
     setup.write_json(kept / "soups" / "1-a.json", {"seed": 1, "on": "another"})
     line = " ".join(page.processors_of(kept).split())
-    assert (
-        ": of seed 1 one fine-tune. another, where the encoder computes in bfloat16: seed 2; of seed 1 soups." in line
-    )
+    assert ": of seed 1 (one fine-tune). another, where the encoder computes in bfloat16" in line
+    assert ": all of seed 2, of seed 1 (soups). A run that" in line
     assert "trains its fine-tunes there anew" in line
 
 
