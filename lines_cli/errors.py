@@ -61,15 +61,11 @@ def know_as(folder: Path, url: str) -> None:
     _known_as[str(folder)] = url
 
 
-# A URL that was made a path, which has one slash of its two.
-_SQUEEZED = re.compile(r"(?<![\w./-])(s3|gs|az):/(?=[^/\s])")
-
-
 def as_known(text: str) -> str:
-    """A text with what a person knows in place of such folders, and in URLs both slashes."""
+    """A text with what a person knows in place of such folders."""
     for folder, url in _known_as.items():
         text = text.replace(folder, url)
-    return _SQUEEZED.sub(r"\1://", text)
+    return text
 
 
 _LONGEST_LINE = 1000
@@ -247,10 +243,15 @@ def as_argument(path: object) -> str:
     return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
+def tidied(name: str) -> str:
+    """A path without doubled slashes and steps back, as its letters tell; a URL as it is."""
+    return name if "://" in name else os.path.normpath(name)
+
+
 def in_short(path: object) -> str:
     """A path without `..` in its middle, where it leads to the same place without; a Hub id as it is."""
     text = str(path)
-    short = os.path.normpath(text)
+    short = tidied(text)
     if ".." not in text.split(os.sep) or os.path.realpath(short) != os.path.realpath(text):
         return text
     return short if os.path.isabs(short) or short.startswith(".") else f"./{short}"

@@ -44,6 +44,7 @@ from lines_cli.checkpoint.state_dict import read_state_dict
 from lines_cli.errors import CheckpointError, UnsupportedError, printable, some
 from lines_cli.storage.beside import LARGEST_INDEX, beside, leads_out, read_json, read_object
 from lines_cli.storage.names import CONFIG, PICKLE_STEMS, PICKLES, WEIGHT_STEMS
+from lines_cli.storage.object_store import placed_at
 from lines_cli.storage.views import Views
 
 _SUFFIX = ".safetensors"
@@ -328,7 +329,7 @@ def open_checkpoint(
     checkpoint = Checkpoint(
         name=name,
         path=path,
-        files=tuple(files if elsewhere is None else (Path(elsewhere, file.relative_to(path)) for file in files)),
+        files=tuple(files if elsewhere is None else (placed_at(elsewhere) / file.relative_to(path) for file in files)),
         tensors=tensors,
         states=tuple(states),
         stem=stem,
@@ -445,7 +446,7 @@ def is_pickle(name: str) -> bool:
 def _fetched(name: str, file: Path, heads: Heads, known: Known | None) -> tuple[_Contents, int]:
     """What a weight file that is elsewhere says of itself, and its size."""
     nbytes, raw = heads.files[file.as_posix()]
-    header = parse_header(Path(name, file), raw, nbytes, known)
+    header = parse_header(placed_at(heads.url or name) / file, raw, nbytes, known)
     return _Contents(header.tensors, header.digest, header.metadata, {}, ()), nbytes
 
 

@@ -17,7 +17,7 @@ from lines_cli.api import summary
 from lines_cli.checkpoint.formulas import Dequantised
 from lines_cli.checkpoint.header import EXACT_DTYPES
 from lines_cli.cli import log
-from lines_cli.errors import as_argument, as_known, in_short, printable, size, without_secrets
+from lines_cli.errors import as_argument, as_known, in_short, printable, size, tidied, without_secrets
 from lines_cli.inspection.tables import Bar, Section, coefficient, count, sections
 from lines_cli.inspection.tables import Table as Columns
 from lines_cli.plan.adapter_plan import AdapterPlan
@@ -266,7 +266,7 @@ def _adapter(plan: AdapterPlan, norms: Mapping[str, tuple[float, float]]) -> Non
     found, layers = plan.summary(), layers_of(plan, norms)
     if len(found["models"]) > 1:
         for model in found["models"]:
-            _line(f"model   {without_secrets(os.path.normpath(model['model']))}")
+            _line(f"model   {without_secrets(tidied(model['model']))}")
     rows = []
     for stack in found["stacks"]:
         of_it = [layer for layer in layers if layer["stack"] == stack["name"]]
@@ -683,7 +683,7 @@ def _models(plan: Plan, norms: Sequence[float] = (), kept: Sequence[float] = ())
     shown = {"kept": "{:.2%}".format, "norm": "{:.4g}".format}
     for model in models:
         cells = ["" if model[key] is None else shown.get(key, _span)(model[key]) for key in columns]
-        rows.append((without_secrets(os.path.normpath(model["model"])), *cells))
+        rows.append((without_secrets(tidied(model["model"])), *cells))
     _columns(Columns((plan.recipe.merge_method, *columns), tuple(rows)), gap=3)
     settings = plan.settings()
     said = [f"{key} {_span(value) if isinstance(value, list) else _plain(value)}" for key, value in settings.items()]

@@ -754,7 +754,7 @@ def _with_digests(read: Sequence[InputRead]) -> Iterator[InputRead]:
             yield file
             continue
         try:
-            digest = file_digest(file.path)
+            digest = (file_digest if url_of(file.path) is None else digest_of_object)(file.path)
         except OSError as error:
             raise _unreadable(file.path, error) from error
         difference = None if digest == file.digest else f"it holds {digest}, and {file.digest} is recorded"

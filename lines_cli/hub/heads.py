@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from typing import Any
 
 from lines_cli.checkpoint.header import header_bytes
 from lines_cli.errors import HubError
 from lines_cli.hub.client import is_transient
+from lines_cli.storage.object_store import placed_at
 
 _FIRST = 2**16
 """Bytes that are asked for at first: most headers are shorter."""
@@ -79,7 +79,7 @@ def headers_on_the_hub(name: str, repo: str, commit: str, files: Sequence[str]) 
 
 
 def _header_of(name: str, answer: Answer, file: str) -> tuple[int, bytes]:
-    path = Path(name, file)
+    path = placed_at(name) / file
     with answer(file, 0, _FIRST) as (size, pieces):
         if size is None:
             raise HubError(

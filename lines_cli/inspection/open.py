@@ -55,6 +55,7 @@ from lines_cli.scaling.numbered_lists import read_lists
 from lines_cli.scaling.schedule import Listed, Rules, Scored
 from lines_cli.storage.beside import beside
 from lines_cli.storage.names import RECIPE, natural
+from lines_cli.storage.object_store import is_url
 
 
 @dataclass(frozen=True, slots=True)
@@ -627,7 +628,8 @@ def recipe_of(checkpoint: Checkpoint) -> Recipe | None:
         CheckpointError: it is a link that leaves the folder.
     """
     path = beside(checkpoint.folder, RECIPE) if checkpoint.folder else None
-    return load_record(path) if path is not None else None
+    url = checkpoint.hub_id if checkpoint.hub_id is not None and is_url(checkpoint.hub_id) else None
+    return load_record(path, url) if path is not None else None
 
 
 def _made_by(checkpoint: Checkpoint, notes: list[str]) -> Recipe | None:

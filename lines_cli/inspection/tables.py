@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lines_cli.errors import size as size_in_words
+from lines_cli.errors import tidied
 from lines_cli.inspection.adapters import is_about
 from lines_cli.plan.realised import and_more, way_out
 
@@ -244,9 +245,9 @@ def _lines(lines: Report) -> str:
 
 def _recipe(recipe: Report) -> str:
     slices = [source for one in recipe.get("slices", ()) for source in one["sources"]]
-    models = ", ".join(dict.fromkeys(os.path.normpath(source["model"]) for source in slices or recipe["models"]))
+    models = ", ".join(dict.fromkeys(tidied(source["model"]) for source in slices or recipe["models"]))
     text = f"{recipe['merge_method']} of {models}"
-    text += f" on {os.path.normpath(recipe['base_model'])}" if "base_model" in recipe else ""
+    text += f" on {tidied(recipe['base_model'])}" if "base_model" in recipe else ""
     said = [f"{key} {_plain(value)}" for key, value in recipe.get("parameters", {}).items()]
     said += [f"{key} {recipe[key]}" for key in ("calibrate", "dtype", "rounding", "rounding_seed") if key in recipe]
     return text + (f" with {', '.join(said)}" if said else "")

@@ -7,6 +7,7 @@ the output's folder.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -128,14 +129,20 @@ def plan_claim(claim: Claim, *, quiet: bool = False) -> AnyPlan:
     try:
         make = planning(claim.recipe, quiet=quiet)
     except CheckpointError as error:
-        gone = {name for name in input_names(claim.recipe) if is_missing(name)}
-        missing = [name for name, path in claim.places.items() if path in gone]
-        names = map(printable, missing or claim.places)
+        gone = {name for name in input_names(claim.recipe) if is_missing(name) or _is_named(name, error.message)}
+        used = {name: path for name, path in claim.places.items() if path in input_names(claim.recipe)}
+        missing = [name for name, path in used.items() if path in gone]
+        names = map(printable, missing or used)
         given = " ".join(f"--input {shlex.quote(name)}=PATH" for name in dict.fromkeys(names))
         elsewhere = f"If an input is in another place here, say where: {given}"
         error.hint = f"{error.hint} {elsewhere}" if error.hint else elsewhere
         raise
     return make(claim.output)
+
+
+def _is_named(name: str, message: str) -> bool:
+    """Whether a message is of one input, or of a file in it, and of no other whose name begins so."""
+    return re.match(rf"{re.escape(name)}(?![\w.-])", message) is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import glob
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -94,7 +94,14 @@ class Expanded(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def expand(values: dict[Any, Any], at: Mapping[Place, str], folder: str | os.PathLike[str], *, where: str) -> Expanded:
+def expand(
+    values: dict[Any, Any],
+    at: Mapping[Place, str],
+    folder: str | os.PathLike[str],
+    *,
+    where: str,
+    literal: Container[str] = (),
+) -> Expanded:
     """Put what each pattern under `models:` matches in its place, with weights.
 
     Args:
@@ -102,6 +109,7 @@ def expand(values: dict[Any, Any], at: Mapping[Place, str], folder: str | os.Pat
         at: where each key was said.
         folder: that relative paths count from.
         where: what a message calls the recipe.
+        literal: names that are no patterns, whatever they look like.
 
     Raises:
         RecipeError: a pattern matches no checkpoint; or what is said of it is impossible.
@@ -114,14 +122,17 @@ def expand(values: dict[Any, Any], at: Mapping[Place, str], folder: str | os.Pat
             place = place[:-1]
         return RecipeError(f"{where}: {at[place] + ': ' if place else ''}{said}", hint=error.hint)
 
-    if is_pattern(base, folder):
+    def matches_many(name: Any) -> bool:
+        return is_pattern(name, folder) and name not in literal
+
+    if matches_many(base):
         text, hint = f"{base!r} is a pattern, and there is one base", "Name one checkpoint, such as the run's first."
         raise refuse(("base_model",), _ImpossibleError("", text, hint))
     for place, name in _in_slices(values.get("slices")):
-        if is_pattern(name, folder):
+        if matches_many(name):
             raise refuse(place, _ImpossibleError("", f"{name!r} is a pattern, and a source is one model", _ONE_BY_ONE))
     models = models if isinstance(models, list) else []
-    patterns = [isinstance(source, dict) and is_pattern(source.get("model"), folder) for source in models]
+    patterns = [isinstance(source, dict) and matches_many(source.get("model")) for source in models]
     if not any(patterns):
         return Expanded()
     notes: list[str] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from lines_cli.errors import RecipeError, some
 from lines_cli.hub.download import base_and_adapter
 from lines_cli.recipe.plain_yaml import LARGEST, Place, YamlError, anchored_keys, dump_yaml, read_yaml
 from lines_cli.recipe.schema import UNION, Recipe
-from lines_cli.recipe.trajectory import expand
+from lines_cli.recipe.trajectory import Expanded, expand
 from lines_cli.recipe.validate import dotted, make_recipe
 from lines_cli.storage.digest import FileRecord
 from lines_cli.storage.files import read_small
@@ -83,7 +84,8 @@ def load_recipe_file(
         path: the file.
         sets: as of `load_recipe`.
         elsewhere: where these inputs are: a path, which counts from the current folder, or a Hub id.
-        url: of the folder in an object store from which the file was fetched: there its relative paths count from.
+        url: of the folder in an object store from which the file was fetched: its relative paths count from there,
+            and nothing in it is a pattern.
 
     Raises:
         RecipeError: as of `load_recipe`; or the recipe has no input of a name.
@@ -92,9 +94,12 @@ def load_recipe_file(
     for one in sets:
         _set(values, one, at)
     places: dict[str, str] = {}
-    found = expand(values, at, path.parent, where=str(path))
-    folder = path.parent if url is None else placed_at(url)
-    values = _with_paths(folder, values, places, _elsewhere(values, elsewhere))
+    given = _elsewhere(values, elsewhere)
+    if url is None:
+        folder, found = path.parent, expand(values, at, path.parent, where=str(path), literal=given)
+    else:  # where nothing is looked for by a pattern
+        folder, found = placed_at(url), Expanded()
+    values = _with_paths(folder, values, places, given)
     version = _VERSION.match(text)
     constants = anchored_keys(text) if "&" in text else ()
     recipe = make_recipe(values, where=str(path), at=at, constants=constants, expanded=found)
@@ -162,27 +167,34 @@ def is_by_lines(recipe: Path | bytes) -> bool:
     return raw.startswith(b"# Written by lines ")
 
 
-def load_record(path: Path) -> Recipe:
+def load_record(path: Path, url: str | None = None) -> Recipe:
     """Read the recipe that stands in an output's folder. It may be a stranger's: that the paths in it lead anywhere is
     not looked at.
+
+    Args:
+        path: the file.
+        url: as of `load_recipe_file`.
 
     Raises:
         RecipeError: as `load_recipe`.
     """
-    return read_record(_raw(path), path)
+    return read_record(_raw(path), path, url)
 
 
-def read_record(raw: bytes, path: Path) -> Recipe:
+def read_record(raw: bytes, path: Path, url: str | None = None) -> Recipe:
     """The same, of a recipe whose bytes were read before, from `path`."""
     values, at, _ = _parsed(raw, path)
-    return make_recipe(_with_paths(path.parent, values, {}, {}, look=False), where=str(path), at=at)
+    folder = path.parent if url is None else placed_at(url)
+    return make_recipe(_with_paths(folder, values, {}, {}, look=False), where=str(path), at=at)
 
 
 def _raw(path: Path) -> bytes:
     try:
         return read_small(path, LARGEST)
     except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror or error}") from error
+        url = None if path.exists() else url_of(path)
+        hint = None if url is None else "A recipe is read from a disk: copy it here."
+        raise RecipeError(f"{url or path}: cannot be read: {error.strerror or error}", hint=hint) from error
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[Place, str], str]:
@@ -313,6 +325,8 @@ def _with_paths(
         if (
             look
             and "+" in name
+            and name not in elsewhere
+            and (path == name or not is_url(path))  # in a store no adapter is read
             and not os.path.lexists(file_and_part(path)[0])
             and (halves := base_and_adapter(name, seen))
         ):
@@ -367,7 +381,7 @@ def _beside(folder: Path, name: str, *, look: bool) -> str:
         return name
     name = os.path.expanduser(name) if look else name
     if (url := url_of(folder)) is not None and not os.path.isabs(name):
-        return _in_store(url, name)
+        return _in_store(url, name, look=look)
     beside = os.path.join(folder, name)
     if not _may_be_hub_id(name) or (look and os.path.lexists(file_and_part(beside)[0])):
         # What is a path stays one: `conf/base` would be looked for on the Hub.
@@ -380,14 +394,24 @@ def _beside(folder: Path, name: str, *, look: bool) -> str:
     return name
 
 
-def _in_store(url: str, name: str) -> str:
-    """The URL of what is named from a folder in an object store, within its bucket; a Hub id as it is."""
+def _in_store(url: str, name: str, *, look: bool) -> str:
+    """The URL of what is named from a folder in an object store, within its bucket; a Hub id as it is.
+
+    Raises:
+        RecipeError: it leads out of the bucket, and is to be looked at.
+    """
     if _may_be_hub_id(name):
         return name
     scheme, _, place = url.partition("://")
-    beside = os.path.normpath(f"{place}/{name}")
-    bucket = place.partition("/")[0]
-    return f"{scheme}://{beside}" if beside.startswith(f"{bucket}/") else f"{url}/{name}"
+    bucket, beside = place.partition("/")[0], os.path.normpath(f"{place}/{name}")
+    if f"{beside}/".startswith(f"{bucket}/"):
+        return f"{scheme}://{beside}"
+    if look:
+        raise RecipeError(
+            f"{name}: leads out of the bucket, seen from {url}",
+            hint=f"Say where it is: --input {shlex.quote(name)}=PATH",
+        )
+    return f"{url}/{name}"
 
 
 def _may_be_hub_id(name: str) -> bool:

@@ -11,12 +11,13 @@ from urllib.request import Request, urlopen
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
-from lines_cli.errors import as_known
+from lines_cli.errors import RecipeError
 from lines_cli.recipe.yaml_file import load_recipe_file
 from lines_cli.storage import object_store
 from support.files import write_checkpoint
-from support.run import ran, refused
+from support.run import ran, refused, run_lines
 from support.s3_server import S3Server, at_hand
 
 pytest.importorskip("obstore")
@@ -268,21 +269,62 @@ def test_verify_in_a_store_shows_nothing_of_this_machine(here: Path, store: S3Se
     assert "copy lines_recipe.yaml to a disk" in error
 
 
-def test_inputs_of_a_recipe_in_a_store_count_from_its_folder(here: Path, store: S3Server) -> None:
+def copied(store: S3Server, folder: Path, key: str) -> None:
+    """A folder's files in the store, as a person copies them there."""
+    for path in folder.iterdir():
+        store.put(f"{key}/{path.name}", path.read_bytes())
+
+
+@pytest.mark.parametrize("option", [[], ["--verify-inputs"]])
+def test_inputs_of_a_recipe_in_a_store_count_from_its_folder(option: list[str], here: Path, store: S3Server) -> None:
     """An output that was copied to a store with its inputs is verified there; a message names what is gone."""
-    ran("edit", "base", "ft", "-o", "out")
-    for path in (here / "out").iterdir():
-        store.put(f"models/out/{path.name}", path.read_bytes())
+    ran("edit", "base", "ft", "-o", "out", *option)
+    copied(store, here / "out", "models/out")
     done = ran("verify", "s3://models/out", "--json")
     assert {read["path"].rpartition("/")[0] for read in done.json["inputs"]} == {"s3://models/base", "s3://models/ft"}
     assert "../base (s3://models/base)" in done.err
+    inspected = ran("inspect", "s3://models/out")
+    assert "s3://models/ft on s3://models/base" in inspected.out
+    content = bytearray(store.objects["models/base/model.safetensors"].content)
+    content[len(content) // 8] ^= 1  # of the first layer
+    store.put("models/base/model.safetensors", bytes(content))
+    changed = run_lines("verify", "s3://models/out")
+    assert changed.code == 5
+    assert ("input   s3://models/base/model.safetensors: it holds " in changed.out) == bool(option)
     for key in [key for key in store.objects if key.startswith("models/base/")]:
         del store.objects[key]
     error = refused(3, "verify", "s3://models/out")
-    assert "s3://models/base" in error
-    assert "--input ../base=PATH" in error
+    assert "s3://models/base: nothing lies there" in error
+    assert error.endswith("--input ../base=PATH\n")
     assert "/lines-" not in error
     ran("verify", "s3://models/out", "--input", "../base=base")
+
+
+@pytest.mark.parametrize("name", ["chat+math", "ft[1]", "a b", "*"])
+def test_a_name_in_a_store_is_taken_as_it_is(name: str, here: Path, store: S3Server) -> None:
+    """It is no pattern and no base with an adapter, be it found beside the recipe or given elsewhere."""
+    (here / "ft").rename(here / name)
+    ran("edit", "base", name, "-o", "out")
+    copied(store, here / "out", "models/out")
+    copied(store, here / name, f"models/{name}")
+    ran("verify", "s3://models/out")
+    for key in [key for key in store.objects if key.startswith(f"models/{name}/")]:
+        del store.objects[key]
+    ran("verify", "s3://models/out", "--input", f"../{name}={name}")
+    (here / name).rename(here / "moved")
+    ran("verify", "out", "--input", f"../{name}=moved")
+
+
+def test_a_recipe_in_a_store_looks_for_nothing_on_this_machine(here: Path, store: S3Server) -> None:
+    """What a stranger's pattern would match here is not asked for there."""
+    ran("edit", "base", "ft", "-o", "out")
+    copied(store, here / "out", "models/a/b/c/d/e/f/g/out")
+    key = "models/a/b/c/d/e/f/g/out/lines_recipe.yaml"
+    recipe = store.objects[key].content.replace(b"../ft", b"../../../../../../../tmp/*")
+    store.put(key, recipe)
+    asked = len(store.asked)
+    refused(3, "verify", "s3://models/a/b/c/d/e/f/g/out", "--input", "../base=base")
+    assert not any(here.name in path for _, path, _ in store.asked[asked:])
 
 
 @pytest.mark.parametrize(
@@ -291,9 +333,9 @@ def test_inputs_of_a_recipe_in_a_store_count_from_its_folder(here: Path, store: 
         ("../base", "s3://models/base"),
         ("./base/", "s3://models/2026/base"),
         ("base", "s3://models/2026/base"),
-        ("../../../base", "s3://models/2026/../../../base"),
-        ("../../modelsbase", "s3://models/2026/../../modelsbase"),
+        ("..", "s3://models"),
         ("../x.safetensors#ema", "s3://models/x.safetensors#ema"),
+        ("../a+b", "s3://models/a+b"),
         ("org/name", "org/name"),
         ("org/name@main", "org/name@main"),
         ("/base", "/base"),
@@ -301,10 +343,39 @@ def test_inputs_of_a_recipe_in_a_store_count_from_its_folder(here: Path, store: 
     ],
 )
 def test_a_name_beside_a_recipe_in_a_store(name: str, url: str, tmp_path: Path) -> None:
-    """It stays within its bucket."""
+    """It is a URL; what is no relative path is left as it is."""
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump({"base_model": name, "models": [{"model": "/ft"}]}))
     assert load_recipe_file(file, url="s3://models/2026").recipe.base_model == url
+
+
+@pytest.mark.parametrize("name", ["../../base", "../../../base", "../../models2/base"])
+def test_a_name_beside_a_recipe_in_a_store_stays_in_its_bucket(name: str, tmp_path: Path) -> None:
+    """Else it is refused, with the way out; given elsewhere it is there."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({"base_model": name, "models": [{"model": "/ft"}]}))
+    with pytest.raises(RecipeError, match="leads out of the bucket, seen from s3://models/2026") as refusal:
+        load_recipe_file(file, url="s3://models/2026")
+    assert refusal.value.hint == f"Say where it is: --input {name}=PATH"
+    found = load_recipe_file(file, elsewhere={name: "s3://other/base"}, url="s3://models/2026")
+    assert found.recipe.base_model == "s3://other/base"
+
+
+def test_what_a_person_typed_is_shown_as_it_was(here: Path) -> None:
+    """One slash too few is to be seen in the message."""
+    assert "error: s3:/models/base: there is no such" in refused(3, "inspect", "s3:/models/base")
+    error = refused(2, "verify", "s3://models/ft", "--config", "s3://models/out/lines_recipe.yaml")
+    assert "s3://models/out/lines_recipe.yaml: cannot be read" in error
+    assert "hint: A recipe is read from a disk" in error
+
+
+def test_notes_name_inputs_in_a_store_by_their_url(here: Path, store: S3Server) -> None:
+    """Of another content than recorded."""
+    ran("edit", "s3://models/base", "s3://models/ft", "-o", "out")
+    save_file(load_file(here / "base/model.safetensors"), here / "new.safetensors", metadata={"by": "another"})
+    store.put("models/base/model.safetensors", (here / "new.safetensors").read_bytes())
+    done = ran("merge", "--config", "out/lines_recipe.yaml", "-o", "again")
+    assert "note: s3://models/base/model.safetensors is not the file that the recipe records" in done.err
 
 
 def test_a_key_that_is_longer_than_a_file_name(store: S3Server) -> None:
@@ -325,10 +396,3 @@ def test_a_damaged_file_is_called_by_its_url(content: bytes, here: Path, store: 
     error = refused(3, "edit", here / "base", "s3://models/ft", "-o", here / "out")
     assert f"s3://{name}" in error
     assert "s3:/m" not in error
-
-
-def test_names_in_a_store_are_shown_with_both_slashes() -> None:
-    """And folders of a disk as they are."""
-    assert as_known("s3:/a/b and (gs:/c), az:/d: no") == "s3://a/b and (gs://c), az://d: no"
-    for text in ("s3://a/b", "s3:", "s3:/", "/tmp/s3:/a", "./gs:/a", "xs3:/a"):
-        assert as_known(text) == text
