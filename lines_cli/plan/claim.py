@@ -142,7 +142,7 @@ def plan_claim(claim: Claim, *, quiet: bool = False) -> AnyPlan:
 
 def _is_named(name: str, message: str) -> bool:
     """Whether a message is of one input, or of a file in it, and of no other whose name begins so."""
-    return re.match(rf"{re.escape(name)}(?![\w.-])", message) is not None
+    return re.match(rf"{re.escape(name)}(?=[\s:/]|$)", message) is not None
 
 
 @dataclass(frozen=True, slots=True)

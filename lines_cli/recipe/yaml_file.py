@@ -22,7 +22,7 @@ from lines_cli.recipe.validate import dotted, make_recipe
 from lines_cli.storage.digest import FileRecord
 from lines_cli.storage.files import read_small
 from lines_cli.storage.names import file_and_part
-from lines_cli.storage.object_store import is_url, placed_at, url_of
+from lines_cli.storage.object_store import ObjectPath, is_url, placed_at, url_of
 from lines_cli.version import __version__
 
 
@@ -380,8 +380,8 @@ def _beside(folder: Path, name: str, *, look: bool) -> str:
     if is_url(name):
         return name
     name = os.path.expanduser(name) if look else name
-    if (url := url_of(folder)) is not None and not os.path.isabs(name):
-        return _in_store(url, name, look=look)
+    if isinstance(folder, ObjectPath) and not os.path.isabs(name):
+        return _in_store(str(folder), name, look=look)
     beside = os.path.join(folder, name)
     if not _may_be_hub_id(name) or (look and os.path.lexists(file_and_part(beside)[0])):
         # What is a path stays one: `conf/base` would be looked for on the Hub.
