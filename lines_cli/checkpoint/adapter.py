@@ -34,6 +34,7 @@ from lines_cli.checkpoint.reader import (
 from lines_cli.errors import CheckpointError, UnsupportedError, printable, some
 from lines_cli.storage.beside import beside, read_object
 from lines_cli.storage.files import open_regular, read_into
+from lines_cli.storage.object_store import placed_at
 from lines_cli.storage.views import FileWithViews
 
 CONFIG = ADAPTER_CONFIG
@@ -144,7 +145,7 @@ def adapter_at(path: Path, known: Known | None = None) -> Path | None:
 def is_adapter_by(heads: Heads, called: str) -> bool:
     """Whether weights that are elsewhere are an adapter, by their headers; `called` is what messages call them."""
     (name, (nbytes, raw)), *others = heads.files.items()
-    return not others and is_adapter(parse_header(Path(called, name), raw, nbytes).tensors)
+    return not others and is_adapter(parse_header(placed_at(called) / name, raw, nbytes).tensors)
 
 
 def is_adapter_at(path: Path) -> bool:

@@ -396,3 +396,9 @@ def test_a_damaged_file_is_called_by_its_url(content: bytes, here: Path, store: 
     error = refused(3, "edit", here / "base", "s3://models/ft", "-o", here / "out")
     assert f"s3://{name}" in error
     assert "s3:/m" not in error
+
+
+def test_a_lone_file_that_was_cut_off_is_called_by_its_url(here: Path, store: S3Server) -> None:
+    """It may be an adapter, for which it is read first."""
+    store.put("models/base/model.safetensors", (here / "base/model.safetensors").read_bytes()[:-4])
+    assert "error: s3://models/base/model.safetensors: its tensors end" in refused(3, "inspect", "s3://models/base")
