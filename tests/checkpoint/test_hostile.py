@@ -23,8 +23,8 @@ from support.run import run_lines
 
 TIMES = {"header": 400, "pickle": 400, "torch_file": 200, "index": 300, "config": 300, "recipe": 100, "record": 80}
 TIMES |= {"sidecar": 80}
-LONG = {"header": 55_000, "pickle": 55_000, "torch_file": 25_000, "index": 25_000, "config": 15_000}
-LONG |= {"recipe": 15_000, "record": 5_000, "sidecar": 5_000}
+LONG = {"header": 30_000, "pickle": 20_000, "torch_file": 15_000, "index": 15_000, "config": 10_000}
+LONG |= {"recipe": 5_000, "record": 2_500, "sidecar": 2_500}
 TESTS = Path(__file__).parents[1]
 ANEW = """
 import sys
@@ -65,7 +65,7 @@ def test_mutated_files(kind: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", hostile.KINDS)
 def test_very_many_mutated_files(kind: str, tmp_path: Path) -> None:
-    """200,000 of them. What ran before them may be Ray, whose threads do not survive a fork."""
+    """100,000 of them. What ran before them may be Ray, whose threads do not survive a fork."""
     mutate(kind, tmp_path, LONG[kind], 1, anew=True)
 
 

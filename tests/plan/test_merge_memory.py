@@ -118,8 +118,8 @@ def test_memory_is_flat(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tensors", [1, 40], ids=["one tensor", "many tensors"])
 @pytest.mark.parametrize("case", LARGE)
 def test_memory_is_flat_at_size(case: str, tensors: int, tmp_path: Path) -> None:
-    """Merging three models of 400 MB takes as much memory as three of 100 MB, and less than 400 MB in all."""
-    flat(tmp_path, tensors, (100 * MB, 400 * MB), LARGE[case])
+    """Merging three models of 200 MB takes as much memory as three of 50 MB, and less than 400 MB in all."""
+    flat(tmp_path, tensors, (50 * MB, 200 * MB), LARGE[case])
 
 
 # --- what is told of it ---

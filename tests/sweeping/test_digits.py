@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from support.run import run_lines
 
 ROOT = Path(__file__).resolve().parents[2]
-ALPHAS = [1.0, 0.8, 0.6, 0.4, 0.2, 0.1, 0.0]
+ALPHAS = [1.0, 0.6, 0.3, 0.0]
 TARGET = "inverted"
 JUDGE = """
 import json, sys, torch

@@ -17,7 +17,7 @@ import pytest
 from support.run import run_lines
 from support.sweeps import inputs_in, sweep_yaml
 
-KILLS = 20
+KILLS = 10
 SWEEPS: dict[str, dict[str, Any]] = {
     "a grid": {"grid": {"lines.alpha": [n / 10 for n in range(11)]}, "repeats": 2},
     "a search": {"grid": {"lines.alpha": {"low": 0, "high": 1}}, "search": {"sampler": "tpe", "trials": 15}},
