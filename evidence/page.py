@@ -70,14 +70,14 @@ SETUP = f"""## Set-up
   nothing is trained for it.
 * **Heads**: the mean feature of {SIZES.prototypes} texts of each class under the pre-trained encoder, frozen, as CLIP's
   zero-shot heads are.
-* **Training**: the encoder alone, {SIZES.train:,} texts, {FULL.epochs} epochs of AdamW, batches of {BATCH}. Of each
-  task {SIZES.validation} texts to choose by and {SIZES.test} to test: one accuracy has a standard error of
-  {100 * (0.25 / SIZES.test) ** 0.5:.1f} points at most, means and paired differences much less.
-* **Seeds** deal texts anew and train anew. Seed 0 was used to choose this set-up, and is not on this page. Once seed 1
-  was measured, three things were changed that its numbers had shown: some merges had been chosen at the largest
-  coefficient tried, which is larger now for all families; DELLA, whose default dropped nothing, has a density; and
-  policies train less. One fine-tune and merging have all tasks of each seed; WiSE-FT, the larger learning rate and
-  rounding two of them, soups and depth rules one, by turns, so that other seeds have others.
+* **Training**: the whole encoder (no LoRA), and nothing else: {SIZES.train:,} texts, {FULL.epochs} epochs of AdamW,
+  batches of {BATCH}. Of each task {SIZES.validation} texts to choose by and {SIZES.test} to test: one accuracy has a
+  standard error of {100 * (0.25 / SIZES.test) ** 0.5:.1f} points at most, means and paired differences much less.
+* **Seeds** deal texts anew and train anew. Seed 0 was used to choose this set-up, and is not on this page. After
+  seed 1, three things were changed that its numbers had shown: some merges had been chosen at the largest coefficient
+  tried, which is larger now for all families; DELLA, whose default dropped nothing, has a density; and policies train
+  less. One fine-tune and merging have all tasks of each seed; WiSE-FT, the larger learning rate and rounding two tasks
+  a seed, soups and depth rules one, in rotation.
 * **Choice**, on validation texts, among as many points of each family: of one fine-tune by the paper's rule, `2 *
   target / target_ft + mean(control / control_pre)`; of a merge by the mean of its tasks; of a soup by its target.
   Constant scaling takes the values of alpha as its coefficients, so that it reaches from the base to the fine-tune;
@@ -85,11 +85,11 @@ SETUP = f"""## Set-up
 * **Comparison**: families are compared at the same target, on test texts, along their whole curves, with straight lines
   between the points, and averaged over all targets that both reach. Where a curve reaches a target more than once, the
   mean of the first time and the last counts.
-* **Noise**: differences are paired, and p is of a t-test over the means of seeds, for what a seed deals and trains is
-  in all of its pairs. Below 0.05 a difference counts as beyond noise; fewer than {FEWEST} seeds are never tested. Only
-  where it is said are the p of several tests corrected together. So few seeds show large differences alone, most of all
-  where p is corrected for many methods: what lies within noise has not been shown to be equal. ± is the standard error
-  of a difference, and of an accuracy the standard deviation between seeds."""
+* **Noise**: differences are paired, and p comes from a t-test on the means of seeds, because pairs of one seed are not
+  independent. Beyond noise is p < 0.05; fewer than {FEWEST} seeds are never tested. Several p are corrected together
+  only where it is said. With so few seeds only large differences show, above all where p is corrected for many methods:
+  what lies within noise has not been shown to be equal. ± is the standard error of a difference, and of an accuracy the
+  standard deviation between seeds. Differences are of means that were not rounded."""
 
 
 def render(results: Results, processors: str = "") -> tuple[str, dict[str, str]]:

@@ -67,17 +67,21 @@ def said(test: Paired, unit: str = "points", digits: int = 1) -> str:
     p = "" if test.p is None else f", p {_p(test.p)}"
     signs = [f"up in {test.positive}", f"equal in {test.equal}", f"down in {test.pairs - test.positive - test.equal}"]
     told = [sign for sign in signs if not sign.endswith(" 0")]
-    return f"{_mean(test, digits)} {unit} ({', '.join(told)} of {test.pairs}{p})"
+    return f"{sized(test, digits)} {unit} ({', '.join(told)} of {test.pairs}{p})"
 
 
 def brief(test: Paired, unit: str = "") -> str:
     """The same in short, for tables."""
-    return f"{_mean(test, 1)}{f' {unit}' if unit else ''}{'' if test.p is None else f' (p {_p(test.p)})'}"
+    return f"{sized(test)}{f' {unit}' if unit else ''}{'' if test.p is None else f' (p {_p(test.p)})'}"
 
 
-def _mean(test: Paired, digits: int) -> str:
-    error = "" if test.error is None else f" ± {test.error:.{digits}f}"
-    return f"{round(test.mean, digits) + 0.0:+.{digits}f}{error}"  # no minus before a zero
+def sized(test: Paired, digits: int = 1) -> str:
+    """A difference with its standard error, in one decimal more where the error would look like none."""
+    if test.error is None:
+        return f"{round(test.mean, digits) + 0.0:+.{digits}f}"  # no minus before a zero
+    if 1e-9 < test.error < 0.5 * 10**-digits:
+        digits += 1
+    return f"{round(test.mean, digits) + 0.0:+.{digits}f} ± {test.error:.{digits}f}"
 
 
 def _p(value: float) -> str:
@@ -100,6 +104,12 @@ def direction(published: float, found: Paired) -> str:
 def counted(number: int, noun: str) -> str:
     """A number with its noun."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def runs_of(results: Sequence[Result]) -> str:
+    """How many fine-tunes there are; and runs, where some were run on several processors."""
+    own = len({(one["seed"], one["task"], one.get("rate")) for one in results})
+    return counted(own, "fine-tune") if own == len(results) else f"{len(results)} runs of {counted(own, 'fine-tune')}"
 
 
 def seeds_of(results: Sequence[Result]) -> list[int]:

@@ -144,10 +144,11 @@ def _compared(results: Sequence[Result], ones: Sequence[Result], test: str) -> s
     text = (
         f"{counted(len(merged), 'fine-tune')} of one seed in one model, {in_words(seeds_of(results))}; mean over the "
         f"{len(merged)} tasks' {test}. {_ends(ones, seeds_of(results))} Tuned: `lambda` without LiNeS, beta with it "
-        f"and reversed (alpha: auto), are chosen on validation from {len(STEPS)} values{_largest(methods)}. Untuned: "
-        "the mean over all of these values, on validation. With LiNeS and reversed the coefficients are the same, in "
-        "opposite orders; their mean over the blocks, alpha + beta / 2, spans less than lambda does, which is a "
-        "part of what both add at the ends. The p of a column are corrected together, after Holm."
+        f"and reversed (alpha: auto), are chosen on validation from {len(STEPS)} values, a fifth to the whole "
+        f"of the largest{_largest(methods)}. Untuned: the mean over all of these values, on "
+        "validation. With LiNeS and reversed the coefficients are the same, in "
+        "opposite orders. Part of what they add untuned is not depth: their mean coefficient, alpha + beta / 2, varies "
+        "less than lambda. The p of a column are corrected together, after Holm."
     )
     table_ = _rows({f"`{name}`": methods[name] for name in order}, "method")
     return "\n\n".join([text, table_, verdicts(methods, order), _edges(methods, order), _paper(methods)])
@@ -196,7 +197,7 @@ def _largest(methods: Mapping[str, Sequence[Result]]) -> str:
         reached[round(max(map(_coefficient, points)), 6)].append(f"`{name}`")
     usual = max(reached, key=lambda value: len(reached[value]))
     others = [f"{value:g} with {listed(names)}" for value, names in sorted(reached.items()) if value != usual]
-    return f" up to {usual:g}{f', {listed(others)}' if others else ''}"
+    return f", which is {usual:g}{f'; {listed(others)}' if others else ''}"
 
 
 def _edges(methods: Mapping[str, Sequence[Result]], order: Sequence[str]) -> str:
@@ -221,14 +222,17 @@ def _edges(methods: Mapping[str, Sequence[Result]], order: Sequence[str]) -> str
 Say = Callable[[Paired, str], str]
 
 
-def verdicts(methods: Mapping[str, Sequence[Result]], order: Sequence[str], say: Say = said) -> str:
+def verdicts(
+    methods: Mapping[str, Sequence[Result]], order: Sequence[str], say: Say = said, *, short: bool = False
+) -> str:
     """With which methods LiNeS helps and hurts, tuned; what it does untuned; and the best merge on validation."""
     every = [one for own in methods.values() for one in own]
     turned = gain(every, "reversed")
     reversed_ = f"Reversed depth adds {say(turned, 'points')}, {verdict(turned, BEYOND, BEYOND)}"
+    untuned_ = _with_each(methods, untuned, say) if short else loose(methods, say)
     sentences = [
         f"**Tuned**, {tuned(methods, say)}. {reversed_}.",
-        f"**Untuned**, in the mean over all values tried, on validation, {loose(methods, say)}.",
+        f"**Untuned**, in the mean over all values tried, on validation, {untuned_}.",
     ]
     name, family = max(
         ((name, family) for name in order for family in FAMILIES),

@@ -17,6 +17,7 @@ from evidence.results import (
     direction,
     in_words,
     mean_of,
+    runs_of,
     said,
     seeds_of,
     spread,
@@ -180,7 +181,7 @@ def compared(results: Sequence[Result], heading: str) -> str:
         family: mean_of(results, lambda one, family=family: chosen(one, family).get("alpha", 1.0))  # type: ignore[misc]
         for family in FAMILIES
     }
-    head = f"### {heading}: {counted(len(results), 'fine-tune')} ({counted(len(tasks), 'task')}, {in_words(seeds)})"
+    head = f"### {heading}: {runs_of(results)} ({counted(len(tasks), 'task')}, {in_words(seeds)})"
     note = "Means over seeds"
     if len(seeds) > 1 and len({(one["seed"], one["task"]) for one in results}) == len(seeds) * len(tasks):
         note += "; behind ± the standard deviation between seeds"
@@ -190,9 +191,9 @@ def compared(results: Sequence[Result], heading: str) -> str:
     compared = (
         f"**At the same target accuracy** the controls of LiNeS minus those of constant scaling are {said(lines)}: "
         f"{verdict(lines, 'LiNeS keeps more', 'constant scaling keeps more')}. Minus those of reversed depth they are "
-        f"{said(turned)}: {verdict(turned, 'LiNeS keeps more', 'reversed depth keeps more')}. The targets that both "
-        f"reach span {reach(results, 'lines'):.1f} and {reach(results, 'lines', 'reversed'):.1f} points; constant "
-        "scaling goes further down, to the base."
+        f"{said(turned)}: {verdict(turned, 'LiNeS keeps more', 'reversed depth keeps more')}. Only targets that "
+        f"both reach are compared: {reach(results, 'lines'):.1f} points of them, with reversed depth "
+        f"{reach(results, 'lines', 'reversed'):.1f}; constant scaling goes further down, to the base."
     )
     compared += retrieval_told(results)
     return "\n\n".join([head, table(["% of the test set right", *columns], body), note, compared])
@@ -230,7 +231,7 @@ def _figure(results: Sequence[Result], what: str) -> str:
         called: mean(lambda one, which=which: baseline(one, which))  # type: ignore[misc]
         for which, called in (("pre", "pre-trained"), ("ft", "fine-tuned"))
     }
-    title = f"What is learnt against what is kept: {counted(len(results), 'fine-tune')}, {what}"
+    title = f"What is learnt against what is kept: {runs_of(results)}, {what}"
     return curves(title, "target, % of the test set right", "controls, % of the test set right", drawn, ends)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import groupby
 
 from evidence import section_ablations, section_merging, section_soups
-from evidence.results import PAPER, Result, Results, brief, counted, mean_of, said, verdict
+from evidence.results import PAPER, Result, Results, brief, mean_of, runs_of, said, sized, verdict
 from evidence.section_one import (
     Point,
     baseline,
@@ -27,7 +28,9 @@ def summary(results: Results) -> str:
     """What a reader should take away, as far as there are results for it."""
     sentences = [_of(group, called) for called, group in _groups(results).items()]
     for called, merges in _merges(results).items():
-        sentences.append(f"**{called}**. {section_merging.verdicts(*section_merging.by_method(merges), brief)}")
+        sentences.append(
+            f"**{called}**. {section_merging.verdicts(*section_merging.by_method(merges), brief, short=True)}"
+        )
     if results.get("soups"):
         told = [section_soups.soup_told(results, soup) for soup in section_soups.KINDS]
         sentences.append(f"**Soups**. {'. '.join(told)}.")
@@ -85,7 +88,7 @@ def _of(results: Sequence[Result], called: str) -> str:
 
     test, turned = leads(results, "lines"), leads(results, "lines", "reversed")
     return (
-        f"**{called[0].upper()}{called[1:]}**, {counted(len(results), 'fine-tune')}, target / controls: pre-trained "
+        f"**{called[0].upper()}{called[1:]}**, {runs_of(results)}, target / controls: pre-trained "
         f"{ends('pre')}, fine-tuned {ends('ft')}; chosen on validation: LiNeS {mean('lines')}, constant scaling "
         f"{mean('constant')}, reversed {mean('reversed')}. At the same target the controls of LiNeS minus those "
         f"of constant scaling are {said(test)}: {verdict(test, MORE, LESS)}; minus those of reversed depth "
@@ -105,8 +108,8 @@ def _advice(results: Results) -> str:
     pre, ft, edited = (PAPER["one"][name] for name in ("pre-trained", "fine-tuned", "LiNeS"))
     text = (
         "These models are small. The paper's are CLIP's vision transformers: there LiNeS gives back "
-        f"{edited[1] - ft[1]:.1f} of {pre[1] - ft[1]:.1f} points lost, at {ft[0] - edited[0]:.1f} of the target, and "
-        f"adds {min(gains):.1f} to {max(gains):.1f} to merges. Nothing on this page shows or refutes that. So measure "
+        f"{edited[1] - ft[1]:.1f} of {pre[1] - ft[1]:.1f} points lost for {ft[0] - edited[0]:.1f} of target, and "
+        f"adds {min(gains):.1f} to {max(gains):.1f} points to merges. This page does not test that. So measure "
         "both on your own model: `lines sweep` gives constant scaling and reversed depth as many trials as LiNeS, and "
         "says which did best ([how](sweeping.md), [for CLIP and for a 7B model](at-scale.md))."
     )
@@ -129,7 +132,10 @@ def _of_merges(called: str, merges: Sequence[Result]) -> str:
     tests = {"with the best coefficient": section_merging.gain(merges), "with the middle one of those tried": middle}
     tests["with the smallest and the largest"] = ends
     told = [f"{brief(test, 'points')} {where}, {verdict(test, *['beyond noise'] * 2)}" for where, test in tests.items()]
-    return f"**{called}**, in the mean over methods. LiNeS adds {'; '.join(told)}."
+    return (
+        f"**{called}**, in the mean over methods. LiNeS adds {'; '.join(told)}. Part of the last is not depth: the "
+        "mean coefficient of LiNeS varies less."
+    )
 
 
 def _so(results: Results) -> list[str]:
@@ -161,12 +167,12 @@ def _so(results: Results) -> list[str]:
 def _choice(called: str, results: Sequence[Result]) -> str:
     """LiNeS or constant scaling, on one kind of model."""
     test = leads(results, "lines")
-    error = "" if test.error is None else f" ± {test.error:.1f}"
+    more, less = ("LiNeS", "constant scaling") if test.mean > 0 else ("constant scaling", "LiNeS")
+    size = sized(replace(test, mean=abs(test.mean))).removeprefix("+")
     lost = f"whose fine-tunes lost {lost_by(results):.1f} points of the controls"
     text = (
-        f"**{called[0].upper()}{called[1:]}**, {lost}. At the same "
-        f"target these are {abs(test.mean):.1f}{error} points {'higher' if test.mean > 0 else 'lower'} with LiNeS than "
-        "with constant scaling"
+        f"**{called[0].upper()}{called[1:]}**, {lost}. At the same target {more} keeps {size} points more of them than "
+        f"{less}"
     )
     if test.p is None:
         return f"{text}: {verdict(test, MORE, LESS)}."
@@ -176,4 +182,4 @@ def _choice(called: str, results: Sequence[Result]) -> str:
         other = f"; in retrieval {'LiNeS' if found.mean > 0 else 'constant scaling'} keeps {abs(found.mean):.1f} more"
     if not test.beyond_noise:
         return f"{text}, within noise{other}."
-    return f"{text}{other}: begin with {'LiNeS' if test.mean > 0 else 'constant scaling'}."
+    return f"{text}{other}: {'there is little between them' if abs(test.mean) < 0.5 else f'begin with {more}'}."
