@@ -100,12 +100,14 @@ def test_a_merge_in_parts(here: Path) -> None:
 
 @pytest.mark.slow
 def test_it_forgot_too_much(here: Path) -> None:
-    """docs/forgetting.md: at alpha 0 the first block is the base's, to the byte."""
+    """docs/forgetting.md: at alpha 0 the first block is the base's, to the byte; a constant is the same for all."""
     pair("base", "ft")
     run_page("forgetting.md")
     base, ft = (load_file(here / side / "model.safetensors") for side in ("base", "ft"))
     first = "model.layers.0.mlp.weight"
-    assert torch.equal(load_file(here / "alpha-0" / "model.safetensors")[first], base[first])
+    assert torch.equal(load_file(here / "lines-0" / "model.safetensors")[first], base[first])
+    assert_scaled(load_file(here / "constant" / "model.safetensors"), base, ft, [0.5] * 4)
+    assert_scaled(load_file(here / "constant-0.7" / "model.safetensors"), base, ft, [0.7] * 4)
     assert_scaled(load_file(here / "out" / "model.safetensors"), base, ft, [0.3, 0.3 + 0.7 / 3, 0.3 + 1.4 / 3, 1])
 
 
