@@ -35,7 +35,7 @@ from evidence.__main__ import phases, run_job
 from evidence.encoder import Encoder, prototypes, write_model
 from evidence.page import DOCS, PAGE, SECTIONS, processors_of, render, told
 from evidence.policies import Size as PolicySize
-from evidence.results import brief, direction, read_results, said, spread, verdict
+from evidence.results import brief, direction, read_results, runs_of, said, spread, verdict
 from evidence.setup import Setup, run_lines
 from evidence.statistics import Paired, at_target, corrected, correlation, lead, paired, together
 from support.run import run_lines as in_process
@@ -425,7 +425,7 @@ def test_items_are_compared_on_the_same_fine_tunes_only() -> None:
     """Another processor trains another fine-tune from the same texts: the norms of one are not the other's."""
     results = read_results()
     for item in ("depth", "inspect"):
-        for result in results[item]:
+        for result in results.get(item, []):
             one = section_ablations._one_of(results, result)
             assert one is not None
             assert one["on"] == result["on"]
@@ -433,8 +433,8 @@ def test_items_are_compared_on_the_same_fine_tunes_only() -> None:
             for point in result.get("points", []):
                 if point["family"] in ends:  # measured in both
                     assert point["test"] == ends[point["family"]]["test"]
-    elsewhere = {**results, "inspect": [{**result, "on": "another"} for result in results["inspect"]]}
-    assert "fine-tunes)" not in section_ablations.inspect(elsewhere)[0]
+    elsewhere = [{**result, "on": "another"} for result in results.get("inspect", [])]
+    assert section_ablations.inspect({**results, "inspect": elsewhere})[0] == "### What `lines inspect` tells of alpha"
 
 
 def test_a_seed_that_was_run_twice_counts_once() -> None:
@@ -444,12 +444,15 @@ def test_a_seed_that_was_run_twice_counts_once() -> None:
     assert spread(once, lambda one: one["value"]) == "65.0 ± 7.1"
     assert spread(twice, lambda one: one["value"]) == "67.5 ± 10.6"
     results = read_results()["one"]
-    heading, text, table = section_one.again(results)
+    (first, *_), ran = results, {one["on"] for one in results}
+    again = {**first, "on": "another"}
+    heading, text, table = section_one.again([first, again])
     assert heading == "### The same on another processor"
-    assert "14 fine-tunes (seeds 3 and 4)" in text
-    ran = {one["on"] for one in results}
-    assert all(f"0.0002 on {on} |" in table for on in ran)
+    assert f"1 fine-tune (seed {first['seed']})" in text
+    assert f"| {first['rate']:g} on another |" in table
     assert section_one.again([one for one in results if one["on"] == min(ran)]) == []
+    assert runs_of([first, again]) == "2 runs of 1 fine-tune"
+    assert runs_of([first]) == "1 fine-tune"
 
 
 def test_curves_at_equal_height() -> None:
