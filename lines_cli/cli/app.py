@@ -208,6 +208,10 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks
     try:
         app()
+    except SystemExit as end:
+        if signals.raised() is not None and isinstance(end.code, int):
+            signals.leave_with(end.code)
+        raise
     finally:
         signals.too_late()
         gc.freeze()  # or else Python, at its end, looks for cycles in all of torch: 0.3 s

@@ -7,12 +7,13 @@ Nothing here may be slow to import: it is the first thing that `lines` does.
 from __future__ import annotations
 
 import _thread
+import atexit
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -33,10 +34,13 @@ class Signalled(KeyboardInterrupt):
 _at_work = False
 _raised: Signalled | None = None
 _ignored: list[int] = []  # those that come too late
+_code: int | None = None  # with which the process leaves
 
 
 def install() -> None:
     """Take care of these signals from now on, those apart that the parent has this process ignore, as nohup does."""
+    atexit.unregister(_leave)
+    atexit.register(_leave)  # before any library's, and so after them
     for number in ENDING:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _end)
@@ -54,6 +58,22 @@ def _end(number: int, frame: FrameType | None) -> None:
     told = f"error: interrupted ({signal.Signals(number).name}) before anything was written\n"
     os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, told.encode())
     os._exit(128 + number)
+
+
+def leave_with(code: int) -> None:
+    """Have the process end with this code once Python has tidied up, and no library be torn down: interrupted while it
+    starts its threads, a library may abort at that, and the process end with another code.
+    """
+    global _code  # noqa: PLW0603 - as above
+    _code = code
+
+
+def _leave() -> None:
+    if _code is not None:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(AttributeError, OSError, ValueError):  # closed, or none
+                stream.flush()
+        os._exit(_code)
 
 
 def raised() -> Signalled | None:

@@ -167,6 +167,30 @@ def test_a_signal_while_it_starts(number: signal.Signals, moments: str, models: 
     assert codes[128 + number] >= 2
 
 
+TORN_DOWN = """
+import ctypes, os, signal, sys
+from lines_cli.cli import signals
+signals.install()
+libc = ctypes.CDLL(None)
+libc.__cxa_atexit(libc.abort, None, None)  # as C++ ends a process whose threads it has not joined
+import lines_cli.recipe.validate as validate
+validate.edit_recipe = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
+from lines_cli.__main__ import main
+sys.argv = ["lines", "edit", "base", "ft", "-o", "out"]
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="calls the C library")
+def test_an_interrupted_process_tears_no_library_down(models: Path) -> None:
+    """Its exit code is that of the signal, whatever a library would do at its end."""
+    done = subprocess.run([sys.executable, "-c", TORN_DOWN], capture_output=True, text=True, check=False, cwd=models)
+    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "")
+    assert "error: interrupted (SIGTERM)" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 SWALLOWED = """
 import os, signal, sys
 from lines_cli.cli import signals
