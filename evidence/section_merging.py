@@ -29,6 +29,8 @@ from evidence.section_one import baseline, target_of
 from evidence.setup import FULL
 from evidence.statistics import Paired, paired, together
 
+Say = Callable[[Paired, str], str]
+
 BEYOND = "beyond noise"
 FAMILIES = {"plain": "without", "lines": "with LiNeS", "reversed": "reversed"}
 
@@ -74,6 +76,40 @@ def untuned(
         (result["seed"], mean(result, family, task) - mean(result, than, task))
         for result in results
         for task in result["tasks"]
+    )
+
+
+def at_same_mean(results: Sequence[Result], family: str = "lines") -> tuple[Paired, list[float]] | None:
+    """What depth alone does to task arithmetic, on validation, task by task: scaled with depth minus plain, where the
+    mean coefficient of the blocks is one that was tried without; and these coefficients. None where there are none.
+
+    `auto` is 1/N there for N fine-tunes (arXiv 2410.17146: its ratio of norms is 1), so the mean is 1/N + beta/2.
+    """
+    pairs, means = [], set()
+    for result in results:
+        if result["method"] != "task_arithmetic":
+            continue
+        plain = {round(_coefficient(point), 6): point for point in _points(result, "plain")}
+        scaled = {round(1 / len(result["tasks"]) + point["beta"] / 2, 6): point for point in _points(result, family)}
+        if both := plain.keys() & scaled.keys():
+            means |= both
+            pairs += [
+                (result["seed"], fmean(scaled[at]["tasks"][task] - plain[at]["tasks"][task] for at in both))
+                for task in result["tasks"]
+            ]
+    return (paired(pairs), sorted(means)) if pairs else None
+
+
+def depth_alone(results: Sequence[Result], say: Say = said) -> str:
+    """How much of what LiNeS adds untuned is depth, in a sentence; empty where that was not measured."""
+    own, other = at_same_mean(results), at_same_mean(results, "reversed")
+    if own is None or other is None:
+        return ""
+    (test, means), (turned, _) = own, other
+    return (
+        f"**Depth alone**: where the mean coefficient of the blocks is the same, {listed(f'{at:g}' for at in means)}, "
+        f"LiNeS adds to `task_arithmetic` {say(test, 'points')}, {verdict(test, BEYOND, BEYOND)}; reversed depth "
+        f"{say(turned, 'points')}, {verdict(turned, BEYOND, BEYOND)}."
     )
 
 
@@ -148,10 +184,13 @@ def _compared(results: Sequence[Result], ones: Sequence[Result], test: str) -> s
         f"of the largest{_largest(methods)}. Untuned: the mean over all of these values, on "
         "validation. With LiNeS and reversed the coefficients are the same, in "
         "opposite orders. Part of what they add untuned is not depth: their mean coefficient, alpha + beta / 2, varies "
-        "less than lambda. The p of a column are corrected together, after Holm."
+        "less than lambda. For depth alone, LiNeS is held beside the plain merges of the same mean coefficient, among "
+        "the values tried; what lies outside the blocks has alpha in place of it. The p of a column are corrected "
+        "together, after Holm."
     )
     table_ = _rows({f"`{name}`": methods[name] for name in order}, "method")
-    return "\n\n".join([text, table_, verdicts(methods, order), _edges(methods, order), _paper(methods)])
+    told = " ".join(filter(None, (verdicts(methods, order), depth_alone(results))))
+    return "\n\n".join([text, table_, told, _edges(methods, order), _paper(methods)])
 
 
 def _rows(groups: Mapping[str, Sequence[Result]], what: str) -> str:
@@ -217,9 +256,6 @@ def _edges(methods: Mapping[str, Sequence[Result]], order: Sequence[str]) -> str
         "Where the value chosen was the largest tried, or the smallest, one beyond might do better (seeds): "
         f"{'; '.join(told)}."
     )
-
-
-Say = Callable[[Paired, str], str]
 
 
 def verdicts(

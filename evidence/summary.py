@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import groupby
 
 from evidence import section_ablations, section_merging, section_soups
-from evidence.results import PAPER, Result, Results, brief, mean_of, runs_of, said, sized, verdict
+from evidence.results import PAPER, Result, Results, brief, listed, mean_of, runs_of, said, sized, verdict
 from evidence.section_one import (
     Point,
     baseline,
@@ -132,9 +132,17 @@ def _of_merges(called: str, merges: Sequence[Result]) -> str:
     tests = {"with the best coefficient": section_merging.gain(merges), "with the middle one of those tried": middle}
     tests["with the smallest and the largest"] = ends
     told = [f"{brief(test, 'points')} {where}, {verdict(test, *['beyond noise'] * 2)}" for where, test in tests.items()]
-    return (
+    text = (
         f"**{called}**, in the mean over methods. LiNeS adds {'; '.join(told)}. Part of the last is not depth: the "
         "mean coefficient of LiNeS varies less."
+    )
+    own = section_merging.at_same_mean(merges)
+    if own is None:
+        return text
+    test, means = own
+    return (
+        f"{text} With the same mean coefficient, {listed(f'{at:g}' for at in means)}, it adds to `task_arithmetic` "
+        f"{brief(test, 'points')}, {verdict(test, *['beyond noise'] * 2)}."
     )
 
 

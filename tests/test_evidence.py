@@ -381,6 +381,22 @@ def test_merges_tuned_and_untuned() -> None:
     assert edges.endswith(": the largest with it: `ties` (1); the smallest with it: `ties` (2).")
 
 
+def test_depth_alone() -> None:
+    """Task arithmetic is held beside the plain merge whose coefficient is the mean of the blocks': of two fine-tunes
+    alpha is 1/2, so that beta = 1 goes with lambda = 1, and nothing with 1/2.
+    """
+    families = {"plain": [(60, 0), (70, 0), (50, 0)], "lines": [(99, 0), (72, 0)], "reversed": [(99, 0), (69, 0)]}
+    results = [_merge(seed, families) for seed in (1, 2, 3)]
+    assert section_merging.at_same_mean(results) is None
+    assert section_merging.depth_alone(results) == ""
+    results += [{**_merge(seed, families), "method": "task_arithmetic"} for seed in (1, 2, 3)]
+    for family, difference in (("lines", 2.0), ("reversed", -1.0)):
+        found = section_merging.at_same_mean(results, family)
+        assert found is not None
+        assert (found[0].mean, found[0].pairs, found[1]) == (pytest.approx(difference), 6, [1.0])
+    assert "is the same, 1, LiNeS adds to `task_arithmetic` +2.0" in section_merging.depth_alone(results)
+
+
 def test_what_to_try_first() -> None:
     """The advice follows the tests: of merges that are better untuned it says so, of others nothing."""
     better = {"plain": [(60, 61), (70, 72)], "lines": [(70, 72), (71, 72)], "reversed": [(1, 2)]}
