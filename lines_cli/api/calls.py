@@ -738,7 +738,8 @@ def _made(
             say(f"{error.message}\nso it is written again")
             is_over, finished = False, False
     if finished:
-        if before is not None and before.is_over and not dry_run:
+        is_empty = before is not None and before.run is None and not before.nbytes
+        if before is not None and (before.is_over or is_empty) and not dry_run:
             clean(destination)  # killed after its last step, it has left the folder
         elif before is not None and not quiet:
             say(f"{before.folder} holds the unfinished output of another run; it is left as it is")

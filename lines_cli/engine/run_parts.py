@@ -269,6 +269,9 @@ class _Running:
     # --- what is written ---
 
     def _write(self, part: Part) -> None:
+        self.staging.until_done(part.number, lambda: self._write_once(part))
+
+    def _write_once(self, part: Part) -> None:
         plan = self.plan
         own = {number: (plan.outputs[number].name, plan.outputs[number].nbytes) for number, _, _ in part.ranges}
         lines: list[Json] = []

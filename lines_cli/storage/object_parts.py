@@ -29,7 +29,9 @@ from lines_cli.storage.uploads import Upload, Uploads
 
 
 class DoneByAnotherError(Exception):
-    """Another process has done this part meanwhile."""
+    """Another process has done this part meanwhile, as its record said a moment ago. A file of ours that became whole
+    in that moment may have replaced one of its, so that the record no longer holds.
+    """
 
 
 class ObjectRoom:
@@ -85,7 +87,11 @@ class ObjectRoom:
     def files(
         self, part: str, wanted: Mapping[int, tuple[str, int]], is_done: Callable[[], bool]
     ) -> Iterator[ObjectFiles]:
-        """Files that a part makes, by their numbers: name and size. Leaving it takes back what is not whole."""
+        """Files that a part makes, by their numbers: name and size. Leaving it takes back what is not whole.
+
+        Raises:
+            DoneByAnotherError: that was seen before a file was whole.
+        """
 
         def before_done(url: str) -> None:
             self._refuse_taken_over()
@@ -103,8 +109,7 @@ class ObjectRoom:
             put_content(sending, written_line({"sends": sorted(name for name, _ in wanted.values())}))
         self._state = f"{self.output} may hold files that are whole, and is no output yet"
         try:
-            with suppress(DoneByAnotherError):
-                yield made
+            yield made
         finally:
             made.uploads.end()
             self._count(made.uploads)

@@ -20,7 +20,7 @@ from lines_cli.storage.files import NewFile
 from lines_cli.storage.journal import Json
 from lines_cli.storage.lock import RunLock
 from lines_cli.storage.making import making
-from lines_cli.storage.object_parts import ObjectRoom
+from lines_cli.storage.object_parts import DoneByAnotherError, ObjectRoom
 from lines_cli.storage.object_store import url_of
 from lines_cli.storage.part_records import ROOM, FolderShelf, Records, Shelf, plan_of
 from lines_cli.storage.staging import NEW, is_alone, ours, staging_of
@@ -119,7 +119,7 @@ class _Room(Protocol):
         self, part: str, wanted: Mapping[int, tuple[str, int]], is_done: Callable[[], bool]
     ) -> AbstractContextManager[PartFiles]:
         """Files that a part makes, by their numbers: name and size. `is_done` tells whether another has done it
-        meanwhile: then the block is left, where that is seen.
+        meanwhile: where that is seen, `DoneByAnotherError` is raised in the block.
         """
 
 
@@ -189,10 +189,28 @@ class Shared:
         return record is not None and self._room.holds(record)
 
     def files(self, number: int, wanted: Mapping[int, tuple[str, int]]) -> AbstractContextManager[PartFiles]:
-        """Files that a part makes, by their numbers: name and size. The block is left early, where another does the
-        same part, and is done first.
+        """Files that a part makes, by their numbers: name and size. Where another does the same part, and is done
+        first, the block may end with `DoneByAnotherError`.
         """
         return self._room.files(str(number), wanted, lambda: self.is_done(number))
+
+    def until_done(self, number: int, make: Callable[[], None]) -> None:
+        """Make a part, and make it anew where that was left to another whose work did not last.
+
+        Args:
+            number: of the part.
+            make: makes it, with `files` and `finish`.
+
+        Raises:
+            OutputError: what was made does not last.
+        """
+        for _ in range(_TRIES):
+            try:
+                return make()
+            except DoneByAnotherError:
+                if self.is_done(number):
+                    return None
+        raise self._does_not_last(number)
 
     def finish(self, number: int, files: PartFiles, lines: Collection[Json]) -> None:
         """A part is done: write its record, once all it has made is where it stays.
@@ -206,7 +224,10 @@ class Shared:
                 self.records.write(str(number), said, counts=lambda: self.is_done(number))
                 if self.is_done(number):  # else another has made the same at the same moment
                     return
-        raise OutputError(
+        raise self._does_not_last(number)
+
+    def _does_not_last(self, number: int) -> OutputError:
+        return OutputError(
             f"{self.output}: what part {number} wrote is replaced again and again",
             hint="Run it again when no other program writes there.",
         )

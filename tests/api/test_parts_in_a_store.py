@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -233,11 +234,11 @@ def test_what_comes_while_a_file_is_sent(
     here: Path, store: S3Server, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is seen before that is whole."""
-    monkeypatch.setattr(object_store, "PART", 4096)  # so that it comes before the last piece
+    monkeypatch.setattr(object_store, "PART", 4096)
     write_recipe("one")
     commands = {"run": [*part(1, planned())], "merge": ["merge", "--config", "merge.yaml", "-o", "s3://models/two"]}
     url = {"run": f"models/out{FIRST}", "merge": f"models/two{FIRST}"}[command]
-    seen = once(store, "PUT", url, lambda: store.put(url, b"mine"))
+    seen = once(store, "POST", url, lambda: store.put(url, b"mine"))  # its upload begins: no part is sent before that
     error = refused(6, *commands[command])
     assert seen
     assert FIRST[1:] in error
@@ -249,9 +250,9 @@ def test_what_comes_while_a_file_is_sent(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["finish", "merge"])
+@pytest.mark.parametrize(("command", "then"), [("finish", "clean"), ("finish", "finish"), ("merge", "clean")])
 def test_a_removal_that_ends_half_way(
-    here: Path, store: S3Server, command: str, monkeypatch: pytest.MonkeyPatch
+    here: Path, store: S3Server, command: str, then: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between any two removals: what the next command finds leads it to remove no file of the output."""
     write_recipe("one")
@@ -282,7 +283,7 @@ def test_a_removal_that_ends_half_way(
         assert (done.code == 0) == (removed == len(records))
         assert len(store.objects) == len(before) - removed
         left[0] = len(records)
-        ran("clean", "s3://models/out")
+        ran(*{"clean": ("clean", "s3://models/out"), "finish": ("finish", "plan.json")}[then])
         assert is_all(store, whole)
 
 
@@ -389,6 +390,45 @@ def test_a_part_that_runs_twice_at_once(here: Path, store: S3Server, method: str
     ran(*part(6, total))
     ran("finish", "plan.json")
     assert is_all(store, whole)
+
+
+@pytest.mark.slow
+def test_a_part_that_was_left_to_another(here: Path, store: S3Server) -> None:
+    """It gave its second file up for another's, and then its first became whole in place of the other's: that record
+    holds no more, and all of it is made again.
+    """
+    whole, total = in_one_piece(), planned()
+    ran("run", "plan.json", "--part", f"1-4/{total}")
+    second, completions = FIRST.replace("1-of", "2-of"), []
+    begins, is_done = threading.Event(), threading.Event()
+
+    def amid(asked: str, path: str) -> None:
+        if asked == "POST" and path.endswith(second) and not begins.is_set():
+            begins.set()
+            assert is_done.wait(60)
+        if asked == "POST" and path.endswith(FIRST):
+            completions.append(path)
+            if len(completions) == 2:
+                assert begins.wait(60)
+                ran(*part(5, total))
+                is_done.set()
+                wait_until(lambda: any(how == "DELETE" and of.endswith(second) for how, of, _ in list(store.asked)))
+                time.sleep(1.1)  # so that the same bytes are another object by their time
+
+    store.amid = amid
+    ran(*part(5, total))
+    assert is_done.is_set()
+    ran(*part(6, total))
+    ran("finish", "plan.json")
+    assert is_all(store, whole)
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float = 60) -> None:
+    """Return once it is."""
+    until = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < until
+        time.sleep(0.02)
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from lines_cli.engine import threshold
 from lines_cli.methods import METHODS
 from lines_cli.plan import division
 from lines_cli.plan.division import digest_of, in_runs
+from lines_cli.storage import staging
 from lines_cli.storage.files import NewFile
 from lines_cli.storage.shared_staging import Shared
 from support import forked
@@ -599,6 +600,34 @@ def test_killed_again_and_again(models: Path, slowly: None, kills: int) -> None:
         time.sleep(chance.uniform(0.0, 0.1))
         fork.kill()
         fork.wait()
+    ran("finish", "plan.json")
+    assert contents(models / "out") == whole
+    assert not (models / STAGING).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", ["amid the records", "after the records", "after the journal"])
+def test_a_finish_that_is_killed_as_it_tidies_up(models: Path, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
+    """The output is in place: the same command ends well, and removes what is left."""
+    whole = in_one_piece()
+    planned()
+    ran("run", "plan.json")
+
+    def killed(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def some_cleared(folder: Path) -> None:
+        if at == "amid the records":
+            (folder / "parts" / "plan").unlink()
+        else:
+            clear(folder)
+        killed()
+
+    clear = staging._clear_records
+    with monkeypatch.context() as patched:
+        patched.setattr(staging, *(("remove_with", killed) if "journal" in at else ("_clear_records", some_cleared)))
+        assert forked.run(forked.command("finish", "plan.json", "-q")).returncode == -signal.SIGKILL
+    assert (models / STAGING).exists()
     ran("finish", "plan.json")
     assert contents(models / "out") == whole
     assert not (models / STAGING).exists()
