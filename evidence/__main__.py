@@ -40,6 +40,8 @@ def phases(setup: Setup, seed: str) -> Iterator[list[Job]]:
     if setup.full:
         jobs += [("alpha", seed, "ties"), ("alpha", seed, "task_arithmetic")]
     jobs += [("merging", seed, method) for method in merging.methods_of(setup)]
+    if setup.full:
+        jobs += [("depth-alone", seed, method) for method in merging.SOME_METHODS]
     if setup.light is not None:
         jobs += [("rounding", seed, task, f"{rate:g}") for rate in (setup.light, setup.rate) for task in tasks]
     if setup.full:
@@ -47,8 +49,10 @@ def phases(setup: Setup, seed: str) -> Iterator[list[Job]]:
     yield jobs
     if setup.full:
         jobs = [("inspect", seed, task, f"{setup.rate:g}") for task in setup.tasks]
-        jobs += [("digits-merging", seed, method) for method in vision.METHODS]
-        yield jobs + [("digits-tasks", seed, vision.METHODS[0], str(n)) for n in range(2, len(vision.DOMAINS))]
+        jobs += [
+            (item, seed, method) for item in ("digits-merging", "digits-depth-alone") for method in merging.SOME_METHODS
+        ]
+        yield jobs + [("digits-tasks", seed, merging.SOME_METHODS[0], str(n)) for n in range(2, len(vision.DOMAINS))]
     if setup.strong is not None:
         yield [("inspect", seed, task, f"{setup.strong:g}") for task in tasks]
 
@@ -60,6 +64,8 @@ JOBS: dict[str, Callable[..., object]] = {
     "merging": merging.run,
     "digits-merging": vision.run_merging,
     "digits-tasks": vision.run_tasks,
+    "depth-alone": merging.run_alone,
+    "digits-depth-alone": vision.run_alone,
     "policies": policies.run,
     "soups": soups.run_soup,
     "wise": soups.run_wise,

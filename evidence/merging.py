@@ -1,4 +1,6 @@
-"""Item 2, merges of all tasks: every method with task vectors, tuned without LiNeS, with it, and reversed."""
+"""Item 2, merges of all tasks: every method with task vectors, tuned without LiNeS, with it, and reversed; and what
+depth alone does.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from evidence.encoder import base_folder
 from evidence.finetunes import trained
 from evidence.judge import context, make_judge
 from evidence.one import points_of, sweep
+from evidence.results import PAPER
 from evidence.setup import Setup, result_path, save_result, save_setup
+from lines_cli.storage.names import RECIPE
 
 # What is said of a method beside its defaults: what its paper uses, where the default is not that.
 SAID: dict[str, dict[str, Any]] = {
@@ -31,6 +35,8 @@ LARGEST = {
     "iso_c": 2.0, "iso_cts": 2.0, "model_stock": 75.0,
 }  # fmt: skip
 QUICK_METHODS = ("task_arithmetic", "ties")
+# Of which depth alone is measured: the paper's, the mean, and what was best of texts.
+SOME_METHODS = (*PAPER["merging"], "average", "iso_c", "tsv_m", "wudi")
 # Of lambda without LiNeS, of beta with it.
 STEPS = (0.6, 0.4, 0.8, 1.0, 0.2)
 FAMILIES = ("plain", "lines", "reversed")
@@ -139,3 +145,39 @@ def families(
         found = swept(setup, seed, work / family, own, grid, **judged)
         points += [{**point, "family": family} for point in found]
     return points
+
+
+def run_alone(setup: Setup, seed: int, method: str) -> None:
+    """Depth alone, with one method of one seed, of the sentence encoder; nothing where its result is there."""
+    path = result_path(setup, "depth-alone", seed, method)
+    if not path.exists():
+        work = Path(setup.work) / f"seed{seed}" / "depth-alone" / method
+        recipe = recipe_of(setup, seed, method)
+        points = same_mean(setup, seed, work, recipe, largest=LARGEST.get(method, 1.0))
+        save_result(path, {"seed": seed, "method": method, "tasks": list(setup.tasks), "points": points})
+
+
+def same_mean(
+    setup: Setup,
+    seed: int,
+    work: Path,
+    recipe: dict[str, Any],
+    *,
+    largest: float,
+    **judged: Any,
+) -> list[dict[str, Any]]:
+    """A merge with LiNeS over its values of beta, and for each without, scaled by the mean coefficient of its blocks.
+    Arguments as of `families`.
+    """
+    betas = [step * largest for step in STEPS]
+    scaled = {**recipe, "lines": {"alpha": "auto", "beta": betas[0]}}
+    points = [
+        {**point, "family": "lines"}
+        for point in swept(setup, seed, work / "lines", scaled, {"lines.beta": betas}, **judged)
+    ]
+    # `auto` depends on the merge, not on beta
+    alpha = yaml.safe_load((work / "lines" / "best" / RECIPE).read_text(encoding="utf-8"))["lines"]["alpha"]
+    means = {"parameters.lambda": [alpha + beta / 2 for beta in betas]}
+    return points + [
+        {**point, "family": "plain"} for point in swept(setup, seed, work / "plain", recipe, means, **judged)
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from statistics import fmean
 from typing import Any, Literal
 
@@ -79,38 +80,25 @@ def untuned(
     )
 
 
-def at_same_mean(results: Sequence[Result], family: str = "lines") -> tuple[Paired, list[float]] | None:
-    """What depth alone does to task arithmetic, on validation, task by task: scaled with depth minus plain, where the
-    mean coefficient of the blocks is one that was tried without; and these coefficients. None where there are none.
-
-    `auto` is 1/N there for N fine-tunes (arXiv 2410.17146: its ratio of norms is 1), so the mean is 1/N + beta/2.
+def at_same_mean(results: Sequence[Result]) -> Paired:
+    """What depth alone does, on validation, task by task: LiNeS minus the merge without it that has the mean
+    coefficient of its blocks, over all values tried.
     """
-    pairs, means = [], set()
-    for result in results:
-        if result["method"] != "task_arithmetic":
-            continue
-        plain = {round(_coefficient(point), 6): point for point in _points(result, "plain")}
-        scaled = {round(1 / len(result["tasks"]) + point["beta"] / 2, 6): point for point in _points(result, family)}
-        if both := plain.keys() & scaled.keys():
-            means |= both
-            pairs += [
-                (result["seed"], fmean(scaled[at]["tasks"][task] - plain[at]["tasks"][task] for at in both))
-                for task in result["tasks"]
-            ]
-    return (paired(pairs), sorted(means)) if pairs else None
-
-
-def depth_alone(results: Sequence[Result], say: Say = said) -> str:
-    """How much of what LiNeS adds untuned is depth, in a sentence; empty where that was not measured."""
-    own, other = at_same_mean(results), at_same_mean(results, "reversed")
-    if own is None or other is None:
-        return ""
-    (test, means), (turned, _) = own, other
-    return (
-        f"**Depth alone**: where the mean coefficient of the blocks is the same, {listed(f'{at:g}' for at in means)}, "
-        f"LiNeS adds to `task_arithmetic` {say(test, 'points')}, {verdict(test, BEYOND, BEYOND)}; reversed depth "
-        f"{say(turned, 'points')}, {verdict(turned, BEYOND, BEYOND)}."
+    return paired(
+        (result["seed"], fmean(_of(result, "lines", task)) - fmean(_of(result, "plain", task)))
+        for result in results
+        for task in result["tasks"]
     )
+
+
+def _of(result: Result, family: str, task: str) -> list[float]:
+    """What a family's points get right of a task's validation."""
+    return [point["tasks"][task] for point in _points(result, family)]
+
+
+def _over_all(result: Result, family: str) -> float:
+    """The same in the mean over points and tasks."""
+    return fmean(value for task in result["tasks"] for value in _of(result, family, task))
 
 
 def by_method(results: Sequence[Result]) -> tuple[dict[str, list[Result]], list[str]]:
@@ -158,6 +146,35 @@ def tasks(results: Results) -> tuple[str, dict[str, str]]:
     return "\n\n".join(["### More tasks", text, _rows(groups, "merge")]), {}
 
 
+def alone(results: Results) -> tuple[str, dict[str, str]]:
+    """What depth alone does to merges of sentence encoders; there is no figure."""
+    return _alone(results["depth-alone"]), {}
+
+
+def alone_on_digits(results: Results) -> tuple[str, dict[str, str]]:
+    """What depth alone does to merges of the demo's vision transformers; there is no figure."""
+    return _alone(results["digits-depth-alone"]), {}
+
+
+def _alone(results: Sequence[Result]) -> str:
+    """Each method with LiNeS and without, where the mean coefficient is the same."""
+    methods, order = by_method(results)
+    text = (
+        f"LiNeS with each of the {len(STEPS)} values of beta, and beside each the merge without LiNeS whose lambda is "
+        "the mean coefficient of the blocks, alpha + beta / 2: the mean over all of these, on validation. What lies "
+        "outside the blocks has alpha with LiNeS, and that mean without. The p of the column are corrected together, "
+        "after Holm."
+    )
+    tests = together({name: at_same_mean(own) for name, own in methods.items()})
+    rows = []
+    for name in order:
+        plain, lines = (spread(methods[name], partial(_over_all, family=family)) for family in ("plain", "lines"))
+        rows.append([f"`{name}`", plain, lines, brief(tests[name])])
+    whole = at_same_mean(results)
+    told = f"In the mean over methods LiNeS adds {said(whole)}, {verdict(whole, BEYOND, BEYOND)}."
+    return "\n\n".join(["#### Depth alone", text, table(["method", "without", "with LiNeS", "difference"], rows), told])
+
+
 def _left_out() -> str:
     """Methods that were not run, and why."""
     from lines_cli.methods import METHODS
@@ -184,13 +201,10 @@ def _compared(results: Sequence[Result], ones: Sequence[Result], test: str) -> s
         f"of the largest{_largest(methods)}. Untuned: the mean over all of these values, on "
         "validation. With LiNeS and reversed the coefficients are the same, in "
         "opposite orders. Part of what they add untuned is not depth: their mean coefficient, alpha + beta / 2, varies "
-        "less than lambda. For depth alone, LiNeS is held beside the plain merges of the same mean coefficient, among "
-        "the values tried; what lies outside the blocks has alpha in place of it. The p of a column are corrected "
-        "together, after Holm."
+        "less than lambda. The p of a column are corrected together, after Holm."
     )
     table_ = _rows({f"`{name}`": methods[name] for name in order}, "method")
-    told = " ".join(filter(None, (verdicts(methods, order), depth_alone(results))))
-    return "\n\n".join([text, table_, told, _edges(methods, order), _paper(methods)])
+    return "\n\n".join([text, table_, verdicts(methods, order), _edges(methods, order), _paper(methods)])
 
 
 def _rows(groups: Mapping[str, Sequence[Result]], what: str) -> str:

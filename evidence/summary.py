@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import groupby
 
 from evidence import section_ablations, section_merging, section_soups
-from evidence.results import PAPER, Result, Results, brief, listed, mean_of, runs_of, said, sized, verdict
+from evidence.results import PAPER, Result, Results, brief, counted, mean_of, runs_of, said, sized, verdict
 from evidence.section_one import (
     Point,
     baseline,
@@ -96,10 +96,10 @@ def _of(results: Sequence[Result], called: str) -> str:
     )
 
 
-def _merges(results: Results) -> dict[str, Sequence[Result]]:
-    """What item 2 was run on."""
-    called = {"merging": "Merges of sentence encoders", "digits-merging": "Merges of vision transformers on digits"}
-    return {name: results[item] for item, name in called.items() if results.get(item)}
+def _merges(results: Results, item: str = "merging") -> dict[str, Sequence[Result]]:
+    """What item 2 was run on; or depth alone."""
+    called = {item: "Merges of sentence encoders", f"digits-{item}": "Merges of vision transformers on digits"}
+    return {name: results[own] for own, name in called.items() if results.get(own)}
 
 
 def _advice(results: Results) -> str:
@@ -121,13 +121,16 @@ def expect(results: Results) -> str:
     README.md has, too.
     """
     told = [_choice(called, group) for called, group in _groups(results).items()]
-    told += [_of_merges(called, merges) for called, merges in _merges(results).items()]
+    alone = _merges(results, "depth-alone")
+    told += [_of_merges(called, merges, alone.get(called, ())) for called, merges in _merges(results).items()]
     told += _so(results)
     return "\n".join(f"* {each}" for each in told)
 
 
-def _of_merges(called: str, merges: Sequence[Result]) -> str:
-    """What LiNeS adds to merges on one kind of model, where their coefficient is tuned and where it is not."""
+def _of_merges(called: str, merges: Sequence[Result], alone: Sequence[Result]) -> str:
+    """What LiNeS adds to merges on one kind of model, where their coefficient is tuned and where it is not; and what
+    depth alone adds, if that was measured.
+    """
     ends, middle = (section_merging.untuned(merges, of="ends"), section_merging.untuned(merges, of="middle"))
     tests = {"with the best coefficient": section_merging.gain(merges), "with the middle one of those tried": middle}
     tests["with the smallest and the largest"] = ends
@@ -136,13 +139,12 @@ def _of_merges(called: str, merges: Sequence[Result]) -> str:
         f"**{called}**, in the mean over methods. LiNeS adds {'; '.join(told)}. Part of the last is not depth: the "
         "mean coefficient of LiNeS varies less."
     )
-    own = section_merging.at_same_mean(merges)
-    if own is None:
+    if not alone:
         return text
-    test, means = own
+    test, methods = section_merging.at_same_mean(alone), {result["method"] for result in alone}
     return (
-        f"{text} With the same mean coefficient, {listed(f'{at:g}' for at in means)}, it adds to `task_arithmetic` "
-        f"{brief(test, 'points')}, {verdict(test, *['beyond noise'] * 2)}."
+        f"{text} Depth alone, at the same mean coefficient, adds {brief(test, 'points')} to "
+        f"{counted(len(methods), 'method')}, {verdict(test, *['beyond noise'] * 2)}."
     )
 
 

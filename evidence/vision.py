@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from torch import nn
 from evidence import merging
 from evidence.judge import Metrics, context
 from evidence.one import RULE, points_of, sweep
-from evidence.results import PAPER
 from evidence.setup import ROOT, VARIABLE, Setup, load_setup, result_path, save_result, save_setup
 
 sys.path.append(str(ROOT / "demo"))
@@ -26,7 +25,6 @@ sys.path.append(str(ROOT / "demo"))
 import digits
 
 DOMAINS = ("plain", "inverted", "rotated", "shuffled", "checkered")
-METHODS = (*PAPER["merging"], "average", "iso_c", "tsv_m", "wudi")  # the paper's, the mean, and what is best of texts
 LARGEST = 0.5  # of the coefficients of merges, where encoders of texts have 1: the best were the smallest of seed 0
 
 
@@ -102,13 +100,28 @@ def run_merging(setup: Setup, seed: int, method: str) -> None:
         save_result(path, {"seed": seed, "method": method, "tasks": list(DOMAINS), "points": points})
 
 
-def _merged(setup: Setup, seed: int, method: str, domains: Sequence[str]) -> list[dict[str, Any]]:
-    """A merge of some domains' fine-tunes, tuned without LiNeS, with it and reversed, and measured on these."""
+def run_alone(setup: Setup, seed: int, method: str) -> None:
+    """Depth alone, with one method of one seed, of all domains; nothing where its result is there."""
+    path = result_path(setup, "digits-depth-alone", seed, method)
+    if not path.exists():
+        torch.set_num_threads(1)
+        points = _merged(setup, seed, method, DOMAINS, by=merging.same_mean)
+        save_result(path, {"seed": seed, "method": method, "tasks": list(DOMAINS), "points": points})
+
+
+def _merged(
+    setup: Setup,
+    seed: int,
+    method: str,
+    domains: Sequence[str],
+    by: Callable[..., list[dict[str, Any]]] = merging.families,
+) -> list[dict[str, Any]]:
+    """A merge of some domains' fine-tunes, measured on these: by `families` of `merging`, or by `same_mean`."""
     recipe = merging.recipe_for(method, pretrained(setup, seed), [trained(setup, seed, each) for each in domains])
-    return merging.families(
+    return by(
         setup,
         seed,
-        folder_of(setup, seed) / f"merging-{len(domains)}" / method,
+        folder_of(setup, seed) / f"{by.__name__}-{len(domains)}" / method,
         recipe,
         largest=LARGEST * merging.LARGEST.get(method, 1.0),
         judge="evidence.vision",

@@ -150,6 +150,20 @@ def test_merging(tiny: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+def test_plain_merges_have_the_mean_coefficient(tiny: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each value of beta the one whose blocks have it: so the merges hold the same task vector, in the mean."""
+    monkeypatch.setattr(merging, "STEPS", (0.4, 1.0))
+    merging.run_alone(tiny, 1, "task_arithmetic")
+    (result,) = read_results(tiny.results)["depth-alone"]
+    lines, plain = ([p for p in result["points"] if p["family"] == family] for family in ("lines", "plain"))
+    assert [point["beta"] for point in lines] == [0.4, 1.0]
+    alpha = 1 / len(tiny.tasks)
+    assert [point["parameters.lambda"] for point in plain] == [
+        pytest.approx(alpha + beta / 2, abs=1e-4) for beta in (0.4, 1)
+    ]
+
+
+@pytest.mark.slow
 def test_rewarded_soups(tiny: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     """The ends of the plain mixture are the policies themselves; and what stands behind a text's end does not count."""
     monkeypatch.setattr(policies, "run_lines", one.run_lines)
@@ -170,7 +184,7 @@ def test_every_item(tiny: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     """All jobs of a full run, in their order; then the page says something of each item, and no job is done twice."""
     monkeypatch.setattr(merging, "methods_of", lambda _: ("task_arithmetic", "ties"))
     monkeypatch.setattr(merging, "STEPS", (0.3, 1.0))
-    monkeypatch.setattr(vision, "METHODS", ("ties",))
+    monkeypatch.setattr(merging, "SOME_METHODS", ("ties",))
     monkeypatch.setattr(vision, "DOMAINS", vision.DOMAINS[:3])
     for module in (ablations, policies):
         monkeypatch.setattr(module, "run_lines", one.run_lines)
@@ -186,7 +200,7 @@ def test_every_item(tiny: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     text, figures = render(results)
     assert results.keys() == SECTIONS.keys()
     assert "Not run yet" not in text
-    assert len(re.findall("^##", text, re.MULTILINE)) == 23
+    assert len(re.findall("^##", text, re.MULTILINE)) == 25
     assert len(figures) == 5
     before = {path: path.stat().st_mtime_ns for path in Path(full.work).rglob("*.json*")}
     for job in jobs:
@@ -382,19 +396,12 @@ def test_merges_tuned_and_untuned() -> None:
 
 
 def test_depth_alone() -> None:
-    """Task arithmetic is held beside the plain merge whose coefficient is the mean of the blocks': of two fine-tunes
-    alpha is 1/2, so that beta = 1 goes with lambda = 1, and nothing with 1/2.
-    """
-    families = {"plain": [(60, 0), (70, 0), (50, 0)], "lines": [(99, 0), (72, 0)], "reversed": [(99, 0), (69, 0)]}
-    results = [_merge(seed, families) for seed in (1, 2, 3)]
-    assert section_merging.at_same_mean(results) is None
-    assert section_merging.depth_alone(results) == ""
-    results += [{**_merge(seed, families), "method": "task_arithmetic"} for seed in (1, 2, 3)]
-    for family, difference in (("lines", 2.0), ("reversed", -1.0)):
-        found = section_merging.at_same_mean(results, family)
-        assert found is not None
-        assert (found[0].mean, found[0].pairs, found[1]) == (pytest.approx(difference), 6, [1.0])
-    assert "is the same, 1, LiNeS adds to `task_arithmetic` +2.0" in section_merging.depth_alone(results)
+    """Of each method all values count, on validation, whichever is the best."""
+    results = [_merge(seed, {"plain": [(60, 0), (70, 0)], "lines": [(64, 0), (72 + seed, 0)]}) for seed in (1, 2, 3)]
+    test = section_merging.at_same_mean(results)
+    assert (test.mean, test.pairs, test.positive) == (pytest.approx(4.0), 6, 6)
+    text, _ = section_merging.alone({"depth-alone": results})
+    assert "| `ties` | 60.0 ± 0.0 | 64.0 ± 0.5 | +4.0 ± 0.3 (p = 0.005) |" in text
 
 
 def test_what_to_try_first() -> None:

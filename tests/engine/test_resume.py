@@ -19,6 +19,7 @@ import torch
 import yaml
 
 import lines_cli as lines
+from lines_cli.cli import signals
 from lines_cli.engine import run as engine
 from lines_cli.engine import write
 from lines_cli.errors import Aftermath, CheckpointError, OutputError, aftermath_of
@@ -441,35 +442,40 @@ def test_a_second_run_is_refused(models: Path) -> None:
             ran = run_lines(*command)
             assert (ran.code, ran.trace) == (6, ""), command
             assert "another run is writing it" in ran.err
+        GOES_ON.touch()
         process.send_signal(signal.SIGCONT)
         assert process.wait(60) == 0
     assert (models / "out" / "config.json").exists()
     assert not (models / STAGING).exists()
 
 
-def slowly(*command: str) -> forked.Program:
-    """A run that waits before it writes a piece."""
+GOES_ON = Path("goes on")
+
+
+def held(*command: str) -> forked.Program:
+    """A run that stands still once it has finished a part more, until it is told to end, or to go on."""
 
     def run() -> None:
-        write = NewFile.write
+        write, before = NewFile.write, finished_parts()
 
-        def slow(*args: Any) -> None:
-            time.sleep(0.05)
+        def waits(*args: Any) -> None:
+            while finished_parts() > before and signals.raised() is None and not GOES_ON.exists():
+                time.sleep(0.01)
             write(*args)
 
-        NewFile.write = slow  # type: ignore[method-assign]
-        forked.command(*command)()
+        NewFile.write = waits  # type: ignore[method-assign]
+        forked.command(*command, "--workers", "1")()
 
     return run
 
 
 class begun(forked.Forked):  # noqa: N801 - reads as what it is
-    """A run in a process of its own that writes slowly, and has finished two parts."""
+    """A run in a process of its own that has finished a part, and stands still."""
 
-    def __init__(self, command: list[str], parts: int = 2) -> None:
-        super().__init__(slowly(*command))
+    def __init__(self, command: list[str]) -> None:
+        super().__init__(held(*command))
         until = time.monotonic() + 300
-        while finished_parts() < parts:
+        while not finished_parts():
             assert self.poll() is None
             assert time.monotonic() < until
             time.sleep(0.01)
@@ -749,7 +755,7 @@ def test_a_few_kills(command: list[str], models: Path, undisturbed: Callable[[li
     """Killed inside the write, the old output is whole; resumed, the bytes are those of a run that was left alone."""
     expected = undisturbed(command)
     write_checkpoint(models / "out", {"w": torch.ones(3)})
-    assert killed_often([*command, "--force"], 2, random.Random(0), between=(0, 0.1), program=slowly) == 2
+    assert killed_often([*command, "--force"], 2, random.Random(0), between=(0, 0.1), program=held) == 2
     ran = run_lines(*command, "--force", "--resume")
     assert (ran.code, ran.trace) == (0, ""), ran.err
     assert weights(models / "out") == expected

@@ -262,19 +262,23 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body[start : start + step])
             time.sleep(max(0.0, begun + (start + step) / self.hub.pace - time.perf_counter()))
 
-    def answer_range(self, body: bytes, headers: Mapping[str, str]) -> int:
-        """Answer with the bytes that were asked for; how many they are."""
+    def asked_of(self, body: bytes) -> range:
+        """Which of the bytes were asked for."""
         start, _, end = self.headers.get("Range", "").removeprefix("bytes=").partition("-")
         if not start or not self.hub.ranges:
+            return range(len(body))
+        return range(int(start), min(int(end) + 1, len(body)) if end else len(body))
+
+    def answer_range(self, body: bytes, headers: Mapping[str, str]) -> None:
+        """Answer with the bytes that were asked for."""
+        asked = self.asked_of(body)
+        if "Range" not in self.headers or not self.hub.ranges:
             self.answer(200, body, headers)
-            return len(body)
-        last = min(int(end), len(body) - 1) if end else len(body) - 1
-        if int(start) > last:
+        elif not asked:
             self.answer(416, headers={**headers, "Content-Range": f"bytes */{len(body)}"})
-            return 0
-        span = f"bytes {start}-{last}/{len(body)}"
-        self.answer(206, body[int(start) : last + 1], {**headers, "Content-Range": span})
-        return last + 1 - int(start)
+        else:
+            span = f"bytes {asked[0]}-{asked[-1]}/{len(body)}"
+            self.answer(206, body[asked.start : asked.stop], {**headers, "Content-Range": span})
 
 
 class _Hub(_Handler):
@@ -567,10 +571,9 @@ class _Content(_Handler):
             self.note("content", repo, "/".join(file))
             return
         content = self.hub.repositories[repo].commits[commit]["/".join(file)]
-        at = len(self.hub.requests)
-        self.note("content", repo, "/".join(file))
-        sent = self.answer_range(content, {"ETag": f'"{hashlib.sha256(content).hexdigest()}"'})
-        self.hub.requests[at] = self.hub.requests[at]._replace(nbytes=sent)
+        # before it is sent: whoever has it may look at once
+        self.note("content", repo, "/".join(file), len(self.asked_of(content)))
+        self.answer_range(content, {"ETag": f'"{hashlib.sha256(content).hexdigest()}"'})
 
     def do_PUT(self) -> None:
         oid = urlsplit(self.path).path.removeprefix("/upload/")
