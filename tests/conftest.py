@@ -55,6 +55,14 @@ def _shared(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _nothing_takes_long() -> None:
+    """Of a pass that takes some seconds stderr has lines: here only where a test is about them."""
+    from lines_cli.cli import console
+
+    console._SILENT = float("inf")
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _minds_ctrl_c() -> None:
     """A shell has what it starts in the background ignore SIGINT; tests send it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import time
 from contextlib import suppress
@@ -36,7 +37,7 @@ class RunLock:
     """
 
     def __init__(self, folder: Path, output: Path, *, make: bool = False, shared: bool = False) -> None:
-        path, until = folder / NAME, time.monotonic() + _PATIENCE
+        path, until = folder / NAME, math.inf
         while True:
             if make:
                 try:
@@ -61,6 +62,7 @@ class RunLock:
             self.release()
             if taken and time.monotonic() > until:
                 raise refusal(folder, output)
+            until = min(until, time.monotonic() + _PATIENCE) if taken else until  # from the first look that found it so
             time.sleep(0.01)
 
     def holds(self, path: Path) -> bool:
@@ -88,10 +90,11 @@ def is_locked(folder: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        until = time.monotonic() + _PATIENCE
+        until = math.inf
         while taken := _taken(fd, shared=True):
             if time.monotonic() > until:
                 break
+            until = min(until, time.monotonic() + _PATIENCE)
             time.sleep(0.01)
         return taken
     finally:

@@ -367,7 +367,7 @@ def _at_rest(output: Path, look: Callable[[], _Found]) -> _Found:
             found = (state, type(error), str(error))
             if found == last and state == _state_of(folder):
                 raise
-            if time.monotonic() > until:
+            if last is not None and time.monotonic() > until:
                 raise refusal(folder, output) from error
             last = found
         time.sleep(_TICK)

@@ -404,13 +404,14 @@ def test_bad_data(here: Path, store: S3Server) -> None:
 def test_ctrl_c(here: Path, store: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """The upload that is under way is taken back; what was whole is kept, and said."""
     monkeypatch.setattr(object_store, "PART", 16_384)
-    came = threading.Event()
+    came, lock = threading.Event(), threading.Lock()
 
     def interrupted() -> bool:
-        """Asked again and again, while the second file's first part is held up."""
-        if f"models/out/{FIRST}" in store.objects and not came.is_set():
-            came.set()
-            os.kill(os.getpid(), signal.SIGINT)
+        """Asked again and again, by each request that is held up, while the second file's first parts are."""
+        with lock:
+            if f"models/out/{FIRST}" in store.objects and not came.is_set():
+                came.set()
+                os.kill(os.getpid(), signal.SIGINT)
         return came.is_set()
 
     store.until = interrupted
@@ -532,7 +533,7 @@ def test_the_same_run_twice_at_once(here: Path, store: S3Server, monkeypatch: py
     def fault(method: str, path: str) -> str | None:
         if method == "PUT" and path.endswith(SECOND) and not second:
             second.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
-            return "hold"
+            return "wait"
         return None
 
     store.fault, store.until = fault, lambda: second[0].poll() is not None
@@ -767,7 +768,7 @@ def test_memory_is_bounded(store: S3Server, monkeypatch: pytest.MonkeyPatch) -> 
             file, start = found
             for offset in range(start, start + 4 * piece, piece):
                 file.write(memoryview(bytes([file.number]) * piece), offset)
-                with lock:
+                with sending._changed:
                     most = max(most, sum(len(each) * piece for each in ([*one.waiting] for one in files)))
 
     threads = [threading.Thread(target=work) for _ in range(5)]

@@ -29,7 +29,7 @@ from lines_cli.plan.resources import Resources
 from lines_cli.storage.lock import RunLock
 from lines_cli.storage.staging import staging_of
 from support.files import write_checkpoint
-from support.ray_cluster import ON_A_CLUSTER, kill_node, nodes_of, three_nodes
+from support.ray_cluster import ON_A_CLUSTER, kill_node, nodes_of, renew, three_nodes
 from support.run import Ran, run_lines
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -64,13 +64,14 @@ def test_a_cluster_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     models(tmp_path, 1000)
     write_recipe(**RECIPES["sum"])
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]  # which nobody has afterwards
-    for said in (f"ray://127.0.0.1:{port}", "ray"):
-        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
-        ran = run_lines("merge", "--config", "merge.yaml", "-o", "out", "--on", said)
-        assert (ran.code, ran.trace) == (6, ""), ran.err
-        assert f"127.0.0.1:{port} cannot be reached" in ran.err
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # who has the port, and does not listen
+        port = nobody.getsockname()[1]
+        for said in (f"ray://127.0.0.1:{port}", "ray"):
+            monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+            ran = run_lines("merge", "--config", "merge.yaml", "-o", "out", "--on", said)
+            assert (ran.code, ran.trace) == (6, ""), ran.err
+            assert f"127.0.0.1:{port} cannot be reached" in ran.err
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]
 
 
@@ -90,7 +91,8 @@ def test_something_else_is_there(
     """Whoever answers something else, or nothing for some seconds, is no cluster: it is not waited for any longer."""
     pytest.importorskip("ray")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(on_ray, "_WAIT", 1.0)
+    if answer is None:
+        monkeypatch.setattr(on_ray, "_WAIT", 1.0)
     models(tmp_path, 1000)
     write_recipe(**RECIPES["sum"])
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -196,6 +198,7 @@ def client(cluster: Any) -> str:
 
 @pytest.fixture
 def here(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    renew(cluster)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     models(tmp_path, 1_500_000)
@@ -423,16 +426,6 @@ class TestOnACluster:
                 assert driver.wait() == 0, SAID.read_text()
             assert contents() == whole
             shutil.rmtree("out")
-
-
-def renew(cluster: Any) -> None:
-    """Put a node in the place of one that has ended by itself. Ray gives a node's agent 15 s to come up, which may be
-    too short here; then the node ends (raylet.out: "Timed out waiting for file .../metrics_agent_port"). Where none is
-    left, a merge waits for the next, as it should: for ever.
-    """
-    for node in nodes_of(cluster):
-        if not node.remaining_processes_alive():
-            kill_node(cluster, node)
 
 
 def _is_busy(folder: Path) -> bool:

@@ -819,7 +819,7 @@ SHORT = {
 def test_json_of_too_many_values(what: str, tmp_path: Path) -> None:
     """It is refused by what it would become in memory, before it is parsed."""
     (tmp_path / "x.json").write_text(SHORT[what])
-    started = time.perf_counter()
+    started = time.process_time()
     tracemalloc.start()
     try:
         with pytest.raises(CheckpointError, match=r"x\.json"):
@@ -827,7 +827,7 @@ def test_json_of_too_many_values(what: str, tmp_path: Path) -> None:
         assert tracemalloc.get_traced_memory()[1] < 40 * 2**20
     finally:
         tracemalloc.stop()
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10
 
 
 def test_json_with_as_many_values_as_it_may_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

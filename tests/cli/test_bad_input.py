@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import resource
@@ -706,14 +707,21 @@ def test_a_signal_in_the_middle_of_a_write(number: signal.Signals, existing: boo
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
     command = ["edit", "base.safetensors", "ft.safetensors", "-o", "out", "--beta", "0.5", "--workers", "1", "--force"]
-    with forked.Forked(forked.command(*command), cwd=tmp_path) as process:
-        until = time.monotonic() + 300
-        while process.poll() is None and not list(tmp_path.glob(".out.lines/new/*.safetensors")):
-            assert time.monotonic() < until
-            time.sleep(0.002)
-        time.sleep(0.02)
-        process.send_signal(number)
-        out, err = process.communicate(timeout=60)
+
+    def ended() -> None:
+        """A run that is told to end as it has written some pieces."""
+        write, count = NewFile.write, itertools.count(1)
+
+        def some(*args: Any) -> None:
+            write(*args)
+            if next(count) == 3:
+                os.kill(os.getpid(), number)
+
+        NewFile.write = some  # type: ignore[method-assign]
+        forked.command(*command)()
+
+    process = forked.run(ended, cwd=tmp_path)
+    out, err = process.stdout, process.stderr
     assert (process.returncode, out) == (128 + number, "")
     assert "interrupted" in err
     assert "Traceback" not in err

@@ -36,6 +36,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def _lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is without `conftest.py`."""
+    monkeypatch.setattr(console, "_SILENT", 2.0)
+
+
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that goes a second on each time it is read."""
@@ -77,8 +83,9 @@ def test_lines_off_a_terminal(command: list[str], here: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_short_run_says_nothing(here: Path) -> None:
+def test_a_short_run_says_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run of a moment has no lines."""
+    monkeypatch.setattr(console, "_clock", lambda: 0.0)
     ran = run_lines(*COMMANDS["edit"])
     assert (ran.code, "%" in ran.err) == (0, False)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -281,16 +281,21 @@ def test_a_signal_while_measuring(number: signal.Signals, tmp_path: Path) -> Non
     recipe = {"base_model": "base", "models": [{"model": side} for side in "abc"], **PASSES}
     (tmp_path / "merge.yaml").write_text(yaml.safe_dump(recipe))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    command = forked.command("merge", "--config", "merge.yaml", "-o", "out", "--workers", "1")
-    with forked.Forked(command, cwd=tmp_path) as process:
-        until = time.monotonic() + 300
-        while process.poll() is None and not list(tmp_path.glob(".out.lines/journal")):
-            assert time.monotonic() < until
-            time.sleep(0.002)
-        time.sleep(0.02)
-        assert not list(tmp_path.glob(".out.lines/new/*"))  # nothing is written yet
-        process.send_signal(number)
-        out, err = process.communicate(timeout=60)
+
+    def ended() -> None:
+        """A run that is told to end as it has read some of the weights."""
+        read, count = os.preadv, itertools.count(1)
+
+        def some(fd: int, *args: Any) -> int:
+            if os.readlink(f"/proc/self/fd/{fd}").endswith("model.safetensors") and next(count) == 6:
+                os.kill(os.getpid(), number)
+            return read(fd, *args)
+
+        os.preadv = some
+        forked.command("merge", "--config", "merge.yaml", "-o", "out", "--workers", "1")()
+
+    process = forked.run(ended, cwd=tmp_path)
+    out, err = process.stdout, process.stderr
     assert (process.returncode, out) == (128 + number, "")
     assert "interrupted" in err
     assert "Traceback" not in err

@@ -629,6 +629,7 @@ class User:
     def runs(self, program: forked.Program, **environment: str) -> forked.Ended:
         """Run this in the user's environment."""
         own = {"HF_HOME": str(self.home), "HF_ENDPOINT": self.hub.url, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}
+        own |= {"HF_HUB_ETAG_TIMEOUT": "120", "HF_HUB_DOWNLOAD_TIMEOUT": "120"}  # this machine may have much to do
         env = ENVIRONMENT | own | environment
         return forked.run(program, env=env, cwd=self.home.parent, fresh=["huggingface_hub"])
 

@@ -59,3 +59,13 @@ def kill_node(cluster: Any, node: Any) -> None:
 def nodes_of(cluster: Any) -> list[Any]:
     """All but the head."""
     return [node for node in cluster.list_all_nodes() if node is not cluster.head_node]
+
+
+def renew(cluster: Any) -> None:
+    """Put a node in the place of one that has ended by itself. Ray gives a node's agent 15 s to come up, which may be
+    too short here; then the node ends (raylet.out: "Timed out waiting for file .../metrics_agent_port"). Where none is
+    left, a merge waits for the next, as it should: for ever.
+    """
+    for node in nodes_of(cluster):
+        if not node.remaining_processes_alive():
+            kill_node(cluster, node)

@@ -22,8 +22,8 @@ import pytest
 from lines_cli.storage import object_store
 
 Fault = Callable[[str, str], str | None]
-"""Given a request's method and path: `503`, `hold` (the same, once `until` says so), `slow`, `drop` (half of an answer,
-then nothing), `403`, or None.
+"""Given a request's method and path: `503`, `hold` (the same, once `until` says so), `wait` (nothing, once it says so),
+`slow`, `drop` (half of an answer, then nothing), `403`, or None.
 """
 
 
@@ -47,7 +47,7 @@ class S3Server:
         objects: by `bucket/key`.
         asked: every request: method, path, and the range that was asked for.
         fault: what goes wrong.
-        until: what `hold` waits for.
+        until: what `hold` and `wait` wait for.
         unlisted: objects that lists do not show yet.
         amid: is called in the midst of each request; it may ask the server itself.
     """
@@ -135,9 +135,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.state.amid(self.command, path)
         if fault == "slow":
             time.sleep(0.3)
-        while fault == "hold" and not self.state.until():
+        while fault in ("hold", "wait") and not self.state.until():
             time.sleep(0.01)
-        fault = "503" if fault == "hold" else fault
+        fault = {"hold": "503", "wait": None}.get(fault, fault) if fault else None
         self._drops = fault == "drop"
         if fault is not None and fault.isdigit():
             self._error(int(fault), {"503": "SlowDown", "403": "AccessDenied"}[fault])

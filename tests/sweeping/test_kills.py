@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,15 +66,18 @@ def test_a_killed_sweep_goes_on(
             time.sleep(0.005)  # imports are no moment worth a kill
         try:
             process.wait(0.6 * float(chance.random()))
-            break
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
             killed += 1
+        else:
+            if killed > KILLS // 2:
+                break
+            for made in Path().glob("best*"):  # it was too quick, and begins anew
+                shutil.rmtree(made)
     ended = run_lines("sweep", *options, "-o", "best")
     assert ended.code == 0, ended.err
     found = ended.json
-    assert killed > 5
     for key in ("winner", "front", "won", "said"):
         assert found[key] == whole[key], key
     keys = ("id", "objective", "metrics", "settings")

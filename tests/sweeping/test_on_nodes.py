@@ -14,7 +14,7 @@ import time
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from lines_cli.sweeping.config import load_sweep
 from lines_cli.sweeping.on_nodes import OnNodes, Run, evaluate
 from lines_cli.sweeping.trials import trials_of
 from support.files import write_checkpoint
-from support.ray_cluster import ON_A_CLUSTER, kill_node, nodes_of, three_nodes
+from support.ray_cluster import ON_A_CLUSTER, kill_node, nodes_of, renew, three_nodes
 from support.run import run_lines
 from support.sweeps import EVALUATION, LAYERS, inputs_in, sweep_yaml
 
@@ -134,6 +134,7 @@ def cluster() -> Iterator[Any]:
 
 @pytest.fixture
 def here(cluster: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    renew(cluster)
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     return folder
 
@@ -162,8 +163,8 @@ def assert_same(found: Any, whole: Any, *, output: str = "best", other: str = "w
 
 
 def recorded(output: str = "best") -> list[tuple[str, str | None, int]]:
-    """The evaluations that are written down."""
-    read = [json.loads(line) for line in Path(f"{output}.sweep", "trials.jsonl").read_text().splitlines()[1:]]
+    """The evaluations that are written down, and one that is just being written not."""
+    read = [json.loads(line) for line in Path(f"{output}.sweep", "trials.jsonl").read_text().split("\n")[1:-1]]
     return [(line["trial"], line["task"], line["seed"]) for line in read]
 
 
@@ -324,9 +325,13 @@ class TestOnACluster:
                 begun = candidates()
                 while driver.poll() is None and not candidates() - begun:
                     time.sleep(0.05)
+                    renew(cluster)
                 if driver.poll() is None:
                     kill_node(cluster, nodes_of(cluster)[0])
-            assert driver.wait(300) == 0, SAID.read_text()
+            while driver.poll() is None:
+                time.sleep(0.5)
+                renew(cluster)
+            assert driver.wait() == 0, SAID.read_text()
         assert_same(swept(), whole)
         assert len(recorded()) == len(set(recorded()))
 
@@ -345,7 +350,9 @@ SAID = Path("driver.txt")
 
 def candidates() -> set[Path]:
     """Those that are in the making, or evaluated."""
-    return set(Path("best.sweep/candidates").glob("*/*/model.safetensors"))
+    while True:
+        with suppress(FileNotFoundError):  # a folder went while it was looked through
+            return set(Path("best.sweep/candidates").glob("*/*/model.safetensors"))
 
 
 def evaluations() -> list[str]:

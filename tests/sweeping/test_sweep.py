@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,8 +188,16 @@ def test_evaluations_that_go_wrong_are_failed_trials(here: Path, command: str, s
 
 
 @pytest.mark.slow
-def test_an_evaluation_that_hangs_is_ended_with_all_that_it_started(here: Path) -> None:
+def test_an_evaluation_that_hangs_is_ended_with_all_that_it_started(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After `timeout:`; what it started goes with it."""
+
+    def seconds() -> float:
+        """A clock that stands still until it has started something."""
+        return time.monotonic() if Path("child").exists() and Path("child").read_text().endswith("\n") else 0.0
+
+    monkeypatch.setattr(evaluate, "time", types.SimpleNamespace(monotonic=seconds))
     command = "sh -c 'sleep 300 & echo $! > child; wait' # {checkpoint}"
     config = sweep_yaml(evaluate=command, objective="target", controls=False, timeout="1s", grid={"lines.alpha": [0.5]})
     ran = run_lines("sweep", "--config", config, "-o", "best")
