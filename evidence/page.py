@@ -130,23 +130,19 @@ def processors_of(folder: Path = RESULTS) -> str:
     path = folder / "setup.json"
     known = json.loads(path.read_text(encoding="utf-8"))["on"] if path.exists() else []
     half = {one["processor"]: one["bfloat16"] for one in known}
-    seeds: dict[int, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    items: dict[str, dict[tuple[int, ...], list[str]]] = defaultdict(lambda: defaultdict(list))
     results = read_results(folder)
     for item in filter(results.get, SECTIONS):
+        seeds = defaultdict(set)
         for result in results[item]:
-            of_seed = seeds[result["seed"]][result.get("on", "unknown")]
-            of_seed += [] if CALLED[item] in of_seed else [CALLED[item]]
+            seeds[result.get("on", "unknown")].add(result["seed"])
+        for name, own in seeds.items():
+            items[name][tuple(sorted(own))].append(CALLED[item])
     told = []
-    for name in dict.fromkeys(name for own in seeds.values() for name in own):
-        whole = [seed for seed in sorted(seeds) if list(seeds[seed]) == [name]]
-        parts = [f"all of {in_words(whole)}"] if whole else []
-        parts += [
-            f"of seed {seed} ({listed(seeds[seed][name])})"
-            for seed in sorted(seeds)
-            if name in seeds[seed] and seed not in whole
-        ]
+    for name, by_seeds in items.items():
+        parts = [f"{in_words(own)} of {listed(called)}" for own, called in sorted(by_seeds.items(), key=_most_first)]
         told.append(
-            f"{name}, where the encoder computes in {'bfloat16' if half.get(name) else 'float32'}: {', '.join(parts)}."
+            f"{name}, where the encoder computes in {'bfloat16' if half.get(name) else 'float32'}: {'; '.join(parts)}."
         )
     if not told:
         return ""
@@ -156,6 +152,10 @@ def processors_of(folder: Path = RESULTS) -> str:
             "merges and what `lines inspect` tells are held beside results of the same fine-tunes only."
         )
     return fill(f"* **Processors**: {' '.join(told)}", 120, subsequent_indent="  ")
+
+
+def _most_first(one: tuple[tuple[int, ...], list[str]]) -> tuple[int, tuple[int, ...]]:
+    return -len(one[0]), one[0]
 
 
 def write_page(results: Path = RESULTS, docs: Path = DOCS) -> None:

@@ -142,9 +142,10 @@ def _of_merges(called: str, merges: Sequence[Result], alone: Sequence[Result]) -
     if not alone:
         return text
     test, methods = section_merging.at_same_mean(alone), {result["method"] for result in alone}
+    whole = section_merging.untuned([merge for merge in merges if merge["method"] in methods])
     return (
-        f"{text} Depth alone, at the same mean coefficient, adds {brief(test, 'points')} to "
-        f"{counted(len(methods), 'method')}, {verdict(test, *['beyond noise'] * 2)}."
+        f"{text} With {counted(len(methods), 'method')}, over all values tried, it adds {brief(whole, 'points')}; "
+        f"depth alone, at the same mean coefficient, {brief(test, 'points')}, {verdict(test, *['beyond noise'] * 2)}."
     )
 
 

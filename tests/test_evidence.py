@@ -519,14 +519,14 @@ def test_published_results_replace_what_was_there(tiny: Setup, monkeypatch: pyte
     assert there == {"README.md", "setup.json", "one/1-new.json"}
     line = " ".join(page.processors_of(kept).split())
     assert line.startswith("* **Processors**: ")
-    assert line.endswith(": all of seed 1.")
+    assert line.endswith(": seed 1 of one fine-tune.")
     made = json.loads((kept / "setup.json").read_text())
     setup.write_json(kept / "setup.json", {**made, "on": [*made["on"], {"processor": "another", "bfloat16": True}]})
     setup.write_json(kept / "one" / "2-a.json", {"seed": 2, "on": "another"})
     setup.write_json(kept / "soups" / "1-a.json", {"seed": 1, "on": "another"})
     line = " ".join(page.processors_of(kept).split())
-    assert ": of seed 1 (one fine-tune). another, where the encoder computes in bfloat16" in line
-    assert ": all of seed 2, of seed 1 (soups). A run that" in line
+    assert ": seed 1 of one fine-tune. another, where the encoder computes in bfloat16" in line
+    assert ": seed 1 of soups; seed 2 of one fine-tune. A run that" in line
     assert "trains its fine-tunes there anew" in line
 
 
