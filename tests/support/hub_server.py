@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from lines_cli.checkpoint.reader import open_checkpoint
 from lines_cli.errors import LinesError
 from lines_cli.hub.download import locate
 from support import forked
+from support.loopback import Server
 from support.run import Ran, run_lines
 
 Files = Mapping[str, bytes]
@@ -172,18 +173,11 @@ class HubServer:
         """The files whose bytes were asked for since the log was last cleared."""
         return {request.file for request in self.requests if request.method == "GET" and request.file}
 
-    def _serve(self, handler: type[_Handler]) -> ThreadingHTTPServer:
+    def _serve(self, handler: type[_Handler]) -> Server:
         bound = type(handler.__name__, (handler,), {"hub": self})
-        server = _Server(("127.0.0.1", 0), bound)
+        server = Server(("127.0.0.1", 0), bound)
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return server
-
-
-class _Server(ThreadingHTTPServer):
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that closes its connection is no fault of ours."""
-        if not isinstance(sys.exc_info()[1], ConnectionError):
-            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):

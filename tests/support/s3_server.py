@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from email.utils import format_datetime
 from hashlib import md5
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape, unescape
 
 import pytest
 
 from lines_cli.storage import object_store
+from support.loopback import Server
 
 Fault = Callable[[str, str], str | None]
 """Given a request's method and path: `503`, `hold` (the same, once `until` says so), `wait` (nothing, once it says so),
@@ -68,8 +69,7 @@ class S3Server:
         class Handler(_Handler):
             state = server
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
+        self._http = Server(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
 
     @property
