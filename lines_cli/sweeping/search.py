@@ -116,14 +116,12 @@ def _asked(optuna: Any, study: Any, sweep: Sweep, family: str, number: int) -> T
     it would have drawn.
     """
     known = study.trials
-    if number < len(known) and "drawn" in known[number].user_attrs:
-        return _trial_of(sweep, family, json.loads(known[number].user_attrs["drawn"]))
+    if number < len(known):
+        return _trial_of(sweep, family, json.loads(known[number].user_attrs[_DRAWN]))
     study.sampler = _sampler(optuna, sweep, number)
-    # Of one that is there and has no values the sweep was killed while they were drawn.
-    there = number < len(known)
-    asked = optuna.trial.Trial(study, known[number]._trial_id) if there else study.ask()  # noqa: SLF001
+    asked = study.ask()
     drawn = _draw(sweep, family, asked)
-    asked.set_user_attr("drawn", json.dumps(drawn))
+    asked.set_user_attr(_DRAWN, json.dumps(drawn))
     return _trial_of(sweep, family, drawn)
 
 
@@ -138,7 +136,7 @@ def _study(optuna: Any, sweep: Sweep, family: str, path: Path) -> Any:
     grid = {key: said.text if isinstance(said, Expression) else said for key, said in sweep.grid.items()}
     same = repr([grid, judged, sweep.search.sampler, sweep.search.seed, sweep.repeats])
     try:
-        _without_torn_line(path)
+        _without_half_drawn(path)
         backend = optuna.storages.journal.JournalFileBackend(str(path), lock_obj=_NoLock())
         return optuna.create_study(
             storage=optuna.storages.JournalStorage(backend),
@@ -163,10 +161,29 @@ class _NoLock:
         pass
 
 
-def _without_torn_line(path: Path) -> None:
-    """Cut off what a process that was killed had begun to write: Optuna would write on behind it."""
-    if path.exists() and (raw := path.read_bytes()) and not raw.endswith(b"\n"):
-        os.truncate(path, raw.rfind(b"\n") + 1)
+_DRAWN = "drawn"
+"""What a trial is given last, once all its values are drawn: these."""
+
+
+def _without_half_drawn(path: Path) -> None:
+    """Cut off what a process that was killed had begun to write: a torn line, behind which Optuna would write on; and a
+    trial whose values were being drawn. A sampler that is made anew would draw the rest of them as if they were the
+    first.
+    """
+    from optuna.storages.journal._storage import JournalOperation
+
+    raw = path.read_bytes() if path.exists() else b""
+    end = begun = raw.rfind(b"\n") + 1
+    at = 0
+    for line in raw[:end].splitlines(keepends=True):
+        said = json.loads(line)
+        if said["op_code"] == JournalOperation.CREATE_TRIAL:
+            begun = at
+        elif _DRAWN in said.get("user_attr", ()):
+            begun = end
+        at += len(line)
+    if begun < len(raw):
+        os.truncate(path, begun)
 
 
 def _draw(sweep: Sweep, family: str, asked: Any) -> dict[str, Any]:

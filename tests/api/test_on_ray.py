@@ -358,11 +358,16 @@ class TestOnACluster:
     def test_a_driver_that_is_told_to_end(self, here: Path, number: signal.Signals) -> None:
         """It ends as elsewhere, though Ray has a handler of its own: exit code, message, what is kept."""
         records = here / ".out.lines" / "parts"
-        with a_driver() as driver:
-            wait_for_a_part(records)
-            driver.send_signal(number)
-            assert driver.wait(120) == 128 + number, SAID.read_text()
-        said = SAID.read_text()
+        for _ in range(4):
+            with a_driver() as driver:
+                wait_for_a_part(records)
+                driver.send_signal(number)
+                code = driver.wait(120)
+            said = SAID.read_text()
+            if "discovered a bug in Ray" not in said:
+                break
+            run_lines("clean", "out")  # a task that ended as it was cancelled: then Ray ends the process
+        assert code == 128 + number, said
         assert f"interrupted ({number.name}); the destination is as it was" in said
         assert "the same command with --resume continues from there" in said
         assert "received at" not in said  # Ray's words, above a stack

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -15,8 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from support import forked
 from support.run import run_lines
-from support.sweeps import inputs_in, sweep_yaml
+from support.sweeps import EVALUATION, inputs_in, sweep_yaml
 
 KILLS = 10
 SWEEPS: dict[str, dict[str, Any]] = {
@@ -89,3 +91,38 @@ def test_a_killed_sweep_goes_on(
     if found["output"] is not None:
         assert Path("best/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
     assert not list(Path().glob(".best*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "cmaes"])
+@pytest.mark.parametrize("at", [0, 2, 11, 13], ids=lambda at: f"trial {at}")
+def test_killed_while_values_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: str, at: int) -> None:
+    """Between the first value of a trial and the second: both are drawn again, and are those of a whole search."""
+    pytest.importorskip("optuna")
+    pytest.importorskip("cmaes")
+    monkeypatch.chdir(tmp_path)
+    inputs_in(tmp_path)
+    Path("evaluate.py").write_text(EVALUATION)
+    grid = {"lines.alpha": {"low": 0, "high": 1}, "lines.beta": {"low": 0, "high": 1}}
+    config = sweep_yaml(grid=grid, search={"sampler": sampler, "trials": 14}, controls=False)
+    command = ["sweep", "--config", str(config), "-o", "best"]
+    whole = run_lines(*command[:-1], "whole", "--json").json
+
+    def killed() -> None:
+        suggest, drawn = Trial.suggest_float, itertools.count(1)
+
+        def one_more(trial: Trial, *args: Any, **options: Any) -> float:
+            value = suggest(trial, *args, **options)
+            if next(drawn) == 2 * at + 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return value
+
+        Trial.suggest_float = one_more  # type: ignore[method-assign]
+        forked.command(*command)()
+
+    from optuna.trial import Trial
+
+    assert forked.run(killed).returncode == -signal.SIGKILL
+    found = run_lines(*command, "--json").json
+    assert [trial["settings"] for trial in found["trials"]] == [trial["settings"] for trial in whole["trials"]]
+    assert found["winner"] == whole["winner"]
