@@ -152,12 +152,11 @@ def run_alone(setup: Setup, seed: int, method: str) -> None:
     path = result_path(setup, "depth-alone", seed, method)
     if not path.exists():
         work = Path(setup.work) / f"seed{seed}" / "depth-alone" / method
-        recipe = recipe_of(setup, seed, method)
-        points = same_mean(setup, seed, work, recipe, largest=LARGEST.get(method, 1.0))
+        points = depth_alone(setup, seed, work, recipe_of(setup, seed, method), largest=LARGEST.get(method, 1.0))
         save_result(path, {"seed": seed, "method": method, "tasks": list(setup.tasks), "points": points})
 
 
-def same_mean(
+def depth_alone(
     setup: Setup,
     seed: int,
     work: Path,
@@ -166,18 +165,17 @@ def same_mean(
     largest: float,
     **judged: Any,
 ) -> list[dict[str, Any]]:
-    """A merge with LiNeS over its values of beta, and for each without, scaled by the mean coefficient of its blocks.
-    Arguments as of `families`.
+    """A merge without LiNeS, with it, and with one coefficient for all blocks, the mean of LiNeS': of the last two only
+    depth differs, for what lies outside the blocks has alpha in both. Arguments as of `families`.
     """
-    betas = [step * largest for step in STEPS]
-    scaled = {**recipe, "lines": {"alpha": "auto", "beta": betas[0]}}
-    points = [
-        {**point, "family": "lines"}
-        for point in swept(setup, seed, work / "lines", scaled, {"lines.beta": betas}, **judged)
-    ]
+    steps = [step * largest for step in STEPS]
+    grid: dict[str, Any] = {"lines.beta": steps}
+    scaled = {**recipe, "lines": {"alpha": "auto", "beta": steps[0]}}
+    found = {"lines": swept(setup, seed, work / "lines", scaled, grid, **judged)}
     # `auto` depends on the merge, not on beta
     alpha = yaml.safe_load((work / "lines" / "best" / RECIPE).read_text(encoding="utf-8"))["lines"]["alpha"]
-    means = {"parameters.lambda": [alpha + beta / 2 for beta in betas]}
-    return points + [
-        {**point, "family": "plain"} for point in swept(setup, seed, work / "plain", recipe, means, **judged)
-    ]
+    grid = {"lines.beta": [beta / 2 for beta in steps]}
+    even = {**recipe, "lines": {"alpha": alpha, "beta": steps[0] / 2, "schedule": "constant"}}
+    found["even"] = swept(setup, seed, work / "even", even, grid, **judged)
+    found["plain"] = swept(setup, seed, work / "plain", recipe, {"parameters.lambda": steps}, **judged)
+    return [{**point, "family": family} for family, points in found.items() for point in points]

@@ -142,13 +142,15 @@ def processors_of(folder: Path = RESULTS) -> str:
     for name, by_seeds in items.items():
         parts = [f"{in_words(own)} of {listed(called)}" for own, called in sorted(by_seeds.items(), key=_most_first)]
         told.append(
-            f"{name}, where the encoder computes in {'bfloat16' if half.get(name) else 'float32'}: {'; '.join(parts)}."
+            f"{name}, where the sentence encoder computes in {'bfloat16' if half.get(name) else 'float32'}: "
+            f"{'; '.join(parts)}."
         )
     if not told:
         return ""
     if len(told) > 1:
         told.append(
-            "A run that is continued on another processor trains its fine-tunes there anew. Depth rules, alpha of "
+            "What stands under both was run on both. All else computes in float32. A run that is continued on another "
+            "processor trains its fine-tunes there anew. Depth rules, alpha of "
             "merges and what `lines inspect` tells are held beside results of the same fine-tunes only."
         )
     return fill(f"* **Processors**: {' '.join(told)}", 120, subsequent_indent="  ")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from statistics import fmean
 from typing import Any, Literal
 
@@ -32,6 +31,7 @@ from evidence.statistics import Paired, paired, together
 
 Say = Callable[[Paired, str], str]
 
+Which = Literal["all", "ends", "smallest", "middle", "largest"]
 BEYOND = "beyond noise"
 FAMILIES = {"plain": "without", "lines": "with LiNeS", "reversed": "reversed"}
 
@@ -55,9 +55,7 @@ def gain(results: Sequence[Result], family: str = "lines", than: str = "plain") 
     )
 
 
-def untuned(
-    results: Sequence[Result], family: str = "lines", than: str = "plain", of: Literal["all", "ends", "middle"] = "all"
-) -> Paired:
+def untuned(results: Sequence[Result], family: str = "lines", than: str = "plain", of: Which = "all") -> Paired:
     """The same in the mean over values that were tried, on validation, task by task: what is to be expected of a
     coefficient that nobody tuned.
 
@@ -65,40 +63,27 @@ def untuned(
         results: of merges.
         family: that is held beside another.
         than: the other.
-        of: all values; the smallest and the largest; or the middle one.
+        of: all values; the smallest and the largest; or one of these, or the middle one.
     """
-
-    def mean(result: Result, which: str, task: str) -> float:
-        points = sorted(_points(result, which), key=_coefficient)
-        taken = {"all": points, "ends": [points[0], points[-1]], "middle": [points[len(points) // 2]]}[of]
-        return fmean(point["tasks"][task] for point in taken)
-
     return paired(
-        (result["seed"], mean(result, family, task) - mean(result, than, task))
+        (result["seed"], _mean(result, family, [task], of) - _mean(result, than, [task], of))
         for result in results
         for task in result["tasks"]
     )
 
 
-def at_same_mean(results: Sequence[Result]) -> Paired:
-    """What depth alone does, on validation, task by task: LiNeS minus the merge without it that has the mean
-    coefficient of its blocks, over all values tried.
-    """
-    return paired(
-        (result["seed"], fmean(_of(result, "lines", task)) - fmean(_of(result, "plain", task)))
-        for result in results
-        for task in result["tasks"]
-    )
-
-
-def _of(result: Result, family: str, task: str) -> list[float]:
-    """What a family's points get right of a task's validation."""
-    return [point["tasks"][task] for point in _points(result, family)]
-
-
-def _over_all(result: Result, family: str) -> float:
-    """The same in the mean over points and tasks."""
-    return fmean(value for task in result["tasks"] for value in _of(result, family, task))
+def _mean(result: Result, family: str, tasks: Sequence[str], of: Which = "all") -> float:
+    """What values of a family get right of tasks' validation texts."""
+    points = sorted(_points(result, family), key=_coefficient)
+    middle = len(points) // 2
+    taken = {
+        "all": points,
+        "ends": [points[0], points[-1]],
+        "smallest": points[:1],
+        "middle": points[middle : middle + 1],
+        "largest": points[-1:],
+    }[of]
+    return fmean(point["tasks"][task] for point in taken for task in tasks)
 
 
 def by_method(results: Sequence[Result]) -> tuple[dict[str, list[Result]], list[str]]:
@@ -148,31 +133,71 @@ def tasks(results: Results) -> tuple[str, dict[str, str]]:
 
 def alone(results: Results) -> tuple[str, dict[str, str]]:
     """What depth alone does to merges of sentence encoders; there is no figure."""
-    return _alone(results["depth-alone"]), {}
+    return _alone(results["depth-alone"], results.get("merging", [])), {}
 
 
 def alone_on_digits(results: Results) -> tuple[str, dict[str, str]]:
     """What depth alone does to merges of the demo's vision transformers; there is no figure."""
-    return _alone(results["digits-depth-alone"]), {}
+    return _alone(results["digits-depth-alone"], results.get("digits-merging", [])), {}
 
 
-def _alone(results: Sequence[Result]) -> str:
-    """Each method with LiNeS and without, where the mean coefficient is the same."""
-    methods, order = by_method(results)
+ALONE = {"plain": "without", "even": "one coefficient", "lines": "with LiNeS"}
+
+
+def _alone(results: Sequence[Result], merges: Sequence[Result]) -> str:
+    """Each method without LiNeS, with it, and with one coefficient for all blocks, which is the mean of LiNeS'.
+
+    Args:
+        results: of these.
+        merges: of the same methods and others, reversed, too.
+    """
+    methods: dict[str, list[Result]] = defaultdict(list)
+    for result in results:
+        methods[result["method"]].append(result)
+    texts = {name: {family: _spread_of(own, family) for family in ALONE} for name, own in methods.items()}
+    order = sorted(methods, key=lambda name: -fmean(_mean(one, "plain", one["tasks"]) for one in methods[name]))
+    depth = together({name: untuned(own, "lines", "even") for name, own in methods.items()})
+    whole = together({name: untuned(own) for name, own in methods.items()})
+    rows = [[f"`{name}`", *texts[name].values(), brief(depth[name]), brief(whole[name])] for name in order]
+    head = ["on validation", *ALONE.values(), "LiNeS minus one coefficient", "LiNeS minus without"]
     text = (
-        f"LiNeS with each of the {len(STEPS)} values of beta, and beside each the merge without LiNeS whose lambda is "
-        "the mean coefficient of the blocks, alpha + beta / 2: the mean over all of these, on validation. What lies "
-        "outside the blocks has alpha with LiNeS, and that mean without. The p of the column are corrected together, "
-        "after Holm."
+        f"{counted(len(methods), 'method')} (the paper's, the mean, and what had done best on texts), each over its "
+        f"{len(STEPS)} values: without LiNeS, with it, and with one "
+        "coefficient for all blocks, the mean of LiNeS' (alpha + beta / 2; what lies outside the blocks has alpha in "
+        "both). So LiNeS minus one coefficient is what depth does by itself; the rest of what LiNeS adds is that its "
+        "coefficients are others in the mean. All are merges of the same fine-tunes, on validation, where nothing is "
+        "chosen. The p of a column are corrected together, after Holm."
     )
-    tests = together({name: at_same_mean(own) for name, own in methods.items()})
-    rows = []
-    for name in order:
-        plain, lines = (spread(methods[name], partial(_over_all, family=family)) for family in ("plain", "lines"))
-        rows.append([f"`{name}`", plain, lines, brief(tests[name])])
-    whole = at_same_mean(results)
-    told = f"In the mean over methods LiNeS adds {said(whole)}, {verdict(whole, BEYOND, BEYOND)}."
-    return "\n\n".join(["#### Depth alone", text, table(["method", "without", "with LiNeS", "difference"], rows), told])
+    return "\n\n".join(["#### Depth alone", text, table(head, rows), " ".join(_told_alone(results, depth, merges))])
+
+
+def _spread_of(results: Sequence[Result], family: str) -> str:
+    return spread(results, lambda one: _mean(one, family, one["tasks"]))
+
+
+def _told_alone(results: Sequence[Result], depth: Mapping[str, Paired], merges: Sequence[Result]) -> list[str]:
+    """What depth alone comes to, in sentences."""
+
+    def told(test: Paired) -> str:
+        return f"{said(test)}, {verdict(test, BEYOND, BEYOND)}"
+
+    mean, rest = untuned(results, "lines", "even"), untuned(results, "even", of="ends")
+    small, large = (untuned(results, "lines", "even", of) for of in ("smallest", "largest"))
+    number = sum(test.beyond_noise for test in depth.values()) or "none"
+    each = f"; beyond noise with {number} of {counted(len(depth), 'method')}" if mean.p is not None else ""
+    parts = [
+        f"In the mean over methods depth alone adds {told(mean)}{each}.",
+        f"At the smallest value it adds {told(small)}; at the largest {told(large)}.",
+        f"At the smallest and the largest one coefficient adds {told(rest)}: that is not depth.",
+        f"With each tuned on validation, depth alone adds on test {told(gain(results, 'lines', 'even'))}.",
+    ]
+    turned = untuned(merges, "lines", "reversed") if merges else None
+    if turned is not None and turned.beyond_noise and turned.mean > 0 and not mean.beyond_noise:
+        parts.append(
+            "Reversed depth, which has the same mean, is worse than LiNeS (above): so the direction matters, but that "
+            "growing coefficients are better than even ones is not shown here."
+        )
+    return parts
 
 
 def _left_out() -> str:
@@ -201,7 +226,7 @@ def _compared(results: Sequence[Result], ones: Sequence[Result], test: str) -> s
         f"of the largest{_largest(methods)}. Untuned: the mean over all of these values, on "
         "validation. With LiNeS and reversed the coefficients are the same, in "
         "opposite orders. Part of what they add untuned is not depth: their mean coefficient, alpha + beta / 2, varies "
-        "less than lambda. The p of a column are corrected together, after Holm."
+        "less than lambda, about another middle. The p of a column are corrected together, after Holm."
     )
     table_ = _rows({f"`{name}`": methods[name] for name in order}, "method")
     return "\n\n".join([text, table_, verdicts(methods, order), _edges(methods, order), _paper(methods)])

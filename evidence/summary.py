@@ -141,11 +141,11 @@ def _of_merges(called: str, merges: Sequence[Result], alone: Sequence[Result]) -
     )
     if not alone:
         return text
-    test, methods = section_merging.at_same_mean(alone), {result["method"] for result in alone}
-    whole = section_merging.untuned([merge for merge in merges if merge["method"] in methods])
+    whole, depth = (section_merging.untuned(alone, "lines", than, "ends") for than in ("plain", "even"))
     return (
-        f"{text} With {counted(len(methods), 'method')}, over all values tried, it adds {brief(whole, 'points')}; "
-        f"depth alone, at the same mean coefficient, {brief(test, 'points')}, {verdict(test, *['beyond noise'] * 2)}."
+        f"{text} There, with {counted(len({result['method'] for result in alone}), 'method')}, it adds "
+        f"{brief(whole, 'points')}; depth alone, beside one coefficient for all blocks that is the mean of LiNeS', "
+        f"{brief(depth, 'points')}, {verdict(depth, *['beyond noise'] * 2)}."
     )
 
 
@@ -170,6 +170,14 @@ def _so(results: Results) -> list[str]:
             "a merge risks less with LiNeS where nobody tunes its coefficient: at the smallest and the largest that we "
             "tried it is better in the mean over methods"
         )
+        other = [
+            section_merging.untuned(alone, "even", of="ends") for alone in _merges(results, "depth-alone").values()
+        ]
+        if other and all(test.beyond_noise and test.mean > 0 for test in other):
+            so.append(
+                "much of that comes of coefficients that vary less, and one coefficient for all blocks, alpha + beta / "
+                "2, has it, too"
+            )
         if not any(test.beyond_noise for test in tuned):
             so.append("once the coefficient is tuned, no difference could be shown")
     return [f"**So**, on models like these: {'; '.join(so)}."] if so else []

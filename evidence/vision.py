@@ -105,7 +105,7 @@ def run_alone(setup: Setup, seed: int, method: str) -> None:
     path = result_path(setup, "digits-depth-alone", seed, method)
     if not path.exists():
         torch.set_num_threads(1)
-        points = _merged(setup, seed, method, DOMAINS, by=merging.same_mean)
+        points = _merged(setup, seed, method, DOMAINS, by=merging.depth_alone)
         save_result(path, {"seed": seed, "method": method, "tasks": list(DOMAINS), "points": points})
 
 
@@ -116,7 +116,7 @@ def _merged(
     domains: Sequence[str],
     by: Callable[..., list[dict[str, Any]]] = merging.families,
 ) -> list[dict[str, Any]]:
-    """A merge of some domains' fine-tunes, measured on these: by `families` of `merging`, or by `same_mean`."""
+    """A merge of some domains' fine-tunes, measured on these: by `families` of `merging`, or by `depth_alone`."""
     recipe = merging.recipe_for(method, pretrained(setup, seed), [trained(setup, seed, each) for each in domains])
     return by(
         setup,

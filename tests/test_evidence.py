@@ -9,10 +9,12 @@ import random
 import re
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from evidence import (
     ablations,
@@ -38,6 +40,7 @@ from evidence.policies import Size as PolicySize
 from evidence.results import brief, direction, read_results, runs_of, said, spread, verdict
 from evidence.setup import Setup, run_lines
 from evidence.statistics import Paired, at_target, corrected, correlation, lead, paired, together
+from lines_cli.storage.names import RECIPE
 from support.run import run_lines as in_process
 
 WORDS = [f"w{at}" for at in range(60)]
@@ -150,17 +153,23 @@ def test_merging(tiny: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_plain_merges_have_the_mean_coefficient(tiny: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of each value of beta the one whose blocks have it: so the merges hold the same task vector, in the mean."""
+def test_one_coefficient_is_the_mean(tiny: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each value of beta there is a merge whose blocks all have the mean of the coefficients, and nothing else is
+    another: so it is the same task vector in the mean.
+    """
     monkeypatch.setattr(merging, "STEPS", (0.4, 1.0))
     merging.run_alone(tiny, 1, "task_arithmetic")
     (result,) = read_results(tiny.results)["depth-alone"]
-    lines, plain = ([p for p in result["points"] if p["family"] == family] for family in ("lines", "plain"))
-    assert [point["beta"] for point in lines] == [0.4, 1.0]
+    betas = {family: [p["beta"] for p in result["points"] if p["family"] == family] for family in ("lines", "even")}
+    assert betas == {"lines": [0.4, 1.0], "even": [0.2, 0.5]}
+    work = Path(tiny.work) / "seed1" / "depth-alone" / "task_arithmetic"
+    recipes = [yaml.safe_load((work / name / "best" / RECIPE).read_text()) for name in ("lines", "even")]
+    steps, even = ([layer["coefficient"] for layer in recipe["layers"]] for recipe in recipes)
+    at, half = (recipe["lines"]["beta"] for recipe in recipes)
     alpha = 1 / len(tiny.tasks)
-    assert [point["parameters.lambda"] for point in plain] == [
-        pytest.approx(alpha + beta / 2, abs=1e-4) for beta in (0.4, 1)
-    ]
+    assert fmean(steps) == pytest.approx(alpha + at / 2)
+    assert even == [pytest.approx(alpha + half)] * len(steps)
+    assert [recipe["lines"]["alpha"] for recipe in recipes] == [pytest.approx(alpha)] * 2
 
 
 @pytest.mark.slow
@@ -396,12 +405,18 @@ def test_merges_tuned_and_untuned() -> None:
 
 
 def test_depth_alone() -> None:
-    """Of each method all values count, on validation, whichever is the best."""
-    results = [_merge(seed, {"plain": [(60, 0), (70, 0)], "lines": [(64, 0), (72 + seed, 0)]}) for seed in (1, 2, 3)]
-    test = section_merging.at_same_mean(results)
-    assert (test.mean, test.pairs, test.positive) == (pytest.approx(4.0), 6, 6)
+    """What LiNeS has more than one coefficient for all blocks; what that has more than the plain merge is not depth."""
+    families = {"plain": [(50, 0), (60, 40)], "even": [(60, 0), (62, 41)], "lines": [(64, 44), (62, 0)]}
+    results = [_merge(seed, {**families, "lines": [(64 + seed, 44), (62, 0)]}) for seed in (1, 2, 3)]
+    depth = section_merging.untuned(results, "lines", "even")
+    assert (depth.mean, depth.pairs, depth.positive) == (pytest.approx(3.0), 6, 6)
     text, _ = section_merging.alone({"depth-alone": results})
-    assert "| `ties` | 60.0 ± 0.0 | 64.0 ± 0.5 | +4.0 ± 0.3 (p = 0.005) |" in text
+    row = "| `ties` | 50.0 ± 0.0 | 56.0 ± 0.0 | 59.0 ± 0.5 | +3.0 ± 0.3 (p = 0.009) | +9.0 ± 0.3 (p = 0.001) |"
+    assert row in text
+    assert "At the smallest value it adds +6.0 ± 0.6 points" in text
+    assert "at the largest +0.0 ± 0.0 points" in text
+    assert "one coefficient adds +6.0 ± 0.0 points" in text
+    assert "on validation, depth alone adds on test +3.0 ± 0.0 points" in text
 
 
 def test_what_to_try_first() -> None:
@@ -525,8 +540,8 @@ def test_published_results_replace_what_was_there(tiny: Setup, monkeypatch: pyte
     setup.write_json(kept / "one" / "2-a.json", {"seed": 2, "on": "another"})
     setup.write_json(kept / "soups" / "1-a.json", {"seed": 1, "on": "another"})
     line = " ".join(page.processors_of(kept).split())
-    assert ": seed 1 of one fine-tune. another, where the encoder computes in bfloat16" in line
-    assert ": seed 1 of soups; seed 2 of one fine-tune. A run that" in line
+    assert ": seed 1 of one fine-tune. another, where the sentence encoder computes in bfloat16" in line
+    assert ": seed 1 of soups; seed 2 of one fine-tune. What stands under both" in line
     assert "trains its fine-tunes there anew" in line
 
 

@@ -697,7 +697,7 @@ def _made(
     from dataclasses import replace
 
     from lines_cli.plan.claim import refuse_other_contents
-    from lines_cli.plan.identity import is_finished, is_same_run, refuse_altered, replaceable
+    from lines_cli.plan.identity import is_done_before, is_same_run, refuse_altered, replaceable
     from lines_cli.storage.making import check_destination, clean, is_taken, leftover, recover, refuse_unfinished
 
     say = remark or (lambda _: None)
@@ -727,8 +727,7 @@ def _made(
     pushed = _foreseen(pushing, plan)
     if not dry_run and not all(checkpoint.is_here for checkpoint in plan.inputs.checkpoints):
         plan = planned(recipe, destination, quiet=quiet, weights=True)  # nothing is to be refused any more
-    is_over = before is not None and before.is_over and is_same_run(plan, before.run)
-    finished = how["resume"] and (is_over or is_finished(plan))
+    finished = how["resume"] and is_done_before(plan, before, anew=how["force"])
     if finished and (how["verify"] or how["verify_inputs"]):
         try:
             refuse_altered(plan, output=how["verify"], inputs=how["verify_inputs"])
@@ -736,13 +735,13 @@ def _made(
             if not how["force"] or dry_run:
                 raise
             say(f"{error.message}\nso it is written again")
-            is_over, finished = False, False
+            finished = False
     if finished:
-        is_empty = before is not None and before.run is None and not before.nbytes
-        if before is not None and (before.is_over or is_empty) and not dry_run:
-            clean(destination)  # killed after its last step, it has left the folder
-        elif before is not None and not quiet:
-            say(f"{before.folder} holds the unfinished output of another run; it is left as it is")
+        # Killed after its last step, it has left the folder.
+        tidied = before is not None and not dry_run and clean(destination, only_over=True)
+        if before is not None and not tidied and not quiet:
+            which = "this" if is_same_run(plan, before.run) else "another"
+            say(f"{before.folder} holds unfinished work of {which} run; it is left as it is")
         return Done(plan, summary.of_finished(plan), before=True)
     if dry_run:
         if before is not None and not (before.is_over or quiet):

@@ -283,16 +283,14 @@ def refuse_missing(opened: Opened) -> None:
     Raises:
         OutputError: which parts are missing, and the command that makes them.
     """
-    from lines_cli.plan.identity import is_finished
-    from lines_cli.storage.making import is_taken
+    from lines_cli.plan.identity import is_done_before
+    from lines_cli.storage.making import leftover
     from lines_cli.storage.shared_staging import Shared
 
     divided, division = opened.divided, opened.division
-    if is_finished(opened.plan):
+    if is_done_before(opened.plan, leftover(divided.output), anew=divided.force):
         return  # by a run that may have been killed amid the removal of what its parts had written down
     shared = Shared(divided.output, divided.digest, divided.file)
-    if not shared.is_begun() and is_taken(divided.output):
-        return  # not ours: that is seen then
     with shared, ThreadPoolExecutor(_AT_ONCE) as pool:
         last = [part.number for part in division.of_stage(len(division.stages) - 1)]
         missing = [number for number, done in zip(last, pool.map(shared.is_done, last), strict=True) if not done]

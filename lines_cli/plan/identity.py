@@ -27,12 +27,13 @@ from lines_cli.recipe.plain_yaml import LARGEST
 from lines_cli.recipe.schema import Recipe
 from lines_cli.recipe.yaml_file import dump_recipe, is_by_lines, read_record
 from lines_cli.storage.beside import beside
-from lines_cli.storage.destination import placed
+from lines_cli.storage.destination import is_one_file, placed
 from lines_cli.storage.digest import altered, file_digest
 from lines_cli.storage.files import read_small
 from lines_cli.storage.names import MODEL_CARD, RECIPE
 from lines_cli.storage.object_staging import altered_objects
 from lines_cli.storage.object_store import content_of, listed, looked_up, real_name, url_of
+from lines_cli.storage.staging import Unfinished
 from lines_cli.version import __version__
 
 
@@ -86,6 +87,21 @@ def is_finished(plan: AnyPlan) -> bool:
         return False
     whole = bool(sizes) and all(sizes[name] == record.nbytes for name, record in recipe.files.items())
     return whole and recipe.run == run_digest(identity(plan))
+
+
+def is_done_before(plan: AnyPlan, before: Unfinished | None, *, anew: bool) -> bool:
+    """Whether this very run has put its output into place, so that nothing is left to do but to tidy up.
+
+    Args:
+        plan: of the run.
+        before: what a run has left beside the destination.
+        anew: what the same run has begun since is to replace its output.
+    """
+    same = before is not None and is_same_run(plan, before.run)
+    if before is not None and same and anew and not before.is_over:
+        return False
+    # One file has no recipe beside it.
+    return is_finished(plan) or (before is not None and same and before.is_over and is_one_file(plan.output))
 
 
 def _recipe_there(output: Path) -> bytes | None:

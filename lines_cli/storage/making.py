@@ -145,6 +145,10 @@ def recover(output: Path) -> None:
         staging.recover(output)
 
 
-def clean(output: Path) -> Unfinished | None:
-    """Remove what an earlier run has left of this output."""
-    return staging.clean(output) if url_of(output) is None else object_staging.clean(output)
+def clean(output: Path, *, only_over: bool = False) -> Unfinished | None:
+    """Remove what an earlier run has left of this output; with `only_over` unless it is work that another may go on
+    from.
+    """
+    if url_of(output) is None:
+        return staging.clean(output, only_over=only_over)
+    return object_staging.clean(output, only_over=only_over)

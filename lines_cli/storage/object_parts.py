@@ -46,11 +46,8 @@ class ObjectRoom:
         self.shelf = ObjectShelf(self.folder / ROOM, self._refuse_taken_over)
         self._begun: Begun | None = None
         self._state: str | None = None
-        self._put = 0  # files that are whole
-
-    def is_there(self) -> bool:
-        """Whether anything is in the making."""
-        return begun_of(self.output) is not None
+        self._is_lost = False  # to another run, or done
+        self._put = set[str]()  # files that are whole
 
     def enter(self) -> bool:
         """Take note of whose work it is; False where none is in the making."""
@@ -81,7 +78,7 @@ class ObjectRoom:
 
     def state(self) -> str | None:
         """What has become of the destination here, in words; None where it is as it was."""
-        return self._state
+        return f"what lies at {self.output} is finished, or another run's" if self._is_lost else self._state
 
     @contextmanager
     def files(
@@ -119,14 +116,16 @@ class ObjectRoom:
 
     def _count(self, uploads: Uploads) -> None:
         with suppress(CheckpointError):  # of one whose answer was not waited for, the store is asked
-            self._put += sum(
-                file.done is not None or (file.was_sent and (marked(file.url) or ("", ""))[1] == uploads.mark)
+            self._put |= {
+                file.url
                 for file in uploads.files
-            )
+                if file.done is not None or (file.was_sent and (marked(file.url) or ("", ""))[1] == uploads.mark)
+            }
+            number = len(self._put)
             self._state = (
-                f"{self.output} holds {self._put} whole {'file' if self._put == 1 else 'files'} of this command, and "
+                f"{self.output} holds {number} whole {'file' if number == 1 else 'files'} of this command, and "
                 "is no output yet: of a part that was not done nothing counts"
-                if self._put
+                if number
                 else None
             )
 
@@ -151,6 +150,7 @@ class ObjectRoom:
 
     def _refuse_taken_over(self) -> None:
         if self._begun is not None and taken_over(self.output, self._begun.line):
+            self._is_lost = True
             raise OutputError(
                 f"{self.folder} is no longer that of this plan: the output was finished or cleaned away, or another "
                 "run has taken it over",

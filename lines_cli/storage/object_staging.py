@@ -383,15 +383,17 @@ def _unfinished(output: Path, left: _Left, *, is_over: bool) -> Unfinished:
     return Unfinished(room_of(output), written, total, written, False, left.run, is_over, left.measured, said)
 
 
-def clean(output: Path) -> Unfinished | None:
+def clean(output: Path, *, only_over: bool = False) -> Unfinished | None:
     """Remove what an earlier run has left of this output: the objects that it has put there, and what it wrote down. If
-    it is at work still, it ends with an error.
+    it is at work still, it ends with an error; with `only_over` nothing of it is removed.
 
     Raises:
         OutputError: the store refuses, or what is there is not ours.
     """
     left = _left(output)
     if left is not None and not left.is_over(output, there_at(output)):
+        if only_over:
+            return None
         _claim(output, left)
         left = _left(output)  # all that it wrote down, now that it does no more
     if left is None:

@@ -23,7 +23,7 @@ from lines_cli.storage.making import making
 from lines_cli.storage.object_parts import DoneByAnotherError, ObjectRoom
 from lines_cli.storage.object_store import url_of
 from lines_cli.storage.part_records import ROOM, FolderShelf, Records, Shelf, plan_of
-from lines_cli.storage.staging import NEW, is_alone, ours, staging_of
+from lines_cli.storage.staging import NEW, is_alone, is_published, ours, staging_of
 
 
 def begin(
@@ -68,7 +68,12 @@ def is_of_plan(output: Path, plan: str) -> bool:
     """
     room = _room_of(output)
     with naming(output):
-        return room.is_there() and plan_of(room.shelf) == plan
+        if not room.enter():
+            return False
+        try:
+            return plan_of(room.shelf) == plan
+        finally:
+            room.leave()
 
 
 class PartFiles(Protocol):
@@ -99,9 +104,6 @@ class _Room(Protocol):
     @property
     def shelf(self) -> Shelf:
         """Their records."""
-
-    def is_there(self) -> bool:
-        """Whether anything is."""
 
     def enter(self) -> bool:
         """Be at work in it; False where there is nothing."""
@@ -143,10 +145,6 @@ class Shared:
         self.output, self._plan, self._source = output, plan, source
         self._room = _room_of(output)
         self.records = Records(self._room.shelf, plan)
-
-    def is_begun(self) -> bool:
-        """Whether any work lies there, be it this plan's or not."""
-        return self._room.is_there()
 
     def __enter__(self) -> Shared:
         with naming(self.output):
@@ -244,10 +242,6 @@ class _FolderRoom:
         self.shelf = FolderShelf(self.folder / ROOM)
         self._lock: RunLock | None = None
 
-    def is_there(self) -> bool:
-        """Whether there is one, be it what it may."""
-        return self.folder.is_symlink() or self.folder.exists()
-
     def enter(self) -> bool:
         """Lock it, along with others; False where there is none."""
         try:
@@ -255,13 +249,14 @@ class _FolderRoom:
         except FileNotFoundError:
             return False
         try:
-            is_ours = ours(self.output) is not None
+            # What was put into place is no more in the making: what lies here then is what it has replaced.
+            is_begun = ours(self.output) is not None and not is_published(self.output)
         except BaseException:
             self.leave()
             raise
-        if not is_ours:
+        if not is_begun:
             self.leave()
-        return is_ours
+        return is_begun
 
     def leave(self) -> None:
         """Let go of the lock."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import enum
 import errno
+import math
 import os
 import stat
 import time
@@ -134,7 +135,9 @@ def ours(output: Path, names: Collection[str] | None = ()) -> JournalContents | 
     if contents is not None:
         parts = done_in(FolderShelf(folder / _PARTS))
         measured = contents.measured or parts.measured
-        contents = replace(contents, settled=parts.written, measured=measured, unchanged=parts.unchanged)
+        # Of a run that was put into place the folder holds what it replaced, under the same names.
+        written = () if _is_published(contents, folder) else parts.written
+        contents = replace(contents, settled=written, measured=measured, unchanged=parts.unchanged)
     return contents
 
 
@@ -225,6 +228,19 @@ def _is_published(contents: JournalContents | None, folder: Path) -> bool:
         if there is not None and (there.st_dev, there.st_ino) == contents.publishing.new:
             return False
     return True
+
+
+def is_published(output: Path) -> bool:
+    """Whether a run has put its output into place, wherever that is by now, and has left its staging folder.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    folder = staging_of(output)
+    try:
+        return _is_published(read_journal(folder / _JOURNAL), folder)
+    except NoJournalError:
+        return False
 
 
 def _is_at(target: Path, contents: JournalContents | None) -> bool:
@@ -355,7 +371,7 @@ def _at_rest(output: Path, look: Callable[[], _Found]) -> _Found:
         OutputError: what `look` refuses; or another run is at work, as one is where the folder does not come to rest.
         OSError: the folder cannot be read.
     """
-    folder, until = staging_of(output), time.monotonic() + _PATIENCE
+    folder, until = staging_of(output), math.inf
     last = None
     while True:
         state = _state_of(folder)
@@ -367,8 +383,9 @@ def _at_rest(output: Path, look: Callable[[], _Found]) -> _Found:
             found = (state, type(error), str(error))
             if found == last and state == _state_of(folder):
                 raise
-            if last is not None and time.monotonic() > until:
+            if time.monotonic() > until:
                 raise refusal(folder, output) from error
+            until = min(until, time.monotonic() + _PATIENCE)
             last = found
         time.sleep(_TICK)
 
@@ -400,8 +417,12 @@ def recover(output: Path) -> None:
             lock.release()
 
 
-def clean(output: Path) -> Unfinished | None:
+def clean(output: Path, *, only_over: bool = False) -> Unfinished | None:
     """Remove what an earlier run has left of this output.
+
+    Args:
+        output: the destination.
+        only_over: unless it is work that another may go on from.
 
     Raises:
         OutputError: a run is at work on it, or what is there is not ours.
@@ -414,6 +435,10 @@ def clean(output: Path) -> Unfinished | None:
             except FileNotFoundError:  # the run that had it came to its end
                 return None
             try:
+                if only_over and os.listdir(found.folder) != [LOCK]:
+                    now = _unfinished(output)  # another may have begun since it was looked at
+                    if now is None or not now.is_over:
+                        return None
                 _put_back(found.folder, output.resolve(), ours(output))
                 _empty(found.folder, ours(output))
                 remove_with(lock, found.folder)

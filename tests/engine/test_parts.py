@@ -633,6 +633,103 @@ def test_a_finish_that_is_killed_as_it_tidies_up(models: Path, monkeypatch: pyte
     assert not (models / STAGING).exists()
 
 
+def killed_in_place(*command: str) -> None:
+    """A command that is killed once its output is in place, before anything is tidied up."""
+
+    def run() -> None:
+        staging._clear = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+        forked.command(*command)()
+
+    assert forked.run(run).returncode == -signal.SIGKILL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("then", ["finish", "merge", "plan"])
+def test_what_was_replaced_is_not_what_parts_wrote(models: Path, then: str) -> None:
+    """It lies where they wrote, under the same names, once outputs were exchanged. The new one is moved away then, and
+    no command takes the old weights for the new.
+    """
+    whole = in_one_piece()
+    ran("merge", "--config", "merge.yaml", "-o", "out", "--set", "lines.beta=0.9")
+    planned("--force")
+    ran("run", "plan.json")
+    killed_in_place("finish", "plan.json")
+    assert contents(models / "out") == whole
+    (models / "out").rename(models / "moved")
+    assert "no output is in the making" in refused(6, "finish", "plan.json").err
+    assert "no output is in the making" in refused(6, "run", "plan.json").err
+    if then == "finish":
+        assert not (models / "out").exists()
+        return
+    if then == "plan":
+        planned()
+        assert "missing" in refused(6, "finish", "plan.json").err
+        ran("run", "plan.json")
+        ran("finish", "plan.json")
+    else:
+        ran("merge", "--config", "merge.yaml", "-o", "out", "--resume")
+    assert contents(models / "out") == whole
+    assert not (models / STAGING).exists()
+
+
+@pytest.mark.slow
+def test_one_file_whose_finish_is_killed(models: Path) -> None:
+    """There is no recipe beside it; what the run has left says that it is in place."""
+    ran("merge", "--config", "merge.yaml", "-o", "out.safetensors")
+    whole = Path("out.safetensors").read_bytes()
+    Path("out.safetensors").unlink()
+    ran("plan", "--config", "merge.yaml", "-o", "out.safetensors", "--parts", 2)
+    ran("run", "plan.json")
+    killed_in_place("finish", "plan.json")
+    ran("finish", "plan.json")
+    assert Path("out.safetensors").read_bytes() == whole
+    assert not (models / ".out.safetensors.lines").exists()
+
+
+@pytest.mark.slow
+def test_a_plan_over_an_output_of_the_same_recipe(models: Path) -> None:
+    """It was damaged, and is made again: the old one is no reason not to put the new one into place."""
+    ran("merge", "--config", "merge.yaml", "-o", "out")
+    whole = contents(models / "out")
+    weights = next((models / "out").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-8] + bytes(8))
+    damaged = contents(models / "out")
+    planned("--force")
+    assert "missing" in refused(6, "finish", "plan.json").err
+    assert contents(models / "out") == damaged
+    ran("run", "plan.json")
+    ran("finish", "plan.json")
+    assert contents(models / "out") == whole
+    assert not (models / STAGING).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gone", ["cleaned", "finished"])
+def test_finish_makes_nothing_by_itself(models: Path, gone: str) -> None:
+    """Without work there another's output stays, though the plan was made with --force."""
+    ran("merge", "--config", "merge.yaml", "-o", "out", "--set", "lines.beta=0.9")
+    planned("--force")
+    if gone == "cleaned":
+        ran("clean", "out")
+    else:
+        ran("run", "plan.json")
+        ran("finish", "plan.json")
+        ran("merge", "--config", "merge.yaml", "-o", "out", "--set", "lines.beta=0.1", "--force")
+    before = contents(models / "out")
+    assert "no output is in the making" in refused(6, "finish", "plan.json").err
+    assert contents(models / "out") == before
+
+
+@pytest.mark.slow
+def test_tidying_up_leaves_what_has_begun(models: Path) -> None:
+    """Another run may have begun since somebody saw that all was over."""
+    planned()
+    ran("run", "plan.json")
+    before = snapshot(models / STAGING)
+    assert staging.clean(Path("out"), only_over=True) is None
+    assert snapshot(models / STAGING) == before
+
+
 @pytest.mark.slow
 def test_finish_says_what_it_takes_from_parts(models: Path) -> None:
     """The summary of `lines finish` is that of a whole run, but for the time and what was done before."""
