@@ -673,7 +673,7 @@ def carry_out(
         raise RecipeError("--verify-inputs is not done on Ray", hint="Leave it out; plan.json knows the inputs.")
     if dry_run or destination is None:
         return make(how)
-    if not is_over(recipe, destination, how["resume"], quiet=quiet):
+    if not is_over(recipe, destination, asked, quiet=quiet):
         refuse_missing(do_parts(recipe, destination, asked, quiet=quiet, track=track, say=remark or (lambda _: None)))
     done = make({**how, "resume": True})
     remove_plan(plan_beside(destination))

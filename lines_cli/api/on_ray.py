@@ -81,11 +81,14 @@ def address_of(text: str) -> str | None:
     raise RecipeError(f"--on {text}: not an engine", hint="Say ray, or ray://HOST:PORT for a cluster elsewhere.")
 
 
-def is_over(recipe: Recipe, destination: Path, resume: bool, *, quiet: bool = True) -> bool:
+def is_over(recipe: Recipe, destination: Path, how: OnRay, *, quiet: bool = True) -> bool:
     """Whether a run that is to be resumed has nothing left to do but what `lines merge --resume` does."""
-    from lines_cli.plan.identity import is_finished
+    from lines_cli.plan.identity import is_done_before
+    from lines_cli.storage.making import leftover
 
-    return resume and is_finished(planned(recipe, destination, quiet=quiet))
+    if not how.resume:
+        return False
+    return is_done_before(planned(recipe, destination, quiet=quiet), leftover(destination), anew=how.force)
 
 
 def do_parts(

@@ -354,6 +354,17 @@ class TestOnACluster:
         assert contents() == whole
         assert "by an earlier run" not in SAID.read_text()
 
+    def test_over_an_output_of_the_same_recipe(self, here: Path) -> None:
+        """It was damaged, and is made again: with --force it is no reason to be done."""
+        whole = in_one_piece()
+        ran(*COMMAND)
+        weights = next(Path("out").glob("*.safetensors"))
+        weights.write_bytes(weights.read_bytes()[:-8] + bytes(8))
+        ran(*COMMAND, "--on", "ray", "--force")
+        assert contents() == whole
+        assert not (here / ".out.lines").exists()
+        assert "is finished" in ran(*COMMAND, "--on", "ray", "--force", "--resume").err
+
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
     def test_a_driver_that_is_told_to_end(self, here: Path, number: signal.Signals) -> None:
         """It ends as elsewhere, though Ray has a handler of its own: exit code, message, what is kept."""
