@@ -739,7 +739,7 @@ def _made(
     if finished:
         # Killed after its last step, it has left the folder.
         tidied = before is not None and not dry_run and clean(destination, only_over=True)
-        if before is not None and not tidied and not quiet:
+        if before is not None and before.run is not None and not (before.is_over or tidied or quiet):
             which = "this" if is_same_run(plan, before.run) else "another"
             say(f"{before.folder} holds unfinished work of {which} run; it is left as it is")
         return Done(plan, summary.of_finished(plan), before=True)

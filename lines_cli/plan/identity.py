@@ -32,7 +32,7 @@ from lines_cli.storage.digest import altered, file_digest
 from lines_cli.storage.files import read_small
 from lines_cli.storage.names import MODEL_CARD, RECIPE
 from lines_cli.storage.object_staging import altered_objects
-from lines_cli.storage.object_store import content_of, listed, looked_up, real_name, url_of
+from lines_cli.storage.object_store import RemoteFile, content_of, listed, looked_up, real_name, url_of
 from lines_cli.storage.staging import Unfinished
 from lines_cli.version import __version__
 
@@ -101,7 +101,25 @@ def is_done_before(plan: AnyPlan, before: Unfinished | None, *, anew: bool) -> b
     if before is not None and same and anew and not before.is_over:
         return False
     # One file has no recipe beside it.
-    return is_finished(plan) or (before is not None and same and before.is_over and is_one_file(plan.output))
+    return is_finished(plan) or (before is not None and same and before.is_over and _is_one_file_there(plan))
+
+
+def _is_one_file_there(plan: AnyPlan) -> bool:
+    """Whether the destination is the one file of a plan, by its size and its header."""
+    if not is_one_file(plan.output) or len(plan.outputs) != 1:
+        return False
+    (file,) = plan.outputs
+    url = url_of(plan.output)
+    if url is not None:
+        there = looked_up(url)
+        return (
+            there is not None and there.nbytes == file.nbytes and RemoteFile(url).range(0, len(file.head)) == file.head
+        )
+    try:
+        with open(placed(plan.output), "rb") as opened:
+            return os.fstat(opened.fileno()).st_size == file.nbytes and opened.read(len(file.head)) == file.head
+    except OSError:
+        return False
 
 
 def _recipe_there(output: Path) -> bytes | None:
@@ -137,6 +155,11 @@ def refuse_altered(plan: AnyPlan, *, output: bool, inputs: bool) -> None:
         ChangedInputError: an input is not what was read.
         CheckpointError: a file cannot be read.
     """
+    if is_one_file(plan.output):
+        raise OutputError(
+            f"{plan.output} is finished, and no record of its digest lies beside one file",
+            hint="To write it again: --force without --resume.",
+        )
     recipe = read_record(_recipe_there(plan.output) or b"", plan.output / RECIPE)
     unlike = altered if url_of(plan.output) is None else altered_objects
     if output and (differing := unlike(plan.output, recipe.files)):

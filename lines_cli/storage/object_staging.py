@@ -574,8 +574,9 @@ class ObjectStaging:
             own = left.made(self.output, there)
             old = {name: found for name, found in there.items() if name not in own}
             if new := sorted(name for name, found in old.items() if left.replaces.get(name) != found):
+                names = [name or str(self.output) for name in new]
                 raise OutputError(
-                    f"{self.output} has changed since the interrupted run began:\n{some(new)}",
+                    f"{self.output} has changed since the interrupted run began:\n{some(names)}",
                     hint="Move it away, or choose another destination with -o.",
                 )
         if old and self._replaceable is None:

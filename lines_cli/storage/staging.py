@@ -135,9 +135,9 @@ def ours(output: Path, names: Collection[str] | None = ()) -> JournalContents | 
     if contents is not None:
         parts = done_in(FolderShelf(folder / _PARTS))
         measured = contents.measured or parts.measured
-        # Of a run that was put into place the folder holds what it replaced, under the same names.
-        written = () if _is_published(contents, folder) else parts.written
-        contents = replace(contents, settled=written, measured=measured, unchanged=parts.unchanged)
+        contents = replace(contents, settled=parts.written, measured=measured, unchanged=parts.unchanged)
+        if _is_published(contents, folder):  # then it holds what was replaced, under the same names
+            contents = replace(contents, settled=(), parts=())
     return contents
 
 
@@ -435,10 +435,9 @@ def clean(output: Path, *, only_over: bool = False) -> Unfinished | None:
             except FileNotFoundError:  # the run that had it came to its end
                 return None
             try:
-                if only_over and os.listdir(found.folder) != [LOCK]:
-                    now = _unfinished(output)  # another may have begun since it was looked at
-                    if now is None or not now.is_over:
-                        return None
+                now = _unfinished(output) if only_over else None  # another may have begun since it was looked at
+                if now is not None and now.run is not None and not now.is_over:
+                    return None
                 _put_back(found.folder, output.resolve(), ours(output))
                 _empty(found.folder, ours(output))
                 remove_with(lock, found.folder)
@@ -564,7 +563,8 @@ class Staging:
                 fresh = os.listdir(self.folder) == [LOCK]
                 found = ours(self.output, self._names)  # now that it stands still
                 _put_back(self.folder, self._target, found)
-                begun = self._of_this_run(found) if self._resume and found is not None else None
+                goes_on = self._resume and found is not None and not _is_published(found, self.folder)
+                begun = self._of_this_run(found) if goes_on and found is not None else None
                 self._look_at_old(begun)
                 self._begin(found, begun)
                 sync_folder(self.folder)

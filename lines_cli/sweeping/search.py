@@ -116,10 +116,12 @@ def _asked(optuna: Any, study: Any, sweep: Sweep, family: str, number: int) -> T
     it would have drawn.
     """
     known = study.trials
-    if number < len(known):
+    there = number < len(known)
+    if there and _DRAWN in known[number].user_attrs:
         return _trial_of(sweep, family, json.loads(known[number].user_attrs[_DRAWN]))
     study.sampler = _sampler(optuna, sweep, number)
-    asked = study.ask()
+    # What an earlier version had begun to draw stays where another search was written down behind it.
+    asked = optuna.trial.Trial(study, known[number]._trial_id) if there else study.ask()  # noqa: SLF001
     drawn = _draw(sweep, family, asked)
     asked.set_user_attr(_DRAWN, json.dumps(drawn))
     return _trial_of(sweep, family, drawn)

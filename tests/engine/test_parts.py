@@ -681,9 +681,33 @@ def test_one_file_whose_finish_is_killed(models: Path) -> None:
     ran("plan", "--config", "merge.yaml", "-o", "out.safetensors", "--parts", 2)
     ran("run", "plan.json")
     killed_in_place("finish", "plan.json")
+    assert "no record of its digest" in refused(6, "finish", "plan.json", "--verify").err
+    with open("out.safetensors", "r+b") as file:  # as cp writes: into the same file
+        file.write(b"\x08\0\0\0\0\0\0\0{}")
+    assert "no output is in the making" in refused(6, "finish", "plan.json").err
+    Path("out.safetensors").write_bytes(whole)
     ran("finish", "plan.json")
     assert Path("out.safetensors").read_bytes() == whole
     assert not (models / ".out.safetensors.lines").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["missing", "altered"])
+def test_an_output_that_is_damaged_behind_a_kill(models: Path, damage: str) -> None:
+    """A run was killed as it tidied up, and its output was damaged: a job that always resumes makes it again."""
+    whole = in_one_piece()
+    command = ["merge", "--config", "merge.yaml", "-o", "out"]
+    ran(*command, "--set", "lines.beta=0.9")
+    killed_in_place(*command, "--force")
+    weights = next((models / "out").glob("*.safetensors"))
+    if damage == "missing":
+        weights.unlink()
+    else:
+        weights.write_bytes(weights.read_bytes()[:-8] + bytes(8))
+    again = ran(*command, "--resume", "--force", "--verify")
+    assert "holds unfinished work of another run" not in again.err
+    assert contents(models / "out") == whole
+    assert not (models / STAGING).exists()
 
 
 @pytest.mark.slow
