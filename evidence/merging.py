@@ -4,7 +4,7 @@ depth alone does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +106,19 @@ def swept(
 
 def run(setup: Setup, seed: int, method: str) -> None:
     """One method of one seed, of the sentence encoder; nothing where its result is there."""
-    path = result_path(setup, "merging", seed, method)
+    _run(setup, seed, method, "merging", families)
+
+
+def run_alone(setup: Setup, seed: int, method: str) -> None:
+    """Depth alone, with one method of one seed, of the sentence encoder; nothing where its result is there."""
+    _run(setup, seed, method, "depth-alone", depth_alone)
+
+
+def _run(setup: Setup, seed: int, method: str, item: str, by: Callable[..., list[dict[str, Any]]]) -> None:
+    path = result_path(setup, item, seed, method)
     if not path.exists():
-        work = Path(setup.work) / f"seed{seed}" / "merging" / method
-        recipe = recipe_of(setup, seed, method)
-        points = families(setup, seed, work, recipe, largest=LARGEST.get(method, 1.0))
+        work = Path(setup.work) / f"seed{seed}" / item / method
+        points = by(setup, seed, work, recipe_of(setup, seed, method), largest=LARGEST.get(method, 1.0))
         save_result(path, {"seed": seed, "method": method, "tasks": list(setup.tasks), "points": points})
 
 
@@ -145,15 +153,6 @@ def families(
         found = swept(setup, seed, work / family, own, grid, **judged)
         points += [{**point, "family": family} for point in found]
     return points
-
-
-def run_alone(setup: Setup, seed: int, method: str) -> None:
-    """Depth alone, with one method of one seed, of the sentence encoder; nothing where its result is there."""
-    path = result_path(setup, "depth-alone", seed, method)
-    if not path.exists():
-        work = Path(setup.work) / f"seed{seed}" / "depth-alone" / method
-        points = depth_alone(setup, seed, work, recipe_of(setup, seed, method), largest=LARGEST.get(method, 1.0))
-        save_result(path, {"seed": seed, "method": method, "tasks": list(setup.tasks), "points": points})
 
 
 def depth_alone(

@@ -11,7 +11,7 @@ anything, and again before each of its files is whole.
 No lock keeps others away. A part looks before each of its files is whole, and before its record, whether the run is
 still the one that it began with; if another run has taken the work over, or removed it, it ends. What two processes
 make of one part is the same, and who comes second gives its upload up. Should both have become whole at the same
-moment, the record is made to say which object is there.
+moment, the record is made to say which object is there, or the part is made anew.
 """
 
 from __future__ import annotations
